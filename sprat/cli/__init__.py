@@ -1,0 +1,1 @@
+"""The one command, ``sprat``: thin verbs, no logic. Nothing here imports torch until a verb needs it."""

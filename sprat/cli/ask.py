@@ -1,0 +1,204 @@
+"""``sprat run``, ``sprat chat`` and ``sprat serve``: ask a model once, in turns, or over HTTP."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from sprat.cli.verb import ModelFolder, Result, Seed, say, stage
+from sprat.errors import DataError, EngineError
+
+if TYPE_CHECKING:
+    from sprat.engine import Engine, Output, Sampling
+    from sprat.tokens.chat import Message
+
+Think = Annotated[
+    bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer, thinking included.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Turns = Annotated[
+    int | None,
+    typer.Option("--turns", min=0, help="Past exchanges to send along; left out: 0 for a road's own model, else all."),
+]
+Prices = Annotated[str | None, typer.Option("--prices", metavar="NAME", help="Which price table the cost line uses.")]
+
+
+def run(
+    model: ModelFolder,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION...", help="Lines of stdin if left out.")
+    ] = None,
+    think: Think = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> Result:
+    """Answer questions: the answer on stdout, the thinking and the count of tokens on stderr."""
+    asked = prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not asked:
+        raise DataError("no question was given", where="stdin", todo="write it after the model's folder")
+    from sprat.engine import Sampling
+
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
+    outputs = _engine(model).generate(asked, sampling)
+    for question, output in zip(asked, outputs, strict=True):
+        if len(asked) > 1:
+            say(f"? {question}")
+        if output.reasoning:
+            say(f"<think>{output.reasoning}</think>")
+        say(f"({_tokens(output)}; {output.finish_reason})")
+    rows = [_row(question, output) for question, output in zip(asked, outputs, strict=True)]
+    return Result({"model": str(model), "outputs": rows}, "\n".join(output.text for output in outputs))
+
+
+def chat(
+    model: ModelFolder,
+    think: Think = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    turns: Turns = None,
+    prices: Prices = None,
+) -> Result:
+    """Talk with a model. /think, /direct and /auto set how it thinks, /new forgets, /quit (or Ctrl-D) ends."""
+    from sprat.engine import Sampling
+    from sprat.serve import meter
+    from sprat.tokens.chat import Message
+
+    kept = manners(model, turns)[1]
+    engine, bill = _engine(model), meter.Meter(meter.choose(meter.load(), prices or meter.DEFAULT))
+    history: list[Message] = []
+    told: list[dict[str, Any]] = []
+    say("/think, /direct, /auto: how it thinks; /new: forget; /quit: end")
+    for line in _lines():
+        if line == "/quit":
+            break
+        if line == "/new":
+            history.clear()
+        elif line in _WAYS:
+            think = _WAYS[line]
+        elif line.startswith("/"):
+            say(f"no such command: {line}")
+        elif line:
+            seen = history if kept is None else history[max(0, len(history) - 2 * kept) :]
+            sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
+            output = _stream(engine, [*seen, Message("user", line)], sampling, stage())
+            if output is None:
+                continue
+            usage = output.usage
+            cost = bill.post(hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens)
+            say(f"({_tokens(output)}; ¥{cost.total / meter.NANO:.9f} at {bill.prices.name}; {output.finish_reason})")
+            history += [Message("user", line), Message("assistant", output.text, output.reasoning or None)]
+            told.append({**_row(line, output), "cost_nano_yuan": cost.total})
+    return Result({"model": str(model), "turns": told, "cost_nano_yuan": bill.nano_yuan})
+
+
+def serve(
+    model: ModelFolder,
+    host: Annotated[
+        str, typer.Option("--host", help="Loopback unless told otherwise; there are no keys yet.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The model id of the API; the folder's name if left out.")
+    ] = None,
+    max_tokens: MaxTokens = 1024,
+    turns: Turns = None,
+    prices: Prices = None,
+) -> Result:
+    """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
+    from sprat.serve import meter, server
+
+    table = meter.choose(meter.load(), prices or meter.DEFAULT)
+    examples, kept = manners(model, turns)
+    server.run(
+        model,
+        host,
+        port,
+        name=name,
+        prices=table,
+        examples=examples,
+        turns=kept,
+        max_tokens=max_tokens,
+        announce=say,
+    )
+    return Result({"model": str(model), "host": host, "port": port, "stopped": True})
+
+
+_WAYS = {"/think": True, "/direct": False, "/auto": None}
+
+
+def manners(folder: Path, turns: int | None = None) -> tuple[list[str], int | None]:
+    """How to talk with the model in ``folder``: questions to offer, and how many past exchanges to send along.
+
+    A road's own model was taught single questions; its run names one of each task.
+    """
+    written = folder / "run.json"
+    if not written.is_file():
+        return [], turns
+    rows = json.loads(written.read_text(encoding="utf-8"))["facts"].get("scores", [])
+    first = {row["task"]: row["samples"][0]["question"] for row in reversed(rows) if row["samples"] and row["trained"]}
+    return list(reversed(first.values())), 0 if turns is None else turns
+
+
+def _engine(folder: Path) -> Engine:
+    """The engine around the model in ``folder``."""
+    from sprat.engine import Engine
+    from sprat.engine.load import load
+
+    return Engine(*load(folder))
+
+
+def _lines() -> Iterator[str]:
+    """What the person types, line by line; a prompt is shown on a terminal only."""
+    while True:
+        if sys.stdin.isatty():
+            print("\n> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+def _stream(engine: Engine, messages: list[Message], sampling: Sampling, to: TextIO) -> Output | None:
+    """Write an answer to ``to`` as it comes, the thinking in grey on a terminal; None if it was stopped or refused."""
+    grey, plain = ("\033[2m", "\033[0m") if to.isatty() else ("", "")
+    kind, output = "", None
+    try:
+        for delta in engine.stream(messages, sampling):
+            output = delta.output
+            if delta.kind not in (kind, "done"):
+                print(f"{plain}\n" if kind else "", end="", file=to)
+                print(f"{grey}thinks: " if delta.kind == "reasoning" else "", end="", file=to)
+                kind = delta.kind
+            print(delta.text, end="", file=to, flush=True)
+    except KeyboardInterrupt:
+        output = None
+        say("(stopped)")
+    except EngineError as error:
+        say(f"sprat: {error} /new starts afresh.")
+    print(plain, file=to, flush=True)
+    return output
+
+
+def _tokens(output: Output) -> str:
+    usage = output.usage
+    return f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out, {usage.reasoning_tokens} of them thinking"
+
+
+def _row(question: str, output: Output) -> dict[str, Any]:
+    """One exchange as JSON."""
+    return {
+        "question": question,
+        "reasoning": output.reasoning,
+        "answer": output.text,
+        "finish_reason": output.finish_reason,
+        "usage": asdict(output.usage),
+    }

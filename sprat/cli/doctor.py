@@ -1,0 +1,201 @@
+"""``sprat doctor``: what this machine has, what it lacks, and what is lost without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sprat import __version__
+from sprat.cli.verb import Result
+from sprat.errors import MachineError
+
+GIB = 1 << 30
+NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
+NEEDED_DISK = 2 * GIB
+
+# What each CPU flag (Linux names) would speed up.
+CPU_FLAGS = {
+    "avx2": "float32 matrix products",
+    "avx512f": "float32 matrix products, twice as wide",
+    "avx512_vnni": "INT8 products",
+    "avx_vnni": "INT8 products",
+    "avx512_bf16": "BF16 products",
+    "amx_bf16": "BF16 matrix tiles",
+    "amx_int8": "INT8 matrix tiles",
+}
+
+# Package -> what is lost without it.
+OPTIONAL = {
+    "reasoning-gym": "its procedural tasks (chain_sum, simple_equations, ...)",
+    "pycosat": "reasoning-gym's logic puzzles; it compiles C",
+    "pyarrow": "reading Parquet",
+    "huggingface-hub": "models by hub id; local folders still load",
+    "transformers": "the parity tests against the Hugging Face models",
+    "playwright": "the browser tests",
+}
+
+# Back end -> (how torch says that it is there, where Sprat's tests have run on it).
+TESTED = {
+    "cpu": "x86-64 Linux: every test of every release",
+    "cuda": "untested",
+    "rocm": "untested",
+    "xpu": "untested",
+    "mps": "untested",
+    "npu": "untested",
+    "tpu": "untested",
+}
+
+
+def cpu_facts() -> dict[str, Any]:
+    """Model, cores that this process may use, and the flags that matter."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "model": model,
+        "machine": platform.machine(),
+        "cores": cores,
+        "flags": {name: name in flags for name in CPU_FLAGS},
+    }
+
+
+def memory_facts() -> dict[str, int]:
+    """Bytes of memory in all and free to take, the limit of a container included; 0 where unknown."""
+    total = available = 0
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        rows = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        total = int(rows["MemTotal"].split()[0]) * 1024
+        available = int(rows.get("MemAvailable", rows["MemTotal"]).split()[0]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(name)
+        text = limit.read_text().strip() if limit.is_file() else ""
+        if text.isdigit() and 0 < int(text) < total:
+            total, available = int(text), min(available, int(text))
+    return {"total_bytes": total, "available_bytes": available}
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def torch_facts() -> dict[str, Any]:
+    """torch's version, threads, and each back end: present here? tested by us?"""
+    import torch
+
+    def present(test: Callable[[], bool]) -> bool:
+        try:
+            return bool(test())
+        except (AttributeError, ImportError, RuntimeError):
+            return False
+
+    rocm = getattr(torch.version, "hip", None) is not None
+    found = {
+        "cpu": True,
+        "cuda": not rocm and present(torch.cuda.is_available),
+        "rocm": rocm and present(torch.cuda.is_available),
+        "xpu": present(lambda: torch.xpu.is_available()),
+        "mps": present(lambda: torch.backends.mps.is_available()),
+        "npu": installed("torch-npu") is not None,
+        "tpu": installed("torch-xla") is not None,
+    }
+    return {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "backends": {name: {"present": found[name], "tested": TESTED[name]} for name in TESTED},
+    }
+
+
+def gather() -> dict[str, Any]:
+    """All facts as one JSON-able object; ``problems`` stop the road, ``losses`` only narrow it."""
+    python_ok = sys.version_info >= (3, 11)
+    memory = memory_facts()
+    free = shutil.disk_usage(Path.cwd()).free
+    compiler = next((path for name in ("c++", "g++", "clang++", "cc") if (path := shutil.which(name))), None)
+    browser = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+    packages = {name: installed(name) for name in OPTIONAL}
+    facts: dict[str, Any] = {
+        "sprat": __version__,
+        "system": platform.platform(),
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "torch": torch_facts() if installed("torch") else None,
+        "cpu": cpu_facts(),
+        "memory": memory,
+        "disk": {"path": str(Path.cwd()), "free_bytes": free},
+        "compiler": compiler,
+        "packages": packages,
+        "chromium": browser,
+        "apt": shutil.which("apt-get"),
+    }
+    problems, losses = [], []
+    if not python_ok:
+        problems.append(f"Python {platform.python_version()} is too old; 3.11 or newer is needed")
+    if facts["torch"] is None:
+        problems.append("torch is not installed; pip install torch==2.13.0")
+    if 0 < memory["available_bytes"] < NEEDED_MEMORY:
+        problems.append(f"{memory['available_bytes'] / GIB:.1f} GiB of memory are free; the quickstart needs up to 3")
+    if free < NEEDED_DISK:
+        problems.append(f"{free / GIB:.1f} GiB of disk are free here; the quickstart needs 2")
+    losses += [f"no {name}: {lost}" for name, lost in OPTIONAL.items() if packages[name] is None]
+    if compiler is None:
+        losses.append("no C or C++ compiler: torch.compile and packages that build C; nothing that Sprat needs")
+    if browser is None:
+        losses.append("no chromium: the browser tests skip")
+    if facts["apt"] is None:
+        losses.append("no apt-get: the default text is Python's own library alone; --text DIR takes yours")
+    return {**facts, "problems": problems, "losses": losses, "ok": not problems}
+
+
+def table(facts: dict[str, Any]) -> Any:
+    """The facts as a rich table for a person."""
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    torch, cpu, memory = facts["torch"], facts["cpu"], facts["memory"]
+    grid.add_row("sprat", f"{facts['sprat']} on Python {facts['python']['version']}, {facts['system']}")
+    if torch:
+        grid.add_row("torch", f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}")
+    grid.add_row("processor", f"{cpu['model']}, {cpu['cores']} cores")
+    grid.add_row("flags", ", ".join(f"{name} {'yes' if on else 'no'}" for name, on in cpu["flags"].items()))
+    grid.add_row("memory", f"{memory['available_bytes'] / GIB:.1f} of {memory['total_bytes'] / GIB:.1f} GiB free")
+    grid.add_row("disk", f"{facts['disk']['free_bytes'] / GIB:.1f} GiB free in {facts['disk']['path']}")
+    grid.add_row("compiler", facts["compiler"] or "none")
+    grid.add_row("chromium", facts["chromium"] or "none")
+    grid.add_row("apt-get", facts["apt"] or "none")
+    for name, row in (torch or {"backends": {}})["backends"].items():
+        grid.add_row(f"back end {name}", f"{'here' if row['present'] else 'not here'}; {row['tested']}")
+    for loss in facts["losses"]:
+        grid.add_row("without", loss)
+    for problem in facts["problems"]:
+        grid.add_row("[red]problem[/red]", problem)
+    grid.add_row("verdict", "ready" if facts["ok"] else "not ready")
+    return grid
+
+
+def doctor() -> Result:
+    """Show what this machine has and lacks; exit code 9 if the quickstart could not run."""
+    facts = gather()
+    return Result(facts, table(facts), 0 if facts["ok"] else MachineError.exit_code)

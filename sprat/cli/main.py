@@ -1,0 +1,62 @@
+"""The command ``sprat``: its verbs in the order of the road."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sprat import __version__
+from sprat.cli import ask, doctor, proof, road, stations
+from sprat.cli.verb import verb
+
+app = typer.Typer(
+    name="sprat",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sprat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """A complete low-cost LLM system: data, training, reasoning, distillation, INT4, serving, proof."""
+
+
+# Verb, function, and what the list of verbs says of it.
+VERBS = (
+    ("quickstart", road.quickstart, "The whole road in one command, then the chat page."),
+    ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
+    ("data", stations.data, "Text and tasks to tokenizer and packed rows."),
+    ("train", stations.train, "Pre-train on them."),
+    ("sft", stations.sft, "Fine-tune on demonstrations (the cold start)."),
+    ("rl", stations.rl, "Reinforcement learning with rule rewards."),
+    ("distill", stations.distill, "A small student from the teacher."),
+    ("quantize", stations.quantize, "The student in INT4."),
+    ("eval", stations.evaluate, "Score a model on held-out problems."),
+    ("run", ask.run, "Ask a model once."),
+    ("chat", ask.chat, "Talk with a model."),
+    ("serve", ask.serve, "Serve a model and its chat page."),
+    ("report", proof.report, "Write a road's report.html."),
+    ("verify", proof.verify, "Prove a run or a whole road."),
+)
+
+for _name, _function, _short in VERBS:
+    app.command(_name, short_help=_short)(verb(_function))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="sprat")

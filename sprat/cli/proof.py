@@ -1,0 +1,34 @@
+"""``sprat report`` and ``sprat verify``: what happened, and can it be proved? Both read run folders only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sprat.cli.verb import Result
+from sprat.errors import TrustError
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a whole road.")]
+
+
+def report(folder: RunFolder = Path("runs/quickstart")) -> Result:
+    """Write report.html of a road: gains, costs, curves and samples in one file."""
+    from sprat.report import write
+
+    path = write(folder)
+    return Result({"report": str(path), "bytes": path.stat().st_size}, str(path))
+
+
+def verify(folder: RunFolder = Path("runs/quickstart")) -> Result:
+    """Recompute every digest of a run and its ledger; exit code 8 if one differs."""
+    from sprat.trust.verify import verify as check
+
+    findings = check(folder)
+    faults = [finding for finding in findings if not finding.ok]
+    lines = [f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.text}" for finding in findings]
+    verdict = "proved" if not faults else f"{len(faults)} faults"
+    data = {"run": str(folder), "ok": not faults, "findings": [asdict(finding) for finding in findings]}
+    return Result(data, "\n".join([*lines, f"{folder}: {verdict}"]), TrustError.exit_code if faults else 0)

@@ -1,0 +1,97 @@
+"""``sprat quickstart``: the whole road in one command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sprat.cli.ask import manners
+from sprat.cli.stations import Text, narrate
+from sprat.cli.verb import Overrides, Recipe, Result, RoadFolder, say
+
+HOST = "127.0.0.1"
+
+
+def quickstart(
+    out: RoadFolder = Path("runs/quickstart"),
+    text: Text = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The recipe's if left out. Same seed: same digests.")
+    ] = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="End with the chat page on loopback.")] = True,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the chat page; 0 takes a free one.")] = 8000,
+) -> Result:
+    """Text and tasks to a served model that reasons: data, pre-train, SFT, RL, distil, INT4, report, chat page."""
+    from sprat.road.places import Road
+    from sprat.road.quickstart import SERVED, stages
+    from sprat.road.quickstart import quickstart as walk
+    from sprat.road.recipe import named
+    from sprat.serve import server
+
+    chosen = named(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
+    if serve:
+        server.take_port(HOST, port).close()  # a port in use is told now, not after the road
+    began, names = time.monotonic(), [stage.name for stage in stages(Road(out, chosen), text)]
+    with progress(len(names)) as told:
+        report = walk(out, chosen, text=text, told=told)
+    runs = {name: _cost(out / name) for name in names}
+    model, seconds = out / SERVED, time.monotonic() - began
+    yuan = sum(cost["nano_yuan"] for cost in runs.values()) / 1e9
+    examples, turns = manners(model)
+    lines = [
+        f"done in {seconds / 60:.1f} minutes, {sum(c['device_seconds'] for c in runs.values()):.0f} CPU-s, ¥{yuan:.4f}",
+        f"report: {report}",
+        f"prove it: sprat verify {out}",
+        f"ask it: sprat run {model} {json.dumps(examples[0]) if examples else 'QUESTION'}",
+    ]
+    data = {"road": str(out), "report": str(report), "model": str(model), "seconds": round(seconds, 1), "runs": runs}
+
+    def page() -> None:
+        say("the chat page, until Ctrl-C:")
+        server.run(model, HOST, port, name="sprat", examples=examples, turns=turns, announce=say)
+
+    return Result(data, "\n".join(lines), then=page if serve else None)
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    """The digest and cost of a finished run."""
+    written = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return {
+        key: written[key]
+        for key in ("artefact_digest", "device_seconds", "wall_seconds", "nano_yuan", "flops", "tokens")
+    }
+
+
+@contextmanager
+def progress(count: int) -> Iterator[Callable[[str, str, float], None]]:
+    """Yield the listener of a road of ``count`` stages: a line for each, and on a terminal a bar below them."""
+    if not sys.stderr.isatty():
+        yield narrate
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield functools.partial(_advance, bar, bar.add_task("", total=count), [])
+
+
+def _advance(bar: Any, task: Any, running: list[str], stage: str, what: str, seconds: float) -> None:
+    """Move the bar: the names of what runs now, and how many stages are done."""
+    if what == "done":
+        running.remove(stage)
+        bar.console.print(f"{stage} done in {seconds:.0f} s")
+        bar.advance(task)
+    else:
+        running.append(stage)
+    bar.update(task, description=", ".join(running))

@@ -1,0 +1,128 @@
+"""One verb for each station of the road. Each works on a road folder and goes on where it was.
+
+The verbs run the very functions that ``sprat quickstart`` runs, one at a time: ``sprat data``, ``sprat train``,
+``sprat sft``, ``sprat rl``, ``sprat distill`` and ``sprat quantize`` on one ``--out`` are the road by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder, say
+from sprat.errors import DataError
+
+if TYPE_CHECKING:
+    from sprat.road.places import Road
+
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="DIR", help="Your own text: a folder, .jsonl or .parquet.")
+]
+_ROAD = Path("runs/quickstart")
+
+
+def data(
+    out: RoadFolder = _ROAD, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+) -> Result:
+    """Text and tasks become a tokenizer, packed rows and held-out sets."""
+    return _work("data", out, recipe, overrides, text)
+
+
+def train(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+    """Pre-train the model on what `sprat data` made."""
+    return _work("pretrain", out, recipe, overrides)
+
+
+def sft(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+    """Fine-tune the pre-trained model on demonstrations: the cold start of RL."""
+    return _work("sft", out, recipe, overrides)
+
+
+def rl(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+    """Reinforcement learning with rule rewards (GRPO) from the cold start, with the first of the recipe's rl.seeds."""
+    return _work("rl", out, recipe, overrides)
+
+
+def distill(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+    """Teach a small student from the RL teacher's verified answers and its distributions."""
+    return _work("distill", out, recipe, overrides)
+
+
+def quantize(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+    """Squeeze the student's weights to INT4 and measure what that costs."""
+    return _work("quantize", out, recipe, overrides)
+
+
+def evaluate(
+    model: ModelFolder,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="A task of the recipe; repeat for more; else all."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems for each task.")] = 1000,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking.")] = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
+    """Score a model on held-out problems, greedily, with 95 % intervals."""
+    from sprat.engine import Engine
+    from sprat.engine.load import load
+    from sprat.post.evaluate import evaluate_many
+    from sprat.road.places import load_task, title
+    from sprat.road.recipe import named
+
+    chosen = named(recipe, tuple(overrides or ()))
+    known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
+    for name in task or ():
+        if name not in known:
+            raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
+    scores = evaluate_many(
+        Engine(*load(model), max_batch=chosen.eval.batch),
+        [load_task(known[name]) for name in (task or known)],
+        count=count,
+        thinking=think,
+        max_tokens=chosen.eval.max_tokens,
+        samples=chosen.eval.samples,
+    )
+    lines = [
+        f"{s.task}: {s.accuracy:.1%} of {s.count} ({s.low:.1%} to {s.high:.1%}), {s.mean_tokens:.0f} tokens each"
+        for s in scores
+    ]
+    return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
+
+
+def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None) -> Result:
+    """Run one station as the quickstart would: in a process of its own, with one thread, so that digests agree."""
+    from sprat.road.graph import run_all
+    from sprat.road.places import Road
+    from sprat.road.quickstart import check_machine, stages
+    from sprat.road.recipe import named
+    from sprat.trust.lock import hold
+
+    check_machine(out)
+    road = Road(out, named(recipe, tuple(overrides or ())))
+    first = next(stage for stage in stages(road, text) if stage.name.startswith(station))
+    with hold(out):
+        run_all([replace(first, needs=())], 1, narrate)
+    return _told(road, first.name)
+
+
+def narrate(station: str, what: str, seconds: float) -> None:
+    """Say that a station starts, or how long it took."""
+    say(f"sprat: {station} {what}" + (f" in {seconds:.0f} s" if seconds else ""))
+
+
+def _told(road: Road, name: str) -> Result:
+    """What ``run.json`` of the finished run ``name`` says, in short."""
+    folder = road.path(name)
+    written: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts = ("stage", "artefact_digest", "tokens", "flops", "device_seconds", "nano_yuan", "facts")
+    human = (
+        f"{folder}: {written['stage']} done, {written['tokens']:,} tokens, {written['device_seconds']:.0f} CPU-s, "
+        f"digest {written['artefact_digest'][:12]}"
+    )
+    return Result({"run": str(folder), **{fact: written[fact] for fact in facts}}, human)

@@ -1,0 +1,150 @@
+"""What every verb shares: ``--json``, ``--debug``, one sentence for a fault, and the exit code.
+
+A verb is a plain typed function that returns a ``Result``. ``verb`` adds the two options and turns the
+result into output: with ``--json`` exactly one JSON object on stdout, else the text meant for a person.
+Progress and faults always go to stderr, so that stdout can be piped.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from sprat.errors import MachineError, SpratError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+FAULT_OF_OURS = 70  # EX_SOFTWARE of sysexits.h: a bug, not bad input
+
+Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="A TOML file, or the name of a built-in recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as a.b=c; may be repeated.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same threads: same bytes.")]
+RoadFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder or a Hugging Face model folder.")]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb found.
+
+    Attributes:
+        data: JSON-able facts, printed with ``--json``.
+        human: a string or a rich renderable, printed without it; empty prints nothing.
+        exit_code: 0, or the documented code of the fault that ``data`` tells of.
+        then: what goes on once the result is shown, such as serving until Ctrl-C.
+    """
+
+    data: Mapping[str, Any]
+    human: Any = ""
+    exit_code: int = 0
+    then: Callable[[], None] | None = None
+
+
+def say(text: str) -> None:
+    """Tell the person something on stderr, whatever the output mode."""
+    print(text, file=sys.stderr, flush=True)
+
+
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+def stage() -> TextIO:
+    """Where a verb that talks while it works puts what it is asked for: stdout, or stderr with ``--json``."""
+    return sys.stderr if _as_json.get() else sys.stdout
+
+
+def verb(function: Callable[..., Result]) -> Callable[..., None]:
+    """Wrap ``function`` for Typer: adds ``--json`` and ``--debug``, prints its result, maps faults to exit codes.
+
+    Raises:
+        typer.Exit: with the code of ``docs/exit-codes.md`` where it is not 0.
+    """
+
+    @functools.wraps(function)
+    def command(**options: Any) -> None:
+        as_json, debug = options.pop("as_json"), options.pop("debug")
+        _as_json.set(as_json)
+        try:
+            result = function(**options)
+            show(result, as_json)
+            as_json = False  # the one object is out
+            if result.then is not None:
+                result.then()
+        except (typer.Exit, typer.Abort):
+            raise
+        except BaseException as error:
+            if debug:
+                raise
+            sentence, code = explain(error)
+            say(f"sprat: {sentence}")
+            if as_json:
+                fault = {"type": type(error).__name__, "message": sentence, "exit_code": code}
+                print(json.dumps({"error": fault}), flush=True)
+            raise typer.Exit(code) from None
+        if result.exit_code:
+            raise typer.Exit(result.exit_code)
+
+    signature = inspect.signature(function, eval_str=True)
+    added = [
+        inspect.Parameter(
+            "as_json",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")],
+        ),
+        inspect.Parameter(
+            "debug",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")],
+        ),
+    ]
+    parameters = [*signature.parameters.values(), *added]
+    command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Print ``result`` on stdout: one JSON object, or the text for a person."""
+    if as_json:
+        print(json.dumps(result.data, ensure_ascii=False, default=str), flush=True)
+    elif isinstance(result.human, str):
+        if result.human:
+            print(result.human, flush=True)
+    else:
+        from rich.console import Console
+
+        Console().print(result.human)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One sentence for a person, and the exit code, for any fault.
+
+    >>> explain(MachineError("the disk is full", todo="free some space"))
+    ('the disk is full; free some space.', 9)
+    """
+    if isinstance(error, SpratError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; start the same command again to go on where it was.", INTERRUPTED
+    if isinstance(error, MemoryError):
+        return "the machine ran out of memory; use a smaller size or batch.", MachineError.exit_code
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sprat"):
+        return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space and start the same command again.", MachineError.exit_code
+    if isinstance(error, PermissionError):
+        return f"no right to use {error.filename!r}; choose another folder.", MachineError.exit_code
+    return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", FAULT_OF_OURS

@@ -1,0 +1,30 @@
+"""What is this model, this run? Frozen, typed, validated configs."""
+
+from sprat.config.base import Config, load, override, parse
+from sprat.config.model import ModelConfig
+from sprat.config.recipe import (
+    DistillConfig,
+    MoneyConfig,
+    OptimConfig,
+    QuantConfig,
+    RLConfig,
+    SFTConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "DistillConfig",
+    "ModelConfig",
+    "MoneyConfig",
+    "OptimConfig",
+    "QuantConfig",
+    "RLConfig",
+    "SFTConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "load",
+    "override",
+    "parse",
+]

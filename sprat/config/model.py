@@ -1,0 +1,228 @@
+"""What is this model? One frozen config for DeepSeek-V2/V3 and for dense Llama, Qwen2 and Qwen3 decoders.
+
+Field names are DeepSeek's and Hugging Face's own, so that ``config.json`` goes in and out unchanged:
+``ModelConfig.from_hf`` reads both the classic form (``rope_theta`` beside ``rope_scaling``) and the newer
+one (``rope_parameters``); ``to_hf`` writes the classic form, which every engine reads.
+
+A dense twin of a DeepSeek model is the same model with ``n_routed_experts=0``: same attention, and a
+feed-forward as wide as what one token activates.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sprat.config.base import Config, parse
+from sprat.errors import ConfigError
+
+Architecture = Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3"]
+
+HF_CLASS: dict[str, str] = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# fmt: off
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "attention_bias", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+)
+_DEEPSEEK = (
+    "moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+    "routed_scaling_factor", "scoring_func", "topk_method", "first_k_dense_replace", "num_nextn_predict_layers",
+    "rope_interleave",
+)
+# fmt: on
+
+
+class ModelConfig(Config):
+    """Shape of one decoder. Sizes are in elements, ``max_position_embeddings`` in tokens."""
+
+    architecture: Architecture = "deepseek_v3"
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    # dense grouped-query attention
+    num_key_value_heads: int = Field(0, ge=0)  # 0: as many as query heads
+    head_dim: int = Field(0, ge=0)  # 0: hidden_size / num_attention_heads; MLA does not read it
+    attention_bias: bool = False
+    # multi-head latent attention
+    q_lora_rank: int | None = Field(None, ge=1)
+    kv_lora_rank: int = Field(0, ge=0)
+    qk_nope_head_dim: int = Field(0, ge=0)
+    qk_rope_head_dim: int = Field(0, ge=0)
+    v_head_dim: int = Field(0, ge=0)
+    rope_interleave: bool = True
+    # mixture of experts; n_routed_experts = 0 makes every layer dense
+    moe_intermediate_size: int = Field(0, ge=0)
+    n_routed_experts: int = Field(0, ge=0)
+    n_shared_experts: int = Field(0, ge=0)
+    num_experts_per_tok: int = Field(0, ge=0)
+    n_group: int = Field(1, ge=1)
+    topk_group: int = Field(1, ge=1)
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = Field(1.0, gt=0)
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    first_k_dense_replace: int = Field(0, ge=0)
+    num_nextn_predict_layers: int = Field(0, ge=0)
+    # positions, norms, vocabulary
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = Field(4096, ge=1)
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, gt=0)
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.architecture in ("deepseek_v2", "deepseek_v3")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of grouped-query attention."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one grouped-query attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one MLA query or key head: the part without and the part with positions."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` (0-based; MTP layers count on) has routed experts."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        """Refuse shapes that no model can have."""
+        if self.is_mla:
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} must be at least 1 for {self.architecture}")
+            if self.qk_rope_head_dim % 2:
+                raise ValueError("qk_rope_head_dim must be even")
+        else:
+            if self.n_routed_experts or self.num_nextn_predict_layers:
+                raise ValueError(
+                    f"{self.architecture} is dense: n_routed_experts and num_nextn_predict_layers must be 0"
+                )
+            if self.num_attention_heads % self.kv_heads:
+                raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+            if self.attention_head_dim % 2:
+                raise ValueError("head_dim must be even")
+        if self.n_routed_experts:
+            self._experts_hold_together()
+        return self
+
+    def _experts_hold_together(self) -> None:
+        """Refuse routers that cannot choose."""
+        if self.moe_intermediate_size < 1:
+            raise ValueError("moe_intermediate_size must be at least 1")
+        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError("num_experts_per_tok must lie between 1 and n_routed_experts")
+        if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError("n_group must divide n_routed_experts, and topk_group must not exceed n_group")
+        if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:
+            raise ValueError("the chosen groups hold fewer experts than num_experts_per_tok")
+        if self.topk_method == "noaux_tc" and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ValueError("noaux_tc needs groups of at least two experts")
+
+    @classmethod
+    def from_hf(cls, table: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
+        """The config of a Hugging Face ``config.json``.
+
+        Raises:
+            ConfigError: the architecture is unknown, or the file asks for what this code does not compute.
+        """
+        kind = table.get("model_type")
+        choices = ", ".join(HF_CLASS)
+        if kind not in HF_CLASS:
+            raise ConfigError(f"model_type {kind!r} is not known", where=where, todo=f"use one of {choices}")
+        _refuse_unsupported(table, where)
+        known = {key: table[key] for key in [*_SHARED, *_DEEPSEEK, "head_dim"] if table.get(key) is not None}
+        if "num_mtp_layers" in table:
+            known.setdefault("num_nextn_predict_layers", table["num_mtp_layers"])
+        theta, scaling = _rope_of(table)
+        known |= {"architecture": kind, "rope_theta": theta, "rope_scaling": scaling}
+        if kind == "qwen2":
+            known["attention_bias"] = True
+        if kind in ("llama", "qwen2", "qwen3"):
+            for key in _DEEPSEEK:
+                known.pop(key, None)
+        else:
+            for key in ("num_key_value_heads", "head_dim"):
+                known.pop(key, None)
+            known.setdefault("q_lora_rank", None)
+        if kind == "deepseek_v2":
+            known.setdefault("scoring_func", "softmax")
+            known.setdefault("topk_method", "greedy")
+            known.setdefault("norm_topk_prob", False)
+        return parse(cls, known, where=where)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads."""
+        names = [*_SHARED, *(_DEEPSEEK if self.is_mla else ["head_dim"])]
+        values = self.model_dump(mode="json")
+        table: dict[str, Any] = {
+            "architectures": [HF_CLASS[self.architecture]],
+            "model_type": self.architecture,
+            "hidden_act": "silu",
+            "torch_dtype": "float32",
+            "use_cache": True,
+            **{name: values[name] for name in names},
+        }
+        table["num_key_value_heads"] = self.num_attention_heads if self.is_mla else self.kv_heads
+        if not self.is_mla:
+            table["head_dim"] = self.attention_head_dim
+        else:
+            table |= {"moe_layer_freq": 1, "num_mtp_layers": self.num_nextn_predict_layers}
+        if self.is_mla and not self.n_routed_experts:
+            table["first_k_dense_replace"] = self.num_hidden_layers
+        if self.architecture == "qwen2":
+            del table["attention_bias"]
+        return table
+
+
+def _refuse_unsupported(table: dict[str, Any], where: str) -> None:
+    """Raise ConfigError where a foreign config asks for arithmetic that this code does not do."""
+    plain: dict[str, tuple[Any, ...]] = {
+        "hidden_act": (None, "silu"),
+        "mlp_bias": (None, False),
+        "use_sliding_window": (None, False),
+        "moe_layer_freq": (None, 1),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (None, 1, 1.0),
+    }
+    for key, allowed in plain.items():
+        if table.get(key) not in allowed:
+            raise ConfigError(
+                f"{key}={table[key]!r} is not supported", where=where, todo="convert the checkpoint to the plain form"
+            )
+
+
+def _rope_of(table: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling or None) from the classic or the newer form of config.json."""
+    merged = dict(table.get("rope_parameters") or table.get("rope_scaling") or {})
+    theta = merged.pop("rope_theta", None) or table.get("rope_theta") or 10000.0
+    kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
+    merged.pop("type", None)
+    if kind == "default":
+        return float(theta), None
+    return float(theta), {"rope_type": kind, **{key: value for key, value in merged.items() if value is not None}}

@@ -1,0 +1,110 @@
+"""What a run is: one frozen config for each station of the road.
+
+Units are in the names or the comments; a rate without a unit is per step. Defaults are those that
+the quickstart measured (docs/log.md), so that an empty recipe already works.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sprat.config.base import Config
+
+
+class OptimConfig(Config):
+    """Muon for hidden matrices, AdamW for the rest (Jordan et al. 2024; Loshchilov and Hutter 2019)."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    muon_lr: float = Field(0.012, gt=0)
+    adam_lr: float = Field(0.003, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.98)
+    grad_clip: float = Field(1.0, gt=0)
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = Field(20, ge=0)
+    decay_fraction: float = Field(0.3, ge=0, le=1)
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+
+
+class TrainConfig(Config):
+    """One training loop: ``steps`` batches of ``batch_rows`` rows of ``seq_len`` tokens."""
+
+    steps: int = Field(400, ge=1)
+    batch_rows: int = Field(32, ge=1)
+    seq_len: int = Field(128, ge=8)
+    micro_batches: int = Field(1, ge=1)
+    optim: OptimConfig = OptimConfig()
+    seed: int = 0
+    checkpoint_every: int = Field(100, ge=1)
+    log_every: int = Field(10, ge=1)
+    mtp_weight: float = Field(0.1, ge=0)
+    balance_weight: float = Field(1e-4, ge=0)
+    bias_update_speed: float = Field(0.001, ge=0)
+    compile: bool = False
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: only the assistant's tokens carry loss."""
+
+    demonstrations: int = Field(4000, ge=1)
+    terse_fraction: float = Field(0.9, ge=0, le=1)  # share of demonstrations with an empty think
+
+
+class RLConfig(Config):
+    """GRPO with rule rewards (DeepSeekMath, arXiv 2402.03300, section 4.1)."""
+
+    steps: int = Field(20, ge=1)
+    prompts_per_step: int = Field(32, ge=1)
+    group_size: int = Field(16, ge=2)
+    max_tokens: int = Field(96, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    lr: float = Field(2e-4, gt=0)
+    optim: Literal["adamw", "muon"] = "adamw"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.28, gt=0)
+    kl_weight: float = Field(0.0, ge=0)
+    epochs: int = Field(1, ge=1)
+    minibatch: int = Field(256, ge=1)  # sequences per optimiser step
+    format_weight: float = Field(0.1, ge=0)
+    normalise_std: bool = True
+    seed: int = 0
+    checkpoint_every: int = Field(5, ge=1)
+    grad_clip: float = Field(1.0, gt=0)
+    gate: bool = True  # check that the policy is ready for RL before it starts
+    gate_pass_at_8: float = Field(0.5, ge=0, le=1)
+
+
+class DistillConfig(TrainConfig):
+    """Teacher to student: ``traces`` (cross-entropy on sampled text), ``logits`` (KL), or both."""
+
+    mode: Literal["traces", "logits", "both"] = "both"
+    logits_weight: float = Field(0.5, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+    problems: int = Field(8000, ge=1)
+
+
+class QuantConfig(Config):
+    """INT4 round-to-nearest, symmetric, one f16 scale per ``group`` input channels."""
+
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64, 128] = 32
+    head_bits: Literal[4, 8, 16] = 8  # embedding and head
+
+
+class TaskConfig(Config):
+    """One task of the mix: ``source:name`` with its generator's settings."""
+
+    name: str  # e.g. "sums" (own) or "reasoning-gym/chain_sum"
+    title: str = ""  # unique label in reports; the name when empty
+    settings: dict[str, int | float | str | bool | list[str]] = {}
+    weight: float = Field(1.0, ge=0)
+
+
+class MoneyConfig(Config):
+    """What a core-hour costs and draws. Both are statements of the user's, not measurements."""
+
+    yuan_per_core_hour: float = Field(0.1, ge=0)
+    watts_per_core: float = Field(10.0, ge=0)

@@ -1,0 +1,217 @@
+"""The corpus of a run: documents.jsonl with the text, sources.json with where it came from and on what terms.
+
+Nobody's text is in this repository. The default corpus is put together on the user's machine from what is
+there (the Python installation's own library) and what a package brings (novels in the public domain), and
+where the package cannot be had, the library alone serves and sources.json says why. Once made, a corpus
+is kept and never fetched again, so that a run that goes on reads the very same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sprat.data import debian, dedup, document, ingest, pythonlib
+from sprat.data.document import Document
+from sprat.data.split import Split, held_out, source_held_out, split
+from sprat.errors import DataError
+from sprat.trust import atomic
+
+VERSION = 1
+SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
+LIBRARY = ("docstring", "code")  # domains that the Python library fills
+HELD_OUT_SHARE = 0.025  # of the budget, for each domain, beside the budget
+HELD_OUT_LEAST = 60_000  # bytes
+HELD_OUT_DOCUMENT = 8_000  # bytes; longer ones are cut, so that no single file decides the test
+LEAST = 1000  # bytes of the user's text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents on disk.
+
+    Attributes:
+        documents: the file documents.jsonl; sources.json lies beside it.
+        sources: one entry for each source of text: name, licence, digest, documents, bytes, fault.
+        digest: SHA-256 (hex) of documents.jsonl.
+    """
+
+    documents: Path
+    sources: list[dict[str, Any]]
+    digest: str
+
+    def read(self) -> list[Document]:
+        """The documents, in the order of the file."""
+        return list(document.read(self.documents))
+
+    def split(self) -> Split:
+        """The training and the held-out documents."""
+        return split(self.read())
+
+    @property
+    def faults(self) -> list[str]:
+        """Why a source is missing, one sentence each; empty when all is there."""
+        return [str(source["fault"]) for source in self.sources if source.get("fault")]
+
+
+def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> Corpus:
+    """The default corpus, made once and then read from ``folder``.
+
+    Args:
+        folder: where it is kept.
+        budget_bytes: about how much text to train on (55 % prose, 25 % docstrings, 20 % code, as far as there
+            is so much); 2.5 % of it, at least 60 kB, is held out of each domain beside that.
+        offline: fetch nothing.
+
+    Raises:
+        DataError: the machine has no text at all, or the folder is torn.
+    """
+    folder, request = Path(folder), {"version": VERSION, "kind": "default", "budget_bytes": budget_bytes}
+    kept = _kept(folder, request)
+    if kept is not None:
+        return kept
+    fetched = [] if offline else debian.fetch()
+    found = [document for one in fetched for document in one.documents]
+    sources: list[dict[str, Any]] = [_package_entry(one) for one in fetched]
+    if not found:
+        found = list(pythonlib.topics())
+        if offline:
+            sources.append(_entry("debian packages", "", fault="offline: no package was fetched"))
+    found += _library(budget_bytes)
+    chosen = _choose(list(dedup.exact(found)), budget_bytes, SHARES)
+    if not chosen:
+        raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
+    library = [one for one in chosen if one.source.startswith("python/")]
+    version = "{}.{}.{}".format(*sys.version_info[:3])
+    sources.append({**_entry(f"python {version} library", pythonlib.LICENCE, library), "digest": _digest(library)})
+    return _keep(folder, request, chosen, sources)
+
+
+def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Corpus:
+    """A corpus of the user's own text (see ``ingest.read``), made once and then read from ``folder``.
+
+    Raises:
+        DataError: the text is missing, empty, binary or too little.
+    """
+    folder, found = Path(folder), list(ingest.read(path))
+    text = _digest(found)
+    request = {"version": VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
+    kept = _kept(folder, request)
+    if kept is not None:
+        return kept
+    size = sum(one.size for one in found)
+    if size < LEAST:
+        what = f"{size} bytes of text are too little to learn from"
+        raise DataError(what, where=str(path), todo=f"give at least {LEAST} bytes")
+    chosen = _choose(list(dedup.exact(found)), budget_bytes, {})
+    licences = sorted({one.licence for one in found})
+    entry = {**_entry(Path(path).name, ", ".join(licences), chosen), "digest": text}
+    return _keep(folder, request, chosen, [entry])
+
+
+def _library(budget: int) -> list[Document]:
+    """As many docstrings and as much code of the Python library as both sides of the split need.
+
+    A fifth more is read for training, because dedup takes some away.
+    """
+    found = []
+    for side, of in ((False, lambda source: not source_held_out(source)), (True, source_held_out)):
+        largest = HELD_OUT_DOCUMENT if side else sys.maxsize
+        left = {name: _held_out_bytes(budget) if side else round(1.2 * SHARES[name] * budget) for name in LIBRARY}
+        for one in pythonlib.documents(of=of):
+            if left[one.domain] > 0:
+                left[one.domain] -= min(one.size, largest)
+                found.append(one)
+            if max(left.values()) <= 0:
+                break
+    return found
+
+
+def _held_out_bytes(budget: int) -> int:
+    """How much text of one domain is held out beside ``budget``."""
+    return max(HELD_OUT_LEAST, round(HELD_OUT_SHARE * budget))
+
+
+def _choose(documents: Sequence[Document], budget: int, shares: Mapping[str, float]) -> list[Document]:
+    """A sample of about ``budget`` bytes to train on, with what is held out beside it, sorted by id.
+
+    Without ``shares`` all domains are one. What a domain cannot fill is not made up by another.
+    """
+    domains = shares or {"": 1.0}
+    chosen: list[Document] = []
+    for domain, share in domains.items():
+        pool = [one for one in documents if not shares or one.domain == domain]
+        test = [_cut(one, HELD_OUT_DOCUMENT) if shares else one for one in pool if held_out(one)]
+        chosen += _sample([one for one in pool if not held_out(one)], round(share * budget))
+        chosen += _sample(test, _held_out_bytes(budget))
+    return sorted(chosen, key=lambda one: one.id)
+
+
+def _sample(documents: Sequence[Document], limit: int) -> list[Document]:
+    """Documents in the order of the hash of their id until ``limit`` bytes; the last one is cut at a line's end."""
+    chosen: list[Document] = []
+    for one in sorted(documents, key=lambda one: hashlib.sha256(one.id.encode("utf-8", "replace")).digest()):
+        size = one.size
+        if size > limit:
+            last = _cut(one, limit)
+            return [*chosen, last] if last.text.strip() else chosen
+        chosen.append(one)
+        limit -= size
+    return chosen
+
+
+def _cut(one: Document, limit: int) -> Document:
+    """``one`` with its text up to the last line that ends within ``limit`` bytes."""
+    if one.size <= limit:
+        return one
+    text = one.text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+    return one.with_text(text[: text.rfind("\n") + 1] or text)
+
+
+def _package_entry(fetched: debian.Fetched) -> dict[str, Any]:
+    """What sources.json says of a package; ``pinned`` is the digest that its reader was written for."""
+    package = fetched.package
+    entry = _entry(f"debian {package.name}", package.licence, fetched.documents, fault=fetched.fault)
+    return {**entry, "file": fetched.file, "digest": fetched.sha256, "pinned": package.sha256}
+
+
+def _entry(name: str, licence: str, documents: Iterable[Document] = (), *, fault: str = "") -> dict[str, Any]:
+    """The facts that every source has."""
+    sizes = [one.size for one in documents]
+    return {"name": name, "licence": licence, "documents": len(sizes), "bytes": sum(sizes), "fault": fault}
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    """SHA-256 (hex) over ids and texts."""
+    found = hashlib.sha256()
+    for one in documents:
+        found.update(json.dumps([one.id, one.text]).encode())
+    return found.hexdigest()
+
+
+def _keep(folder: Path, request: dict[str, Any], chosen: list[Document], sources: list[dict[str, Any]]) -> Corpus:
+    """Write the corpus; sources.json last, so that a half-written one is never taken for whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sources.json").unlink(missing_ok=True)
+    document.write(folder / "documents.jsonl", chosen)
+    digest = hashlib.sha256((folder / "documents.jsonl").read_bytes()).hexdigest()
+    atomic.write_json(folder / "sources.json", {"request": request, "digest": digest, "sources": sources})
+    return Corpus(folder / "documents.jsonl", sources, digest)
+
+
+def _kept(folder: Path, request: dict[str, Any]) -> Corpus | None:
+    """The corpus in ``folder`` if it answers ``request`` and is whole, else None."""
+    try:
+        facts = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        content = (folder / "documents.jsonl").read_bytes()
+    except (OSError, ValueError):
+        return None
+    digest = hashlib.sha256(content).hexdigest()
+    if not isinstance(facts, dict) or facts.get("request") != request or facts.get("digest") != digest:
+        return None
+    return Corpus(folder / "documents.jsonl", facts["sources"], digest)

@@ -1,0 +1,146 @@
+"""Texts out of Debian packages: fetched by name at run time, unpacked in a temporary folder.
+
+``apt-get download`` checks a package against the signed lists of the machine and needs no rights;
+``dpkg-deb -x`` only unpacks, so that no script of the package runs. Every package has the SHA-256 that
+we read it with; another version is used all the same, and both digests are recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sprat.data import rdata
+from sprat.data.document import Document
+from sprat.errors import DataError
+
+SECONDS = 20.0  # for each of the two commands
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Debian package with text in it.
+
+    Attributes:
+        name: package name.
+        sha256: digest of the .deb that the reader was written for.
+        licence: terms of the text.
+        read: from the unpacked folder to its documents.
+    """
+
+    name: str
+    sha256: str
+    licence: str
+    read: Callable[[Path], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of one package: its documents, or why there are none."""
+
+    package: Package
+    file: str
+    sha256: str
+    documents: tuple[Document, ...]
+    fault: str
+
+
+def novels(folder: Path) -> Iterator[Document]:
+    """The six novels of Jane Austen in r-cran-janeaustenr, one document a chapter."""
+    database = next(iter(sorted(folder.rglob("janeaustenr/data/Rdata.rdb"))), None)
+    if database is None:
+        raise DataError("the package has no texts", where="Rdata.rdb", todo="report this version")
+    for title, lines in rdata.texts(database).items():
+        for number, text in enumerate(_chapters(lines)):
+            source = f"janeaustenr/{title}"
+            yield Document(f"{source}#{number}", text, source, "public domain", "prose")
+
+
+AUSTEN = Package(
+    name="r-cran-janeaustenr",
+    sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    licence="public domain (package: MIT)",
+    read=novels,
+)
+PACKAGES = (AUSTEN,)
+
+
+def fetch(packages: Sequence[Package] = PACKAGES) -> list[Fetched]:
+    """Fetch and read ``packages``, all at once; each has 20 s for the download and 20 s to unpack."""
+    with ThreadPoolExecutor(max_workers=max(1, len(packages))) as pool:
+        return list(pool.map(_fetch, packages))
+
+
+def _fetch(package: Package) -> Fetched:
+    """One package; whatever goes wrong is told in ``fault``."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            return Fetched(package, "", "", (), f"this machine has no {tool}")
+    with tempfile.TemporaryDirectory(prefix="sprat-deb-") as name:
+        folder = Path(name)
+        file, digest = "", ""
+        try:
+            _command(["apt-get", "-q", "download", package.name], folder)
+            deb = next(iter(sorted(folder.glob("*.deb"))), None)
+            if deb is None:
+                return Fetched(package, "", "", (), "apt-get download left no package")
+            file, digest = deb.name, hashlib.sha256(deb.read_bytes()).hexdigest()
+            _command(["dpkg-deb", "-x", str(deb), str(folder / "tree")], folder)
+            return Fetched(package, file, digest, tuple(package.read(folder / "tree")), "")
+        except (DataError, OSError) as error:
+            return Fetched(package, file, digest, (), str(error))
+
+
+def _command(words: list[str], folder: Path) -> None:
+    """Run a command in ``folder``; past its time it is ended with all that it started.
+
+    Raises:
+        DataError: it failed or took too long.
+    """
+    settings = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    with subprocess.Popen(
+        words,
+        cwd=folder,
+        env=settings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                what = f"{words[0]} took more than {SECONDS:g} s"
+                raise DataError(what, where=words[-1], todo="try again later") from None
+            raise
+    if process.returncode:
+        reasons = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+        reason = next(
+            (line for line in reasons if line.startswith("E:")), reasons[-1] if reasons else "no reason given"
+        )
+        raise DataError(f"{words[0]} failed: {reason.removeprefix('E:').strip()}", where=words[-1])
+
+
+def _chapters(lines: list[str]) -> Iterator[str]:
+    """The chapters of a novel, with each paragraph on one line."""
+    chapter: list[str] = []
+    for line in [*lines, "CHAPTER 0"]:
+        if re.fullmatch(r"\s*chapter\s+[ivxlc\d]+\.?\s*", line, flags=re.IGNORECASE) and chapter:
+            text = "\n".join(chapter).strip("\n")
+            paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+            if len(text) > 200:  # less is a title page
+                yield "\n\n".join(part for part in paragraphs if part) + "\n"
+            chapter = []
+        chapter.append(line)

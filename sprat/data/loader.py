@@ -1,0 +1,151 @@
+# B batch rows, T time (tokens), R rows of a packed part
+"""Batches as a pure function of (seed, step): to resume is to ask for the next step.
+
+There is no iterator whose state could be lost. Part p owes q_p rows to every batch, so before step s it
+has given s·q_p rows; the next ones are found by their place in that count: which pass over the part it is
+(each has its own permutation) and where in the pass. A run that was killed at step 317 asks for step 318
+and gets what it would have got.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sprat.data.pack import Packed
+from sprat.errors import DataError
+
+IGNORED = -100  # the target of a place that carries no loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        tokens_BT: int64 inputs.
+        targets_BT: int64, the next token of the same segment, or -100 where there is no loss.
+        segments_BT: int64, 1, 2, … within a row, 0 where nothing lies.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    segments_BT: Tensor
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` to before ``stop``: one micro-batch."""
+        return Batch(self.tokens_BT[start:stop], self.targets_BT[start:stop], self.segments_BT[start:stop])
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(self.tokens_BT.to(device), self.targets_BT.to(device), self.segments_BT.to(device))
+
+
+class Source(Protocol):
+    """Where a training loop gets its batches: ``batch`` is a pure function of the step."""
+
+    digest: str
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step`` (from 0)."""
+        ...
+
+
+def gather(packed: Packed, index: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
+    """The rows ``index`` of ``packed`` as a batch of T = packed.seq_len."""
+    return _batch(packed.tokens[index], packed.segments[index], packed.mask[index])
+
+
+def _batch(tokens: npt.NDArray[np.int32], segments: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Batch:
+    """Shift rows of T+1 tokens into inputs and targets."""
+    learned = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & (mask[:, 1:] > 0)
+    targets = np.where(learned, tokens[:, 1:], IGNORED)
+    parts = (tokens[:, :-1], targets, segments[:, :-1])
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in parts))
+
+
+class MixedSource:
+    """Several packed parts mixed in fixed shares; implements ``Source``.
+
+    Each batch holds the same number of rows of each part (largest remainder over the weights, at least
+    one row of every part that has weight), in a random order.
+
+    Attributes:
+        quotas: rows of each part in one batch.
+        digest: SHA-256 (hex) over the parts' digests, the quotas and the seed.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Packed, float]], rows: int, seed: int) -> None:
+        """Mix ``parts`` (dataset, weight) into batches of ``rows`` rows.
+
+        Raises:
+            DataError: no part has weight, parts differ in row length, or there are more parts than rows.
+        """
+        self.parts = [packed for packed, weight in parts if weight > 0]
+        weights = [weight for _, weight in parts if weight > 0]
+        if not self.parts:
+            raise DataError("no data to draw from", where="mix", todo="give at least one part a positive weight")
+        lengths = sorted({packed.seq_len for packed in self.parts})
+        if len(lengths) > 1:
+            raise DataError(f"parts with rows of {lengths} tokens", where="mix", todo="pack all with one seq_len")
+        if rows < len(self.parts):
+            what = f"{len(self.parts)} parts cannot share batches of {rows} rows"
+            raise DataError(what, where="mix", todo="give larger batches or fewer parts")
+        self.seed = seed
+        self.quotas = quotas(weights, rows)
+        self._passes: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
+        identity = [[packed.digest for packed in self.parts], self.quotas, seed]
+        self.digest: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step`` (from 0); the same for the same seed, whatever was asked before."""
+        drawn = []
+        for number, (packed, quota) in enumerate(zip(self.parts, self.quotas, strict=True)):
+            index = self._index(number, packed.rows, step * quota, quota)
+            drawn.append((packed.tokens[index], packed.segments[index], packed.mask[index]))
+        order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.quotas))
+        tokens, segments, mask = (np.concatenate(arrays)[order] for arrays in zip(*drawn, strict=True))
+        return _batch(tokens, segments, mask)
+
+    def _index(self, number: int, rows: int, start: int, count: int) -> npt.NDArray[np.int64]:
+        """The rows number ``start`` to before ``start + count`` of part ``number``'s endless row of passes."""
+        found = []
+        while count:
+            epoch, place = divmod(start, rows)
+            taken = min(count, rows - place)
+            found.append(self._permutation(number, epoch, rows)[place : place + taken])
+            start, count = start + taken, count - taken
+        return np.concatenate(found)
+
+    def _permutation(self, number: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
+        """The order of part ``number`` in pass ``epoch``; the last one is remembered."""
+        held = self._passes.get(number)
+        if held is None or held[0] != epoch:
+            held = (epoch, np.random.default_rng([self.seed, 0, number, epoch]).permutation(rows))
+            self._passes[number] = held
+        return held[1]
+
+
+def quotas(weights: Sequence[float], rows: int) -> list[int]:
+    """Share ``rows`` out by ``weights``: largest remainder, but at least one each.
+
+    >>> quotas([0.7, 0.29, 0.01], 10)
+    [6, 3, 1]
+    """
+    spare, total = rows - len(weights), sum(weights)
+    exact = [max(0.0, weight / total * rows - 1) for weight in weights]
+    scale = spare / sum(exact) if sum(exact) else 0.0
+    shares = [share * scale for share in exact]
+    result = [1 + int(share) for share in shares]
+    by_remainder = sorted(range(len(weights)), key=lambda part: (int(shares[part]) - shares[part], part))
+    for part in by_remainder[: rows - sum(result)]:
+        result[part] += 1
+    return result

@@ -1,0 +1,107 @@
+"""Text that every machine with Python has: the standard library's code, docstrings and language topics.
+
+Modules are parsed, never run or imported. A file's docstrings make one document and its code without
+them another, both of one source, so that they land on the same side of the split.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sprat.data.document import Document
+
+LICENCE = "PSF-2.0"
+# Tests, foreign packages, tables rather than text, and what we read in another way.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"}
+LARGEST = 400_000  # bytes; larger files are tables
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def documents(root: Path | None = None, *, of: Callable[[str], bool] = lambda source: True) -> Iterator[Document]:
+    """Docstrings and code of the library's modules, file by file in an order that mixes its folders.
+
+    Args:
+        root: the library's folder; that of the running Python if not given.
+        of: only files whose source ("python/json/decoder.py") it likes are opened.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    for file in _files(root):
+        name = file.relative_to(root).as_posix()
+        if of(f"python/{name}"):
+            yield from _read(file, name)
+
+
+def topics(root: Path | None = None) -> Iterator[Document]:
+    """The language reference that ``help()`` shows, one document a topic (reStructuredText prose)."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    file = root / "pydoc_data" / "topics.py"
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                name, text = getattr(key, "value", None), getattr(value, "value", None)
+                if isinstance(name, str) and isinstance(text, str):
+                    source = f"python/topics/{name}"
+                    yield Document(source, text, source, LICENCE, "prose")
+
+
+def _files(root: Path) -> list[Path]:
+    """The library's modules in an order that only their names decide."""
+    found = []
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        for file in (Path(place, name) for name in names if name.endswith(".py")):
+            if file.is_file() and file.stat().st_size <= LARGEST:
+                found.append((hashlib.sha256(file.relative_to(root).as_posix().encode()).digest(), file))
+    return [file for _, file in sorted(found)]
+
+
+def _read(file: Path, name: str) -> Iterator[Document]:
+    """The docstring document and the code document of one module; nothing if it is no Python."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    source = f"python/{name}"
+    spoken, lines = [], text.split("\n")
+    for title, node in _walk(tree, name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")):
+        said = ast.get_docstring(node, clean=True)
+        if said and len(said) > 20:
+            spoken.append(f"{title}\n\n{said}\n")
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or first.lineno) - first.lineno + 1)
+    if spoken:
+        yield Document(f"{source}#docstrings", "\n".join(spoken), source, LICENCE, "docstring")
+    code = re.sub(r"\n\s*\n\s*\n+", "\n\n", "\n".join(lines)).strip("\n")
+    if code.strip():
+        yield Document(f"{source}#code", code + "\n", source, LICENCE, "code")
+
+
+def _walk(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, title: str
+) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """``node`` and the classes and functions in it, in the order of the text, with their titles."""
+    yield title, node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _walk(child, child.name)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _walk(child, f"{child.name}({_arguments(child)})")
+
+
+def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """The names of a function's arguments."""
+    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+    names += [f"*{node.args.vararg.arg}"] if node.args.vararg else []
+    names += [argument.arg for argument in node.args.kwonlyargs]
+    return ", ".join(names + ([f"**{node.args.kwarg.arg}"] if node.args.kwarg else []))

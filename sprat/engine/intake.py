@@ -1,0 +1,89 @@
+"""What is asked, checked before it costs anything: from a prompt to a request that will fit.
+
+Everything that can be wrong with a request is found here, in the caller's thread, as one EngineError.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence as Rows
+
+from sprat.config.model import ModelConfig
+from sprat.engine.sequence import Sampling, Sequence, noise_key
+from sprat.errors import EngineError
+from sprat.tokens import Message, Tokenizer, render
+
+Prompt = str | Rows[Message] | Rows[int]
+
+
+class Intake:
+    """Makes numbered requests for one model.
+
+    Args:
+        cap: sampled tokens of one request at most; None: what the context holds.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, cap: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._vocab, self.context = config.vocab_size, config.max_position_embeddings
+        self.cap = cap or self.context
+        self._numbers = itertools.count(1)
+
+    def ids(self, prompt: Prompt, sampling: Sampling) -> list[int]:
+        """The ids of a prompt: a question, a conversation, or ids as they are.
+
+        Raises:
+            EngineError: it is empty, or not of this vocabulary.
+            DataError: a role of the conversation is unknown.
+        """
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, Message)]
+        if not prompt or (turns and not any(turn.content.strip() for turn in turns)):
+            raise EngineError("the prompt is empty", where="prompt", todo="ask something")
+        if isinstance(prompt, str) or len(turns) == len(prompt):
+            return render(self._tokenizer, turns, thinking=sampling.thinking)
+        ids = [int(index) for index in prompt if isinstance(index, int)]
+        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab:
+            fault = "the prompt holds what is no token of this model"
+            raise EngineError(fault, where="prompt", todo=f"give ids of 0 … {self._vocab - 1}")
+        return ids
+
+    def sequence(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        stream: int = 0,
+        share: int = 0,
+        event: threading.Event | None = None,
+    ) -> Sequence:
+        """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
+
+        Raises:
+            EngineError: it asks for more tokens than the engine gives or the context holds.
+        """
+        room = self.context - len(ids)
+        wanted = min(self.cap, max(room, 1)) if sampling.max_tokens is None else sampling.max_tokens
+        if wanted > self.cap:
+            fault = f"max_tokens is {wanted}, and this engine gives {self.cap} at most"
+            raise EngineError(fault, where="max_tokens", todo="ask for less")
+        if wanted > room:
+            fault = f"{len(ids)} prompt tokens and {wanted} more exceed the context of {self.context}"
+            raise EngineError(fault, where="prompt", todo="shorten the prompt or lower max_tokens")
+        ban = max(1, sampling.min_think_tokens) if sampling.thinking else 0
+        key = noise_key(sampling.seed, stream, ids)
+        return Sequence(next(self._numbers), ids, sampling, wanted, key, share, event, ban)
+
+
+def banned(tokenizer: Tokenizer) -> list[int]:
+    """The ids that would end the thinking before it began."""
+    close = tokenizer.ids.think_close
+    first = close if close >= 0 else tokenizer.piece(tokenizer.format.think_tokens[1])[0]
+    return sorted({first, tokenizer.ids.eos} - {-1})
+
+
+def ends(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's, and those of config.json that are control tokens."""
+    named = config.eos_token_id
+    listed = {named} if isinstance(named, int) else set(named or ())
+    return frozenset({tokenizer.ids.eos} | (listed & tokenizer.control_ids))

@@ -1,0 +1,30 @@
+"""What computes: MLA, DeepSeekMoE, MTP and dense decoders, on one device."""
+
+from sprat.model.cache import Cache
+from sprat.model.counts import Counts, count_parameters, flops_per_token
+from sprat.model.hf import load_folder, save_folder
+from sprat.model.linear import Embedding, Linear
+from sprat.model.moe import MLP, Experts, Gate, MoE, Routing, balance_loss
+from sprat.model.norm import RMSNorm
+from sprat.model.transformer import Block, Hidden, Transformer
+
+__all__ = [
+    "MLP",
+    "Block",
+    "Cache",
+    "Counts",
+    "Embedding",
+    "Experts",
+    "Gate",
+    "Hidden",
+    "Linear",
+    "MoE",
+    "RMSNorm",
+    "Routing",
+    "Transformer",
+    "balance_loss",
+    "count_parameters",
+    "flops_per_token",
+    "load_folder",
+    "save_folder",
+]

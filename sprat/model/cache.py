@@ -1,0 +1,131 @@
+"""What a model remembers of the tokens it has read: one static block of memory for each layer.
+
+For multi-head latent attention a token leaves ``kv_lora_rank + qk_rope_head_dim`` numbers a layer (the latent
+that keys and values are rebuilt from, and the one shared rotary key); for grouped-query attention it leaves
+all keys and values. Rows of a batch may hold different numbers of tokens: ``length_B`` says how many.
+"""
+
+# B rows, T new tokens, S stored tokens, C capacity, W numbers a token leaves
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sprat.config.model import ModelConfig
+from sprat.errors import EngineError
+
+
+class Cache:
+    """Stored tokens of a batch of rows. Slots at or beyond ``length_B`` hold rubbish and are never attended to."""
+
+    def __init__(self, layers: list[Tensor], length_B: Tensor, extent: int = 0) -> None:
+        self.layers = layers  # each [B, C, W]
+        self.length_B = length_B
+        self.extent = extent  # no row holds more than this; kept as an int so that no tensor has to be read
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Cache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
+        width = cls.width(config)
+        shape = (batch, capacity, width)
+        layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        return cls(layers, torch.zeros(batch, dtype=torch.long, device=device))
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """Numbers that one token leaves in one layer."""
+        if config.is_mla:
+            return config.kv_lora_rank + config.qk_rope_head_dim
+        return 2 * config.kv_heads * config.attention_head_dim
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return int(self.length_B.shape[0])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row can hold."""
+        return int(self.layers[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers together, used or not."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def write(self, layer: int, new_BTW: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> None:
+        """Store ``new_BTW`` of ``layer`` at ``positions_BT``; slots that are not valid stay as they are."""
+        rows_B1 = torch.arange(new_BTW.shape[0], device=new_BTW.device).unsqueeze(1)
+        store_BCW = self.layers[layer]
+        new_BTW = new_BTW.to(store_BCW.dtype)
+        if valid_BT is None:
+            store_BCW[rows_B1, positions_BT] = new_BTW
+        else:
+            store_BCW[rows_B1.expand_as(positions_BT)[valid_BT], positions_BT[valid_BT]] = new_BTW[valid_BT]
+
+    def read(self, layer: int, count: int, dtype: torch.dtype) -> Tensor:
+        """The first ``count`` slots of ``layer``: [B, count, W]."""
+        return self.layers[layer][:, :count].to(dtype)
+
+    def reserve(self, count: int, valid_BT: Tensor | None) -> None:
+        """Check that ``count`` more tokens fit into each row (fewer where ``valid_BT`` says so).
+
+        Raises:
+            EngineError: a row would overflow.
+        """
+        if self.extent + count <= self.capacity:
+            return
+        extra_B = count if valid_BT is None else valid_BT.sum(1)
+        if int((self.length_B + extra_B).max()) > self.capacity:
+            raise EngineError(
+                f"{count} more tokens do not fit into the cache",
+                where=f"capacity {self.capacity} tokens, {int(self.length_B.max())} used",
+                todo="ask for a larger capacity or for fewer tokens",
+            )
+
+    def advance(self, count: int, valid_BT: Tensor | None) -> None:
+        """Count the tokens of the forward pass that has just been stored."""
+        self.length_B = self.length_B + (count if valid_BT is None else valid_BT.sum(1))
+        self.extent = min(self.extent + count, self.capacity)
+        if valid_BT is not None:
+            self.extent = int(self.length_B.max())
+
+    def reorder(self, index: Tensor) -> None:
+        """Keep only the rows ``index`` (long), in that order; a row may be named twice."""
+        self.layers = [layer[index] for layer in self.layers]
+        self.length_B = self.length_B[index]
+        self.extent = int(self.length_B.max()) if self.batch else 0
+
+    def join(self, other: Cache) -> None:
+        """Add the rows of ``other`` (same model, dtype and device) below ours; the larger capacity holds for both."""
+        used = other.extent
+        if other.capacity > self.capacity:
+            self.grow(other.capacity)
+        ours, merged = self.batch, []
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            layer = mine.new_zeros(ours + other.batch, self.capacity, mine.shape[2])
+            layer[:ours, : self.extent] = mine[:, : self.extent]
+            layer[ours:, :used] = theirs[:, :used]
+            merged.append(layer)
+        self.layers = merged
+        self.length_B = torch.cat((self.length_B, other.length_B))
+        self.extent = max(self.extent, used)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens a row; what is stored stays."""
+        if capacity <= self.capacity:
+            return
+        grown = []
+        for layer in self.layers:
+            larger = layer.new_zeros(layer.shape[0], capacity, layer.shape[2])
+            larger[:, : self.extent] = layer[:, : self.extent]
+            grown.append(larger)
+        self.layers = grown

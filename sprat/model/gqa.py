@@ -1,0 +1,63 @@
+"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2 (biases on q, k, v) and Qwen3 (norms on q, k) have it."""
+
+# B batch, T new tokens, S keys, D hidden, H query heads, G key heads, d head width
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sprat.config.model import ModelConfig
+from sprat.model.linear import Linear
+from sprat.model.norm import RMSNorm
+from sprat.model.rope import attention_scale, rotate
+from sprat.model.step import Step
+
+
+class GQA(nn.Module):
+    """One attention layer of a dense decoder."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.kv_heads
+        self.dim = config.attention_head_dim
+        self.scale = attention_scale(config, self.dim)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(hidden, self.heads * self.dim, bias)
+        self.k_proj = Linear(hidden, self.kv_heads * self.dim, bias)
+        self.v_proj = Linear(hidden, self.kv_heads * self.dim, bias)
+        self.o_proj = Linear(self.heads * self.dim, hidden, bias and config.architecture != "qwen2")
+        self.has_qk_norm = config.architecture == "qwen3"
+        if self.has_qk_norm:
+            self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
+        """Attend from ``x_BTD`` to what ``step`` allows; stores keys and values when there is a cache. -> [B, T, D]."""
+        batch, time, _ = x_BTD.shape
+        q_BTHd = self.q_proj(x_BTD).view(batch, time, self.heads, self.dim)
+        k_BTGd = self.k_proj(x_BTD).view(batch, time, self.kv_heads, self.dim)
+        v_BTGd = self.v_proj(x_BTD).view(batch, time, self.kv_heads, self.dim)
+        if self.has_qk_norm:
+            q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
+        q_BTHd = rotate(q_BTHd, step.turn_BTr, interleave=False)
+        k_BTGd = rotate(k_BTGd, step.turn_BTr, interleave=False)
+        if step.cache is not None:
+            assert step.positions_BT is not None
+            new_BTW = torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), -1)
+            step.cache.write(self.layer, new_BTW, step.positions_BT, step.valid_BT)
+            if not step.fresh:
+                stored_BSW = step.cache.read(self.layer, step.keys, x_BTD.dtype)
+                k_BTGd, v_BTGd = stored_BSW.view(batch, step.keys, 2, self.kv_heads, self.dim).unbind(2)
+        mask = None if step.mask_B1TS is None else step.mask_B1TS.to(x_BTD.dtype)
+        out_BHTd = F.scaled_dot_product_attention(
+            q_BTHd.transpose(1, 2),
+            k_BTGd.transpose(1, 2),
+            v_BTGd.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))

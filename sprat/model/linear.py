@@ -1,0 +1,45 @@
+"""The precision seam: every matrix of the model is one of these, so that another format can take its place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """``y = x W^T + b`` with ``weight`` [out, in] and an optional ``bias`` [out].
+
+    A replacement (INT4, FP8, LoRA) offers the same ``forward``, ``dense_weight``, ``in_features`` and
+    ``out_features``; nothing else of it is read. Weights are left unset here: ``Transformer`` fills them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out], same dtype."""
+        return F.linear(x, self.weight, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """The matrix [out, in] in a dense dtype; absorbed attention multiplies by parts of it."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Shape, for ``print(model)``."""
+        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """Rows of ``weight`` [vocabulary, hidden], looked up by token."""
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens`` [...] long -> [..., hidden]."""
+        return F.embedding(tokens, self.weight)

@@ -1,0 +1,108 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): small memory, many heads.
+
+The trick. Keys and values of all heads are linear images of one latent vector ``c`` of ``kv_lora_rank``
+numbers; only ``c`` is remembered. Positions cannot pass through that map, because a rotation does not commute
+with it, so each query and key has a second part of ``qk_rope_head_dim`` channels that carries them; the
+rotary key is shared by all heads. For DeepSeek-V3 a token costs 576 numbers a layer instead of 32,768.
+
+Two forms compute the same function:
+
+- *naive*: rebuild ``k = W_uk c`` and ``v = W_uv c`` for each token, then attend as usual. Cheap per
+  query-key pair (``qk_head_dim + v_head_dim`` multiplications), so it trains and prefills.
+- *absorbed*: ``q . (W_uk c) = (W_uk^T q) . c``. Move ``W_uk`` to the query and ``W_uv`` behind the weighted
+  sum: attention then runs on the latents themselves, as if there were one wide key head that all heads share.
+  Nothing is rebuilt for the past, so it decodes.
+
+Query and output projections, latents and their norms are exactly DeepSeek's; the norms on latents use an
+epsilon of 1e-6 whatever the config says, as the published code does. Left out: sparse attention (V3.2).
+"""
+
+# B batch, T new tokens, S keys, D hidden, H heads, R kv_lora_rank, r qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sprat.config.model import ModelConfig
+from sprat.model.linear import Linear
+from sprat.model.norm import RMSNorm
+from sprat.model.rope import attention_scale, rotate
+from sprat.model.step import Step
+
+LATENT_NORM_EPS = 1e-6
+ABSORB_UP_TO = 8  # new tokens a row; above it rebuilding keys and values costs less than wide scores
+
+
+class MLA(nn.Module):
+    """One attention layer; ``absorb`` forces a form (None: absorbed for short steps on a filled cache)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.interleave = config.rope_interleave or config.architecture == "deepseek_v2"
+        self.scale = attention_scale(config, config.qk_head_dim)
+        self.absorb: bool | None = None
+        hidden, bias, queries = config.hidden_size, config.attention_bias, self.heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, queries)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, queries)
+        self.has_q_lora = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(hidden, self.rank + self.rope, bias)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value))
+        self.o_proj = Linear(self.heads * self.value, hidden, bias)
+
+    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
+        """Attend from ``x_BTD`` to what ``step`` allows; stores latents when there is a cache. -> [B, T, D]."""
+        batch, time, _ = x_BTD.shape
+        raw = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.has_q_lora else self.q_proj(x_BTD)
+        q_nope, q_rope = raw.view(batch, time, self.heads, -1).split((self.nope, self.rope), -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.rope), -1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope = rotate(q_rope, step.turn_BTr, self.interleave)
+        k_rope = rotate(k_rope.unsqueeze(2), step.turn_BTr, self.interleave).squeeze(2)
+        if step.cache is not None:
+            assert step.positions_BT is not None
+            step.cache.write(self.layer, torch.cat((latent, k_rope), -1), step.positions_BT, step.valid_BT)
+        absorb = self.absorb if self.absorb is not None else not step.fresh and time <= ABSORB_UP_TO
+        if step.cache is not None and (absorb or not step.fresh):
+            latent, k_rope = step.cache.read(self.layer, step.keys, x_BTD.dtype).split((self.rank, self.rope), -1)
+        attend = self._absorbed if absorb else self._naive
+        out_BTHv = attend(q_nope, q_rope, latent, k_rope, step)
+        return self.o_proj(out_BTHv.flatten(2))
+
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
+        """Rebuild keys and values of each head, then attend. -> [B, T, H, v]."""
+        batch, keys, _ = latent_BSR.shape
+        k_nope, value = self.kv_b_proj(latent_BSR).view(batch, keys, self.heads, -1).split((self.nope, self.value), -1)
+        q_BHTd = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        shared = k_rope_BSr.unsqueeze(2).expand(batch, keys, self.heads, self.rope)
+        k_BHSd = torch.cat((k_nope, shared), -1).transpose(1, 2)
+        mask = None if step.mask_B1TS is None else step.mask_B1TS.to(q_nope.dtype)
+        out_BHTv = F.scaled_dot_product_attention(
+            q_BHTd, k_BHSd, value.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return out_BHTv.transpose(1, 2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
+        """Attend on the latents: one shared key head of width R + r. -> [B, T, H, v]."""
+        batch, time = q_nope.shape[:2]
+        up_HmR = self.kv_b_proj.dense_weight().view(self.heads, self.nope + self.value, self.rank)
+        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, up_HmR[:, : self.nope])
+        q_BUw = torch.cat((q_latent, q_rope), -1).flatten(1, 2)  # U = T * H queries share each row's keys
+        k_BSw = torch.cat((latent_BSR, k_rope_BSr), -1)
+        scores = torch.bmm(q_BUw, k_BSw.transpose(1, 2)).mul(self.scale).view(batch, time, self.heads, -1)
+        if step.mask_B1TS is not None:
+            scores = scores + step.mask_B1TS.transpose(1, 2)
+        elif time > 1:
+            scores = scores + scores.new_full((time, time), float("-inf")).triu(1).unsqueeze(1)
+        weights = scores.float().softmax(-1).to(latent_BSR.dtype).flatten(1, 2)
+        mixed_BTHR = torch.bmm(weights, latent_BSR).view(batch, time, self.heads, self.rank)
+        return torch.einsum("bthr,hvr->bthv", mixed_BTHR, up_HmR[:, self.nope :])

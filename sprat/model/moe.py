@@ -1,0 +1,172 @@
+"""DeepSeekMoE (arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2): many small experts, few at work.
+
+The trick. A feed-forward layer is cut into many narrow experts; each token uses the few that its router
+scores highest, and one or more *shared* experts that see everything. Parameters grow, work per token does not.
+
+Routing. V3 scores with a sigmoid and keeps experts equally busy without pulling on the loss: a bias
+``e_score_correction_bias`` is added to the scores for the *choice* only, never for the weights, and the
+trainer moves it once a step, up for idle experts and down for busy ones. A tiny sequence-wise balance loss
+(``balance_loss``) guards single sequences. V2 scores with a softmax and chooses greedily. Groups of experts
+(nodes, in a cluster) can be limited: V3 ranks a group by its two best experts, V2 by its best.
+
+Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side; three
+grouped matrix products serve all experts, and the results are added back weighted. No token is dropped and no
+slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
+"""
+
+# B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sprat.config.model import ModelConfig
+from sprat.model.linear import Linear
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one router decided for N tokens.
+
+    Attributes:
+        scores_NE: affinities (float32, with gradient), before the bias.
+        index_NK: chosen experts.
+        weight_NK: their weights (with gradient).
+        load_E: pairs that each expert received (long).
+    """
+
+    scores_NE: Tensor
+    index_NK: Tensor
+    weight_NK: Tensor
+    load_E: Tensor
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., D] -> [..., D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Gate(nn.Module):
+    """The router. ``e_score_correction_bias`` [E] float32 exists for ``noaux_tc`` only; the trainer moves it."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.has_bias = config.topk_method == "noaux_tc"
+        if self.has_bias:
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.last_load_E: Tensor | None = None
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        """Choose experts for ``x_ND``, in float32 whatever the model's dtype."""
+        config = self.config
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+        with torch.no_grad():
+            choice_NE = scores_NE + self.e_score_correction_bias if self.has_bias else scores_NE
+            if config.topk_group < config.n_group:
+                choice_NE = self._limit_groups(choice_NE)
+            index_NK = choice_NE.topk(config.num_experts_per_tok, -1, sorted=False).indices
+            load_E = torch.bincount(index_NK.flatten(), minlength=config.n_routed_experts)
+        weight_NK = scores_NE.gather(1, index_NK)
+        if config.norm_topk_prob and config.architecture == "deepseek_v3":
+            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        if config.routed_scaling_factor != 1.0:
+            weight_NK = weight_NK * config.routed_scaling_factor
+        self.last_load_E = load_E
+        return Routing(scores_NE, index_NK, weight_NK, load_E)
+
+    def _limit_groups(self, choice_NE: Tensor) -> Tensor:
+        """Put experts outside the ``topk_group`` best groups out of reach."""
+        config = self.config
+        grouped_NGe = choice_NE.unflatten(1, (config.n_group, -1))
+        if config.topk_method == "noaux_tc":
+            rank_NG = grouped_NGe.topk(2, -1).values.sum(-1)
+        else:
+            rank_NG = grouped_NGe.amax(-1)
+        best_Ng = rank_NG.topk(config.topk_group, -1, sorted=False).indices
+        shut_NG = torch.ones_like(rank_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
+        return grouped_NGe.masked_fill(shut_NG.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
+
+    A replacement (INT4) offers the same ``forward``.
+    """
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.w_gate_EFD = nn.Parameter(torch.empty(experts, width, hidden))
+        self.w_up_EFD = nn.Parameter(torch.empty(experts, width, hidden))
+        self.w_down_EDF = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_MD: Tensor, load_E: Tensor) -> Tensor:
+        """``x_MD`` sorted by expert, ``load_E[e]`` rows for expert ``e`` -> [M, D]."""
+        ends_E = load_E.cumsum(0).to(torch.int32)
+        gate_MF = torch._grouped_mm(x_MD, self.w_gate_EFD.transpose(1, 2), offs=ends_E)
+        up_MF = torch._grouped_mm(x_MD, self.w_up_EFD.transpose(1, 2), offs=ends_E)
+        return torch._grouped_mm(F.silu(gate_MF) * up_MF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts: MLP | None = None
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        """(output [B, T, D], what the router decided)."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing: Routing = self.gate(x_ND)
+        order_M = routing.index_NK.flatten().argsort(stable=True)
+        token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
+        y_MD = self.experts(x_ND[token_M], routing.load_E)
+        weight_M1 = routing.weight_NK.flatten()[order_M].unsqueeze(1).to(y_MD.dtype)
+        base_ND = torch.zeros_like(x_ND) if self.shared_experts is None else self.shared_experts(x_ND)
+        return base_ND.index_add(0, token_M, y_MD * weight_M1).view_as(x_BTD), routing
+
+
+def balance_loss(routing: Routing, batch: int, valid_BT: Tensor | None = None) -> Tensor:
+    """Sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20), mean over ``batch`` sequences.
+
+    ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalised scores``, ``sum_i f_i P_i``:
+    1 when even, larger when not. ``valid_BT`` (bool) leaves padding out. The caller multiplies by alpha.
+    """
+    experts, chosen = routing.scores_NE.shape[1], routing.index_NK.shape[1]
+    share_BTE = (routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)).unflatten(0, (batch, -1))
+    count_BE = torch.zeros(batch, experts, device=share_BTE.device)
+    index_BX = routing.index_NK.view(batch, -1)
+    if valid_BT is None:
+        count_BE.scatter_add_(1, index_BX, torch.ones(1, 1, device=count_BE.device).expand(index_BX.shape))
+        tokens_B1 = torch.full((batch, 1), float(share_BTE.shape[1]), device=count_BE.device)
+        mean_BE = share_BTE.mean(1)
+    else:
+        keep_BT1 = valid_BT.to(share_BTE.dtype).unsqueeze(-1)
+        count_BE.scatter_add_(1, index_BX, keep_BT1.expand(-1, -1, chosen).reshape(batch, -1))
+        tokens_B1 = keep_BT1.sum(1).clamp(min=1)
+        mean_BE = (share_BTE * keep_BT1).sum(1) / tokens_B1
+    frequency_BE = count_BE * (experts / chosen) / tokens_B1
+    return (frequency_BE * mean_BE).sum(-1).mean()

@@ -1,0 +1,87 @@
+"""What all layers of one forward pass share: turns, mask, and where the cache stands. Built once a pass."""
+
+# B batch, T new tokens, S keys, r rotary width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sprat.errors import EngineError
+from sprat.model.cache import Cache
+from sprat.model.rope import RotaryTable
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass as attention sees it.
+
+    Attributes:
+        turn_BTr: complex rotary turns; B is 1 where all rows share them.
+        mask_B1TS: additive float mask, or None where plain causality is all there is.
+        positions_BT: where the new tokens stand in the cache; None without a cache.
+        keys: S, how many keys there are.
+        fresh: the cache was empty (or there is none), so the new tokens are all the keys.
+    """
+
+    turn_BTr: Tensor
+    mask_B1TS: Tensor | None
+    positions_BT: Tensor | None
+    valid_BT: Tensor | None
+    cache: Cache | None
+    keys: int
+    fresh: bool
+
+
+def plan(
+    rotary: RotaryTable,
+    tokens_BT: Tensor,
+    *,
+    segments_BT: Tensor | None,
+    positions_BT: Tensor | None,
+    cache: Cache | None,
+    valid_BT: Tensor | None,
+) -> Step:
+    """The ``Step`` of a pass over ``tokens_BT``.
+
+    Without a cache a token attends to the tokens before it that share its segment. With a cache, row ``b``
+    continues at ``cache.length_B[b]``.
+
+    Raises:
+        EngineError: segments or positions beside a cache, a batch of another size, or no room.
+    """
+    device, (batch, time) = tokens_BT.device, tokens_BT.shape
+    if cache is None:
+        if positions_BT is None:
+            turn_BTr = rotary.first(time, device).unsqueeze(0)
+        else:
+            turn_BTr = rotary.first(int(positions_BT.max()) + 1, device)[positions_BT]
+        mask = None if segments_BT is None else _packed_mask(segments_BT)
+        return Step(turn_BTr, mask, None, None, None, time, True)
+    if segments_BT is not None or positions_BT is not None:
+        raise EngineError("a cache counts positions itself", where="forward", todo="leave segments and positions out")
+    if cache.batch != batch:
+        raise EngineError(f"{batch} rows for a cache of {cache.batch}", where="forward", todo="reorder the cache first")
+    cache.reserve(time, valid_BT)
+    fresh = cache.extent == 0
+    offsets_T = torch.arange(time, device=device)
+    if fresh:
+        places_BT, turn_BTr = offsets_T.expand(batch, time), rotary.first(time, device).unsqueeze(0)
+        return Step(turn_BTr, None, places_BT, valid_BT, cache, time, True)
+    places_BT = cache.length_B.unsqueeze(1) + offsets_T
+    keys = min(cache.extent + time, cache.capacity)
+    turn_BTr = rotary.first(cache.extent + time, device)[places_BT]
+    unseen_BTS = torch.arange(keys, device=device) > places_BT.unsqueeze(-1)
+    mask = torch.zeros(unseen_BTS.shape, device=device).masked_fill_(unseen_BTS, float("-inf")).unsqueeze(1)
+    return Step(turn_BTr, mask, places_BT, valid_BT, cache, keys, False)
+
+
+def _packed_mask(segments_BT: Tensor) -> Tensor:
+    """Additive [B, 1, T, T]: 0 where a key is not later and of the same segment, -inf elsewhere."""
+    batch, time = segments_BT.shape
+    later_TT = torch.ones(time, time, dtype=torch.bool, device=segments_BT.device).triu_(1)
+    hidden_BTT = (segments_BT.unsqueeze(2) != segments_BT.unsqueeze(1)).logical_or_(later_TT)
+    mask = torch.zeros(batch, time, time, device=segments_BT.device).masked_fill_(hidden_BTT, float("-inf"))
+    return mask.unsqueeze(1)

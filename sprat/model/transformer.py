@@ -1,0 +1,177 @@
+"""The decoder that trains, rolls out and serves: one definition, on one device.
+
+Pre-norm blocks (attention, then a dense or an expert feed-forward) on a residual stream, a last norm and a
+head. What all layers share in a pass (rotary turns, mask, place in the cache) is built once, as a ``Step``.
+"""
+
+# B batch, T time, D hidden, V vocabulary, N = B * T
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor, nn
+
+from sprat.config.model import ModelConfig
+from sprat.errors import ConfigError
+from sprat.model.cache import Cache
+from sprat.model.gqa import GQA
+from sprat.model.initialise import initialise
+from sprat.model.linear import Embedding, Linear
+from sprat.model.mla import MLA
+from sprat.model.moe import MLP, MoE, Routing
+from sprat.model.mtp import MTP
+from sprat.model.norm import RMSNorm
+from sprat.model.rope import RotaryTable
+from sprat.model.step import Step, plan
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Output of the stack: ``x_BTD`` is normed and ready for the head, ``x_raw_BTD`` is not; one routing a MoE layer."""
+
+    x_BTD: Tensor
+    x_raw_BTD: Tensor
+    routing: list[Routing]
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and feed-forward, each on its norm and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer) if config.is_mla else GQA(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = not config.is_moe(layer)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, x_BTD: Tensor, step: Step, routing: list[Routing]) -> Tensor:
+        """``x_BTD`` -> [B, T, D]; a MoE layer appends what its router decided to ``routing``."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            out_BTD, decided = self.mlp(normed_BTD)
+            routing.append(decided)
+        else:
+            out_BTD = self.mlp(normed_BTD)
+        return x_BTD + out_BTD
+
+
+class Transformer(nn.Module):
+    """A decoder of shape ``config``.
+
+    Args:
+        config: the shape.
+        seed: seed of the initial weights; None leaves them unset (they are about to be loaded).
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = RotaryTable(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed_tokens.weight
+        last = config.num_hidden_layers
+        self.mtp = nn.ModuleList(
+            MTP(config, Block(config, last + depth)) for depth in range(config.num_nextn_predict_layers)
+        )
+        if seed is not None and not self.embed_tokens.weight.is_meta:
+            initialise(self, config, seed)
+
+    @classmethod
+    def create(cls, config: ModelConfig, seed: int) -> Self:
+        """A model with fresh weights; the same seed gives the same bits."""
+        return cls(config, seed=seed)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] in float32; see ``hidden`` for the arguments."""
+        out = self.hidden(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, valid_BT=valid_BT)
+        logits: Tensor = self.head(out.x_BTD)
+        return logits.float()
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Hidden:
+        """Run the stack.
+
+        Args:
+            tokens_BT: long; with a cache, the new tokens only.
+            segments_BT: int; tokens attend within equal segments (0 is padding). Not with a cache.
+            positions_BT: long; default 0..T-1, which packed rows may keep since only differences count.
+            cache: stores the new tokens and lets them attend to what each row holds.
+            valid_BT: bool; False marks right padding, which is neither stored nor counted.
+
+        Raises:
+            EngineError: the cache does not fit the call.
+        """
+        step = plan(
+            self.rotary,
+            tokens_BT,
+            segments_BT=segments_BT,
+            positions_BT=positions_BT,
+            cache=cache,
+            valid_BT=valid_BT,
+        )
+        routing: list[Routing] = []
+        x_BTD = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, step, routing)
+        if cache is not None:
+            cache.advance(tokens_BT.shape[1], valid_BT)
+        return Hidden(self.norm(x_BTD), x_BTD, routing)
+
+    def mtp_hidden(
+        self, hidden: Hidden, tokens_BT: Tensor, *, segments_BT: Tensor | None = None, depth: int = 1
+    ) -> Hidden:
+        """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) at ``depth`` (1-based).
+
+        Position ``i`` joins ``hidden.x_BTD[:, i]`` with the embedding of token ``i + depth`` and predicts token
+        ``i + depth + 1``. ``hidden`` is the stack's output for depth 1, else the output of the depth before.
+
+        Args:
+            hidden: output of the depth before, ``T - depth + 1`` positions long.
+            tokens_BT: the tokens given to ``hidden``, all T of them.
+            segments_BT: as given to ``hidden``. The caller leaves positions whose joined token lies in another
+                segment out of the loss.
+
+        Returns:
+            ``T - depth`` positions; ``x_BTD`` is ready for the head.
+
+        Raises:
+            ConfigError: the model has no module of that depth.
+        """
+        if not 1 <= depth <= len(self.mtp):
+            raise ConfigError(
+                f"no MTP module of depth {depth}", where="num_nextn_predict_layers", todo="raise it in the model config"
+            )
+        joined_BT = tokens_BT[:, depth:]
+        inner = None if segments_BT is None else segments_BT[:, depth:]
+        step = plan(self.rotary, joined_BT, segments_BT=inner, positions_BT=None, cache=None, valid_BT=None)
+        routing: list[Routing] = []
+        module = self.mtp[depth - 1]
+        raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), step, routing)
+        return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
+
+    def moe_layers(self) -> list[MoE]:
+        """All expert layers, MTP's included, in order of depth."""
+        return [module for module in self.modules() if isinstance(module, MoE)]

@@ -1,0 +1,135 @@
+"""Distillation: a small model learns from a large one, by its words, by its doubts, or by both.
+
+*Traces* (sequence level; Kim and Rush 2016; DeepSeek-R1, arXiv 2501.12948, section 2.4): the teacher answers
+problems, the task's judge keeps only what is right, the student learns that text by cross-entropy. Rejection
+sampling makes the teacher better than itself: its errors are never taught.
+
+*Logits* (Hinton et al. 2015): on the same packed batches the student is pulled to the teacher's whole
+distribution, ``T² KL(teacher || student)``. A trace says which word came; the distribution says which
+others could have, and that is most of what a token can teach. At equal tokens the student of a prototype
+kept 35 % by traces and 54 % by logits; both together keep the text exact and the doubts right.
+
+The two [N, V] distributions are made, compared and turned into gradients chunk by chunk, and only at
+positions that carry loss (``logprob.forward_kl``). Teacher and student must share a tokenizer.
+
+Dims: B rows, T positions, N positions with loss, D student's hidden, E teacher's hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sprat.config import DistillConfig, TrainConfig
+from sprat.data.loader import Batch, Source
+from sprat.engine import Engine, Sampling
+from sprat.errors import TrainingError
+from sprat.model import Transformer, balance_loss
+from sprat.post.evaluate import ask, judge
+from sprat.post.logprob import forward_kl
+from sprat.post.sft import Demonstration, draw
+from sprat.tasks import Task
+from sprat.train import loop, objective
+from sprat.trust.run import Run
+
+_RIGHT = 1.0 - 1e-6
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What the teacher wrote and the judge kept; ``asked`` answers were sampled, ``tokens`` in all."""
+
+    kept: list[Demonstration]
+    asked: int
+    tokens: int
+
+    @property
+    def yield_(self) -> float:
+        """Share of answers kept."""
+        return len(self.kept) / max(self.asked, 1)
+
+
+def traces(
+    engine: Engine,
+    tasks: Sequence[Task],
+    weights: Sequence[float],
+    *,
+    count: int,
+    max_tokens: int,
+    samples: int = 1,
+    thinking: bool | None = True,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> Traces:
+    """Correct answers of the engine's model to ``count`` training problems (rejection sampling).
+
+    Args:
+        samples: draws for each problem; every distinct correct one is kept.
+        thinking: as in ``Sampling``; False makes direct answers, which the student needs to answer without thinking.
+
+    Raises:
+        TrainingError: not one answer was right.
+    """
+    drawn = draw(tasks, weights, count, f"traces/{seed}/{thinking}")
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=samples)
+    outputs = engine.generate([ask(problem) for _, problem in drawn], sampling)
+    kept: dict[Demonstration, None] = {}
+    for number, output in enumerate(outputs):
+        task, problem = drawn[number // samples]
+        if output.finish_reason == "stop" and judge(task, problem, output) >= _RIGHT:
+            kept[Demonstration(problem.question, output.reasoning, output.text)] = None
+    if not kept:
+        what = f"the teacher answered none of {count} problems"
+        raise TrainingError(what, where="traces", todo="train the teacher first or raise max_tokens")
+    return Traces(list(kept), len(outputs), sum(len(output.token_ids) for output in outputs))
+
+
+def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossFn:
+    """The loss of ``config.mode`` as a function for ``train.loop.train``.
+
+    ``traces`` is the plain next-token loss. ``logits`` is the forward KL to the teacher; ``both`` mixes it with the
+    cross-entropy by ``logits_weight``. The router's balance loss is added as in pre-training. MTP modules are
+    trained by ``traces`` only. The logged ``loss`` is the cross-entropy in all modes.
+    """
+    kl_weight = {"traces": 0.0, "logits": 1.0, "both": config.logits_weight}[config.mode]
+
+    def loss(model: Transformer, batch: Batch, settings: TrainConfig) -> objective.Loss:
+        chosen_BT = batch.targets_BT >= 0
+        with torch.no_grad():
+            goal_NE = teacher.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen_BT]
+        hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+        total, kl, ce = forward_kl(
+            hidden.x_BTD[chosen_BT],
+            model.head.weight,
+            goal_NE,
+            teacher.head.weight,
+            batch.targets_BT[chosen_BT],
+            kl_weight=kl_weight,
+            ce_weight=1.0 - kl_weight,
+            temperature=config.temperature,
+        )
+        if config.balance_weight > 0 and hidden.routing:
+            rows, valid_BT = len(batch.tokens_BT), batch.segments_BT > 0
+            balance = torch.stack([balance_loss(each, rows, valid_BT) for each in hidden.routing]).mean()
+            total = total + config.balance_weight * balance
+        loads = [each.load_E for each in hidden.routing]
+        return objective.Loss(total, {"loss": ce.item(), "kl": kl.item()}, loads)
+
+    return objective.next_token if config.mode == "traces" else loss
+
+
+def distill(
+    student: Transformer, teacher: Transformer, source: Source, config: DistillConfig, run: Run
+) -> loop.TrainResult:
+    """Train ``student`` in place towards ``teacher`` on ``source``; resumes from the run's checkpoints.
+
+    Raises:
+        TrainingError: the vocabularies differ, or the loss is not finite.
+    """
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1]:
+        what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
+        raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
+    return loop.train(student, source, config, run, loss_fn=distillation(teacher, config))

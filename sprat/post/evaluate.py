@@ -1,0 +1,222 @@
+"""How good is it, and how sure are we? Accuracy with its interval, pass@k, and a test of two scores.
+
+An accuracy from n problems is an estimate; here it never travels without its Wilson interval (Wilson
+1927; good also near 0 and 1, where the textbook interval fails). pass@k is the unbiased estimator of
+Chen et al. 2021 (arXiv 2107.03374, section 2.1): from n ≥ k samples with c right ones,
+``1 - C(n-c, k) / C(n, k)``. ``significant`` is the pooled two-proportion z-test. Both treat the problems as
+independent draws; for two models on the same problems the test is on the careful side.
+
+All problems of all tasks go to the engine in one call: a batch of 1,000 costs a small model little more
+than a batch of 10.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sprat.engine import Engine, Output, Sampling
+from sprat.errors import DataError
+from sprat.tasks import Problem, Split, Task, held_out
+from sprat.tokens import Message
+
+_Z95 = 1.959963984540054
+_RIGHT = 1.0 - 1e-6
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on one task: ``correct`` of ``count`` problems fully right, with its 95 % interval.
+
+    ``mean`` is the mean of the judge's scores (which may be partial); ``low`` and ``high`` bound ``accuracy``;
+    ``mean_tokens`` counts what the model wrote, thinking included; ``by_length`` maps the number of terms
+    (where the task states one) to (correct, count); ``thought`` is the share of answers with a non-empty think.
+    """
+
+    task: str
+    count: int
+    correct: int
+    mean: float
+    low: float
+    high: float
+    mean_tokens: float
+    thought: float = 0.0
+    by_length: dict[int, tuple[int, int]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        """``correct / count``."""
+        return self.correct / self.count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values (keys of ``by_length`` become strings)."""
+        by_length = {str(length): list(pair) for length, pair in self.by_length.items()}
+        return {**asdict(self), "by_length": by_length, "accuracy": self.accuracy}
+
+
+def wilson(correct: int, count: int, z: float = _Z95) -> tuple[float, float]:
+    """Wilson score interval of a proportion.
+
+    >>> [round(bound, 4) for bound in wilson(8, 10)]
+    [0.4902, 0.9433]
+    """
+    if not 0 <= correct <= count or count == 0:
+        raise DataError(f"cannot score {correct} of {count}", where="wilson", todo="evaluate at least one problem")
+    share = correct / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def significant(a: Score, b: Score) -> float:
+    """Two-sided p-value that both scores have the same underlying accuracy (pooled z-test); 1.0 when equal."""
+    pooled = (a.correct + b.correct) / (a.count + b.count)
+    spread = math.sqrt(pooled * (1 - pooled) * (1 / a.count + 1 / b.count))
+    return 1.0 if spread == 0 else math.erfc(abs(a.accuracy - b.accuracy) / spread / math.sqrt(2))
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    *,
+    count: int,
+    thinking: bool | None,
+    max_tokens: int,
+    seed: int = 0,
+    temperature: float = 0.0,
+    split: Split = "test",
+    samples: int = 8,
+) -> Score:
+    """Score ``count`` problems of one task; see ``evaluate_many``."""
+    return evaluate_many(
+        engine,
+        [task],
+        count=count,
+        thinking=thinking,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+        split=split,
+        samples=samples,
+    )[0]
+
+
+def evaluate_many(
+    engine: Engine,
+    tasks: Sequence[Task],
+    *,
+    count: int,
+    thinking: bool | None,
+    max_tokens: int,
+    seed: int = 0,
+    temperature: float = 0.0,
+    split: Split = "test",
+    samples: int = 8,
+) -> list[Score]:
+    """One Score for each task, all problems answered in one batch.
+
+    Args:
+        count: problems of each task; distinct ones on the test split, which may have fewer.
+        thinking: True forces a think, False forbids it, None lets the model decide.
+        max_tokens: limit on think and answer together.
+        temperature: 0 is greedy.
+        samples: how many full answers to keep of each task.
+    """
+    problems = [_problems(task, split, count) for task in tasks]
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking)
+    outputs = iter(engine.generate([ask(problem) for row in problems for problem in row], sampling))
+    return [_score(task, row, [next(outputs) for _ in row], samples) for task, row in zip(tasks, problems, strict=True)]
+
+
+def ask(problem: Problem) -> list[Message]:
+    """The conversation that puts one problem to the model."""
+    return [Message("user", problem.question)]
+
+
+def judge(task: Task, problem: Problem, output: Output) -> float:
+    """The task's score of what the user sees; no visible text, or a think that never closed, is no answer."""
+    return float(task.score(problem, (output.text.strip() or None) if output.closed else None))
+
+
+def estimate_pass_at_k(total: int, correct: int, k: int) -> float:
+    """Unbiased pass@k from ``total`` samples of one problem.
+
+    >>> estimate_pass_at_k(4, 1, 2)
+    0.5
+    """
+    if not 1 <= k <= total:
+        raise DataError(f"pass@{k} needs at least {k} samples, got {total}", where="pass_at_k", todo="sample more")
+    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)
+
+
+def pass_at_k(
+    engine: Engine,
+    task: Task,
+    k: int,
+    count: int,
+    *,
+    samples: int | None = None,
+    thinking: bool | None = None,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    split: Split = "test",
+) -> float:
+    """Mean unbiased pass@k over ``count`` problems with ``samples`` (default k) draws of each."""
+    draws = samples or k
+    problems = _problems(task, split, count)
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=draws)
+    outputs = engine.generate([ask(problem) for problem in problems], sampling)
+    right = [judge(task, problems[row // draws], output) >= _RIGHT for row, output in enumerate(outputs)]
+    counts = [sum(right[start : start + draws]) for start in range(0, len(right), draws)]
+    return sum(estimate_pass_at_k(draws, correct, k) for correct in counts) / len(counts)
+
+
+def _problems(task: Task, split: Split, count: int) -> list[Problem]:
+    """Distinct held-out problems, or the first ones of the training split.
+
+    Raises:
+        DataError: there is none.
+    """
+    problems = held_out(task, count) if split == "test" else [task.problem(split, index) for index in range(count)]
+    if not problems:
+        raise DataError(f"no problem to evaluate of {count}", where=task.name, todo="ask for at least one")
+    return problems
+
+
+def _score(task: Task, problems: list[Problem], outputs: list[Output], samples: int) -> Score:
+    """Judge the answers of one task."""
+    marks = [judge(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
+    right = [mark >= _RIGHT for mark in marks]
+    lengths: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for problem, ok in zip(problems, right, strict=True):
+        if "num_terms" in problem.meta:
+            terms = int(problem.meta["num_terms"])
+            lengths[terms] = (lengths[terms][0] + ok, lengths[terms][1] + 1)
+    kept = [
+        {
+            "question": problem.question,
+            "expected": problem.answer,
+            "reasoning": output.reasoning,
+            "answer": output.text,
+            "score": mark,
+        }
+        for problem, output, mark in list(zip(problems, outputs, marks, strict=True))[:samples]
+    ]
+    low, high = wilson(sum(right), len(right))
+    return Score(
+        task=task.name,
+        count=len(right),
+        correct=sum(right),
+        mean=sum(marks) / len(marks),
+        low=low,
+        high=high,
+        mean_tokens=sum(len(output.token_ids) for output in outputs) / len(outputs),
+        thought=sum(bool((output.reasoning or "").strip()) for output in outputs) / len(outputs),
+        by_length=dict(sorted(lengths.items())),
+        samples=kept,
+    )

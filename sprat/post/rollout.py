@@ -1,0 +1,117 @@
+"""Rollouts: groups of sampled answers to the same question, read and paid.
+
+The engine samples from the very model that is trained, so its log-probabilities are those of the policy
+and need not be computed again (decision: one model definition; a test holds the parity). Everything here
+is a pure function of (weights, seed, step): a run that was killed samples the same answers again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sprat.config import RLConfig
+from sprat.engine import Engine, Output, Sampling
+from sprat.post.evaluate import ask
+from sprat.post.rewards import Response, Reward, accuracy, format_reward, read_response
+from sprat.post.sft import draw
+from sprat.tasks import Problem, Task
+from sprat.tokens import Tokenizer
+
+_MICRO_TOKENS = 8192  # padded tokens of one forward pass; bounds memory, not the result
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer: ``token_ids`` follow ``prompt_ids``; ``logprobs`` are the sampling policy's, in nats."""
+
+    task: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    response: Response
+    reward: float
+    accuracy: float
+    prefilled: int  # prompt tokens that were computed for this row
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+
+def sample_groups(
+    engine: Engine,
+    tasks: Sequence[Task],
+    weights: Sequence[float],
+    config: RLConfig,
+    step: int,
+    reward: Reward | None = None,
+) -> list[Rollout]:
+    """``prompts_per_step`` groups of ``group_size`` answers, group after group.
+
+    Args:
+        reward: pays instead of the task's own judge; the format reward is added either way.
+    """
+    drawn = draw(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
+    sampling = Sampling(
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=random.Random(f"rollout/{config.seed}/{step}").randrange(1 << 31),
+        thinking=None,
+        logprobs=True,
+        n=config.group_size,
+    )
+    outputs = engine.generate([ask(problem) for _, problem in drawn], sampling)
+    owners = [pair for pair in drawn for _ in range(config.group_size)]
+    pairs = zip(owners, outputs, strict=True)
+    return [_pay(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs]
+
+
+def _pay(
+    tokenizer: Tokenizer, task: Task, problem: Problem, output: Output, config: RLConfig, reward: Reward | None
+) -> Rollout:
+    """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""
+    response = read_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
+    right = accuracy(task)(problem, response)
+    paid = right if reward is None else reward(problem, response)
+    return Rollout(
+        task=task.name,
+        prompt_ids=output.prompt_ids,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs or [],
+        response=response,
+        reward=paid + config.format_weight * format_reward(problem, response),
+        accuracy=right,
+        prefilled=output.usage.cache_miss_tokens,
+    )
+
+
+def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[list[int]]:
+    """``rows`` sorted by length and cut so that each part, padded, holds a bounded number of tokens."""
+    part: list[int] = []
+    for row in sorted(rows, key=lambda row: (rollouts[row].length, row)):
+        if part and rollouts[row].length * (len(part) + 1) > _MICRO_TOKENS:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over answers: reward, accuracy (also of each task), format, response length, think share."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        by_task[rollout.task].append(rollout.accuracy)
+    count = len(rollouts)
+    return {
+        "reward": sum(rollout.reward for rollout in rollouts) / count,
+        "accuracy": sum(rollout.accuracy for rollout in rollouts) / count,
+        "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
+        "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
+        "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,
+        **{f"accuracy/{task}": sum(marks) / len(marks) for task, marks in sorted(by_task.items())},
+    }

@@ -1,0 +1,20 @@
+"""How small? INT4 and INT8 round-to-nearest weights, and their files."""
+
+from sprat.quant.formats import is_quantised, load, save
+from sprat.quant.int4 import Codes, dequantise, quantise
+from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantLinear, quantize, recipe_of, size_bytes
+
+__all__ = [
+    "Codes",
+    "QuantEmbedding",
+    "QuantExperts",
+    "QuantLinear",
+    "dequantise",
+    "is_quantised",
+    "load",
+    "quantise",
+    "quantize",
+    "recipe_of",
+    "save",
+    "size_bytes",
+]

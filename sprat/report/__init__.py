@@ -1,0 +1,5 @@
+"""What did each station gain and cost? One self-contained ``report.html``, made from run folders alone."""
+
+from sprat.report.page import write
+
+__all__ = ["write"]

@@ -1,0 +1,227 @@
+"""The report's plots, each a list of inline SVG panels; empty where the runs have nothing to show."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, percent_axis, room, svg, tint
+from sprat.report.runs import Road, Stage, wilson
+
+_RL = (
+    ("Mean reward", ("reward", "mean_reward")),
+    ("Accuracy of rollouts", ("accuracy", "rollout_accuracy")),
+    ("Response length (tokens)", ("length", "response_length", "mean_length", "response_tokens", "mean_tokens")),
+)
+_MOST_CELLS = 20_000
+
+
+def _curve(stage: Stage, names: tuple[str, ...]) -> tuple[list[int], list[float]]:
+    """Steps and values of the first of ``names`` that the stage logged; rows without it are left out."""
+    name = next((n for n in names if any(isinstance(row.get(n), (int, float)) for row in stage.rows)), "")
+    kept = [row for row in stage.rows if isinstance(row.get(name), (int, float))]
+    return [row["step"] for row in kept], [float(row[name]) for row in kept]
+
+
+def _lines(
+    name: str, title: str, stages: list[tuple[str, Stage]], metrics: tuple[str, ...], share: bool = False
+) -> list[str]:
+    """One panel with a line for each (label, stage) that has the metric, if any has."""
+    curves = [(label, *_curve(stage, metrics)) for label, stage in stages]
+    curves = [curve for curve in curves if len(curve[1]) > 1]
+
+    def draw(axes: Any) -> None:
+        for (label, steps, values), colour in zip(curves, COLOURS * len(curves), strict=False):
+            axes.plot(steps, values, color=colour, label=label)
+        axes.set_xlabel("step")
+        if share:
+            percent_axis(axes.yaxis)
+        if len(curves) > 1:
+            axes.legend()
+
+    return [svg(name, title, draw)] if curves else []
+
+
+def loss(road: Road) -> list[str]:
+    """Loss of pre-training beside its dense twin, then of the later supervised stages."""
+    panels = []
+    for family, title in (("pretrain", "Pre-training"), ("sft", "Cold start"), ("distill", "Distillation")):
+        stages = [stage for stage in road.main if stage.family == family]
+        stages += [control for stage in stages for control in road.controls(stage)]
+        named = [(stage.title, stage) for stage in stages]
+        panels += _lines(f"loss-{family}", f"{title}: training loss (nats per token)", named, ("loss",))
+    return panels
+
+
+def rl(road: Road) -> list[str]:
+    """Reward, accuracy and response length over RL steps, a line for each seed."""
+    stages = [(f"seed {stage.record.get('seed')}", stage) for stage in road.seeds("rl")]
+    panels = []
+    for number, (title, metrics) in enumerate(_RL):
+        panels += _lines(f"rl-{number}", title, stages, metrics, share=number == 1)
+    return panels
+
+
+def lengths(road: Road) -> list[str]:
+    """Accuracy by the number of terms, a line for each stage; lengths never trained are shaded and hollow."""
+    panels = []
+    for number, task in enumerate(road.tasks()):
+        found = [(stage.title, stage.by_task()[task]) for stage in road.scored if task in stage.by_task()]
+        found = [(title, score) for title, score in found if len(score.by_length) > 1]
+        if found:
+            panels.append(_by_length(f"length-{number}", task, found))
+    return panels
+
+
+def _by_length(name: str, task: str, found: list[tuple[str, Any]]) -> str:
+    """One panel of ``lengths``."""
+    unseen = sorted(frozenset().union(*(score.unseen for _, score in found)))
+
+    def draw(axes: Any) -> None:
+        for number, length in enumerate(unseen):
+            label = "never trained" if number == 0 else None
+            axes.axvspan(length - 0.5, length + 0.5, color=GREY, alpha=0.16, linewidth=0, label=label)
+        for number, (title, score) in enumerate(found):
+            colour = COLOURS[number % len(COLOURS)]
+            x = list(score.by_length)
+            y = [correct / max(count, 1) for correct, count in score.by_length.values()]
+            bounds = [wilson(*pair) for pair in score.by_length.values()]
+            axes.plot(x, y, color=colour, label=title)
+            axes.vlines(
+                x, [low for low, _ in bounds], [high for _, high in bounds], color=colour, linewidth=1, alpha=0.6
+            )
+            for length, value in zip(x, y, strict=True):
+                axes.plot([length], [value], "o", color=colour, fillstyle="none" if length in unseen else "full")
+        axes.set_xticks(sorted({length for _, score in found for length in score.by_length}))
+        axes.set_xlabel("number of terms")
+        axes.set_ylim(-0.03, 1.05)
+        percent_axis(axes.yaxis)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return svg(
+        name, f"{task}: greedy accuracy by length", draw, width=5.6, right=room(title for title, _ in found) + 0.3
+    )
+
+
+def bits_per_byte(road: Road) -> list[str]:
+    """Held-out text: bits per byte of each pre-trained model, gzip -9 and the byte 3-gram model."""
+    models = [stage for stage in road.stages if stage.family == "pretrain" or stage.control_of == "pretrain"]
+    models = [stage for stage in models if stage.facts.get("bits_per_byte")]
+    if not models:
+        return []
+    domains = list(models[0].facts["bits_per_byte"])
+    baselines: dict[str, dict[str, float]] = next(
+        (s.facts["baselines"] for s in road.stages if s.facts.get("baselines")), {}
+    )
+
+    def panel(domain: str) -> str:
+        first = {**baselines.get(domain, {}), **models[0].facts["bits_per_byte"][domain]}
+        held = [(s.title, s.facts["bits_per_byte"].get(domain, {}).get("model")) for s in models]
+        held += [("3-gram", first.get("trigram")), ("gzip -9", first.get("gzip"))]
+        bars = [(label, float(value)) for label, value in held if value is not None][::-1]
+
+        def draw(axes: Any) -> None:
+            colours = [GREY if label in ("3-gram", "gzip -9") else BLUE for label, _ in bars]
+            if len(models) > 1:
+                colours = [
+                    ORANGE if label == models[1].title else c for (label, _), c in zip(bars, colours, strict=True)
+                ]
+            drawn = axes.barh([label for label, _ in bars], [value for _, value in bars], color=colours, height=0.62)
+            axes.bar_label(drawn, fmt="%.2f", padding=3)
+            axes.set_xlim(0, max(value for _, value in bars) * 1.15)
+            axes.grid(False, axis="y")
+            axes.set_xlabel("bits per byte (less is better)")
+
+        slug = re.sub(r"\W+", "-", domain)
+        return svg(f"bpb-{slug}", f"Held-out {domain}", draw, height=2.2, left=room(label for label, _ in bars))
+
+    return [panel(domain) for domain in domains]
+
+
+def experts(road: Road) -> list[str]:
+    """Load of each expert by layer, and of each expert by domain, for the last stage that measured them."""
+    measured = [stage for stage in road.main if stage.facts.get("expert_load")]
+    panels = []
+    if measured:
+        load = _shares(measured[-1].facts["expert_load"])
+        names = [f"layer {number}" for number in range(1, len(load) + 1)]
+        panels.append(_heat("load", f"Expert load, {measured[-1].title} (1 = even)", load, names))
+    measured = [stage for stage in road.main if stage.facts.get("expert_domain")]
+    if measured:
+        domains: dict[str, Any] = measured[-1].facts["expert_domain"]
+        layers = [_layers(rows) for rows in domains.values()]
+        for layer in range(min(map(len, layers))):
+            table = _shares([rows[layer] for rows in layers])
+            title = f"Experts by domain, layer {layer + 1} (1 = even)"
+            panels.append(_heat(f"domain-{layer}", title, table, list(domains)))
+    return [panel for panel in panels if panel]
+
+
+def _layers(rows: Any) -> list[list[float]]:
+    """Per-layer lists; a single flat list is one layer."""
+    return rows if rows and isinstance(rows[0], list) else [rows]
+
+
+def _shares(rows: list[list[float]]) -> list[list[float]]:
+    """Each row divided by its mean."""
+    return [[value * len(row) / (sum(row) or 1.0) for value in row] for row in rows]
+
+
+def _heat(name: str, title: str, table: list[list[float]], rows: list[str]) -> str:
+    """A heat map with one row per name."""
+    if not table or len({len(row) for row in table}) != 1 or len(table) * len(table[0]) > _MOST_CELLS:
+        return ""
+
+    def draw(axes: Any) -> None:
+        top = max(2.0, max(max(row) for row in table))
+        mesh = axes.pcolormesh(table, cmap=tint(BLUE), vmin=0, vmax=top, linewidth=0.4, edgecolors="#80808040")
+        axes.set_yticks([number + 0.5 for number in range(len(rows))], rows)
+        axes.set_xticks([0.5, len(table[0]) - 0.5], ["1", str(len(table[0]))])
+        axes.set_xlabel("expert")
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=12).ax.patch.set_alpha(0)
+
+    return svg(name, title, draw, height=1.3 + 0.28 * min(len(rows), 16), left=room(rows), right=0.3)
+
+
+def pareto(road: Road) -> list[str]:
+    """Quality against size on disk and against speed: teacher, student, INT4 student, and their controls."""
+    last = {"rl", "distill", "quantize"}
+    stages = [stage for stage in road.main if stage.family in last]
+    stages += [stage for stage in road.stages if stage.control_of in last]
+    stages = [stage for stage in stages if stage.quality() is not None]
+    panels = []
+    for fact, title, scale in (
+        ("size_bytes", "Quality and size", 1e6),
+        ("tokens_per_second", "Quality and speed", 1e3),
+    ):
+        points = [(s, float(s.facts[fact]) / scale, s.quality() or 0.0) for s in stages if s.facts.get(fact)]
+        if len(points) > 1:
+            panels.append(_scatter(f"pareto-{fact}", title, points, fact == "size_bytes"))
+    return panels
+
+
+def _scatter(name: str, title: str, points: list[tuple[Stage, float, float]], less_is_better: bool) -> str:
+    """One panel of ``pareto``: points that no other beats are filled and joined."""
+
+    def beats(one: tuple[Stage, float, float], other: tuple[Stage, float, float]) -> bool:
+        cheaper = one[1] <= other[1] if less_is_better else one[1] >= other[1]
+        return cheaper and one[2] >= other[2] and one[1:] != other[1:]
+
+    front = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p[1])
+
+    def draw(axes: Any) -> None:
+        axes.plot([p[1] for p in front], [p[2] for p in front], color=GREEN, linewidth=1, alpha=0.6, linestyle="--")
+        for number, (stage, x, y) in enumerate(sorted(points, key=lambda p: p[1])):
+            axes.plot([x], [y], "o", color=GREEN if any(stage is p[0] for p in front) else GREY, markersize=7)
+            place = {"xytext": (0, 7 if number % 2 else -15), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(stage.title, (x, y), fontsize=8, **place)
+        axes.set_xlabel(
+            "size on disk (MB; left is better)" if less_is_better else "1,000 tokens a second (right is better)"
+        )
+        axes.set_ylabel("mean accuracy")
+        axes.margins(x=0.2, y=0.25)
+        percent_axis(axes.yaxis)
+
+    return svg(name, title, draw, left=0.65)

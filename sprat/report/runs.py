@@ -1,0 +1,193 @@
+"""The runs of a road as the report sees them: main stages in the order of the road, controls beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sprat.errors import TrustError
+from sprat.trust import record
+
+FAMILIES = {
+    "data": "Data",
+    "pretrain": "Pre-train",
+    "sft": "Cold start (SFT)",
+    "rl": "RL (GRPO)",
+    "distill": "Distil",
+    "quantize": "INT4",
+}
+_CONTROLS = {"pretrain-dense": "pretrain", "sft-labels": "rl", "student-scratch": "distill"}
+_Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval."""
+
+    task: str
+    label: str
+    count: int
+    correct: int
+    mean: float
+    low: float
+    high: float
+    mean_tokens: float | None
+    by_length: dict[int, tuple[int, int]]
+    unseen: frozenset[int]  # lengths that were never trained
+    trained: bool
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One finished run: ``name`` is its folder on the road, ``family`` its station."""
+
+    name: str
+    family: str
+    title: str
+    control_of: str
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]
+    scores: list[Score] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage noted."""
+        facts: dict[str, Any] = self.record.get("facts") or {}
+        return facts
+
+    def by_task(self, label: str = "greedy") -> dict[str, Score]:
+        """The scores asked in the way ``label``; where a stage has none of it, those of its first way."""
+        labels = [score.label for score in self.scores]
+        chosen = label if label in labels or not labels else labels[0]
+        return {score.task: score for score in self.scores if score.label == chosen}
+
+    def quality(self) -> float | None:
+        """Mean greedy accuracy over the trained tasks, or None without scores."""
+        means = [score.mean for score in self.by_task().values() if score.trained]
+        return sum(means) / len(means) if means else None
+
+
+@dataclass(frozen=True)
+class Road:
+    """All finished runs; ``main`` holds one per station, ``controls`` what stands beside a station."""
+
+    stages: list[Stage]
+
+    @property
+    def main(self) -> list[Stage]:
+        """One stage per family in order; of several seeds the one that later stages were made from."""
+        used = {item.get("path", "").split("/")[0] for s in self.stages for item in s.record.get("inputs", {}).values()}
+        chosen: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.control_of:
+                continue
+            held = chosen.get(stage.family)
+            if held is None or (stage.name in used and held.name not in used):
+                chosen[stage.family] = stage
+        return list(chosen.values())
+
+    @property
+    def scored(self) -> list[Stage]:
+        """Main stages that were scored."""
+        return [stage for stage in self.main if stage.scores]
+
+    def controls(self, stage: Stage) -> list[Stage]:
+        """The controls of ``stage``."""
+        return [other for other in self.stages if other.control_of in (stage.family, stage.name)]
+
+    def seeds(self, family: str) -> list[Stage]:
+        """All stages of a family but controls."""
+        return [stage for stage in self.stages if stage.family == family and not stage.control_of]
+
+    def tasks(self) -> dict[str, bool]:
+        """Each task that any stage was scored on, and whether it was trained, trained ones first."""
+        found = {score.task: score.trained for stage in self.stages for score in stage.scores}
+        return dict(sorted(found.items(), key=lambda item: not item[1]))
+
+
+def read(folder: Path) -> Road:
+    """The finished runs under ``folder``.
+
+    Raises:
+        TrustError: there is none, or a ``run.json`` cannot be read.
+    """
+    found = record.find(folder) if folder.is_dir() else []
+    if not found:
+        raise TrustError("no finished run to report on", where=str(folder), todo="give the folder of a road")
+    stages = [_stage(path, folder) for path in found]
+    return Road(sorted(stages, key=_place))
+
+
+def _place(stage: Stage) -> tuple[int, int, str, str]:
+    """Stations in the order of the road, strangers last in the order of their finish, controls after stages."""
+    station = stage.control_of.partition("-")[0] or stage.family
+    order = list(FAMILIES)
+    number = order.index(station) if station in order else len(order)
+    finished = "" if station in order else str(stage.record.get("finished"))
+    return number, bool(stage.control_of), finished, stage.name
+
+
+def _stage(path: Path, road: Path) -> Stage:
+    """The run in ``path`` as a stage."""
+    written = record.read_json(path / "run.json")
+    if written is None:
+        raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
+    name = path.name if path == road else path.relative_to(road).as_posix()
+    facts = written.get("facts") or {}
+    family = next((f for f in FAMILIES if name == f or name.startswith(f"{f}-")), str(written.get("stage", name)))
+    title = str(facts.get("title") or FAMILIES.get(name, name))
+    control_of = str(facts.get("control_of") or _CONTROLS.get(name, ""))
+    scores = [_score(row) for row in facts.get("scores") or []]
+    return Stage(name, family, title, control_of, written, record.metrics(path), scores)
+
+
+def _score(row: dict[str, Any]) -> Score:
+    """A row of ``facts["scores"]``; what is missing follows from the counts."""
+    count, correct = int(row["count"]), int(row["correct"])
+    low, high = wilson(correct, count)
+    by_length = {int(length): (int(c), int(n)) for length, (c, n) in sorted((row.get("by_length") or {}).items())}
+    trained_lengths = {int(length) for length in row.get("trained_lengths") or []}
+    trained = bool(row.get("trained", True))
+    known = trained_lengths or (set(by_length) if trained else set[int]())
+    return Score(
+        task=str(row["task"]),
+        label=str(row.get("label", "greedy")),
+        count=count,
+        correct=correct,
+        mean=float(row.get("mean", correct / max(count, 1))),
+        low=float(row.get("low", low)),
+        high=float(row.get("high", high)),
+        mean_tokens=row.get("mean_tokens"),
+        by_length=dict(sorted(by_length.items())),
+        unseen=frozenset(set(by_length) - known),
+        trained=trained,
+        samples=list(row.get("samples") or []),
+    )
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927).
+
+    >>> [round(bound, 3) for bound in wilson(95, 100)]
+    [0.888, 0.978]
+    """
+    if not count:
+        return 0.0, 1.0
+    share, z2 = correct / count, _Z95**2 / count
+    middle = (share + z2 / 2) / (1 + z2)
+    half = _Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def p_value(before: Sequence[Score], after: Sequence[Score]) -> float:
+    """Two-sided p of equal shares of all problems of these scores, by the pooled two-proportion z test."""
+    right = [sum(score.correct for score in scores) for scores in (before, after)]
+    count = [max(1, sum(score.count for score in scores)) for scores in (before, after)]
+    share = sum(right) / sum(count)
+    spread = math.sqrt(share * (1 - share) * (1 / count[0] + 1 / count[1]))
+    gap = abs(right[1] / count[1] - right[0] / count[0])
+    return math.erfc(gap / spread / math.sqrt(2)) if spread else 1.0

@@ -1,0 +1,275 @@
+"""The report's tables: accuracy, gains, seeds, cost and provenance, as HTML."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from sprat.report.runs import Road, Score, Stage, p_value
+
+LEVEL = 0.05
+
+
+def text(value: Any) -> str:
+    """``value`` as HTML text; an at sign too is escaped, since it marks a class in ``table``."""
+    return html.escape(str(value)).replace("@", "&#64;")
+
+
+def percent(share: float) -> str:
+    """A share as per cent with one decimal; it does not break over lines.
+
+    >>> percent(0.9781)
+    '97.8\\xa0%'
+    """
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def points(change: float) -> str:
+    """A change of a share in points, signed.
+
+    >>> points(-0.021)
+    '−2.1'
+    """
+    return f"{100 * change:+.1f}".replace("-", "\u2212")
+
+
+def number(value: float, unit: str = "") -> str:
+    """A large number with a prefix of thousands and a unit.
+
+    >>> number(1234567.0), number(12.0, "J"), number(120e3, "B")
+    ('1.23 M', '12 J', '120 kB')
+    """
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    return f"{value:.3g} E{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as minutes where that reads better.
+
+    >>> duration(8.25), duration(125)
+    ('8.2 s', '2 min 5 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def yuan(nano: int) -> str:
+    """Nano-yuan as yuan with three significant digits.
+
+    >>> yuan(1_234_567), yuan(2_500_000_000)
+    ('¥0.00123', '¥2.50')
+    """
+    value = nano / 1e9
+    if not nano or value >= 1:
+        return f"¥{value:.2f}"
+    return "¥" + f"{float(f'{value:.3g}'):.9f}".rstrip("0")
+
+
+def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+    """A table that scrolls sideways on a small screen; cells are HTML already, an attribute may lead as ``@class|``."""
+
+    def cell(tag: str, content: str) -> str:
+        if content.startswith("@"):
+            names, _, content = content[1:].partition("|")
+            return f'<{tag} class="{names}">{content}</{tag}>'
+        return f"<{tag}>{content}</{tag}>"
+
+    top = "".join(cell("th", item) for item in head)
+    body = "".join(f"<tr>{''.join(cell('td', item) for item in row)}</tr>\n" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    )
+
+
+def accuracy(road: Road) -> str:
+    """Accuracy on each task after each stage, controls beside their stage."""
+    columns = [column for stage in road.scored for column in (stage, *road.controls(stage)) if column.scores]
+    if not columns:
+        return ""
+    head = ["task"]
+    for stage in columns:
+        mark = "<small>control</small>" if stage.control_of else "<small>&nbsp;</small>"
+        head.append(f"@{'control' if stage.control_of else 'stage'}|{text(stage.title)}{mark}")
+    rows = []
+    for task, trained in road.tasks().items():
+        tag = "" if trained else ' <span class="tag">never trained</span>'
+        rows.append([text(task) + tag, *(_cell(stage, stage.by_task().get(task)) for stage in columns)])
+    means = [stage.quality() for stage in columns]
+    if len(rows) > 1:
+        cells = ["–" if mean is None else f"<b>{percent(mean)}</b>" for mean in means]
+        marks = ["control" if stage.control_of else "" for stage in columns]
+        cells = [f"@{mark}|{cell}" if mark else cell for mark, cell in zip(marks, cells, strict=True)]
+        rows.append(["mean of trained tasks", *cells])
+    return table(head, rows, "accuracy")
+
+
+def _cell(stage: Stage, score: Score | None) -> str:
+    """One accuracy with its interval, tinted by height."""
+    if score is None:
+        return "–"
+    names = f"heat{round(score.mean * 10)}" + (" control" if stage.control_of else "")
+    interval = f"{100 * score.low:.1f}–{100 * score.high:.1f}"
+    return f"@{names}|<b>{percent(score.mean)}</b><small>{interval}</small>"
+
+
+def gains(road: Road) -> str:
+    """What each stage changed on each task, whether that is significant, and what its control reached."""
+    rows = []
+    for before, stage in zip(road.scored, road.scored[1:], strict=False):
+        told = {str(row["task"]): row for row in stage.facts.get("significance") or []}
+        old = before.by_task()
+        first = True
+        for task, after in stage.by_task().items():
+            row = told.get(task)
+            if row is None and task not in old:
+                continue
+            start = float(row["before"]) if row else old[task].mean
+            end = float(row["after"]) if row else after.mean
+            p = float(row["p"]) if row else p_value([old[task]], [after])
+            beside = _beside(road, stage, task)
+            name = f"<b>{text(stage.title)}</b>" if first else ""
+            rows.append([name, text(task), percent(start), percent(end), *_verdict(start, end, p), beside])
+            first = False
+    return table(["stage", "task", "before", "after", "gain", "p", "verdict", "control reached"], rows) if rows else ""
+
+
+def _verdict(start: float, end: float, p: float) -> list[str]:
+    """Gain in points, p and a word."""
+    word = "@good|significant gain" if end > start else "@bad|significant loss"
+    if p >= LEVEL:
+        word = "@quiet|not significant"
+    return [points(end - start), "&lt; 0.0001" if p < 1e-4 else f"{p:.4f}", word]
+
+
+def _beside(road: Road, stage: Stage, task: str) -> str:
+    """What the controls of ``stage`` reached on ``task``."""
+    found = [(control.title, control.by_task().get(task)) for control in road.controls(stage)]
+    told = "<br>".join(f"{percent(score.mean)} <small>{text(title)}</small>" for title, score in found if score)
+    return f"@beside|{told or '–'}"
+
+
+def seeds(road: Road) -> str:
+    """RL from the same cold start with several seeds: greedy accuracy on each task, and the spread."""
+    stages = [stage for stage in road.seeds("rl") if stage.scores]
+    if len(stages) < 2:
+        return ""
+    rows = []
+    for task in road.tasks():
+        scores = [stage.by_task().get(task) for stage in stages]
+        means = [score.mean for score in scores if score]
+        if means:
+            cells = ["–" if score is None else percent(score.mean) for score in scores]
+            rows.append([text(task), *cells, f"{percent(min(means))} to {percent(max(means))}"])
+    return table(["task", *(f"seed {stage.record.get('seed')}" for stage in stages), "spread"], rows)
+
+
+def thinking(road: Road) -> str:
+    """Each scored stage made to think, made to answer at once, and left to itself."""
+    rows = []
+    labels = [label for label in ("greedy", "thinking", "direct") if _has(road, label)]
+    if len(labels) < 2:
+        return ""
+    for stage in road.scored:
+        cells = []
+        for label in labels:
+            scores = [s for s in stage.scores if s.label == label and s.trained]
+            if not scores:
+                cells.append("–")
+                continue
+            lengths = [s.mean_tokens for s in scores if s.mean_tokens is not None]
+            size = f"<small>{sum(lengths) / len(lengths):.0f} tokens</small>" if lengths else ""
+            cells.append(f"<b>{percent(sum(s.mean for s in scores) / len(scores))}</b>{size}")
+        rows.append([text(stage.title), *cells])
+    heads = {"greedy": "left to itself", "thinking": "made to think", "direct": "made to answer at once"}
+    return table(["mean over tasks", *(heads[label] for label in labels)], rows)
+
+
+def _has(road: Road, label: str) -> bool:
+    return any(score.label == label for stage in road.scored for score in stage.scores)
+
+
+def cost(road: Road) -> str:
+    """FLOPs, tokens, time, energy and money of each run, and their sum."""
+    rows = []
+    names = ("flops", "tokens", "device_seconds", "wall_seconds", "energy_joules_estimated", "nano_yuan")
+    total = dict.fromkeys(names, 0.0)
+    whole = max(sum(float(stage.record.get("device_seconds") or 0) for stage in road.stages), 1e-9)
+    for stage in road.stages:
+        spent = {name: float(stage.record.get(name) or 0) for name in names}
+        total = {name: total[name] + spent[name] for name in names}
+        mark = ' <span class="tag">control</span>' if stage.control_of else ""
+        share = 100 * spent["device_seconds"] / whole
+        bar = f'<span class="bar"><i style="width:{share:.1f}%"></i></span>'
+        rows.append([text(stage.title) + mark, *_spent(spent), bar])
+    rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _spent(total)), ""])
+    head = ["stage", "FLOPs", "tokens", "CPU time", "wall time", "energy (est.)", "cost", "share of CPU time"]
+    return table(head, rows, "cost")
+
+
+def _spent(spent: dict[str, float]) -> list[str]:
+    return [
+        number(spent["flops"]) if spent["flops"] else "–",
+        number(spent["tokens"]) if spent["tokens"] else "–",
+        duration(spent["device_seconds"]),
+        duration(spent["wall_seconds"]),
+        number(spent["energy_joules_estimated"], "J"),
+        yuan(int(spent["nano_yuan"])),
+    ]
+
+
+def sizes(road: Road) -> str:
+    """Parameters, bytes, speed and quality of each model that is measured."""
+    rows = []
+    for stage in road.stages:
+        facts, quality = stage.facts, stage.quality()
+        counts = facts.get("parameters") or {}
+        if not facts.get("size_bytes") and not counts:
+            continue
+        speed = facts.get("tokens_per_second")
+        rows.append(
+            [
+                text(stage.title),
+                number(float(counts["total"])) if counts.get("total") else "–",
+                number(float(counts["active"])) if counts.get("active") else "–",
+                number(float(facts["size_bytes"]), "B") if facts.get("size_bytes") else "–",
+                f"{float(speed):,.0f}" if speed else "–",
+                "–" if quality is None else percent(quality),
+            ]
+        )
+    return table(["model", "parameters", "active", "on disk", "tokens/s", "mean accuracy"], rows) if rows else ""
+
+
+def provenance(road: Road) -> str:
+    """The digest of each artefact and recipe, and what each run was made from."""
+    rows = []
+    for stage in road.stages:
+        inputs = stage.record.get("inputs") or {}
+        made = ", ".join(text(item.get("path") or item.get("outside") or name) for name, item in inputs.items())
+        digests = [_digest(str(stage.record.get(name, ""))) for name in ("artefact_digest", "recipe_digest")]
+        rows.append([text(stage.name), *digests, text(stage.record.get("seed", "")), made or "–"])
+    return table(["run", "artefact (SHA-256)", "recipe (SHA-256)", "seed", "made from"], rows)
+
+
+def sources(road: Road) -> str:
+    """Name, licence, size and digest of each text source."""
+    found = [source for stage in road.stages for source in stage.facts.get("sources") or []]
+    rows = [
+        [
+            text(source.get("name", "")),
+            text(source.get("licence", "")),
+            number(float(source.get("bytes") or 0), "B"),
+            _digest(str(source.get("sha256", ""))),
+        ]
+        for source in found
+    ]
+    return table(["source", "licence", "size", "SHA-256"], rows) if rows else ""
+
+
+def _digest(value: str) -> str:
+    """The first 16 digits; the whole on hover."""
+    return f'<code title="{text(value)}">{text(value[:16])}</code>' if value else "–"

@@ -1,0 +1,92 @@
+"""What a stage is worth: the same held-out problems for every stage, answered greedily.
+
+Three ways of asking: ``greedy`` leaves it to the model whether to think, ``thinking`` opens the think
+tag for it, ``direct`` closes it at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sprat.engine import Engine, Sampling
+from sprat.model import Transformer
+from sprat.post.evaluate import Score, ask, evaluate_many, significant
+from sprat.road.places import Road
+from sprat.tokens import Tokenizer
+
+WAYS: dict[str, bool | None] = {"greedy": None, "thinking": True, "direct": False}
+SPEED_BATCH = 16  # requests at once when tokens a second are measured
+
+
+def scores(
+    road: Road, model: Transformer, tokenizer: Tokenizer, ways: Sequence[str] = ("greedy",), *, unseen: bool = False
+) -> list[dict[str, Any]]:
+    """Score ``model`` on every task of the mix (and the never-trained ones) in each of ``ways``.
+
+    Returns:
+        One row for each task and way, as the report reads it.
+    """
+    recipe = road.recipe
+    engine = Engine(model, tokenizer, max_batch=recipe.eval.batch)
+    configs = [(c, True) for c in recipe.data.tasks] + [(c, False) for c in recipe.data.unseen if unseen]
+    tasks = [road.artefacts.task(config) for config, _ in configs]
+    rows = []
+    for way in ways:
+        found = evaluate_many(
+            engine,
+            tasks,
+            count=recipe.data.test_problems,
+            thinking=WAYS[way],
+            max_tokens=recipe.eval.max_tokens,
+            samples=recipe.eval.samples,
+        )
+        for score, (_, trained) in zip(found, configs, strict=True):
+            rows.append({**_facts(score), "label": way, "trained": trained})
+    return rows
+
+
+def _facts(score: Score) -> dict[str, Any]:
+    """A score as the report reads it."""
+    samples = [
+        {
+            "question": sample["question"],
+            "answer": sample["expected"],
+            "reasoning": sample["reasoning"] or "",
+            "content": sample["answer"],
+            "correct": sample["score"] > 0.999,
+        }
+        for sample in score.samples
+    ]
+    return {**score.to_dict(), "mean": score.accuracy, "samples": samples, "trained_lengths": []}
+
+
+def gains(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], label: str = "greedy") -> list[dict[str, Any]]:
+    """For each task the change of accuracy between two stages and its p-value (two proportions)."""
+    old = {row["task"]: row for row in before if row["label"] == label}
+    return [
+        {
+            "task": row["task"],
+            "before": old[row["task"]]["mean"],
+            "after": row["mean"],
+            "p": significant(_score(old[row["task"]]), _score(row)),
+        }
+        for row in after
+        if row["label"] == label and row["task"] in old
+    ]
+
+
+def _score(row: dict[str, Any]) -> Score:
+    names = ("task", "count", "correct", "mean", "low", "high", "mean_tokens")
+    return Score(**{name: row[name] for name in names})
+
+
+def speed(road: Road, model: Transformer, tokenizer: Tokenizer) -> float:
+    """Tokens a second of greedy generation, ``SPEED_BATCH`` requests at once, on this thread."""
+    task = road.artefacts.task(road.recipe.data.tasks[0])
+    engine = Engine(model, tokenizer, max_batch=SPEED_BATCH)
+    prompts = [ask(problem) for problem in task.kept[: 4 * SPEED_BATCH]]
+    began = time.perf_counter()
+    outputs = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64, thinking=True))
+    return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)

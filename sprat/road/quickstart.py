@@ -1,0 +1,88 @@
+"""The road in one command, top to bottom.
+
+    data ──┬─ pretrain ── sft ──┬─ rl (seed 0) ──┬─ distill ── quantize
+           │                    │                └─ sft-labels          (control of RL)
+           │                    └─ rl (seeds 1, 2)                      (is RL luck?)
+           ├─ pretrain-dense                                            (control of the experts)
+           └─ student-scratch                                           (control of distillation)
+
+Every stage is a run with its folder; a stage that is finished is not run again, so starting the same
+road again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sprat.errors import MachineError
+from sprat.report import write
+from sprat.road import data, squeeze, training
+from sprat.road.graph import Stage, run_all
+from sprat.road.places import Road
+from sprat.road.recipe import RoadRecipe
+from sprat.trust import atomic
+from sprat.trust.lock import hold
+
+Told = Callable[[str, str, float], None]
+NEEDED_BYTES = 300_000_000  # free disk that a road wants
+SERVED = "quantize"  # the run whose model is served at the end
+
+
+def stages(road: Road, text: Path | None = None) -> list[Stage]:
+    """The stages of ``road``, the critical path first."""
+    recipe = road.recipe
+    first = f"rl-seed{recipe.rl.seeds[0]}"
+    found = [
+        Stage("data", data.data, (road, text)),
+        Stage("pretrain", training.pretrain, (road,), ("data",)),
+        Stage("sft", training.cold_start, (road,), ("pretrain",)),
+        *(Stage(f"rl-seed{seed}", training.reinforce, (road, seed), ("sft",)) for seed in recipe.rl.seeds),
+        Stage("distill", training.student, (road,), (first,)),
+        Stage("quantize", squeeze.squeeze, (road,), ("distill",)),
+        Stage("sft-labels", training.labels, (road,), (first,)),
+        Stage("student-scratch", training.scratch, (road,), ("data",)),
+    ]
+    if recipe.dense is not None:
+        found.append(Stage("pretrain-dense", training.pretrain, (road, "pretrain-dense", recipe.dense), ("data",)))
+    return found
+
+
+def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told: Told = lambda *_: None) -> Path:
+    """Go the whole road in the folder ``out``; returns its ``report.html``.
+
+    Args:
+        out: made when missing; a road that was interrupted goes on.
+        recipe: see ``sprat.road.recipe.named``.
+        text: the user's own folder of text instead of the default corpus.
+        told: hears ``(stage, "starts" or "done", seconds)``.
+
+    Raises:
+        SpratError: bad input, a full disk, a second quickstart in the same folder, a stage that failed.
+    """
+    check_machine(out)
+    with hold(out):
+        road = Road(out, recipe)
+        atomic.write_text(out / "recipe.toml", recipe.to_toml())
+        run_all(stages(road, text), recipe.jobs, told)
+        return write(out)
+
+
+def check_machine(out: Path) -> None:
+    """Raise MachineError where Python is too old or the disk too full, before anything is written."""
+    if sys.version_info < (3, 11):
+        raise MachineError("Python is too old", where=sys.version.split()[0], todo="use Python 3.11 or newer")
+    place = out
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise MachineError("the output folder is a file", where=str(out), todo="give another folder")
+    free = shutil.disk_usage(place).free
+    if free < NEEDED_BYTES:
+        todo = f"free {NEEDED_BYTES // 1_000_000} MB or give another folder"
+        raise MachineError(f"only {free // 1_000_000} MB of disk are free", where=str(out), todo=todo)
+
+
+__all__ = ["SERVED", "check_machine", "quickstart", "stages"]

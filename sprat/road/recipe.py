@@ -1,0 +1,100 @@
+"""What the whole road is: one TOML file, a table for each station."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from sprat.config import Config, DistillConfig, MoneyConfig, QuantConfig, RLConfig, SFTConfig, TaskConfig, TrainConfig, load
+
+
+class ModelRecipe(Config):
+    """A named size and the numbers that differ from it."""
+
+    size: str = "pico"
+    changes: dict[str, Any] = {}
+
+
+class DataRecipe(Config):
+    """Text, tasks and tokenizer."""
+
+    vocab_size: int = Field(2048, ge=300)
+    numbers: int = Field(200, ge=0)  # 0..numbers-1 are one token each
+    seq_len: int = Field(128, ge=8)
+    text_bytes: int = Field(4_000_000, ge=10_000)
+    offline: bool = False
+    demonstrations: int = Field(60_000, ge=10)  # worked examples over all tasks
+    test_problems: int = Field(1000, ge=10)  # held-out problems for each task
+    tasks: tuple[TaskConfig, ...] = (TaskConfig(name="sums"),)
+    unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
+
+
+class PretrainRecipe(Config):
+    """Pre-training of one model on text and worked examples."""
+
+    model: ModelRecipe = ModelRecipe()
+    train: TrainConfig = TrainConfig()
+    text_share: float = Field(0.3, ge=0, le=1)  # share of the rows
+
+
+class EvalRecipe(Config):
+    """How answers are drawn when they are judged."""
+
+    max_tokens: int = Field(120, ge=1)
+    batch: int = Field(512, ge=1)
+    samples: int = Field(4, ge=0)  # kept for the report, for each task
+
+
+class SFTRecipe(Config):
+    """Cold start: a few demonstrations, most of them terse."""
+
+    sft: SFTConfig = SFTConfig()
+
+
+class RLRecipe(Config):
+    """GRPO on the trained tasks, the same cold start, several seeds."""
+
+    rl: RLConfig = RLConfig()
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class DistillRecipe(Config):
+    """A student from the teacher's own verified answers."""
+
+    student: ModelRecipe = ModelRecipe()
+    distill: DistillConfig = DistillConfig()
+    text_share: float = Field(0.1, ge=0, le=1)
+
+
+class RoadRecipe(Config):
+    """The road from text and tasks to a served model that reasons."""
+
+    name: str = "quickstart"
+    seed: int = 0
+    jobs: int = Field(2, ge=1)  # stages that may run side by side, one thread each
+    data: DataRecipe = DataRecipe()
+    pretrain: PretrainRecipe = PretrainRecipe()
+    dense: ModelRecipe | None = None  # iso-FLOP dense twin of the teacher; None leaves it out
+    sft: SFTRecipe = SFTRecipe()
+    rl: RLRecipe = RLRecipe()
+    distill: DistillRecipe = DistillRecipe()
+    quant: QuantConfig = QuantConfig()
+    eval: EvalRecipe = EvalRecipe()
+    money: MoneyConfig = MoneyConfig()
+
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+def named(name: str, overrides: tuple[str, ...] = ()) -> RoadRecipe:
+    """The recipe in the file ``name``, or the packaged one of that name, with ``a.b=c`` overrides.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key, a value that does not fit.
+    """
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        path = FOLDER / f"{name}.toml"
+    return load(RoadRecipe, path, overrides)

@@ -1,0 +1,94 @@
+"""The application: an engine behind the routes, with its guards, as one ASGI object."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from sprat.serve import meter
+from sprat.serve.meter import Prices
+from sprat.serve.traffic import EngineLike, Traffic
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def create_app(
+    engine: EngineLike,
+    *,
+    name: str = "sprat",
+    prices: Prices | None = None,
+    examples: Sequence[str] = (),
+    turns: int | None = None,
+    max_tokens: int = 1024,
+    max_requests: int = 64,
+    max_body_bytes: int = 1 << 20,
+    hosts: Iterable[str] = (),
+) -> FastAPI:
+    """The chat server around ``engine``, ready for any ASGI server.
+
+    Args:
+        engine: takes requests from any thread; it is started and stopped with the app.
+        name: the model id that requests must give.
+        prices: nano-yuan per token; today's default table when None.
+        examples: questions that the page offers.
+        turns: how many past exchanges the page sends along; 0 for a model that was taught single
+            questions, None for no limit. Requests made otherwise are not touched.
+        max_tokens: the most tokens of one answer, thinking included; also the default.
+        max_requests: answers at a time; one more is refused with 429.
+        max_body_bytes: bound of a request body; a larger one is refused with 413.
+        hosts: names, beside ``localhost`` and IP addresses, that a ``Host`` header may give.
+    """
+    from fastapi import FastAPI
+
+    from sprat.serve.api import Desk, add_routes
+    from sprat.serve.guard import Guard
+
+    prices = prices if prices is not None else meter.choose(meter.load())
+    traffic = Traffic(engine, meter.Meter(prices), max_requests=max_requests)
+    desk = Desk(
+        traffic, name, prices, list(examples), turns=turns, max_tokens=max_tokens, max_body_bytes=max_body_bytes
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        traffic.close()
+        engine.stop()
+
+    # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
+    app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
+    app.state.traffic = traffic
+    app.add_middleware(Guard, names=hosts)
+    add_routes(app, desk)
+
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Make every error of ``app``, expected or not, an OpenAI-style error object."""
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+    from sprat.serve.api import refuse
+    from sprat.serve.protocol import RequestError
+
+    async def on_refusal(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestError)
+        return refuse(error)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        code = str(error.detail).lower().replace(" ", "_")
+        return refuse(RequestError(error.status_code, str(error.detail), code=code))
+
+    async def on_crash(request: Request, error: Exception) -> JSONResponse:
+        return refuse(RequestError(500, "the server made a mistake", code="internal_error", kind="server_error"))
+
+    app.add_exception_handler(RequestError, on_refusal)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_crash)

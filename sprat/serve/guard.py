@@ -1,0 +1,107 @@
+"""Who may knock: checks on every request before any route sees it.
+
+A server on loopback is reachable from every web page that the user has open. Two checks keep such
+pages out. DNS rebinding: a hostile page points its own name at 127.0.0.1, so a ``Host`` that is
+neither an IP address nor ``localhost`` nor a name we were given is refused (an IP address cannot be
+rebound). Cross-site requests: a ``POST`` whose ``Origin`` is not this server is refused, and no CORS
+header is ever sent. Programs such as curl and the OpenAI clients send no ``Origin`` and pass.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from sprat.serve.protocol import RequestError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+def host_name(host: str) -> str | None:
+    """The name in a ``Host`` header without its port, lower case; None when it is malformed.
+
+    >>> host_name("LocalHost:8000"), host_name("[::1]:8000"), host_name("a@b")
+    ('localhost', '::1', None)
+    """
+    if not host or set(host) & set("/?#@\\ \t"):
+        return None
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts.hostname
+
+
+def may_enter(host: str, names: Iterable[str]) -> bool:
+    """True when ``host`` (a ``Host`` header) cannot be a rebound DNS name.
+
+    >>> may_enter("127.0.0.1:8000", []), may_enter("evil.example", []), may_enter("box.lan", ["box.lan"])
+    (True, False, True)
+    """
+    name = host_name(host)
+    if name is None:
+        return False
+    if name == "localhost" or name in names:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Guard:
+    """ASGI middleware: refuses foreign hosts and origins, adds the security headers to every answer."""
+
+    def __init__(self, app: App, names: Iterable[str] = ()) -> None:
+        self.app = app
+        self.names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def sealed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self.app(scope, receive, sealed)
+            return
+        body = json.dumps(refusal.body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await sealed({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await sealed({"type": "http.response.body", "body": body})
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if not may_enter(host, self.names):
+            message = f"the host {host[:100]!r} is not served here; use the address the server printed"
+            return RequestError(403, message, param="Host", code="host_not_allowed")
+        origin = headers.get(b"origin")
+        if scope["method"] not in ("GET", "HEAD") and origin is not None:
+            parts = origin.split("://", 1)
+            if len(parts) != 2 or parts[0] not in ("http", "https") or parts[1].lower() != host.lower():
+                return RequestError(403, "requests from other sites are refused", param="Origin", code="cross_site")
+        return None

@@ -1,0 +1,226 @@
+"""What may be asked and what is answered: the chat protocol in the OpenAI/DeepSeek form.
+
+Requests are validated strictly, because a silently ignored field is an answer to another question:
+an unknown field, a wrong type or a feature that this server lacks is an HTTP 400 whose error object
+names the field. Fields that ask for nothing (``n: 1``, ``frequency_penalty: 0``, ``tools: []``) are
+accepted, since clients send them by habit.
+
+Whether the model thinks is said in one of two ways, and not at all when the model shall decide:
+DeepSeek's ``"thinking": {"type": "enabled" | "disabled"}``, or OpenAI's ``"reasoning_effort"``, of
+which ``"none"`` means off and every other level on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+MAX_MESSAGES = 256
+MAX_STOPS = 16
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; becomes an OpenAI-style error object.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for the caller.
+        param: the field at fault, as a dotted path, or None.
+        code: a short machine-readable name.
+        kind: OpenAI's ``error.type``.
+        retry_after: seconds after which trying again makes sense, or None.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
+        kind: str = "invalid_request_error",
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code, self.kind, self.retry_after = code, kind, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class _Strict(BaseModel):
+    """No unknown keys, no coercion of types, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(_Strict):
+    """One part of a message that is written as a list."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One turn. ``reasoning_content`` of past turns is accepted and not shown to the model again."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class Thinking(_Strict):
+    """DeepSeek's switch."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class StreamOptions(_Strict):
+    """``include_usage`` asks for one last chunk that carries the whole usage."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Strict):
+    """Only plain text is offered."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Strict):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: str = Field(min_length=1, max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    n: Literal[1] = 1
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    logprobs: Literal[False] = False
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or not all(0 < len(item) <= 256 for item in stops):
+            raise ValueError(f"give at most {MAX_STOPS} stop strings of 1 to 256 characters")
+        return stop
+
+    @field_validator("messages")
+    @classmethod
+    def _turns(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if any(message.role == "system" for message in messages[1:]):
+            raise ValueError("only the first message may have the role 'system'")
+        if messages[-1].role != "user":
+            raise ValueError("the last message must have the role 'user'")
+        if not messages[-1].text:
+            raise ValueError("the last message is empty")
+        return messages
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if self.thinking is not None and self.reasoning_effort is not None:
+            raise ValueError("give either 'thinking' or 'reasoning_effort', not both")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def thinks(self) -> bool | None:
+        """True: think; False: answer at once; None: the model decides."""
+        if self.thinking is not None:
+            return self.thinking.type == "enabled"
+        if self.reasoning_effort is not None:
+            return self.reasoning_effort != "none"
+        return None
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens the caller wants, thinking included; None when not said."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def parse(body: bytes) -> ChatRequest:
+    """Read a request body.
+
+    Raises:
+        RequestError: status 400; names the first field at fault.
+
+    >>> parse(b'{"model": "m", "messages": [{"role": "user", "content": "1 + 1"}], "temprature": 0}')
+    Traceback (most recent call last):
+    sprat.serve.protocol.RequestError: unknown field 'temprature'; did you mean 'temperature'?
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        # A field of several types reports one fault for each; the deepest knows best what was meant.
+        worst = max((f for f in faults if f["loc"][:1] == faults[0]["loc"][:1]), key=lambda f: len(f["loc"]))
+        raise _refusal(worst["type"], worst["loc"], worst["msg"]) from None
+
+
+def _refusal(kind: str, place: tuple[int | str, ...], message: str) -> RequestError:
+    """One validation fault as the error that the caller sees."""
+    if kind == "json_invalid":
+        return RequestError(400, f"the body is not valid JSON: {message}", code="invalid_json")
+    if kind == "model_type" and not place:
+        return RequestError(400, "the body must be a JSON object", code="invalid_json")
+    # Union branches add their type's name to the path ("content.str"): the caller only knows real fields.
+    param = ".".join(str(part)[:64] for part in place if part != "str" and "[" not in str(part))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), list(ChatRequest.model_fields), n=1) if len(place) == 1 else []
+        advice = f"; did you mean {near[0]!r}?" if near else ""
+        return RequestError(400, f"unknown field {param!r}{advice}", param=param, code="unknown_parameter")
+    message = message.removeprefix("Value error, ")
+    return RequestError(400, f"{param}: {message}" if param else message, param=param or None)
+
+
+def usage_body(prompt: int, completion: int, reasoning: int, hit: int) -> dict[str, Any]:
+    """The ``usage`` object; counts are tokens and ``hit + miss == prompt`` by construction.
+
+    Args:
+        prompt: tokens of the rendered prompt.
+        completion: tokens generated, reasoning included.
+        reasoning: of those, tokens of thinking.
+        hit: prompt tokens that were found in the cache.
+    """
+    hit = max(0, min(hit, prompt))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_cache_hit_tokens": hit,
+        "prompt_cache_miss_tokens": prompt - hit,
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }

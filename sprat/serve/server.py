@@ -1,0 +1,152 @@
+"""The process: take the port, load the model, serve until Ctrl-C.
+
+The port is taken before the model is loaded, since a busy port is the commonest fault and loading the
+slowest step. The address is printed when requests are really answered. On Ctrl-C running answers are
+stopped where they are, their streams close with usage and cost, and the process leaves.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sprat.errors import MachineError, ServeError
+from sprat.serve.app import create_app
+from sprat.serve.meter import Prices
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+GRACE_SECONDS = 5
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """A socket that listens on ``host:port`` (port 0: any free one).
+
+    It listens from now on: early callers wait in its queue until the server is up.
+
+    Raises:
+        ServeError: the port is in use or not allowed, or the host is not ours.
+    """
+    where = f"{host}:{port}"
+    if not 0 <= port <= 65535:
+        raise ServeError("no such port", where=where, todo="give a port from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ServeError("no such host", where=host, todo="use 127.0.0.1, or an address of this machine") from None
+    taken = socket.socket(family, kind, protocol)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+        taken.listen(128)
+        taken.setblocking(False)
+    except PermissionError:
+        taken.close()
+        raise ServeError("this port needs more rights", where=where, todo="use a port above 1023") from None
+    except OSError as error:
+        taken.close()
+        if error.errno == errno.EADDRINUSE:
+            todo = "stop the other program or give another port (0 takes any free one)"
+            raise ServeError("the port is already in use", where=where, todo=todo) from None
+        raise ServeError(f"cannot listen: {error.strerror}", where=where, todo="use 127.0.0.1") from None
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    """The ``http://`` address of a listening socket."""
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None] = print) -> None:
+    """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
+
+    Args:
+        app: from ``create_app``.
+        taken: from ``take_port``.
+        announce: called once with the address when requests are answered.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Says when it is up, and stops running answers before it waits for them."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            if self.started:
+                announce(address_of(taken))
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.traffic.close()
+            await super().shutdown(sockets=sockets)
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=512,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+        ws="none",
+    )
+    try:
+        Server(config).run(sockets=[taken])
+    except KeyboardInterrupt:
+        return
+    finally:
+        taken.close()
+
+
+def run(
+    model_folder: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    name: str | None = None,
+    prices: Prices | None = None,
+    examples: Sequence[str] = (),
+    turns: int | None = None,
+    max_tokens: int = 1024,
+    max_requests: int = 64,
+    hosts: Iterable[str] = (),
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
+
+    Loopback by default; any other ``host`` opens the server to the network, without keys. The other
+    arguments are those of ``create_app``; ``name`` defaults to the folder's name.
+
+    Raises:
+        ServeError: the port cannot be had.
+        MachineError: FastAPI or uvicorn is missing.
+        CheckpointError: the folder holds no model.
+    """
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            todo = f"pip install {package}"
+            raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
+    taken = take_port(host, port)
+    try:
+        from sprat.engine import Engine
+        from sprat.engine.load import load
+
+        model, tokenizer = load(model_folder)
+        app = create_app(
+            Engine(model, tokenizer),
+            name=name or Path(model_folder).resolve().name,
+            prices=prices,
+            examples=examples,
+            turns=turns,
+            max_tokens=max_tokens,
+            max_requests=max_requests,
+            hosts=[*hosts, host],
+        )
+        serve(app, taken, announce=announce)
+    finally:
+        taken.close()

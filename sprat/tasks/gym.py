@@ -1,0 +1,102 @@
+"""Adapter to reasoning-gym: its questions, its scorers, our split and our chains of thought.
+
+Scores below 0.2 count as 0, because several of its scorers pay 0.01 to 0.16 for any answer at all,
+which reinforcement learning would gladly collect.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sprat.errors import DataError, MachineError
+from sprat.tasks import explain
+from sprat.tasks.base import Problem, Split, draw
+
+FLOOR = 0.2  # scores below this are what any answer gets
+OPTIONAL_NATIVE = ("pycosat",)  # C extensions that reasoning-gym imports for families that are not ours
+
+
+class GymTask:
+    """One reasoning-gym family.
+
+    Args:
+        name: title in reports.
+        family: reasoning-gym's dataset name, e.g. ``chain_sum``.
+        settings: the family's own settings.
+    """
+
+    def __init__(self, name: str, family: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.family = family
+        gym = _import_gym()
+        options = {key: tuple(value) if key == "operators" else value for key, value in settings.items()}
+        options.setdefault("seed", 0)
+        try:
+            self._dataset = gym.create_dataset(family, size=1, **options)
+        except (ValueError, TypeError, AssertionError) as error:
+            todo = "see reasoning-gym's list of families and settings"
+            raise DataError(f"reasoning-gym refuses {family}: {error}", where=name, todo=todo) from None
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Problem ``index`` of ``split``."""
+        return draw(self._generate, split, index)
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        """The family's own score, with what any answer gets taken away."""
+        if answer is None:
+            return 0.0
+        value = float(self._dataset.score_answer(answer, problem.meta["entry"]))
+        return value if value >= FLOOR else 0.0
+
+    def explain(self, problem: Problem) -> str:
+        """The chain of thought of this family.
+
+        Raises:
+            DataError: nobody wrote a chain for this family yet.
+        """
+        if self.family not in CHAINS:
+            todo = f"families with chains: {', '.join(sorted(CHAINS))}"
+            raise DataError(f"no chain of thought for {self.family}", where=self.name, todo=todo)
+        return CHAINS[self.family](problem.meta["entry"]["metadata"])
+
+    def _generate(self, key: int) -> Problem:
+        entry = self._dataset[key]
+        meta: dict[str, Any] = {"entry": entry}
+        if "num_terms" in entry["metadata"]:
+            meta["num_terms"] = entry["metadata"]["num_terms"]
+        return Problem(self.name, key, entry["question"].strip(), entry["answer"], meta)
+
+
+def _legs(meta: Mapping[str, Any]) -> str:
+    table = importlib.import_module("reasoning_gym.arithmetic.leg_counting").ANIMALS
+    return explain.legs([(count, table[animal]) for animal, count in meta["animals"].items()])
+
+
+CHAINS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "basic_arithmetic": lambda meta: explain.arithmetic(meta["expression"]),
+    "chain_sum": lambda meta: explain.chain_sum(meta["expression"]),
+    "gcd": lambda meta: explain.euclid(*meta["numbers"]),
+    "leg_counting": _legs,
+    "simple_equations": lambda meta: explain.equation(meta["equation"]),
+}
+
+
+def _import_gym() -> Any:
+    """reasoning_gym, also where its optional C extensions could not be built.
+
+    Raises:
+        MachineError: the package is not installed.
+    """
+    for name in OPTIONAL_NATIVE:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
+    try:
+        return importlib.import_module("reasoning_gym")
+    except ImportError as error:
+        todo = "pip install 'sprat[gym]'"
+        raise MachineError(f"reasoning-gym cannot be imported: {error}", where="tasks", todo=todo) from None

@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or absent, and from which training goes on to the same bits.
+
+    checkpoints/step-00000100/
+      model.safetensors        parameters and buffers (router biases)
+      optimiser.safetensors    momenta, moments, counts
+      state.json               step, what the loop needs, and the digest of the two files
+
+A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill at any moment leaves
+either all of it or a hidden folder that the next save sweeps away. A folder that is torn all the same (a dying
+disk, a careless copy) does not match its digests and is passed over for the one before, which is why the last
+two are kept. Data needs no state, since batches are a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sprat.errors import CheckpointError, MachineError
+from sprat.train.optim import Optimiser
+from sprat.trust import atomic, digest
+
+KEEP = 2
+_FILES = ("model.safetensors", "optimiser.safetensors")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that matches its digests: its folder, the number of finished steps, and the loop's own facts."""
+
+    folder: Path
+    step: int
+    extra: dict[str, Any]
+
+
+def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, extra: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of ``step`` finished steps, then remove all but the last two.
+
+    Args:
+        folder: the run's ``checkpoints`` folder; made if missing.
+        extra: JSON values that come back with the checkpoint (floats come back to the bit).
+
+    Raises:
+        MachineError: the disk is full or closed to us; earlier checkpoints are untouched, nothing is left behind.
+    """
+    folder = Path(folder)
+    target, hidden = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        hidden.mkdir()
+        _check_room(folder, _size(model, optimiser))
+        save_file(_tensors(model), hidden / _FILES[0])
+        save_file({name: value.contiguous() for name, value in optimiser.state().items()}, hidden / _FILES[1])
+        digests = {name: digest.file(hidden / name) for name in _FILES}
+        state = {"format": _FORMAT, "step": step, "files": digests, "extra": dict(extra)}
+        (hidden / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        for path in (*hidden.iterdir(), hidden):
+            atomic.sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(hidden, target)
+        atomic.sync(folder)
+    except BaseException as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        mended = atomic.machine_error(error, folder)
+        if mended is None and isinstance(error, SafetensorError):
+            mended = MachineError(f"a checkpoint cannot be written: {error}", where=str(folder), todo="check the disk")
+        if mended is not None:
+            raise mended from None
+        raise
+    for old in _folders(folder)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest(folder: str | Path) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that is whole; None where there is none."""
+    for candidate in _folders(Path(folder)):
+        try:
+            state = json.loads((candidate / "state.json").read_text())
+            if state["format"] == _FORMAT and state["files"] == {name: digest.file(candidate / name) for name in _FILES}:
+                return Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> None:
+    """Put weights, buffers and optimiser state back, in place.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or optimiser, or cannot be read.
+    """
+    try:
+        weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
+    except (OSError, SafetensorError) as error:
+        todo = "remove that folder to start from the checkpoint before"
+        raise CheckpointError(f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo) from None
+    mine = _tensors(model)
+    if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in weights.items()}:
+        what = "the checkpoint is of another model"
+        raise CheckpointError(what, where=str(checkpoint.folder), todo="start from an empty checkpoint folder")
+    optimiser.load(state)
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(weights[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied weight once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in seen or value.numel() == 0:
+            found[name] = value if value.is_contiguous() else value.contiguous()
+            seen.add(value.data_ptr())
+    return found
+
+
+def _size(model: nn.Module, optimiser: Optimiser) -> int:
+    """Bytes that a checkpoint takes, nearly."""
+    return sum(value.nbytes for value in (*_tensors(model).values(), *optimiser.state().values()))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Refuse before writing what cannot fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"the disk is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+        raise MachineError(what, where=str(folder), todo="free some space and start again")
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed saves left behind."""
+    for left in _hidden(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Iterator[Path]:
+    yield from folder.glob(".step-*.tmp-*")

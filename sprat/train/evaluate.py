@@ -1,0 +1,54 @@
+"""How well a model predicts text: bits per byte, a measure that no tokenizer can flatter."""
+
+# B batch, T time, D hidden
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from sprat.data.loader import gather
+from sprat.data.pack import Packed
+from sprat.errors import DataError
+from sprat.model import Transformer
+from sprat.model.ops import linear_cross_entropy
+from sprat.train.machine import precision
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows: int = 32) -> float:
+    """Bits that the model needs for each byte of the packed text: sum of -log2 p(token) / bytes.
+
+    Tokens that nothing predicts (the first of each document) cost nothing here, and their bytes count, so leave
+    them out of ``bytes_total`` where documents are short.
+
+    Args:
+        packed: the text, all tokens masked as learned.
+        bytes_total: UTF-8 bytes of that text.
+        rows: rows of a batch.
+
+    Raises:
+        DataError: the text has no bytes.
+    """
+    if bytes_total <= 0:
+        raise DataError("a text of no bytes", where="bits_per_byte", todo="give a text that holds something")
+    device = model.embed_tokens.weight.device
+    training = model.training
+    model.eval()
+    nats = 0.0
+    for start in range(0, packed.rows, rows):
+        batch = gather(packed, range(start, min(start + rows, packed.rows))).to(device)
+        targets_N = batch.targets_BT.flatten()
+        with precision(device):
+            hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+        mean = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), model.head.weight, targets_N)
+        nats += float(mean) * int((targets_N != -100).sum())
+    model.train(training)
+    return nats / math.log(2) / bytes_total
+
+
+def by_domain(model: Transformer, domains: Mapping[str, tuple[Packed, int]], *, rows: int = 32) -> dict[str, float]:
+    """``bits_per_byte`` of each domain: name -> (packed text, its bytes)."""
+    return {name: bits_per_byte(model, packed, size, rows=rows) for name, (packed, size) in domains.items()}

@@ -1,0 +1,115 @@
+"""Writes that happen wholly or not at all: a temporary file beside the target, fsync, then rename.
+
+After a power cut or a kill the target holds either its old or its new content. A full disk becomes
+one sentence, and the temporary file is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sprat.errors import MachineError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def machine_error(error: BaseException, path: str | Path) -> MachineError | None:
+    """``error`` as a sentence about this machine where it means a full or closed disk, else None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL or "No space left on device" in str(error):
+        return MachineError("the disk is full", where=str(path), todo="free some space and start again")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MachineError("cannot write here", where=str(path), todo="choose a folder that you may write to")
+    return None
+
+
+@contextmanager
+def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; when the block ends well it takes the place of ``path``.
+
+    For writers that want a path of their own (safetensors). Missing folders are made.
+
+    Args:
+        durable: fsync the file and its folder, so that it also outlives a power cut.
+
+    Raises:
+        MachineError: the disk is full or closed to us; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        mended = machine_error(error, path)
+        if mended is not None:
+            raise mended from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync the file or folder at ``path``."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | Path, content: bytes, *, durable: bool = True) -> None:
+    """Write ``content`` to ``path`` wholly or not at all.
+
+    Raises:
+        MachineError: see ``replacing``.
+    """
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, content: str, *, durable: bool = True) -> None:
+    """Write ``content`` as UTF-8, newlines kept; see ``write_bytes``."""
+    write_bytes(path, content.encode("utf-8"), durable=durable)
+
+
+def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
+    """Write ``content`` as indented JSON with sorted keys; see ``write_bytes``."""
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n", durable=durable)
+
+
+def append_line(path: str | Path, line: str, *, durable: bool = True) -> None:
+    """Append ``line`` and a newline; on any failure the file is cut back to what it was.
+
+    Raises:
+        MachineError: the disk is full or closed to us.
+    """
+    path = Path(path)
+    try:
+        with open(path, "ab", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            content = (line + "\n").encode("utf-8")
+            try:
+                if stream.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, "short write")
+                if durable:
+                    os.fsync(stream.fileno())
+            except OSError:
+                os.ftruncate(stream.fileno(), size)
+                raise
+    except OSError as error:
+        mended = machine_error(error, path)
+        if mended is not None:
+            raise mended from None
+        raise

@@ -1,0 +1,63 @@
+"""One process at a time may work in a road folder.
+
+``flock`` on ``.lock`` inside the folder: the kernel frees it when the process ends, however it ends, so
+a stale lock cannot exist. Forked children drop their copy, lest an orphan hold the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sprat.errors import MachineError
+from sprat.trust import atomic
+
+NAME = ".lock"
+_held: set[int] = set()
+
+
+def _drop() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop)
+
+
+@contextmanager
+def hold(folder: str | Path) -> Iterator[None]:
+    """Hold ``folder`` (made if missing) for this process while the block runs.
+
+    Raises:
+        MachineError: another process holds it (its pid is named), or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise MachineError("the folder is a file", where=str(folder), todo="give another folder") from None
+    except OSError as error:
+        raise (atomic.machine_error(error, folder) or error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+        os.close(handle)
+        raise MachineError(
+            f"another sprat is at work in this folder (pid {pid})",
+            where=str(folder),
+            todo="wait until it ends, or give another folder",
+        ) from None
+    _held.add(handle)
+    try:
+        os.pwrite(handle, f"{os.getpid():<31}\n".encode(), 0)
+        yield
+    finally:
+        if handle in _held:
+            _held.discard(handle)
+            os.close(handle)

@@ -1,0 +1,61 @@
+"""Importing Sprat is cheap, and heavy packages load only for those who use them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_python(root: Path, code: str) -> str:
+    """Standard output of ``code`` in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def cpu_seconds(command: list[str], root: Path, enough: float) -> float:
+    """CPU seconds of the quickest of a few runs; not wall seconds, because other tests share the cores."""
+    best = float("inf")
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        if best <= enough:
+            break
+    return best
+
+
+def test_help_answers_at_once(root: Path) -> None:
+    assert cpu_seconds([sys.executable, "-m", "sprat", "--help"], root, enough=0.5) <= 0.5
+
+
+def test_import_of_the_public_face_is_quick(root: Path) -> None:
+    command = [sys.executable, "-c", "import sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save"]
+    assert cpu_seconds(command, root, enough=2.5) <= 2.5
+
+
+def test_help_never_imports_torch(root: Path) -> None:
+    code = "import sys, sprat.cli.main; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    assert run_python(root, code).split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "reasoning_gym", "matplotlib", "fastapi", "pyarrow", "accelerate"])
+def test_the_public_face_leaves_heavy_packages_alone(root: Path, package: str) -> None:
+    code = (
+        "import sys, json, sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save;"
+        f"print(json.dumps({package!r} in sys.modules))"
+    )
+    assert json.loads(run_python(root, code)) is False
+
+
+def test_a_wrong_name_says_what_there_is(root: Path) -> None:
+    import sprat
+
+    with pytest.raises(AttributeError, match="Engine, Sampling"):
+        sprat.Engin  # noqa: B018

@@ -1,0 +1,117 @@
+"""``sprat run``, ``sprat chat``, ``sprat serve`` and ``sprat eval`` on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sprat.cli.ask import manners
+from sprat.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_run_answers_with_thinking_and_usage(model_folder: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["run", str(model_folder), "3 + 4", "1 + 1", "--think", "--max-tokens", "12", "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
+    outputs = json.loads(done.stdout)["outputs"]
+    assert [row["question"] for row in outputs] == ["3 + 4", "1 + 1"]
+    assert all(row["reasoning"] and row["usage"]["completion_tokens"] <= 12 for row in outputs)
+
+
+def test_run_reads_questions_from_a_pipe_and_repeats_itself(model_folder: Path) -> None:
+    options = ["run", str(model_folder), "--temperature", "1", "--seed", "3", "--max-tokens", "8"]
+    first, second = (CliRunner().invoke(app, options, input="3 + 4\n\n1 + 1\n") for _ in range(2))
+    assert first.exit_code == 0 and first.stdout == second.stdout and first.stdout.count("\n") >= 2
+    assert "? 1 + 1" in first.stderr
+
+
+def test_run_without_a_question_says_so(model_folder: Path) -> None:
+    done = CliRunner().invoke(app, ["run", str(model_folder)], input="")
+    assert done.exit_code == 3 and "no question" in done.stderr
+
+
+def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "nothing"), "hello"])
+    assert done.exit_code == 4 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
+
+
+def test_chat_keeps_the_talk_and_prices_it(model_folder: Path) -> None:
+    said = "3 + 4\n/direct\nand 5?\n/dance\n/new\n/quit\nnever asked\n"
+    done = CliRunner().invoke(app, ["chat", str(model_folder), "--max-tokens", "6", "--json"], input=said)
+    assert done.exit_code == 0, done.stderr
+    talk = json.loads(done.stdout)
+    assert [turn["question"] for turn in talk["turns"]] == ["3 + 4", "and 5?"]
+    assert talk["turns"][1]["usage"]["prompt_tokens"] > talk["turns"][0]["usage"]["prompt_tokens"]
+    assert talk["cost_nano_yuan"] == sum(turn["cost_nano_yuan"] for turn in talk["turns"]) > 0
+    assert "no such command: /dance" in done.stderr and "¥" in done.stderr
+
+
+def test_chat_of_a_model_taught_single_questions_sends_no_history(model_folder: Path) -> None:
+    options = ["chat", str(model_folder), "--turns", "0", "--max-tokens", "6", "--json"]
+    turns = json.loads(CliRunner().invoke(app, options, input="3 + 4\n3 + 4\n").stdout)["turns"]
+    assert turns[0]["usage"]["prompt_tokens"] == turns[1]["usage"]["prompt_tokens"]
+
+
+def test_a_roads_own_model_offers_its_questions(tmp_path: Path) -> None:
+    rows = [
+        {"task": t, "trained": t != "long", "samples": [{"question": f"{t}?"}]} for t in ("sums", "gcd", "long", "sums")
+    ]
+    (tmp_path / "run.json").write_text(json.dumps({"facts": {"scores": rows}}))
+    assert manners(tmp_path) == (["sums?", "gcd?"], 0)
+    assert manners(tmp_path, turns=3)[1] == 3 and manners(tmp_path / "elsewhere") == ([], None)
+
+
+def test_serve_says_that_the_port_is_taken(model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", str(model_folder), "--port", str(port)])
+    assert done.exit_code == 7 and "in use" in done.stderr and str(port) in done.stderr
+
+
+def test_serve_answers_until_ctrl_c(model_folder: Path) -> None:
+    command = [sys.executable, "-m", "sprat", "serve", str(model_folder), "--port", "0", "--name", "pico"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = re.search(r"http://\S+", server.stderr.readline())
+        assert address is not None
+        with urllib.request.urlopen(f"{address[0]}/v1/models", timeout=30) as answer:
+            assert json.load(answer)["data"][0]["id"] == "pico"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+
+
+def test_eval_scores_held_out_problems_with_an_interval(model_folder: Path) -> None:
+    options = ["eval", str(model_folder), "--task", "sums", "--count", "20", "--set", "eval.max_tokens=4", "--json"]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.stderr
+    (score,) = json.loads(done.stdout)["scores"]
+    assert score["task"] == "sums" and score["count"] == 20 and 0 <= score["low"] <= score["accuracy"] <= score["high"]
+
+
+def test_eval_of_an_unknown_task_names_the_known(model_folder: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", str(model_folder), "--task", "poems"])
+    assert done.exit_code == 3 and "poems" in done.stderr and "sums" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["quickstart", "data", "train", "sft", "rl", "distill", "quantize"])
+def test_a_wrong_key_names_the_nearest_and_writes_nothing(name: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [name, "--out", str(tmp_path / "road"), "--set", "data.vocab_sise=512"])
+    assert done.exit_code == 2 and "did you mean 'vocab_size'?" in done.stderr
+    assert not (tmp_path / "road").exists()
+
+
+def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path / "road"), "--recipe", "nowhere.toml"])
+    assert done.exit_code == 2 and "nowhere.toml" in done.stderr and not (tmp_path / "road").exists()

@@ -1,0 +1,43 @@
+"""``sprat doctor`` tells the truth about this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sprat.cli import doctor
+from sprat.cli.main import app
+
+
+def test_doctor_knows_this_machine() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    facts = json.loads(done.stdout)
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["cpu"]["cores"] >= 1 and facts["memory"]["total_bytes"] >= facts["memory"]["available_bytes"] > 0
+    assert facts["compiler"] == next((p for n in ("c++", "g++", "clang++", "cc") if (p := shutil.which(n))), None)
+    assert done.exit_code == (0 if facts["ok"] else 9)
+
+
+def test_doctor_claims_no_back_end_that_was_not_tested() -> None:
+    backends = doctor.torch_facts()["backends"]
+    assert backends["cpu"]["present"] and backends["cuda"]["present"] == torch.cuda.is_available()
+    assert [name for name, row in backends.items() if row["tested"] != "untested"] == ["cpu"]
+
+
+def test_doctor_names_what_is_missing_and_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    facts = doctor.gather()
+    assert facts["compiler"] is None and facts["chromium"] is None and facts["apt"] is None
+    assert any("compiler" in loss for loss in facts["losses"]) and any("--text" in loss for loss in facts["losses"])
+
+
+def test_doctor_warns_before_the_disk_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(1 << 40, 1 << 40, 1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 9 and "not ready" in done.stdout and "disk" in done.stdout

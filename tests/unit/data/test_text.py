@@ -1,0 +1,177 @@
+"""Reading, dedup, split and baselines: the user's own text in, clear sentences when it cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sprat.data import baselines, dedup, ingest
+from sprat.data.document import Document
+from sprat.data.split import HELD_OUT_BOOK, held_out, split
+from sprat.errors import DataError, MachineError, SpratError
+
+
+def doc(name: str, text: str = "text", source: str | None = None) -> Document:
+    return Document(name, text, source or name, "MIT", "prose")
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbfsecond\r\nline")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "sub" / "c.py").write_text("x = 1")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\x00")
+    (tmp_path / ".git" / "secret.txt").write_text("hidden")
+    found = list(ingest.read(tmp_path))
+    assert [(one.id, one.text, one.domain) for one in found] == [
+        ("a.txt", "first", "prose"),
+        ("b.md", "second\nline", "prose"),
+        ("sub/c.py", "x = 1", "code"),
+    ]
+    assert [one.text for one in ingest.read(tmp_path / "a.txt")] == ["first"]
+
+
+ROWS = [{"text": "one", "id": 7, "source": "book", "license": "CC0-1.0"}, {"text": "two", "domain": "code"}]
+
+
+def test_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    parquet.write_table(arrow.Table.from_pylist(ROWS, schema=_schema(arrow)), tmp_path / "t.parquet")
+    lines, rows = (list(ingest.read(tmp_path / name)) for name in ("t.jsonl", "t.parquet"))
+    assert [(one.text, one.licence, one.domain) for one in lines] == [
+        ("one", "CC0-1.0", "prose"),
+        ("two", "unspecified", "code"),
+    ]
+    assert lines[0].source == "book"
+    assert lines[0].id == "t.jsonl:1:7"
+    assert [(one.text, one.licence, one.domain) for one in rows] == [(o.text, o.licence, o.domain) for o in lines]
+
+
+def _schema(arrow: object) -> object:
+    names = ("text", "source", "license", "domain")
+    return arrow.schema([("id", arrow.int64()), *((name, arrow.string()) for name in names)])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"\x00\x01\x02", "binary data"),
+        ("a.txt", b"caf\xe9", "binary data"),
+        ("a.txt", b"  \n\n", "the text is empty"),
+        ("a.bin", b"hello", "no text files"),
+        ("a.jsonl", b'{"text": "x"}\n{oops', "line 2"),
+        ("a.jsonl", b'{"txt": "x"}', "row 1"),
+        ("a.jsonl", b"[1]", "row 1"),
+        ("a.parquet", b"PAR1 not really", "not a Parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SpratError, match=said) as caught:
+        list(ingest.read(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, (DataError, MachineError))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        list(ingest.read(tmp_path / "nowhere"))
+
+
+LONG = "A paragraph that is long enough to be recognised when somebody pastes it a second time into a page. " * 2
+
+
+def test_copies_of_documents_and_of_long_paragraphs_are_left_out() -> None:
+    found = list(
+        dedup.exact(
+            [
+                doc("1", f"Title\n\n{LONG}\n\nend"),
+                doc("2", f"TITLE\n\n{LONG.upper()}\n\n  END"),
+                doc("3", f"Other\n\n{LONG}\n\nlast\n"),
+                doc("4", LONG),
+                doc("5", "short"),
+                doc("6", "other\n\nshort"),
+            ]
+        )
+    )
+    assert [one.id for one in found] == ["1", "3", "5", "6"]
+    assert found[1].text == "Other\n\nlast\n"
+    assert found[0].text == f"Title\n\n{LONG}\n\nend"
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=300), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_dedup_of_clean_text_changes_nothing(texts: list[str]) -> None:
+    once = list(dedup.exact(doc(str(number), text) for number, text in enumerate(texts)))
+    assert list(dedup.exact(once)) == once
+
+
+def test_held_out_and_training_share_no_source() -> None:
+    documents = [doc(f"{number}", source=f"file{number % 200}") for number in range(1000)]
+    documents += [doc(f"p{n}", source=HELD_OUT_BOOK) for n in range(3)] + [doc("e", source="janeaustenr/emma")]
+    found = split(documents)
+    assert {one.source for one in found.train}.isdisjoint(one.source for one in found.held_out)
+    assert len(found.train) + len(found.held_out) == len(documents)
+    assert all(held_out(one) for one in documents if one.source == HELD_OUT_BOOK)
+    assert 20 < sum(one.source.startswith("file") for one in found.held_out) < 130
+
+
+def test_a_little_text_is_split_too() -> None:
+    none = [name for name in map(str, range(50)) if not held_out(doc(name))][:2]
+    assert len(split([doc(name) for name in none]).held_out) == 1
+    many = split([doc(str(number), source=none[0]) for number in range(40)])
+    assert [one.id for one in many.held_out] == ["38", "39"]
+    whole = doc("one", "\n\n".join(f"paragraph {number}" for number in range(100)))
+    alone = split([whole])
+    assert alone.train[0].text + alone.held_out[0].text == whole.text
+    assert alone.held_out[0].text.startswith("paragraph")
+
+
+def test_gzip_reaches_the_known_ends() -> None:
+    noise = np.random.default_rng(0).bytes(20_000)
+    assert 8 <= baselines.gzip_bpb(b"", noise) < 8.1
+    assert baselines.gzip_bpb(b"", b"a" * 20_000) < 0.1
+    assert baselines.gzip_bpb(noise, noise) < 0.2
+
+
+def test_the_ngram_model_is_witten_bell_by_hand() -> None:
+    # unigrams of "aab": a 2, b 1, t=2, n=3: P(a) = (2 + 2/256)/5; "ab" in context a: n=2, t=2
+    unigram_a, unigram_b = (2 + 2 / 256) / 5, (1 + 2 / 256) / 5
+    assert baselines.ngram_bpb(b"aab", b"a", order=1) == pytest.approx(-np.log2(unigram_a))
+    after_a = (1 + 2 * unigram_b) / 4
+    expected = -(np.log2(unigram_a) + np.log2(after_a)) / 2
+    assert baselines.ngram_bpb(b"aab", b"ab", order=2) == pytest.approx(expected)
+
+
+@given(st.binary(min_size=1, max_size=40), st.binary(max_size=3), st.integers(1, 4))
+@settings(max_examples=8, deadline=None)
+def test_the_ngram_model_spends_all_its_probability(train: bytes, before: bytes, order: int) -> None:
+    bits = [baselines.ngram_bpb(train, before + bytes([byte]), order=order) * (len(before) + 1) for byte in range(256)]
+    known = baselines.ngram_bpb(train, before, order=order) * len(before) if before else 0.0
+    assert sum(2 ** (known - total) for total in bits) == pytest.approx(1)
+
+
+def test_longer_contexts_predict_english_better() -> None:
+    text = Path(json.__file__).read_bytes() + Path(np.__file__).read_bytes()
+    cut = len(text) * 9 // 10
+    one, three = (baselines.ngram_bpb(text[:cut], text[cut:], order=order) for order in (1, 3))
+    assert three < one < 8
+
+
+def test_an_empty_text_has_no_bits_per_byte() -> None:
+    with pytest.raises(DataError, match="empty"):
+        baselines.gzip_bpb(b"a", b"")
+    with pytest.raises(DataError, match="empty"):
+        baselines.ngram_bpb(b"", b"a")
+    with pytest.raises(DataError, match="1 to 8"):
+        baselines.ngram_bpb(b"a", b"a", order=9)

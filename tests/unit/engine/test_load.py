@@ -1,0 +1,75 @@
+"""Loading and saving: the same model comes back, and a bad folder is one clear sentence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sprat import quant
+from sprat.engine import Engine, Sampling, load, save
+from sprat.errors import CheckpointError, SpratError
+from sprat.model import Transformer
+from sprat.tokens import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(model: Transformer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model."""
+    path = tmp_path_factory.mktemp("model") / "saved"
+    save(model, tokenizer, path)
+    return path
+
+
+def test_a_saved_model_answers_as_before_also_from_a_run_folder(
+    model: Transformer, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "artefact")
+    how = Sampling(temperature=0, max_tokens=12)
+    expected = Engine(model, tokenizer).generate(["the cat"], how)[0]
+    for path in (folder, str(tmp_path / "run")):
+        again, words = load(path)
+        assert words.digest == tokenizer.digest
+        assert Engine(again, words).generate(["the cat"], how)[0] == expected
+
+
+def test_an_int4_model_loads_from_the_same_call(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small = quant.quantize(model)
+    save(small, tokenizer, tmp_path)
+    again, words = load(tmp_path)
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens), small(tokens))
+    how = Sampling(temperature=0, max_tokens=12)
+    assert Engine(again, words).generate(["the cat"], how) == Engine(small, tokenizer).generate(["the cat"], how)
+
+
+def test_bad_folders_are_refused_in_one_sentence(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def spoil(name: str) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    (spoil("no-config") / "config.json").unlink()
+    (spoil("no-weights") / "model.safetensors").unlink()
+    (spoil("no-tokenizer") / "tokenizer.json").unlink()
+    torn = spoil("torn") / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    (spoil("not-json") / "config.json").write_text("{")
+    broken = spoil("nan") / "model.safetensors"
+    tensors = load_file(broken)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken, metadata={"format": "pt"})
+    lost = spoil("lost") / "model.safetensors"
+    tensors.pop("model.norm.weight")
+    save_file(tensors, lost, metadata={"format": "pt"})
+    Tokenizer.train(["other words for a larger vocabulary " * 9], 900).save(spoil("vocab"))
+    big = Tokenizer.load(tmp_path / "vocab")
+    names = ["missing", "no-config", "no-weights", "no-tokenizer", "torn", "not-json", "nan", "lost"]
+    for name in names + (["vocab"] if big.vocab_size > tokenizer.vocab_size + 7 else []):
+        with pytest.raises(SpratError) as caught:
+            load(tmp_path / name)
+        assert caught.value.where and caught.value.todo and "\n" not in caught.value.what, name
+    with pytest.raises(CheckpointError, match="not finite"):
+        load(tmp_path / "nan")

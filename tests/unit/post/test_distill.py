@@ -1,0 +1,97 @@
+"""A student comes to answer as its teacher does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sprat.config import Config, DistillConfig, OptimConfig
+from sprat.config.model import ModelConfig
+from sprat.engine import Engine
+from sprat.errors import TrainingError
+from sprat.model import Transformer
+from sprat.post.distill import distill, distillation, traces
+from sprat.post.logprob import forward_kl
+from sprat.post.sft import batches
+from sprat.tokens import Tokenizer
+from sprat.trust.run import Run
+
+Open = Callable[[str, Config], Run]
+FAST = OptimConfig(muon_lr=0.03, adam_lr=0.02, warmup_steps=5)
+CONFIG = DistillConfig(mode="logits", steps=40, batch_rows=16, seq_len=32, checkpoint_every=1000, optim=FAST)
+
+
+@pytest.fixture
+def shown() -> list[tuple[str, str, str]]:
+    return [(f"{n % 100} train", str(n % 7) if n % 3 else "", str(n % 10)) for n in range(300)]
+
+
+@pytest.fixture
+def small(shape: ModelConfig) -> Transformer:
+    return Transformer.create(shape.replace(hidden_size=16, moe_intermediate_size=16), 1)
+
+
+def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, shown: list[Any]) -> float:
+    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    chosen = batch.targets_BT >= 0
+    x, goal = (net.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen] for net in (student, teacher))
+    with torch.no_grad():
+        return float(forward_kl(x, student.head.weight, goal, teacher.head.weight, batch.targets_BT[chosen])[1])
+
+
+def test_a_student_equal_to_its_teacher_is_left_alone(guesser: Transformer, tokenizer: Tokenizer, shown: Any) -> None:
+    student = copy.deepcopy(guesser)
+    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    loss = distillation(guesser, CONFIG)(student, batch, CONFIG)
+    assert loss.metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["logits", "both"])
+def test_a_student_approaches_its_teacher(
+    mode: str, small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
+) -> None:
+    config = CONFIG.replace(mode=mode)
+    before = divergence(small, guesser, tokenizer, shown)
+    held = {name: value.clone() for name, value in guesser.state_dict().items()}
+    distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    assert divergence(small, guesser, tokenizer, shown) < 0.25 * before
+    assert all(torch.equal(value, guesser.state_dict()[name]) for name, value in held.items())
+    assert all(weight.grad is None for weight in guesser.parameters())
+
+
+def test_traces_alone_are_next_token_training(
+    small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
+) -> None:
+    config = CONFIG.replace(mode="traces", steps=20)
+    result = distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    assert result.steps == 20 and result.loss < 4
+
+
+def test_only_right_and_finished_answers_become_traces(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
+    engine = Engine(guesser, tokenizer, max_batch=128)
+    found = traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
+    assert found.asked == 240 and 0 < len(found.kept) < 120
+    assert {one.answer for one in found.kept} == {"7"}
+    assert len(set(found.kept)) == len(found.kept)
+    assert found == traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
+
+
+def test_a_teacher_that_is_never_right_is_refused(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
+    class Hopeless(type(task)):  # type: ignore[misc]
+        def score(self, problem: Any, answer: str | None) -> float:
+            return 0.0
+
+    with pytest.raises(TrainingError, match="answered none"):
+        traces(Engine(guesser, tokenizer), [Hopeless()], [1.0], count=4, max_tokens=6)
+
+
+def test_different_vocabularies_are_refused(
+    guesser: Transformer, shape: ModelConfig, tokenizer: Tokenizer, shown: Any, open_stage: Open
+) -> None:
+    other = Transformer.create(shape.replace(vocab_size=shape.vocab_size + 1), 0)
+    with pytest.raises(TrainingError, match="same tokenizer"):
+        distill(other, guesser, batches(tokenizer, shown, CONFIG), CONFIG, open_stage("distill", CONFIG))

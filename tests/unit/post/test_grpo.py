@@ -1,0 +1,176 @@
+"""RL moves the policy to what is paid, exactly as the paper says, and survives a kill."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sprat.config import Config, RLConfig
+from sprat.engine import Engine
+from sprat.errors import TrainingError
+from sprat.model import Transformer
+from sprat.post import grpo as rl
+from sprat.post.evaluate import evaluate, significant
+from sprat.post.grpo import Clipped, advantages, grpo
+from sprat.post.logprob import policy_loss, token_logprob
+from sprat.post.rewards import Response
+from sprat.post.rollout import Rollout, micro_batches, sample_groups
+from sprat.tasks import Problem
+from sprat.tokens import Tokenizer
+from sprat.trust.record import metrics
+from sprat.trust.run import Run
+
+Open = Callable[[str, Config], Run]
+RL = RLConfig(steps=12, prompts_per_step=8, group_size=8, max_tokens=10, lr=3e-3, format_weight=0.0, checkpoint_every=2)
+
+
+def test_advantages_are_those_of_the_paper() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.1, 1.1, 0.1, 0.1]])
+    three = 3**0.5
+    expected = torch.tensor([[three, -1 / three, -1 / three, -1 / three], [0.0] * 4, [1.0, 1.0, -1.0, -1.0]])
+    torch.testing.assert_close(advantages(rewards, True), expected)
+    torch.testing.assert_close(advantages(rewards, False)[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+
+
+def test_a_group_paid_alike_teaches_nothing_even_with_float_noise() -> None:
+    assert not advantages(torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.1 + 0.2]]), True).any()
+
+
+def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
+    old = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
+    new = (torch.tensor([1.5, 1.5, 0.5, 0.5]) * 0.5).log().requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, slope = Clipped(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
+    expected = torch.tensor([-1.28, 1.5, -0.5, 0.8]) / 4  # -min(ratio A, clip(ratio, 0.8, 1.28) A)
+    torch.testing.assert_close(loss.detach(), expected)
+    ratio = (new - old).exp()
+    plain = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum() / 4
+    (wanted,) = torch.autograd.grad(plain, new)
+    torch.testing.assert_close(slope.detach(), wanted)
+    assert Clipped(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [True, False, False, True]
+
+
+def test_kl_to_the_start_is_k3_with_its_gradient() -> None:
+    old, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    new = torch.tensor([-1.2, -2.1], requires_grad=True)
+    loss, slope = Clipped(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
+    back = reference - new
+    plain = 0.3 * (back.exp() - 1 - back)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(slope.detach(), torch.autograd.grad(plain.sum(), new)[0])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, head = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator).requires_grad_()
+    targets = torch.tensor([3, 1, 4, 1, 5, 9])
+    before, _ = token_logprob(x, head.detach(), targets)
+    loss, _, _ = policy_loss(x, head, targets, Clipped(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
+    loss.backward()
+    assert head.grad is not None
+    after, _ = token_logprob(x, head.detach() - 0.1 * head.grad, targets)
+    assert float((after - before).mean()) * advantage > 0
+
+
+def test_micro_batches_hold_every_row_once_and_bound_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = Response("", "", True)
+    rows = [Rollout("t", [0] * (3 + n % 7), [1] * (1 + n % 11), [], response, 0.0, 0.0, 0) for n in range(40)]
+    monkeypatch.setattr("sprat.post.rollout._MICRO_TOKENS", 64)
+    parts = list(micro_batches(rows, range(40)))
+    assert sorted(row for part in parts for row in part) == list(range(40))
+    assert all(max(rows[row].length for row in part) * len(part) <= 64 for part in parts)
+
+
+def test_rl_raises_the_reward_of_a_toy_task(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    model = copy.deepcopy(guesser)
+    engine = Engine(model, tokenizer, max_batch=200)
+    before = evaluate(engine, task, count=200, thinking=None, max_tokens=10, temperature=1.0)
+    run = open_stage("rl", RL)
+    result = grpo(model, tokenizer, [task], [1.0], RL, run, gate=False)
+    after = evaluate(engine, task, count=200, thinking=None, max_tokens=10, temperature=1.0)
+    assert after.accuracy > before.accuracy + 0.3 and significant(before, after) < 1e-6
+    rows = metrics(run.folder)
+    assert [row["step"] for row in rows] == list(range(1, 13)) and result.steps == 12
+    names = {"reward", "accuracy", "format", "response_length", "think_share", "entropy", "clip_fraction", "kl"}
+    assert all(names <= set(row) for row in rows)
+    assert result.flops > 0 and result.tokens > 0
+
+
+def test_the_trainer_sees_the_probabilities_that_the_engine_sampled_with(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    run = open_stage("rl", RL.replace(steps=2, temperature=0.8))
+    grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], RL.replace(steps=2, temperature=0.8), run, gate=False)
+    assert all(row["mismatch"] < 1e-4 for row in metrics(run.folder))
+
+
+def test_the_routers_bias_stays_where_pretraining_left_it(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    model = copy.deepcopy(guesser)
+    grpo(model, tokenizer, [task], [1.0], RL.replace(steps=1), open_stage("rl", RL.replace(steps=1)), gate=False)
+    moved = {name for name, value in guesser.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+    assert moved and not [name for name in moved if "bias" in name]
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bits(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RL.replace(steps=5, kl_weight=0.05, minibatch=24, epochs=2)
+    whole = copy.deepcopy(guesser)
+    expected = grpo(whole, tokenizer, [task], [1.0], config, open_stage("whole", config), gate=False)
+
+    def dying(engine: Any, tasks: Any, weights: Any, config: Any, step: int, reward: Any) -> list[Rollout]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return sample_groups(engine, tasks, weights, config, step, reward)
+
+    monkeypatch.setattr(rl, "sample_groups", dying)
+    with pytest.raises(KeyboardInterrupt):
+        grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, open_stage("killed", config), gate=False)
+    monkeypatch.undo()
+    model, run = copy.deepcopy(guesser), open_stage("killed", config)
+    result = grpo(model, tokenizer, [task], [1.0], config, run, gate=False)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert result == expected
+    assert metrics(run.folder) == metrics(run.folder.parent / "whole")
+
+
+def test_a_users_reward_replaces_the_judge(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
+    def brief(problem: Problem, answer: Response) -> float:
+        return -float(len(answer.content))
+
+    engine = Engine(guesser, tokenizer, max_batch=64)
+    rollouts = sample_groups(engine, [task], [1.0], RL.replace(format_weight=0.5), 1, brief)
+    assert len(rollouts) == 64
+    for rollout in rollouts:
+        assert rollout.reward == 0.5 * rollout.response.well_formed - len(rollout.response.content)
+        assert len(rollout.logprobs) == len(rollout.token_ids)
+    assert len({tuple(rollout.prompt_ids) for rollout in rollouts[:8]}) == 1
+
+
+def test_an_unready_policy_is_refused_with_advice(
+    model: Transformer, guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    with pytest.raises(TrainingError, match=r"pass@8 is .*; pre-train longer"):
+        grpo(model, tokenizer, [task], [1.0], RL, open_stage("raw", RL))
+    easy = RL.replace(gate_pass_at_8=0.1)
+    with pytest.raises(TrainingError, match="would teach it not to think"):
+        grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], easy, open_stage("guesser", easy))
+
+
+def test_nothing_to_learn_leaves_the_weights_alone(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    config, model = RL.replace(steps=1), copy.deepcopy(guesser)
+    run = open_stage("rl", config)
+    grpo(model, tokenizer, [task], [1.0], config, run, gate=False, reward=lambda problem, answer: 1.0)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in guesser.state_dict().items())
+    assert metrics(run.folder)[0]["live_groups"] == 0.0

@@ -1,0 +1,91 @@
+"""Fine-tuning teaches the answers and only the answers; the control spends what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sprat.config import Config, SFTConfig
+from sprat.engine import Engine, Sampling
+from sprat.errors import DataError, TrainingError
+from sprat.model import Transformer
+from sprat.post.control import affordable_steps, control
+from sprat.post.sft import batches, cold_start, draw, sft
+from sprat.tasks import Problem
+from sprat.tokens import Tokenizer
+from sprat.trust.run import Run
+
+Open = Callable[[str, Config], Run]
+SFT = SFTConfig(steps=60, batch_rows=8, seq_len=32, checkpoint_every=1000)
+
+
+def test_problems_are_drawn_by_weight_and_by_key_alone(task: Any) -> None:
+    class Other(type(task)):  # type: ignore[misc]
+        name = "other"
+
+    mix = [task, Other()]
+    drawn = draw(mix, [3.0, 1.0], 400, "key")
+    assert 0.68 < sum(one.name == "lucky" for one, _ in drawn) / 400 < 0.82
+    assert [problem for _, problem in drawn] == [problem for _, problem in draw(mix, [3.0, 1.0], 400, "key")]
+    assert [problem for _, problem in drawn] != [problem for _, problem in draw(mix, [3.0, 1.0], 400, "other key")]
+    with pytest.raises(DataError, match="one weight"):
+        draw(mix, [1.0], 1, "key")
+
+
+def test_a_cold_start_is_terse_as_often_as_asked(task: Any) -> None:
+    shown = cold_start([task], [1.0], count=500, terse_fraction=0.8, seed=1)
+    assert 0.74 < sum(one.reasoning == "" for one in shown) / 500 < 0.86
+    assert all(one.answer == "7" for one in shown)
+    assert {one.reasoning for one in shown if one.reasoning} <= {f"{one.question} 7" for one in shown}
+
+
+def test_only_the_answers_tokens_carry_loss(tokenizer: Tokenizer) -> None:
+    batch = batches(tokenizer, [("12 train", "1 2", "7")], SFT.replace(batch_rows=1)).batch(0)
+    learned = batch.targets_BT[batch.targets_BT >= 0].tolist()
+    assert tokenizer.decode(learned) == "<think>1 2</think>7<|eos|>"
+
+
+def test_demonstrations_that_cannot_be_learnt_whole_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="a row holds 33"):
+        batches(tokenizer, [("q", "1 2 3 4 5 6 7 8 9 " * 9, "7")], SFT)
+    with pytest.raises(DataError, match="no demonstrations"):
+        batches(tokenizer, [], SFT)
+
+
+def test_demonstrations_change_what_the_model_answers(
+    model: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    shown = cold_start([task], [1.0], count=200, terse_fraction=0.5, seed=0)
+    sft(model, tokenizer, shown, SFT, open_stage("sft", SFT))
+    engine = Engine(model, tokenizer)
+    for thinking in (True, False):
+        outputs = engine.generate(["5 test", "64 test"], Sampling(temperature=0, max_tokens=24, thinking=thinking))
+        assert [output.text for output in outputs] == ["7", "7"]
+        assert all(bool(output.reasoning) is thinking for output in outputs)
+
+
+def test_the_control_trains_on_bare_labels_for_the_budget(
+    model: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    one_step = affordable_cost(model)
+    assert affordable_steps(model, SFT, 12.5 * one_step) == 12
+    with pytest.raises(TrainingError, match="does not pay for one step"):
+        affordable_steps(model, SFT, 0.5 * one_step)
+
+    class Mute(type(task)):  # type: ignore[misc]
+        def explain(self, problem: Problem) -> str:
+            raise AssertionError("the control must not see reasoning")
+
+    before = model.head.weight.detach().clone()
+    run = open_stage("control", SFT)
+    result = control(model, tokenizer, [Mute()], [1.0], SFT, run, flops=12.5 * one_step)
+    assert result.steps == 12 and not torch.equal(before, model.head.weight)
+
+
+def affordable_cost(model: Transformer) -> float:
+    from sprat.model import flops_per_token
+
+    return 3 * flops_per_token(model.config, SFT.seq_len) * SFT.batch_rows * SFT.seq_len

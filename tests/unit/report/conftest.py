@@ -1,0 +1,155 @@
+"""A road folder of finished runs with plausible numbers, as the quickstart leaves it, made in a second."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
+from sprat.report.runs import wilson
+from sprat.trust import open_run
+
+TASKS = ("sums", "chain_sum", "products", "gcd", "letter_counting", "count_bits")
+LEVELS = {
+    "pretrain": 0.08,
+    "pretrain-dense": 0.07,
+    "sft": 0.12,
+    "rl-seed0": 0.955,
+    "rl-seed1": 0.95,
+    "rl-seed2": 0.962,
+    "sft-labels": 0.81,
+    "distill": 0.93,
+    "student-scratch": 0.58,
+    "quantize": 0.92,
+}
+QUESTION = "What is 12 + 7 + 19? <b>Think</b> & answer."
+
+
+def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, Any]:
+    """One row of ``facts["scores"]``."""
+    count = 1000
+    correct = round(count * min(0.99, max(0.01, level + rng.uniform(-0.05, 0.05))))
+    low, high = wilson(correct, count)
+    thinks = label == "thinking" or (label == "greedy" and level > 0.5)
+    row: dict[str, Any] = {
+        "task": task,
+        "label": label,
+        "count": count,
+        "correct": correct,
+        "mean": correct / count,
+        "low": low,
+        "high": high,
+        "mean_tokens": 21.5 if thinks else 4.2,
+        "samples": [
+            {
+                "question": QUESTION,
+                "answer": "38",
+                "reasoning": "12 + 7 = 19\n19 + 19 = 38" if thinks else "",
+                "content": "38" if thinks else "31",
+                "correct": thinks,
+            }
+        ],
+    }
+    if task in TASKS[:2]:
+        share = correct / count
+        row["by_length"] = {
+            str(n): [round(250 * share ** max(1, n - 3) * (0.1 if n > 5 else 1)), 250] for n in range(3, 8)
+        }
+        row["trained_lengths"] = [3, 4, 5]
+    return row
+
+
+def finish(
+    road: Path, name: str, recipe: Config, facts: dict[str, Any], rows: list[dict[str, float]], **inputs: Path | str
+) -> None:
+    """One finished run."""
+    seed = int(name[-1]) if name.startswith("rl-seed") else 0
+    run = open_run(road / name, stage=name, recipe=recipe, inputs=inputs, seed=seed, ledger=road / "ledger.jsonl")
+    (run.artefact / "model.safetensors").write_bytes(name.encode())
+    for step, row in enumerate(rows):
+        run.log(step * 10, **row)
+    sum(range(3_000_000))  # some CPU time
+    run.note(**facts)
+    run.finish(flops=3.4e12 if rows else 0, tokens=900_000)
+
+
+def model_facts(name: str, rng: random.Random) -> dict[str, Any]:
+    """The facts of a stage that ends with a model."""
+    size = {"distill": 0.4e6, "student-scratch": 0.4e6, "quantize": 0.12e6}.get(name, 1.9e6)
+    facts: dict[str, Any] = {
+        "scores": [
+            score(task, {"greedy": LEVELS[name], "thinking": 0.96, "direct": 0.07}[label], label, rng)
+            for label in ("greedy", "thinking", "direct")
+            for task in TASKS
+        ],
+        "size_bytes": size,
+        "tokens_per_second": 9000 + 4e9 / (size + 4e5),
+        "parameters": {"total": int(size / 4), "active": int(size / 12)},
+    }
+    return facts
+
+
+def make(road: Path) -> Path:
+    """Write the whole road."""
+    rng = random.Random(0)
+    sources = [{"name": "python3.11 library", "licence": "PSF-2.0", "bytes": 3_100_000, "sha256": "ab" * 32}]
+    finish(road, "data", TrainConfig(), {"title": "Data", "sources": sources}, [])
+    loss = [{"loss": 7 * math.exp(-step / 12) + 1.4 + rng.uniform(0, 0.1)} for step in range(60)]
+    bits = {
+        "prose": {"model": 2.21, "gzip": 3.05, "trigram": 2.62, "bytes": 500_000},
+        "docstring": {"model": 2.4, "gzip": 2.71, "trigram": 2.95, "bytes": 400_000},
+    }
+    facts = model_facts("pretrain", rng) | {
+        "bits_per_byte": bits,
+        "expert_load": [[rng.uniform(0.6, 1.5) for _ in range(16)] for _ in range(3)],
+        "expert_domain": {d: [[rng.uniform(0, 3) for _ in range(16)]] for d in ("prose", "docstring", "sums")},
+    }
+    finish(road, "pretrain", TrainConfig(), facts, loss, data=road / "data")
+    dense = {domain: {**row, "model": row["model"] + 0.12} for domain, row in bits.items()}
+    facts = model_facts("pretrain-dense", rng) | {
+        "control_of": "pretrain",
+        "title": "Dense twin, equal FLOPs",
+        "bits_per_byte": dense,
+    }
+    finish(road, "pretrain-dense", TrainConfig(), facts, [{"loss": row["loss"] + 0.15} for row in loss])
+    finish(road, "sft", TrainConfig(), model_facts("sft", rng), loss[10:40], model=road / "pretrain")
+    for seed in range(3):
+        curve = [
+            {
+                "reward": 1.1 / (1 + math.exp((12 - step) / 3)) + rng.uniform(0, 0.08),
+                "accuracy": 1 / (1 + math.exp((12 - step) / 3)),
+                "length": 4 + 17 / (1 + math.exp((10 - step) / 2)) + rng.uniform(0, 1),
+            }
+            for step in range(26)
+        ]
+        name = f"rl-seed{seed}"
+        title = {"title": f"RL, seed {seed}"} if seed else {"title": "RL"}
+        finish(road, name, RLConfig(seed=seed), model_facts(name, rng) | title, curve, model=road / "sft")
+    facts = model_facts("sft-labels", rng) | {"control_of": "rl", "title": "SFT on labels"}
+    finish(road, "sft-labels", TrainConfig(), facts, loss[:30], model=road / "sft")
+    finish(
+        road,
+        "distill",
+        TrainConfig(),
+        model_facts("distill", rng) | {"title": "Student"},
+        loss,
+        teacher=road / "rl-seed0",
+    )
+    facts = model_facts("student-scratch", rng) | {"control_of": "distill", "title": "Student from scratch"}
+    finish(road, "student-scratch", TrainConfig(), facts, loss, data=road / "data")
+    facts = model_facts("quantize", rng) | {
+        "title": "INT4 student",
+        "significance": [{"task": "sums", "before": 0.95, "after": 0.94, "p": 0.4}],
+    }
+    finish(road, "quantize", QuantConfig(), facts, [], model=road / "distill")
+    return road
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished road; tests do not change it."""
+    return make(tmp_path_factory.mktemp("road"))

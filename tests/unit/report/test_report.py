@@ -1,0 +1,144 @@
+"""The report shows every stage's gain, control and cost from run folders alone, in one file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sprat.config import TrainConfig
+from sprat.errors import TrustError
+from sprat.report import write
+from sprat.report.runs import read
+from sprat.trust import open_run
+from sprat.trust.verify import verify
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags in balance, ids, text, and anything that points elsewhere."""
+
+    VOID = ("meta", "br", "path", "use", "rect", "image", "stop")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.links += [found[name] or "" for name in ("href", "xlink:href", "src") if name in found]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def text(road: Path) -> str:
+    """The page of the whole road."""
+    return write(road).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    """The page, parsed."""
+    return Page(text)
+
+
+def test_the_page_needs_no_other_file_and_no_network(page: Page, text: str) -> None:
+    assert page.open == []
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not re.search(r"url\((?!#)|@import|@font-face", text)
+    assert len(text) < 1_000_000
+
+
+def test_figures_do_not_clash_and_every_reference_is_inside_the_page(page: Page) -> None:
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_every_section_is_there(text: str) -> None:
+    found = re.findall(r"<h2>(.*?)</h2>", text)
+    assert found == [
+        "Accuracy after each stage",
+        "Gains and their controls",
+        "Thinking on and off",
+        "Learning curves",
+        "Reinforcement learning",
+        "Accuracy by length",
+        "Thinking before and after RL",
+        "Real text",
+        "Experts",
+        "Quality, size and speed",
+        "Cost",
+        "Where it comes from",
+        "What this is not",
+    ]
+    assert text.count("<svg") == 14
+
+
+def test_each_stage_stands_with_its_interval_its_control_and_its_significance(road: Path, text: str) -> None:
+    rl = next(stage for stage in read(road).main if stage.family == "rl").by_task()["sums"]
+    assert f"<b>{100 * rl.mean:.1f}\u00a0%</b><small>{100 * rl.low:.1f}–{100 * rl.high:.1f}</small>" in text
+    assert "SFT on labels<small>control</small>" in text
+    assert "significant gain" in text
+    row = next(row for row in text.split("<tr>") if "INT4 student</b>" in row)
+    assert "0.4000" in row and "not significant" in row, "the stage's own p-value is shown"
+
+
+def test_stages_stand_in_the_order_of_the_road_with_controls_beside_them(road: Path) -> None:
+    names = [stage.name for stage in read(road).stages]
+    assert names == [
+        "data", "pretrain", "pretrain-dense", "sft", "rl-seed0", "rl-seed1", "rl-seed2", "sft-labels", "distill",
+        "student-scratch", "quantize",
+    ]  # fmt: skip
+    assert [stage.name for stage in read(road).main] == ["data", "pretrain", "sft", "rl-seed0", "distill", "quantize"]
+
+
+def test_what_a_model_wrote_cannot_become_part_of_the_page(text: str) -> None:
+    assert "&lt;b&gt;Think&lt;/b&gt; &amp; answer." in text
+    assert "<b>Think" not in text
+
+
+def test_the_same_runs_give_the_same_page_and_stay_verifiable(road: Path, tmp_path: Path) -> None:
+    shutil.copytree(road / "sft", tmp_path / "sft")
+    pages = [write(tmp_path / "sft").read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1] and pages[0].count(b"<svg") == 3
+    assert all(finding.ok for finding in verify(road))
+
+
+def test_a_road_that_has_just_begun_has_a_report_without_the_missing_parts(road: Path, tmp_path: Path) -> None:
+    shutil.copytree(road / "data", tmp_path / "data")
+    run = open_run(
+        tmp_path / "mystery", stage="mystery", recipe=TrainConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl"
+    )
+    run.log(1, loss=float("nan"))
+    run.finish()
+    text = write(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Cost", "Where it comes from", "What this is not"]
+    assert "PSF-2.0" in text and "mystery" in text
+    assert "<h2>Cost" in write(tmp_path / "mystery").read_text(encoding="utf-8")
+
+
+def test_a_folder_without_runs_is_one_sentence(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(TrustError, match="no finished run"):
+            write(folder)

@@ -1,0 +1,48 @@
+"""A real HTTP server in a thread, on a free loopback port, for as long as a ``with`` block lasts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from sprat.serve import create_app, take_port
+from sprat.serve.server import address_of
+from tests.unit.serve.scripted import within
+
+
+@contextmanager
+def live(engine: Any, **settings: Any) -> Iterator[str]:
+    """The address of a server around ``engine``."""
+    app = create_app(engine, **settings)
+    taken = take_port("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
+    thread.start()
+    assert within(10, lambda: server.started)
+    try:
+        yield address_of(taken)
+    finally:
+        app.state.traffic.close()
+        server.should_exit = True
+        thread.join(10)
+        taken.close()
+
+
+def tiny_model(folder: Path) -> None:
+    """Save a random model and a tokenizer of a few lines into ``folder``: real in all but what it knows."""
+    from sprat.config.sizes import size
+    from sprat.engine.load import save
+    from sprat.model import Transformer
+    from sprat.tokens import Tokenizer
+
+    tokenizer = Tokenizer.train([f"what is {a} + {b}? the sum is {a + b}." for a in range(30) for b in range(30)], 512)
+    config = size(
+        "pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=128,
+        bos_token_id=tokenizer.ids.bos, eos_token_id=tokenizer.ids.eos, pad_token_id=tokenizer.ids.pad,
+    )  # fmt: skip
+    save(Transformer.create(config, seed=0), tokenizer, folder)

@@ -1,0 +1,252 @@
+"""Clients of the OpenAI and DeepSeek form get what they expect, whole and streamed, with the cost."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from sprat.serve import create_app
+from tests.unit.serve.live import live
+from tests.unit.serve.scripted import ScriptedEngine, within
+
+ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4 and 5"}]}
+CHAT = "/v1/chat/completions"
+
+
+def client_of(engine: Any, **settings: Any) -> TestClient:
+    settings = {"name": "tiny", "examples": ["3+4="], **settings}
+    return TestClient(create_app(engine, **settings), base_url="http://127.0.0.1:8000")
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def client(engine: ScriptedEngine) -> Iterator[TestClient]:
+    with client_of(engine) as client:
+        yield client
+
+
+def chunks_of(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_the_model_list_names_the_model_its_examples_and_prices(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "sprat")
+    assert card["sprat"]["examples"] == ["3+4="]
+    assert card["sprat"]["prices"]["output"] == 16000
+    assert client.get("/v1/models/tiny").json() == card
+    assert client.get("/v1/models/other").status_code == 404
+
+
+def test_a_whole_answer_has_reasoning_content_usage_and_cost(client: TestClient) -> None:
+    answer = client.post(CHAT, json={**ASK, "seed": 5}).json()
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion"
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == "The sum is 12"
+    assert choice["message"]["reasoning_content"].endswith("7 + 5 = 12.")
+    usage = answer["usage"]
+    assert usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"] == usage["prompt_tokens"] == 6
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 15
+    assert usage["total_tokens"] == 6 + usage["completion_tokens"] == 6 + 19
+    assert answer["sprat"]["cost"]["total"] == 2 * 1000 + 4 * 4000 + 19 * 16000
+    assert answer["sprat"]["seed"] == 5
+
+
+def test_a_stream_is_role_reasoning_content_finish_usage_done(client: TestClient) -> None:
+    ask = {**ASK, "stream": True, "stream_options": {"include_usage": True}}
+    answer = client.post(CHAT, json=ask)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = chunks_of(answer.text)
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    kinds = [next(iter(delta)) for delta in deltas[1:-1]]
+    assert kinds == sorted(kinds, reverse=True)  # reasoning_content, then content
+    assert "".join(delta.get("content", "") for delta in deltas) == "The sum is 12"
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas).startswith("0 + 3 = 3.")
+    assert deltas[-1] == {}
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(deltas) - 1) + ["stop"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    whole = client.post(CHAT, json=ASK).json()
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["sprat"]["cost"] == whole["sprat"]["cost"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_a_stream_without_usage_still_ends_with_the_cost(client: TestClient) -> None:
+    *chunks, done = chunks_of(client.post(CHAT, json={**ASK, "stream": True}).text)
+    assert done == "[DONE]"
+    assert all("usage" not in chunk for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["sprat"]["cost"]["total"] > 0
+
+
+def test_what_is_asked_for_reaches_the_engine(client: TestClient, engine: ScriptedEngine) -> None:
+    more = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "max_tokens": 7, "stop": ["x", "y"], "seed": 2**40}
+    answer = client.post(CHAT, json={**ASK, **more, "thinking": {"type": "disabled"}}).json()
+    messages, sampling = engine.asked[-1]
+    assert [(message.role, message.content) for message in messages] == [("user", "add 3 and 4 and 5")]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.9, 3, 7)
+    assert (sampling.stop, sampling.seed, sampling.thinking) == (("x", "y"), 2**40, False)
+    assert "reasoning_content" not in answer["choices"][0]["message"]
+
+
+def test_a_cut_answer_says_length_and_the_servers_bound_holds(engine: ScriptedEngine) -> None:
+    with client_of(engine, max_tokens=4) as client:
+        answer = client.post(CHAT, json={**ASK, "max_tokens": 10_000}).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "param"),
+    [
+        ({"json": {**ASK, "temperature": 9}}, 400, "temperature"),
+        ({"json": {**ASK, "model": "gpt"}}, 404, "model"),
+        ({"json": {**ASK, "messages": [{"role": "user", "content": "too long"}]}}, 400, "messages"),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, None),
+        ({"content": json.dumps(ASK), "headers": {"content-type": "text/plain"}}, 415, "Content-Type"),
+        ({"json": {**ASK, "user": "x" * 2_000_000}}, 413, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_is_an_openai_error_object(
+    client: TestClient, request_: dict[str, Any], status: int, param: str | None, stream: bool
+) -> None:
+    if "json" in request_:
+        request_ = {"json": {**request_["json"], "stream": stream}}
+    answer = client.post(CHAT, **request_)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["message"] and error["type"] and error["code"]
+
+
+def test_a_body_without_a_length_is_bounded_too(client: TestClient) -> None:
+    endless = (b" " * 100_000 for _ in range(20))
+    answer = client.post(CHAT, content=endless, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nothing", 404), ("GET", CHAT, 405), ("GET", "/docs", 404)]
+)
+def test_unknown_paths_are_error_objects_too(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:8000", "user@127.0.0.1", "", "localhost.evil"]
+)
+def test_a_rebound_name_sees_nothing(client: TestClient, host: str) -> None:
+    assert client.get("/v1/models", headers={"host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:1", "[::1]:8000", "LOCALHOST", "box.lan"])
+def test_own_names_are_served(engine: ScriptedEngine, host: str) -> None:
+    with client_of(engine, hosts=["Box.lan"]) as client:
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_other_sites_cannot_spend_here(client: TestClient, engine: ScriptedEngine) -> None:
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:9999"):
+        assert client.post(CHAT, json=ASK, headers={"origin": origin}).status_code == 403
+    assert not engine.asked
+    answer = client.post(CHAT, json=ASK, headers={"origin": "http://127.0.0.1:8000"})
+    assert answer.status_code == 200
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_crash_tells_no_secrets() -> None:
+    def broken(question: str, sampling: Any) -> tuple[str, str]:
+        raise KeyError("secret place")
+
+    app = create_app(ScriptedEngine(broken), name="tiny")
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        answer = client.post(CHAT, json=ASK)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_health_counts_what_was_answered_and_earned(client: TestClient) -> None:
+    cost = client.post(CHAT, json=ASK).json()["sprat"]["cost"]["total"]
+    health = client.get("/healthz").json()
+    assert health == {"status": "ok", "model": "tiny", "running": 0, "answered": 1, "nano_yuan": cost}
+
+
+def test_one_too_many_is_told_when_to_come_back() -> None:
+    engine = ScriptedEngine(hold=True)
+    with live(engine, name="tiny", max_requests=1) as address, httpx.Client(base_url=address) as client:
+        with client.stream("POST", CHAT, json={**ASK, "stream": True}) as first:
+            lines = first.iter_lines()
+            next(lines)
+            refused = client.post(CHAT, json=ASK)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            engine.release()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert within(5, lambda: client.get("/healthz").json()["running"] == 0)
+        assert client.post(CHAT, json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_the_engine_and_is_metered(stream: bool) -> None:
+    engine = ScriptedEngine(hold=True)
+    with live(engine, name="tiny") as address:
+        with httpx.Client(base_url=address, timeout=0.7) as client, pytest.raises(httpx.TimeoutException):
+            client.post(CHAT, json={**ASK, "stream": stream})
+        assert within(5, lambda: bool(engine.handles) and engine.handles[0].ended.is_set())
+        assert engine.handles[0].cancelled.is_set()
+        health = httpx.get(f"{address}/healthz").json()
+    assert health["answered"] == 1
+    assert health["nano_yuan"] == 2 * 1000 + 4 * 4000 + 2 * 16000
+
+
+def test_a_stopped_stream_ends_in_good_order_with_its_cost() -> None:
+    engine = ScriptedEngine(hold=True)
+    with live(engine, name="tiny") as address, httpx.Client(base_url=address) as client:
+        with client.stream("POST", CHAT, json={**ASK, "stream": True}) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            name = json.loads(next(lines).removeprefix("data: "))["id"]
+            assert client.post(f"{CHAT}/{name}/cancel").status_code == 204
+            *_, last, done = lines
+        assert done == "data: [DONE]"
+        chunk = json.loads(last.removeprefix("data: "))
+        assert chunk["choices"][0]["finish_reason"] == "stop"
+        assert chunk["sprat"]["cost"]["output"] == 2 * 16000
+        assert within(5, lambda: client.post(f"{CHAT}/{name}/cancel").status_code == 404)
+
+
+def test_many_at_once_each_get_their_own_answer() -> None:
+    with live(ScriptedEngine(pause=0.001), name="tiny") as address:
+        answers: dict[int, str] = {}
+
+        def ask(number: int) -> None:
+            body = {**ASK, "messages": [{"role": "user", "content": f"add 100 and {number}"}]}
+            answer = httpx.post(f"{address}{CHAT}", json=body, timeout=20).json()
+            answers[number] = answer["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert answers == {number: f"The sum is {100 + number}" for number in range(16)}

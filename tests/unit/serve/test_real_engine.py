@@ -1,0 +1,60 @@
+"""The server around the real engine and a tiny random model: what holds must hold there too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from sprat.engine import Engine, load
+from tests.unit.serve.live import live, tiny_model
+from tests.unit.serve.scripted import within
+
+CHAT = "/v1/chat/completions"
+ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "what is 3 + 4?"}], "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(folder)
+    with live(Engine(*load(folder)), name="tiny") as address, httpx.Client(base_url=address, timeout=30) as client:
+        yield client
+
+
+def test_the_usage_is_the_engines_and_the_bill_follows_it(client: httpx.Client) -> None:
+    answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}}).json()
+    usage, cost = answer["usage"], answer["sprat"]["cost"]
+    assert usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"] == usage["prompt_tokens"] > 0
+    assert 0 < usage["completion_tokens"] <= 12
+    assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] <= usage["completion_tokens"]
+    assert answer["choices"][0]["message"]["reasoning_content"]
+    assert cost["output"] == 16000 * usage["completion_tokens"]
+    assert cost["total"] == cost["hit"] + cost["miss"] + cost["output"]
+
+
+def test_the_same_seed_gives_the_same_answer_alone_in_a_crowd_and_as_a_stream(client: httpx.Client) -> None:
+    ask = {**ASK, "seed": 11, "thinking": {"type": "disabled"}}
+    alone = client.post(CHAT, json=ask).json()["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(8) as pool:
+        crowd = list(pool.map(lambda seed: client.post(CHAT, json={**ask, "seed": seed}).json(), [*range(7), 11]))
+    assert crowd[-1]["choices"][0]["message"]["content"] == alone
+    assert len({answer["choices"][0]["message"]["content"] for answer in crowd}) > 1
+    again = client.post(CHAT, json={**ASK, "seed": crowd[0]["sprat"]["seed"], "thinking": {"type": "disabled"}}).json()
+    assert again["choices"] == crowd[0]["choices"]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_by_name(client: httpx.Client) -> None:
+    ask = {**ASK, "messages": [{"role": "user", "content": "what is 3 + 4? " * 100}], "stream": True}
+    answer = client.post(CHAT, json=ask)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+
+
+def test_hanging_up_gives_the_place_back(client: httpx.Client) -> None:
+    with client.stream("POST", CHAT, json={**ASK, "max_tokens": 100, "stream": True, "temperature": 2}) as answer:
+        next(answer.iter_lines())
+    assert within(10, lambda: client.get("/healthz").json()["running"] == 0)

@@ -1,0 +1,76 @@
+"""The server takes its port first, says where it is, and leaves in good order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sprat.errors import ServeError
+from sprat.serve.server import address_of, run, take_port
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = """
+import sys
+from sprat.serve import create_app, serve, take_port
+from tests.unit.serve.scripted import ScriptedEngine
+taken = take_port("127.0.0.1", 0)
+app = create_app(ScriptedEngine(pause=float(sys.argv[1])), name="tiny")
+serve(app, taken, announce=lambda at: print(at, flush=True))
+print("left", flush=True)
+"""
+
+
+def test_a_busy_port_is_one_clear_sentence_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"already in use \\(127.0.0.1:{port}\\)"):
+            run(tmp_path / "no-such-model", port=port)
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("no.such.host.invalid", 0), ("192.0.2.1", 0)])
+def test_a_wrong_address_is_one_clear_sentence(host: str, port: int) -> None:
+    with pytest.raises(ServeError, match="port|host|listen"):
+        take_port(host, port)
+
+
+def test_port_0_takes_a_free_one_on_loopback() -> None:
+    with take_port("127.0.0.1", 0) as first, take_port("127.0.0.1", 0) as second:
+        assert address_of(first).startswith("http://127.0.0.1:")
+        assert address_of(first) != address_of(second)
+
+
+def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "0.5"],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert httpx.get(f"{address}/healthz").json()["status"] == "ok"
+        ask = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "add 1 2 3 4 5 6 7 8 9"}]}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=ask, timeout=20) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            rest = [line for line in lines if line]
+        assert "insufficient_system_resource" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        out, err = server.communicate(timeout=15)
+        assert time.monotonic() - began < 10
+        assert (server.returncode, out.strip(), err.strip()) == (0, "left", "")
+    finally:
+        server.kill()
+        server.wait()

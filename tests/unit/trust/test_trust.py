@@ -1,0 +1,271 @@
+"""What the trust package promises: digests, atomic writes, the ledger, the lock and the verdict."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sprat.config import MoneyConfig, QuantConfig, TrainConfig
+from sprat.errors import MachineError, TrustError
+from sprat.trust import Ledger, atomic, digest, lock, open_run, record
+from sprat.trust.run import Run
+from sprat.trust.verify import verify
+
+
+def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: Path | str) -> Run:
+    """A small finished run of ``stage`` in ``road``."""
+    run = open_run(
+        road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"
+    )
+    if not run.done:
+        (run.artefact / "deep").mkdir()
+        (run.artefact / "deep" / "model.bin").write_bytes(content)
+        run.log(1, loss=2.5)
+        run.note(title=stage)
+        run.finish(flops=1e6, tokens=100)
+    return run
+
+
+@pytest.fixture
+def road(tmp_path: Path) -> Path:
+    """A road of two runs, the second made from the first."""
+    road = tmp_path / "road"
+    finished(road, "pretrain")
+    finished(road, "sft", b"tuned", model=road / "pretrain")
+    return road
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: the kernel refuses as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def faults(path: Path) -> list[str]:
+    """The texts of the findings that are faults."""
+    return [f"{finding.subject}: {finding.text}" for finding in verify(path) if not finding.ok]
+
+
+def test_a_copied_folder_has_the_same_digest_and_a_renamed_file_another(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.txt").write_text("one")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    assert digest.tree(tmp_path / "a") == digest.tree(tmp_path / "c")
+    (tmp_path / "c" / "b" / "x.txt").rename(tmp_path / "c" / "b" / "y.txt")
+    assert digest.tree(tmp_path / "a") != digest.tree(tmp_path / "c")
+
+
+def test_a_digest_is_plain_sha256_so_that_sha256sum_agrees(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert digest.file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(TrustError, match="not there"):
+        digest.file(tmp_path / "y")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    atomic.write_text(target, "old")
+    with small_disk(1000), pytest.raises(MachineError, match="the disk is full"):
+        atomic.write_bytes(target, b"x" * 5000)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "metrics.jsonl"
+    atomic.append_line(target, "a" * 900)
+    with small_disk(1000), pytest.raises(MachineError, match="the disk is full"):
+        atomic.append_line(target, "b" * 900)
+    assert target.read_text() == "a" * 900 + "\n"
+
+
+def test_the_ledger_goes_on_after_a_torn_last_line(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("note", {"n": 1})
+    with open(ledger.path, "ab") as stream:
+        stream.write(b'{"body":{"n":2},"ha')
+    assert ledger.check() == ["the last line is torn (its write was cut off)"]
+    assert [entry["body"]["n"] for entry in ledger.entries()] == [1]
+    ledger.append("note", {"n": 3})
+    assert ledger.check() == []
+    assert [entry["body"]["n"] for entry in ledger.entries()] == [1, 3]
+
+
+def test_no_line_of_the_ledger_can_be_altered_dropped_or_moved_unseen(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for number in range(3):
+        ledger.append("note", {"n": number, "text": "é\x85"})
+    whole = ledger.path.read_bytes()
+    assert ledger.check() == []
+    for place in range(len(whole)):
+        ledger.path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert ledger.check(), f"byte {place} flipped unseen"
+    first, second, third = whole.splitlines(keepends=True)
+    for altered in (first + third, second + first + third, first + second + second + third, second + third):
+        ledger.path.write_bytes(altered)
+        assert ledger.check()
+
+
+def test_a_second_process_in_the_folder_is_told_who_is_at_work(tmp_path: Path) -> None:
+    code = textwrap.dedent("""
+        import sys
+        from sprat.errors import MachineError
+        from sprat.trust import lock
+        try:
+            with lock.hold(sys.argv[1]):
+                print("free")
+        except MachineError as error:
+            print(error)
+    """)
+
+    def other() -> str:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    with lock.hold(tmp_path):
+        assert f"another sprat is at work in this folder (pid {os.getpid()})" in other()
+    assert other() == "free\n"
+
+
+def test_a_run_says_what_it_read_made_and_cost(road: Path) -> None:
+    written = record.read_json(road / "sft" / "run.json")
+    assert written is not None
+    assert written["inputs"]["model"]["path"] == "pretrain"
+    assert written["inputs"]["model"]["digest"] == digest.tree(road / "pretrain" / "artefact")
+    assert written["outputs"] == {"deep/model.bin": digest.data(b"tuned")}
+    assert written["artefact_digest"] == digest.tree(road / "sft" / "artefact")
+    assert written["recipe_digest"] == TrainConfig(steps=3).digest()
+    assert (written["tokens"], written["flops"], written["seed"]) == (100, 1e6, 1)
+    assert written["facts"] == {"title": "sft"}
+    assert str(road) not in (road / "sft" / "run.json").read_text()
+    assert sorted(path.name for path in (road / "sft").iterdir()) == [
+        "artefact", "metrics.jsonl", "recipe.toml", "run.json",
+    ]  # fmt: skip
+
+
+def test_money_is_whole_nano_yuan_of_the_stated_price() -> None:
+    money = MoneyConfig(yuan_per_core_hour=0.36, watts_per_core=5.0)
+    assert record.price(10.0, money) == 1_000_000
+    assert isinstance(record.price(1.234, money), int)
+    assert record.energy(10.0, money) == 50.0
+
+
+def test_the_same_call_finds_the_run_done_and_another_recipe_sets_it_aside(road: Path) -> None:
+    assert finished(road, "pretrain").done
+    again = open_run(
+        road / "pretrain",
+        stage="pretrain",
+        recipe=TrainConfig(steps=4),
+        inputs={},
+        seed=1,
+        ledger=road / "ledger.jsonl",
+    )
+    assert not again.done
+    assert not any(again.artefact.iterdir())
+    assert (road / "pretrain.old-1" / "run.json").is_file()
+    (again.artefact / "model.bin").write_bytes(b"other")
+    again.finish()
+    assert any("now holds something else" in fault for fault in faults(road))
+    assert finished(road, "sft", b"tuned", model=road / "pretrain").done
+    assert (road / "sft.old-1").is_dir()
+    assert faults(road) == []
+
+
+def test_another_seed_or_a_half_done_run_of_another_recipe_is_never_continued(tmp_path: Path) -> None:
+    def opened(steps: int, seed: int) -> Run:
+        return open_run(
+            tmp_path / "a", stage="a", recipe=TrainConfig(steps=steps), inputs={}, seed=seed, ledger=tmp_path / "l"
+        )
+
+    (opened(1, 0).checkpoints / "step-1").mkdir()
+    assert any(opened(1, 0).checkpoints.iterdir())
+    assert not any(opened(2, 0).checkpoints.iterdir())
+    assert not any(opened(2, 1).checkpoints.iterdir())
+    assert (tmp_path / "a.old-2").is_dir()
+
+
+def test_a_damaged_or_doctored_run_is_made_again_not_blessed(road: Path) -> None:
+    (road / "sft" / "artefact" / "deep" / "model.bin").write_bytes(b"TUNED")
+    assert finished(road, "sft", b"tuned", model=road / "pretrain").done
+    assert (road / "sft.old-1").is_dir()
+    path = road / "pretrain" / "run.json"
+    path.write_text(path.read_text().replace('"title": "pretrain"', '"title": "doctored"'))
+    finished(road, "pretrain")
+    assert (road / "pretrain.old-1").is_dir()
+    assert faults(road) == []
+
+
+def test_foreign_files_are_never_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(TrustError, match="something else"):
+        finished(tmp_path, "mine")
+    with pytest.raises(TrustError, match="not there"):
+        finished(tmp_path, "other", model=tmp_path / "nowhere")
+    with pytest.raises(TrustError, match="cannot lie in a run"):
+        open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "a" / "l.jsonl")
+
+
+def test_rewind_drops_the_rows_after_the_checkpoint_and_a_number_may_be_infinite(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "l")
+    for step in range(4):
+        run.log(step, loss=float("inf") if step == 1 else step)
+    run.rewind(2)
+    assert [(row["step"], row["loss"]) for row in record.metrics(run.folder)] == [(0, 0), (1, None), (2, 2)]
+
+
+def test_a_road_that_was_moved_still_verifies_whole_and_run_by_run(road: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "deep"
+    shutil.move(road, moved)
+    assert faults(moved) == []
+    assert faults(moved / "sft") == []
+    assert all(finding.ok for finding in verify(moved)) and len(verify(moved)) == 3
+    with pytest.raises(TrustError, match="no run to verify"):
+        verify(tmp_path / "elsewhere" / "nothing")
+
+
+def test_no_byte_of_a_road_can_be_flipped_unseen(road: Path) -> None:
+    assert faults(road) == []
+    files = [path for path in road.rglob("*") if path.is_file()]
+    assert len(files) == 9
+    for path in files:
+        whole = path.read_bytes()
+        step = max(1, len(whole) // 40)
+        for place in {*range(0, len(whole), step), len(whole) - 1}:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert faults(road), f"{path.relative_to(road)}: byte {place} flipped unseen"
+        path.write_bytes(whole)
+    assert faults(road) == []
+
+
+def test_a_file_added_or_taken_away_is_seen(road: Path) -> None:
+    for path in [path for path in road.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        path.unlink()
+        assert faults(road), f"{path.relative_to(road)} taken away unseen"
+        path.write_bytes(whole)
+    (road / "sft" / "artefact" / "extra.bin").write_bytes(b"")
+    assert faults(road) == ["sft: artefact/extra.bin was added after the run"]
+    shutil.rmtree(road / "sft")
+    assert any("is not there" in fault for fault in faults(road))
+
+
+def test_an_altered_input_cannot_be_built_upon(road: Path) -> None:
+    (road / "pretrain" / "artefact" / "deep" / "model.bin").write_bytes(b"poison")
+    assert any(fault.startswith("sft: input 'model'") for fault in faults(road))
+    with pytest.raises(TrustError, match="altered"):
+        finished(road, "rl", model=road / "pretrain")
