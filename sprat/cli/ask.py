@@ -144,8 +144,11 @@ def manners(folder: Path, turns: int | None = None) -> tuple[list[str], int | No
     if not written.is_file():
         return [], turns
     rows = json.loads(written.read_text(encoding="utf-8"))["facts"].get("scores", [])
-    first = {row["task"]: row["samples"][0]["question"] for row in reversed(rows) if row["samples"] and row["trained"]}
-    return list(reversed(first.values())), 0 if turns is None else turns
+    questions: dict[str, str] = {}
+    for row in rows:
+        if row["trained"] and row["samples"]:
+            questions.setdefault(row["task"], row["samples"][0]["question"])
+    return list(questions.values()), 0 if turns is None else turns
 
 
 def _engine(folder: Path) -> Engine:

@@ -96,7 +96,9 @@ def parse(kind: type[C], table: dict[str, Any], *, where: str) -> C:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), sorted(_keys(kind, first["loc"][:-1])), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(
+                str(first["loc"][-1]), sorted(_keys(kind, first["loc"][:-1])), n=1, cutoff=0.0
+            )
             todo = f"did you mean {near[0]!r}?" if near else "remove it"
             raise ConfigError(f"unknown key {key!r}", where=where, todo=todo) from None
         raise ConfigError(f"{key or kind.__name__}: {first['msg']}", where=where, todo="correct the value") from None

@@ -99,7 +99,7 @@ class TaskConfig(Config):
 
     name: str  # e.g. "sums" (own) or "reasoning-gym/chain_sum"
     title: str = ""  # unique label in reports; the name when empty
-    settings: dict[str, int | float | str | bool | list[str]] = {}
+    settings: dict[str, int | float | str | bool | list[str] | list[float]] = {}
     weight: float = Field(1.0, ge=0)
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.model.documents import attend
 from sprat.model.linear import Linear
 from sprat.model.norm import RMSNorm
 from sprat.model.rope import attention_scale, rotate
@@ -66,6 +67,11 @@ class MLA(nn.Module):
         q_nope, q_rope = raw.view(batch, time, self.heads, -1).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.rope), -1)
         latent = self.kv_a_layernorm(latent)
+        if step.chunks is not None and self.interleave:
+            kv = self.kv_b_proj(latent).view(batch * time, self.heads, -1)
+            queries = raw.view(batch * time, self.heads, -1)
+            out = attend(queries, kv, k_rope.flatten(0, 1), step.turn_BTr[0], step.chunks, self.scale)
+            return self.o_proj(out.reshape(batch, time, -1))
         q_rope = rotate(q_rope, step.turn_BTr, self.interleave)
         k_rope = rotate(k_rope.unsqueeze(2), step.turn_BTr, self.interleave).squeeze(2)
         if step.cache is not None:
@@ -74,8 +80,8 @@ class MLA(nn.Module):
         absorb = self.absorb if self.absorb is not None else not step.fresh and time <= ABSORB_UP_TO
         if step.cache is not None and (absorb or not step.fresh):
             latent, k_rope = step.cache.read(self.layer, step.keys, x_BTD.dtype).split((self.rank, self.rope), -1)
-        attend = self._absorbed if absorb else self._naive
-        out_BTHv = attend(q_nope, q_rope, latent, k_rope, step)
+        form = self._absorbed if absorb else self._naive
+        out_BTHv = form(q_nope, q_rope, latent, k_rope, step)
         return self.o_proj(out_BTHv.flatten(2))
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:

@@ -100,3 +100,71 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
         x_ND, targets_N = x_ND.index_select(0, rows_M), targets_N.index_select(0, rows_M)
     out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
     return out
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_SD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, loads: tuple[int, ...]
+    ) -> Tensor:
+        pairs, width = x_SD.shape[0], gate_EFD.shape[1]
+        out_SD = x_SD.new_empty(pairs, down_EDF.shape[1])
+        gates_SF, ups_SF = x_SD.new_empty(pairs, width), x_SD.new_empty(pairs, width)
+        hidden_SF = x_SD.new_empty(pairs, width)
+        start = 0
+        for expert, load in enumerate(loads):
+            if not load:
+                continue
+            rows = slice(start, start + load)
+            x, gate, up, hidden = x_SD[rows], gates_SF[rows], ups_SF[rows], hidden_SF[rows]
+            torch.mm(x, gate_EFD[expert].t(), out=gate)
+            torch.mm(x, up_EFD[expert].t(), out=up)
+            torch.ops.aten.silu.out(gate, out=hidden)
+            hidden.mul_(up)
+            torch.mm(hidden, down_EDF[expert].t(), out=out_SD[rows])
+            start += load
+        ctx.save_for_backward(x_SD, gate_EFD, up_EFD, down_EDF, gates_SF, ups_SF, hidden_SF)
+        ctx.loads = loads
+        return out_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, gate_EFD, up_EFD, down_EDF, gates_SF, ups_SF, hidden_SF = ctx.saved_tensors
+        grad_SD = grad_SD.contiguous()
+        grad_x_SD = torch.empty_like(x_SD)
+        grad_gate_EFD, grad_up_EFD = torch.empty_like(gate_EFD), torch.empty_like(up_EFD)
+        grad_down_EDF = torch.empty_like(down_EDF)
+        start = 0
+        for expert, load in enumerate(ctx.loads):
+            if not load:
+                for grad in (grad_gate_EFD, grad_up_EFD, grad_down_EDF):
+                    grad[expert].zero_()
+                continue
+            rows = slice(start, start + load)
+            x, gate, up, grad = x_SD[rows], gates_SF[rows], ups_SF[rows], grad_SD[rows]
+            torch.mm(grad.t(), hidden_SF[rows], out=grad_down_EDF[expert])
+            grad_hidden = torch.mm(grad, down_EDF[expert])
+            active = F.silu(gate)
+            grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+            grad_up = active.mul_(grad_hidden)
+            torch.mm(grad_gate.t(), x, out=grad_gate_EFD[expert])
+            torch.mm(grad_up.t(), x, out=grad_up_EFD[expert])
+            torch.mm(grad_gate, gate_EFD[expert], out=grad_x_SD[rows]).addmm_(grad_up, up_EFD[expert])
+            start += load
+        return grad_x_SD, grad_gate_EFD, grad_up_EFD, grad_down_EDF, None
+
+
+def expert_mlp(x_SD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, loads: tuple[int, ...]) -> Tensor:
+    """SwiGLU experts over rows sorted by expert: ``down(silu(gate(x)) * up(x))``, expert by expert.
+
+    Args:
+        x_SD: the first ``loads[0]`` rows go through expert 0, the next ``loads[1]`` through expert 1, ...
+        gate_EFD, up_EFD, down_EDF: stacked weights [E, F, D], [E, F, D], [E, D, F].
+        loads: rows of each expert; they add up to S.
+
+    Returns:
+        [S, D].
+    """
+    out: Tensor = _ExpertMLP.apply(x_SD, gate_EFD, up_EFD, down_EDF, loads)  # type: ignore[no-untyped-call]
+    return out

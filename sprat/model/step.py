@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sprat.errors import EngineError
 from sprat.model.cache import Cache
+from sprat.model.documents import LONGEST, Chunk, cut
 from sprat.model.rope import RotaryTable
 
 
@@ -22,6 +23,7 @@ class Step:
         turn_BTr: complex rotary turns; B is 1 where all rows share them.
         mask_B1TS: additive float mask, or None where plain causality is all there is.
         positions_BT: where the new tokens stand in the cache; None without a cache.
+        chunks: the documents of the batch where they are attended to one by one (then there is no mask).
         keys: S, how many keys there are.
         fresh: the cache was empty (or there is none), so the new tokens are all the keys.
     """
@@ -31,6 +33,7 @@ class Step:
     positions_BT: Tensor | None
     valid_BT: Tensor | None
     cache: Cache | None
+    chunks: list[Chunk] | None
     keys: int
     fresh: bool
 
@@ -43,11 +46,12 @@ def plan(
     positions_BT: Tensor | None,
     cache: Cache | None,
     valid_BT: Tensor | None,
+    heads: int = 0,
 ) -> Step:
     """The ``Step`` of a pass over ``tokens_BT``.
 
     Without a cache a token attends to the tokens before it that share its segment. With a cache, row ``b``
-    continues at ``cache.length_B[b]``.
+    continues at ``cache.length_B[b]``. ``heads`` asks for documents to be cut out for that many heads.
 
     Raises:
         EngineError: segments or positions beside a cache, a batch of another size, or no room.
@@ -58,8 +62,10 @@ def plan(
             turn_BTr = rotary.first(time, device).unsqueeze(0)
         else:
             turn_BTr = rotary.first(int(positions_BT.max()) + 1, device)[positions_BT]
+        if heads and device.type == "cpu" and positions_BT is None and time <= LONGEST:
+            return Step(turn_BTr, None, None, None, None, cut(segments_BT, batch, time, heads), time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)
-        return Step(turn_BTr, mask, None, None, None, time, True)
+        return Step(turn_BTr, mask, None, None, None, None, time, True)
     if segments_BT is not None or positions_BT is not None:
         raise EngineError("a cache counts positions itself", where="forward", todo="leave segments and positions out")
     if cache.batch != batch:
@@ -69,13 +75,13 @@ def plan(
     offsets_T = torch.arange(time, device=device)
     if fresh:
         places_BT, turn_BTr = offsets_T.expand(batch, time), rotary.first(time, device).unsqueeze(0)
-        return Step(turn_BTr, None, places_BT, valid_BT, cache, time, True)
+        return Step(turn_BTr, None, places_BT, valid_BT, cache, None, time, True)
     places_BT = cache.length_B.unsqueeze(1) + offsets_T
     keys = min(cache.extent + time, cache.capacity)
     turn_BTr = rotary.first(cache.extent + time, device)[places_BT]
     unseen_BTS = torch.arange(keys, device=device) > places_BT.unsqueeze(-1)
     mask = torch.zeros(unseen_BTS.shape, device=device).masked_fill_(unseen_BTS, float("-inf")).unsqueeze(1)
-    return Step(turn_BTr, mask, places_BT, valid_BT, cache, keys, False)
+    return Step(turn_BTr, mask, places_BT, valid_BT, cache, None, keys, False)
 
 
 def _packed_mask(segments_BT: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _optimise(
                 head_VD = model.head.weight
                 total, *measured = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, config.temperature)
                 total.backward()  # type: ignore[no-untyped-call]
-                sums.add(loss, *measured, first=epoch == 0 and number == 0)
+                sums.add(loss, *measured, epoch + number == 0)
             norms.append(_step(optimiser, config, step))
     return {**sums.means(), "grad_norm": sum(norms) / len(norms)}
 

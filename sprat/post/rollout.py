@@ -20,7 +20,7 @@ from sprat.post.sft import draw
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
 
-_MICRO_TOKENS = 8192  # padded tokens of one forward pass; bounds memory, not the result
+_MICRO_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,9 +94,14 @@ def _inline(text: str, name: str, title: str) -> str:
     return text.replace(INK, "currentColor").strip()
 
 
+def fold(label: str) -> str:
+    """``label`` over as many lines as keep it narrow."""
+    return textwrap.fill(label, 22)
+
+
 def room(labels: Iterable[str]) -> float:
-    """Inches that the longest of ``labels`` takes beside the axes."""
-    return 0.2 + 0.072 * max(map(len, labels), default=0)
+    """Inches that the longest line of ``labels`` takes beside the axes."""
+    return 0.2 + 0.072 * max((len(line) for label in labels for line in label.splitlines()), default=0)
 
 
 def percent_axis(axis: Any) -> None:

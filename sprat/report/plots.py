@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, percent_axis, room, svg, tint
+from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, fold, percent_axis, room, svg, tint
 from sprat.report.runs import Road, Stage, wilson
 
 _RL = (
@@ -27,7 +27,7 @@ def _lines(
     name: str, title: str, stages: list[tuple[str, Stage]], metrics: tuple[str, ...], share: bool = False
 ) -> list[str]:
     """One panel with a line for each (label, stage) that has the metric, if any has."""
-    curves = [(label, *_curve(stage, metrics)) for label, stage in stages]
+    curves = [(fold(label), *_curve(stage, metrics)) for label, stage in stages]
     curves = [curve for curve in curves if len(curve[1]) > 1]
 
     def draw(axes: Any) -> None:
@@ -66,7 +66,7 @@ def lengths(road: Road) -> list[str]:
     """Accuracy by the number of terms, a line for each stage; lengths never trained are shaded and hollow."""
     panels = []
     for number, task in enumerate(road.tasks()):
-        found = [(stage.title, stage.by_task()[task]) for stage in road.scored if task in stage.by_task()]
+        found = [(fold(stage.title), stage.by_task()[task]) for stage in road.scored if task in stage.by_task()]
         found = [(title, score) for title, score in found if len(score.by_length) > 1]
         if found:
             panels.append(_by_length(f"length-{number}", task, found))
@@ -116,7 +116,7 @@ def bits_per_byte(road: Road) -> list[str]:
 
     def panel(domain: str) -> str:
         first = {**baselines.get(domain, {}), **models[0].facts["bits_per_byte"][domain]}
-        held = [(s.title, s.facts["bits_per_byte"].get(domain, {}).get("model")) for s in models]
+        held = [(fold(s.title), s.facts["bits_per_byte"].get(domain, {}).get("model")) for s in models]
         held += [("3-gram", first.get("trigram")), ("gzip -9", first.get("gzip"))]
         bars = [(label, float(value)) for label, value in held if value is not None][::-1]
 
@@ -124,7 +124,7 @@ def bits_per_byte(road: Road) -> list[str]:
             colours = [GREY if label in ("3-gram", "gzip -9") else BLUE for label, _ in bars]
             if len(models) > 1:
                 colours = [
-                    ORANGE if label == models[1].title else c for (label, _), c in zip(bars, colours, strict=True)
+                    ORANGE if label == fold(models[1].title) else c for (label, _), c in zip(bars, colours, strict=True)
                 ]
             drawn = axes.barh([label for label, _ in bars], [value for _, value in bars], color=colours, height=0.62)
             axes.bar_label(drawn, fmt="%.2f", padding=3)
@@ -196,7 +196,8 @@ def pareto(road: Road) -> list[str]:
         ("size_bytes", "Quality and size", 1e6),
         ("tokens_per_second", "Quality and speed", 1e3),
     ):
-        points = [(s, float(s.facts[fact]) / scale, s.quality() or 0.0) for s in stages if s.facts.get(fact)]
+        found = [(stage, road.measured(stage, fact)) for stage in stages]
+        points = [(stage, value / scale, stage.quality() or 0.0) for stage, value in found if value]
         if len(points) > 1:
             panels.append(_scatter(f"pareto-{fact}", title, points, fact == "size_bytes"))
     return panels
@@ -215,13 +216,21 @@ def _scatter(name: str, title: str, points: list[tuple[Stage, float, float]], le
         axes.plot([p[1] for p in front], [p[2] for p in front], color=GREEN, linewidth=1, alpha=0.6, linestyle="--")
         for number, (stage, x, y) in enumerate(sorted(points, key=lambda p: p[1])):
             axes.plot([x], [y], "o", color=GREEN if any(stage is p[0] for p in front) else GREY, markersize=7)
-            place = {"xytext": (0, 7 if number % 2 else -15), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(stage.title, (x, y), fontsize=8, **place)
+            up = bool(number % 2)
+            place = {
+                "xytext": (0, 7 if up else -7),
+                "textcoords": "offset points",
+                "ha": "center",
+                "va": "bottom" if up else "top",
+            }
+            axes.annotate(fold(stage.title), (x, y), fontsize=8, **place)
         axes.set_xlabel(
             "size on disk (MB; left is better)" if less_is_better else "1,000 tokens a second (right is better)"
         )
         axes.set_ylabel("mean accuracy")
-        axes.margins(x=0.2, y=0.25)
+        axes.margins(x=0.2)
+        heights = [p[2] for p in points]
+        axes.set_ylim(min(min(heights) - 0.05, max(heights) - 0.2), max(heights) + 0.05)  # no drama over a point or two
         percent_axis(axes.yaxis)
 
     return svg(name, title, draw, left=0.65)

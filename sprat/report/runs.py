@@ -20,6 +20,7 @@ FAMILIES = {
     "quantize": "INT4",
 }
 _CONTROLS = {"pretrain-dense": "pretrain", "sft-labels": "rl", "student-scratch": "distill"}
+_MEASURED_AS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
 _Z95 = 1.959964
 
 
@@ -80,7 +81,8 @@ class Road:
     @property
     def main(self) -> list[Stage]:
         """One stage per family in order; of several seeds the one that later stages were made from."""
-        used = {item.get("path", "").split("/")[0] for s in self.stages for item in s.record.get("inputs", {}).values()}
+        later = [stage for stage in self.stages if not stage.control_of]
+        used = {item.get("path", "").split("/")[0] for s in later for item in s.record.get("inputs", {}).values()}
         chosen: dict[str, Stage] = {}
         for stage in self.stages:
             if stage.control_of:
@@ -98,6 +100,17 @@ class Road:
     def controls(self, stage: Stage) -> list[Stage]:
         """The controls of ``stage``."""
         return [other for other in self.stages if other.control_of in (stage.family, stage.name)]
+
+    def measured(self, stage: Stage, fact: str) -> float | None:
+        """A fact (``size_bytes``, ``tokens_per_second``) of a stage's model, measured there or side by side later.
+
+        Side by side is ``facts["models"]`` of any stage: the same facts for ``teacher``, ``student`` and ``int4``.
+        """
+        together = [other.facts["models"] for other in self.stages if other.facts.get("models")]
+        name = _MEASURED_AS.get(stage.family, "")
+        if together and name in together[-1] and stage in self.main:
+            return float(together[-1][name][fact]) if together[-1][name].get(fact) else None
+        return float(stage.facts[fact]) if stage.facts.get(fact) else None
 
     def seeds(self, family: str) -> list[Stage]:
         """All stages of a family but controls."""

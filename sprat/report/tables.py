@@ -226,18 +226,17 @@ def sizes(road: Road) -> str:
     """Parameters, bytes, speed and quality of each model that is measured."""
     rows = []
     for stage in road.stages:
-        facts, quality = stage.facts, stage.quality()
-        counts = facts.get("parameters") or {}
-        if not facts.get("size_bytes") and not counts:
+        quality, counts = stage.quality(), stage.facts.get("parameters") or {}
+        size, speed = road.measured(stage, "size_bytes"), road.measured(stage, "tokens_per_second")
+        if not size and not counts:
             continue
-        speed = facts.get("tokens_per_second")
         rows.append(
             [
                 text(stage.title),
                 number(float(counts["total"])) if counts.get("total") else "–",
                 number(float(counts["active"])) if counts.get("active") else "–",
-                number(float(facts["size_bytes"]), "B") if facts.get("size_bytes") else "–",
-                f"{float(speed):,.0f}" if speed else "–",
+                number(size, "B") if size else "–",
+                f"{speed:,.0f}" if speed else "–",
                 "–" if quality is None else percent(quality),
             ]
         )

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sprat.data import baselines, corpus, dedup, ingest, split
-from sprat.data.ingest import Document
+from sprat.data import baselines, corpus
+from sprat.data.document import Document
 from sprat.data.pack import pack
 from sprat.errors import DataError
 from sprat.road.places import Road, load_task, title, write_problems
@@ -36,9 +36,8 @@ def data(road: Road, text: Path | None = None) -> None:
     run = road.open("data", "data", recipe, inputs, road.recipe.seed)
     if run.done:
         return
-    documents, sources = _documents(road, recipe, text)
-    train = [d for d in documents if not split.held_out(d)]
-    test = [d for d in documents if split.held_out(d)]
+    found = _corpus(road.folder / "corpus", recipe, text)
+    train, test = found.split().train, found.split().held_out
     if not train or not test:
         raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")
     examples = list(worked_examples(recipe, road.recipe.seed))
@@ -56,7 +55,8 @@ def data(road: Road, text: Path | None = None) -> None:
         write_problems(run.artefact / "problems" / f"{title(config)}.jsonl", held_out(task, recipe.test_problems))
     run.note(
         title="Data",
-        sources=sources,
+        sources=found.sources,
+        text_faults=found.faults,
         documents={"train": len(train), "held_out": len(test), "worked_examples": len(examples)},
         baselines=scores,
     )
@@ -75,17 +75,14 @@ def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, s
         yield problem.question, tasks[which].explain(problem), problem.answer
 
 
-def _documents(road: Road, recipe: DataRecipe, text: Path | None) -> tuple[list[Document], list[dict[str, object]]]:
-    """Clean, distinct documents and the list of their sources with licence and digest."""
+def _corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.Corpus:
+    """The user's own text, or the default corpus; kept in ``folder``."""
     if text is not None:
-        documents = list(dedup.exact(ingest.read(text)))
-        size = sum(len(d.text.encode()) for d in documents)
-        return documents, [{"name": str(text.name), "licence": "the user's own", "bytes": size, "sha256": ""}]
-    found = corpus.default(road.folder / "corpus", budget_bytes=recipe.text_bytes, offline=recipe.offline)
-    return list(dedup.exact(ingest.read(found.documents))), found.sources
+        return corpus.from_text(text, folder, budget_bytes=recipe.text_bytes)
+    return corpus.default(folder, budget_bytes=recipe.text_bytes, offline=recipe.offline)
 
 
-def _pack_text(tokenizer: Tokenizer, documents: list[Document], seq_len: int, folder: Path) -> int:
+def _pack_text(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int, folder: Path) -> int:
     """Pack documents with their end-of-text tokens; return how many tokens there are."""
     ids = tokenizer.encode_batch([d.text for d in documents])
     framed = [[tokenizer.ids.bos, *each, tokenizer.ids.eos] for each in ids]
@@ -95,7 +92,7 @@ def _pack_text(tokenizer: Tokenizer, documents: list[Document], seq_len: int, fo
 
 
 def _hold_out(
-    tokenizer: Tokenizer, train: list[Document], test: list[Document], seq_len: int, folder: Path
+    tokenizer: Tokenizer, train: Sequence[Document], test: Sequence[Document], seq_len: int, folder: Path
 ) -> dict[str, dict[str, float]]:
     """Pack the held-out text by domain and measure gzip and the byte 3-gram model on the same split."""
     scores: dict[str, dict[str, float]] = {}

@@ -51,7 +51,9 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
     context = multiprocessing.get_context("spawn")
     waiting, done = list(stages), set[str]()
     running: dict[Future[object], tuple[Stage, float]] = {}
-    pool = ProcessPoolExecutor(max_workers=jobs, mp_context=context, initializer=_become_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(
+        max_workers=jobs, mp_context=context, initializer=_become_worker, initargs=(os.getpid(),)
+    )
     try:
         while waiting or running:
             for stage in [s for s in waiting if done.issuperset(s.needs)][: jobs - len(running)]:
@@ -61,8 +63,9 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
             if not running:
                 raise ValueError(f"stages wait for each other: {[s.name for s in waiting]}")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage, began = running.pop(future)
+                stage, began = running[future]
                 future.result()
+                del running[future]
                 done.add(stage.name)
                 told(stage.name, "done", time.monotonic() - began)
     except BrokenProcessPool:

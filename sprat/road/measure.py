@@ -62,7 +62,9 @@ def _facts(score: Score) -> dict[str, Any]:
     return {**score.to_dict(), "mean": score.accuracy, "samples": samples, "trained_lengths": []}
 
 
-def gains(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], label: str = "greedy") -> list[dict[str, Any]]:
+def gains(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], label: str = "greedy"
+) -> list[dict[str, Any]]:
     """For each task the change of accuracy between two stages and its p-value (two proportions)."""
     old = {row["task"]: row for row in before if row["label"] == label}
     return [

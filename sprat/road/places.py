@@ -90,7 +90,7 @@ def load_task(config: TaskConfig) -> Task:
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """One JSON line for each problem."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(problem), sort_keys=True, ensure_ascii=False, default=list) for problem in problems]
+    lines = [json.dumps(asdict(problem), ensure_ascii=False, default=list) for problem in problems]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ road again goes on where it was.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,14 +38,16 @@ def stages(road: Road, text: Path | None = None) -> list[Stage]:
         Stage("data", data.data, (road, text)),
         Stage("pretrain", training.pretrain, (road,), ("data",)),
         Stage("sft", training.cold_start, (road,), ("pretrain",)),
-        *(Stage(f"rl-seed{seed}", training.reinforce, (road, seed), ("sft",)) for seed in recipe.rl.seeds),
+        Stage(first, training.reinforce, (road, recipe.rl.seeds[0]), ("sft",)),
         Stage("distill", training.student, (road,), (first,)),
         Stage("quantize", squeeze.squeeze, (road,), ("distill",)),
-        Stage("sft-labels", training.labels, (road,), (first,)),
-        Stage("student-scratch", training.scratch, (road,), ("data",)),
     ]
     if recipe.dense is not None:
         found.append(Stage("pretrain-dense", training.pretrain, (road, "pretrain-dense", recipe.dense), ("data",)))
+    found.append(Stage("student-scratch", training.scratch, (road,), ("data",)))
+    others = recipe.rl.seeds[1:]
+    found += [Stage(f"rl-seed{seed}", training.reinforce, (road, seed), ("sft",)) for seed in others]
+    found.append(Stage("sft-labels", training.labels, (road,), (first,)))
     return found
 
 
@@ -71,9 +72,7 @@ def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told:
 
 
 def check_machine(out: Path) -> None:
-    """Raise MachineError where Python is too old or the disk too full, before anything is written."""
-    if sys.version_info < (3, 11):
-        raise MachineError("Python is too old", where=sys.version.split()[0], todo="use Python 3.11 or newer")
+    """Raise MachineError where the disk is too full or ``out`` is a file, before anything is written."""
     place = out
     while not place.exists():
         place = place.parent

@@ -7,7 +7,17 @@ from typing import Any
 
 from pydantic import Field
 
-from sprat.config import Config, DistillConfig, MoneyConfig, QuantConfig, RLConfig, SFTConfig, TaskConfig, TrainConfig, load
+from sprat.config import (
+    Config,
+    DistillConfig,
+    MoneyConfig,
+    QuantConfig,
+    RLConfig,
+    SFTConfig,
+    TaskConfig,
+    TrainConfig,
+    load,
+)
 
 
 class ModelRecipe(Config):

@@ -47,7 +47,7 @@ def pretrain(road: Road, name: str = "pretrain", twin: ModelRecipe | None = None
 
 def cold_start(road: Road) -> None:
     """SFT on few and mostly terse demonstrations: the format is learned, the habit of thinking is rare."""
-    recipe, data = road.recipe.sft.sft, road.recipe.data
+    recipe = road.recipe.sft.sft
     run = road.open("sft", "sft", recipe, {"model": road.path("pretrain"), "data": road.path("data")}, road.recipe.seed)
     if run.done:
         return
@@ -78,7 +78,11 @@ def labels(road: Road) -> None:
     """The control of RL: SFT on bare answers for the FLOPs that RL spent."""
     recipe = road.recipe.sft.sft
     spent = finished(road, f"rl-seed{road.recipe.rl.seeds[0]}")["flops"]
-    inputs = {"model": road.path("sft"), "data": road.path("data"), "rl": road.path(f"rl-seed{road.recipe.rl.seeds[0]}")}
+    inputs = {
+        "model": road.path("sft"),
+        "data": road.path("data"),
+        "rl": road.path(f"rl-seed{road.recipe.rl.seeds[0]}"),
+    }
     run = road.open("sft-labels", "sft", recipe, inputs, road.recipe.seed)
     if run.done:
         return

@@ -34,7 +34,7 @@ class GymTask:
         self.name = name
         self.family = family
         gym = _import_gym()
-        options = {key: tuple(value) if key == "operators" else value for key, value in settings.items()}
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         options.setdefault("seed", 0)
         try:
             self._dataset = gym.create_dataset(family, size=1, **options)

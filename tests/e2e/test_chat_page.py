@@ -55,7 +55,7 @@ class Visit:
         self.address = stack.enter_context(live(engine, name="tiny", **settings))
         context = browser.new_context(**look)
         stack.callback(context.close)
-        context.set_default_timeout(8000)
+        context.set_default_timeout(30_000)
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page = context.new_page()
@@ -242,7 +242,7 @@ def test_the_page_fits_a_phone_and_has_a_dark_face(visit: Any) -> None:
     here.page.get_by_role("button", name="Chats").click()
     here.page.locator("#side").wait_for()
     here.page.keyboard.press("Escape")
-    assert within(3, lambda: not here.page.locator("#side").is_visible())
+    assert within(20, lambda: not here.page.locator("#side").is_visible())
 
 
 def test_leaving_a_running_answer_frees_the_engine(visit: Any) -> None:
@@ -250,7 +250,7 @@ def test_leaving_a_running_answer_frees_the_engine(visit: Any) -> None:
     here.ask("add 1 2 3 4 5")
     here.page.locator(".thinking .text", has_text="0 +").wait_for()
     here.page.get_by_role("button", name="New chat").click()
-    assert within(5, here.engine.handles[0].cancelled.is_set)
+    assert within(20, here.engine.handles[0].cancelled.is_set)
     assert here.page.get_by_role("heading", name="Ask, and watch it think").is_visible()
     here.settled()
 
@@ -272,7 +272,7 @@ def test_a_real_model_answers_through_the_real_command(browser: Any, tmp_path: P
         assert "thinking)" in page.locator(".cost").inner_text()
         page.close()
         server.send_signal(signal.SIGINT)
-        assert server.wait(15) == 0
+        assert server.wait(60) == 0
     finally:
         server.kill()
         server.wait()

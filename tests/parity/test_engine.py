@@ -17,6 +17,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "v3": {"first_k_dense_replace": 1, "num_hidden_layers": 3},
     "v3-groups-q-lora": {"q_lora_rank": 24, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
     "v2-softmax": {"architecture": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy"},
+    "qwen3": {"architecture": "qwen3", "n_routed_experts": 0, "num_key_value_heads": 2, "head_dim": 16},
     "yarn": {
         "rope_scaling": {
             "rope_type": "yarn",

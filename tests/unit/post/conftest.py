@@ -18,7 +18,6 @@ from sprat.tasks import Problem, Split
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run, open_run
 
-
 FAST = OptimConfig(muon_lr=0.02, adam_lr=0.01, warmup_steps=5)
 
 

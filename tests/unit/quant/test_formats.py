@@ -77,7 +77,7 @@ def test_the_answers_stay_near_and_the_original_stays_as_it_was() -> None:
             float((quant.quantize(dense, QuantConfig(bits=bits))(TOKENS) - exact).norm() / exact.norm())
             for bits in (8, 4)
         ]
-    assert errors[0] < 0.03 < errors[1] < 0.3
+    assert errors[0] < 0.1 and 2 * errors[0] < errors[1] < 0.5, errors
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
 

@@ -104,6 +104,12 @@ def test_each_stage_stands_with_its_interval_its_control_and_its_significance(ro
     assert "0.4000" in row and "not significant" in row, "the stage's own p-value is shown"
 
 
+def test_teacher_student_and_int4_stand_beside_each_other_in_size_and_speed(text: str) -> None:
+    row = next(row for row in text.split("<tr>") if row.startswith("<td>INT4 student</td>") and "120 kB" in row)
+    assert "16,700" in row and "30 k" in row
+    assert "pareto-size_bytes-" in text and "pareto-tokens_per_second-" in text
+
+
 def test_stages_stand_in_the_order_of_the_road_with_controls_beside_them(road: Path) -> None:
     names = [stage.name for stage in read(road).stages]
     assert names == [

@@ -23,13 +23,13 @@ def live(engine: Any, **settings: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
-    assert within(10, lambda: server.started)
+    assert within(30, lambda: server.started)
     try:
         yield address_of(taken)
     finally:
         app.state.traffic.close()
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
         taken.close()
 
 

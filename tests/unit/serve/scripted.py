@@ -35,6 +35,7 @@ class ScriptedHandle:
         self.reasoning = "" if sampling.thinking is False else reasoning
         self.content, self.sampling, self.pause = content, sampling, pause
         self.prompt_tokens = sum(len(message.content.split()) for message in prompt)
+        self.said = 0
         self.cancelled = threading.Event()
         self.go = threading.Event()
         if not hold:
@@ -56,7 +57,7 @@ class ScriptedHandle:
                 reason = "length"
                 break
             if at == 2:
-                self.go.wait(20)
+                self.go.wait(60)
             if self.cancelled.wait(self.pause) if self.pause else self.cancelled.is_set():
                 reason = "cancelled"
                 break
@@ -65,6 +66,7 @@ class ScriptedHandle:
             yield Delta("reasoning" if kind == "reasoning" else "content", piece)
         hit = min(2, self.prompt_tokens)
         usage = Usage(self.prompt_tokens, sum(count.values()), count["reasoning"], hit, self.prompt_tokens - hit)
+        self.said = usage.completion_tokens
         self.ended.set()
         yield Delta("done", output=Output(said["content"], said["reasoning"], [], None, usage, reason, []))
 

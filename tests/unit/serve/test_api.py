@@ -194,7 +194,7 @@ def test_health_counts_what_was_answered_and_earned(client: TestClient) -> None:
 
 def test_one_too_many_is_told_when_to_come_back() -> None:
     engine = ScriptedEngine(hold=True)
-    with live(engine, name="tiny", max_requests=1) as address, httpx.Client(base_url=address) as client:
+    with live(engine, name="tiny", max_requests=1) as address, httpx.Client(base_url=address, timeout=30) as client:
         with client.stream("POST", CHAT, json={**ASK, "stream": True}) as first:
             lines = first.iter_lines()
             next(lines)
@@ -203,7 +203,7 @@ def test_one_too_many_is_told_when_to_come_back() -> None:
             assert int(refused.headers["retry-after"]) >= 1
             engine.release()
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert within(5, lambda: client.get("/healthz").json()["running"] == 0)
+        assert within(20, lambda: client.get("/healthz").json()["running"] == 0)
         assert client.post(CHAT, json=ASK).status_code == 200
 
 
@@ -213,16 +213,17 @@ def test_a_client_that_hangs_up_stops_the_engine_and_is_metered(stream: bool) ->
     with live(engine, name="tiny") as address:
         with httpx.Client(base_url=address, timeout=0.7) as client, pytest.raises(httpx.TimeoutException):
             client.post(CHAT, json={**ASK, "stream": stream})
-        assert within(5, lambda: bool(engine.handles) and engine.handles[0].ended.is_set())
+        assert within(20, lambda: bool(engine.handles) and engine.handles[0].ended.is_set())
         assert engine.handles[0].cancelled.is_set()
-        health = httpx.get(f"{address}/healthz").json()
+        assert within(20, lambda: httpx.get(f"{address}/healthz", timeout=30).json()["running"] == 0)
+        health = httpx.get(f"{address}/healthz", timeout=30).json()
     assert health["answered"] == 1
-    assert health["nano_yuan"] == 2 * 1000 + 4 * 4000 + 2 * 16000
+    assert health["nano_yuan"] == 2 * 1000 + 4 * 4000 + engine.handles[0].said * 16000
 
 
 def test_a_stopped_stream_ends_in_good_order_with_its_cost() -> None:
     engine = ScriptedEngine(hold=True)
-    with live(engine, name="tiny") as address, httpx.Client(base_url=address) as client:
+    with live(engine, name="tiny") as address, httpx.Client(base_url=address, timeout=30) as client:
         with client.stream("POST", CHAT, json={**ASK, "stream": True}) as answer:
             lines = (line for line in answer.iter_lines() if line)
             name = json.loads(next(lines).removeprefix("data: "))["id"]
@@ -231,8 +232,8 @@ def test_a_stopped_stream_ends_in_good_order_with_its_cost() -> None:
         assert done == "data: [DONE]"
         chunk = json.loads(last.removeprefix("data: "))
         assert chunk["choices"][0]["finish_reason"] == "stop"
-        assert chunk["sprat"]["cost"]["output"] == 2 * 16000
-        assert within(5, lambda: client.post(f"{CHAT}/{name}/cancel").status_code == 404)
+        assert chunk["sprat"]["cost"]["output"] == engine.handles[0].said * 16000 <= 2 * 16000
+        assert within(20, lambda: client.post(f"{CHAT}/{name}/cancel").status_code == 404)
 
 
 def test_many_at_once_each_get_their_own_answer() -> None:
@@ -241,7 +242,7 @@ def test_many_at_once_each_get_their_own_answer() -> None:
 
         def ask(number: int) -> None:
             body = {**ASK, "messages": [{"role": "user", "content": f"add 100 and {number}"}]}
-            answer = httpx.post(f"{address}{CHAT}", json=body, timeout=20).json()
+            answer = httpx.post(f"{address}{CHAT}", json=body, timeout=60).json()
             answers[number] = answer["choices"][0]["message"]["content"]
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]

@@ -58,9 +58,9 @@ def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:
     try:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
-        assert httpx.get(f"{address}/healthz").json()["status"] == "ok"
+        assert httpx.get(f"{address}/healthz", timeout=30).json()["status"] == "ok"
         ask = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "add 1 2 3 4 5 6 7 8 9"}]}
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=ask, timeout=20) as answer:
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=ask, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.send_signal(signal.SIGINT)
@@ -68,8 +68,8 @@ def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:
             rest = [line for line in lines if line]
         assert "insufficient_system_resource" in rest[-2]
         assert rest[-1] == "data: [DONE]"
-        out, err = server.communicate(timeout=15)
-        assert time.monotonic() - began < 10
+        out, err = server.communicate(timeout=60)
+        assert time.monotonic() - began < 30
         assert (server.returncode, out.strip(), err.strip()) == (0, "left", "")
     finally:
         server.kill()

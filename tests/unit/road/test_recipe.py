@@ -1,0 +1,65 @@
+"""Recipes: packaged ones hold, and a slip of the pen is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sprat.config.sizes import size
+from sprat.errors import ConfigError, MachineError
+from sprat.model.counts import count_parameters
+from sprat.road.quickstart import check_machine, stages
+from sprat.road.places import Road
+from sprat.road.recipe import FOLDER, ModelRecipe, named
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.toml")))
+def test_every_packaged_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = named(name)
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    assert named(str(tmp_path / "again.toml")) == recipe
+
+
+def test_an_unknown_key_names_the_nearest_valid_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        named("quickstart", ("pretrain.train.stepz=3",))
+
+
+def test_overrides_reach_the_recipe_and_bad_values_are_refused() -> None:
+    assert named("tiny", ("rl.rl.steps=7",)).rl.rl.steps == 7
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        named("tiny", ("rl.rl.steps=0",))
+    with pytest.raises(ConfigError, match="no such recipe"):
+        named("no-such-recipe")
+
+
+def test_the_student_computes_with_at_most_a_quarter_of_the_teachers_parameters() -> None:
+    recipe = named("quickstart")
+
+    def active(model: ModelRecipe) -> int:
+        return count_parameters(size(model.size, vocab_size=recipe.data.vocab_size, **model.changes)).active
+
+    assert 4 * active(recipe.distill.student) <= active(recipe.pretrain.model)
+
+
+def test_the_dense_twin_costs_what_the_sparse_model_costs() -> None:
+    recipe = named("quickstart")
+    assert recipe.dense is not None
+    sparse, dense = (
+        count_parameters(size(model.size, vocab_size=recipe.data.vocab_size, **model.changes))
+        for model in (recipe.pretrain.model, recipe.dense)
+    )
+    assert abs(dense.active / sparse.active - 1) < 0.02 and dense.total < sparse.total
+
+
+def test_every_stage_needs_only_stages_that_exist(tmp_path: Path) -> None:
+    found = stages(Road(tmp_path, named("quickstart")))
+    names = {stage.name for stage in found}
+    assert all(set(stage.needs) <= names for stage in found) and len(names) == len(found)
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="is a file"):
+        check_machine(tmp_path / "file")
