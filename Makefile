@@ -42,7 +42,7 @@ $(VENV)/.made:
 	    || { seen="$$seen $$p ($$v) has no venv module, on Debian: apt-get install python3-venv;"; continue; }; \
 	  "$$p" -m venv $(VENV) && touch $@ && exit 0; exit 1; \
 	done; \
-	echo "sprat: no usable Python from 3.11 to 3.14 was found ($${seen:-none at all}); install one, or name it: make PYTHON=/path/to/python3" >&2; \
+	echo "sprat: no usable Python from 3.11 to 3.14 was found; seen:$${seen:- none at all} Install one, or name it: make PYTHON=/path/to/python3" >&2; \
 	exit 9
 
 # torch goes first and by plain pip: that takes the CPU build where one is at hand.

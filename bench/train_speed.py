@@ -86,7 +86,9 @@ def ours(config: Any, optimiser: str, tokens: Any) -> Callable[[int], list[float
         source = _Clock(packed)
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
-            run = open_run(place / "run", stage="bench", recipe=recipe, inputs={}, seed=0, ledger=place / "ledger.jsonl")
+            run = open_run(
+                place / "run", stage="bench", recipe=recipe, inputs={}, seed=0, ledger=place / "ledger.jsonl"
+            )
             train(model, source, recipe, run, progress=False)
         return _gaps(source.times)
 
@@ -242,7 +244,12 @@ def main() -> int:
                 _print_result(results[-1])
     lines = verdicts(results)
     passed = all(line["passed"] for line in lines)
-    facts = {"machine": platform.processor() or platform.machine(), "threads": given.threads, "rounds": rounds, "seed": 0}
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": given.threads,
+        "rounds": rounds,
+        "seed": 0,
+    }
     if given.json:
         print(json.dumps({**facts, "results": results, "verdicts": lines, "passed": passed}))
         return 0 if passed else 1
@@ -258,7 +265,10 @@ def main() -> int:
 def _print_result(result: dict[str, Any]) -> None:
     """One line of figures."""
     speed = "  ".join(f"{name} {value:8,.0f}" for name, value in result["tokens_per_second"].items())
-    print(f"{result['size']:14} {result['allocator']:6} tok/s: {speed}   (experts: {result['implementation']})", flush=True)
+    print(
+        f"{result['size']:14} {result['allocator']:6} tok/s: {speed}   (experts: {result['implementation']})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

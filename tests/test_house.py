@@ -134,21 +134,21 @@ def test_every_test_can_fail() -> None:
     assert not weak, weak
 
 
-def passes(*command: str) -> None:
+def assert_passes(*command: str) -> None:
     """Run a checker in the checkout; its words are the failure."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 def test_ruff_passes() -> None:
-    passes("-m", "ruff", "check", "--no-cache", ".")
+    assert_passes("-m", "ruff", "check", "--no-cache", ".")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mypy_strict_passes() -> None:
-    passes("-m", "mypy")
+    assert_passes("-m", "mypy")
 
 
 def test_import_layers_pass() -> None:
-    passes("-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))")
+    assert_passes("-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))")

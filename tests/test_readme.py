@@ -51,6 +51,22 @@ def test_readme_shows_both_commands_and_something_to_run() -> None:
     assert {language for _, language, _ in blocks()} == {"bash", "python"}
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_documents_name_only_files_that_exist(page: Path) -> None:
+    source = page.read_text(encoding="utf-8")
+    local = [page.parent / target for target in LINK.findall(source) if "://" not in target]
+    local += [ROOT / path for path in re.findall(r"`((?:sprat|tests|bench|docs)/[\w/.-]+)`", source)]
+    missing = [str(path) for path in local if not path.exists()]
+    assert not missing, missing
+
+
+def test_every_paper_that_the_code_names_is_listed() -> None:
+    numbers = re.compile(r"\b\d{4}\.\d{5}\b")
+    listed = set(numbers.findall((ROOT / "docs" / "papers.md").read_text(encoding="utf-8")))
+    named = {n for path in (ROOT / "sprat").rglob("*.py") for n in numbers.findall(path.read_text(encoding="utf-8"))}
+    assert not named - listed, sorted(named - listed)
+
+
 @pytest.fixture
 def newcomer(tiny_road: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A folder with a finished road at runs/quickstart and ``sprat`` on the PATH, as after ``make quickstart``."""

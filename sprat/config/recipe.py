@@ -101,6 +101,8 @@ class TaskConfig(Config):
     title: str = ""  # unique label in reports; the name when empty
     settings: dict[str, int | float | str | bool | list[str] | list[float]] = {}
     weight: float = Field(1.0, ge=0)
+    distinct: int | None = Field(None, ge=1)  # worked examples drawn before they repeat; for slow generators
+    test_problems: int | None = Field(None, ge=1)  # held-out problems, where they differ from the mix's number
 
 
 class MoneyConfig(Config):

@@ -2,18 +2,18 @@
 
 Packed rows hold several short documents, and a token attends inside its own. A masked product over whole rows
 spends most of its work on pairs that the mask then throws away: rows of 128 tokens with documents of 40 spend
-seven eighths. Here a batch is cut into its documents first. Documents of like length are stacked into chunks whose
-scores fit into a core's second-level cache; a chunk gathers its rows of queries and keys, turns them by their
-position *inside* the document, attends with plain causality, and puts its results back. The gradient is written
-by hand over the same chunks, so that nothing of the size of a whole batch's scores is walked over twice.
+two thirds. Here a batch is cut into its documents first, and documents of like length are stacked. One gather
+brings queries, keys and values into that order (and heads before places), so that every chunk of documents is a
+slice; its scores fit into a core's second-level cache, where one product, one softmax and one product finish it.
+One gather by the inverse order brings the results back. The gradient is written by hand over the same slices.
 
 The plain form of the same function is ``MLA`` with a mask and stock operators; a test holds the two together.
 Left out: other devices and half precision (the stock operators are better there), and long documents, for
-which a fused kernel that never stores probabilities is the better trade.
+which a fused kernel that skips later keys and never stores probabilities is the better trade.
 """
 
 # N tokens, H heads, d query width = n + r, n qk_nope_head_dim, r qk_rope_head_dim, v v_head_dim
-# C documents of a chunk, L its longest document, X = C * H stacked heads
+# S slots: (document, head, place) in the order of the stacks; L longest document of a chunk; w = n + v
 
 from __future__ import annotations
 
@@ -26,37 +26,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_SCORES = 1 << 17  # scores of one chunk: 512 KB in float32, half of a common second-level cache
-LONGEST = 512  # tokens; rows that are longer take the stock path
+LONGEST = 256  # tokens; where a document is longer the stock operators are used
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Documents of like length, padded to the longest.
+class Documents:
+    """A batch cut into documents.
 
     Attributes:
-        documents, length: C and L.
-        token_M: flat token of each slot, M = C * L; padding reads token 0.
-        place_M: where each slot's result goes; padding goes to slot N, which is cut off.
-        head_X, head_place_X: the same for tokens times heads, in order (document, head, place).
-        padding_X: slots of ``head_X`` that are padding; None if there are none.
-        causal_LL: additive mask.
+        chunks: (first slot, stacked documents times heads, longest document) of each chunk.
+        head_S: which row of [N * H] a slot holds; padding holds row 0.
+        token_S: which token a slot holds.
+        padding: slots that are padding; None if there are none.
+        slot_NH: the slot of each row of [N * H]: the inverse of ``head_S``.
+        turn_Sr: complex turns of the slots' places.
+        turn_Nr: the same turns for each token.
+        causal_LL: additive mask for the longest document of all.
     """
 
-    documents: int
-    length: int
-    token_M: Tensor
-    place_M: Tensor
-    head_X: Tensor
-    head_place_X: Tensor
-    padding_X: Tensor | None
+    chunks: list[tuple[int, int, int]]
+    head_S: Tensor
+    token_S: Tensor
+    padding: Tensor | None
+    slot_NH: Tensor
+    turn_Sr: Tensor
+    turn_Nr: Tensor
     causal_LL: Tensor
 
 
-def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int) -> list[Chunk]:
-    """The documents of a batch (runs of equal segment in a row; whole rows without segments) as chunks."""
+def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int, turn_Tr: Tensor) -> Documents | None:
+    """The documents of a batch: runs of equal segment in a row, or whole rows. None where one is too long.
+
+    ``turn_Tr`` holds the complex turns of places 0..T-1.
+    """
     if segments_BT is None:
-        starts = np.arange(batch) * time
-        lengths = np.full(batch, time)
+        starts, lengths = np.arange(batch) * time, np.full(batch, time)
     else:
         flat = segments_BT.numpy()
         first = np.ones((batch, time), dtype=bool)
@@ -65,34 +69,37 @@ def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int) -> list[C
         lengths = np.diff(starts, append=batch * time)
         order = np.argsort(lengths, kind="stable")
         starts, lengths = starts[order], lengths[order]
-    chunks, begin = [], 0
-    causal = torch.full((int(lengths.max()),) * 2, float("-inf")).triu_(1)
-    for end in range(1, len(starts) + 1):
-        if end == len(starts) or (end + 1 - begin) * heads * lengths[end] ** 2 > CHUNK_SCORES:
-            longest = int(lengths[end - 1])
-            chunks.append(_chunk(starts[begin:end], lengths[begin:end], heads, batch * time, causal[:longest, :longest]))
-            begin = end
-    return chunks
-
-
-def _chunk(starts: Any, lengths: Any, heads: int, tokens: int, causal_LL: Tensor) -> Chunk:
-    """One chunk of the documents that begin at ``starts`` and have ``lengths``."""
-    offsets = np.arange(causal_LL.shape[0])
-    real = offsets < lengths[:, None]
-    place = np.where(real, starts[:, None] + offsets, tokens)
-    token = np.where(real, place, 0)
+    longest = int(lengths[-1])
+    if longest > LONGEST:
+        return None
+    chunks, tokens, reals, begin, slots = [], [], [], 0, 0
     every = np.arange(heads)[:, None]
-    head, head_place = ((index[:, None, :] * heads + every).reshape(-1) for index in (token, place))
-    padding = None
-    if not real.all():
-        padding = torch.from_numpy(np.flatnonzero(~np.broadcast_to(real[:, None], (len(starts), heads, len(offsets)))))
-    rest = [torch.from_numpy(index.reshape(-1)) for index in (token, place, head, head_place)]
-    return Chunk(len(starts), len(offsets), rest[0], rest[1], rest[2], rest[3], padding, causal_LL)
+    for end in range(1, len(starts) + 1):
+        if end < len(starts) and (end + 1 - begin) * heads * int(lengths[end]) ** 2 <= CHUNK_SCORES:
+            continue
+        width = int(lengths[end - 1])
+        offsets = np.arange(width)
+        real = np.broadcast_to((offsets < lengths[begin:end, None])[:, None], (end - begin, heads, width))
+        token = (starts[begin:end, None] + offsets)[:, None] * heads + every
+        tokens.append(np.where(real, token, 0).reshape(-1))
+        reals.append(real.reshape(-1))
+        chunks.append((slots, (end - begin) * heads, width))
+        slots, begin = slots + (end - begin) * heads * width, end
+    head, real = np.concatenate(tokens), np.concatenate(reals)
+    slot = np.empty(batch * time * heads, dtype=np.int64)
+    slot[head[real]] = np.flatnonzero(real)
+    head_S, token_S = torch.from_numpy(head), torch.from_numpy(head // heads)
+    padding = None if real.all() else torch.from_numpy(np.flatnonzero(~real))
+    turn_Nr = turn_Tr.repeat(batch, 1)
+    causal = torch.full((longest, longest), float("-inf")).triu_(1)
+    return Documents(
+        chunks, head_S, token_S, padding, torch.from_numpy(slot), turn_Nr.index_select(0, token_S), turn_Nr, causal
+    )
 
 
-def _turn(x: Tensor, start: int, turn_Lr: Tensor) -> None:
-    """Rotate the channels of ``x`` [..., L, >= start + r] from ``start`` on, pair by pair, in place."""
-    torch.view_as_complex(x[..., start:].unflatten(-1, (-1, 2))).mul_(turn_Lr)
+def _turn(x: Tensor, turn: Tensor) -> None:
+    """Rotate the channels of ``x`` [rows, r], pair by pair, in place."""
+    torch.view_as_complex(x.view(x.shape[0], -1, 2)).mul_(turn)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -100,83 +107,72 @@ class _DocumentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, turn_Lr: Tensor, chunks: list[Chunk], scale: float
+        ctx: Any, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, documents: Documents, scale: float
     ) -> Tensor:
         """Attend chunk by chunk; keeps turned queries, keys, values and probabilities."""
         tokens, heads, width = q_NHd.shape
         nope = width - k_rope_Nr.shape[1]
-        value = kv_NHw.shape[2] - nope
-        flat_q, flat_kv = q_NHd.view(-1, width), kv_NHw.view(-1, nope + value)
-        out_Xv = q_NHd.new_empty((tokens + 1) * heads, value)
+        q_Sd = q_NHd.view(-1, width).index_select(0, documents.head_S)
+        _turn(q_Sd[:, nope:], documents.turn_Sr)
+        kv_Sw = kv_NHw.view(tokens * heads, -1).index_select(0, documents.head_S)
+        k_rope_Nr = k_rope_Nr.contiguous()
+        turned_Nr = torch.view_as_real(torch.view_as_complex(k_rope_Nr.view(tokens, -1, 2)) * documents.turn_Nr)
+        k_Sd = torch.cat((kv_Sw[:, :nope], turned_Nr.view(tokens, -1).index_select(0, documents.token_S)), 1)
+        v_Sv = kv_Sw[:, nope:]
+        out_Sv = v_Sv.new_empty(v_Sv.shape)
         kept = []
-        for chunk in chunks:
-            stack, length = chunk.documents * heads, chunk.length
-            turn = turn_Lr[:length]
-            q = flat_q.index_select(0, chunk.head_X).view(stack, length, width)
-            _turn(q, nope, turn)
-            k_rope = k_rope_Nr.index_select(0, chunk.token_M).view(chunk.documents, 1, length, -1)
-            _turn(k_rope, 0, turn)
-            kv = flat_kv.index_select(0, chunk.head_X).view(stack, length, nope + value)
-            k = torch.empty_like(q)
-            k[..., :nope] = kv[..., :nope]
-            k.view(chunk.documents, heads, length, width)[..., nope:] = k_rope
-            v = kv[..., nope:]
-            p = torch.baddbmm(chunk.causal_LL, q, k.transpose(1, 2), alpha=scale)
-            p = torch.softmax(p, -1)
-            out_Xv.index_copy_(0, chunk.head_place_X, torch.bmm(p, v).view(-1, value))
-            kept.append((q, k, v, p))
-        ctx.kept, ctx.chunks, ctx.turn_Lr, ctx.scale = kept, chunks, turn_Lr, scale
-        return out_Xv.view(tokens + 1, heads, value)[:tokens]
+        for start, stack, length in documents.chunks:
+            q, k, v, out = (
+                x[start : start + stack * length].view(stack, length, -1) for x in (q_Sd, k_Sd, v_Sv, out_Sv)
+            )
+            p = torch.baddbmm(documents.causal_LL[:length, :length], q, k.transpose(1, 2), alpha=scale)
+            torch.softmax(p, -1, out=p)
+            torch.bmm(p, v, out=out)
+            kept.append(p)
+        ctx.save_for_backward(q_Sd, k_Sd, v_Sv, *kept)
+        ctx.documents, ctx.scale, ctx.nope = documents, scale, nope
+        return out_Sv.index_select(0, documents.slot_NH).view(tokens, heads, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHv: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys-and-values and rotary keys, over the same chunks."""
+        q_Sd, k_Sd, v_Sv, *kept = ctx.saved_tensors
+        documents, nope = ctx.documents, ctx.nope
         tokens, heads, value = grad_NHv.shape
-        flat_grad = grad_NHv.reshape(-1, value)
-        width = ctx.kept[0][0].shape[-1]
-        rope = 2 * ctx.turn_Lr.shape[1]
-        nope = width - rope
-        back_Lr = ctx.turn_Lr.conj().resolve_conj()
-        dq_Xd = flat_grad.new_empty((tokens + 1) * heads, width)
-        dkv_Xw = flat_grad.new_empty((tokens + 1) * heads, nope + value)
-        dk_rope_Nr = flat_grad.new_empty(tokens + 1, rope)
-        for chunk, (q, k, v, p) in zip(ctx.chunks, ctx.kept, strict=True):
-            grad = flat_grad.index_select(0, chunk.head_X)
-            if chunk.padding_X is not None:
-                grad.index_fill_(0, chunk.padding_X, 0.0)
-            grad = grad.view(-1, chunk.length, value)
-            dp = torch.bmm(grad, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
-            dq = torch.bmm(ds, k).mul_(ctx.scale)
-            dk = torch.bmm(ds.transpose(1, 2), q).mul_(ctx.scale)
-            _turn(dq, nope, back_Lr[: chunk.length])
-            dq_Xd.index_copy_(0, chunk.head_place_X, dq.view(-1, width))
-            dkv = torch.cat((dk[..., :nope], torch.bmm(p.transpose(1, 2), grad)), -1)
-            dkv_Xw.index_copy_(0, chunk.head_place_X, dkv.view(-1, nope + value))
-            dk_rope = dk.view(chunk.documents, heads, chunk.length, width)[..., nope:].sum(1)
-            _turn(dk_rope, 0, back_Lr[: chunk.length])
-            dk_rope_Nr.index_copy_(0, chunk.place_M, dk_rope.view(-1, rope))
-        dq_NHd = dq_Xd.view(tokens + 1, heads, width)[:tokens]
-        dkv_NHw = dkv_Xw.view(tokens + 1, heads, nope + value)[:tokens]
-        return dq_NHd, dkv_NHw, dk_rope_Nr[:tokens], None, None, None
+        grad_Sv = grad_NHv.reshape(-1, value).index_select(0, documents.head_S)
+        if documents.padding is not None:
+            grad_Sv.index_fill_(0, documents.padding, 0.0)
+        dq_Sd, dk_Sd, dv_Sv = torch.empty_like(q_Sd), torch.empty_like(k_Sd), torch.empty_like(grad_Sv)
+        for (start, stack, length), p in zip(documents.chunks, kept, strict=True):
+            every = (q_Sd, k_Sd, v_Sv, grad_Sv, dq_Sd, dk_Sd, dv_Sv)
+            q, k, v, grad, dq, dk, dv = (x[start : start + stack * length].view(stack, length, -1) for x in every)
+            torch.bmm(p.transpose(1, 2), grad, out=dv)
+            ds = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, torch.float32)
+            torch.bmm(ds, k, out=dq)
+            torch.bmm(ds.transpose(1, 2), q, out=dk)
+        back_Sr = documents.turn_Sr.conj().resolve_conj()
+        _turn(dq_Sd[:, nope:], back_Sr)
+        dq_NHd = dq_Sd.index_select(0, documents.slot_NH).mul_(ctx.scale).view(tokens, heads, -1)
+        dk_Sd.mul_(ctx.scale)
+        dkv_NHw = torch.cat((dk_Sd[:, :nope], dv_Sv), 1).index_select(0, documents.slot_NH).view(tokens, heads, -1)
+        dk_rope_Nr = dk_Sd[:, nope:].index_select(0, documents.slot_NH).view(tokens, heads, -1).sum(1)
+        _turn(dk_rope_Nr, documents.turn_Nr.conj().resolve_conj())
+        return dq_NHd, dkv_NHw, dk_rope_Nr, None, None
 
 
-def attend(
-    q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, turn_Lr: Tensor, chunks: list[Chunk], scale: float
-) -> Tensor:
+def attend(q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, documents: Documents, scale: float) -> Tensor:
     """Causal attention inside each document.
 
     Args:
         q_NHd: queries before rotation, contiguous; the last r channels carry positions, in pairs.
         kv_NHw: for each head n key channels and v value channels, contiguous.
         k_rope_Nr: the rotary key that all heads share, before rotation.
-        turn_Lr: complex turns of positions 0..L-1.
-        chunks: from ``cut``.
+        documents: from ``cut``.
         scale: factor on query-key products.
 
     Returns:
         [N, H, v].
     """
-    out: Tensor = _DocumentAttention.apply(q_NHd, kv_NHw, k_rope_Nr, turn_Lr, chunks, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _DocumentAttention.apply(q_NHd, kv_NHw, k_rope_Nr, documents, scale)  # type: ignore[no-untyped-call]
     return out

@@ -67,10 +67,10 @@ class MLA(nn.Module):
         q_nope, q_rope = raw.view(batch, time, self.heads, -1).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.rope), -1)
         latent = self.kv_a_layernorm(latent)
-        if step.chunks is not None and self.interleave:
+        if step.documents is not None:
             kv = self.kv_b_proj(latent).view(batch * time, self.heads, -1)
             queries = raw.view(batch * time, self.heads, -1)
-            out = attend(queries, kv, k_rope.flatten(0, 1), step.turn_BTr[0], step.chunks, self.scale)
+            out = attend(queries, kv, k_rope.flatten(0, 1), step.documents, self.scale)
             return self.o_proj(out.reshape(batch, time, -1))
         q_rope = rotate(q_rope, step.turn_BTr, self.interleave)
         k_rope = rotate(k_rope.unsqueeze(2), step.turn_BTr, self.interleave).squeeze(2)

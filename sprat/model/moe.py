@@ -9,9 +9,9 @@ trainer moves it once a step, up for idle experts and down for busy ones. A tiny
 (``balance_loss``) guards single sequences. V2 scores with a softmax and chooses greedily. Groups of experts
 (nodes, in a cluster) can be limited: V3 ranks a group by its two best experts, V2 by its best.
 
-Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side; three
-grouped matrix products serve all experts, and the results are added back weighted. No token is dropped and no
-slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
+Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side. Then either
+three grouped matrix products serve all experts, or, on a CPU with enough rows, ``swiglu`` takes them expert by
+expert in cache. The results are added back weighted. No token is dropped and no slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
@@ -25,7 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.model import swiglu
 from sprat.model.linear import Linear
+
+FEW = 32  # rows for each expert; with fewer the stock operators are faster
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
+        weights = [layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj) if type(layer) is Linear]
+        if len(weights) == 3 and swiglu.applies(x) and x.numel() >= FEW * x.shape[-1]:
+            return swiglu.dense(x.reshape(-1, x.shape[-1]), *weights).view(x.shape)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -109,7 +115,7 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
-    A replacement (INT4) offers the same ``forward``.
+    A replacement (INT4) offers the same three weights, or overrides ``mix``.
     """
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
@@ -124,6 +130,18 @@ class Experts(nn.Module):
         gate_MF = torch._grouped_mm(x_MD, self.w_gate_EFD.transpose(1, 2), offs=ends_E)
         up_MF = torch._grouped_mm(x_MD, self.w_up_EFD.transpose(1, 2), offs=ends_E)
         return torch._grouped_mm(F.silu(gate_MF) * up_MF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
+
+    def mix(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of each token's experts -> [N, D]."""
+        chosen, experts = routing.index_NK.shape[1], len(routing.load_E)
+        order_M = routing.index_NK.flatten().argsort(stable=True)
+        token_M = order_M.div(chosen, rounding_mode="floor")
+        weight_M = routing.weight_NK.flatten().index_select(0, order_M)
+        if swiglu.applies(x_ND) and len(order_M) >= FEW * experts:
+            weights = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
+            return swiglu.routed(x_ND, weight_M, token_M, routing.load_E.tolist(), weights)
+        y_MD = self(x_ND.index_select(0, token_M), routing.load_E) * weight_M.unsqueeze(1).to(x_ND.dtype)
+        return torch.zeros_like(x_ND).index_add(0, token_M, y_MD)
 
 
 class MoE(nn.Module):
@@ -141,12 +159,10 @@ class MoE(nn.Module):
         """(output [B, T, D], what the router decided)."""
         x_ND = x_BTD.flatten(0, 1)
         routing: Routing = self.gate(x_ND)
-        order_M = routing.index_NK.flatten().argsort(stable=True)
-        token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
-        y_MD = self.experts(x_ND[token_M], routing.load_E)
-        weight_M1 = routing.weight_NK.flatten()[order_M].unsqueeze(1).to(y_MD.dtype)
-        base_ND = torch.zeros_like(x_ND) if self.shared_experts is None else self.shared_experts(x_ND)
-        return base_ND.index_add(0, token_M, y_MD * weight_M1).view_as(x_BTD), routing
+        out_ND = self.experts.mix(x_ND, routing)
+        if self.shared_experts is not None:
+            out_ND = out_ND + self.shared_experts(x_ND)
+        return out_ND.view_as(x_BTD), routing
 
 
 def balance_loss(routing: Routing, batch: int, valid_BT: Tensor | None = None) -> Tensor:

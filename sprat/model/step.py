@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sprat.errors import EngineError
 from sprat.model.cache import Cache
-from sprat.model.documents import LONGEST, Chunk, cut
+from sprat.model.documents import Documents, cut
 from sprat.model.rope import RotaryTable
 
 
@@ -23,7 +23,7 @@ class Step:
         turn_BTr: complex rotary turns; B is 1 where all rows share them.
         mask_B1TS: additive float mask, or None where plain causality is all there is.
         positions_BT: where the new tokens stand in the cache; None without a cache.
-        chunks: the documents of the batch where they are attended to one by one (then there is no mask).
+        documents: the documents of the batch where they are attended to one by one (then there is no mask).
         keys: S, how many keys there are.
         fresh: the cache was empty (or there is none), so the new tokens are all the keys.
     """
@@ -33,7 +33,7 @@ class Step:
     positions_BT: Tensor | None
     valid_BT: Tensor | None
     cache: Cache | None
-    chunks: list[Chunk] | None
+    documents: Documents | None
     keys: int
     fresh: bool
 
@@ -62,8 +62,10 @@ def plan(
             turn_BTr = rotary.first(time, device).unsqueeze(0)
         else:
             turn_BTr = rotary.first(int(positions_BT.max()) + 1, device)[positions_BT]
-        if heads and device.type == "cpu" and positions_BT is None and time <= LONGEST:
-            return Step(turn_BTr, None, None, None, None, cut(segments_BT, batch, time, heads), time, True)
+        if heads and positions_BT is None:
+            documents = cut(segments_BT, batch, time, heads, turn_BTr[0])
+            if documents is not None:
+                return Step(turn_BTr, None, None, None, None, documents, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)
         return Step(turn_BTr, mask, None, None, None, None, time, True)
     if segments_BT is not None or positions_BT is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
@@ -131,6 +132,7 @@ class Transformer(nn.Module):
             positions_BT=positions_BT,
             cache=cache,
             valid_BT=valid_BT,
+            heads=self._heads_to_cut(),
         )
         routing: list[Routing] = []
         x_BTD = self.embed_tokens(tokens_BT)
@@ -166,11 +168,26 @@ class Transformer(nn.Module):
             )
         joined_BT = tokens_BT[:, depth:]
         inner = None if segments_BT is None else segments_BT[:, depth:]
-        step = plan(self.rotary, joined_BT, segments_BT=inner, positions_BT=None, cache=None, valid_BT=None)
+        step = plan(
+            self.rotary,
+            joined_BT,
+            segments_BT=inner,
+            positions_BT=None,
+            cache=None,
+            valid_BT=None,
+            heads=self._heads_to_cut(),
+        )
         routing: list[Routing] = []
         module = self.mtp[depth - 1]
         raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), step, routing)
         return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
+
+    def _heads_to_cut(self) -> int:
+        """Heads to cut documents for, where attention by document pays: MLA training in float32 on a CPU; else 0."""
+        weight, config = self.norm.weight, self.config
+        pays = config.is_mla and config.rope_interleave and torch.is_grad_enabled()
+        plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return config.num_attention_heads if pays and plain else 0
 
     def moe_layers(self) -> list[MoE]:
         """All expert layers, MTP's included, in order of depth."""

@@ -55,10 +55,12 @@ from sprat.config import OptimConfig, RLConfig
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
+from sprat.post.batch import gather, micro_batches
 from sprat.post.logprob import policy_loss, token_logprob
+from sprat.post.progress import bar
 from sprat.post.readiness import readiness
 from sprat.post.rewards import Reward
-from sprat.post.rollout import Rollout, micro_batches, sample_groups, summary
+from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, machine, optim
@@ -131,16 +133,6 @@ class Clipped:
 
 
 @dataclass
-class _Tokens:
-    """Response tokens of some rollouts, ready for the head."""
-
-    x_ND: Tensor
-    targets_N: Tensor
-    old_N: Tensor
-    advantage_N: Tensor
-
-
-@dataclass
 class _Sums:
     """Sums over tokens, divided at the end of the step."""
 
@@ -164,24 +156,6 @@ class _Sums:
         return {**{name: value / tokens for name, value in kept.items()}, "mismatch": self.total["mismatch"]}
 
 
-def _gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor) -> _Tokens:
-    """Hidden states at the positions that predict response tokens.
-
-    Rows are padded on the right, where a causal model never looks, so no mask is needed.
-    """
-    width = max(rollout.length for rollout in rollouts)
-    tokens_BT = torch.zeros(len(rollouts), width, dtype=torch.int64)
-    answer_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
-        answer_BT[row, len(rollout.prompt_ids) : rollout.length] = True
-    x_BTD = model.hidden(tokens_BT[:, :-1]).x_BTD
-    chosen_BT = answer_BT[:, 1:]
-    old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs])
-    count_B = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
-    return _Tokens(x_BTD[chosen_BT], tokens_BT[:, 1:][chosen_BT], old_N, advantage_B.repeat_interleave(count_B))
-
-
 def _optimise(
     model: Transformer,
     optimiser: optim.Optimiser,
@@ -201,14 +175,14 @@ def _optimise(
             weight = 1 / sum(len(rollouts[row].token_ids) for row in rows)
             for micro in micro_batches(rollouts, rows):
                 chosen = [rollouts[row] for row in micro]
-                tokens = _gather(model, chosen, advantage_B[micro])
+                tokens = gather(model, chosen, advantage_B[micro])
                 loss = Clipped(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
                 if reference is not None:
                     loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
-                head_VD = model.head.weight
-                total, *measured = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, config.temperature)
-                total.backward()  # type: ignore[no-untyped-call]
-                sums.add(loss, *measured, epoch + number == 0)
+                head_VD, heat = model.head.weight, config.temperature
+                total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
+                total.backward()
+                sums.add(loss, logprob_N, entropy_N, first=epoch + number == 0)
             norms.append(_step(optimiser, config, step))
     return {**sums.means(), "grad_norm": sum(norms) / len(norms)}
 
@@ -216,7 +190,7 @@ def _optimise(
 def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
     """Log-probabilities of the response tokens under the frozen start."""
     with torch.no_grad():
-        tokens = _gather(reference, rollouts, torch.zeros(len(rollouts)))
+        tokens = gather(reference, rollouts, torch.zeros(len(rollouts)))
         return token_logprob(tokens.x_ND, reference.head.weight, tokens.targets_N, config.temperature)[0]
 
 
@@ -260,22 +234,37 @@ def grpo(
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if gate and result.steps == 0:
         readiness(engine, tasks, weights, config).check()
-    for step in range(result.steps + 1, config.steps + 1):
-        rollouts = sample_groups(engine, tasks, weights, config, step, reward)
-        reward_PG = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, config.group_size)
-        advantage_PG = advantages(reward_PG, config.normalise_std)
-        live_P = advantage_PG.abs().amax(1) > 0
-        metrics = {**summary(rollouts), "live_groups": float(live_P.float().mean())}
-        kept = live_P.repeat_interleave(config.group_size).nonzero().flatten().tolist()
-        chosen = [rollouts[row] for row in kept]
-        if chosen:
-            metrics |= _optimise(model, optimiser, chosen, advantage_PG.flatten()[kept], config, step, reference)
-        _account(result, model, rollouts, chosen, config, step)
-        run.log(step, **metrics)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            extra = {"config": config.digest(), "result": vars(result)}
-            checkpoint.save(run.checkpoints, step, model, optimiser, extra)
+    with bar("rl", config.steps, result.steps) as advance:
+        for step in range(result.steps + 1, config.steps + 1):
+            rollouts = sample_groups(engine, tasks, weights, config, step, reward)
+            run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result))
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                extra = {"config": config.digest(), "result": vars(result)}
+                checkpoint.save(run.checkpoints, step, model, optimiser, extra)
+            advance(step, f"reward {result.reward:.3f}")
     return result
+
+
+def _learn(
+    model: Transformer,
+    optimiser: optim.Optimiser,
+    rollouts: list[Rollout],
+    config: RLConfig,
+    step: int,
+    reference: Transformer | None,
+    result: RLResult,
+) -> dict[str, float]:
+    """Turn the rewards of one step into advantages and learn from the groups with spread; returns the metrics."""
+    reward_PG = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, config.group_size)
+    advantage_PG = advantages(reward_PG, config.normalise_std)
+    live_P = advantage_PG.any(1)
+    kept = live_P.repeat_interleave(config.group_size).nonzero().flatten().tolist()
+    chosen = [rollouts[row] for row in kept]
+    metrics = {**summary(rollouts), "live_groups": float(live_P.float().mean())}
+    if chosen:
+        metrics |= _optimise(model, optimiser, chosen, advantage_PG.flatten()[kept], config, step, reference)
+    _account(result, model, rollouts, chosen, config, step)
+    return metrics
 
 
 def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, run: Run) -> RLResult:

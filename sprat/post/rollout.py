@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sprat.config import RLConfig
@@ -19,8 +19,6 @@ from sprat.post.rewards import Response, Reward, accuracy, format_reward, read_r
 from sprat.post.sft import draw
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
-
-_MICRO_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,6 @@ def _pay(
         accuracy=right,
         prefilled=output.usage.cache_miss_tokens,
     )
-
-
-def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[list[int]]:
-    """``rows`` sorted by length and cut so that each part, padded, holds a bounded number of tokens."""
-    part: list[int] = []
-    for row in sorted(rows, key=lambda row: (rollouts[row].length, row)):
-        if part and rollouts[row].length * (len(part) + 1) > _MICRO_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def data(road: Road, text: Path | None = None) -> None:
     scores = _hold_out(tokenizer, train, test, recipe.seq_len, run.artefact / "heldout")
     for config in (*recipe.tasks, *recipe.unseen):
         task = load_task(config)
-        write_problems(run.artefact / "problems" / f"{title(config)}.jsonl", held_out(task, recipe.test_problems))
+        write_problems(run.artefact / "problems" / f"{title(config)}.jsonl", held_out(task, config.test_problems or recipe.test_problems))
     run.note(
         title="Data",
         sources=found.sources,
@@ -66,13 +66,16 @@ def data(road: Road, text: Path | None = None) -> None:
 def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, str]]:
     """``recipe.demonstrations`` triples (question, chain of thought, answer), tasks in proportion to their weights."""
     tasks: list[Task] = [load_task(config) for config in recipe.tasks]
-    weights = [config.weight for config in recipe.tasks]
     rng = random.Random(f"mix:{seed}")
-    drawn = [0] * len(tasks)
-    for which in rng.choices(range(len(tasks)), weights, k=recipe.demonstrations):
-        problem = tasks[which].problem("train", drawn[which])
-        drawn[which] += 1
-        yield problem.question, tasks[which].explain(problem), problem.answer
+    drawn: list[list[tuple[str, str, str]]] = [[] for _ in tasks]
+    counts = [0] * len(tasks)
+    for which in rng.choices(range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations):
+        limit = recipe.tasks[which].distinct or recipe.demonstrations
+        if len(drawn[which]) < limit:
+            problem = tasks[which].problem("train", counts[which])
+            drawn[which].append((problem.question, tasks[which].explain(problem), problem.answer))
+        yield drawn[which][counts[which] % limit]
+        counts[which] += 1
 
 
 def _corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.Corpus:

@@ -37,7 +37,7 @@ def scores(
         found = evaluate_many(
             engine,
             tasks,
-            count=recipe.data.test_problems,
+            count=max(len(task.kept) for task in tasks),
             thinking=WAYS[way],
             max_tokens=recipe.eval.max_tokens,
             samples=recipe.eval.samples,

@@ -37,7 +37,7 @@ class DataRecipe(Config):
     offline: bool = False
     demonstrations: int = Field(60_000, ge=10)  # worked examples over all tasks
     test_problems: int = Field(1000, ge=10)  # held-out problems for each task
-    tasks: tuple[TaskConfig, ...] = (TaskConfig(name="sums"),)
+    tasks: tuple[TaskConfig, ...] = Field((TaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
 
 

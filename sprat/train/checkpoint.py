@@ -90,7 +90,9 @@ def latest(folder: str | Path) -> Checkpoint | None:
     for candidate in _folders(Path(folder)):
         try:
             state = json.loads((candidate / "state.json").read_text())
-            if state["format"] == _FORMAT and state["files"] == {name: digest.file(candidate / name) for name in _FILES}:
+            if state["format"] == _FORMAT and state["files"] == {
+                name: digest.file(candidate / name) for name in _FILES
+            }:
                 return Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -107,7 +109,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> N
         weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
     except (OSError, SafetensorError) as error:
         todo = "remove that folder to start from the checkpoint before"
-        raise CheckpointError(f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo) from None
+        raise CheckpointError(
+            f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo
+        ) from None
     mine = _tensors(model)
     if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in weights.items()}:
         what = "the checkpoint is of another model"

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -64,7 +63,7 @@ class _Window:
         self.steps += 1
 
     def close(self) -> dict[str, float]:
-        means = {name: total / self.steps for name, total in self.sums.items()}
+        means = {name: total / self.steps for name, total in sorted(self.sums.items())}
         self.last = means.get("loss", math.nan)
         self.sums, self.steps = {}, 0
         return means
@@ -147,7 +146,7 @@ def _step(
         share = int((part.targets_BT != IGNORED).sum()) / max(1, all_targets)
         with machine.precision(device):
             loss = loss_fn(model, part, config)
-        (loss.total if share == 1.0 else loss.total * share).backward()  # type: ignore[no-untyped-call]
+        (loss.total if share == 1.0 else loss.total * share).backward()
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value * share
         loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else list(loss.loads)

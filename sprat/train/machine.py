@@ -1,12 +1,8 @@
 """What this machine does to a training step, and how to ask it to do otherwise.
 
-Two defaults hurt a small model on a CPU:
-
-* glibc gives every tensor above 128 KB (at most 32 MB, as the threshold adapts) fresh pages from the kernel and
-  hands them back when it is freed, so each temporary of a step is paid for in page faults: a [4096, 2048] float
-  tensor cost 40 ms to fill here. ``tune`` tells the allocator to keep what it has.
-* A product or exponential that underflows to a subnormal number takes a path in microcode that is a hundred
-  times slower. ``tune`` rounds subnormals to zero, in the calling thread.
+glibc gives every large tensor (above 128 KB at first, above 32 MB once its threshold has adapted) fresh pages from
+the kernel and hands them back when it is freed, so each temporary of a step is paid for in page faults: a
+[4096, 2048] float tensor cost 40 ms to fill here. ``tune`` tells the allocator to keep what it has.
 
 Precision: float32 on CPUs (bfloat16 ran at 0.6 times the speed without AMX tiles), bfloat16 autocast elsewhere.
 """
@@ -37,7 +33,6 @@ def tune(threads: int | None = None) -> int:
             Results are bit-same only for equal numbers.
     """
     keep_pages()
-    torch.set_flush_denormal(True)
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return torch.get_num_threads()

@@ -14,11 +14,12 @@ from sprat.engine import Engine
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post import grpo as rl
+from sprat.post.batch import micro_batches
 from sprat.post.evaluate import evaluate, significant
 from sprat.post.grpo import Clipped, advantages, grpo
 from sprat.post.logprob import policy_loss, token_logprob
 from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, micro_batches, sample_groups
+from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
 from sprat.trust.record import metrics
@@ -80,7 +81,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
 def test_micro_batches_hold_every_row_once_and_bound_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     response = Response("", "", True)
     rows = [Rollout("t", [0] * (3 + n % 7), [1] * (1 + n % 11), [], response, 0.0, 0.0, 0) for n in range(40)]
-    monkeypatch.setattr("sprat.post.rollout._MICRO_TOKENS", 64)
+    monkeypatch.setattr("sprat.post.batch._MICRO_TOKENS", 64)
     parts = list(micro_batches(rows, range(40)))
     assert sorted(row for part in parts for row in part) == list(range(40))
     assert all(max(rows[row].length for row in part) * len(part) <= 64 for part in parts)

@@ -1,0 +1,65 @@
+"""Sampled answers as right-padded micro-batches, and the hidden states at which their tokens were chosen.
+
+Dims: B rows, T positions, D hidden, N response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sprat.model import Transformer
+from sprat.post.rollout import Rollout
+
+_MICRO_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The response tokens of some rollouts, ready for the head.
+
+    Attributes:
+        x_ND: hidden states (with gradient) at the positions before each token.
+        targets_N: the tokens, int64.
+        old_N: their log-probabilities when they were sampled.
+        advantage_N: that of their rollout.
+    """
+
+    x_ND: Tensor
+    targets_N: Tensor
+    old_N: Tensor
+    advantage_N: Tensor
+
+
+def gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor) -> Tokens:
+    """Run ``model`` over whole rollouts and keep the positions that predict response tokens.
+
+    Rows are padded on the right, where a causal model never looks, so no mask is needed.
+    """
+    width = max(rollout.length for rollout in rollouts)
+    tokens_BT = torch.zeros(len(rollouts), width, dtype=torch.int64)
+    answer_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
+        answer_BT[row, len(rollout.prompt_ids) : rollout.length] = True
+    device = model.head.weight.device
+    old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
+    advantage_N = advantage_B.repeat_interleave(answer_BT.sum(1)).to(device)
+    tokens_BT, chosen_BT = tokens_BT.to(device), answer_BT[:, 1:].to(device)
+    x_BTD = model.hidden(tokens_BT[:, :-1]).x_BTD
+    return Tokens(x_BTD[chosen_BT], tokens_BT[:, 1:][chosen_BT], old_N, advantage_N)
+
+
+def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[list[int]]:
+    """``rows`` sorted by length and cut so that each part, padded, holds a bounded number of tokens."""
+    part: list[int] = []
+    for row in sorted(rows, key=lambda row: (rollouts[row].length, row)):
+        if part and rollouts[row].length * (len(part) + 1) > _MICRO_TOKENS:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part

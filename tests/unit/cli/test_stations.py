@@ -1,0 +1,48 @@
+"""The road by hand is the road: one verb for each station, the same digests as the quickstart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def sprat(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "sprat", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stations_by_hand_make_what_the_quickstart_makes(tiny_road: Path, tmp_path: Path) -> None:
+    for verb, name in (("data", "data"), ("train", "pretrain"), ("sft", "sft")):
+        done = sprat(verb, "--out", str(tmp_path / "road"), "--recipe", "tiny", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        written = json.loads((tiny_road / name / "run.json").read_text(encoding="utf-8"))
+        assert told["artefact_digest"] == written["artefact_digest"], name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_finished_road_is_told_at_once_and_served_by_name(tiny_road: Path) -> None:
+    done = sprat("quickstart", "--out", str(tiny_road), "--recipe", "tiny", "--no-serve", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert Path(told["report"]).is_file() and {"data", "pretrain", "sft", "distill", "quantize"} <= set(told["runs"])
+    answered = sprat("run", told["model"], "What is 2 + 3?", "--json")
+    assert answered.returncode == 0 and json.loads(answered.stdout)["outputs"][0]["usage"]["completion_tokens"] > 0
+    assert sprat("verify", str(tiny_road)).returncode == 0
+
+
+def test_a_station_before_its_turn_names_what_is_missing(tmp_path: Path) -> None:
+    done = sprat("sft", "--out", str(tmp_path / "road"), "--recipe", "tiny")
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("sprat: ") and str(tmp_path / "road" / "data") in done.stderr

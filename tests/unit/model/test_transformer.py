@@ -1,0 +1,136 @@
+"""What users get: packed documents that cannot see each other, and decoding equal to the forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sprat.errors import ConfigError, EngineError
+from sprat.model import Cache, Transformer
+from sprat.model.mla import MLA
+
+from .conftest import tiny
+
+
+def tokens(rows: int, time: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(37, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+def test_packed_documents_compute_as_if_alone(model: Transformer) -> None:
+    first, second = tokens(1, 7, 1), tokens(1, 5, 2)
+    segments = torch.tensor([[1] * 7 + [2] * 5])
+    packed = model(torch.cat((first, second), 1), segments_BT=segments)
+    alone = torch.cat((model(first), model(second)), 1)
+    assert (packed - alone).abs().max() < 1e-5
+
+
+def test_later_tokens_change_nothing_before_them(model: Transformer) -> None:
+    some = tokens(2, 9)
+    other = some.clone()
+    other[:, 6:] = (other[:, 6:] + 1) % 37
+    assert torch.equal(model(some)[:, :6], model(other)[:, :6])
+
+
+def test_given_positions_match_the_default_ones(model: Transformer) -> None:
+    some = tokens(2, 9)
+    given = model(some, positions_BT=torch.arange(9).expand(2, 9))
+    shifted = model(some, positions_BT=torch.arange(9).expand(2, 9) + 5)
+    assert (given - model(some)).abs().max() < 1e-5
+    assert (shifted - model(some)).abs().max() < 1e-4  # only differences of positions count
+
+
+@pytest.mark.parametrize("step", [1, 3, 12])
+def test_cached_decoding_equals_the_full_forward_pass(model: Transformer, step: int) -> None:
+    some = tokens(2, 17)
+    cache = Cache.create(model.config, 2, 17)
+    parts = [model(some[:, :5], cache=cache)]
+    for start in range(5, 17, step):
+        parts.append(model(some[:, start : start + step], cache=cache))
+    assert (torch.cat(parts, 1) - model(some)).abs().max() < 1e-4
+    assert cache.length_B.tolist() == [17, 17]
+
+
+def test_ragged_prompts_decode_as_if_alone(model: Transformer) -> None:
+    prompts, lengths = tokens(3, 6), torch.tensor([6, 2, 4])
+    cache = Cache.create(model.config, 3, 9)
+    valid = torch.arange(6) < lengths[:, None]
+    model(prompts, cache=cache, valid_BT=valid)
+    after = [model(tokens(3, 1, seed), cache=cache) for seed in (5, 6)]
+    for row, length in enumerate(lengths.tolist()):
+        joined = torch.cat((prompts[row, :length], tokens(3, 1, 5)[row], tokens(3, 1, 6)[row]))[None]
+        expected = model(joined)[0, -2:]
+        assert (torch.stack([part[row, 0] for part in after]) - expected).abs().max() < 1e-4
+
+
+def test_a_right_padded_row_at_the_brim_keeps_what_it_holds(model: Transformer) -> None:
+    cache = Cache.create(model.config, 2, 4)
+    model(tokens(2, 3), cache=cache)
+    valid = torch.tensor([[True, False], [True, False]])
+    model(tokens(2, 2, 3), cache=cache, valid_BT=valid)
+    assert cache.length_B.tolist() == [4, 4]
+    with pytest.raises(EngineError, match="do not fit"):
+        model(tokens(2, 1), cache=cache)
+
+
+def test_dropped_rows_leave_the_others_as_they_were(model: Transformer) -> None:
+    some = tokens(3, 6)
+    cache = Cache.create(model.config, 3, 8)
+    model(some, cache=cache)
+    cache.reorder(torch.tensor([2, 0]))
+    after = model(tokens(3, 1, 4)[:2], cache=cache)[:, 0]
+    expected = model(torch.cat((some[[2, 0]], tokens(3, 1, 4)[:2]), 1))[:, -1]
+    assert (after - expected).abs().max() < 1e-4
+
+
+def test_a_cache_refuses_segments_and_other_batches(model: Transformer) -> None:
+    cache = Cache.create(model.config, 2, 8)
+    with pytest.raises(EngineError, match="positions"):
+        model(tokens(2, 3), cache=cache, segments_BT=torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(EngineError, match="rows"):
+        model(tokens(3, 3), cache=cache)
+
+
+@pytest.mark.parametrize("time", [1, 5])
+def test_absorbed_attention_equals_the_naive_form(time: int) -> None:
+    model = Transformer.create(tiny(), 3)
+    outputs = []
+    for absorb in (False, True):
+        for module in model.modules():
+            if isinstance(module, MLA):
+                module.absorb = absorb
+        cache = Cache.create(model.config, 2, 20)
+        prompt = model(tokens(2, 9), cache=cache)
+        outputs.append(torch.cat((prompt, model(tokens(2, time, 1), cache=cache)), 1))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-4
+
+
+def test_the_same_seed_gives_the_same_model(model: Transformer) -> None:
+    again, other = Transformer.create(model.config, 1), Transformer.create(model.config, 2)
+    same = [torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)]
+    assert all(same)
+    assert not torch.equal(model.head.weight, other.head.weight)
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = Transformer.create(tiny(tie_word_embeddings=True), 0)
+    assert model.head.weight is model.embed_tokens.weight
+    assert "head.weight" not in dict(model.named_parameters())
+
+
+def test_prediction_module_looks_one_token_further() -> None:
+    model = Transformer.create(tiny(), 0)
+    some = tokens(1, 8)
+    other = some.clone()
+    other[:, 5] = (other[:, 5] + 1) % 37
+    drafts = [model.mtp_hidden(model.hidden(each), each).x_BTD for each in (some, other)]
+    assert drafts[0].shape == (1, 7, 24)
+    change = (drafts[0] - drafts[1]).abs().amax((0, 2))
+    assert change[:4].max() < 1e-4 and change[4] > 1e-2  # place 4 has seen token 5
+    with pytest.raises(ConfigError, match="depth 2"):
+        model.mtp_hidden(model.hidden(some), some, depth=2)

@@ -1,0 +1,115 @@
+"""A checkpoint is whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sprat.config import OptimConfig
+from sprat.config.model import ModelConfig
+from sprat.errors import CheckpointError, MachineError
+from sprat.model import Transformer
+from sprat.train import checkpoint, optim
+
+
+def _moved(model: Transformer) -> optim.Optimiser:
+    optimiser = optim.build(model, OptimConfig())
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimiser.step()
+    model.moe_layers()[0].gate.e_score_correction_bias.add_(0.25)
+    return optimiser
+
+
+def test_everything_comes_back_to_the_bit(model: Transformer, shape: ModelConfig, tmp_path: Path) -> None:
+    optimiser = _moved(model)
+    checkpoint.save(tmp_path, 7, model, optimiser, {"sum": 0.1 + 0.2})
+    other = Transformer.create(shape, 1)
+    fresh = optim.build(other, OptimConfig())
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 7 and found.extra == {"sum": 0.1 + 0.2}
+    checkpoint.restore(found, other, fresh)
+    for mine, theirs in ((model.state_dict(), other.state_dict()), (optimiser.state(), fresh.state())):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_tied_head_stays_tied(shape: ModelConfig, tmp_path: Path) -> None:
+    model = Transformer.create(shape.replace(tie_word_embeddings=True), 0)
+    checkpoint.save(tmp_path, 1, model, _moved(model), {})
+    other = Transformer.create(model.config, 1)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    checkpoint.restore(found, other, optim.build(other, OptimConfig()))
+    assert other.head.weight is other.embed_tokens.weight
+    assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_only_the_last_two_are_kept(model: Transformer, tmp_path: Path) -> None:
+    optimiser = _moved(model)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, model, optimiser, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "optimiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def _no_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def _half_state(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 1, "step"')
+
+
+@pytest.mark.parametrize("tear", [_cut, _flip, _no_state, _half_state])
+def test_a_torn_checkpoint_is_passed_over(model: Transformer, tmp_path: Path, tear: Callable[[Path], None]) -> None:
+    optimiser = _moved(model)
+    checkpoint.save(tmp_path, 1, model, optimiser, {})
+    tear(checkpoint.save(tmp_path, 2, model, optimiser, {}))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_what_a_killed_save_left_is_swept_away(model: Transformer, tmp_path: Path) -> None:
+    left = tmp_path / ".step-00000001.tmp-99"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) is None
+    checkpoint.save(tmp_path, 2, model, _moved(model), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(model: Transformer, shape: ModelConfig, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, model, _moved(model), {})
+    other = Transformer.create(shape.replace(vocab_size=64), 0)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.restore(found, other, optim.build(other, OptimConfig()))
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimiser = _moved(model)
+    checkpoint.save(tmp_path, 1, model, optimiser, {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(MachineError, match="the disk is full"):
+        checkpoint.save(tmp_path, 2, model, optimiser, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

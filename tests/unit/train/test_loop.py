@@ -1,0 +1,171 @@
+"""The loop learns, logs, stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sprat.config import TrainConfig
+from sprat.config.model import ModelConfig
+from sprat.data.loader import Batch, MixedSource
+from sprat.errors import CheckpointError, TrainingError
+from sprat.model import Transformer
+from sprat.train import Loss, next_token, train
+from sprat.trust import Run
+
+NewRun = Callable[[str], Run]
+
+
+class _Stops:
+    """A source that calls ``act`` when batch ``at`` is asked for."""
+
+    def __init__(self, source: MixedSource, at: int, act: Callable[[], Any]) -> None:
+        self._source, self._at, self._act, self.digest = source, at, act, source.digest
+
+    def batch(self, step: int) -> Batch:
+        if step == self._at:
+            self._act()
+        return self._source.batch(step)
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing in the loop may catch it."""
+
+
+def _kill() -> None:
+    raise _Killed
+
+
+def _rows(run: Run) -> str:
+    return (run.folder / "metrics.jsonl").read_text()
+
+
+def _same(one: Transformer, other: Transformer) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+
+
+def test_loss_falls_and_every_window_is_logged(
+    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    run = new_run("a")
+    result = train(model, source, recipe.replace(steps=30, log_every=10), run)
+    rows = [json.loads(line) for line in _rows(run).splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["tokens"] == result.tokens == 30 * 4 * 32
+    assert result.loss == rows[-1]["loss"] and result.steps == 30
+    assert result.flops > 0 and {"grad_norm", "max_violation", "lr_factor", "mtp_loss"} <= rows[0].keys()
+
+
+def test_same_seed_twice_gives_the_same_bits(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    models, runs = [Transformer.create(shape, 0) for _ in range(2)], [new_run("a"), new_run("b")]
+    for model, run in zip(models, runs, strict=True):
+        train(model, source, recipe, run)
+    assert _same(*models)
+    assert _rows(runs[0]) == _rows(runs[1])
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 7])
+def test_an_interrupted_run_ends_with_the_same_bits_and_rows(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun, at: int
+) -> None:
+    whole, broken = Transformer.create(shape, 0), Transformer.create(shape, 0)
+    straight = new_run("whole")
+    expected = train(whole, source, recipe, straight)
+    with pytest.raises(_Killed):
+        train(broken, _Stops(source, at, _kill), recipe, new_run("broken"))
+    again, resumed = Transformer.create(shape, 5), new_run("broken")
+    if at < recipe.checkpoint_every:
+        again = Transformer.create(shape, 0)
+    result = train(again, source, recipe, resumed)
+    assert _same(whole, again)
+    assert _rows(straight) == _rows(resumed)
+    assert (result.loss, result.tokens, result.flops) == (expected.loss, expected.tokens, expected.flops)
+
+
+def test_ctrl_c_keeps_the_step_it_interrupts(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    model, run = Transformer.create(shape, 0), new_run("a")
+    with pytest.raises(KeyboardInterrupt):
+        train(model, _Stops(source, 4, lambda: signal.raise_signal(signal.SIGINT)), recipe, run)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000003", "step-00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    whole = Transformer.create(shape, 0)
+    train(whole, source, recipe, new_run("whole"))
+    train(model, source, recipe, new_run("a"))
+    assert _same(whole, model)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    """Uneven numbers of targets included, and the router bias moves by the loads of all of them."""
+    recipe = recipe.replace(steps=1, balance_weight=0.0, mtp_weight=0.0)
+    one, two = Transformer.create(shape, 0), Transformer.create(shape, 0)
+    train(one, source, recipe, new_run("one"))
+    train(two, source, recipe.replace(micro_batches=2), new_run("two"))
+    for (name, mine), theirs in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-4, msg=name)
+    for mine, theirs in zip(one.moe_layers(), two.moe_layers(), strict=True):
+        assert torch.equal(mine.gate.e_score_correction_bias, theirs.gate.e_score_correction_bias)
+
+
+def test_rows_that_cannot_be_cut_evenly_are_one_sentence(
+    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    with pytest.raises(TrainingError, match="4 rows cannot be cut into 3"):
+        train(model, source, recipe.replace(micro_batches=3), new_run("a"))
+
+
+def test_a_loss_that_is_not_finite_moves_nothing(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    calls = 0
+
+    def poisoned(model: Transformer, batch: Batch, config: TrainConfig) -> Loss:
+        nonlocal calls
+        calls += 1
+        loss = next_token(model, batch, config)
+        if calls <= 4:
+            return loss
+        return Loss(loss.total * float("nan"), {**loss.metrics, "loss": float("nan")}, loss.loads)
+
+    model, run = Transformer.create(shape, 0), new_run("a")
+    with pytest.raises(TrainingError, match="loss, grad_norm is not finite at step 5") as caught:
+        train(model, source, recipe, run, loss_fn=poisoned)
+    assert "lower optim" in caught.value.todo
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000003"]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    train(model, source, recipe, new_run("a"))
+    other = MixedSource([(source.parts[0], 1.0)], 4, 1)
+    with pytest.raises(CheckpointError, match="another recipe or other data"):
+        train(model, other, recipe, new_run("a"))
+
+
+def test_a_finished_training_is_not_done_twice(
+    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    first = train(model, source, recipe, new_run("a"))
+    again = train(model, _Stops(source, 0, _kill), recipe, new_run("a"))
+    assert (again.steps, again.tokens, again.loss, again.flops) == (first.steps, first.tokens, first.loss, first.flops)
+
+
+def test_nothing_is_printed_when_not_at_a_terminal(
+    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(model, source, recipe, new_run("a"))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,81 @@
+"""The fast operations give the numbers of the plain formula, and so do their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sprat.model.ops import expert_mlp, linear_cross_entropy
+
+
+def _problem(rows: int, vocabulary: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x_ND = torch.randn(rows, width, generator=generator, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(vocabulary, width, generator=generator, dtype=dtype, requires_grad=True)
+    targets_N = torch.randint(0, vocabulary, (rows,), generator=generator)
+    targets_N[::3] = -100
+    return x_ND, weight_VD, targets_N
+
+
+def test_cross_entropy_has_the_true_gradient() -> None:
+    x_ND, weight_VD, targets_N = _problem(7, 11, 5, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets_N), (x_ND, weight_VD))
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 5), (200, 4000), (1000, 300)])
+def test_cross_entropy_equals_torch_over_many_chunks(rows: int, vocabulary: int) -> None:
+    x_ND, weight_VD, targets_N = _problem(rows, vocabulary, 16, torch.float32)
+    ours = linear_cross_entropy(x_ND, weight_VD, targets_N)
+    (ours * 3).backward()
+    grads = [x_ND.grad, weight_VD.grad]
+    x_ND.grad = weight_VD.grad = None
+    theirs = F.cross_entropy(F.linear(x_ND, weight_VD), targets_N, ignore_index=-100)
+    (theirs * 3).backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, [x_ND.grad, weight_VD.grad], rtol=1e-4, atol=1e-6)
+
+
+def test_cross_entropy_survives_logits_that_would_overflow() -> None:
+    x_ND = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight_VD = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    loss = linear_cross_entropy(x_ND, weight_VD, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1000.0)
+    assert x_ND.grad is not None and torch.isfinite(x_ND.grad).all()
+
+
+def test_rows_without_a_target_cost_and_pull_nothing() -> None:
+    x_ND, weight_VD, _ = _problem(6, 9, 4, torch.float32)
+    loss = linear_cross_entropy(x_ND, weight_VD, torch.full((6,), -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert x_ND.grad is not None and not x_ND.grad.any()
+    assert weight_VD.grad is not None and not weight_VD.grad.any()
+
+
+def test_cross_entropy_needs_no_gradient_to_be_read() -> None:
+    x_ND, weight_VD, targets_N = _problem(50, 40, 8, torch.float32)
+    with torch.no_grad():
+        alone = linear_cross_entropy(x_ND, weight_VD, targets_N)
+    assert alone.item() == linear_cross_entropy(x_ND, weight_VD, targets_N).item()
+
+
+def _experts(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((9, 4), (3, 5, 4), (3, 5, 4), (3, 4, 5))
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_experts_have_the_true_gradient_also_when_one_is_idle() -> None:
+    assert torch.autograd.gradcheck(lambda *given: expert_mlp(*given, (4, 0, 5)), _experts(torch.float64))
+
+
+def test_experts_equal_the_plain_formula() -> None:
+    x_SD, gate_EFD, up_EFD, down_EDF = _experts(torch.float32)
+    plain = [
+        F.linear(F.silu(F.linear(x, gate_EFD[e])) * F.linear(x, up_EFD[e]), down_EDF[e])
+        for e, x in enumerate(x_SD.split([4, 0, 5]))
+    ]
+    torch.testing.assert_close(expert_mlp(x_SD, gate_EFD, up_EFD, down_EDF, (4, 0, 5)), torch.cat(plain))

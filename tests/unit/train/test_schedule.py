@@ -1,0 +1,49 @@
+"""Learning rates go up, hold and come down as the recipe says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sprat.config import OptimConfig
+from sprat.train.schedule import factor
+
+
+@given(
+    name=st.sampled_from(["wsd", "cosine", "constant"]),
+    steps=st.integers(1, 60),
+    warmup=st.integers(0, 80),
+    decay=st.floats(0, 1),
+    floor=st.floats(0, 1),
+)
+def test_no_step_is_wasted_at_rate_zero_or_overdriven(
+    name: str, steps: int, warmup: int, decay: float, floor: float
+) -> None:
+    config = OptimConfig.model_validate(
+        {"schedule": name, "warmup_steps": warmup, "decay_fraction": decay, "final_lr_fraction": floor}
+    )
+    factors = [factor(config, step, steps) for step in range(steps)]
+    assert all(0 < value <= 1 for value in factors)
+    peak = factors.index(max(factors))
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_wsd_warms_up_holds_and_falls_to_its_floor() -> None:
+    config = OptimConfig(schedule="wsd", warmup_steps=4, decay_fraction=0.5, final_lr_fraction=0.2)
+    factors = [factor(config, step, 20) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[4:11]) == {1.0}
+    assert factors[-1] == pytest.approx(0.2 + 0.8 * 0.1)
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    config = OptimConfig(schedule="cosine", warmup_steps=0, final_lr_fraction=0.0)
+    assert factor(config, 0, 100) == 1.0
+    assert factor(config, 50, 100) == pytest.approx(0.5)
+
+
+def test_constant_stays() -> None:
+    config = OptimConfig(schedule="constant", warmup_steps=1)
+    assert [factor(config, step, 5) for step in range(5)] == [1.0] * 5
