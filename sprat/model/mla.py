@@ -79,9 +79,14 @@ class MLA(nn.Module):
             step.cache.write(self.layer, torch.cat((latent, k_rope), -1), step.positions_BT, step.valid_BT)
         absorb = self.absorb if self.absorb is not None else not step.fresh and time <= ABSORB_UP_TO
         if step.cache is not None and (absorb or not step.fresh):
-            latent, k_rope = step.cache.read(self.layer, step.keys, x_BTD.dtype).split((self.rank, self.rope), -1)
-        form = self._absorbed if absorb else self._naive
-        out_BTHv = form(q_nope, q_rope, latent, k_rope, step)
+            keys_BSw = step.cache.read(self.layer, step.keys, x_BTD.dtype)  # both parts side by side, as they lie
+            latent, k_rope = keys_BSw.split((self.rank, self.rope), -1)
+        elif absorb:
+            keys_BSw = torch.cat((latent, k_rope), -1)
+        if absorb:
+            out_BTHv = self._absorbed(q_nope, q_rope, keys_BSw, step)
+        else:
+            out_BTHv = self._naive(q_nope, q_rope, latent, k_rope, step)
         return self.o_proj(out_BTHv.flatten(2))
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
@@ -97,14 +102,14 @@ class MLA(nn.Module):
         )
         return out_BHTv.transpose(1, 2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, k_BSw: Tensor, step: Step) -> Tensor:
         """Attend on the latents: one shared key head of width R + r. -> [B, T, H, v]."""
         batch, time = q_nope.shape[:2]
         up_HmR = self.kv_b_proj.dense_weight().view(self.heads, self.nope + self.value, self.rank)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, up_HmR[:, : self.nope])
         q_BUw = torch.cat((q_latent, q_rope), -1).flatten(1, 2)  # U = T * H queries share each row's keys
-        k_BSw = torch.cat((latent_BSR, k_rope_BSr), -1)
-        scores = torch.bmm(q_BUw, k_BSw.transpose(1, 2)).mul(self.scale).view(batch, time, self.heads, -1)
+        latent_BSR = k_BSw[..., : self.rank]
+        scores = torch.bmm(q_BUw, k_BSw.transpose(1, 2)).mul_(self.scale).view(batch, time, self.heads, -1)
         if step.mask_B1TS is not None:
             scores = scores + step.mask_B1TS.transpose(1, 2)
         elif time > 1:

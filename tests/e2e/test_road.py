@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def digests(road: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_road_leaves_a_verified_run_for_every_stage_and_one_report(tiny_road: Path) -> None:
     assert set(digests(tiny_road)) == set(NAMES)
     findings = verify(tiny_road)
@@ -53,44 +52,48 @@ def test_the_road_leaves_a_verified_run_for_every_stage_and_one_report(tiny_road
     assert {row["label"] for row in scores} == {"greedy", "thinking", "direct"}
 
 
+# Where the road is killed, in order: data half made, between two checkpoints, and in later stages.
+MARKS = ["data/artefact/tokenizer/*", "pretrain/checkpoints/*", "rl-seed0/checkpoints/*", "distill/checkpoints/*"]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_killed_again_and_again_the_road_ends_with_the_digests_of_an_undisturbed_one(
     tiny_road: Path, tmp_path: Path
 ) -> None:
-    rng, out, kills = random.Random(20), tmp_path / "road", 0
-    for _ in range(4):
+    out, kills = tmp_path / "road", 0
+    for mark in MARKS:
         process = start(out)
-        try:
-            process.wait(timeout=rng.uniform(3.0, 9.0))
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and not list(out.glob(mark)):
+            time.sleep(0.02)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.communicate()
     finish(out)
-    assert kills >= 1
+    assert kills >= 2, "the road was too quick to be killed"
     assert digests(out) == digests(tiny_road)
     assert all(finding.ok for finding in verify(out))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentence(tmp_path: Path) -> None:
     out = tmp_path / "road"
     first = start(out)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (out / "data" / "open.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    second = subprocess.run(command(out), capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command(out), capture_output=True, text=True, timeout=300)
     assert second.returncode == 9, second.stderr
     assert str(first.pid) in second.stderr and "Traceback" not in second.stderr
     os.killpg(first.pid, signal.SIGINT)
-    _, told = first.communicate(timeout=120)
+    _, told = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in told, told
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "more, code, word",
     [
@@ -100,7 +103,7 @@ def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentenc
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, more: tuple[str, ...], code: int, word: str) -> None:
-    done = subprocess.run(command(tmp_path / "road", *more), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(tmp_path / "road", *more), capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr
     assert word in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "road" / "data" / "run.json").exists()
