@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def run_python(root: Path, code: str) -> str:
 def cpu_seconds(command: list[str], root: Path, enough: float) -> float:
     """CPU seconds of the quickest of a few runs; not wall seconds, because other tests share the cores."""
     best = float("inf")
-    for _ in range(4):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -50,13 +49,11 @@ def test_help_never_imports_torch(root: Path) -> None:
     assert run_python(root, code).split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("package", ["transformers", "reasoning_gym", "matplotlib", "fastapi", "pyarrow", "accelerate"])
-def test_the_public_face_leaves_heavy_packages_alone(root: Path, package: str) -> None:
-    code = (
-        "import sys, json, sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save;"
-        f"print(json.dumps({package!r} in sys.modules))"
-    )
-    assert json.loads(run_python(root, code)) is False
+def test_the_public_face_leaves_heavy_packages_alone(root: Path) -> None:
+    code = "import sys, sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save; print(*sys.modules)"
+    loaded = set(run_python(root, code).split())
+    heavy = {"transformers", "reasoning_gym", "matplotlib", "fastapi", "uvicorn", "pyarrow", "huggingface_hub"}
+    assert "torch" in loaded and not loaded & heavy
 
 
 def test_a_wrong_name_says_what_there_is(root: Path) -> None:

@@ -69,6 +69,7 @@ class RLConfig(Config):
     epochs: int = Field(1, ge=1)
     minibatch: int = Field(256, ge=1)  # sequences per optimiser step
     format_weight: float = Field(0.1, ge=0)
+    reward: str = ""  # the user's own verifier, "module:function" or "file.py:function", paid instead of the judges
     normalise_std: bool = True
     seed: int = 0
     checkpoint_every: int = Field(5, ge=1)

@@ -103,29 +103,3 @@ class Cache:
         self.layers = [layer[index] for layer in self.layers]
         self.length_B = self.length_B[index]
         self.extent = int(self.length_B.max()) if self.batch else 0
-
-    def join(self, other: Cache) -> None:
-        """Add the rows of ``other`` (same model, dtype and device) below ours; the larger capacity holds for both."""
-        used = other.extent
-        if other.capacity > self.capacity:
-            self.grow(other.capacity)
-        ours, merged = self.batch, []
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            layer = mine.new_zeros(ours + other.batch, self.capacity, mine.shape[2])
-            layer[:ours, : self.extent] = mine[:, : self.extent]
-            layer[ours:, :used] = theirs[:, :used]
-            merged.append(layer)
-        self.layers = merged
-        self.length_B = torch.cat((self.length_B, other.length_B))
-        self.extent = max(self.extent, used)
-
-    def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens a row; what is stored stays."""
-        if capacity <= self.capacity:
-            return
-        grown = []
-        for layer in self.layers:
-            larger = layer.new_zeros(layer.shape[0], capacity, layer.shape[2])
-            larger[:, : self.extent] = layer[:, : self.extent]
-            grown.append(larger)
-        self.layers = grown

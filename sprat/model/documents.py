@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SCORES = 1 << 17  # scores of one chunk: 512 KB in float32, half of a common second-level cache
 LONGEST = 256  # tokens; where a document is longer the stock operators are used
+WORTH = 0.5  # of the scores of whole rows; where documents leave more than that the stock operators are used
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Documents:
 
 
 def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int, turn_Tr: Tensor) -> Documents | None:
-    """The documents of a batch: runs of equal segment in a row, or whole rows. None where one is too long.
+    """The documents of a batch: runs of equal segment in a row, or whole rows. None where cutting does not pay.
 
     ``turn_Tr`` holds the complex turns of places 0..T-1.
     """
@@ -72,11 +73,15 @@ def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int, turn_Tr: 
     longest = int(lengths[-1])
     if longest > LONGEST:
         return None
-    chunks, tokens, reals, begin, slots = [], [], [], 0, 0
+    ends = _ends(lengths, heads)
+    begins = [0, *ends[:-1]]
+    if sum((end - begin) * int(lengths[end - 1]) ** 2 for begin, end in zip(begins, ends, strict=True)) > (
+        WORTH * batch * time**2
+    ):
+        return None
+    chunks, tokens, reals, slots = [], [], [], 0
     every = np.arange(heads)[:, None]
-    for end in range(1, len(starts) + 1):
-        if end < len(starts) and (end + 1 - begin) * heads * int(lengths[end]) ** 2 <= CHUNK_SCORES:
-            continue
+    for begin, end in zip(begins, ends, strict=True):
         width = int(lengths[end - 1])
         offsets = np.arange(width)
         real = np.broadcast_to((offsets < lengths[begin:end, None])[:, None], (end - begin, heads, width))
@@ -84,7 +89,7 @@ def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int, turn_Tr: 
         tokens.append(np.where(real, token, 0).reshape(-1))
         reals.append(real.reshape(-1))
         chunks.append((slots, (end - begin) * heads, width))
-        slots, begin = slots + (end - begin) * heads * width, end
+        slots += (end - begin) * heads * width
     head, real = np.concatenate(tokens), np.concatenate(reals)
     slot = np.empty(batch * time * heads, dtype=np.int64)
     slot[head[real]] = np.flatnonzero(real)
@@ -95,6 +100,17 @@ def cut(segments_BT: Tensor | None, batch: int, time: int, heads: int, turn_Tr: 
     return Documents(
         chunks, head_S, token_S, padding, torch.from_numpy(slot), turn_Nr.index_select(0, token_S), turn_Nr, causal
     )
+
+
+def _ends(lengths: Any, heads: int) -> list[int]:
+    """Where chunks end: scores fill a cache, or the next document is over a quarter longer than the first."""
+    ends, begin = [], 0
+    for end in range(1, len(lengths)):
+        large = (end + 1 - begin) * heads * int(lengths[end]) ** 2 > CHUNK_SCORES
+        if large or lengths[end] > 1.25 * lengths[begin] + 4:
+            ends.append(end)
+            begin = end
+    return [*ends, len(lengths)]
 
 
 def _turn(x: Tensor, turn: Tensor) -> None:

@@ -60,4 +60,5 @@ class GQA(nn.Module):
             scale=self.scale,
             enable_gqa=self.heads != self.kv_heads,
         )
-        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+        return out

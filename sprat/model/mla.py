@@ -71,7 +71,7 @@ class MLA(nn.Module):
             kv = self.kv_b_proj(latent).view(batch * time, self.heads, -1)
             queries = raw.view(batch * time, self.heads, -1)
             out = attend(queries, kv, k_rope.flatten(0, 1), step.documents, self.scale)
-            return self.o_proj(out.reshape(batch, time, -1))
+            return self._project(out.reshape(batch, time, -1))
         q_rope = rotate(q_rope, step.turn_BTr, self.interleave)
         k_rope = rotate(k_rope.unsqueeze(2), step.turn_BTr, self.interleave).squeeze(2)
         if step.cache is not None:
@@ -87,7 +87,12 @@ class MLA(nn.Module):
             out_BTHv = self._absorbed(q_nope, q_rope, keys_BSw, step)
         else:
             out_BTHv = self._naive(q_nope, q_rope, latent, k_rope, step)
-        return self.o_proj(out_BTHv.flatten(2))
+        return self._project(out_BTHv.flatten(2))
+
+    def _project(self, mixed_BTM: Tensor) -> Tensor:
+        """Heads side by side -> [B, T, D]."""
+        out: Tensor = self.o_proj(mixed_BTM)
+        return out
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
         """Rebuild keys and values of each head, then attend. -> [B, T, H, v]."""

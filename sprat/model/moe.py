@@ -11,7 +11,8 @@ trainer moves it once a step, up for idle experts and down for busy ones. A tiny
 
 Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side. Then either
 three grouped matrix products serve all experts, or, on a CPU with enough rows, ``swiglu`` takes them expert by
-expert in cache. The results are added back weighted. No token is dropped and no slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
+expert in cache. The results are added back weighted. No token is dropped and no slot is padded. Left out:
+expert parallelism (it belongs to ``parallel``).
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
@@ -103,13 +104,12 @@ class Gate(nn.Module):
         """Put experts outside the ``topk_group`` best groups out of reach."""
         config = self.config
         grouped_NGe = choice_NE.unflatten(1, (config.n_group, -1))
-        if config.topk_method == "noaux_tc":
-            rank_NG = grouped_NGe.topk(2, -1).values.sum(-1)
-        else:
-            rank_NG = grouped_NGe.amax(-1)
+        three = config.topk_method == "noaux_tc"
+        rank_NG = grouped_NGe.topk(2, -1).values.sum(-1) if three else grouped_NGe.amax(-1)
         best_Ng = rank_NG.topk(config.topk_group, -1, sorted=False).indices
         shut_NG = torch.ones_like(rank_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
-        return grouped_NGe.masked_fill(shut_NG.unsqueeze(-1), float("-inf")).flatten(1)
+        limited_NE: Tensor = grouped_NGe.masked_fill(shut_NG.unsqueeze(-1), float("-inf")).flatten(1)
+        return limited_NE
 
 
 class Experts(nn.Module):
@@ -185,4 +185,5 @@ def balance_loss(routing: Routing, batch: int, valid_BT: Tensor | None = None) -
         tokens_B1 = keep_BT1.sum(1).clamp(min=1)
         mean_BE = (share_BTE * keep_BT1).sum(1) / tokens_B1
     frequency_BE = count_BE * (experts / chosen) / tokens_B1
-    return (frequency_BE * mean_BE).sum(-1).mean()
+    loss: Tensor = (frequency_BE * mean_BE).sum(-1).mean()
+    return loss

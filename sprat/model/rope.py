@@ -34,7 +34,7 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 
 def attention_scale(config: ModelConfig, head_dim: int) -> float:
     """The factor on query-key products: ``1/sqrt(head_dim)``, times ``mscale^2`` for MLA with ``mscale_all_dim``."""
-    scale = head_dim**-0.5
+    scale = float(head_dim**-0.5)
     scaling = config.rope_scaling or {}
     if config.is_mla and scaling.get("mscale_all_dim"):
         scale *= _mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
@@ -94,7 +94,8 @@ def _llama3(scaling: dict[str, Any], inverse: Tensor) -> Tensor:
     original = scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+    stretched: Tensor = (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+    return stretched
 
 
 class RotaryTable:

@@ -9,7 +9,7 @@ head. What all layers share in a pass (rotary turns, mask, place in the cache) i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from sprat.model.step import Step, plan
 
 @dataclass(frozen=True)
 class Hidden:
-    """Output of the stack: ``x_BTD`` is normed and ready for the head, ``x_raw_BTD`` is not; one routing a MoE layer."""
+    """Output of the stack: ``x_BTD`` is normed, ready for the head, ``x_raw_BTD`` is not; one routing a MoE layer."""
 
     x_BTD: Tensor
     x_raw_BTD: Tensor
@@ -57,7 +57,8 @@ class Block(nn.Module):
             routing.append(decided)
         else:
             out_BTD = self.mlp(normed_BTD)
-        return x_BTD + out_BTD
+        total: Tensor = x_BTD + out_BTD
+        return total
 
 
 class Transformer(nn.Module):
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
             heads=self._heads_to_cut(),
         )
         routing: list[Routing] = []
-        module = self.mtp[depth - 1]
+        module = cast(MTP, self.mtp[depth - 1])
         raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), step, routing)
         return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
 

@@ -32,6 +32,8 @@ def data(road: Road, text: Path | None = None) -> None:
         DataError: the folder is missing, empty or binary; a task is unknown or has no held-out question.
     """
     recipe = road.recipe.data
+    if text is not None and not text.exists():
+        raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
     inputs: dict[str, Path | str] = {} if text is None else {"text": text}
     run = road.open("data", "data", recipe, inputs, road.recipe.seed)
     if run.done:
@@ -52,7 +54,10 @@ def data(road: Road, text: Path | None = None) -> None:
     scores = _hold_out(tokenizer, train, test, recipe.seq_len, run.artefact / "heldout")
     for config in (*recipe.tasks, *recipe.unseen):
         task = load_task(config)
-        write_problems(run.artefact / "problems" / f"{title(config)}.jsonl", held_out(task, config.test_problems or recipe.test_problems))
+        write_problems(
+            run.artefact / "problems" / f"{title(config)}.jsonl",
+            held_out(task, config.test_problems or recipe.test_problems),
+        )
     run.note(
         title="Data",
         sources=found.sources,

@@ -86,6 +86,7 @@ def _become_worker(parent: int) -> None:
     """One thread; Ctrl-C is the parent's business; die when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TTY_COMPATIBLE"] = "0"  # bars of several workers on one terminal would overwrite each other
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

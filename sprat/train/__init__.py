@@ -4,5 +4,6 @@ from sprat.train.evaluate import bits_per_byte, by_domain
 from sprat.train.loop import TrainResult, train
 from sprat.train.machine import tune
 from sprat.train.objective import Loss, LossFn, next_token
+from sprat.train.team import Team
 
-__all__ = ["Loss", "LossFn", "TrainResult", "bits_per_byte", "by_domain", "next_token", "train", "tune"]
+__all__ = ["Loss", "LossFn", "Team", "TrainResult", "bits_per_byte", "by_domain", "next_token", "train", "tune"]

@@ -19,14 +19,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from sprat.config import TrainConfig
-from sprat.data.loader import IGNORED, Batch, Source
+from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule
+from sprat.train.backward import backward
 from sprat.train.objective import LossFn, next_token
+from sprat.train.team import Team
 from sprat.trust import Run
 
 
@@ -87,7 +88,8 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised, as a mean over the targets of a micro-batch.
+        loss_fn: what is minimised, as a mean over the targets of a part of a batch. On CPUs the members of a
+            ``Team`` call it at the same time, each with rows of its own.
         progress: show a bar, if this is a terminal.
 
     Raises:
@@ -107,10 +109,10 @@ def train(
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
         checkpoint.save(run.checkpoints, done, model, optimiser, {**identity, **state})
 
-    with _bar(config.steps, done, progress) as advance, _held_interrupt() as interrupted:
+    with Team() as team, _bar(config.steps, done, progress) as advance, _held_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
-            metrics = _step(model, batch, config, optimiser, loss_fn, done)
+            metrics = _step(model, batch, config, optimiser, loss_fn, done, team)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
             window.add(metrics)
             if done % config.log_every == 0 or done == config.steps:
@@ -128,35 +130,23 @@ def train(
 
 
 def _step(
-    model: Transformer, batch: Batch, config: TrainConfig, optimiser: optim.Optimiser, loss_fn: LossFn, done: int
+    model: Transformer,
+    batch: Batch,
+    config: TrainConfig,
+    optimiser: optim.Optimiser,
+    loss_fn: LossFn,
+    done: int,
+    team: Team,
 ) -> dict[str, float]:
     """One optimiser step on ``batch``; returns its metrics. Nothing is moved when a number is not finite."""
-    rows = len(batch.tokens_BT)
-    if rows % config.micro_batches:
-        what = f"{rows} rows cannot be cut into {config.micro_batches} micro-batches"
-        raise TrainingError(what, where="micro_batches", todo="choose a divisor of batch_rows")
-    device = model.embed_tokens.weight.device
-    batch = batch.to(device)
-    size = rows // config.micro_batches
-    all_targets = int((batch.targets_BT != IGNORED).sum())
-    metrics: dict[str, float] = {}
-    loads: list[Tensor] = []
-    for start in range(0, rows, size):
-        part = batch.rows(start, start + size)
-        share = int((part.targets_BT != IGNORED).sum()) / max(1, all_targets)
-        with machine.precision(device):
-            loss = loss_fn(model, part, config)
-        (loss.total if share == 1.0 else loss.total * share).backward()
-        for name, value in loss.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value * share
-        loads = [a + b for a, b in zip(loads, loss.loads, strict=True)] if loads else list(loss.loads)
+    metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
     metrics["grad_norm"] = optimiser.clip(config.optim.grad_clip)
     if not all(map(math.isfinite, metrics.values())):
         optimiser.zero_grad()
         broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
         todo = "lower optim.muon_lr and optim.adam_lr; the last checkpoint still stands"
         raise TrainingError(f"{broken} is not finite at step {done + 1}", where=f"step {done + 1}", todo=todo)
-    optimiser.step(schedule.factor(config.optim, done, config.steps))
+    optimiser.step(schedule.factor(config.optim, done, config.steps), team)
     optimiser.zero_grad()
     balance.update(model, loads, config.bias_update_speed)
     if loads:

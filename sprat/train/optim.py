@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from sprat.config import OptimConfig
 from sprat.errors import CheckpointError
+from sprat.train.team import Team
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -56,6 +57,19 @@ def orthogonalise(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
         mix_Gmm = torch.baddbmm(gram_Gmm, gram_Gmm, gram_Gmm, beta=b, alpha=c)
         work = torch.baddbmm(work, mix_Gmm, work, beta=a)
     return work.to(x_Gmn.dtype)
+
+
+@torch.no_grad()
+def _alone(x_Gmn: Tensor) -> Tensor:
+    """``orthogonalise`` for a thread of its own, where the caller's no_grad does not reach."""
+    return orthogonalise(x_Gmn)
+
+
+def _shared(x_Gmn: Tensor, team: Team | None) -> Tensor:
+    """``orthogonalise``, a part of the batch by each member of the team."""
+    if team is None or team.size == 1 or len(x_Gmn) < 2:
+        return orthogonalise(x_Gmn)
+    return torch.cat(team.map(_alone, x_Gmn.chunk(team.size)))
 
 
 @dataclass
@@ -91,8 +105,11 @@ class Muon:
             group.momentum_Gmn = torch.zeros(group.slots, m, n, device=group.members[0][0].device)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero."""
+    def step(self, lr: float, team: Team | None = None) -> None:
+        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero.
+
+        A ``team`` shares out the matrices of a shape.
+        """
         for group in self.shapes.values():
             grad_Gmn = torch.zeros_like(group.momentum_Gmn)
             for parameter, start, count, flip in group.members:
@@ -100,7 +117,7 @@ class Muon:
                     grad = parameter.grad.view(count, *parameter.shape[-2:])
                     grad_Gmn[start : start + count] = grad.transpose(1, 2) if flip else grad
             group.momentum_Gmn.lerp_(grad_Gmn, 1 - self.momentum)
-            update_Gmn = orthogonalise(grad_Gmn.lerp_(group.momentum_Gmn, self.momentum))
+            update_Gmn = _shared(grad_Gmn.lerp_(group.momentum_Gmn, self.momentum), team)
             for parameter, start, count, flip in group.members:
                 update = update_Gmn[start : start + count]
                 rows, columns = parameter.shape[-2:]
@@ -160,31 +177,32 @@ class Optimiser:
 
     Attributes:
         muon_names, adamw_names: which parameter is whose.
+        parameters: all of them, Muon's first.
     """
 
     def __init__(self, matrices: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> None:
         self.config = config
         self.muon_names, self.adamw_names = list(matrices), list(rest)
-        self._parameters = [*matrices.values(), *rest.values()]
+        self.parameters = [*matrices.values(), *rest.values()]
         self._muon = Muon(matrices, config.momentum, config.weight_decay)
         self._adamw = AdamW(rest, config.betas, config.weight_decay)
 
     def clip(self, limit: float) -> float:
         """Scale all gradients so that their joint norm is at most ``limit``; returns the norm before."""
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.0
         if norm > limit:
             torch._foreach_mul_(grads, limit / (norm + 1e-6))
         return norm
 
-    def step(self, factor: float = 1.0) -> None:
-        """One step at ``factor`` times the configured rates."""
-        self._muon.step(self.config.muon_lr * factor)
+    def step(self, factor: float = 1.0, team: Team | None = None) -> None:
+        """One step at ``factor`` times the configured rates; a ``team`` shares the work."""
+        self._muon.step(self.config.muon_lr * factor, team)
         self._adamw.step(self.config.adam_lr * factor)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:

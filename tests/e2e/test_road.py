@@ -25,9 +25,15 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def start(out: Path) -> subprocess.Popen[str]:
-    """A quickstart in a process group of its own, as a shell would start it."""
+    """A quickstart in a process group of its own that hears Ctrl-C, as a shell would start it."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(out), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command(out), stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c
+    )
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job would inherit it ignored
 
 
 def finish(out: Path) -> None:

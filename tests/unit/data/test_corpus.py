@@ -52,10 +52,7 @@ def write_database(folder: Path, texts: dict[str, list[str]]) -> Path:
         content += packed
     (folder / "Rdata.rdb").write_bytes(content)
     # the second list's tag is a reference to the symbol that the first one defined
-    inner = named_list(index).replace(word(1, 9, 5) + b"names", word(255 | 1 << 8))
-    outer = word(19 | 0x200, 1) + inner + word(2 | 0x400, 255 | 1 << 8) + strings(["variables"]) + word(254)
-    first = word(1, 9, 5) + b"names"
-    outer = outer.replace(word(255 | 1 << 8), first, 1)
+    outer = word(19 | 0x200, 1) + named_list(index) + word(2 | 0x400, 255 | 1 << 8) + strings(["variables"]) + word(254)
     (folder / "Rdata.rdx").write_bytes(gzip.compress(HEADER + outer))
     return folder / "Rdata.rdb"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sprat.model import Transformer, documents
+from sprat.model import MLP, Transformer, documents, swiglu
 from sprat.model.norm import rms_norm
 from sprat.model.step import plan
 
@@ -22,6 +22,7 @@ def packings() -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("name", packings())
 def test_document_attention_equals_the_masked_form(name: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(documents, "WORTH", 9.0)
     model = Transformer.create(tiny(), 0)
     attention, segments = model.layers[0].self_attn, packings()[name]
     generator = torch.Generator().manual_seed(1)
@@ -45,6 +46,15 @@ def test_document_attention_equals_the_masked_form(name: str, scores: int, monke
         assert (masked - fast).abs().max() < 1e-4
 
 
+def test_documents_are_cut_only_where_it_pays() -> None:
+    turns = torch.ones(300, 2, dtype=torch.complex64)
+    short = (torch.arange(32) // 8).expand(4, 32)
+    assert documents.cut(short, 4, 32, 2, turns[:32]) is not None
+    assert documents.cut(None, 4, 32, 2, turns[:32]) is None  # whole rows
+    long = (torch.arange(300) >= 280).long().expand(4, 300)
+    assert documents.cut(long, 4, 300, 2, turns) is None
+
+
 def test_norm_gradient_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 5, generator=generator).requires_grad_()
@@ -64,3 +74,21 @@ def test_norm_in_half_precision_computes_in_single() -> None:
     half = rms_norm(x.bfloat16(), torch.ones(64, dtype=torch.bfloat16), 1e-6)
     assert half.dtype == torch.bfloat16
     assert (half.float() - rms_norm(x, torch.ones(64), 1e-6)).abs().max() < 0.03
+
+
+def test_dense_feed_forward_in_blocks_equals_stock_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = MLP(6, 10)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
+    x = torch.randn(2, 90, 6, generator=generator).requires_grad_()
+    pull = torch.randn(2, 90, 6, generator=generator)
+    results = []
+    for fast in (True, False):
+        monkeypatch.setattr(swiglu, "applies", lambda _, fast=fast: fast)
+        monkeypatch.setattr(swiglu, "BLOCK_ELEMENTS", 10)
+        out = layer(x)
+        results.append((out, *torch.autograd.grad(out, [x, *layer.parameters()], pull)))
+    assert (type(results[0][0].grad_fn) is type(results[1][0].grad_fn)) is False
+    for blocked, stock in zip(*results, strict=True):
+        assert (blocked - stock).abs().max() < 1e-3

@@ -9,8 +9,8 @@ import pytest
 from sprat.config.sizes import size
 from sprat.errors import ConfigError, MachineError
 from sprat.model.counts import count_parameters
-from sprat.road.quickstart import check_machine, stages
 from sprat.road.places import Road
+from sprat.road.quickstart import check_machine, stages
 from sprat.road.recipe import FOLDER, ModelRecipe, named
 
 

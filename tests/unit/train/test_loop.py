@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sprat.config import TrainConfig
+from sprat.config import OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch, MixedSource
 from sprat.errors import CheckpointError, TrainingError
@@ -54,9 +54,9 @@ def test_loss_falls_and_every_window_is_logged(
     model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     run = new_run("a")
-    result = train(model, source, recipe.replace(steps=30, log_every=10), run)
+    result = train(model, source, recipe.replace(steps=60, log_every=20), run)
     rows = [json.loads(line) for line in _rows(run).splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert [row["step"] for row in rows] == [20, 40, 60]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["tokens"] == result.tokens == 30 * 4 * 32
     assert result.loss == rows[-1]["loss"] and result.steps == 30
@@ -94,6 +94,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_and_rows(
 def test_ctrl_c_keeps_the_step_it_interrupts(
     shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     model, run = Transformer.create(shape, 0), new_run("a")
     with pytest.raises(KeyboardInterrupt):
         train(model, _Stops(source, 4, lambda: signal.raise_signal(signal.SIGINT)), recipe, run)
@@ -117,6 +118,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-4, msg=name)
     for mine, theirs in zip(one.moe_layers(), two.moe_layers(), strict=True):
         assert torch.equal(mine.gate.e_score_correction_bias, theirs.gate.e_score_correction_bias)
+
+
+def test_a_team_of_two_repeats_itself_and_agrees_with_one(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    """The same bits for the same number of threads; another number only rounds differently."""
+    recipe = recipe.replace(
+        steps=2, balance_weight=0.0, mtp_weight=0.0, optim=OptimConfig(name="adamw", warmup_steps=2)
+    )
+    models = {name: Transformer.create(shape, 0) for name in ("one", "two", "again")}
+    for name, model in models.items():
+        torch.set_num_threads(1 if name == "one" else 2)
+        train(model, source, recipe, new_run(name))
+    assert torch.get_num_threads() == 2
+    assert _same(models["two"], models["again"])
+    for mine, theirs in zip(models["one"].parameters(), models["two"].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-4)
 
 
 def test_rows_that_cannot_be_cut_evenly_are_one_sentence(

@@ -1,4 +1,4 @@
-"""The fast operations give the numbers of the plain formula, and so do their gradients."""
+"""The fused head and loss gives the numbers of the plain formula, and so do its gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sprat.model.ops import expert_mlp, linear_cross_entropy
+from sprat.model.ops import linear_cross_entropy
 
 
 def _problem(rows: int, vocabulary: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,22 +60,3 @@ def test_cross_entropy_needs_no_gradient_to_be_read() -> None:
     with torch.no_grad():
         alone = linear_cross_entropy(x_ND, weight_VD, targets_N)
     assert alone.item() == linear_cross_entropy(x_ND, weight_VD, targets_N).item()
-
-
-def _experts(dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((9, 4), (3, 5, 4), (3, 5, 4), (3, 4, 5))
-    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-def test_experts_have_the_true_gradient_also_when_one_is_idle() -> None:
-    assert torch.autograd.gradcheck(lambda *given: expert_mlp(*given, (4, 0, 5)), _experts(torch.float64))
-
-
-def test_experts_equal_the_plain_formula() -> None:
-    x_SD, gate_EFD, up_EFD, down_EDF = _experts(torch.float32)
-    plain = [
-        F.linear(F.silu(F.linear(x, gate_EFD[e])) * F.linear(x, up_EFD[e]), down_EDF[e])
-        for e, x in enumerate(x_SD.split([4, 0, 5]))
-    ]
-    torch.testing.assert_close(expert_mlp(x_SD, gate_EFD, up_EFD, down_EDF, (4, 0, 5)), torch.cat(plain))

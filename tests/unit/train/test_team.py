@@ -1,0 +1,50 @@
+"""A team shares work out, keeps its order, and hides no error."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from sprat.train.team import Team
+
+
+def test_results_come_in_order_and_from_several_threads() -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait()  # passes only if two threads are in here at once
+        return item * 10, threading.get_ident()
+
+    with Team(2) as team:
+        found = team.map(work, [1, 2])
+    assert [value for value, _ in found] == [10, 20]
+    assert len({thread for _, thread in found}) == 2
+
+
+def test_every_member_uses_its_share_of_the_cores_and_the_caller_gets_its_own_back() -> None:
+    torch.set_num_threads(4)
+    with Team(4) as team:
+        assert team.size == 4
+        assert team.map(lambda _: torch.get_num_threads(), range(4)) == [1] * 4
+    assert torch.get_num_threads() == 4
+
+
+def test_an_error_of_any_member_is_raised_after_all_have_ended() -> None:
+    ended: list[int] = []
+
+    def work(item: int) -> None:
+        if item == 1:
+            raise ValueError("broken")
+        ended.append(item)
+
+    with Team(3) as team, pytest.raises(ValueError, match="broken"):
+        team.map(work, [0, 1, 2])
+    assert sorted(ended) == [0, 2]
+
+
+def test_one_thread_is_a_team_of_one() -> None:
+    with Team(1) as team:
+        assert team.size == 1
+        assert team.map(lambda item: threading.get_ident(), [1, 2]) == [threading.get_ident()] * 2
