@@ -59,7 +59,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     torch.mm(grad_CV, weight, out=grad_x[start : start + chunk]).div_(total_C1)
                 if want_weight:
-                    grad_DV.addmm_((x_CD / total_C1).to(dtype).t(), grad_CV)
+                    scaled_DC = (x_CD / total_C1).to(dtype).t()
+                    if dtype == grad_DV.dtype:
+                        grad_DV.addmm_(scaled_DC, grad_CV)
+                    else:
+                        grad_DV += scaled_DC @ grad_CV
         scale = 1.0 / max(rows, 1)
         grad_VD = grad_DV.t().mul(scale).to(weight_VD.dtype) if want_weight else None
         ctx.save_for_backward(None if grad_x is None else grad_x.mul_(scale).to(x_ND.dtype), grad_VD)

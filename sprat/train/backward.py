@@ -55,7 +55,9 @@ def backward(
         with torch.enable_grad(), machine.precision(device):
             loss = loss_fn(model, part, config)
             total = loss.total if weight == 1.0 else loss.total * weight
-        grads = torch.autograd.grad(total, parameters, allow_unused=True)
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        # Hand-written backward passes may return views of one buffer; what is clipped in place must own its memory.
+        grads = tuple(None if grad is None else grad.clone(memory_format=torch.contiguous_format) for grad in found)
         return _Share(grads, {name: value * weight for name, value in loss.metrics.items()}, loss.loads)
 
     metrics: dict[str, float] = {}

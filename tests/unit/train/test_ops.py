@@ -60,3 +60,16 @@ def test_cross_entropy_needs_no_gradient_to_be_read() -> None:
     with torch.no_grad():
         alone = linear_cross_entropy(x_ND, weight_VD, targets_N)
     assert alone.item() == linear_cross_entropy(x_ND, weight_VD, targets_N).item()
+
+
+def test_cross_entropy_follows_autocast() -> None:
+    x_ND, weight_VD, targets_N = _problem(300, 600, 32, torch.float32)
+    exact = F.cross_entropy(F.linear(x_ND, weight_VD), targets_N, ignore_index=-100)
+    wanted = torch.autograd.grad(exact, (x_ND, weight_VD))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x_ND, weight_VD, targets_N)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    for mine, theirs in zip(torch.autograd.grad(loss, (x_ND, weight_VD)), wanted, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()

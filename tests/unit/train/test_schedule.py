@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprat.config import OptimConfig
 from sprat.train.schedule import factor
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(["wsd", "cosine", "constant"]),
     steps=st.integers(1, 60),

@@ -7,6 +7,12 @@ import threading
 import pytest
 import torch
 
+from sprat.config import ModelConfig, TrainConfig
+from sprat.data.loader import MixedSource
+from sprat.model import Transformer
+from sprat.train import optim
+from sprat.train.backward import backward
+from sprat.train.objective import next_token
 from sprat.train.team import Team
 
 
@@ -48,3 +54,20 @@ def test_one_thread_is_a_team_of_one() -> None:
     with Team(1) as team:
         assert team.size == 1
         assert team.map(lambda item: threading.get_ident(), [1, 2]) == [threading.get_ident()] * 2
+
+
+def test_gradients_own_their_memory_so_that_clipping_scales_each_of_them_once(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig
+) -> None:
+    batch, model, twin = source.batch(0), Transformer.create(shape, 0), Transformer.create(shape, 0)
+    optimiser = optim.build(model, recipe.optim)
+    with Team(1) as team:
+        backward(model, batch, recipe, next_token, optimiser.parameters, team)
+    for parameter in optimiser.parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.5)
+    next_token(twin, batch, recipe).total.backward()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, 0.5 * theirs.grad, rtol=1e-6, atol=1e-8, msg=name)

@@ -1,0 +1,59 @@
+"""Takes the README's pictures of a finished road: the chat page answering, and the top of the report.
+
+    python -m bench.pictures runs/quickstart [--model RUN] [--out docs]
+
+Needs the test extras (Playwright) and Debian's chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+FLAGS = ("--no-sandbox", "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+QUESTIONS = ("What is 12 + 7 + 19 + 4?", "State the final answer to the following arithmetic problem: 4 - 9 + 3 - 7 =")
+WAIT = 120_000  # milliseconds that an answer may take
+
+
+def main() -> int:
+    """Serve the model on a free port, ask it two questions, and save chat.png and report.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("road", type=Path)
+    parser.add_argument("--model", type=Path, help="the run to talk to; ROAD/quantize if left out")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    model = options.model or options.road / "quantize"
+    command = [sys.executable, "-m", "sprat", "serve", str(model), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        address = next(word for line in server.stderr for word in line.split() if word.startswith("http://"))
+        with sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+            page = browser.new_page(viewport={"width": 1180, "height": 760})
+            page.set_default_timeout(WAIT)
+            page.goto(address)
+            page.get_by_text("on", exact=True).click()
+            for question in QUESTIONS:
+                page.get_by_label("Your question").fill(question)
+                page.keyboard.press("Enter")
+                page.get_by_label("Send").wait_for()
+            page.screenshot(path=options.out / "chat.png")
+            page = browser.new_page(viewport={"width": 1100, "height": 900})
+            page.set_default_timeout(WAIT)
+            page.goto((options.road / "report.html").resolve().as_uri(), timeout=WAIT)
+            page.screenshot(path=options.out / "report.png")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
