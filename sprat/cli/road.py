@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sprat.cli.ask import manners
-from sprat.cli.stations import Text, narrate
+from sprat.cli.board import board
+from sprat.cli.stations import Text
 from sprat.cli.verb import Overrides, Recipe, Result, RoadFolder, say
 
 HOST = "127.0.0.1"
@@ -42,7 +39,7 @@ def quickstart(
     if serve:
         server.take_port(HOST, port).close()  # a port in use is told now, not after the road
     began, names = time.monotonic(), [stage.name for stage in stages(Road(out, chosen), text)]
-    with progress(len(names)) as told:
+    with board(out) as told:
         report = walk(out, chosen, text=text, told=told)
     runs = {name: _cost(out / name) for name in names}
     model, seconds = out / SERVED, time.monotonic() - began
@@ -70,28 +67,3 @@ def _cost(run: Path) -> dict[str, Any]:
         key: written[key]
         for key in ("artefact_digest", "device_seconds", "wall_seconds", "nano_yuan", "flops", "tokens")
     }
-
-
-@contextmanager
-def progress(count: int) -> Iterator[Callable[[str, str, float], None]]:
-    """Yield the listener of a road of ``count`` stages: a line for each, and on a terminal a bar below them."""
-    if not sys.stderr.isatty():
-        yield narrate
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield functools.partial(_advance, bar, bar.add_task("", total=count), [])
-
-
-def _advance(bar: Any, task: Any, running: list[str], stage: str, what: str, seconds: float) -> None:
-    """Move the bar: the names of what runs now, and how many stages are done."""
-    if what == "done":
-        running.remove(stage)
-        bar.console.print(f"{stage} done in {seconds:.0f} s")
-        bar.advance(task)
-    else:
-        running.append(stage)
-    bar.update(task, description=", ".join(running))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder, say
+from sprat.cli.board import board
+from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder
 from sprat.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,14 +107,9 @@ def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, tex
     check_machine(out)
     road = Road(out, named(recipe, tuple(overrides or ())))
     first = next(stage for stage in stages(road, text) if stage.name.startswith(station))
-    with hold(out):
-        run_all([replace(first, needs=())], 1, narrate)
+    with hold(out), board(out) as told:
+        run_all([replace(first, needs=())], 1, told)
     return _told(road, first.name)
-
-
-def narrate(station: str, what: str, seconds: float) -> None:
-    """Say that a station starts, or how long it took."""
-    say(f"sprat: {station} {what}" + (f" in {seconds:.0f} s" if seconds else ""))
 
 
 def _told(road: Road, name: str) -> Result:

@@ -57,13 +57,13 @@ from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.post.batch import gather, micro_batches
 from sprat.post.logprob import policy_loss, token_logprob
-from sprat.post.progress import bar
 from sprat.post.readiness import readiness
 from sprat.post.rewards import Reward
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, machine, optim
+from sprat.train.progress import bar
 from sprat.trust.run import Run
 
 _NO_SPREAD = 1e-6
@@ -234,7 +234,7 @@ def grpo(
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if gate and result.steps == 0:
         readiness(engine, tasks, weights, config).check()
-    with bar("rl", config.steps, result.steps) as advance:
+    with bar(run, config.steps, result.steps) as advance:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
             run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result))

@@ -22,6 +22,8 @@ from typing import Any
 
 from sprat.errors import MachineError
 
+TICK = 1.0  # seconds between two words on what runs
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -42,7 +44,7 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
     Args:
         stages: in an order of preference; ``needs`` name earlier or later ones.
         jobs: processes.
-        told: called as ``told(stage, "starts" or "done", seconds)``.
+        told: called as ``told(stage, what, seconds)``: it "starts", it "runs" (each second), it is "done".
 
     Raises:
         SpratError: the first that a stage raised; the others are stopped.
@@ -62,12 +64,14 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
                 told(stage.name, "starts", 0.0)
             if not running:
                 raise ValueError(f"stages wait for each other: {[s.name for s in waiting]}")
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, timeout=TICK, return_when=FIRST_COMPLETED).done:
                 stage, began = running[future]
                 future.result()
                 del running[future]
                 done.add(stage.name)
                 told(stage.name, "done", time.monotonic() - began)
+            for stage, began in running.values():
+                told(stage.name, "runs", time.monotonic() - began)
     except BrokenProcessPool:
         names = ", ".join(stage.name for stage, _ in running.values())
         raise MachineError("a stage's process died", where=names, todo="start again: it goes on where it was") from None

@@ -1,7 +1,7 @@
 """What a stage is worth: the same held-out problems for every stage, answered greedily.
 
 Three ways of asking: ``greedy`` leaves it to the model whether to think, ``thinking`` opens the think
-tag for it, ``direct`` closes it at once.
+tag for it, ``direct`` closes it at once. The last two explain the first, and are asked of fewer problems.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def scores(
     engine = Engine(model, tokenizer, max_batch=recipe.eval.batch)
     configs = [(c, True) for c in recipe.data.tasks] + [(c, False) for c in recipe.data.unseen if unseen]
     tasks = [road.artefacts.task(config) for config, _ in configs]
-    rows = []
+    most, rows = max(len(task.kept) for task in tasks), []
     for way in ways:
         found = evaluate_many(
             engine,
             tasks,
-            count=max(len(task.kept) for task in tasks),
+            count=most if WAYS[way] is None else min(most, recipe.eval.side_problems),
             thinking=WAYS[way],
             max_tokens=recipe.eval.max_tokens,
             samples=recipe.eval.samples,
@@ -59,7 +59,7 @@ def _facts(score: Score) -> dict[str, Any]:
         }
         for sample in score.samples
     ]
-    return {**score.to_dict(), "mean": score.accuracy, "samples": samples, "trained_lengths": []}
+    return {**score.to_dict(), "mean": score.accuracy, "samples": samples}
 
 
 def gains(

@@ -58,7 +58,7 @@ def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told:
         out: made when missing; a road that was interrupted goes on.
         recipe: see ``sprat.road.recipe.named``.
         text: the user's own folder of text instead of the default corpus.
-        told: hears ``(stage, "starts" or "done", seconds)``.
+        told: hears ``(stage, "starts", "runs" or "done", seconds)``.
 
     Raises:
         SpratError: bad input, a full disk, a second quickstart in the same folder, a stage that failed.

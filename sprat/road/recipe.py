@@ -54,6 +54,7 @@ class EvalRecipe(Config):
 
     max_tokens: int = Field(120, ge=1)
     batch: int = Field(512, ge=1)
+    side_problems: int = Field(300, ge=1)  # of each task, where thinking is forced or forbidden
     samples: int = Field(4, ge=0)  # kept for the report, for each task
 
 

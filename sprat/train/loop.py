@@ -17,9 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from sprat.config import TrainConfig
 from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
@@ -27,6 +24,7 @@ from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule
 from sprat.train.backward import backward
 from sprat.train.objective import LossFn, next_token
+from sprat.train.progress import bar
 from sprat.train.team import Team
 from sprat.trust import Run
 
@@ -109,7 +107,7 @@ def train(
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
         checkpoint.save(run.checkpoints, done, model, optimiser, {**identity, **state})
 
-    with Team() as team, _bar(config.steps, done, progress) as advance, _held_interrupt() as interrupted:
+    with Team() as team, bar(run, config.steps, done, shown=progress) as advance, _held_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
             metrics = _step(model, batch, config, optimiser, loss_fn, done, team)
@@ -118,7 +116,8 @@ def train(
             if done % config.log_every == 0 or done == config.steps:
                 factor = schedule.factor(config.optim, done - 1, config.steps)
                 run.log(done, **window.close(), tokens=tokens, lr_factor=factor)
-            advance(done, tokens - first_tokens, metrics["loss"])
+            rate = (tokens - first_tokens) / (time.monotonic() - began)
+            advance(done, f"loss {metrics['loss']:.3f}  {rate:,.0f} tok/s")
             if interrupted() or done % config.checkpoint_every == 0 or done == config.steps:
                 keep()
             if interrupted():
@@ -200,25 +199,3 @@ def _held_interrupt() -> Iterator[Any]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _bar(steps: int, done: int, wanted: bool) -> Iterator[Any]:
-    """Yields ``advance(done, tokens, loss)``; a bar with rate and time left on terminals, else silence."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tok/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task("train", total=steps, completed=done, loss=math.nan, rate=0.0)
-        began = time.monotonic()
-
-        def advance(now: int, tokens: int, loss: float) -> None:
-            rate = tokens / max(1e-9, time.monotonic() - began)
-            bar.update(task, completed=now, loss=loss, rate=rate)
-
-        yield advance

@@ -44,6 +44,12 @@ def describe(path: Path | str, road: Path) -> dict[str, str]:
     return {"digest": found, "outside": path.name}
 
 
+def pulse(folder: Path) -> tuple[int, int]:
+    """How far the open run in ``folder`` is: steps done and steps in all; (0, 0) where there is nothing to tell."""
+    spent = read_json(folder / "spent.json") or {}
+    return int(spent.get("step", 0)), int(spent.get("steps", 0))
+
+
 def entry_body(folder: Path, road: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What the ledger says of a finished run; ``record`` is the content of its ``run.json``."""
     return {

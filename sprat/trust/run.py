@@ -64,19 +64,26 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.done = False
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
-        self._started = now()
+        self._started, self._step, self._steps = now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
+
+    def expect(self, steps: int, done: int = 0) -> None:
+        """Tell those who watch (``record.pulse``) how many steps there will be, and how many were done before."""
+        self._step, self._steps = done, steps
+        self.heartbeat()
 
     def log(self, step: int, **metrics: float | int | str | None) -> None:
         """Append a row to ``metrics.jsonl``; a number that is not finite is written as null."""
         self._must_be_open()
         row = {"step": int(step), **{name: record.plain(value) for name, value in metrics.items()}}
         atomic.append_line(self.folder / "metrics.jsonl", json.dumps(row, allow_nan=False), durable=False)
+        self._step = int(step)
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Note what was spent so far, so that a kill does not make it free."""
-        atomic.write_json(self.folder / "spent.json", self._cost(), durable=False)
+        """Note what was spent and reached so far: a kill does not make it free, and others can watch."""
+        state = {**self._cost(), "step": self._step, "steps": self._steps}
+        atomic.write_json(self.folder / "spent.json", state, durable=False)
 
     def rewind(self, step: int) -> None:
         """Drop the metric rows of later steps than ``step`` (on resume from a checkpoint at ``step``)."""
