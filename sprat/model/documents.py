@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SCORES = 1 << 17  # scores of one chunk: 512 KB in float32, half of a common second-level cache
 LONGEST = 256  # tokens; where a document is longer the stock operators are used
-WORTH = 0.5  # of the scores of whole rows; where documents leave more than that the stock operators are used
+WORTH = 0.8  # of the scores of whole rows; where documents leave more than that the stock operators are used
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ trainer moves it once a step, up for idle experts and down for busy ones. A tiny
 (``balance_loss``) guards single sequences. V2 scores with a softmax and chooses greedily. Groups of experts
 (nodes, in a cluster) can be limited: V3 ranks a group by its two best experts, V2 by its best.
 
-Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side. Then either
-three grouped matrix products serve all experts, or, on a CPU with enough rows, ``swiglu`` takes them expert by
-expert in cache. The results are added back weighted. No token is dropped and no slot is padded. Left out:
-expert parallelism (it belongs to ``parallel``).
+Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side, and three
+grouped matrix products serve all experts. The results are added back weighted. No token is dropped and no slot
+is padded. Left out: expert parallelism (it belongs to ``parallel``).
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
@@ -26,10 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
-from sprat.model import swiglu
 from sprat.model.linear import Linear
-
-FEW = 32  # rows for each expert; with fewer the stock operators are faster
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        weights = [layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj) if type(layer) is Linear]
-        if len(weights) == 3 and swiglu.applies(x) and x.numel() >= FEW * x.shape[-1]:
-            return swiglu.dense(x.reshape(-1, x.shape[-1]), *weights).view(x.shape)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -133,13 +126,10 @@ class Experts(nn.Module):
 
     def mix(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts -> [N, D]."""
-        chosen, experts = routing.index_NK.shape[1], len(routing.load_E)
+        chosen = routing.index_NK.shape[1]
         order_M = routing.index_NK.flatten().argsort(stable=True)
         token_M = order_M.div(chosen, rounding_mode="floor")
         weight_M = routing.weight_NK.flatten().index_select(0, order_M)
-        if swiglu.applies(x_ND) and len(order_M) >= FEW * experts:
-            weights = (self.w_gate_EFD, self.w_up_EFD, self.w_down_EDF)
-            return swiglu.routed(x_ND, weight_M, token_M, routing.load_E.tolist(), weights)
         y_MD = self(x_ND.index_select(0, token_M), routing.load_E) * weight_M.unsqueeze(1).to(x_ND.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, y_MD)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sprat.model import MLP, Transformer, documents, swiglu
+from sprat.model import Transformer, documents
 from sprat.model.norm import rms_norm
 from sprat.model.step import plan
 
@@ -74,21 +74,3 @@ def test_norm_in_half_precision_computes_in_single() -> None:
     half = rms_norm(x.bfloat16(), torch.ones(64, dtype=torch.bfloat16), 1e-6)
     assert half.dtype == torch.bfloat16
     assert (half.float() - rms_norm(x, torch.ones(64), 1e-6)).abs().max() < 0.03
-
-
-def test_dense_feed_forward_in_blocks_equals_stock_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(3)
-    layer = MLP(6, 10)
-    for weight in layer.parameters():
-        torch.nn.init.normal_(weight, generator=generator)
-    x = torch.randn(2, 90, 6, generator=generator).requires_grad_()
-    pull = torch.randn(2, 90, 6, generator=generator)
-    results = []
-    for fast in (True, False):
-        monkeypatch.setattr(swiglu, "applies", lambda _, fast=fast: fast)
-        monkeypatch.setattr(swiglu, "BLOCK_ELEMENTS", 10)
-        out = layer(x)
-        results.append((out, *torch.autograd.grad(out, [x, *layer.parameters()], pull)))
-    assert (type(results[0][0].grad_fn) is type(results[1][0].grad_fn)) is False
-    for blocked, stock in zip(*results, strict=True):
-        assert (blocked - stock).abs().max() < 1e-3
