@@ -132,7 +132,7 @@ def gather() -> dict[str, Any]:
     python_ok = sys.version_info >= (3, 11)
     memory = memory_facts()
     free = shutil.disk_usage(Path.cwd()).free
-    compiler = next((path for name in ("c++", "g++", "clang++", "cc") if (path := shutil.which(name))), None)
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     browser = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
     packages = {name: installed(name) for name in OPTIONAL}
     facts: dict[str, Any] = {
@@ -159,7 +159,7 @@ def gather() -> dict[str, Any]:
         problems.append(f"{free / GIB:.1f} GiB of disk are free here; the quickstart needs 2")
     losses += [f"no {name}: {lost}" for name, lost in OPTIONAL.items() if packages[name] is None]
     if compiler is None:
-        losses.append("no C or C++ compiler: torch.compile and packages that build C; nothing that Sprat needs")
+        losses.append("no C++ compiler: training runs on torch's operators alone, at about three quarters of the speed")
     if browser is None:
         losses.append("no chromium: the browser tests skip")
     if facts["apt"] is None:

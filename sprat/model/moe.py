@@ -25,7 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.kernels import fused
 from sprat.model.linear import Linear
+
+FEW = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self._fuses(x):
+            both = F.linear(x.flatten(0, -2), torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+            hidden = fused.swiglu(both).view(*x.shape[:-1], -1)
+        else:
+            hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        out: Tensor = self.down_proj(hidden)
         return out
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether gate and up may be one product: both plain, and rows enough to pay for laying them side by side."""
+        plain = type(self.gate_proj) is Linear and type(self.up_proj) is Linear
+        return plain and x.numel() >= FEW * x.shape[-1] and fused.applies(x)
 
 
 class Gate(nn.Module):
@@ -120,9 +133,14 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, load_E: Tensor) -> Tensor:
         """``x_MD`` sorted by expert, ``load_E[e]`` rows for expert ``e`` -> [M, D]."""
         ends_E = load_E.cumsum(0).to(torch.int32)
-        gate_MF = torch._grouped_mm(x_MD, self.w_gate_EFD.transpose(1, 2), offs=ends_E)
-        up_MF = torch._grouped_mm(x_MD, self.w_up_EFD.transpose(1, 2), offs=ends_E)
-        return torch._grouped_mm(F.silu(gate_MF) * up_MF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
+        if len(x_MD) >= FEW * len(load_E) and fused.applies(x_MD):
+            both_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
+            hidden_MF = fused.swiglu(torch._grouped_mm(x_MD, both_E2FD.transpose(1, 2), offs=ends_E))
+        else:
+            gate_MF = torch._grouped_mm(x_MD, self.w_gate_EFD.transpose(1, 2), offs=ends_E)
+            up_MF = torch._grouped_mm(x_MD, self.w_up_EFD.transpose(1, 2), offs=ends_E)
+            hidden_MF = F.silu(gate_MF) * up_MF
+        return torch._grouped_mm(hidden_MF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
 
     def mix(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts -> [N, D]."""

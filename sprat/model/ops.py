@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sprat.kernels import fused
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 17}  # logits of one chunk: 512 KB in float32, half of a common L2
 _CHUNK_ELEMENTS_DEVICE = 1 << 26
 
@@ -36,6 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         dtype = _product_dtype(x_ND)
         rows, (vocabulary, width) = x_ND.shape[0], weight_VD.shape
+        if x_ND.device.type == "cpu" and rows and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
+            raise IndexError(f"a target is outside the vocabulary of {vocabulary}")
         with torch.autocast(x_ND.device.type, enabled=False):
             x, weight = x_ND.to(dtype).contiguous(), weight_VD.to(dtype)
             weight_DV = weight.t().contiguous()
@@ -47,6 +51,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]
                 logits_CV = torch.mm(x_CD, weight_DV).to(loss.dtype)
+                if grad_x is not None and want_weight and fused.applies(x):
+                    loss += fused.cross_entropy(logits_CV, target_C1)
+                    torch.mm(logits_CV, weight, out=grad_x[start : start + chunk])
+                    grad_DV.addmm_(x_CD.t(), logits_CV)
+                    continue
                 top_C1 = logits_CV.amax(1, keepdim=True)
                 logits_CV.sub_(top_C1)
                 picked_C1 = logits_CV.gather(1, target_C1)

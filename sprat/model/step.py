@@ -46,12 +46,12 @@ def plan(
     positions_BT: Tensor | None,
     cache: Cache | None,
     valid_BT: Tensor | None,
-    heads: int = 0,
+    by_document: bool = False,
 ) -> Step:
     """The ``Step`` of a pass over ``tokens_BT``.
 
     Without a cache a token attends to the tokens before it that share its segment. With a cache, row ``b``
-    continues at ``cache.length_B[b]``. ``heads`` asks for documents to be cut out for that many heads.
+    continues at ``cache.length_B[b]``. ``by_document`` asks to attend document by document.
 
     Raises:
         EngineError: segments or positions beside a cache, a batch of another size, or no room.
@@ -62,8 +62,8 @@ def plan(
             turn_BTr = rotary.first(time, device).unsqueeze(0)
         else:
             turn_BTr = rotary.first(int(positions_BT.max()) + 1, device)[positions_BT]
-        if heads and positions_BT is None:
-            documents = cut(segments_BT, batch, time, heads, turn_BTr[0])
+        if by_document and positions_BT is None:
+            documents = cut(segments_BT, batch, time, turn_BTr[0])
             if documents is not None:
                 return Step(turn_BTr, None, None, None, None, documents, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)

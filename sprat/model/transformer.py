@@ -133,7 +133,7 @@ class Transformer(nn.Module):
             positions_BT=positions_BT,
             cache=cache,
             valid_BT=valid_BT,
-            heads=self._heads_to_cut(),
+            by_document=self._by_document(),
         )
         routing: list[Routing] = []
         x_BTD = self.embed_tokens(tokens_BT)
@@ -176,19 +176,18 @@ class Transformer(nn.Module):
             positions_BT=None,
             cache=None,
             valid_BT=None,
-            heads=self._heads_to_cut(),
+            by_document=self._by_document(),
         )
         routing: list[Routing] = []
         module = cast(MTP, self.mtp[depth - 1])
         raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), step, routing)
         return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
 
-    def _heads_to_cut(self) -> int:
-        """Heads to cut documents for, where attention by document pays: MLA training in float32 on a CPU; else 0."""
+    def _by_document(self) -> bool:
+        """Whether attention by document can be asked for: latent attention in float32 on a CPU."""
         weight, config = self.norm.weight, self.config
-        pays = config.is_mla and config.rope_interleave and torch.is_grad_enabled()
         plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return config.num_attention_heads if pays and plain else 0
+        return plain and config.is_mla and config.rope_interleave
 
     def moe_layers(self) -> list[MoE]:
         """All expert layers, MTP's included, in order of depth."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from sprat.kernels import build
 from sprat.model import Transformer, documents
 from sprat.model.norm import rms_norm
 from sprat.model.step import plan
@@ -18,18 +21,19 @@ def packings() -> dict[str, Tensor | None]:
     return {"whole rows": None, "ragged": ragged, "single tokens": torch.arange(60).view(3, 20)}
 
 
-@pytest.mark.parametrize("scores", [1, 1 << 17])
+native = pytest.mark.skipif(build.library() is None, reason="no C++ compiler: stock operators do the work")
+
+
+@native
 @pytest.mark.parametrize("name", packings())
-def test_document_attention_equals_the_masked_form(name: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK_SCORES", scores)
-    monkeypatch.setattr(documents, "WORTH", 9.0)
+def test_document_attention_equals_the_masked_form(name: str) -> None:
     model = Transformer.create(tiny(), 0)
     attention, segments = model.layers[0].self_attn, packings()[name]
     generator = torch.Generator().manual_seed(1)
     x_BTD = torch.randn(3, 20, 24, generator=generator).requires_grad_()
     pull = torch.randn(3, 20, 24, generator=generator)
     results = []
-    for heads in (0, 3):
+    for by_document in (False, True):
         step = plan(
             model.rotary,
             torch.zeros(3, 20, dtype=torch.long),
@@ -37,22 +41,62 @@ def test_document_attention_equals_the_masked_form(name: str, scores: int, monke
             positions_BT=None,
             cache=None,
             valid_BT=None,
-            heads=heads,
+            by_document=by_document,
         )
-        assert (step.documents is None) == (heads == 0)
+        assert (step.documents is None) == (not by_document)
         out = attention(x_BTD, step)
         results.append((out, *torch.autograd.grad(out, [x_BTD, *attention.parameters()], pull)))
     for masked, fast in zip(*results, strict=True):
         assert (masked - fast).abs().max() < 1e-4
 
 
-def test_documents_are_cut_only_where_it_pays() -> None:
+@native
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    heads=st.integers(1, 3),
+    half=st.integers(1, 9),
+    nope=st.integers(1, 40),
+    value=st.integers(1, 40),
+)
+def test_any_shape_of_documents_equals_softmax_written_out(
+    lengths: list[int], heads: int, half: int, nope: int, value: int
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens, rope = sum(lengths), 2 * half
+    q = torch.randn(tokens, heads, nope + rope, generator=generator).requires_grad_()
+    kv = torch.randn(tokens, heads, nope + value, generator=generator).requires_grad_()
+    k_rope = torch.randn(tokens, rope, generator=generator).requires_grad_()
+    turns = torch.polar(torch.ones(tokens, half), torch.rand(tokens, half, generator=generator))
+    segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    cut = documents.cut(segments[None], 1, tokens, turns)
+    assert cut is not None and cut.lengths.tolist() == lengths
+    fast = documents.attend(q, kv, k_rope, cut, 0.3)
+
+    def turned(x: Tensor) -> Tensor:
+        real, imaginary = x[..., 0::2], x[..., 1::2]
+        cosine, sine = turns.real[:, None], turns.imag[:, None]
+        return torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1).flatten(-2)
+
+    shared = turned(k_rope[:, None]).expand(tokens, heads, rope)
+    keys, queries = torch.cat((kv[..., :nope], shared), -1), torch.cat((q[..., :nope], turned(q[..., nope:])), -1)
+    scores = torch.einsum("ihd,jhd->hij", queries, keys) * 0.3
+    hidden = (segments[:, None] != segments) | torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    plain = torch.einsum("hij,jhv->ihv", scores.masked_fill(hidden, float("-inf")).softmax(-1), kv[..., nope:])
+    pull = torch.randn(plain.shape, generator=generator)
+    assert (fast - plain).abs().max() < 1e-5
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, (q, kv, k_rope), pull), torch.autograd.grad(plain, (q, kv, k_rope), pull), strict=True
+    ):
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_long_documents_are_left_to_stock_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = torch.ones(300, 2, dtype=torch.complex64)
-    short = (torch.arange(32) // 8).expand(4, 32)
-    assert documents.cut(short, 4, 32, 2, turns[:32]) is not None
-    assert documents.cut(None, 4, 32, 2, turns[:32]) is None  # whole rows
-    long = (torch.arange(300) >= 280).long().expand(4, 300)
-    assert documents.cut(long, 4, 300, 2, turns) is None
+    monkeypatch.setattr(documents, "LONGEST", 280)
+    assert documents.cut((torch.arange(300) >= 281).long().expand(4, 300), 4, 300, turns) is None
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert documents.cut(None, 4, 8, turns[:8]) is None
 
 
 def test_norm_gradient_is_exact() -> None:

@@ -43,7 +43,8 @@ def test_a_stage_waits_for_what_it_needs(tmp_path: Path) -> None:
     heard: list[tuple[str, str]] = []
     run_all(stages, 2, lambda stage, what, seconds: heard.append((stage, what)))
     assert {path.name for path in tmp_path.iterdir()} == {"first", "left", "right", "last"}
-    assert heard[0] == ("first", "starts") and heard[-1] == ("last", "done") and len(heard) == 8
+    turns = [word for word in heard if word[1] != "runs"]
+    assert turns[0] == ("first", "starts") and turns[-1] == ("last", "done") and len(turns) == 8
 
 
 def test_the_error_of_a_stage_reaches_the_user_as_it_was(tmp_path: Path) -> None:

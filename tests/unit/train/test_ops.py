@@ -59,7 +59,15 @@ def test_cross_entropy_needs_no_gradient_to_be_read() -> None:
     x_ND, weight_VD, targets_N = _problem(50, 40, 8, torch.float32)
     with torch.no_grad():
         alone = linear_cross_entropy(x_ND, weight_VD, targets_N)
-    assert alone.item() == linear_cross_entropy(x_ND, weight_VD, targets_N).item()
+    assert alone.item() == pytest.approx(linear_cross_entropy(x_ND, weight_VD, targets_N).item(), rel=1e-6)
+
+
+def test_a_target_outside_the_vocabulary_is_an_error_and_nothing_is_written() -> None:
+    x_ND, weight_VD, targets_N = _problem(50, 40, 8, torch.float32)
+    for wrong in (40, -1):
+        targets_N[3] = wrong
+        with pytest.raises(IndexError, match="vocabulary of 40"):
+            linear_cross_entropy(x_ND, weight_VD, targets_N)
 
 
 def test_cross_entropy_follows_autocast() -> None:

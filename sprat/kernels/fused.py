@@ -1,0 +1,96 @@
+"""Norm, gated activation and cross-entropy, forwards and backwards, in one walk over memory each.
+
+A small model on a CPU spends its time between the matrix products: stock operators read and write every activation
+some forty times a step. These functions do in one walk what takes stock operators three to twelve. They work on one
+thread and without Python's lock, so members of a training team run side by side.
+
+``applies`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
+``build.library`` is asked once. The torch form of each function stands beside its call in ``model``.
+"""
+
+# N rows, D width of a row, F width of a gate, V vocabulary
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from sprat.kernels import build
+
+
+def applies(x: Tensor) -> bool:
+    """Whether the functions of this module take ``x``; under autocast they do not, whatever it is."""
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN
+    return plain and build.library() is not None and not torch.is_autocast_enabled("cpu")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
+
+
+def at(x: Tensor) -> c_void_p:
+    """Where the numbers of ``x`` lie; the caller keeps it alive and sees to its layout."""
+    return c_void_p(x.data_ptr())
+
+
+def native() -> ctypes.CDLL:
+    """The compiled functions; only where ``applies`` said so."""
+    found = build.library()
+    if found is None:
+        raise RuntimeError("no native functions here; ask fused.applies first")
+    return found
+
+
+def rms_forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(``x / rms(x) * weight``, ``1 / rms(x)`` [N]) of contiguous rows (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    rows, width = x_ND.shape
+    out_ND, scale_N = torch.empty_like(x_ND), x_ND.new_empty(rows)
+    native().rms_forward(at(x_ND), at(weight_D), c_float(eps), at(out_ND), at(scale_N), c_int64(rows), c_int64(width))
+    return out_ND, scale_N
+
+
+def rms_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x_ND`` and ``weight_D``; all rows contiguous."""
+    rows, width = x_ND.shape
+    grad_x_ND, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
+    arrays = (grad_ND, x_ND, weight_D, scale_N, grad_x_ND, grad_weight_D)
+    native().rms_backward(*map(at, arrays), c_int64(rows), c_int64(width))
+    return grad_x_ND, grad_weight_D
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, both_N2F: Tensor) -> Tensor:
+        rows, width = both_N2F.shape[0], both_N2F.shape[1] // 2
+        hidden_NF = both_N2F.new_empty(rows, width)
+        native().swiglu_forward(at(both_N2F), at(hidden_NF), c_int64(rows), c_int64(width))
+        ctx.save_for_backward(both_N2F)
+        return hidden_NF
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        (both_N2F,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_NF, grad_N2F = grads[0].contiguous(), torch.empty_like(both_N2F)
+        arrays = (both_N2F, grad_NF, grad_N2F)
+        native().swiglu_backward(*map(at, arrays), c_int64(len(both_N2F)), c_int64(grad_NF.shape[1]))
+        return grad_N2F
+
+
+def swiglu(both_N2F: Tensor) -> Tensor:
+    """``silu(gate) * up`` [N, F] of contiguous rows that hold gate and up side by side (arXiv 2002.05202)."""
+    out: Tensor = _SwiGLU.apply(both_N2F.contiguous())  # type: ignore[no-untyped-call]
+    return out
+
+
+def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> float:
+    """Sum of the rows' softmax cross-entropies; ``logits_NV`` (contiguous) becomes its gradient.
+
+    ``target_N`` (int64, contiguous) must lie in 0 .. V - 1; it is not checked.
+    """
+    rows, vocabulary = logits_NV.shape
+    function = native().cross_entropy
+    function.restype = c_double
+    return float(function(at(logits_NV), at(target_N), c_int64(rows), c_int64(vocabulary)))
