@@ -63,7 +63,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         context.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(self.address)
-        self.page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        self.page.locator("#model", has_text="tiny").wait_for(state="attached")  # a script in the page may not evaluate
 
     def ask(self, question: str) -> None:
         self.page.get_by_label("Your question").fill(question)
