@@ -77,6 +77,9 @@ class DistillRecipe(Config):
     student: ModelRecipe = ModelRecipe()
     distill: DistillConfig = DistillConfig()
     text_share: float = Field(0.1, ge=0, le=1)
+    task_share: float = Field(
+        0.0, ge=0, lt=1
+    )  # of rows: worked examples of pre-training, what the teacher fails at too
 
 
 class RoadRecipe(Config):

@@ -156,9 +156,11 @@ def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
 def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
 ) -> MixedSource:
-    """The teacher's answers and text in the recipe's shares."""
+    """The teacher's answers, worked examples and text in the recipe's shares."""
     answers = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
-    parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share)]
+    parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
+    if recipe.task_share:
+        parts.append((road.artefacts.packed("tasks"), recipe.task_share))
     return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed)
 
 
