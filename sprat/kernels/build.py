@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         return None
     parts = (*(source.read_bytes() for source in SOURCES), " ".join(FLAGS).encode(), compiler.encode(), _processor())
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-    for folder in (_cache(), Path(tempfile.gettempdir()) / f"sprat-{os.getuid()}"):
+    for folder in (_cache(), _shared()):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.getuid():
@@ -66,8 +66,16 @@ def _compile(compiler: str, target: Path) -> bool:
 
 
 def _cache() -> Path:
-    """Where the user's caches are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprat"
+    """Where the user's caches are; a user without a home has none but the temporary folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprat"
+    except RuntimeError:
+        return _shared()
+
+
+def _shared() -> Path:
+    """A folder of this user's among everybody's temporary ones."""
+    return Path(tempfile.gettempdir()) / f"sprat-{os.getuid()}"
 
 
 def _processor() -> bytes:
