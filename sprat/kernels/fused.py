@@ -13,6 +13,7 @@ thread and without Python's lock, so members of a training team run side by side
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_double, c_float, c_int64, c_void_p
 
 import torch
@@ -35,11 +36,13 @@ def at(x: Tensor) -> c_void_p:
     return c_void_p(x.data_ptr())
 
 
+@functools.cache
 def native() -> ctypes.CDLL:
     """The compiled functions; only where ``applies`` said so."""
     found = build.library()
     if found is None:
         raise RuntimeError("no native functions here; ask fused.applies first")
+    found.cross_entropy.restype = c_double
     return found
 
 
@@ -91,6 +94,4 @@ def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> float:
     ``target_N`` (int64, contiguous) must lie in 0 .. V - 1; it is not checked.
     """
     rows, vocabulary = logits_NV.shape
-    function = native().cross_entropy
-    function.restype = c_double
-    return float(function(at(logits_NV), at(target_N), c_int64(rows), c_int64(vocabulary)))
+    return float(native().cross_entropy(at(logits_NV), at(target_N), c_int64(rows), c_int64(vocabulary)))

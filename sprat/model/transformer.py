@@ -184,10 +184,8 @@ class Transformer(nn.Module):
         return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
 
     def _by_document(self) -> bool:
-        """Whether attention by document can be asked for: latent attention in float32 on a CPU."""
-        weight, config = self.norm.weight, self.config
-        plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return plain and config.is_mla and config.rope_interleave
+        """Whether attention by document may be asked for: latent attention in float32; ``cut`` looks at the rest."""
+        return self.config.is_mla and self.config.rope_interleave and self.norm.weight.dtype == torch.float32
 
     def moe_layers(self) -> list[MoE]:
         """All expert layers, MTP's included, in order of depth."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sprat.config import (
     Config,
@@ -80,6 +80,12 @@ class DistillRecipe(Config):
     task_share: float = Field(
         0.0, ge=0, lt=1
     )  # of rows: worked examples of pre-training, what the teacher fails at too
+
+    @model_validator(mode="after")
+    def _leave_room_for_the_teacher(self) -> Self:
+        if self.text_share + self.task_share >= 1:
+            raise ValueError("text_share and task_share leave no rows for the teacher's answers; lower one of them")
+        return self
 
 
 class RoadRecipe(Config):

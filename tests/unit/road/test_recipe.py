@@ -63,3 +63,8 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_written(tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="is a file"):
         check_machine(tmp_path / "file")
+
+
+def test_a_student_without_its_teacher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="teacher"):
+        named("quickstart", ("distill.text_share=0.9",))
