@@ -1,0 +1,97 @@
+"""What the engine asks of whatever computes: one call a step over paged memory.
+
+The engine knows sequences, blocks and tokens; a back end knows weights. Between them stands one ``Batch``: the new
+tokens of every sequence of this step, laid one after the other without padding, and for each sequence the table
+of blocks in which its memory lies. A prompt, a part of a prompt, one decoded token and a few drafted tokens to be
+checked are the same thing: so many new tokens at such positions.
+
+Invariants that every back end holds, and a test for each of them:
+
+- Token ``i`` of sequence ``s`` at position ``p`` is written to block ``tables[s, p // BLOCK]``, place ``p % BLOCK``, and
+  sees positions ``0 … p`` of its own sequence, nothing else. Writing a position again overwrites it, so a rejected
+  draft needs no cleaning up.
+- A row's logits depend on its own tokens alone, bit for bit: not on who else is in the batch, nor on how a prompt
+  was cut into steps, nor on which blocks hold it (``invariant`` tells whether that is promised).
+- Blocks that no table names are not touched.
+"""
+
+# S sequences, T new tokens of all of them, W blocks of the longest table, R rows whose logits are asked, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+BLOCK = 64  # tokens of one block of memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        tokens_T: int32, the new tokens, sequence after sequence.
+        positions_T: int32, their positions; consecutive within a sequence.
+        starts_S: int32 [S + 1]; sequence ``s`` has tokens ``starts[s] … starts[s + 1] - 1``, one at least.
+        tables_SW: int32, C-contiguous; block numbers, -1 where a sequence has fewer than W.
+        wanted_R: int32, ascending; the indices of tokens (of 0 … T-1) whose logits are asked. May be empty.
+    """
+
+    tokens_T: NDArray[np.int32]
+    positions_T: NDArray[np.int32]
+    starts_S: NDArray[np.int32]
+    tables_SW: NDArray[np.int32]
+    wanted_R: NDArray[np.int32]
+
+
+class Backend(Protocol):
+    """A model with its paged memory.
+
+    Attributes:
+        vocab: V, rows of the head.
+        depth: MTP modules that ``draft`` can use; 0 if there are none.
+        kv_format: how the memory is stored: ``f32``, ``f16`` or ``i8``; part of a block's cache key.
+        block_bytes: bytes of one block, over all layers.
+        blocks: blocks that there is memory for.
+        invariant: whether rows are bitwise independent of the batch.
+    """
+
+    vocab: int
+    depth: int
+    kv_format: str
+    block_bytes: int
+    blocks: int
+    invariant: bool
+
+    def reserve(self, blocks: int) -> None:
+        """Have memory for ``blocks`` blocks; what is stored stays. Never shrinks. MachineError: no memory."""
+        ...
+
+    def run(self, batch: Batch) -> Tensor:
+        """Compute the batch and store its keys; logits float32 [R, V], valid until the next call."""
+        ...
+
+    def draft(self, batch: Batch, first: bool) -> Tensor:
+        """One MTP step; logits float32 [R, V] of the tokens *after* those of ``batch``.
+
+        Token ``i`` of ``batch`` is joined with the hidden state of the position before it, which the last ``run``
+        (``first``) or the last ``draft`` computed for the same rows, in the same order. Keys go to the module's
+        own layer of the same blocks.
+        """
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block over another."""
+        ...
+
+    def read(self, block: int) -> bytes:
+        """The ``block_bytes`` bytes of a block."""
+        ...
+
+    def write(self, block: int, data: bytes) -> None:
+        """Store what ``read`` gave; ValueError if it has another length."""
+        ...
