@@ -9,6 +9,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",*$$/\1/p' pyproject.toml)
 GYM := $(shell sed -n 's/^gym = \["\(reasoning-gym==[0-9.]*\)"\]$$/\1/p' pyproject.toml)
 
+KERNELS := $(wildcard sprat/kernels/src/*)
+
 SERVE ?= 1
 SEED ?= 0
 OUT ?= runs/quickstart
@@ -47,7 +49,7 @@ $(VENV)/.made:
 
 # torch goes first and by plain pip: that takes the CPU build where one is at hand.
 # reasoning-gym goes without its dependencies, then those that need no compiler; pycosat (C) only where it builds.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(KERNELS) | $(VENV)/.made
 	@echo "sprat: installing $(TORCH) (1 of 3; the largest, be patient)"
 	@$(PIP) install --quiet "$(TORCH)"
 	@echo "sprat: installing sprat and what it needs (2 of 3)"

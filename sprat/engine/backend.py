@@ -7,9 +7,9 @@ checked are the same thing: so many new tokens at such positions.
 
 Invariants that every back end holds, and a test for each of them:
 
-- Token ``i`` of sequence ``s`` at position ``p`` is written to block ``tables[s, p // BLOCK]``, place ``p % BLOCK``, and
-  sees positions ``0 … p`` of its own sequence, nothing else. Writing a position again overwrites it, so a rejected
-  draft needs no cleaning up.
+- Token ``i`` of sequence ``s`` at position ``p`` is written to block ``tables[s, p // BLOCK]``, place ``p % BLOCK``,
+  and sees positions ``0 … p`` of its own sequence, nothing else. Writing a position again overwrites it, so a
+  rejected draft needs no cleaning up.
 - A row's logits depend on its own tokens alone, bit for bit: not on who else is in the batch, nor on how a prompt
   was cut into steps, nor on which blocks hold it (``invariant`` tells whether that is promised).
 - Blocks that no table names are not touched.

@@ -5,7 +5,7 @@ some forty times a step. These functions do in one walk what takes stock operato
 thread and without Python's lock, so members of a training team run side by side.
 
 ``applies`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
-``build.library`` is asked once. The torch form of each function stands beside its call in ``model``.
+``kernels.library`` is asked once. The torch form of each function stands beside its call in ``model``.
 """
 
 # N rows, D width of a row, F width of a gate, V vocabulary
@@ -13,19 +13,18 @@ thread and without Python's lock, so members of a training team run side by side
 from __future__ import annotations
 
 import ctypes
-import functools
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from sprat.kernels import build
+from sprat.kernels import library
 
 
 def applies(x: Tensor) -> bool:
     """Whether the functions of this module take ``x``; under autocast they do not, whatever it is."""
     plain = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN
-    return plain and build.library() is not None and not torch.is_autocast_enabled("cpu")
+    return plain and library() is not None and not torch.is_autocast_enabled("cpu")
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
@@ -36,13 +35,11 @@ def at(x: Tensor) -> c_void_p:
     return c_void_p(x.data_ptr())
 
 
-@functools.cache
 def native() -> ctypes.CDLL:
     """The compiled functions; only where ``applies`` said so."""
-    found = build.library()
+    found = library()
     if found is None:
         raise RuntimeError("no native functions here; ask fused.applies first")
-    found.cross_entropy.restype = c_double
     return found
 
 

@@ -2,7 +2,7 @@
 
 Packed rows hold several short documents, and a token attends inside its own. A masked product over whole rows
 spends most of its work on pairs that the mask then throws away: rows of 128 tokens with documents of 40 spend
-two thirds. Here the batch is a list of documents, and ``kernels/attention.cpp`` goes through them one by one:
+two thirds. Here the batch is a list of documents, and ``kernels/src/train_attention.cpp`` goes through them one by one:
 what a token may not see is never computed, rotation and layout are part of the same walk, and of the
 probabilities only one number a row is kept for the way back.
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.kernels import build, fused
+from sprat.kernels import fused, library
 from sprat.model.moe import MLP, Experts
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler: torch does the work")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: torch does the work")
 sizes = given(rows=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
 some = settings(max_examples=40, deadline=None)
 
@@ -74,8 +74,8 @@ def test_layers_compute_the_same_with_and_without(monkeypatch: pytest.MonkeyPatc
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
     x, load = random(150, 12, seed=0, scale=1.0).requires_grad_(), torch.tensor([90, 0, 60])
     found = []
-    for library in (build.library, lambda: None):
-        monkeypatch.setattr(build, "library", library)
+    for choice in (library, lambda: None):
+        monkeypatch.setattr(fused, "library", choice)
         outs = (mlp(x), experts(x, load))
         inputs = [x, *mlp.parameters(), *experts.parameters()]
         found.append([*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), inputs)])

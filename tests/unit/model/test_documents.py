@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.kernels import build
+from sprat.kernels import fused, library
 from sprat.model import Transformer, documents
 from sprat.model.norm import rms_norm
 from sprat.model.step import plan
@@ -21,7 +21,7 @@ def packings() -> dict[str, Tensor | None]:
     return {"whole rows": None, "ragged": ragged, "single tokens": torch.arange(60).view(3, 20)}
 
 
-native = pytest.mark.skipif(build.library() is None, reason="no C++ compiler: stock operators do the work")
+native = pytest.mark.skipif(library() is None, reason="no C++ compiler: stock operators do the work")
 
 
 @native
@@ -95,7 +95,7 @@ def test_long_documents_are_left_to_stock_operators(monkeypatch: pytest.MonkeyPa
     turns = torch.ones(300, 2, dtype=torch.complex64)
     monkeypatch.setattr(documents, "LONGEST", 280)
     assert documents.cut((torch.arange(300) >= 281).long().expand(4, 300), 4, 300, turns) is None
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(fused, "library", lambda: None)
     assert documents.cut(None, 4, 8, turns[:8]) is None
 
 

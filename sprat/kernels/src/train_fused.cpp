@@ -12,6 +12,7 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // y = x / rms(x) * w, row by row; keeps 1 / rms(x).

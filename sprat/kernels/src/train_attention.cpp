@@ -145,6 +145,7 @@ Index longest_of(const Index* lengths, Index documents) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // q [N, H, n + r], kv [N, H, n + v], rope_keys [N, r], turns [period, r] as (cos, sin) pairs; documents cover all tokens.

@@ -1,0 +1,287 @@
+"""The native back end: the model's weights handed to the compiled step, and paged memory beside them.
+
+It is a second form of ``model``, never a second model: sizes come from its config, rotary turns from its table, weights
+from its own tensors. Float weights are used where they lie, so what a trainer changes is seen at once. Quantised
+ones are laid into panels, in the layout that the kernels eat. Latent up-projections (``kv_b_proj``) are applied from
+both sides, so they stay floats: float32 as they are, or float16 of what their codes stand for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sprat.engine.backend import BLOCK, Batch
+from sprat.errors import MachineError
+from sprat.kernels import native, why_not
+from sprat.model import Linear, MoE, Transformer
+from sprat.model.mla import MLA
+from sprat.model.moe import MLP
+from sprat.quant.layers import Packed, QuantEmbedding, QuantExperts, QuantLinear
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4, INT4_MIN = 3, 4, 5
+FORMATS = ("f32", "f16", "i8")  # of memory, in the order of the C++ side
+GROUP = 32  # groups of weights are multiples of this
+
+
+class NativeBackend:
+    """See ``Backend``.
+
+    Args:
+        model: on the CPU; float32, bfloat16 or quantised.
+        threads: of one step; None: as many as torch uses.
+        kv_format: ``f32``, ``f16`` or ``i8``; None: f32 for float32 models, so that training and rollouts agree,
+            else f16.
+
+    Raises:
+        MachineError: the kernels are not built, or do not take this model (see ``accepts``).
+    """
+
+    invariant = True
+
+    def __init__(self, model: Transformer, *, threads: int | None = None, kv_format: str | None = None) -> None:
+        reason = self.accepts(model)
+        if reason is not None:
+            raise MachineError(f"the native engine cannot run this: {reason}", where="engine", todo="let torch run it")
+        self.model, config = model, model.config
+        self.vocab, self.depth = config.vocab_size, len(model.mtp)
+        self.kv_format = kv_format or ("f32" if isinstance(model.head, Linear) and _is_wide(model) else "f16")
+        count = threads or torch.get_num_threads()
+        self._packed: dict[int, Any] = {}
+        self._native = native()
+        self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
+        self._turns = 0
+        embedding = self._matrix(model.embed_tokens)
+        head = embedding if config.tie_word_embeddings else self._matrix(model.head)
+        ends = {"embedding": embedding, "head": head, "norm": _floats(model.norm.weight), "turns": self._table(BLOCK)}
+        self._decoder.set_ends(ends)
+        layers: list[Any] = list(model.layers)
+        for layer in layers:
+            self._decoder.add_layer(self._layer(layer))
+        modules: list[Any] = list(model.mtp)
+        for module in modules:
+            parts = self._layer(module.block)
+            gains = {"norm_embedding": module.enorm, "norm_hidden": module.hnorm, "norm_last": module.shared_norm}
+            parts |= {name: _floats(norm.weight) for name, norm in gains.items()}
+            self._decoder.add_drafter(parts | {"join": self._matrix(module.eh_proj)})
+        self.block_bytes = int(self._decoder.block_bytes)
+
+    @staticmethod
+    def accepts(model: Transformer) -> str | None:
+        """None if ``model`` can run here, else why not."""
+        if native() is None:
+            return why_not()
+        tensors = list(model.state_dict().values())
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return "its weights are not on the CPU"
+        for name, module in model.named_modules():
+            if isinstance(module, Packed) and module.bits < 16 and module.group % GROUP and module.group < module.width:
+                return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
+            weight = getattr(module, "weight", None) if isinstance(module, Linear | nn.Embedding) else None
+            if weight is not None and weight.dtype not in KINDS:
+                return f"{name} is {weight.dtype}"
+        return None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that there is memory for."""
+        return int(self._decoder.blocks)
+
+    def reserve(self, blocks: int) -> None:
+        """See ``Backend``."""
+        try:
+            self._decoder.reserve(blocks)
+        except MemoryError:
+            wanted = blocks * self.block_bytes / 2**30
+            fault = f"no memory for {blocks} blocks of keys ({wanted:.1f} GiB)"
+            todo = "give the engine fewer blocks or a smaller context"
+            raise MachineError(fault, where="engine", todo=todo) from None
+
+    def run(self, batch: Batch) -> Tensor:
+        """See ``Backend``."""
+        return self._step(self._decoder.run, batch)
+
+    def draft(self, batch: Batch, first: bool) -> Tensor:
+        """See ``Backend``."""
+        return self._step(self._decoder.draft, batch, first)
+
+    def copy(self, source: int, target: int) -> None:
+        """See ``Backend``."""
+        self._decoder.copy(source, target)
+
+    def read(self, block: int) -> bytes:
+        """See ``Backend``."""
+        return bytes(self._decoder.read(block))
+
+    def write(self, block: int, data: bytes) -> None:
+        """See ``Backend``."""
+        self._decoder.write(block, data)
+
+    def _step(self, call: Any, batch: Batch, *more: bool) -> Tensor:
+        """Logits of one call; the table of turns grows with the longest position."""
+        if batch.tables_SW.shape[1] * BLOCK > self._turns:
+            self._decoder.set_turns(self._table(batch.tables_SW.shape[1] * BLOCK))
+        logits = np.empty((len(batch.wanted_R), self.vocab), np.float32)
+        arrays = (batch.tokens_T, batch.positions_T, batch.starts_S, batch.tables_SW, batch.wanted_R)
+        call(*arrays, *more, logits)
+        return torch.from_numpy(logits)
+
+    def _table(self, positions: int) -> Tensor:
+        """Turns of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
+        self._turns = max(positions, 2 * self._turns)
+        turns = self.model.rotary.first(self._turns, torch.device("cpu"))
+        return torch.view_as_real(turns).flatten(1).contiguous()
+
+    def _layer(self, block: Any) -> dict[str, Any]:
+        """What the step needs of one decoder layer, by the names of ``module.cpp``."""
+        parts: dict[str, Any] = {"norm_in": _floats(block.input_layernorm.weight)}
+        parts["norm_out"] = _floats(block.post_attention_layernorm.weight)
+        attention: Any = block.self_attn
+        if isinstance(attention, MLA):
+            parts["kv_down"] = self._matrix(attention.kv_a_proj_with_mqa)
+            parts["kv_up"] = self._floating(attention.kv_b_proj)
+            parts["latent_norm"] = _floats(attention.kv_a_layernorm.weight)
+            if attention.has_q_lora:
+                parts |= {"q_down": self._matrix(attention.q_a_proj), "q": self._matrix(attention.q_b_proj)}
+                parts["q_latent_norm"] = _floats(attention.q_a_layernorm.weight)
+            else:
+                parts["q"] = self._matrix(attention.q_proj)
+        else:
+            parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
+            if attention.has_qk_norm:
+                parts |= {"q_norm": _floats(attention.q_norm.weight), "k_norm": _floats(attention.k_norm.weight)}
+        parts["o"] = self._matrix(attention.o_proj)
+        return parts | self._feed_forward(block.mlp)
+
+    def _feed_forward(self, mlp: Any) -> dict[str, Any]:
+        """Experts in order, the shared one last; a dense layer is one expert without a router."""
+        if not isinstance(mlp, MoE):
+            return {"experts": [self._expert(mlp)], "shared": False}
+        config = mlp.gate.config
+        experts: list[Any] = self._experts(mlp.experts)
+        if mlp.shared_experts is not None:
+            experts.append(self._expert(mlp.shared_experts))
+        parts = {
+            "router": self._plain(mlp.gate.weight.float()),
+            "chosen": config.num_experts_per_tok,
+            "groups": config.n_group,
+            "top_groups": config.topk_group,
+            "sigmoid": config.scoring_func == "sigmoid",
+            "two_best": config.topk_method == "noaux_tc",
+            "normalise": config.norm_topk_prob and config.architecture == "deepseek_v3",
+            "routed_scale": config.routed_scaling_factor,
+        }
+        if mlp.gate.has_bias:
+            parts["router_bias"] = _floats(mlp.gate.e_score_correction_bias)
+        return parts | {"experts": experts, "shared": mlp.shared_experts is not None}
+
+    def _expert(self, mlp: MLP) -> tuple[Any, Any, Any]:
+        """Gate, up and down of one dense feed-forward."""
+        return self._matrix(mlp.gate_proj), self._matrix(mlp.up_proj), self._matrix(mlp.down_proj)
+
+    def _experts(self, experts: Any) -> list[Any]:
+        """Gate, up and down of each routed expert."""
+        if isinstance(experts, QuantExperts):
+            stacks = [self._stack(packed) for packed in (experts.gate, experts.up, experts.down)]
+        else:
+            weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
+            stacks = [[self._plain(one) for one in weight.detach()] for weight in weights]
+        return list(zip(*stacks, strict=True))
+
+    def _matrix(self, module: Any) -> Any:
+        """A linear map or an embedding, in whatever form it is."""
+        bias = getattr(module, "bias", None)
+        if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
+            if id(module.packed) not in self._packed or bias is not None:
+                self._packed[id(module.packed)] = self._stack(module.packed, bias)[0]
+            return self._packed[id(module.packed)]
+        weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
+        return self._plain(weight, bias)
+
+    def _plain(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """A float matrix where it lies."""
+        weight = weight.detach().contiguous()
+        rows, cols = weight.shape
+        data = weight.view(torch.uint8) if weight.dtype == torch.bfloat16 else weight
+        return self._native.Weights(KINDS[weight.dtype], rows, cols, GROUP, data, None, None, _maybe(bias))
+
+    def _floating(self, module: Any) -> Any:
+        """A matrix that must stay floats: float16 of what its codes stand for, if it has any."""
+        if isinstance(module, QuantLinear):
+            return self._plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
+        return self._plain(module.weight)
+
+    def _stack(self, packed: Packed, bias: Tensor | None = None) -> list[Any]:
+        """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]."""
+        if packed.bits == 16:
+            return [self._plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
+        cols, bits = packed.width, packed.bits
+        padded = -(-cols // GROUP) * GROUP
+        group = packed.group if packed.group < cols else padded
+        rows, panels, groups = packed.codes.shape[-2], -(-packed.codes.shape[-2] // 16), -(-padded // group)
+        minimums = getattr(packed, "minimums", None)
+        kind = INT8 if bits == 8 else INT4 if minimums is None else INT4_MIN
+        flip = 128 if bits == 8 else 8 if minimums is None else 0
+        found = []
+        for index, codes in enumerate(packed.codes.reshape(-1, *packed.codes.shape[-2:])):
+            data = torch.empty(panels * padded * 16 * bits // 8, dtype=torch.uint8)
+            self._native.lay_codes(codes.contiguous(), data, rows, cols, bits, flip)
+            marks: list[Tensor | None] = []
+            for source in (packed.scales, minimums):
+                laid = None if source is None else torch.empty(panels * groups * 32, dtype=torch.uint8)
+                if source is not None:
+                    one = source.reshape(-1, rows, groups)[index].contiguous()
+                    self._native.lay_marks(one, laid, rows, groups)
+                marks.append(laid)
+            found.append(self._native.Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
+        return found
+
+
+def _dims(model: Transformer) -> dict[str, Any]:
+    """Sizes of the model, by the names of ``module.cpp``."""
+    config, attention = model.config, cast(Any, model.layers[0]).self_attn
+    return {
+        "latent": config.is_mla,
+        "interleave": bool(getattr(attention, "interleave", False)),
+        "hidden": config.hidden_size,
+        "vocab": config.vocab_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": 1 if config.is_mla else config.kv_heads,
+        "head_dim": 0 if config.is_mla else config.attention_head_dim,
+        "rank": config.kv_lora_rank,
+        "nope": config.qk_nope_head_dim,
+        "rope": config.qk_rope_head_dim,
+        "value": config.v_head_dim,
+        "scale": attention.scale,
+        "eps": config.rms_norm_eps,
+    }
+
+
+def _is_wide(model: Transformer) -> bool:
+    """Whether all matrices are float32."""
+    return all(p.dtype == torch.float32 for p in model.parameters()) and not any(
+        isinstance(module, Packed) for module in model.modules()
+    )
+
+
+def _floats(weight: Tensor) -> Tensor:
+    """A vector as contiguous float32; the tensor itself where it is that already."""
+    return weight.detach().float().contiguous()
+
+
+def _maybe(bias: Tensor | None) -> Tensor | None:
+    """``_floats`` of a bias that may be missing."""
+    return None if bias is None else _floats(bias)
+
+
+def _dense(packed: Packed) -> Tensor:
+    """The float32 matrix of a quantised one, without keeping it there."""
+    kept, packed.materialise = packed.materialise, False
+    try:
+        return packed.dense()
+    finally:
+        packed.materialise = kept

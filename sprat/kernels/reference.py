@@ -1,0 +1,41 @@
+"""What the kernels compute, in torch: each is held to its reference by a test.
+
+Where there is no compiler torch multiplies dequantised floats instead, which loses nothing but time.
+
+Attention, routing, norms and the rest of a step need no page of their own: their reference is ``sprat.model``.
+"""
+
+# K rows, I inputs, O outputs
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 32  # inputs that are rounded with one scale
+
+
+def round_rows(rows_KI: Tensor) -> Tensor:
+    """Rows as products with quantised weights see them: bytes of -127 … 127, one scale for every 32 inputs.
+
+    float32 in and out. This is llama.cpp's Q8_0 with a float32 scale; halves are rounded to even.
+    """
+    width = rows_KI.shape[-1]
+    groups = torch.nn.functional.pad(rows_KI, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+    top = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
+    rounded: Tensor = ((groups * inverse).round() * (top / 127.0)).flatten(-2)[..., :width]
+    return rounded
+
+
+def product(rows_KI: Tensor, weight_OI: Tensor, *, quantised: bool, bias_O: Tensor | None = None) -> Tensor:
+    """``rows @ weight.T + bias``, float32 [K, O]; quantised weights (given dequantised) meet rounded rows."""
+    rows = round_rows(rows_KI) if quantised else rows_KI
+    return torch.nn.functional.linear(rows, weight_OI.float(), bias_O)
+
+
+def round_token(values: Tensor) -> Tensor:
+    """A key, a value or a latent as memory of kind ``i8`` keeps it: one scale for the last dimension."""
+    top = values.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
+    return (values * inverse).round() * (top / 127.0)

@@ -1,0 +1,205 @@
+// Attention over paged memory, grouped heads and latents alike: a tile of query rows walks over the blocks of one
+// sequence once, with the softmax carried along (FlashAttention, arXiv 2205.14135).
+//
+// Memory. A block keeps 64 tokens in four panels of 16; a panel keeps one channel of its 16 tokens side by side. So scores
+// need no sums across lanes (a channel of the query meets 16 keys), and neither do the weighted values: each lane sums the
+// tokens of its own place, and lanes are added once, after the last block. Latent attention reads the same numbers as keys
+// and as values, with no second copy turned the other way.
+//
+// Each row does the same operations in the same order whichever rows share its tile.
+#pragma once
+#include <cmath>
+
+#include "simd.h"
+
+namespace sprat {
+
+constexpr Index kBlock = 64, kPanels = kBlock / kLanes;
+constexpr int kQueries = 6;  // query rows of a tile: 24 sums of scores
+
+struct Float32 {
+    using Type = float;
+    static Lane get(const Type* p) { return load(p); }
+    static Type make(float x) { return x; }
+};
+struct Float16 {
+    using Type = std::uint16_t;
+    static Lane get(const Type* p) { return load_half(p); }
+    static Type make(float x) { return float_to_half(x); }
+};
+
+// Where one key head's tokens lie: block b at blocks[table[b]] + offset; keys [panel][key channel][16], values the same
+// from `values` on, with `value_width` channels to a panel (for latents: the keys themselves, values = 0).
+template <class Format>
+struct Paged {
+    const typename Format::Type* memory;
+    Index block_stride, offset, values;
+    Index key_width, value_width, value_panel;  // value_panel: elements from one panel of values to the next
+    const std::int32_t* table;
+
+    const typename Format::Type* keys(Index block) const { return memory + table[block] * block_stride + offset; }
+};
+
+// Put channel values of one token in its place; `panel` elements from one panel to the next.
+template <class Format>
+inline void put(typename Format::Type* at, Index panel, Index place, const float* x, Index width) {
+    at += place / kLanes * panel + place % kLanes;
+    for (Index c = 0; c < width; ++c) at[c * kLanes] = Format::make(x[c]);
+}
+
+constexpr Index kSpan = 512;  // keys whose scores are held at once; the softmax is carried from span to span
+
+// Room for one tile.
+struct AttentionRoom {
+    float* queries;  // [key_width, rows], channel by channel
+    float* scores;   // [rows, kSpan]
+    float* sums;     // [value_width, rows, 16], between spans
+    static Index count(Index key_width, Index value_width) {
+        return kQueries * (key_width + kSpan + value_width * kLanes) + 3 * kLanes;
+    }
+    AttentionRoom(float* at, Index key_width)
+        : queries(at), scores(at + (kQueries * key_width + kLanes - 1) / kLanes * kLanes), sums(scores + kQueries * kSpan) {}
+};
+
+// Scores of one block: room.scores[r][from …] = q . k.
+template <class Format, int rows>
+inline void score_block(const typename Format::Type* keys, Index wide, const AttentionRoom& room, Index from) {
+    Lane sum[rows][kPanels];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) sum[r][p] = zero();
+    }
+    for (Index c = 0; c < wide; ++c) {
+        Lane key[kPanels];
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) key[p] = Format::get(keys + (p * wide + c) * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const Lane q = all(room.queries[c * rows + r]);
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p) sum[r][p] = fma(q, key[p], sum[r][p]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) store(room.scores + r * kSpan + from + p * kLanes, sum[r][p]);
+    }
+}
+
+// Scores of one row to unnormalised weights; returns the factor that brings earlier spans to the new largest score.
+inline float weigh_row(float* score, Index valid, Index held, float& top, Lane& mass) {
+    if (valid <= 0) {
+        std::memset(score, 0, static_cast<std::size_t>(held) * sizeof(float));
+        return 1.0f;
+    }
+    const Index full = (valid + kLanes - 1) / kLanes * kLanes;
+    for (Index k = valid; k < full; ++k) score[k] = -INFINITY;
+    Lane most = load(score);
+    for (Index k = kLanes; k < full; k += kLanes) most = max(most, load(score + k));
+    const float peak = largest(most);
+    float factor = 1.0f;
+    if (peak > top) {
+        alignas(64) float shrink[kLanes];
+        store(shrink, exponential(all(top - peak)));
+        factor = top == -INFINITY ? 0.0f : shrink[0];
+        mass = mul(mass, all(factor));
+        top = peak;
+    }
+    const Lane low = all(top);
+    for (Index k = 0; k < full; k += kLanes) {
+        Lane e = exponential(sub(load(score + k), low));
+        if (valid - k < kLanes) e = first_lanes(e, valid - k);
+        store(score + k, e);
+        mass = add(mass, e);
+    }
+    if (held > full) std::memset(score + full, 0, static_cast<std::size_t>(held - full) * sizeof(float));
+    return factor;
+}
+
+// `some` channels of the weighted values, from channel c on, over the panels of one span.
+template <class Format, int rows, int some>
+inline void mix_channels(const Paged<Format>& at, Index start, Index held, Index c, const float* factor, bool first, bool last,
+                         const float* share, float* const* out, const AttentionRoom& room) {
+    Lane sum[rows][some];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int k = 0; k < some; ++k) sum[r][k] = first ? zero() : mul(load(room.sums + ((c + k) * rows + r) * kLanes), all(factor[r]));
+    }
+    for (Index p = 0; p * kLanes < held; ++p) {
+        const Index key = start + p * kLanes;
+        const auto* values = at.keys(key / kBlock) + at.values + key % kBlock / kLanes * at.value_panel + c * kLanes;
+        Lane value[some];
+#pragma GCC unroll 4
+        for (int k = 0; k < some; ++k) value[k] = Format::get(values + k * kLanes);
+        if (held - p * kLanes < kLanes) {
+            // What lies behind the last token was written by nobody, or by another request: it is not read.
+            for (int k = 0; k < some; ++k) value[k] = first_lanes(value[k], held - p * kLanes);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const Lane weight = load(room.scores + r * kSpan + p * kLanes);
+#pragma GCC unroll 4
+            for (int k = 0; k < some; ++k) sum[r][k] = fma(weight, value[k], sum[r][k]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        if (!last) {
+#pragma GCC unroll 4
+            for (int k = 0; k < some; ++k) store(room.sums + ((c + k) * rows + r) * kLanes, sum[r][k]);
+            continue;
+        }
+        float four[4];
+        totals(sum[r][0], sum[r][some > 1 ? 1 : 0], sum[r][some > 2 ? 2 : 0], sum[r][some > 3 ? 3 : 0], four);
+        for (int k = 0; k < some; ++k) out[r][c + k] = four[k] * share[r];
+    }
+}
+
+// out[r][value_width] of `rows` rows: softmax(q . k) v over keys 0 … seen[r] - 1. Queries are scaled already.
+template <class Format, int rows>
+void attend_rows(const Paged<Format>& at, const float* const* query, const std::int32_t* seen, float* const* out, const AttentionRoom& room) {
+    const Index wide = at.key_width, deep = at.value_width;
+    Index last = 0;
+    float top[rows], factor[rows], share[rows];
+    Lane mass[rows];
+    for (int r = 0; r < rows; ++r) {
+        last = seen[r] > last ? seen[r] : last;
+        top[r] = -INFINITY, mass[r] = zero();
+        for (Index c = 0; c < wide; ++c) room.queries[c * rows + r] = query[r][c];
+    }
+    for (Index start = 0; start < last; start += kSpan) {
+        const Index held = last - start < kSpan ? last - start : kSpan;
+        for (Index from = 0; from < held; from += kBlock) {
+            const auto* keys = at.keys((start + from) / kBlock);
+            // Values are read a few channels at a time, across blocks: that order no processor foresees.
+            if (at.values) fetch(keys + at.values, kBlock * deep * static_cast<Index>(sizeof *keys));
+            score_block<Format, rows>(keys, wide, room, from);
+        }
+        const Index padded = (held + kLanes - 1) / kLanes * kLanes;
+        for (int r = 0; r < rows; ++r) {
+            factor[r] = weigh_row(room.scores + r * kSpan, seen[r] - start < held ? seen[r] - start : held, padded, top[r], mass[r]);
+            share[r] = 1.0f / total(mass[r]);
+        }
+        const bool ends = start + kSpan >= last;
+        Index c = 0;
+        for (; c + 4 <= deep; c += 4) mix_channels<Format, rows, 4>(at, start, held, c, factor, start == 0, ends, share, out, room);
+        for (; c < deep; ++c) mix_channels<Format, rows, 1>(at, start, held, c, factor, start == 0, ends, share, out, room);
+    }
+}
+
+template <class Format>
+void attend(const Paged<Format>& at, const float* const* query, const std::int32_t* seen, float* const* out, Index rows, const AttentionRoom& room) {
+    switch (rows) {
+        case 1: return attend_rows<Format, 1>(at, query, seen, out, room);
+        case 2: return attend_rows<Format, 2>(at, query, seen, out, room);
+        case 3: return attend_rows<Format, 3>(at, query, seen, out, room);
+        case 4: return attend_rows<Format, 4>(at, query, seen, out, room);
+        case 5: return attend_rows<Format, 5>(at, query, seen, out, room);
+        default: return attend_rows<Format, 6>(at, query, seen, out, room);
+    }
+}
+
+}  // namespace sprat

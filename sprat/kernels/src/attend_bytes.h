@@ -1,0 +1,185 @@
+// Attention over memory kept in bytes: scores and weighted values by integer dot products, four times the multiplications of
+// floats at a quarter of the bytes of float32. This is what keeps decoding fast at long contexts, where a latent model on a CPU is
+// bound by arithmetic: every head meets every latent.
+//
+// A token's latent (or key, or value) has one scale, the rotary part of a latent key its own. Four channels of 16 tokens
+// make the 64 bytes of one dot instruction, as in weights. For the weighted values four *tokens* of 16 channels are
+// needed: those are made on the way by turning 4 x 4 bytes, so that latents are kept once. Weights of a span are rounded to seven
+// bits of their largest, each token's scale included. Rows do not depend on each other.
+#pragma once
+#include "attend.h"
+
+namespace sprat {
+
+constexpr int kByteQueries = 8;
+
+// One key head's tokens: channels [0, wide) and [wide, wide + more) have a scale each (more = 0: one scale). Values lie
+// `values` bytes on with a scale of their own, or are the keys' first part (values = 0).
+struct PagedBytes {
+    const std::uint8_t* memory;
+    Index block_stride, offset, values, wide, more, deep;
+    const std::int32_t* table;
+
+    static Index bytes(Index channels, Index scales) { return kBlock * channels + kBlock * scales * 4; }
+    const std::uint8_t* block(Index at) const { return memory + table[at] * block_stride + offset; }
+};
+
+// The scales of panel `panel` behind a block's codes: [panel][part][16] floats.
+inline const float* scales_of(const std::uint8_t* codes, Index channels, Index parts, Index panel, Index part) {
+    return reinterpret_cast<const float*>(codes + kBlock * channels) + (panel * parts + part) * kLanes;
+}
+
+inline float largest_of(const float* x, Index n) {
+    Lane top = zero();
+    Index c = 0;
+    for (; c + kLanes <= n; c += kLanes) top = max(top, absolute(load(x + c)));
+    if (c < n) top = max(top, absolute(load_some(x + c, n - c)));
+    return largest(top);
+}
+
+// Round one part of a token into its place.
+inline void put_bytes(std::uint8_t* codes, Index channels, Index parts, Index part, Index first, Index place, const float* x, Index width) {
+    const Index panel = place / kLanes, lane = place % kLanes;
+    const float top = largest_of(x, width), inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    std::uint8_t* at = codes + panel * channels * kLanes + lane * 4;
+    for (Index c = 0; c < width; ++c) {
+        const Index to = first + c;
+        at[to / 4 * 64 + to % 4] = static_cast<std::uint8_t>(128 + static_cast<int>(std::nearbyint(x[c] * inverse)));
+    }
+    const_cast<float*>(scales_of(codes, channels, parts, panel, part))[lane] = top / 127.0f;
+}
+
+struct ByteRoom {
+    std::int8_t *queries, *weights;  // [channel / 4, rows, 4], [token / 4, rows, 4]
+    float *scores, *sums;            // [rows, kSpan], [rows, deep]
+    static Index count(Index channels, Index deep) {
+        return kByteQueries * ((channels + kSpan) / 4 + kSpan + deep) + 4 * kLanes;
+    }
+    ByteRoom(float* at, Index channels) {
+        scores = at;
+        sums = nullptr;
+        queries = reinterpret_cast<std::int8_t*>(scores + kByteQueries * kSpan);
+        weights = queries + kByteQueries * channels;
+        sums = reinterpret_cast<float*>(weights + kByteQueries * kSpan);
+    }
+};
+
+// Round `width` numbers to [.. / 4, rows, 4] with one scale; what the offset 128 of the codes starts a sum with.
+template <int rows>
+inline std::int32_t round_part(const float* x, Index width, int row, std::int8_t* out, float* scale) {
+    const float top = largest_of(x, width), inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    std::int32_t sum = 0;
+    for (Index c = 0; c < width; ++c) {
+        const int code = static_cast<int>(std::nearbyint(x[c] * inverse));
+        out[(c / 4 * rows + row) * 4 + c % 4] = static_cast<std::int8_t>(code);
+        sum += code;
+    }
+    *scale = top / 127.0f;
+    return -128 * sum;
+}
+
+template <int rows>
+inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, Index to, const std::int8_t* queries, const std::int32_t* start, Ints (*sum)[2]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = repeat(start[r]);
+    for (Index c = from; c < to; ++c) {
+        const Bytes one = load_bytes(codes + c * 64), two = load_bytes(codes + channels * kLanes + c * 64);
+        const std::int8_t* q = queries + c * rows * 4;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sum[r][0] = dot(sum[r][0], one, q + 4 * r), sum[r][1] = dot(sum[r][1], two, q + 4 * r);
+    }
+}
+
+template <int rows>
+void attend_bytes_rows(const PagedBytes& at, const float* const* query, const std::int32_t* seen, float* const* out, const ByteRoom& room) {
+    const Index channels = at.wide + at.more, parts = at.more ? 2 : 1;
+    const Index value_channels = at.values ? at.deep : channels, value_parts = at.values ? 1 : parts;
+    std::int32_t offset[2][rows];
+    float scale[2][rows], top[rows], factor[rows], share[rows];
+    Lane mass[rows];
+    Index last = 0;
+    for (int r = 0; r < rows; ++r) {
+        last = seen[r] > last ? seen[r] : last;
+        top[r] = -INFINITY, mass[r] = zero();
+        offset[0][r] = round_part<rows>(query[r], at.wide, r, room.queries, &scale[0][r]);
+        if (at.more) offset[1][r] = round_part<rows>(query[r] + at.wide, at.more, r, room.queries + at.wide * rows, &scale[1][r]);
+    }
+    for (Index start = 0; start < last; start += kSpan) {
+        const Index held = std::min(last - start, kSpan), padded = (held + kLanes - 1) / kLanes * kLanes;
+        for (Index from = 0; from < held; from += 2 * kLanes) {
+            const std::uint8_t* block = at.block((start + from) / kBlock);
+            const Index panel = from % kBlock / kLanes;
+            const std::uint8_t* codes = block + panel * channels * kLanes;
+            Ints sum[rows][2];
+            dot_panels<rows>(codes, channels, 0, at.wide / 4, room.queries, offset[0], sum);
+            for (int k = 0; k < 2; ++k) {
+                const Lane by = load(scales_of(block, channels, parts, panel + k, 0));
+                for (int r = 0; r < rows; ++r) store(room.scores + r * kSpan + from + k * kLanes, mul(mul(to_float(sum[r][k]), by), all(scale[0][r])));
+            }
+            if (!at.more) continue;
+            dot_panels<rows>(codes, channels, at.wide / 4, channels / 4, room.queries, offset[1], sum);
+            for (int k = 0; k < 2; ++k) {
+                const Lane by = load(scales_of(block, channels, parts, panel + k, 1));
+                for (int r = 0; r < rows; ++r) {
+                    float* score = room.scores + r * kSpan + from + k * kLanes;
+                    store(score, fma(mul(to_float(sum[r][k]), by), all(scale[1][r]), load(score)));
+                }
+            }
+        }
+        std::int32_t begin[rows];
+        float unit[rows];
+        for (int r = 0; r < rows; ++r) {
+            float* score = room.scores + r * kSpan;
+            factor[r] = weigh_row(score, std::min<Index>(seen[r] - start, held), padded, top[r], mass[r]);
+            share[r] = 1.0f / total(mass[r]);
+            for (Index k = 0; k < padded; k += kLanes) {
+                const Index panel = k % kBlock / kLanes;
+                const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
+                Lane by = load(scales_of(block, value_channels, value_parts, panel, 0));
+                if (held - k < kLanes) by = first_lanes(by, held - k);
+                store(score + k, mul(load(score + k), by));
+            }
+            begin[r] = round_part<rows>(score, padded, r, room.weights, &unit[r]);
+        }
+        for (Index c = 0; c < at.deep; c += kLanes) {
+            Ints sum[rows];
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) sum[r] = repeat(begin[r]);
+            for (Index k = 0; k < padded; k += kLanes) {
+                const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
+                Bytes turned[4];
+                turn_bytes(block + k % kBlock * value_channels + c * kLanes, turned);
+                const std::int8_t* weights = room.weights + k * rows;
+#pragma GCC unroll 4
+                for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < rows; ++r) sum[r] = dot(sum[r], turned[q], weights + (q * rows + r) * 4);
+                }
+            }
+            for (int r = 0; r < rows; ++r) {
+                float* held_sum = room.sums + r * at.deep + c;
+                Lane value = mul(to_float(sum[r]), all(unit[r]));
+                if (start) value = fma(load(held_sum), all(factor[r]), value);
+                store(held_sum, value);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (Index c = 0; c < at.deep; c += kLanes) store(out[r] + c, mul(load(room.sums + r * at.deep + c), all(share[r])));
+    }
+}
+
+inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, float* const* out, Index rows, const ByteRoom& room) {
+    switch (rows) {
+        case 1: return attend_bytes_rows<1>(at, query, seen, out, room);
+        case 2: return attend_bytes_rows<2>(at, query, seen, out, room);
+        case 3: return attend_bytes_rows<3>(at, query, seen, out, room);
+        case 4: return attend_bytes_rows<4>(at, query, seen, out, room);
+        case 5: return attend_bytes_rows<5>(at, query, seen, out, room);
+        case 6: return attend_bytes_rows<6>(at, query, seen, out, room);
+        case 7: return attend_bytes_rows<7>(at, query, seen, out, room);
+        default: return attend_bytes_rows<8>(at, query, seen, out, room);
+    }
+}
+
+}  // namespace sprat

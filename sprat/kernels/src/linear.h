@@ -1,0 +1,315 @@
+// y = W x for weights of four kinds of class, one tile of rows at a time.
+//
+// Codes. A quantised matrix is cut into panels of 16 outputs. Inside a panel a group of 32 inputs lies together; four inputs
+// of 16 outputs make the 64 bytes that one dot instruction eats (two such sets share 64 bytes at four bits: low nibbles
+// the first, high nibbles the second). Codes are stored unsigned (+8 or +128). Inputs are rounded to signed bytes
+// with one scale for every 32 (as llama.cpp's Q8_0 does), so a group's sum is an exact integer, and one product with
+// both scales brings it back. What the offset of the codes adds is known before: it starts the sum.
+//
+// Why integers also for prompts: with twelve rows to a tile, unpacking is paid once for twelve products, so
+// four-bit weights in groups cost three instructions on top of eight products, and no second copy of the weights for long
+// prompts (per-channel INT8, the usual way) is needed. Nor is there a second arithmetic: a row's result is
+// the same alone or among 512.
+//
+// Floats. A float32, bfloat16 or float16 matrix is used where it lies, row by row: training weights need no packing.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+
+#include "simd.h"
+
+namespace sprat {
+
+enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int4_min = 5 };
+
+constexpr Index kGroup = 32;  // inputs that share a scale
+
+struct Matrix {
+    Kind kind = Kind::f32;
+    Index rows = 0, cols = 0, group = kGroup;   // group: inputs that share a scale of weights; a multiple of 32
+    const std::uint8_t* data = nullptr;         // panels of codes, or rows of floats
+    const std::uint16_t* scales = nullptr;      // float16 [panels, groups, 16]
+    const std::uint16_t* minimums = nullptr;    // the same, for int4_min
+    const float* bias = nullptr;                // [rows] or none
+
+    bool quantised() const { return kind >= Kind::int8; }
+    Index padded() const { return (cols + kGroup - 1) / kGroup * kGroup; }
+    Index panels() const { return (rows + kLanes - 1) / kLanes; }
+    Index groups() const { return (padded() + group - 1) / group; }
+    Index panel_bytes() const { return padded() * kLanes / (kind == Kind::int8 ? 1 : 2); }
+};
+
+// How rows are cut into tiles: as few as may be, of sizes that differ by one at most.
+struct Tiling {
+    Index rows, tiles;
+    Tiling(Index rows, Index most) : rows(rows), tiles((rows + most - 1) / most) {}
+    Index start(Index tile) const { return rows / tiles * tile + std::min(tile, rows % tiles); }
+    Index size(Index tile) const { return rows / tiles + (tile < rows % tiles ? 1 : 0); }
+};
+
+// Rows rounded to bytes, tile by tile: codes as [input / 4][row][4], and for each group of 32 inputs the rows' scales, what
+// the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row].
+struct Codes {
+    std::int8_t* codes;
+    float* marks;
+    Index padded;
+
+    static std::size_t code_bytes(Index rows, Index padded) { return static_cast<std::size_t>(rows * padded); }
+    static std::size_t mark_count(Index rows, Index padded) { return static_cast<std::size_t>(rows * padded / kGroup * 3); }
+    std::int8_t* tile_codes(Index start) const { return codes + start * padded; }
+    float* tile_marks(Index start) const { return marks + start * (padded / kGroup) * 3; }
+};
+
+// Round one group of 32 floats (zero beyond `have`) into row `row` of a tile of `size` rows.
+inline void quantise_group(const float* x, Index have, std::int8_t* codes, float* marks, Index group, Index row, Index size) {
+    const Lane a = have >= 16 ? load(x) : load_some(x, have > 0 ? have : 0);
+    const Lane b = have >= 32 ? load(x + 16) : have > 16 ? load_some(x + 16, have - 16) : zero();
+    const float top = largest(max(absolute(a), absolute(b)));
+    const float scale = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    alignas(64) std::int8_t small[32];
+    store_codes(small, mul(a, all(inverse)));
+    store_codes(small + 16, mul(b, all(inverse)));
+    std::int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += small[i];
+    std::int8_t* to = codes + (group * 8 * size + row) * 4;
+    for (int i = 0; i < 8; ++i) std::memcpy(to + i * size * 4, small + 4 * i, 4);
+    float* mark = marks + group * 3 * size;
+    const std::int32_t start = -8 * sum;
+    mark[row] = scale;
+    std::memcpy(mark + size + row, &start, 4);
+    mark[2 * size + row] = scale * static_cast<float>(sum);
+}
+
+inline void quantise_row(const float* x, Index cols, const Codes& out, Index tile_start, Index row, Index size) {
+    for (Index g = 0; g < out.padded / kGroup; ++g) {
+        quantise_group(x + g * kGroup, cols - g * kGroup, out.tile_codes(tile_start), out.tile_marks(tile_start), g, row, size);
+    }
+}
+
+inline std::int32_t whole(const float* p) {
+    std::int32_t out;
+    std::memcpy(&out, p, 4);
+    return out;
+}
+
+// 16 outputs of `rows` rows; out[row] holds one panel.
+template <Kind kind, int rows>
+inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes, const float* marks, Lane* out) {
+    const Index groups = w.padded() / kGroup, per = w.group / kGroup, wide = w.groups();
+    const std::uint8_t* at = w.data + panel * w.panel_bytes();
+    const std::uint16_t* scale = w.scales + panel * wide * kLanes;
+    const std::uint16_t* minimum = kind == Kind::int4_min ? w.minimums + panel * wide * kLanes : nullptr;
+    Lane sum[rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r] = zero();
+    Index left = per;
+    for (Index g = 0; g < groups; ++g, marks += 3 * rows) {
+        Ints acc[rows];
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+            acc[r] = kind == Kind::int4_min ? repeat(0) : repeat(whole(marks + rows + r));
+            if (kind == Kind::int8) acc[r] = times16(acc[r]);
+        }
+        if constexpr (kind == Kind::int8) {
+            for (int c = 0; c < 8; ++c, at += 64, codes += 4 * rows) {
+                const Bytes bytes = load_bytes(at);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], bytes, codes + 4 * r);
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c, at += 64, codes += 8 * rows) {
+                const Bytes bytes = load_bytes(at);
+                const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], low, codes + 4 * r);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], high, codes + 4 * (rows + r));
+            }
+        }
+        const Lane s = load_half(scale);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) sum[r] = fma(mul(to_float(acc[r]), s), all(marks[r]), sum[r]);
+        if constexpr (kind == Kind::int4_min) {
+            const Lane m = load_half(minimum);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; ++r) sum[r] = fma(m, all(marks[2 * rows + r]), sum[r]);
+        }
+        if (--left == 0) left = per, scale += kLanes, minimum += kind == Kind::int4_min ? kLanes : 0;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) out[r] = sum[r];
+}
+
+using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, Lane*);
+
+template <Kind kind>
+inline PanelProduct panel_product_of(Index rows) {
+    static constexpr PanelProduct table[] = {
+        panel_product<kind, 1>,
+        panel_product<kind, 2>,
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+        panel_product<kind, 3>,
+        panel_product<kind, 4>,
+#endif
+#if defined(__AVX512VNNI__)
+        panel_product<kind, 5>, panel_product<kind, 6>, panel_product<kind, 7>, panel_product<kind, 8>,
+        panel_product<kind, 9>, panel_product<kind, 10>, panel_product<kind, 11>, panel_product<kind, 12>,
+#endif
+    };
+    static_assert(sizeof(table) / sizeof(table[0]) == kTile, "one function for each size of a tile");
+    return table[rows - 1];
+}
+
+inline PanelProduct panel_product_of(Kind kind, Index rows) {
+    switch (kind) {
+        case Kind::int8: return panel_product_of<Kind::int8>(rows);
+        case Kind::int4: return panel_product_of<Kind::int4>(rows);
+        default: return panel_product_of<Kind::int4_min>(rows);
+    }
+}
+
+template <Kind kind>
+inline Lane load_weights(const std::uint8_t* p, Index at) {
+    if constexpr (kind == Kind::f32) return load(reinterpret_cast<const float*>(p) + at);
+    if constexpr (kind == Kind::bf16) return load_bfloat(reinterpret_cast<const std::uint16_t*>(p) + at);
+    return load_half(reinterpret_cast<const std::uint16_t*>(p) + at);
+}
+template <Kind kind>
+inline float one_weight(const std::uint8_t* p, Index at) {
+    if constexpr (kind == Kind::f32) return reinterpret_cast<const float*>(p)[at];
+    if constexpr (kind == Kind::bf16) return bfloat_to_float(reinterpret_cast<const std::uint16_t*>(p)[at]);
+    return half_to_float(reinterpret_cast<const std::uint16_t*>(p)[at]);
+}
+
+// Four outputs (rows of a float matrix at `w`, `stride` elements apart) of `rows` rows of x, with inputs in lanes.
+template <Kind kind, int rows, int outs>
+inline void float_product(const std::uint8_t* w, Index first, Index stride, Index cols, const float* const* x, float (*out)[4]) {
+    Lane sum[rows][outs];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int o = 0; o < outs; ++o) sum[r][o] = zero();
+    }
+    Index c = 0;
+    for (; c + kLanes <= cols; c += kLanes) {
+        Lane weights[outs];
+#pragma GCC unroll 4
+        for (int o = 0; o < outs; ++o) weights[o] = load_weights<kind>(w, (first + o) * stride + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const Lane in = load(x[r] + c);
+#pragma GCC unroll 4
+            for (int o = 0; o < outs; ++o) sum[r][o] = fma(weights[o], in, sum[r][o]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        totals(sum[r][0], sum[r][outs > 1 ? 1 : 0], sum[r][outs > 2 ? 2 : 0], sum[r][outs > 3 ? 3 : 0], out[r]);
+        for (int o = 0; o < outs; ++o) {
+            for (Index t = c; t < cols; ++t) out[r][o] += one_weight<kind>(w, (first + o) * stride + t) * x[r][t];
+        }
+    }
+}
+
+template <Kind kind, int rows>
+inline void float_outputs(const std::uint8_t* w, Index first, Index count, Index stride, Index cols, const float* const* x, float (*out)[4]) {
+    if (count == 4) return float_product<kind, rows, 4>(w, first, stride, cols, x, out);
+    float one[rows][4];
+    for (Index o = 0; o < count; ++o) {
+        float_product<kind, rows, 1>(w, first + o, stride, cols, x, one);
+        for (int r = 0; r < rows; ++r) out[r][o] = one[r][0];
+    }
+}
+
+template <Kind kind>
+inline void float_tile(const std::uint8_t* w, Index first, Index count, Index stride, Index cols, const float* const* x, Index rows, float (*out)[4]) {
+    switch (rows) {
+        case 1: return float_outputs<kind, 1>(w, first, count, stride, cols, x, out);
+        case 2: return float_outputs<kind, 2>(w, first, count, stride, cols, x, out);
+#if defined(__AVX512VNNI__)
+        case 3: return float_outputs<kind, 3>(w, first, count, stride, cols, x, out);
+        case 4: return float_outputs<kind, 4>(w, first, count, stride, cols, x, out);
+        case 5: return float_outputs<kind, 5>(w, first, count, stride, cols, x, out);
+        default: return float_outputs<kind, 6>(w, first, count, stride, cols, x, out);
+#else
+        default: return;
+#endif
+    }
+}
+
+// Outputs first … first + count - 1 (count <= 4) of a float matrix for a tile of rows.
+inline void float_tile(const Matrix& w, Index first, Index count, const float* const* x, Index rows, float (*out)[4]) {
+    switch (w.kind) {
+        case Kind::f32: return float_tile<Kind::f32>(w.data, first, count, w.cols, w.cols, x, rows, out);
+        case Kind::bf16: return float_tile<Kind::bf16>(w.data, first, count, w.cols, w.cols, x, rows, out);
+        default: return float_tile<Kind::f16>(w.data, first, count, w.cols, w.cols, x, rows, out);
+    }
+}
+
+// out[row] = sum over o < outs of x[row][o] * (row first + o of w): a product with the transpose, outputs in lanes.
+template <Kind kind, int rows>
+inline void transposed_rows(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out) {
+    Index c = 0;
+    for (; c + 4 * kLanes <= w.cols; c += 4 * kLanes) {
+        Lane sum[rows][4];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) sum[r][k] = zero();
+        }
+        for (Index o = 0; o < outs; ++o) {
+            Lane weights[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) weights[k] = load_weights<kind>(w.data, (first + o) * w.cols + c + k * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                const Lane by = all(x[r][o]);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) sum[r][k] = fma(by, weights[k], sum[r][k]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) store(out[r] + c + k * kLanes, sum[r][k]);
+        }
+    }
+    for (; c < w.cols; ++c) {
+        for (int r = 0; r < rows; ++r) {
+            float s = 0.0f;
+            for (Index o = 0; o < outs; ++o) s += x[r][o] * one_weight<kind>(w.data, (first + o) * w.cols + c);
+            out[r][c] = s;
+        }
+    }
+}
+
+template <Kind kind>
+inline void transposed(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out, Index rows) {
+    switch (rows) {
+        case 1: return transposed_rows<kind, 1>(w, first, outs, x, out);
+        case 2: return transposed_rows<kind, 2>(w, first, outs, x, out);
+#if defined(__AVX512VNNI__)
+        case 3: return transposed_rows<kind, 3>(w, first, outs, x, out);
+        case 4: return transposed_rows<kind, 4>(w, first, outs, x, out);
+        case 5: return transposed_rows<kind, 5>(w, first, outs, x, out);
+        default: return transposed_rows<kind, 6>(w, first, outs, x, out);
+#else
+        default: return;
+#endif
+    }
+}
+
+inline void transposed(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out, Index rows) {
+    switch (w.kind) {
+        case Kind::f32: return transposed<Kind::f32>(w, first, outs, x, out, rows);
+        case Kind::bf16: return transposed<Kind::bf16>(w, first, outs, x, out, rows);
+        default: return transposed<Kind::f16>(w, first, outs, x, out, rows);
+    }
+}
+
+inline Lane silu(Lane x) {
+    return divide(x, add(all(1.0f), exponential(sub(zero(), x))));
+}
+
+}  // namespace sprat

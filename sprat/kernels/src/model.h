@@ -1,0 +1,419 @@
+// A whole step of a decoder: grouped-query or latent attention, dense or routed feed-forward, last norm and head, for the
+// new tokens of many sequences over paged memory. Driven from here because between two products of a small model
+// Python, or even torch's dispatcher, takes longer than the product: the same kernels called from eager torch ran
+// at a quarter of the speed.
+//
+// T tokens of the step, D hidden, H query heads, G key heads, R latent rank, r rotary, n/v channels without position / of values.
+#pragma once
+#include <memory>
+
+#include "attend_bytes.h"
+#include "experts.h"
+#include "memory.h"
+
+namespace sprat {
+
+enum class Memory : int { full = 0, half = 1, bytes = 2 };  // float32, float16, or bytes with scales
+
+struct Dims {
+    bool latent = false, interleave = false;
+    Index hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0;
+    Index rank = 0, nope = 0, rope = 0, value = 0;
+    float scale = 1.0f, eps = 1e-6f;
+    static constexpr float latent_eps = 1e-6f;  // as DeepSeek's published code, whatever the config says
+
+    Index key_width() const { return latent ? rank + rope : head_dim; }
+    Index value_width() const { return latent ? rank : head_dim; }
+    Index groups() const { return latent ? 1 : kv_heads; }
+    Index query_width() const { return latent ? nope + rope : head_dim; }
+    Index rotary() const { return latent ? rope : head_dim; }
+    // Bytes that one block keeps for one layer.
+    Index layer_bytes(Memory memory) const {
+        if (memory == Memory::bytes) return latent ? PagedBytes::bytes(rank + rope, 2) : 2 * kv_heads * PagedBytes::bytes(head_dim, 1);
+        return kBlock * groups() * (latent ? key_width() : 2 * head_dim) * (memory == Memory::half ? 2 : 4);
+    }
+    bool fits_bytes() const { return (latent ? rank % kLanes == 0 && rope % 4 == 0 : head_dim % kLanes == 0); }
+};
+
+struct Layer {
+    const float *norm_in = nullptr, *norm_out = nullptr, *q_norm = nullptr, *k_norm = nullptr, *q_latent_norm = nullptr;
+    const float* latent_norm = nullptr;
+    Matrix q, q_down, k, v, kv_down, kv_up, o;  // q_down: the first half of a factored query, or no rows
+    Routing routing;
+    Matrix router;                              // no rows: dense
+    const float* router_bias = nullptr;
+    std::vector<Expert> experts;                // routed ones, then the shared one; or the dense one alone
+    bool shared = false;
+};
+
+struct Drafter {
+    const float *norm_embedding = nullptr, *norm_hidden = nullptr, *norm_last = nullptr;
+    Matrix join;
+    Layer layer;
+};
+
+struct Batch {
+    const std::int32_t *tokens, *positions, *starts, *tables, *wanted;
+    Index count, sequences, width, wants;  // T, S, W, R
+};
+
+class Model {
+public:
+    Model(Dims dims, int threads, Memory kept) : dims_(dims), kept_(kept), pool_(threads) {}
+
+    Dims dims_;
+    Memory kept_;
+    std::vector<Layer> layers;
+    std::vector<Drafter> drafters;
+    const float* norm_last = nullptr;
+    Matrix embedding, head;
+    const float* turns = nullptr;  // (cos, sin) of each position and channel pair
+    Index turn_count = 0;
+
+    Index block_bytes() const {
+        return dims_.layer_bytes(kept_) * static_cast<Index>(layers.size() + drafters.size());
+    }
+    void reserve(Index blocks) { memory_.grow(static_cast<std::size_t>(blocks * block_bytes())); }
+    std::uint8_t* block(Index at) const { return memory_.at() + at * block_bytes(); }
+    Pool& pool() { return pool_; }
+
+    // Logits [R, V] of the wanted tokens; the hidden states of all stay for `draft`.
+    void run(const Batch& b, float* logits) {
+        float* x = x_.need(b.count * dims_.hidden);
+        for (Index t = 0; t < b.count; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
+        for (std::size_t l = 0; l < layers.size(); ++l) layer(layers[l], static_cast<Index>(l), b, x);
+        depth_ = 0;
+        give_logits(b, norm_last, x, logits);
+    }
+
+    // The next module of multi-token prediction over the same rows (DeepSeek-V3, section 2.2).
+    void draft(const Batch& b, bool first, float* logits) {
+        depth_ = first ? 0 : depth_;
+        const Drafter& m = drafters[depth_];
+        const Index wide = dims_.hidden;
+        const float* last = depth_ ? drafters[depth_ - 1].norm_last : norm_last;
+        float *x = x_.data(), *pair = pair_.need(b.count * 2 * wide), *normed = normed_.need(b.count * wide);
+        for (Index t = 0; t < b.count; ++t) {
+            read_row(embedding, b.tokens[t], normed);
+            rms_norm(normed, m.norm_embedding, wide, dims_.eps, pair + 2 * t * wide);
+            rms_norm(x + t * wide, last, wide, dims_.eps, normed);
+            rms_norm(normed, m.norm_hidden, wide, dims_.eps, pair + (2 * t + 1) * wide);
+        }
+        multiply(pool_, input(pair, 2 * wide, b.count, {&m.join}), {{&m.join, x, wide, false}});
+        layer(m.layer, static_cast<Index>(layers.size()) + depth_, b, x);
+        ++depth_;
+        give_logits(b, m.norm_last, x, logits);
+    }
+
+    std::size_t bytes() const { return memory_.size(); }
+
+private:
+    // Rows for products with `readers`: as codes too where one of them wants codes.
+    Input input(const float* rows, Index width, Index count, std::initializer_list<const Matrix*> readers) {
+        Input in{rows, width, count, nullptr, {}};
+        bool coded = false;
+        for (const Matrix* w : readers) coded = coded || w->quantised();
+        if (!coded) return in;
+        const Index padded = (width + kGroup - 1) / kGroup * kGroup;
+        in.codes = {codes_.need(count * padded), marks_.need(count * padded / kGroup * 3), padded};
+        const Tiling tiling(count, kTile);
+        const Index chunks = count * width > 8192 ? pieces(pool_, tiling.tiles, count) : 1;
+        pool_.run(chunks, [&](Index chunk, int) {
+            for (Index t = tiling.tiles * chunk / chunks; t < tiling.tiles * (chunk + 1) / chunks; ++t) {
+                for (Index r = 0; r < tiling.size(t); ++r) {
+                    quantise_row(rows + (tiling.start(t) + r) * width, width, in.codes, tiling.start(t), r, tiling.size(t));
+                }
+            }
+        });
+        return in;
+    }
+
+    // f(first token, last token, thread) for all of them, alone where that is quick.
+    template <class F>
+    void over_tokens(Index count, Index cost, const F& f) {
+        const Index chunks = count * cost > 16384 ? pieces(pool_, count, 1) : 1;
+        pool_.run(chunks, [&](Index c, int thread) { f(count * c / chunks, count * (c + 1) / chunks, thread); });
+    }
+
+    const float* normed(const float* x, const float* gain, Index count) {
+        const Index wide = dims_.hidden;
+        float* out = normed_.need(count * wide);
+        over_tokens(count, wide, [&](Index from, Index to, int) {
+            for (Index t = from; t < to; ++t) rms_norm(x + t * wide, gain, wide, dims_.eps, out + t * wide);
+        });
+        return out;
+    }
+
+    void layer(const Layer& l, Index number, const Batch& b, float* x) {
+        const float* rows = normed(x, l.norm_in, b.count);
+        attention(l, number, b, rows, x);
+        feed_forward(l, b.count, normed(x, l.norm_out, b.count), x);
+    }
+
+    void turn(float* x, Index position) const {
+        const Index wide = dims_.rotary();
+        const float* by = turns + position * wide;
+        if (dims_.interleave) {
+            for (Index c = 0; c < wide; c += 2) {
+                const float a = x[c], z = x[c + 1], cosine = by[c], sine = by[c + 1];
+                x[c] = a * cosine - z * sine, x[c + 1] = a * sine + z * cosine;
+            }
+        } else {
+            for (Index c = 0; c < wide / 2; ++c) {
+                const float a = x[c], z = x[c + wide / 2], cosine = by[2 * c], sine = by[2 * c + 1];
+                x[c] = a * cosine - z * sine, x[c + wide / 2] = z * cosine + a * sine;
+            }
+        }
+    }
+
+    // x += o(attention(rows)); stores what the new tokens will be remembered by.
+    void attention(const Layer& l, Index number, const Batch& b, const float* rows, float* x) {
+        const Index count = b.count, wide = dims_.query_width(), all_q = dims_.heads * wide;
+        float* q = q_.need(count * all_q);
+        const Index kv_wide = dims_.latent ? dims_.key_width() : 2 * dims_.kv_heads * dims_.head_dim;
+        float* kv = kv_.need(count * kv_wide);
+        const Index key_all = dims_.kv_heads * dims_.head_dim;
+        if (!dims_.latent) {
+            const Input in = input(rows, dims_.hidden, count, {&l.q, &l.k, &l.v});
+            multiply(pool_, in, {{&l.q, q, all_q, false}, {&l.k, kv, kv_wide, false}, {&l.v, kv + key_all, kv_wide, false}});
+        } else if (l.q_down.rows == 0) {
+            const Input in = input(rows, dims_.hidden, count, {&l.q, &l.kv_down});
+            multiply(pool_, in, {{&l.q, q, all_q, false}, {&l.kv_down, kv, kv_wide, false}});
+        } else {
+            const Index low = l.q_down.rows;
+            float* half = pair_.need(count * low);
+            const Input in = input(rows, dims_.hidden, count, {&l.q_down, &l.kv_down});
+            multiply(pool_, in, {{&l.q_down, half, low, false}, {&l.kv_down, kv, kv_wide, false}});
+            for (Index t = 0; t < count; ++t) rms_norm(half + t * low, l.q_latent_norm, low, Dims::latent_eps, half + t * low);
+            multiply(pool_, input(half, low, count, {&l.q}), {{&l.q, q, all_q, false}});
+        }
+        remember(l, number, b, q, kv);
+        const Index out_wide = dims_.heads * (dims_.latent ? dims_.value : dims_.head_dim);
+        float* out = out_.need(count * out_wide);
+        if (dims_.latent) {
+            float* absorbed = absorbed_.need(count * dims_.heads * dims_.key_width());
+            float* mixed = mixed_.need(count * dims_.heads * dims_.rank);
+            absorb(l, count, q, absorbed);
+            attend_all(number, b, absorbed, mixed);
+            give_values(l, count, mixed, out);
+        } else {
+            attend_all(number, b, q, out);
+        }
+        multiply(pool_, input(out, out_wide, count, {&l.o}), {{&l.o, x, dims_.hidden, true}});
+    }
+
+    // Turn and scale queries, turn keys, and put keys and values in their blocks.
+    void remember(const Layer& l, Index number, const Batch& b, float* q, float* kv) {
+        const Index wide = dims_.query_width(), dim = dims_.head_dim;
+        const Index kv_wide = dims_.latent ? dims_.key_width() : 2 * dims_.kv_heads * dim;
+        over_tokens(b.count, (dims_.heads * wide + kv_wide) * 2, [&](Index from, Index to, int) {
+            Index s = 0;
+            for (Index t = from; t < to; ++t) {
+                while (b.starts[s + 1] <= t) ++s;
+                const Index position = b.positions[t];
+                std::uint8_t* at = block(b.tables[s * b.width + position / kBlock]) + number * dims_.layer_bytes(kept_);
+                float* row = kv + t * kv_wide;
+                for (Index h = 0; h < dims_.heads; ++h) {
+                    float* one = q + (t * dims_.heads + h) * wide;
+                    if (l.q_norm) rms_norm(one, l.q_norm, wide, dims_.eps, one);
+                    turn(one + (dims_.latent ? dims_.nope : 0), position);
+                    for (Index c = 0; c < wide; ++c) one[c] *= dims_.scale;
+                }
+                if (dims_.latent) {
+                    rms_norm(row, l.latent_norm, dims_.rank, Dims::latent_eps, row);
+                    turn(row + dims_.rank, position);
+                    keep(at, 0, position % kBlock, row, dims_.rank, dims_.rope);
+                    continue;
+                }
+                for (Index g = 0; g < dims_.kv_heads; ++g) {
+                    float* key = row + g * dim;
+                    if (l.k_norm) rms_norm(key, l.k_norm, dim, dims_.eps, key);
+                    turn(key, position);
+                    keep(at, 2 * g, position % kBlock, key, dim, 0);
+                    keep(at, 2 * g + 1, position % kBlock, row + (dims_.kv_heads + g) * dim, dim, 0);
+                }
+            }
+        });
+    }
+
+    // Put one token's `wide` and `more` channels in part `part` of its layer's share of a block.
+    void keep(std::uint8_t* at, Index part, Index place, const float* x, Index wide, Index more) const {
+        const Index all_wide = wide + more;
+        if (kept_ == Memory::bytes) {
+            const Index scales = more ? 2 : 1;
+            at += part * PagedBytes::bytes(all_wide, scales);
+            put_bytes(at, all_wide, scales, 0, 0, place, x, wide);
+            if (more) put_bytes(at, all_wide, scales, 1, wide, place, x + wide, more);
+        } else if (kept_ == Memory::half) {
+            put<Float16>(reinterpret_cast<std::uint16_t*>(at) + part * kBlock * all_wide, all_wide * kLanes, place, x, all_wide);
+        } else {
+            put<Float32>(reinterpret_cast<float*>(at) + part * kBlock * all_wide, all_wide * kLanes, place, x, all_wide);
+        }
+    }
+
+    // Queries against latents: W_uk^T q beside the turned part, [T, H, R + r].
+    void absorb(const Layer& l, Index count, const float* q, float* out) {
+        const Index n = dims_.nope, wide = dims_.query_width(), key_wide = dims_.key_width(), rank = dims_.rank;
+        pool_.run(dims_.heads, [&](Index h, int) {
+            const Index first = h * (n + dims_.value);
+            for (Index t = 0; t < count; t += kTileF) {
+                const Index some = std::min<Index>(kTileF, count - t);
+                const float* in[kTileF];
+                float* to[kTileF];
+                for (Index i = 0; i < some; ++i) {
+                    in[i] = q + ((t + i) * dims_.heads + h) * wide;
+                    to[i] = out + ((t + i) * dims_.heads + h) * key_wide;
+                    std::memcpy(to[i] + rank, in[i] + n, static_cast<std::size_t>(dims_.rope) * sizeof(float));
+                }
+                transposed(l.kv_up, first, n, in, to, some);
+            }
+        });
+    }
+
+    // Weighted latents to values of each head, [T, H, v].
+    void give_values(const Layer& l, Index count, const float* mixed, float* out) {
+        const Index rank = dims_.rank, v = dims_.value;
+        pool_.run(dims_.heads, [&](Index h, int) {
+            const Index first = h * (dims_.nope + v) + dims_.nope;
+            float some[kTileF][4];
+            for (Index t = 0; t < count; t += kTileF) {
+                const Index rows = std::min<Index>(kTileF, count - t);
+                const float* in[kTileF];
+                for (Index i = 0; i < rows; ++i) in[i] = mixed + ((t + i) * dims_.heads + h) * rank;
+                for (Index c = 0; c < v; c += 4) {
+                    const Index outs = std::min<Index>(4, v - c);
+                    float_tile(l.kv_up, first + c, outs, in, rows, some);
+                    for (Index i = 0; i < rows; ++i) {
+                        std::memcpy(out + ((t + i) * dims_.heads + h) * v + c, some[i], static_cast<std::size_t>(outs) * sizeof(float));
+                    }
+                }
+            }
+        });
+    }
+
+    struct Task {
+        Index sequence, group, first, rows;  // query rows of a key head: token by token, its query heads side by side
+    };
+
+    void attend_all(Index number, const Batch& b, const float* q, float* out) {
+        const Index groups = dims_.groups(), per = dims_.heads / groups, key_wide = dims_.key_width(), deep = dims_.value_width();
+        const bool bytes = kept_ == Memory::bytes;
+        const Index most = bytes ? kByteQueries : kQueries;
+        tasks_.clear();
+        for (Index s = 0; s < b.sequences; ++s) {
+            const Index rows = (b.starts[s + 1] - b.starts[s]) * per;
+            // A tile for each thread at least: few rows of one sequence are shared out.
+            const Index fair = (rows + pool_.threads() - 1) / pool_.threads();
+            const Tiling tiling(rows, b.sequences * groups >= pool_.threads() ? most : std::min(most, fair));
+            for (Index g = 0; g < groups; ++g) {
+                for (Index t = 0; t < tiling.tiles; ++t) tasks_.push_back({s, g, tiling.start(t), tiling.size(t)});
+            }
+        }
+        const Index room = bytes ? ByteRoom::count(key_wide, deep) : AttentionRoom::count(key_wide, deep);
+        float* rooms = attention_.need(room * pool_.threads());
+        pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) {
+            const Task& task = tasks_[i];
+            const Index start = b.starts[task.sequence];
+            const float* query[kByteQueries];
+            float* to[kByteQueries];
+            std::int32_t seen[kByteQueries];
+            for (Index r = 0; r < task.rows; ++r) {
+                const Index token = start + (task.first + r) / per, head = task.group * per + (task.first + r) % per;
+                query[r] = q + (token * dims_.heads + head) * key_wide;
+                to[r] = out + (token * dims_.heads + head) * deep;
+                seen[r] = b.positions[token] + 1;
+            }
+            const std::int32_t* table = b.tables + task.sequence * b.width;
+            float* mine = rooms + thread * room;
+            if (bytes) {
+                const Index part = dims_.latent ? 0 : PagedBytes::bytes(dims_.head_dim, 1);
+                const PagedBytes at{memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_) + 2 * task.group * part, part,
+                                    dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table};
+                attend_bytes(at, query, seen, to, task.rows, ByteRoom(mine, key_wide));
+            } else if (kept_ == Memory::half) {
+                attend<Float16>(paged<Float16>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
+            } else {
+                attend<Float32>(paged<Float32>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
+            }
+        });
+    }
+
+    template <class Format>
+    Paged<Format> paged(Index number, Index group, const std::int32_t* table) const {
+        using Type = typename Format::Type;
+        const Index half = dims_.latent ? 0 : kBlock * dims_.head_dim, size = sizeof(Type), key_wide = dims_.key_width();
+        const Index deep = dims_.value_width();
+        return {reinterpret_cast<const Type*>(memory_.at()), block_bytes() / size, number * dims_.layer_bytes(kept_) / size + 2 * group * half,
+                half, key_wide, deep, (dims_.latent ? key_wide : deep) * kLanes, table};
+    }
+
+    void feed_forward(const Layer& l, Index count, const float* rows, float* x) {
+        works_.clear();
+        if (l.router.rows == 0) {
+            works_.push_back({&l.experts[0], nullptr, nullptr, count});
+            return forward_.run(pool_, works_, rows, dims_.hidden, x);
+        }
+        const Routing& r = l.routing;
+        std::int32_t* index = index_.need(count * r.chosen * 2);
+        float* weight = weight_.need(count * r.chosen * 2);
+        float* logits = logits_.need(count * r.experts + pool_.threads() * (r.experts + r.groups));
+        over_tokens(count, dims_.hidden * r.experts, [&](Index from, Index to, int thread) {
+            choose(l, rows, from, to, logits, logits + count * r.experts + thread * (r.experts + r.groups), index, weight);
+        });
+        // Tokens sorted by expert, in their own order within each (a counting sort).
+        std::int32_t* sorted = index + count * r.chosen;
+        float* sorted_weight = weight + count * r.chosen;
+        ends_.assign(static_cast<std::size_t>(r.experts) + 1, 0);
+        for (Index i = 0; i < count * r.chosen; ++i) ++ends_[index[i] + 1];
+        for (Index e = 0; e < r.experts; ++e) ends_[e + 1] += ends_[e];
+        for (Index e = 0; e < r.experts; ++e) {
+            const Index rows_of = ends_[e + 1] - ends_[e];
+            if (rows_of) works_.push_back({&l.experts[e], sorted + ends_[e], sorted_weight + ends_[e], rows_of});
+        }
+        for (Index i = 0; i < count * r.chosen; ++i) {
+            const Index to = ends_[index[i]]++;
+            sorted[to] = static_cast<std::int32_t>(i / r.chosen), sorted_weight[to] = weight[i];
+        }
+        if (l.shared) works_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
+        forward_.run(pool_, works_, rows, dims_.hidden, x);
+    }
+
+    void choose(const Layer& l, const float* rows, Index from, Index to, float* logits, float* room, std::int32_t* index, float* weight) {
+        const Index experts = l.routing.experts, chosen = l.routing.chosen;
+        float some[kTileF][4];
+        for (Index t = from; t < to; t += kTileF) {
+            const Index n = std::min<Index>(kTileF, to - t);
+            const float* in[kTileF];
+            for (Index i = 0; i < n; ++i) in[i] = rows + (t + i) * dims_.hidden;
+            for (Index e = 0; e < experts; e += 4) {
+                const Index outs = std::min<Index>(4, experts - e);
+                float_tile(l.router, e, outs, in, n, some);
+                for (Index i = 0; i < n; ++i) std::memcpy(logits + (t + i) * experts + e, some[i], static_cast<std::size_t>(outs) * sizeof(float));
+            }
+            for (Index i = 0; i < n; ++i) {
+                route(l.routing, logits + (t + i) * experts, l.router_bias, index + (t + i) * chosen, weight + (t + i) * chosen, room);
+            }
+        }
+    }
+
+    void give_logits(const Batch& b, const float* gain, const float* x, float* logits) {
+        if (b.wants == 0) return;
+        const Index wide = dims_.hidden;
+        float* rows = normed_.need(b.wants * wide);
+        for (Index r = 0; r < b.wants; ++r) rms_norm(x + b.wanted[r] * wide, gain, wide, dims_.eps, rows + r * wide);
+        multiply(pool_, input(rows, wide, b.wants, {&head}), {{&head, logits, dims_.vocab, false}});
+    }
+
+    Pages memory_;
+    Pool pool_;
+    FeedForward forward_;
+    std::size_t depth_ = 0;
+    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, attention_, logits_, weight_, marks_;
+    Room<std::int8_t> codes_;
+    Room<std::int32_t> index_;
+    std::vector<Index> ends_;
+    std::vector<Task> tasks_;
+    std::vector<FeedForward::Work> works_;
+};
+
+}  // namespace sprat

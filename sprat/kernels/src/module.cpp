@@ -1,0 +1,327 @@
+// The Python face of the native step. Arrays cross by DLPack and are kept alive by what uses them; nothing is copied but codes
+// that are laid into panels. The interpreter's lock is released while a step runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "model.h"
+#include "sample.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+#ifndef SPRAT_MODULE
+#error "name the module"
+#endif
+
+namespace {
+
+using namespace sprat;
+
+using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Whole = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
+using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void refuse(const char* what) { throw nb::value_error(what); }
+
+// A matrix together with the arrays that it points into.
+struct Weights {
+    Matrix matrix;
+    std::vector<Any> held;
+    std::vector<Floats> bias;
+
+    Weights(int kind, Index rows, Index cols, Index group, Any data, nb::object scales, nb::object minimums, nb::object bias_of) {
+        if (kind < 0 || kind > 5 || rows < 1 || cols < 1 || group < kGroup || group % kGroup) refuse("a matrix of no known shape");
+        matrix.kind = static_cast<Kind>(kind), matrix.rows = rows, matrix.cols = cols, matrix.group = group;
+        const auto take = [&](const Any& array, Index bytes) {
+            if (static_cast<Index>(array.nbytes()) != bytes) refuse("an array has another size than its matrix");
+            held.push_back(array);
+            return array.data();
+        };
+        const Index width = matrix.kind == Kind::f32 ? 4 : 2, marks = matrix.panels() * matrix.groups() * kLanes * 2;
+        const Index bytes = matrix.quantised() ? matrix.panels() * matrix.panel_bytes() : rows * cols * width;
+        matrix.data = static_cast<const std::uint8_t*>(take(data, bytes));
+        if (matrix.quantised()) matrix.scales = static_cast<const std::uint16_t*>(take(nb::cast<Any>(scales), marks));
+        if (matrix.kind == Kind::int4_min) matrix.minimums = static_cast<const std::uint16_t*>(take(nb::cast<Any>(minimums), marks));
+        if (!bias_of.is_none()) {
+            bias.push_back(nb::cast<Floats>(bias_of));
+            if (static_cast<Index>(bias[0].size()) != rows) refuse("a bias has another size than its matrix");
+            matrix.bias = bias[0].data();
+        }
+    }
+};
+
+// Row-major codes [rows, cols] to panels. Four bits: two columns a byte, the even one low; `flip` is what turns a stored
+// code into an unsigned one (8 for two's complement, 0 for codes of 0 … 15). Eight bits: flip 128.
+void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip) {
+    const Index padded = (cols + kGroup - 1) / kGroup * kGroup, stride = bits == 4 ? (cols + 1) / 2 : cols;
+    const Index panels = (rows + kLanes - 1) / kLanes, panel_bytes = padded * kLanes * bits / 8;
+    if (static_cast<Index>(from.nbytes()) != rows * stride || static_cast<Index>(to.nbytes()) != panels * panel_bytes) refuse("codes of another shape");
+    const auto* in = static_cast<const std::uint8_t*>(from.data());
+    std::uint8_t* out = to.data();
+    const auto blank = static_cast<std::uint8_t>(bits == 4 ? flip * 17 : flip);
+    std::memset(out, blank, to.nbytes());
+    for (Index r = 0; r < rows; ++r) {
+        std::uint8_t* panel_at = out + r / kLanes * panel_bytes + r % kLanes * 4;
+        const std::uint8_t* row = in + r * stride;
+        for (Index c = 0; c < cols; ++c) {
+            if (bits == 8) {
+                panel_at[c / 4 * 64 + c % 4] = static_cast<std::uint8_t>(row[c] ^ flip);
+                continue;
+            }
+            const int code = ((c % 2 ? row[c / 2] >> 4 : row[c / 2]) & 15) ^ flip;
+            std::uint8_t& byte = panel_at[c / 8 * 64 + c % 4];
+            byte = static_cast<std::uint8_t>(c % 8 < 4 ? (byte & 0xf0) | code : (byte & 0x0f) | (code << 4));
+        }
+    }
+}
+
+// Float16 marks [rows, groups] to [panels, groups, 16]; zero beyond the last row.
+void lay_marks(Any from, OutBytes to, Index rows, Index groups) {
+    const Index panels = (rows + kLanes - 1) / kLanes;
+    if (static_cast<Index>(from.nbytes()) != rows * groups * 2 || static_cast<Index>(to.nbytes()) != panels * groups * kLanes * 2) refuse("marks of another shape");
+    const auto* in = static_cast<const std::uint16_t*>(from.data());
+    auto* out = reinterpret_cast<std::uint16_t*>(to.data());
+    std::memset(out, 0, to.nbytes());
+    for (Index r = 0; r < rows; ++r) {
+        for (Index g = 0; g < groups; ++g) out[(r / kLanes * groups + g) * kLanes + r % kLanes] = in[r * groups + g];
+    }
+}
+
+// out [rows, outputs] = rows [rows, inputs] times the transpose of the weights: one kernel by itself.
+void product(const Weights& w, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> rows, OutFloats out, int threads) {
+    const Index count = static_cast<Index>(rows.shape(0)), width = static_cast<Index>(rows.shape(1));
+    if (width != w.matrix.cols || static_cast<Index>(out.size()) != count * w.matrix.rows || threads < 1 || count < 1) refuse("a product of odd shape");
+    Pool pool(threads);
+    std::vector<std::int8_t> codes(Codes::code_bytes(count, w.matrix.padded()));
+    std::vector<float> marks(Codes::mark_count(count, w.matrix.padded()));
+    const Input in{rows.data(), width, count, nullptr, {codes.data(), marks.data(), w.matrix.padded()}};
+    const Tiling tiling(count, kTile);
+    for (Index t = 0; t < tiling.tiles; ++t) {
+        for (Index r = 0; r < tiling.size(t); ++r) quantise_row(rows.data() + (tiling.start(t) + r) * width, width, in.codes, tiling.start(t), r, tiling.size(t));
+    }
+    multiply(pool, in, {{&w.matrix, out.data(), w.matrix.rows, false}});
+}
+
+template <class T>
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// One token for each row of logits; whether all rows were finite. See sample.h.
+bool pick(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index vocab, Column<float> temperature, Column<Index> top_k,
+          Column<float> top_p, Column<float> min_p, Column<double> noise, nb::ndarray<Index, nb::c_contig, nb::device::cpu> tokens,
+          nb::ndarray<float, nb::c_contig, nb::device::cpu> logprobs) {
+    const std::size_t rows = logits.shape(0);
+    const bool wanted = logprobs.size() > 0;
+    if (logits.stride(1) != 1 || vocab < 1 || vocab > static_cast<Index>(logits.shape(1))) refuse("logits of odd shape");
+    for (const std::size_t size : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), noise.size(), tokens.size()}) {
+        if (size < rows) refuse("settings for fewer rows than there are");
+    }
+    if (wanted && logprobs.size() < rows) refuse("log-probabilities for fewer rows than there are");
+    nb::gil_scoped_release free;
+    Sampler sampler;
+    bool fine = true;
+    for (std::size_t r = 0; r < rows; ++r) {
+        const Dials dials{temperature.data()[r], top_p.data()[r], min_p.data()[r], top_k.data()[r], noise.data()[r]};
+        const Index width = static_cast<Index>(logits.shape(1));
+        const Pick got = sampler.pick(logits.data() + static_cast<Index>(r) * logits.stride(0), vocab, width, dials, wanted);
+        tokens.data()[r] = got.token;
+        if (wanted) logprobs.data()[r] = got.logprob;
+        fine = fine && got.token >= 0;
+    }
+    return fine;
+}
+
+template <class T>
+T get(const nb::dict& table, const char* name) {
+    return nb::cast<T>(table[name]);
+}
+
+class Decoder {
+public:
+    Decoder(const nb::dict& d, int threads, int memory) : model_(dims(d), threads, static_cast<Memory>(memory)) {
+        if (memory < 0 || memory > 2 || (memory == 2 && !model_.dims_.fits_bytes())) refuse("heads that memory in bytes does not take");
+        if (threads < 1 || threads > 1024) refuse("threads must lie between 1 and 1024");
+    }
+
+    void set_ends(const nb::dict& d) {
+        model_.embedding = matrix(d, "embedding");
+        model_.head = matrix(d, "head");
+        model_.norm_last = gain(d, "norm", model_.dims_.hidden);
+        set_turns(get<Floats>(d, "turns"));
+    }
+
+    void set_turns(Floats turns) {
+        const Index wide = model_.dims_.rotary();
+        if (turns.size() % wide) refuse("turns of another width");
+        turns_ = {turns};
+        model_.turns = turns.data();
+        model_.turn_count = static_cast<Index>(turns.size()) / wide;
+    }
+
+    void add_layer(const nb::dict& d) { model_.layers.push_back(layer(d)); }
+
+    void add_drafter(const nb::dict& d) {
+        Drafter drafter;
+        const Index wide = model_.dims_.hidden;
+        drafter.norm_embedding = gain(d, "norm_embedding", wide), drafter.norm_hidden = gain(d, "norm_hidden", wide);
+        drafter.norm_last = gain(d, "norm_last", wide);
+        drafter.join = matrix(d, "join");
+        drafter.layer = layer(d);
+        model_.drafters.push_back(drafter);
+    }
+
+    Index block_bytes() const { return model_.block_bytes(); }
+    Index blocks() const { return blocks_; }
+
+    void reserve(Index blocks) {
+        if (blocks <= blocks_) return;
+        model_.reserve(blocks);
+        blocks_ = blocks;
+    }
+
+    void run(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, OutFloats logits) {
+        const Batch b = batch(tokens, positions, starts, tables, wanted, logits);
+        nb::gil_scoped_release free;
+        model_.run(b, logits.data());
+    }
+
+    void draft(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, bool first, OutFloats logits) {
+        const Batch b = batch(tokens, positions, starts, tables, wanted, logits);
+        if (model_.drafters.empty() || b.count != last_count_) refuse("drafts follow a step of the same rows");
+        nb::gil_scoped_release free;
+        model_.draft(b, first, logits.data());
+    }
+
+    void copy(Index source, Index target) {
+        check_block(source), check_block(target);
+        std::memcpy(model_.block(target), model_.block(source), static_cast<std::size_t>(model_.block_bytes()));
+    }
+    nb::bytes read(Index at) const {
+        check_block(at);
+        return nb::bytes(reinterpret_cast<const char*>(model_.block(at)), static_cast<std::size_t>(model_.block_bytes()));
+    }
+    void write(Index at, nb::bytes data) {
+        check_block(at);
+        if (static_cast<Index>(data.size()) != model_.block_bytes()) refuse("a block has another size");
+        std::memcpy(model_.block(at), data.c_str(), data.size());
+    }
+
+private:
+    static Dims dims(const nb::dict& d) {
+        Dims out;
+        out.latent = get<bool>(d, "latent"), out.interleave = get<bool>(d, "interleave");
+        out.hidden = get<Index>(d, "hidden"), out.vocab = get<Index>(d, "vocab"), out.heads = get<Index>(d, "heads");
+        out.kv_heads = get<Index>(d, "kv_heads"), out.head_dim = get<Index>(d, "head_dim"), out.rank = get<Index>(d, "rank");
+        out.nope = get<Index>(d, "nope"), out.rope = get<Index>(d, "rope"), out.value = get<Index>(d, "value");
+        out.scale = get<float>(d, "scale"), out.eps = get<float>(d, "eps");
+        return out;
+    }
+
+    Matrix matrix(const nb::dict& d, const char* name) {
+        if (!d.contains(name)) return {};
+        const nb::object held = nb::borrow<nb::object>(d[name]);
+        kept_.push_back(held);
+        return nb::cast<const Weights&>(held).matrix;
+    }
+
+    const float* gain(const nb::dict& d, const char* name, Index size) {
+        if (!d.contains(name)) return nullptr;
+        gains_.push_back(get<Floats>(d, name));
+        if (static_cast<Index>(gains_.back().size()) != size) refuse("a norm of another width");
+        return gains_.back().data();
+    }
+
+    Layer layer(const nb::dict& d) {
+        const Dims& s = model_.dims_;
+        Layer out;
+        out.norm_in = gain(d, "norm_in", s.hidden), out.norm_out = gain(d, "norm_out", s.hidden);
+        out.q_norm = gain(d, "q_norm", s.head_dim), out.k_norm = gain(d, "k_norm", s.head_dim);
+        out.latent_norm = gain(d, "latent_norm", s.rank);
+        out.q = matrix(d, "q"), out.q_down = matrix(d, "q_down"), out.k = matrix(d, "k"), out.v = matrix(d, "v");
+        out.q_latent_norm = gain(d, "q_latent_norm", out.q_down.rows);
+        out.kv_down = matrix(d, "kv_down"), out.kv_up = matrix(d, "kv_up"), out.o = matrix(d, "o");
+        out.router = matrix(d, "router");
+        if (out.router.rows) {
+            Routing& r = out.routing;
+            r.experts = out.router.rows, r.chosen = get<Index>(d, "chosen"), r.groups = get<Index>(d, "groups");
+            r.top_groups = get<Index>(d, "top_groups"), r.sigmoid = get<bool>(d, "sigmoid"), r.two_best = get<bool>(d, "two_best");
+            r.normalise = get<bool>(d, "normalise"), r.scale = get<float>(d, "routed_scale");
+            out.router_bias = gain(d, "router_bias", r.experts);
+        }
+        for (nb::handle one : get<nb::list>(d, "experts")) {
+            const auto parts = nb::cast<nb::tuple>(one);
+            for (std::size_t i = 0; i < 3; ++i) kept_.push_back(nb::borrow<nb::object>(parts[i]));
+            out.experts.push_back({nb::cast<const Weights&>(parts[0]).matrix, nb::cast<const Weights&>(parts[1]).matrix,
+                                   nb::cast<const Weights&>(parts[2]).matrix});
+        }
+        out.shared = get<bool>(d, "shared");
+        if (out.experts.size() != static_cast<std::size_t>(std::max<Index>(out.router.rows, 1) + (out.shared ? 1 : 0))) refuse("experts are missing");
+        return out;
+    }
+
+    void check_block(Index at) const {
+        if (at < 0 || at >= blocks_) refuse("no such block");
+    }
+
+    // Everything that would let a step read or write where it must not is looked at here.
+    Batch batch(const Whole& tokens, const Whole& positions, const Whole& starts, const Whole& tables, const Whole& wanted, const OutFloats& logits) {
+        const Batch b{tokens.data(), positions.data(), starts.data(), tables.data(), wanted.data(), static_cast<Index>(tokens.size()),
+                      static_cast<Index>(starts.size()) - 1, static_cast<Index>(tables.ndim() == 2 ? tables.shape(1) : 0),
+                      static_cast<Index>(wanted.size())};
+        if (b.sequences < 1 || static_cast<Index>(positions.size()) != b.count || static_cast<Index>(tables.size()) != b.sequences * b.width) refuse("a batch of odd shape");
+        if (static_cast<Index>(logits.size()) != b.wants * model_.dims_.vocab) refuse("logits of another shape");
+        if (b.starts[0] != 0 || b.starts[b.sequences] != b.count) refuse("starts do not span the tokens");
+        for (Index s = 0; s < b.sequences; ++s) {
+            if (b.starts[s + 1] <= b.starts[s]) refuse("a sequence without tokens");
+            const Index first = b.positions[b.starts[s]], last = b.positions[b.starts[s + 1] - 1];
+            if (first < 0 || last - first != b.starts[s + 1] - b.starts[s] - 1 || last >= model_.turn_count || last / kBlock >= b.width) refuse("positions out of order or beyond the context");
+            for (Index w = 0; w <= last / kBlock; ++w) check_block(b.tables[s * b.width + w]);
+        }
+        for (Index t = 0; t < b.count; ++t) {
+            if (b.tokens[t] < 0 || b.tokens[t] >= model_.dims_.vocab) refuse("a token beyond the vocabulary");
+        }
+        for (Index s = 0; s < b.sequences; ++s) {
+            for (Index t = b.starts[s] + 1; t < b.starts[s + 1]; ++t) if (b.positions[t] != b.positions[t - 1] + 1) refuse("positions out of order");
+        }
+        for (Index r = 0; r < b.wants; ++r) if (b.wanted[r] < 0 || b.wanted[r] >= b.count) refuse("a wanted token that is not there");
+        last_count_ = b.count;
+        return b;
+    }
+
+    Model model_;
+    Index blocks_ = 0, last_count_ = 0;
+    std::vector<nb::object> kept_;
+    std::vector<Floats> gains_, turns_;
+};
+
+}  // namespace
+
+NB_MODULE(SPRAT_MODULE, m) {
+    nb::set_leak_warnings(false);
+    m.attr("isa") = kIsa;
+    m.attr("block") = kBlock;
+    nb::class_<Weights>(m, "Weights")
+        .def(nb::init<int, Index, Index, Index, Any, nb::object, nb::object, nb::object>(), "kind"_a, "rows"_a, "cols"_a, "group"_a,
+             "data"_a, "scales"_a = nb::none(), "minimums"_a = nb::none(), "bias"_a = nb::none());
+    nb::class_<Decoder>(m, "Decoder")
+        .def(nb::init<const nb::dict&, int, int>(), "dims"_a, "threads"_a, "memory"_a)
+        .def("set_ends", &Decoder::set_ends)
+        .def("set_turns", &Decoder::set_turns)
+        .def("add_layer", &Decoder::add_layer)
+        .def("add_drafter", &Decoder::add_drafter)
+        .def("reserve", &Decoder::reserve)
+        .def("run", &Decoder::run)
+        .def("draft", &Decoder::draft)
+        .def("copy", &Decoder::copy)
+        .def("read", &Decoder::read)
+        .def("write", &Decoder::write)
+        .def_prop_ro("block_bytes", &Decoder::block_bytes)
+        .def_prop_ro("blocks", &Decoder::blocks);
+    m.def("product", &product, "weights"_a, "rows"_a, "out"_a, "threads"_a);
+    m.def("lay_codes", &lay_codes);
+    m.def("lay_marks", &lay_marks);
+    m.def("pick", &pick, "logits"_a, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "noise"_a, "tokens"_a, "logprobs"_a);
+}

@@ -1,0 +1,160 @@
+// Matrix products of a batch of rows, cut into chunks of panels for the pool.
+#pragma once
+#include <initializer_list>
+#include <vector>
+
+#include "linear.h"
+#include "pool.h"
+
+namespace sprat {
+
+// A buffer that grows and is never shrunk; what it held is lost when it grows. 64-byte aligned.
+template <class T>
+class Room {
+public:
+    T* need(std::size_t count) {
+        if (count + kSpare > held_.size()) held_.assign(count + count / 4 + kSpare, T{});
+        return data();
+    }
+    T* data() { return reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(held_.data()) + 63) / 64 * 64); }
+    std::size_t bytes() const { return held_.size() * sizeof(T); }
+
+private:
+    static constexpr std::size_t kSpare = 64 / sizeof(T) + 1;
+    std::vector<T> held_ = std::vector<T>(kSpare);
+};
+
+// Rows on their way into a product: as floats, and as codes where a matrix wants them. `index` gathers rows of floats.
+struct Input {
+    const float* rows = nullptr;
+    Index stride = 0, count = 0;
+    const std::int32_t* index = nullptr;
+    Codes codes{};
+};
+
+// One panel of outputs for a tile of rows: out[row] holds 16 outputs, zero beyond the last.
+inline void panel(const Matrix& w, Index at, const Input& in, Index start, Index size, Lane* out) {
+    if (w.quantised()) {
+        panel_product_of(w.kind, size)(w, at, in.codes.tile_codes(start), in.codes.tile_marks(start), out);
+    } else {
+        alignas(64) float part[kTileF][kLanes], some[kTileF][4];
+        for (Index r = 0; r < size; r += kTileF) {
+            const Index n = std::min<Index>(kTileF, size - r);
+            const float* x[kTileF];
+            for (Index i = 0; i < n; ++i) {
+                const Index row = start + r + i;
+                x[i] = in.rows + (in.index ? in.index[row] : row) * in.stride;
+            }
+            for (Index o = 0; o < kLanes; o += 4) {
+                const Index first = at * kLanes + o, count = std::min<Index>(4, w.rows - first);
+                if (count > 0) float_tile(w, first, count, x, n, some);
+                for (Index i = 0; i < n; ++i) {
+                    for (Index k = 0; k < 4; ++k) part[i][o + k] = k < count ? some[i][k] : 0.0f;
+                }
+            }
+            for (Index i = 0; i < n; ++i) out[r + i] = load(part[i]);
+        }
+    }
+    if (w.bias) {
+        const Index first = at * kLanes;
+        const Lane b = w.rows - first >= kLanes ? load(w.bias + first) : load_some(w.bias + first, w.rows - first);
+        for (Index r = 0; r < size; ++r) out[r] = add(out[r], b);
+    }
+}
+
+// Add 16 outputs to a row, or write them; `have` of them exist.
+inline void put_lanes(float* to, Lane x, Index have, bool add_to) {
+    if (have >= kLanes) {
+        store(to, add_to ? add(load(to), x) : x);
+        return;
+    }
+    alignas(64) float part[kLanes];
+    store(part, x);
+    for (Index i = 0; i < have; ++i) to[i] = add_to ? to[i] + part[i] : part[i];
+}
+
+constexpr Index kRowsAtOnce = 192;  // rows whose codes stay near while a chunk's panels pass
+
+// f(panel, tile start, tile size) for the panels of one chunk, over all rows.
+template <class F>
+void over_rows(Index first, Index last, Index rows, const F& f) {
+    const Tiling tiling(rows, kTile);
+    const Index together = kRowsAtOnce / kTile;
+    for (Index from = 0; from < tiling.tiles; from += together) {
+        const Index to = std::min(tiling.tiles, from + together);
+        for (Index p = first; p < last; ++p) {
+            for (Index t = from; t < to; ++t) f(p, tiling.start(t), tiling.size(t));
+        }
+    }
+}
+
+struct Product {
+    const Matrix* w;
+    float* out;       // [rows, stride]
+    Index stride;
+    bool add_to;
+};
+
+inline Index pieces(const Pool& pool, Index units, Index rows) {
+    if (pool.threads() == 1) return 1;
+    return std::max<Index>(1, std::min<Index>(units, pool.threads() * (rows >= 32 ? 8 : 4)));
+}
+
+// Several products of the same rows in one go.
+inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product> products) {
+    Index panels = 0;
+    for (const Product& p : products) panels += p.w->panels();
+    const Index chunks = pieces(pool, panels, in.count);
+    pool.run(chunks, [&](Index chunk, int) {
+        const Index first = panels * chunk / chunks, last = panels * (chunk + 1) / chunks;
+        Index before = 0;
+        for (const Product& p : products) {
+            const Index from = std::max(first - before, Index{0}), to = std::min(last - before, p.w->panels());
+            before += p.w->panels();
+            if (from >= to) continue;
+            over_rows(from, to, in.count, [&](Index at, Index start, Index size) {
+                Lane out[kTile];
+                panel(*p.w, at, in, start, size, out);
+                const Index have = p.w->rows - at * kLanes;
+                for (Index r = 0; r < size; ++r) put_lanes(p.out + (start + r) * p.stride + at * kLanes, out[r], have, p.add_to);
+            });
+        }
+    });
+}
+
+// x / rms(x) * w
+inline void rms_norm(const float* x, const float* w, Index width, float eps, float* out) {
+    Lane sum = zero();
+    Index c = 0;
+    for (; c + kLanes <= width; c += kLanes) sum = fma(load(x + c), load(x + c), sum);
+    float square = total(sum);
+    for (Index t = c; t < width; ++t) square += x[t] * x[t];
+    const float scale = 1.0f / std::sqrt(square / static_cast<float>(width) + eps);
+    for (c = 0; c + kLanes <= width; c += kLanes) store(out + c, mul(mul(load(x + c), all(scale)), load(w + c)));
+    for (; c < width; ++c) out[c] = x[c] * scale * w[c];
+}
+
+// Row `row` of a matrix as floats (an embedding).
+inline void read_row(const Matrix& w, Index row, float* out) {
+    const auto* halves = reinterpret_cast<const std::uint16_t*>(w.data) + row * w.cols;
+    if (w.kind == Kind::f32) std::memcpy(out, reinterpret_cast<const float*>(w.data) + row * w.cols, static_cast<std::size_t>(w.cols) * 4);
+    if (w.kind == Kind::bf16) for (Index c = 0; c < w.cols; ++c) out[c] = bfloat_to_float(halves[c]);
+    if (w.kind == Kind::f16) for (Index c = 0; c < w.cols; ++c) out[c] = half_to_float(halves[c]);
+    if (!w.quantised()) return;
+    const Index at = row / kLanes, lane = row % kLanes, groups = w.groups();
+    const std::uint8_t* panel_at = w.data + at * w.panel_bytes();
+    for (Index c = 0; c < w.cols; ++c) {
+        const Index mark = (at * groups + c / w.group) * kLanes + lane;
+        const float scale = half_to_float(w.scales[mark]);
+        if (w.kind == Kind::int8) {
+            out[c] = scale * static_cast<float>(static_cast<int>(panel_at[c / 4 * 64 + lane * 4 + c % 4]) - 128);
+        } else {
+            const std::uint8_t byte = panel_at[c / 8 * 64 + lane * 4 + c % 4];
+            const int code = c % 8 < 4 ? byte & 15 : byte >> 4;
+            out[c] = w.kind == Kind::int4 ? scale * static_cast<float>(code - 8)
+                                          : scale * static_cast<float>(code) + half_to_float(w.minimums[mark]);
+        }
+    }
+}
+
+}  // namespace sprat

@@ -1,0 +1,56 @@
+"""Which kernels are loaded: the best that were built and that the processor runs, or none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from sprat import kernels
+from sprat.errors import MachineError
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """The choice has not been made yet, and is made anew afterwards."""
+    kernels.native.cache_clear()
+    kernels.library.cache_clear()
+    yield
+    kernels.native.cache_clear()
+    kernels.library.cache_clear()
+
+
+needs_kernels = pytest.mark.skipif(kernels.native() is None, reason=kernels.why_not())
+
+
+def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRAT_NATIVE", "0")
+    assert kernels.native() is None and kernels.library() is None
+    assert "SPRAT_NATIVE" in kernels.why_not()
+
+
+@needs_kernels
+@pytest.mark.parametrize("setting", ["os.environ['SPRAT_ISA'] = 'portable'", "kernels._features = set"])
+def test_the_plain_ones_run_everywhere(setting: str) -> None:
+    """Asked for, or because the processor can nothing else; in a process of their own."""
+    code = f"import os; from sprat import kernels; {setting}; print(kernels.native().isa)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("portable", "neon-dotprod")
+
+
+def test_asking_for_what_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRAT_ISA", "mmx")
+    with pytest.raises(MachineError, match="mmx"):
+        kernels.native()
+
+
+def test_without_built_modules_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPRAT_ISA", raising=False)
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(kernels.importlib, "import_module", missing)
+    assert kernels.native() is None and "compiler" in kernels.why_not()

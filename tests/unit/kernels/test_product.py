@@ -1,0 +1,109 @@
+"""Each kernel beside its reference: random shapes, ragged groups, every kind of weight, one row to many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sprat.engine.native import NativeBackend
+from sprat.kernels import native, reference, why_not
+from sprat.quant.int4 import dequantise, quantise
+from sprat.quant.layers import Packed
+
+pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
+ISAS = ("avx512", "avx2", "neon", "portable")
+
+
+def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | None) -> tuple[object, torch.Tensor]:
+    """The matrix as the kernels take it, and the floats that it stands for."""
+    backend = NativeBackend.__new__(NativeBackend)
+    backend._native = native()
+    if bits > 8:
+        kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
+        return backend._plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
+    codes = quantise(weight, bits=bits, group=group)
+    return backend._stack(Packed(codes, materialise=False), bias)[0], dequantise(codes)
+
+
+def product(matrix: object, rows: torch.Tensor, outputs: int, threads: int = 1) -> torch.Tensor:
+    out = np.full((len(rows), outputs), np.nan, np.float32)
+    native().product(matrix, rows.numpy(), out, threads)
+    return torch.from_numpy(out)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8, 16, 17, 32]),
+    group=st.sampled_from([32, 64, 128, 0]),
+    rows=st.integers(1, 64),
+    inputs=st.integers(1, 300),
+    outputs=st.integers(1, 90),
+    biased=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_products_equal_their_reference(
+    bits: int, group: int, rows: int, inputs: int, outputs: int, biased: bool, threads: int, seed: int
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=make)
+    x = torch.randn(rows, inputs, generator=make) * 3
+    bias = torch.randn(outputs, generator=make) if biased else None
+    matrix, dense = weights(weight, bits, group, bias)
+    expected = reference.product(x, dense, quantised=bits <= 8, bias_O=bias)
+    got = product(matrix, x, outputs, threads)
+    # Two ways to round a half differ by one code of 127 at most.
+    slack = 1e-4 + (x.abs().max() / 127 * dense.abs().max() * 0.05 if bits <= 8 else 0)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=float(slack) * inputs**0.5)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_a_row_is_the_same_alone_and_in_company(bits: int) -> None:
+    make = torch.Generator().manual_seed(bits)
+    matrix, _ = weights(torch.randn(70, 130, generator=make), bits, 32, None)
+    x = torch.randn(64, 130, generator=make)
+    alone = torch.cat([product(matrix, row[None], 70) for row in x])
+    for count in (2, 5, 12, 13, 31, 64):
+        assert torch.equal(product(matrix, x[:count].contiguous(), 70, threads=2), alone[:count])
+
+
+def test_zero_rows_and_huge_ones() -> None:
+    matrix, dense = weights(torch.randn(40, 64), 4, 32, None)
+    x = torch.zeros(3, 64)
+    x[1] = 1e30
+    x[2, 5] = -1e-30
+    got = product(matrix, x, 40)
+    assert torch.equal(got[0], torch.zeros(40)) and bool(torch.isfinite(got).all())
+    assert torch.allclose(got[2], -1e-30 * dense[:, 5], rtol=1e-2)
+
+
+def test_arrays_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="another size"):
+        native().Weights(0, 4, 8, 32, torch.zeros(4, 7), None, None, None)
+    with pytest.raises(ValueError, match="no known shape"):
+        native().Weights(9, 4, 8, 32, torch.zeros(4, 8), None, None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa not in native().isa])
+def test_every_instruction_set_that_runs_here(isa: str) -> None:
+    """The same properties in a process that loads other kernels; skipped where they were not built or do not run."""
+    if os.environ.get("SPRAT_ISA"):
+        pytest.skip("this is such a process")
+    env = os.environ | {"SPRAT_ISA": isa}
+    probe = subprocess.run(
+        [sys.executable, "-c", "import sprat.kernels as k; k.native()"], env=env, capture_output=True
+    )
+    if probe.returncode:
+        pytest.skip(f"no {isa} kernels here")
+    tests = ["tests/unit/kernels/test_product.py", "tests/unit/kernels/test_step.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]

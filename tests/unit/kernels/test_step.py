@@ -1,0 +1,218 @@
+"""The native step is the model: logits of every family, however the tokens are cut, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sprat.config import QuantConfig
+from sprat.config.model import ModelConfig
+from sprat.engine.backend import Batch
+from sprat.engine.native import NativeBackend
+from sprat.errors import MachineError
+from sprat.kernels import native, reference, why_not
+from sprat.model import Transformer
+from sprat.quant import quantize
+from sprat.quant.layers import QuantLinear
+
+pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
+
+DENSE = {
+    "vocab_size": 203,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}
+LATENT = {
+    "vocab_size": 203, "hidden_size": 100, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "kv_lora_rank": 48, "qk_nope_head_dim": 20, "qk_rope_head_dim": 8, "v_head_dim": 24, "moe_intermediate_size": 40,
+    "n_routed_experts": 8, "num_experts_per_tok": 3,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+SOFT = {"architecture": "deepseek_v2", "scoring_func": "softmax"}
+FAMILIES = {
+    "llama": DENSE | {"architecture": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": DENSE | {"architecture": "qwen2", "num_key_value_heads": 3, "attention_bias": True},
+    "qwen3": DENSE | {"architecture": "qwen3", "num_key_value_heads": 6, "head_dim": 32},
+    "v3": LATENT | {"n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "v3-yarn": LATENT | {"q_lora_rank": 52, "rope_scaling": YARN, "routed_scaling_factor": 2.5},
+    "v2": LATENT | SOFT | {"n_shared_experts": 2, "topk_method": "greedy"},
+    "v2-groups": LATENT | SOFT | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "mtp": LATENT | {"num_nextn_predict_layers": 2, "n_shared_experts": 1},
+}  # fmt: skip
+
+
+def model_of(family: str, scale: float = 2.0) -> Transformer:
+    model = Transformer(ModelConfig.model_validate(FAMILIES[family]), seed=1).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim > 1:
+                tensor.mul_(scale)
+            elif "norm" in name or "bias" in name:
+                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+        for buffer in model.buffers():
+            buffer.add_(torch.linspace(-0.1, 0.1, len(buffer)))
+    return model
+
+
+def batch_of(*parts: tuple[list[int], int], tables: list[list[int]], wanted: list[int] | None = None) -> Batch:
+    """(tokens, position of the first) of each sequence; all logits are asked unless ``wanted`` says otherwise."""
+    starts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
+    tokens = np.concatenate([tokens for tokens, _ in parts])
+    positions = np.concatenate([np.arange(len(tokens)) + start for tokens, start in parts])
+    rows = np.arange(len(tokens)) if wanted is None else np.asarray(wanted)
+    arrays = (tokens, positions, starts, np.asarray(tables), rows)
+    return Batch(*(np.ascontiguousarray(array, dtype=np.int32) for array in arrays))
+
+
+def tokens_of(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 203, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def truth(model: Transformer, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens]))[0]
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_the_model(family: str) -> None:
+    model = model_of(family)
+    backend = NativeBackend(model, threads=2)
+    backend.reserve(8)
+    long, short = tokens_of(150), tokens_of(70, 1)
+    logits = backend.run(batch_of((long, 0), (short, 0), tables=[[3, 1, 7], [0, 5, -1]]))
+    assert backend.kv_format == "f32"
+    assert torch.allclose(logits[:150], truth(model, long), atol=2e-5)
+    assert torch.allclose(logits[150:], truth(model, short), atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_format", ["f32", "f16", "i8"])
+@pytest.mark.parametrize("family", ["qwen3", "v3"])
+def test_a_row_depends_on_nothing_but_its_own_tokens(family: str, kv_format: str) -> None:
+    """Cut into chunks, in other blocks, beside others, beyond one span of attention: the same bits."""
+    model = quantize(model_of(family))
+    backend = NativeBackend(model, threads=2, kv_format=kv_format)
+    backend.reserve(40)
+    tokens, others = tokens_of(700), [tokens_of(90, seed) for seed in (1, 2, 3)]
+    tables = [list(range(30, 18, -1)), *([[31 + 2 * i, 32 + 2 * i] + [-1] * 10 for i in range(3)])]
+    whole = backend.run(batch_of((tokens, 0), *((other, 0) for other in others), tables=tables))[:700]
+    parts, at = [], 0
+    for count in (64, 1, 5, 30, 50, 1, 549):
+        parts.append(backend.run(batch_of((tokens[at : at + count], at), tables=[list(range(12))])))
+        at += count
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "v3", "v2"])
+def test_memory_in_halves_and_bytes_is_near(family: str) -> None:
+    model, tokens = model_of(family, scale=1.0), tokens_of(600)
+    expected = truth(model, tokens)
+    for kv_format, limit in (("f16", 1e-3), ("i8", 0.06)):
+        backend = NativeBackend(model, threads=1, kv_format=kv_format)
+        backend.reserve(10)
+        logits = backend.run(batch_of((tokens, 0), tables=[list(range(10))]))
+        error = (logits - expected).norm() / expected.norm()
+        assert error < limit, (kv_format, float(error))
+
+
+@pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (8, 32)])
+def test_quantised_weights_meet_rounded_rows(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native step of a quantised dense model is the model whose linear maps see rounded inputs."""
+    model = quantize(model_of("llama"), QuantConfig(bits=bits, group=group, head_bits=8))
+    backend = NativeBackend(model, threads=1, kv_format="f32")
+    backend.reserve(2)
+    plain = QuantLinear.forward
+
+    def rounded(self: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+        return plain(self, reference.round_rows(x) if self.packed.bits < 16 else x)
+
+    monkeypatch.setattr(QuantLinear, "forward", rounded)
+    tokens = tokens_of(100)
+    expected = truth(model, tokens)
+    logits = backend.run(batch_of((tokens, 0), tables=[[0, 1]]))
+    # An input that lies on a half is rounded either way; rows where none does agree to the last digits.
+    error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.quantile(0.1) < 1e-5 and error.max() < 0.03
+
+
+def test_weights_that_change_are_seen_at_once() -> None:
+    model, tokens = model_of("v3"), tokens_of(20)
+    backend = NativeBackend(model, threads=1)
+    backend.reserve(1)
+    before = backend.run(batch_of((tokens, 0), tables=[[0]])).clone()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(1.1)
+    after = backend.run(batch_of((tokens, 0), tables=[[0]]))
+    assert not torch.allclose(before, after) and torch.allclose(after, truth(model, tokens), atol=5e-5)
+
+
+def test_drafts_equal_the_model_s_own_prediction_modules() -> None:
+    model, tokens = model_of("mtp"), tokens_of(40)
+    backend = NativeBackend(model, threads=2)
+    backend.reserve(2)
+    rows = torch.tensor([tokens])
+    with torch.no_grad():
+        hidden = model.hidden(rows)
+        first = model.mtp_hidden(hidden, rows, depth=1)
+        second = model.mtp_hidden(first, rows, depth=2)
+        expected = [model.head(one.x_BTD)[0] for one in (first, second)]
+    backend.run(batch_of((tokens[:38], 0), tables=[[0]], wanted=[]))
+    one = backend.draft(batch_of((tokens[1:39], 0), tables=[[0]]), True)
+    two = backend.draft(batch_of((tokens[2:40], 0), tables=[[0]]), False)
+    assert torch.allclose(one, expected[0][:38], atol=2e-5) and torch.allclose(two, expected[1][:38], atol=2e-5)
+
+
+def test_blocks_can_be_copied_kept_and_brought_back() -> None:
+    model, tokens = model_of("v3"), tokens_of(70)
+    backend = NativeBackend(model, threads=1, kv_format="i8")
+    backend.reserve(4)
+    whole = backend.run(batch_of((tokens, 0), tables=[[0, 1]]))
+    kept = backend.read(0)
+    assert len(kept) == backend.block_bytes
+    backend.copy(0, 2)
+    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 3]])), whole[64:])
+    backend.run(batch_of((tokens_of(64, 5), 0), tables=[[2]]))
+    backend.write(2, kept)
+    backend.reserve(2000)  # grows, and keeps what it has
+    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 1999]])), whole[64:])
+    with pytest.raises(ValueError, match="another size"):
+        backend.write(0, kept[:-1])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: batch_of(([5], 0), tables=[[9]]),
+        lambda: batch_of(([5], 64), tables=[[0]]),
+        lambda: batch_of(([203], 0), tables=[[0]]),
+        lambda: batch_of(([-1], 0), tables=[[0]]),
+        lambda: batch_of(([5], -1), tables=[[0]]),
+        lambda: batch_of(([5, 6], 0), tables=[[0]], wanted=[2]),
+        lambda: batch_of(([5], 0), ([], 0), tables=[[0], [1]]),
+    ],
+)
+def test_a_batch_that_points_elsewhere_is_refused(broken: object) -> None:
+    backend = NativeBackend(model_of("llama"), threads=1)
+    backend.reserve(2)
+    with pytest.raises(ValueError):
+        backend.run(broken())  # type: ignore[operator]
+
+
+def test_what_it_cannot_run_is_said() -> None:
+    model = model_of("llama").to(torch.float64)
+    assert "float64" in str(NativeBackend.accepts(model))
+    with pytest.raises(MachineError, match="float64"):
+        NativeBackend(model)
+    backend = NativeBackend(model_of("llama"), threads=1)
+    with pytest.raises(MachineError, match="no memory"):
+        backend.reserve(1 << 45)
