@@ -77,7 +77,8 @@ class Grammars:
             if self._tag and thinking is None:
                 thinking = False  # tags that are text are no part of the asked form
             thought = Thought(self._tokenizer, thinking)
-            return Grammar(found.deep_copy(), thought, self._tokenizer.ids.think_open, self._tag, self._over or [])
+            matcher, opening = found.deep_copy(), self._tokenizer.ids.think_open
+            return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
 
     def close(self) -> None:
         """End the other process; a later grammar starts it anew."""
@@ -170,15 +171,27 @@ class Grammars:
 
 
 class Grammar:
-    """The grammar of one answer; see ``processors.Processor``."""
+    """The grammar of one answer; see ``processors.Processor``.
+
+    Args:
+        opening: the id of ``<think>``, which a model that may think can say first.
+        ends: ids that end an answer; not before it has its form.
+        tag, over: where ``</think>`` is text, its bytes, and the tokens that hold its last byte and more behind it.
+    """
 
     wakes, speculates = 0, True
 
     def __init__(
-        self, matcher: LLMatcher, thought: Thought, think_open: int, tag: bytes, over: list[tuple[int, bytes]]
+        self,
+        matcher: LLMatcher,
+        thought: Thought,
+        opening: int,
+        ends: list[int],
+        tag: bytes,
+        over: list[tuple[int, bytes]],
     ) -> None:
-        self._matcher, self._thought, self._open = matcher, thought, think_open
-        self._tag, self._over = tag, over
+        self._matcher, self._thought = matcher, thought
+        self._opening, self._ends, self._tag, self._over = opening, ends, tag, over
         self._consumed = 0  # settled tokens that the matcher has seen, or that lie before the content
 
     def apply(self, logits_V: NDArray[np.float32], said: Rows[int], ahead: Rows[int]) -> None:
@@ -210,11 +223,12 @@ class Grammar:
             raise EngineError("the grammar became too complex while it was followed", where="response", todo=todo)
         allowed_V = np.unpackbits(mask, count=len(logits_V), bitorder="little")
         if undecided:
-            allowed_V[self._open] = 1
+            allowed_V[self._opening] = 1
         np.copyto(logits_V, -np.inf, where=allowed_V == 0)
 
     def _keep_apart(self, logits_V: NDArray[np.float32], tail: bytes) -> None:
-        """Rule out tokens that end the reasoning and go on: what they go on with would escape the grammar."""
+        """While it reasons, rule out the end, and what ends the reasoning and goes on: that would escape the form."""
+        logits_V[self._ends] = -np.inf
         for index, text in self._over:
             if -1 < (tail + text).find(self._tag) < len(tail) + len(text) - len(self._tag):
                 logits_V[index] = -np.inf
