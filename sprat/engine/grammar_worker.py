@@ -20,9 +20,7 @@ MEMORY = 1 << 30  # bytes of address space of this process
 STEPS = 24  # tokens of a walk through a new grammar
 ALLOWED = b"\xc8"  # how llguidance marks a token that may come
 # One mask then takes some 15 ms at worst, and the lazily built states of one regex some 40 MB.
-LIMITS = LLParserLimits(
-    step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=20_000, verbose_errors=False
-)
+LIMITS = LLParserLimits(step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=20_000, verbose_errors=False)
 # Enough to indent by; without a bound a weak model fills its whole answer with blanks.
 BLANKS = r"[ \n]{1,16}"
 

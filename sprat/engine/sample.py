@@ -13,16 +13,16 @@ R rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import draw, greatest, not_finite, uniform
+from sprat.engine.draw import Floats, Integers, draw, greatest, not_finite, uniform, weigh
 from sprat.engine.processors import NEVER
 from sprat.engine.sequence import Sequence
 from sprat.engine.think import closing
@@ -32,7 +32,7 @@ from sprat.tokens.tokenizer import Tokenizer
 Top = list[tuple[int, float]]  # likeliest tokens with their log-probabilities, best first
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Samples:
     """What one step sampled.
 
@@ -44,10 +44,28 @@ class Samples:
         faults: row → why its request cannot go on; the token of such a row means nothing.
     """
 
-    tokens_R: NDArray[np.int64]
-    logprobs_R: NDArray[np.float32] | None = None
+    tokens_R: Integers
+    logprobs_R: Floats | None = None
     tops: dict[int, Top] = field(default_factory=dict)
     faults: dict[int, SpratError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The settings of the rows of a step; made once for as long as the same requests run."""
+
+    slots_R: Integers
+    greedy_R: NDArray[np.bool_]
+    heat_R: Floats  # 1 for greedy rows
+    limits: tuple[Integers, Floats, Floats]
+    key_R: NDArray[np.uint64]
+    ban_R: Integers
+    wakes_R: Integers
+    greedy: bool  # all rows are
+    mixed: bool  # some are
+    shaped: bool  # a row may have bans or processors
+    logprobs: bool
+    tops: list[int]  # rows that asked for the likeliest tokens
 
 
 class Sampler:
@@ -63,7 +81,7 @@ class Sampler:
     def __init__(self, tokenizer: Tokenizer, slots: int, ends: frozenset[int]) -> None:
         self.vocab = tokenizer.vocab_size
         self.speculates = np.ones(slots, np.bool_)
-        self._banned = torch.tensor(sorted({closing(tokenizer)[0], *ends}))
+        self._banned = np.array(sorted({closing(tokenizer)[0], *ends}))
         self._sequences: list[Sequence | None] = [None] * slots
         self._plain = [False] * slots  # greedy, nothing asked and nothing carried
         self._temperature = np.ones(slots, np.float32)
@@ -76,11 +94,12 @@ class Sampler:
         self._wakes = np.full(slots, NEVER, np.int64)  # position from which on processors act
         self._logprobs = np.zeros(slots, np.bool_)
         self._tops = np.zeros(slots, np.int64)
+        self._rows: _Rows | None = None
 
     def open(self, slot: int, sequence: Sequence) -> None:
         """Give ``slot`` to a request, wherever its answer stands."""
         sampling, processors = sequence.sampling, sequence.processors
-        self._sequences[slot] = sequence
+        self._sequences[slot], self._rows = sequence, None
         self._temperature[slot] = sampling.temperature
         self._top_k[slot], self._top_p[slot], self._min_p[slot] = sampling.top_k, sampling.top_p, sampling.min_p
         self._key[slot], self._position[slot], self._ban[slot] = sequence.key, len(sequence.token_ids), sequence.ban
@@ -91,106 +110,124 @@ class Sampler:
 
     def close(self, slot: int) -> None:
         """Take ``slot`` back."""
-        self._sequences[slot] = None
+        self._sequences[slot], self._rows = None, None
 
-    def advance(self, slots_S: NDArray[np.int64], by: NDArray[np.int64] | int = 1) -> None:
+    def advance(self, slots_S: Integers, by: Integers | int = 1) -> None:
         """So many sampled tokens of these (different) slots now stand in their ``token_ids``."""
         self._position[slots_S] += by
 
     def sample(
         self,
-        logits_RV: Tensor,
-        slots_R: NDArray[np.int64],
-        ahead_R: NDArray[np.int64] | None = None,
+        logits: Tensor,
+        slots_R: Integers,
+        ahead_R: Integers | None = None,
         drafts: Mapping[int, Rows[int]] | None = None,
     ) -> Samples:
         """Sample one token for each row.
 
         Args:
-            logits_RV: float32; not modified.
-            slots_R: whose row it is; a slot may have several rows.
+            logits: float32 [R, V], on any device; not modified.
+            slots_R: whose row it is; a slot may have several rows. The same array again means the same rows.
             ahead_R: drafted tokens before the row; None if there are none.
             drafts: slot → its drafted tokens.
 
         Raises:
             EngineError: a row has logits that are not finite.
         """
-        if len(slots_R) == 1:
+        logits_RV = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
+        if len(slots_R) == 1:  # one greedy request: the shortest way, some 10 µs beside the argmax
             slot = int(slots_R[0])
             if self._plain[slot] and self._position[slot] >= self._ban[slot]:
-                return Samples(greatest(logits_RV[:, : self.vocab]))
+                token_1 = logits_RV[:, : self.vocab].argmax(1)
+                if not math.isfinite(logits_RV[0, token_1[0]]):
+                    raise not_finite()
+                return Samples(token_1)
+        rows = self._rows
+        if rows is None or rows.slots_R is not slots_R:
+            rows = self._rows = self._pick(slots_R)
         position_R = self._position[slots_R] if ahead_R is None else self._position[slots_R] + ahead_R
         faults: dict[int, SpratError] = {}
-        shaped_RV = self._shape(logits_RV, slots_R, position_R, ahead_R, drafts or {}, faults)
+        shaped_RV = logits_RV
+        if rows.shaped:
+            shaped_RV = self._shape(logits_RV, rows, position_R, ahead_R, drafts or {}, faults)
+        sum_R = None
+        if rows.greedy:
+            tokens_R = greatest(shaped_RV, self.vocab)
+        else:
+            noise_R = uniform(rows.key_R, position_R)
+            tokens_R, sum_R = draw(shaped_RV, rows.heat_R, *rows.limits, noise_R, self.vocab)
+            if rows.mixed:
+                tokens_R[rows.greedy_R] = greatest(shaped_RV[rows.greedy_R], self.vocab)
+        if not rows.logprobs:
+            return Samples(tokens_R, faults=faults)
+        if sum_R is None or shaped_RV is not logits_RV:
+            sum_R = weigh(logits_RV, rows.heat_R, self.vocab).sum_R
+        chosen_R = logits_RV[np.arange(len(tokens_R)), tokens_R]
+        logprobs_R = (chosen_R / rows.heat_R - sum_R).astype(np.float32, copy=False)
+        tops = {
+            row: self._likeliest(logits_RV[row], int(slots_R[row]), rows.heat_R[row], sum_R[row]) for row in rows.tops
+        }
+        return Samples(tokens_R, logprobs_R, tops, faults)
+
+    def _pick(self, slots_R: Integers) -> _Rows:
+        """The settings of these rows."""
         heat_R = self._temperature[slots_R]
         greedy_R = heat_R == 0
-        sum_R = None
-        if greedy_R.all():
-            tokens_R = greatest(shaped_RV[:, : self.vocab])
-        else:
-            heat_R[greedy_R] = 1
-            noise_R = uniform(self._key[slots_R], position_R)
-            limits = (self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R])
-            tokens_R, sum_R = draw(shaped_RV, heat_R, *limits, noise_R, self.vocab)
-            if greedy_R.any():
-                likeliest = greatest(shaped_RV[torch.from_numpy(greedy_R).to(shaped_RV.device), : self.vocab])
-                tokens_R[greedy_R] = likeliest
-        if not self._logprobs[slots_R].any():
-            return Samples(tokens_R, faults=faults)
         heat_R[greedy_R] = 1
-        scale_R = torch.from_numpy(np.float32(1) / heat_R).to(logits_RV.device)
-        if sum_R is None or shaped_RV is not logits_RV:
-            sum_R = torch.logsumexp(logits_RV * scale_R[:, None], -1)
-        chosen_R1 = torch.from_numpy(tokens_R).to(logits_RV.device)[:, None]
-        logprobs_R = (logits_RV.gather(1, chosen_R1)[:, 0] * scale_R - sum_R).cpu().numpy()
-        return Samples(tokens_R, logprobs_R, self._likeliest(logits_RV, slots_R, scale_R, sum_R), faults)
-
-    def _likeliest(
-        self, logits_RV: Tensor, slots_R: NDArray[np.int64], scale_R: Tensor, sum_R: Tensor
-    ) -> dict[int, Top]:
-        """Row → likeliest tokens, for the rows that asked."""
-        tops: dict[int, Top] = {}
-        for row in np.flatnonzero(self._tops[slots_R]).tolist():
-            found = torch.topk(logits_RV[row], min(int(self._tops[slots_R[row]]), logits_RV.shape[1]))
-            logprobs = found.values * scale_R[row] - sum_R[row]
-            tops[row] = list(zip(found.indices.tolist(), logprobs.tolist(), strict=True))
-        return tops
+        ban_R, wakes_R = self._ban[slots_R], self._wakes[slots_R]
+        return _Rows(
+            slots_R=slots_R,
+            greedy_R=greedy_R,
+            heat_R=heat_R,
+            limits=(self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R]),
+            key_R=self._key[slots_R],
+            ban_R=ban_R,
+            wakes_R=wakes_R,
+            greedy=bool(greedy_R.all()),
+            mixed=bool(greedy_R.any()),
+            shaped=bool((ban_R > 0).any() or (wakes_R < NEVER).any()),
+            logprobs=bool(self._logprobs[slots_R].any()),
+            tops=np.flatnonzero(self._tops[slots_R]).tolist(),
+        )
 
     def _shape(
         self,
-        logits_RV: Tensor,
-        slots_R: NDArray[np.int64],
-        position_R: NDArray[np.int64],
-        ahead_R: NDArray[np.int64] | None,
+        logits_RV: Floats,
+        rows: _Rows,
+        position_R: Integers,
+        ahead_R: Integers | None,
         drafts: Mapping[int, Rows[int]],
         faults: dict[int, SpratError],
-    ) -> Tensor:
-        """The logits after bans and processors: ``logits_RV`` itself where no row has any, else a copy."""
-        held_R = position_R < self._ban[slots_R]
-        acting = np.flatnonzero(position_R >= self._wakes[slots_R]).tolist()
+    ) -> Floats:
+        """The logits after bans and processors: ``logits_RV`` itself where no row has any now, else a copy."""
+        held_R = position_R < rows.ban_R
+        acting = np.flatnonzero(position_R >= rows.wakes_R).tolist()
         if not acting and not held_R.any():
             return logits_RV
-        shaped_RV = logits_RV.clone()
+        shaped_RV = logits_RV.copy()
         if held_R.any():
-            held = torch.from_numpy(np.flatnonzero(held_R)).to(logits_RV.device)
-            shaped_RV[held[:, None], self._banned.to(logits_RV.device)] = -torch.inf
+            shaped_RV[np.flatnonzero(held_R)[:, None], self._banned] = -np.inf
         for row in acting:
-            slot = int(slots_R[row])
+            slot = int(rows.slots_R[row])
             sequence = self._sequences[slot]
             if sequence is None:
                 raise RuntimeError(f"slot {slot} is not open")
             ahead = drafts[slot][: int(ahead_R[row])] if ahead_R is not None and slot in drafts else ()
-            logits_V = shaped_RV[row, : self.vocab].cpu().numpy()
-            fault = _process(sequence, logits_V, ahead)
+            fault = _process(sequence, shaped_RV[row, : self.vocab], ahead)
             if fault is not None:
                 faults[row] = fault
-                logits_V[:] = 0
-            if logits_RV.device.type != "cpu":
-                shaped_RV[row, : self.vocab] = torch.from_numpy(logits_V).to(logits_RV.device)
+                shaped_RV[row] = 0
         return shaped_RV
 
+    def _likeliest(self, logits_V: Floats, slot: int, heat: np.float32, total: np.float32) -> Top:
+        """The likeliest tokens of one row, as many as its request asked."""
+        count = min(int(self._tops[slot]), len(logits_V))
+        ids = np.flatnonzero(logits_V >= np.partition(logits_V, -count)[-count])
+        ids = ids[np.argsort(-logits_V[ids], kind="stable")][:count]
+        return list(zip(ids.tolist(), (logits_V[ids] / heat - total).tolist(), strict=True))
 
-def _process(sequence: Sequence, logits_V: NDArray[np.float32], ahead: Rows[int]) -> SpratError | None:
+
+def _process(sequence: Sequence, logits_V: Floats, ahead: Rows[int]) -> SpratError | None:
     """Apply the processors of one request to its row, in place; the error that ends the request, if any.
 
     Raises:
