@@ -119,11 +119,17 @@ class Grammars:
         Raises:
             EngineError: it died or took too long; it is ended then.
         """
+        if self._worker is not None and self._worker.poll() is not None:
+            self._end()
         fresh = self._worker is None
         if self._worker is None:
-            command = [sys.executable, "-P", str(Path(__file__).with_name("grammar_worker.py"))]
             self._worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                [sys.executable, "-P", str(Path(__file__).with_name("grammar_worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # an interrupt at the terminal is not meant for it
             )
         worker = self._worker
         assert worker.stdin is not None and worker.stdout is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 MEMORY = 1 << 30  # bytes of address space of this process
+ALARM_SECONDS = 60  # a grammar that takes so long ends this process, engine or no engine
 STEPS = 24  # tokens of a walk through a new grammar
 ALLOWED = b"\xc8"  # how llguidance marks a token that may come
 # One mask then takes some 15 ms at worst, and the lazily built states of one regex some 40 MB.
@@ -122,7 +124,10 @@ def main() -> None:
     except (ValueError, OSError):
         pass  # not every system can; the deadline still holds
     for line in sys.stdin:
-        print(json.dumps(_answer(tokenizer, json.loads(line))), flush=True)
+        signal.alarm(ALARM_SECONDS)  # nobody may be left to end us
+        answer = _answer(tokenizer, json.loads(line))
+        signal.alarm(0)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
