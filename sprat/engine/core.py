@@ -17,10 +17,11 @@ from sprat.engine.blocks import Blocks
 from sprat.engine.disk import Disk
 from sprat.engine.draft import Speculation
 from sprat.engine.handle import Handle
+from sprat.engine.plan import Plan
 from sprat.engine.prefix import Keys
 from sprat.engine.runner import Runner
 from sprat.engine.sample import Sampler
-from sprat.engine.scheduler import Plan, Scheduler
+from sprat.engine.scheduler import Scheduler
 from sprat.engine.sequence import FinishReason, Sequence
 from sprat.engine.settle import settle
 from sprat.engine.stats import Stats

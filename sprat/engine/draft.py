@@ -1,9 +1,9 @@
 """Speculation: guess a few tokens, let the model check them all in one step, keep what it would have said anyway.
 
 A step reads all weights whether it computes one token or five, so checking a guess costs little where weights are what
-a step waits for. Guesses come from one of two places. *Lookup*: what followed the last three tokens when they last stood
-in this prompt or answer; free, and good at quoting. *MTP*: the module that DeepSeek models were trained with to see one
-token further (DeepSeek-V3, arXiv 2412.19437, section 2.2), fed with the hidden states of the step before.
+a step waits for. Guesses come from one of two places. *Lookup*: what followed the last three tokens where they last
+stood in this prompt or answer; free, and good at quoting. *MTP*: the module that DeepSeek models were trained with to
+see one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2), fed with the hidden states of the step before.
 
 Why nothing changes but the speed. A draft is a definite token, so the proposal is a distribution with all mass on
 one token d, and speculative sampling (Leviathan et al., arXiv 2211.17192) accepts it with probability p(d) and else
@@ -27,9 +27,10 @@ from typing import Literal
 import numpy as np
 
 from sprat.engine.backend import BLOCK, Backend, Batch
+from sprat.engine.plan import Plan
 from sprat.engine.runner import Result
 from sprat.engine.sample import Sampler
-from sprat.engine.scheduler import Plan, Scheduler
+from sprat.engine.scheduler import Scheduler
 from sprat.engine.sequence import Sequence
 from sprat.errors import EngineError
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
+from sprat.engine.plan import Plan
 from sprat.engine.sample import Sampler, Samples
-from sprat.engine.scheduler import Plan, Scheduler
+from sprat.engine.scheduler import Scheduler
 from sprat.engine.sequence import Sequence
 
 

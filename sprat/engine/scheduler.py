@@ -18,41 +18,16 @@ for that, and then fork its memory and sample from the same logits.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK
 from sprat.engine.blocks import Blocks
+from sprat.engine.plan import Chunk, Plan
 from sprat.engine.prefix import Keys
 from sprat.engine.sequence import Sequence
 from sprat.engine.tenants import Share, Tenants
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """``count`` tokens of a prompt from ``start`` on; ``last``: the prompt ends with them."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    last: bool
-
-
-@dataclass
-class Plan:
-    """One step: the decoding rows, with their slots in the same order, drafts by slot, and pieces of prompts."""
-
-    rows: list[Sequence]
-    slots_S: NDArray[np.int64]
-    chunks: list[Chunk]
-    drafts: dict[int, list[int]]
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not self.rows and not self.chunks
 
 
 class Scheduler:
@@ -80,6 +55,7 @@ class Scheduler:
         self._leaders: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
         self._rows: tuple[list[Sequence], NDArray[np.int64]] | None = None
+        self._calm = 0  # plain steps until an answer may fill a block
 
     @property
     def running(self) -> list[Sequence]:
@@ -99,7 +75,7 @@ class Scheduler:
         """Choose what the next step computes, and get the blocks for it."""
         self._grow()
         rows, slots_S = self._answering()
-        idle = not self._free and not any(share.prefilling for share in self.tenants)
+        idle = not any(share.prefilling or (share.waiting and self._free) for share in self.tenants)
         chunks = [] if idle else self._prefill(max(self.step_tokens - len(rows), BLOCK))
         if len(self.tenants) > 1:
             for sequence in rows:
@@ -118,8 +94,11 @@ class Scheduler:
                 self._start(sequence)
         return starting
 
-    def gained(self, slots_S: NDArray[np.int64]) -> None:
-        """Give a key to the blocks that the answers in ``slots_S`` have just filled."""
+    def gained(self, slots_S: NDArray[np.int64], *, most: int = 1) -> None:
+        """Give a key to the blocks that the answers in ``slots_S`` have just filled with ``most`` tokens at most."""
+        self._calm -= most
+        if self._calm > 0:
+            return
         for slot in slots_S[(self.stored[slots_S] // BLOCK) > self._published[slots_S]].tolist():
             sequence = self.at[slot]
             if sequence is not None:
@@ -161,13 +140,15 @@ class Scheduler:
         """The decoding requests and their slots; the same objects until one comes or goes."""
         if self._rows is None:
             self._rows = list(self._decoding.values()), np.fromiter(self._decoding, np.int64, len(self._decoding))
+            self._calm = 0
         return self._rows
 
     def _grow(self) -> None:
         """Have a place for the next token of every answer; who must make way goes back to the queue."""
-        if not self._decoding:
-            return
         slots_S = self._answering()[1]
+        if self._calm > 0 or not len(slots_S):
+            return
+        self._calm = BLOCK - int((self.stored[slots_S] % BLOCK).max())
         short = slots_S[self.blocks.held[slots_S] * BLOCK <= self.stored[slots_S]]
         if not short.size:
             return
@@ -191,11 +172,12 @@ class Scheduler:
         """Pieces of prompts of ``budget`` tokens together at most, tenant by tenant, the least served first."""
         chunks: list[Chunk] = []
         taken: set[int] = set()
-        order = [(s.served, number, s) for number, s in enumerate(self.tenants) if s.prefilling or s.waiting]
+        active = (share for share in self.tenants if share.prefilling or share.waiting)
+        order = [(share.served, share.running, number, share) for number, share in enumerate(active)]
         heapq.heapify(order)
         blocked = False  # whoever is next does not fit, and nobody overtakes
         while budget > 0 and order:
-            _, number, share = order[0]
+            _, _, number, share = order[0]
             sequence = next((one for one in share.prefilling if one.id not in taken), None)
             if sequence is None and share.waiting and not blocked:
                 sequence = self._admit(share)
@@ -209,7 +191,7 @@ class Scheduler:
             taken.add(sequence.id)
             budget -= count
             share.served += count
-            heapq.heapreplace(order, (share.served, number, share))
+            heapq.heapreplace(order, (share.served, share.running, number, share))
         if self._leaders:
             for share in self.tenants:
                 self._join(share)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from sprat.engine.handle import Handle
+from sprat.engine.plan import Plan
 from sprat.engine.runner import Result, Runner
-from sprat.engine.scheduler import Plan
 from sprat.engine.sequence import Sequence
 
 
@@ -78,7 +78,7 @@ def _settle_slowly(
             ended.append(sequence)
         start += len(drafts) + 1
     runner.sampler.advance(result.slots_S, said)
-    runner.scheduler.gained(result.slots_S)
+    runner.scheduler.gained(result.slots_S, most=int(said.max(initial=1)))
     return ended, accepted
 
 
