@@ -117,5 +117,5 @@ def test_a_broken_rule_costs_its_own_request_alone(engine: Engine) -> None:
         bad.result()
     assert good.result().token_ids == expected
     with pytest.raises(EngineError, match="response"):
-        engine.submit("a cat", Sampling(response=Response.regex("(")))
+        engine.submit("a cat", Sampling(max_tokens=12, response=Response.regex("(")))
     assert engine.check() == []
