@@ -38,14 +38,14 @@ class Room:
         step_tokens: tokens of one step, about.
         blocks: blocks of memory at most.
         width: blocks of the longest table.
-        lasting: the weights never change, so blocks are kept while nobody asks.
+        frozen: the weights never change, so blocks are kept while nobody asks.
     """
 
     slots: int
     step_tokens: int
     blocks: int
     width: int
-    lasting: bool
+    frozen: bool
 
 
 class Core:
@@ -186,7 +186,7 @@ class Core:
                 done.append(handle)
             self._counts["prompt"] += len(sequence.prompt) * (sequence.hit >= 0)
             self._counts["hit"] += max(0, sequence.hit)
-        if not self.handles and not self._room.lasting:
+        if not self.handles and not self._room.frozen:
             self.scheduler.blocks.forget()
         return done
 

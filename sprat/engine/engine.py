@@ -27,7 +27,7 @@ from sprat.engine.draft import Speculation, Way
 from sprat.engine.grammar import Grammars
 from sprat.engine.handle import Handle
 from sprat.engine.intake import Intake, Prompt, ends
-from sprat.engine.prefix import Keys
+from sprat.engine.prefix import Keys, digest_of
 from sprat.engine.sampling import Sampling
 from sprat.engine.sequence import NOBODY, Delta, Output, Sequence, Tenant
 from sprat.engine.stats import Stats
@@ -49,10 +49,10 @@ class Engine:
         max_tokens_cap: sampled tokens of one request at most; None: what the context holds.
         step_tokens: tokens that one step computes, about: answers first, then pieces of prompts.
         cache_bytes: memory for blocks at most; None: see ``budget.choose``.
-        digest: names the weights, which then must not change. Without it the model is used as it is at every step,
-            weights may change between calls, and nothing is kept from one time that the engine is idle to the next.
-        adapter: digest of an adapter on top of the weights.
-        disk: where blocks go that do not fit into memory; needs ``digest``.
+        frozen: the weights will not change any more, so that what was computed is kept for later requests. Without it
+            they may change between calls, and whatever is known of prompts is dropped as soon as nobody asks.
+        adapter: digest of an adapter beside the weights.
+        disk: where blocks go that do not fit into memory; needs ``frozen``. The weights are digested once.
         speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
 
     Raises:
@@ -69,7 +69,7 @@ class Engine:
         max_tokens_cap: int | None = None,
         step_tokens: int = 512,
         cache_bytes: int | None = None,
-        digest: str | None = None,
+        frozen: bool = False,
         adapter: str = "",
         disk: Disk | None = None,
         speculate: Way = "auto",
@@ -79,8 +79,8 @@ class Engine:
         if tokenizer.vocab_size > model.config.vocab_size:
             fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
             raise EngineError(fault, where="Engine", todo="load the two from the same folder")
-        if disk is not None and digest is None:
-            raise EngineError("blocks on disk need the model's digest", where="disk", todo="give digest as well")
+        if disk is not None and not frozen:
+            raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
         self.model, self.tokenizer = model, tokenizer
         self.backend = choose(model) if backend is None else backend
         stops, context = ends(model.config, tokenizer), model.config.max_position_embeddings
@@ -90,9 +90,9 @@ class Engine:
         self.core = Core(
             self.backend,
             tokenizer,
-            Keys(digest or "", adapter, tokenizer.digest, self.backend.kv_format),
+            Keys(digest_of(model) if disk is not None else "", adapter, tokenizer.digest, self.backend.kv_format),
             stops,
-            Room(max_batch, step_tokens, blocks, blocks_for(context) + 1, digest is not None),
+            Room(max_batch, step_tokens, blocks, blocks_for(context) + 1, frozen),
             Speculation(speculate, self.backend, tokenizer.vocab_size),
             disk,
         )

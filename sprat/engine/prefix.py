@@ -11,16 +11,19 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 
 from sprat.engine.backend import BLOCK
 from sprat.engine.sequence import Sequence
+from sprat.model import Transformer
 
 
 class Keys:
     """Makes the keys of blocks for one model as one engine runs it.
 
     Args:
-        model, adapter, tokenizer: their digests; ``adapter`` is empty where there is none.
+        model, adapter, tokenizer: their digests. ``adapter`` is empty where there is none, and ``model`` where keys
+            never leave this engine.
         kv_format: how the back end stores memory.
     """
 
@@ -42,6 +45,15 @@ class Keys:
             digest = head.copy()
             digest.update(tagged(b"parent", keys[-1] if keys else b"") + tagged(b"tokens", ids[at : at + 4 * BLOCK]))
             keys.append(digest.digest())
+
+
+def digest_of(model: Transformer) -> str:
+    """SHA-256 (hex) of shape and weights as they are in memory; about a second for two gigabytes."""
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(tagged(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), b""))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def tagged(tag: bytes, value: bytes) -> bytes:

@@ -39,11 +39,20 @@ class PagedCache(Cache):
         place_GN: long, where each new token goes in ``store``.
         length_G: long, tokens that each sequence holds.
         skip: slots at the beginning of every sequence that hold nothing (1 for MTP, which has no first token).
+        scratch: where what is read is put together; new memory for every layer would cost more than the copy.
     """
 
-    def __init__(self, store: list[Tensor], table_GW: Tensor, place_GN: Tensor, length_G: Tensor, skip: int) -> None:
+    def __init__(
+        self,
+        store: list[Tensor],
+        table_GW: Tensor,
+        place_GN: Tensor,
+        length_G: Tensor,
+        skip: int,
+        scratch: Tensor,
+    ) -> None:
         super().__init__(store, length_G, int(length_G.max()))
-        self._table_GW, self._place_GN, self._skip = table_GW, place_GN, skip
+        self._table_GW, self._place_GN, self._skip, self._scratch = table_GW, place_GN, skip, scratch
 
     @property
     def capacity(self) -> int:
@@ -59,11 +68,12 @@ class PagedCache(Cache):
             self.layers[layer][self._place_GN[valid_BT]] = new[valid_BT]
 
     def read(self, layer: int, count: int, dtype: torch.dtype) -> Tensor:
-        """The first ``count`` slots of every row, gathered: [G, count, K]."""
-        last = self._skip + count
+        """The first ``count`` slots of every row, gathered: [G, count, K]; valid until the next layer is read."""
+        last, width = self._skip + count, self.layers[layer].shape[1]
         table_GW = self._table_GW[:, : -(-last // BLOCK)]
-        blocks = self.layers[layer].view(-1, BLOCK, self.layers[layer].shape[1])[table_GW.flatten()]
-        return blocks.view(len(table_GW), -1, blocks.shape[2])[:, self._skip : last].to(dtype)
+        blocks = self._scratch[: table_GW.numel() * BLOCK].view(-1, BLOCK * width)
+        torch.index_select(self.layers[layer].view(-1, BLOCK * width), 0, table_GW.flatten(), out=blocks)
+        return blocks.view(len(table_GW), -1, width)[:, self._skip : last].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class TorchBackend:
         self.block_bytes = self._layers * BLOCK * self._width * weight.element_size()
         self.blocks = 0
         self._store: list[Tensor] = [self._zeros(0) for _ in range(self._layers)]
+        self._scratch = self._zeros(0)
         self._hidden_TD: Tensor | None = None
 
     def reserve(self, blocks: int) -> None:
@@ -182,13 +193,10 @@ class TorchBackend:
         positions_GN = batch.positions_T[at_GN]
         table_GW = batch.tables_SW[group.rows_G]
         place_GN = batch.tables_SW[rows_G1, positions_GN // BLOCK].astype(np.int64) * BLOCK + positions_GN % BLOCK
-        cache = PagedCache(
-            self._store,
-            self._index(np.maximum(table_GW, 0)),
-            self._index(place_GN),
-            self._index(positions_GN[:, 0] - skip),
-            skip,
-        )
+        if len(self._scratch) < table_GW.size * BLOCK:
+            self._scratch = self._zeros(2 * table_GW.size)
+        index = (np.maximum(table_GW, 0), place_GN, positions_GN[:, 0] - skip)
+        cache = PagedCache(self._store, *map(self._index, index), skip, self._scratch)
         valid_GN = at_GN >= 0
         mask = None if valid_GN.all() else torch.from_numpy(valid_GN).to(self._device)
         return cache, self._index(batch.tokens_T[at_GN]), mask

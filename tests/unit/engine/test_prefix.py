@@ -26,7 +26,7 @@ ALICE, BOB = Tenant("alice", b"secret of alice"), Tenant("bob", b"secret of bob"
 
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, **settings: Any) -> Engine:
-    return Engine(model, tokenizer, backend=Fake(model.config.vocab_size), **{"digest": "weights", **settings})
+    return Engine(model, tokenizer, backend=Fake(model.config.vocab_size), **{"frozen": True, **settings})
 
 
 def hits(engine: Engine, prompt: list[int], tenant: Tenant = ALICE) -> int:
@@ -60,14 +60,14 @@ def test_the_answer_is_part_of_the_next_turn(model: Transformer, tokenizer: Toke
 
 
 def test_weights_that_may_change_are_remembered_while_in_use_only(model: Transformer, tokenizer: Tokenizer) -> None:
-    engine = engine_of(model, tokenizer, digest=None)
+    engine = engine_of(model, tokenizer, frozen=False)
     assert hits(engine, PROMPT) == 0 and hits(engine, PROMPT) == 0
     assert engine.stats().blocks_cached == 0
 
 
 def test_a_cached_answer_is_the_computed_one(drafter: Transformer, tokenizer: Tokenizer) -> None:
     how = Sampling(max_tokens=20, seed=3, logprobs=True)
-    engine = Engine(drafter, tokenizer, digest="weights")
+    engine = Engine(drafter, tokenizer, frozen=True)
     cold, warm = (engine.generate([PROMPT], how)[0] for _ in range(2))
     assert (cold.usage.cache_hit_tokens, warm.usage.cache_hit_tokens) == (0, 128)
     assert warm.token_ids == cold.token_ids
@@ -108,7 +108,7 @@ def test_blocks_on_disk_survive_a_restart_and_know_their_tenant(
     assert output.usage.cache_hit_tokens == 128 and output.token_ids == plain
     assert hits(again, PROMPT, BOB) == 0
     assert again.check() == []
-    other = engine_of(model, tokenizer, disk=Disk(tmp_path, 1 << 20), digest="other weights")
+    other = engine_of(Transformer.create(model.config, 9), tokenizer, disk=Disk(tmp_path, 1 << 20))
     assert hits(other, PROMPT) == 0
 
 
@@ -190,5 +190,5 @@ def test_a_full_disk_fails_no_request(model: Transformer, tokenizer: Tokenizer, 
 def test_blocks_on_disk_need_a_model_that_does_not_change(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(EngineError, match="digest"):
-        engine_of(model, tokenizer, digest=None, disk=Disk(tmp_path, 1))
+    with pytest.raises(EngineError, match="do not change"):
+        engine_of(model, tokenizer, frozen=False, disk=Disk(tmp_path, 1))

@@ -31,7 +31,7 @@ def walk(model: Transformer, tokenizer: Tokenizer, seed: int) -> int:
         max_batch=chance.randint(1, 5),
         step_tokens=chance.choice((1, 40, 64, 300)),
         cache_bytes=memory * fake.block_bytes,
-        digest=chance.choice((None, "weights")),
+        frozen=chance.choice((False, True)),
         speculate=way,
     )
     handles: list[Handle] = []
