@@ -94,8 +94,7 @@ class Core:
                     self._counts["sampled"] += len(result.rows)
                     self._seconds += result.seconds
                     done = self._let_go(ended) if ended else []
-                self.speculation.learn(plan, result, accepted)
-                self.speculation.draft(plan, result, accepted)
+                self.speculation.follow(plan, result, accepted)
                 return done
             except BaseException as error:
                 reason = _clear(error)

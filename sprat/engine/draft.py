@@ -20,13 +20,15 @@ where the back end is invariant, since an answer must not depend on a stop-watch
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sprat.engine.backend import BLOCK, Backend, Batch
+from sprat.engine.backend import Backend, Batch
 from sprat.engine.plan import Plan
 from sprat.engine.runner import Result
 from sprat.engine.sample import Sampler
@@ -36,9 +38,9 @@ from sprat.errors import EngineError
 
 Way = Literal["auto", "ngram", "mtp", "off"]
 GRAM = 3  # tokens that must be the same before a guess
-LOOKUP_TOKENS, MTP_TOKENS = 4, 2  # guessed at once
+LOOKUP_TOKENS = 4  # guessed at once; MTP guesses one for each of its modules
 MOST_ROWS = 16  # answers of one step above which weights are no longer what it waits for
-TRIAL = 64  # steps between two trials of what did not pay
+PAUSE, TRIAL = 64, 4  # steps without drafts where they do not pay, and then with some to see whether they do now
 MEMORY = 0.1  # weight of the newest figure in a moving average
 
 
@@ -67,9 +69,14 @@ class Lookup:
 
 
 class Payoff:
-    """Measured: what a step of so many rows costs, and how many drafts hold."""
+    """Measured: what a step of so many rows costs, and how many drafts hold.
+
+    Attributes:
+        paying: what was found last; True before anything is known.
+    """
 
     def __init__(self) -> None:
+        self.paying = True
         self._seconds: dict[int, float] = {}  # by powers of two of the rows
         self._gain = 1.0  # tokens that a row with drafts gains beyond its own
         self._wait = 0
@@ -80,13 +87,9 @@ class Payoff:
         wide = self._seconds.get((rows * (1 + drafts)).bit_length())
         if plain is None:
             return False
-        if wide is None or (1 + self._gain) * plain > wide:
-            return True
-        self._wait += 1
-        if self._wait >= TRIAL:
-            self._wait = 0
-            return True
-        return False
+        self.paying = wide is None or (1 + self._gain) * plain > wide
+        self._wait = 0 if self.paying else (self._wait + 1) % (PAUSE + TRIAL)
+        return self.paying or self._wait >= PAUSE
 
     def timed(self, rows: int, seconds: float) -> None:
         """A step of ``rows`` rows took so long."""
@@ -129,61 +132,55 @@ class Speculation:
 
     def propose(self, plan: Plan, scheduler: Scheduler, sampler: Sampler) -> None:
         """Fill ``plan.drafts`` where a guess is at hand, there is memory for it, and it is worth it."""
-        most = LOOKUP_TOKENS if self._way == "ngram" else MTP_TOKENS
+        if self._way == "off":
+            return
+        most = LOOKUP_TOKENS if self._way == "ngram" else self._backend.depth
         rows = len(plan.rows)
-        self._on = self._way != "off" and rows <= MOST_ROWS and (not self._auto or self._payoff.pays(rows, most))
+        self._on = rows <= MOST_ROWS and (not self._auto or self._payoff.pays(rows, most))
         if not self._on:
             for sequence in plan.rows if self._way == "mtp" else ():
                 sequence.drafts = []
             return
         for sequence in plan.rows:
-            slot, place = sequence.slot, int(scheduler.stored[sequence.slot])
+            slot = sequence.slot
             count = min(most, sequence.limit - len(sequence.token_ids) - 1)
             drafts: list[int] = []
             if count > 0 and sampler.speculates[slot]:
                 drafts = self._lookup(sequence, count) if self._way == "ngram" else sequence.drafts[:count]
-            # One place more than is computed: the module looks a token further.
-            if (drafts or self._way == "mtp") and scheduler.blocks.extend(slot, place + 2 + len(drafts)) and drafts:
+            if drafts and scheduler.blocks.extend(slot, int(scheduler.stored[slot]) + 1 + len(drafts)):
                 plan.drafts[slot] = drafts
 
-    def learn(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
-        """Note what a step cost, and by slot how many of its drafts held."""
+    def follow(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
+        """After a step was settled: guess what comes next; learn what it cost and, by slot, how many drafts held."""
+        if self._way == "off":
+            return
         if accepted:
             self.drafted += sum(map(len, plan.drafts.values()))
             self.accepted += sum(accepted.values())
             self._payoff.checked(sum(accepted.values()) / len(accepted))
-        if self._auto and self._way != "off" and not plan.chunks:
-            self._payoff.timed(len(result.batch.tokens_T), result.seconds)
+        began = time.perf_counter()
+        guesses = self._way == "mtp" and (self._on or (bool(plan.chunks) and self._payoff.paying))
+        if guesses:
+            self._guess(plan, result, accepted)
+        if self._auto and not plan.chunks and (plan.drafts or not guesses):
+            self._payoff.timed(len(result.batch.tokens_T), result.seconds + time.perf_counter() - began)
 
-    def draft(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
-        """Let the MTP module follow the step that was just settled, and guess what comes next."""
-        if self._way != "mtp" or not (self._on or plan.chunks):
-            return
-        batch = _shifted(plan, result)
-        wanted = [
-            (sequence, int(batch.starts_S[row]) + accepted.get(slot, 0))
-            for row, (sequence, slot) in enumerate(zip(plan.rows, plan.slots_S.tolist(), strict=True))
-        ] + [
-            (chunk.sequence, int(batch.starts_S[row + 1]) - 1)
-            for row, chunk in enumerate(plan.chunks, len(plan.rows))
-            if chunk.last
-        ]
-        wanted = [(sequence, index) for sequence, index in wanted if sequence.slot >= 0]
-        wanted_R = np.array([index for _, index in wanted], np.int32)
-        batch = replace(batch, wanted_R=wanted_R)
-        for step in range(MTP_TOKENS):
-            if not _has_places(batch):
-                return
-            logits_RV = self._backend.draft(batch, first=step == 0)
-            tokens_R = logits_RV[:, : self._vocab].cpu().numpy().argmax(1).astype(np.int32) if wanted else wanted_R
-            for (sequence, _), token in zip(wanted, tokens_R.tolist(), strict=True):
-                sequence.drafts = [*sequence.drafts, token] if step else [token]
-            every_R = np.arange(len(wanted) + 1, dtype=np.int32)
-            rows_R = np.searchsorted(batch.starts_S, batch.wanted_R, "right") - 1
-            positions_R = batch.positions_T[batch.wanted_R] + np.int32(1)
-            batch = Batch(tokens_R, positions_R, every_R, batch.tables_SW[rows_R], every_R[:-1])
-            if not wanted:
-                return
+    def _guess(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
+        """Let the MTP modules follow the step; their guesses are the drafts of the next one."""
+        batch, decoding = result.batch, len(plan.rows)
+        sequences = [*plan.rows, *(chunk.sequence for chunk in plan.chunks)]
+        ends = batch.starts_S[1:] - 1
+        ends[:decoding] = batch.starts_S[:decoding] + [accepted.get(slot, 0) for slot in plan.slots_S.tolist()]
+        open_S = np.array([True] * decoding + [chunk.last for chunk in plan.chunks], np.bool_)
+        open_S &= np.array([sequence.slot >= 0 for sequence in sequences], np.bool_)
+        asking = [sequences[row] for row in np.flatnonzero(open_S).tolist()]
+        for sequence in asking:
+            sequence.drafts = []
+        for depth in range(self._backend.depth):
+            logits_RV = self._backend.draft(_ahead(batch, sequences, depth + 1, ends[open_S]), first=depth == 0)
+            guesses = logits_RV[:, : self._vocab].cpu().numpy().argmax(1).tolist() if asking else []
+            for sequence, guess in zip(asking, guesses, strict=True):
+                sequence.drafts.append(guess)
 
     def _lookup(self, sequence: Sequence, count: int) -> list[int]:
         """Tokens that followed the last ones before."""
@@ -192,26 +189,17 @@ class Speculation:
         return sequence.lookup.propose(sequence.token_ids, count)
 
 
-def _shifted(plan: Plan, result: Result) -> Batch:
-    """The batch of a settled step one token further: each place holds the token that came to stand behind it.
+def _ahead(batch: Batch, sequences: list[Sequence], depth: int, wanted_R: NDArray[np.int32]) -> Batch:
+    """``batch`` with each token replaced by the one that came to stand ``depth`` places behind it, 0 where none did.
 
-    Behind a refused draft stands whatever was sampled there; nobody asks for such a row, and the next step
-    overwrites what it leaves.
+    That is so behind a refused draft; nobody asks for such a row, and the next step overwrites what it leaves.
     """
-    batch, decoding = result.batch, len(plan.rows)
-    tokens_T = np.empty_like(batch.tokens_T)
-    tokens_T[: batch.starts_S[decoding]] = result.samples.tokens_R[: batch.starts_S[decoding]]
-    for row, chunk in enumerate(plan.chunks, decoding):
-        sequence, start, stop = chunk.sequence, chunk.start + 1, chunk.start + chunk.count + 1
-        after = max(0, start - len(sequence.prompt)), max(0, stop - len(sequence.prompt))
-        tokens_T[batch.starts_S[row] : batch.starts_S[row + 1]] = (
-            sequence.prompt[start:stop] + sequence.token_ids[slice(*after)]
-        )
-    return replace(batch, tokens_T=tokens_T, positions_T=batch.positions_T + np.int32(1))
-
-
-def _has_places(batch: Batch) -> bool:
-    """Whether the tables reach as far as the positions."""
-    rows_T = np.repeat(np.arange(len(batch.starts_S) - 1), np.diff(batch.starts_S))
-    places_T, width = batch.positions_T // BLOCK, batch.tables_SW.shape[1]
-    return bool((places_T < width).all() and (batch.tables_SW[rows_T, places_T] >= 0).all())
+    tokens_T = np.zeros_like(batch.tokens_T)
+    text: list[int]
+    for sequence, start, stop in zip(sequences, batch.starts_S[:-1], batch.starts_S[1:], strict=True):
+        text, first, count = [], int(batch.positions_T[start]) + depth, int(stop - start)
+        for part in (sequence.prompt, sequence.token_ids, sequence.drafts):
+            text += part[max(0, first) : max(0, first + count)]
+            first -= len(part)
+        tokens_T[start : start + len(text)] = text
+    return replace(batch, tokens_T=tokens_T, wanted_R=wanted_R)

@@ -38,26 +38,19 @@ class PagedCache(Cache):
         table_GW: long, block numbers; those beyond a sequence's own are any block.
         place_GN: long, where each new token goes in ``store``.
         length_G: long, tokens that each sequence holds.
-        skip: slots at the beginning of every sequence that hold nothing (1 for MTP, which has no first token).
         scratch: where what is read is put together; new memory for every layer would cost more than the copy.
     """
 
     def __init__(
-        self,
-        store: list[Tensor],
-        table_GW: Tensor,
-        place_GN: Tensor,
-        length_G: Tensor,
-        skip: int,
-        scratch: Tensor,
+        self, store: list[Tensor], table_GW: Tensor, place_GN: Tensor, length_G: Tensor, scratch: Tensor
     ) -> None:
         super().__init__(store, length_G, int(length_G.max()))
-        self._table_GW, self._place_GN, self._skip, self._scratch = table_GW, place_GN, skip, scratch
+        self._table_GW, self._place_GN, self._scratch = table_GW, place_GN, scratch
 
     @property
     def capacity(self) -> int:
         """Tokens that each row can hold."""
-        return self._table_GW.shape[1] * BLOCK - self._skip
+        return self._table_GW.shape[1] * BLOCK
 
     def write(self, layer: int, new_BTW: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> None:
         """Store ``new_BTW`` where its tokens belong."""
@@ -69,11 +62,11 @@ class PagedCache(Cache):
 
     def read(self, layer: int, count: int, dtype: torch.dtype) -> Tensor:
         """The first ``count`` slots of every row, gathered: [G, count, K]; valid until the next layer is read."""
-        last, width = self._skip + count, self.layers[layer].shape[1]
-        table_GW = self._table_GW[:, : -(-last // BLOCK)]
+        width = self.layers[layer].shape[1]
+        table_GW = self._table_GW[:, : -(-count // BLOCK)]
         blocks = self._scratch[: table_GW.numel() * BLOCK].view(-1, BLOCK * width)
         torch.index_select(self.layers[layer].view(-1, BLOCK * width), 0, table_GW.flatten(), out=blocks)
-        return blocks.view(len(table_GW), -1, width)[:, self._skip : last].to(dtype)
+        return blocks.view(len(table_GW), -1, width)[:, :count].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class TorchBackend:
         self.model, config = model, model.config
         weight = model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
-        self.vocab, self.depth = config.vocab_size, min(1, config.num_nextn_predict_layers)
+        self.vocab, self.depth = config.vocab_size, config.num_nextn_predict_layers
         self.kv_format = FORMATS[self._dtype]
         self._layers = config.num_hidden_layers + self.depth
         self._width = Cache.width(config)
@@ -104,7 +97,8 @@ class TorchBackend:
         self.blocks = 0
         self._store: list[Tensor] = [self._zeros(0) for _ in range(self._layers)]
         self._scratch = self._zeros(0)
-        self._hidden_TD: Tensor | None = None
+        self._hidden_TD: Tensor | None = None  # of the last run, or the last module
+        self._next = 0  # module that is next to draft
 
     def reserve(self, blocks: int) -> None:
         """Have memory for ``blocks`` blocks; see ``Backend``."""
@@ -125,40 +119,36 @@ class TorchBackend:
         """Compute the batch; see ``Backend``."""
         hidden_TD: Tensor | None = None
         for group in _groups(batch):
-            cache, tokens_GN, valid_GN = self._open(batch, group, 0)
+            cache, tokens_GN, valid_GN = self._open(batch, group)
             hidden_GND = self.model.hidden(tokens_GN, cache=cache, valid_BT=valid_GN).x_BTD
             hidden_TD = self._scatter(hidden_TD, hidden_GND, batch, group)
-        self._hidden_TD = hidden_TD
+        self._hidden_TD, self._next = hidden_TD, 0
         return self._head(batch, hidden_TD)
 
     @torch.no_grad()
     def draft(self, batch: Batch, first: bool) -> Tensor:
-        """One step of the first MTP module; see ``Backend``.
+        """One step of an MTP module; see ``Backend``.
 
         Raises:
             EngineError: there is no such module, or ``batch`` is not of the tokens that were computed last.
         """
-        if not self.depth or self._hidden_TD is None or len(self._hidden_TD) != len(batch.tokens_T):
+        depth = 0 if first else self._next
+        if depth >= self.depth or self._hidden_TD is None or len(self._hidden_TD) != len(batch.tokens_T):
             fault = "the tokens to draft from are not those computed last"
             raise EngineError(fault, where="draft", todo="run the batch first")
-        module = self.model.mtp[0]
+        module = self.model.mtp[depth]
         assert isinstance(module, MTP)
         before_TD, out_TD = self._hidden_TD, None
         for group in _groups(batch):
-            cache, tokens_GN, valid_GN = self._open(batch, group, 1)
+            cache, tokens_GN, valid_GN = self._open(batch, group)
             step = plan(
-                self.model.rotary,
-                tokens_GN,
-                segments_BT=None,
-                positions_BT=None,
-                cache=cache,
-                valid_BT=valid_GN,
+                self.model.rotary, tokens_GN, segments_BT=None, positions_BT=None, cache=cache, valid_BT=valid_GN
             )
             routing: list[Routing] = []
-            pair = before_TD[torch.from_numpy(group.tokens_GN).to(self._device)], self.model.embed_tokens(tokens_GN)
+            pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
             out_GND = module.shared_norm(module(*pair, step, routing))
             out_TD = self._scatter(out_TD, out_GND, batch, group)
-        self._hidden_TD = None if out_TD is None else out_TD[self._index(batch.wanted_R)]
+        self._hidden_TD, self._next = out_TD, depth + 1
         return self._head(batch, out_TD)
 
     def copy(self, source: int, target: int) -> None:
@@ -187,7 +177,7 @@ class TorchBackend:
         """Long on the model's device."""
         return torch.from_numpy(index.astype(np.int64)).to(self._device)
 
-    def _open(self, batch: Batch, group: Group, skip: int) -> tuple[PagedCache, Tensor, Tensor | None]:
+    def _open(self, batch: Batch, group: Group) -> tuple[PagedCache, Tensor, Tensor | None]:
         """The cache of a group, its tokens [G, N], and which of them are real (None: all)."""
         at_GN, rows_G1 = group.tokens_GN, group.rows_G[:, None]
         positions_GN = batch.positions_T[at_GN]
@@ -195,8 +185,8 @@ class TorchBackend:
         place_GN = batch.tables_SW[rows_G1, positions_GN // BLOCK].astype(np.int64) * BLOCK + positions_GN % BLOCK
         if len(self._scratch) < table_GW.size * BLOCK:
             self._scratch = self._zeros(2 * table_GW.size)
-        index = (np.maximum(table_GW, 0), place_GN, positions_GN[:, 0] - skip)
-        cache = PagedCache(self._store, *map(self._index, index), skip, self._scratch)
+        table, place, length = map(self._index, (np.maximum(table_GW, 0), place_GN, positions_GN[:, 0]))
+        cache = PagedCache(self._store, table, place, length, self._scratch)
         valid_GN = at_GN >= 0
         mask = None if valid_GN.all() else torch.from_numpy(valid_GN).to(self._device)
         return cache, self._index(batch.tokens_T[at_GN]), mask

@@ -65,17 +65,14 @@ class Fake:
 
     def draft(self, batch: Batch, first: bool) -> Tensor:
         self.drafted += 1
-        assert (batch.positions_T > 0).all()
         self._honest(batch)
-        if first:
-            assert len(batch.tokens_T) == len(self.batches[-1].tokens_T)
-            assert (batch.positions_T == self.batches[-1].positions_T + 1).all()
+        assert first and (batch.positions_T == self.batches[-1].positions_T).all()
         rows = self._write(1, batch)
         out = []
         for index in batch.wanted_R:
-            text = self._read(1, batch, rows, index)
-            text[0] = self.text[0, batch.tables_SW[rows[index], 0], 0]  # nothing stands before the first token
-            out.append(scores(text.tobytes(), self.vocab))
+            text = self._read(1, batch, rows, index)  # at each place the token that follows it
+            begin = self.text[0, batch.tables_SW[rows[index], 0], :1]
+            out.append(scores(begin.tobytes() + text.tobytes(), self.vocab))
         return torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocab)
 
     def copy(self, source: int, target: int) -> None:
