@@ -5,7 +5,7 @@ few more where drafts are checked, many for a piece of a prompt. They are laid o
 operations; where nothing but answers go on, as in almost every step, what did not change since the last step (starts,
 tables, wanted rows) is used again.
 
-S sequences, T new tokens, R rows of logits or samples, W blocks.
+S sequences, T new tokens, A of them of answers, N new answers, R rows of logits or samples, W blocks.
 """
 
 from __future__ import annotations
@@ -42,6 +42,21 @@ class Result:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The part of a batch that answers have: A tokens of S sequences, all of them wanted.
+
+    Attributes:
+        ahead_A: drafted tokens before each; None if there are none.
+    """
+
+    tokens_A: NDArray[np.int32]
+    positions_A: NDArray[np.int32]
+    slots_A: NDArray[np.int64]
+    ahead_A: NDArray[np.int64] | None
+    counts_S: NDArray[np.int64]
+
+
 class Runner:
     """Between the books and the back end."""
 
@@ -59,87 +74,107 @@ class Runner:
         Raises:
             EngineError: the model's logits are not finite.
         """
-        scheduler = self.scheduler
-        simple = not plan.chunks and not plan.drafts
-        batch = self._again(plan) if simple else self._compose(plan)
-        began = time.perf_counter()
-        logits_RV = self.backend.run(batch)
-        seconds = time.perf_counter() - began
+        if not plan.chunks and not plan.drafts:
+            return self._run_plain(plan)
+        scheduler, answers = self.scheduler, self._answers(plan)
+        batch = self._compose(plan, answers)
+        logits_RV, seconds = self._compute(batch)
         scheduler.stored[plan.slots_S] += 1
-        if simple:
-            samples = self.sampler.sample(logits_RV, plan.slots_S)
-            self.last[plan.slots_S] = samples.tokens_R
-            return Result(plan.rows, plan.slots_S, samples, batch, seconds)
         starting = scheduler.computed(plan.chunks)
         new = [sequence for group in starting for sequence in group]
         for sequence in new:
             self.sampler.open(sequence.slot, sequence)
         slots_N = np.array([sequence.slot for sequence in new], np.int64)
-        samples = self._sample(plan, logits_RV, starting, slots_N)
+        samples = self._sample(plan, answers, logits_RV, [len(group) for group in starting], slots_N)
         if not plan.drafts:
             self.last[plan.slots_S] = samples.tokens_R[: len(plan.rows)]
         self.last[slots_N] = samples.tokens_R[len(samples.tokens_R) - len(new) :]
         return Result(plan.rows + new, np.concatenate((plan.slots_S, slots_N)), samples, batch, seconds)
 
-    def _again(self, plan: Plan) -> Batch:
-        """The batch of one token for each answer."""
-        slots_S, version = plan.slots_S, self.scheduler.blocks.version
+    def _run_plain(self, plan: Plan) -> Result:
+        """``run`` for one token of each answer: what almost every step is."""
+        slots_S, stored, version = plan.slots_S, self.scheduler.stored, self.scheduler.blocks.version
         if self._slots_S is not slots_S or self._version != version:
             if len(self._starts_S) != len(slots_S) + 1:
                 self._starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
             self._tables_SW = self._tables(slots_S)
             self._slots_S, self._version = slots_S, version
-        starts_S = self._starts_S
-        tokens_S, positions_S = self.last[slots_S], self.scheduler.stored[slots_S]
-        return Batch(tokens_S, positions_S, starts_S, self._tables_SW, starts_S[:-1])
+        starts_S, positions_S = self._starts_S, stored[slots_S]
+        batch = Batch(self.last[slots_S], positions_S, starts_S, self._tables_SW, starts_S[:-1])
+        logits_RV, seconds = self._compute(batch)
+        stored[slots_S] = positions_S + 1
+        samples = self.sampler.sample(logits_RV, slots_S)
+        self.last[slots_S] = samples.tokens_R
+        return Result(plan.rows, slots_S, samples, batch, seconds)
 
-    def _compose(self, plan: Plan) -> Batch:
-        """The batch of any plan: answers first, then pieces of prompts."""
-        scheduler, chunks, decoding = self.scheduler, plan.chunks, len(plan.rows)
-        counts_S = np.concatenate((self._counts(plan), [chunk.count for chunk in chunks])).astype(np.int64)
-        first_S = np.concatenate((scheduler.stored[plan.slots_S], [chunk.start for chunk in chunks])).astype(np.int64)
+    def _compute(self, batch: Batch) -> tuple[Tensor, float]:
+        """Logits, and how long they took."""
+        began = time.perf_counter()
+        logits_RV = self.backend.run(batch)
+        return logits_RV, time.perf_counter() - began
+
+    def _answers(self, plan: Plan) -> Answers:
+        """The tokens of all answers: the one that was sampled last, and its drafts."""
+        slots_S = plan.slots_S
+        last_S, stored_S = self.last[slots_S], self.scheduler.stored[slots_S]
+        if not plan.drafts:
+            return Answers(last_S, stored_S, slots_S, None, np.ones(len(slots_S), np.int64))
+        tokens: list[int] = []  # drafts are for a few rows, where lists are faster
+        positions: list[int] = []
+        slots: list[int] = []
+        ahead: list[int] = []
+        counts: list[int] = []
+        for slot, last, place in zip(slots_S.tolist(), last_S.tolist(), stored_S.tolist(), strict=True):
+            new = [last, *plan.drafts.get(slot, ())]
+            tokens += new
+            positions += range(place, place + len(new))
+            slots += [slot] * len(new)
+            ahead += range(len(new))
+            counts.append(len(new))
+        wide, narrow = np.int64, np.int32
+        return Answers(
+            np.array(tokens, narrow), np.array(positions, narrow), np.array(slots, wide), np.array(ahead, wide),
+            np.array(counts, wide),
+        )  # fmt: skip
+
+    def _compose(self, plan: Plan, answers: Answers) -> Batch:
+        """The batch of answers, and behind them pieces of prompts."""
+        tokens, positions, counts = [answers.tokens_A], [answers.positions_A], [answers.counts_S]
+        wanted, slots, end = [np.arange(len(answers.tokens_A))], [plan.slots_S], len(answers.tokens_A)
+        for chunk in plan.chunks:
+            stop, end = chunk.start + chunk.count, end + chunk.count
+            tokens.append(chunk.sequence.known[chunk.start : stop])
+            positions.append(np.arange(chunk.start, stop, dtype=np.int32))
+            counts.append(np.array([chunk.count]))
+            slots.append(np.array([chunk.sequence.slot]))
+            wanted += [np.array([end - 1])] if chunk.last else []
+        counts_S = np.concatenate(counts)
         starts_S = np.zeros(len(counts_S) + 1, np.int32)
         np.cumsum(counts_S, out=starts_S[1:])
-        positions_T = np.arange(starts_S[-1]) + np.repeat(first_S - starts_S[:-1], counts_S)
-        tokens_T = np.empty(len(positions_T), np.int32)
-        tokens_T[starts_S[:decoding]] = self.last[plan.slots_S]
-        for row, slot in enumerate(plan.slots_S.tolist()) if plan.drafts else ():
-            tokens_T[starts_S[row] + 1 : starts_S[row + 1]] = plan.drafts.get(slot, ())
-        for row, chunk in enumerate(chunks, decoding):
-            tokens_T[starts_S[row] : starts_S[row + 1]] = chunk.sequence.known[chunk.start : chunk.start + chunk.count]
-        ended = [starts_S[row] - 1 for row, chunk in enumerate(chunks, decoding + 1) if chunk.last]
-        wanted_R = np.concatenate((np.arange(starts_S[decoding]), ended)).astype(np.int32)
-        slots_S = np.concatenate((plan.slots_S, [chunk.sequence.slot for chunk in chunks])).astype(np.int64)
-        return Batch(tokens_T, positions_T.astype(np.int32), starts_S, self._tables(slots_S), wanted_R)
+        return Batch(
+            tokens_T=np.concatenate(tokens),
+            positions_T=np.concatenate(positions),
+            starts_S=starts_S,
+            tables_SW=self._tables(np.concatenate(slots)),
+            wanted_R=np.concatenate(wanted).astype(np.int32),
+        )
 
     def _tables(self, slots_S: NDArray[np.int64]) -> NDArray[np.int32]:
         """The tables of these slots, as wide as the longest."""
         blocks = self.scheduler.blocks
-        width = int(blocks.held[slots_S].max(initial=0))
-        return np.ascontiguousarray(blocks.tables[slots_S, :width])
+        return np.ascontiguousarray(blocks.tables[slots_S, : blocks.held[slots_S].max(initial=0)])
 
     def _sample(
-        self, plan: Plan, logits_RV: Tensor, starting: list[list[Sequence]], slots_N: NDArray[np.int64]
+        self, plan: Plan, answers: Answers, logits_RV: Tensor, groups: list[int], slots_N: NDArray[np.int64]
     ) -> Samples:
         """Sample the rows of all answers, and for each prompt that is whole a token for each of its twins."""
-        counts_S = self._counts(plan)
-        rows = int(counts_S.sum())
-        slots_R = np.concatenate((np.repeat(plan.slots_S, counts_S), slots_N))
+        rows, slots_R = len(answers.slots_A), np.concatenate((answers.slots_A, slots_N))
         if not len(slots_R):
             return Samples(slots_R)
-        if len(slots_N) > len(starting):  # twins read the same row of logits
-            twin_N = np.repeat(np.arange(len(starting)), [len(group) for group in starting])
-            index_R = np.concatenate((np.arange(rows), rows + twin_N))
+        if len(slots_N) > len(groups):  # twins read the same row of logits
+            index_R = np.concatenate((np.arange(rows), rows + np.repeat(np.arange(len(groups)), groups)))
             logits_RV = logits_RV[torch.from_numpy(index_R).to(logits_RV.device)]
-        if not plan.drafts:
+        if answers.ahead_A is None:
             return self.sampler.sample(logits_RV, slots_R)
-        ahead_R = np.zeros(len(slots_R), np.int64)
-        ahead_R[:rows] = np.arange(rows) - np.repeat(np.cumsum(counts_S) - counts_S, counts_S)
+        ahead_R = np.concatenate((answers.ahead_A, np.zeros(len(slots_N), np.int64)))
         return self.sampler.sample(logits_RV, slots_R, ahead_R, plan.drafts)
-
-    def _counts(self, plan: Plan) -> NDArray[np.int64]:
-        """New tokens of each answer: one, and its drafts."""
-        counts_S = np.ones(len(plan.rows), np.int64)
-        if plan.drafts:
-            counts_S += [len(plan.drafts.get(slot, ())) for slot in plan.slots_S.tolist()]
-        return counts_S
