@@ -1,33 +1,38 @@
 """The engine: requests in, answers out, and one step that moves them all.
 
-The life of a request: ``submit`` renders and checks it and puts it in the queue → ``schedule`` gives it a row →
-``run`` computes its prompt once, then one token a step together with all other rows → ``settle`` appends the
-token, looks for an end, and lets finished rows go at once → its ``Handle`` delivers text and result.
+``step()`` is schedule → run → settle: the scheduler chooses what is computed and finds memory for it, the runner lets
+the back end compute it and samples, and what was sampled becomes part of the answers. docs/engine.md tells the
+life of a request in eight steps.
 
 Who steps? With ``start()`` a background thread does, and any thread may submit, read and cancel. Without
-it, whoever waits for a result steps, so a script needs no thread. One lock guards the queue and the rows,
-another lets only one step run at a time; the model runs outside the first, so submitting never waits
-for it.
-
-Left out here: paged blocks and a prefix index across calls, speculation, grammars. Prompts that
-occur more than once in one ``generate`` call are computed once and copied (RL groups).
+it, whoever waits for a result steps, so a script needs no thread. ``core`` keeps
+the books; the model runs outside its lock, so submitting never waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 
+from sprat.engine import budget
+from sprat.engine.backend import BLOCK, Backend
+from sprat.engine.blocks import blocks_for
+from sprat.engine.core import Core, Room
+from sprat.engine.disk import Disk
+from sprat.engine.draft import Speculation, Way
+from sprat.engine.grammar import Grammars
 from sprat.engine.handle import Handle
-from sprat.engine.intake import Intake, Prompt, banned, ends
-from sprat.engine.runner import Runner
-from sprat.engine.sample import Samples
-from sprat.engine.scheduler import Plan, Scheduler
-from sprat.engine.sequence import Delta, Output, Sampling, Sequence
-from sprat.errors import EngineError
+from sprat.engine.intake import Intake, Prompt, ends
+from sprat.engine.prefix import Keys, digest_of
+from sprat.engine.sampling import Sampling
+from sprat.engine.sequence import NOBODY, Delta, Output, Sequence, Tenant
+from sprat.engine.stats import Stats
+from sprat.engine.torch_backend import choose
+from sprat.errors import EngineError, SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 
@@ -35,18 +40,23 @@ WAIT_SECONDS = 0.05  # how long an idle thread sleeps before it looks again
 
 
 class Engine:
-    """Batched generation with a latent KV cache; the same for scripts, rollouts and the server.
-
-    The model is used as it is at every step: weights may change between calls, not within one.
+    """Batched generation over paged memory with a prefix cache; the same for scripts, rollouts and the server.
 
     Args:
         model, tokenizer: from ``sprat.load``.
-        max_batch: rows that run together at most.
+        backend: what computes; None: the native one where it takes the model, else torch.
+        max_batch: requests that run together at most.
         max_tokens_cap: sampled tokens of one request at most; None: what the context holds.
-        prefill_tokens: prompt tokens that one step computes at most.
+        step_tokens: tokens that one step computes, about: answers first, then pieces of prompts.
+        cache_bytes: memory for blocks at most; None: see ``budget.choose``.
+        frozen: the weights will not change any more, so that what was computed is kept for later requests. Without it
+            they may change between calls, and whatever is known of prompts is dropped as soon as nobody asks.
+        adapter: digest of an adapter beside the weights.
+        disk: where blocks go that do not fit into memory; needs ``frozen``. The weights are digested once.
+        speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
 
     Raises:
-        EngineError: the tokenizer has more ids than the model, or a limit is below 1.
+        EngineError: the tokenizer has more ids than the model, a limit is below 1, or settings contradict.
     """
 
     def __init__(
@@ -54,40 +64,51 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
+        backend: Backend | None = None,
         max_batch: int = 64,
         max_tokens_cap: int | None = None,
-        prefill_tokens: int = 8192,
+        step_tokens: int = 512,
+        cache_bytes: int | None = None,
+        frozen: bool = False,
+        adapter: str = "",
+        disk: Disk | None = None,
+        speculate: Way = "auto",
     ) -> None:
-        if min(max_batch, prefill_tokens, max_tokens_cap or 1) < 1:
+        if min(max_batch, step_tokens, max_tokens_cap or 1) < 1:
             raise EngineError("a limit of the engine is below 1", where="Engine", todo="give positive numbers")
         if tokenizer.vocab_size > model.config.vocab_size:
             fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
             raise EngineError(fault, where="Engine", todo="load the two from the same folder")
+        if disk is not None and not frozen:
+            raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
         self.model, self.tokenizer = model, tokenizer
-        self.scheduler = Scheduler(max_batch, prefill_tokens)
-        self.runner = Runner(model, vocab=tokenizer.vocab_size, banned=banned(tokenizer))
-        self._intake = Intake(model.config, tokenizer, max_tokens_cap)
-        self._ends = ends(model.config, tokenizer)
-        self._handles: dict[int, Handle] = {}
+        self.backend = choose(model) if backend is None else backend
+        stops, context = ends(model.config, tokenizer), model.config.max_position_embeddings
+        blocks = budget.choose(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
+        self._grammars = Grammars(tokenizer, stops)
+        self._intake = Intake(model.config, tokenizer, self._grammars, max_tokens_cap, blocks * BLOCK)
+        self.core = Core(
+            self.backend,
+            tokenizer,
+            Keys(digest_of(model) if disk is not None else "", adapter, tokenizer.digest, self.backend.kv_format),
+            stops,
+            Room(max_batch, step_tokens, blocks, blocks_for(context) + 1, frozen),
+            Speculation(speculate, self.backend, tokenizer.vocab_size),
+            disk,
+        )
         self._shares = itertools.count(1)
-        self._lock, self._stepping, self._wake = threading.Lock(), threading.Lock(), threading.Event()
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
 
     def step(self) -> list[Handle]:
-        """Move every request by one token; the requests that finished thereby.
+        """Move every request on; the requests that finished thereby.
 
         Raises:
-            EngineError: the model's logits are not finite; all requests in flight have failed.
+            EngineError: the model's logits are not finite, or the back end failed. The requests of this step have
+                failed with it; those that wait are still there.
         """
-        with self._stepping:
-            plan = self._schedule()
-            try:
-                samples = self.runner.run(plan)
-            except Exception as error:
-                self._fail(error)
-                raise
-            return self._settle(samples)
+        return self.core.step()
 
     def generate(
         self,
@@ -95,6 +116,7 @@ class Engine:
         sampling: Sampling | Rows[Sampling] | None = None,
         *,
         cancel: threading.Event | None = None,
+        tenant: Tenant = NOBODY,
     ) -> list[Output]:
         """Answer all prompts; ``sampling.n`` answers each, those of one prompt side by side.
 
@@ -109,26 +131,45 @@ class Engine:
         if isinstance(prompts, str) or len(settings) != len(prompts):
             fault = "prompts and settings differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
-        share = next(self._shares)
         seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
+        shares: dict[tuple[int, ...], int] = {}
         sequences: list[Sequence] = []
         for prompt, one in zip(prompts, settings, strict=True):
             ids = self._intake.ids(prompt, one)
+            text = tuple(ids)
+            share = shares.setdefault(text, next(self._shares))
             for _ in range(one.n):
-                name = (one.seed, tuple(ids))
-                sequences.append(self._intake.sequence(ids, one, stream=seen[name], share=share, event=cancel))
-                seen[name] += 1
-        handles = [self._enter(sequence, streams=False) for sequence in sequences]
-        return [handle.result() for handle in handles]
+                stream = seen[one.seed, text]
+                sequences.append(
+                    self._intake.sequence(ids, one, stream=stream, share=share, event=cancel, tenant=tenant)
+                )
+                seen[one.seed, text] += 1
+        handles = self._enter(sequences, streams=False)
+        try:
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
 
     def stream(
-        self, prompt: Prompt, sampling: Sampling | None = None, cancel: threading.Event | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        cancel: threading.Event | None = None,
+        *,
+        tenant: Tenant = NOBODY,
     ) -> Iterator[Delta]:
         """Pieces of one answer as they come; ends with a Delta of kind ``done``. Raises as ``submit``."""
-        return iter(self.submit(prompt, sampling, cancel=cancel))
+        return iter(self.submit(prompt, sampling, cancel=cancel, tenant=tenant))
 
     def submit(
-        self, prompt: Prompt, sampling: Sampling | None = None, *, cancel: threading.Event | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        tenant: Tenant = NOBODY,
     ) -> Handle:
         """Put one request in the queue; any thread may.
 
@@ -138,18 +179,18 @@ class Engine:
         sampling = sampling or Sampling()
         if sampling.n != 1:
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        sequence = self._intake.sequence(self._intake.ids(prompt, sampling), sampling, event=cancel)
-        return self._enter(sequence, streams=True)
+        ids = self._intake.ids(prompt, sampling)
+        return self._enter([self._intake.sequence(ids, sampling, event=cancel, tenant=tenant)], streams=True)[0]
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None) -> int:
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = NOBODY) -> int:
         """``submit``, for callers that step the engine and need only the request's number."""
         sampling = sampling or Sampling()
-        sequence = self._intake.sequence(self._intake.ids(prompt, sampling), sampling)
-        return self._enter(sequence, streams=False).id
+        sequence = self._intake.sequence(self._intake.ids(prompt, sampling), sampling, tenant=tenant)
+        return self._enter([sequence], streams=False)[0].id
 
     def cancel(self, number: int) -> bool:
-        """Stop request ``number``; False if it is unknown or finished already."""
-        handle = self._handles.get(number)
+        """Stop request ``number``, whose memory is free after the next step; False if it is unknown or finished."""
+        handle = self.core.handles.get(number)
         if handle is None:
             return False
         handle.cancel()
@@ -158,7 +199,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._handles)
+        return bool(self.core.handles)
+
+    def stats(self) -> Stats:
+        """What was done so far, and what is held now."""
+        return self.core.stats()
 
     def start(self) -> None:
         """Step in a background thread from now on, until ``stop``."""
@@ -168,77 +213,23 @@ class Engine:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the background thread; what is still in flight is cancelled."""
+        """End the background thread; what is still in flight is cancelled, and what is known goes to disk."""
         thread = self._thread
-        if thread is None:
-            return
-        self._stopping = True
-        self._wake.set()
-        thread.join()
-        self._thread = None
-        for handle in list(self._handles.values()):
-            handle.cancel()
-        while self.busy:
-            self.step()
+        if thread is not None:
+            self._stopping = True
+            self._wake.set()
+            thread.join()
+            self._thread = None
+            for handle in list(self.core.handles.values()):
+                handle.cancel()
+            while self.busy:
+                self._drive()
+        self._grammars.close()
+        self.core.spill()
 
     def check(self) -> list[str]:
-        """Faults of the engine's own books, none if all is well: leaked rows, rows out of place, wrong lengths."""
-        with self._stepping, self._lock:
-            running, waiting = self.scheduler.running, self.scheduler.waiting
-            faults = [f"row {r} holds request {s.id} of row {s.row}" for r, s in enumerate(running) if s.row != r]
-            faults += [f"waiting request {s.id} has row {s.row}" for s in waiting if s.row != -1]
-            known = {s.id for s in running} | {s.id for s in waiting}
-            if known != set(self._handles) or len(known) != len(running) + len(waiting):
-                faults.append(f"requests {sorted(known ^ set(self._handles))} are lost or double")
-            # The token sampled last is not in the cache yet.
-            lengths = [s.length - 1 for s in running]
-            return faults + self.runner.check(lengths)
-
-    def _schedule(self) -> Plan:
-        """Let cancelled requests go and admit waiting ones."""
-        with self._lock:
-            dropped, leaving = self.scheduler.withdraw()
-            if leaving:
-                self.runner.compact(self.scheduler.remove(leaving))
-            for sequence in dropped + leaving:
-                self._handles.pop(sequence.id).finish("cancelled")
-            return self.scheduler.admit()
-
-    def _settle(self, samples: Samples | None) -> list[Handle]:
-        """Give each row its token and let finished rows go."""
-        if samples is None:
-            return []
-        tokens = samples.tokens_B.tolist()
-        logprobs = samples.logprobs_B.tolist() if samples.logprobs_B is not None else tokens
-        finished: list[Sequence] = []
-        with self._lock:
-            for sequence, token, logprob in zip(self.scheduler.running, tokens, logprobs, strict=True):
-                sequence.token_ids.append(token)
-                if sequence.sampling.logprobs:
-                    sequence.logprobs.append(logprob)
-                stopped = sequence.followed and self._handles[sequence.id].feed(token)
-                if stopped or token in self._ends:
-                    sequence.finish_reason = "stop"
-                elif len(sequence.token_ids) >= sequence.limit:
-                    sequence.finish_reason = "length"
-                if sequence.finish_reason:
-                    finished.append(sequence)
-            if finished:
-                self.runner.compact(self.scheduler.remove(finished))
-            handles = [self._handles.pop(sequence.id) for sequence in finished]
-            for handle in handles:
-                handle.finish(handle.sequence.finish_reason or "stop")
-        return handles
-
-    def _fail(self, error: Exception) -> None:
-        """Give ``error`` to all requests in flight and begin anew with empty rows."""
-        with self._lock:
-            self.scheduler.remove(list(self.scheduler.running))
-            self.scheduler.waiting.clear()
-            self.runner.reset()
-            for handle in self._handles.values():
-                handle.fail(error)
-            self._handles.clear()
+        """Faults of the engine's own books, none if all is well: leaked slots and blocks, wrong lengths or counts."""
+        return self.core.check()
 
     def _loop(self) -> None:
         """The background thread: step while there is work, sleep while there is none."""
@@ -247,24 +238,19 @@ class Engine:
                 self._wake.wait(WAIT_SECONDS)
                 self._wake.clear()
                 continue
-            try:
+            with contextlib.suppress(Exception):  # whoever it concerns has it; the next ones deserve an engine
                 self.step()
-            except Exception:
-                # Every request in flight carries the error already; the next ones deserve an engine.
-                continue
 
     def _drive(self) -> bool:
         """Step once, unless a background thread does that; whether this thread stepped."""
         if self._thread is not None:
             return False
-        self.step()
+        with contextlib.suppress(SpratError):  # whoever it concerns has it
+            self.step()
         return True
 
-    def _enter(self, sequence: Sequence, *, streams: bool) -> Handle:
-        """Put ``sequence`` in the queue."""
-        handle = Handle(sequence, self.tokenizer, self._drive, streams=streams)
-        with self._lock:
-            self._handles[sequence.id] = handle
-            self.scheduler.waiting.append(sequence)
+    def _enter(self, sequences: list[Sequence], *, streams: bool) -> list[Handle]:
+        """Queue requests and wake the thread."""
+        handles = self.core.enter(sequences, self._drive, streams=streams)
         self._wake.set()
-        return handle
+        return handles

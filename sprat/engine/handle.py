@@ -22,16 +22,26 @@ class Handle:
 
     Args:
         drive: steps the engine, unless a background thread does; returns whether it stepped.
+        halts: set to tell the engine that somebody cancelled.
         streams: whether pieces are wanted; without it the text is decoded once, at the end.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, drive: Callable[[], bool], *, streams: bool) -> None:
-        self.sequence = sequence
+    def __init__(
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        drive: Callable[[], bool],
+        halts: threading.Event,
+        *,
+        streams: bool,
+    ) -> None:
+        self.sequence, self._halts = sequence, halts
         self.finished = threading.Event()
         self.pieces: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._tokenizer, self._drive, self._streams = tokenizer, drive, streams
         sampling = sequence.sampling
         sequence.followed = streams or bool(sampling.stop)
+        sequence.watched = sequence.followed or bool(sampling.stop_token_ids)
         self._reader: Reader | None = None
         if sequence.followed:
             self._reader = Reader(tokenizer, thinking=sampling.thinking, stops=sampling.stop)
@@ -46,12 +56,13 @@ class Handle:
     def cancel(self) -> None:
         """Ask the engine to stop it; what was said so far is kept, with finish_reason ``cancelled``."""
         self.sequence.cancelled = True
+        self._halts.set()
 
     def result(self) -> Output:
         """Wait for the whole answer.
 
         Raises:
-            EngineError: the engine failed while it answered.
+            SpratError: the engine failed while it answered, or could not go on with this request.
         """
         while not self.finished.is_set():
             if not self._drive():
@@ -102,13 +113,14 @@ class Handle:
             finish_reason=reason,
             prompt_ids=sequence.prompt,
             closed=answer.closed,
+            top_logprobs=sequence.top_logprobs if sequence.sampling.top_logprobs else None,
         )
         if self._streams:
             self.pieces.put(Delta("done", output=self._output))
         self.finished.set()
 
     def fail(self, error: Exception) -> None:
-        """Engine only: the engine broke; ``result`` and the iteration raise ``error``."""
+        """Engine only: the request cannot be answered; ``result`` and the iteration raise ``error``."""
         self._error = error
         self.finished.set()
 
@@ -129,5 +141,5 @@ class Handle:
             opened = 0 if sequence.sampling.thinking else 1
             inside = said[opened : said.index(ids.think_close)] if ids.think_close in said else said[opened:]
             count = sum(token != ids.eos for token in inside)
-        prompt = len(sequence.prompt)
-        return Usage(prompt, len(said), count, sequence.hit, prompt - sequence.hit)
+        prompt, hit = len(sequence.prompt), max(0, sequence.hit)
+        return Usage(prompt, len(said), count, hit, prompt - hit)

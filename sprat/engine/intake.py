@@ -10,7 +10,10 @@ import threading
 from collections.abc import Sequence as Rows
 
 from sprat.config.model import ModelConfig
-from sprat.engine.sequence import Sampling, Sequence, noise_key
+from sprat.engine.grammar import Grammars
+from sprat.engine.processors import build
+from sprat.engine.sampling import Sampling
+from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
 from sprat.tokens import Message, Tokenizer, render
 
@@ -22,10 +25,13 @@ class Intake:
 
     Args:
         cap: sampled tokens of one request at most; None: what the context holds.
+        memory: tokens that the cache holds.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, cap: int | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, grammars: Grammars, cap: int | None, memory: int
+    ) -> None:
+        self._tokenizer, self._grammars, self._memory = tokenizer, grammars, memory
         self._vocab, self.context = config.vocab_size, config.max_position_embeddings
         self.cap = cap or self.context
         self._numbers = itertools.count(1)
@@ -55,12 +61,14 @@ class Intake:
         *,
         stream: int = 0,
         share: int = 0,
+        tenant: Tenant = NOBODY,
         event: threading.Event | None = None,
     ) -> Sequence:
         """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
 
         Raises:
-            EngineError: it asks for more tokens than the engine gives or the context holds.
+            EngineError: it asks for more tokens than the engine gives, or than the context or the memory holds; a
+                setting names what this vocabulary does not have; the form of its response cannot be followed.
         """
         room = self.context - len(ids)
         wanted = min(self.cap, max(room, 1)) if sampling.max_tokens is None else sampling.max_tokens
@@ -70,16 +78,21 @@ class Intake:
         if wanted > room:
             fault = f"{len(ids)} prompt tokens and {wanted} more exceed the context of {self.context}"
             raise EngineError(fault, where="prompt", todo="shorten the prompt or lower max_tokens")
-        ban = max(1, sampling.min_think_tokens) if sampling.thinking else 0
-        key = noise_key(sampling.seed, stream, ids)
-        return Sequence(next(self._numbers), ids, sampling, wanted, key, share, event, ban)
-
-
-def banned(tokenizer: Tokenizer) -> list[int]:
-    """The ids that would end the thinking before it began."""
-    close = tokenizer.ids.think_close
-    first = close if close >= 0 else tokenizer.piece(tokenizer.format.think_tokens[1])[0]
-    return sorted({first, tokenizer.ids.eos} - {-1})
+        if len(ids) + wanted > self._memory:
+            fault = f"{len(ids)} prompt tokens and {wanted} more exceed the memory for {self._memory}"
+            raise EngineError(fault, where="prompt", todo="ask for less, or give the engine more cache_bytes")
+        return Sequence(
+            id=next(self._numbers),
+            prompt=ids,
+            sampling=sampling,
+            limit=wanted,
+            key=noise_key(sampling.seed, stream, ids),
+            share=share,
+            tenant=tenant,
+            event=event,
+            ban=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
+            processors=build(sampling, ids, self._tokenizer, self._grammars),
+        )
 
 
 def ends(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,109 +1,180 @@
-"""One step of the model: prefill the new rows, decode the running ones, sample all of them together.
+"""One step of computing: a plan becomes one ``Batch``, the back end's logits become samples.
 
-The model is the one that trains; only which positions it computes differs. New prompts run as one
-right-padded batch straight into their rows of the pool, and only their last position reaches the head. A
-prompt that is there several times runs once, and its twins copy the row. Running rows feed the token that
-they sampled last, one each, through absorbed attention on the latents.
+Whatever a sequence does in this step, it has so many new tokens at such positions: one for an answer that goes on, a
+few more where drafts are checked, many for a piece of a prompt. They are laid one behind the other by whole-array
+operations; where nothing but answers go on, as in almost every step, what did not change since the last step (starts,
+tables, wanted rows) is used again.
 
-B rows, T prompt tokens, D hidden, V vocabulary.
+S sequences, T new tokens, A of them of answers, N new answers, R rows of logits or samples, W blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.pool import Pool
-from sprat.engine.sample import Dials, Samples, sample
-from sprat.engine.scheduler import Moves, Plan
-from sprat.model import Transformer
+from sprat.engine.backend import Backend, Batch
+from sprat.engine.plan import Plan
+from sprat.engine.sample import Sampler, Samples
+from sprat.engine.scheduler import Scheduler
+from sprat.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step gave: the sequences that got tokens, and the samples.
+
+    Attributes:
+        rows: sequences in the order of their rows of ``samples``; one that had drafts has as many more rows.
+        slots_S: their slots.
+        seconds: that the back end took.
+    """
+
+    rows: list[Sequence]
+    slots_S: NDArray[np.int64]
+    samples: Samples
+    batch: Batch
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The part of a batch that answers have: A tokens of S sequences, all of them wanted.
+
+    Attributes:
+        ahead_A: drafted tokens before each; None if there are none.
+    """
+
+    tokens_A: NDArray[np.int32]
+    positions_A: NDArray[np.int32]
+    slots_A: NDArray[np.int64]
+    ahead_A: NDArray[np.int64] | None
+    counts_S: NDArray[np.int64]
 
 
 class Runner:
-    """Holds what the rows need between steps: cache, settings, and the token sampled last.
+    """Between the books and the back end."""
 
-    Args:
-        vocab: ids from here on are never sampled.
-        banned: ids that a request may not sample during its first ``ban`` tokens.
-    """
+    def __init__(self, backend: Backend, scheduler: Scheduler, sampler: Sampler) -> None:
+        self.backend, self.scheduler, self.sampler = backend, scheduler, sampler
+        self.last = np.zeros(len(scheduler.at), np.int32)  # by slot: the token sampled last, not yet in memory
+        self._slots_S: NDArray[np.int64] | None = None  # of these slots are the tables, as they were at this version
+        self._version = -1
+        self._starts_S = np.zeros(1, np.int32)
+        self._tables_SW = np.zeros((0, 0), np.int32)
 
-    def __init__(self, model: Transformer, *, vocab: int, banned: Rows[int]) -> None:
-        self.model = model
-        self._vocab, self._banned = vocab, tuple(banned)
-        self._device = model.norm.weight.device
-        self.pool = Pool(model.config, model.norm.weight.dtype, self._device)
-        self._dials = Dials(0)
-        self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
-
-    def run(self, plan: Plan) -> Samples | None:
-        """One sampled token per row, running rows first; None if there is no row.
+    def run(self, plan: Plan) -> Result:
+        """Compute a plan and sample from it. Every row is booked with one token; drafts that hold add to that.
 
         Raises:
             EngineError: the model's logits are not finite.
         """
-        new = plan.new
-        rows = plan.running + len(new)
-        if not rows:
-            return None
-        longest = int(self.pool.length[: plan.running].max(initial=0)) + 1
-        self.pool.reserve(rows, max([longest, *(len(sequence.prompt) for sequence in new)]))
-        self._dials.reserve(self.pool.rows)
-        with torch.no_grad():
-            parts = [self._decode(plan.running)] if plan.running else []
-            if new:
-                parts.append(self._prefill(plan))
-            logits_BV = self.model.head(torch.cat(parts)).float()
-            for row, sequence in enumerate(new, plan.running):
-                self._dials.set(row, sequence)
-            samples = sample(logits_BV, self._dials, self._banned, self._vocab)
-        self._dials.position[:rows] += 1
-        self._last_B = samples.tokens_B
-        return samples
+        if not plan.chunks and not plan.drafts:
+            return self._run_plain(plan)
+        scheduler, answers = self.scheduler, self._answers(plan)
+        batch = self._compose(plan, answers)
+        logits_RV, seconds = self._compute(batch)
+        scheduler.stored[plan.slots_S] += 1
+        starting = scheduler.computed(plan.chunks)
+        new = [sequence for group in starting for sequence in group]
+        for sequence in new:
+            self.sampler.open(sequence.slot, sequence)
+        slots_N = np.array([sequence.slot for sequence in new], np.int64)
+        samples = self._sample(plan, answers, logits_RV, [len(group) for group in starting], slots_N)
+        if not plan.drafts:
+            self.last[plan.slots_S] = samples.tokens_R[: len(plan.rows)]
+        self.last[slots_N] = samples.tokens_R[len(samples.tokens_R) - len(new) :]
+        return Result(plan.rows + new, np.concatenate((plan.slots_S, slots_N)), samples, batch, seconds)
 
-    def compact(self, moves: Moves) -> None:
-        """Follow the scheduler after rows have left."""
-        self.pool.copy(moves.source, moves.target)
-        self._dials.move(moves.source, moves.target)
-        self._last_B[moves.target] = self._last_B[moves.source]
-        self._last_B = self._last_B[: moves.count]
-        self.pool.shrink(moves.count)
+    def _run_plain(self, plan: Plan) -> Result:
+        """``run`` for one token of each answer: what almost every step is."""
+        slots_S, stored, version = plan.slots_S, self.scheduler.stored, self.scheduler.blocks.version
+        if self._slots_S is not slots_S or self._version != version:
+            if len(self._starts_S) != len(slots_S) + 1:
+                self._starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
+            self._tables_SW = self._tables(slots_S)
+            self._slots_S, self._version = slots_S, version
+        starts_S, positions_S = self._starts_S, stored[slots_S]
+        batch = Batch(self.last[slots_S], positions_S, starts_S, self._tables_SW, starts_S[:-1])
+        logits_RV, seconds = self._compute(batch)
+        stored[slots_S] = positions_S + 1
+        samples = self.sampler.sample(logits_RV, slots_S)
+        self.last[slots_S] = samples.tokens_R
+        return Result(plan.rows, slots_S, samples, batch, seconds)
 
-    def reset(self) -> None:
-        """Forget all rows, and with them whatever a failed step wrote."""
-        self.pool = Pool(self.model.config, self.model.norm.weight.dtype, self._device)
-        self._last_B = self._last_B[:0]
+    def _compute(self, batch: Batch) -> tuple[Tensor, float]:
+        """Logits, and how long they took."""
+        began = time.perf_counter()
+        logits_RV = self.backend.run(batch)
+        return logits_RV, time.perf_counter() - began
 
-    def check(self, lengths: Rows[int]) -> list[str]:
-        """Faults in the books: ``lengths`` are the tokens that each row should hold."""
-        held = self.pool.length[: self.pool.count].tolist()
-        return [] if held == list(lengths) else [f"the pool holds rows of {held} tokens, not {list(lengths)}"]
+    def _answers(self, plan: Plan) -> Answers:
+        """The tokens of all answers: the one that was sampled last, and its drafts."""
+        slots_S = plan.slots_S
+        last_S, stored_S = self.last[slots_S], self.scheduler.stored[slots_S]
+        if not plan.drafts:
+            return Answers(last_S, stored_S, slots_S, None, np.ones(len(slots_S), np.int64))
+        tokens: list[int] = []  # drafts are for a few rows, where lists are faster
+        positions: list[int] = []
+        slots: list[int] = []
+        ahead: list[int] = []
+        counts: list[int] = []
+        for slot, last, place in zip(slots_S.tolist(), last_S.tolist(), stored_S.tolist(), strict=True):
+            new = [last, *plan.drafts.get(slot, ())]
+            tokens += new
+            positions += range(place, place + len(new))
+            slots += [slot] * len(new)
+            ahead += range(len(new))
+            counts.append(len(new))
+        wide, narrow = np.int64, np.int32
+        return Answers(
+            np.array(tokens, narrow), np.array(positions, narrow), np.array(slots, wide), np.array(ahead, wide),
+            np.array(counts, wide),
+        )  # fmt: skip
 
-    def _decode(self, rows: int) -> Tensor:
-        """Feed the last tokens of rows 0 … rows-1; hidden [rows, D]."""
-        hidden_B1D = self.model.hidden(self._last_B[:rows, None], cache=self.pool.view(0, rows)).x_BTD
-        self.pool.length[:rows] += 1
-        return hidden_B1D[:, 0]
+    def _compose(self, plan: Plan, answers: Answers) -> Batch:
+        """The batch of answers, and behind them pieces of prompts."""
+        tokens, positions, counts = [answers.tokens_A], [answers.positions_A], [answers.counts_S]
+        wanted, slots, end = [np.arange(len(answers.tokens_A))], [plan.slots_S], len(answers.tokens_A)
+        for chunk in plan.chunks:
+            stop, end = chunk.start + chunk.count, end + chunk.count
+            tokens.append(chunk.sequence.known[chunk.start : stop])
+            positions.append(np.arange(chunk.start, stop, dtype=np.int32))
+            counts.append(np.array([chunk.count]))
+            slots.append(np.array([chunk.sequence.slot]))
+            wanted += [np.array([end - 1])] if chunk.last else []
+        counts_S = np.concatenate(counts)
+        starts_S = np.zeros(len(counts_S) + 1, np.int32)
+        np.cumsum(counts_S, out=starts_S[1:])
+        return Batch(
+            tokens_T=np.concatenate(tokens),
+            positions_T=np.concatenate(positions),
+            starts_S=starts_S,
+            tables_SW=self._tables(np.concatenate(slots)),
+            wanted_R=np.concatenate(wanted).astype(np.int32),
+        )
 
-    def _prefill(self, plan: Plan) -> Tensor:
-        """Compute the prompts of the new rows; hidden of their last tokens, [firsts + twins, D]."""
-        start, firsts = plan.running, plan.firsts
-        lengths = [len(sequence.prompt) for sequence in firsts]
-        tokens = np.zeros((len(firsts), max(lengths)), np.int64)
-        for row, sequence in enumerate(firsts):
-            tokens[row, : lengths[row]] = sequence.prompt
-        tokens_BT = torch.from_numpy(tokens).to(self._device)
-        last_B = torch.tensor(lengths, device=self._device) - 1
-        ragged = min(lengths) < max(lengths)
-        valid_BT = torch.arange(tokens.shape[1], device=self._device) <= last_B[:, None] if ragged else None
-        cache = self.pool.fresh(start, start + len(firsts))
-        hidden_BTD = self.model.hidden(tokens_BT, cache=cache, valid_BT=valid_BT).x_BTD
-        self.pool.open([len(sequence.prompt) for sequence in plan.new])
-        hidden_BD = hidden_BTD[torch.arange(len(firsts), device=self._device), last_B]
-        if not plan.twins:
-            return hidden_BD
-        self.pool.copy(plan.twin_of, range(start + len(firsts), start + len(plan.new)))
-        origin = torch.tensor([row - start for row in plan.twin_of], device=self._device)
-        return torch.cat((hidden_BD, hidden_BD[origin]))
+    def _tables(self, slots_S: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The tables of these slots, as wide as the longest."""
+        blocks = self.scheduler.blocks
+        return np.ascontiguousarray(blocks.tables[slots_S, : blocks.held[slots_S].max(initial=0)])
+
+    def _sample(
+        self, plan: Plan, answers: Answers, logits_RV: Tensor, groups: list[int], slots_N: NDArray[np.int64]
+    ) -> Samples:
+        """Sample the rows of all answers, and for each prompt that is whole a token for each of its twins."""
+        rows, slots_R = len(answers.slots_A), np.concatenate((answers.slots_A, slots_N))
+        if not len(slots_R):
+            return Samples(slots_R)
+        if len(slots_N) > len(groups):  # twins read the same row of logits
+            index_R = np.concatenate((np.arange(rows), rows + np.repeat(np.arange(len(groups)), groups)))
+            logits_RV = logits_RV[torch.from_numpy(index_R).to(logits_RV.device)]
+        if answers.ahead_A is None:
+            return self.sampler.sample(logits_RV, slots_R)
+        ahead_R = np.concatenate((answers.ahead_A, np.zeros(len(slots_N), np.int64)))
+        return self.sampler.sample(logits_RV, slots_R, ahead_R, plan.drafts)

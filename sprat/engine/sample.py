@@ -1,201 +1,249 @@
-"""From logits to tokens, all rows at once, each row with its own settings and its own noise.
+"""The sampler: settings of every slot in arrays, and one call that turns a step's logits into tokens.
 
-The usual way, one ``torch.Generator`` per request and ``torch.multinomial`` row by row, costs some 20
-microseconds a row: 10 ms for the 512 rows of one RL step, more than the model itself. Sharing one
-generator is fast, but then a request's answer depends on who else is in the batch.
+A slot is a place for one running request. Its settings stand in numpy arrays, so that a step picks those of its rows by
+one index and no Python loop runs over plain rows. What a request carries beyond numbers (penalties, a grammar, a
+think budget: ``processors.py``) is applied to its own row, and only from the token on at which it can matter.
 
-Here the noise is a pure function: a 64-bit hash (SplitMix64, Steele et al. 2014) of the request's key
-and of the position gives one uniform number per row and step. That number picks the token by the
-inverse of the cumulative distribution, so one number a row is enough where Gumbel noise needs one per
-vocabulary entry. A request is thus reproducible alone or in a crowd, can be resumed at any position,
-and a whole batch costs one exponential and one cumulative sum.
+A row may stand ``ahead`` drafted tokens behind the settled answer. Its noise is that of its own position and its
+processors see the answer with the drafts before it, so each row is sampled exactly as it would be without drafts: a
+draft that equals the sample of the row before it is accepted, and what comes out is what would have come out anyway.
 
-The distribution is kept unnormalised: truncation (top-k, then top-p, then min-p) sets weights to zero
-and the uniform number is scaled by what remains, so nothing is divided. The cumulative sum goes over
-blocks first and then within the chosen block: long running sums in float32 would lose the tail.
-
-Settings live in numpy arrays with a place per row (``Dials``): a row that moves takes its settings along in
-one assignment, and no Python loop over rows runs in a step.
-
-B rows, V vocabulary, K blocks of the vocabulary.
+R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sprat.engine.draw import Floats, Integers, draw, greatest, not_finite, uniform, weigh
+from sprat.engine.processors import NEVER
 from sprat.engine.sequence import Sequence
-from sprat.errors import EngineError
+from sprat.engine.think import closing
+from sprat.errors import EngineError, SpratError
+from sprat.tokens.tokenizer import Tokenizer
 
-BLOCK = 64
-
-
-def uniform(key_B: NDArray[np.uint64], position_B: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number of [0, 1) per row, a pure function of (key, position): SplitMix64 over both."""
-    x = key_B + (position_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    fraction: NDArray[np.float64] = (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return fraction
+Top = list[tuple[int, float]]  # likeliest tokens with their log-probabilities, best first
 
 
-class Dials:
-    """The sampling settings of up to ``rows`` rows, one array per setting."""
-
-    def __init__(self, rows: int) -> None:
-        self.temperature = np.ones(rows, np.float32)
-        self.top_k = np.zeros(rows, np.int64)
-        self.top_p = np.ones(rows, np.float32)
-        self.min_p = np.zeros(rows, np.float32)
-        self.key = np.zeros(rows, np.uint64)
-        self.position = np.zeros(rows, np.int64)  # tokens sampled so far
-        self.ban = np.zeros(rows, np.int64)
-        self.logprobs = np.zeros(rows, np.bool_)
-
-    def reserve(self, rows: int) -> None:
-        """Have room for ``rows`` rows; what is set stays."""
-        for name, array in vars(self).items():
-            if len(array) < rows:
-                setattr(self, name, np.concatenate((array, np.zeros(rows - len(array), array.dtype))))
-
-    def set(self, row: int, sequence: Sequence) -> None:
-        """Give ``row`` the settings of ``sequence``."""
-        sampling = sequence.sampling
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.key[row] = sequence.key
-        self.position[row] = len(sequence.token_ids)
-        self.ban[row] = sequence.ban
-        self.logprobs[row] = sampling.logprobs
-
-    def move(self, source: Rows[int], target: Rows[int]) -> None:
-        """Copy the settings of rows ``source`` to rows ``target``."""
-        for array in vars(self).values():
-            array[target] = array[source]
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Samples:
-    """One token per row, int64 [B], and its log-probability in nats, float32 [B], where asked."""
+    """What one step sampled.
 
-    tokens_B: Tensor
-    logprobs_B: Tensor | None
+    Attributes:
+        tokens_R: int64.
+        logprobs_R: float32, in nats, of the whole distribution at the request's temperature (1 for greedy ones), before
+            anything else; None if no row asked.
+        tops: row → its likeliest tokens of the same distribution, where asked.
+        faults: row → why its request cannot go on; the token of such a row means nothing.
+    """
+
+    tokens_R: Integers
+    logprobs_R: Floats | None = None
+    tops: dict[int, Top] = field(default_factory=dict)
+    faults: dict[int, SpratError] = field(default_factory=dict)
 
 
-def sample(logits_BV: Tensor, dials: Dials, banned: Rows[int] = (), vocab: int | None = None) -> Samples:
-    """Sample one token for each of the first B rows of ``dials``.
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The settings of the rows of a step; made once for as long as the same requests run."""
+
+    slots_R: Integers
+    greedy_R: NDArray[np.bool_]
+    heat_R: Floats  # 1 for greedy rows
+    limits: tuple[Integers, Floats, Floats]
+    key_R: NDArray[np.uint64]
+    ban_R: Integers
+    wakes_R: Integers
+    greedy: bool  # all rows are
+    mixed: bool  # some are
+    shaped: bool  # a row may have bans or processors
+    logprobs: bool
+    tops: list[int]  # rows that asked for the likeliest tokens
+
+
+class Sampler:
+    """Samples for up to ``slots`` requests at once.
 
     Args:
-        logits_BV: float32.
-        dials: settings of at least B rows; positions are not advanced here.
-        banned: ids that a row may not sample while its position is below its ``ban``.
-        vocab: ids from here on are never sampled (a model's padded vocabulary).
+        ends: ids that end an answer; with the end of thinking they are banned while a request may not stop thinking.
+
+    Attributes:
+        speculates: bool [slots]; False where a processor cannot look past settled tokens, so nothing may be drafted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, slots: int, ends: frozenset[int]) -> None:
+        self.vocab = tokenizer.vocab_size
+        self.speculates = np.ones(slots, np.bool_)
+        self._banned = np.array(sorted({closing(tokenizer)[0], *ends}))
+        self._sequences: list[Sequence | None] = [None] * slots
+        self._plain = [False] * slots  # greedy, nothing asked and nothing carried
+        self._temperature = np.ones(slots, np.float32)
+        self._top_k = np.zeros(slots, np.int64)
+        self._top_p = np.ones(slots, np.float32)
+        self._min_p = np.zeros(slots, np.float32)
+        self._key = np.zeros(slots, np.uint64)
+        self._position = np.zeros(slots, np.int64)  # tokens settled so far
+        self._ban = np.zeros(slots, np.int64)
+        self._wakes = np.full(slots, NEVER, np.int64)  # position from which on processors act
+        self._logprobs = np.zeros(slots, np.bool_)
+        self._tops = np.zeros(slots, np.int64)
+        self._rows: _Rows | None = None
+
+    def open(self, slot: int, sequence: Sequence) -> None:
+        """Give ``slot`` to a request, wherever its answer stands."""
+        sampling, processors = sequence.sampling, sequence.processors
+        self._sequences[slot], self._rows = sequence, None
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot], self._top_p[slot], self._min_p[slot] = sampling.top_k, sampling.top_p, sampling.min_p
+        self._key[slot], self._position[slot], self._ban[slot] = sequence.key, len(sequence.token_ids), sequence.ban
+        self._wakes[slot] = min((processor.wakes for processor in processors), default=NEVER)
+        self._logprobs[slot], self._tops[slot] = sampling.logprobs, sampling.top_logprobs
+        self._plain[slot] = sampling.temperature == 0 and not sampling.logprobs and not processors
+        self.speculates[slot] = all(processor.speculates for processor in processors)
+
+    def close(self, slot: int) -> None:
+        """Take ``slot`` back."""
+        self._sequences[slot], self._rows = None, None
+
+    def advance(self, slots_S: Integers, by: Integers | int = 1) -> None:
+        """So many sampled tokens of these (different) slots now stand in their ``token_ids``."""
+        self._position[slots_S] += by
+
+    def sample(
+        self,
+        logits: Tensor,
+        slots_R: Integers,
+        ahead_R: Integers | None = None,
+        drafts: Mapping[int, Rows[int]] | None = None,
+    ) -> Samples:
+        """Sample one token for each row.
+
+        Args:
+            logits: float32 [R, V], on any device; not modified.
+            slots_R: whose row it is; a slot may have several rows. The same array again means the same rows.
+            ahead_R: drafted tokens before the row; None if there are none.
+            drafts: slot → its drafted tokens.
+
+        Raises:
+            EngineError: a row has logits that are not finite.
+        """
+        logits_RV = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
+        if len(slots_R) == 1:  # one greedy request: the shortest way, some 10 µs beside the argmax
+            slot = int(slots_R[0])
+            if self._plain[slot] and self._position[slot] >= self._ban[slot]:
+                token_1 = logits_RV[:, : self.vocab].argmax(1)
+                if not math.isfinite(logits_RV[0, token_1[0]]):
+                    raise not_finite()
+                return Samples(token_1)
+        rows = self._rows
+        if rows is None or rows.slots_R is not slots_R:
+            rows = self._rows = self._pick(slots_R)
+        position_R = self._position[slots_R] if ahead_R is None else self._position[slots_R] + ahead_R
+        faults: dict[int, SpratError] = {}
+        shaped_RV = logits_RV
+        if rows.shaped:
+            shaped_RV = self._shape(logits_RV, rows, position_R, ahead_R, drafts or {}, faults)
+        sum_R = None
+        if rows.greedy:
+            tokens_R = greatest(shaped_RV, self.vocab)
+        else:
+            noise_R = uniform(rows.key_R, position_R)
+            tokens_R, sum_R = draw(shaped_RV, rows.heat_R, *rows.limits, noise_R, self.vocab)
+            if rows.mixed:
+                tokens_R[rows.greedy_R] = greatest(shaped_RV[rows.greedy_R], self.vocab)
+        if not rows.logprobs:
+            return Samples(tokens_R, faults=faults)
+        if sum_R is None or shaped_RV is not logits_RV:
+            sum_R = weigh(logits_RV, rows.heat_R, self.vocab).sum_R
+        chosen_R = logits_RV[np.arange(len(tokens_R)), tokens_R]
+        logprobs_R = (chosen_R / rows.heat_R - sum_R).astype(np.float32, copy=False)
+        tops = {
+            row: self._likeliest(logits_RV[row], int(slots_R[row]), rows.heat_R[row], sum_R[row]) for row in rows.tops
+        }
+        return Samples(tokens_R, logprobs_R, tops, faults)
+
+    def _pick(self, slots_R: Integers) -> _Rows:
+        """The settings of these rows."""
+        heat_R = self._temperature[slots_R]
+        greedy_R = heat_R == 0
+        heat_R[greedy_R] = 1
+        ban_R, wakes_R = self._ban[slots_R], self._wakes[slots_R]
+        return _Rows(
+            slots_R=slots_R,
+            greedy_R=greedy_R,
+            heat_R=heat_R,
+            limits=(self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R]),
+            key_R=self._key[slots_R],
+            ban_R=ban_R,
+            wakes_R=wakes_R,
+            greedy=bool(greedy_R.all()),
+            mixed=bool(greedy_R.any()),
+            shaped=bool((ban_R > 0).any() or (wakes_R < NEVER).any()),
+            logprobs=bool(self._logprobs[slots_R].any()),
+            tops=np.flatnonzero(self._tops[slots_R]).tolist(),
+        )
+
+    def _shape(
+        self,
+        logits_RV: Floats,
+        rows: _Rows,
+        position_R: Integers,
+        ahead_R: Integers | None,
+        drafts: Mapping[int, Rows[int]],
+        faults: dict[int, SpratError],
+    ) -> Floats:
+        """The logits after bans and processors: ``logits_RV`` itself where no row has any now, else a copy."""
+        held_R = position_R < rows.ban_R
+        acting = np.flatnonzero(position_R >= rows.wakes_R).tolist()
+        if not acting and not held_R.any():
+            return logits_RV
+        shaped_RV = logits_RV.copy()
+        if held_R.any():
+            shaped_RV[np.flatnonzero(held_R)[:, None], self._banned] = -np.inf
+        for row in acting:
+            slot = int(rows.slots_R[row])
+            sequence = self._sequences[slot]
+            if sequence is None:
+                raise RuntimeError(f"slot {slot} is not open")
+            ahead = drafts[slot][: int(ahead_R[row])] if ahead_R is not None and slot in drafts else ()
+            fault = _process(sequence, shaped_RV[row, : self.vocab], ahead)
+            if fault is not None:
+                faults[row] = fault
+                shaped_RV[row] = 0
+        return shaped_RV
+
+    def _likeliest(self, logits_V: Floats, slot: int, heat: np.float32, total: np.float32) -> Top:
+        """The likeliest tokens of one row, as many as its request asked."""
+        count = min(int(self._tops[slot]), len(logits_V))
+        ids = np.flatnonzero(logits_V >= np.partition(logits_V, -count)[-count])
+        ids = ids[np.argsort(-logits_V[ids], kind="stable")][:count]
+        return list(zip(ids.tolist(), (logits_V[ids] / heat - total).tolist(), strict=True))
+
+
+def _process(sequence: Sequence, logits_V: Floats, ahead: Rows[int]) -> SpratError | None:
+    """Apply the processors of one request to its row, in place; the error that ends the request, if any.
 
     Raises:
-        EngineError: a row has logits that are not finite.
+        EngineError: the model's own logits are not finite.
     """
-    rows, device = logits_BV.shape[0], logits_BV.device
-    heat = dials.temperature[:rows]
-    greedy = heat == 0
-    heat = np.where(greedy, np.float32(1), heat)
-    full_BV = logits_BV
-    logits_BV = logits_BV if vocab is None else logits_BV[:, :vocab]
-    held = np.nonzero(dials.position[:rows] < dials.ban[:rows])[0]
-    if len(held) and banned:
-        logits_BV = logits_BV.clone()
-        logits_BV[torch.from_numpy(held).to(device)[:, None], torch.tensor(list(banned), device=device)] = -torch.inf
-    wanted = bool(dials.logprobs[:rows].any())
-    if greedy.all():
-        tokens_B, sum_B = logits_BV.argmax(-1), None
-        _refuse_nan(logits_BV.gather(1, tokens_B[:, None]))
-    else:
-        tokens_B, sum_B = _draw(logits_BV, dials, heat)
-        if greedy.any():
-            tokens_B = torch.where(torch.from_numpy(greedy).to(device), logits_BV.argmax(-1), tokens_B)
-    if not wanted:
-        return Samples(tokens_B, None)
-    scale_B = torch.from_numpy(np.float32(1) / heat).to(device)
-    if sum_B is None or logits_BV.shape[1] < full_BV.shape[1]:
-        sum_B = torch.logsumexp(full_BV * scale_B[:, None], -1)
-    elif logits_BV is not full_BV:
-        some = torch.from_numpy(held).to(device)
-        sum_B[some] = torch.logsumexp(full_BV[some] * scale_B[some, None], -1)
-    return Samples(tokens_B, full_BV.gather(1, tokens_B[:, None])[:, 0] * scale_B - sum_B)
-
-
-def _draw(logits_BV: Tensor, dials: Dials, heat: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B] by inverse-CDF sampling at temperature ``heat``, and the log of the sum of exponentials [B]."""
-    rows, device = logits_BV.shape[0], logits_BV.device
-    weight_BV = logits_BV * torch.from_numpy(np.float32(1) / heat).to(device)[:, None]
-    top_B1 = weight_BV.amax(-1, keepdim=True)
-    weight_BV -= top_B1
-    weight_BV.exp_()
-    sum_B = top_B1[:, 0] + weight_BV.sum(-1).log()
-    top_k, top_p, min_p = dials.top_k[:rows], dials.top_p[:rows], dials.min_p[:rows]
-    cut = np.nonzero((top_k > 0) | (top_p < 1) | (min_p > 0))[0]
-    if len(cut):
-        at = torch.from_numpy(cut).to(device)
-        limits = [torch.from_numpy(a[cut]).to(device) for a in (top_k, top_p, min_p)]
-        weight_BV[at] = truncate(weight_BV[at], *limits)
-    noise_B = torch.from_numpy(uniform(dials.key[:rows], dials.position[:rows])).to(device)
-    return inverse_cdf(weight_BV, noise_B), sum_B
-
-
-def truncate(weight_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
-    """Zero the weights that top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) drop.
-
-    Args:
-        weight_BV: unnormalised probabilities, float32; the likeliest token always stays.
-        top_k_B: int64, 0 keeps all. top_p_B, min_p_B: float32.
-    """
-    sorted_BV, order_BV = torch.sort(weight_BV, descending=True, stable=True)
-    rank_V = torch.arange(weight_BV.shape[1], device=weight_BV.device)
-    keep_BV = (rank_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)
-    mass_BV = (sorted_BV * keep_BV).double()
-    before_BV = mass_BV.cumsum(-1) - mass_BV
-    keep_BV &= (before_BV < top_p_B.double()[:, None] * mass_BV.sum(-1, keepdim=True)) | (top_p_B[:, None] >= 1)
-    keep_BV &= sorted_BV >= min_p_B[:, None] * sorted_BV[:, :1]
-    return torch.zeros_like(weight_BV).scatter_(1, order_BV, sorted_BV * keep_BV)
-
-
-def inverse_cdf(weight_BV: Tensor, noise_B: Tensor) -> Tensor:
-    """The index at which the cumulative weight first exceeds ``noise * total``, int64 [B].
-
-    An entry of weight zero is never chosen. ``noise_B`` is float64 of [0, 1).
-
-    Raises:
-        EngineError: the weights of a row are not finite or all zero.
-    """
-    rows, vocab = weight_BV.shape
-    spare = -vocab % BLOCK
-    if spare:
-        weight_BV = torch.nn.functional.pad(weight_BV, (0, spare))
-    blocks_BKV = weight_BV.view(rows, -1, BLOCK)
-    outer_BK = blocks_BKV.sum(-1).double().cumsum(-1)
-    total_B = outer_BK[:, -1]
-    _refuse_nan(total_B)
-    goal_B = torch.minimum(noise_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    block_B = (outer_BK <= goal_B[:, None]).sum(-1)
-    every_B = torch.arange(rows, device=weight_BV.device)
-    inner_BV = blocks_BKV[every_B, block_B].double().cumsum(-1)
-    start_B = outer_BK.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0] * (block_B > 0)
-    # The block's sum was rounded on its way, so the goal is held below what the block really holds.
-    held_B = inner_BV[:, -1]
-    rest_B = torch.minimum(goal_B - start_B, torch.nextafter(held_B, torch.zeros_like(held_B)))
-    return block_B * BLOCK + (inner_BV <= rest_B[:, None]).sum(-1)
-
-
-def _refuse_nan(values: Tensor) -> None:
-    """Raise EngineError unless all values are finite."""
-    if not bool(torch.isfinite(values).all()):
-        todo = "use a checkpoint whose training did not diverge"
-        raise EngineError("the model's logits are not finite", where="sampling", todo=todo)
+    if not np.isfinite(logits_V.max()):
+        raise not_finite()
+    try:
+        for processor in sequence.processors:
+            processor.apply(logits_V, sequence.token_ids, ahead)
+    except SpratError as error:
+        return error
+    except Exception as error:  # a processor of the caller's may raise anything; only its own request pays
+        todo = "mend the processor"
+        return EngineError(f"a processor failed: {type(error).__name__}: {error}", where="processors", todo=todo)
+    if np.isfinite(logits_V.max()):
+        return None
+    todo = "loosen bad_words, logit_bias, processors or response"
+    return EngineError("the request's own rules leave no token to say", where="sampling", todo=todo)

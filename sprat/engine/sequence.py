@@ -1,92 +1,45 @@
-"""What a request is: how to sample it, what it has said so far, and what comes back.
+"""What a request is: what it was asked, what it has said so far, where it stands, and what comes back.
 
 ``token_ids`` hold every sampled token, the closing end-of-sequence token included, because
 reinforcement learning must also learn to stop. ``logprobs`` are those of the model's whole
 distribution at the request's temperature (at temperature 1 for greedy requests), before any ban,
-top-k, top-p or min-p: what a trainer recomputes from the raw logits.
+penalty, top-k, top-p or min-p: what a trainer recomputes from the raw logits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sprat.errors import EngineError
+from sprat.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from sprat.engine.draft import Lookup
+    from sprat.engine.processors import Processor
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one request is sampled.
+class Tenant:
+    """Whose request it is.
 
     Args:
-        temperature: 0 is greedy; otherwise the logits are divided by it.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
-        min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
-        max_tokens: sampled tokens at most; None means as many as the context holds.
-        seed: same seed, same prompt, same model: same tokens, whatever else is in the batch.
-        stop: strings that end the answer; they are cut from the text and never sought in the reasoning.
-        thinking: True forces a think block, False forbids it, None lets the model decide.
-        logprobs: whether to return the log-probability of each sampled token (nats).
-        min_think_tokens: with thinking=True, ``</think>`` and the end are banned for this many tokens
-            (one at least).
-        n: answers per prompt, each from its own stream of noise.
-
-    Raises:
-        EngineError: a value is out of range or not a number.
+        name: requests of one name share one place in the fair order.
+        secret: takes part in the keys of cached blocks, so tenants of different secrets never share one. It is
+            chosen by the server and never by a request.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = 256
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    thinking: bool | None = None
-    logprobs: bool = False
-    min_think_tokens: int = 0
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        """Check every value and turn ``stop`` into a tuple."""
-        stop: Any = self.stop
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        object.__setattr__(self, "stop", stops)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1), ("seed", None)):
-            _integer(name, getattr(self, name), low)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise EngineError(f"a stop string must be non-empty text, not {stops!r}", where="stop", todo="correct it")
-        if self.thinking not in (True, False, None):
-            raise EngineError(f"{self.thinking!r} is not a way to think", where="thinking", todo="true, false or null")
+    name: str = ""
+    secret: bytes = b""
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise EngineError unless ``value`` is a finite number of [low, high] (or of (low, high])."""
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    if wrong or not low <= value <= high or (open_low and value == low):
-        bound = f"above {low:g}" if open_low else f"at least {low:g}"
-        todo = f"give a number {bound} and at most {high:g}"
-        raise EngineError(f"{name} cannot be {value!r}", where=name, todo=todo)
-
-
-def _integer(name: str, value: Any, low: int | None) -> None:
-    """Raise EngineError unless ``value`` is a whole number of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
-        todo = "give a whole number" + ("" if low is None else f" of at least {low}")
-        raise EngineError(f"{name} cannot be {value!r}", where=name, todo=todo)
+NOBODY = Tenant()
 
 
 @dataclass(frozen=True)
@@ -102,7 +55,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Output:
-    """One finished answer. ``closed`` is False when the reasoning was cut off before ``</think>``."""
+    """One finished answer. ``closed`` is False when the reasoning was cut off before ``</think>``.
+
+    ``top_logprobs`` holds for each token the likeliest ids with their log-probabilities (nats), best first.
+    """
 
     text: str
     reasoning: str
@@ -112,6 +68,7 @@ class Output:
     finish_reason: FinishReason
     prompt_ids: list[int]
     closed: bool = True
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,28 +82,45 @@ class Delta:
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request inside the engine: waiting (row -1), running (row >= 0) or finished."""
+    """The state of one request inside the engine: waiting (slot -1), running (slot >= 0) or finished."""
 
     id: int
     prompt: list[int]
     sampling: Sampling
     limit: int  # sampled tokens at most
     key: int  # 64-bit key of its noise
-    share: int = 0  # requests of equal non-zero share may share one prefill
+    share: int = 0  # requests of equal non-zero share have one prompt, and compute it once
+    tenant: Tenant = NOBODY
     event: threading.Event | None = None  # once set, the request is cancelled
     ban: int = 0  # first tokens for which the end of thinking is banned
+    processors: tuple[Processor, ...] = ()  # rules that change its logits
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    row: int = -1
-    hit: int = 0  # prompt tokens whose cache came from a twin
-    followed: bool = False  # its text is read token by token
-    cancelled: bool = False
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    cancelled: bool = False
+    followed: bool = False  # its text is read token by token
+    # In the engine
+    slot: int = -1
+    known: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # tokens to compute, if prefilling
+    stored: int = 0  # of those, how many are in memory; kept while prefilling only
+    leader: Sequence | None = None  # the twin that computes its prompt
+    twins: list[Sequence] = field(default_factory=list)  # those that wait for this one's prompt
+    keys: list[bytes] = field(default_factory=list)  # cache keys of its full blocks, as far as they are known
+    hit: int = -1  # prompt tokens whose memory was there already; -1 until it is admitted
+    drafts: list[int] = field(default_factory=list)  # MTP's guess of what follows, to be checked in the next step
+    lookup: Lookup | None = None  # where it said what before, for drafts
+    watched: bool = False  # settling its tokens takes more than appending them
 
     @property
     def length(self) -> int:
         """Tokens of the prompt and the answer so far."""
         return len(self.prompt) + len(self.token_ids)
+
+    @property
+    def halted(self) -> bool:
+        """Whether its caller wants it no more."""
+        return self.cancelled or (self.event is not None and self.event.is_set())
 
 
 def noise_key(seed: int, stream: int, prompt: list[int]) -> int:

@@ -32,7 +32,7 @@ from sprat.serve.traffic import Answering, Traffic
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from sprat.engine.sequence import Sampling
+    from sprat.engine.sampling import Sampling
     from sprat.tokens.chat import Message
 
 READ_SECONDS = 30.0  # for the whole request body
@@ -109,7 +109,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     """The engine's sampling settings for a request."""
-    from sprat.engine.sequence import Sampling
+    from sprat.engine.sampling import Sampling
 
     return Sampling(
         temperature=ask.temperature,

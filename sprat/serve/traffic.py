@@ -24,7 +24,8 @@ from sprat.serve.meter import Cost, Meter
 from sprat.serve.protocol import RequestError, usage_body
 
 if TYPE_CHECKING:
-    from sprat.engine.sequence import Delta, Sampling
+    from sprat.engine.sampling import Sampling
+    from sprat.engine.sequence import Delta
     from sprat.tokens.chat import Message
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
+from sprat.engine.backend import BLOCK, Batch
+from sprat.engine.torch_backend import TorchBackend, _groups
 from sprat.model import Gate, Transformer
 from sprat.tokens import Tokenizer
 
@@ -46,9 +48,9 @@ def test_the_engine_computes_the_logits_and_routes_of_training(shape: str, token
     for gate in [module for module in model.modules() if isinstance(module, Gate)]:
         if gate.has_bias:
             torch.nn.init.normal_(gate.e_score_correction_bias, std=0.05, generator=torch.Generator().manual_seed(1))
-    engine = Engine(model, tokenizer, max_batch=3, prefill_tokens=60)
+    engine = Engine(model, tokenizer, max_batch=3, step_tokens=60, backend=TorchBackend(model))
     seen = _record(engine)
-    prompts = [[5 + i, *range(10, 13 + 9 * i)] for i in range(5)]
+    prompts = [[5 + i, *range(10, 13 + 32 * i)] for i in range(5)]
     how = [Sampling(max_tokens=4 + 5 * i, seed=i, temperature=0.7) for i in range(5)]
     outputs = engine.generate(prompts, how)
     for output in outputs:
@@ -65,31 +67,35 @@ def test_the_engine_computes_the_logits_and_routes_of_training(shape: str, token
 
 
 def _record(engine: Engine) -> dict[tuple[int, ...], tuple[Tensor, list[Tensor]]]:
-    """Notes, for each prefix that the engine samples after, its logits [V] and the experts of its last token."""
+    """Notes, for each prefix whose logits the engine asks for, those [V] and the experts of its last token."""
     seen: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
+    text: dict[tuple[int, int], int] = {}
     routes: list[list[Tensor]] = []
-    model, run = engine.model, engine.runner.run
-    hidden = model.hidden
+    model, run, hidden = engine.model, engine.backend.run, engine.model.hidden
 
     def hidden_noted(tokens_BT: Tensor, **arguments: Any) -> Any:
         out = hidden(tokens_BT, **arguments)
-        valid = arguments.get("valid_BT")
-        last_B = valid.sum(1) - 1 if valid is not None else torch.full((len(tokens_BT),), tokens_BT.shape[1] - 1)
-        for row, last in enumerate(last_B.tolist()):
-            routes.append([r.index_NK.view(*tokens_BT.shape, -1)[row, last].sort().values for r in out.routing])
+        routes.append([one.index_NK for one in out.routing])
         return out
 
-    def run_noted(plan: Any) -> Any:
+    def run_noted(batch: Batch) -> Tensor:
         routes.clear()
-        prefixes = [tuple(s.prompt + s.token_ids) for s in engine.scheduler.running]
-        logits: list[Tensor] = []
-        hook = model.head.register_forward_hook(lambda module, args, out: logits.append(out))
-        samples = run(plan)
-        hook.remove()
-        if samples is not None:
-            seen.update(zip(prefixes, zip(logits[0], list(routes), strict=True), strict=True))
-        return samples
+        logits_RV = run(batch)
+        experts: dict[int, list[Tensor]] = {}
+        for group, routing in zip(_groups(batch), routes, strict=True):
+            for place, index in enumerate(group.tokens_GN.ravel().tolist()):
+                experts[index] = [index_NK[place].sort().values for index_NK in routing]
+        for row in range(len(batch.starts_S) - 1):
+            for index in range(batch.starts_S[row], batch.starts_S[row + 1]):
+                at = int(batch.positions_T[index])
+                text[int(batch.tables_SW[row, at // BLOCK]), at % BLOCK] = int(batch.tokens_T[index])
+                if index in batch.wanted_R:
+                    blocks = batch.tables_SW[row].tolist()
+                    prefix = tuple(text[blocks[place // BLOCK], place % BLOCK] for place in range(at + 1))
+                    number = batch.wanted_R.tolist().index(index)
+                    seen[prefix] = logits_RV[number].clone(), experts[index]
+        return logits_RV
 
     model.hidden = hidden_noted  # type: ignore[method-assign]
-    engine.runner.run = run_noted  # type: ignore[method-assign]
+    engine.backend.run = run_noted  # type: ignore[method-assign]
     return seen

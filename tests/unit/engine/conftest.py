@@ -26,3 +26,13 @@ def model(tokenizer: Tokenizer) -> Transformer:
     with torch.no_grad():
         model.head.weight.mul_(4)
     return model
+
+
+@pytest.fixture(scope="session")
+def drafter(tokenizer: Tokenizer) -> Transformer:
+    """The same with an MTP module and room for longer prompts."""
+    config = size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=4096, num_nextn_predict_layers=1)
+    model = Transformer.create(config, 5)
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+    return model

@@ -116,7 +116,7 @@ def test_a_stop_string_ends_the_request_and_is_cut(model: Transformer, tokenizer
 def test_requests_come_and_go_in_any_order_and_no_row_leaks(
     model: Transformer, tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
-    engine = Engine(model, tokenizer, max_batch=3, prefill_tokens=20)
+    engine = Engine(model, tokenizer, max_batch=3, step_tokens=20)
     alive: list[int] = []
     finished: dict[int, Output] = {}
     submitted = 0
@@ -133,7 +133,7 @@ def test_requests_come_and_go_in_any_order_and_no_row_leaks(
     while engine.busy:
         finished |= {handle.id: handle.result() for handle in engine.step()}
     assert engine.check() == [] and set(alive) <= set(finished)
-    assert engine.runner.pool.count == 0
+    assert engine.stats().blocks_held == 0
     assert not engine.cancel(10**6)
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_longer_than_one_step_computes_still_runs(model: Transformer, t
     long = [tokenizer.ids.bos, *tokenizer.encode("the cat sat on the mat; " * 9)]
     long = (long * 5)[:180]
     how = Sampling(temperature=0, max_tokens=None)
-    output = Engine(model, tokenizer, prefill_tokens=8).generate([long, QUESTIONS[0]], how)[0]
+    output = Engine(model, tokenizer, step_tokens=8).generate([long, QUESTIONS[0]], how)[0]
     room = model.config.max_position_embeddings - len(long)
     assert output.token_ids == greedy_naively(model, long, room, tokenizer.ids.eos, tokenizer.vocab_size)
 

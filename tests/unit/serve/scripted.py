@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from sprat.engine.sequence import Delta, FinishReason, Output, Sampling, Usage
+from sprat.engine.sampling import Sampling
+from sprat.engine.sequence import Delta, FinishReason, Output, Usage
 from sprat.errors import EngineError
 from sprat.tokens.chat import Message
 

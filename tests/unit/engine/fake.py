@@ -1,0 +1,109 @@
+"""A back end whose "model" is a hash of what it reads from its own blocks: one wrong table, another answer."""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sprat.engine.backend import BLOCK, Batch
+from sprat.errors import MachineError
+
+NOTHING = -7
+
+
+@lru_cache(maxsize=20_000)
+def scores(text: bytes, vocab: int) -> NDArray[np.float32]:
+    """The logits after the int32 tokens in ``text``."""
+    return np.random.default_rng(zlib.crc32(text)).standard_normal(vocab).astype(np.float32) * 4
+
+
+def oracle(prompt: list[int], count: int, vocab: int, top: int, end: int) -> list[int]:
+    """The greedy answer, without any engine."""
+    said: list[int] = []
+    while len(said) < count and end not in said:
+        said.append(int(scores(np.array(prompt + said, np.int32).tobytes(), vocab)[:top].argmax()))
+    return said
+
+
+class Fake:
+    """Memory holds the tokens themselves, and for MTP those that its module was fed with.
+
+    Args:
+        memory: blocks that there is memory for.
+        depth: 1 has an MTP module, which guesses right.
+    """
+
+    kv_format, block_bytes, invariant = "f32", 8 * BLOCK, True
+
+    def __init__(self, vocab: int, *, memory: int = 10**6, depth: int = 0) -> None:
+        self.vocab, self.depth, self.blocks, self._memory = vocab, depth, 0, memory
+        self.text = np.full((2, 0, BLOCK), NOTHING, np.int32)
+        self.batches: list[Batch] = []
+        self.fails: Exception | None = None
+        self.drafted = 0
+
+    def reserve(self, blocks: int) -> None:
+        if blocks > self._memory:
+            raise MachineError("no memory", where="fake", todo="buy some")
+        grown = np.full((2, blocks, BLOCK), NOTHING, np.int32)
+        grown[:, : self.blocks] = self.text
+        self.text, self.blocks = grown, blocks
+
+    def run(self, batch: Batch) -> Tensor:
+        if self.fails is not None:
+            raise self.fails
+        self.batches.append(batch)
+        self._honest(batch)
+        rows = self._write(0, batch)
+        out = [scores(self._read(0, batch, rows, index).tobytes(), self.vocab) for index in batch.wanted_R]
+        return torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocab)
+
+    def draft(self, batch: Batch, first: bool) -> Tensor:
+        self.drafted += 1
+        self._honest(batch)
+        assert first and (batch.positions_T == self.batches[-1].positions_T).all()
+        rows = self._write(1, batch)
+        out = []
+        for index in batch.wanted_R:
+            text = self._read(1, batch, rows, index)  # at each place the token that follows it
+            begin = self.text[0, batch.tables_SW[rows[index], 0], :1]
+            out.append(scores(begin.tobytes() + text.tobytes(), self.vocab))
+        return torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocab)
+
+    def copy(self, source: int, target: int) -> None:
+        self.text[:, target] = self.text[:, source]
+
+    def read(self, block: int) -> bytes:
+        return self.text[:, block].tobytes()
+
+    def write(self, block: int, data: bytes) -> None:
+        if len(data) != self.block_bytes:
+            raise ValueError("another length")
+        self.text[:, block] = np.frombuffer(data, np.int32).reshape(2, BLOCK)
+
+    def _honest(self, batch: Batch) -> None:
+        """The form of a batch is what the contract says."""
+        assert [a.dtype for a in vars(batch).values()] == [np.dtype(np.int32)] * 5
+        assert batch.tables_SW.flags.c_contiguous and batch.tables_SW.max(initial=-1) < self.blocks
+        counts = np.diff(batch.starts_S)
+        assert batch.starts_S[0] == 0 and counts.min() > 0 and batch.starts_S[-1] == len(batch.tokens_T)
+        assert (np.diff(batch.wanted_R) > 0).all() and batch.wanted_R.max(initial=0) < len(batch.tokens_T)
+        inside = np.delete(np.diff(batch.positions_T), batch.starts_S[1:-1] - 1)
+        assert (inside == 1).all()
+
+    def _write(self, layer: int, batch: Batch) -> NDArray[np.int64]:
+        rows = np.repeat(np.arange(len(batch.starts_S) - 1), np.diff(batch.starts_S))
+        blocks = batch.tables_SW[rows, batch.positions_T // BLOCK]
+        assert (blocks >= 0).all()
+        self.text[layer, blocks, batch.positions_T % BLOCK] = batch.tokens_T
+        return rows
+
+    def _read(self, layer: int, batch: Batch, rows: NDArray[np.int64], index: int) -> NDArray[np.int32]:
+        last = int(batch.positions_T[index])
+        table = batch.tables_SW[rows[index], : last // BLOCK + 1]
+        return self.text[layer, table].reshape(-1)[: last + 1]

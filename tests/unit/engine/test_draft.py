@@ -1,0 +1,151 @@
+"""Speculation changes the speed and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from sprat.engine import Engine, Sampling, draft
+from sprat.engine.backend import Batch
+from sprat.engine.draft import Lookup, Payoff, Way
+from sprat.engine.torch_backend import TorchBackend
+from sprat.errors import EngineError
+from sprat.model import Transformer
+from sprat.tokens import Tokenizer
+from tests.unit.engine.fake import Fake, scores
+
+REPEATS = [3, 4, 5, 6, 7, 8] * 6
+PROMPTS = [REPEATS, [9, *REPEATS[:20]], list(range(30, 130)), [11]]
+
+
+@pytest.mark.parametrize("way", ["ngram", "mtp"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafted_answers_are_the_plain_ones(
+    drafter: Transformer, tokenizer: Tokenizer, way: Way, temperature: float
+) -> None:
+    how = [Sampling(temperature=temperature, max_tokens=90, seed=s, logprobs=True) for s in range(len(PROMPTS))]
+    plain = Engine(drafter, tokenizer, speculate="off").generate(PROMPTS, how)
+    engine = Engine(drafter, tokenizer, backend=TorchBackend(drafter), speculate=way, step_tokens=50, max_batch=3)
+    drafted = engine.generate(PROMPTS, how)
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+    for one, other in zip(drafted, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    stats = engine.stats()
+    assert engine.check() == [] and (stats.drafted_tokens > 0 or (way, temperature) == ("ngram", 0.8))
+    assert stats.sampled_tokens == sum(len(one.token_ids) for one in drafted)
+
+
+def test_good_drafts_save_steps(model: Transformer, tokenizer: Tokenizer) -> None:
+    how = Sampling(temperature=0, max_tokens=60)
+    fakes = {way: Fake(model.config.vocab_size, depth=1) for way in ("off", "mtp")}
+    said = {}
+    for way, fake in fakes.items():
+        engine = Engine(model, tokenizer, backend=fake, speculate="mtp" if way == "mtp" else "off")
+        said[way] = engine.generate([[5] * 70], how)[0].token_ids
+    count = len(said["off"])
+    assert said["mtp"] == said["off"] and len(fakes["off"].batches) == count > 20
+    assert len(fakes["mtp"].batches) == 1 + math.ceil((count - 1) / 2), "a step gives a token and a draft that holds"
+
+
+def test_the_drafts_of_mtp_are_those_of_training(drafter: Transformer) -> None:
+    ids = list(range(40, 140))
+    model = Transformer.create(drafter.config.model_copy(update={"num_nextn_predict_layers": 2}), 8)
+    with torch.no_grad():
+        text = torch.tensor([ids])
+        first = model.mtp_hidden(model.hidden(text), text)
+        second = model.mtp_hidden(first, text, depth=2)
+        known = [model.head(one.x_BTD)[0] for one in (first, second)]
+    backend = TorchBackend(model)
+    backend.reserve(3)
+    for start, stop in ((0, 70), (70, 98)):
+        tokens, places = np.array(ids, np.int32), np.arange(start, stop, dtype=np.int32)
+        starts, table = np.array([0, stop - start], np.int32), np.array([[2, 0]], np.int32)
+        backend.run(Batch(tokens[start:stop], places, starts, table, np.zeros(0, np.int32)))
+        every = np.arange(stop - start, dtype=np.int32)
+        for depth in (1, 2):
+            batch = Batch(tokens[start + depth : stop + depth], places, starts, table, every)
+            guessed = backend.draft(batch, first=depth == 1)
+            assert (guessed - known[depth - 1][start:stop]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_the_joint_distribution_of_drafted_tokens_is_the_models(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft, "MOST_ROWS", 400)
+    draws, kept, prompt = 20_000, 4, [5, 6, 7]
+    engine = Engine(model, tokenizer, backend=Fake(model.config.vocab_size, depth=1), max_batch=400, speculate="mtp")
+    how = [Sampling(temperature=1.5, top_k=kept, max_tokens=4, seed=seed) for seed in range(draws)]
+    sequences = [engine._intake.sequence(prompt, one) for one in how]
+    handles = engine.core.enter(sequences, engine._drive, streams=False)
+    seen = Counter(tuple(handle.result().token_ids) for handle in handles)
+    stats = engine.stats()
+    assert 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9, "both ways out of a draft are taken"
+
+    def likeliest(said: tuple[int, ...]) -> dict[int, float]:
+        logits = scores(np.array([*prompt, *said], np.int32).tobytes(), model.config.vocab_size)
+        logits = logits[: tokenizer.vocab_size].astype(np.float64) / 1.5
+        best = np.argsort(-logits)[:kept]
+        weight = np.exp(logits[best] - logits.max())
+        return dict(zip(best.tolist(), (weight / weight.sum()).tolist(), strict=True))
+
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(4):
+        grown = [((*said, token), p * q) for said, p in expected.items() for token, q in likeliest(said).items()]
+        expected = dict(grown)
+    assert set(seen) <= set(expected)
+    cells = [(seen[said], p * draws) for said, p in expected.items() if p * draws >= 5]
+    rest = draws - sum(count for count, _ in cells), draws - sum(mean for _, mean in cells)
+    cells += [rest] if rest[1] >= 5 else []
+    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
+    freedom = len(cells) - 1
+    assert freedom > 50 and statistic < freedom + 3.5 * math.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_lookup_finds_what_followed_last_time() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7], 100)
+    assert lookup.propose([], 4) == []
+    assert lookup.propose([1, 2, 3], 4) == [6, 7, 1, 2]
+    assert lookup.propose([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert Lookup([1], 100).propose([], 4) == []
+
+
+def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
+    payoff = Payoff()
+    payoff.timed(1, 1.0)
+    assert payoff.pays(1, 4), "nobody knows yet"
+    payoff.timed(5, 1.2)
+    payoff.checked(3.0)
+    assert payoff.pays(1, 4)
+    for _ in range(60):
+        payoff.checked(0.0)
+    assert sum(payoff.pays(1, 4) for _ in range(680)) == 40
+    for _ in range(60):
+        payoff.checked(4.0)
+    assert payoff.pays(1, 4)
+    for _ in range(60):
+        payoff.timed(5, 6.0)
+    assert not all(payoff.pays(1, 4) for _ in range(5))
+
+
+def test_automatic_speculation_says_the_same(model: Transformer, tokenizer: Tokenizer) -> None:
+    for depth, temperature in itertools.product((0, 1), (0.0, 1.0)):
+        how = Sampling(temperature=temperature, max_tokens=100, n=3)
+        engines = [
+            Engine(model, tokenizer, backend=Fake(model.config.vocab_size, depth=depth), speculate=way)
+            for way in ("auto", "off")
+        ]
+        auto, plain = ([one.token_ids for one in engine.generate([REPEATS], how)] for engine in engines)
+        assert auto == plain
+
+
+def test_what_cannot_speculate_is_said_at_once(model: Transformer, tokenizer: Tokenizer) -> None:
+    with pytest.raises(EngineError, match="no way"):
+        Engine(model, tokenizer, speculate="medusa")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="no MTP"):
+        Engine(model, tokenizer, speculate="mtp")

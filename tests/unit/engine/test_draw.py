@@ -1,0 +1,127 @@
+"""Drawing: the right distribution, cut where the definitions say, and noise that depends on nobody else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sprat.engine.draw import BLOCK, Weights, draw, greatest, inverse_cdf, truncate, uniform
+from sprat.errors import EngineError
+
+
+def drawn(
+    logits: Tensor,
+    noise: NDArray[np.float64],
+    *,
+    heat: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> NDArray[np.int64]:
+    """Tokens of rows that share their settings."""
+    rows = len(logits)
+    kinds = ((heat, np.float32), (top_k, np.int64), (top_p, np.float32), (min_p, np.float32))
+    return draw(logits.numpy(), *[np.full(rows, value, kind) for value, kind in kinds], noise, logits.shape[1])[0]  # type: ignore[arg-type]
+
+
+def chi_square(tokens: NDArray[np.int64], expected: NDArray[np.float64]) -> tuple[float, int]:
+    """The statistic over entries that are expected more than 20 times, and how many they are."""
+    counts = np.bincount(tokens, minlength=len(expected))
+    big = expected > 20
+    return float(((counts - expected)[big] ** 2 / expected[big]).sum()), int(big.sum())
+
+
+def test_noise_is_uniform_and_a_pure_function_of_key_and_position() -> None:
+    key = np.arange(20_000, dtype=np.uint64)
+    position = np.full(20_000, 5, np.int64)
+    noise = uniform(key, position)
+    assert noise.min() >= 0 and noise.max() < 1
+    counts = np.histogram(noise, bins=20, range=(0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi-square, 19 degrees of freedom, p = 0.0007
+    assert (uniform(key[7:8], position[7:8]) == noise[7]).all()
+    assert abs(np.corrcoef(noise, uniform(key, position + 1))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9, "min_p": 0.02}]
+)
+def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(cut: dict[str, float]) -> None:
+    logits = torch.randn(1, 150, generator=torch.Generator().manual_seed(0)) * 2
+    rows, heat = 20_000, 1.3
+    noise = uniform(np.random.default_rng(1).integers(0, 2**63, rows).astype(np.uint64), np.zeros(rows, np.int64))
+    tokens = drawn(logits.expand(rows, -1).contiguous(), noise, heat=heat, **cut)  # type: ignore[arg-type]
+    weight = (logits[0] / heat).softmax(-1)
+    kept = kept_naively(weight, int(cut.get("top_k", 0)), float(np.float32(cut.get("top_p", 1))), cut.get("min_p", 0.0))
+    share = np.array([float(weight[i]) if i in kept else 0.0 for i in range(150)])
+    statistic, cells = chi_square(tokens, share / share.sum() * rows)
+    assert set(tokens.tolist()) <= kept and cells >= 6
+    assert statistic < cells + 4 * (2 * cells) ** 0.5  # four standard deviations of chi-square
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0 - 2.0**-53]))
+def test_a_token_of_weight_zero_is_never_chosen(vocab: int, seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.random((3, vocab), np.float32) * (rng.random((3, vocab)) < 0.3)
+    weight[:, seed % vocab] = 1e-6
+    blocks = np.pad(weight, ((0, 0), (0, -vocab % BLOCK))).astype(np.float32).reshape(3, -1, BLOCK)
+    weights = Weights(blocks, blocks.sum(-1).astype(np.float64), np.zeros(3, np.float32))
+    chosen = inverse_cdf(weights, np.full(3, noise))
+    assert (weight[np.arange(3), chosen] > 0).all()
+
+
+def kept_naively(weight: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The ids that survive, one step after another."""
+    order = sorted(range(len(weight)), key=lambda i: (-float(weight[i]), i))
+    order = order[:top_k] if top_k else order
+    total, kept, mass = sum(float(weight[i]) for i in order), [], 0.0
+    for index in order:
+        if top_p < 1 and mass >= top_p * total:
+            break
+        kept.append(index)
+        mass += float(weight[index])
+    return {i for i in kept if float(weight[i]) >= min_p * float(weight[order[0]])}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 999),
+    st.sampled_from([0, 1, 3, 29, 30, 50]),
+    st.sampled_from([1e-6, 0.1, 0.55, 0.9, 0.9999, 1.0]),
+    st.sampled_from([0.0, 0.125, 1.0]),
+    st.sampled_from([0.0, 2.0, 20.0]),
+    st.booleans(),
+)
+def test_truncation_keeps_what_the_definitions_say(
+    seed: int, top_k: int, top_p: float, min_p: float, spread: float, ties: bool
+) -> None:
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(seed)).mul(spread)
+    weight = (logits.round() if ties else logits).sub(logits.max()).exp()
+    ids, kept = truncate(weight.numpy(), float(weight.double().sum()), top_k, top_p, min_p)
+    nothing = set((weight == 0).nonzero()[:, 0].tolist())
+    assert set(ids.tolist()) == kept_naively(weight, top_k, top_p, min_p) - nothing
+    assert (np.diff(ids) > 0).all() and (kept == weight.numpy()[ids]).all()
+
+
+def test_a_row_draws_the_same_in_any_company() -> None:
+    logits = torch.randn(64, 700, generator=torch.Generator().manual_seed(3)) * 3
+    noise = np.random.default_rng(0).random(64)
+    for cut in ({}, {"top_p": 0.9}, {"top_k": 5}):
+        together = drawn(logits, noise, **cut)  # type: ignore[arg-type]
+        alone = [int(drawn(logits[row : row + 1], noise[row : row + 1], **cut)[0]) for row in range(64)]  # type: ignore[arg-type]
+        assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_model_is_named_and_not_sampled(bad: float) -> None:
+    logits = torch.zeros(2, 9)
+    logits[1, 3] = bad
+    with pytest.raises(EngineError, match="not finite"):
+        drawn(logits, np.zeros(2))
+    with pytest.raises(EngineError, match="not finite"):
+        greatest(logits.numpy(), 9)

@@ -1,0 +1,289 @@
+"""Structured output: whatever the model would say, the answer has the form; whatever the form, the engine goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+from sprat.engine import grammar
+from sprat.engine.grammar import Grammars
+from sprat.engine.processors import build
+from sprat.engine.sample import Sampler
+from sprat.engine.sampling import Response, Sampling
+from sprat.engine.sequence import Sequence, noise_key
+from sprat.errors import EngineError
+from sprat.tokens import Tokenizer, split
+from tests.unit.engine.test_processors import plain_tags
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "record": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "tags": {"type": "array", "items": {"enum": ["a", "é", '😀 "x"']}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+    "unicode": {
+        "type": "object",
+        "properties": {"größe": {"type": "number", "minimum": -1, "maximum": 1}, "名前": {"enum": ["太郎", "😀"]}},
+        "required": ["größe", "名前"],
+        "additionalProperties": False,
+    },
+    "tree": {
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "v": {"type": "boolean"},
+                    "kids": {"type": "array", "maxItems": 1, "items": {"$ref": "#/$defs/node"}},
+                },
+                "required": ["v"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/node",
+    },
+    "either": {
+        "anyOf": [{"type": "null"}, {"type": "string", "pattern": "^[a-f]{3}-[0-9]{2}$"}, {"const": {"x": [1, 2]}}]
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["tags are tokens", "tags are text"])
+def either(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    """Both kinds of tokenizer."""
+    return tokenizer if request.param == "tags are tokens" else plain_tags()
+
+
+@pytest.fixture(scope="module")
+def grammars(either: Tokenizer) -> Iterator[Grammars]:
+    """Compiled grammars over one of them."""
+    made = Grammars(either, frozenset({either.ids.eos}))
+    yield made
+    made.close()
+
+
+def talk(tokenizer: Tokenizer, grammars: Grammars, sampling: Sampling, limit: int = 300, drafted: int = 0) -> list[int]:
+    """What a model says whose logits are noise; ``drafted`` tokens of nonsense are checked at each step."""
+    sampler = Sampler(tokenizer, 1, frozenset({tokenizer.ids.eos}))
+    sequence = Sequence(1, [1], sampling, limit, noise_key(sampling.seed, 0, [1]))
+    sequence.processors = build(sampling, [1], tokenizer, grammars)
+    sampler.open(0, sequence)
+    rows = drafted + 1
+    while len(sequence.token_ids) < limit and sequence.token_ids[-1:] != [tokenizer.ids.eos]:
+        generator = torch.Generator().manual_seed(sampling.seed * 1000 + len(sequence.token_ids))
+        logits = torch.randn(1, tokenizer.vocab_size + 3, generator=generator).expand(rows, -1) * 2
+        drafts = np.random.default_rng(len(sequence.token_ids)).integers(0, tokenizer.vocab_size, drafted).tolist()
+        found = sampler.sample(logits, np.zeros(rows, np.int64), np.arange(rows), {0: drafts})
+        assert not found.faults
+        sequence.token_ids.append(int(found.tokens_R[0]))
+        sampler.advance(np.array([0]))
+    return sequence.token_ids
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars: Grammars, name: str) -> None:
+    ended = 0
+    for seed in range(12):
+        sampling = Sampling(temperature=2, seed=seed, thinking=False, response=Response.json(SCHEMAS[name]))
+        ids = talk(either, grammars, sampling)
+        if ids[-1] == either.ids.eos:
+            ended += 1
+            Draft202012Validator(SCHEMAS[name]).validate(json.loads(split(either, ids, thinking=False).content))
+    assert ended >= 9
+
+
+def test_any_json_object_a_regex_and_a_choice(either: Tokenizer, grammars: Grammars) -> None:
+    options = ["ja", "nein", 'é "\n', "日本"]
+    said = set()
+    for seed in range(10):
+        ids = talk(
+            either, grammars, Sampling(temperature=2, seed=seed, thinking=False, response=Response.json()), limit=40
+        )
+        text = either.decode(ids, skip_specials=True)
+        assert text.startswith("{") and (ids[-1] != either.ids.eos or isinstance(json.loads(text), dict))
+        ids = talk(
+            either,
+            grammars,
+            Sampling(temperature=2, seed=seed, thinking=False, response=Response.regex("(é|[0-9]{2}){1,4}-?x")),
+        )
+        assert re.fullmatch("(é|[0-9]{2}){1,4}-?x", either.decode(ids, skip_specials=True))
+        ids = talk(
+            either, grammars, Sampling(temperature=2, seed=seed, thinking=False, response=Response.choice(options))
+        )
+        said.add(either.decode(ids, skip_specials=True))
+    assert len(said) > 1 and said <= set(options)
+
+
+@pytest.mark.parametrize("thinking", [True, None])
+def test_the_form_begins_where_the_reasoning_ends(either: Tokenizer, grammars: Grammars, thinking: bool | None) -> None:
+    thought = 0
+    for seed in range(20):
+        sampling = Sampling(
+            temperature=2,
+            seed=seed,
+            thinking=thinking,
+            max_think_tokens=30,
+            response=Response.choice(["ja", "nein"]),
+            # The reasoning comes near its end now and then, in tokens that would go on behind it.
+            logit_bias={index: 6.0 for text in ("</", "think", ">{", ">") for index in either.encode(text)[:1]},
+        )
+        ids = talk(either, grammars, sampling)
+        answer = split(either, ids, thinking=thinking)
+        assert answer.content in ("ja", "nein") and answer.closed and ids[-1] == either.ids.eos
+        thought += bool(answer.reasoning)
+    assert thought > 10 if thinking else thought < 20
+
+
+def test_a_token_that_ends_the_reasoning_and_goes_on_cannot_smuggle_text_past_the_form() -> None:
+    foreign = plain_tags()
+    grammars = Grammars(foreign, frozenset({foreign.ids.eos}))
+    made = build(Sampling(thinking=True, response=Response.choice(["ja"])), [1], foreign, grammars)
+    said = foreign.encode("so </think")
+    logits = np.zeros(foreign.vocab_size, np.float32)
+    made[0].apply(logits, said, [])
+    banned = {foreign.token_bytes(int(index)) for index in np.flatnonzero(np.isinf(logits))}
+    assert banned == {b">x", b">{", b">\n", b""}
+    grammars.close()
+
+
+def test_drafts_are_masked_as_settled_tokens_are_and_leave_no_trace(either: Tokenizer, grammars: Grammars) -> None:
+    for thinking in (False, True):
+        sampling = Sampling(
+            temperature=2, seed=4, thinking=thinking, max_think_tokens=12, response=Response.json(SCHEMAS["record"])
+        )
+        plain = talk(either, grammars, sampling)
+        assert talk(either, grammars, sampling, drafted=3) == plain
+        said, vocab = len(plain) // 2, either.vocab_size
+        at_once = build(sampling, [1], either, grammars)[-1]
+        drafted = build(sampling, [1], either, grammars)[-1]
+        for ahead in range(6):
+            one, other = np.zeros(vocab, np.float32), np.zeros(vocab, np.float32)
+            at_once.apply(one, plain[: said + ahead], [])
+            drafted.apply(other, plain[:said], plain[said : said + ahead])
+            assert (one == other).all()
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    """Arrays in arrays."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+HOSTILE = {
+    "long": Response.regex("a" * 100_000),
+    "deep": Response.json(_deep(500)),
+    "wide": Response.json({"enum": list(range(20_000))}),
+    "brackets": Response.regex("(" * 2000 + "a" + ")" * 2000),
+    "look-around": Response.regex("(?=a)b"),
+    "back-reference": Response.regex(r"(a)\1"),
+    "unclosed": Response.regex("(a"),
+    "surrogate": Response.regex("\udcff"),
+    "explosion": Response.json(
+        {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(8)]} for i in range(12)]}
+    ),
+    "endless": Response.json({"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941)]}),
+    "impossible": Response.json({"enum": []}),
+    "itself": Response.json({"$ref": "#"}),
+    "foreign": Response.json({"$ref": "http://example.com/schema.json"}),
+    "no schema": Response("schema", '{"grammars": ['),
+    "smuggled": Response("schema", '{}}, {"lark_grammar": "start: /x/"'),
+    "wrong type": Response.json({"type": "integr"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokenizer, name: str) -> None:
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=1.0)
+    start = time.monotonic()
+    with pytest.raises(EngineError) as caught:
+        grammars.grammar(HOSTILE[name], False)
+    assert time.monotonic() - start < 20  # the other process starts first
+    assert caught.value.where == "response" and caught.value.todo
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    start = time.monotonic()
+    with pytest.raises(EngineError):  # what was refused once costs nothing twice
+        grammars.grammar(HOSTILE[name], False)
+    assert time.monotonic() - start < 0.1
+    assert talk(tokenizer, grammars, Sampling(response=Response.choice(["ja"])))[-1] == tokenizer.ids.eos
+    grammars.close()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(x+x+)+y",
+        "(a|aa)+",
+        "(.*a.*b.*c.*){20}",
+        "(a|b)*a(a|b){200}",
+        "([a-z]{1,1000}){1,1000}",
+        r"(\p{L}|\w|.){0,5000}",
+    ],
+)
+def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(tokenizer: Tokenizer, pattern: str) -> None:
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    made = grammars.grammar(Response.regex(pattern), False)
+    rng, said, slowest = np.random.default_rng(0), list[int](), 0.0
+    for _ in range(120):
+        logits = np.zeros(tokenizer.vocab_size, np.float32)
+        start = time.monotonic()
+        made.apply(logits, said, [])
+        slowest = max(slowest, time.monotonic() - start)
+        said.append(int(rng.choice(np.flatnonzero(logits == 0))))
+        if said[-1] == tokenizer.ids.eos:
+            break
+    assert slowest < 0.5
+    grammars.close()
+
+
+def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars.grammar(Response.choice(["a"]), False)
+    assert grammars._worker is not None
+    grammars._worker.kill()
+    grammars._worker.wait()
+    grammars.grammar(Response.choice(["b"]), False)
+    monkeypatch.setattr(grammar, "START_SECONDS", 0.0)
+    grammars.close()
+    with pytest.raises(EngineError, match="took over"):
+        grammars.grammar(Response.choice(["d"]), False)
+    monkeypatch.undo()
+    found: list[object] = []
+    ask = [
+        threading.Thread(target=lambda i=i: found.append(grammars.grammar(Response.choice([f"c{i % 3}"]), False)))
+        for i in range(9)
+    ]
+    for thread in ask:
+        thread.start()
+    for thread in ask:
+        thread.join()
+    assert len({id(one) for one in found}) == 9
+    worker = grammars._worker
+    grammars.close()
+    assert worker is not None and worker.poll() is not None
+
+
+def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    for index in range(9):
+        grammars.grammar(Response.choice([f"c{index}"]), False)
+        grammars.grammar(Response.choice(["c0"]), False)
+    assert len(grammars._known) == 4 and Response.choice(["c0"]) in grammars._known
+    grammars.close()
