@@ -15,8 +15,8 @@ cumulative sum goes over blocks first and then within the chosen block: long run
 the tail. Nothing is sorted whole either: sorting 49,152 weights takes 5 ms a row, three decode steps of a small
 model. What top-k, top-p and min-p keep is found by comparing, and only that is sorted.
 
-All of it is numpy on the host: a torch operation costs 5 to 10 microseconds before it does anything, and its
-argmax is 40 times slower. Only the exponential is torch's. Every row is summed in an order that does not depend
+All of it runs on the host, in C++ (``kernels/src/sample.h``) or, without that, in numpy: a torch operation costs 5 to
+10 microseconds before it does anything, and its argmax is 40 times slower. Only the exponential is torch's. Every row is summed in an order that does not depend
 on the other rows.
 
 R rows, V vocabulary, K blocks of the vocabulary.
@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from sprat.errors import EngineError
+from sprat.kernels import native
 
 BLOCK = 128
 HEADS = (2.0**-6, 2.0**-12)  # shares of the greatest weight above which a nucleus usually lies
@@ -117,10 +118,10 @@ def draw(
     noise_R: Doubles,
     vocab: int,
 ) -> tuple[Integers, Floats]:
-    """Sample each row; the reference that a native sampler is held to.
+    """Sample each row, natively where the kernels are; ``draw_here`` is their reference.
 
     Args:
-        logits_RV: float32; not modified.
+        logits_RV: float32, rows contiguous; not modified.
         temperature_R: above 0.
         top_k_R: 0 keeps all. top_p_R: 1 keeps all. min_p_R: 0 keeps all.
         noise_R: one number of [0, 1) per row.
@@ -132,6 +133,25 @@ def draw(
     Raises:
         EngineError: a row's logits are not finite.
     """
+    kernels, limits = native(), (top_k_R, top_p_R, min_p_R)
+    if kernels is None:
+        return draw_here(logits_RV, temperature_R, *limits, noise_R, vocab)
+    tokens_R, sum_R = np.empty(len(noise_R), np.int64), np.empty(len(noise_R), np.float32)
+    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, sum_R):
+        raise not_finite()
+    return tokens_R, sum_R
+
+
+def draw_here(
+    logits_RV: Floats,
+    temperature_R: Floats,
+    top_k_R: Integers,
+    top_p_R: Floats,
+    min_p_R: Floats,
+    noise_R: Doubles,
+    vocab: int,
+) -> tuple[Integers, Floats]:
+    """``draw`` in numpy."""
     weights = weigh(logits_RV, temperature_R, vocab)
     cut = np.flatnonzero((top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)).tolist()
     rows = len(logits_RV)

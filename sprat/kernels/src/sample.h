@@ -11,47 +11,38 @@
 namespace sprat {
 
 struct Dials {
-    float temperature, top_p, min_p;
+    float temperature, top_p, min_p;  // temperature above 0
     Index top_k;
     double noise;  // of [0, 1)
 };
 struct Pick {
-    Index token;    // -1: the row is not finite
-    float logprob;  // at the row's temperature, over all of its logits
+    Index token;  // -1: the row is not finite
+    float sum;    // the logarithm of the sum of e^(logit / temperature)
 };
 
 class Sampler {
 public:
-    // `vocab` ids may be picked; `width` ids count for the log-probability.
-    Pick pick(const float* logits, Index vocab, Index width, const Dials& d, bool logprob) {
-        const Index best = argmax(logits, vocab);
-        if (!std::isfinite(logits[best])) return {-1, 0.0f};
-        const float heat = d.temperature == 0.0f ? 1.0f : 1.0f / d.temperature, top = logits[best];
-        if (d.temperature == 0.0f && !logprob) return {best, 0.0f};
+    // `vocab` ids may be picked; all `width` ids count for the sum.
+    Pick pick(const float* logits, Index vocab, Index width, const Dials& d) {
+        const float heat = 1.0f / d.temperature, top = greatest(logits, width);
+        if (!std::isfinite(top)) return {-1, 0.0f};
         const double total = weigh(logits, width, heat, top);
-        if (!(total > 0.0) || !std::isfinite(total)) return {-1, 0.0f};
-        Index token = best;
-        if (d.temperature != 0.0f) token = d.top_k > 0 || d.top_p < 1.0f || d.min_p > 0.0f ? among_kept(vocab, d) : among_all(vocab, d.noise);
-        return {token, static_cast<float>((logits[token] - top) * heat - std::log(total))};
+        if (!std::isfinite(total)) return {-1, 0.0f};
+        const bool cut = d.top_k > 0 || d.top_p < 1.0f || d.min_p > 0.0f;
+        return {cut ? among_kept(vocab, d) : among_all(vocab, d.noise), top * heat + static_cast<float>(std::log(total))};
     }
 
 private:
-    static Index argmax(const float* x, Index n) {
+    static float greatest(const float* x, Index n) {
         Lane most = all(-INFINITY);
         Index i = 0;
         for (; i + kLanes <= n; i += kLanes) most = max(most, load(x + i));
-        float top = i ? largest(most) : -INFINITY;
-        for (Index t = i; t < n; ++t) top = x[t] > top ? x[t] : top;
-        bool odd = false;  // a NaN hides from max
-        for (Index t = 0; t < n; ++t) odd |= x[t] != x[t];
-        if (odd) {
-            for (Index t = 0; t < n; ++t) if (x[t] != x[t]) return t;
-        }
-        for (Index t = 0; t < n; ++t) if (x[t] == top) return t;
-        return 0;
+        float top = largest(most);
+        for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+        return top;
     }
 
-    // weights_ = e^((x - top) * heat), zero for -infinity; their sum.
+    // weights_ = e^((x - top) * heat), zero for -infinity; their sum, NaN if one of x is.
     double weigh(const float* x, Index n, float heat, float top) {
         weights_.resize(static_cast<std::size_t>((n + kLanes - 1) / kLanes * kLanes));
         double sum = 0.0;
@@ -63,7 +54,7 @@ private:
             store(weights_.data() + i, e);
             float part = 0.0f;
             for (Index k = i; k < i + have; ++k) {
-                if (x[k] == -INFINITY) weights_[k] = 0.0f;
+                if (!(x[k] > -INFINITY)) weights_[k] = x[k] == -INFINITY ? 0.0f : x[k];  // NaN stays NaN
                 part += weights_[k];
             }
             sum += part;
@@ -76,7 +67,7 @@ private:
         for (Index i = 0; i < n; ++i) sum += weights_[i];
         const double goal = noise * sum;
         double reached = 0.0;
-        Index last = 0;
+        Index last = -1;  // nothing that may be picked weighs anything
         for (Index i = 0; i < n; ++i) {
             if (weights_[i] <= 0.0f) continue;
             reached += weights_[i], last = i;
@@ -97,9 +88,10 @@ private:
             for (Index i = 0; i < n; ++i) {
                 if (weights_[i] >= bar && weights_[i] > 0.0f) kept_.push_back(i), above += weights_[i];
             }
-            const bool all_that_count = bar < 0.0f || bar <= d.min_p;
+            const bool all_that_count = bar < 0.0f || (d.top_k == 0 && bar <= d.min_p);
             if (all_that_count || static_cast<Index>(kept_.size()) >= most || (d.top_k == 0 && above >= d.top_p * mass)) break;
         }
+        if (kept_.empty()) return -1;
         const auto count = std::min<std::size_t>(static_cast<std::size_t>(most), kept_.size());
         std::partial_sort(kept_.begin(), kept_.begin() + static_cast<Index>(count), kept_.end(), before);
         kept_.resize(count);
