@@ -1,4 +1,4 @@
-"""Write one of our models as a float32 GGUF file that llama.cpp loads: `llama` for a dense decoder, `deepseek2` for MLA.
+"""Write one of our models as a float32 GGUF file for llama.cpp: `llama` for a dense decoder, `deepseek2` for MLA.
 
 llama.cpp's own quantiser then makes Q4_0 and the other classes of it, so that llama.cpp runs exactly the weights that
 it would have made itself. Three things are llama.cpp's own way:
@@ -46,7 +46,11 @@ _BLOCK = {
     "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
 }
-_OUTER = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
+_OUTER = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+}
 
 
 def write(model: Transformer, vocabulary: dict[str, Any], path: Path) -> None:

@@ -87,9 +87,7 @@ def main() -> None:
     cores = [int(core) for core in sys.argv[1].split(",")]
     bind(cores)
     worker = Transformers(sys.argv[2], len(cores))
-    serve(
-        {"decode": worker.decode, "prefill": worker.prefill, "reference": worker.reference, "memory": memory}
-    )
+    serve({"decode": worker.decode, "prefill": worker.prefill, "reference": worker.reference, "memory": memory})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 What is timed is what a good C++ caller would do: one ``llama_decode`` for the new tokens of all sequences, logits only
 where a token is to be chosen, and a vectorised argmax over them in place. The driver in Python costs some 20 µs a step.
-A *setting* is a choice among flash attention, repacked weights, and one cache for all sequences or one each; the
-harness tries all of them and takes the best for every figure.
+A *setting* is [flash attention?, repacked weights?, one cache for all sequences?, threads]; the harness tries them and
+takes the best for every figure.
 
     python -m bench.inference.llama_worker CORES MODEL.gguf
 """
@@ -25,11 +25,11 @@ FLASH = {False: 0, True: 1}  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
 class Llama:
     """The model file, with each form of its weights loaded when first asked for."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str) -> None:
         import llama_cpp
         import numpy
 
-        self.api, self.np, self.path, self.threads = llama_cpp, numpy, path, threads
+        self.api, self.np, self.path = llama_cpp, numpy, path
         llama_cpp.llama_backend_init()
         self.model = lru_cache(2)(self._model)
         self.context = lru_cache(16)(self._context)
@@ -43,12 +43,12 @@ class Llama:
             raise RuntimeError(f"llama.cpp cannot load {self.path}")
         return model
 
-    def _context(self, setting: tuple[bool, bool, bool], sequences: int, length: int, exact: bool) -> Any:
-        flash, repack, unified = setting
+    def _context(self, setting: tuple[bool, bool, bool, int], sequences: int, length: int, exact: bool) -> Any:
+        flash, repack, unified, threads = setting
         settings = self.api.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = sequences * length, sequences
         settings.n_batch = settings.n_ubatch = max(UBATCH, sequences)
-        settings.n_threads = settings.n_threads_batch = self.threads
+        settings.n_threads = settings.n_threads_batch = threads
         settings.flash_attn_type, settings.kv_unified, settings.no_perf = FLASH[flash], unified, True
         if exact:
             settings.type_k = settings.type_v = F32
@@ -57,7 +57,7 @@ class Llama:
             raise RuntimeError(f"llama.cpp makes no context for {setting}")
         return context
 
-    def fresh(self, setting: list[bool], sequences: int, length: int, exact: bool = False) -> Any:
+    def fresh(self, setting: list[Any], sequences: int, length: int, exact: bool = False) -> Any:
         """A context with empty memory for ``sequences`` of ``length`` tokens; ``exact`` stores them in float32."""
         context = self.context(tuple(setting), sequences, -(-length // 256) * 256, exact)
         self.api.llama_memory_clear(self.api.llama_get_memory(context), False)
@@ -85,7 +85,7 @@ class Llama:
             part = tokens[start : start + UBATCH]
             self.run(context, [(token, start + i, sequence, i == len(part) - 1) for i, token in enumerate(part)])
 
-    def decode(self, setting: list[bool], prompts: list[list[int]], steps: int, warm: int) -> dict[str, float]:
+    def decode(self, setting: list[Any], prompts: list[list[int]], steps: int, warm: int) -> dict[str, float]:
         """Greedy tokens of all ``prompts`` at once; only the ``steps`` after ``warm`` are timed."""
         count, length = len(prompts), len(prompts[0])
         context = self.fresh(setting, count, length + warm + steps)
@@ -100,7 +100,7 @@ class Llama:
             tokens = self.logits(context, count).argmax(1).tolist()
         return clock.read(steps * count)
 
-    def prefill(self, setting: list[bool], prompt: list[int]) -> dict[str, float]:
+    def prefill(self, setting: list[Any], prompt: list[int]) -> dict[str, float]:
         """The first token after ``prompt``."""
         context = self.fresh(setting, 1, len(prompt))
         clock = Clock()
@@ -108,15 +108,15 @@ class Llama:
         self.logits(context, 1).argmax()
         return clock.read(len(prompt))
 
-    def divergence(self, reference: str, tokens: list[int]) -> dict[str, float]:
+    def divergence(self, setting: list[Any], reference: str, tokens: list[int]) -> dict[str, float]:
         """See ``bench.inference.quality.compare``; all logits of one window."""
         from bench.inference.quality import compare
 
-        context = self.fresh([True, True, False], 1, len(tokens))
+        context = self.fresh(setting, 1, len(tokens))
         self.run(context, [(token, place, 0, True) for place, token in enumerate(tokens)])
         return compare(self.np.load(reference, mmap_mode="r"), self.logits(context, len(tokens)), tokens)
 
-    def agree(self, reference: str, tokens: list[int], setting: list[bool]) -> dict[str, float]:
+    def agree(self, setting: list[Any], reference: str, tokens: list[int]) -> dict[str, float]:
         """Largest and root-mean-square difference between its logits and those saved in ``reference``."""
         context = self.fresh(setting, 1, len(tokens), exact=True)
         self.run(context, [(token, place, 0, True) for place, token in enumerate(tokens)])
@@ -126,9 +126,8 @@ class Llama:
 
 def main() -> None:
     """Serve one model file."""
-    cores = [int(core) for core in sys.argv[1].split(",")]
-    bind(cores)
-    llama = Llama(sys.argv[2], len(cores))
+    bind([int(core) for core in sys.argv[1].split(",")])
+    llama = Llama(sys.argv[2])
     serve(
         {
             "decode": llama.decode,

@@ -150,7 +150,13 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
     gguf_out.write(model, vocabulary, folder / "f32.gguf")
     python = make_llama()
     for name in classes:
-        command = [str(python), "-m", "bench.inference.requantise", str(folder / "f32.gguf"), str(folder / f"{name}.gguf")]
+        command = [
+            str(python),
+            "-m",
+            "bench.inference.requantise",
+            str(folder / "f32.gguf"),
+            str(folder / f"{name}.gguf"),
+        ]
         subprocess.run([*command, name], check=True, cwd=ROOT, capture_output=True)
     rows: list[int] = []
     for text in texts():

@@ -15,8 +15,9 @@ def compare(reference_TV: Any, logits_TV: Any, tokens: list[int]) -> dict[str, f
         tokens: the window, of T ids.
 
     Returns:
-        ``positions``; ``kl``, the sum of KL(float32 || quantised) in nats; ``same``, at how many positions the likeliest
-        token is the same; ``loss`` and ``reference_loss``, the sums of the surprise at the token that follows, in nats.
+        ``positions``; ``kl``, the sum of KL(float32 || quantised) in nats; ``same``, at how many positions the
+        likeliest token is the same; ``loss`` and ``reference_loss``, the sums of the surprise at the token that
+        follows, in nats.
     """
     import numpy as np
 

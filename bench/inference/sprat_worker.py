@@ -1,6 +1,6 @@
 """Sprat in a process of its own: through `sprat.Engine`, as a user meets it, and its back end alone.
 
-    python -m bench.inference.sprat_worker CORES FOLDER
+python -m bench.inference.sprat_worker CORES FOLDER
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Sprat:
         self.model, self.tokenizer = sprat.load(folder)
         backend = back_end(self.model)
         self.timed = None if backend is None else Timed(backend)
-        self.engine: Any = sprat.Engine(self.model, self.tokenizer, **({"backend": self.timed} if self.timed else {}))
+        # a digest lets prefixes outlive a request; speculation would answer another question than llama.cpp's loop
+        more = {"backend": self.timed, "digest": folder, "speculate": "off"} if self.timed else {}
+        self.engine: Any = sprat.Engine(self.model, self.tokenizer, **more)
         self._facts = {"bare": bare, "imported": imported, "backend": type(backend).__name__}
 
     def facts(self) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def main() -> None:
     cores = [int(core) for core in sys.argv[1].split(",")]
     bind(cores)
     sprat = Sprat(str(Path(sys.argv[2])), len(cores))
-    names = "facts decode prefill load raw_decode raw_prefill divergence room".split()
+    names = ["facts", "decode", "prefill", "load", "raw_decode", "raw_prefill", "divergence", "room"]
     serve({"memory": memory, **{name: getattr(sprat, name) for name in names}})
 
 
