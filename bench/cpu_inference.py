@@ -43,8 +43,7 @@ def measure(plan: figures.Plan, say: figures.Say) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for name, folder in folders.items():
         for count in reversed(counts):
-            label = f"{name}, {count} cores: "
-            found = figures.speed(folder, cores.choose(count), plan, lambda text, label=label: say(label + text))
+            found = figures.speed(folder, cores.choose(count), plan, say)
             speeds[name, count], chosen[f"{name}, {count}"] = found
     deep = {"moe": figures.depth(folders["moe"], on, plan, say, opponent=plan is not figures.QUICK)}
     if plan is not figures.QUICK:

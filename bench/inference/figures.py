@@ -76,7 +76,7 @@ def speed(folder: Path, on: list[int], plan: Plan, say: Say) -> tuple[dict[str, 
         figure ("decode 1", …, "prefill 512") -> series by engine: ``sprat`` (through the engine), ``back end`` (ours
         alone), ``llama``, and for one row ``transformers``; and what was chosen for each opponent.
     """
-    text = Text(folder)
+    text, where = Text(folder), f"{folder.name}, {len(on)} cores"
     with (
         Worker("sprat", on, folder / "sprat") as sprat,
         Worker("llama", on, folder / "Q4_0.gguf") as llama,
@@ -86,7 +86,7 @@ def speed(folder: Path, on: list[int], plan: Plan, say: Say) -> tuple[dict[str, 
         turns: dict[str, dict[str, Turn]] = {}
         for batch, steps in plan.steps.items():
             name, prompts = f"decode {batch}", text.short(batch)
-            say(f"choosing llama.cpp's settings: {name}")
+            say(f"{where}: choosing llama.cpp's settings: {name}")
             theirs = partial(llama.time, "decode", prompts=prompts, steps=steps, warm=WARM)
             chosen[name] = setting = llama_setting(theirs, len(on), batch, plan.tries)
             turns[name] = {
@@ -103,7 +103,7 @@ def speed(folder: Path, on: list[int], plan: Plan, say: Say) -> tuple[dict[str, 
             "llama": _turn(llama, "prefill", setting=setting, prompt=prompt),
         }
         one, few = text.short(1), max(8, plan.steps[1] // 4)
-        say("choosing transformers' mode")
+        say(f"{where}: choosing transformers' mode")
         chosen["transformers"] = mode = best(
             plan.modes, lambda mode: hf.time("decode", mode=mode, prompts=one, steps=few, warm=WARM), plan.tries
         )
@@ -111,7 +111,7 @@ def speed(folder: Path, on: list[int], plan: Plan, say: Say) -> tuple[dict[str, 
         for engines in turns.values():
             for turn in engines.values():
                 turn(0)  # every engine has warm caches before the first round
-        return rounds(plan.rounds, turns, say), chosen
+        return rounds(plan.rounds, turns, lambda text: say(f"{where}: {text}")), chosen
 
 
 def llama_setting(measure: Callable[..., Reading], threads: int, batch: int, tries: int) -> list[Any]:

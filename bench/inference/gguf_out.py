@@ -144,7 +144,8 @@ def _disk(name: str) -> str:
 
 def pair(weight: Tensor, heads: int) -> Tensor:
     """Rows of q or k, reordered so that a channel and its partner of the other half lie side by side."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    paired: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    return paired
 
 
 def unpair(weight: Tensor, heads: int) -> Tensor:
@@ -154,7 +155,8 @@ def unpair(weight: Tensor, heads: int) -> Tensor:
     >>> bool((unpair(pair(rows, 2), 2) == rows).all())
     True
     """
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    halves: Tensor = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    return halves
 
 
 def read_dense(path: Path) -> tuple[Transformer, dict[str, Any]]:

@@ -37,7 +37,8 @@ class Transformers:
         torch = self.torch
         dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
         attention = "eager" if mode == "eager" else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, attn_implementation=attention).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, attn_implementation=attention)
+        model.eval()
         if mode == "int8":
             model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
         if mode == COMPILED:

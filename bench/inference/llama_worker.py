@@ -79,20 +79,27 @@ class Llama:
         pointer = ctypes.cast(self.api.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
         return self.np.ctypeslib.as_array(pointer, (rows, size))
 
-    def fill(self, context: Any, tokens: list[int], sequence: int) -> None:
-        """Read ``tokens`` as the beginning of ``sequence``."""
-        for start in range(0, len(tokens), UBATCH):
-            part = tokens[start : start + UBATCH]
-            self.run(context, [(token, start + i, sequence, i == len(part) - 1) for i, token in enumerate(part)])
+    def fill(self, context: Any, prompts: list[list[int]]) -> list[int]:
+        """Read all ``prompts`` (of one length) as beginnings of sequences 0, 1, …; the greedy token after each."""
+        last = len(prompts[0]) - 1
+        rows = [
+            (token, place, sequence, place == last)
+            for sequence, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+        ]
+        tokens: list[int] = []
+        for start in range(0, len(rows), UBATCH):
+            part = rows[start : start + UBATCH]
+            self.run(context, part)
+            wanted = sum(row[3] for row in part)
+            tokens += self.logits(context, wanted).argmax(1).tolist() if wanted else []
+        return tokens
 
     def decode(self, setting: list[Any], prompts: list[list[int]], steps: int, warm: int) -> dict[str, float]:
         """Greedy tokens of all ``prompts`` at once; only the ``steps`` after ``warm`` are timed."""
         count, length = len(prompts), len(prompts[0])
         context = self.fresh(setting, count, length + warm + steps)
-        tokens = []
-        for sequence, prompt in enumerate(prompts):
-            self.fill(context, prompt, sequence)
-            tokens.append(int(self.logits(context, 1).argmax()))
+        tokens = self.fill(context, prompts)
         for step in range(warm + steps):
             if step == warm:
                 clock = Clock()
@@ -104,8 +111,7 @@ class Llama:
         """The first token after ``prompt``."""
         context = self.fresh(setting, 1, len(prompt))
         clock = Clock()
-        self.fill(context, prompt, 0)
-        self.logits(context, 1).argmax()
+        self.fill(context, [prompt])
         return clock.read(len(prompt))
 
     def divergence(self, setting: list[Any], reference: str, tokens: list[int]) -> dict[str, float]:

@@ -64,7 +64,7 @@ class Sprat:
         backend = back_end(self.model)
         self.timed = None if backend is None else Timed(backend)
         # a digest lets prefixes outlive a request; speculation would answer another question than llama.cpp's loop
-        more = {"backend": self.timed, "digest": folder, "speculate": "off"} if self.timed else {}
+        more: dict[str, Any] = {"backend": self.timed, "digest": folder, "speculate": "off"} if self.timed else {}
         self.engine: Any = sprat.Engine(self.model, self.tokenizer, **more)
         self._facts = {"bare": bare, "imported": imported, "backend": type(backend).__name__}
 
