@@ -63,8 +63,8 @@ class Sprat:
         self.model, self.tokenizer = sprat.load(folder)
         backend = back_end(self.model)
         self.timed = None if backend is None else Timed(backend)
-        # a digest lets prefixes outlive a request; speculation would answer another question than llama.cpp's loop
-        more: dict[str, Any] = {"backend": self.timed, "digest": folder, "speculate": "off"} if self.timed else {}
+        # frozen weights let prefixes outlive a request; speculation would answer another question than llama.cpp's loop
+        more: dict[str, Any] = {"backend": self.timed, "frozen": True, "speculate": "off"} if self.timed else {}
         self.engine: Any = sprat.Engine(self.model, self.tokenizer, **more)
         self._facts = {"bare": bare, "imported": imported, "backend": type(backend).__name__}
 
