@@ -45,9 +45,7 @@ def measure(plan: figures.Plan, say: figures.Say) -> dict[str, Any]:
         for count in reversed(counts):
             found = figures.speed(folder, cores.choose(count), plan, say)
             speeds[name, count], chosen[f"{name}, {count}"] = found
-    deep = {"moe": figures.depth(folders["moe"], on, plan, say, opponent=plan is not figures.QUICK)}
-    if plan is not figures.QUICK:
-        deep["dense"] = figures.depth(folders["dense"], on, plan, say, opponent=True)
+    deep = {name: figures.depth(folders[name], on, plan, say) for name in folders if name == "moe" or not plan.lean}
     limits = {
         f"{name}, {count}": _limit(speeds, name, count, folder) for name, folder in folders.items() for count in counts
     }

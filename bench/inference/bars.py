@@ -84,7 +84,7 @@ def verdicts(speeds: Speeds, rest: dict[str, Any], cores: list[int]) -> list[Ver
     lines.append(Verdict("share of the read-bandwidth limit, dense batch 1", rest.get("share"), *SHARE, unit=""))
     for model, name in MODELS.items():
         series = speeds.get((model, most), {}).get("decode 1")
-        ratio = series.ratio("sprat", "transformers") if series else None
+        ratio = series.ratio("sprat", "transformers") if series and "transformers" in series.readings else None
         lines.append(Verdict(f"batch 1, {name}, against transformers", ratio, *TRANSFORMERS))
     lines.append(_quality(rest.get("quality")))
     lines += _serving(rest.get("serving"), rest.get("depth"))

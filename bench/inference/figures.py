@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import tempfile
@@ -34,6 +35,7 @@ class Plan:
         windows: windows of 512 tokens for the quality figures.
         modes: of transformers, to choose the best from.
         tries: of each setting when the best is sought.
+        lean: leaves out what no bar asks for: our back end alone, transformers on one core, llama.cpp in long contexts.
     """
 
     rounds: int
@@ -42,10 +44,11 @@ class Plan:
     windows: int
     modes: tuple[str, ...]
     tries: int
+    lean: bool
 
 
-FULL = Plan(7, {1: 64, 4: 32, 16: 16}, (SHORT, 1024, 2048, DEEP), 48, (*MODES, COMPILED), 2)
-QUICK = Plan(3, {1: 48, 16: 8}, (SHORT, DEEP), 8, ("sdpa", "int8"), 1)
+FULL = Plan(7, {1: 64, 4: 32, 16: 16}, (SHORT, 1024, 2048, DEEP), 48, (*MODES, COMPILED), 2, lean=False)
+QUICK = Plan(3, {1: 32, 16: 6}, (SHORT, DEEP), 6, ("sdpa", "int8"), 1, lean=True)
 
 
 class Text:
@@ -76,42 +79,52 @@ def speed(folder: Path, on: list[int], plan: Plan, say: Say) -> tuple[dict[str, 
         figure ("decode 1", …, "prefill 512") -> series by engine: ``sprat`` (through the engine), ``back end`` (ours
         alone), ``llama``, and for one row ``transformers``; and what was chosen for each opponent.
     """
-    text, where = Text(folder), f"{folder.name}, {len(on)} cores"
-    with (
-        Worker("sprat", on, folder / "sprat") as sprat,
-        Worker("llama", on, folder / "Q4_0.gguf") as llama,
-        Worker("hf", on, folder / "hf") as hf,
-    ):
+    where = f"{folder.name}, {len(on)} cores: "
+    with Worker("sprat", on, folder / "sprat") as sprat, Worker("llama", on, folder / "Q4_0.gguf") as llama:
         chosen: dict[str, Any] = {"sprat": sprat.ask("facts")["backend"]}
-        turns: dict[str, dict[str, Turn]] = {}
-        for batch, steps in plan.steps.items():
-            name, prompts = f"decode {batch}", text.short(batch)
-            say(f"{where}: choosing llama.cpp's settings: {name}")
-            theirs = partial(llama.time, "decode", prompts=prompts, steps=steps, warm=WARM)
-            chosen[name] = setting = llama_setting(theirs, len(on), batch, plan.tries)
-            turns[name] = {
-                "sprat": _turn(sprat, "decode", prompts=prompts, steps=steps),
-                "back end": _turn(sprat, "raw_decode", prompts=prompts, steps=steps),
-                "llama": _turn(llama, "decode", setting=setting, prompts=prompts, steps=steps, warm=WARM),
-            }
-        prompt, name = text.long(LONG), f"prefill {LONG}"
+        turns = _pair(sprat, llama, folder, plan, chosen, lambda text: say(where + text))
+        with contextlib.ExitStack() as stack:
+            if not plan.lean or len(on) > 1:
+                hf = stack.enter_context(Worker("hf", on, folder / "hf"))
+                one, few = Text(folder).short(1), max(8, plan.steps[1] // 4)
+                say(f"{where}choosing transformers' mode")
+                chosen["transformers"] = mode = best(
+                    plan.modes, lambda mode: hf.time("decode", mode=mode, prompts=one, steps=few, warm=WARM), plan.tries
+                )
+                turns["decode 1"]["transformers"] = _turn(hf, "decode", mode=mode, prompts=one, steps=few, warm=WARM)
+            for engines in turns.values():
+                for turn in engines.values():
+                    turn(0)  # every engine has warm caches before the first round
+            return rounds(plan.rounds, turns, lambda text: say(where + text)), chosen
+
+
+def _pair(
+    sprat: Worker, llama: Worker, folder: Path, plan: Plan, chosen: dict[str, Any], say: Say
+) -> dict[str, dict[str, Turn]]:
+    """The turns of Sprat and llama.cpp by figure; ``chosen`` is told llama.cpp's settings."""
+    text, threads = Text(folder), len(llama.on)
+    turns: dict[str, dict[str, Turn]] = {}
+    for batch, steps in plan.steps.items():
+        name, prompts = f"decode {batch}", text.short(batch)
         say(f"choosing llama.cpp's settings: {name}")
-        chosen[name] = setting = llama_setting(partial(llama.time, "prefill", prompt=prompt), len(on), 1, plan.tries)
+        theirs = partial(llama.time, "decode", prompts=prompts, steps=steps, warm=WARM)
+        chosen[name] = setting = llama_setting(theirs, threads, batch, plan.tries)
         turns[name] = {
-            "sprat": lambda number: sprat.time("prefill", prompt=text.unseen()),
-            "back end": _turn(sprat, "raw_prefill", prompt=prompt),
-            "llama": _turn(llama, "prefill", setting=setting, prompt=prompt),
+            "sprat": _turn(sprat, "decode", prompts=prompts, steps=steps),
+            "llama": _turn(llama, "decode", setting=setting, prompts=prompts, steps=steps, warm=WARM),
         }
-        one, few = text.short(1), max(8, plan.steps[1] // 4)
-        say(f"{where}: choosing transformers' mode")
-        chosen["transformers"] = mode = best(
-            plan.modes, lambda mode: hf.time("decode", mode=mode, prompts=one, steps=few, warm=WARM), plan.tries
-        )
-        turns["decode 1"]["transformers"] = _turn(hf, "decode", mode=mode, prompts=one, steps=few, warm=WARM)
-        for engines in turns.values():
-            for turn in engines.values():
-                turn(0)  # every engine has warm caches before the first round
-        return rounds(plan.rounds, turns, lambda text: say(f"{where}: {text}")), chosen
+        if not plan.lean:
+            turns[name]["back end"] = _turn(sprat, "raw_decode", prompts=prompts, steps=steps)
+    prompt, name = text.long(LONG), f"prefill {LONG}"
+    say(f"choosing llama.cpp's settings: {name}")
+    chosen[name] = setting = llama_setting(partial(llama.time, "prefill", prompt=prompt), threads, 1, plan.tries)
+    turns[name] = {
+        "sprat": lambda number: sprat.time("prefill", prompt=text.unseen()),
+        "llama": _turn(llama, "prefill", setting=setting, prompt=prompt),
+    }
+    if not plan.lean:
+        turns[name]["back end"] = _turn(sprat, "raw_prefill", prompt=prompt)
+    return turns
 
 
 def llama_setting(measure: Callable[..., Reading], threads: int, batch: int, tries: int) -> list[Any]:
@@ -123,15 +136,15 @@ def llama_setting(measure: Callable[..., Reading], threads: int, batch: int, tri
     return list(best([winner, *others], lambda setting: measure(setting=setting), tries)) if others else list(winner)
 
 
-def depth(folder: Path, on: list[int], plan: Plan, say: Say, opponent: bool) -> dict[str, Series]:
-    """Decoding one row at each of the plan's contexts ("context 4096"), against llama.cpp where ``opponent``."""
+def depth(folder: Path, on: list[int], plan: Plan, say: Say) -> dict[str, Series]:
+    """Decoding one row at each of the plan's contexts ("context 4096"), against llama.cpp unless the plan is lean."""
     text, steps = Text(folder), plan.steps[1] // 2
     with Worker("sprat", on, folder / "sprat") as sprat, Worker("llama", on, folder / "Q4_0.gguf") as llama:
         turns: dict[str, dict[str, Turn]] = {}
         for context in plan.contexts:
             prompts, name = [text.long(context)], f"context {context}"
             turns[name] = {"sprat": _turn(sprat, "decode", prompts=prompts, steps=steps)}
-            if opponent:
+            if not plan.lean:
                 say(f"choosing llama.cpp's settings: {name}")
                 theirs = partial(llama.time, "decode", prompts=prompts, steps=steps, warm=WARM)
                 setting = llama_setting(theirs, len(on), 1, 1)

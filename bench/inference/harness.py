@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Self
 from bench.inference import cores
 from bench.oracles import ROOT, make_llama
 
+SETTLE = 0.05  # seconds for the threads of the engine before to stop spinning
 LEAST = 3  # undisturbed rounds that make a median
 
 
@@ -66,6 +68,7 @@ class Worker:
 
     def time(self, do: str, **command: Any) -> Reading:
         """``ask`` for a measurement, and look at who else used the cores meanwhile."""
+        time.sleep(SETTLE)
         watch = cores.Watch(self.on)
         figures = self.ask(do, **command)
         return Reading(figures, watch.read(figures["processor"]))

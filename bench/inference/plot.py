@@ -36,7 +36,7 @@ def draw(speeds: Speeds, depths: dict[str, dict[str, Series]], where: Path, capt
     for panel, ticks in ((batch, _ticks(batch)), (threads, _ticks(threads))):
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     batch.set_ylabel("tokens/s")
-    batch.legend(fontsize=8, frameon=False)
+    figure.legend(*batch.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(caption, fontsize=9)
     where.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(where, dpi=130, metadata={"Date": None} if where.suffix == ".svg" else None)
