@@ -47,8 +47,8 @@ class Plan:
     lean: bool
 
 
-FULL = Plan(7, {1: 64, 4: 32, 16: 16}, (SHORT, 1024, 2048, DEEP), 48, (*MODES, COMPILED), 2, lean=False)
-QUICK = Plan(3, {1: 32, 16: 6}, (SHORT, DEEP), 6, ("sdpa", "int8"), 1, lean=True)
+FULL = Plan(7, {1: 64, 4: 32, 16: 16}, (SHORT, 1024, 2048, DEEP), 40, (*MODES, COMPILED), 2, lean=False)
+QUICK = Plan(3, {1: 32, 16: 6}, (SHORT, DEEP), 4, ("sdpa", "int8"), 1, lean=True)
 
 
 class Text:
