@@ -39,7 +39,7 @@ def write(
     config = model.config
     arch = "deepseek2" if config.is_mla else config.architecture
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in {**_keys(model, arch, split), **_vocabulary(config.vocab_size), **(keys or {})}.items():
+    for key, value in {**_keys(model, arch, split), **vocabulary(config.vocab_size), **(keys or {})}.items():
         if value is not None:
             _add(writer, key, value)
     for name, tensor in {**tensors(model, split=split), **(extra or {})}.items():
@@ -161,7 +161,7 @@ def _rope_keys(model: Transformer) -> dict[str, Any]:
     return table
 
 
-def _vocabulary(size: int) -> dict[str, Any]:
+def vocabulary(size: int) -> dict[str, Any]:
     """A byte-level vocabulary of at most ``size`` tokens: two that steer, letters, and joins of them."""
     pairs = [left + right for left in ALPHABET for right in ALPHABET if left + right != "ab"]
     tokens = ["<|im_end|>", "<|im_start|>", "a", "b", "ab", *ALPHABET[2:], *pairs][:size]

@@ -11,6 +11,7 @@ correction bias shows in ``exp_probs_b``. DeepSeek's ``mscale`` is not in the fi
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -50,9 +51,9 @@ class Keys:
     def real(self, key: str, default: float | None = None) -> float:
         """A number."""
         value = self.header.meta.get(f"{self.kind}.{key}", default)
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.fault(f"{self.kind}.{key}", "it is missing" if value is None else "it is no number")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def has(self, key: str) -> bool:
         """Whether the file says anything of ``key``."""

@@ -30,6 +30,7 @@ from sprat.gguf.header import Entry, Header
 from sprat.gguf.names import Source
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.memory import check_room
+from sprat.model.weights import empty
 from sprat.quant.int4 import Codes
 from sprat.quant.layers import place
 
@@ -102,6 +103,15 @@ class Plan:
         return offset
 
 
+def outline(header: Header, config: ModelConfig) -> Transformer:
+    """The model of ``config`` without weights.
+
+    Raises:
+        CheckpointError: the config announces more than the file can hold.
+    """
+    return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+
+
 def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise: bool = True) -> Transformer:
     """The model of ``config`` with the weights of the file, quantised where they are.
 
@@ -112,8 +122,7 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise
     Raises:
         CheckpointError: a tensor is missing, unknown, of the wrong shape or not finite, or there is no memory.
     """
-    with torch.device("meta"):
-        model = Transformer(config, seed=None)
+    model = outline(header, config)
     if any(entry.kind.name in PACKED for entry in header.tensors.values()):
         dtype = torch.float32
     plan = Plan(model, header, dtype)

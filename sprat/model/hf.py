@@ -29,7 +29,7 @@ from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model.shards import Shards
 from sprat.model.transformer import Transformer
-from sprat.model.weights import Reader
+from sprat.model.weights import Reader, empty
 
 Dtype = torch.dtype | Literal["auto"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,8 +111,7 @@ def load_folder(
     mtp_stem = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in shards.entries):
         config = config.replace(num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = Transformer(config, seed=None)
+    model = empty(config, [entry.shape for entry in shards.entries.values()], folder)
     expected = {name: disk_names(name, config) for name in _own_names(model)}
     reader = Reader(model, expected, shards, blocks)
     derived = {name for name in shards.entries if _DERIVED.search(name)}

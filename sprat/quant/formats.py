@@ -24,6 +24,7 @@ from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.shards import Shards
+from sprat.model.weights import empty
 from sprat.quant.int4 import Codes
 from sprat.quant.layers import Packed, bits_of, packed_tensors, place, recipe_of
 from sprat.trust import atomic
@@ -125,8 +126,7 @@ def _build(
     materialise: bool,
 ) -> Transformer:
     """A model from the tensors of its file, every one of them checked and used."""
-    with torch.device("meta"):
-        model = Transformer(config, seed=None)
+    model = empty(config, [entry.shape for entry in held.entries.values()], Path(where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     unused = set(held.entries)
 

@@ -97,9 +97,7 @@ def test_transformers_reads_the_same_file_with_equal_logits(architecture: str, k
     table.pop("model_type")
     config = transformers.AutoConfig.for_model(architecture, **table)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    held = load_gguf_checkpoint(
-        path, return_tensors=True, model_to_load=theirs
-    )
+    held = load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)
     theirs.load_state_dict({name: tensor.float() for name, tensor in held["tensors"].items()}, strict=False)
     agree(ours, theirs, 3)
 
@@ -119,9 +117,7 @@ def test_the_divisors_of_llama_3_become_its_four_numbers(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("split", [True, False])
-def test_a_quantised_file_computes_what_its_dequantised_weights_compute(
-    kind: str, split: bool, tmp_path: Path
-) -> None:
+def test_a_quantised_file_computes_what_its_dequantised_weights_compute(kind: str, split: bool, tmp_path: Path) -> None:
     config = ModelConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=2, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32,
