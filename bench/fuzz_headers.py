@@ -1,10 +1,11 @@
 """Foreign headers, broken on purpose: each must end in one sentence or in a sound header, soon and in little memory.
 
 Small sound files (GGUF of a dense and of a mixture model, safetensors) are changed by a seeded generator: bits
-flipped, numbers replaced by ones that overflow, parts cut out, doubled, moved, or taken from another file. Each result
-is read as `sprat.load` reads it, up to the point where tensors would be decoded: header, config, vocabulary, and the
-plan that compares every name and shape. Whatever is raised must be a `CheckpointError` that names the file, within the
-time bound, in a process whose address space is bounded. Every input depends on (seed, number) alone, so a finding is
+flipped, numbers replaced by ones that overflow, parts cut out, doubled, moved, or taken from another file; or the
+file stays well-formed and says absurd things: keys and shapes of other values and types. Each result is read as
+`sprat.load` reads it, up to the point where tensors would be decoded: header, config, vocabulary, and the plan that
+compares every name and shape. Whatever is raised must be a `CheckpointError` that names the file, within the time
+bound, in a process whose address space is bounded. Every input depends on (seed, number) alone, so a finding is
 repeated by its number.
 
     python -m bench.fuzz_headers [--inputs 200000] [--quick] [--first 0] [--seed 0] [--json]
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import struct
@@ -61,6 +63,7 @@ def gguf_bytes(meta: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], i
         if isinstance(of, str):
             return struct.pack("<I", 8) + text(of)
         if isinstance(of, list):
+            of = of or [0]
             rows = [text(each) if isinstance(each, str) else struct.pack("<i", each) for each in of]
             return struct.pack("<IIQ", 9, 8 if isinstance(of[0], str) else 5, len(of)) + b"".join(rows)
         return struct.pack("<If", 6, of) if isinstance(of, float) else struct.pack("<II", 4, of)
@@ -75,8 +78,13 @@ def gguf_bytes(meta: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], i
     return head + bytes(-len(head) % 32) + data
 
 
-def seeds() -> list[tuple[str, bytes]]:
-    """(kind, bytes) of sound files."""
+Meta = dict[str, Any]
+Rows = dict[str, tuple[tuple[int, ...], int, bytes]]
+Sound = tuple[str, bytes, Meta, Rows]  # kind, bytes, and for a GGUF file what they are made of
+
+
+def seeds() -> list[Sound]:
+    """Sound files."""
     import torch
     from safetensors.torch import save
 
@@ -109,7 +117,7 @@ def seeds() -> list[tuple[str, bytes]]:
         kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, moe_intermediate_size=8,
         n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, **small,
     )  # fmt: skip
-    found: list[tuple[str, bytes]] = []
+    found: list[Sound] = []
     for arch, config, more in (("llama", dense, {}), ("deepseek2", mixed, latent)):
         state = Transformer.create(config, 0).state_dict()
         tied = config.tie_word_embeddings
@@ -121,17 +129,47 @@ def seeds() -> list[tuple[str, bytes]]:
         if arch == "llama":
             rows["blk.0.ffn_up.weight"] = ((32, 32), 2, bytes(18 * 32))  # Q4_0
         keys = {f"{arch}.{key}": value for key, value in {**shape, **more}.items()}
-        found.append(("gguf", gguf_bytes({"general.architecture": arch, **keys, **words}, rows)))
-    found.append(
-        ("safetensors", save({"a": torch.zeros(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(0)}))
-    )
+        meta = {"general.architecture": arch, **keys, **words}
+        found.append(("gguf", gguf_bytes(meta, rows), meta, rows))
+    plain = {"a": torch.zeros(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(0)}
+    found.append(("safetensors", save(plain), {}, {}))
     return found
 
 
-def mutated(files: list[tuple[str, bytes]], seed: int, number: int) -> tuple[str, bytes]:
+def absurd(draw: random.Random, meta: Meta, rows: Rows) -> bytes:
+    """A well-formed GGUF file whose keys or shapes say what no model says."""
+    meta, rows = dict(meta), dict(rows)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        way, key, name = draw.randrange(5), draw.choice(sorted(meta)), draw.choice(sorted(rows))
+        number = draw.choice((*NUMBERS, 5, 12, 16, 24, 64)) & 0xFFFFFFFF
+        texts = ["", "\x00", "a b", "▁", "<|im_end|>", "x" * 5000, "[1]", "{{ x }}", "yarn", "linear"]
+        if way == 0:
+            meta[key] = draw.choice(
+                (number, float(draw.choice((0, -1, "nan", "inf", 1e-30, 1e30))), draw.choice(texts))
+            )
+        elif way == 1:
+            meta[key] = draw.choice(([number & 0x7FFF] * draw.randrange(1, 9), [draw.choice(texts)] * 3, True, False))
+        elif way == 2 and isinstance(meta[key], list):
+            meta[key] = [draw.choice((each, meta[key][0])) for each in meta[key]] + meta[key][: draw.randrange(3)]
+        elif way == 3:
+            meta.pop(key)
+        else:
+            shape, kind, content = rows.pop(name)
+            shape = tuple(draw.choice((size, size * 2, 1, 32, 256)) for size in shape)
+            if draw.random() < 0.8:
+                kind = draw.choice((0, 0, 1, 2, 3, 8, 12, 14, 30))
+                rows[draw.choice((name, draw.choice(sorted(rows)), "rope_freqs.weight", "output.weight"))] = (
+                    shape, kind, content.ljust(4 * math.prod(shape), b"\x3c"),
+                )  # fmt: skip
+    return gguf_bytes(meta, rows)
+
+
+def mutated(files: list[Sound], seed: int, number: int) -> tuple[str, bytes]:
     """Input ``number`` of ``seed``: (kind, bytes)."""
     draw = random.Random(f"{seed}:{number}")
-    kind, content = draw.choice(files)
+    kind, content, meta, rows = draw.choice(files)
+    if meta and draw.random() < 0.4:
+        return kind, absurd(draw, meta, rows)
     data = bytearray(content)
     header = max(64, len(data) - 3000) if draw.random() < 0.9 else len(data)  # most of what matters comes first
     for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
@@ -186,7 +224,7 @@ def work(seed: int, first: int, count: int) -> dict[str, Any]:
     slowest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input"
-        for kind, content in files:
+        for kind, content, *_ in files:
             path.write_bytes(content)
             read(kind, path)  # sound files must be read
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -63,11 +63,11 @@ def read_tokenizer(header: Header) -> Tokenizer:
 def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
     """Normaliser, cut, model and decoder of byte-level BPE."""
     pre = header.meta.get(f"{_KEY}pre", "default")
-    if pre not in PATTERNS:
+    if not isinstance(pre, str) or pre not in PATTERNS:
         raise _fault(header, "pre", f"the cut {str(pre)[:40]!r} is not known", f"it is one of {', '.join(PATTERNS)}")
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in PATTERNS[str(pre)]
+        for pattern in PATTERNS[pre]
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     merges = []
