@@ -37,7 +37,7 @@ from sprat.quant.layers import place
 MEMORY = 1 << 30  # address space of the reading process, whatever the file's size
 _SECONDS, _BYTES_A_SECOND = 60, 4 << 20  # its CPU time: so much, and more for large files
 _ALIGN = 64
-_TODO = "fetch or convert the file again"
+_ADVICE = "fetch or convert the file again"
 
 
 class Plan:
@@ -72,11 +72,11 @@ class Plan:
         )
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
-            raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_TODO)
+            raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_ADVICE)
         for source in (source for found in wanted.values() for source in found):
             if held[source.name].shape != source.shape:
                 fault = f"tensor {source.name!r} has shape {held[source.name].shape}, expected {source.shape}"
-                raise CheckpointError(fault, where=str(self.header.path), todo=_TODO)
+                raise CheckpointError(fault, where=str(self.header.path), todo=_ADVICE)
 
     def _add(self, name: str, found: list[Source], may_be_codes: bool) -> None:
         """Make room for our tensor ``name`` and plan the jobs that fill it."""
@@ -235,8 +235,8 @@ def _told(done: subprocess.CompletedProcess[str], path: Path) -> CheckpointError
     """What the reading process said, or how it ended."""
     try:
         answer = json.loads(done.stdout)
-        return CheckpointError(f"tensor {answer['tensor']!r}: {answer['why']}", where=str(path), todo=_TODO)
+        return CheckpointError(f"tensor {answer['tensor']!r}: {answer['why']}", where=str(path), todo=_ADVICE)
     except (ValueError, KeyError, TypeError):
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"code {done.returncode}"
         last = (done.stderr.strip().splitlines() or [""])[-1][:200]
-        return CheckpointError(f"reading it ended with {how} {last}".rstrip(), where=str(path), todo=_TODO)
+        return CheckpointError(f"reading it ended with {how} {last}".rstrip(), where=str(path), todo=_ADVICE)

@@ -17,7 +17,7 @@ from sprat.model.transformer import Transformer
 SCALE = "_scale_inv"  # suffix of the factors of an FP8 matrix
 _FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TODO = "check that config.json and the weights belong together"
+_ADVICE = "check that config.json and the weights belong together"
 
 
 def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
@@ -38,13 +38,13 @@ def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path)
     }
     for key, (claimed, bound) in claims.items():
         if claimed > bound:
-            raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=_TODO)
+            raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=_ADVICE)
     try:
         with torch.device("meta"):
             return Transformer(config, seed=None)
     except (RuntimeError, OverflowError) as error:  # sizes whose product no computer can count
         what = f"no model has such sizes: {str(error).splitlines()[0]}"
-        raise CheckpointError(what, where=str(where), todo=_TODO) from None
+        raise CheckpointError(what, where=str(where), todo=_ADVICE) from None
 
 
 class Reader:
@@ -77,7 +77,7 @@ class Reader:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             more = len(missing or unknown) - 1
             fault = f"tensor {name!r} is {what}" + (f", as are {more} more" if more else "")
-            raise CheckpointError(fault, where=str(where), todo=_TODO)
+            raise CheckpointError(fault, where=str(where), todo=_ADVICE)
         for name, names in self.expected.items():
             want = self.shapes[name][1:] if self._stacked(name) else self.shapes[name]
             for disk in names:
@@ -114,12 +114,12 @@ class Reader:
         """Raise CheckpointError where a tensor on disk cannot become what we want."""
         if entry.shape != want:
             fault = f"tensor {disk!r} has shape {entry.shape}, expected {want}"
-            raise CheckpointError(fault, where=str(entry.file), todo=_TODO)
+            raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
         if entry.dtype in _FLOATS:
             return
         if entry.dtype != _FP8 or self.blocks is None or len(want) != 2:
             fault = f"tensor {disk!r} is {str(entry.dtype).removeprefix('torch.')}, which config.json does not announce"
-            raise CheckpointError(fault, where=str(entry.file), todo=_TODO)
+            raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
         factors, scale = tuple(-(-size // block) for size, block in zip(want, self.blocks, strict=True)), disk + SCALE
         if scale not in self.shards.entries or self.shards.entries[scale].shape != factors:
             fault = f"tensor {scale!r} is missing or has not the shape {factors}"
