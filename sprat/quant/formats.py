@@ -23,6 +23,7 @@ from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model.memory import check_room
 from sprat.model.shards import Shards
 from sprat.model.weights import empty
 from sprat.quant.int4 import Codes
@@ -98,6 +99,7 @@ def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
     formats = _formats(how, str(folder / RECIPE))
     held = Shards([folder / WEIGHTS])
+    check_room(sum(entry.nbytes for entry in held.entries.values()), folder / WEIGHTS)
     return _build(config, formats, held, str(folder / WEIGHTS), materialise=materialise)
 
 

@@ -155,3 +155,26 @@ def put_back(model: Transformer, path: Path) -> None:
         else:
             keys, values = (held[there.replace("attn_kv_b", part)] for part in ("attn_k_b", "attn_v_b"))
             tensor.copy_(torch.cat((keys.transpose(1, 2), values), 1).view_as(tensor))
+
+
+def test_prediction_modules_come_along(tmp_path: Path) -> None:
+    from sprat.gguf.names import file_name
+
+    config = ModelConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=24, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, num_nextn_predict_layers=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model = Transformer.create(config, 5)
+    disturb(model, 6)
+    later = {file_name(name, config): weight for name, weight in model.state_dict().items() if name.startswith("mtp.")}
+    keys = {"deepseek2.block_count": 3, "deepseek2.nextn_predict_layers": 1}
+    ours, _ = sprat.load(write(model, tmp_path / "whole.gguf", split=False, extra=later, keys=keys))
+    bare, _ = sprat.load(write(model, tmp_path / "bare.gguf", keys=keys))  # announced, and left out
+    assert "blk.2.nextn.eh_proj.weight" in later and len(bare.mtp) == 0
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        drafted = ours.mtp_hidden(ours.hidden(tokens), tokens).x_BTD
+        assert torch.equal(drafted, model.mtp_hidden(model.hidden(tokens), tokens).x_BTD)
+        assert torch.allclose(bare(tokens), model(tokens), atol=1e-5)
