@@ -66,10 +66,8 @@ class Plan:
         """Compare names and shapes with those of the file."""
         held = self.header.tensors
         known = {source.name for found in wanted.values() for source in found}
-        missing, unknown = (
-            sorted(known - held.keys()),
-            sorted(n for n in held.keys() - known if not names.IGNORED.fullmatch(n)),
-        )
+        missing = sorted(known - held.keys())
+        unknown = sorted(name for name in held.keys() - known if not names.IGNORED.fullmatch(name))
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_ADVICE)
@@ -83,9 +81,8 @@ class Plan:
         entry, elements = self.header.tensors[found[0].name], prod(self.shapes[name])
         kind = entry.kind.name
         codes = may_be_codes and len(found) == 1 and kind in PACKED
-        dense = "" if codes else self.dtype if may_be_codes or "norm" in name or name.endswith("bias") else "float32"
-        if name.endswith("e_score_correction_bias"):
-            dense = "float32"
+        plain = "float32" if name.endswith("e_score_correction_bias") else self.dtype
+        dense = "" if codes else plain
         if codes:
             sizes = {"codes": elements * PACKED[kind] // 8, "scales": elements // GROUP * 2}
             sizes |= {"minimums": sizes["scales"]} if kind in WITH_MINIMUMS else {}

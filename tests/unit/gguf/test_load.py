@@ -187,3 +187,25 @@ def test_a_float_file_loads_in_bfloat16_where_asked(tmp_path: Path) -> None:
     assert exact.head.weight.dtype == torch.float32 and narrow.head.weight.dtype == torch.bfloat16
     assert torch.equal(narrow.head.weight.float(), exact.head.weight)
     assert auto.head.weight.dtype == torch.bfloat16
+
+
+def test_experts_may_mix_types_and_are_saved_so(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=4, v_head_dim=32,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
+    )  # fmt: skip
+
+    def kind(name: str) -> str:
+        return {"ffn_gate_exps": "Q4_1", "ffn_up_exps": "Q8_0", "attn_output": "Q4_0"}.get(name.split(".")[-2], "F32")
+
+    made = Transformer.create(config, 1)
+    found, words = sprat.load(write(made, tmp_path / "model.gguf", kind=kind))
+    assert {name.rpartition(".")[2]: packed.bits for name, packed in quant.packed_tensors(found).items()} == {
+        "weight": 4, "w_gate_EFD": 4, "w_up_EFD": 8, "w_down_EDF": 32,
+    }  # fmt: skip
+    assert torch.equal(found.moe_layers()[0].experts.w_down_EDF, made.moe_layers()[0].experts.w_down_EDF)
+    sprat.save(found, words, tmp_path / "saved")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(found(tokens), sprat.load(tmp_path / "saved")[0](tokens))
