@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sprat.config.model import ModelConfig
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, ConfigError
 from sprat.gguf import names
 from sprat.gguf.blocks import GROUP, PACKED, WITH_MINIMUMS
 from sprat.gguf.decode import Job
@@ -104,9 +104,12 @@ def outline(header: Header, config: ModelConfig) -> Transformer:
     """The model of ``config`` without weights.
 
     Raises:
-        CheckpointError: the config announces more than the file can hold.
+        CheckpointError: the config announces more than the file can hold, or positions that cannot be computed.
     """
-    return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+    try:
+        return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+    except ConfigError as error:
+        raise CheckpointError(error.what, where=f"{header.path}: {error.where}", todo=_ADVICE) from None
 
 
 def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise: bool = True) -> Transformer:

@@ -52,6 +52,7 @@ def wide(found: Transformer) -> None:
     found.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(64, 32))
 
 
+NONSENSE = {"type": "yarn", "factor": 2.0, "original_context_length": 0}
 FAULTS: list[tuple[Transformer, dict[str, Any], str]] = [
     (spoilt(nan), {}, "tensor 'blk.1.ffn_up.weight': it is not finite"),
     (spoilt(wide), {}, r"tensor 'blk.0.ffn_down.weight' has shape \(64, 32\), expected \(64, 96\)"),
@@ -65,6 +66,11 @@ FAULTS: list[tuple[Transformer, dict[str, Any], str]] = [
     (model(), {"keys": {"llama.attention.layer_norm_rms_epsilon": float("nan")}}, "rms_epsilon': it is no number"),
     (model(), {"keys": {"llama.rope.freq_base": float("inf")}}, "llama.rope.freq_base': it is no number"),
     (model(), {"keys": {"llama.rope.scaling.type": "longrope"}}, "'longrope' by 1.0 is not known"),
+    (
+        model(),
+        {"keys": {f"llama.rope.scaling.{key}": value for key, value in NONSENSE.items()}},
+        "rope_scaling of type 'yarn' has values that make no sense",
+    ),
     (model(), {"keys": {"llama.expert_count": 8}}, "llama.expert_count': experts are known for deepseek2 only"),
     (model(), {"keys": {"llama.rope.dimension_count": 8}}, "heads of 16 must turn"),
     (model(), {"keys": {"llama.attention.sliding_window": 512}}, "attention.sliding_window': this is not supported"),
