@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sprat import __version__
-from sprat.cli import ask, doctor, proof, road, stations
+from sprat.cli import ask, doctor, fetch, proof, road, stations
 from sprat.cli.verb import verb
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ VERBS = (
     ("distill", stations.distill, "A small student from the teacher."),
     ("quantize", stations.quantize, "The student in INT4."),
     ("eval", stations.evaluate, "Score a model on held-out problems."),
+    ("fetch", fetch.fetch, "Download a small real model."),
     ("run", ask.run, "Ask a model once."),
     ("chat", ask.chat, "Talk with a model."),
     ("serve", ask.serve, "Serve a model and its chat page."),

@@ -31,7 +31,10 @@ Overrides = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same threads: same bytes.")]
 RoadFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder or a Hugging Face model folder.")]
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol."),
+]
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,8 @@ class ModelConfig(Config):
                 )
             if self.num_attention_heads % self.kv_heads:
                 raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-            if self.attention_head_dim % 2:
-                raise ValueError("head_dim must be even")
+            if self.attention_head_dim % 2 or not self.attention_head_dim:
+                raise ValueError("head_dim must be even, and not 0")
         if self.n_routed_experts:
             self._experts_hold_together()
         return self

@@ -1,46 +1,68 @@
-"""``sprat.load`` and ``sprat.save``: any model folder in, a Hugging Face (or quantised) folder out."""
+"""``sprat.load`` and ``sprat.save``: any model in, a Hugging Face (or quantised) folder out."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from sprat import quant
+from sprat import gguf, quant
+from sprat.engine import fetch
 from sprat.errors import CheckpointError
 from sprat.model import Transformer, hf
 from sprat.tokens import Tokenizer
 
+DtypeName = Literal["float32", "bfloat16", "auto"]
+_DTYPES: dict[str, hf.Dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
-def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
-    """The model (float32, or quantised as saved) and its tokenizer.
+
+def load(path: str | Path, *, dtype: DtypeName = "float32") -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer; what is quantised in the file stays so.
 
     Args:
-        path: a Hugging Face folder, a folder that ``save`` wrote, a run folder (its artefact is taken), or a hub id
-            where ``huggingface_hub`` is installed.
+        path: a Hugging Face folder, a folder that ``save`` wrote, a run folder (its artefact is taken), a GGUF file,
+            a name that ``sprat fetch`` knows (fetched if need be), or a hub id where ``huggingface_hub`` is installed.
+        dtype: of weights that are not quantised; "auto" is bfloat16 for checkpoints in bfloat16 or FP8, else float32.
 
     Raises:
-        CheckpointError: no such folder; a file is missing or torn; a weight is not finite; the tokenizer has more
-            ids than the model.
+        CheckpointError: no such model; a file is missing or torn; a weight is not finite; the tokenizer has more
+            ids than the model; there is no memory for it; no such dtype.
         ConfigError: config.json asks for what this code does not compute.
         DataError: there is no tokenizer, or none that can be read.
+        MachineError: a name was to be fetched and could not be.
     """
-    folder = hf.resolve(path)
-    if not (folder / "config.json").is_file() and (folder / "artefact").is_dir():
-        folder = folder / "artefact"
-    if not (folder / "config.json").is_file():
-        todo = "give a folder with config.json, or the folder of a finished run"
-        raise CheckpointError("no model in this folder", where=str(folder), todo=todo)
-    if quant.is_quantised(folder):
-        model = quant.load(folder)
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
+    if str(path) in fetch.CATALOGUE and not Path(path).exists():
+        path = fetch.fetch(str(path))
+    path = Path(path)
+    if path.suffix == ".gguf" or gguf.is_gguf(path):
+        model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])
+        folder = path
     else:
-        model, _ = hf.load_folder(folder)
-        _refuse_nan(model, folder)
-    tokenizer = Tokenizer.load(folder)
+        folder = _folder(path)
+        if quant.is_quantised(folder):
+            model = quant.load(folder)
+        else:
+            model, _ = hf.load_folder(folder, dtype=_DTYPES[dtype])
+            _refuse_nan(model, folder)
+        tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
     return model, tokenizer
+
+
+def _folder(path: Path) -> Path:
+    """The folder with config.json that ``path`` means."""
+    folder = hf.resolve(path)
+    if not (folder / "config.json").is_file() and (folder / "artefact").is_dir():
+        folder = folder / "artefact"
+    if not (folder / "config.json").is_file():
+        todo = "give a folder with config.json, a GGUF file, or the folder of a finished run"
+        raise CheckpointError("no model in this folder", where=str(folder), todo=todo)
+    return folder
 
 
 def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
@@ -50,7 +72,7 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
         CheckpointError: the folder cannot be written.
         MachineError: the disk is full or closed to us.
     """
-    if quant.recipe_of(model) is not None:
+    if quant.packed_tensors(model):
         quant.save(model, path)
     else:
         hf.save_folder(model, path)

@@ -5,8 +5,11 @@ are stacked into three tensors, and MTP modules (``model.layers.{n}`` and up, on
 decoder layers. ``disk_names`` is the whole mapping; loading and saving both walk it. The copies of embedding
 and head that published MTP layers carry are written, and ignored when read, since ours are shared.
 
-Weights are read tensor by tensor from memory-mapped files, so a load never holds two copies of a model. No
-pickle is read and no code from a folder is run.
+DeepSeek-V3 and R1 are published in FP8: a matrix is E4M3 numbers and, as ``<name>_scale_inv``, one float32 factor
+for each block of 128 × 128 (arXiv 2412.19437, section 3.3.2). They are multiplied out as they are read.
+
+Weights are read tensor by tensor, so a load never holds two copies of a model. No pickle is read and no code from
+a folder is run.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sprat.config.model import ModelConfig
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, ConfigError
+from sprat.model.shards import Shards
 from sprat.model.transformer import Transformer
+from sprat.model.weights import Reader, empty
 
+Dtype = torch.dtype | Literal["auto"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _EXPERT = {"w_gate_EFD": "gate_proj", "w_up_EFD": "up_proj", "w_down_EDF": "down_proj"}
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
@@ -82,44 +88,38 @@ def load_config(folder: str | Path) -> ModelConfig:
         CheckpointError: the file is missing or is no JSON object.
         ConfigError: it asks for what this code does not compute.
     """
-    path = Path(folder) / "config.json"
-    return ModelConfig.from_hf(_read_json(path), where=str(path))
+    return _config_and_blocks(Path(folder) / "config.json")[0]
 
 
 def load_folder(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path, *, dtype: Dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, ModelConfig]:
     """(model with weights of ``dtype`` on ``device``, its config) from a Hugging Face folder or id.
 
     MTP modules that the config announces but the files do not hold are left out, as transformers saves them so.
 
+    Args:
+        dtype: "auto" is bfloat16 where the checkpoint is bfloat16 or FP8, else float32.
+
     Raises:
-        CheckpointError: a tensor is missing, of the wrong shape or unknown, or a file is torn.
+        CheckpointError: a tensor is missing, of the wrong shape or unknown, a file is torn, or memory is short.
         ConfigError: see ``load_config``.
     """
     folder = resolve(path)
-    config = load_config(folder)
-    files = _tensor_files(folder)
+    config, blocks = _config_and_blocks(folder / "config.json")
+    shards = Shards(_weight_files(folder))
     mtp_stem = f"model.layers.{config.num_hidden_layers}."
-    if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in files):
+    if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in shards.entries):
         config = config.replace(num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = Transformer(config, seed=None)
+    model = empty(config, [entry.shape for entry in shards.entries.values()], folder)
     expected = {name: disk_names(name, config) for name in _own_names(model)}
-    known = {disk for names in expected.values() for disk in names}
-    if config.tie_word_embeddings:
-        known.add("lm_head.weight")
-    unknown = sorted(name for name in files if name not in known and not _DERIVED.search(name))
-    missing = sorted(name for names in expected.values() for name in names if name not in files)
-    if missing or unknown:
-        name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
-        count = len(missing or unknown)
-        raise CheckpointError(
-            f"tensor {name!r} is {what}" + (f", as are {count - 1} more" if count > 1 else ""),
-            where=str(folder),
-            todo="check that config.json and the weights belong together",
-        )
-    state = _read_state(model, expected, files, dtype, device)
+    reader = Reader(model, expected, shards, blocks)
+    derived = {name for name in shards.entries if _DERIVED.search(name)}
+    reader.check(derived | ({"lm_head.weight"} if config.tie_word_embeddings else set()), folder)
+    if dtype == "auto":
+        narrow = shards.entries["model.embed_tokens.weight"].dtype == torch.bfloat16
+        dtype = torch.bfloat16 if narrow else torch.float32
+    state = reader.read(dtype, torch.device(device))
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.head.weight = model.embed_tokens.weight
@@ -164,64 +164,39 @@ def _own_names(model: Transformer) -> list[str]:
     return [name for name in model.state_dict() if not (tied and name == "head.weight")]
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it, from the index, or from the one file."""
-    from safetensors import SafetensorError, safe_open
+def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]:
+    """The config, and rows and columns of an FP8 block where the file announces FP8 weights."""
+    table = _read_json(path)
+    how = table.get("quantization_config")
+    blocks = None
+    if isinstance(how, dict) and how.get("quant_method") == "fp8":
+        size = how.get("weight_block_size")
+        if how.get("fmt", "e4m3") != "e4m3" or not (
+            isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        ):
+            raise ConfigError(
+                f"FP8 of the form {how} is not known",
+                where=f"{path}: quantization_config",
+                todo="use fmt e4m3 with a weight_block_size of two numbers",
+            )
+        blocks = (size[0], size[1])
+        del table["quantization_config"]
+    return ModelConfig.from_hf(table, where=str(path)), blocks
 
-    if (folder / INDEX).is_file():
-        table = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(table, dict):
-            raise CheckpointError("the index has no weight_map", where=str(folder / INDEX), todo="fetch it again")
-        files = {str(name): folder / Path(str(file)).name for name, file in table.items()}
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the index names, or the one file."""
+    if not (folder / INDEX).is_file():
+        files = {folder / WEIGHTS}
     else:
-        files = {"": folder / WEIGHTS}
-    for file in sorted(set(files.values())):
+        table = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+            raise CheckpointError("the index has no weight_map", where=str(folder / INDEX), todo="fetch it again")
+        files = {folder / Path(file).name for file in table.values()}
+    for file in sorted(files):
         if not file.is_file():
             raise CheckpointError("a weight file is missing", where=str(file), todo="fetch or save the model again")
-    held: dict[str, Path] = {}
-    for file in sorted(set(files.values())):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                held |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"not a whole safetensors file: {error}", where=str(file), todo="fetch it again"
-            ) from None
-    return held
-
-
-def _read_state(
-    model: Transformer,
-    expected: dict[str, list[str]],
-    files: dict[str, Path],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Our state dict from disk; shapes are checked tensor by tensor."""
-    from contextlib import ExitStack
-
-    from safetensors import safe_open
-
-    shapes = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
-    state: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(files.values())}
-        for name, names in expected.items():
-            stacked = name.rpartition(".")[2] in _EXPERT
-            want = tuple(shapes[name].shape[1:] if stacked else shapes[name].shape)
-            target = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            out = torch.empty(shapes[name].shape, dtype=target, device=device)
-            for place, disk in enumerate(names):
-                tensor = opened[files[disk]].get_tensor(disk)
-                if tuple(tensor.shape) != want:
-                    raise CheckpointError(
-                        f"tensor {disk!r} has shape {tuple(tensor.shape)}, expected {want}",
-                        where=str(files[disk]),
-                        todo="check that config.json and the weights belong together",
-                    )
-                (out[place] if stacked else out).copy_(tensor)
-            state[name] = out
-    return state
+    return sorted(files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

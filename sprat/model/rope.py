@@ -62,6 +62,9 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
             return _llama3(scaling, 1.0 / powers), 1.0
     except KeyError as error:
         raise ConfigError(f"rope_scaling of type {kind!r} lacks {error}", where="rope_scaling", todo="add it") from None
+    except (ArithmeticError, ValueError, TypeError) as error:
+        what = f"rope_scaling of type {kind!r} has values that make no sense: {error}"
+        raise ConfigError(what, where="rope_scaling", todo="correct them") from None
     raise ConfigError(f"rope type {kind!r} is not known", where="rope_scaling", todo="use yarn, llama3 or linear")
 
 

@@ -2,7 +2,15 @@
 
 from sprat.quant.formats import is_quantised, load, save
 from sprat.quant.int4 import Codes, dequantise, quantise
-from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantLinear, quantize, recipe_of, size_bytes
+from sprat.quant.layers import (
+    QuantEmbedding,
+    QuantExperts,
+    QuantLinear,
+    packed_tensors,
+    quantize,
+    recipe_of,
+    size_bytes,
+)
 
 __all__ = [
     "Codes",
@@ -11,6 +19,7 @@ __all__ = [
     "QuantLinear",
     "dequantise",
     "is_quantised",
+    "packed_tensors",
     "load",
     "quantise",
     "quantize",

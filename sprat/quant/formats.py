@@ -1,29 +1,51 @@
 """Quantised models on disk: ``config.json``, ``quant.json`` and one safetensors file of codes and scales.
 
 ``model.safetensors`` holds ``<name>.codes`` and ``<name>.scales`` for each quantised tensor, under our own
-state-dict names, and the rest (norms, router, biases) as it was. ``config.json`` names a
+state-dict names (and ``<name>.minimums`` where there are any), and the rest (norms, router, biases) as it was.
+``quant.json`` of version 1 holds one recipe for the whole model; version 2, for models that came from elsewhere,
+holds bits and group of each tensor, and tensors that it does not name are dense. ``config.json`` names a
 ``quantization_config`` that no other engine knows, so that none misreads the folder.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from sprat.config import QuantConfig
+from sprat.config import Config, QuantConfig
 from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
-from sprat.model import Experts, Linear, Transformer
+from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model.memory import check_room
+from sprat.model.shards import Shards
+from sprat.model.weights import empty
 from sprat.quant.int4 import Codes
-from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantLinear, place, recipe_of
+from sprat.quant.layers import Packed, bits_of, packed_tensors, place, recipe_of
 from sprat.trust import atomic
 
 WEIGHTS, RECIPE, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
+_KIND = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
+
+
+class Format(Config):
+    """How one matrix is kept; ``group=0`` is one group per row."""
+
+    bits: Literal[4, 8, 16, 32]
+    group: int = Field(ge=0, le=1 << 31)
+    minimums: bool = False
+
+
+class _Table(Config):
+    """``quant.json`` of version 2."""
+
+    tensors: dict[str, Format]
 
 
 def is_quantised(folder: str | Path) -> bool:
@@ -40,15 +62,25 @@ def save(model: Transformer, folder: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    folder, recipe = Path(folder), recipe_of(model)
-    if recipe is None:
+    folder, packed, recipe = Path(folder), packed_tensors(model), recipe_of(model)
+    if not packed:
         raise CheckpointError("the model is not quantised", where=str(folder), todo="quantise it, or save it as it is")
+    if recipe is not None:
+        how = {"version": 1, **recipe.model_dump()}
+    else:
+        how = {"version": 2, "tensors": {name: _shape_of(part) for name, part in packed.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
-    table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **recipe.model_dump()}}
+    named = {} if recipe is None else recipe.model_dump()
+    table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
     atomic.write_json(folder / "config.json", table)
-    atomic.write_json(folder / RECIPE, {"method": METHOD, "version": 1, **recipe.model_dump()})
+    atomic.write_json(folder / RECIPE, {"method": METHOD, **how})
+
+
+def _shape_of(packed: Packed) -> dict[str, int | bool]:
+    """What ``quant.json`` says of one tensor."""
+    return {"bits": packed.bits, "group": packed.group, "minimums": packed.minimums is not None}
 
 
 def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
@@ -61,38 +93,50 @@ def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
         CheckpointError: a file is missing or torn, or a tensor is missing, unknown or of the wrong shape.
         ConfigError: config.json or quant.json does not hold.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    table, recipe_table = _json(folder / "config.json"), _json(folder / RECIPE)
-    if (recipe_table.pop("method", None), recipe_table.pop("version", None)) != (METHOD, 1):
-        raise CheckpointError("an unknown quantised format", where=str(folder / RECIPE), todo="quantise again")
+    table, how = _json(folder / "config.json"), _json(folder / RECIPE)
     table.pop("quantization_config", None)
-    recipe = parse(QuantConfig, recipe_table, where=str(folder / RECIPE))
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
-    try:
-        held = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise CheckpointError("the weights are missing", where=str(folder / WEIGHTS), todo="quantise again") from None
-    except (SafetensorError, OSError) as error:
-        fault = f"the weights are torn: {error}"
-        raise CheckpointError(fault, where=str(folder / WEIGHTS), todo="quantise or fetch again") from None
-    return _build(config, recipe, held, str(folder / WEIGHTS), materialise=materialise)
+    formats = _formats(how, str(folder / RECIPE))
+    held = Shards([folder / WEIGHTS])
+    check_room(sum(entry.nbytes for entry in held.entries.values()), folder / WEIGHTS)
+    return _build(config, formats, held, str(folder / WEIGHTS), materialise=materialise)
+
+
+def _formats(how: dict[str, Any], where: str) -> Callable[[str], Format | None]:
+    """How each matrix is kept, by its name, as ``quant.json`` (``how``) says; None is dense."""
+    kind = (how.pop("method", None), how.pop("version", None))
+    if kind == (METHOD, 1):
+        recipe = parse(QuantConfig, how, where=where)
+
+        def by_recipe(name: str) -> Format:
+            bits, group = bits_of(recipe, name)
+            return Format(bits=bits, group=group)
+
+        return by_recipe
+    if kind == (METHOD, 2):
+        return parse(_Table, how, where=where).tensors.get
+    raise CheckpointError("an unknown quantised format", where=where, todo="quantise again")
 
 
 def _build(
-    config: ModelConfig, recipe: QuantConfig, held: dict[str, Tensor], where: str, *, materialise: bool
+    config: ModelConfig,
+    formats: Callable[[str], Format | None],
+    held: Shards,
+    where: str,
+    *,
+    materialise: bool,
 ) -> Transformer:
     """A model from the tensors of its file, every one of them checked and used."""
-    with torch.device("meta"):
-        model = Transformer(config, seed=None)
+    model = empty(config, [entry.shape for entry in held.entries.values()], Path(where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unused = set(held.entries)
 
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        if name not in held:
+        if name not in held.entries:
             raise CheckpointError(f"tensor {name!r} is missing", where=where, todo="quantise the model again")
-        tensor = held.pop(name)
+        unused.discard(name)
+        tensor = held.read(name)
         if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
             fault = f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}"
             raise CheckpointError(fault, where=where, todo="check that config.json and the weights belong together")
@@ -101,21 +145,28 @@ def _build(
             raise CheckpointError(fault, where=where, todo="use a model that did not diverge")
         return tensor
 
-    def pack(name: str, bits: int, group: int) -> Codes:
+    def pack(name: str) -> Codes | None:
+        how = formats(name)
+        if how is None:
+            return None
         *outer, width = shapes[name]
-        size = group or width
-        last = (width + 1) // 2 if bits == 4 else width
-        kind = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16}[bits]
-        codes = take(f"{name}.codes", (*outer, last), kind)
-        wanted = (0,) if bits == 16 else (*outer, -(-width // size))
-        return Codes(codes, take(f"{name}.scales", wanted, torch.float16), bits, size, width)
+        size = how.group or width
+        codes = take(f"{name}.codes", (*outer, (width + 1) // 2 if how.bits == 4 else width), _KIND[how.bits])
+        grouped = (0,) if how.bits >= 16 else (*outer, -(-width // size))
+        scales = take(f"{name}.scales", grouped, torch.float16)
+        minimums = take(f"{name}.minimums", grouped, torch.float16) if how.minimums else None
+        return Codes(codes, scales, how.bits, size, width, minimums)
 
     # Names that stay dense are taken first: ``place`` keeps a Linear's bias as it finds it.
-    dense = {name: take(name, shapes[name]) for name in sorted(_dense_names(model))}
-    model.load_state_dict(dense, strict=False, assign=True)
-    place(model, recipe, pack, materialise=materialise)
-    if held:
-        fault = f"tensor {min(held)!r} is not part of this model"
+    tied = "head.weight" if config.tie_word_embeddings else ""
+    dense = _dense_names(model) | {name for name in shapes if formats(name) is None}
+    state = {name: take(name, shapes[name]) for name in sorted(dense - {tied})}
+    model.load_state_dict(state, strict=False, assign=True)
+    place(model, pack, materialise=materialise)
+    if tied and isinstance(model.embed_tokens, Embedding):
+        model.head.weight = model.embed_tokens.weight
+    if unused:
+        fault = f"tensor {min(unused)!r} is not part of this model"
         raise CheckpointError(fault, where=where, todo="check that config.json and the weights belong together")
     return model
 
@@ -133,18 +184,14 @@ def _dense_names(model: Transformer) -> set[str]:
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Name on disk -> tensor, of a quantised model; a tied head is written once, as the embedding."""
-    inner = {"gate": "w_gate_EFD", "up": "w_up_EFD", "down": "w_down_EDF", "packed": "weight"}
     table: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
-            places |= {f"{name}.{leaf}": f"{name}.{inner[leaf]}" for leaf, _ in module.named_children()}
+    for name, packed in packed_tensors(model).items():
+        table |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.state_dict().items()}
+    inside = {id(tensor) for packed in packed_tensors(model).values() for tensor in packed.buffers()}
     tied = model.config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if tied and owner == "head.packed":
-            continue
-        table[f"{places[owner]}.{leaf}" if owner in places else name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in inside and not (tied and name.startswith("head.")):
+            table[name] = tensor
     return table
 
 

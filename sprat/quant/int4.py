@@ -15,6 +15,9 @@ What stays as it is: the router and its bias (a wrong expert is worse than a coa
 biases. Embedding and head are one row per token, and rare tokens have odd rows: INT8 with one scale
 per row by default.
 
+Files of other programs may hold a second number a group, the minimum ``m``: ``w = s · code + m`` with codes of
+0 … 15. Such codes are kept and computed as they came; we make none ourselves.
+
 The seam: a quantised module keeps the interface of what it replaces and offers ``weight`` (for experts
 ``w_gate_EFD`` and so on) as a property that dequantises. Every use of the weight works unchanged, the
 absorbed MLA products included. With ``materialise`` the float32 weight is kept after the first use:
@@ -37,10 +40,11 @@ _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantised tensor: ``codes`` uint8 (two nibbles a byte) at 4 bits, int8 at 8, bfloat16 at 16.
+    """A quantised tensor: ``codes`` uint8 (two nibbles a byte) at 4 bits, int8 at 8, bfloat16 at 16, float32 at 32.
 
-    ``scales`` is float16 [..., G] (empty at 16 bits). ``width`` is I,
-    the input channels of the original; the last group may hold fewer than ``group``.
+    ``scales`` is float16 [..., G] (empty from 16 bits on). ``width`` is I, the input channels of the original; the
+    last group may hold fewer than ``group``. With ``minimums`` (float16 [..., G], 4 bits only) the codes are 0 … 15
+    and a weight is ``scale * code + minimum``; without, they are −8 … 7.
     """
 
     codes: Tensor
@@ -48,6 +52,7 @@ class Codes:
     bits: int
     group: int
     width: int
+    minimums: Tensor | None = None
 
 
 def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
@@ -70,11 +75,17 @@ def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
 
 def dequantise(packed: Codes) -> Tensor:
     """The float32 weight [..., I] that ``packed`` stands for: the reference of every kernel."""
-    if packed.bits == 16:
+    if packed.bits >= 16:
         return packed.codes.float()
     codes = unpack(packed.codes, packed.width) if packed.bits == 4 else packed.codes
-    scales = packed.scales.float().repeat_interleave(packed.group, dim=-1)[..., : packed.width]
-    return codes.float() * scales
+    if packed.minimums is None:
+        return codes.float() * _spread(packed.scales, packed)
+    return (codes & 15).float() * _spread(packed.scales, packed) + _spread(packed.minimums, packed)
+
+
+def _spread(each_group: Tensor, packed: Codes) -> Tensor:
+    """A number for each group (float16 [..., G]) as float32 for each channel [..., I]."""
+    return each_group.float().repeat_interleave(packed.group, dim=-1)[..., : packed.width]
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -26,28 +26,34 @@ class Packed(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    minimums: Tensor | None
 
     def __init__(self, packed: Codes, *, materialise: bool) -> None:
         super().__init__()
         self.bits, self.group, self.width, self.materialise = packed.bits, packed.group, packed.width, materialise
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
+        self.register_buffer("minimums", packed.minimums)
         self._dense: Tensor | None = None
+
+    def parts(self) -> Codes:
+        """What is kept: codes, scales and, where there are any, minimums."""
+        return Codes(self.codes, self.scales, self.bits, self.group, self.width, self.minimums)
 
     def dense(self) -> Tensor:
         """The float32 tensor that the codes stand for."""
         if self._dense is not None and self._dense.device == self.codes.device:
             return self._dense
         with torch.no_grad():
-            dense = dequantise(Codes(self.codes, self.scales, self.bits, self.group, self.width))
+            dense = dequantise(self.parts())
         if self.materialise:
             self._dense = dense
         return dense
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of codes, scales and minimums."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.minimums is None else self.minimums.nbytes)
 
 
 class QuantLinear(nn.Module):
@@ -82,8 +88,9 @@ class QuantEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` long [...] -> float32 [..., D]."""
         packed = self.packed
-        rows = (packed.codes[tokens], packed.scales[tokens] if packed.bits < 16 else packed.scales)
-        return dequantise(Codes(*rows, packed.bits, packed.group, packed.width))
+        scales = packed.scales[tokens] if packed.bits < 16 else packed.scales
+        minimums = None if packed.minimums is None else packed.minimums[tokens]
+        return dequantise(Codes(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums))
 
     @property
     def weight(self) -> Tensor:
@@ -127,49 +134,84 @@ def quantize(model: Transformer, config: QuantConfig | None = None, *, materiali
     config = config or QuantConfig()
     tensors = model.state_dict()
 
-    def pack(name: str, bits: int, group: int) -> Codes:
+    def pack(name: str) -> Codes:
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
+        bits, group = bits_of(config, name)
         return quantise(tensors[name], bits=bits, group=group)
 
-    return place(copy.deepcopy(model), config, pack, materialise=materialise)
+    return place(copy.deepcopy(model), pack, materialise=materialise)
 
 
-def place(
-    model: Transformer, config: QuantConfig, pack: Callable[[str, int, int], Codes], *, materialise: bool
-) -> Transformer:
-    """Replace every matrix of ``model`` in place.
+def bits_of(config: QuantConfig, name: str) -> tuple[int, int]:
+    """(bits, group; 0 is a group per row) that ``config`` has for the matrix ``name``."""
+    if name in ("embed_tokens.weight", "head.weight"):
+        return config.head_bits, 0 if config.head_bits == 8 else config.group
+    return config.bits, config.group
+
+
+def place(model: Transformer, codes_of: Callable[[str], Codes | None], *, materialise: bool) -> Transformer:
+    """Replace the matrices of ``model`` in place.
 
     Args:
-        pack: (name in the state dict, bits, group; 0 is a group per row) -> codes.
+        codes_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
+            tied head is asked for as the embedding.
+        materialise: see ``quantize``.
     """
-    wide = 0 if config.head_bits == 8 else config.group
-    table = Packed(pack("embed_tokens.weight", config.head_bits, wide), materialise=False)
     tied = model.config.tie_word_embeddings
+    wide = codes_of("embed_tokens.weight")
+    table = None if wide is None else Packed(wide, materialise=materialise and tied)
     for name, module in list(model.named_modules()):
         owner = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         if isinstance(module, Linear):
-            bits, group = (config.head_bits, wide) if name == "head" else (config.bits, config.group)
             shared = name == "head" and tied
-            codes = table if shared else Packed(pack(f"{name}.weight", bits, group), materialise=materialise)
-            setattr(owner, leaf, QuantLinear(codes, module.bias))
+            codes = None if shared else codes_of(f"{name}.weight")
+            packed = table if shared else None if codes is None else Packed(codes, materialise=materialise)
+            if packed is not None:
+                setattr(owner, leaf, QuantLinear(packed, module.bias))
         elif isinstance(module, Experts):
-            parts = [pack(f"{name}.{weight}", config.bits, config.group) for weight in _EXPERT_WEIGHTS]
-            setattr(owner, leaf, QuantExperts(*(Packed(part, materialise=materialise) for part in parts)))
-    table.materialise = materialise and tied
-    model.add_module("embed_tokens", QuantEmbedding(table))
+            parts = [codes_of(f"{name}.{weight}") for weight in _EXPERT_WEIGHTS]
+            found = [Packed(part, materialise=materialise) for part in parts if part is not None]
+            if found:
+                setattr(owner, leaf, QuantExperts(*found))
+    if table is not None:
+        model.add_module("embed_tokens", QuantEmbedding(table))
     return model
 
 
+def packed_tensors(model: nn.Module) -> dict[str, Packed]:
+    """Every quantised matrix of ``model`` under the name of the weight that it stands for; a tied head is left out."""
+    inner = {"gate": "w_gate_EFD", "up": "w_up_EFD", "down": "w_down_EDF", "packed": "weight"}
+    table: dict[str, Packed] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
+            for leaf, packed in module.named_children():
+                if isinstance(packed, Packed):
+                    table[f"{name}.{inner[leaf]}"] = packed
+    if table.get("head.weight") is not None and table["head.weight"] is table.get("embed_tokens.weight"):
+        del table["head.weight"]
+    return table
+
+
 def recipe_of(model: Transformer) -> QuantConfig | None:
-    """How ``model`` was quantised, None if it was not."""
-    table = model.embed_tokens
-    if not isinstance(table, QuantEmbedding):
+    """The recipe by which all matrices of ``model`` were quantised; None if they were not, or not all by one."""
+    table = packed_tensors(model)
+    inner = {(p.bits, p.group) for name, p in table.items() if name not in ("embed_tokens.weight", "head.weight")}
+    plain = any(isinstance(module, Linear) or type(module) is Experts for module in model.modules())
+    if plain or len(inner) != 1 or "embed_tokens.weight" not in table:
         return None
-    modules = dict(model.named_modules())
-    inner = [m.packed for name, m in modules.items() if isinstance(m, QuantLinear) and name != "head"]
-    return QuantConfig.model_validate({"bits": inner[0].bits, "group": inner[0].group, "head_bits": table.packed.bits})
+    bits, group = next(iter(inner))
+    if any(packed.minimums is not None for packed in table.values()) or bits > 8 or group not in (32, 64, 128):
+        return None
+    recipe = QuantConfig.model_validate({"bits": bits, "group": group, "head_bits": table["embed_tokens.weight"].bits})
+    uniform = all(
+        (packed.bits, packed.group) == (want[0], want[1] or packed.width)
+        for name, packed in table.items()
+        for want in [bits_of(recipe, name)]
+        if packed.bits < 16
+    )
+    return recipe if uniform else None
 
 
 def size_bytes(model: nn.Module) -> int:

@@ -56,6 +56,8 @@ def render(
         raise DataError("no message to answer", where="messages", todo="send at least one")
     form = tokenizer.format
     ids = list(tokenizer.piece(form.bos))
+    if form.preamble and messages[0].role != "system":
+        messages = [Message("system", form.preamble), *messages]
     for message in messages:
         if message.role == "assistant":
             ids += tokenizer.piece(form.assistant[0] + form.past)

@@ -2,13 +2,17 @@
 
 A format is data, never a program: we do not run the Jinja template that a model folder brings,
 because a template is foreign code. A tokenizer's format is the first one whose special strings it
-all knows; a tokenizer that knows none gets ``PLAIN``, in which the roles are ordinary words.
+all knows; a tokenizer that knows none gets ``PLAIN``, in which the roles are ordinary words. One sentence of a
+template we do take over, as text: the system message that it puts before a conversation which has none, since the
+model was taught with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Format:
     past: str  # opens an assistant turn of the past, whose reasoning is left out
     required: tuple[str, ...]  # the tokens by which the format is recognised
     think_tokens: tuple[str, str] = ("<think>", "</think>")
+    preamble: str = ""  # the system message of a conversation that brings none
 
 
 OWN = Format(
@@ -144,6 +149,26 @@ OWN_TEMPLATE = (
     "{%- endif -%}"
     "{%- endif -%}"
 )
+
+
+_PREAMBLE = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"\\]{1,2000})<\|im_end\|>")
+
+
+def fitted(form: Format, config: Mapping[str, Any]) -> Format:
+    """``form`` with what a tokenizer_config.json adds to it: ChatML's preamble, and the first token of plain text.
+
+    >>> text = "{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}"
+    >>> fitted(CHATML, {"chat_template": text}).preamble
+    'You are kind.'
+    """
+    template = config.get("chat_template")
+    if form is CHATML and isinstance(template, str) and (found := _PREAMBLE.search(template)):
+        return replace(form, preamble=found[1])
+    first = config.get("bos_token")
+    first = first.get("content") if isinstance(first, dict) else first
+    if form is PLAIN and config.get("add_bos_token") is True and isinstance(first, str):
+        return replace(form, bos=first)
+    return form
 
 
 def recognise(tokens: Iterable[str]) -> Format:

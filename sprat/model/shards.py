@@ -1,0 +1,197 @@
+"""The safetensors files of a model: checked before they are believed, then read tensor by tensor.
+
+A file is eight bytes of length, that many bytes of JSON, and the tensors. The JSON is foreign, so every number in it
+is checked against the file before any of them is used: names once, shapes of bounded whole numbers, each range as
+long as its shape and dtype say, ranges side by side without gap or overlap from the header to the end of the file.
+What is left is arithmetic on plain integers.
+
+Tensors are read straight into the memory that they will live in, and not through a mapping of the file: a load
+never holds more than the model and the one tensor that is being converted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprat.errors import CheckpointError
+from sprat.model.memory import told_if_full
+
+HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
+_RANK, _DIMENSION = 8, 1 << 40
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: ``offset`` and ``nbytes`` in ``file``, in bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Shards:
+    """The tensors of some safetensors files by name.
+
+    Attributes:
+        entries: tensor name -> where it lies.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Check the headers of ``files``.
+
+        Raises:
+            CheckpointError: a file is missing, torn, or holds a tensor that another file holds too.
+        """
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in read_header(file).items():
+                if name in self.entries:
+                    raise _torn(file, f"tensor {name!r} also stands in {self.entries[name].file.name}")
+                self.entries[name] = entry
+
+    def read(self, name: str) -> Tensor:
+        """Tensor ``name`` as it was written, in memory of its own.
+
+        Raises:
+            CheckpointError: the file ends early, or there is no memory.
+        """
+        entry = self.entries[name]
+        with told_if_full(name, entry.file):
+            out = torch.empty(entry.shape, dtype=entry.dtype)
+        self._fill(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Tensor ``name`` into ``out`` [same shape], converted to its dtype and device.
+
+        Raises:
+            CheckpointError: see ``read``.
+        """
+        same = out.dtype == self.entries[name].dtype and out.device.type == "cpu" and out.is_contiguous()
+        if same:
+            self._fill(name, out)
+        else:
+            out.copy_(self.read(name))
+
+    def _fill(self, name: str, out: Tensor) -> None:
+        """Read the bytes of ``name`` into the contiguous ``out``."""
+        entry = self.entries[name]
+        view = out.detach().reshape(-1).view(torch.uint8).numpy().data if entry.nbytes else memoryview(b"")
+        try:
+            with open(entry.file, "rb", buffering=0) as stream:
+                stream.seek(entry.offset)
+                done = 0
+                while done < entry.nbytes:
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise _torn(entry.file, f"it ends within tensor {name!r}")
+                    done += count
+        except OSError as error:
+            raise _torn(entry.file, str(error.strerror or error)) from None
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Tensor name -> where it lies in ``file``; nothing but the header is read.
+
+    Raises:
+        CheckpointError: the file is missing, or its header does not hold; the sentence names the tensor.
+    """
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            head = stream.read(8)
+            if len(head) < 8:
+                raise _torn(file, "it is too short")
+            (length,) = struct.unpack("<Q", head)
+            if length > min(HEADER_BYTES, size - 8):
+                raise _torn(file, f"its header claims {length} bytes of {size}")
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the weights are missing", where=str(file), todo="fetch or save the model again"
+        ) from None
+    except OSError as error:
+        raise _torn(file, str(error.strerror or error)) from None
+    table = _parse(text, file)
+    table.pop("__metadata__", None)
+    entries = {name: _entry(name, row, file, 8 + length) for name, row in table.items()}
+    place = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != place:
+            raise _torn(file, f"tensor {name!r} begins at byte {entry.offset}, the one before ends at {place}")
+        place += entry.nbytes
+    if place != size:
+        raise _torn(file, f"its tensors end at byte {place}, the file at {size}")
+    return entries
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any]:
+    """The JSON object of the header; a name that stands twice is refused."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name stands in it twice")
+        return table
+
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise _torn(file, f"its header is no JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise _torn(file, "its header is no JSON object")
+    return table
+
+
+def _entry(name: str, row: Any, file: Path, start: int) -> Entry:
+    """One row of the header, checked by itself; ``start`` is where the tensors begin."""
+    row = row if isinstance(row, dict) else {}
+    kind, shape, ends = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise _torn(file, f"tensor {name!r} has dtype {kind!r}, which is not known")
+    if not _whole(shape, _RANK) or not _whole(ends, 2) or len(ends) != 2:
+        raise _torn(file, f"tensor {name!r} has no sound shape and data_offsets")
+    wanted = math.prod(shape) * DTYPES[kind].itemsize
+    if ends[1] - ends[0] != wanted:
+        raise _torn(file, f"tensor {name!r} of shape {shape} takes {wanted} bytes, not {ends[1] - ends[0]}")
+    return Entry(file, DTYPES[kind], tuple(shape), start + ends[0], wanted)
+
+
+def _whole(values: Any, most: int) -> bool:
+    """Whether ``values`` is a list of at most ``most`` bounded natural numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value <= _DIMENSION for value in values)
+    )
+
+
+def _torn(file: Path, why: str) -> CheckpointError:
+    """The sentence about a file that does not hold together."""
+    return CheckpointError(f"not a whole safetensors file: {why}", where=str(file), todo="fetch or save it again")

@@ -1,0 +1,134 @@
+"""Tensors of a Hugging Face folder into our state dict: all checked first, then read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Set
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sprat.config.model import ModelConfig
+from sprat.errors import CheckpointError
+from sprat.model.memory import check_room, told_if_full
+from sprat.model.shards import Entry, Shards
+from sprat.model.transformer import Transformer
+
+SCALE = "_scale_inv"  # suffix of the factors of an FP8 matrix
+_FP8 = torch.float8_e4m3fn
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_ADVICE = "check that config.json and the weights belong together"
+
+
+def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
+    """The model of ``config`` on the meta device, which costs nothing, if files with such ``shapes`` can fill it.
+
+    Raises:
+        CheckpointError: the config (a few foreign numbers) announces more layers, experts or channels than there are.
+    """
+    most = max((size for shape in shapes for size in shape), default=0)
+    claims = {
+        "num_hidden_layers": (config.num_hidden_layers, len(shapes)),
+        "num_nextn_predict_layers": (config.num_nextn_predict_layers, len(shapes)),
+        "n_routed_experts": (config.n_routed_experts, max(most, len(shapes))),
+        "qk_rope_head_dim" if config.is_mla else "head_dim": (
+            config.qk_rope_head_dim if config.is_mla else config.attention_head_dim,
+            most,
+        ),
+    }
+    for key, (claimed, bound) in claims.items():
+        if claimed > bound:
+            raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=_ADVICE)
+    try:
+        with torch.device("meta"):
+            return Transformer(config, seed=None)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no computer can count
+        what = f"no model has such sizes: {str(error).splitlines()[0]}"
+        raise CheckpointError(what, where=str(where), todo=_ADVICE) from None
+
+
+class Reader:
+    """What a model wants and what its files hold.
+
+    Args:
+        model: on the meta device; only its shapes are read.
+        expected: our name -> its names on disk; of a stacked tensor one for each row, else one in all.
+        blocks: rows and columns that share a factor in FP8 matrices; None where there are none.
+    """
+
+    def __init__(
+        self, model: nn.Module, expected: dict[str, list[str]], shards: Shards, blocks: tuple[int, int] | None
+    ) -> None:
+        self.expected, self.shards, self.blocks = expected, shards, blocks
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in expected}
+
+    def check(self, ignored: Set[str], where: Path) -> None:
+        """Compare names, shapes and dtypes; ``ignored`` may stand in the files and is not read.
+
+        Raises:
+            CheckpointError: a tensor is missing, has no place in the model, or has another shape or dtype.
+        """
+        held = self.shards.entries
+        known = {disk for names in self.expected.values() for disk in names} | ignored
+        known |= {name + SCALE for name in known if name in held and held[name].dtype == _FP8}
+        missing = sorted(disk for names in self.expected.values() for disk in names if disk not in held)
+        unknown = sorted(held.keys() - known)
+        if missing or unknown:
+            name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
+            more = len(missing or unknown) - 1
+            fault = f"tensor {name!r} is {what}" + (f", as are {more} more" if more else "")
+            raise CheckpointError(fault, where=str(where), todo=_ADVICE)
+        for name, names in self.expected.items():
+            want = self.shapes[name][1:] if self._stacked(name) else self.shapes[name]
+            for disk in names:
+                self._check_entry(disk, held[disk], want)
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Our state dict in ``dtype`` on ``device``; the router's correction stays float32.
+
+        Raises:
+            CheckpointError: a file ends early, or there is no memory for the model.
+        """
+        held = self.shards.entries
+        if device.type == "cpu":
+            elements = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+            check_room(elements * dtype.itemsize, next(iter(held.values())).file.parent)
+        state: dict[str, Tensor] = {}
+        for name, names in self.expected.items():
+            target = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            with told_if_full(name, held[names[0]].file):
+                out = torch.empty(self.shapes[name], dtype=target, device=device)
+            for part, disk in zip(out.unbind(0) if self._stacked(name) else [out], names, strict=True):
+                if held[disk].dtype == _FP8:
+                    part.copy_(self._multiplied_out(disk))
+                else:
+                    self.shards.read_into(disk, part)
+            state[name] = out
+        return state
+
+    def _stacked(self, name: str) -> bool:
+        """Whether each of the names on disk is one row of our tensor."""
+        return len(self.expected[name]) == self.shapes[name][0] and len(self.shapes[name]) == 3
+
+    def _check_entry(self, disk: str, entry: Entry, want: tuple[int, ...]) -> None:
+        """Raise CheckpointError where a tensor on disk cannot become what we want."""
+        if entry.shape != want:
+            fault = f"tensor {disk!r} has shape {entry.shape}, expected {want}"
+            raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
+        if entry.dtype in _FLOATS:
+            return
+        if entry.dtype != _FP8 or self.blocks is None or len(want) != 2:
+            fault = f"tensor {disk!r} is {str(entry.dtype).removeprefix('torch.')}, which config.json does not announce"
+            raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
+        factors, scale = tuple(-(-size // block) for size, block in zip(want, self.blocks, strict=True)), disk + SCALE
+        if scale not in self.shards.entries or self.shards.entries[scale].shape != factors:
+            fault = f"tensor {scale!r} is missing or has not the shape {factors}"
+            raise CheckpointError(fault, where=str(entry.file), todo="fetch the checkpoint again")
+
+    def _multiplied_out(self, disk: str) -> Tensor:
+        """The float32 matrix that the FP8 numbers of ``disk`` and their factors stand for."""
+        assert self.blocks is not None
+        scale = self.shards.read(disk + SCALE).float()
+        for dim, block in enumerate(self.blocks):
+            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, self.shards.entries[disk].shape[dim])
+        return self.shards.read(disk).float().mul_(scale)

@@ -1,0 +1,94 @@
+"""A real model that anybody can fetch: SmolLM2 here is SmolLM2 in transformers, and it talks sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sprat
+from sprat.model import Transformer, save_folder
+from sprat.quant import packed_tensors
+from sprat.tokens import Message, Tokenizer, render
+from tests.gguf_files import gguf
+from tests.smol import smol
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+TEXT = "The sprat is a small fish. In 1984 it cost £3.50 a kilo; it's cheap!\n\n\tdef price(n): return 3.5*n — 很便宜"
+Loaded = tuple[Transformer, Tokenizer]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    """The model and its tokenizer."""
+    return sprat.load(smol())
+
+
+@pytest.fixture(scope="module")
+def theirs(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' model of the weights that the ``gguf`` package reads from the file."""
+    model, _ = loaded
+    dense = Transformer(model.config, seed=None)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(smol()).tensors}
+    from sprat.gguf.names import file_name
+
+    with torch.no_grad():
+        for name, weight in dense.named_parameters():
+            found = held[file_name(name, model.config)]
+            rows = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).copy())
+            if (
+                ".q_proj." in name or ".k_proj." in name
+            ):  # the converter's order of rows, put back as it is undone there
+                heads = rows.shape[0] // model.config.attention_head_dim
+                rows = rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+            weight.copy_(rows)
+    folder = tmp_path_factory.mktemp("smol")
+    save_folder(dense, folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def test_logits_are_those_of_transformers(loaded: Loaded, theirs: Any) -> None:
+    model, words = loaded
+    tokens = torch.tensor([words.encode(TEXT)])
+    with torch.no_grad():
+        difference = (model(tokens) - theirs(input_ids=tokens).logits).abs().max()
+    assert difference <= 1e-3
+
+
+def test_four_bits_stay_four_bits(loaded: Loaded) -> None:
+    model, _ = loaded
+    bits = [packed.bits for name, packed in packed_tensors(model).items() if name != "embed_tokens.weight"]
+    assert set(bits) == {4} and len(bits) == 210
+    assert sum(packed.nbytes for packed in packed_tensors(model).values()) < smol().stat().st_size
+
+
+def test_text_is_cut_as_in_transformers(loaded: Loaded) -> None:
+    foreign = transformers.AutoTokenizer.from_pretrained(smol().parent, gguf_file=smol().name)
+    # transformers takes GPT-2's cut for every such vocabulary; SmolLM2's own keeps digits apart, so they are left out
+    plain = TEXT.translate(dict.fromkeys(map(ord, "0123456789")))
+    assert loaded[1].encode(plain) == foreign.encode(plain, add_special_tokens=False)
+    assert [loaded[1].decode([index]) for index in loaded[1].encode("1984")] == list("1984")
+
+
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded, system: str | None) -> None:
+    turns = [] if system is None else [Message("system", system)]
+    turns += [Message("user", "Hi!"), Message("assistant", "Hello."), Message("user", "What is 2+2?")]
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = gguf.GGUFReader(smol()).fields["tokenizer.chat_template"].contents()
+    rows = [{"role": turn.role, "content": turn.content} for turn in turns]
+    text = ImmutableSandboxedEnvironment().from_string(template).render(messages=rows, add_generation_prompt=True)
+    assert render(loaded[1], turns) == loaded[1].encode(text, specials=True)
+
+
+def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:
+    how = sprat.Sampling(temperature=0, max_tokens=24)
+    answer = sprat.Engine(*loaded).generate(["What is the capital of France?"], how)[0]
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
+
+
+def test_the_name_alone_is_enough() -> None:
+    assert sprat.load("smol")[0].config.num_hidden_layers == 30

@@ -1,0 +1,18 @@
+"""The real model of the tests: fetched once into the user's cache; skips with the reason where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sprat.engine.fetch import fetch
+from sprat.errors import SpratError
+
+
+def smol() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    try:
+        return fetch("smol")
+    except SpratError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")

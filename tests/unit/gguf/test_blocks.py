@@ -1,0 +1,58 @@
+"""Quantised tensors come in as they are: bit for bit where our codes can hold them, within a stated error where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sprat.gguf import blocks
+from sprat.gguf.header import KINDS
+from sprat.quant.int4 import Codes, dequantise
+from tests.gguf_files import gguf, random_blocks
+
+KIND = {kind.name: kind for kind in KINDS.values()}
+EXACT, ROUNDED = ("Q4_0", "Q4_1", "Q8_0"), ("Q4_K", "Q6_K")
+
+
+def raw(kind: str) -> Any:
+    """Bytes [6, …] of rows of 512 weights."""
+    theirs = gguf.GGMLQuantizationType[kind]
+    if kind in ROUNDED:
+        return random_blocks((6, 512), theirs)
+    return gguf.quants.quantize(np.random.default_rng(1).normal(size=(6, 512)).astype(np.float32), theirs)
+
+
+def codes(kind: str, rows: Any) -> Codes:
+    """``rows`` as ``sprat.quant`` keeps them."""
+    parts = {name: torch.from_numpy(array) for name, array in blocks.parts(kind, rows, KIND[kind].bytes).items()}
+    return Codes(parts["codes"], parts["scales"], blocks.PACKED[kind], 32, 512, parts.get("minimums"))
+
+
+@pytest.mark.parametrize("kind", EXACT + ROUNDED)
+def test_codes_stand_for_the_weights_of_the_file(kind: str) -> None:
+    rows = raw(kind)
+    theirs = torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+    kept = codes(kind, rows)
+    assert (kept.minimums is not None) == (kind in blocks.WITH_MINIMUMS)
+    if kind in EXACT:
+        assert torch.equal(dequantise(kept), theirs)
+    else:
+        largest = theirs.abs().unflatten(1, (-1, 32)).amax(-1).repeat_interleave(32, 1)
+        assert ((dequantise(kept) - theirs).abs() <= largest * {"Q4_K": 1.1e-3, "Q6_K": 1 / 250}[kind]).all()
+    assert torch.equal(torch.from_numpy(blocks.dense(kind, rows, KIND[kind].bytes)), dequantise(kept))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_plain_numbers_come_in_exactly(kind: str) -> None:
+    rows = raw(kind).view(np.uint8)
+    theirs = gguf.quants.dequantize(raw(kind), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(blocks.dense(kind, rows, KIND[kind].bytes), theirs)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds() -> None:
+    values = np.random.default_rng(2).normal(size=10_000).astype(np.float32) * 1e3
+    ours = torch.from_numpy(blocks.bfloat16(values)).view(torch.bfloat16)
+    assert torch.equal(ours, torch.from_numpy(values).bfloat16())
