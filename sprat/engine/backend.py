@@ -56,7 +56,6 @@ class Backend(Protocol):
         depth: MTP modules that ``draft`` can use; 0 if there are none.
         kv_format: how the memory is stored: ``f32``, ``f16`` or ``i8``; part of a block's cache key.
         block_bytes: bytes of one block, over all layers.
-        blocks: blocks that there is memory for.
         invariant: whether rows are bitwise independent of the batch.
     """
 
@@ -64,8 +63,12 @@ class Backend(Protocol):
     depth: int
     kv_format: str
     block_bytes: int
-    blocks: int
     invariant: bool
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that there is memory for."""
+        ...
 
     def reserve(self, blocks: int) -> None:
         """Have memory for ``blocks`` blocks; what is stored stays. Never shrinks. MachineError: no memory."""

@@ -9,8 +9,10 @@ arXiv 2309.06180). A block is always in exactly one of three states:
 
 A full block gets its key when it has been computed (``publish``; see ``prefix``) and keeps it until it is needed for
 something else: the block that has been idle longest goes first, and of one request's chain the end goes before the
-beginning, since a chain without its beginning is worth nothing. A back end's memory grows by doubling up to the
-budget, so an engine that could hold much does not take it before it needs it.
+beginning, since a chain without its beginning is worth nothing. The last block of a request that leaves, though not
+full, is kept like the others. Behind the last whole block that two prompts share, the one that goes on in the same way
+farthest is copied (``borrow``): a conversation that is continued computes only what is new. A back end's memory grows
+by doubling up to the budget, so an engine that could hold much does not take it before it needs it.
 
 Pure book-keeping in Python's own lists; the memory itself belongs to the back end. Tables are rows of one numpy
 array, a row for each slot, so that a step's tables are cut out of it and not put together.
@@ -22,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence as Rows
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK, Backend
 from sprat.engine.disk import Disk
@@ -59,6 +62,8 @@ class Blocks:
         self._references = [0] * backend.blocks
         self._index: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
+        self._next: dict[bytes, dict[int, NDArray[np.int32]]] = {}  # by the key before them: blocks and their tokens
+        self._before: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -150,19 +155,37 @@ class Blocks:
         self.tables[slot, :held] = -1
         self.held[slot] = 0
 
-    def publish(self, slot: int, place: int, key: bytes) -> None:
-        """The block at ``place`` of the table of ``slot`` is full and computed: ``key`` finds it from now on."""
+    def publish(self, slot: int, place: int, key: bytes, before: bytes, tokens: NDArray[np.int32]) -> None:
+        """The block at ``place`` of the table of ``slot`` is computed, and nothing more is written to it.
+
+        ``key`` finds it from now on, and so does ``before``, the key of the block before it, with its tokens.
+        """
         block = int(self.tables[slot, place])
         if key not in self._index and block not in self._keys:
             self._index[key] = block
             self._keys[block] = key
+            self._next.setdefault(before, {})[block] = tokens
+            self._before[block] = before
+
+    def borrow(self, slot: int, place: int, before: bytes, tokens: NDArray[np.int32]) -> int:
+        """Copy into the block at ``place`` the one that begins as ``tokens`` do; how many of them it saves."""
+        best, most = -1, 0
+        for block, held in self._next.get(before, {}).items():
+            length = min(len(held), len(tokens))
+            differs = np.flatnonzero(held[:length] != tokens[:length])
+            same = int(differs[0]) if len(differs) else length
+            if same > most:
+                best, most = block, same
+        if most:
+            self.backend.copy(best, int(self.tables[slot, place]))
+        return most
 
     def forget(self) -> None:
         """Drop every key: what they name is no longer what the model would compute."""
         self._free.extend(self._idle)
         self._idle.clear()
-        self._index.clear()
-        self._keys.clear()
+        for table in (self._index, self._keys, self._next, self._before):
+            table.clear()
 
     def spill(self) -> None:
         """Write what is known to the disk tier, if there is one, and wait for it; latest use first."""
@@ -189,6 +212,9 @@ class Blocks:
             faults.append(f"of {self.backend.blocks} blocks these have a state: {sorted(states)}")
         if {block: key for key, block in self._index.items()} != self._keys or not set(self._idle) <= set(self._keys):
             faults.append("the prefix index and the keys of the blocks differ")
+        following = {block: before for before, blocks in self._next.items() for block in blocks}
+        if following != self._before or not set(following) <= set(self._keys):
+            faults.append("the chains of blocks and the keys of the blocks differ")
         return faults
 
     def _hold(self, block: int) -> None:
@@ -208,6 +234,11 @@ class Blocks:
         block, _ = self._idle.popitem(last=False)
         self._save(block, wait=False)
         del self._index[self._keys.pop(block)]
+        before = self._before.pop(block, None)
+        if before is not None:
+            del self._next[before][block]
+            if not self._next[before]:
+                del self._next[before]
         return block
 
     def _grow(self) -> None:
@@ -243,6 +274,7 @@ class Blocks:
 
     def _save(self, block: int, *, wait: bool) -> None:
         """Hand the content of ``block`` to the disk tier, unless it has it."""
-        key = self._keys[block]
-        if self.disk is not None and self.disk.wants(key):
+        key, before = self._keys[block], self._before.get(block)
+        whole = before is None or len(self._next[before][block]) == BLOCK
+        if self.disk is not None and whole and self.disk.wants(key):
             self.disk.write(key, self.backend.read(block), wait=wait)

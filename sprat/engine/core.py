@@ -153,7 +153,7 @@ class Core:
         """Make the rooms, empty."""
         room = self._room
         blocks = Blocks(self.backend, room.blocks, room.slots, room.width, self._disk)
-        self.scheduler = Scheduler(blocks, self._keys, room.slots, room.step_tokens)
+        self.scheduler = Scheduler(blocks, self._keys, room.slots, room.step_tokens, tails=room.frozen)
         self.runner = Runner(self.backend, self.scheduler, Sampler(self._tokenizer, room.slots, self._ends))
 
     def _schedule(self) -> Plan:

@@ -15,9 +15,9 @@ cumulative sum goes over blocks first and then within the chosen block: long run
 the tail. Nothing is sorted whole either: sorting 49,152 weights takes 5 ms a row, three decode steps of a small
 model. What top-k, top-p and min-p keep is found by comparing, and only that is sorted.
 
-All of it runs on the host, in C++ (``kernels/src/sample.h``) or, without that, in numpy: a torch operation costs 5 to
-10 microseconds before it does anything, and its argmax is 40 times slower. Only the exponential is torch's. Every row is summed in an order that does not depend
-on the other rows.
+All of it runs on the host, in C++ (``kernels/src/sample.h``) or, without that, in numpy: a torch operation costs 5
+to 10 microseconds before it does anything, and its argmax is 40 times slower. Only the exponential is torch's. Every
+row is summed in an order that does not depend on the other rows.
 
 R rows, V vocabulary, K blocks of the vocabulary.
 """

@@ -12,6 +12,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK
 from sprat.engine.sequence import Sequence
@@ -36,15 +37,29 @@ class Keys:
         keys, wanted = sequence.keys, tokens // BLOCK
         if len(keys) >= wanted:
             return
-        start, prompt = len(keys) * BLOCK, sequence.prompt
-        after = max(0, start - len(prompt))
-        text = prompt[start : wanted * BLOCK] + sequence.token_ids[after : max(0, wanted * BLOCK - len(prompt))]
-        ids = np.asarray(text, np.dtype("<i4")).tobytes()
+        ids = sequence.span(len(keys) * BLOCK, wanted * BLOCK)
         head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
-        for at in range(0, len(ids), 4 * BLOCK):
-            digest = head.copy()
-            digest.update(tagged(b"parent", keys[-1] if keys else b"") + tagged(b"tokens", ids[at : at + 4 * BLOCK]))
-            keys.append(digest.digest())
+        for at in range(0, len(ids), BLOCK):
+            keys.append(_behind(head, keys[-1] if keys else b"", ids[at : at + BLOCK]))
+
+    def last(self, sequence: Sequence, tokens: int) -> bytes:
+        """The key of the block, not full, that holds the last of the first ``tokens`` tokens."""
+        head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
+        whole = tokens // BLOCK
+        return _behind(head, self.before(sequence, whole), sequence.span(whole * BLOCK, tokens))
+
+    def before(self, sequence: Sequence, place: int) -> bytes:
+        """The key of the block before the one at ``place``; for the first block a name of the tenant's and model's."""
+        if place:
+            return sequence.keys[place - 1]
+        return hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common).digest()
+
+
+def _behind(head: hashlib._Hash, parent: bytes, tokens: NDArray[np.int32]) -> bytes:
+    """The key of a block behind the one of key ``parent``."""
+    digest = head.copy()
+    digest.update(tagged(b"parent", parent) + tagged(b"tokens", tokens.astype(np.dtype("<i4")).tobytes()))
+    return digest.digest()
 
 
 def digest_of(model: Transformer) -> str:

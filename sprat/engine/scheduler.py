@@ -11,8 +11,8 @@ back to the front of its queue, with what it has said so far, and is computed ag
 from anybody, every request fits when it is alone, and what was sampled is kept, so each such retreat follows a token
 that some request gained: it cannot go on for ever.
 
-*Twins.* Requests of one prompt (``n``, RL groups) that are admitted while the first of them is still computing it wait
-for that, and then fork its memory and sample from the same logits.
+*Twins.* Requests of one prompt (``n``, RL groups) that are admitted while the first of them computes it wait for that,
+then fork its memory and sample from the same logits.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Scheduler:
     Args:
         slots: requests that run together at most.
         step_tokens: tokens of one step, about; pieces of prompts get one block of it at least.
+        tails: whether the begun blocks of requests that leave are kept for those that continue them.
 
     Attributes:
         at: the request in each slot, None in a free one.
@@ -43,8 +44,8 @@ class Scheduler:
         preempted: how often a request had to make way.
     """
 
-    def __init__(self, blocks: Blocks, keys: Keys, slots: int, step_tokens: int) -> None:
-        self.blocks, self.keys, self.step_tokens = blocks, keys, step_tokens
+    def __init__(self, blocks: Blocks, keys: Keys, slots: int, step_tokens: int, *, tails: bool = True) -> None:
+        self.blocks, self.keys, self.step_tokens, self.tails = blocks, keys, step_tokens, tails
         self.at: list[Sequence | None] = [None] * slots
         self.stored = np.zeros(slots, np.int32)
         self._doomed: list[Sequence] = []
@@ -61,11 +62,6 @@ class Scheduler:
     def running(self) -> list[Sequence]:
         """All requests that hold a slot."""
         return [sequence for sequence in self.at if sequence is not None]
-
-    @property
-    def waiting(self) -> list[Sequence]:
-        """All requests that wait for one."""
-        return self.tenants.waiting
 
     def add(self, sequence: Sequence) -> None:
         """Put a request at the end of its tenant's queue."""
@@ -121,7 +117,7 @@ class Scheduler:
 
     def check(self) -> list[str]:
         """Faults of the books of slots and queues, and of the ledger of blocks; none if all is well."""
-        running, waiting = self.running, self.waiting
+        running, waiting = self.running, self.tenants.waiting
         faults = [f"request {s.id} of slot {s.slot} is in slot {n}" for n, s in enumerate(self.at) if s and s.slot != n]
         faults += [f"waiting request {s.id} has slot {s.slot}" for s in waiting if s.slot != -1]
         if sorted(self._free + [s.slot for s in running]) != list(range(len(self.at))):
@@ -216,10 +212,12 @@ class Scheduler:
             self._vacate(sequence)
             self.tenants.requeue(sequence)
             return None
-        sequence.known = np.array(sequence.prompt + sequence.token_ids, np.int32)
-        sequence.stored, self._published[slot] = found * BLOCK, found
+        sequence.known = sequence.span(0, tokens)
+        before = self.keys.before(sequence, found)
+        more = self.blocks.borrow(slot, found, before, sequence.known[found * BLOCK : tokens - 1])
+        sequence.stored, self._published[slot] = found * BLOCK + more, found
         if sequence.hit < 0:
-            sequence.hit = min(found * BLOCK, len(sequence.prompt))
+            sequence.hit = min(sequence.stored, len(sequence.prompt))
         share.prefilling.append(sequence)
         if sequence.share:
             self._leaders[sequence.share] = sequence
@@ -265,12 +263,20 @@ class Scheduler:
         slot, full = sequence.slot, stored // BLOCK
         self.keys.extend(sequence, full * BLOCK)
         for place in range(int(self._published[slot]), full):
-            self.blocks.publish(slot, place, sequence.keys[place])
+            tokens = sequence.span(place * BLOCK, (place + 1) * BLOCK)
+            self.blocks.publish(slot, place, sequence.keys[place], self.keys.before(sequence, place), tokens)
         self._published[slot] = full
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take slot and blocks from ``sequence``; twins that wait for it go back to the queue."""
         share, slot = self.tenants.share(sequence), sequence.slot
+        stored = int(self.stored[slot]) if slot in self._decoding else sequence.stored
+        if self.tails and stored % BLOCK and sequence.leader is None:
+            self._publish(sequence, stored)
+            tokens, place = sequence.span(stored - stored % BLOCK, stored), stored // BLOCK
+            self.blocks.publish(
+                slot, place, self.keys.last(sequence, stored), self.keys.before(sequence, place), tokens
+            )
         if self._decoding.pop(slot, None) is not None:
             self._rows = None
         elif sequence.leader is not None:

@@ -117,6 +117,12 @@ class Sequence:
         """Tokens of the prompt and the answer so far."""
         return len(self.prompt) + len(self.token_ids)
 
+    def span(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Tokens ``start`` … ``stop - 1`` of prompt and answer."""
+        prompt = len(self.prompt)
+        answer = self.token_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        return np.array(self.prompt[start:stop] + answer, np.int32)
+
     @property
     def halted(self) -> bool:
         """Whether its caller wants it no more."""

@@ -36,11 +36,11 @@ def hits(engine: Engine, prompt: list[int], tenant: Tenant = ALICE) -> int:
 def test_a_tenant_finds_its_own_prompt_and_never_another_tenants(model: Transformer, tokenizer: Tokenizer) -> None:
     engine = engine_of(model, tokenizer)
     assert hits(engine, PROMPT) == 0
-    assert hits(engine, PROMPT) == 128
+    assert hits(engine, PROMPT) == 139, "all but the last token, whose logits are needed"
     assert hits(engine, PROMPT, BOB) == 0
     assert hits(engine, PROMPT, Tenant("alice", b"stolen name")) == 0
-    assert hits(engine, PROMPT, BOB) == 128
-    assert engine.stats().hit_tokens == 256 and engine.check() == []
+    assert hits(engine, PROMPT, BOB) == 139
+    assert engine.stats().hit_tokens == 278 and engine.check() == []
 
 
 def test_only_what_is_the_same_up_to_there_is_found(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -48,15 +48,17 @@ def test_only_what_is_the_same_up_to_there_is_found(model: Transformer, tokenize
     hits(engine, PROMPT)
     assert hits(engine, PROMPT[:64] + PROMPT[:64]) == 64
     assert hits(engine, [1, *PROMPT[1:]]) == 0
-    assert hits(engine, PROMPT[:128]) == 64, "the last token is always computed, its logits are needed"
+    assert hits(engine, PROMPT[:128]) == 127, "the last token is always computed, its logits are needed"
     assert hits(engine, PROMPT[:129]) == 128
+    assert hits(engine, [*PROMPT[:100], 1, 1, 1]) == 100, "a block is shared as far as it goes"
+    assert hits(engine, [*PROMPT[:30], 1]) == 30
 
 
 def test_the_answer_is_part_of_the_next_turn(model: Transformer, tokenizer: Tokenizer) -> None:
     engine = engine_of(model, tokenizer)
     said = engine.generate([PROMPT[:60]], Sampling(temperature=0, max_tokens=10), tenant=ALICE)[0].token_ids
     assert len(said) == 10
-    assert hits(engine, PROMPT[:60] + said) == 64
+    assert hits(engine, PROMPT[:60] + said) == 69, "what was sampled last was never computed"
 
 
 def test_weights_that_may_change_are_remembered_while_in_use_only(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -69,7 +71,7 @@ def test_a_cached_answer_is_the_computed_one(drafter: Transformer, tokenizer: To
     how = Sampling(max_tokens=20, seed=3, logprobs=True)
     engine = Engine(drafter, tokenizer, frozen=True)
     cold, warm = (engine.generate([PROMPT], how)[0] for _ in range(2))
-    assert (cold.usage.cache_hit_tokens, warm.usage.cache_hit_tokens) == (0, 128)
+    assert (cold.usage.cache_hit_tokens, warm.usage.cache_hit_tokens) == (0, 139)
     assert warm.token_ids == cold.token_ids
     assert warm.logprobs == pytest.approx(cold.logprobs, abs=1e-4)
 
@@ -92,7 +94,7 @@ def test_memory_that_is_short_forgets_the_oldest_first(model: Transformer, token
     prompts = [[number, *PROMPT[1:]] for number in range(4)]
     for prompt in prompts:
         hits(engine, prompt)
-    assert hits(engine, prompts[3]) == 128
+    assert hits(engine, prompts[3]) == 139
     assert hits(engine, prompts[0]) == 0
     assert engine.stats().blocks <= 7 and engine.check() == []
 
@@ -164,7 +166,7 @@ def test_a_disk_that_refuses_goes_quiet(
     engine = engine_of(model, tokenizer, disk=(disk := Disk(tmp_path, 1 << 20)))
     assert hits(engine, PROMPT) == 0
     engine.stop()
-    assert disk.quiet and hits(engine, PROMPT) == 128
+    assert disk.quiet and hits(engine, PROMPT) == 139
     assert Disk(tmp_path / "file", 1).quiet is False
     (tmp_path / "plain").write_text("no folder")
     assert Disk(tmp_path / "plain", 1).quiet
@@ -182,7 +184,7 @@ def test_a_full_disk_fails_no_request(model: Transformer, tokenizer: Tokenizer, 
             assert hits(engine, [number, *PROMPT[1:]]) == 0
         engine.stop()
         assert disk.quiet and engine.check() == [] and disk.nbytes <= 4096
-        assert hits(engine, [0, *PROMPT[1:]]) == 128
+        assert hits(engine, [0, *PROMPT[1:]]) == 139
     finally:
         subprocess.check_call(["umount", str(tmp_path)])
 
