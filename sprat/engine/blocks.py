@@ -12,9 +12,6 @@ something else: the block that has been idle longest goes first, and of one requ
 beginning, since a chain without its beginning is worth nothing. A back end's memory grows by doubling up to the
 budget, so an engine that could hold much does not take it before it needs it.
 
-Between full blocks there is one thing more: of those that follow the same beginning, the one with most tokens in common
-with a new prompt is copied (``begin``), so that what is computed starts at the very token where texts part.
-
 Pure book-keeping in Python's own lists; the memory itself belongs to the back end. Tables are rows of one numpy
 array, a row for each slot, so that a step's tables are cut out of it and not put together.
 """
@@ -25,14 +22,12 @@ from collections import OrderedDict
 from collections.abc import Sequence as Rows
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK, Backend
 from sprat.engine.disk import Disk
 from sprat.errors import MachineError
 
 FIRST_BLOCKS = 16
-MOST_BRANCHES = 8  # blocks behind one beginning that are compared with a new text
 
 
 def blocks_for(tokens: int) -> int:
@@ -64,10 +59,6 @@ class Blocks:
         self._references = [0] * backend.blocks
         self._index: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
-        self._branches: dict[
-            bytes, dict[int, NDArray[np.int32]]
-        ] = {}  # parent's key → its latest blocks and their tokens
-        self._parents: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -159,36 +150,19 @@ class Blocks:
         self.tables[slot, :held] = -1
         self.held[slot] = 0
 
-    def begin(self, slot: int, parent: bytes, tokens: NDArray[np.int32], place: int) -> int:
-        """Fill the block at ``place`` with what is known of ``tokens``, which follow ``parent``; how many that are."""
-        best, common = -1, 0
-        for block, known in self._branches.get(parent, {}).items():
-            size = min(len(known), len(tokens))
-            parted = np.flatnonzero(known[:size] != tokens[:size])
-            length = int(parted[0]) if len(parted) else size
-            if length > common:
-                best, common = block, length
-        if common:
-            self.backend.copy(best, int(self.tables[slot, place]))
-        return common
-
-    def publish(self, slot: int, place: int, parent: bytes, key: bytes, tokens: NDArray[np.int32]) -> None:
+    def publish(self, slot: int, place: int, key: bytes) -> None:
         """The block at ``place`` of the table of ``slot`` is full and computed: ``key`` finds it from now on."""
         block = int(self.tables[slot, place])
-        if key in self._index or block in self._keys:
-            return
-        self._index[key] = block
-        self._keys[block] = key
-        branches = self._branches.setdefault(parent, {})
-        if len(branches) == MOST_BRANCHES:
-            del self._parents[oldest := next(iter(branches))], branches[oldest]
-        self._parents[block], branches[block] = parent, tokens
+        if key not in self._index and block not in self._keys:
+            self._index[key] = block
+            self._keys[block] = key
 
     def forget(self) -> None:
         """Drop every key: what they name is no longer what the model would compute."""
         self._free.extend(self._idle)
-        for book in (self._idle, self._index, self._keys, self._branches, self._parents):
-            book.clear()
+        self._idle.clear()
+        self._index.clear()
+        self._keys.clear()
 
     def spill(self) -> None:
         """Write what is known to the disk tier, if there is one, and wait for it; latest use first."""
@@ -215,9 +189,6 @@ class Blocks:
             faults.append(f"of {self.backend.blocks} blocks these have a state: {sorted(states)}")
         if {block: key for key, block in self._index.items()} != self._keys or not set(self._idle) <= set(self._keys):
             faults.append("the prefix index and the keys of the blocks differ")
-        branches = {block: parent for parent, blocks in self._branches.items() for block in blocks}
-        if branches != self._parents or not set(branches) <= set(self._keys) or {} in self._branches.values():
-            faults.append("the branches behind a beginning are not blocks that have a key")
         return faults
 
     def _hold(self, block: int) -> None:
@@ -237,11 +208,6 @@ class Blocks:
         block, _ = self._idle.popitem(last=False)
         self._save(block, wait=False)
         del self._index[self._keys.pop(block)]
-        parent = self._parents.pop(block, None)
-        if parent is not None:
-            del self._branches[parent][block]
-            if not self._branches[parent]:
-                del self._branches[parent]
         return block
 
     def _grow(self) -> None:

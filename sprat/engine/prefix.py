@@ -32,21 +32,18 @@ class Keys:
         self._common = b"".join(tagged(tag, text.encode()) for tag, text in parts.items())
 
     def extend(self, sequence: Sequence, tokens: int) -> None:
-        """Have ``sequence.keys`` name every full block of the first ``tokens`` tokens of prompt and answer.
-
-        Key 0 is that of the empty text, so key ``n`` names block ``n - 1`` and key ``n - 1`` is its parent.
-        """
+        """Have ``sequence.keys`` name every full block of the first ``tokens`` tokens of prompt and answer."""
         keys, wanted = sequence.keys, tokens // BLOCK
-        if len(keys) > wanted:
+        if len(keys) >= wanted:
             return
+        start, prompt = len(keys) * BLOCK, sequence.prompt
+        after = max(0, start - len(prompt))
+        text = prompt[start : wanted * BLOCK] + sequence.token_ids[after : max(0, wanted * BLOCK - len(prompt))]
+        ids = np.asarray(text, np.dtype("<i4")).tobytes()
         head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
-        if not keys:
-            keys.append(head.digest())
-        start = (len(keys) - 1) * BLOCK
-        ids = np.asarray(sequence.text(start, wanted * BLOCK), np.dtype("<i4")).tobytes()
         for at in range(0, len(ids), 4 * BLOCK):
             digest = head.copy()
-            digest.update(tagged(b"parent", keys[-1]) + tagged(b"tokens", ids[at : at + 4 * BLOCK]))
+            digest.update(tagged(b"parent", keys[-1] if keys else b"") + tagged(b"tokens", ids[at : at + 4 * BLOCK]))
             keys.append(digest.digest())
 
 

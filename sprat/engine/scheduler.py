@@ -207,8 +207,7 @@ class Scheduler:
         sequence = share.waiting[0]
         tokens = sequence.length
         self.keys.extend(sequence, tokens)
-        whole = (tokens - 1) // BLOCK  # the last token is always computed: its logits are needed
-        keys = sequence.keys[1 : whole + 1]
+        keys = sequence.keys[: (tokens - 1) // BLOCK]  # the last token is always computed: its logits are needed
         if not self.blocks.room(keys, tokens + 1):
             return None
         slot = self._enter(share)
@@ -218,11 +217,9 @@ class Scheduler:
             self.tenants.requeue(sequence)
             return None
         sequence.known = np.array(sequence.prompt + sequence.token_ids, np.int32)
-        rest = sequence.known[found * BLOCK : tokens - 1]
-        self._published[slot] = found
-        sequence.stored = found * BLOCK + self.blocks.begin(slot, sequence.keys[found], rest, found)
+        sequence.stored, self._published[slot] = found * BLOCK, found
         if sequence.hit < 0:
-            sequence.hit = min(sequence.stored, len(sequence.prompt))
+            sequence.hit = min(found * BLOCK, len(sequence.prompt))
         share.prefilling.append(sequence)
         if sequence.share:
             self._leaders[sequence.share] = sequence
@@ -268,9 +265,7 @@ class Scheduler:
         slot, full = sequence.slot, stored // BLOCK
         self.keys.extend(sequence, full * BLOCK)
         for place in range(int(self._published[slot]), full):
-            parent, key = sequence.keys[place : place + 2]
-            tokens = np.array(sequence.text(place * BLOCK, (place + 1) * BLOCK), np.int32)
-            self.blocks.publish(slot, place, parent, key, tokens)
+            self.blocks.publish(slot, place, sequence.keys[place])
         self._published[slot] = full
 
     def _vacate(self, sequence: Sequence) -> None:

@@ -106,7 +106,7 @@ class Sequence:
     stored: int = 0  # of those, how many are in memory; kept while prefilling only
     leader: Sequence | None = None  # the twin that computes its prompt
     twins: list[Sequence] = field(default_factory=list)  # those that wait for this one's prompt
-    keys: list[bytes] = field(default_factory=list)  # cache keys: of the empty text, then of its full blocks so far
+    keys: list[bytes] = field(default_factory=list)  # cache keys of its full blocks, as far as they are known
     hit: int = -1  # prompt tokens whose memory was there already; -1 until it is admitted
     drafts: list[int] = field(default_factory=list)  # MTP's guess of what follows, to be checked in the next step
     lookup: Lookup | None = None  # where it said what before, for drafts
@@ -116,11 +116,6 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt and the answer so far."""
         return len(self.prompt) + len(self.token_ids)
-
-    def text(self, start: int, stop: int) -> list[int]:
-        """Tokens ``start`` … ``stop - 1`` of the prompt and the answer so far."""
-        after = len(self.prompt)
-        return self.prompt[start:stop] + self.token_ids[max(0, start - after) : max(0, stop - after)]
 
     @property
     def halted(self) -> bool:
