@@ -8,6 +8,7 @@ both sides, so they stay floats: float32 as they are, or float16 of what their c
 
 from __future__ import annotations
 
+import mmap
 from typing import Any, cast
 
 import numpy as np
@@ -52,6 +53,7 @@ class NativeBackend:
         self.kv_format = kv_format or ("f32" if isinstance(model.head, Linear) and _is_wide(model) else "f16")
         count = threads or torch.get_num_threads()
         self._packed: dict[int, Any] = {}
+        self._pages = Pages()
         self._native = native()
         self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
         self._turns = 0
@@ -228,17 +230,37 @@ class NativeBackend:
         flip = 128 if bits == 8 else 8 if minimums is None else 0
         found = []
         for index, codes in enumerate(packed.codes.reshape(-1, *packed.codes.shape[-2:])):
-            data = torch.empty(panels * padded * 16 * bits // 8, dtype=torch.uint8)
+            data = self._pages.take(panels * padded * 16 * bits // 8)
             self._native.lay_codes(codes.contiguous(), data, rows, cols, bits, flip)
             marks: list[Tensor | None] = []
             for source in (packed.scales, minimums):
-                laid = None if source is None else torch.empty(panels * groups * 32, dtype=torch.uint8)
+                laid = None if source is None else self._pages.take(panels * groups * 32)
                 if source is not None:
                     one = source.reshape(-1, rows, groups)[index].contiguous()
                     self._native.lay_marks(one, laid, rows, groups)
                 marks.append(laid)
             found.append(self._native.Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
         return found
+
+
+class Pages:
+    """Memory for weights in large pages, which one core reads a tenth faster than small ones."""
+
+    SIZE = 1 << 25  # bytes of one piece
+
+    def __init__(self) -> None:
+        self._piece, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, count: int) -> Tensor:
+        """``count`` bytes, zero, uint8, aligned to 64."""
+        if self._used + count > len(self._piece):
+            memory = mmap.mmap(-1, max(count, self.SIZE))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._piece, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+        taken = self._piece[self._used : self._used + count]
+        self._used += -(-count // 64) * 64
+        return taken
 
 
 def _dims(model: Transformer) -> dict[str, Any]:

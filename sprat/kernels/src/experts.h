@@ -72,8 +72,8 @@ public:
     };
 
     // x[token] += sum of experts, for normed rows `normed` [tokens, hidden]. Works are done in order.
-    void run(Pool& pool, const std::vector<Work>& works, const float* normed, Index hidden, float* x) {
-        plan(pool, works, normed, hidden);
+    void run(Pool& pool, const std::vector<Work>& works, const float* normed, Index tokens, Index hidden, float* x) {
+        plan(pool, works, normed, hidden, tokens == 1);
         activate(pool, works);
         combine(pool, works, hidden, x);
     }
@@ -88,7 +88,7 @@ private:
     };
 
     // Lay the rows of each expert side by side as codes, and cut the hidden channels into pieces.
-    void plan(Pool& pool, const std::vector<Work>& works, const float* normed, Index hidden) {
+    void plan(Pool& pool, const std::vector<Work>& works, const float* normed, Index hidden, bool alone) {  // alone: a single token, the same row for all of its experts
         normed_ = normed, stride_ = hidden;
         Index wide = 0, deep = 0, floats = 0;
         for (const Work& w : works) {
@@ -105,13 +105,13 @@ private:
             const Index count = works[i].count;
             in.padded = works[i].expert->gate.padded(), out.padded = works[i].expert->down.padded();
             in_.push_back(in), out_.push_back(out), float_rows_.push_back(rows);
-            in.codes += count * in.padded, in.marks += count * in.padded / kGroup * 3;
+            if (!alone) in.codes += count * in.padded, in.marks += count * in.padded / kGroup * 3;
             out.codes += count * out.padded, out.marks += count * out.padded / kGroup * 3;
             if (!works[i].expert->down.quantised()) rows += count * out.padded;
             const Index groups = out.padded / kGroup;
             const Index step = pool.threads() == 1 ? groups : std::clamp<Index>(share / count, 1, groups);
             for (Index g = 0; g < groups; g += step) pieces_.push_back({i, g, std::min(groups, g + step)});
-            if (!works[i].expert->gate.quantised() && !works[i].expert->up.quantised()) continue;
+            if ((i && alone) || (!works[i].expert->gate.quantised() && !works[i].expert->up.quantised())) continue;
             for (Index t = 0; t < Tiling(count, kTile).tiles; ++t) tiles_.push_back({i, t, t + 1});
         }
         const Index tiles = static_cast<Index>(tiles_.size()), chunks = wide > 8192 ? pieces(pool, tiles, 1) : 1;

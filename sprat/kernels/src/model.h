@@ -193,9 +193,24 @@ private:
         if (dims_.latent) {
             float* absorbed = absorbed_.need(count * dims_.heads * dims_.key_width());
             float* mixed = mixed_.need(count * dims_.heads * dims_.rank);
-            absorb(l, count, q, absorbed);
-            attend_all(number, b, absorbed, mixed);
-            give_values(l, count, mixed, out);
+            if (count == 1) {
+                // One token: a thread takes its heads all the way, and nobody waits in between.
+                float* rooms = attention_room();
+                const Index parts = std::min<Index>(pool_.threads(), dims_.heads);
+                pool_.run(parts, [&](Index part, int thread) {
+                    const Index first = dims_.heads * part / parts, last = dims_.heads * (part + 1) / parts;
+                    for (Index h = first; h < last; ++h) absorb(l, h, 1, q, absorbed);
+                    const Tiling tiling(last - first, most_queries());
+                    for (Index t = 0; t < tiling.tiles; ++t) {
+                        attend_task(number, b, {0, 0, first + tiling.start(t), tiling.size(t)}, absorbed, mixed, rooms, thread);
+                    }
+                    for (Index h = first; h < last; ++h) give_values(l, h, 1, mixed, out);
+                });
+            } else {
+                pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
+                attend_all(number, b, absorbed, mixed);
+                pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
+            }
         } else {
             attend_all(number, b, q, out);
         }
@@ -251,54 +266,54 @@ private:
         }
     }
 
-    // Queries against latents: W_uk^T q beside the turned part, [T, H, R + r].
-    void absorb(const Layer& l, Index count, const float* q, float* out) {
+    // Queries of one head against latents: W_uk^T q beside the turned part, in [T, H, R + r].
+    void absorb(const Layer& l, Index h, Index count, const float* q, float* out) const {
         const Index n = dims_.nope, wide = dims_.query_width(), key_wide = dims_.key_width(), rank = dims_.rank;
-        pool_.run(dims_.heads, [&](Index h, int) {
-            const Index first = h * (n + dims_.value);
-            for (Index t = 0; t < count; t += kTileF) {
-                const Index some = std::min<Index>(kTileF, count - t);
-                const float* in[kTileF];
-                float* to[kTileF];
-                for (Index i = 0; i < some; ++i) {
-                    in[i] = q + ((t + i) * dims_.heads + h) * wide;
-                    to[i] = out + ((t + i) * dims_.heads + h) * key_wide;
-                    std::memcpy(to[i] + rank, in[i] + n, static_cast<std::size_t>(dims_.rope) * sizeof(float));
-                }
-                transposed(l.kv_up, first, n, in, to, some);
+        for (Index t = 0; t < count; t += kTileF) {
+            const Index some = std::min<Index>(kTileF, count - t);
+            const float* in[kTileF];
+            float* to[kTileF];
+            for (Index i = 0; i < some; ++i) {
+                in[i] = q + ((t + i) * dims_.heads + h) * wide;
+                to[i] = out + ((t + i) * dims_.heads + h) * key_wide;
+                std::memcpy(to[i] + rank, in[i] + n, static_cast<std::size_t>(dims_.rope) * sizeof(float));
             }
-        });
+            transposed(l.kv_up, h * (n + dims_.value), n, in, to, some);
+        }
     }
 
-    // Weighted latents to values of each head, [T, H, v].
-    void give_values(const Layer& l, Index count, const float* mixed, float* out) {
-        const Index rank = dims_.rank, v = dims_.value;
-        pool_.run(dims_.heads, [&](Index h, int) {
-            const Index first = h * (dims_.nope + v) + dims_.nope;
-            float some[kTileF][4];
-            for (Index t = 0; t < count; t += kTileF) {
-                const Index rows = std::min<Index>(kTileF, count - t);
-                const float* in[kTileF];
-                for (Index i = 0; i < rows; ++i) in[i] = mixed + ((t + i) * dims_.heads + h) * rank;
-                for (Index c = 0; c < v; c += 4) {
-                    const Index outs = std::min<Index>(4, v - c);
-                    float_tile(l.kv_up, first + c, outs, in, rows, some);
-                    for (Index i = 0; i < rows; ++i) {
-                        std::memcpy(out + ((t + i) * dims_.heads + h) * v + c, some[i], static_cast<std::size_t>(outs) * sizeof(float));
-                    }
+    // Weighted latents to values of one head, in [T, H, v].
+    void give_values(const Layer& l, Index h, Index count, const float* mixed, float* out) const {
+        const Index rank = dims_.rank, v = dims_.value, first = h * (dims_.nope + v) + dims_.nope;
+        float some[kTileF][4];
+        for (Index t = 0; t < count; t += kTileF) {
+            const Index rows = std::min<Index>(kTileF, count - t);
+            const float* in[kTileF];
+            for (Index i = 0; i < rows; ++i) in[i] = mixed + ((t + i) * dims_.heads + h) * rank;
+            for (Index c = 0; c < v; c += 4) {
+                const Index outs = std::min<Index>(4, v - c);
+                float_tile(l.kv_up, first + c, outs, in, rows, some);
+                for (Index i = 0; i < rows; ++i) {
+                    std::memcpy(out + ((t + i) * dims_.heads + h) * v + c, some[i], static_cast<std::size_t>(outs) * sizeof(float));
                 }
             }
-        });
+        }
     }
 
     struct Task {
         Index sequence, group, first, rows;  // query rows of a key head: token by token, its query heads side by side
     };
 
+    Index most_queries() const { return kept_ == Memory::bytes ? kByteQueries : kQueries; }
+
+    Index room_size() const {
+        const Index wide = dims_.key_width(), deep = dims_.value_width();
+        return kept_ == Memory::bytes ? ByteRoom::count(wide, deep) : AttentionRoom::count(wide, deep);
+    }
+    float* attention_room() { return attention_.need(room_size() * pool_.threads()); }
+
     void attend_all(Index number, const Batch& b, const float* q, float* out) {
-        const Index groups = dims_.groups(), per = dims_.heads / groups, key_wide = dims_.key_width(), deep = dims_.value_width();
-        const bool bytes = kept_ == Memory::bytes;
-        const Index most = bytes ? kByteQueries : kQueries;
+        const Index groups = dims_.groups(), per = dims_.heads / groups, most = most_queries();
         tasks_.clear();
         for (Index s = 0; s < b.sequences; ++s) {
             const Index rows = (b.starts[s + 1] - b.starts[s]) * per;
@@ -309,33 +324,34 @@ private:
                 for (Index t = 0; t < tiling.tiles; ++t) tasks_.push_back({s, g, tiling.start(t), tiling.size(t)});
             }
         }
-        const Index room = bytes ? ByteRoom::count(key_wide, deep) : AttentionRoom::count(key_wide, deep);
-        float* rooms = attention_.need(room * pool_.threads());
-        pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) {
-            const Task& task = tasks_[i];
-            const Index start = b.starts[task.sequence];
-            const float* query[kByteQueries];
-            float* to[kByteQueries];
-            std::int32_t seen[kByteQueries];
-            for (Index r = 0; r < task.rows; ++r) {
-                const Index token = start + (task.first + r) / per, head = task.group * per + (task.first + r) % per;
-                query[r] = q + (token * dims_.heads + head) * key_wide;
-                to[r] = out + (token * dims_.heads + head) * deep;
-                seen[r] = b.positions[token] + 1;
-            }
-            const std::int32_t* table = b.tables + task.sequence * b.width;
-            float* mine = rooms + thread * room;
-            if (bytes) {
-                const Index part = dims_.latent ? 0 : PagedBytes::bytes(dims_.head_dim, 1);
-                const PagedBytes at{memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_) + 2 * task.group * part, part,
-                                    dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table};
-                attend_bytes(at, query, seen, to, task.rows, ByteRoom(mine, key_wide));
-            } else if (kept_ == Memory::half) {
-                attend<Float16>(paged<Float16>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
-            } else {
-                attend<Float32>(paged<Float32>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
-            }
-        });
+        float* rooms = attention_room();
+        pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) { attend_task(number, b, tasks_[i], q, out, rooms, thread); });
+    }
+
+    void attend_task(Index number, const Batch& b, const Task& task, const float* q, float* out, float* rooms, int thread) const {
+        const Index per = dims_.heads / dims_.groups(), key_wide = dims_.key_width(), deep = dims_.value_width();
+        const Index start = b.starts[task.sequence];
+        const float* query[kByteQueries];
+        float* to[kByteQueries];
+        std::int32_t seen[kByteQueries];
+        for (Index r = 0; r < task.rows; ++r) {
+            const Index token = start + (task.first + r) / per, head = task.group * per + (task.first + r) % per;
+            query[r] = q + (token * dims_.heads + head) * key_wide;
+            to[r] = out + (token * dims_.heads + head) * deep;
+            seen[r] = b.positions[token] + 1;
+        }
+        const std::int32_t* table = b.tables + task.sequence * b.width;
+        float* mine = rooms + thread * room_size();
+        if (kept_ == Memory::bytes) {
+            const Index part = dims_.latent ? 0 : PagedBytes::bytes(dims_.head_dim, 1);
+            const PagedBytes at{memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_) + 2 * task.group * part, part,
+                                dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table};
+            attend_bytes(at, query, seen, to, task.rows, ByteRoom(mine, key_wide));
+        } else if (kept_ == Memory::half) {
+            attend<Float16>(paged<Float16>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
+        } else {
+            attend<Float32>(paged<Float32>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
+        }
     }
 
     template <class Format>
@@ -351,14 +367,16 @@ private:
         works_.clear();
         if (l.router.rows == 0) {
             works_.push_back({&l.experts[0], nullptr, nullptr, count});
-            return forward_.run(pool_, works_, rows, dims_.hidden, x);
+            return forward_.run(pool_, works_, rows, count, dims_.hidden, x);
         }
         const Routing& r = l.routing;
         std::int32_t* index = index_.need(count * r.chosen * 2);
         float* weight = weight_.need(count * r.chosen * 2);
         float* logits = logits_.need(count * r.experts + pool_.threads() * (r.experts + r.groups));
-        over_tokens(count, dims_.hidden * r.experts, [&](Index from, Index to, int thread) {
-            choose(l, rows, from, to, logits, logits + count * r.experts + thread * (r.experts + r.groups), index, weight);
+        multiply(pool_, {rows, dims_.hidden, count, nullptr, {}}, {{&l.router, logits, r.experts, false}});
+        over_tokens(count, r.experts * r.chosen, [&](Index from, Index to, int thread) {
+            float* room = logits + count * r.experts + thread * (r.experts + r.groups);
+            for (Index t = from; t < to; ++t) route(r, logits + t * r.experts, l.router_bias, index + t * r.chosen, weight + t * r.chosen, room);
         });
         // Tokens sorted by expert, in their own order within each (a counting sort).
         std::int32_t* sorted = index + count * r.chosen;
@@ -375,25 +393,7 @@ private:
             sorted[to] = static_cast<std::int32_t>(i / r.chosen), sorted_weight[to] = weight[i];
         }
         if (l.shared) works_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
-        forward_.run(pool_, works_, rows, dims_.hidden, x);
-    }
-
-    void choose(const Layer& l, const float* rows, Index from, Index to, float* logits, float* room, std::int32_t* index, float* weight) {
-        const Index experts = l.routing.experts, chosen = l.routing.chosen;
-        float some[kTileF][4];
-        for (Index t = from; t < to; t += kTileF) {
-            const Index n = std::min<Index>(kTileF, to - t);
-            const float* in[kTileF];
-            for (Index i = 0; i < n; ++i) in[i] = rows + (t + i) * dims_.hidden;
-            for (Index e = 0; e < experts; e += 4) {
-                const Index outs = std::min<Index>(4, experts - e);
-                float_tile(l.router, e, outs, in, n, some);
-                for (Index i = 0; i < n; ++i) std::memcpy(logits + (t + i) * experts + e, some[i], static_cast<std::size_t>(outs) * sizeof(float));
-            }
-            for (Index i = 0; i < n; ++i) {
-                route(l.routing, logits + (t + i) * experts, l.router_bias, index + (t + i) * chosen, weight + (t + i) * chosen, room);
-            }
-        }
+        forward_.run(pool_, works_, rows, count, dims_.hidden, x);
     }
 
     void give_logits(const Batch& b, const float* gain, const float* x, float* logits) {

@@ -97,7 +97,7 @@ struct Product {
 
 inline Index pieces(const Pool& pool, Index units, Index rows) {
     if (pool.threads() == 1) return 1;
-    return std::max<Index>(1, std::min<Index>(units, pool.threads() * (rows >= 32 ? 8 : 4)));
+    return std::max<Index>(1, std::min<Index>(units, pool.threads() * (rows >= 32 ? 8 : 2)));
 }
 
 // Several products of the same rows in one go.

@@ -21,6 +21,7 @@ namespace sprat {
 using Index = std::int64_t;
 constexpr int kLanes = 16;
 
+inline void soon(const void* at) { __builtin_prefetch(at, 0, 3); }
 inline void fetch(const void* from, Index bytes) {  // into the second-level cache
     for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.engine.native import NativeBackend
+from sprat.engine.native import NativeBackend, Pages
 from sprat.kernels import native, reference, why_not
 from sprat.quant.int4 import dequantise, quantise
 from sprat.quant.layers import Packed
@@ -24,7 +24,7 @@ ISAS = ("avx512", "avx2", "neon", "portable")
 def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | None) -> tuple[object, torch.Tensor]:
     """The matrix as the kernels take it, and the floats that it stands for."""
     backend = NativeBackend.__new__(NativeBackend)
-    backend._native = native()
+    backend._native, backend._pages = native(), Pages()
     if bits > 8:
         kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
         return backend._plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
