@@ -79,11 +79,12 @@ class Backend(Protocol):
         ...
 
     def draft(self, batch: Batch, first: bool) -> Tensor:
-        """One MTP step; logits float32 [R, V] of the tokens *after* those of ``batch``.
+        """The next MTP module; logits float32 [R, V] of the tokens *after* those of ``batch``.
 
-        Token ``i`` of ``batch`` is joined with the hidden state of the position before it, which the last ``run``
-        (``first``) or the last ``draft`` computed for the same rows, in the same order. Keys go to the module's
-        own layer of the same blocks.
+        Starts, positions and tables are those of the last ``run``; token ``i`` is the one that stands one place
+        behind that position for the first module, two for the second, and so on. It is joined with the hidden state
+        that the last ``run`` (``first``) or the last ``draft`` computed for the same row. Keys go to the module's own
+        layer of the same blocks.
         """
         ...
 

@@ -31,6 +31,7 @@ from sprat.engine.disk import Disk
 from sprat.errors import MachineError
 
 FIRST_BLOCKS = 16
+FOLLOWING = 8  # blocks behind one block that may be copied in part; the latest
 
 
 def blocks_for(tokens: int) -> int:
@@ -164,8 +165,11 @@ class Blocks:
         if key not in self._index and block not in self._keys:
             self._index[key] = block
             self._keys[block] = key
-            self._next.setdefault(before, {})[block] = tokens
-            self._before[block] = before
+            following = self._next.setdefault(before, {})
+            if len(following) == FOLLOWING:
+                oldest = next(iter(following))
+                del self._before[oldest], following[oldest]
+            following[block], self._before[block] = tokens, before
 
     def borrow(self, slot: int, place: int, before: bytes, tokens: NDArray[np.int32]) -> int:
         """Copy into the block at ``place`` the one that begins as ``tokens`` do; how many of them it saves."""

@@ -53,6 +53,8 @@ class Engine:
             they may change between calls, and whatever is known of prompts is dropped as soon as nobody asks.
         adapter: digest of an adapter beside the weights.
         disk: where blocks go that do not fit into memory; needs ``frozen``. The weights are digested once.
+        kv_format: of memory, where ``backend`` is None: ``f32``, ``f16`` or ``i8`` (for long contexts); None: f32 for
+            float32 models, so that they answer as they train, else f16.
         speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
 
     Raises:
@@ -73,6 +75,7 @@ class Engine:
         adapter: str = "",
         disk: Disk | None = None,
         speculate: Way = "auto",
+        kv_format: str | None = None,
     ) -> None:
         if min(max_batch, step_tokens, max_tokens_cap or 1) < 1:
             raise EngineError("a limit of the engine is below 1", where="Engine", todo="give positive numbers")
@@ -82,7 +85,7 @@ class Engine:
         if disk is not None and not frozen:
             raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
         self.model, self.tokenizer = model, tokenizer
-        self.backend = choose(model) if backend is None else backend
+        self.backend = choose(model, kv_format) if backend is None else backend
         stops, context = ends(model.config, tokenizer), model.config.max_position_embeddings
         blocks = budget.choose(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
         self._grammars = Grammars(tokenizer, stops)

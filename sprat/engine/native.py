@@ -8,14 +8,15 @@ both sides, so they stay floats: float32 as they are, or float16 of what their c
 
 from __future__ import annotations
 
-import mmap
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK, Batch
+from sprat.engine.panels import GROUP, KINDS, Pages, floating, floats, plain, stack
 from sprat.errors import MachineError
 from sprat.kernels import native, why_not
 from sprat.model import Linear, MoE, Transformer
@@ -23,10 +24,7 @@ from sprat.model.mla import MLA
 from sprat.model.moe import MLP
 from sprat.quant.layers import Packed, QuantEmbedding, QuantExperts, QuantLinear
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INT8, INT4, INT4_MIN = 3, 4, 5
 FORMATS = ("f32", "f16", "i8")  # of memory, in the order of the C++ side
-GROUP = 32  # groups of weights are multiples of this
 
 
 class NativeBackend:
@@ -52,6 +50,9 @@ class NativeBackend:
         self.vocab, self.depth = config.vocab_size, len(model.mtp)
         self.kv_format = kv_format or ("f32" if isinstance(model.head, Linear) and _is_wide(model) else "f16")
         count = threads or torch.get_num_threads()
+        if self.kv_format == "i8" and not _fits_bytes(config):
+            fault = "memory in bytes needs heads of a multiple of 16 channels (rotary parts: of 4)"
+            raise MachineError(fault, where="kv_format", todo="use f16")
         self._packed: dict[int, Any] = {}
         self._pages = Pages()
         self._native = native()
@@ -59,7 +60,7 @@ class NativeBackend:
         self._turns = 0
         embedding = self._matrix(model.embed_tokens)
         head = embedding if config.tie_word_embeddings else self._matrix(model.head)
-        ends = {"embedding": embedding, "head": head, "norm": _floats(model.norm.weight), "turns": self._table(BLOCK)}
+        ends = {"embedding": embedding, "head": head, "norm": floats(model.norm.weight), "turns": self._table(BLOCK)}
         self._decoder.set_ends(ends)
         layers: list[Any] = list(model.layers)
         for layer in layers:
@@ -68,7 +69,7 @@ class NativeBackend:
         for module in modules:
             parts = self._layer(module.block)
             gains = {"norm_embedding": module.enorm, "norm_hidden": module.hnorm, "norm_last": module.shared_norm}
-            parts |= {name: _floats(norm.weight) for name, norm in gains.items()}
+            parts |= {name: floats(norm.weight) for name, norm in gains.items()}
             self._decoder.add_drafter(parts | {"join": self._matrix(module.eh_proj)})
         self.block_bytes = int(self._decoder.block_bytes)
 
@@ -140,22 +141,22 @@ class NativeBackend:
 
     def _layer(self, block: Any) -> dict[str, Any]:
         """What the step needs of one decoder layer, by the names of ``module.cpp``."""
-        parts: dict[str, Any] = {"norm_in": _floats(block.input_layernorm.weight)}
-        parts["norm_out"] = _floats(block.post_attention_layernorm.weight)
+        parts: dict[str, Any] = {"norm_in": floats(block.input_layernorm.weight)}
+        parts["norm_out"] = floats(block.post_attention_layernorm.weight)
         attention: Any = block.self_attn
         if isinstance(attention, MLA):
             parts["kv_down"] = self._matrix(attention.kv_a_proj_with_mqa)
-            parts["kv_up"] = self._floating(attention.kv_b_proj)
-            parts["latent_norm"] = _floats(attention.kv_a_layernorm.weight)
+            parts["kv_up"] = floating(attention.kv_b_proj)
+            parts["latent_norm"] = floats(attention.kv_a_layernorm.weight)
             if attention.has_q_lora:
                 parts |= {"q_down": self._matrix(attention.q_a_proj), "q": self._matrix(attention.q_b_proj)}
-                parts["q_latent_norm"] = _floats(attention.q_a_layernorm.weight)
+                parts["q_latent_norm"] = floats(attention.q_a_layernorm.weight)
             else:
                 parts["q"] = self._matrix(attention.q_proj)
         else:
             parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
             if attention.has_qk_norm:
-                parts |= {"q_norm": _floats(attention.q_norm.weight), "k_norm": _floats(attention.k_norm.weight)}
+                parts |= {"q_norm": floats(attention.q_norm.weight), "k_norm": floats(attention.k_norm.weight)}
         parts["o"] = self._matrix(attention.o_proj)
         return parts | self._feed_forward(block.mlp)
 
@@ -168,7 +169,7 @@ class NativeBackend:
         if mlp.shared_experts is not None:
             experts.append(self._expert(mlp.shared_experts))
         parts = {
-            "router": self._plain(mlp.gate.weight.float()),
+            "router": plain(mlp.gate.weight.float()),
             "chosen": config.num_experts_per_tok,
             "groups": config.n_group,
             "top_groups": config.topk_group,
@@ -178,7 +179,7 @@ class NativeBackend:
             "routed_scale": config.routed_scaling_factor,
         }
         if mlp.gate.has_bias:
-            parts["router_bias"] = _floats(mlp.gate.e_score_correction_bias)
+            parts["router_bias"] = floats(mlp.gate.e_score_correction_bias)
         return parts | {"experts": experts, "shared": mlp.shared_experts is not None}
 
     def _expert(self, mlp: MLP) -> tuple[Any, Any, Any]:
@@ -188,10 +189,10 @@ class NativeBackend:
     def _experts(self, experts: Any) -> list[Any]:
         """Gate, up and down of each routed expert."""
         if isinstance(experts, QuantExperts):
-            stacks = [self._stack(packed) for packed in (experts.gate, experts.up, experts.down)]
+            stacks = [stack(packed, self._pages) for packed in (experts.gate, experts.up, experts.down)]
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
-            stacks = [[self._plain(one) for one in weight.detach()] for weight in weights]
+            stacks = [[plain(one) for one in weight.detach()] for weight in weights]
         return list(zip(*stacks, strict=True))
 
     def _matrix(self, module: Any) -> Any:
@@ -199,68 +200,17 @@ class NativeBackend:
         bias = getattr(module, "bias", None)
         if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
             if id(module.packed) not in self._packed or bias is not None:
-                self._packed[id(module.packed)] = self._stack(module.packed, bias)[0]
+                self._packed[id(module.packed)] = stack(module.packed, self._pages, bias)[0]
             return self._packed[id(module.packed)]
         weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
-        return self._plain(weight, bias)
-
-    def _plain(self, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """A float matrix where it lies."""
-        weight = weight.detach().contiguous()
-        rows, cols = weight.shape
-        data = weight.view(torch.uint8) if weight.dtype == torch.bfloat16 else weight
-        return self._native.Weights(KINDS[weight.dtype], rows, cols, GROUP, data, None, None, _maybe(bias))
-
-    def _floating(self, module: Any) -> Any:
-        """A matrix that must stay floats: float16 of what its codes stand for, if it has any."""
-        if isinstance(module, QuantLinear):
-            return self._plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
-        return self._plain(module.weight)
-
-    def _stack(self, packed: Packed, bias: Tensor | None = None) -> list[Any]:
-        """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]."""
-        if packed.bits == 16:
-            return [self._plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
-        cols, bits = packed.width, packed.bits
-        padded = -(-cols // GROUP) * GROUP
-        group = packed.group if packed.group < cols else padded
-        rows, panels, groups = packed.codes.shape[-2], -(-packed.codes.shape[-2] // 16), -(-padded // group)
-        minimums = getattr(packed, "minimums", None)
-        kind = INT8 if bits == 8 else INT4 if minimums is None else INT4_MIN
-        flip = 128 if bits == 8 else 8 if minimums is None else 0
-        found = []
-        for index, codes in enumerate(packed.codes.reshape(-1, *packed.codes.shape[-2:])):
-            data = self._pages.take(panels * padded * 16 * bits // 8)
-            self._native.lay_codes(codes.contiguous(), data, rows, cols, bits, flip)
-            marks: list[Tensor | None] = []
-            for source in (packed.scales, minimums):
-                laid = None if source is None else self._pages.take(panels * groups * 32)
-                if source is not None:
-                    one = source.reshape(-1, rows, groups)[index].contiguous()
-                    self._native.lay_marks(one, laid, rows, groups)
-                marks.append(laid)
-            found.append(self._native.Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
-        return found
+        return plain(weight, bias)
 
 
-class Pages:
-    """Memory for weights in large pages, which one core reads a tenth faster than small ones."""
-
-    SIZE = 1 << 25  # bytes of one piece
-
-    def __init__(self) -> None:
-        self._piece, self._used = torch.empty(0, dtype=torch.uint8), 0
-
-    def take(self, count: int) -> Tensor:
-        """``count`` bytes, zero, uint8, aligned to 64."""
-        if self._used + count > len(self._piece):
-            memory = mmap.mmap(-1, max(count, self.SIZE))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._piece, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
-        taken = self._piece[self._used : self._used + count]
-        self._used += -(-count // 64) * 64
-        return taken
+def _fits_bytes(config: ModelConfig) -> bool:
+    """Whether memory in bytes takes heads of these widths."""
+    if config.is_mla:
+        return config.kv_lora_rank % 16 == 0 and config.qk_rope_head_dim % 4 == 0
+    return config.attention_head_dim % 16 == 0
 
 
 def _dims(model: Transformer) -> dict[str, Any]:
@@ -288,22 +238,3 @@ def _is_wide(model: Transformer) -> bool:
     return all(p.dtype == torch.float32 for p in model.parameters()) and not any(
         isinstance(module, Packed) for module in model.modules()
     )
-
-
-def _floats(weight: Tensor) -> Tensor:
-    """A vector as contiguous float32; the tensor itself where it is that already."""
-    return weight.detach().float().contiguous()
-
-
-def _maybe(bias: Tensor | None) -> Tensor | None:
-    """``_floats`` of a bias that may be missing."""
-    return None if bias is None else _floats(bias)
-
-
-def _dense(packed: Packed) -> Tensor:
-    """The float32 matrix of a quantised one, without keeping it there."""
-    kept, packed.materialise = packed.materialise, False
-    try:
-        return packed.dense()
-    finally:
-        packed.materialise = kept

@@ -227,10 +227,25 @@ def _groups(batch: Batch) -> list[Group]:
     return groups
 
 
-def choose(model: Transformer) -> Backend:
-    """The native back end where it is built and takes the model, else torch."""
-    try:
-        from sprat.engine.native import NativeBackend
-    except ImportError:
-        return TorchBackend(model)
-    return NativeBackend(model) if NativeBackend.accepts(model) is None else TorchBackend(model)
+def choose(model: Transformer, kv_format: str | None = None) -> Backend:
+    """The native back end where it is built and takes the model, else torch.
+
+    Args:
+        kv_format: how memory is stored (see ``Backend``); None leaves it to the back end.
+
+    Raises:
+        EngineError: no such format, or one that the back end does not have.
+    """
+    from sprat.engine.native import FORMATS as NATIVE
+    from sprat.engine.native import NativeBackend
+
+    if kv_format is not None and kv_format not in NATIVE:
+        raise EngineError(f"no memory format {kv_format!r}", where="kv_format", todo=f"use {', '.join(NATIVE)}")
+    reason = NativeBackend.accepts(model)
+    if reason is None:
+        return NativeBackend(model, kv_format=kv_format)
+    backend = TorchBackend(model)
+    if kv_format not in (None, backend.kv_format):
+        fault = f"torch keeps {backend.kv_format}, not {kv_format}, and the native engine does not run this: {reason}"
+        raise EngineError(fault, where="kv_format", todo="leave it out")
+    return backend

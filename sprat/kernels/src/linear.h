@@ -94,7 +94,6 @@ inline std::int32_t whole(const float* p) {
 
 // Few rows wait for memory: weights are asked for this far ahead, across the pages at which processors stop looking.
 constexpr Index kAhead = 2048;
-constexpr int kFewRows = 4;
 
 // 16 outputs of `rows` rows; out[row] holds one panel.
 template <Kind kind, int rows>
@@ -116,7 +115,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
         }
         if constexpr (kind == Kind::int8) {
             for (int c = 0; c < 8; ++c, at += 64, codes += 4 * rows) {
-                if constexpr (rows <= kFewRows) soon(at + kAhead);
+                soon(at + kAhead);
                 const Bytes bytes = load_bytes(at);
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], bytes, codes + 4 * r);
@@ -124,7 +123,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
         } else {
 #pragma GCC unroll 4
             for (int c = 0; c < 4; ++c, at += 64, codes += 8 * rows) {
-                if constexpr (rows <= kFewRows) soon(at + kAhead);
+                soon(at + kAhead);
                 const Bytes bytes = load_bytes(at);
                 const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
 #pragma GCC unroll 16
@@ -133,7 +132,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], high, codes + 4 * (rows + r));
             }
         }
-        if constexpr (rows <= kFewRows) soon(scale + kAhead / 8);
+        soon(scale + kAhead / 8);
         const Lane s = load_half(scale);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) sum[r] = fma(mul(to_float(acc[r]), s), all(marks[r]), sum[r]);

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.engine.native import NativeBackend, Pages
+from sprat.engine.panels import Pages, plain, stack
 from sprat.kernels import native, reference, why_not
 from sprat.quant.int4 import dequantise, quantise
 from sprat.quant.layers import Packed
@@ -23,13 +23,11 @@ ISAS = ("avx512", "avx2", "neon", "portable")
 
 def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | None) -> tuple[object, torch.Tensor]:
     """The matrix as the kernels take it, and the floats that it stands for."""
-    backend = NativeBackend.__new__(NativeBackend)
-    backend._native, backend._pages = native(), Pages()
     if bits > 8:
         kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
-        return backend._plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
+        return plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
     codes = quantise(weight, bits=bits, group=group)
-    return backend._stack(Packed(codes, materialise=False), bias)[0], dequantise(codes)
+    return stack(Packed(codes, materialise=False), Pages(), bias)[0], dequantise(codes)
 
 
 def product(matrix: object, rows: torch.Tensor, outputs: int, threads: int = 1) -> torch.Tensor:

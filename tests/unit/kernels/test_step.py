@@ -10,7 +10,8 @@ from sprat.config import QuantConfig
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
 from sprat.engine.native import NativeBackend
-from sprat.errors import MachineError
+from sprat.engine.torch_backend import choose
+from sprat.errors import EngineError, MachineError
 from sprat.kernels import native, reference, why_not
 from sprat.model import Transformer
 from sprat.quant import quantize
@@ -216,3 +217,16 @@ def test_what_it_cannot_run_is_said() -> None:
     backend = NativeBackend(model_of("llama"), threads=1)
     with pytest.raises(MachineError, match="no memory"):
         backend.reserve(1 << 45)
+
+
+def test_memory_formats_are_chosen_by_name() -> None:
+    model = model_of("v3")
+    for kv_format in ("f32", "f16", "i8"):
+        assert choose(model, kv_format).kv_format == kv_format
+    with pytest.raises(EngineError, match="no memory format"):
+        choose(model, "i3")
+    with pytest.raises(EngineError, match="leave it out"):
+        choose(model_of("llama").to(torch.float64), "i8")
+    odd = Transformer(ModelConfig.model_validate(FAMILIES["v3"] | {"kv_lora_rank": 40}))
+    with pytest.raises(MachineError, match="multiple of 16"):
+        choose(odd, "i8")

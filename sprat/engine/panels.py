@@ -1,0 +1,96 @@
+"""Weights as the kernels eat them: floats where they lie, codes in panels (``src/linear.h``), all in large pages."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprat.kernels import native
+from sprat.quant.layers import Packed, QuantLinear
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4, INT4_MIN = 3, 4, 5
+GROUP = 32  # groups of weights are multiples of this
+
+
+class Pages:
+    """Memory for weights in large pages, which one core reads a tenth faster than small ones."""
+
+    SIZE = 1 << 25  # bytes of one piece
+
+    def __init__(self) -> None:
+        self._piece, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, count: int) -> Tensor:
+        """``count`` bytes, zero, uint8, aligned to 64."""
+        if self._used + count > len(self._piece):
+            memory = mmap.mmap(-1, max(count, self.SIZE))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._piece, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+        taken = self._piece[self._used : self._used + count]
+        self._used += -(-count // 64) * 64
+        return taken
+
+
+def plain(weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A float matrix where it lies."""
+    weight = weight.detach().contiguous()
+    rows, cols = weight.shape
+    data = weight.view(torch.uint8) if weight.dtype == torch.bfloat16 else weight
+    return native().Weights(KINDS[weight.dtype], rows, cols, GROUP, data, None, None, _maybe(bias))
+
+
+def floating(module: Any) -> Any:
+    """A matrix that must stay floats: float16 of what its codes stand for, if it has any."""
+    if isinstance(module, QuantLinear):
+        return plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
+    return plain(module.weight)
+
+
+def stack(packed: Packed, pages: Pages, bias: Tensor | None = None) -> list[Any]:
+    """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]."""
+    if packed.bits == 16:
+        return [plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
+    cols, bits = packed.width, packed.bits
+    padded = -(-cols // GROUP) * GROUP
+    group = packed.group if packed.group < cols else padded
+    rows, panels, groups = packed.codes.shape[-2], -(-packed.codes.shape[-2] // 16), -(-padded // group)
+    minimums = getattr(packed, "minimums", None)
+    kind = INT8 if bits == 8 else INT4 if minimums is None else INT4_MIN
+    flip = 128 if bits == 8 else 8 if minimums is None else 0
+    found = []
+    for index, codes in enumerate(packed.codes.reshape(-1, *packed.codes.shape[-2:])):
+        data = pages.take(panels * padded * 16 * bits // 8)
+        native().lay_codes(codes.contiguous(), data, rows, cols, bits, flip)
+        marks: list[Tensor | None] = []
+        for source in (packed.scales, minimums):
+            laid = None if source is None else pages.take(panels * groups * 32)
+            if source is not None:
+                one = source.reshape(-1, rows, groups)[index].contiguous()
+                native().lay_marks(one, laid, rows, groups)
+            marks.append(laid)
+        found.append(native().Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
+    return found
+
+
+def floats(weight: Tensor) -> Tensor:
+    """A vector as contiguous float32; the tensor itself where it is that already."""
+    return weight.detach().float().contiguous()
+
+
+def _maybe(bias: Tensor | None) -> Tensor | None:
+    """``floats`` of a bias that may be missing."""
+    return None if bias is None else floats(bias)
+
+
+def _dense(packed: Packed) -> Tensor:
+    """The float32 matrix of a quantised one, without keeping it there."""
+    kept, packed.materialise = packed.materialise, False
+    try:
+        return packed.dense()
+    finally:
+        packed.materialise = kept
