@@ -60,9 +60,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(KERNELS) | $
 	  || echo "sprat: pycosat was not built (no C compiler?): reasoning-gym's logic puzzles are left out, the rest works"
 	@touch $@
 
+# Only what is not there yet: Sprat itself, which takes a while to compile, is not installed a second time.
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "sprat: installing what the tests need"
-	@$(PIP) install --quiet -c constraints.txt -e '.[gym-pure,parquet,test]'
+	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
+	  > $(VENV)/test-requirements.txt
+	@$(PIP) install --quiet -c constraints.txt -r $(VENV)/test-requirements.txt
 	@touch $@
 
 # Chromium for the browser tests: by apt-get where we may, else those tests skip and say why.

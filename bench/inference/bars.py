@@ -116,7 +116,7 @@ def _serving(found: dict[str, Series] | None, deep: dict[str, Series] | None) ->
     what = f"first token with {figures.CACHED} of {figures.LONG} tokens cached, over cold"
     return [
         Verdict(what, cached, CACHED, kind="at most"),
-        Verdict("decode rate at 4 k of context over that at 0 k (MLA)", slow, DEEP),
+        Verdict("decode rate at 4 k of context over that at 0 k (MLA, memory in bytes)", slow, DEEP),
     ]
 
 

@@ -137,9 +137,12 @@ def llama_setting(measure: Callable[..., Reading], threads: int, batch: int, tri
 
 
 def depth(folder: Path, on: list[int], plan: Plan, say: Say) -> dict[str, Series]:
-    """Decoding one row at each of the plan's contexts ("context 4096"), against llama.cpp unless the plan is lean."""
+    """Decoding one row at each of the plan's contexts ("context 4096"), against llama.cpp unless the plan is lean.
+
+    Sprat keeps memory in bytes here, its format for long contexts.
+    """
     text, steps = Text(folder), plan.steps[1] // 2
-    with Worker("sprat", on, folder / "sprat") as sprat, Worker("llama", on, folder / "Q4_0.gguf") as llama:
+    with Worker("sprat", on, folder / "sprat", "i8") as sprat, Worker("llama", on, folder / "Q4_0.gguf") as llama:
         turns: dict[str, dict[str, Turn]] = {}
         for context in plan.contexts:
             prompts, name = [text.long(context)], f"context {context}"
@@ -205,7 +208,7 @@ def quality(folder: Path, on: list[int], plan: Plan, say: Say) -> dict[str, dict
 def memory(folder: Path, on: list[int], plan: Plan) -> dict[str, float]:
     """Bytes of a process that loads the model and answers a full batch: its peak, and what it should need."""
     text = Text(folder)
-    with Worker("sprat", on, folder / "sprat") as sprat:
+    with Worker("sprat", on, folder / "sprat", "consume") as sprat:
         facts = sprat.ask("facts")
         sprat.ask("load", prompts=text.short(16), tokens=plan.steps[1])
         sprat.ask("prefill", prompt=text.long(LONG))

@@ -29,11 +29,20 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One engine in a process bound to ``on`` cores; ``ask`` sends a command and waits for its answer."""
+    """One engine in a process bound to ``on`` cores; ``ask`` sends a command and waits for its answer.
 
-    def __init__(self, name: str, on: list[int], place: Path) -> None:
+    ``options`` are words that the worker knows (see ``sprat_worker``).
+    """
+
+    def __init__(self, name: str, on: list[int], place: Path, options: str = "") -> None:
         python = str(make_llama()) if name == "llama" else sys.executable
-        command = [python, "-m", f"bench.inference.{name}_worker", ",".join(map(str, on)), str(place)]
+        command = [
+            python,
+            "-m",
+            f"bench.inference.{name}_worker",
+            ",".join(map(str, on)),
+            f"{place}::{options}" if options else str(place),
+        ]
         self.name, self.on = name, on
         self.log = open(place.parent / f"{name}.log", "w+")  # noqa: SIM115 - closed in ``close``
         self.process = subprocess.Popen(

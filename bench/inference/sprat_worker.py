@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from bench.inference.protocol import Clock, bind, memory, serve
@@ -33,38 +32,31 @@ class Timed:
         return logits
 
 
-def back_end(model: Any) -> Any:
-    """The native back end where it takes ``model``, else torch's; None where the engine knows no back ends yet."""
-    try:
-        from sprat.engine.native import NativeBackend
-
-        if NativeBackend.accepts(model) is None:
-            return NativeBackend(model)
-    except ImportError:
-        pass
-    try:
-        from sprat.engine.torch_backend import TorchBackend
-    except ImportError:
-        return None
-    return TorchBackend(model)
-
-
 class Sprat:
-    """The engine on one folder, its figures, and its back end for figures without the engine."""
+    """The engine on one folder, its figures, and its back end for figures without the engine.
 
-    def __init__(self, folder: str, threads: int) -> None:
+    Args:
+        options: ``consume`` lets the engine take the weights over, as ``sprat serve`` does (then there is no second
+            back end); ``i8`` keeps memory in bytes.
+    """
+
+    def __init__(self, folder: str, threads: int, options: str = "") -> None:
         bare = memory()["now"]
         import torch
 
         import sprat
+        from sprat import quant
+        from sprat.engine.torch_backend import choose
 
         torch.set_num_threads(threads)
         imported = memory()["now"]
         self.model, self.tokenizer = sprat.load(folder)
-        backend = back_end(self.model)
-        self.timed = None if backend is None else Timed(backend)
+        self._weights = quant.size_bytes(self.model)
+        self._kv_format = "i8" if "i8" in options else None
+        backend = choose(self.model, self._kv_format, consume="consume" in options)
+        self.timed = Timed(backend)
         # frozen weights let prefixes outlive a request; speculation would answer another question than llama.cpp's loop
-        more: dict[str, Any] = {"backend": self.timed, "frozen": True, "speculate": "off"} if self.timed else {}
+        more: dict[str, Any] = {"backend": self.timed, "frozen": True, "speculate": "off"}
         self.engine: Any = sprat.Engine(self.model, self.tokenizer, **more)
         self._facts = {"bare": bare, "imported": imported, "backend": type(backend).__name__}
 
@@ -90,19 +82,19 @@ class Sprat:
         self._submit(prompts, steps + WARM)
         marks = []
         while True:
-            inside = self.timed.inside if self.timed else 0.0
+            inside = self.timed.inside
             marks.append((time.perf_counter(), time.process_time(), inside))
             finished = self.engine.step()
             if finished:
                 break
-        end = (time.perf_counter(), time.process_time(), self.timed.inside if self.timed else 0.0)
+        end = (time.perf_counter(), time.process_time(), self.timed.inside)
         while self.engine.busy:
             finished += self.engine.step()
         if any(len(handle.result().token_ids) != steps + WARM for handle in finished):
             raise RuntimeError("a request ended early: its tokens cannot be counted")
         seconds, processor, inside = (b - a for a, b in zip(marks[-steps], end, strict=True))
         figures = {"tokens": steps * len(prompts), "seconds": seconds, "processor": processor}
-        return {**figures, "outside": seconds - inside} if self.timed else figures
+        return {**figures, "outside": seconds - inside}
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
         """The first token after ``prompt``, through the engine; ``hit`` tells how many tokens were cached."""
@@ -152,24 +144,19 @@ class Sprat:
 
     def room(self) -> dict[str, float]:
         """Bytes of the weights as their file holds them, and of the cache that is reserved."""
-        from sprat import quant
-
-        cache = self.timed.blocks * self.timed.block_bytes if self.timed else 0
-        return {"weights": quant.size_bytes(self.model), "cache": cache}
+        return {"weights": self._weights, "cache": self.timed.blocks * self.timed.block_bytes}
 
     @cached_property
     def _alone(self) -> Any:
         """A second back end, so that what is measured without the engine leaves the engine's blocks alone."""
-        return back_end(self.model)
+        from sprat.engine.torch_backend import choose
+
+        return choose(self.model, self._kv_format)
 
     def _logits(self, tokens: list[int]) -> Any:
         """Logits of every position, float32 [T, V]."""
         import numpy as np
-        import torch
 
-        if self.timed is None:
-            with torch.no_grad():
-                return self.model(torch.tensor([tokens]))[0].numpy()
         every = np.arange(len(tokens), dtype=np.int32)
         starts = np.array([0, len(tokens)], np.int32)
         return self._run(np.array(tokens, np.int32), every, starts, self._tables(1, len(tokens)), every)
@@ -209,7 +196,8 @@ def main() -> None:
     """Serve one folder."""
     cores = [int(core) for core in sys.argv[1].split(",")]
     bind(cores)
-    sprat = Sprat(str(Path(sys.argv[2])), len(cores))
+    folder, _, options = sys.argv[2].partition("::")
+    sprat = Sprat(folder, len(cores), options)
     names = ["facts", "decode", "prefill", "load", "raw_decode", "raw_prefill", "divergence", "room"]
     serve({"memory": memory, **{name: getattr(sprat, name) for name in names}})
 

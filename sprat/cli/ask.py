@@ -156,7 +156,7 @@ def _engine(folder: Path) -> Engine:
     from sprat.engine import Engine
     from sprat.engine.load import load
 
-    return Engine(*load(folder), frozen=True)
+    return Engine(*load(folder), frozen=True, consume=True)
 
 
 def _lines() -> Iterator[str]:

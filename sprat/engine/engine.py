@@ -55,6 +55,8 @@ class Engine:
         disk: where blocks go that do not fit into memory; needs ``frozen``. The weights are digested once.
         kv_format: of memory, where ``backend`` is None: ``f32``, ``f16`` or ``i8`` (for long contexts); None: f32 for
             float32 models, so that they answer as they train, else f16.
+        consume: take quantised weights out of ``model``, which cannot compute any more then, instead of having them in
+            memory twice.
         speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
 
     Raises:
@@ -76,6 +78,7 @@ class Engine:
         disk: Disk | None = None,
         speculate: Way = "auto",
         kv_format: str | None = None,
+        consume: bool = False,
     ) -> None:
         if min(max_batch, step_tokens, max_tokens_cap or 1) < 1:
             raise EngineError("a limit of the engine is below 1", where="Engine", todo="give positive numbers")
@@ -85,7 +88,8 @@ class Engine:
         if disk is not None and not frozen:
             raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
         self.model, self.tokenizer = model, tokenizer
-        self.backend = choose(model, kv_format) if backend is None else backend
+        digest = digest_of(model) if disk is not None else ""
+        self.backend = choose(model, kv_format, consume=consume) if backend is None else backend
         stops, context = ends(model.config, tokenizer), model.config.max_position_embeddings
         blocks = budget.choose(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
         self._grammars = Grammars(tokenizer, stops)
@@ -93,7 +97,7 @@ class Engine:
         self.core = Core(
             self.backend,
             tokenizer,
-            Keys(digest_of(model) if disk is not None else "", adapter, tokenizer.digest, self.backend.kv_format),
+            Keys(digest, adapter, tokenizer.digest, self.backend.kv_format),
             stops,
             Room(max_batch, step_tokens, blocks, blocks_for(context) + 1, frozen),
             Speculation(speculate, self.backend, tokenizer.vocab_size),

@@ -35,6 +35,8 @@ class NativeBackend:
         threads: of one step; None: as many as torch uses.
         kv_format: ``f32``, ``f16`` or ``i8``; None: f32 for float32 models, so that training and rollouts agree,
             else f16.
+        consume: take quantised weights over: ``model`` keeps its shape, but cannot compute any more. Without it the
+            codes are in memory twice.
 
     Raises:
         MachineError: the kernels are not built, or do not take this model (see ``accepts``).
@@ -42,7 +44,14 @@ class NativeBackend:
 
     invariant = True
 
-    def __init__(self, model: Transformer, *, threads: int | None = None, kv_format: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        threads: int | None = None,
+        kv_format: str | None = None,
+        consume: bool = False,
+    ) -> None:
         reason = self.accepts(model)
         if reason is not None:
             raise MachineError(f"the native engine cannot run this: {reason}", where="engine", todo="let torch run it")
@@ -54,7 +63,7 @@ class NativeBackend:
             fault = "memory in bytes needs heads of a multiple of 16 channels (rotary parts: of 4)"
             raise MachineError(fault, where="kv_format", todo="use f16")
         self._packed: dict[int, Any] = {}
-        self._pages = Pages()
+        self._pages, self._consume = Pages(), consume
         self._native = native()
         self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
         self._turns = 0
@@ -146,7 +155,7 @@ class NativeBackend:
         attention: Any = block.self_attn
         if isinstance(attention, MLA):
             parts["kv_down"] = self._matrix(attention.kv_a_proj_with_mqa)
-            parts["kv_up"] = floating(attention.kv_b_proj)
+            parts["kv_up"] = floating(attention.kv_b_proj, self._consume)
             parts["latent_norm"] = floats(attention.kv_a_layernorm.weight)
             if attention.has_q_lora:
                 parts |= {"q_down": self._matrix(attention.q_a_proj), "q": self._matrix(attention.q_b_proj)}
@@ -189,7 +198,9 @@ class NativeBackend:
     def _experts(self, experts: Any) -> list[Any]:
         """Gate, up and down of each routed expert."""
         if isinstance(experts, QuantExperts):
-            stacks = [stack(packed, self._pages) for packed in (experts.gate, experts.up, experts.down)]
+            stacks = [
+                stack(packed, self._pages, consume=self._consume) for packed in (experts.gate, experts.up, experts.down)
+            ]
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
             stacks = [[plain(one) for one in weight.detach()] for weight in weights]
@@ -200,7 +211,7 @@ class NativeBackend:
         bias = getattr(module, "bias", None)
         if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
             if id(module.packed) not in self._packed or bias is not None:
-                self._packed[id(module.packed)] = stack(module.packed, self._pages, bias)[0]
+                self._packed[id(module.packed)] = stack(module.packed, self._pages, bias, self._consume)[0]
             return self._packed[id(module.packed)]
         weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
         return plain(weight, bias)

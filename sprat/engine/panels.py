@@ -44,15 +44,18 @@ def plain(weight: Tensor, bias: Tensor | None = None) -> Any:
     return native().Weights(KINDS[weight.dtype], rows, cols, GROUP, data, None, None, _maybe(bias))
 
 
-def floating(module: Any) -> Any:
+def floating(module: Any, consume: bool = False) -> Any:
     """A matrix that must stay floats: float16 of what its codes stand for, if it has any."""
-    if isinstance(module, QuantLinear):
-        return plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
-    return plain(module.weight)
+    if not isinstance(module, QuantLinear):
+        return plain(module.weight)
+    matrix = plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
+    if consume:
+        module.packed.release()
+    return matrix
 
 
-def stack(packed: Packed, pages: Pages, bias: Tensor | None = None) -> list[Any]:
-    """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]."""
+def stack(packed: Packed, pages: Pages, bias: Tensor | None = None, consume: bool = False) -> list[Any]:
+    """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]; ``consume`` lets go of the tensor."""
     if packed.bits == 16:
         return [plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
     cols, bits = packed.width, packed.bits
@@ -74,6 +77,8 @@ def stack(packed: Packed, pages: Pages, bias: Tensor | None = None) -> list[Any]
                 native().lay_marks(one, laid, rows, groups)
             marks.append(laid)
         found.append(native().Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
+    if consume:
+        packed.release()
     return found
 
 

@@ -227,11 +227,12 @@ def _groups(batch: Batch) -> list[Group]:
     return groups
 
 
-def choose(model: Transformer, kv_format: str | None = None) -> Backend:
+def choose(model: Transformer, kv_format: str | None = None, *, consume: bool = False) -> Backend:
     """The native back end where it is built and takes the model, else torch.
 
     Args:
         kv_format: how memory is stored (see ``Backend``); None leaves it to the back end.
+        consume: the native back end may take quantised weights out of the model.
 
     Raises:
         EngineError: no such format, or one that the back end does not have.
@@ -243,7 +244,7 @@ def choose(model: Transformer, kv_format: str | None = None) -> Backend:
         raise EngineError(f"no memory format {kv_format!r}", where="kv_format", todo=f"use {', '.join(NATIVE)}")
     reason = NativeBackend.accepts(model)
     if reason is None:
-        return NativeBackend(model, kv_format=kv_format)
+        return NativeBackend(model, kv_format=kv_format, consume=consume)
     backend = TorchBackend(model)
     if kv_format not in (None, backend.kv_format):
         fault = f"torch keeps {backend.kv_format}, not {kv_format}, and the native engine does not run this: {reason}"

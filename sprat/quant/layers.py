@@ -50,6 +50,11 @@ class Packed(nn.Module):
             self._dense = dense
         return dense
 
+    def release(self) -> None:
+        """Give the codes up, because somebody else has them in a form of his own. Not to be used afterwards."""
+        self.codes, self.scales, self.minimums = self.codes[:0], self.scales[:0], None
+        self.codes, self.scales, self._dense = self.codes.clone(), self.scales.clone(), None
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and minimums."""

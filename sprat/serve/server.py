@@ -138,7 +138,7 @@ def run(
 
         model, tokenizer = load(model_folder)
         app = create_app(
-            Engine(model, tokenizer, frozen=True),
+            Engine(model, tokenizer, frozen=True, consume=True),
             name=name or Path(model_folder).resolve().name,
             prices=prices,
             examples=examples,

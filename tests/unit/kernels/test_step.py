@@ -15,7 +15,7 @@ from sprat.errors import EngineError, MachineError
 from sprat.kernels import native, reference, why_not
 from sprat.model import Transformer
 from sprat.quant import quantize
-from sprat.quant.layers import QuantLinear
+from sprat.quant.layers import Packed, QuantLinear
 
 pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
 
@@ -230,3 +230,14 @@ def test_memory_formats_are_chosen_by_name() -> None:
     odd = Transformer(ModelConfig.model_validate(FAMILIES["v3"] | {"kv_lora_rank": 40}))
     with pytest.raises(MachineError, match="multiple of 16"):
         choose(odd, "i8")
+
+
+def test_weights_that_are_handed_over_are_in_memory_once() -> None:
+    model, kept, tokens = quantize(model_of("v3")), quantize(model_of("v3")), tokens_of(20)
+    took, shared = choose(model, consume=True), choose(kept)
+    for backend in (took, shared):
+        backend.reserve(1)
+    one = batch_of((tokens, 0), tables=[[0]])
+    assert torch.equal(took.run(one), shared.run(one))
+    assert sum(m.nbytes for m in model.modules() if isinstance(m, Packed)) == 0
+    assert all(m.nbytes > 0 for m in kept.modules() if isinstance(m, Packed))
