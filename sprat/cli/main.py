@@ -44,7 +44,7 @@ VERBS = (
     ("sft", stations.sft, "Fine-tune on demonstrations (the cold start)."),
     ("rl", stations.rl, "Reinforcement learning with rule rewards."),
     ("distill", stations.distill, "A small student from the teacher."),
-    ("quantize", stations.quantize, "The student in INT4."),
+    ("quantize", stations.quantize, "The student, or any model, in INT4."),
     ("eval", stations.evaluate, "Score a model on held-out problems."),
     ("fetch", fetch.fetch, "Download a small real model."),
     ("run", ask.run, "Ask a model once."),

@@ -2,6 +2,7 @@
 
 The verbs run the very functions that ``sprat quickstart`` runs, one at a time: ``sprat data``, ``sprat train``,
 ``sprat sft``, ``sprat rl``, ``sprat distill`` and ``sprat quantize`` on one ``--out`` are the road by hand.
+``sprat quantize MODEL`` squeezes any model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import typer
 
 from sprat.cli.board import board
 from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder
-from sprat.errors import DataError
+from sprat.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from sprat.road.places import Road
@@ -53,9 +54,37 @@ def distill(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: O
     return _work("distill", out, recipe, overrides)
 
 
-def quantize(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
-    """Squeeze the student's weights to INT4 and measure what that costs."""
-    return _work("quantize", out, recipe, overrides)
+def quantize(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Any model that `sprat run` takes; left out: the road's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The road; with MODEL, the folder to write.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="TEXT", help="Fit MODEL's codes to this folder or file of text (GPTQ)."),
+    ] = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
+    """Squeeze weights to INT4: the student's of a road, measuring what that costs, or those of any MODEL."""
+    if model is None:
+        if calibrate is not None:
+            todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
+            raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
+        return _work("quantize", out or _ROAD, recipe, overrides)
+    if out is None:
+        raise ConfigError("no folder to write to", where="--out", todo="give one")
+    from sprat.road.recipe import named
+    from sprat.road.squeeze import convert
+
+    how = named(recipe, tuple(overrides or ())).quant
+    if calibrate is not None:
+        how = how.replace(rounding="gptq")
+    facts = convert(model, out, how, calibrate)
+    human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
+    return Result({"model": str(out), **how.model_dump(), **facts}, human)
 
 
 def evaluate(

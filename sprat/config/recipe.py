@@ -87,9 +87,13 @@ class DistillConfig(TrainConfig):
     problems: int = Field(8000, ge=1)
 
 
-class QuantConfig(Config):
-    """INT4 round-to-nearest, symmetric, one f16 scale per ``group`` input channels."""
+Rounding = Literal["nearest", "gptq"]
 
+
+class QuantConfig(Config):
+    """INT4 or INT8, symmetric, one f16 scale per ``group`` input channels."""
+
+    rounding: Rounding = "nearest"  # "gptq" fits the codes to calibration text (arXiv 2210.17323)
     bits: Literal[4, 8] = 4
     group: Literal[32, 64, 128] = 32
     head_bits: Literal[4, 8, 16] = 8  # embedding and head

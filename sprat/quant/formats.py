@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sprat.config import Config, QuantConfig
+from sprat.config import Config, QuantConfig, Rounding
 from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
@@ -40,6 +40,7 @@ class Format(Config):
     bits: Literal[4, 8, 16, 32]
     group: int = Field(ge=0, le=1 << 31)
     minimums: bool = False
+    rounding: Rounding = "nearest"
 
 
 class _Table(Config):
@@ -78,9 +79,10 @@ def save(model: Transformer, folder: str | Path) -> None:
     atomic.write_json(folder / RECIPE, {"method": METHOD, **how})
 
 
-def _shape_of(packed: Packed) -> dict[str, int | bool]:
+def _shape_of(packed: Packed) -> dict[str, Any]:
     """What ``quant.json`` says of one tensor."""
-    return {"bits": packed.bits, "group": packed.group, "minimums": packed.minimums is not None}
+    has = packed.minimums is not None
+    return {"bits": packed.bits, "group": packed.group, "minimums": has, "rounding": packed.rounding}
 
 
 def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
@@ -111,7 +113,7 @@ def _formats(how: dict[str, Any], where: str) -> Callable[[str], Format | None]:
 
         def by_recipe(name: str) -> Format:
             bits, group = bits_of(recipe, name)
-            return Format(bits=bits, group=group)
+            return Format(bits=bits, group=group, rounding=recipe.rounding)
 
         return by_recipe
     if kind == (METHOD, 2):
@@ -155,7 +157,7 @@ def _build(
         grouped = (0,) if how.bits >= 16 else (*outer, -(-width // size))
         scales = take(f"{name}.scales", grouped, torch.float16)
         minimums = take(f"{name}.minimums", grouped, torch.float16) if how.minimums else None
-        return Codes(codes, scales, how.bits, size, width, minimums)
+        return Codes(codes, scales, how.bits, size, width, minimums, how.rounding)
 
     # Names that stay dense are taken first: ``place`` keeps a Linear's bias as it finds it.
     tied = "head.weight" if config.tie_word_embeddings else ""

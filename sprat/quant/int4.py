@@ -33,8 +33,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # weights that one round of the search holds
-_CLIPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55, 0.5)
+from sprat.config import Rounding
+
+CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
+DIVISORS = {4: (-8.0, -7.5, 7.0), 8: (-128.0, 127.0)}  # candidates: the group's extreme by these
 _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
 
 
@@ -44,7 +46,7 @@ class Codes:
 
     ``scales`` is float16 [..., G] (empty from 16 bits on). ``width`` is I, the input channels of the original; the
     last group may hold fewer than ``group``. With ``minimums`` (float16 [..., G], 4 bits only) the codes are 0 … 15
-    and a weight is ``scale * code + minimum``; without, they are −8 … 7.
+    and a weight is ``scale * code + minimum``; without, they are −8 … 7. ``rounding`` says how they were found.
     """
 
     codes: Tensor
@@ -53,6 +55,7 @@ class Codes:
     group: int
     width: int
     minimums: Tensor | None = None
+    rounding: Rounding = "nearest"
 
 
 def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
@@ -64,13 +67,17 @@ def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
     if bits == 16:
         return Codes(weight.detach().to(torch.bfloat16), torch.empty(0, dtype=torch.float16), 16, group or width, width)
     size = group or width
-    padded = torch.nn.functional.pad(weight.detach().float(), (0, -width % size))
-    groups_NK = padded.reshape(-1, size)
+    groups_NK = grouped(weight.detach().float(), size).flatten(0, -2)
+    codes_NK = torch.empty(groups_NK.shape, dtype=torch.int8)
+    scales_N = torch.empty(len(groups_NK), dtype=torch.float16)
     step = max(1, CHUNK // size)
-    parts = [_search(groups_NK[at : at + step], bits) for at in range(0, groups_NK.shape[0], step)]
-    codes = torch.cat([codes for codes, _ in parts]).reshape(padded.shape)[..., :width]
-    scales = torch.cat([scales for _, scales in parts]).reshape(*padded.shape[:-1], -1)
-    return Codes(pack(codes) if bits == 4 else codes, scales, bits, size, width)
+    for at in range(0, len(groups_NK), step):
+        part = groups_NK[at : at + step]
+        scales = scales_of(part, bits)
+        codes_NK[at : at + step], scales_N[at : at + step] = codes_of(part, scales.unsqueeze(-1), bits), scales
+    codes = codes_NK.view(*weight.shape[:-1], -1)[..., :width]
+    scales = scales_N.view(*weight.shape[:-1], -1)
+    return Codes(pack(codes) if bits == 4 else codes.contiguous(), scales, bits, size, width)
 
 
 def dequantise(packed: Codes) -> Tensor:
@@ -108,41 +115,41 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return nibbles - ((nibbles & 8) << 1)
 
 
-def _search(groups_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The codes (int8, [N, K]) and scales (float16, [N]) of least squared error found for each group."""
+def grouped(channels: Tensor, size: int) -> Tensor:
+    """``channels`` [..., I] as [..., G, size], padded with zeros."""
+    padded: Tensor = torch.nn.functional.pad(channels, (0, -channels.shape[-1] % size)).unflatten(-1, (-1, size))
+    return padded
+
+
+def scales_of(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """The scale [...] of each group [..., K] that loses least; float32, of values that float16 holds.
+
+    Args:
+        importance: of each channel's squared error, broadcast to ``groups``; all alike if not given.
+    """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    extreme = torch.where(high > -low, high, low)
+    best, least = extreme, torch.full_like(extreme, torch.inf)
+    for divisor in DIVISORS[bits]:
+        scale = _half(extreme / divisor)
+        error = _error(groups, scale, bits, importance)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best.squeeze(-1)
+
+
+def codes_of(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The nearest codes (float32 whole numbers) of ``values``; zero where the scale is zero."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    extreme_N1 = groups_NK.gather(1, groups_NK.abs().argmax(1, keepdim=True))
-    best_error = best_scale = best_codes = None
-    # Dividing by ``low`` sends the extreme to the longer, negative end; by ±``high`` is the plain choice.
-    for divisor in (float(high), float(low)):
-        for clip in _CLIPS if bits == 4 else _CLIPS[:1]:
-            scale_N1 = _half(extreme_N1 * (clip / divisor))
-            codes_NK = _round(groups_NK, scale_N1, low, high)
-            for refine in (False, True):
-                if refine:
-                    square_N1 = codes_NK.square().sum(1, keepdim=True)
-                    scale_N1 = _half((groups_NK * codes_NK).sum(1, keepdim=True) / square_N1.clamp(min=1))
-                    codes_NK = _round(groups_NK, scale_N1, low, high)
-                error_N1 = (groups_NK - codes_NK * scale_N1).square().sum(1, keepdim=True)
-                if best_error is None or best_scale is None or best_codes is None:
-                    best_error, best_scale, best_codes = error_N1, scale_N1, codes_NK
-                    continue
-                better_N1 = error_N1 < best_error
-                best_error = torch.where(better_N1, error_N1, best_error)
-                best_scale = torch.where(better_N1, scale_N1, best_scale)
-                best_codes = torch.where(better_N1, codes_NK, best_codes)
-    if best_scale is None or best_codes is None:
-        raise RuntimeError("the search has no candidates")
-    return best_codes.to(torch.int8), best_scale[:, 0].to(torch.float16)
+    inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
+    return (values * inverse).round_().clamp_(low, high)
+
+
+def _error(groups: Tensor, scale: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """The squared error [..., 1] of ``groups`` rounded with ``scale`` [..., 1]."""
+    square = (codes_of(groups, scale, bits).mul_(scale) - groups).square_()
+    return (square if importance is None else square.mul_(importance)).sum(-1, keepdim=True)
 
 
 def _half(scale: Tensor) -> Tensor:
     """``scale`` as float16 holds it, in float32, never beyond its range."""
     return scale.clamp(-_HUGE, _HUGE).to(torch.float16).float()
-
-
-def _round(groups_NK: Tensor, scale_N1: Tensor, low: int, high: int) -> Tensor:
-    """The nearest codes, float32; zero where the scale is zero."""
-    safe = torch.where(scale_N1.abs() < _TINY, torch.ones_like(scale_N1), scale_N1)
-    codes = (groups_NK / safe).round().clamp(low, high)
-    return torch.where(scale_N1.abs() < _TINY, torch.zeros_like(codes), codes)

@@ -7,6 +7,7 @@ interface of what they replace, the dense weight included (as a property that de
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config import QuantConfig
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Experts, Linear, Transformer
+from sprat.quant.gptq import calibrate
 from sprat.quant.int4 import Codes, dequantise, quantise
 
 _EXPERT_WEIGHTS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
@@ -31,6 +33,7 @@ class Packed(nn.Module):
     def __init__(self, packed: Codes, *, materialise: bool) -> None:
         super().__init__()
         self.bits, self.group, self.width, self.materialise = packed.bits, packed.group, packed.width, materialise
+        self.rounding = packed.rounding
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("minimums", packed.minimums)
@@ -38,7 +41,7 @@ class Packed(nn.Module):
 
     def parts(self) -> Codes:
         """What is kept: codes, scales and, where there are any, minimums."""
-        return Codes(self.codes, self.scales, self.bits, self.group, self.width, self.minimums)
+        return Codes(self.codes, self.scales, self.bits, self.group, self.width, self.minimums, self.rounding)
 
     def dense(self) -> Tensor:
         """The float32 tensor that the codes stand for."""
@@ -126,25 +129,43 @@ class QuantExperts(Experts):
         return self.down.dense()
 
 
-def quantize(model: Transformer, config: QuantConfig | None = None, *, materialise: bool = True) -> Transformer:
+def quantize(
+    model: Transformer,
+    config: QuantConfig | None = None,
+    *,
+    calibration_BT: Tensor | None = None,
+    materialise: bool = True,
+) -> Transformer:
     """A quantised copy of ``model``; the model itself stays as it is.
 
     Args:
-        config: bits and group of all matrices and experts, and the bits of embedding and head.
+        config: bits and group of all matrices and experts, the bits of embedding and head, and how to round.
+        calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``gptq.calibrate``.
         materialise: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
 
     Raises:
-        CheckpointError: a weight is not finite.
+        CheckpointError: a weight, or what the text makes of it, is not finite.
+        ConfigError: there is no calibration text for a rounding that needs it.
     """
     config = config or QuantConfig()
     tensors = model.state_dict()
 
     def pack(name: str) -> Codes:
+        if name in fitted:
+            return fitted[name]
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
         bits, group = bits_of(config, name)
         return quantise(tensors[name], bits=bits, group=group)
 
+    fitted: dict[str, Codes] = {}
+    if config.rounding == "gptq":
+        if calibration_BT is None:
+            todo = "give calibration text, or round to the nearest"
+            raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
+        draft = copy.deepcopy(model).float()
+        draft.embed_tokens.weight.data = dequantise(pack("embed_tokens.weight"))
+        fitted = calibrate(draft, calibration_BT, functools.partial(bits_of, config))
     return place(copy.deepcopy(model), pack, materialise=materialise)
 
 
@@ -209,7 +230,9 @@ def recipe_of(model: Transformer) -> QuantConfig | None:
     bits, group = next(iter(inner))
     if any(packed.minimums is not None for packed in table.values()) or bits > 8 or group not in (32, 64, 128):
         return None
-    recipe = QuantConfig.model_validate({"bits": bits, "group": group, "head_bits": table["embed_tokens.weight"].bits})
+    head_bits = table["embed_tokens.weight"].bits
+    rounding = "gptq" if any(packed.rounding == "gptq" for packed in table.values()) else "nearest"
+    recipe = QuantConfig.model_validate({"rounding": rounding, "bits": bits, "group": group, "head_bits": head_bits})
     uniform = all(
         (packed.bits, packed.group) == (want[0], want[1] or packed.width)
         for name, packed in table.items()

@@ -1,14 +1,35 @@
-"""The last stage: the student in INT4, and what size and speed each model of the road has."""
+"""The last stage: the student in INT4, and what size and speed each model of the road has. Or any model, in INT4.
+
+Where the recipe's rounding is GPTQ, it needs text: a road gives its own worked examples, any other model the user's
+text, or what the quickstart learns from.
+"""
 
 from __future__ import annotations
 
+import random
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from sprat.config import QuantConfig
+from sprat.data import corpus, ingest
+from sprat.data.document import Document
 from sprat.engine import load, save
-from sprat.quant import quantize
+from sprat.errors import CheckpointError, DataError
+from sprat.quant import packed_tensors, quantize, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
 from sprat.road.training import finished
+from sprat.tokens import Tokenizer
+
+CALIBRATION = 16_384  # tokens; twice as many gain little
+WINDOW = 512  # tokens of a row of them
+EXCERPT = 3000  # characters of one document, so that many are heard
+CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
 
 def squeeze(road: Road) -> None:
@@ -18,7 +39,9 @@ def squeeze(road: Road) -> None:
     if run.done:
         return
     student, tokenizer = load(road.path("distill"))
-    small = quantize(student, recipe)
+    examples = torch.from_numpy(road.artefacts.packed("tasks").tokens).long()
+    rows_BT = examples[: max(1, CALIBRATION // examples.shape[1]), :-1]
+    small = quantize(student, recipe, calibration_BT=rows_BT)
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
@@ -47,3 +70,49 @@ def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
     old = {row["task"]: row["mean"] for row in before if row["label"] == "greedy"}
     new = {row["task"]: row["mean"] for row in after if row["label"] == "greedy"}
     return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
+
+
+def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -> dict[str, Any]:
+    """Quantise the model at ``model`` into ``folder``; returns its sizes.
+
+    Args:
+        model: whatever ``sprat.load`` takes.
+        text: what to calibrate on, if the recipe does; None is the quickstart's corpus.
+
+    Raises:
+        CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
+        DataError: the text is missing, binary or too short.
+    """
+    dense, tokenizer = load(model)
+    if packed_tensors(dense):
+        todo = "give the model that it was made from"
+        raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
+    rows_BT = None
+    if recipe.rounding == "gptq":
+        with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as kept:
+            found = corpus.default(kept, budget_bytes=CORPUS_BYTES).split().train if text is None else ingest.read(text)
+            rows_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
+    small = quantize(dense, recipe, calibration_BT=rows_BT)
+    save(small, tokenizer, folder)
+    tokens = 0 if rows_BT is None else rows_BT.numel()
+    return {"size_bytes": size_bytes(small), "dense_bytes": size_bytes(dense), "calibration_tokens": tokens}
+
+
+def calibration(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> Tensor:
+    """Rows [B, window] (long) of excerpts of many documents, ``CALIBRATION`` tokens or what there is.
+
+    Raises:
+        DataError: there is not one row of text.
+    """
+    chosen = list(documents)
+    random.Random(0).shuffle(chosen)
+    ids: list[int] = []
+    for document in chosen:
+        ids += tokenizer.encode(document.text[:EXCERPT])
+        if len(ids) >= CALIBRATION:
+            break
+    rows = min(len(ids), CALIBRATION) // window
+    if not rows:
+        what = f"{len(ids)} tokens of text are too few to calibrate on"
+        raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {CALIBRATION}")
+    return torch.tensor(ids[: rows * window]).view(rows, window)

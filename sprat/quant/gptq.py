@@ -1,0 +1,205 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round a weight so that its errors cancel on real text.
+
+Rounding each weight to the nearest code makes every weight as good as it can be alone. But a layer is not judged
+by its weights, it is judged by ``y = W x``, and channels of real activations are large, small and correlated. With
+``H = X^T X`` summed over the rows X of some calibration text, the squared error of the outputs for a change ``d`` of
+one row of the weight is ``d H d^T``: a quadratic form, the same for all rows. Two things follow:
+
+- An error in one channel can be undone by its correlated neighbours. Fix the columns one by one; each time, move the
+  columns that are still free to where the form is least, given the error just made (Hassibi and Stork 1992). In
+  closed form that is ``w_j -= e_c * U[c, j]`` with ``e_c = (w_c - code * scale) / U[c, c]``, where ``U`` is the upper
+  Cholesky factor of ``H^-1``: one factorisation serves all rows and all steps.
+- The order matters: a column that comes last has nobody left to undo its error. Columns of high energy
+  (``diag H``) therefore come first. The groups of a scale stay what they are, so the scales are chosen beforehand,
+  each by least squared error weighted with ``diag H``.
+
+The later layers must see what the earlier ones really send, so the text passes through the model once, all of
+it at once, and every matrix is rounded at the moment when its input arrives: by then all that came before it is
+rounded. No layer is run twice, and only one ``H`` (of one stack of experts) is alive.
+
+An expert sees only the rows that the router sends to it. Below ``FEW`` rows a channel its ``H`` says more about those
+rows than about text; it is then the identity, with which all of the above is plain rounding.
+
+Left out: moving the weights for what the layers before got wrong (the target is ``W x`` for the inputs that arrive),
+and searching scales anew while columns move.
+"""
+
+# E matrices side by side (experts; 1 for a Linear), N outputs, I input channels, F expert width, D hidden, M rows
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sprat.errors import CheckpointError
+from sprat.model import MLP, Experts, Linear, Transformer
+from sprat.quant.int4 import Codes, codes_of, dequantise, grouped, pack, scales_of
+
+BLOCK = 128  # columns between two updates of all that are still free
+DAMPING = 0.01  # of the mean energy, added to every channel's
+FEW = 1.0  # rows for each input channel that a matrix must have seen
+LARGEST = 1 << 26  # numbers of H at work at once
+
+Form = Callable[[str], tuple[int, int]]  # name in the state dict -> bits and group (0 is a group per row)
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
+
+def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str, Codes]:
+    """Codes of the matrices of ``model`` that ``tokens_BT`` passes through, each fitted to what passes.
+
+    The weights of ``model`` become what the codes stand for. Embedding and head are left alone, and the caller rounds
+    in the plain way what no text reaches.
+
+    Args:
+        model: float32, with the embedding that will be used.
+        tokens_BT: long; all of it is at work at once.
+        form_of: how each matrix is to be kept.
+
+    Raises:
+        CheckpointError: what passes is not finite.
+    """
+    passing, hooks = _Passing(form_of), []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module is not model.head:
+            hooks.append(module.register_forward_pre_hook(passing.linear(name, module)))
+        elif isinstance(module, MLP):  # it may compute gate and up in one product, past the two
+            for leaf in ("gate_proj", "up_proj"):
+                hook = passing.linear(f"{name}.{leaf}", module.get_submodule(leaf))
+                hooks.append(module.register_forward_pre_hook(hook))
+        elif isinstance(module, Experts):
+            hooks.append(module.register_forward_pre_hook(passing.experts(name, module)))
+    try:
+        with torch.no_grad():
+            hidden = model.hidden(tokens_BT)
+            for depth in range(1, len(model.mtp) + 1):
+                hidden = model.mtp_hidden(hidden, tokens_BT, depth=depth)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return passing.codes
+
+
+class _Passing:
+    """Rounds each matrix when its input first arrives; ``codes`` by name."""
+
+    def __init__(self, form_of: Form) -> None:
+        self.codes: dict[str, Codes] = {}
+        self._form_of = form_of
+        self._last: tuple[object, Tensor] = (None, torch.empty(0))
+
+    def linear(self, name: str, module: nn.Module) -> Hook:
+        """A hook for the Linear ``name``, or for what hands its input on to it."""
+
+        def arrives(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if f"{name}.weight" in self.codes:
+                return
+            if self._last[0] is not inputs[0]:  # q, k and v are handed the very same tensor
+                self._last = (inputs[0], energy([inputs[0].flatten(0, -2)]))
+            self._fit(f"{name}.weight", module.get_parameter("weight"), self._last[1])
+
+        return arrives
+
+    def experts(self, name: str, module: Experts) -> Hook:
+        """A hook for the stacked experts ``name``; their inputs lie sorted by expert."""
+
+        def arrives(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if f"{name}.w_gate_EFD" in self.codes:
+                return
+            rows = inputs[0].split(inputs[1].tolist())
+            hessian_EDD = energy(rows)
+            self._fit(f"{name}.w_gate_EFD", module.w_gate_EFD, hessian_EDD)
+            self._fit(f"{name}.w_up_EFD", module.w_up_EFD, hessian_EDD)
+            del hessian_EDD
+            experts = zip(rows, module.w_gate_EFD, module.w_up_EFD, strict=True)
+            hidden = [F.silu(x_MD @ gate_FD.T) * (x_MD @ up_FD.T) for x_MD, gate_FD, up_FD in experts]
+            self._fit(f"{name}.w_down_EDF", module.w_down_EDF, energy(hidden))
+
+        return arrives
+
+    def _fit(self, name: str, weight: nn.Parameter, hessian_EII: Tensor) -> None:
+        """Round ``weight`` ([N, I] or [E, N, I]) in place and keep its codes."""
+        if not bool(torch.isfinite(hessian_EII).all()):
+            fault = "what the calibration text makes of this matrix's input is not finite"
+            raise CheckpointError(fault, where=name, todo="use a checkpoint that did not diverge")
+        bits, group = self._form_of(name)
+        codes = fit(weight.view(-1, *weight.shape[-2:]), hessian_EII, bits=bits, group=group)
+        if weight.dim() == 2:
+            codes = replace(codes, codes=codes.codes[0], scales=codes.scales[0])
+        self.codes[name] = codes
+        weight.copy_(dequantise(codes))
+
+
+def energy(rows: Sequence[Tensor]) -> Tensor:
+    """``X^T X`` [E, I, I] (float32) of E sets of rows [M, I]; of too few rows, the identity."""
+    width = rows[0].shape[-1]
+    hessian_EII = torch.eye(width).repeat(len(rows), 1, 1)
+    for mine_II, x_MI in zip(hessian_EII, rows, strict=True):
+        if len(x_MI) >= FEW * width:
+            torch.mm(x_MI.float().T, x_MI.float(), out=mine_II)
+    return hessian_EII
+
+
+def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Codes:
+    """The codes of ``weight_ENI`` (float32), rounded column by column so that the errors cancel.
+
+    Args:
+        hessian_EII: ``X^T X``, symmetric; channels of no energy are rounded to the nearest.
+        bits: 4 or 8.
+        group: input channels that share a scale; 0 is a group per row.
+    """
+    experts, _, width = weight_ENI.shape
+    size = group or width
+    step = max(1, LARGEST // width**2)
+    if experts > step:
+        some = zip(weight_ENI.split(step), hessian_EII.split(step), strict=True)
+        parts = [fit(weight, hessian, bits=bits, group=group) for weight, hessian in some]
+        codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+        return replace(parts[0], codes=codes, scales=scales)
+    energy_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
+    scales_ENG = scales_of(grouped(weight_ENI, size), bits, grouped(energy_EI, size).unsqueeze(1))
+    order_EI = energy_EI.argsort(-1, descending=True)
+    order_EIN = order_EI.unsqueeze(-1).expand(-1, -1, weight_ENI.shape[1])
+    codes_EIN = _columns(
+        weight_ENI.mT.gather(1, order_EIN),
+        scales_ENG.mT.gather(1, order_EIN // size),
+        _factor(hessian_EII, order_EI),
+        bits,
+    )
+    codes_ENI = torch.empty_like(codes_EIN).scatter_(1, order_EIN, codes_EIN).mT
+    packed = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous()
+    return Codes(packed, scales_ENG.half(), bits, size, width, rounding="gptq")
+
+
+def _factor(hessian_EII: Tensor, order_EI: Tensor) -> Tensor:
+    """Upper ``U`` (float32) with ``U^T U = H^-1``, of the damped Hessian with its channels in ``order_EI``."""
+    hessian = hessian_EII.gather(1, order_EI.unsqueeze(-1).expand_as(hessian_EII))
+    hessian = hessian.gather(2, order_EI.unsqueeze(1).expand_as(hessian_EII)).double()
+    diagonal_EI = hessian.diagonal(dim1=-2, dim2=-1)
+    diagonal_EI += DAMPING * diagonal_EI.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    # Read backwards, a lower factor is an upper one: H = R R^T with R upper, so H^-1 = R^-T R^-1.
+    upper = torch.linalg.cholesky(hessian.flip(-1, -2)).flip(-1, -2)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(upper.shape[-1], dtype=upper.dtype), upper=True)
+    return inverse.float()
+
+
+def _columns(free_EIN: Tensor, scale_EIN: Tensor, factor_EII: Tensor, bits: int) -> Tensor:
+    """Fix the columns of ``free_EIN`` (overwritten) one by one; int8 codes [E, I, N]."""
+    codes_EIN = torch.empty(free_EIN.shape, dtype=torch.int8)
+    width = free_EIN.shape[1]
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        wrong_EBN = torch.empty_like(free_EIN[:, start:stop])
+        for column in range(start, stop):
+            value, scale = free_EIN[:, column], scale_EIN[:, column]
+            codes = codes_of(value, scale, bits)
+            codes_EIN[:, column] = codes
+            row_EI = factor_EII[:, column]
+            wrong_EBN[:, column - start] = (value - codes * scale) / row_EI[:, column, None]
+            later = row_EI[:, column + 1 : stop, None]
+            free_EIN[:, column + 1 : stop] -= later * wrong_EBN[:, column - start, None]
+        free_EIN[:, stop:].baddbmm_(factor_EII[:, start:stop, stop:].mT, wrong_EBN, alpha=-1)
+    return codes_EIN

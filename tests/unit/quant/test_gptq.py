@@ -1,0 +1,124 @@
+"""GPTQ: errors that cancel on text, plain rounding where no text speaks, and a model that comes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sprat import quant
+from sprat.config import QuantConfig
+from sprat.config.sizes import size
+from sprat.errors import CheckpointError, ConfigError
+from sprat.model import Transformer
+from sprat.quant.gptq import calibrate, energy, fit
+from sprat.quant.int4 import dequantise, quantise
+from sprat.quant.layers import bits_of
+
+GPTQ = QuantConfig(rounding="gptq")
+
+
+def text(rows: int, seed: int) -> Tensor:
+    """Tokens of which a few are frequent, as in real text."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(rows, 32, generator=generator).pow(3) * 96).long()
+
+
+def model(**changes: object) -> Transformer:
+    """A mixture of experts with MTP, whose widths no group divides."""
+    return Transformer.create(size("pico", vocab_size=96, hidden_size=40, num_nextn_predict_layers=1, **changes), 1)
+
+
+def correlated(rows: int, width: int, seed: int) -> Tensor:
+    """Inputs of few directions and a little of all."""
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(rows, width // 4, generator=generator) @ torch.randn(width // 4, width, generator=generator)
+    return few + 0.3 * torch.randn(rows, width, generator=generator)
+
+
+@pytest.mark.parametrize("width", [40, 128, 200])
+def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(width: int) -> None:
+    weight = torch.randn(48, width, generator=torch.Generator().manual_seed(0))
+    inputs = correlated(900, width, 1)
+    fitted = fit(weight.unsqueeze(0), energy([inputs[:600]]), bits=4, group=32)
+    assert fitted.codes.shape == (1, 48, width // 2) and fitted.scales.shape == (1, 48, -(-width // 32))
+
+    def error(of: Tensor) -> float:
+        return float((inputs[600:] @ (of - weight).T).square().mean())
+
+    assert error(dequantise(fitted)[0]) < 0.5 * error(dequantise(quantise(weight)))
+
+
+def test_without_correlation_it_is_plain_rounding() -> None:
+    weight = torch.randn(2, 16, 72, generator=torch.Generator().manual_seed(0))
+    few = [torch.randn(70, 72), torch.randn(0, 72)]  # rows too few to speak for text
+    fitted, plain = fit(weight, energy(few), bits=4, group=32), quantise(weight)
+    assert torch.equal(fitted.codes, plain.codes) and torch.equal(fitted.scales, plain.scales)
+
+
+def test_experts_side_by_side_are_fitted_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    hessian = energy([correlated(200, 40, seed) for seed in range(3)])
+    whole = fit(weight, hessian, bits=4, group=32)
+    monkeypatch.setattr("sprat.quant.gptq.LARGEST", 2 * 40 * 40)
+    parts = fit(weight, hessian, bits=4, group=32)
+    assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scales, parts.scales)
+    for expert in range(3):
+        alone = fit(weight[expert : expert + 1], hessian[expert : expert + 1], bits=4, group=32)
+        assert torch.equal(alone.codes[0], whole.codes[expert])
+
+
+def test_channels_that_are_always_zero_are_no_fault() -> None:
+    weight, inputs = torch.randn(8, 64), correlated(200, 64, 0)
+    inputs[:, 30:] = 0
+    back = dequantise(fit(weight.unsqueeze(0), energy([inputs]), bits=4, group=32))[0]
+    assert torch.isfinite(back).all() and (back - weight).abs().max() < 0.5 * weight.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_routed_experts": 0}, {"tie_word_embeddings": True}])
+def test_a_calibrated_model_is_nearer_to_the_original_on_text_not_seen(changes: dict[str, object]) -> None:
+    dense, unseen = model(**changes), text(16, 2)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    with torch.no_grad():
+        exact = dense(unseen).log_softmax(-1)
+
+        def divergence(of: Transformer) -> float:
+            return float((exact.exp() * (exact - of(unseen).log_softmax(-1))).sum(-1).mean())
+
+        fitted = quant.quantize(dense, GPTQ, calibration_BT=text(128, 1))
+        assert divergence(fitted) < 0.8 * divergence(quant.quantize(dense))
+    assert quant.recipe_of(fitted) == GPTQ
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+def test_every_matrix_of_the_stack_is_fitted_and_none_runs_with_what_was() -> None:
+    draft = model()
+    codes = calibrate(draft, text(128, 1), lambda name: bits_of(GPTQ, name))
+    wanted = set(quant.packed_tensors(quant.quantize(model()))) - {"embed_tokens.weight", "head.weight"}
+    assert set(codes) == wanted
+    for name, weight in draft.named_parameters():
+        if name in codes:
+            assert torch.equal(weight, dequantise(codes[name])), name
+
+
+def test_the_folder_says_how_it_was_rounded_and_folders_of_before_still_load(tmp_path: Path) -> None:
+    small = quant.quantize(model(), GPTQ, calibration_BT=text(64, 1))
+    quant.save(small, tmp_path)
+    assert quant.recipe_of(quant.load(tmp_path)) == GPTQ
+    told = json.loads((tmp_path / "quant.json").read_text())
+    assert told.pop("rounding") == "gptq"
+    (tmp_path / "quant.json").write_text(json.dumps(told))
+    assert quant.recipe_of(quant.load(tmp_path)) == QuantConfig()
+
+
+def test_no_text_or_a_sick_model_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="text"):
+        quant.quantize(model(), GPTQ)
+    sick = model()
+    with torch.no_grad():
+        sick.layers[1].input_layernorm.weight[0] = torch.nan  # type: ignore[union-attr,operator,index]
+    with pytest.raises(CheckpointError, match="not finite"):
+        quant.quantize(sick, GPTQ, calibration_BT=text(64, 1))
