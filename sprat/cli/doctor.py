@@ -14,6 +14,7 @@ from typing import Any
 from sprat import __version__
 from sprat.cli.verb import Result
 from sprat.errors import MachineError
+from sprat.kernels import native, why_not
 
 GIB = 1 << 30
 NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
@@ -132,7 +133,7 @@ def gather() -> dict[str, Any]:
     python_ok = sys.version_info >= (3, 11)
     memory = memory_facts()
     free = shutil.disk_usage(Path.cwd()).free
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    kernels = native()
     browser = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
     packages = {name: installed(name) for name in OPTIONAL}
     facts: dict[str, Any] = {
@@ -143,7 +144,7 @@ def gather() -> dict[str, Any]:
         "cpu": cpu_facts(),
         "memory": memory,
         "disk": {"path": str(Path.cwd()), "free_bytes": free},
-        "compiler": compiler,
+        "kernels": None if kernels is None else kernels.isa,
         "packages": packages,
         "chromium": browser,
         "apt": shutil.which("apt-get"),
@@ -158,8 +159,9 @@ def gather() -> dict[str, Any]:
     if free < NEEDED_DISK:
         problems.append(f"{free / GIB:.1f} GiB of disk are free here; the quickstart needs 2")
     losses += [f"no {name}: {lost}" for name, lost in OPTIONAL.items() if packages[name] is None]
-    if compiler is None:
-        losses.append("no C++ compiler: training runs on torch's operators alone, at about three quarters of the speed")
+    if kernels is None:
+        lost = "torch computes answers, several times slower, and trains at about three quarters of the speed"
+        losses.append(f"no native kernels ({why_not()}): {lost}")
     if browser is None:
         losses.append("no chromium: the browser tests skip")
     if facts["apt"] is None:
@@ -182,7 +184,7 @@ def table(facts: dict[str, Any]) -> Any:
     grid.add_row("flags", ", ".join(f"{name} {'yes' if on else 'no'}" for name, on in cpu["flags"].items()))
     grid.add_row("memory", f"{memory['available_bytes'] / GIB:.1f} of {memory['total_bytes'] / GIB:.1f} GiB free")
     grid.add_row("disk", f"{facts['disk']['free_bytes'] / GIB:.1f} GiB free in {facts['disk']['path']}")
-    grid.add_row("compiler", facts["compiler"] or "none")
+    grid.add_row("kernels", facts["kernels"] or "none")
     grid.add_row("chromium", facts["chromium"] or "none")
     grid.add_row("apt-get", facts["apt"] or "none")
     for name, row in (torch or {"backends": {}})["backends"].items():

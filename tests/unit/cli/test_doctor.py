@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from sprat.cli import doctor
 from sprat.cli.main import app
+from sprat.kernels import native
 
 
 def test_doctor_knows_this_machine() -> None:
@@ -19,7 +20,7 @@ def test_doctor_knows_this_machine() -> None:
     facts = json.loads(done.stdout)
     assert facts["torch"]["version"] == torch.__version__
     assert facts["cpu"]["cores"] >= 1 and facts["memory"]["total_bytes"] >= facts["memory"]["available_bytes"] > 0
-    assert facts["compiler"] == next((p for n in ("c++", "g++", "clang++") if (p := shutil.which(n))), None)
+    assert facts["kernels"] == getattr(native(), "isa", None)
     assert done.exit_code == (0 if facts["ok"] else 9)
 
 
@@ -31,9 +32,10 @@ def test_doctor_claims_no_back_end_that_was_not_tested() -> None:
 
 def test_doctor_names_what_is_missing_and_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(doctor, "native", lambda: None)
     facts = doctor.gather()
-    assert facts["compiler"] is None and facts["chromium"] is None and facts["apt"] is None
-    assert any("compiler" in loss for loss in facts["losses"]) and any("--text" in loss for loss in facts["losses"])
+    assert facts["kernels"] is None and facts["chromium"] is None and facts["apt"] is None
+    assert any("kernels" in loss for loss in facts["losses"]) and any("--text" in loss for loss in facts["losses"])
 
 
 def test_doctor_warns_before_the_disk_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
