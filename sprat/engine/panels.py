@@ -48,7 +48,7 @@ def floating(module: Any, consume: bool = False) -> Any:
     """A matrix that must stay floats: float16 of what its codes stand for, if it has any."""
     if not isinstance(module, QuantLinear):
         return plain(module.weight)
-    matrix = plain(module.packed.codes if module.packed.bits == 16 else _dense(module.packed).half())
+    matrix = plain(module.packed.codes if module.packed.bits >= 16 else _dense(module.packed).half())
     if consume:
         module.packed.release()
     return matrix
@@ -56,7 +56,7 @@ def floating(module: Any, consume: bool = False) -> Any:
 
 def stack(packed: Packed, pages: Pages, bias: Tensor | None = None, consume: bool = False) -> list[Any]:
     """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]; ``consume`` lets go of the tensor."""
-    if packed.bits == 16:
+    if packed.bits >= 16:
         return [plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
     cols, bits = packed.width, packed.bits
     padded = -(-cols // GROUP) * GROUP

@@ -54,6 +54,13 @@ struct Weights {
     }
 };
 
+// Eight codes of four bits, two neighbours a byte, to four bytes: the first four in the low nibbles, the others in the high.
+std::uint32_t spread(std::uint32_t word) {
+    const std::uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
+    const std::uint32_t a = (even & 0xffffu) | even >> 16 << 4, b = (odd & 0xffffu) | odd >> 16 << 4;
+    return (a & 0xffu) | (b & 0xffu) << 8 | (a & 0xff00u) << 8 | (b & 0xff00u) << 16;
+}
+
 // Row-major codes [rows, cols] to panels. Four bits: two columns a byte, the even one low; `flip` is what turns a stored
 // code into an unsigned one (8 for two's complement, 0 for codes of 0 … 15). Eight bits: flip 128.
 void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip) {
@@ -67,7 +74,14 @@ void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip
     for (Index r = 0; r < rows; ++r) {
         std::uint8_t* panel_at = out + r / kLanes * panel_bytes + r % kLanes * 4;
         const std::uint8_t* row = in + r * stride;
-        for (Index c = 0; c < cols; ++c) {
+        const Index at_once = bits == 4 ? 8 : 4, whole = cols / at_once * at_once;
+        for (Index c = 0; c < whole; c += at_once) {
+            std::uint32_t word;
+            std::memcpy(&word, row + c * bits / 8, 4);
+            word = bits == 4 ? spread(word) ^ static_cast<std::uint32_t>(flip) * 0x11111111u : word ^ static_cast<std::uint32_t>(flip) * 0x01010101u;
+            std::memcpy(panel_at + c / at_once * 64, &word, 4);
+        }
+        for (Index c = whole; c < cols; ++c) {
             if (bits == 8) {
                 panel_at[c / 4 * 64 + c % 4] = static_cast<std::uint8_t>(row[c] ^ flip);
                 continue;
