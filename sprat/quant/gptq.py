@@ -18,7 +18,7 @@ it at once, and every matrix is rounded at the moment when its input arrives: by
 rounded. No layer is run twice, and only one ``H`` (of one stack of experts) is alive.
 
 An expert sees only the rows that the router sends to it. Below ``FEW`` rows a channel its ``H`` says more about those
-rows than about text; it is then the identity, with which all of the above is plain rounding.
+rows than about text, and it is rounded to the nearest.
 
 Left out: moving the weights for what the layers before got wrong (the target is ``W x`` for the inputs that arrive),
 and searching scales anew while columns move.
@@ -37,11 +37,12 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError
 from sprat.model import MLP, Experts, Linear, Transformer
-from sprat.quant.int4 import Codes, codes_of, dequantise, grouped, pack, scales_of
+from sprat.quant.int4 import ENDS, Codes, codes_of, dequantise, grouped, pack, quantise, scales_of
 
 BLOCK = 128  # columns between two updates of all that are still free
 DAMPING = 0.01  # of the mean energy, added to every channel's
 FEW = 1.0  # rows for each input channel that a matrix must have seen
+DIVISORS = {4: (-9.0, -8.5, -8.0, -7.5, -7.0, 7.5, 7.0, 6.5), 8: ENDS[8]}  # candidates; neighbours make up for clipping
 LARGEST = 1 << 26  # numbers of H at work at once
 
 Form = Callable[[str], tuple[int, int]]  # name in the state dict -> bits and group (0 is a group per row)
@@ -134,9 +135,9 @@ class _Passing:
 
 
 def energy(rows: Sequence[Tensor]) -> Tensor:
-    """``X^T X`` [E, I, I] (float32) of E sets of rows [M, I]; of too few rows, the identity."""
+    """``X^T X`` [E, I, I] (float32) of E sets of rows [M, I]; of too few rows, zeros."""
     width = rows[0].shape[-1]
-    hessian_EII = torch.eye(width).repeat(len(rows), 1, 1)
+    hessian_EII = torch.zeros(len(rows), width, width)
     for mine_II, x_MI in zip(hessian_EII, rows, strict=True):
         if len(x_MI) >= FEW * width:
             torch.mm(x_MI.float().T, x_MI.float(), out=mine_II)
@@ -147,7 +148,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
     """The codes of ``weight_ENI`` (float32), rounded column by column so that the errors cancel.
 
     Args:
-        hessian_EII: ``X^T X``, symmetric; channels of no energy are rounded to the nearest.
+        hessian_EII: ``X^T X``, symmetric; where it is zero the matrix is rounded to the nearest.
         bits: 4 or 8.
         group: input channels that share a scale; 0 is a group per row.
     """
@@ -160,7 +161,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
         codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
         return replace(parts[0], codes=codes, scales=scales)
     energy_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
-    scales_ENG = scales_of(grouped(weight_ENI, size), bits, grouped(energy_EI, size).unsqueeze(1))
+    scales_ENG = scales_of(grouped(weight_ENI, size), bits, DIVISORS[bits], grouped(energy_EI, size).unsqueeze(1))
     order_EI = energy_EI.argsort(-1, descending=True)
     order_EIN = order_EI.unsqueeze(-1).expand(-1, -1, weight_ENI.shape[1])
     codes_EIN = _columns(
@@ -170,8 +171,11 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
         bits,
     )
     codes_ENI = torch.empty_like(codes_EIN).scatter_(1, order_EIN, codes_EIN).mT
-    packed = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous()
-    return Codes(packed, scales_ENG.half(), bits, size, width, rounding="gptq")
+    packed, scales_ENG = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous(), scales_ENG.half()
+    silent_E = energy_EI.amax(-1) == 0
+    plain = quantise(weight_ENI[silent_E], bits=bits, group=group)
+    packed[silent_E], scales_ENG[silent_E] = plain.codes, plain.scales
+    return Codes(packed, scales_ENG, bits, size, width, rounding="gptq")
 
 
 def _factor(hessian_EII: Tensor, order_EI: Tensor) -> Tensor:
