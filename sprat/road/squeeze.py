@@ -28,7 +28,7 @@ from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens; twice as many gain little
 WINDOW = 512  # tokens of a row of them
-EXCERPT = 3000  # characters of one document, so that many are heard
+EXCERPT = 2000  # characters of one document, so that many are heard
 CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
 
@@ -83,6 +83,8 @@ def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -
         CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
         DataError: the text is missing, binary or too short.
     """
+    if folder.resolve() == model.resolve():
+        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
     dense, tokenizer = load(model)
     if packed_tensors(dense):
         todo = "give the model that it was made from"
