@@ -49,7 +49,9 @@ Form = Callable[[str], tuple[int, int]]  # name in the state dict -> bits and gr
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
-def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str, Codes]:
+def calibrate(
+    model: Transformer, tokens_BT: Tensor, form_of: Form, *, settled: Callable[[str], None] = lambda _: None
+) -> dict[str, Codes]:
     """Codes of the matrices of ``model`` that ``tokens_BT`` passes through, each fitted to what passes.
 
     The weights of ``model`` become what the codes stand for. Embedding and head are left alone, and the caller rounds
@@ -59,11 +61,12 @@ def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str,
         model: float32, with the embedding that will be used.
         tokens_BT: long; all of it is at work at once.
         form_of: how each matrix is to be kept.
+        settled: hears the name of each matrix that is done.
 
     Raises:
         CheckpointError: what passes is not finite.
     """
-    passing, hooks = _Passing(form_of), []
+    passing, hooks = _Passing(form_of, settled), []
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module is not model.head:
             hooks.append(module.register_forward_pre_hook(passing.linear(name, module)))
@@ -87,9 +90,9 @@ def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str,
 class _Passing:
     """Rounds each matrix when its input first arrives; ``codes`` by name."""
 
-    def __init__(self, form_of: Form) -> None:
+    def __init__(self, form_of: Form, settled: Callable[[str], None]) -> None:
         self.codes: dict[str, Codes] = {}
-        self._form_of = form_of
+        self._form_of, self._settled = form_of, settled
         self._last: tuple[object, Tensor] = (None, torch.empty(0))
 
     def linear(self, name: str, module: nn.Module) -> Hook:
@@ -132,6 +135,7 @@ class _Passing:
             codes = replace(codes, codes=codes.codes[0], scales=codes.scales[0])
         self.codes[name] = codes
         weight.copy_(dequantise(codes))
+        self._settled(name)
 
 
 def energy(rows: Sequence[Tensor]) -> Tensor:

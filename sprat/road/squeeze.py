@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,20 @@ def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
     return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
 
 
-def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -> dict[str, Any]:
+def convert(
+    model: Path,
+    folder: Path,
+    recipe: QuantConfig,
+    text: Path | None,
+    *,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
     """Quantise the model at ``model`` into ``folder``; returns its sizes.
 
     Args:
         model: whatever ``sprat.load`` takes.
         text: what to calibrate on, if the recipe does; None is the quickstart's corpus.
+        told: hears how many matrices are done, of how many.
 
     Raises:
         CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
@@ -94,7 +102,7 @@ def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -
         with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as kept:
             found = corpus.default(kept, budget_bytes=CORPUS_BYTES).split().train if text is None else ingest.read(text)
             rows_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
-    small = quantize(dense, recipe, calibration_BT=rows_BT)
+    small = quantize(dense, recipe, calibration_BT=rows_BT, told=told)
     save(small, tokenizer, folder)
     tokens = 0 if rows_BT is None else rows_BT.numel()
     return {"size_bytes": size_bytes(small), "dense_bytes": size_bytes(dense), "calibration_tokens": tokens}
