@@ -5,9 +5,10 @@ A weight matrix is cut into groups of 32 neighbouring input channels. Each group
 share a byte, the even channel in the low nibble.
 
 The only freedom is the scale. The extreme of a group can lie at either end of the codes: over −8, which reaches
-farther, or over 7. Both are tried, and the one of less squared error wins. Searching on among scales that clip
-the extreme gives less error of the weights, but more of the model (docs/log.md). What text can tell about the
-weights is in ``gptq``.
+farther, or over 7. Both are tried, each also improved by least squares for the codes that it gives
+(``s = ⟨w, c⟩ / ⟨c, c⟩``), and the one of least squared error wins. Searching on among scales that clip the extreme
+gives less error of the weights, and of the model now less and now more (docs/log.md). What text can tell
+about the weights is in ``gptq``.
 
 What stays as it is: the router and its bias (a wrong expert is worse than a coarse one), the norms, the
 biases. Embedding and head are one row per token, and rare tokens have odd rows: INT8 with one scale
@@ -37,6 +38,7 @@ from sprat.config import Rounding
 CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
 ENDS = {4: (-8.0, 7.0), 8: (-128.0, 127.0)}  # the group's extreme divided by these: it lies at one end of the codes
 _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,24 @@ def scales_of(groups: Tensor, bits: int, divisors: Sequence[float], importance: 
     """The scale [...] of each group [..., K] that loses least; float32, of values that float16 holds.
 
     Args:
-        divisors: candidates are the group's extreme by each of these.
+        divisors: candidates are the group's extreme by each of these, and what least squares make of it.
         importance: of each channel's squared error, broadcast to ``groups``; all alike if not given.
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low)
     best, least = extreme, torch.full_like(extreme, torch.inf)
+
+    def total(each: Tensor) -> Tensor:
+        return (each if importance is None else each * importance).sum(-1, keepdim=True)
+
     for divisor in divisors:
         scale = _half(extreme / divisor)
-        square = (codes_of(groups, scale, bits).mul_(scale) - groups).square_()
-        error = (square if importance is None else square.mul_(importance)).sum(-1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        for improve in (True, False):
+            codes = codes_of(groups, scale, bits)
+            error = total((codes * scale - groups).square_())
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            if improve:
+                scale = _half(total(codes * groups) / total(codes.square_()).clamp(min=_LEAST))
     return best.squeeze(-1)
 
 

