@@ -1,6 +1,6 @@
 """The last stage: the student in INT4, and what size and speed each model of the road has. Or any model, in INT4.
 
-Where the recipe's rounding is GPTQ, it needs text: a road gives its own worked examples, any other model the user's
+Where the recipe's rounding is GPTQ, it needs text: a road gives its own examples and text, any other model the user's
 text, or what the quickstart learns from.
 """
 
@@ -26,7 +26,7 @@ from sprat.road.places import Road
 from sprat.road.training import finished
 from sprat.tokens import Tokenizer
 
-CALIBRATION = 16_384  # tokens; twice as many gain little
+CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
 WINDOW = 512  # tokens of a row of them
 EXCERPT = 2000  # characters of one document, so that many are heard
 CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
@@ -39,9 +39,7 @@ def squeeze(road: Road) -> None:
     if run.done:
         return
     student, tokenizer = load(road.path("distill"))
-    examples = torch.from_numpy(road.artefacts.packed("tasks").tokens).long()
-    rows_BT = examples[: max(1, CALIBRATION // examples.shape[1]), :-1]
-    small = quantize(student, recipe, calibration_BT=rows_BT)
+    small = quantize(student, recipe, calibration_BT=_heard(road))
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
@@ -63,6 +61,13 @@ def squeeze(road: Road) -> None:
         **models["int4"],
     )
     run.finish()
+
+
+def _heard(road: Road) -> Tensor:
+    """Rows [B, T] of what the student learned from: worked examples, and a quarter of text."""
+    tasks, text = (torch.from_numpy(road.artefacts.packed(name).tokens).long() for name in ("tasks", "text"))
+    rows = max(4, CALIBRATION // tasks.shape[1])
+    return torch.cat((tasks[: rows - rows // 4], text[: rows // 4]))[:, :-1]
 
 
 def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
