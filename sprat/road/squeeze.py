@@ -27,6 +27,7 @@ from sprat.road.training import finished
 from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
+OWN = 4 * CALIBRATION  # tokens of a road's own: its student is small, and gains by them (docs/log.md)
 WINDOW = 512  # tokens of a row of them
 EXCERPT = 2000  # characters of one document, so that many are heard
 CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
@@ -66,7 +67,7 @@ def squeeze(road: Road) -> None:
 def _heard(road: Road) -> Tensor:
     """Rows [B, T] of what the student learned from: worked examples, and a quarter of text."""
     tasks, text = (torch.from_numpy(road.artefacts.packed(name).tokens).long() for name in ("tasks", "text"))
-    rows = max(4, CALIBRATION // tasks.shape[1])
+    rows = max(4, OWN // tasks.shape[1])
     return torch.cat((tasks[: rows - rows // 4], text[: rows // 4]))[:, :-1]
 
 
