@@ -34,6 +34,19 @@ def board(road: Path) -> Iterator[Told]:
         yield _Bars(bars, road)
 
 
+@contextmanager
+def count(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a listener of ``(done, of)``: a bar on a terminal, silence elsewhere."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, of: bars.update(task, completed=done, total=of)
+
+
 def narrate(stage: str, what: str, seconds: float) -> None:
     """Say that ``stage`` starts, or how long it took."""
     if what != "runs":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sprat.cli.board import board
+from sprat.cli.board import board, count
 from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder
 from sprat.errors import ConfigError, DataError
 
@@ -82,7 +82,8 @@ def quantize(
     how = named(recipe, tuple(overrides or ())).quant
     if calibrate is not None:
         how = how.replace(rounding="gptq")
-    facts = convert(model, out, how, calibrate)
+    with count("quantise") as told:
+        facts = convert(model, out, how, calibrate, told=told)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     return Result({"model": str(out), **how.model_dump(), **facts}, human)
 

@@ -18,7 +18,7 @@ it at once, and every matrix is rounded at the moment when its input arrives: by
 rounded. No layer is run twice, and only one ``H`` (of one stack of experts) is alive.
 
 An expert sees only the rows that the router sends to it. Below ``FEW`` rows a channel its ``H`` says more about those
-rows than about text; it is then the identity, with which all of the above is plain rounding.
+rows than about text, and it is rounded to the nearest.
 
 Left out: moving the weights for what the layers before got wrong (the target is ``W x`` for the inputs that arrive),
 and searching scales anew while columns move.
@@ -37,18 +37,21 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError
 from sprat.model import MLP, Experts, Linear, Transformer
-from sprat.quant.int4 import Codes, codes_of, dequantise, grouped, pack, scales_of
+from sprat.quant.int4 import ENDS, Codes, codes_of, dequantise, grouped, pack, quantise, scales_of
 
 BLOCK = 128  # columns between two updates of all that are still free
 DAMPING = 0.01  # of the mean energy, added to every channel's
 FEW = 1.0  # rows for each input channel that a matrix must have seen
+DIVISORS = {4: (-9.0, -8.5, -8.0, -7.5, -7.0, 7.5, 7.0, 6.5), 8: ENDS[8]}  # candidates; neighbours make up for clipping
 LARGEST = 1 << 26  # numbers of H at work at once
 
 Form = Callable[[str], tuple[int, int]]  # name in the state dict -> bits and group (0 is a group per row)
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
-def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str, Codes]:
+def calibrate(
+    model: Transformer, tokens_BT: Tensor, form_of: Form, *, settled: Callable[[str], None] = lambda _: None
+) -> dict[str, Codes]:
     """Codes of the matrices of ``model`` that ``tokens_BT`` passes through, each fitted to what passes.
 
     The weights of ``model`` become what the codes stand for. Embedding and head are left alone, and the caller rounds
@@ -58,11 +61,12 @@ def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str,
         model: float32, with the embedding that will be used.
         tokens_BT: long; all of it is at work at once.
         form_of: how each matrix is to be kept.
+        settled: hears the name of each matrix that is done.
 
     Raises:
         CheckpointError: what passes is not finite.
     """
-    passing, hooks = _Passing(form_of), []
+    passing, hooks = _Passing(form_of, settled), []
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module is not model.head:
             hooks.append(module.register_forward_pre_hook(passing.linear(name, module)))
@@ -86,9 +90,9 @@ def calibrate(model: Transformer, tokens_BT: Tensor, form_of: Form) -> dict[str,
 class _Passing:
     """Rounds each matrix when its input first arrives; ``codes`` by name."""
 
-    def __init__(self, form_of: Form) -> None:
+    def __init__(self, form_of: Form, settled: Callable[[str], None]) -> None:
         self.codes: dict[str, Codes] = {}
-        self._form_of = form_of
+        self._form_of, self._settled = form_of, settled
         self._last: tuple[object, Tensor] = (None, torch.empty(0))
 
     def linear(self, name: str, module: nn.Module) -> Hook:
@@ -131,12 +135,13 @@ class _Passing:
             codes = replace(codes, codes=codes.codes[0], scales=codes.scales[0])
         self.codes[name] = codes
         weight.copy_(dequantise(codes))
+        self._settled(name)
 
 
 def energy(rows: Sequence[Tensor]) -> Tensor:
-    """``X^T X`` [E, I, I] (float32) of E sets of rows [M, I]; of too few rows, the identity."""
+    """``X^T X`` [E, I, I] (float32) of E sets of rows [M, I]; of too few rows, zeros."""
     width = rows[0].shape[-1]
-    hessian_EII = torch.eye(width).repeat(len(rows), 1, 1)
+    hessian_EII = torch.zeros(len(rows), width, width)
     for mine_II, x_MI in zip(hessian_EII, rows, strict=True):
         if len(x_MI) >= FEW * width:
             torch.mm(x_MI.float().T, x_MI.float(), out=mine_II)
@@ -147,7 +152,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
     """The codes of ``weight_ENI`` (float32), rounded column by column so that the errors cancel.
 
     Args:
-        hessian_EII: ``X^T X``, symmetric; channels of no energy are rounded to the nearest.
+        hessian_EII: ``X^T X``, symmetric; where it is zero the matrix is rounded to the nearest.
         bits: 4 or 8.
         group: input channels that share a scale; 0 is a group per row.
     """
@@ -160,7 +165,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
         codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
         return replace(parts[0], codes=codes, scales=scales)
     energy_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
-    scales_ENG = scales_of(grouped(weight_ENI, size), bits, grouped(energy_EI, size).unsqueeze(1))
+    scales_ENG = scales_of(grouped(weight_ENI, size), bits, DIVISORS[bits], grouped(energy_EI, size).unsqueeze(1))
     order_EI = energy_EI.argsort(-1, descending=True)
     order_EIN = order_EI.unsqueeze(-1).expand(-1, -1, weight_ENI.shape[1])
     codes_EIN = _columns(
@@ -170,8 +175,11 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
         bits,
     )
     codes_ENI = torch.empty_like(codes_EIN).scatter_(1, order_EIN, codes_EIN).mT
-    packed = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous()
-    return Codes(packed, scales_ENG.half(), bits, size, width, rounding="gptq")
+    packed, scales_ENG = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous(), scales_ENG.half()
+    silent_E = energy_EI.amax(-1) == 0
+    plain = quantise(weight_ENI[silent_E], bits=bits, group=group)
+    packed[silent_E], scales_ENG[silent_E] = plain.codes, plain.scales
+    return Codes(packed, scales_ENG, bits, size, width, rounding="gptq")
 
 
 def _factor(hessian_EII: Tensor, order_EI: Tensor) -> Tensor:

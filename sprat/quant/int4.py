@@ -4,12 +4,11 @@ A weight matrix is cut into groups of 32 neighbouring input channels. Each group
 (float16) and a code of −8 … 7 per weight, so that ``w ≈ s · code``: 4 + 16/32 = 4.5 bits a weight. Two codes
 share a byte, the even channel in the low nibble.
 
-The only freedom is the scale. The usual choice, the largest magnitude over 7, spends the range on one
-outlier. Here some forty candidates are tried per group (clipped by up to half, and of either sign, since −8
-reaches farther than 7), each is improved by least squares for the codes that it gives (``s = ⟨w, c⟩ / ⟨c, c⟩``),
-and the one of least squared error wins. The plain choice is among them, so the search never loses;
-it takes about a third off the squared error of a Gaussian weight and needs no data. Calibrated methods
-(GPTQ, AWQ) are left out here.
+The only freedom is the scale. The extreme of a group can lie at either end of the codes: over −8, which reaches
+farther, or over 7. Both are tried, each also improved by least squares for the codes that it gives
+(``s = ⟨w, c⟩ / ⟨c, c⟩``), and the one of least squared error wins. Searching on among scales that clip the extreme
+gives less error of the weights, and of the model now less and now more (docs/log.md). What text can tell
+about the weights is in ``gptq``.
 
 What stays as it is: the router and its bias (a wrong expert is worse than a coarse one), the norms, the
 biases. Embedding and head are one row per token, and rare tokens have odd rows: INT8 with one scale
@@ -28,6 +27,7 @@ N rows, I input channels, G groups, K channels per group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,9 @@ from torch import Tensor
 from sprat.config import Rounding
 
 CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
-DIVISORS = {4: (-8.0, -7.5, 7.0), 8: (-128.0, 127.0)}  # candidates: the group's extreme by these
+ENDS = {4: (-8.0, 7.0), 8: (-128.0, 127.0)}  # the group's extreme divided by these: it lies at one end of the codes
 _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,17 @@ def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
     if bits == 16:
         return Codes(weight.detach().to(torch.bfloat16), torch.empty(0, dtype=torch.float16), 16, group or width, width)
     size = group or width
+    shape = (*weight.shape[:-1], -(-width // size))
     groups_NK = grouped(weight.detach().float(), size).flatten(0, -2)
     codes_NK = torch.empty(groups_NK.shape, dtype=torch.int8)
     scales_N = torch.empty(len(groups_NK), dtype=torch.float16)
     step = max(1, CHUNK // size)
     for at in range(0, len(groups_NK), step):
         part = groups_NK[at : at + step]
-        scales = scales_of(part, bits)
+        scales = scales_of(part, bits, ENDS[bits])
         codes_NK[at : at + step], scales_N[at : at + step] = codes_of(part, scales.unsqueeze(-1), bits), scales
-    codes = codes_NK.view(*weight.shape[:-1], -1)[..., :width]
-    scales = scales_N.view(*weight.shape[:-1], -1)
-    return Codes(pack(codes) if bits == 4 else codes.contiguous(), scales, bits, size, width)
+    codes = codes_NK.view(*shape, size).flatten(-2)[..., :width]
+    return Codes(pack(codes) if bits == 4 else codes.contiguous(), scales_N.view(shape), bits, size, width)
 
 
 def dequantise(packed: Codes) -> Tensor:
@@ -121,19 +122,28 @@ def grouped(channels: Tensor, size: int) -> Tensor:
     return padded
 
 
-def scales_of(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+def scales_of(groups: Tensor, bits: int, divisors: Sequence[float], importance: Tensor | None = None) -> Tensor:
     """The scale [...] of each group [..., K] that loses least; float32, of values that float16 holds.
 
     Args:
+        divisors: candidates are the group's extreme by each of these, and what least squares make of it.
         importance: of each channel's squared error, broadcast to ``groups``; all alike if not given.
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low)
     best, least = extreme, torch.full_like(extreme, torch.inf)
-    for divisor in DIVISORS[bits]:
+
+    def total(each: Tensor) -> Tensor:
+        return (each if importance is None else each * importance).sum(-1, keepdim=True)
+
+    for divisor in divisors:
         scale = _half(extreme / divisor)
-        error = _error(groups, scale, bits, importance)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        for improve in (True, False):
+            codes = codes_of(groups, scale, bits)
+            error = total((codes * scale - groups).square_())
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            if improve:
+                scale = _half(total(codes * groups) / total(codes.square_()).clamp(min=_LEAST))
     return best.squeeze(-1)
 
 
@@ -142,12 +152,6 @@ def codes_of(values: Tensor, scales: Tensor, bits: int) -> Tensor:
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
     return (values * inverse).round_().clamp_(low, high)
-
-
-def _error(groups: Tensor, scale: Tensor, bits: int, importance: Tensor | None) -> Tensor:
-    """The squared error [..., 1] of ``groups`` rounded with ``scale`` [..., 1]."""
-    square = (codes_of(groups, scale, bits).mul_(scale) - groups).square_()
-    return (square if importance is None else square.mul_(importance)).sum(-1, keepdim=True)
 
 
 def _half(scale: Tensor) -> Tensor:

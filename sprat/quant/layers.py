@@ -135,6 +135,7 @@ def quantize(
     *,
     calibration_BT: Tensor | None = None,
     materialise: bool = True,
+    told: Callable[[int, int], None] = lambda done, of: None,
 ) -> Transformer:
     """A quantised copy of ``model``; the model itself stays as it is.
 
@@ -142,15 +143,23 @@ def quantize(
         config: bits and group of all matrices and experts, the bits of embedding and head, and how to round.
         calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``gptq.calibrate``.
         materialise: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
+        told: hears how many matrices are done, of how many.
 
     Raises:
         CheckpointError: a weight, or what the text makes of it, is not finite.
         ConfigError: there is no calibration text for a rounding that needs it.
     """
     config = config or QuantConfig()
-    tensors = model.state_dict()
+    tensors, done = model.state_dict(), set[str]()
+    matrices = sum(isinstance(part, Linear) + 3 * isinstance(part, Experts) for part in model.modules())
+    matrices += not model.config.tie_word_embeddings
+
+    def settled(name: str) -> None:
+        done.add(name)
+        told(len(done), matrices)
 
     def pack(name: str) -> Codes:
+        settled(name)
         if name in fitted:
             return fitted[name]
         if not bool(torch.isfinite(tensors[name]).all()):
@@ -165,7 +174,7 @@ def quantize(
             raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
         draft = copy.deepcopy(model).float()
         draft.embed_tokens.weight.data = dequantise(pack("embed_tokens.weight"))
-        fitted = calibrate(draft, calibration_BT, functools.partial(bits_of, config))
+        fitted = calibrate(draft, calibration_BT, functools.partial(bits_of, config), settled=settled)
     return place(copy.deepcopy(model), pack, materialise=materialise)
 
 

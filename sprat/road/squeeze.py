@@ -1,6 +1,6 @@
 """The last stage: the student in INT4, and what size and speed each model of the road has. Or any model, in INT4.
 
-Where the recipe's rounding is GPTQ, it needs text: a road gives its own worked examples, any other model the user's
+Where the recipe's rounding is GPTQ, it needs text: a road gives its own examples and text, any other model the user's
 text, or what the quickstart learns from.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from sprat.road.places import Road
 from sprat.road.training import finished
 from sprat.tokens import Tokenizer
 
-CALIBRATION = 16_384  # tokens; twice as many gain little
+CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
+OWN = 4 * CALIBRATION  # tokens of a road's own: its student is small, and gains by them (docs/log.md)
 WINDOW = 512  # tokens of a row of them
-EXCERPT = 3000  # characters of one document, so that many are heard
+EXCERPT = 2000  # characters of one document, so that many are heard
 CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
 
@@ -39,9 +40,7 @@ def squeeze(road: Road) -> None:
     if run.done:
         return
     student, tokenizer = load(road.path("distill"))
-    examples = torch.from_numpy(road.artefacts.packed("tasks").tokens).long()
-    rows_BT = examples[: max(1, CALIBRATION // examples.shape[1]), :-1]
-    small = quantize(student, recipe, calibration_BT=rows_BT)
+    small = quantize(student, recipe, calibration_BT=_heard(road))
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
@@ -65,6 +64,13 @@ def squeeze(road: Road) -> None:
     run.finish()
 
 
+def _heard(road: Road) -> Tensor:
+    """Rows [B, T] of what the student learned from: worked examples, and a quarter of text."""
+    tasks, text = (torch.from_numpy(road.artefacts.packed(name).tokens).long() for name in ("tasks", "text"))
+    rows = max(4, OWN // tasks.shape[1])
+    return torch.cat((tasks[: rows - rows // 4], text[: rows // 4]))[:, :-1]
+
+
 def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
     """For each task asked greedily, the share of the student's accuracy that INT4 lost (negative: gained)."""
     old = {row["task"]: row["mean"] for row in before if row["label"] == "greedy"}
@@ -72,17 +78,27 @@ def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
     return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
 
 
-def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -> dict[str, Any]:
+def convert(
+    model: Path,
+    folder: Path,
+    recipe: QuantConfig,
+    text: Path | None,
+    *,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
     """Quantise the model at ``model`` into ``folder``; returns its sizes.
 
     Args:
         model: whatever ``sprat.load`` takes.
         text: what to calibrate on, if the recipe does; None is the quickstart's corpus.
+        told: hears how many matrices are done, of how many.
 
     Raises:
         CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
         DataError: the text is missing, binary or too short.
     """
+    if folder.resolve() == model.resolve():
+        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
     dense, tokenizer = load(model)
     if packed_tensors(dense):
         todo = "give the model that it was made from"
@@ -92,7 +108,7 @@ def convert(model: Path, folder: Path, recipe: QuantConfig, text: Path | None) -
         with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as kept:
             found = corpus.default(kept, budget_bytes=CORPUS_BYTES).split().train if text is None else ingest.read(text)
             rows_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
-    small = quantize(dense, recipe, calibration_BT=rows_BT)
+    small = quantize(dense, recipe, calibration_BT=rows_BT, told=told)
     save(small, tokenizer, folder)
     tokens = 0 if rows_BT is None else rows_BT.numel()
     return {"size_bytes": size_bytes(small), "dense_bytes": size_bytes(dense), "calibration_tokens": tokens}

@@ -88,9 +88,10 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_text_not_seen(changes: 
         def divergence(of: Transformer) -> float:
             return float((exact.exp() * (exact - of(unseen).log_softmax(-1))).sum(-1).mean())
 
-        fitted = quant.quantize(dense, GPTQ, calibration_BT=text(128, 1))
+        heard: list[tuple[int, int]] = []
+        fitted = quant.quantize(dense, GPTQ, calibration_BT=text(128, 1), told=lambda *now: heard.append(now))
         assert divergence(fitted) < 0.8 * divergence(quant.quantize(dense))
-    assert quant.recipe_of(fitted) == GPTQ
+    assert quant.recipe_of(fitted) == GPTQ and heard[-1][0] == heard[-1][1] == len(set(heard))
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
 

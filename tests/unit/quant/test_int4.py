@@ -55,10 +55,17 @@ def test_two_codes_share_a_byte_and_come_back(codes: list[int]) -> None:
     assert torch.equal(unpack(packed, len(codes)), row)
 
 
-def test_the_search_takes_a_quarter_off_the_squared_error_of_gaussian_weights() -> None:
+def test_the_better_of_both_ends_takes_a_fifth_off_the_squared_error_of_gaussian_weights() -> None:
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
-    searched = (dequantise(quantise(weight)) - weight).square().mean()
-    assert searched < 0.75 * (plain(weight, 32) - weight).square().mean()
+    error = (dequantise(quantise(weight)) - weight).square().mean()
+    assert error < 0.8 * (plain(weight, 32) - weight).square().mean()
+
+
+def test_no_weight_is_clipped_by_more_than_half_a_code() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
+    codes = quantise(weight)
+    steps = codes.scales.float().abs().repeat_interleave(32, -1)
+    assert ((weight - dequantise(codes)).abs() <= 1.0 * steps).all()
 
 
 def test_values_that_the_codes_can_hold_come_back_exactly() -> None:

@@ -1,0 +1,76 @@
+"""``sprat quantize MODEL``: any model in INT4, fitted to the user's text, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import sprat
+from sprat import quant
+from sprat.cli.main import app
+from sprat.config import QuantConfig
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of text, enough for a few rows."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"State the sum of {number} + 4 + 5. one two three " * 40)
+    return folder
+
+
+def test_a_model_is_fitted_to_the_users_text_and_loads_again(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    done = CliRunner().invoke(
+        app,
+        [
+            "quantize",
+            str(model_folder),
+            "--calibrate",
+            str(text),
+            "--out",
+            str(out),
+            "--set",
+            "quant.group=64",
+            "--json",
+        ],
+    )
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["rounding"] == "gptq" and told["calibration_tokens"] >= 2048
+    assert told["size_bytes"] * 4 < told["dense_bytes"]
+    model, tokenizer = sprat.load(out)
+    assert quant.recipe_of(model) == QuantConfig(rounding="gptq", group=64)
+    assert tokenizer.vocab_size <= model.config.vocab_size
+
+
+def test_without_text_it_rounds_to_the_nearest(model_folder: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(tmp_path / "small")])
+    assert done.exit_code == 0 and "times smaller" in done.stdout, done.stderr
+    assert quant.recipe_of(quant.load(tmp_path / "small")) == QuantConfig()
+
+
+def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
+    model_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    small, short, out = tmp_path / "small", tmp_path / "short.txt", tmp_path / "out"
+    short.write_text("one two three")
+    assert CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(small)]).exit_code == 0
+    faults = {
+        ("--out",): [str(model_folder)],
+        ("text", "--calibrate"): ["--calibrate", str(text)],
+        ("too few",): [str(model_folder), "--calibrate", str(short), "--out", str(out)],
+        ("nowhere",): [str(model_folder), "--calibrate", str(tmp_path / "nowhere"), "--out", str(out)],
+        ("quantised already",): [str(small), "--out", str(out)],
+        ("overwrite",): [str(model_folder), "--out", str(model_folder)],
+    }
+    for words, options in faults.items():
+        done = CliRunner().invoke(app, ["quantize", *options])
+        assert done.exit_code in (2, 3, 4) and len(done.stderr.splitlines()) == 1, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert not out.exists()
