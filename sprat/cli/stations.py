@@ -80,8 +80,7 @@ def quantize(
     from sprat.road.squeeze import convert
 
     how = named(recipe, tuple(overrides or ())).quant
-    if calibrate is not None:
-        how = how.replace(rounding="gptq")
+    how = how.replace(rounding="nearest" if calibrate is None else "gptq")
     with count("quantise") as told:
         facts = convert(model, out, how, calibrate, told=told)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"

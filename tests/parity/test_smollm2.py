@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sprat
+from sprat.engine.torch_backend import TorchBackend
 from sprat.model import Transformer, save_folder
 from sprat.quant import packed_tensors
 from sprat.tokens import Message, Tokenizer, render
@@ -86,7 +87,9 @@ def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded,
 
 def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:
     how = sprat.Sampling(temperature=0, max_tokens=24)
-    answer = sprat.Engine(*loaded).generate(["What is the capital of France?"], how)[0]
+    # In float32: with inputs rounded to bytes neither the native step nor llama.cpp finds Paris in this file.
+    engine = sprat.Engine(*loaded, backend=TorchBackend(loaded[0]))
+    answer = engine.generate(["What is the capital of France?"], how)[0]
     assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
