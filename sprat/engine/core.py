@@ -159,7 +159,7 @@ class Core:
     def _schedule(self) -> Plan:
         """Let cancelled requests go, and choose what the next step computes."""
         scheduler = self.scheduler
-        if self.halts.is_set() or any(event.is_set() for event in self._events):
+        if self.halts.is_set() or (self._events and any(event.is_set() for event in self._events)):
             self.halts.clear()
             halted = [one for one in [*scheduler.running, *scheduler.tenants.waiting] if one.halted]
             self._let_go(halted, "cancelled")

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
@@ -117,6 +118,12 @@ class NativeBackend:
         """See ``Backend``."""
         return self._step(self._decoder.run, batch)
 
+    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+        """See ``Backend``."""
+        found_R = np.empty(len(batch.wanted_R), np.int64)
+        self._call(self._decoder.best, batch, vocab, found_R)
+        return found_R
+
     def draft(self, batch: Batch, first: bool) -> Tensor:
         """See ``Backend``."""
         return self._step(self._decoder.draft, batch, first)
@@ -134,13 +141,16 @@ class NativeBackend:
         self._decoder.write(block, data)
 
     def _step(self, call: Any, batch: Batch, *more: bool) -> Tensor:
-        """Logits of one call; the table of turns grows with the longest position."""
+        """Logits of one call."""
+        logits = np.empty((len(batch.wanted_R), self.vocab), np.float32)
+        self._call(call, batch, *more, logits)
+        return torch.from_numpy(logits)
+
+    def _call(self, call: Any, batch: Batch, *more: Any) -> None:
+        """One call with the arrays of a batch; the table of turns grows with the longest position."""
         if batch.tables_SW.shape[1] * BLOCK > self._turns:
             self._decoder.set_turns(self._table(batch.tables_SW.shape[1] * BLOCK))
-        logits = np.empty((len(batch.wanted_R), self.vocab), np.float32)
-        arrays = (batch.tokens_T, batch.positions_T, batch.starts_S, batch.tables_SW, batch.wanted_R)
-        call(*arrays, *more, logits)
-        return torch.from_numpy(logits)
+        call(batch.tokens_T, batch.positions_T, batch.starts_S, batch.tables_SW, batch.wanted_R, *more)
 
     def _table(self, positions: int) -> Tensor:
         """Turns of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""

@@ -2,8 +2,8 @@
 
 Whatever a sequence does in this step, it has so many new tokens at such positions: one for an answer that goes on, a
 few more where drafts are checked, many for a piece of a prompt. They are laid one behind the other by whole-array
-operations; where nothing but answers go on, as in almost every step, what did not change since the last step (starts,
-tables, wanted rows) is used again.
+operations; where nothing but answers go on, as in almost every step, the arrays of the last step are used again, and where
+only likeliest tokens are wanted, no logits come back.
 
 S sequences, T new tokens, A of them of answers, N new answers, R rows of logits or samples, W blocks.
 """
@@ -19,24 +19,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
-from sprat.engine.plan import Plan
+from sprat.engine.draw import not_finite
+from sprat.engine.plan import FEW, At, Plan, add_at, put_at
 from sprat.engine.sample import Sampler, Samples
 from sprat.engine.scheduler import Scheduler
 from sprat.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Result:
     """What a step gave: the sequences that got tokens, and the samples.
 
     Attributes:
         rows: sequences in the order of their rows of ``samples``; one that had drafts has as many more rows.
-        slots_S: their slots.
+        at: their slots, as an index.
         seconds: that the back end took.
     """
 
     rows: list[Sequence]
-    slots_S: NDArray[np.int64]
+    at: At
     samples: Samples
     batch: Batch
     seconds: float
@@ -63,10 +64,11 @@ class Runner:
     def __init__(self, backend: Backend, scheduler: Scheduler, sampler: Sampler) -> None:
         self.backend, self.scheduler, self.sampler = backend, scheduler, sampler
         self.last = np.zeros(len(scheduler.at), np.int32)  # by slot: the token sampled last, not yet in memory
-        self._slots_S: NDArray[np.int64] | None = None  # of these slots are the tables, as they were at this version
+        self._batch: Batch | None = None  # of the last step, if that was a plain one, with what it was made for:
+        self._slots_S: NDArray[np.int64] | None = None
         self._version = -1
-        self._starts_S = np.zeros(1, np.int32)
-        self._tables_SW = np.zeros((0, 0), np.int32)
+        self._every: At = []  # its rows
+        self._said: list[int] = []  # and what it sampled
 
     def run(self, plan: Plan) -> Result:
         """Compute a plan and sample from it. Every row is booked with one token; drafts that hold add to that.
@@ -76,6 +78,7 @@ class Runner:
         """
         if not plan.chunks and not plan.drafts:
             return self._run_plain(plan)
+        self._batch = None
         scheduler, answers = self.scheduler, self._answers(plan)
         batch = self._compose(plan, answers)
         logits_RV, seconds = self._compute(batch)
@@ -92,20 +95,37 @@ class Runner:
         return Result(plan.rows + new, np.concatenate((plan.slots_S, slots_N)), samples, batch, seconds)
 
     def _run_plain(self, plan: Plan) -> Result:
-        """``run`` for one token of each answer: what almost every step is."""
-        slots_S, stored, version = plan.slots_S, self.scheduler.stored, self.scheduler.blocks.version
-        if self._slots_S is not slots_S or self._version != version:
-            if len(self._starts_S) != len(slots_S) + 1:
-                self._starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
-            self._tables_SW = self._tables(slots_S)
-            self._slots_S, self._version = slots_S, version
-        starts_S, positions_S = self._starts_S, stored[slots_S]
-        batch = Batch(self.last[slots_S], positions_S, starts_S, self._tables_SW, starts_S[:-1])
-        logits_RV, seconds = self._compute(batch)
-        stored[slots_S] = positions_S + 1
-        samples = self.sampler.sample(logits_RV, slots_S)
-        self.last[slots_S] = samples.tokens_R
-        return Result(plan.rows, slots_S, samples, batch, seconds)
+        """``run`` for one token of each answer: what almost every step is.
+
+        The weights have washed this code and its objects out of the processor's caches since the last step, so what
+        counts here is how much memory is touched: where the same answers go on, their batch is used again in place.
+        """
+        slots_S, scheduler, sampler = plan.slots_S, self.scheduler, self.sampler
+        batch = self._batch
+        if batch is None or self._slots_S is not slots_S or self._version != scheduler.blocks.version:
+            starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
+            places_S = scheduler.stored[slots_S]
+            batch = Batch(self.last[slots_S], places_S, starts_S, self._tables(slots_S), starts_S[:-1])
+            self._batch, self._slots_S, self._version = batch, slots_S, scheduler.blocks.version
+            self._every = list(range(len(slots_S))) if len(slots_S) <= FEW else np.arange(len(slots_S))
+        else:
+            put_at(batch.tokens_T, self._every, self._said)
+            add_at(batch.positions_T, self._every, 1)
+        began = time.perf_counter()
+        if sampler.plain(slots_S):
+            tokens_S = self.backend.best(batch, sampler.vocab)
+            seconds = time.perf_counter() - began
+            samples = Samples(tokens_S)
+            if min(samples.tokens) < 0:
+                raise not_finite()
+        else:
+            logits_RV = self.backend.run(batch)
+            seconds = time.perf_counter() - began
+            samples = sampler.sample(logits_RV, slots_S)
+        add_at(scheduler.stored, plan.at, 1)
+        put_at(self.last, plan.at, samples.tokens)
+        self._said = samples.tokens
+        return Result(plan.rows, plan.at, samples, batch, seconds)
 
     def _compute(self, batch: Batch) -> tuple[Tensor, float]:
         """Logits, and how long they took."""

@@ -13,7 +13,6 @@ R rows, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.draw import Floats, Integers, draw, greatest, not_finite, uniform, weigh
+from sprat.engine.plan import At, add_at
 from sprat.engine.processors import NEVER
 from sprat.engine.sequence import Sequence
 from sprat.engine.think import closing
@@ -48,6 +48,11 @@ class Samples:
     logprobs_R: Floats | None = None
     tops: dict[int, Top] = field(default_factory=dict)
     faults: dict[int, SpratError] = field(default_factory=dict)
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The same tokens as Python's integers."""
+        self.tokens = self.tokens_R.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,6 @@ class Sampler:
         self.speculates = np.ones(slots, np.bool_)
         self._banned = np.array(sorted({closing(tokenizer)[0], *ends}))
         self._sequences: list[Sequence | None] = [None] * slots
-        self._plain = [False] * slots  # greedy, nothing asked and nothing carried
         self._temperature = np.ones(slots, np.float32)
         self._top_k = np.zeros(slots, np.int64)
         self._top_p = np.ones(slots, np.float32)
@@ -105,16 +109,23 @@ class Sampler:
         self._key[slot], self._position[slot], self._ban[slot] = sequence.key, len(sequence.token_ids), sequence.ban
         self._wakes[slot] = min((processor.wakes for processor in processors), default=NEVER)
         self._logprobs[slot], self._tops[slot] = sampling.logprobs, sampling.top_logprobs
-        self._plain[slot] = sampling.temperature == 0 and not sampling.logprobs and not processors
         self.speculates[slot] = all(processor.speculates for processor in processors)
 
     def close(self, slot: int) -> None:
         """Take ``slot`` back."""
         self._sequences[slot], self._rows = None, None
 
-    def advance(self, slots_S: Integers, by: Integers | int = 1) -> None:
-        """So many sampled tokens of these (different) slots now stand in their ``token_ids``."""
-        self._position[slots_S] += by
+    def advance(self, at: At, by: Integers | None = None) -> None:
+        """One sampled token of each of these (different) slots now stands in its ``token_ids``, or ``by`` do."""
+        if by is None:
+            add_at(self._position, at, 1)
+        else:
+            self._position[at] += by
+
+    def plain(self, slots_R: Integers) -> bool:
+        """Whether all that these rows need is their likeliest token: then nobody has to see their logits."""
+        rows = self._of(slots_R)
+        return rows.greedy and not rows.shaped and not rows.logprobs
 
     def sample(
         self,
@@ -127,7 +138,7 @@ class Sampler:
 
         Args:
             logits: float32 [R, V], on any device; not modified.
-            slots_R: whose row it is; a slot may have several rows. The same array again means the same rows.
+            slots_R: whose row it is; a slot may have several rows.
             ahead_R: drafted tokens before the row; None if there are none.
             drafts: slot → its drafted tokens.
 
@@ -135,16 +146,7 @@ class Sampler:
             EngineError: a row has logits that are not finite.
         """
         logits_RV = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
-        if len(slots_R) == 1:  # one greedy request: the shortest way, some 10 µs beside the argmax
-            slot = int(slots_R[0])
-            if self._plain[slot] and self._position[slot] >= self._ban[slot]:
-                token_1 = logits_RV[:, : self.vocab].argmax(1)
-                if not math.isfinite(logits_RV[0, token_1[0]]):
-                    raise not_finite()
-                return Samples(token_1)
-        rows = self._rows
-        if rows is None or rows.slots_R is not slots_R:
-            rows = self._rows = self._pick(slots_R)
+        rows = self._of(slots_R)
         position_R = self._position[slots_R] if ahead_R is None else self._position[slots_R] + ahead_R
         faults: dict[int, SpratError] = {}
         shaped_RV = logits_RV
@@ -169,7 +171,14 @@ class Sampler:
         }
         return Samples(tokens_R, logprobs_R, tops, faults)
 
-    def _pick(self, slots_R: Integers) -> _Rows:
+    def _of(self, slots_R: Integers) -> _Rows:
+        """The settings of these rows; the same array again means the same rows."""
+        rows = self._rows
+        if rows is None or rows.slots_R is not slots_R:
+            rows = self._rows = self._gather(slots_R)
+        return rows
+
+    def _gather(self, slots_R: Integers) -> _Rows:
         """The settings of these rows."""
         heat_R = self._temperature[slots_R]
         greedy_R = heat_R == 0

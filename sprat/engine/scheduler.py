@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK
 from sprat.engine.blocks import Blocks
-from sprat.engine.plan import Chunk, Plan
+from sprat.engine.plan import FEW, At, Chunk, Plan
 from sprat.engine.prefix import Keys
 from sprat.engine.sequence import Sequence
 from sprat.engine.tenants import Share, Tenants
@@ -55,7 +55,7 @@ class Scheduler:
         self.tenants = Tenants()
         self._leaders: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
-        self._rows: tuple[list[Sequence], NDArray[np.int64]] | None = None
+        self._rows: tuple[list[Sequence], NDArray[np.int64], At] | None = None
         self._calm = 0  # plain steps until an answer may fill a block
 
     @property
@@ -70,13 +70,13 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose what the next step computes, and get the blocks for it."""
         self._grow()
-        rows, slots_S = self._answering()
+        rows, slots_S, at = self._answering()
         idle = not any(share.prefilling or (share.waiting and self._free) for share in self.tenants)
         chunks = [] if idle else self._prefill(max(self.step_tokens - len(rows), BLOCK))
         if len(self.tenants) > 1:
             for sequence in rows:
                 self.tenants.share(sequence).served += 1
-        return Plan(rows, slots_S, chunks, {})
+        return Plan(rows, slots_S, at, chunks, {})
 
     def computed(self, chunks: list[Chunk]) -> list[list[Sequence]]:
         """Book pieces of prompts as computed; for each prompt that is whole now, those that sample from its logits."""
@@ -90,12 +90,13 @@ class Scheduler:
                 self._start(sequence)
         return starting
 
-    def gained(self, slots_S: NDArray[np.int64], *, most: int = 1) -> None:
-        """Give a key to the blocks that the answers in ``slots_S`` have just filled with ``most`` tokens at most."""
+    def gained(self, at: At, *, most: int = 1) -> None:
+        """Give a key to the blocks that the answers in slots ``at`` have just filled with ``most`` tokens at most."""
         self._calm -= most
         if self._calm > 0:
             return
-        for slot in slots_S[(self.stored[slots_S] // BLOCK) > self._published[slots_S]].tolist():
+        filled_S = self.stored[at] // BLOCK > self._published[at]
+        for slot in np.arange(len(self.at))[at][filled_S].tolist():
             sequence = self.at[slot]
             if sequence is not None:
                 self._publish(sequence, int(self.stored[slot]))
@@ -132,10 +133,12 @@ class Scheduler:
             faults.append("nobody runs, and yet blocks are held or a tenant is still there")
         return faults + self.blocks.check()
 
-    def _answering(self) -> tuple[list[Sequence], NDArray[np.int64]]:
+    def _answering(self) -> tuple[list[Sequence], NDArray[np.int64], At]:
         """The decoding requests and their slots; the same objects until one comes or goes."""
         if self._rows is None:
-            self._rows = list(self._decoding.values()), np.fromiter(self._decoding, np.int64, len(self._decoding))
+            slots_S = np.fromiter(self._decoding, np.int64, len(self._decoding))
+            at = list(self._decoding) if len(slots_S) <= FEW else slots_S
+            self._rows = list(self._decoding.values()), slots_S, at
             self._calm = 0
         return self._rows
 

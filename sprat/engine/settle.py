@@ -34,15 +34,15 @@ def settle(
         for row, logprob in enumerate(samples.logprobs_R.tolist()):
             _note(rows[row], row, logprob, result)
     ended = []
-    for sequence, token in zip(rows, samples.tokens_R.tolist(), strict=True):
+    for sequence, token in zip(rows, samples.tokens, strict=True):
         said = sequence.token_ids
         said.append(token)
         if (sequence.watched or token in ends or len(said) >= sequence.limit) and _ends(
             sequence, token, handles[sequence.id], ends
         ):
             ended.append(sequence)
-    runner.sampler.advance(result.slots_S)
-    runner.scheduler.gained(result.slots_S)
+    runner.sampler.advance(result.at)
+    runner.scheduler.gained(result.at)
     return ended, {}
 
 
@@ -51,7 +51,7 @@ def _settle_slowly(
 ) -> tuple[list[Sequence], dict[int, int]]:
     """``settle`` where rows have drafts, or have failed."""
     samples, stored = result.samples, runner.scheduler.stored
-    tokens = samples.tokens_R.tolist()
+    tokens = samples.tokens
     logprobs = samples.logprobs_R.tolist() if samples.logprobs_R is not None else tokens
     ended, accepted = [], {}
     said = np.zeros(len(result.rows), np.int64)
@@ -77,8 +77,8 @@ def _settle_slowly(
         if over:
             ended.append(sequence)
         start += len(drafts) + 1
-    runner.sampler.advance(result.slots_S, said)
-    runner.scheduler.gained(result.slots_S, most=int(said.max(initial=1)))
+    runner.sampler.advance(result.at, said)
+    runner.scheduler.gained(result.at, most=int(said.max(initial=1)))
     return ended, accepted
 
 

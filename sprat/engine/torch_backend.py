@@ -125,6 +125,12 @@ class TorchBackend:
         self._hidden_TD, self._next = hidden_TD, 0
         return self._head(batch, hidden_TD)
 
+    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+        """The likeliest tokens; see ``Backend``."""
+        logits_RV = self.run(batch)[:, :vocab].cpu().numpy()
+        found_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
+        return found_R
+
     @torch.no_grad()
     def draft(self, batch: Batch, first: bool) -> Tensor:
         """One step of an MTP module; see ``Backend``.

@@ -71,10 +71,14 @@ public:
         Index count;
     };
 
-    // x[token] += sum of experts, for normed rows `normed` [tokens, hidden]. Works are done in order.
-    void run(Pool& pool, const std::vector<Work>& works, const float* normed, Index tokens, Index hidden, float* x) {
+    // x[token] += sum of experts, for normed rows `normed` [tokens, hidden]. Works are done in order. `next` tells the pool
+    // what will be read after them.
+    template <class F>
+    void run(Pool& pool, const std::vector<Work>& works, const float* normed, Index tokens, Index hidden, float* x, const F& next) {
         plan(pool, works, normed, hidden, tokens == 1);
+        for (const Work& w : works) look_ahead(pool, {&w.expert->down});
         activate(pool, works);
+        next();
         combine(pool, works, hidden, x);
     }
     std::size_t bytes() const {

@@ -37,6 +37,8 @@ struct Matrix {
     Index panels() const { return (rows + kLanes - 1) / kLanes; }
     Index groups() const { return (padded() + group - 1) / group; }
     Index panel_bytes() const { return padded() * kLanes / (kind == Kind::int8 ? 1 : 2); }
+    Index bytes() const { return quantised() ? panels() * panel_bytes() : rows * cols * (kind == Kind::f32 ? 4 : 2); }
+    Index mark_bytes() const { return panels() * groups() * kLanes * 2; }
 };
 
 // How rows are cut into tiles: as few as may be, of sizes that differ by one at most.

@@ -77,13 +77,22 @@ public:
     std::uint8_t* block(Index at) const { return memory_.at() + at * block_bytes(); }
     Pool& pool() { return pool_; }
 
-    // Logits [R, V] of the wanted tokens; the hidden states of all stay for `draft`.
-    void run(const Batch& b, float* logits) {
+    // What is asked of the wanted tokens: their logits [R, V], or the likeliest of the first `vocab` tokens [R].
+    struct Asked {
+        float* logits;
+        std::int64_t* best;
+        Index vocab;
+    };
+
+    // The hidden states of all tokens stay for `draft`.
+    void run(const Batch& b, const Asked& asked) {
         float* x = x_.need(b.count * dims_.hidden);
         for (Index t = 0; t < b.count; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
-        for (std::size_t l = 0; l < layers.size(); ++l) layer(layers[l], static_cast<Index>(l), b, x);
+        for (std::size_t l = 0; l < layers.size(); ++l) {
+            layer(layers[l], static_cast<Index>(l), b, x, l + 1 < layers.size() ? &layers[l + 1] : nullptr);
+        }
         depth_ = 0;
-        give_logits(b, norm_last, x, logits);
+        answer(b, norm_last, x, asked);
     }
 
     // The next module of multi-token prediction over the same rows (DeepSeek-V3, section 2.2).
@@ -100,9 +109,9 @@ public:
             rms_norm(normed, m.norm_hidden, wide, dims_.eps, pair + (2 * t + 1) * wide);
         }
         multiply(pool_, input(pair, 2 * wide, b.count, {&m.join}), {{&m.join, x, wide, false}});
-        layer(m.layer, static_cast<Index>(layers.size()) + depth_, b, x);
+        layer(m.layer, static_cast<Index>(layers.size() + depth_), b, x, nullptr);
         ++depth_;
-        give_logits(b, m.norm_last, x, logits);
+        answer(b, m.norm_last, x, {logits, nullptr, 0});
     }
 
     std::size_t bytes() const { return memory_.size(); }
@@ -144,11 +153,18 @@ private:
         return out;
     }
 
-    void layer(const Layer& l, Index number, const Batch& b, float* x) {
+    // `next` is the layer after this one; none: the head.
+    void layer(const Layer& l, Index number, const Batch& b, float* x, const Layer* next) {
         const float* rows = normed(x, l.norm_in, b.count);
         attention(l, number, b, rows, x);
-        feed_forward(l, b.count, normed(x, l.norm_out, b.count), x);
+        feed_forward(l, b.count, normed(x, l.norm_out, b.count), x, [&] {
+            if (next) begin(*next);
+            else look_ahead(pool_, {&head});
+        });
     }
+
+    // What a layer reads first.
+    void begin(const Layer& l) { look_ahead(pool_, {l.q_down.rows ? &l.q_down : &l.q, &l.k, &l.v, &l.kv_down}); }
 
     void turn(float* x, Index position) const {
         const Index wide = dims_.rotary();
@@ -172,6 +188,7 @@ private:
         float* q = q_.need(count * all_q);
         const Index kv_wide = dims_.latent ? dims_.key_width() : 2 * dims_.kv_heads * dims_.head_dim;
         float* kv = kv_.need(count * kv_wide);
+        look_ahead(pool_, {dims_.latent ? (l.q_down.rows ? &l.q : &l.kv_up) : &l.o});
         const Index key_all = dims_.kv_heads * dims_.head_dim;
         if (!dims_.latent) {
             const Input in = input(rows, dims_.hidden, count, {&l.q, &l.k, &l.v});
@@ -185,6 +202,7 @@ private:
             const Input in = input(rows, dims_.hidden, count, {&l.q_down, &l.kv_down});
             multiply(pool_, in, {{&l.q_down, half, low, false}, {&l.kv_down, kv, kv_wide, false}});
             for (Index t = 0; t < count; ++t) rms_norm(half + t * low, l.q_latent_norm, low, Dims::latent_eps, half + t * low);
+            look_ahead(pool_, {&l.kv_up});
             multiply(pool_, input(half, low, count, {&l.q}), {{&l.q, q, all_q, false}});
         }
         remember(l, number, b, q, kv);
@@ -196,6 +214,7 @@ private:
             if (count == 1) {
                 // One token: a thread takes its heads all the way, and nobody waits in between.
                 float* rooms = attention_room();
+                look_ahead(pool_, {&l.o});
                 const Index parts = std::min<Index>(pool_.threads(), dims_.heads);
                 pool_.run(parts, [&](Index part, int thread) {
                     const Index first = dims_.heads * part / parts, last = dims_.heads * (part + 1) / parts;
@@ -208,13 +227,16 @@ private:
                 });
             } else {
                 pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
-                attend_all(number, b, absorbed, mixed);
+                attend_all(l, number, b, absorbed, mixed);
                 pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
             }
         } else {
-            attend_all(number, b, q, out);
+            attend_all(l, number, b, q, out);
         }
-        multiply(pool_, input(out, out_wide, count, {&l.o}), {{&l.o, x, dims_.hidden, true}});
+        const Input in = input(out, out_wide, count, {&l.o});
+        if (l.router.rows) look_ahead(pool_, {&l.router});
+        else look_ahead(pool_, {&l.experts[0].gate, &l.experts[0].up});
+        multiply(pool_, in, {{&l.o, x, dims_.hidden, true}});
     }
 
     // Turn and scale queries, turn keys, and put keys and values in their blocks.
@@ -312,7 +334,7 @@ private:
     }
     float* attention_room() { return attention_.need(room_size() * pool_.threads()); }
 
-    void attend_all(Index number, const Batch& b, const float* q, float* out) {
+    void attend_all(const Layer& l, Index number, const Batch& b, const float* q, float* out) {
         const Index groups = dims_.groups(), per = dims_.heads / groups, most = most_queries();
         tasks_.clear();
         for (Index s = 0; s < b.sequences; ++s) {
@@ -325,6 +347,7 @@ private:
             }
         }
         float* rooms = attention_room();
+        if (!dims_.latent) look_ahead(pool_, {&l.o});
         pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) { attend_task(number, b, tasks_[i], q, out, rooms, thread); });
     }
 
@@ -363,16 +386,18 @@ private:
                 half, key_wide, deep, (dims_.latent ? key_wide : deep) * kLanes, table};
     }
 
-    void feed_forward(const Layer& l, Index count, const float* rows, float* x) {
+    template <class F>
+    void feed_forward(const Layer& l, Index count, const float* rows, float* x, const F& next) {
         works_.clear();
         if (l.router.rows == 0) {
             works_.push_back({&l.experts[0], nullptr, nullptr, count});
-            return forward_.run(pool_, works_, rows, count, dims_.hidden, x);
+            return forward_.run(pool_, works_, rows, count, dims_.hidden, x, next);
         }
         const Routing& r = l.routing;
         std::int32_t* index = index_.need(count * r.chosen * 2);
         float* weight = weight_.need(count * r.chosen * 2);
         float* logits = logits_.need(count * r.experts + pool_.threads() * (r.experts + r.groups));
+        if (l.shared) look_ahead(pool_, {&l.experts[r.experts].gate, &l.experts[r.experts].up});
         multiply(pool_, {rows, dims_.hidden, count, nullptr, {}}, {{&l.router, logits, r.experts, false}});
         over_tokens(count, r.experts * r.chosen, [&](Index from, Index to, int thread) {
             float* room = logits + count * r.experts + thread * (r.experts + r.groups);
@@ -393,15 +418,18 @@ private:
             sorted[to] = static_cast<std::int32_t>(i / r.chosen), sorted_weight[to] = weight[i];
         }
         if (l.shared) works_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
-        forward_.run(pool_, works_, rows, count, dims_.hidden, x);
+        forward_.run(pool_, works_, rows, count, dims_.hidden, x, next);
     }
 
-    void give_logits(const Batch& b, const float* gain, const float* x, float* logits) {
+    void answer(const Batch& b, const float* gain, const float* x, const Asked& asked) {
         if (b.wants == 0) return;
         const Index wide = dims_.hidden;
         float* rows = normed_.need(b.wants * wide);
         for (Index r = 0; r < b.wants; ++r) rms_norm(x + b.wanted[r] * wide, gain, wide, dims_.eps, rows + r * wide);
-        multiply(pool_, input(rows, wide, b.wants, {&head}), {{&head, logits, dims_.vocab, false}});
+        const Input in = input(rows, wide, b.wants, {&head});
+        begin(layers[0]);  // of the next step
+        if (asked.best) multiply_best(pool_, in, head, asked.vocab, logits_, asked.best);
+        else multiply(pool_, in, {{&head, asked.logits, dims_.vocab, false}});
     }
 
     Pages memory_;

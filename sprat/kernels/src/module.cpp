@@ -23,6 +23,7 @@ using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Whole = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using OutWhole = nb::ndarray<std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void refuse(const char* what) { throw nb::value_error(what); }
@@ -41,9 +42,8 @@ struct Weights {
             held.push_back(array);
             return array.data();
         };
-        const Index width = matrix.kind == Kind::f32 ? 4 : 2, marks = matrix.panels() * matrix.groups() * kLanes * 2;
-        const Index bytes = matrix.quantised() ? matrix.panels() * matrix.panel_bytes() : rows * cols * width;
-        matrix.data = static_cast<const std::uint8_t*>(take(data, bytes));
+        const Index marks = matrix.mark_bytes();
+        matrix.data = static_cast<const std::uint8_t*>(take(data, matrix.bytes()));
         if (matrix.quantised()) matrix.scales = static_cast<const std::uint16_t*>(take(nb::cast<Any>(scales), marks));
         if (matrix.kind == Kind::int4_min) matrix.minimums = static_cast<const std::uint16_t*>(take(nb::cast<Any>(minimums), marks));
         if (!bias_of.is_none()) {
@@ -195,14 +195,25 @@ public:
     }
 
     void run(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, OutFloats logits) {
-        const Batch b = batch(tokens, positions, starts, tables, wanted, logits);
+        const Batch b = batch(tokens, positions, starts, tables, wanted);
+        check_logits(b, logits);
         nb::gil_scoped_release free;
-        model_.run(b, logits.data());
+        model_.run(b, {logits.data(), nullptr, 0});
+    }
+
+    // `run`, of which only the likeliest token of each row is wanted.
+    void best(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, Index vocab, OutWhole found) {
+        const Batch b = batch(tokens, positions, starts, tables, wanted);
+        if (static_cast<Index>(found.size()) != b.wants || vocab < 1 || vocab > model_.dims_.vocab) refuse("tokens of another number of rows");
+        nb::gil_scoped_release free;
+        model_.run(b, {nullptr, found.data(), vocab});
     }
 
     void draft(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, bool first, OutFloats logits) {
-        const Batch b = batch(tokens, positions, starts, tables, wanted, logits);
-        if (model_.drafters.empty() || b.count != last_count_) refuse("drafts follow a step of the same rows");
+        const Index before = last_count_;
+        const Batch b = batch(tokens, positions, starts, tables, wanted);
+        check_logits(b, logits);
+        if (model_.drafters.empty() || b.count != before) refuse("drafts follow a step of the same rows");
         nb::gil_scoped_release free;
         model_.draft(b, first, logits.data());
     }
@@ -278,13 +289,16 @@ private:
         if (at < 0 || at >= blocks_) refuse("no such block");
     }
 
+    void check_logits(const Batch& b, const OutFloats& logits) const {
+        if (static_cast<Index>(logits.size()) != b.wants * model_.dims_.vocab) refuse("logits of another shape");
+    }
+
     // Everything that would let a step read or write where it must not is looked at here.
-    Batch batch(const Whole& tokens, const Whole& positions, const Whole& starts, const Whole& tables, const Whole& wanted, const OutFloats& logits) {
+    Batch batch(const Whole& tokens, const Whole& positions, const Whole& starts, const Whole& tables, const Whole& wanted) {
         const Batch b{tokens.data(), positions.data(), starts.data(), tables.data(), wanted.data(), static_cast<Index>(tokens.size()),
                       static_cast<Index>(starts.size()) - 1, static_cast<Index>(tables.ndim() == 2 ? tables.shape(1) : 0),
                       static_cast<Index>(wanted.size())};
         if (b.sequences < 1 || static_cast<Index>(positions.size()) != b.count || static_cast<Index>(tables.size()) != b.sequences * b.width) refuse("a batch of odd shape");
-        if (static_cast<Index>(logits.size()) != b.wants * model_.dims_.vocab) refuse("logits of another shape");
         if (b.starts[0] != 0 || b.starts[b.sequences] != b.count) refuse("starts do not span the tokens");
         for (Index s = 0; s < b.sequences; ++s) {
             if (b.starts[s + 1] <= b.starts[s]) refuse("a sequence without tokens");
@@ -326,6 +340,7 @@ NB_MODULE(SPRAT_MODULE, m) {
         .def("add_drafter", &Decoder::add_drafter)
         .def("reserve", &Decoder::reserve)
         .def("run", &Decoder::run)
+        .def("best", &Decoder::best)
         .def("draft", &Decoder::draft)
         .def("copy", &Decoder::copy)
         .def("read", &Decoder::read)

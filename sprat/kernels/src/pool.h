@@ -1,16 +1,24 @@
-// Threads for pieces of one step. The caller cuts work into chunks; it takes chunks itself, and so does every worker
-// that is awake. Nobody waits for a worker that has not come: on a machine whose cores are wanted elsewhere a step
-// becomes slower, but never stands in a barrier until the kernel gives a sleeping thread its turn. (Equal shares behind
-// barriers ran ten times slower than one thread alone when another process took a core.)
+// Threads for pieces of one step. The caller cuts work into chunks, and every thread has a share of them that it begins
+// with; who has finished his own takes from the others. Nobody waits for a worker that has not come: on a machine whose
+// cores are wanted elsewhere a step becomes slower, but never stands in a barrier until the kernel gives a sleeping thread
+// its turn. (Equal shares behind barriers ran ten times slower than one thread alone when another process took a core.)
 //
-// Workers look for work for some fifty microseconds after the last, so that they are there for the next piece, then
-// sleep: between requests they cost nothing, and torch's own threads find their cores free.
+// Looking ahead. With few rows a step is a walk through the weights at the speed of memory, and memory rests whenever a thread
+// waits: for the other's last chunk, or for what the caller does alone between two jobs. A job may therefore say what the
+// next one will read (`look_ahead`), and who has nothing to do fetches his share of it into his core's cache. The shares
+// are the same cut, so what was fetched is what he will take.
+//
+// Workers look for work for some two hundred microseconds after the last (longer than Python takes between two steps), so
+// that they are there for the next piece, then sleep: between requests they cost nothing, and torch's own threads find
+// their cores free.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -27,7 +35,8 @@ inline void pause() {
 
 class Pool {
 public:
-    explicit Pool(int threads) {
+    explicit Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))) {
+        workers_.reserve(shares_.size());
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
     ~Pool() {
@@ -41,83 +50,129 @@ public:
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+    int threads() const { return static_cast<int>(shares_.size()); }
 
-    // Run f(chunk, thread) for every chunk of 0 … chunks-1, each once; returns when all are done.
+    // What the job after the next `run` will read; each thread its share of every span.
+    void look_ahead(const void* at, Index bytes) {
+        if (spans_ < kSpans) ahead_[spans_++] = {static_cast<const char*>(at), bytes};
+    }
+
+    // Run f(chunk, thread) for every chunk of 0 … chunks-1 (below 2^20), each once; returns when all are done.
     template <class F>
     void run(Index chunks, const F& f) {
-        if (workers_.empty() || chunks <= 1) {
+        if (shares_.size() == 1 || chunks <= 1) {
             for (Index i = 0; i < chunks; ++i) f(i, 0);
+            spans_ = 0;
             return;
         }
-        const std::uint64_t turn = ++turn_;
+        const Index count = threads();
+        const std::uint64_t turn = ++turn_ % (1u << 24);
         Job& job = jobs_[turn % kJobs];
         job.call = [](const void* self, Index chunk, int thread) { (*static_cast<const F*>(self))(chunk, thread); };
         job.self = &f;
-        job.chunks = chunks;
         job.done.store(0, std::memory_order_relaxed);
-        ticket_.store(turn << 32, std::memory_order_seq_cst);
+        for (Index i = 0; i < kSpans; ++i) {
+            job.spans[i].at.store(ahead_[i].first, std::memory_order_relaxed);
+            job.spans[i].bytes.store(i < spans_ ? ahead_[i].second : 0, std::memory_order_relaxed);
+        }
+        spans_ = 0;
+        for (Index t = 0; t < count; ++t) {
+            const auto first = static_cast<std::uint64_t>(chunks * t / count), end = static_cast<std::uint64_t>(chunks * (t + 1) / count);
+            shares_[t].word.store(turn << 40 | end << 20 | first, std::memory_order_seq_cst);
+        }
         if (sleeping_.load(std::memory_order_seq_cst) > 0) {
             std::lock_guard<std::mutex> hold(mutex_);
             wake_.notify_all();
         }
         take(0);
-        while (job.done.load(std::memory_order_acquire) < chunks) pause();
+        fetch_while(0, job, [&] { return job.done.load(std::memory_order_acquire) < chunks; });
     }
 
 private:
+    static constexpr Index kSpans = 16;
+    static constexpr Index kFetched = 256 << 10;  // bytes that a thread fetches ahead: what a second-level cache has to spare
+    static constexpr int kJobs = 4;               // a late worker may still look at the job before this one
+    static constexpr int kLooks = 4000;           // pauses of some 50 ns each
+    static constexpr std::uint64_t kMost = (1u << 20) - 1;
+
+    struct Span {
+        std::atomic<const char*> at{nullptr};
+        std::atomic<Index> bytes{0};
+    };
     struct Job {
         void (*call)(const void*, Index, int) = nullptr;
         const void* self = nullptr;
-        Index chunks = 0;
         std::atomic<Index> done{0};
+        Span spans[kSpans];
     };
-    static constexpr int kJobs = 4;       // a late worker may still look at the job before this one
-    static constexpr int kLooks = 1000;   // pauses of some 50 ns each
+    // A thread's chunks: the job's number, the end of the share and the next chunk in one word. A chunk that was taken
+    // therefore belongs to a job whose caller is still waiting for it, however late the taker is.
+    struct alignas(64) Share {
+        std::atomic<std::uint64_t> word{0};
+    };
+    static bool left(std::uint64_t word) { return (word & kMost) < (word >> 20 & kMost); }
 
-    // Take chunks of whatever job is current until none is left. The ticket holds job and next chunk in one word, so
-    // a chunk that was taken belongs to a job whose caller is still waiting for it.
+    // Take chunks until none is left: one's own, then the others'.
     void take(int thread) {
-        for (;;) {
-            if (exhausted(ticket_.load(std::memory_order_acquire))) return;
-            const std::uint64_t got = ticket_.fetch_add(1, std::memory_order_acq_rel);
-            Job& job = jobs_[(got >> 32) % kJobs];
-            const Index chunk = static_cast<Index>(got & 0xffffffffu);
-            if (chunk >= job.chunks) return;
-            job.call(job.self, chunk, thread);
-            job.done.fetch_add(1, std::memory_order_acq_rel);
-        }
-    }
-    bool exhausted(std::uint64_t ticket) const {
-        return static_cast<Index>(ticket & 0xffffffffu) >= jobs_[(ticket >> 32) % kJobs].chunks;
-    }
-
-    void work(int thread) {
-        int looks = 0;
-        while (!stopping_.load(std::memory_order_relaxed)) {
-            if (!exhausted(ticket_.load(std::memory_order_acquire))) {
-                take(thread);
-                looks = 0;
-            } else if (++looks < kLooks) {
-                pause();
-            } else {
-                std::unique_lock<std::mutex> hold(mutex_);
-                sleeping_.fetch_add(1, std::memory_order_seq_cst);
-                wake_.wait(hold, [this] { return stopping_.load() || !exhausted(ticket_.load(std::memory_order_seq_cst)); });
-                sleeping_.fetch_sub(1, std::memory_order_seq_cst);
-                looks = 0;
+        const int count = threads();
+        for (int i = 0; i < count; ++i) {
+            std::atomic<std::uint64_t>& word = shares_[(thread + i) % count].word;
+            while (left(word.load(std::memory_order_acquire))) {
+                const std::uint64_t got = word.fetch_add(1, std::memory_order_acq_rel);
+                if (!left(got)) break;
+                Job& job = jobs_[(got >> 40) % kJobs];
+                job.call(job.self, static_cast<Index>(got & kMost), thread);
+                job.done.fetch_add(1, std::memory_order_acq_rel);
             }
         }
     }
 
-    std::vector<std::thread> workers_;
+    // Wait, fetching what the next job will read; gives up after so many looks in vain.
+    template <class Waiting>
+    void fetch_while(int thread, const Job& job, const Waiting& waiting, int looks = 1 << 30) const {
+        const Index count = threads();
+        Index room = kFetched;
+        for (const Span& span : job.spans) {
+            const Index bytes = span.bytes.load(std::memory_order_relaxed), first = bytes * thread / count;
+            const char* at = span.at.load(std::memory_order_relaxed) + first;
+            const Index mine = std::min(room, bytes * (thread + 1) / count - first);
+            for (Index done = 0; done < mine; done += 256) {
+                if (!waiting()) return;
+                fetch(at + done, 256);
+            }
+            room -= mine;
+        }
+        while (looks-- > 0 && waiting()) pause();
+    }
+
+    void work(int thread) {
+        std::atomic<std::uint64_t>& word = shares_[thread].word;
+        std::uint64_t seen = 0;
+        const auto idle = [&] { return word.load(std::memory_order_acquire) >> 40 == seen && !stopping_.load(std::memory_order_relaxed); };
+        while (!stopping_.load(std::memory_order_relaxed)) {
+            if (!idle()) {
+                seen = word.load(std::memory_order_acquire) >> 40;
+                take(thread);
+            }
+            fetch_while(thread, jobs_[seen % kJobs], idle, kLooks);
+            if (!idle()) continue;
+            std::unique_lock<std::mutex> hold(mutex_);
+            sleeping_.fetch_add(1, std::memory_order_seq_cst);
+            wake_.wait(hold, [&] { return stopping_.load() || word.load(std::memory_order_seq_cst) >> 40 != seen; });
+            sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+        }
+    }
+
+    std::vector<Share> shares_;
     Job jobs_[kJobs];
     std::uint64_t turn_ = 0;
-    alignas(64) std::atomic<std::uint64_t> ticket_{0};
+    std::pair<const char*, Index> ahead_[kSpans];
+    Index spans_ = 0;
     alignas(64) std::atomic<int> sleeping_{0};
     std::atomic<bool> stopping_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::vector<std::thread> workers_;  // last: they use all of the above
 };
 
 }  // namespace sprat

@@ -100,19 +100,25 @@ inline Index pieces(const Pool& pool, Index units, Index rows) {
     return std::max<Index>(1, std::min<Index>(units, pool.threads() * (rows >= 32 ? 8 : 2)));
 }
 
-// Several products of the same rows in one go.
+// The job after the next `run` will read these matrices, cut evenly by rows.
+inline void look_ahead(Pool& pool, std::initializer_list<const Matrix*> next) {
+    for (const Matrix* w : next) {
+        if (w->rows == 0) continue;
+        pool.look_ahead(w->data, w->bytes());
+        if (w->scales) pool.look_ahead(w->scales, w->mark_bytes());
+        if (w->minimums) pool.look_ahead(w->minimums, w->mark_bytes());
+    }
+}
+
+// Several products of the same rows in one go; a chunk is a share of each.
 inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product> products) {
-    Index panels = 0;
-    for (const Product& p : products) panels += p.w->panels();
-    const Index chunks = pieces(pool, panels, in.count);
+    Index most = 0;
+    for (const Product& p : products) most = std::max(most, p.w->panels());
+    const Index chunks = pieces(pool, most, in.count);
     pool.run(chunks, [&](Index chunk, int) {
-        const Index first = panels * chunk / chunks, last = panels * (chunk + 1) / chunks;
-        Index before = 0;
         for (const Product& p : products) {
-            const Index from = std::max(first - before, Index{0}), to = std::min(last - before, p.w->panels());
-            before += p.w->panels();
-            if (from >= to) continue;
-            over_rows(from, to, in.count, [&](Index at, Index start, Index size) {
+            const Index panels = p.w->panels();
+            over_rows(panels * chunk / chunks, panels * (chunk + 1) / chunks, in.count, [&](Index at, Index start, Index size) {
                 Lane out[kTile];
                 panel(*p.w, at, in, start, size, out);
                 const Index have = p.w->rows - at * kLanes;
@@ -120,6 +126,46 @@ inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product>
             });
         }
     });
+}
+
+// The greatest of the first `vocab` outputs of each row, the first of equals; -1 where one is not finite. The outputs
+// themselves are written nowhere.
+inline void multiply_best(Pool& pool, const Input& in, const Matrix& w, Index vocab, Room<float>& room, std::int64_t* best) {
+    const Index panels = (std::min(vocab, w.rows) + kLanes - 1) / kLanes, chunks = pieces(pool, panels, in.count), wide = 2 + kLanes;
+    float* held = room.need(chunks * in.count * wide);  // for each chunk and row: greatest, which, and 0 or NaN
+    pool.run(chunks, [&](Index chunk, int) {
+        float* mine = held + chunk * in.count * wide;
+        for (Index r = 0; r < in.count; ++r) {
+            mine[r * wide] = -INFINITY;
+            store(mine + r * wide + 2, zero());
+        }
+        over_rows(panels * chunk / chunks, panels * (chunk + 1) / chunks, in.count, [&](Index at, Index start, Index size) {
+            Lane out[kTile];
+            panel(w, at, in, start, size, out);
+            const Index first = at * kLanes, have = std::min<Index>(kLanes, std::min(vocab, w.rows) - first);
+            for (Index r = 0; r < size; ++r) {
+                float* row = mine + (start + r) * wide;
+                store(row + 2, add(load(row + 2), sub(out[r], out[r])));
+                if (have == kLanes && !(largest(out[r]) > row[0])) continue;
+                alignas(64) float each[kLanes];
+                store(each, out[r]);
+                for (Index i = 0; i < have; ++i) {
+                    const auto which = static_cast<std::int32_t>(first + i);
+                    if (each[i] > row[0]) row[0] = each[i], std::memcpy(row + 1, &which, 4);
+                }
+            }
+        });
+    });
+    for (Index r = 0; r < in.count; ++r) {
+        float top = -INFINITY, fine = 0.0f;
+        best[r] = -1;
+        for (Index c = 0; c < chunks; ++c) {
+            const float* row = held + (c * in.count + r) * wide;
+            fine += total(load(row + 2));
+            if (row[0] > top) top = row[0], best[r] = whole(row + 1);
+        }
+        if (fine != 0.0f) best[r] = -1;
+    }
 }
 
 // x / rms(x) * w
