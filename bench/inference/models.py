@@ -4,7 +4,7 @@
 float32 weights are "the model" from which every engine's own class is made. *moe*: a DeepSeek-V3 shape of about 294 M
 parameters, 46 M of them at work for a token, with random weights of one seed: speed does not ask what they mean.
 
-A folder holds `hf/` (float32 safetensors, for transformers), `sprat/` (our INT4, rounded to the nearest), `f32.gguf` and
+A folder holds `hf/` (float32 safetensors, for transformers), `sprat/` (our INT4, rounded to the nearest), `f32.gguf`,
 `Q4_0.gguf` and, for the dense model, the other classes that quality is compared with and `fitted/`, our INT4 with codes
 fitted to text (GPTQ); `tokens.npy` is real text in its ids, none of which a code was fitted to.
 """

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sprat.engine.sequence import Sequence
 
-FEW = 8
+FEW = 16
 At = list[int] | NDArray[np.int64]  # slots as an index; a list where they are few
 
 
@@ -46,8 +46,9 @@ class Chunk:
 class Plan:
     """One step: the decoding rows, with their slots in the same order, drafts by slot, and pieces of prompts.
 
-    ``at`` are the slots as an index. The weights of a step wash all else out of the processor's caches, and then numpy's
-    way into an operation on whole arrays takes 50 µs, a fiftieth of a small model's step: few rows go one by one.
+    ``at`` are the slots as an index. The weights of a step wash all else out of the processor's caches, and then
+    numpy's way into an operation on whole arrays takes 50 µs, a fiftieth of a small model's step: few rows go one by
+    one.
     """
 
     rows: list[Sequence]

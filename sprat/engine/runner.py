@@ -2,8 +2,8 @@
 
 Whatever a sequence does in this step, it has so many new tokens at such positions: one for an answer that goes on, a
 few more where drafts are checked, many for a piece of a prompt. They are laid one behind the other by whole-array
-operations; where nothing but answers go on, as in almost every step, the arrays of the last step are used again, and where
-only likeliest tokens are wanted, no logits come back.
+operations; where nothing but answers go on, as in almost every step, the arrays of the last step are used again, and
+where only likeliest tokens are wanted, no logits come back.
 
 S sequences, T new tokens, A of them of answers, N new answers, R rows of logits or samples, W blocks.
 """

@@ -61,30 +61,40 @@ struct AttentionRoom {
         : queries(at), scores(at + (kQueries * key_width + kLanes - 1) / kLanes * kLanes), sums(scores + kQueries * kSpan) {}
 };
 
-// Scores of one block: room.scores[r][from …] = q . k.
-template <class Format, int rows>
-inline void score_block(const typename Format::Type* keys, Index wide, const AttentionRoom& room, Index from) {
-    Lane sum[rows][kPanels];
+// Scores of the first `panels` panels of a block: room.scores[r][from …] = q . k.
+template <class Format, int rows, int panels>
+inline void score_panels(const typename Format::Type* keys, Index wide, const AttentionRoom& room, Index from) {
+    Lane sum[rows][panels];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) sum[r][p] = zero();
+        for (int p = 0; p < panels; ++p) sum[r][p] = zero();
     }
     for (Index c = 0; c < wide; ++c) {
-        Lane key[kPanels];
+        Lane key[panels];
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) key[p] = Format::get(keys + (p * wide + c) * kLanes);
+        for (int p = 0; p < panels; ++p) key[p] = Format::get(keys + (p * wide + c) * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const Lane q = all(room.queries[c * rows + r]);
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) sum[r][p] = fma(q, key[p], sum[r][p]);
+            for (int p = 0; p < panels; ++p) sum[r][p] = fma(q, key[p], sum[r][p]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) store(room.scores + r * kSpan + from + p * kLanes, sum[r][p]);
+        for (int p = 0; p < panels; ++p) store(room.scores + r * kSpan + from + p * kLanes, sum[r][p]);
+    }
+}
+
+template <class Format, int rows>
+inline void score_block(const typename Format::Type* keys, Index wide, const AttentionRoom& room, Index from, Index held) {
+    switch ((held + kLanes - 1) / kLanes) {
+        case 1: return score_panels<Format, rows, 1>(keys, wide, room, from);
+        case 2: return score_panels<Format, rows, 2>(keys, wide, room, from);
+        case 3: return score_panels<Format, rows, 3>(keys, wide, room, from);
+        default: return score_panels<Format, rows, 4>(keys, wide, room, from);
     }
 }
 
@@ -176,7 +186,7 @@ void attend_rows(const Paged<Format>& at, const float* const* query, const std::
             const auto* keys = at.keys((start + from) / kBlock);
             // Values are read a few channels at a time, across blocks: that order no processor foresees.
             if (at.values) fetch(keys + at.values, kBlock * deep * static_cast<Index>(sizeof *keys));
-            score_block<Format, rows>(keys, wide, room, from);
+            score_block<Format, rows>(keys, wide, room, from, held - from);
         }
         const Index padded = (held + kLanes - 1) / kLanes * kLanes;
         for (int r = 0; r < rows; ++r) {

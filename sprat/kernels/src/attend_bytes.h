@@ -64,15 +64,18 @@ struct ByteRoom {
     }
 };
 
-// Round `width` numbers to [.. / 4, rows, 4] with one scale; what the offset 128 of the codes starts a sum with.
+// Round `width` numbers (a multiple of 4) to [.. / 4, rows, 4] with one scale; what the offset 128 of the codes starts a
+// sum with.
 template <int rows>
 inline std::int32_t round_part(const float* x, Index width, int row, std::int8_t* out, float* scale) {
     const float top = largest_of(x, width), inverse = top > 0.0f ? 127.0f / top : 0.0f;
     std::int32_t sum = 0;
-    for (Index c = 0; c < width; ++c) {
-        const int code = static_cast<int>(std::nearbyint(x[c] * inverse));
-        out[(c / 4 * rows + row) * 4 + c % 4] = static_cast<std::int8_t>(code);
-        sum += code;
+    alignas(64) std::int8_t codes[kLanes];
+    for (Index c = 0; c < width; c += kLanes) {
+        const Index some = std::min<Index>(kLanes, width - c);
+        store_codes(codes, mul(some == kLanes ? load(x + c) : load_some(x + c, some), all(inverse)));
+        for (Index i = 0; i < kLanes; ++i) sum += codes[i];
+        for (Index i = 0; i < some; i += 4) std::memcpy(out + ((c + i) / 4 * rows + row) * 4, codes + i, 4);
     }
     *scale = top / 127.0f;
     return -128 * sum;
@@ -110,6 +113,12 @@ void attend_bytes_rows(const PagedBytes& at, const float* const* query, const st
             const std::uint8_t* block = at.block((start + from) / kBlock);
             const Index panel = from % kBlock / kLanes;
             const std::uint8_t* codes = block + panel * channels * kLanes;
+            // Two panels of the next block: it may lie anywhere, so no processor looks that far.
+            if (start + from + kBlock < last) {
+                const std::uint8_t* next = at.block((start + from) / kBlock + 1) + panel * channels * kLanes;
+                fetch(next, 2 * channels * kLanes);
+                if (at.values) fetch(next + at.values, 2 * at.deep * kLanes);
+            }
             Ints sum[rows][2];
             dot_panels<rows>(codes, channels, 0, at.wide / 4, room.queries, offset[0], sum);
             for (int k = 0; k < 2; ++k) {

@@ -145,7 +145,8 @@ inline void multiply_best(Pool& pool, const Input& in, const Matrix& w, Index vo
             const Index first = at * kLanes, have = std::min<Index>(kLanes, std::min(vocab, w.rows) - first);
             for (Index r = 0; r < size; ++r) {
                 float* row = mine + (start + r) * wide;
-                store(row + 2, add(load(row + 2), sub(out[r], out[r])));
+                const Lane asked = have == kLanes ? out[r] : first_lanes(out[r], have);
+                store(row + 2, add(load(row + 2), sub(asked, asked)));
                 if (have == kLanes && !(largest(out[r]) > row[0])) continue;
                 alignas(64) float each[kLanes];
                 store(each, out[r]);

@@ -26,6 +26,10 @@ inline void fetch(const void* from, Index bytes) {  // into the second-level cac
     for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }
 
+#if defined(__F16C__)
+inline float half_to_float(std::uint16_t h) { return _cvtsh_ss(h); }
+inline std::uint16_t float_to_half(float f) { return static_cast<std::uint16_t>(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
+#else
 inline float half_to_float(std::uint16_t h) {
     const std::uint32_t sign = (h & 0x8000u) << 16, body = h & 0x7fffu;
     std::uint32_t bits;
@@ -58,6 +62,7 @@ inline std::uint16_t float_to_half(float f) {  // round to nearest even
     const std::uint32_t rounded = body + 0xfffu + ((body >> 13) & 1u);
     return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
+#endif
 
 inline float bfloat_to_float(std::uint16_t b) {
     const std::uint32_t bits = static_cast<std::uint32_t>(b) << 16;

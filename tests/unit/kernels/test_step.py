@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,61 @@ def test_weights_that_change_are_seen_at_once() -> None:
             tensor.mul_(1.1)
     after = backend.run(batch_of((tokens, 0), tables=[[0]]))
     assert not torch.allclose(before, after) and torch.allclose(after, truth(model, tokens), atol=5e-5)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_likeliest_tokens_are_those_of_the_logits(rows: int, quantised: bool) -> None:
+    model = model_of("v3")
+    with torch.no_grad():
+        model.head.weight[150] = model.head.weight[70]  # equals: the first counts
+    backend = NativeBackend(quantize(model) if quantised else model, threads=2)
+    backend.reserve(1)
+    for vocab in (203, 150, 17):
+        for seed in range(20):
+            batch = batch_of((tokens_of(rows, seed), 0), tables=[[0]])
+            logits = backend.run(batch).numpy()[:, :vocab]
+            assert backend.best(batch, vocab).tolist() == logits.argmax(1).tolist()
+    with pytest.raises(ValueError):
+        backend.best(batch, 204)
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf"), float("-inf")])
+def test_no_token_is_likeliest_where_a_logit_is_not_finite(fault: float) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.embed_tokens.weight[131, 5] = fault  # the head is tied to it
+    backend = NativeBackend(model, threads=2)
+    backend.reserve(1)
+    batch = batch_of(([7, 8], 0), tables=[[0]])
+    assert backend.best(batch, 203).tolist() == [-1, -1]
+    assert min(backend.best(batch, 131).tolist()) >= 0, "nobody asked for that token"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "v3"])
+def test_bits_do_not_depend_on_who_computes_what(family: str) -> None:
+    """More threads than cores, and somebody else at work: chunks change hands, sums do not."""
+    model, tokens = quantize(model_of(family)), tokens_of(60)
+    alone, many = NativeBackend(model, threads=1), NativeBackend(model, threads=7)
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            sum(range(2000))
+
+    others = [threading.Thread(target=disturb) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    try:
+        for backend in (alone, many):
+            backend.reserve(1)
+        for place in range(60):
+            batch = batch_of((tokens[place : place + 1], place), tables=[[0]])
+            assert torch.equal(alone.run(batch), many.run(batch))
+    finally:
+        stop.set()
+        for thread in others:
+            thread.join()
 
 
 def test_drafts_equal_the_model_s_own_prediction_modules() -> None:
