@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK, Batch
-from sprat.engine.panels import GROUP, KINDS, Pages, floating, floats, plain, stack
+from sprat.engine.panels import GROUP, KINDS, Pages, floating, floats, give_back, plain, stack
 from sprat.errors import MachineError
 from sprat.kernels import native, why_not
 from sprat.model import Linear, MoE, Transformer
@@ -82,6 +82,8 @@ class NativeBackend:
             parts |= {name: floats(norm.weight) for name, norm in gains.items()}
             self._decoder.add_drafter(parts | {"join": self._matrix(module.eh_proj)})
         self.block_bytes = int(self._decoder.block_bytes)
+        if consume:
+            give_back()
 
     @staticmethod
     def accepts(model: Transformer) -> str | None:
