@@ -72,6 +72,7 @@ class Core:
         self._events: Counter[threading.Event] = Counter()
         self._lock, self._stepping = threading.Lock(), threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._steps = self._sampled = 0
         self._seconds = 0.0
         self._build()
 
@@ -90,8 +91,8 @@ class Core:
                 result = self.runner.run(plan)
                 with self._lock:
                     ended, accepted = settle(plan, result, self.runner, self.handles, self._ends)
-                    self._counts["steps"] += 1
-                    self._counts["sampled"] += len(result.rows)
+                    self._steps += 1
+                    self._sampled += len(result.rows)
                     self._seconds += result.seconds
                     done = self._let_go(ended) if ended else []
                 self.speculation.follow(plan, result, accepted)
@@ -130,8 +131,8 @@ class Core:
                 blocks_held=blocks.used,
                 blocks_cached=blocks.cached,
                 block_bytes=self.backend.block_bytes,
-                steps=self._counts["steps"],
-                sampled_tokens=self._counts["sampled"] + self.speculation.accepted,
+                steps=self._steps,
+                sampled_tokens=self._sampled + self.speculation.accepted,
                 prompt_tokens=self._counts["prompt"],
                 hit_tokens=self._counts["hit"],
                 preempted=self._counts["preempted"] + self.scheduler.preempted,

@@ -78,7 +78,7 @@ class Runner:
         """
         if not plan.chunks and not plan.drafts:
             return self._run_plain(plan)
-        self._batch = None
+        self._leave()
         scheduler, answers = self.scheduler, self._answers(plan)
         batch = self._compose(plan, answers)
         logits_RV, seconds = self._compute(batch)
@@ -103,6 +103,7 @@ class Runner:
         slots_S, scheduler, sampler = plan.slots_S, self.scheduler, self.sampler
         batch = self._batch
         if batch is None or self._slots_S is not slots_S or self._version != scheduler.blocks.version:
+            self._leave()
             starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
             places_S = scheduler.stored[slots_S]
             batch = Batch(self.last[slots_S], places_S, starts_S, self._tables(slots_S), starts_S[:-1])
@@ -123,9 +124,14 @@ class Runner:
             seconds = time.perf_counter() - began
             samples = sampler.sample(logits_RV, slots_S)
         add_at(scheduler.stored, plan.at, 1)
-        put_at(self.last, plan.at, samples.tokens)
         self._said = samples.tokens
         return Result(plan.rows, plan.at, samples, batch, seconds)
+
+    def _leave(self) -> None:
+        """Let go of the batch that plain steps used again and again; what it sampled last is told to ``last``."""
+        if self._slots_S is not None and self._batch is not None:
+            self.last[self._slots_S] = self._said
+        self._batch = None
 
     def _compute(self, batch: Batch) -> tuple[Tensor, float]:
         """Logits, and how long they took."""

@@ -5,14 +5,12 @@ budget with pieces of prompts (Yu et al., "Orca", OSDI 2022; Agrawal et al., "Sa
 
 *Fair.* The next piece of a prompt, and the next free slot, go to the tenant that was served least (``tenants``).
 
-*Memory.* A request is admitted when all blocks of its prompt can be had, so a prompt that has begun never waits for
-memory. An answer that grows into a new block may find none: then the youngest request of the most served tenant goes
-back to the front of its queue, with what it has said so far, and is computed again later. Admission takes nothing
-from anybody, every request fits when it is alone, and what was sampled is kept, so each such retreat follows a token
-that some request gained: it cannot go on for ever.
+*Memory.* A request is admitted when all blocks of its prompt can be had, so a prompt that has begun never waits for it.
+An answer that grows into a new block may find none: then the youngest request of the most served tenant goes back to
+the front of its queue and is computed again later. Admission takes nothing from anybody, every request fits when it is
+alone, and what was sampled is kept: each retreat follows a token that some request gained, so it cannot go on for ever.
 
-*Twins.* Requests of one prompt (``n``, RL groups) that are admitted while the first of them computes it wait for that,
-then fork its memory and sample from the same logits.
+*Twins.* Requests of one prompt (``n``, RL groups) wait for the first of them, then fork its memory and its logits.
 """
 
 from __future__ import annotations
@@ -49,14 +47,14 @@ class Scheduler:
         self.at: list[Sequence | None] = [None] * slots
         self.stored = np.zeros(slots, np.int32)
         self._doomed: list[Sequence] = []
-        self.preempted = 0
         self._published = np.zeros(slots, np.int32)  # blocks of each slot that were given their key
         self._free = list(range(slots - 1, -1, -1))
-        self.tenants = Tenants()
+        self.tenants, self.preempted = Tenants(), 0
         self._leaders: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
         self._rows: tuple[list[Sequence], NDArray[np.int64], At] | None = None
         self._calm = 0  # plain steps until an answer may fill a block
+        self._plan: Plan | None = None
 
     @property
     def running(self) -> list[Sequence]:
@@ -65,10 +63,14 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a request at the end of its tenant's queue."""
+        self._plan = None
         self.tenants.share(sequence).waiting.append(sequence)
 
     def plan(self) -> Plan:
-        """Choose what the next step computes, and get the blocks for it."""
+        """Choose what the next step computes, and get the blocks for it; the same plan as long as nothing happens."""
+        known = self._plan
+        if known and self._rows and known.rows is self._rows[0] and self._calm > 0 and not known.drafts:
+            return known
         self._grow()
         rows, slots_S, at = self._answering()
         idle = not any(share.prefilling or (share.waiting and self._free) for share in self.tenants)
@@ -76,7 +78,9 @@ class Scheduler:
         if len(self.tenants) > 1:
             for sequence in rows:
                 self.tenants.share(sequence).served += 1
-        return Plan(rows, slots_S, at, chunks, {})
+        plan = Plan(rows, slots_S, at, chunks, {})
+        self._plan = plan if idle and len(self.tenants) == 1 else None
+        return plan
 
     def computed(self, chunks: list[Chunk]) -> list[list[Sequence]]:
         """Book pieces of prompts as computed; for each prompt that is whole now, those that sample from its logits."""
@@ -95,8 +99,7 @@ class Scheduler:
         self._calm -= most
         if self._calm > 0:
             return
-        filled_S = self.stored[at] // BLOCK > self._published[at]
-        for slot in np.arange(len(self.at))[at][filled_S].tolist():
+        for slot in np.arange(len(self.at))[at][self.stored[at] // BLOCK > self._published[at]].tolist():
             sequence = self.at[slot]
             if sequence is not None:
                 self._publish(sequence, int(self.stored[slot]))
@@ -136,9 +139,8 @@ class Scheduler:
     def _answering(self) -> tuple[list[Sequence], NDArray[np.int64], At]:
         """The decoding requests and their slots; the same objects until one comes or goes."""
         if self._rows is None:
-            slots_S = np.fromiter(self._decoding, np.int64, len(self._decoding))
-            at = list(self._decoding) if len(slots_S) <= FEW else slots_S
-            self._rows = list(self._decoding.values()), slots_S, at
+            slots_S = np.array(slots := list(self._decoding), np.int64)
+            self._rows = list(self._decoding.values()), slots_S, slots if len(slots) <= FEW else slots_S
             self._calm = 0
         return self._rows
 
@@ -179,8 +181,7 @@ class Scheduler:
             _, _, number, share = order[0]
             sequence = next((one for one in share.prefilling if one.id not in taken), None)
             if sequence is None and share.waiting and not blocked:
-                sequence = self._admit(share)
-                blocked = sequence is None
+                blocked = (sequence := self._admit(share)) is None
             if sequence is None:
                 heapq.heappop(order)
                 continue
@@ -204,8 +205,7 @@ class Scheduler:
         if not share.waiting or not self._free:
             return None
         sequence = share.waiting[0]
-        tokens = sequence.length
-        self.keys.extend(sequence, tokens)
+        self.keys.extend(sequence, tokens := sequence.length)
         keys = sequence.keys[: (tokens - 1) // BLOCK]  # the last token is always computed: its logits are needed
         if not self.blocks.room(keys, tokens + 1):
             return None

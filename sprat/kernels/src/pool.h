@@ -85,7 +85,9 @@ public:
             wake_.notify_all();
         }
         take(0);
-        fetch_while(0, job, [&] { return job.done.load(std::memory_order_acquire) < chunks; });
+        const auto unfinished = [&] { return job.done.load(std::memory_order_acquire) < chunks; };
+        fetch_while(0, job, unfinished);
+        while (unfinished()) pause();
     }
 
 private:
@@ -127,9 +129,9 @@ private:
         }
     }
 
-    // Wait, fetching what the next job will read; gives up after so many looks in vain.
+    // Fetch what the next job will read, as long as there is nothing to do.
     template <class Waiting>
-    void fetch_while(int thread, const Job& job, const Waiting& waiting, int looks = 1 << 30) const {
+    void fetch_while(int thread, const Job& job, const Waiting& waiting) const {
         const Index count = threads();
         Index room = kFetched;
         for (const Span& span : job.spans) {
@@ -142,7 +144,6 @@ private:
             }
             room -= mine;
         }
-        while (looks-- > 0 && waiting()) pause();
     }
 
     void work(int thread) {
@@ -154,7 +155,8 @@ private:
                 seen = word.load(std::memory_order_acquire) >> 40;
                 take(thread);
             }
-            fetch_while(thread, jobs_[seen % kJobs], idle, kLooks);
+            fetch_while(thread, jobs_[seen % kJobs], idle);
+            for (int looks = 0; looks < kLooks && idle(); ++looks) pause();
             if (!idle()) continue;
             std::unique_lock<std::mutex> hold(mutex_);
             sleeping_.fetch_add(1, std::memory_order_seq_cst);
