@@ -71,37 +71,33 @@ class Sprat:
         """Resident bytes of the bare interpreter and after importing torch and Sprat; the back end's name."""
         return self._facts
 
-    def _submit(self, prompts: list[list[int]], tokens: int) -> None:
+    def _submit(self, prompts: list[list[int]], tokens: int) -> list[int]:
         from sprat import Sampling
 
-        for prompt in prompts:
-            self.engine.add(prompt, Sampling(temperature=0, max_tokens=tokens))
+        return [self.engine.add(prompt, Sampling(temperature=0, max_tokens=tokens)) for prompt in prompts]
 
     def decode(self, prompts: list[list[int]], steps: int) -> dict[str, float]:
         """Greedy tokens of all ``prompts`` at once through the engine.
 
-        Timed are the last ``steps`` steps before the first request ends, when all rows decode together. ``outside``
-        are the seconds of them in which no native step ran.
+        Timed are the ``steps`` steps after ``WARM``, when all rows decode together. ``outside`` are the seconds of them
+        in which no native step ran.
 
         Raises:
             RuntimeError: a request ended before its time.
         """
-        self._submit(prompts, steps + WARM)
-        marks = []
-        while True:
-            inside = self.timed.inside
-            marks.append((time.perf_counter(), time.process_time(), inside))
+        first = self.engine.core.handles[self._submit(prompts, steps + WARM)[0]].sequence
+        while len(first.token_ids) < WARM:
+            self.engine.step()
+        clock, inside, finished = Clock(), self.timed.inside, []
+        while not finished:
             finished = self.engine.step()
-            if finished:
-                break
-        end = (time.perf_counter(), time.process_time(), self.timed.inside)
+        figures = clock.read(steps * len(prompts))
+        figures["outside"] = figures["seconds"] - (self.timed.inside - inside)
         while self.engine.busy:
             finished += self.engine.step()
         if any(len(handle.result().token_ids) != steps + WARM for handle in finished):
             raise RuntimeError("a request ended early: its tokens cannot be counted")
-        seconds, processor, inside = (b - a for a, b in zip(marks[-steps], end, strict=True))
-        figures = {"tokens": steps * len(prompts), "seconds": seconds, "processor": processor}
-        return {**figures, "outside": seconds - inside}
+        return figures
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
         """The first token after ``prompt``, through the engine; ``hit`` tells how many tokens were cached."""
