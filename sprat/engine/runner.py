@@ -58,17 +58,30 @@ class Answers:
     counts_S: NDArray[np.int64]
 
 
+@dataclass(slots=True)
+class Steady:
+    """The batch of plain steps, used again in place while the same answers go on in the same blocks.
+
+    Attributes:
+        slots_S, version: the slots, and the state of the tables, that it was made for.
+        rows: all of its rows, as an index.
+        said: what the last step sampled.
+    """
+
+    batch: Batch
+    slots_S: NDArray[np.int64]
+    version: int
+    rows: At
+    said: list[int]
+
+
 class Runner:
     """Between the books and the back end."""
 
     def __init__(self, backend: Backend, scheduler: Scheduler, sampler: Sampler) -> None:
         self.backend, self.scheduler, self.sampler = backend, scheduler, sampler
         self.last = np.zeros(len(scheduler.at), np.int32)  # by slot: the token sampled last, not yet in memory
-        self._batch: Batch | None = None  # of the last step, if that was a plain one, with what it was made for:
-        self._slots_S: NDArray[np.int64] | None = None
-        self._version = -1
-        self._every: At = []  # its rows
-        self._said: list[int] = []  # and what it sampled
+        self._steady: Steady | None = None
 
     def run(self, plan: Plan) -> Result:
         """Compute a plan and sample from it. Every row is booked with one token; drafts that hold add to that.
@@ -100,38 +113,41 @@ class Runner:
         The weights have washed this code and its objects out of the processor's caches since the last step, so what
         counts here is how much memory is touched: where the same answers go on, their batch is used again in place.
         """
-        slots_S, scheduler, sampler = plan.slots_S, self.scheduler, self.sampler
-        batch = self._batch
-        if batch is None or self._slots_S is not slots_S or self._version != scheduler.blocks.version:
+        slots_S, scheduler, sampler, steady = plan.slots_S, self.scheduler, self.sampler, self._steady
+        if steady is None or steady.slots_S is not slots_S or steady.version != scheduler.blocks.version:
             self._leave()
-            starts_S = np.arange(len(slots_S) + 1, dtype=np.int32)
-            places_S = scheduler.stored[slots_S]
-            batch = Batch(self.last[slots_S], places_S, starts_S, self._tables(slots_S), starts_S[:-1])
-            self._batch, self._slots_S, self._version = batch, slots_S, scheduler.blocks.version
-            self._every = list(range(len(slots_S))) if len(slots_S) <= FEW else np.arange(len(slots_S))
+            steady = self._steady = self._enter(slots_S)
         else:
-            put_at(batch.tokens_T, self._every, self._said)
-            add_at(batch.positions_T, self._every, 1)
-        began = time.perf_counter()
+            put_at(steady.batch.tokens_T, steady.rows, steady.said)
+            add_at(steady.batch.positions_T, steady.rows, 1)
         if sampler.plain(slots_S):
-            tokens_S = self.backend.best(batch, sampler.vocab)
-            seconds = time.perf_counter() - began
-            samples = Samples(tokens_S)
+            began = time.perf_counter()
+            tokens_S = self.backend.best(steady.batch, sampler.vocab)
+            seconds, samples = time.perf_counter() - began, Samples(tokens_S)
             if min(samples.tokens) < 0:
                 raise not_finite()
         else:
-            logits_RV = self.backend.run(batch)
-            seconds = time.perf_counter() - began
+            logits_RV, seconds = self._compute(steady.batch)
             samples = sampler.sample(logits_RV, slots_S)
         add_at(scheduler.stored, plan.at, 1)
-        self._said = samples.tokens
-        return Result(plan.rows, plan.at, samples, batch, seconds)
+        steady.said = samples.tokens
+        return Result(plan.rows, plan.at, samples, steady.batch, seconds)
+
+    def _enter(self, slots_S: NDArray[np.int64]) -> Steady:
+        """The batch of the answers in these slots."""
+        count = len(slots_S)
+        starts_S = np.arange(count + 1, dtype=np.int32)
+        batch = Batch(
+            self.last[slots_S], self.scheduler.stored[slots_S], starts_S, self._tables(slots_S), starts_S[:-1]
+        )
+        rows = list(range(count)) if count <= FEW else np.arange(count)
+        return Steady(batch, slots_S, self.scheduler.blocks.version, rows, [])
 
     def _leave(self) -> None:
-        """Let go of the batch that plain steps used again and again; what it sampled last is told to ``last``."""
-        if self._slots_S is not None and self._batch is not None:
-            self.last[self._slots_S] = self._said
-        self._batch = None
+        """Let go of the batch of plain steps; what it sampled last is told to ``last``."""
+        if self._steady is not None and self._steady.said:
+            self.last[self._steady.slots_S] = self._steady.said
+        self._steady = None
 
     def _compute(self, batch: Batch) -> tuple[Tensor, float]:
         """Logits, and how long they took."""

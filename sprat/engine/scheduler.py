@@ -53,7 +53,6 @@ class Scheduler:
         self._leaders: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
         self._rows: tuple[list[Sequence], NDArray[np.int64], At] | None = None
-        self._calm = 0  # plain steps until an answer may fill a block
         self._plan: Plan | None = None
 
     @property
@@ -141,7 +140,7 @@ class Scheduler:
         if self._rows is None:
             slots_S = np.array(slots := list(self._decoding), np.int64)
             self._rows = list(self._decoding.values()), slots_S, slots if len(slots) <= FEW else slots_S
-            self._calm = 0
+            self._calm = 0  # plain steps until an answer may fill a block
         return self._rows
 
     def _grow(self) -> None:

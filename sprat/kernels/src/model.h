@@ -227,11 +227,12 @@ private:
                 });
             } else {
                 pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
-                attend_all(l, number, b, absorbed, mixed);
+                attend_all(number, b, absorbed, mixed);
                 pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
             }
         } else {
-            attend_all(l, number, b, q, out);
+            look_ahead(pool_, {&l.o});
+            attend_all(number, b, q, out);
         }
         const Input in = input(out, out_wide, count, {&l.o});
         if (l.router.rows) look_ahead(pool_, {&l.router});
@@ -334,7 +335,7 @@ private:
     }
     float* attention_room() { return attention_.need(room_size() * pool_.threads()); }
 
-    void attend_all(const Layer& l, Index number, const Batch& b, const float* q, float* out) {
+    void attend_all(Index number, const Batch& b, const float* q, float* out) {
         const Index groups = dims_.groups(), per = dims_.heads / groups, most = most_queries();
         tasks_.clear();
         for (Index s = 0; s < b.sequences; ++s) {
@@ -347,7 +348,6 @@ private:
             }
         }
         float* rooms = attention_room();
-        if (!dims_.latent) look_ahead(pool_, {&l.o});
         pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) { attend_task(number, b, tasks_[i], q, out, rooms, thread); });
     }
 
