@@ -6,6 +6,9 @@
 // make the 64 bytes of one dot instruction, as in weights. For the weighted values four *tokens* of 16 channels are
 // needed: those are made on the way by turning 4 x 4 bytes, so that latents are kept once. Weights of a span are rounded to seven
 // bits of their largest, each token's scale included. Rows do not depend on each other.
+//
+// Each span stands alone, with a largest score of its own, and spans are joined in the order of the keys. So bits do not depend
+// on whether one thread walks over a sequence or several share its spans (arXiv 2311.01282, section 3).
 #pragma once
 #include "attend.h"
 
@@ -49,6 +52,29 @@ inline void put_bytes(std::uint8_t* codes, Index channels, Index parts, Index pa
     const_cast<float*>(scales_of(codes, channels, parts, panel, part))[lane] = top / 127.0f;
 }
 
+// What keys give a row: the sum of values by weights exp(score - top), and the sum of these weights.
+struct Part {
+    float top, mass;
+    float* sums;  // [deep]
+};
+
+// Add what later keys give.
+inline void join(Part& to, const Part& more, Index deep) {
+    if (more.mass == 0.0f) return;  // none that the row may see
+    const float top = std::max(to.top, more.top);
+    const Lane old = exponential(all(to.top - top)), fresh = exponential(all(more.top - top));
+    alignas(64) float mass[kLanes];
+    store(mass, fma(all(to.mass), old, mul(all(more.mass), fresh)));
+    to.top = top, to.mass = mass[0];
+    for (Index c = 0; c < deep; c += kLanes) store(to.sums + c, fma(load(to.sums + c), old, mul(load(more.sums + c), fresh)));
+}
+
+// Values weighted to a mass of one.
+inline void finish(const Part& part, Index deep, float* out) {
+    const Lane share = all(1.0f / part.mass);
+    for (Index c = 0; c < deep; c += kLanes) store(out + c, mul(load(part.sums + c), share));
+}
+
 struct ByteRoom {
     std::int8_t *queries, *weights;  // [channel / 4, rows, 4], [token / 4, rows, 4]
     float *scores, *sums;            // [rows, kSpan], [rows, deep]
@@ -64,130 +90,140 @@ struct ByteRoom {
     }
 };
 
-// Round `width` numbers (a multiple of 4) to [.. / 4, rows, 4] with one scale; what the offset 128 of the codes starts a
-// sum with.
+// Round `width` numbers (a multiple of 4), none above `top`, to [.. / 4, rows, 4] with one scale; what the offset 128 of
+// the codes starts a sum with.
 template <int rows>
-inline std::int32_t round_part(const float* x, Index width, int row, std::int8_t* out, float* scale) {
-    const float top = largest_of(x, width), inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    std::int32_t sum = 0;
+inline std::int32_t round_part(const float* x, Index width, float top, int row, std::int8_t* out, float* scale) {
+    const Lane inverse = all(top > 0.0f ? 127.0f / top : 0.0f);
+    Lane sum = zero();  // of whole numbers up to 127, fewer than 2^17: exact
     alignas(64) std::int8_t codes[kLanes];
     for (Index c = 0; c < width; c += kLanes) {
         const Index some = std::min<Index>(kLanes, width - c);
-        store_codes(codes, mul(some == kLanes ? load(x + c) : load_some(x + c, some), all(inverse)));
-        for (Index i = 0; i < kLanes; ++i) sum += codes[i];
+        const Lane whole = round_nearest(mul(some == kLanes ? load(x + c) : load_some(x + c, some), inverse));
+        sum = add(sum, whole);
+        store_codes(codes, whole);
         for (Index i = 0; i < some; i += 4) std::memcpy(out + ((c + i) / 4 * rows + row) * 4, codes + i, 4);
     }
     *scale = top / 127.0f;
-    return -128 * sum;
+    return -128 * static_cast<std::int32_t>(total(sum));
 }
 
 template <int rows>
-inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, Index to, const std::int8_t* queries, const std::int32_t* start, Ints (*sum)[2]) {
+inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, Index to, const std::int8_t* queries, const std::int32_t* start, const std::uint8_t* ahead, Ints (*out)[2]) {
+    Ints sum[rows][2];  // in registers: what is behind a pointer is stored at every turn
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = repeat(start[r]);
     for (Index c = from; c < to; ++c) {
         const Bytes one = load_bytes(codes + c * 64), two = load_bytes(codes + channels * kLanes + c * 64);
         const std::int8_t* q = queries + c * rows * 4;
+        fetch(ahead + c * 64, 64), fetch(ahead + channels * kLanes + c * 64, 64);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) sum[r][0] = dot(sum[r][0], one, q + 4 * r), sum[r][1] = dot(sum[r][1], two, q + 4 * r);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
+}
+
+// What the keys from `start` on give, a span of them or up to `last`.
+template <int rows>
+void attend_span(const PagedBytes& at, const std::int32_t (*offset)[rows], const float (*scale)[rows], const std::int32_t* seen, Index start, Index last, Part* to, const ByteRoom& room) {
+    const Index channels = at.wide + at.more, parts = at.more ? 2 : 1;
+    const Index value_channels = at.values ? at.deep : channels, value_parts = at.values ? 1 : parts;
+    const Index held = std::min(last - start, kSpan), padded = (held + kLanes - 1) / kLanes * kLanes;
+    for (Index from = 0; from < held; from += 2 * kLanes) {
+        const std::uint8_t* block = at.block((start + from) / kBlock);
+        const Index panel = from % kBlock / kLanes;
+        const std::uint8_t* codes = block + panel * channels * kLanes;
+        // The next block may lie anywhere, so no processor looks that far.
+        const bool more = start + from + kBlock < last;
+        const std::uint8_t* ahead = more ? at.block((start + from) / kBlock + 1) + panel * channels * kLanes : codes;
+        if (more && at.values) fetch(ahead + at.values - panel * (channels - at.deep) * kLanes, 2 * at.deep * kLanes);
+        Ints sum[rows][2];
+        dot_panels<rows>(codes, channels, 0, at.wide / 4, room.queries, offset[0], ahead, sum);
+        for (int k = 0; k < 2; ++k) {
+            const Lane by = load(scales_of(block, channels, parts, panel + k, 0));
+            for (int r = 0; r < rows; ++r) store(room.scores + r * kSpan + from + k * kLanes, mul(mul(to_float(sum[r][k]), by), all(scale[0][r])));
+        }
+        if (!at.more) continue;
+        dot_panels<rows>(codes, channels, at.wide / 4, channels / 4, room.queries, offset[1], ahead, sum);
+        for (int k = 0; k < 2; ++k) {
+            const Lane by = load(scales_of(block, channels, parts, panel + k, 1));
+            for (int r = 0; r < rows; ++r) {
+                float* score = room.scores + r * kSpan + from + k * kLanes;
+                store(score, fma(mul(to_float(sum[r][k]), by), all(scale[1][r]), load(score)));
+            }
+        }
+    }
+    std::int32_t begin[rows];
+    float unit[rows];
+    for (int r = 0; r < rows; ++r) {
+        float* score = room.scores + r * kSpan;
+        Lane mass = zero();
+        to[r].top = -INFINITY;
+        weigh_row(score, std::min<Index>(seen[r] - start, held), padded, to[r].top, mass);
+        to[r].mass = total(mass);
+        Lane most = zero();
+        for (Index k = 0; k < padded; k += kLanes) {
+            const Index panel = k % kBlock / kLanes;
+            const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
+            Lane by = load(scales_of(block, value_channels, value_parts, panel, 0));
+            if (held - k < kLanes) by = first_lanes(by, held - k);
+            const Lane weight = mul(load(score + k), by);
+            most = max(most, weight);
+            store(score + k, weight);
+        }
+        begin[r] = round_part<rows>(score, padded, largest(most), r, room.weights, &unit[r]);
+    }
+    for (Index c = 0; c < at.deep; c += kLanes) {
+        Ints sum[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sum[r] = repeat(begin[r]);
+        for (Index k = 0; k < padded; k += kLanes) {
+            const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
+            Bytes turned[4];
+            turn_bytes(block + k % kBlock * value_channels + c * kLanes, turned);
+            const std::int8_t* weights = room.weights + k * rows;
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; ++r) sum[r] = dot(sum[r], turned[q], weights + (q * rows + r) * 4);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) store(to[r].sums + c, mul(to_float(sum[r]), all(unit[r])));
     }
 }
 
 template <int rows>
-void attend_bytes_rows(const PagedBytes& at, const float* const* query, const std::int32_t* seen, float* const* out, const ByteRoom& room) {
-    const Index channels = at.wide + at.more, parts = at.more ? 2 : 1;
-    const Index value_channels = at.values ? at.deep : channels, value_parts = at.values ? 1 : parts;
+void attend_bytes_rows(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to, const ByteRoom& room) {
     std::int32_t offset[2][rows];
-    float scale[2][rows], top[rows], factor[rows], share[rows];
-    Lane mass[rows];
-    Index last = 0;
+    float scale[2][rows];
     for (int r = 0; r < rows; ++r) {
-        last = seen[r] > last ? seen[r] : last;
-        top[r] = -INFINITY, mass[r] = zero();
-        offset[0][r] = round_part<rows>(query[r], at.wide, r, room.queries, &scale[0][r]);
-        if (at.more) offset[1][r] = round_part<rows>(query[r] + at.wide, at.more, r, room.queries + at.wide * rows, &scale[1][r]);
+        offset[0][r] = round_part<rows>(query[r], at.wide, largest_of(query[r], at.wide), r, room.queries, &scale[0][r]);
+        if (!at.more) continue;
+        const float* rest = query[r] + at.wide;
+        offset[1][r] = round_part<rows>(rest, at.more, largest_of(rest, at.more), r, room.queries + at.wide * rows, &scale[1][r]);
     }
-    for (Index start = 0; start < last; start += kSpan) {
-        const Index held = std::min(last - start, kSpan), padded = (held + kLanes - 1) / kLanes * kLanes;
-        for (Index from = 0; from < held; from += 2 * kLanes) {
-            const std::uint8_t* block = at.block((start + from) / kBlock);
-            const Index panel = from % kBlock / kLanes;
-            const std::uint8_t* codes = block + panel * channels * kLanes;
-            // Two panels of the next block: it may lie anywhere, so no processor looks that far.
-            if (start + from + kBlock < last) {
-                const std::uint8_t* next = at.block((start + from) / kBlock + 1) + panel * channels * kLanes;
-                fetch(next, 2 * channels * kLanes);
-                if (at.values) fetch(next + at.values, 2 * at.deep * kLanes);
-            }
-            Ints sum[rows][2];
-            dot_panels<rows>(codes, channels, 0, at.wide / 4, room.queries, offset[0], sum);
-            for (int k = 0; k < 2; ++k) {
-                const Lane by = load(scales_of(block, channels, parts, panel + k, 0));
-                for (int r = 0; r < rows; ++r) store(room.scores + r * kSpan + from + k * kLanes, mul(mul(to_float(sum[r][k]), by), all(scale[0][r])));
-            }
-            if (!at.more) continue;
-            dot_panels<rows>(codes, channels, at.wide / 4, channels / 4, room.queries, offset[1], sum);
-            for (int k = 0; k < 2; ++k) {
-                const Lane by = load(scales_of(block, channels, parts, panel + k, 1));
-                for (int r = 0; r < rows; ++r) {
-                    float* score = room.scores + r * kSpan + from + k * kLanes;
-                    store(score, fma(mul(to_float(sum[r][k]), by), all(scale[1][r]), load(score)));
-                }
-            }
-        }
-        std::int32_t begin[rows];
-        float unit[rows];
-        for (int r = 0; r < rows; ++r) {
-            float* score = room.scores + r * kSpan;
-            factor[r] = weigh_row(score, std::min<Index>(seen[r] - start, held), padded, top[r], mass[r]);
-            share[r] = 1.0f / total(mass[r]);
-            for (Index k = 0; k < padded; k += kLanes) {
-                const Index panel = k % kBlock / kLanes;
-                const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
-                Lane by = load(scales_of(block, value_channels, value_parts, panel, 0));
-                if (held - k < kLanes) by = first_lanes(by, held - k);
-                store(score + k, mul(load(score + k), by));
-            }
-            begin[r] = round_part<rows>(score, padded, r, room.weights, &unit[r]);
-        }
-        for (Index c = 0; c < at.deep; c += kLanes) {
-            Ints sum[rows];
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) sum[r] = repeat(begin[r]);
-            for (Index k = 0; k < padded; k += kLanes) {
-                const std::uint8_t* block = at.block((start + k) / kBlock) + at.values;
-                Bytes turned[4];
-                turn_bytes(block + k % kBlock * value_channels + c * kLanes, turned);
-                const std::int8_t* weights = room.weights + k * rows;
-#pragma GCC unroll 4
-                for (int q = 0; q < 4; ++q) {
-#pragma GCC unroll 8
-                    for (int r = 0; r < rows; ++r) sum[r] = dot(sum[r], turned[q], weights + (q * rows + r) * 4);
-                }
-            }
-            for (int r = 0; r < rows; ++r) {
-                float* held_sum = room.sums + r * at.deep + c;
-                Lane value = mul(to_float(sum[r]), all(unit[r]));
-                if (start) value = fma(load(held_sum), all(factor[r]), value);
-                store(held_sum, value);
-            }
-        }
-    }
-    for (int r = 0; r < rows; ++r) {
-        for (Index c = 0; c < at.deep; c += kLanes) store(out[r] + c, mul(load(room.sums + r * at.deep + c), all(share[r])));
+    attend_span<rows>(at, offset, scale, seen, first, last, to, room);
+    for (Index start = first + kSpan; start < last; start += kSpan) {
+        Part more[rows];
+        for (int r = 0; r < rows; ++r) more[r].sums = room.sums + r * at.deep;
+        attend_span<rows>(at, offset, scale, seen, start, last, more, room);
+        for (int r = 0; r < rows; ++r) join(to[r], more[r], at.deep);
     }
 }
 
-inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, float* const* out, Index rows, const ByteRoom& room) {
+// What keys first … last - 1 give each row, of which row r may see the first seen[r]; `first` begins a span.
+inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to, Index rows, const ByteRoom& room) {
     switch (rows) {
-        case 1: return attend_bytes_rows<1>(at, query, seen, out, room);
-        case 2: return attend_bytes_rows<2>(at, query, seen, out, room);
-        case 3: return attend_bytes_rows<3>(at, query, seen, out, room);
-        case 4: return attend_bytes_rows<4>(at, query, seen, out, room);
-        case 5: return attend_bytes_rows<5>(at, query, seen, out, room);
-        case 6: return attend_bytes_rows<6>(at, query, seen, out, room);
-        case 7: return attend_bytes_rows<7>(at, query, seen, out, room);
-        default: return attend_bytes_rows<8>(at, query, seen, out, room);
+        case 1: return attend_bytes_rows<1>(at, query, seen, first, last, to, room);
+        case 2: return attend_bytes_rows<2>(at, query, seen, first, last, to, room);
+        case 3: return attend_bytes_rows<3>(at, query, seen, first, last, to, room);
+        case 4: return attend_bytes_rows<4>(at, query, seen, first, last, to, room);
+        case 5: return attend_bytes_rows<5>(at, query, seen, first, last, to, room);
+        case 6: return attend_bytes_rows<6>(at, query, seen, first, last, to, room);
+        case 7: return attend_bytes_rows<7>(at, query, seen, first, last, to, room);
+        default: return attend_bytes_rows<8>(at, query, seen, first, last, to, room);
     }
 }
 

@@ -7,33 +7,11 @@
 #pragma once
 #include <memory>
 
-#include "attend_bytes.h"
+#include "attention.h"
 #include "experts.h"
 #include "memory.h"
 
 namespace sprat {
-
-enum class Memory : int { full = 0, half = 1, bytes = 2 };  // float32, float16, or bytes with scales
-
-struct Dims {
-    bool latent = false, interleave = false;
-    Index hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0;
-    Index rank = 0, nope = 0, rope = 0, value = 0;
-    float scale = 1.0f, eps = 1e-6f;
-    static constexpr float latent_eps = 1e-6f;  // as DeepSeek's published code, whatever the config says
-
-    Index key_width() const { return latent ? rank + rope : head_dim; }
-    Index value_width() const { return latent ? rank : head_dim; }
-    Index groups() const { return latent ? 1 : kv_heads; }
-    Index query_width() const { return latent ? nope + rope : head_dim; }
-    Index rotary() const { return latent ? rope : head_dim; }
-    // Bytes that one block keeps for one layer.
-    Index layer_bytes(Memory memory) const {
-        if (memory == Memory::bytes) return latent ? PagedBytes::bytes(rank + rope, 2) : 2 * kv_heads * PagedBytes::bytes(head_dim, 1);
-        return kBlock * groups() * (latent ? key_width() : 2 * head_dim) * (memory == Memory::half ? 2 : 4);
-    }
-    bool fits_bytes() const { return (latent ? rank % kLanes == 0 && rope % 4 == 0 : head_dim % kLanes == 0); }
-};
 
 struct Layer {
     const float *norm_in = nullptr, *norm_out = nullptr, *q_norm = nullptr, *k_norm = nullptr, *q_latent_norm = nullptr;
@@ -52,14 +30,9 @@ struct Drafter {
     Layer layer;
 };
 
-struct Batch {
-    const std::int32_t *tokens, *positions, *starts, *tables, *wanted;
-    Index count, sequences, width, wants;  // T, S, W, R
-};
-
 class Model {
 public:
-    Model(Dims dims, int threads, Memory kept) : dims_(dims), kept_(kept), pool_(threads) {}
+    Model(Dims dims, int threads, Memory kept) : dims_(dims), kept_(kept), pool_(threads), attention_(dims_, kept, pool_) {}
 
     Dims dims_;
     Memory kept_;
@@ -211,28 +184,25 @@ private:
         if (dims_.latent) {
             float* absorbed = absorbed_.need(count * dims_.heads * dims_.key_width());
             float* mixed = mixed_.need(count * dims_.heads * dims_.rank);
-            if (count == 1) {
+            if (count == 1 && attention_.spans(b, 0) == 1) {
                 // One token: a thread takes its heads all the way, and nobody waits in between.
-                float* rooms = attention_room();
+                attention_.prepare();
                 look_ahead(pool_, {&l.o});
                 const Index parts = std::min<Index>(pool_.threads(), dims_.heads);
                 pool_.run(parts, [&](Index part, int thread) {
                     const Index first = dims_.heads * part / parts, last = dims_.heads * (part + 1) / parts;
                     for (Index h = first; h < last; ++h) absorb(l, h, 1, q, absorbed);
-                    const Tiling tiling(last - first, most_queries());
-                    for (Index t = 0; t < tiling.tiles; ++t) {
-                        attend_task(number, b, {0, 0, first + tiling.start(t), tiling.size(t)}, absorbed, mixed, rooms, thread);
-                    }
+                    attention_.rows(kept(number), b, first, last, absorbed, mixed, thread);
                     for (Index h = first; h < last; ++h) give_values(l, h, 1, mixed, out);
                 });
             } else {
                 pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
-                attend_all(number, b, absorbed, mixed);
+                attention_.run(kept(number), b, absorbed, mixed);
                 pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
             }
         } else {
             look_ahead(pool_, {&l.o});
-            attend_all(number, b, q, out);
+            attention_.run(kept(number), b, q, out);
         }
         const Input in = input(out, out_wide, count, {&l.o});
         if (l.router.rows) look_ahead(pool_, {&l.router});
@@ -289,6 +259,8 @@ private:
         }
     }
 
+    Kept kept(Index number) const { return {memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_)}; }
+
     // Queries of one head against latents: W_uk^T q beside the turned part, in [T, H, R + r].
     void absorb(const Layer& l, Index h, Index count, const float* q, float* out) const {
         const Index n = dims_.nope, wide = dims_.query_width(), key_wide = dims_.key_width(), rank = dims_.rank;
@@ -321,69 +293,6 @@ private:
                 }
             }
         }
-    }
-
-    struct Task {
-        Index sequence, group, first, rows;  // query rows of a key head: token by token, its query heads side by side
-    };
-
-    Index most_queries() const { return kept_ == Memory::bytes ? kByteQueries : kQueries; }
-
-    Index room_size() const {
-        const Index wide = dims_.key_width(), deep = dims_.value_width();
-        return kept_ == Memory::bytes ? ByteRoom::count(wide, deep) : AttentionRoom::count(wide, deep);
-    }
-    float* attention_room() { return attention_.need(room_size() * pool_.threads()); }
-
-    void attend_all(Index number, const Batch& b, const float* q, float* out) {
-        const Index groups = dims_.groups(), per = dims_.heads / groups, most = most_queries();
-        tasks_.clear();
-        for (Index s = 0; s < b.sequences; ++s) {
-            const Index rows = (b.starts[s + 1] - b.starts[s]) * per;
-            // A tile for each thread at least: few rows of one sequence are shared out.
-            const Index fair = (rows + pool_.threads() - 1) / pool_.threads();
-            const Tiling tiling(rows, b.sequences * groups >= pool_.threads() ? most : std::min(most, fair));
-            for (Index g = 0; g < groups; ++g) {
-                for (Index t = 0; t < tiling.tiles; ++t) tasks_.push_back({s, g, tiling.start(t), tiling.size(t)});
-            }
-        }
-        float* rooms = attention_room();
-        pool_.run(static_cast<Index>(tasks_.size()), [&](Index i, int thread) { attend_task(number, b, tasks_[i], q, out, rooms, thread); });
-    }
-
-    void attend_task(Index number, const Batch& b, const Task& task, const float* q, float* out, float* rooms, int thread) const {
-        const Index per = dims_.heads / dims_.groups(), key_wide = dims_.key_width(), deep = dims_.value_width();
-        const Index start = b.starts[task.sequence];
-        const float* query[kByteQueries];
-        float* to[kByteQueries];
-        std::int32_t seen[kByteQueries];
-        for (Index r = 0; r < task.rows; ++r) {
-            const Index token = start + (task.first + r) / per, head = task.group * per + (task.first + r) % per;
-            query[r] = q + (token * dims_.heads + head) * key_wide;
-            to[r] = out + (token * dims_.heads + head) * deep;
-            seen[r] = b.positions[token] + 1;
-        }
-        const std::int32_t* table = b.tables + task.sequence * b.width;
-        float* mine = rooms + thread * room_size();
-        if (kept_ == Memory::bytes) {
-            const Index part = dims_.latent ? 0 : PagedBytes::bytes(dims_.head_dim, 1);
-            const PagedBytes at{memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_) + 2 * task.group * part, part,
-                                dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table};
-            attend_bytes(at, query, seen, to, task.rows, ByteRoom(mine, key_wide));
-        } else if (kept_ == Memory::half) {
-            attend<Float16>(paged<Float16>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
-        } else {
-            attend<Float32>(paged<Float32>(number, task.group, table), query, seen, to, task.rows, AttentionRoom(mine, key_wide));
-        }
-    }
-
-    template <class Format>
-    Paged<Format> paged(Index number, Index group, const std::int32_t* table) const {
-        using Type = typename Format::Type;
-        const Index half = dims_.latent ? 0 : kBlock * dims_.head_dim, size = sizeof(Type), key_wide = dims_.key_width();
-        const Index deep = dims_.value_width();
-        return {reinterpret_cast<const Type*>(memory_.at()), block_bytes() / size, number * dims_.layer_bytes(kept_) / size + 2 * group * half,
-                half, key_wide, deep, (dims_.latent ? key_wide : deep) * kLanes, table};
     }
 
     template <class F>
@@ -434,13 +343,13 @@ private:
 
     Pages memory_;
     Pool pool_;
+    Attention attention_;
     FeedForward forward_;
     std::size_t depth_ = 0;
-    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, attention_, logits_, weight_, marks_;
+    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_, marks_;
     Room<std::int8_t> codes_;
     Room<std::int32_t> index_;
     std::vector<Index> ends_;
-    std::vector<Task> tasks_;
     std::vector<FeedForward::Work> works_;
 };
 

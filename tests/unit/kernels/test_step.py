@@ -214,6 +214,20 @@ def test_bits_do_not_depend_on_who_computes_what(family: str) -> None:
             thread.join()
 
 
+@pytest.mark.parametrize("family", ["llama", "v3"])
+def test_threads_that_share_the_keys_of_a_sequence_change_no_bit(family: str) -> None:
+    """With few rows and many keys each thread takes spans of keys; one thread alone walks over all of them."""
+    model, tokens = quantize(model_of(family)), tokens_of(2640)
+    alone, many = (NativeBackend(model, threads=threads, kv_format="i8") for threads in (1, 3))
+    for backend in (alone, many):
+        backend.reserve(42)
+    tables, at = [list(range(41, -1, -1))], 0
+    for count in (2555, 1, 3, 1, 2, 1, 40, 1):  # a span ends at 2560; with two tokens and more a tile does not hold all rows
+        batch = batch_of((tokens[at : at + count], at), tables=tables, wanted=[count - 1])
+        assert torch.equal(alone.run(batch), many.run(batch)), f"{count} tokens from {at} on"
+        at += count
+
+
 def test_drafts_equal_the_model_s_own_prediction_modules() -> None:
     model, tokens = model_of("mtp"), tokens_of(40)
     backend = NativeBackend(model, threads=2)
