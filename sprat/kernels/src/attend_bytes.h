@@ -109,7 +109,8 @@ inline std::int32_t round_part(const float* x, Index width, float top, int row, 
 }
 
 template <int rows>
-inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, Index to, const std::int8_t* queries, const std::int32_t* start, const std::uint8_t* ahead, Ints (*out)[2]) {
+inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, Index to, const std::int8_t* queries, const std::int32_t* start,
+                       const std::uint8_t* ahead, Ints (*out)[2]) {
     Ints sum[rows][2];  // in registers: what is behind a pointer is stored at every turn
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = repeat(start[r]);
@@ -124,12 +125,10 @@ inline void dot_panels(const std::uint8_t* codes, Index channels, Index from, In
     for (int r = 0; r < rows; ++r) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 
-// What the keys from `start` on give, a span of them or up to `last`.
+// room.scores[r][…] of the keys from `start` on, a span of them or up to `last`.
 template <int rows>
-void attend_span(const PagedBytes& at, const std::int32_t (*offset)[rows], const float (*scale)[rows], const std::int32_t* seen, Index start, Index last, Part* to, const ByteRoom& room) {
-    const Index channels = at.wide + at.more, parts = at.more ? 2 : 1;
-    const Index value_channels = at.values ? at.deep : channels, value_parts = at.values ? 1 : parts;
-    const Index held = std::min(last - start, kSpan), padded = (held + kLanes - 1) / kLanes * kLanes;
+inline void score_span(const PagedBytes& at, const std::int32_t (*offset)[rows], const float (*scale)[rows], Index start, Index last, const ByteRoom& room) {
+    const Index channels = at.wide + at.more, parts = at.more ? 2 : 1, held = std::min(last - start, kSpan);
     for (Index from = 0; from < held; from += 2 * kLanes) {
         const std::uint8_t* block = at.block((start + from) / kBlock);
         const Index panel = from % kBlock / kLanes;
@@ -154,6 +153,13 @@ void attend_span(const PagedBytes& at, const std::int32_t (*offset)[rows], const
             }
         }
     }
+}
+
+// What these keys give, by their scores.
+template <int rows>
+void mix_span(const PagedBytes& at, const std::int32_t* seen, Index start, Index last, Part* to, const ByteRoom& room) {
+    const Index value_channels = at.values ? at.deep : at.wide + at.more, value_parts = at.values || !at.more ? 1 : 2;
+    const Index held = std::min(last - start, kSpan), padded = (held + kLanes - 1) / kLanes * kLanes;
     std::int32_t begin[rows];
     float unit[rows];
     for (int r = 0; r < rows; ++r) {
@@ -195,7 +201,8 @@ void attend_span(const PagedBytes& at, const std::int32_t (*offset)[rows], const
 }
 
 template <int rows>
-void attend_bytes_rows(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to, const ByteRoom& room) {
+void attend_bytes_rows(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to,
+                       const ByteRoom& room) {
     std::int32_t offset[2][rows];
     float scale[2][rows];
     for (int r = 0; r < rows; ++r) {
@@ -204,17 +211,20 @@ void attend_bytes_rows(const PagedBytes& at, const float* const* query, const st
         const float* rest = query[r] + at.wide;
         offset[1][r] = round_part<rows>(rest, at.more, largest_of(rest, at.more), r, room.queries + at.wide * rows, &scale[1][r]);
     }
-    attend_span<rows>(at, offset, scale, seen, first, last, to, room);
+    score_span<rows>(at, offset, scale, first, last, room);
+    mix_span<rows>(at, seen, first, last, to, room);
     for (Index start = first + kSpan; start < last; start += kSpan) {
         Part more[rows];
         for (int r = 0; r < rows; ++r) more[r].sums = room.sums + r * at.deep;
-        attend_span<rows>(at, offset, scale, seen, start, last, more, room);
+        score_span<rows>(at, offset, scale, start, last, room);
+        mix_span<rows>(at, seen, start, last, more, room);
         for (int r = 0; r < rows; ++r) join(to[r], more[r], at.deep);
     }
 }
 
 // What keys first … last - 1 give each row, of which row r may see the first seen[r]; `first` begins a span.
-inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to, Index rows, const ByteRoom& room) {
+inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to,
+                         Index rows, const ByteRoom& room) {
     switch (rows) {
         case 1: return attend_bytes_rows<1>(at, query, seen, first, last, to, room);
         case 2: return attend_bytes_rows<2>(at, query, seen, first, last, to, room);

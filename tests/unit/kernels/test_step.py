@@ -222,7 +222,7 @@ def test_threads_that_share_the_keys_of_a_sequence_change_no_bit(family: str) ->
     for backend in (alone, many):
         backend.reserve(42)
     tables, at = [list(range(41, -1, -1))], 0
-    for count in (2555, 1, 3, 1, 2, 1, 40, 1):  # a span ends at 2560; with two tokens and more a tile does not hold all rows
+    for count in (2555, 1, 3, 1, 2, 1, 40, 1):  # a span ends at 2560; rows of several tokens fill more than one tile
         batch = batch_of((tokens[at : at + count], at), tables=tables, wanted=[count - 1])
         assert torch.equal(alone.run(batch), many.run(batch)), f"{count} tokens from {at} on"
         at += count
