@@ -49,7 +49,7 @@ class Scheduler:
         self._doomed: list[Sequence] = []
         self._published = np.zeros(slots, np.int32)  # blocks of each slot that were given their key
         self._free = list(range(slots - 1, -1, -1))
-        self.tenants, self.preempted = Tenants(), 0
+        self.tenants, self.preempted, self._calm = Tenants(), 0, 0  # plain steps until an answer may fill a block
         self._leaders: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
         self._rows: tuple[list[Sequence], NDArray[np.int64], At] | None = None
@@ -140,7 +140,7 @@ class Scheduler:
         if self._rows is None:
             slots_S = np.array(slots := list(self._decoding), np.int64)
             self._rows = list(self._decoding.values()), slots_S, slots if len(slots) <= FEW else slots_S
-            self._calm = 0  # plain steps until an answer may fill a block
+            self._calm = 0
         return self._rows
 
     def _grow(self) -> None:

@@ -3,6 +3,9 @@
 // A tile of query rows of one key head walks over its keys once. Where there are too few tiles for all threads, and keys
 // enough, the keys are shared out instead, span by span; sharing rows has every thread read all keys.
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "dims.h"
 #include "product.h"
 
@@ -134,8 +137,8 @@ private:
     const Memory memory_;
     Pool& pool_;
     std::vector<Task> tasks_;
-    std::vector<Part> parts_;      // [task, row of its tile], where keys are shared out
-    Room<float> sums_, rooms_;     // of parts; of threads
+    std::vector<Part> parts_;   // [task, row of its tile], where keys are shared out
+    Room<float> sums_, rooms_;  // of parts; of threads
 };
 
 }  // namespace sprat
