@@ -179,7 +179,7 @@ def _optimise(
                 loss = Clipped(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
                 if reference is not None:
                     loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
-                head_VD, heat = model.head.weight, config.temperature
+                head_VD, heat = model.head.dense_weight(), config.temperature
                 total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
                 total.backward()
                 sums.add(loss, logprob_N, entropy_N, first=epoch + number == 0)
@@ -191,7 +191,7 @@ def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLCo
     """Log-probabilities of the response tokens under the frozen start."""
     with torch.no_grad():
         tokens = gather(reference, rollouts, torch.zeros(len(rollouts)))
-        return token_logprob(tokens.x_ND, reference.head.weight, tokens.targets_N, config.temperature)[0]
+        return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
 def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:

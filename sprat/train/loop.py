@@ -86,8 +86,8 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised, as a mean over the targets of a part of a batch. On CPUs the members of a
-            ``Team`` call it at the same time, each with rows of its own.
+        loss_fn: what is minimised; see ``LossFn``. On CPUs the members of a ``Team`` call it at the same time, each
+            with rows of its own.
         progress: show a bar, if this is a terminal.
 
     Raises:
