@@ -188,7 +188,12 @@ def test_the_same_call_finds_the_run_done_and_another_recipe_sets_it_aside(road:
 def test_another_seed_or_a_half_done_run_of_another_recipe_is_never_continued(tmp_path: Path) -> None:
     def opened(steps: int, seed: int) -> Run:
         return open_run(
-            tmp_path / "a", stage="a", recipe=TrainConfig(steps=steps), inputs={}, seed=seed, ledger=tmp_path / "l"
+            tmp_path / "a",
+            stage="a",
+            recipe=TrainConfig(steps=steps),
+            inputs={},
+            seed=seed,
+            ledger=tmp_path / "ledger.jsonl",
         )
 
     (opened(1, 0).checkpoints / "step-1").mkdir()
@@ -221,7 +226,7 @@ def test_foreign_files_are_never_taken_for_a_run(tmp_path: Path) -> None:
 
 
 def test_rewind_drops_the_rows_after_the_checkpoint_and_a_number_may_be_infinite(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "l")
+    run = open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl")
     for step in range(4):
         run.log(step, loss=float("inf") if step == 1 else step)
     run.rewind(2)
