@@ -57,8 +57,9 @@ def verify(path: str | Path, *, expect_head: str = "") -> list[Finding]:
             text = f"no {NAME} in a folder above; verify the run where it was made, or copy the whole road"
             return [Finding(False, path.resolve().name, text)]
         entries = ledger.entries()
-        faults = [Finding(False, NAME, fault) for fault in ledger.check() + _witness(entries, expect_head)]
-        return _run(path, ledger.path.parent, History.of(entries)) + faults
+        history = History.of(entries)
+        faults = ledger.check() + history.faults + _witness(entries, expect_head)
+        return _run(path, ledger.path.parent, history) + [Finding(False, NAME, fault) for fault in faults]
     ledger = Ledger(path / NAME)
     if not ledger.path.is_file() and not (path.is_dir() and record.find(path)):
         raise TrustError(
@@ -93,7 +94,7 @@ def _told(entries: list[dict[str, Any]], history: History, here: Place) -> str:
         ("set aside", here.aside),
         ("deleted and made again", sorted(history.again)),
         ("not finished", here.unfinished),
-        ("not proved", here.unproved),
+        ("not proved", sorted(here.unproved)),
     ):
         if names:
             parts.append(f"{what}: {', '.join(names)}")

@@ -20,28 +20,7 @@ from sprat.trust import Ledger, atomic, digest, lock, open_run, record
 from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
-
-def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: Path | str) -> Run:
-    """A small finished run of ``stage`` in ``road``."""
-    run = open_run(
-        road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"
-    )
-    if not run.done:
-        (run.artefact / "deep").mkdir()
-        (run.artefact / "deep" / "model.bin").write_bytes(content)
-        run.log(1, loss=2.5)
-        run.note(title=stage)
-        run.finish(flops=1e6, tokens=100)
-    return run
-
-
-@pytest.fixture
-def road(tmp_path: Path) -> Path:
-    """A road of two runs, the second made from the first."""
-    road = tmp_path / "road"
-    finished(road, "pretrain")
-    finished(road, "sft", b"tuned", model=road / "pretrain")
-    return road
+from .runs import faults, finished
 
 
 @contextmanager
@@ -53,11 +32,6 @@ def small_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def faults(path: Path) -> list[str]:
-    """The texts of the findings that are faults."""
-    return [f"{finding.subject}: {finding.text}" for finding in verify(path) if not finding.ok]
 
 
 def test_a_copied_folder_has_the_same_digest_and_a_renamed_file_another(tmp_path: Path) -> None:
