@@ -39,6 +39,7 @@ def data(road: Road, text: Path | None = None) -> None:
     if run.done:
         return
     found = _corpus(road.folder / "corpus", recipe, text)
+    road.enter("corpus")
     train, test = found.split().train, found.split().held_out
     if not train or not test:
         raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")

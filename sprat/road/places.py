@@ -15,6 +15,7 @@ from sprat.errors import DataError
 from sprat.road.recipe import ModelRecipe, RoadRecipe
 from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
+from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
 
@@ -36,6 +37,12 @@ class Road:
             ledger=self.folder / "ledger.jsonl",
             money=self.recipe.money,
         )
+
+    def enter(self, name: str) -> None:
+        """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
+        ledger = Ledger(self.folder / "ledger.jsonl")
+        ledger.root()
+        ledger.enter(self.path(name))
 
     def path(self, name: str) -> Path:
         """The folder of run ``name``."""
