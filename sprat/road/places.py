@@ -10,6 +10,7 @@ from typing import Any
 
 from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
+from sprat.data.document import folder_name
 from sprat.data.pack import Packed
 from sprat.errors import DataError
 from sprat.road.recipe import ModelRecipe, RoadRecipe
@@ -65,8 +66,12 @@ class DataArtefact:
         return Tokenizer.load(self.folder / "tokenizer")
 
     def packed(self, name: str) -> Packed:
-        """Packed rows: ``text``, ``tasks``, or ``heldout/DOMAIN``."""
+        """Packed rows: ``text`` or ``tasks``."""
         return Packed.load(self.folder / name)
+
+    def held_out(self, domain: str) -> Packed:
+        """Packed rows of the held-out text of ``domain``."""
+        return Packed.load(self.folder / "heldout" / folder_name(domain))
 
     def held_out_domains(self) -> dict[str, int]:
         """Bytes of held-out text for each domain."""
