@@ -6,8 +6,11 @@ scores highest, and one or more *shared* experts that see everything. Parameters
 Routing. V3 scores with a sigmoid and keeps experts equally busy without pulling on the loss: a bias
 ``e_score_correction_bias`` is added to the scores for the *choice* only, never for the weights, and the
 trainer moves it once a step, up for idle experts and down for busy ones. A tiny sequence-wise balance loss
-(``balance_loss``) guards single sequences. V2 scores with a softmax and chooses greedily. Groups of experts
-(nodes, in a cluster) can be limited: V3 ranks a group by its two best experts, V2 by its best.
+(``balance_loss``) guards single sequences. V2 scores with a softmax. Groups of experts (nodes, in a cluster) can be
+limited: V3 (``noaux_tc``) ranks a group by its two best experts, V2's ``group_limited_greedy`` by its best; V2's
+``greedy`` takes the best experts wherever they are, whatever ``n_group`` and ``topk_group`` say (``MoEGate`` of
+the published modeling_deepseek.py; DeepseekV2TopkRouter of transformers). V2's ``norm_topk_prob`` is not read, as in
+transformers; no published V2 sets it.
 
 Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side, and three
 grouped matrix products serve all experts. The results are added back weighted. No token is dropped and no slot
@@ -97,7 +100,7 @@ class Gate(nn.Module):
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         with torch.no_grad():
             choice_NE = scores_NE + self.e_score_correction_bias if self.has_bias else scores_NE
-            if config.topk_group < config.n_group:
+            if config.limits_groups:
                 choice_NE = self._limit_groups(choice_NE)
             index_NK = choice_NE.topk(config.num_experts_per_tok, -1, sorted=False).indices
             rows_E = load_E = torch.bincount(index_NK.flatten(), minlength=config.n_routed_experts)

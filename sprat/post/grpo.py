@@ -62,7 +62,7 @@ from sprat.post.rewards import Reward
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, machine, optim
+from sprat.train import checkpoint, machine, optim, trainable
 from sprat.train.progress import bar
 from sprat.trust.run import Run
 
@@ -224,8 +224,9 @@ def grpo(
         gate: check ``readiness`` first (a fresh start only).
 
     Raises:
-        TrainingError: the policy is not ready for RL, or the gradient is not finite.
+        TrainingError: the model is quantised, the policy is not ready for RL, or the gradient is not finite.
     """
+    trainable.check(model, run)
     machine.tune()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
     settings = OptimConfig(name=config.optim, muon_lr=config.lr, adam_lr=config.lr, schedule="constant", warmup_steps=0)

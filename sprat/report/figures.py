@@ -21,6 +21,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sprat",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

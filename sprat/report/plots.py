@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, fold, percent_axis, room, svg, tint
@@ -114,7 +113,7 @@ def bits_per_byte(road: Road) -> list[str]:
         (s.facts["baselines"] for s in road.stages if s.facts.get("baselines")), {}
     )
 
-    def panel(domain: str) -> str:
+    def panel(number: int, domain: str) -> str:
         first = {**baselines.get(domain, {}), **models[0].facts["bits_per_byte"][domain]}
         held = [(fold(s.title), s.facts["bits_per_byte"].get(domain, {}).get("model")) for s in models]
         held += [("3-gram", first.get("trigram")), ("gzip -9", first.get("gzip"))]
@@ -132,10 +131,10 @@ def bits_per_byte(road: Road) -> list[str]:
             axes.grid(False, axis="y")
             axes.set_xlabel("bits per byte (less is better)")
 
-        slug = re.sub(r"\W+", "-", domain)
-        return svg(f"bpb-{slug}", f"Held-out {domain}", draw, height=2.2, left=room(label for label, _ in bars))
+        left = room(label for label, _ in bars)
+        return svg(f"bpb-{number}", f"Held-out {domain}", draw, height=2.2, left=left)
 
-    return [panel(domain) for domain in domains]
+    return [panel(number, domain) for number, domain in enumerate(domains)]
 
 
 def experts(road: Road) -> list[str]:

@@ -176,7 +176,7 @@ def _text_facts(road: Road, model: Transformer) -> dict[str, Any]:
     baselines = finished(road, "data")["facts"]["baselines"]
     table, by_domain = {}, {}
     for domain, size_bytes in data.held_out_domains().items():
-        packed = data.packed(f"heldout/{domain}")
+        packed = data.held_out(domain)
         table[domain] = {**baselines[domain], "model": evaluate.bits_per_byte(model, packed, size_bytes)}
         by_domain[domain] = _loads(model, packed)
     by_domain["tasks"] = _loads(model, data.packed("tasks"))

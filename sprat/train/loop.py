@@ -21,7 +21,7 @@ from sprat.config import TrainConfig
 from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.train import balance, checkpoint, machine, optim, schedule
+from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
 from sprat.train.backward import backward
 from sprat.train.objective import LossFn, next_token
 from sprat.train.progress import bar
@@ -91,10 +91,12 @@ def train(
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: loss or gradient is not finite; the weights were not moved, the last checkpoint stands.
+        TrainingError: the model is quantised; or loss or gradient is not finite (the weights were not moved, the last
+            checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model.
         MachineError: the disk is full.
     """
+    trainable.check(model, run)
     machine.tune()
     model.train()
     optimiser = optim.build(model, config.optim)
