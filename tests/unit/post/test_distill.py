@@ -14,7 +14,7 @@ from sprat.config import Config, DistillConfig, OptimConfig
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
-from sprat.model import Transformer
+from sprat.model import Transformer, balance_loss
 from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
@@ -131,3 +131,17 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
     for (name, parameter), theirs in zip(student.named_parameters(), wanted, strict=True):
         assert parameter.grad is not None and theirs is not None, name
         assert (parameter.grad - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7, name
+
+
+def test_the_students_router_is_kept_even_as_in_pretraining(
+    shape: ModelConfig, guesser: Transformer, tokenizer: Tokenizer, shown: Any
+) -> None:
+    student = Transformer.create(shape.replace(first_k_dense_replace=0), 1)
+    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    loss_fn = distillation(guesser, CONFIG)
+    without, with_it = (
+        loss_fn(student, batch, CONFIG.replace(balance_weight=weight)).total.item() for weight in (0.0, 2.0)
+    )
+    routing = student.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).routing
+    expected = sum(balance_loss(each, len(batch.tokens_BT)).item() for each in routing) / len(routing)
+    assert with_it - without == pytest.approx(2 * expected, rel=1e-3)
