@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -123,25 +121,3 @@ def test_threads_that_share_the_keys_of_a_window_change_no_bit() -> None:
         batch = batch_of((tokens[at : at + count], at), tables=tables, wanted=[count - 1])
         assert torch.equal(alone.run(batch), many.run(batch)), f"{count} tokens from {at} on"
         at += count
-
-
-def test_qwen_s_layers_slide_as_its_config_says(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    base = model_of(None, layers=4, architecture="qwen2", attention_bias=True).config.to_hf()
-    for change in (
-        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
-        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4},
-        {"use_sliding_window": True, "sliding_window": 9},
-        {"use_sliding_window": True, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0},
-        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
-    ):
-        table = {**base, **change}
-        ours, theirs = ModelConfig.from_hf(table), transformers.Qwen2Config(**table)
-        expected = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
-        assert [ours.window(layer) for layer in range(4)] == expected, change
-        again = transformers.Qwen2Config(**ours.to_hf())
-        assert again.layer_types == theirs.layer_types
-    mistral = model_of(None).config.to_hf()
-    for table in (mistral, {key: value for key, value in mistral.items() if key != "sliding_window"}):
-        assert ModelConfig.from_hf(table).window(0) == transformers.MistralConfig(**table).sliding_window
