@@ -32,7 +32,6 @@ class Score:
     label: str
     count: int
     correct: int
-    mean: float
     low: float
     high: float
     mean_tokens: float | None
@@ -40,6 +39,11 @@ class Score:
     unseen: frozenset[int]  # lengths that were never trained
     trained: bool
     samples: list[dict[str, Any]]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; a judge's partial credit is not in it."""
+        return self.correct / max(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Stage:
 
     def quality(self) -> float | None:
         """Mean greedy accuracy over the trained tasks, or None without scores."""
-        means = [score.mean for score in self.by_task().values() if score.trained]
+        means = [score.accuracy for score in self.by_task().values() if score.trained]
         return sum(means) / len(means) if means else None
 
 
@@ -171,7 +175,6 @@ def _score(row: dict[str, Any]) -> Score:
         label=str(row.get("label", "greedy")),
         count=count,
         correct=correct,
-        mean=float(row.get("mean", correct / max(count, 1))),
         low=float(row.get("low", low)),
         high=float(row.get("high", high)),
         mean_tokens=row.get("mean_tokens"),

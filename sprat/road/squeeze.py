@@ -73,8 +73,8 @@ def _heard(road: Road) -> Tensor:
 
 def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
     """For each task asked greedily, the share of the student's accuracy that INT4 lost (negative: gained)."""
-    old = {row["task"]: row["mean"] for row in before if row["label"] == "greedy"}
-    new = {row["task"]: row["mean"] for row in after if row["label"] == "greedy"}
+    old = {row["task"]: row["accuracy"] for row in before if row["label"] == "greedy"}
+    new = {row["task"]: row["accuracy"] for row in after if row["label"] == "greedy"}
     return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
-from sprat.post import control, distill, grpo, rewards, sft
+from sprat.post import control, distill, grpo, reward_sources, rewards, sft
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
 from sprat.road.recipe import DistillRecipe, ModelRecipe, PretrainRecipe
@@ -65,15 +64,14 @@ def reinforce(road: Road, seed: int) -> None:
     """GRPO with rule rewards from the cold start, with its own ``seed``."""
     recipe = road.recipe.rl.rl.replace(seed=seed)
     inputs = {"model": road.path("sft"), "data": road.path("data")}
-    file = Path(recipe.reward.partition(":")[0])
-    if file.is_file():
-        inputs["reward"] = file
+    reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
+    if reward is not None:
+        inputs |= reward_sources.sources(recipe.reward)
     run = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed)
     if run.done:
         return
     model, tokenizer = load(road.path("sft"))
     tasks, weights = _mix(road)
-    reward = rewards.load_reward(recipe.reward) if recipe.reward else None
     result = grpo.grpo(model, tokenizer, tasks, weights, recipe, run, reward=reward, gate=recipe.gate)
     first = seed == road.recipe.rl.seeds[0]
     ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
