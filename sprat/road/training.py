@@ -113,10 +113,10 @@ def student(road: Road) -> None:
         "seed": road.recipe.seed,
     }
     taught = distill.traces(engine, tasks, weights, thinking=None, **settings)
-    source = _student_source(road, recipe, tokenizer, taught.kept)
+    source, counts = _student_source(road, recipe, tokenizer, taught.kept)
     model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
     result = distill.distill(model, teacher, source, recipe.distill, run)
-    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens}}
+    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     _close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
@@ -153,13 +153,13 @@ def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
 
 def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
-) -> MixedSource:
-    """The teacher's answers, worked examples and text in the recipe's shares."""
-    answers = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
+) -> tuple[MixedSource, dict[str, int]]:
+    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
+    answers, counts = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
     parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
     if recipe.task_share:
         parts.append((road.artefacts.packed("tasks"), recipe.task_share))
-    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed)
+    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts
 
 
 def finished(road: Road, name: str) -> dict[str, Any]:

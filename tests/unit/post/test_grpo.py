@@ -119,6 +119,7 @@ def test_the_routers_bias_stays_where_pretraining_left_it(
     model = copy.deepcopy(guesser)
     grpo(model, tokenizer, [task], [1.0], RL.replace(steps=1), open_stage("rl", RL.replace(steps=1)), gate=False)
     moved = {name for name, value in guesser.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+    assert any("correction_bias" in name for name in guesser.state_dict())
     assert moved and not [name for name in moved if "bias" in name]
 
 

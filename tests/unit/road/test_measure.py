@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sprat.data.document import Document
 from sprat.errors import TrainingError
 from sprat.post.distill import traces
 from sprat.post.evaluate import evaluate_many, pass_at_k
@@ -14,8 +16,9 @@ from sprat.report.runs import _score
 from sprat.road import measure
 from sprat.road.places import Road
 from sprat.road.recipe import named
-from sprat.road.squeeze import relative_loss
+from sprat.road.squeeze import calibration, relative_loss
 from sprat.tasks import Problem, Sums
+from sprat.tokens import Tokenizer
 
 
 class Output:
@@ -78,3 +81,13 @@ class Drawing(Almost):
     """With kept problems, as the data stage leaves them."""
 
     kept = tuple(range(5))
+
+
+def test_no_excerpt_hears_its_neighbour_in_calibration() -> None:
+    texts = ["one two three four", "five six", "seven eight nine ten eleven"] * 40
+    tokenizer = Tokenizer.train(texts, 300, numbers=10)
+    documents = [Document(f"{number}", text, "s", "", "prose") for number, text in enumerate(texts)]
+    tokens, segments = calibration(documents, tokenizer, 16)
+    pairs = zip(tokens.flatten().tolist(), segments.flatten().tolist(), strict=True)
+    said = [tokenizer.decode([index for index, _ in run]) for _, run in itertools.groupby(pairs, lambda pair: pair[1])]
+    assert set(said[:-1]) == set(texts)  # the last one is cut at the end of the last row
