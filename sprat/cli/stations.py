@@ -102,8 +102,8 @@ def evaluate(
     from sprat.engine import Engine
     from sprat.engine.load import load
     from sprat.post.evaluate import evaluate_many
-    from sprat.road.places import load_task, title
-    from sprat.road.recipe import named
+    from sprat.road.places import load_task
+    from sprat.road.recipe import named, title
 
     chosen = named(recipe, tuple(overrides or ()))
     known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sprat.config import DistillConfig, TrainConfig
+from sprat.config import DistillConfig, LoopConfig
 from sprat.data.loader import Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
@@ -95,7 +95,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
     """
     kl_weight = {"traces": 0.0, "logits": 1.0, "both": config.logits_weight}[config.mode]
 
-    def loss(model: Transformer, batch: Batch, settings: TrainConfig) -> objective.Loss:
+    def loss(model: Transformer, batch: Batch, settings: LoopConfig) -> objective.Loss:
         chosen_BT = batch.targets_BT >= 0
         with torch.no_grad():
             goal_NE = teacher.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen_BT]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sprat.config import TrainConfig
+from sprat.config import LoopConfig
 from sprat.data.loader import IGNORED, Batch
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.ops import linear_cross_entropy
@@ -36,10 +36,10 @@ class Loss:
     loads: list[Tensor]
 
 
-LossFn = Callable[[Transformer, Batch, TrainConfig], Loss]
+LossFn = Callable[[Transformer, Batch, LoopConfig], Loss]
 
 
-def next_token(model: Transformer, batch: Batch, config: TrainConfig) -> Loss:
+def next_token(model: Transformer, batch: Batch, config: LoopConfig) -> Loss:
     """Cross-entropy of the next token, with MTP where the model has modules and ``mtp_weight`` is positive.
 
     Sources: MTP in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25; sequence-wise balance there, eq. 17-20.

@@ -30,7 +30,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Run:
         folder: the run's folder; ``artefact`` and ``checkpoints`` are folders in it.
         stage, seed: as given to ``open_run``.
         done: finished earlier with the same recipe and inputs, outputs intact; nothing is left to do.
+        set_aside: where the run of another recipe that lay in this folder is now; None where there was none.
         facts: what ``note`` was told, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
     """
@@ -63,6 +64,7 @@ class Run:
         self.record: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.done = False
+        self.set_aside: Path | None = None
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
         self._started, self._step, self._steps = now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
@@ -183,6 +185,7 @@ def open_run(
     seed: int,
     ledger: str | Path,
     money: MoneyConfig | None = None,
+    prepare: Callable[[bool], object] | None = None,
 ) -> Run:
     """Open the run in ``folder``: done already, to go on with, or fresh (see the module's text).
 
@@ -193,6 +196,8 @@ def open_run(
         inputs: by name a run folder, another folder, a file, or a bare SHA-256 in hex.
         ledger: the ledger's file, in the road folder, to which paths are written as relative.
         money: the price of a core-hour; defaults to ``MoneyConfig()``.
+        prepare: reads and checks all that the work needs, before anything is touched, where there is work to do; its
+            argument is whether an interrupted session left checkpoints to go on from.
 
     Raises:
         TrustError: an input is missing or was altered since it was made, or the folder holds something else.
@@ -209,6 +214,7 @@ def open_run(
         "seed": int(seed),
     }
     run = Run(folder, book, identity, recipe, money or MoneyConfig())
+    other = False
     if folder.exists():
         _check_ours(folder)
         written = record.read_json(folder / "run.json")
@@ -216,8 +222,12 @@ def open_run(
             run.record, run.facts = written, written["facts"]
             run._settle()
             return run
-        if (folder / "run.json").exists() or not _same(record.read_json(folder / "open.json") or identity, identity):
-            _set_aside(folder, book)
+        other = (folder / "run.json").exists()
+        other = other or not _same(record.read_json(folder / "open.json") or identity, identity)
+    if prepare is not None:
+        prepare(not other and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    if other:
+        run.set_aside = _set_aside(folder, book)
     run._begin()
     return run
 
@@ -254,8 +264,8 @@ def _check_ours(folder: Path) -> None:
         raise TrustError("the folder holds something else than a run", where=str(folder), todo="give an empty folder")
 
 
-def _set_aside(folder: Path, ledger: Ledger) -> None:
-    """Rename ``folder`` to the first free ``….old-N`` and tell the ledger if it knew the run."""
+def _set_aside(folder: Path, ledger: Ledger) -> Path:
+    """Rename ``folder`` to the first free ``….old-N``, which is returned, and tell the ledger if it knew the run."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -263,6 +273,7 @@ def _set_aside(folder: Path, ledger: Ledger) -> None:
     os.replace(folder, target)
     if name in record.last_entries(ledger.entries()):
         ledger.append("set-aside", {"run": name, "to": f"{name}.old-{number}"})
+    return target
 
 
 def _cpu_seconds() -> float:
