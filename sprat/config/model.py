@@ -109,6 +109,11 @@ class ModelConfig(Config):
         """Whether decoder layer ``layer`` (0-based; MTP layers count on) has routed experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token may go to the experts of its best groups only; ``greedy`` never looks at groups."""
+        return self.topk_group < self.n_group and self.topk_method != "greedy"
+
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         """Refuse shapes that no model can have."""
@@ -137,6 +142,8 @@ class ModelConfig(Config):
             raise ValueError("moe_intermediate_size must be at least 1")
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError("num_experts_per_tok must lie between 1 and n_routed_experts")
+        if self.topk_method == "greedy":
+            return
         if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
             raise ValueError("n_group must divide n_routed_experts, and topk_group must not exceed n_group")
         if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:

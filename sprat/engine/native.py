@@ -192,8 +192,8 @@ class NativeBackend:
         parts = {
             "router": plain(mlp.gate.weight.float()),
             "chosen": config.num_experts_per_tok,
-            "groups": config.n_group,
-            "top_groups": config.topk_group,
+            "groups": config.n_group if config.limits_groups else 1,
+            "top_groups": config.topk_group if config.limits_groups else 1,
             "sigmoid": config.scoring_func == "sigmoid",
             "two_best": config.topk_method == "noaux_tc",
             "normalise": config.norm_topk_prob and config.architecture == "deepseek_v3",

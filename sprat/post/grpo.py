@@ -62,7 +62,7 @@ from sprat.post.rewards import Reward
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, loop, machine, optim
+from sprat.train import checkpoint, loop, machine, optim, trainable
 from sprat.train.progress import bar
 from sprat.trust.run import Run
 
@@ -179,7 +179,7 @@ def _optimise(
                 loss = Clipped(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
                 if reference is not None:
                     loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
-                head_VD, heat = model.head.weight, config.temperature
+                head_VD, heat = model.head.dense_weight(), config.temperature
                 total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
                 total.backward()
                 sums.add(loss, logprob_N, entropy_N, first=epoch + number == 0)
@@ -191,7 +191,7 @@ def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLCo
     """Log-probabilities of the response tokens under the frozen start."""
     with torch.no_grad():
         tokens = gather(reference, rollouts, torch.zeros(len(rollouts)))
-        return token_logprob(tokens.x_ND, reference.head.weight, tokens.targets_N, config.temperature)[0]
+        return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
 def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
@@ -224,8 +224,9 @@ def grpo(
         gate: check ``readiness`` first (a fresh start only).
 
     Raises:
-        TrainingError: the policy is not ready for RL, or the gradient is not finite.
+        TrainingError: the model is quantised, the policy is not ready for RL, or the gradient is not finite.
     """
+    trainable.check(model, run)
     machine.tune()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
     settings = OptimConfig(name=config.optim, muon_lr=config.lr, adam_lr=config.lr, schedule="constant", warmup_steps=0)
@@ -271,11 +272,10 @@ def _learn(
 
 def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, run: Run) -> RLResult:
     """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
-    found, own = checkpoint.latest(run.checkpoints), True
+    own = checkpoint.latest(run.checkpoints)
+    found = own or loop.begin_from(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
-        found, own = loop.begin_from(config.init_from, config.steps, run), False
-    if found is None:
         return RLResult()
     if own and found.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"

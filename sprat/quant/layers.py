@@ -215,6 +215,24 @@ def place(model: Transformer, codes_of: Callable[[str], Codes | None], *, materi
     return model
 
 
+def dequantize(model: Transformer) -> Transformer:
+    """A dense copy of ``model`` that can be trained: all its weights in float32.
+
+    The model itself stays as it is. A tied head stays tied.
+    """
+    with torch.device("meta"):
+        dense = Transformer(model.config, seed=None)
+    wanted = set(dense.state_dict())
+    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in wanted}
+    state |= {name: dequantise(packed.parts()) for name, packed in packed_tensors(model).items()}
+    if model.config.tie_word_embeddings:
+        state["head.weight"] = state["embed_tokens.weight"]
+    dense.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        dense.head.weight = dense.embed_tokens.weight
+    return dense.train(model.training)
+
+
 def packed_tensors(model: nn.Module) -> dict[str, Packed]:
     """Every quantised matrix of ``model`` under the name of the weight that it stands for; a tied head is left out."""
     inner = {"gate": "w_gate_EFD", "up": "w_up_EFD", "down": "w_down_EDF", "packed": "weight"}

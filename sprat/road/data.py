@@ -85,6 +85,7 @@ def _material(road: Road, text: Path | None) -> _Material:
     if text is not None:
         _held_out_too(split(list(ingest.read(text))), text)
     found = _corpus(road.folder / "corpus", recipe, text)
+    road.enter("corpus")
     parts = _held_out_too(found.split(), text)
     shown = examples[:: max(1, len(examples) // TOKENIZER_EXAMPLES)]
     texts = itertools.chain((d.text for d in parts.train), ("\n".join(example) for example in shown))

@@ -19,6 +19,7 @@ from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.trust import digest, record
+from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
 PLAIN = frozenset(string.ascii_letters + string.digits + "-_. ")
@@ -64,6 +65,12 @@ class Road:
         if run.set_aside is not None:
             tell(name, f"has another recipe or input than the run that was there; that one is now {run.set_aside}")
         return None if run.done else (run, prepared[0])
+
+    def enter(self, name: str) -> None:
+        """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
+        ledger = Ledger(self.folder / "ledger.jsonl")
+        ledger.root()
+        ledger.enter(self.path(name))
 
     def path(self, name: str) -> Path:
         """The folder of run ``name``.

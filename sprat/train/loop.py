@@ -24,7 +24,7 @@ from sprat.config import LoopConfig
 from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.train import balance, checkpoint, machine, optim, schedule
+from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
 from sprat.train.backward import backward
 from sprat.train.objective import LossFn, next_token
 from sprat.train.progress import bar
@@ -90,16 +90,18 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised, as a mean over the targets of a part of a batch. On CPUs the members of a
-            ``Team`` call it at the same time, each with rows of its own.
+        loss_fn: what is minimised; see ``LossFn``. On CPUs the members of a ``Team`` call it at the same time, each
+            with rows of its own.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: loss or gradient is not finite; the weights were not moved, the last checkpoint stands.
+        TrainingError: the model is quantised; or loss or gradient is not finite (the weights were not moved, the last
+            checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
+    trainable.check(model, run)
     machine.tune()
     model.train()
     optimiser = optim.build(model, config.optim)
@@ -180,11 +182,10 @@ def _resume(
 ) -> tuple[int, int, list[int]]:
     """(finished steps, tokens so far, both at this run's start) after taking over the last whole checkpoint of the run
     or else that of ``init_from``, if there is one."""
-    found, own = checkpoint.latest(run.checkpoints), True
+    own = checkpoint.latest(run.checkpoints)
+    found = own or begin_from(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
-        found, own = begin_from(config.init_from, config.steps, run), False
-    if found is None:
         return 0, 0, [0, 0]
     extra: dict[str, Any] = found.extra
     if own and {name: extra.get(name) for name in identity} != identity:

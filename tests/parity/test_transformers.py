@@ -82,7 +82,7 @@ def deepseek(draw: st.DrawFn, architecture: str) -> ModelConfig:
         norm_topk_prob=draw(st.booleans()) if three else False,
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         scoring_func="sigmoid" if three else "softmax",
-        topk_method="noaux_tc" if three else ("greedy" if groups == kept else "group_limited_greedy"),
+        topk_method="noaux_tc" if three else draw(st.sampled_from(["greedy", "group_limited_greedy"])),
         first_k_dense_replace=draw(st.integers(0, layers)),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
         rope_scaling=draw(ROPE),

@@ -84,9 +84,9 @@ def test_after_divergence_a_lower_rate_goes_on_from_the_step_that_the_advice_nam
 ) -> None:
     calls: list[int] = []
 
-    def breaks(model: Transformer, batch: Batch, config: LoopConfig) -> Loss:
+    def breaks(model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None) -> Loss:
         calls.append(1)
-        loss = next_token(model, batch, config)
+        loss = next_token(model, batch, config, whole)
         return loss if len(calls) <= 7 else Loss(loss.total * math.nan, {**loss.metrics, "loss": math.nan}, loss.loads)
 
     run = new_run("broken")
