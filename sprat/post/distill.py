@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sprat.config import DistillConfig, TrainConfig
+from sprat.config import DistillConfig, LoopConfig
 from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
@@ -100,7 +100,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
         found = forward_kl(x_ND, head_VD, goal_NE, teacher.head.dense_weight(), targets_N, **weights)
         return tuple(each * (len(targets_N) / max(over, 1)) for each in found)
 
-    def loss(model: Transformer, batch: Batch, settings: TrainConfig, whole: Batch | None = None) -> objective.Loss:
+    def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
         whole, segments_BT = whole or batch, objective.needed_segments(batch.segments_BT)
         with torch.no_grad():
             goal_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
