@@ -1,4 +1,4 @@
-"""Settings at the edge of what numbers can be: computed as float64 would, or refused by name, and no fault of others."""
+"""Settings at the edge of what numbers can be: as float64 would have it, or refused by name, and no fault of others."""
 
 from __future__ import annotations
 
