@@ -49,10 +49,15 @@ def test_noise_is_uniform_and_a_pure_function_of_key_and_position() -> None:
     assert abs(np.corrcoef(noise, uniform(key, position + 1))[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("way", ["native", "numpy"])
 @pytest.mark.parametrize(
     "cut", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9, "min_p": 0.02}]
 )
-def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(cut: dict[str, float]) -> None:
+def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(
+    cut: dict[str, float], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "numpy":
+        monkeypatch.setattr("sprat.engine.draw.native", lambda: None)
     logits = torch.randn(1, 150, generator=torch.Generator().manual_seed(0)) * 2
     rows, heat = 20_000, 1.3
     noise = uniform(np.random.default_rng(1).integers(0, 2**63, rows).astype(np.uint64), np.zeros(rows, np.int64))
