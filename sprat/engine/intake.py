@@ -91,7 +91,7 @@ class Intake:
             tenant=tenant,
             event=event,
             ban=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
-            processors=build(sampling, ids, self._tokenizer, self._grammars),
+            processors=build(sampling, ids, self._tokenizer, self._grammars, tenant),
         )
 
 

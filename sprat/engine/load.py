@@ -17,13 +17,15 @@ DtypeName = Literal["float32", "bfloat16", "auto"]
 _DTYPES: dict[str, hf.Dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
-def load(path: str | Path, *, dtype: DtypeName = "float32") -> tuple[Transformer, Tokenizer]:
+def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer; what is quantised in the file stays so.
 
     Args:
         path: a Hugging Face folder, a folder that ``save`` wrote, a run folder (its artefact is taken), a GGUF file,
             a name that ``sprat fetch`` knows (fetched if need be), or a hub id where ``huggingface_hub`` is installed.
         dtype: of weights that are not quantised; "auto" is bfloat16 for checkpoints in bfloat16 or FP8, else float32.
+        dequantize: make float32 weights of quantised ones, so that the model can be trained (four to eight times the
+            memory).
 
     Raises:
         CheckpointError: no such model; a file is missing or torn; a weight is not finite; the tokenizer has more
@@ -51,7 +53,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32") -> tuple[Transformer
     if tokenizer.vocab_size > model.config.vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
-    return model, tokenizer
+    return quant.dequantize(model) if dequantize else model, tokenizer
 
 
 def _folder(path: Path) -> Path:

@@ -24,6 +24,7 @@ class Step:
         mask_B1TS: additive float mask, or None where plain causality is all there is.
         window_B1TS: the same for layers with a sliding window; None where no token has that many before it.
         positions_BT: where the new tokens stand in the cache; None without a cache.
+        valid_BT: bool, False on padding, which is neither stored nor counted; None where all are tokens.
         documents: the documents of the batch where they are attended to one by one (then there is no mask).
         keys: S, how many keys there are.
         fresh: the cache was empty (or there is none), so the new tokens are all the keys.
@@ -57,7 +58,7 @@ def plan(
 ) -> Step:
     """The ``Step`` of a pass over ``tokens_BT``.
 
-    Without a cache a token attends to the tokens before it that share its segment. With a cache, row ``b``
+    Without a cache a token attends to the tokens before it in its run of equal segments. With a cache, row ``b``
     continues at ``cache.length_B[b]``. ``by_document`` asks to attend document by document; ``window`` is how many
     keys a token of a sliding layer sees, its own included.
 
@@ -66,6 +67,10 @@ def plan(
     """
     device, (batch, time) = tokens_BT.device, tokens_BT.shape
     if cache is None:
+        if segments_BT is not None:
+            valid_BT = segments_BT > 0 if valid_BT is None else valid_BT & (segments_BT > 0)
+        if valid_BT is not None and bool(valid_BT.all()):
+            valid_BT = None
         if positions_BT is None:
             turn_BTr = rotary.first(time, device).unsqueeze(0)
         else:
@@ -73,10 +78,10 @@ def plan(
         if by_document and positions_BT is None:
             documents = cut(segments_BT, batch, time, turn_BTr[0])
             if documents is not None:
-                return Step(turn_BTr, None, None, None, None, None, documents, time, True)
+                return Step(turn_BTr, None, None, None, valid_BT, None, documents, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)
         near = _near_mask(torch.arange(time, device=device).unsqueeze(0), time, window, mask)
-        return Step(turn_BTr, mask, near, None, None, None, None, time, True)
+        return Step(turn_BTr, mask, near, None, valid_BT, None, None, time, True)
     if segments_BT is not None or positions_BT is not None:
         raise EngineError("a cache counts positions itself", where="forward", todo="leave segments and positions out")
     if cache.batch != batch:
@@ -97,11 +102,31 @@ def plan(
     return Step(turn_BTr, mask, near, places_BT, valid_BT, cache, None, keys, False)
 
 
+def pair_segments(segments_BT: Tensor, depth: int) -> Tensor:
+    """The segment of each pair (place ``i``, place ``i + depth``) [B, T - depth]; 0 where a border lies between.
+
+    What multi-token prediction joins, and the loss on it, belongs to a document only where the whole pair does.
+
+    >>> pair_segments(torch.tensor([[1, 1, 1, 2, 2, 0]]), 2).tolist()
+    [[1, 0, 0, 0]]
+    """
+    runs_BT = _runs(segments_BT)
+    return segments_BT[:, depth:].masked_fill(runs_BT[:, depth:] != runs_BT[:, :-depth], 0)
+
+
+def _runs(segments_BT: Tensor) -> Tensor:
+    """Long [B, T]: the number of borders before each place of its row."""
+    borders_BT = torch.zeros_like(segments_BT)
+    borders_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return borders_BT.cumsum(1)
+
+
 def _packed_mask(segments_BT: Tensor) -> Tensor:
-    """Additive [B, 1, T, T]: 0 where a key is not later and of the same segment, -inf elsewhere."""
+    """Additive [B, 1, T, T]: 0 where a key is not later and of the same run of segments, -inf elsewhere."""
     batch, time = segments_BT.shape
+    runs_BT = _runs(segments_BT)
     later_TT = torch.ones(time, time, dtype=torch.bool, device=segments_BT.device).triu_(1)
-    hidden_BTT = (segments_BT.unsqueeze(2) != segments_BT.unsqueeze(1)).logical_or_(later_TT)
+    hidden_BTT = (runs_BT.unsqueeze(2) != runs_BT.unsqueeze(1)).logical_or_(later_TT)
     mask = torch.zeros(batch, time, time, device=segments_BT.device).masked_fill_(hidden_BTT, float("-inf"))
     return mask.unsqueeze(1)
 

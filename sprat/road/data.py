@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sprat.data import baselines, corpus
-from sprat.data.document import Document
+from sprat.data.document import Document, folder_name
 from sprat.data.pack import pack
 from sprat.errors import DataError
 from sprat.road.places import Road, load_task, title, write_problems
@@ -32,13 +33,16 @@ def data(road: Road, text: Path | None = None) -> None:
         DataError: the folder is missing, empty or binary; a task is unknown or has no held-out question.
     """
     recipe = road.recipe.data
-    if text is not None and not text.exists():
+    if text is not None and not (text.is_file() or text.is_dir()):
         raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
     inputs: dict[str, Path | str] = {} if text is None else {"text": text}
     run = road.open("data", "data", recipe, inputs, road.recipe.seed)
     if run.done:
         return
     found = _corpus(road.folder / "corpus", recipe, text)
+    road.enter("corpus")
+    for left in found.left_out:
+        print(f"sprat: data: not learned from: {left}", file=sys.stderr, flush=True)
     train, test = found.split().train, found.split().held_out
     if not train or not test:
         raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")
@@ -108,7 +112,7 @@ def _hold_out(
     seen = "\n\n".join(d.text for d in train).encode()
     for domain in sorted({d.domain for d in test}):
         mine = [d for d in test if d.domain == domain]
-        _pack_text(tokenizer, mine, seq_len, folder / domain)
+        _pack_text(tokenizer, mine, seq_len, folder / folder_name(domain))
         blob = "\n\n".join(d.text for d in mine).encode()
         sizes[domain] = sum(len(d.text.encode()) for d in mine)
         scores[domain] = {

@@ -10,11 +10,13 @@ from typing import Any
 
 from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
+from sprat.data.document import folder_name
 from sprat.data.pack import Packed
 from sprat.errors import DataError
 from sprat.road.recipe import ModelRecipe, RoadRecipe
 from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
+from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
 
@@ -37,6 +39,12 @@ class Road:
             money=self.recipe.money,
         )
 
+    def enter(self, name: str) -> None:
+        """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
+        ledger = Ledger(self.folder / "ledger.jsonl")
+        ledger.root()
+        ledger.enter(self.path(name))
+
     def path(self, name: str) -> Path:
         """The folder of run ``name``."""
         return self.folder / name
@@ -58,8 +66,12 @@ class DataArtefact:
         return Tokenizer.load(self.folder / "tokenizer")
 
     def packed(self, name: str) -> Packed:
-        """Packed rows: ``text``, ``tasks``, or ``heldout/DOMAIN``."""
+        """Packed rows: ``text`` or ``tasks``."""
         return Packed.load(self.folder / name)
+
+    def held_out(self, domain: str) -> Packed:
+        """Packed rows of the held-out text of ``domain``."""
+        return Packed.load(self.folder / "heldout" / folder_name(domain))
 
     def held_out_domains(self) -> dict[str, int]:
         """Bytes of held-out text for each domain."""

@@ -67,6 +67,7 @@ def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told:
     with hold(out):
         road = Road(out, recipe)
         atomic.write_text(out / "recipe.toml", recipe.to_toml())
+        road.enter("recipe.toml")
         run_all(stages(road, text), recipe.jobs, told)
         return write(out)
 

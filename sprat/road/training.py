@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
-from sprat.post import control, distill, grpo, rewards, sft
+from sprat.post import control, distill, grpo, reward_sources, rewards, sft
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
 from sprat.road.recipe import DistillRecipe, ModelRecipe, PretrainRecipe
@@ -65,15 +64,14 @@ def reinforce(road: Road, seed: int) -> None:
     """GRPO with rule rewards from the cold start, with its own ``seed``."""
     recipe = road.recipe.rl.rl.replace(seed=seed)
     inputs = {"model": road.path("sft"), "data": road.path("data")}
-    file = Path(recipe.reward.partition(":")[0])
-    if file.is_file():
-        inputs["reward"] = file
+    reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
+    if reward is not None:
+        inputs |= reward_sources.sources(recipe.reward)
     run = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed)
     if run.done:
         return
     model, tokenizer = load(road.path("sft"))
     tasks, weights = _mix(road)
-    reward = rewards.load_reward(recipe.reward) if recipe.reward else None
     result = grpo.grpo(model, tokenizer, tasks, weights, recipe, run, reward=reward, gate=recipe.gate)
     first = seed == road.recipe.rl.seeds[0]
     ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
@@ -115,10 +113,10 @@ def student(road: Road) -> None:
         "seed": road.recipe.seed,
     }
     taught = distill.traces(engine, tasks, weights, thinking=None, **settings)
-    source = _student_source(road, recipe, tokenizer, taught.kept)
+    source, counts = _student_source(road, recipe, tokenizer, taught.kept)
     model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
     result = distill.distill(model, teacher, source, recipe.distill, run)
-    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens}}
+    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     _close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
@@ -155,13 +153,13 @@ def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
 
 def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
-) -> MixedSource:
-    """The teacher's answers, worked examples and text in the recipe's shares."""
-    answers = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
+) -> tuple[MixedSource, dict[str, int]]:
+    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
+    answers, counts = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
     parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
     if recipe.task_share:
         parts.append((road.artefacts.packed("tasks"), recipe.task_share))
-    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed)
+    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts
 
 
 def finished(road: Road, name: str) -> dict[str, Any]:
@@ -176,7 +174,7 @@ def _text_facts(road: Road, model: Transformer) -> dict[str, Any]:
     baselines = finished(road, "data")["facts"]["baselines"]
     table, by_domain = {}, {}
     for domain, size_bytes in data.held_out_domains().items():
-        packed = data.packed(f"heldout/{domain}")
+        packed = data.held_out(domain)
         table[domain] = {**baselines[domain], "model": evaluate.bits_per_byte(model, packed, size_bytes)}
         by_domain[domain] = _loads(model, packed)
     by_domain["tasks"] = _loads(model, data.packed("tasks"))

@@ -21,7 +21,7 @@ from sprat.config import TrainConfig
 from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.train import balance, checkpoint, machine, optim, schedule
+from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
 from sprat.train.backward import backward
 from sprat.train.objective import LossFn, next_token
 from sprat.train.progress import bar
@@ -86,15 +86,17 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised, as a mean over the targets of a part of a batch. On CPUs the members of a
-            ``Team`` call it at the same time, each with rows of its own.
+        loss_fn: what is minimised; see ``LossFn``. On CPUs the members of a ``Team`` call it at the same time, each
+            with rows of its own.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: loss or gradient is not finite; the weights were not moved, the last checkpoint stands.
+        TrainingError: the model is quantised; or loss or gradient is not finite (the weights were not moved, the last
+            checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model.
         MachineError: the disk is full.
     """
+    trainable.check(model, run)
     machine.tune()
     model.train()
     optimiser = optim.build(model, config.optim)
