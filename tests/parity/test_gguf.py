@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-3
 check = functools.partial(
     settings,
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
