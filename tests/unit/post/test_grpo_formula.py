@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from sprat.model import Transformer
 from sprat.post import grpo as rl
 from sprat.post.grpo import Clipped, advantages, grpo
 from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, summary
+from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tokens import Tokenizer
 from sprat.trust.record import metrics
 from sprat.trust.run import Run
@@ -101,9 +102,10 @@ class Noted:
     """An optimiser that keeps the gradients of each of its steps and moves nothing."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.found = model, list[dict[str, Tensor]]()
+        self.model, self.found, self.limits = model, list[dict[str, Tensor]](), list[float]()
 
     def clip(self, limit: float) -> float:
+        self.limits.append(limit)
         return 1.0
 
     def step(self) -> None:
@@ -141,7 +143,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     with torch.no_grad():
         for weight in start.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    config = RL.replace(kl_weight=0.2, max_mismatch=9.0, importance_cap=cap, clip_high=0.3)
+    config = RL.replace(kl_weight=0.2, max_mismatch=9.0, importance_cap=cap, clip_high=0.3, grad_clip=0.7)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
     monkeypatch.setattr("sprat.post.batch._MICRO_TOKENS", 24)  # several parts of one minibatch
@@ -157,7 +159,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
         ref = logprobs(start, row.prompt_ids, row.token_ids, config.temperature).detach()
         total = total + trl_loss(logp, old, value, ref, weight, config).sum()
     (total / sum(len(row.token_ids) for row in rows)).backward()
-    assert len(noted.found) == 1
+    assert len(noted.found) == 1 and noted.limits == [config.grad_clip]
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             torch.testing.assert_close(noted.found[0][name], weight.grad, rtol=1e-3, atol=1e-5, msg=name)
@@ -168,16 +170,31 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
 def test_a_policy_that_was_not_sampled_from_stops_the_run_before_a_weight_moves(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
 ) -> None:
+    strict = RL.replace(max_mismatch=3e-5)  # between float32's noise and bfloat16's rounding, whatever the processor
+    run = open_stage("exact", strict)
+    grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], strict, run, gate=False)
+    assert metrics(run.folder)[0]["mismatch_mean"] < 3e-5
     half = copy.deepcopy(guesser).bfloat16()
     before = {name: value.clone() for name, value in half.state_dict().items()}
     with pytest.raises(TrainingError, match=r"nats from the sampler's .*rl\.max_mismatch.*importance_cap"):
-        grpo(half, tokenizer, [task], [1.0], RL, open_stage("rl", RL), gate=False)
+        grpo(half, tokenizer, [task], [1.0], strict, open_stage("rl", strict), gate=False)
     assert all(torch.equal(value, half.state_dict()[name]) for name, value in before.items())
     allowed = RL.replace(max_mismatch=1.0, importance_cap=2.0)
     run = open_stage("corrected", allowed)
     grpo(half, tokenizer, [task], [1.0], allowed, run, gate=False)
     (row,) = metrics(run.folder)
-    assert 1e-3 < row["mismatch_mean"] < row["mismatch"]
+    assert 3e-5 < row["mismatch_mean"] < row["mismatch"]
+
+
+def test_by_default_a_tenth_of_a_nat_is_far_too_much(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def otherwise(*args: Any) -> list[Rollout]:
+        return [replace(row, logprobs=[each - 0.1 for each in row.logprobs]) for row in sample_groups(*args)]
+
+    monkeypatch.setattr(rl, "sample_groups", otherwise)
+    with pytest.raises(TrainingError, match=r"0\.1 nats"):
+        grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], RL, open_stage("rl", RL), gate=False)
 
 
 def test_partial_credit_is_no_right_answer_and_abstentions_have_no_reward() -> None:
