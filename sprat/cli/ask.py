@@ -103,7 +103,7 @@ def chat(
 def serve(
     model: ModelFolder,
     host: Annotated[
-        str, typer.Option("--host", help="Loopback unless told otherwise; there are no keys yet.")
+        str, typer.Option("--host", help="Loopback unless told otherwise; any other address needs a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port.")] = 8000,
     name: Annotated[
@@ -112,6 +112,15 @@ def serve(
     max_tokens: MaxTokens = 1024,
     turns: Turns = None,
     prices: Prices = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="SPRAT_API_KEY",
+            help="Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line.",
+        ),
+    ] = None,
 ) -> Result:
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import meter, server
@@ -127,6 +136,7 @@ def serve(
         examples=examples,
         turns=kept,
         max_tokens=max_tokens,
+        keys=api_key or (),
         announce=say,
     )
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})

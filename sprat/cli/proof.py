@@ -22,11 +22,16 @@ def report(folder: RunFolder = Path("runs/quickstart")) -> Result:
     return Result({"report": str(path), "bytes": path.stat().st_size}, str(path))
 
 
-def verify(folder: RunFolder = Path("runs/quickstart")) -> Result:
+def verify(
+    folder: RunFolder = Path("runs/quickstart"),
+    expect_head: Annotated[
+        str, typer.Option("--expect-head", metavar="HEX", help="The ledger's head, as you kept it elsewhere.")
+    ] = "",
+) -> Result:
     """Recompute every digest of a run and its ledger; exit code 8 if one differs."""
     from sprat.trust.verify import verify as check
 
-    findings = check(folder)
+    findings = check(folder, expect_head=expect_head)
     faults = [finding for finding in findings if not finding.ok]
     lines = [f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.text}" for finding in findings]
     verdict = "proved" if not faults else f"{len(faults)} faults"

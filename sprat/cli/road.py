@@ -34,6 +34,7 @@ def quickstart(
     from sprat.road.quickstart import quickstart as walk
     from sprat.road.recipe import named
     from sprat.serve import server
+    from sprat.trust.ledger import Ledger
 
     chosen = named(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
     if serve:
@@ -42,16 +43,18 @@ def quickstart(
     with board(out) as told:
         report = walk(out, chosen, text=text, told=told)
     runs = {name: _cost(out / name) for name in names}
-    model, seconds = out / SERVED, time.monotonic() - began
+    model, seconds, head = out / SERVED, time.monotonic() - began, Ledger(out / "ledger.jsonl").head()
     yuan = sum(cost["nano_yuan"] for cost in runs.values()) / 1e9
     examples, turns = manners(model)
     lines = [
         f"done in {seconds / 60:.1f} minutes, {sum(c['device_seconds'] for c in runs.values()):.0f} CPU-s, ¥{yuan:.4f}",
         f"report: {report}",
         f"prove it: sprat verify {out}",
+        f"head of the ledger, to keep elsewhere (verify --expect-head): {head}",
         f"ask it: sprat run {model} {json.dumps(examples[0]) if examples else 'QUESTION'}",
     ]
     data = {"road": str(out), "report": str(report), "model": str(model), "seconds": round(seconds, 1), "runs": runs}
+    data["ledger_head"] = head
 
     def page() -> None:
         say("the chat page, until Ctrl-C:")

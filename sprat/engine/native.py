@@ -178,6 +178,8 @@ class NativeBackend:
             parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
             if attention.has_qk_norm:
                 parts |= {"q_norm": floats(attention.q_norm.weight), "k_norm": floats(attention.k_norm.weight)}
+            if attention.window is not None:
+                parts["window"] = attention.window
         parts["o"] = self._matrix(attention.o_proj)
         return parts | self._feed_forward(block.mlp)
 
@@ -192,8 +194,8 @@ class NativeBackend:
         parts = {
             "router": plain(mlp.gate.weight.float()),
             "chosen": config.num_experts_per_tok,
-            "groups": config.n_group,
-            "top_groups": config.topk_group,
+            "groups": config.n_group if config.limits_groups else 1,
+            "top_groups": config.topk_group if config.limits_groups else 1,
             "sigmoid": config.scoring_func == "sigmoid",
             "two_best": config.topk_method == "noaux_tc",
             "normalise": config.norm_topk_prob and config.architecture == "deepseek_v3",

@@ -6,8 +6,11 @@ scores highest, and one or more *shared* experts that see everything. Parameters
 Routing. V3 scores with a sigmoid and keeps experts equally busy without pulling on the loss: a bias
 ``e_score_correction_bias`` is added to the scores for the *choice* only, never for the weights, and the
 trainer moves it once a step, up for idle experts and down for busy ones. A tiny sequence-wise balance loss
-(``balance_loss``) guards single sequences. V2 scores with a softmax and chooses greedily. Groups of experts
-(nodes, in a cluster) can be limited: V3 ranks a group by its two best experts, V2 by its best.
+(``balance_loss``) guards single sequences. V2 scores with a softmax. Groups of experts (nodes, in a cluster) can be
+limited: V3 (``noaux_tc``) ranks a group by its two best experts, V2's ``group_limited_greedy`` by its best; V2's
+``greedy`` takes the best experts wherever they are, whatever ``n_group`` and ``topk_group`` say (``MoEGate`` of
+the published modeling_deepseek.py; DeepseekV2TopkRouter of transformers). V2's ``norm_topk_prob`` is not read, as in
+transformers; no published V2 sets it.
 
 Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side, and three
 grouped matrix products serve all experts. The results are added back weighted. No token is dropped and no slot
@@ -33,19 +36,23 @@ FEW = 32  # rows for each expert; with fewer it does not pay to copy weights sid
 
 @dataclass(frozen=True)
 class Routing:
-    """What one router decided for N tokens.
+    """What one router decided for N places.
 
     Attributes:
         scores_NE: affinities (float32, with gradient), before the bias.
         index_NK: chosen experts.
         weight_NK: their weights (with gradient).
-        load_E: pairs that each expert received (long).
+        rows_E: pairs that each expert computes, those of padding included (long).
+        load_E: tokens that each expert received (long): the pairs without those of padding.
+        valid_N: bool, False on padding; None where all places hold tokens.
     """
 
     scores_NE: Tensor
     index_NK: Tensor
     weight_NK: Tensor
+    rows_E: Tensor
     load_E: Tensor
+    valid_N: Tensor | None = None
 
 
 class MLP(nn.Module):
@@ -85,26 +92,26 @@ class Gate(nn.Module):
         self.has_bias = config.topk_method == "noaux_tc"
         if self.has_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
-        self.last_load_E: Tensor | None = None
 
-    def forward(self, x_ND: Tensor) -> Routing:
-        """Choose experts for ``x_ND``, in float32 whatever the model's dtype."""
+    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None) -> Routing:
+        """Choose experts for ``x_ND``, in float32 whatever the model's dtype; ``valid_N`` is False on padding."""
         config = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         with torch.no_grad():
             choice_NE = scores_NE + self.e_score_correction_bias if self.has_bias else scores_NE
-            if config.topk_group < config.n_group:
+            if config.limits_groups:
                 choice_NE = self._limit_groups(choice_NE)
             index_NK = choice_NE.topk(config.num_experts_per_tok, -1, sorted=False).indices
-            load_E = torch.bincount(index_NK.flatten(), minlength=config.n_routed_experts)
+            rows_E = load_E = torch.bincount(index_NK.flatten(), minlength=config.n_routed_experts)
+            if valid_N is not None:
+                load_E = rows_E - torch.bincount(index_NK[~valid_N].flatten(), minlength=config.n_routed_experts)
         weight_NK = scores_NE.gather(1, index_NK)
         if config.norm_topk_prob and config.architecture == "deepseek_v3":
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
         if config.routed_scaling_factor != 1.0:
             weight_NK = weight_NK * config.routed_scaling_factor
-        self.last_load_E = load_E
-        return Routing(scores_NE, index_NK, weight_NK, load_E)
+        return Routing(scores_NE, index_NK, weight_NK, rows_E, load_E, valid_N)
 
     def _limit_groups(self, choice_NE: Tensor) -> Tensor:
         """Put experts outside the ``topk_group`` best groups out of reach."""
@@ -116,6 +123,18 @@ class Gate(nn.Module):
         shut_NG = torch.ones_like(rank_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
         limited_NE: Tensor = grouped_NGe.masked_fill(shut_NG.unsqueeze(-1), float("-inf")).flatten(1)
         return limited_NE
+
+
+def _grouped(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix -> [M, O]; the rows of expert ``e`` end at ``ends_E[e]``.
+
+    Torch's grouped product takes rows of whole 16 bytes only (4 channels in float32, 8 in bfloat16), of input and,
+    for the gradient, of output, and no float64; what it does not take gets one product for each expert.
+    """
+    if x_MI.element_size() < 8 and all(width * x_MI.element_size() % 16 == 0 for width in weight_EOI.shape[1:]):
+        return torch._grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
+    parts = x_MI.tensor_split(ends_E[:-1].tolist())
+    return torch.cat([part_RI @ weight_OI.T for part_RI, weight_OI in zip(parts, weight_EOI, strict=True)])
 
 
 class Experts(nn.Module):
@@ -130,17 +149,16 @@ class Experts(nn.Module):
         self.w_up_EFD = nn.Parameter(torch.empty(experts, width, hidden))
         self.w_down_EDF = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_MD: Tensor, load_E: Tensor) -> Tensor:
-        """``x_MD`` sorted by expert, ``load_E[e]`` rows for expert ``e`` -> [M, D]."""
-        ends_E = load_E.cumsum(0).to(torch.int32)
-        if len(x_MD) >= FEW * len(load_E) and fused.applies(x_MD):
+    def forward(self, x_MD: Tensor, rows_E: Tensor) -> Tensor:
+        """``x_MD`` sorted by expert, ``rows_E[e]`` rows for expert ``e`` -> [M, D]."""
+        ends_E = rows_E.cumsum(0).to(torch.int32)
+        if len(x_MD) >= FEW * len(rows_E) and fused.applies(x_MD):
             both_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
-            hidden_MF = fused.swiglu(torch._grouped_mm(x_MD, both_E2FD.transpose(1, 2), offs=ends_E))
+            hidden_MF = fused.swiglu(_grouped(x_MD, both_E2FD, ends_E))
         else:
-            gate_MF = torch._grouped_mm(x_MD, self.w_gate_EFD.transpose(1, 2), offs=ends_E)
-            up_MF = torch._grouped_mm(x_MD, self.w_up_EFD.transpose(1, 2), offs=ends_E)
+            gate_MF, up_MF = (_grouped(x_MD, weight, ends_E) for weight in (self.w_gate_EFD, self.w_up_EFD))
             hidden_MF = F.silu(gate_MF) * up_MF
-        return torch._grouped_mm(hidden_MF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
+        return _grouped(hidden_MF, self.w_down_EDF, ends_E)
 
     def mix(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts -> [N, D]."""
@@ -148,7 +166,7 @@ class Experts(nn.Module):
         order_M = routing.index_NK.flatten().argsort(stable=True)
         token_M = order_M.div(chosen, rounding_mode="floor")
         weight_M = routing.weight_NK.flatten().index_select(0, order_M)
-        y_MD = self(x_ND.index_select(0, token_M), routing.load_E) * weight_M.unsqueeze(1).to(x_ND.dtype)
+        y_MD = self(x_ND.index_select(0, token_M), routing.rows_E) * weight_M.unsqueeze(1).to(x_ND.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, y_MD)
 
 
@@ -163,32 +181,32 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
-        """(output [B, T, D], what the router decided)."""
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """(output [B, T, D], what the router decided); ``valid_BT`` is False on padding, which is not counted."""
         x_ND = x_BTD.flatten(0, 1)
-        routing: Routing = self.gate(x_ND)
+        routing: Routing = self.gate(x_ND, None if valid_BT is None else valid_BT.flatten())
         out_ND = self.experts.mix(x_ND, routing)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         return out_ND.view_as(x_BTD), routing
 
 
-def balance_loss(routing: Routing, batch: int, valid_BT: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing, batch: int) -> Tensor:
     """Sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20), mean over ``batch`` sequences.
 
     ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalised scores``, ``sum_i f_i P_i``:
-    1 when even, larger when not. ``valid_BT`` (bool) leaves padding out. The caller multiplies by alpha.
+    1 when even, larger when not. Padding is left out. The caller multiplies by alpha.
     """
     experts, chosen = routing.scores_NE.shape[1], routing.index_NK.shape[1]
     share_BTE = (routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)).unflatten(0, (batch, -1))
     count_BE = torch.zeros(batch, experts, device=share_BTE.device)
     index_BX = routing.index_NK.view(batch, -1)
-    if valid_BT is None:
+    if routing.valid_N is None:
         count_BE.scatter_add_(1, index_BX, torch.ones(1, 1, device=count_BE.device).expand(index_BX.shape))
         tokens_B1 = torch.full((batch, 1), float(share_BTE.shape[1]), device=count_BE.device)
         mean_BE = share_BTE.mean(1)
     else:
-        keep_BT1 = valid_BT.to(share_BTE.dtype).unsqueeze(-1)
+        keep_BT1 = routing.valid_N.to(share_BTE.dtype).view(batch, -1, 1)
         count_BE.scatter_add_(1, index_BX, keep_BT1.expand(-1, -1, chosen).reshape(batch, -1))
         tokens_B1 = keep_BT1.sum(1).clamp(min=1)
         mean_BE = (share_BTE * keep_BT1).sum(1) / tokens_B1

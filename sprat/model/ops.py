@@ -35,7 +35,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, over: int) -> Tensor:
         dtype = _product_dtype(x_ND)
         rows, (vocabulary, width) = x_ND.shape[0], weight_VD.shape
         if x_ND.device.type == "cpu" and rows and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
@@ -73,26 +73,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_DV.addmm_(scaled_DC, grad_CV)
                     else:
                         grad_DV += scaled_DC @ grad_CV
-        scale = 1.0 / max(rows, 1)
+        scale = 1.0 / max(over, 1)
         grad_VD = grad_DV.t().mul(scale).to(weight_VD.dtype) if want_weight else None
         ctx.save_for_backward(None if grad_x is None else grad_x.mul_(scale).to(x_ND.dtype), grad_VD)
         return loss * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_ND, grad_VD = ctx.saved_tensors
         scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_ND, grad_VD)]
-        return scaled[0], scaled[1], None
+        return scaled[0], scaled[1], None, None
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, ignore: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, over: int | None = None, ignore: int = -100
+) -> Tensor:
     """Mean cross-entropy of ``softmax(x W^T)`` against ``targets``, without ever holding all logits.
 
     Args:
         x_ND: hidden states, ready for the head.
         weight_VD: the head.
         targets_N: long; rows whose target is ``ignore`` are left out before anything is computed.
+        over: how many the sum is divided by where these rows are a part of a larger mean; None for those that count.
 
     Returns:
         the mean in nats over the rows that count, float32 or wider; 0 where none does.
@@ -101,5 +104,6 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
     if not bool(counted_N.all()):
         rows_M = counted_N.nonzero().squeeze(1)
         x_ND, targets_N = x_ND.index_select(0, rows_M), targets_N.index_select(0, rows_M)
-    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+    divisor = len(targets_N) if over is None else over
+    out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, divisor)  # type: ignore[no-untyped-call]
     return out

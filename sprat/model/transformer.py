@@ -25,7 +25,7 @@ from sprat.model.moe import MLP, MoE, Routing
 from sprat.model.mtp import MTP
 from sprat.model.norm import RMSNorm
 from sprat.model.rope import RotaryTable
-from sprat.model.step import Step, plan
+from sprat.model.step import Step, pair_segments, plan
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            out_BTD, decided = self.mlp(normed_BTD)
+            out_BTD, decided = self.mlp(normed_BTD, step.valid_BT)
             routing.append(decided)
         else:
             out_BTD = self.mlp(normed_BTD)
@@ -118,7 +118,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: long; with a cache, the new tokens only.
-            segments_BT: int; tokens attend within equal segments (0 is padding). Not with a cache.
+            segments_BT: int; a document is a run of equal segments, in which tokens attend (0 is padding, which is
+                not counted). Not with a cache.
             positions_BT: long; default 0..T-1, which packed rows may keep since only differences count.
             cache: stores the new tokens and lets them attend to what each row holds.
             valid_BT: bool; False marks right padding, which is neither stored nor counted.
@@ -134,6 +135,7 @@ class Transformer(nn.Module):
             cache=cache,
             valid_BT=valid_BT,
             by_document=self._by_document(),
+            window=self.config.sliding_window,
         )
         routing: list[Routing] = []
         x_BTD = self.embed_tokens(tokens_BT)
@@ -154,8 +156,8 @@ class Transformer(nn.Module):
         Args:
             hidden: output of the depth before, ``T - depth + 1`` positions long.
             tokens_BT: the tokens given to ``hidden``, all T of them.
-            segments_BT: as given to ``hidden``. The caller leaves positions whose joined token lies in another
-                segment out of the loss.
+            segments_BT: as given to ``hidden``. A pair across a border belongs to no document: it is padding, seen by
+                nothing that counts. The caller leaves such positions out of the loss.
 
         Returns:
             ``T - depth`` positions; ``x_BTD`` is ready for the head.
@@ -168,11 +170,10 @@ class Transformer(nn.Module):
                 f"no MTP module of depth {depth}", where="num_nextn_predict_layers", todo="raise it in the model config"
             )
         joined_BT = tokens_BT[:, depth:]
-        inner = None if segments_BT is None else segments_BT[:, depth:]
         step = plan(
             self.rotary,
             joined_BT,
-            segments_BT=inner,
+            segments_BT=None if segments_BT is None else pair_segments(segments_BT, depth),
             positions_BT=None,
             cache=None,
             valid_BT=None,

@@ -47,7 +47,7 @@ def gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor)
     for row, rollout in enumerate(rollouts):
         tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
         answer_BT[row, len(rollout.prompt_ids) : rollout.length] = True
-    device = model.head.weight.device
+    device = model.norm.weight.device
     old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
     advantage_N = advantage_B.repeat_interleave(answer_BT.sum(1)).to(device)
     importance_N = None

@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from sprat.config import DistillConfig, TrainConfig
-from sprat.data.loader import Batch, Source
+from sprat.config import DistillConfig, LoopConfig
+from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
-from sprat.model import Transformer, balance_loss
+from sprat.model import Transformer
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
@@ -83,34 +84,43 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
     """The loss of ``config.mode`` as a function for ``train.loop.train``.
 
     ``traces`` is the plain next-token loss. ``logits`` is the forward KL to the teacher; ``both`` mixes it with the
-    cross-entropy by ``logits_weight``. The router's balance loss is added as in pre-training. MTP modules are
-    trained by ``traces`` only. The logged ``loss`` is the cross-entropy in all modes.
+    cross-entropy by ``logits_weight``. The student's MTP modules learn in the same way, each place from what the
+    teacher says at the place that it looks ahead to; they and the router's balance loss are weighted as in
+    pre-training. The logged ``loss`` and ``mtp_loss`` are cross-entropies in all modes.
     """
-    kl_weight = {"traces": 0.0, "logits": 1.0, "both": config.logits_weight}[config.mode]
+    if config.mode == "traces":
+        return objective.next_token
+    kl_weight = 1.0 if config.mode == "logits" else config.logits_weight
 
-    def loss(model: Transformer, batch: Batch, settings: TrainConfig) -> objective.Loss:
-        chosen_BT = batch.targets_BT >= 0
+    def pull(x_BTD: Tensor, head_VD: Tensor, goal_BTE: Tensor, targets_BT: Tensor, over: int) -> tuple[Tensor, ...]:
+        """Sums of loss, KL and cross-entropy over the targets of a part, divided by how many the step has."""
+        chosen_BT = targets_BT != IGNORED
+        x_ND, goal_NE, targets_N = x_BTD[chosen_BT], goal_BTE[chosen_BT], targets_BT[chosen_BT]
+        weights = {"kl_weight": kl_weight, "ce_weight": 1.0 - kl_weight, "temperature": config.temperature}
+        found = forward_kl(x_ND, head_VD, goal_NE, teacher.head.dense_weight(), targets_N, **weights)
+        return tuple(each * (len(targets_N) / max(over, 1)) for each in found)
+
+    def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
+        whole, segments_BT = whole or batch, objective.needed_segments(batch.segments_BT)
         with torch.no_grad():
-            goal_NE = teacher.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen_BT]
-        hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-        total, kl, ce = forward_kl(
-            hidden.x_BTD[chosen_BT],
-            model.head.weight,
-            goal_NE,
-            teacher.head.weight,
-            batch.targets_BT[chosen_BT],
-            kl_weight=kl_weight,
-            ce_weight=1.0 - kl_weight,
-            temperature=config.temperature,
-        )
-        if config.balance_weight > 0 and hidden.routing:
-            rows, valid_BT = len(batch.tokens_BT), batch.segments_BT > 0
-            balance = torch.stack([balance_loss(each, rows, valid_BT) for each in hidden.routing]).mean()
-            total = total + config.balance_weight * balance
-        loads = [each.load_E for each in hidden.routing]
-        return objective.Loss(total, {"loss": ce.item(), "kl": kl.item()}, loads)
+            goal_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
+        hidden, head_VD = model.hidden(batch.tokens_BT, segments_BT=segments_BT), model.head.dense_weight()
+        over = objective.counted(whole.targets_BT)
+        total, kl, ce = pull(hidden.x_BTD, head_VD, goal_BTE, batch.targets_BT, over)
+        metrics, routing = {"loss": ce.item(), "kl": kl.item()}, list(hidden.routing)
+        if model.mtp and settings.mtp_weight > 0:
+            depths = []
+            for depth, (ahead, targets_BT) in enumerate(objective.looking_ahead(model, hidden, batch), 1):
+                over = objective.counted(objective.targets_ahead(whole, depth))
+                depths.append(torch.stack(pull(ahead.x_BTD, head_VD, goal_BTE[:, depth:], targets_BT, over)))
+                routing += ahead.routing
+            mtp, _, mtp_ce = torch.stack(depths).mean(0)
+            total, metrics["mtp_loss"] = total + settings.mtp_weight * mtp, mtp_ce.item()
+        if settings.balance_weight > 0 and hidden.routing:
+            total = total + settings.balance_weight * objective.balance(hidden.routing, batch, whole)
+        return objective.Loss(total, metrics, [each.load_E for each in routing])
 
-    return objective.next_token if config.mode == "traces" else loss
+    return loss
 
 
 def distill(

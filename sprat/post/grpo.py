@@ -73,7 +73,7 @@ from sprat.post.rewards import Reward, Verifier
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, machine, optim, trainable
+from sprat.train import checkpoint, loop, machine, optim, trainable
 from sprat.train.progress import bar
 from sprat.trust.run import Run
 
@@ -234,7 +234,7 @@ def _optimise(
                 loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
                 if reference is not None:
                     loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
-                head_VD, heat = model.head.weight, config.temperature
+                head_VD, heat = model.head.dense_weight(), config.temperature
                 total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
                 total.backward()
                 sums.add(loss, logprob_N, entropy_N)
@@ -267,14 +267,14 @@ def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLCo
     """Log-probabilities of the response tokens under the frozen start."""
     with torch.no_grad():
         tokens = gather(reference, rollouts, torch.zeros(len(rollouts)))
-        return token_logprob(tokens.x_ND, reference.head.weight, tokens.targets_N, config.temperature)[0]
+        return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
 def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
     norm = optimiser.clip(config.grad_clip)
     if not math.isfinite(norm):
-        todo = "lower rl.lr; the last checkpoint is intact"
+        todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
     optimiser.step()
     optimiser.zero_grad()
@@ -318,14 +318,16 @@ def grpo(
         if reward is not None:
             reward.take_faults()
         ready.check()
-    with bar(run, config.steps, result.steps) as advance:
+    with bar(run, config.steps, result.steps) as advance, loop.held_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
             faults = {} if reward is None else {"reward_faults": reward.take_faults()}
             run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result), **faults)
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
                 extra = {"config": config.digest(), "result": vars(result)}
                 checkpoint.save(run.checkpoints, step, model, optimiser, extra)
+            if stop:
+                raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
     return result
 
@@ -354,17 +356,18 @@ def _learn(
 
 
 def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, run: Run) -> RLResult:
-    """Take over the last whole checkpoint; what was done so far, or nothing."""
-    found = checkpoint.latest(run.checkpoints)
+    """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
+    own = checkpoint.latest(run.checkpoints)
+    found = own or loop.begin_from(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
         return RLResult()
-    if found.extra.get("config") != config.digest():
+    if own and found.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"
         raise CheckpointError("the checkpoint was made with another recipe", where=str(found.folder), todo=todo)
     checkpoint.restore(found, model, optimiser)
     run.rewind(found.step)
-    return RLResult(**found.extra["result"])
+    return RLResult(**found.extra["result"]) if own else RLResult(steps=found.step)
 
 
 def _account(

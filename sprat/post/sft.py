@@ -2,7 +2,8 @@
 
 Only the assistant's tokens carry loss (``tokens.chat.demonstration`` sets the mask), because the model shall
 learn to answer questions, not to write them. ``cold_start`` makes the mostly terse demonstrations from which
-RL starts: they teach the format and leave the habit of thinking rare, so that what RL adds can be seen.
+RL starts (DeepSeek-R1, arXiv 2501.12948): they teach the format and leave the habit of thinking rare, so that what RL
+adds can be seen.
 
 A demonstration that is longer than a row is left out and counted: cut at its end it would teach half an answer, cut at
 its beginning an answer to half a question. The router's bias stays where pre-training left it, as in RL: a narrow mix

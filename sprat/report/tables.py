@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 from sprat.report.runs import Road, Score, Stage, p_value
+from sprat.trust.facts import Source
 
 LEVEL = 0.05
 
@@ -165,7 +166,7 @@ def seeds(road: Road) -> str:
         if means:
             cells = ["–" if score is None else percent(score.accuracy) for score in scores]
             rows.append([text(task), *cells, f"{percent(min(means))} to {percent(max(means))}"])
-    return table(["task", *(f"seed {stage.record.get('seed')}" for stage in stages), "spread"], rows)
+    return table(["task", *(text(f"seed {stage.record.get('seed')}") for stage in stages), "spread"], rows)
 
 
 def thinking(road: Road) -> str:
@@ -255,18 +256,19 @@ def provenance(road: Road) -> str:
 
 
 def sources(road: Road) -> str:
-    """Name, licence, size and digest of each text source."""
-    found = [source for stage in road.stages for source in stage.facts.get("sources") or []]
+    """Name, licence, size, what is left out, and digest of each text source."""
+    found = [Source.of(row) for stage in road.stages for row in stage.facts.get("sources") or []]
     rows = [
         [
-            text(source.get("name", "")),
-            text(source.get("licence", "")),
-            number(float(source.get("bytes") or 0), "B"),
-            _digest(str(source.get("sha256", ""))),
+            text(source.name),
+            text(source.licence),
+            number(float(source.bytes), "B"),
+            "<br>".join(text(item) for item in (source.fault, *source.left_out) if item) or "–",
+            _digest(source.digest),
         ]
         for source in found
     ]
-    return table(["source", "licence", "size", "SHA-256"], rows) if rows else ""
+    return table(["source", "licence", "size", "left out", "SHA-256"], rows) if rows else ""
 
 
 def _digest(value: str) -> str:

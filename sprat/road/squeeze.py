@@ -24,7 +24,7 @@ from sprat.errors import CheckpointError, DataError
 from sprat.quant import packed_tensors, quantize, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
-from sprat.road.training import finished
+from sprat.road.training import finished, measured
 from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
@@ -37,10 +37,17 @@ CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 def squeeze(road: Road) -> None:
     """Quantise the distilled student and measure size, speed and loss of accuracy."""
     recipe = road.recipe.quant
-    run = road.open("quantize", "quantize", recipe, {"model": road.path("distill"), "data": road.path("data")}, 0)
-    if run.done:
+    opened = road.open(
+        "quantize",
+        "quantize",
+        recipe,
+        {"model": road.path("distill"), **measured(road)},
+        0,
+        lambda goes_on: load(road.path("distill")),
+    )
+    if opened is None:
         return
-    student, tokenizer = load(road.path("distill"))
+    run, (student, tokenizer) = opened
     tokens_BT, segments_BT = _heard(road)
     small = quantize(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
     save(small, tokenizer, run.artefact)

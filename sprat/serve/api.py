@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from sprat.tokens.chat import Message
 
 READ_SECONDS = 30.0  # for the whole request body
-POLL_SECONDS = 0.25  # how often a waiting answer looks whether its client is still there
 KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 
 
@@ -51,6 +50,7 @@ class Desk:
     turns: int | None = None
     max_tokens: int = 1024
     max_body_bytes: int = 1 << 20
+    keyed: bool = False  # strangers ask here: none is told of the others
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -135,17 +135,25 @@ def _extension(answering: Answering, seed: int) -> dict[str, Any]:
     return {"cost": cost, "seed": seed, "seconds": round(answering.seconds, 4)}
 
 
+async def _left(request: Request) -> None:
+    """Wait until the client has gone; its request has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def whole(request: Request, desk: Desk, answering: Answering, name: str, seed: int) -> Response:
-    """Wait for the whole answer and send it as one JSON object."""
+    """Wait for the whole answer and send it as one JSON object; a client that leaves ends it at once."""
     text: dict[str, list[str]] = {"reasoning": [], "content": []}
+    leaving = asyncio.create_task(_left(request))
+    leaving.add_done_callback(lambda _: answering.cancel())
     try:
-        async for delta in answering.deltas(POLL_SECONDS):
-            if delta is None:
-                if await request.is_disconnected():
-                    return Response(status_code=499)
-            elif delta.kind in text:
+        async for delta in answering.deltas(KEEP_ALIVE_SECONDS):
+            if delta is not None and delta.kind in text:
                 text[delta.kind].append(delta.text)
+        if leaving.done():
+            return Response(status_code=499)
     finally:
+        leaving.cancel()
         answering.cancel()
     message = {"role": "assistant", "content": "".join(text["content"])}
     if text["reasoning"]:
@@ -205,7 +213,7 @@ async def complete(request: Request, desk: Desk) -> Response:
         raise RequestError(404, message, param="model", code="model_not_found")
     name = f"chatcmpl-{secrets.token_hex(16)}"
     seed = ask.seed if ask.seed is not None else secrets.randbits(31)
-    answering = await desk.traffic.admit(name, _messages(ask), _sampling(ask, desk, seed))
+    answering = await desk.traffic.admit(name, _messages(ask), _sampling(ask, desk, seed), request.state.tenant)
     if ask.stream:
         return AnswerStream(answering, stream(ask, desk, answering, name, seed))
     return await whole(request, desk, answering, name, seed)
@@ -231,15 +239,11 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
-        """Alive, and how busy."""
+        """Alive, and, where everybody is one tenant, how busy."""
         running, meter = len(desk.traffic.running), desk.meter
-        return {
-            "status": "closing" if desk.traffic.closed else "ok",
-            "model": desk.name,
-            "running": running,
-            "answered": meter.requests,
-            "nano_yuan": meter.nano_yuan,
-        }
+        alive = {"status": "closing" if desk.traffic.closed else "ok", "model": desk.name}
+        busy = {"running": running, "answered": meter.requests, "nano_yuan": meter.nano_yuan}
+        return alive if desk.keyed else {**alive, **busy}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -261,10 +265,10 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         return await complete(request, desk)
 
     @app.post("/v1/chat/completions/{name}/cancel", status_code=204)
-    async def cancel(name: str) -> Response:
+    async def cancel(request: Request, name: str) -> Response:
         """End a running answer early; its stream still closes with usage and cost."""
         answering = desk.traffic.running.get(name)
-        if answering is None:
+        if answering is None or answering.tenant != request.state.tenant:
             raise RequestError(404, "no such answer is running", param="id", code="not_running")
         answering.cancel()
         return Response(status_code=204)

@@ -25,6 +25,7 @@ def create_app(
     max_requests: int = 64,
     max_body_bytes: int = 1 << 20,
     hosts: Iterable[str] = (),
+    keys: Iterable[str] = (),
 ) -> FastAPI:
     """The chat server around ``engine``, ready for any ASGI server.
 
@@ -39,17 +40,21 @@ def create_app(
         max_requests: answers at a time; one more is refused with 429.
         max_body_bytes: bound of a request body; a larger one is refused with 413.
         hosts: names, beside ``localhost`` and IP addresses, that a ``Host`` header may give.
+        keys: API keys, each a tenant of its own; without any everybody may ask, as one tenant.
     """
     from fastapi import FastAPI
 
     from sprat.serve.api import Desk, add_routes
     from sprat.serve.guard import Guard
+    from sprat.serve.keys import Keys
 
+    known = Keys(keys)
     prices = prices if prices is not None else meter.choose(meter.load())
     traffic = Traffic(engine, meter.Meter(prices), max_requests=max_requests)
     desk = Desk(
-        traffic, name, prices, list(examples), turns=turns, max_tokens=max_tokens, max_body_bytes=max_body_bytes
-    )
+        traffic, name, prices, list(examples), turns=turns, max_tokens=max_tokens, max_body_bytes=max_body_bytes,
+        keyed=bool(known),
+    )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +66,7 @@ def create_app(
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.traffic = traffic
-    app.add_middleware(Guard, names=hosts)
+    app.add_middleware(Guard, keys=known, names=hosts)
     add_routes(app, desk)
 
     _answer_errors(app)

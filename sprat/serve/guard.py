@@ -5,6 +5,9 @@ pages out. DNS rebinding: a hostile page points its own name at 127.0.0.1, so a 
 neither an IP address nor ``localhost`` nor a name we were given is refused (an IP address cannot be
 rebound). Cross-site requests: a ``POST`` whose ``Origin`` is not this server is refused, and no CORS
 header is ever sent. Programs such as curl and the OpenAI clients send no ``Origin`` and pass.
+
+Where the server has keys, everything but the page, the health check and the schema needs one, and it is looked at
+before any of the body is read.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from sprat.serve.keys import Keys
 from sprat.serve.protocol import RequestError
 
 Scope = MutableMapping[str, Any]
@@ -23,6 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+OPEN = ("/", "/healthz", "/openapi.json")  # what needs no key
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -67,10 +72,13 @@ def may_enter(host: str, names: Iterable[str]) -> bool:
 
 
 class Guard:
-    """ASGI middleware: refuses foreign hosts and origins, adds the security headers to every answer."""
+    """ASGI middleware: refuses foreign hosts, origins and keys, adds the security headers to every answer.
 
-    def __init__(self, app: App, names: Iterable[str] = ()) -> None:
-        self.app = app
+    Whose request it is stands in ``request.state.tenant`` from here on.
+    """
+
+    def __init__(self, app: App, keys: Keys, names: Iterable[str] = ()) -> None:
+        self.app, self.keys = app, keys
         self.names = frozenset(name.lower() for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +98,8 @@ class Guard:
             return
         body = json.dumps(refusal.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if refusal.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         await sealed({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await sealed({"type": "http.response.body", "body": body})
 
@@ -104,4 +114,9 @@ class Guard:
             parts = origin.split("://", 1)
             if len(parts) != 2 or parts[0] not in ("http", "https") or parts[1].lower() != host.lower():
                 return RequestError(403, "requests from other sites are refused", param="Origin", code="cross_site")
+        tenant = self.keys.tenant(headers.get(b"authorization", ""))
+        if tenant is None and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+            message = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
+            return RequestError(401, message, param="Authorization", code="invalid_api_key")
+        scope.setdefault("state", {})["tenant"] = tenant
         return None

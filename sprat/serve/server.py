@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from sprat.errors import MachineError, ServeError
 from sprat.serve.app import create_app
+from sprat.serve.connections import MOST, protocol
+from sprat.serve.keys import Keys
 from sprat.serve.meter import Prices
 
 if TYPE_CHECKING:
@@ -24,13 +27,16 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 5
 
 
-def take_port(host: str, port: int) -> socket.socket:
+def take_port(host: str, port: int, *, keyed: bool = False) -> socket.socket:
     """A socket that listens on ``host:port`` (port 0: any free one).
 
     It listens from now on: early callers wait in its queue until the server is up.
 
+    Args:
+        keyed: whether whoever asks there will need a key; without one only loopback is taken.
+
     Raises:
-        ServeError: the port is in use or not allowed, or the host is not ours.
+        ServeError: the port is in use or not allowed, the host is not ours, or others could reach it without a key.
     """
     where = f"{host}:{port}"
     if not 0 <= port <= 65535:
@@ -39,6 +45,9 @@ def take_port(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise ServeError("no such host", where=host, todo="use 127.0.0.1, or an address of this machine") from None
+    if not keyed and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        todo = "give a key with --api-key (or SPRAT_API_KEY), or listen on 127.0.0.1"
+        raise ServeError("other machines could use this server without a key", where=where, todo=todo)
     taken = socket.socket(family, kind, protocol)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,10 +96,11 @@ def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None]
 
     config = uvicorn.Config(
         app,
+        http=protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=512,
+        limit_concurrency=MOST + 1,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         ws="none",
@@ -115,15 +125,16 @@ def run(
     max_tokens: int = 1024,
     max_requests: int = 64,
     hosts: Iterable[str] = (),
+    keys: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
 
-    Loopback by default; any other ``host`` opens the server to the network, without keys. The other
+    Loopback by default; any other ``host`` opens the server to the network and needs ``keys``. The other
     arguments are those of ``create_app``; ``name`` defaults to the folder's name.
 
     Raises:
-        ServeError: the port cannot be had.
+        ServeError: the port cannot be had, a key cannot be used, or the network is asked for without a key.
         MachineError: FastAPI or uvicorn is missing.
         CheckpointError: the folder holds no model.
     """
@@ -131,7 +142,8 @@ def run(
         if importlib.util.find_spec(package) is None:
             todo = f"pip install {package}"
             raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
-    taken = take_port(host, port)
+    Keys(keys)  # a fault in one is told before the model is loaded
+    taken = take_port(host, port, keyed=bool(keys))
     try:
         from sprat.engine import Engine
         from sprat.engine.load import load
@@ -146,6 +158,7 @@ def run(
             max_tokens=max_tokens,
             max_requests=max_requests,
             hosts=[*hosts, host],
+            keys=keys,
         )
         serve(app, taken, announce=announce)
     finally:

@@ -25,7 +25,7 @@ from sprat.serve.protocol import RequestError, usage_body
 
 if TYPE_CHECKING:
     from sprat.engine.sampling import Sampling
-    from sprat.engine.sequence import Delta
+    from sprat.engine.sequence import Delta, Tenant
     from sprat.tokens.chat import Message
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class HandleLike(Protocol):
 class EngineLike(Protocol):
     """What serving needs of an engine (``sprat.engine.Engine`` has it); any thread may submit."""
 
-    def submit(self, prompt: Sequence[Message], sampling: Sampling | None = None) -> HandleLike:
-        """Take a request."""
+    def submit(self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant) -> HandleLike:
+        """Take a request of ``tenant``."""
 
     def start(self) -> None:
         """Work in the background from now on."""
@@ -57,8 +57,10 @@ class EngineLike(Protocol):
 class Answering:
     """One admitted request, seen from the event loop. Iterate it with ``deltas``."""
 
-    def __init__(self, engine: EngineLike, messages: Sequence[Message], sampling: Sampling, meter: Meter) -> None:
-        self.began = time.monotonic()
+    def __init__(
+        self, engine: EngineLike, messages: Sequence[Message], sampling: Sampling, meter: Meter, tenant: Tenant
+    ) -> None:
+        self.began, self.tenant = time.monotonic(), tenant
         self.usage: dict[str, Any] | None = None
         self.cost: Cost | None = None
         self.seconds = 0.0
@@ -75,7 +77,7 @@ class Answering:
     def pump(self) -> None:
         """Submit and wait, in a thread of its own; every delta is handed to the event loop."""
         try:
-            handle = self._engine.submit(self._messages, self._sampling)
+            handle = self._engine.submit(self._messages, self._sampling, tenant=self.tenant)
             self._post(self._on_start, handle)
             for delta in handle:
                 self._post(self._on_delta, delta)
@@ -170,8 +172,8 @@ class Traffic:
         self.closed = False
         self._pool = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="sprat-answer")
 
-    async def admit(self, name: str, messages: Sequence[Message], sampling: Sampling) -> Answering:
-        """Hand a request to the engine under the unique ``name``.
+    async def admit(self, name: str, messages: Sequence[Message], sampling: Sampling, tenant: Tenant) -> Answering:
+        """Hand a request of ``tenant`` to the engine under the unique ``name``.
 
         Raises:
             RequestError: 429 when all places are taken, 503 when closing, 400 when the engine refuses it.
@@ -188,7 +190,7 @@ class Traffic:
                 kind="rate_limit_error",
                 retry_after=1,
             )
-        answering = Answering(self.engine, messages, sampling, self.meter)
+        answering = Answering(self.engine, messages, sampling, self.meter, tenant)
         self.running[name] = answering
         future = asyncio.get_running_loop().run_in_executor(self._pool, answering.pump)
         future.add_done_callback(lambda _: self.running.pop(name, None))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sprat.config import TrainConfig
-from sprat.data.loader import IGNORED, Batch
+from sprat.config import LoopConfig
+from sprat.data.loader import Batch
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.train import machine
@@ -19,7 +19,7 @@ from sprat.train.team import Team
 
 @dataclass(frozen=True)
 class _Share:
-    """What one member of the team found on its rows, already weighted by its share of the step's targets."""
+    """What one member of the team found on its rows: their share of the step's gradient and metrics."""
 
     grads: tuple[Tensor | None, ...]
     metrics: dict[str, float]
@@ -29,15 +29,15 @@ class _Share:
 def backward(
     model: Transformer,
     batch: Batch,
-    config: TrainConfig,
+    config: LoopConfig,
     loss_fn: LossFn,
     parameters: Sequence[nn.Parameter],
     team: Team,
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Put the gradient of the step's mean loss into ``parameters``; (metrics, summed expert loads of each MoE layer).
 
-    A part of the batch weighs as much as it has targets, so that for a loss that is a mean over targets it does not
-    matter how the batch is cut, but for rounding.
+    ``loss_fn`` is told the whole batch beside each part, so that what it gives is a share and the shares add up: it
+    does not matter how the batch is cut, but for rounding.
 
     Raises:
         TrainingError: the rows cannot be cut into ``config.micro_batches``.
@@ -46,19 +46,16 @@ def backward(
     if rows % config.micro_batches:
         what = f"{rows} rows cannot be cut into {config.micro_batches} micro-batches"
         raise TrainingError(what, where="micro_batches", todo="choose a divisor of batch_rows")
-    device = model.embed_tokens.weight.device
-    size, all_targets = rows // config.micro_batches, max(1, int((batch.targets_BT != IGNORED).sum()))
+    device, size = model.norm.weight.device, rows // config.micro_batches
     members = min(team.size, size) if device.type == "cpu" else 1
 
     def share(part: Batch) -> _Share:
-        weight = int((part.targets_BT != IGNORED).sum()) / all_targets
         with torch.enable_grad(), machine.precision(device):
-            loss = loss_fn(model, part, config)
-            total = loss.total if weight == 1.0 else loss.total * weight
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
+            loss = loss_fn(model, part, config, batch)
+        found = torch.autograd.grad(loss.total, parameters, allow_unused=True)
         # Hand-written backward passes may return views of one buffer; what is clipped in place must own its memory.
         grads = tuple(None if grad is None else grad.clone(memory_format=torch.contiguous_format) for grad in found)
-        return _Share(grads, {name: value * weight for name, value in loss.metrics.items()}, loss.loads)
+        return _Share(grads, loss.metrics, loss.loads)
 
     metrics: dict[str, float] = {}
     loads: list[Tensor] = []

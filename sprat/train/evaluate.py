@@ -34,17 +34,15 @@ def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows:
     """
     if bytes_total <= 0:
         raise DataError("a text of no bytes", where="bits_per_byte", todo="give a text that holds something")
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     training = model.training
     model.eval()
-    nats = 0.0
+    nats, head_VD = 0.0, model.head.dense_weight()
     for start in range(0, packed.rows, rows):
         batch = gather(packed, range(start, min(start + rows, packed.rows))).to(device)
-        targets_N = batch.targets_BT.flatten()
         with precision(device):
             hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-        mean = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), model.head.weight, targets_N)
-        nats += float(mean) * int((targets_N != -100).sum())
+        nats += float(linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), over=1))
     model.train(training)
     return nats / math.log(2) / bytes_total
 

@@ -2,32 +2,36 @@
 
     total = next-token + mtp_weight * mean over MTP depths + balance_weight * mean over MoE layers
 
-All three are means over a micro-batch; the loop weighs micro-batches by their targets.
+Each term is a mean over a step: of its targets, of the targets that a depth can see, of its rows. A micro-batch gives
+its share of each, its sum divided by what the whole step counts, so that the shares add up to the same loss and the
+same gradient however the rows are cut.
 """
 
 # B batch, T time, D hidden, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sprat.config import TrainConfig
+from sprat.config import LoopConfig
 from sprat.data.loader import IGNORED, Batch
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.ops import linear_cross_entropy
+from sprat.model.step import pair_segments
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What one micro-batch gives.
+    """What one part of a step's rows gives; the parts' numbers add up to the step's.
 
     Attributes:
-        total: scalar with gradient, mean over the micro-batch's targets.
-        metrics: plain numbers for the log; their key ``loss`` is the next-token loss in nats.
+        total: scalar with gradient, this part's share of the mean over the step.
+        metrics: plain numbers for the log, shares likewise; their key ``loss`` is the next-token loss in nats.
         loads: load_E of each MoE layer that ran, in the order of ``model.moe_layers()``.
     """
 
@@ -36,52 +40,70 @@ class Loss:
     loads: list[Tensor]
 
 
-LossFn = Callable[[Transformer, Batch, TrainConfig], Loss]
+class LossFn(Protocol):
+    """What is minimised."""
+
+    def __call__(self, model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None, /) -> Loss:
+        """The share that ``batch`` has in the loss of ``whole``, all rows of the step (None: ``batch`` is all)."""
+        ...
 
 
-def next_token(model: Transformer, batch: Batch, config: TrainConfig) -> Loss:
+def next_token(model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None) -> Loss:
     """Cross-entropy of the next token, with MTP where the model has modules and ``mtp_weight`` is positive.
+
+    Args:
+        whole: all rows of the step, of which ``batch`` is a part; see ``LossFn``.
 
     Sources: MTP in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25; sequence-wise balance there, eq. 17-20.
     """
-    segments_BT = _needed_segments(batch.segments_BT)
+    whole = whole or batch
+    segments_BT = needed_segments(batch.segments_BT)
     hidden = model.hidden(batch.tokens_BT, segments_BT=segments_BT)
-    main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), model.head.weight, batch.targets_BT.flatten())
+    head_VD = model.head.dense_weight()
+    over = counted(whole.targets_BT)
+    main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), over=over)
     total, metrics, routing = main, {"loss": main.item()}, list(hidden.routing)
-    depths = len(model.mtp) if config.mtp_weight > 0 else 0
-    if depths:
-        mtp, extra = _mtp(model, hidden, batch, segments_BT, depths)
+    if model.mtp and config.mtp_weight > 0:
+        losses = []
+        for depth, (ahead, targets_BT) in enumerate(looking_ahead(model, hidden, batch), 1):
+            over = counted(targets_ahead(whole, depth))
+            losses.append(linear_cross_entropy(ahead.x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), over=over))
+            routing += ahead.routing
+        mtp = torch.stack(losses).mean()
         total, metrics["mtp_loss"] = total + config.mtp_weight * mtp, mtp.item()
-        routing += extra
     if config.balance_weight > 0 and hidden.routing:
-        valid_BT = None if segments_BT is None or bool((segments_BT > 0).all()) else segments_BT > 0
-        rows = len(batch.tokens_BT)
-        balance = torch.stack([balance_loss(each, rows, valid_BT) for each in hidden.routing]).mean()
-        total = total + config.balance_weight * balance
+        total = total + config.balance_weight * balance(hidden.routing, batch, whole)
     return Loss(total, metrics, [each.load_E for each in routing])
 
 
-def _needed_segments(segments_BT: Tensor) -> Tensor | None:
+def counted(targets_BT: Tensor) -> int:
+    """How many of the targets carry loss."""
+    return int((targets_BT != IGNORED).sum())
+
+
+def balance(routing: list[Routing], batch: Batch, whole: Batch) -> Tensor:
+    """The share that ``batch`` has in the balance loss of ``whole``: mean over rows and MoE layers."""
+    rows = len(batch.tokens_BT)
+    return torch.stack([balance_loss(each, rows) for each in routing]).mean() * (rows / len(whole.tokens_BT))
+
+
+def looking_ahead(model: Transformer, hidden: Hidden, batch: Batch) -> Iterator[tuple[Hidden, Tensor]]:
+    """For each MTP depth, from 1: what its module makes of ``hidden``, and the targets [B, T - depth] of its places."""
+    segments_BT = needed_segments(batch.segments_BT)
+    for depth in range(1, len(model.mtp) + 1):
+        hidden = model.mtp_hidden(hidden, batch.tokens_BT, segments_BT=segments_BT, depth=depth)
+        yield hidden, targets_ahead(batch, depth)
+
+
+def targets_ahead(batch: Batch, depth: int) -> Tensor:
+    """Targets of an MTP module [B, T - depth]; it joins place i with token i + depth, of one document or no loss.
+
+    Place i then predicts what place i + depth predicts.
+    """
+    return batch.targets_BT[:, depth:].masked_fill(pair_segments(batch.segments_BT, depth) == 0, IGNORED)
+
+
+def needed_segments(segments_BT: Tensor) -> Tensor | None:
     """None where every row is one whole segment, so that attention may be plainly causal (and faster)."""
     whole = bool((segments_BT == segments_BT[:, :1]).all()) and bool((segments_BT[:, 0] > 0).all())
     return None if whole else segments_BT
-
-
-def _mtp(
-    model: Transformer, hidden: Hidden, batch: Batch, segments_BT: Tensor | None, depths: int
-) -> tuple[Tensor, list[Routing]]:
-    """(mean loss over depths, routing of the modules' MoE layers).
-
-    Depth k at place i has seen token i + k and predicts what place i + k predicts, provided that place lies in
-    the segment of place i.
-    """
-    losses, routing = [], []
-    for depth in range(1, depths + 1):
-        hidden = model.mtp_hidden(hidden, batch.tokens_BT, segments_BT=segments_BT, depth=depth)
-        targets_BT = batch.targets_BT[:, depth:]
-        if segments_BT is not None:
-            same_BT = segments_BT[:, depth:] == segments_BT[:, :-depth]
-            targets_BT = torch.where(same_BT, targets_BT, IGNORED)
-        losses.append(linear_cross_entropy(hidden.x_BTD.flatten(0, 1), model.head.weight, targets_BT.flatten()))
-        routing += hidden.routing
-    return torch.stack(losses).mean(), routing

@@ -1,13 +1,18 @@
 """SHA-256 of files, folders and JSON values: the names by which runs know their inputs and outputs.
 
 A folder's digest is the SHA-256 of its listing, one ``<sha256>  <relative path>`` line per file in
-the order of the paths. Times, modes and empty folders do not count, so a copy has the same digest.
+the order of the paths. Times, modes and empty folders do not count, so a copy has the same digest. A name
+that would make two listings alike (one with a line end) is refused, and so is whatever is no plain file:
+to read a pipe or a device may never end, and proves nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +38,69 @@ def value(content: Any) -> str:
     return data(canonical(content).encode())
 
 
+def plain(path: str | Path) -> io.BufferedReader:
+    """The file at ``path``, opened for reading.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file.
+        TrustError: it is a pipe, a device or a socket.
+    """
+    if stat.S_ISDIR(os.stat(path).st_mode):
+        raise IsADirectoryError(str(path))
+    if stat.S_ISREG(os.stat(path).st_mode):
+        # Should a pipe take its place just now, O_NONBLOCK keeps us from waiting for its writer.
+        stream: io.BufferedReader = io.BufferedReader(
+            io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        )
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return stream
+        stream.close()
+    raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="put a file in its place")
+
+
 def file(path: str | Path) -> str:
     """SHA-256 (hex) of the file at ``path``.
 
     Raises:
-        TrustError: there is no such file.
+        TrustError: there is no such file, or it is a pipe or a device.
     """
     try:
-        with open(path, "rb") as stream:
+        with plain(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise TrustError("cannot digest a file that is not there", where=str(path), todo="make it again") from None
 
 
-def files(folder: str | Path) -> dict[str, str]:
+def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
     """SHA-256 of each file under ``folder`` by its relative path with forward slashes, in sorted order.
 
+    Args:
+        follow: for a folder of the user's: a link to a file counts as that file; other links, pipes and devices,
+            which nobody reads, are passed over.
+
     Raises:
-        TrustError: the folder is missing, or holds a link (a link proves nothing about its target).
+        TrustError: the folder is missing, or holds a link (a link proves nothing about its target), a pipe, a
+            device, or a name with a line end or of bytes that are no UTF-8.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise TrustError("cannot digest a folder that is not there", where=str(folder), todo="make it again")
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
+        if path.is_symlink() and not follow:
             raise TrustError("a digested folder may hold no links", where=str(path), todo="copy the file in its place")
         if path.is_file():
-            found[path.relative_to(folder).as_posix()] = file(path)
+            found[_listed(path.relative_to(folder).as_posix(), path)] = file(path)
+        elif not follow and not path.is_dir():
+            raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="take it out")
     return dict(sorted(found.items()))
+
+
+def _listed(name: str, path: Path) -> str:
+    """``name`` if a listing can hold it."""
+    if "\n" in name or name != name.encode("utf-8", "replace").decode():
+        raise TrustError("a file name that no listing can hold", where=repr(str(path)), todo="rename it")
+    return name
 
 
 def listing(found: dict[str, str]) -> str:
@@ -69,10 +108,15 @@ def listing(found: dict[str, str]) -> str:
     return data("".join(f"{found[name]}  {name}\n" for name in sorted(found)).encode())
 
 
-def tree(folder: str | Path) -> str:
+def tree(folder: str | Path, *, follow: bool = False) -> str:
     """SHA-256 (hex) of all files under ``folder``, names included.
 
     Raises:
         TrustError: see ``files``.
     """
-    return listing(files(folder))
+    return listing(files(folder, follow=follow))
+
+
+def content(path: Path) -> str:
+    """SHA-256 (hex) of the folder (see ``tree``) or file at ``path``."""
+    return tree(path) if path.is_dir() else file(path)

@@ -2,11 +2,17 @@
 
 One line of canonical JSON per entry: ``{"body":…,"hash":…,"index":…,"kind":…,"prev":…,"time":…}``.
 ``hash`` is the SHA-256 of the line without it, ``prev`` the hash of the line before (64 zeros for the
-first). Because the JSON must be canonical to the byte, a flipped bit anywhere is seen. A chain alone
-cannot show that its last entries were cut off; ``verify`` sees that, since each run must have its entry.
+first). Because the JSON must be canonical to the byte, a flipped bit anywhere is seen.
+
+A road's ledger is the ``ledger.jsonl`` of its folder, and is found there and nowhere else. Its first entry, the
+root, holds a number drawn at random; every run writes the root's hash into its ``run.json``, so that a run of
+one road cannot be entered in the ledger of another. What the entries mean is in ``history``.
+
+A chain alone cannot show that its last entries were cut off with the files they speak of, or that all of it
+was written anew. For that someone must have kept its ``head``: see SECURITY.md.
 
 A line without its newline was never acknowledged (the process died in the write): the next append
-cuts it off and goes on.
+cuts it off and goes on. To append, only the last line is read, however long the ledger is.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,7 +30,11 @@ from typing import Any
 from sprat.errors import TrustError
 from sprat.trust import atomic, digest
 
+NAME = "ledger.jsonl"
+ROOT, RUN, SET_ASIDE, FILES = "road", "run", "set-aside", "files"
 _FIRST = "0" * 64
+_FORMAT = 2
+_BLOCK = 4096
 
 
 class Ledger:
@@ -39,21 +50,50 @@ class Ledger:
             TrustError: the last line is damaged, so nothing can be chained to it.
             MachineError: the disk is full; the ledger is as it was.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            lines = self._mend()
-            prev, index = _FIRST, len(lines)
-            if lines:
-                fault = _fault(lines[-1])
-                if fault:
-                    raise TrustError(
-                        f"the ledger's last entry {fault}", where=f"{self.path}:{index}", todo="see verify"
-                    )
-                prev = json.loads(lines[-1])["hash"]
-            entry = {"index": index, "kind": kind, "time": now(), "prev": prev, "body": body}
-            entry["hash"] = digest.value(entry)
-            atomic.append_line(self.path, digest.canonical(entry))
-        return entry
+            return self._append(kind, body)
+
+    def root(self) -> str:
+        """The hash of the first entry, by which runs know their ledger; an empty ledger is given its root.
+
+        Raises:
+            TrustError: the first entry is damaged.
+        """
+        with self._alone():
+            if not self._mend():
+                return str(self._append(ROOT, {"format": _FORMAT, "nonce": secrets.token_hex(16)})["hash"])
+            with open(self.path, "rb") as stream:
+                line = stream.readline().rstrip(b"\n").decode("latin-1")
+        fault = _fault(line)
+        if fault:
+            raise TrustError(f"the ledger's first entry {fault}", where=f"{self.path}:1", todo="see verify")
+        return str(json.loads(line)["hash"])
+
+    def head(self) -> str:
+        """The hash of the last entry that can be read: who keeps it elsewhere sees whatever changes later."""
+        return next((str(json.loads(line)["hash"]) for line in reversed(self._read()[0]) if not _fault(line)), "")
+
+    def enter(self, path: Path) -> None:
+        """Enter the digest of a file or folder of the road that belongs to no run; nothing if it is entered already.
+
+        Raises:
+            TrustError: it is not there or cannot be digested.
+        """
+        name = path.resolve().relative_to(self.path.parent.resolve()).as_posix()
+        found = digest.content(path)
+        last = self.latest("path", name)
+        if last is None or last["body"].get("digest") != found:
+            self.append(FILES, {"path": name, "digest": found})
+
+    def latest(self, key: str, value: str) -> dict[str, Any] | None:
+        """The last entry whose body has ``value`` under ``key``; only lines that hold such a pair are parsed."""
+        pair = f"{json.dumps(key)}:{json.dumps(value)}"
+        for line in reversed(self._read()[0]):
+            if pair in line and not _fault(line):
+                entry: dict[str, Any] = json.loads(line)
+                if isinstance(entry["body"], dict) and entry["body"].get(key) == value:
+                    return entry
+        return None
 
     def entries(self) -> list[dict[str, Any]]:
         """All acknowledged entries that can be read, in order; damage is told by ``check``."""
@@ -82,28 +122,66 @@ class Ledger:
             faults.append("the last line is torn (its write was cut off)")
         return faults
 
+    def _append(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """``append``, for who holds the lock."""
+        last, prev, index = self._mend(), _FIRST, 0
+        if last:
+            fault = _fault(last)
+            if fault:
+                raise TrustError(f"the ledger's last entry {fault}", where=str(self.path), todo="see verify")
+            before = json.loads(last)
+            prev, index = before["hash"], before["index"] + 1
+        entry = {"index": index, "kind": kind, "time": now(), "prev": prev, "body": body}
+        entry["hash"] = digest.value(entry)
+        atomic.append_line(self.path, digest.canonical(entry))
+        return entry
+
     def _read(self) -> tuple[list[str], bytes]:
         """The whole lines as text, and the unfinished tail."""
         try:
-            content = self.path.read_bytes()
+            with digest.plain(self.path) as stream:
+                content = stream.read()
         except FileNotFoundError:
             return [], b""
         # Latin-1 keeps one character per byte, and unlike UTF-8 it cannot fail on damage.
         *lines, torn = content.split(b"\n")
         return [line.decode("latin-1") for line in lines], torn
 
-    def _mend(self) -> list[str]:
-        """Cut off an unfinished tail; returns the whole lines."""
-        lines, torn = self._read()
-        if torn:
-            os.truncate(self.path, self.path.stat().st_size - len(torn))
-        return lines
+    def _mend(self) -> str:
+        """Cut off an unfinished tail; returns the last whole line, empty where there is none. Reads the end only."""
+        with open(self.path, "rb+") as stream:
+            place = size = stream.seek(0, os.SEEK_END)
+            tail = b""
+            # Until the tail holds the end of the last whole line and that of the line before it.
+            while place and tail.count(b"\n") < 2:
+                step = min(place, max(_BLOCK, len(tail)))
+                place = stream.seek(place - step)
+                tail = stream.read(step) + tail
+            whole, found, torn = tail.rpartition(b"\n")
+            if torn:
+                stream.truncate(size - len(torn))
+            return whole.rpartition(b"\n")[2].decode("latin-1") if found else ""
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            digest.plain(self.path).close()
         with open(self.path, "ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+
+def above(folder: Path) -> Ledger | None:
+    """The ledger of the road that ``folder`` lies in: the nearest ``ledger.jsonl`` in a folder above it."""
+    return next((Ledger(up / NAME) for up in folder.resolve().parents if (up / NAME).is_file()), None)
+
+
+def of(folder: Path) -> Ledger | None:
+    """The ledger that answers for ``folder``, a road or a run of one; None where there is none."""
+    if not (folder / "run.json").is_file():
+        return Ledger(folder / NAME) if (folder / NAME).is_file() else None
+    return above(folder)
 
 
 def now() -> str:
@@ -121,6 +199,6 @@ def _fault(line: str) -> str:
         whole = {**entry, "hash": claimed}
         if set(whole) != {"index", "kind", "time", "prev", "body", "hash"} or digest.canonical(whole) != line:
             return "is not written as an entry is"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "cannot be read"
     return ""

@@ -38,7 +38,7 @@ def describe(path: Path | str, road: Path) -> dict[str, str]:
     elif (path / "open.json").is_file():
         raise TrustError("this input is not finished", where=str(path), todo="finish that run first")
     else:
-        found = digest.tree(path) if path.is_dir() else digest.file(path)
+        found = digest.tree(path, follow=True) if path.is_dir() else digest.file(path)
     if path.resolve().is_relative_to(road.resolve()):
         return {"digest": found, "path": path.resolve().relative_to(road.resolve()).as_posix()}
     return {"digest": found, "outside": path.name}
@@ -53,7 +53,7 @@ def pulse(folder: Path) -> tuple[int, int]:
 def entry_body(folder: Path, road: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What the ledger says of a finished run; ``record`` is the content of its ``run.json``."""
     return {
-        "run": os.path.relpath(folder.resolve(), road.resolve()),
+        "run": name_of(folder, road),
         "stage": record["stage"],
         "artefact_digest": record["artefact_digest"],
         "recipe_digest": record["recipe_digest"],
@@ -64,15 +64,17 @@ def entry_body(folder: Path, road: Path, record: dict[str, Any]) -> dict[str, An
     }
 
 
-def last_entries(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The ledger's last word on each run: its entry's body, without those that were set aside."""
-    last: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if entry["kind"] == "run":
-            last[entry["body"]["run"]] = entry["body"]
-        elif entry["kind"] == "set-aside":
-            last.pop(entry["body"]["run"], None)
-    return last
+def name_of(folder: Path, road: Path) -> str:
+    """The path of a run's folder from the road's."""
+    return Path(os.path.relpath(folder.resolve(), road.resolve())).as_posix()
+
+
+def content_of(folder: Path) -> str:
+    """The digest of all that lies in a run's folder; empty where it holds what cannot be digested."""
+    try:
+        return digest.tree(folder)
+    except TrustError:
+        return ""
 
 
 def find(road: str | Path) -> list[Path]:
@@ -92,7 +94,8 @@ def find(road: str | Path) -> list[Path]:
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``; a torn last line is left out."""
     try:
-        content = (Path(folder) / "metrics.jsonl").read_bytes()
+        with digest.plain(Path(folder) / "metrics.jsonl") as stream:
+            content = stream.read()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
@@ -126,12 +129,21 @@ def versions() -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object at ``path``; None where there is none or it cannot be read."""
+    """The JSON object at ``path``; None where there is none or it cannot be read, or says a key twice."""
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        with digest.plain(path) as stream:
+            content = json.loads(stream.read(), object_pairs_hook=_once)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, TrustError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: of two alike, readers would choose differently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def plain(value: Any) -> Any:

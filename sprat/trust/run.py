@@ -1,7 +1,8 @@
+# size: to open, keep and finish a run is one noun
 """A stage of the road as a folder that proves itself.
 
     road/
-      ledger.jsonl            one entry per finished run, chained by hash
+      ledger.jsonl            a root, and one entry per finished run, chained by hash
       pretrain/
         recipe.toml           the recipe as resolved
         metrics.jsonl         one row per logged step
@@ -11,7 +12,7 @@
 
 What a run is, is decided by its stage, recipe, seed and the digests of its inputs. ``open_run`` with
 the same four finds the run again: finished and intact (``done``), or interrupted (go on from
-``checkpoints``). With any other four the old folder is renamed ``….old-N`` and the ledger told so:
+``checkpoints``). With any other four the ledger is told and the old folder renamed ``….old-N``:
 results of two recipes never mix. ``artefact_digest`` covers only the files of the artefact, so an
 interrupted run and an uninterrupted one, or two runs of one seed, agree on it; times and cost are in
 ``run.json`` and in the ledger's digest of it.
@@ -30,14 +31,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sprat.config import Config, MoneyConfig
 from sprat.errors import TrustError
 from sprat.trust import atomic, digest, record
-from sprat.trust.ledger import Ledger, now
+from sprat.trust.ledger import NAME, RUN, SET_ASIDE, Ledger, now
 
 _WORKING = ("open.json", "spent.json", "facts.json")
 _OWN = {*record.RECORDS, *_WORKING, "artefact", "checkpoints", "run.json", "report.html"}
@@ -50,6 +51,7 @@ class Run:
         folder: the run's folder; ``artefact`` and ``checkpoints`` are folders in it.
         stage, seed: as given to ``open_run``.
         done: finished earlier with the same recipe and inputs, outputs intact; nothing is left to do.
+        set_aside: where the run of another recipe that lay in this folder is now; None where there was none.
         facts: what ``note`` was told, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
     """
@@ -63,6 +65,7 @@ class Run:
         self.record: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.done = False
+        self.set_aside: Path | None = None
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
         self._started, self._step, self._steps = now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
@@ -117,7 +120,7 @@ class Run:
             "records": {name: digest.file(self.folder / name) for name in record.RECORDS},
             "outputs": outputs,
             "artefact_digest": digest.listing(outputs),
-            "ledger": os.path.relpath(self.ledger.path, self.folder),
+            "ledger_root": self.ledger.root(),
             "versions": record.versions(),
             "flops": float(flops),
             "tokens": int(tokens),
@@ -136,9 +139,11 @@ class Run:
     def _settle(self) -> None:
         """After ``run.json`` stands: the ledger's entry (once) and the end of what only an open run needs."""
         body = record.entry_body(self.folder, self.ledger.path.parent, self.record)
-        if body["run"] not in record.last_entries(self.ledger.entries()):
-            self.ledger.append("run", body)
+        if _entered(self.ledger, body["run"]) is None:
+            self.ledger.append(RUN, body)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for cut_off in self.folder.glob(".*.tmp-*"):  # a write that an earlier session did not end
+            cut_off.unlink(missing_ok=True)
         for name in reversed(_WORKING):
             (self.folder / name).unlink(missing_ok=True)
         self.done = True
@@ -152,6 +157,10 @@ class Run:
 
     def _begin(self) -> None:
         """Open or reopen the folder of a run that is not finished."""
+        self.ledger.root()
+        name = record.name_of(self.folder, self.ledger.path.parent)
+        if _entered(self.ledger, name) is not None:  # its folder was deleted by hand
+            self.ledger.append(SET_ASIDE, {"run": name, "to": None, "digest": None})
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(self.folder / "open.json", self.identity)
         atomic.write_text(self.folder / "recipe.toml", self.recipe.to_toml())
@@ -183,6 +192,7 @@ def open_run(
     seed: int,
     ledger: str | Path,
     money: MoneyConfig | None = None,
+    prepare: Callable[[bool], object] | None = None,
 ) -> Run:
     """Open the run in ``folder``: done already, to go on with, or fresh (see the module's text).
 
@@ -191,8 +201,11 @@ def open_run(
 
     Args:
         inputs: by name a run folder, another folder, a file, or a bare SHA-256 in hex.
-        ledger: the ledger's file, in the road folder, to which paths are written as relative.
+        ledger: the ledger's file: ``ledger.jsonl`` of the road folder, which is above the run's. Paths are written
+            as relative to it.
         money: the price of a core-hour; defaults to ``MoneyConfig()``.
+        prepare: reads and checks all that the work needs, before anything is touched, where there is work to do; its
+            argument is whether an interrupted session left checkpoints to go on from.
 
     Raises:
         TrustError: an input is missing or was altered since it was made, or the folder holds something else.
@@ -202,6 +215,9 @@ def open_run(
     if book.path.resolve().parent == folder.resolve():
         raise TrustError("a ledger cannot lie in a run", where=str(book.path), todo="put it in the folder above")
     road = book.path.parent
+    if book.path.name != NAME or not folder.resolve().is_relative_to(road.resolve()):
+        what = f"a run's ledger is the {NAME} of a folder above it"  # where verify looks for it
+        raise TrustError(what, where=str(book.path), todo=f"give {folder.parent / NAME}")
     identity = {
         "stage": stage,
         "recipe_digest": recipe.digest(),
@@ -209,6 +225,7 @@ def open_run(
         "seed": int(seed),
     }
     run = Run(folder, book, identity, recipe, money or MoneyConfig())
+    other = False
     if folder.exists():
         _check_ours(folder)
         written = record.read_json(folder / "run.json")
@@ -216,8 +233,12 @@ def open_run(
             run.record, run.facts = written, written["facts"]
             run._settle()
             return run
-        if (folder / "run.json").exists() or not _same(record.read_json(folder / "open.json") or identity, identity):
-            _set_aside(folder, book)
+        other = (folder / "run.json").exists()
+        other = other or not _same(record.read_json(folder / "open.json") or identity, identity)
+    if prepare is not None:
+        prepare(not other and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    if other:
+        run.set_aside = _set_aside(folder, book)
     run._begin()
     return run
 
@@ -240,8 +261,9 @@ def _intact(folder: Path, written: dict[str, Any], ledger: Ledger) -> bool:
         if digest.files(folder / "artefact") != written["outputs"]:
             return False
         body = record.entry_body(folder, ledger.path.parent, written)
-        entry = record.last_entries(ledger.entries()).get(body["run"])
-        return entry == body or (entry is None and (folder / "open.json").exists())
+        entry = _entered(ledger, body["run"])
+        bound = written.get("ledger_root") in (None, ledger.root())
+        return bound and (entry == body or (entry is None and (folder / "open.json").exists()))
     except (TrustError, KeyError):
         return False
 
@@ -254,15 +276,32 @@ def _check_ours(folder: Path) -> None:
         raise TrustError("the folder holds something else than a run", where=str(folder), todo="give an empty folder")
 
 
-def _set_aside(folder: Path, ledger: Ledger) -> None:
-    """Rename ``folder`` to the first free ``….old-N`` and tell the ledger if it knew the run."""
+def _entered(ledger: Ledger, name: str) -> dict[str, Any] | None:
+    """What the ledger says of the finished run ``name``; None where it knows none, or only one that was set aside."""
+    last = ledger.latest("run", name)
+    body: dict[str, Any] | None = last["body"] if last and last["kind"] == RUN else None
+    return body
+
+
+def _set_aside(folder: Path, ledger: Ledger) -> Path:
+    """Tell the ledger and rename ``folder`` to the first free ``….old-N``, its place from now on."""
+    name, content = record.name_of(folder, ledger.path.parent), record.content_of(folder)
+    last = ledger.latest("run", name)
+    if last and last["kind"] == SET_ASIDE and last["body"]["to"] and last["body"].get("digest") == content:
+        target = Path(ledger.path.parent, str(last["body"]["to"]))  # the ledger was told, and then we died
+        if not target.exists():
+            os.replace(folder, target)
+            return target
     number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists() or ledger.latest(
+        "to", record.name_of(target, ledger.path.parent)
+    ):
         number += 1
-    name = os.path.relpath(folder.resolve(), ledger.path.parent.resolve())
+    to = record.name_of(target, ledger.path.parent)
+    # In this order: a run that is renamed and not entered would be missed for ever.
+    ledger.append(SET_ASIDE, {"run": name, "to": to, "digest": content})
     os.replace(folder, target)
-    if name in record.last_entries(ledger.entries()):
-        ledger.append("set-aside", {"run": name, "to": f"{name}.old-{number}"})
+    return target
 
 
 def _cpu_seconds() -> float:

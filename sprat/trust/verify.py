@@ -2,14 +2,16 @@
 
 For each run: the digest of each file of the artefact (none missing, none added), of recipe and metrics,
 of ``run.json`` against the ledger's entry; the recipe's digest from the recipe; energy and money from the
-device-seconds; and each input from its producer as it lies there now. For the ledger: its chain, and
-that no run that it names is missing. What is not checked: that the machine computed what the recipe says
-(run it again: same seed, same digests), and inputs outside of the road folder.
+device-seconds; and each input from its producer as it lies there now. For the ledger, which is the road's
+by its place and by its root: its chain, and that no run that it names is missing. For the road: recipe, corpus,
+report and set-aside runs as they were entered, and that nothing else lies there.
+
+What is not checked: that the machine computed what the recipe says (run it again: same seed, same digests), inputs
+outside of the road folder, and what only somebody can see who kept the ledger's head (SECURITY.md).
 """
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,16 @@ from typing import Any
 from sprat.config import MoneyConfig
 from sprat.errors import TrustError
 from sprat.trust import digest, record
-from sprat.trust.ledger import Ledger
+from sprat.trust.history import History, inside
+from sprat.trust.ledger import NAME, Ledger, above
+from sprat.trust.place import Place, survey, written_partly
+
+_OWN = {*record.RECORDS, "artefact", "run.json"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: ``ok``, the ``subject`` (a run or the ledger), and a sentence."""
+    """One thing that was checked: ``ok``, the ``subject`` (a run, a file of the road or the ledger), and a sentence."""
 
     ok: bool
     subject: str
@@ -33,49 +39,90 @@ class Finding:
         return f"{self.subject}: {self.text}"
 
 
-def verify(path: str | Path) -> list[Finding]:
+def verify(path: str | Path, *, expect_head: str = "") -> list[Finding]:
     """Check the run folder or road folder at ``path``; any ``Finding`` that is not ``ok`` is a fault.
 
+    Args:
+        expect_head: the head of the ledger (hex, 16 digits or more) as a witness kept it.
+
     Raises:
-        TrustError: there is nothing there that could be verified.
+        TrustError: there is nothing there that could be verified, or ``expect_head`` is no head.
     """
     path = Path(path)
+    if expect_head and (len(expect_head) < 16 or not set(expect_head) <= set("0123456789abcdef")):
+        raise TrustError("not the head of a ledger", where=expect_head, todo="give 16 or more of its hex digits")
     if (path / "run.json").is_file():
-        return _run(path, None)
-    ledger = path / "ledger.jsonl"
-    runs = record.find(path) if path.is_dir() else []
-    if not runs and not ledger.is_file():
+        ledger = above(path)
+        if ledger is None:
+            text = f"no {NAME} in a folder above; verify the run where it was made, or copy the whole road"
+            return [Finding(False, path.resolve().name, text)]
+        entries = ledger.entries()
+        history = History.of(entries)
+        faults = ledger.check() + history.faults + _witness(entries, expect_head)
+        return _run(path, ledger.path.parent, history) + [Finding(False, NAME, fault) for fault in faults]
+    ledger = Ledger(path / NAME)
+    if not ledger.path.is_file() and not (path.is_dir() and record.find(path)):
         raise TrustError(
             "no run to verify here", where=str(path), todo="give a run folder or the folder that holds runs"
         )
-    findings = [finding for run in runs for finding in _run(run, path)]
-    return findings + _ledger(Ledger(ledger), runs)
+    return _road(path, ledger, expect_head)
 
 
-def _ledger(ledger: Ledger, runs: list[Path]) -> list[Finding]:
-    """The chain of the ledger, and its runs that are not there."""
-    name = ledger.path.name
-    faults = [Finding(False, name, fault) for fault in ledger.check()]
-    here = {os.path.relpath(run.resolve(), ledger.path.parent.resolve()) for run in runs}
-    for missing in sorted(set(record.last_entries(ledger.entries())) - here):
-        faults.append(Finding(False, name, f"the finished run {missing!r} is not there"))
-    return faults or [Finding(True, name, f"{len(ledger.entries())} entries, chain whole, no run missing")]
+def _road(road: Path, ledger: Ledger, expect_head: str) -> list[Finding]:
+    """All findings of a road."""
+    faults = ledger.check() + (["it is a link"] if ledger.path.is_symlink() else [])
+    entries = ledger.entries() if ledger.path.is_file() else []
+    history = History.of(entries)
+    here = survey(road, history)
+    faults += history.faults + _witness(entries, expect_head)
+    names = {record.name_of(run, road) for run in here.runs}
+    faults += [f"the finished run {name!r} is not there" for name in sorted(history.runs.keys() - names)]
+    faults += [f"the finished run {name!r} was deleted and not made again" for name in history.missing()]
+    findings = [finding for run in here.runs for finding in _run(run, road, history)]
+    findings += [Finding(False, subject, text) for subject, text in here.faults]
+    findings += [Finding(False, NAME, fault) for fault in faults]
+    return findings if faults else [*findings, Finding(True, NAME, _told(entries, history, here))]
 
 
-def _run(folder: Path, road: Path | None) -> list[Finding]:
-    """All findings of one run; its own ledger's chain too when it is not verified as part of a ``road``."""
-    subject = os.path.relpath(folder, road) if road else folder.resolve().name
+def _told(entries: list[dict[str, Any]], history: History, here: Place) -> str:
+    """What a sound ledger says in short, and what of the road it does not prove."""
+    head = entries[-1]["hash"] if entries else "none"
+    parts = [f"{len(entries)} entries, head {head}, chain whole, no run missing"]
+    if history.old:
+        parts.append("made before ledgers had a root: it binds runs, not recipe, corpus and report; make the road anew")
+    for what, names in (
+        ("set aside", here.aside),
+        ("deleted and made again", sorted(history.again)),
+        ("not finished", here.unfinished),
+        ("not proved", sorted(here.unproved)),
+    ):
+        if names:
+            parts.append(f"{what}: {', '.join(names)}")
+    return "; ".join(parts)
+
+
+def _witness(entries: list[dict[str, Any]], head: str) -> list[str]:
+    """The fault where the ledger's head is not the one that somebody kept."""
+    hashes = [str(entry["hash"]) for entry in entries]
+    if not head or (hashes and hashes[-1].startswith(head)):
+        return []
+    place = next((number for number, known in enumerate(hashes) if known.startswith(head)), None)
+    if place is None:
+        return ["the expected head is not in it: entries were cut off or written anew since it was kept"]
+    return [f"the expected head is entry {place}; {len(hashes) - 1 - place} were added since it was kept"]
+
+
+def _run(folder: Path, road: Path, history: History) -> list[Finding]:
+    """All findings of one run."""
+    subject = record.name_of(folder, road)
     written = record.read_json(folder / "run.json")
     if written is None:
         return [Finding(False, subject, "run.json cannot be read")]
     try:
-        faults = _outputs(folder, written) + _recipe(folder, written) + _cost(written)
-        ledger = Ledger(folder / written["ledger"])
-        faults += _inputs(ledger.path.parent, written) + _entry(folder, ledger, written)
-        if road is None:
-            faults += [f"ledger: {fault}" for fault in ledger.check()]
+        faults = _extra(folder, subject, history) + _outputs(folder, written) + _recipe(folder, written)
+        faults += _cost(written) + _inputs(road, written) + _entry(folder, road, written, history)
         outside = [name for name, item in written["inputs"].items() if "path" not in item]
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, OverflowError, RecursionError) as error:
         return [Finding(False, subject, f"run.json is not what a run writes ({type(error).__name__}: {error})")]
     if faults:
         return [Finding(False, subject, fault) for fault in faults]
@@ -83,6 +130,21 @@ def _run(folder: Path, road: Path | None) -> list[Finding]:
     files = len(written["outputs"])
     inputs = len(written["inputs"]) - len(outside)
     return [Finding(True, subject, f"{files} files, recipe, {inputs} inputs, cost and ledger entry agree{told}")]
+
+
+def _extra(folder: Path, name: str, history: History) -> list[str]:
+    """What lies in the run's folder and is not the run's: a report, if the ledger knows it, and nothing else."""
+    faults = []
+    for path in sorted(folder.iterdir()):
+        known = history.files.get(f"{name}/{path.name}")
+        if path.is_symlink():
+            faults.append(f"{path.name} is a link")
+        elif known is not None:
+            faults += [] if digest.content(path) == known else [f"{path.name} was changed after it was entered"]
+        elif path.name not in _OWN and not (history.old and written_partly(path.name)):
+            faults.append(f"{path.name} was added after the run")
+    bound = [path for path in history.files if path.startswith(f"{name}/")]
+    return faults + [f"{path} is not there" for path in bound if not (folder / path[len(name) + 1 :]).exists()]
 
 
 def _outputs(folder: Path, written: dict[str, Any]) -> list[str]:
@@ -150,7 +212,7 @@ def _inputs(road: Path, written: dict[str, Any]) -> list[str]:
         if "path" not in item:
             continue
         try:
-            found = record.describe(road / item["path"], road)
+            found = record.describe(road / inside(item["path"]), road)
         except TrustError as error:
             faults.append(f"input {name!r} ({item['path']}): {error.what}")
             continue
@@ -159,13 +221,16 @@ def _inputs(road: Path, written: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _entry(folder: Path, ledger: Ledger, written: dict[str, Any]) -> list[str]:
-    """Faults between ``run.json`` and the ledger's last entry for the run."""
-    body = record.entry_body(folder, ledger.path.parent, written)
-    entry = record.last_entries(ledger.entries()).get(body["run"])
+def _entry(folder: Path, road: Path, written: dict[str, Any], history: History) -> list[str]:
+    """Faults between ``run.json`` and the road's ledger: its root, and its last entry for the run."""
+    body = record.entry_body(folder, road, written)
+    entry = history.runs.get(body["run"])
+    faults = []
+    if written.get("ledger_root") != history.root and not (history.old and "ledger_root" not in written):
+        faults.append("it was made under another ledger than that of this road")
     if entry is None:
-        return ["the ledger has no entry for this run"]
-    if entry != body:
-        names = [name for name in body if entry.get(name) != body[name]]
-        return [f"run.json and the ledger's entry disagree on {', '.join(names)}"]
-    return []
+        faults.append("the ledger has no entry for this run")
+    elif entry != body:
+        names = [name for name in body if entry.get(name) != body[name]] or ["more than a road writes"]
+        faults.append(f"run.json and the ledger's entry disagree on {', '.join(names)}")
+    return faults

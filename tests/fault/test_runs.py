@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.trust import record
+from sprat.trust import Ledger, record
 from sprat.trust.verify import verify
 
 # A stage in miniature: a state that each step moves, a checkpoint at every fifth step, an artefact at the end.
@@ -96,7 +96,7 @@ def test_killed_anywhere_the_run_goes_on_to_the_same_digests(
     assert record.metrics(tmp_path / "a") == record.metrics(whole / "a")
     assert all(finding.ok for finding in verify(tmp_path))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(p.name for p in (whole / "a").iterdir())
-    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 1
+    assert [entry["kind"] for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == ["road", "run"]
 
 
 def test_the_cost_of_an_interrupted_session_is_not_forgotten(tmp_path: Path) -> None:

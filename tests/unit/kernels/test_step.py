@@ -48,6 +48,7 @@ FAMILIES = {
     "v3": LATENT | {"n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "v3-yarn": LATENT | {"q_lora_rank": 52, "rope_scaling": YARN, "routed_scaling_factor": 2.5},
     "v2": LATENT | SOFT | {"n_shared_experts": 2, "topk_method": "greedy"},
+    "v2-greedy": LATENT | SOFT | {"topk_method": "greedy", "n_group": 4, "topk_group": 1},
     "v2-groups": LATENT | SOFT | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "mtp": LATENT | {"num_nextn_predict_layers": 2, "n_shared_experts": 1},
 }  # fmt: skip

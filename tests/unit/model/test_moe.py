@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,20 +81,20 @@ def test_balance_loss_is_the_papers_formula() -> None:
     valid = torch.arange(7) < torch.tensor([[7], [4]])
     routing = moe(x_BTD)[1]
     scores, index = routing.scores_NE.view(2, 7, 8), routing.index_NK.view(2, 7, 2)
-    for mask, lengths in ((None, (7, 7)), (valid, (7, 4))):
+    for mask, lengths in ((None, (7, 7)), (valid.flatten(), (7, 4))):
         total = 0.0
         for row, length in enumerate(lengths):
             for expert in range(8):
                 chosen = sum(int(expert in index[row, t].tolist()) for t in range(length))
                 share = sum((scores[row, t, expert] / scores[row, t].sum()).item() for t in range(length)) / length
                 total += 8 / (2 * length) * chosen * share
-        assert balance_loss(routing, 2, mask).item() == pytest.approx(total / 2, rel=1e-5)
+        assert balance_loss(dataclasses.replace(routing, valid_N=mask), 2).item() == pytest.approx(total / 2, rel=1e-5)
 
 
 def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
     even = torch.full((8, 4), 0.5)
     index = torch.arange(8)[:, None] % 4
-    routing = Routing(even, index, torch.ones(8, 1), torch.full((4,), 2))
+    routing = Routing(even, index, torch.ones(8, 1), *[torch.full((4,), 2)] * 2)
     assert float(balance_loss(routing, 1)) == pytest.approx(1.0)
     skew = torch.tensor([[0.9, 0.1, 0.1, 0.1]]).expand(8, 4)
-    assert float(balance_loss(Routing(skew, index * 0, torch.ones(8, 1), torch.tensor([8, 0, 0, 0])), 1)) > 2
+    assert float(balance_loss(Routing(skew, index * 0, torch.ones(8, 1), *[torch.tensor([8, 0, 0, 0])] * 2), 1)) > 2

@@ -31,10 +31,12 @@ def test_packed_documents_compute_as_if_alone(model: Transformer) -> None:
 
 
 def test_later_tokens_change_nothing_before_them(model: Transformer) -> None:
+    """Up to rounding: later tokens go to other experts, and torch's products round by their number of rows."""
     some = tokens(2, 9)
     other = some.clone()
     other[:, 6:] = (other[:, 6:] + 1) % 37
-    assert torch.equal(model(some)[:, :6], model(other)[:, :6])
+    change = (model(some) - model(other)).abs().amax((0, 2))
+    assert change[:6].max() < 1e-5 and change[6:].min() > 1e-2
 
 
 def test_given_positions_match_the_default_ones(model: Transformer) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sprat.config import Config, DistillConfig, OptimConfig
+from sprat.config import Config, DistillConfig, OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
@@ -18,11 +19,14 @@ from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
 from sprat.tokens import Tokenizer
+from sprat.train.backward import backward
+from sprat.train.team import Team
 from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
 FAST = OptimConfig(muon_lr=0.03, adam_lr=0.02, warmup_steps=5)
-CONFIG = DistillConfig(mode="logits", steps=40, batch_rows=16, seq_len=32, checkpoint_every=1000, optim=FAST)
+CONFIG = DistillConfig(mode="logits", steps=40, batch_rows=16, checkpoint_every=1000, optim=FAST)
+ROWS = TrainConfig(batch_rows=16, seq_len=32)
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def small(shape: ModelConfig) -> Transformer:
 
 
 def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, shown: list[Any]) -> float:
-    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     chosen = batch.targets_BT >= 0
     x, goal = (net.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen] for net in (student, teacher))
     with torch.no_grad():
@@ -45,7 +49,7 @@ def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
 
 def test_a_student_equal_to_its_teacher_is_left_alone(guesser: Transformer, tokenizer: Tokenizer, shown: Any) -> None:
     student = copy.deepcopy(guesser)
-    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     loss = distillation(guesser, CONFIG)(student, batch, CONFIG)
     assert loss.metrics["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -57,7 +61,7 @@ def test_a_student_approaches_its_teacher(
     config = CONFIG.replace(mode=mode)
     before = divergence(small, guesser, tokenizer, shown)
     held = {name: value.clone() for name, value in guesser.state_dict().items()}
-    distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert divergence(small, guesser, tokenizer, shown) < 0.25 * before
     assert all(torch.equal(value, guesser.state_dict()[name]) for name, value in held.items())
     assert all(weight.grad is None for weight in guesser.parameters())
@@ -93,7 +97,7 @@ def test_traces_alone_are_next_token_training(
     small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
 ) -> None:
     config = CONFIG.replace(mode="traces", steps=20)
-    result = distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    result = distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert result.steps == 20 and result.loss < 4
 
 
@@ -120,4 +124,37 @@ def test_different_vocabularies_are_refused(
 ) -> None:
     other = Transformer.create(shape.replace(vocab_size=shape.vocab_size + 1), 0)
     with pytest.raises(TrainingError, match="same tokenizer"):
-        distill(other, guesser, batches(tokenizer, shown, CONFIG), CONFIG, open_stage("distill", CONFIG))
+        distill(other, guesser, batches(tokenizer, shown, ROWS), CONFIG, open_stage("distill", CONFIG))
+
+
+@pytest.mark.parametrize("mode", ["logits", "both"])
+def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
+    mode: str, shape: ModelConfig, guesser: Transformer, tokenizer: Tokenizer, shown: Any
+) -> None:
+    """Hinton's loss by torch's own operators, at each depth over its own targets; and however the rows are cut."""
+    config = CONFIG.replace(mode=mode, mtp_weight=0.7, balance_weight=0.0, temperature=2.0, micro_batches=4)
+    student = Transformer.create(shape.replace(num_nextn_predict_layers=2), 1)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
+    tokens, segments, targets = batch.tokens_BT, batch.segments_BT, batch.targets_BT
+    kl_weight = 1.0 if mode == "logits" else config.logits_weight
+    with torch.no_grad():
+        goal = guesser(tokens, segments_BT=segments)
+    hidden = student.hidden(tokens, segments_BT=segments)
+    terms = []
+    for depth in range(3):
+        if depth:
+            hidden = student.mtp_hidden(hidden, tokens, segments_BT=segments, depth=depth)
+        time = tokens.shape[1] - depth
+        chosen = (targets[:, depth:] >= 0) & (segments[:, :time] == segments[:, depth:])
+        logits = student.head(hidden.x_BTD)[chosen]
+        pair = (logits / 2).log_softmax(-1), (goal[:, depth:][chosen] / 2).log_softmax(-1)
+        kl = 4 * F.kl_div(*pair, log_target=True, reduction="batchmean")
+        terms.append(kl_weight * kl + (1 - kl_weight) * F.cross_entropy(logits, targets[:, depth:][chosen]))
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad(terms[0] + 0.7 * (terms[1] + terms[2]) / 2, parameters, allow_unused=True)
+    with Team(1) as team:
+        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, team)
+    assert len(loads) == len(student.moe_layers()) and metrics["mtp_loss"] > 0
+    for (name, parameter), theirs in zip(student.named_parameters(), wanted, strict=True):
+        assert parameter.grad is not None and theirs is not None, name
+        assert (parameter.grad - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7, name

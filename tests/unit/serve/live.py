@@ -11,16 +11,21 @@ from typing import Any
 import uvicorn
 
 from sprat.serve import create_app, take_port
+from sprat.serve.connections import HEAD_SECONDS, MOST, protocol
 from sprat.serve.server import address_of
 from tests.unit.serve.scripted import within
 
 
 @contextmanager
-def live(engine: Any, **settings: Any) -> Iterator[str]:
+def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, **settings: Any) -> Iterator[str]:
     """The address of a server around ``engine``."""
     app = create_app(engine, **settings)
     taken = take_port("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none"))
+    http = protocol(most, head_seconds)
+    config = uvicorn.Config(
+        app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none", limit_concurrency=most + 1
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     assert within(30, lambda: server.started)

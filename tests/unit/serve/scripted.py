@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from sprat.engine.sampling import Sampling
-from sprat.engine.sequence import Delta, FinishReason, Output, Usage
+from sprat.engine.sequence import NOBODY, Delta, FinishReason, Output, Tenant, Usage
 from sprat.errors import EngineError
 from sprat.tokens.chat import Message
 
@@ -87,7 +87,9 @@ class ScriptedEngine:
         self.handles: list[ScriptedHandle] = []
         self.running = False
 
-    def submit(self, prompt: Sequence[Message], sampling: Sampling | None = None) -> ScriptedHandle:
+    def submit(
+        self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant = NOBODY
+    ) -> ScriptedHandle:
         if "too long" in prompt[-1].content:
             raise EngineError("the prompt has 9999 tokens, the context 128", where="prompt", todo="shorten it")
         sampling = sampling or Sampling()

@@ -110,7 +110,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     """Uneven numbers of targets included, and the router bias moves by the loads of all of them."""
-    recipe = recipe.replace(steps=1, balance_weight=0.0, mtp_weight=0.0)
+    recipe = recipe.replace(steps=1, balance_weight=0.1, mtp_weight=0.5)
     one, two = Transformer.create(shape, 0), Transformer.create(shape, 0)
     train(one, source, recipe, new_run("one"))
     train(two, source, recipe.replace(micro_batches=2), new_run("two"))
@@ -149,10 +149,10 @@ def test_a_loss_that_is_not_finite_moves_nothing(
 ) -> None:
     calls = 0
 
-    def poisoned(model: Transformer, batch: Batch, config: TrainConfig) -> Loss:
+    def poisoned(model: Transformer, batch: Batch, config: TrainConfig, whole: Batch | None = None) -> Loss:
         nonlocal calls
         calls += 1
-        loss = next_token(model, batch, config)
+        loss = next_token(model, batch, config, whole)
         if calls <= 4:
             return loss
         return Loss(loss.total * float("nan"), {**loss.metrics, "loss": float("nan")}, loss.loads)

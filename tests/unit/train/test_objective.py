@@ -23,12 +23,16 @@ def test_loss_is_cross_entropy_of_the_models_own_logits(
     assert loss.metrics == {"loss": pytest.approx(expected.item(), rel=1e-5)}
 
 
-def test_loads_count_every_choice_once(model: Transformer, source: MixedSource, recipe: TrainConfig) -> None:
-    batch = source.batch(0)
+def test_loads_count_every_choice_of_a_token_once(model: Transformer, source: MixedSource, recipe: TrainConfig) -> None:
+    """Padding has no vote; in MTP a pair is one token's, and a pair across a border is nobody's."""
+    batch, chosen = source.batch(0), model.config.num_experts_per_tok
     loss = next_token(model, batch, recipe)
     assert len(loss.loads) == len(model.moe_layers())
-    whole = batch.tokens_BT.numel() * model.config.num_experts_per_tok
-    assert [int(load.sum()) for load in loss.loads[:-1]] == [whole] * (len(loss.loads) - 1)
+    rows = batch.segments_BT.tolist()
+    tokens = sum(segment > 0 for row in rows for segment in row)
+    pairs = sum(a == b > 0 for row in rows for a, b in zip(row, row[1:], strict=False))
+    assert pairs < tokens < batch.tokens_BT.numel()
+    assert [int(load.sum()) for load in loss.loads] == [tokens * chosen] * (len(loss.loads) - 1) + [pairs * chosen]
 
 
 def test_mtp_learns_the_token_after_the_next(model: Transformer, recipe: TrainConfig) -> None:

@@ -20,28 +20,7 @@ from sprat.trust import Ledger, atomic, digest, lock, open_run, record
 from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
-
-def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: Path | str) -> Run:
-    """A small finished run of ``stage`` in ``road``."""
-    run = open_run(
-        road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"
-    )
-    if not run.done:
-        (run.artefact / "deep").mkdir()
-        (run.artefact / "deep" / "model.bin").write_bytes(content)
-        run.log(1, loss=2.5)
-        run.note(title=stage)
-        run.finish(flops=1e6, tokens=100)
-    return run
-
-
-@pytest.fixture
-def road(tmp_path: Path) -> Path:
-    """A road of two runs, the second made from the first."""
-    road = tmp_path / "road"
-    finished(road, "pretrain")
-    finished(road, "sft", b"tuned", model=road / "pretrain")
-    return road
+from .runs import faults, finished
 
 
 @contextmanager
@@ -53,11 +32,6 @@ def small_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def faults(path: Path) -> list[str]:
-    """The texts of the findings that are faults."""
-    return [f"{finding.subject}: {finding.text}" for finding in verify(path) if not finding.ok]
 
 
 def test_a_copied_folder_has_the_same_digest_and_a_renamed_file_another(tmp_path: Path) -> None:
@@ -188,7 +162,12 @@ def test_the_same_call_finds_the_run_done_and_another_recipe_sets_it_aside(road:
 def test_another_seed_or_a_half_done_run_of_another_recipe_is_never_continued(tmp_path: Path) -> None:
     def opened(steps: int, seed: int) -> Run:
         return open_run(
-            tmp_path / "a", stage="a", recipe=TrainConfig(steps=steps), inputs={}, seed=seed, ledger=tmp_path / "l"
+            tmp_path / "a",
+            stage="a",
+            recipe=TrainConfig(steps=steps),
+            inputs={},
+            seed=seed,
+            ledger=tmp_path / "ledger.jsonl",
         )
 
     (opened(1, 0).checkpoints / "step-1").mkdir()
@@ -221,7 +200,7 @@ def test_foreign_files_are_never_taken_for_a_run(tmp_path: Path) -> None:
 
 
 def test_rewind_drops_the_rows_after_the_checkpoint_and_a_number_may_be_infinite(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "l")
+    run = open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl")
     for step in range(4):
         run.log(step, loss=float("inf") if step == 1 else step)
     run.rewind(2)

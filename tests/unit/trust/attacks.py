@@ -1,0 +1,359 @@
+# size: one list of attacks, each a few lines
+"""Ways to doctor a road, and an attacker's own ledger writer: hashlib and json, nothing of the code under test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Attack = Callable[[Path], object]
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def chained(entries: list[dict[str, Any]]) -> str:
+    """The lines of ``entries`` with index, prev and hash made right from the first on."""
+    lines, prev = [], "0" * 64
+    for index, entry in enumerate(entries):
+        new = {**{k: entry[k] for k in ("kind", "time", "body")}, "index": index, "prev": prev}
+        prev = sha(canonical(new).encode())
+        lines.append(canonical({**new, "hash": prev}) + "\n")
+    return "".join(lines)
+
+
+def entries(road: Path, name: str = "ledger.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (road / name).read_text().splitlines()]
+
+
+def rewrite(road: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]] | None]) -> None:
+    """Write the whole ledger anew after ``change``, every hash recomputed."""
+    found = entries(road)
+    (road / "ledger.jsonl").write_text(chained(change(found) or found))
+
+
+def append(road: Path, kind: str, body: dict[str, Any]) -> None:
+    """Add an entry that the chain itself cannot object to."""
+    rewrite(road, lambda found: [*found, {"kind": kind, "time": found[-1]["time"], "body": body}])
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, f"{path.name} holds no {old!r}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def tree(folder: Path) -> str:
+    """Digest of a folder as a run knows it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sha("".join(f"{sha((folder / name).read_bytes())}  {name}\n" for name in names).encode())
+
+
+def body_of(road: Path, run: str) -> dict[str, Any]:
+    """What the ledger would say of ``run`` as it is now."""
+    content = (road / run / "run.json").read_bytes()
+    known = next(e["body"] for e in entries(road) if e["kind"] == "run" and e["body"]["run"] == run)
+    return {**known, "record_digest": sha(content)}
+
+
+def doctor(road: Path, run: str = "rl-seed1") -> None:
+    """Better scores, in run.json alone."""
+    edit(road / run / "run.json", '"mean": 0.5', '"mean": 0.9')
+
+
+def second_ledger(road: Path) -> None:
+    """Doctored scores, with a ledger beside the true one that the run names as its own."""
+    edit(road / "rl-seed1" / "run.json", '"ledger_root"', '"ledger": "../ledger2.jsonl",\n "ledger_root"')
+    doctor(road)
+    found = entries(road)
+    for entry in found:
+        if entry["body"].get("run") == "rl-seed1":
+            entry["body"] = body_of(road, "rl-seed1")
+    (road / "ledger2.jsonl").write_text(chained(found))
+
+
+def inner_ledger(road: Path) -> None:
+    """A run and a nearer ledger in a folder between it and the road."""
+    (road / "deep").mkdir()
+    shutil.move(road / "rl-seed1", road / "deep" / "rl-seed1")
+    doctor(road, "deep/rl-seed1")
+    shutil.copy(road / "ledger.jsonl", road / "deep" / "ledger.jsonl")
+
+
+def swap(road: Path, one: str, other: str) -> None:
+    for source, target in ((one, "x"), (other, one), ("x", other)):
+        (road / source).rename(road / target)
+
+
+def link(path: Path) -> None:
+    """The same bytes, by a link to somewhere else."""
+    away = path.with_name("elsewhere")
+    path.rename(away)
+    away.rename(path.parent.parent.parent / f"away-{path.name}")
+    path.symlink_to(path.parent.parent.parent / f"away-{path.name}")
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def swap_lines(road: Path, one: int, other: int) -> None:
+    lines = (road / "ledger.jsonl").read_text().splitlines(keepends=True)
+    lines[one], lines[other] = lines[other], lines[one]
+    (road / "ledger.jsonl").write_text("".join(lines))
+
+
+def rewrite_one(road: Path) -> None:
+    """Another recipe of the road, its entry made to agree; what follows still names the entry's old hash."""
+    edit(road / "recipe.toml", "seed = 0", "seed = 7")
+    found = entries(road)
+    one = next(entry for entry in found if entry["body"].get("path") == "recipe.toml")
+    one["body"]["digest"] = sha((road / "recipe.toml").read_bytes())
+    one["hash"] = sha(canonical({key: item for key, item in one.items() if key != "hash"}).encode())
+    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in found))
+
+
+def renumber(road: Path) -> None:
+    """The last line says that it is entry 99, and is chained."""
+    *found, last = entries(road)
+    last = {**{key: item for key, item in last.items() if key != "hash"}, "index": 99}
+    last["hash"] = sha(canonical(last).encode())
+    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in [*found, last]))
+
+
+def aged(road: Path) -> None:
+    """The road as it was written before ledgers had a root."""
+    found = [entry for entry in entries(road) if entry["kind"] in ("run", "set-aside")]
+    for entry in found:
+        entry["body"].pop("digest", None)
+    for path in road.glob("*/run.json"):
+        written = json.loads(path.read_text())
+        written["ledger"] = "../ledger.jsonl"
+        del written["ledger_root"]
+        path.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+        last = [e for e in found if e["kind"] == "run" and e["body"]["run"] == path.parent.name]
+        for entry in last[-1:]:
+            entry["body"]["record_digest"] = sha(path.read_bytes())
+    (road / "ledger.jsonl").write_text(chained(found))
+
+
+def drop_run(road: Path, run: str) -> None:
+    """Take away a run and its line, nothing recomputed."""
+    shutil.rmtree(road / run)
+    kept = [entry for entry in entries(road) if entry["body"].get("run") != run]
+    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in kept))
+
+
+def collide(road: Path) -> None:
+    """One file whose name makes the folder's listing that of the two files before."""
+    folder = road / "sft" / "artefact"
+    first, second = sorted(path for path in folder.iterdir() if path.is_file())
+    line = f"{first.name}\n{sha(second.read_bytes())}  {second.name}"
+    content = first.read_bytes()
+    first.unlink()
+    second.unlink()
+    (folder / line.replace("/", "_")).write_bytes(content)
+
+
+def duplicate_key(path: Path) -> None:
+    """A key twice: the reader that takes the first sees another number than the one that takes the last."""
+    edit(path, "{", '{"seed": 99,')
+
+
+def replant(road: Path) -> None:
+    """A run of another road, with that road's entry for it copied into this ledger."""
+    other = road.parent / "other"
+    shutil.move(road / "rl-seed1", road.parent / "gone")
+    shutil.copytree(other / "rl-seed1", road / "rl-seed1")
+    taken = next(e for e in entries(other) if e["body"].get("run") == "rl-seed1")
+
+    def put(found: list[dict[str, Any]]) -> None:
+        for entry in found:
+            if entry["body"].get("run") == "rl-seed1":
+                entry["body"] = taken["body"]
+
+    rewrite(road, put)
+
+
+def drop_entry(road: Path, kind: str) -> None:
+    rewrite(road, lambda found: [entry for entry in found if entry["kind"] != kind])
+
+
+def hide(road: Path, where: str | None, *, rename: bool) -> None:
+    """An appended set-aside entry that takes a seed out of sight."""
+    digest = tree(road / "rl-seed1") if rename else None
+    if rename:
+        (road / "rl-seed1").rename(road / str(where))
+    else:
+        shutil.rmtree(road / "rl-seed1")
+    append(road, "set-aside", {"run": "rl-seed1", "to": where, "digest": digest})
+
+
+def bless(road: Path) -> None:
+    """Doctored scores, and a second entry for the run that agrees with them."""
+    doctor(road)
+    append(road, "run", body_of(road, "rl-seed1"))
+
+
+def recompute(road: Path) -> None:
+    """Doctored scores, and the whole ledger written anew to suit them."""
+    doctor(road)
+    new = body_of(road, "rl-seed1")
+    rewrite(road, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
+
+
+def edited_report(road: Path) -> None:
+    """Another report, and an entry appended for it."""
+    edit(road / "report.html", "50", "90")
+    append(road, "files", {"path": "report.html", "digest": sha((road / "report.html").read_bytes())})
+
+
+def cut_tail(road: Path) -> None:
+    """The last run, the report after it, and their lines."""
+    shutil.rmtree(road / "rl-seed1")
+    (road / "report.html").unlink()
+    whole = (road / "ledger.jsonl").read_text().splitlines(keepends=True)
+    place = next(n for n, e in enumerate(entries(road)) if e["body"].get("run") == "rl-seed1")
+    (road / "ledger.jsonl").write_text("".join(whole[:place]))
+
+
+def remake_aside(road: Path) -> None:
+    """A worse run is set aside by an honest entry, kept where the entry says, and a doctored one takes its place."""
+    shutil.copytree(road / "rl-seed1", road / "copy")
+    hide(road, "rl-seed1.old-1", rename=True)
+    (road / "copy").rename(road / "rl-seed1")
+    doctor(road)
+    append(road, "run", body_of(road, "rl-seed1"))
+
+
+RUN_FILES = ("run.json", "recipe.toml", "metrics.jsonl", "artefact/model.bin", "artefact/more.bin")
+ROAD_FILES = ("ledger.jsonl", "recipe.toml", "report.html", "corpus/documents.jsonl", "corpus/sources.json")
+
+
+def byte(name: str) -> Attack:
+    def change(road: Path) -> None:
+        whole = bytearray((road / name).read_bytes())
+        whole[len(whole) // 2] ^= 1
+        (road / name).write_bytes(bytes(whole))
+
+    return change
+
+
+def removed(name: str) -> Attack:
+    return lambda road: (road / name).unlink()
+
+
+def added(name: str) -> Attack:
+    def put(road: Path) -> None:
+        (road / name).parent.mkdir(parents=True, exist_ok=True)
+        (road / name).write_text("{}")
+
+    return put
+
+
+SEEN: dict[str, Attack] = {
+    **{f"a byte of {name}": byte(f"sft/{name}") for name in RUN_FILES},
+    **{f"a byte of the road's {name}": byte(name) for name in ROAD_FILES},
+    "a byte of a set-aside run": byte("sft.old-1/run.json"),
+    **{f"no {name}": removed(f"sft/{name}") for name in RUN_FILES},
+    **{f"no {name} of the road": removed(name) for name in ROAD_FILES},
+    "no set-aside run": lambda road: shutil.rmtree(road / "sft.old-1"),
+    "no corpus": lambda road: shutil.rmtree(road / "corpus"),
+    "no input": lambda road: shutil.rmtree(road / "data"),
+    "a file in the artefact": added("sft/artefact/extra.bin"),
+    "a file in the run": added("sft/notes.txt"),
+    "a folder in the run": added("sft/checkpoints/step-1"),
+    "a report in the run": added("sft/report.html"),
+    "a file in the corpus": added("corpus/more.jsonl"),
+    "a file in the road": added("notes.txt"),
+    "a hidden file in the road": added(".notes"),
+    "a file in a new folder": added("more/report.html"),
+    "a second set-aside folder": added("sft.old-2/run.json"),
+    "a run that the ledger does not know": lambda road: shutil.copytree(road / "sft", road / "sft2"),
+    "a renamed file": lambda road: (road / "sft/artefact/model.bin").rename(road / "sft/artefact/model2.bin"),
+    "a renamed run": lambda road: (road / "rl-seed1").rename(road / "rl-seed2"),
+    "a file name that forges the listing": collide,
+    "a file that is a link": lambda road: link(road / "sft/artefact/model.bin"),
+    "run.json that is a link": lambda road: link(road / "sft/run.json"),
+    "the ledger that is a link": lambda road: link(road / "ledger.jsonl"),
+    "the report that is a link": lambda road: link(road / "report.html"),
+    "a run that is a link": lambda road: link(road / "rl-seed1"),
+    "a pipe in the artefact": lambda road: pipe(road / "sft/artefact/more"),
+    "a pipe for run.json": lambda road: pipe(road / "rl-seed1/run.json"),
+    "a pipe for the metrics": lambda road: pipe(road / "rl-seed1/metrics.jsonl"),
+    "a pipe for the ledger": lambda road: pipe(road / "ledger.jsonl"),
+    "a pipe for the report": lambda road: pipe(road / "report.html"),
+    "doctored scores": doctor,
+    "doctored scores, recipe and all, in a swapped run": lambda road: swap(road, "rl-seed0", "rl-seed1"),
+    "two artefacts swapped": lambda road: swap(road, "rl-seed0/artefact", "rl-seed1/artefact"),
+    "another ledger that the run names": second_ledger,
+    "another ledger between run and road": inner_ledger,
+    "a run of another road and its entry": replant,
+    "the ledger of another road": lambda road: shutil.copy(road.parent / "other/ledger.jsonl", road / "ledger.jsonl"),
+    "no ledger": lambda road: (road / "ledger.jsonl").unlink(),
+    "an empty ledger": lambda road: (road / "ledger.jsonl").write_text(""),
+    "a second root": lambda road: append(road, "road", {"format": 2, "nonce": "0" * 32}),
+    "no root, all recomputed": lambda road: drop_entry(road, "road"),
+    "no entry of files, all recomputed": lambda road: drop_entry(road, "files"),
+    "no entry of what was set aside, all recomputed": lambda road: drop_entry(road, "set-aside"),
+    "an entry of no known kind": lambda road: append(road, "blessed", {"run": "rl-seed1"}),
+    "an entry without its keys": lambda road: append(road, "run", {"stage": "rl"}),
+    "an entry that is no object": lambda road: append(road, "run", [1]),  # type: ignore[arg-type]
+    "an entry with a path out of the road": lambda road: append(road, "files", {"path": "../x", "digest": "0"}),
+    "an entry rewritten with its own hash, the later ones left": rewrite_one,
+    "entries numbered from another number": renumber,
+    "two lines swapped": lambda road: swap_lines(road, 1, 2),
+    "a line twice": lambda road: (road / "ledger.jsonl").write_text(
+        (road / "ledger.jsonl").read_text() + (road / "ledger.jsonl").read_text().splitlines(keepends=True)[-1]
+    ),
+    "a torn line at the end": lambda road: (road / "ledger.jsonl").open("a").write('{"body":'),
+    "blanks in a line": lambda road: edit(road / "ledger.jsonl", '","index":1', '", "index":1'),
+    "a key twice in the ledger": lambda road: edit(road / "ledger.jsonl", '{"body":', '{"kind":"x","body":'),
+    "a key twice in run.json": lambda road: duplicate_key(road / "sft/run.json"),
+    "a run and its line deleted": lambda road: drop_run(road, "rl-seed0"),
+    "the last run and its line deleted": lambda road: drop_run(road, "rl-seed1"),
+    "a seed hidden by an entry, its folder deleted": lambda road: hide(road, "rl-seed1.old-1", rename=False),
+    "a seed hidden by an entry to nowhere": lambda road: hide(road, None, rename=False),
+    "a second entry that blesses doctored scores": bless,
+    "run.json of hopeless depth": lambda road: (road / "sft/run.json").write_text("[" * 100_000),
+    "run.json with a cost that is no number": lambda road: edit(
+        road / "sft/run.json", '"device_seconds"', '"device_seconds": 1e999, "old"'
+    ),
+    "an input out of the road": lambda road: edit(road / "sft/run.json", '"path": "data"', '"path": "../other/data"'),
+}  # fmt: skip
+
+# The verdict is sound, for the road could be honest, but the findings name it.
+TOLD: dict[str, tuple[Attack, str]] = {
+    "a seed set aside and kept": (lambda road: hide(road, "rl-seed1.old-1", rename=True), "set aside: rl-seed1.old-1"),
+    "a doctored run after the true one was set aside": (remake_aside, "set aside: rl-seed1.old-1"),
+    "a run that is not finished": (added("rl-seed2/open.json"), "not finished: rl-seed2"),
+    "a write that was cut off": (added(".recipe.toml.tmp-12"), "not proved: .recipe.toml.tmp-12"),
+}
+
+# Nothing in the folder can show it: whoever kept the ledger's head sees it. SECURITY.md says each of these sentences.
+WITNESS: dict[str, tuple[Attack, str]] = {
+    "doctored scores, the ledger written anew": (recompute, "the whole ledger is written anew to suit other files"),
+    "the tail of the ledger cut with its run": (cut_tail, "its last entries are cut off together with the files"),
+    "an edited report with an entry of its own": (edited_report, "an entry is appended for an edited report"),
+}
+
+# Does not count: the content is the same.
+SAME: dict[str, tuple[Attack, str]] = {
+    "other times": (
+        lambda road: os.utime(road / "sft/run.json", (1, 1)),
+        "Times, access rights and empty folders do not count",
+    ),
+    "other rights": (lambda road: (road / "sft/run.json").chmod(0o600), "access rights and empty folders do not count"),
+    "an empty folder": (lambda road: (road / "sft/artefact/none").mkdir(), "empty folders do not count"),
+}

@@ -1,0 +1,29 @@
+"""Small finished runs, and what verify says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sprat.config import TrainConfig
+from sprat.trust import open_run
+from sprat.trust.run import Run
+from sprat.trust.verify import verify
+
+
+def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: Path | str) -> Run:
+    """A small finished run of ``stage`` in ``road``."""
+    run = open_run(
+        road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"
+    )
+    if not run.done:
+        (run.artefact / "deep").mkdir()
+        (run.artefact / "deep" / "model.bin").write_bytes(content)
+        run.log(1, loss=2.5)
+        run.note(title=stage)
+        run.finish(flops=1e6, tokens=100)
+    return run
+
+
+def faults(path: Path) -> list[str]:
+    """The texts of the findings that are faults."""
+    return [f"{finding.subject}: {finding.text}" for finding in verify(path) if not finding.ok]

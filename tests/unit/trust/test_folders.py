@@ -1,0 +1,127 @@
+"""What may lie in a folder, and what becomes of a run whose folder is moved, deleted or cut off in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sprat.config import QuantConfig, TrainConfig
+from sprat.errors import TrustError
+from sprat.trust import Ledger, digest, open_run
+from sprat.trust.run import Run
+from sprat.trust.verify import verify
+
+from .runs import faults, finished
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs the kernel's count of bytes read")
+def test_to_append_to_a_long_ledger_reads_its_end_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    entry = ledger.append("note", {"text": "x" * 9000})
+    line = ledger.path.read_bytes()
+    ledger.path.write_bytes(line * 200)  # no chain, but a length: append looks at the last line alone
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    again = ledger.append("note", {})
+    assert read() - before < 60_000 < 200 * len(line)
+    assert again["prev"] == entry["hash"]
+    assert len(ledger.path.read_bytes().splitlines()) == 201
+
+
+def test_a_torn_line_longer_than_what_is_read_at_once_is_cut_off(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for torn in (b"x" * 20_000, b"y"):
+        with open(ledger.path, "ab") as stream:
+            stream.write(torn)
+        ledger.append("note", {"text": "z" * 7000})
+        assert ledger.check() == []
+    assert [entry["index"] for entry in ledger.entries()] == [0, 1]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_or_a_device_is_refused_not_waited_for(tmp_path: Path, road: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(TrustError, match="a pipe or a device"):
+            digest.file(odd)
+        with pytest.raises(TrustError, match="a pipe or a device"):
+            finished(road, "rl", text=odd)
+    (road / "text").write_text("words")
+    finished(road, "rl", text=road / "text")
+    (road / "text").unlink()
+    os.mkfifo(road / "text")
+    assert any("a pipe or a device" in fault for fault in faults(road / "rl"))
+
+
+def test_a_folder_of_the_users_may_hold_links_and_pipes(tmp_path: Path, road: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (tmp_path / "words.txt").write_text("one")
+    (text / "words.txt").symlink_to(tmp_path / "words.txt")
+    (text / "nowhere.txt").symlink_to(tmp_path / "none")
+    os.mkfifo(text / "pipe")
+    assert finished(road, "rl", text=text).done
+    (tmp_path / "words.txt").write_text("two")
+    assert not (road / "rl.old-1").exists()
+    finished(road, "rl", text=text)
+    assert (road / "rl.old-1").is_dir(), "what a link leads to is part of the input"
+
+
+def test_names_that_would_forge_a_listing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").write_text("x")
+    with pytest.raises(TrustError, match="no listing can hold"):
+        digest.tree(tmp_path)
+    (tmp_path / "a\nb").unlink()
+    (tmp_path / os.fsdecode(b"caf\xe9")).write_text("x")
+    with pytest.raises(TrustError, match="no listing can hold"):
+        digest.tree(tmp_path)
+
+
+def test_a_run_that_was_deleted_is_made_again_and_that_is_told(road: Path) -> None:
+    shutil.rmtree(road / "sft")
+    assert any("'sft' is not there" in fault for fault in faults(road))
+    run = open_run(
+        road / "sft",
+        stage="sft",
+        recipe=TrainConfig(steps=3),
+        inputs={"model": road / "pretrain"},
+        seed=1,
+        ledger=road / "ledger.jsonl",
+    )
+    assert any("'sft' was deleted and not made again" in fault for fault in faults(road))
+    run.finish()
+    assert faults(road) == []
+    assert "deleted and made again: sft" in str(verify(road)[-1])
+
+
+def test_killed_while_a_run_is_set_aside_the_road_is_whole_at_the_next_start(
+    road: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other() -> Run:
+        return open_run(
+            road / "sft", stage="sft", recipe=TrainConfig(steps=9), inputs={}, seed=1, ledger=road / "ledger.jsonl"
+        )
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr("sprat.trust.run.os.replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            other()
+    assert (road / "sft" / "run.json").is_file()
+    other().finish()
+    assert faults(road) == []
+    assert sorted(path.name for path in road.glob("sft*")) == ["sft", "sft.old-1"]
+
+
+def test_a_ledger_that_verify_would_not_find_is_refused(tmp_path: Path) -> None:
+    for ledger in (tmp_path / "book.jsonl", tmp_path / "beside" / "ledger.jsonl"):
+        with pytest.raises(TrustError, match=r"is the ledger.jsonl of a folder above it.*give .*ledger.jsonl"):
+            open_run(tmp_path / "a", stage="a", recipe=QuantConfig(), inputs={}, seed=0, ledger=ledger)
