@@ -74,7 +74,7 @@ def test_the_loss_is_hintons_mixture_and_so_is_its_gradient(
     config = CONFIG.replace(
         mode=mode, logits_weight=weight if mode == "both" else 0.5, temperature=2.0, balance_weight=0
     )
-    batch = batches(tokenizer, shown, config).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     loss = distillation(guesser, config)(small, batch, config)
     loss.total.backward()
     found = {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
