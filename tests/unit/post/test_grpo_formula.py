@@ -34,6 +34,13 @@ def test_equal_rewards_teach_nothing_whatever_their_size(value: float, size: int
         assert not advantages(torch.full((1, size), value), normalise).any()
 
 
+def test_the_last_bit_of_a_reward_is_no_difference() -> None:
+    reward = torch.full((1, 8), 100.1)
+    reward[0, ::2] = torch.nextafter(reward[0, ::2], torch.tensor(torch.inf))
+    assert not advantages(reward, True).any()
+    assert advantages(torch.tensor([[100.1, 100.2]]), True).tolist() == [[-1.0, 1.0]]
+
+
 @pytest.mark.parametrize("unit", [1e-30, 1e-9, 1.0, 1e20])
 def test_advantages_do_not_depend_on_the_unit(unit: float) -> None:
     rewards = torch.tensor([[3.0, 1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 1.0]])
@@ -204,6 +211,24 @@ def test_partial_credit_is_no_right_answer_and_abstentions_have_no_reward() -> N
     found = summary(rows)
     assert found["accuracy"] == found["accuracy/t"] == pytest.approx(1 / 3)
     assert found["reward"] == pytest.approx(0.75) and found["abstained"] == pytest.approx(1 / 3)
+
+
+def test_only_paid_answers_of_groups_with_spread_are_learned_from(
+    guesser: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid = [1.0, None, 0.0, 0.5, *[2.0, 2.0, None, 2.0], *[None] * 4]
+    rows = [Rollout("t", [1], [2, number], [0.0, 0.0], SAID, each, 0.0, 1) for number, each in enumerate(paid)]
+    heard: list[tuple[list[Rollout], list[float]]] = []
+
+    def noted(model: Any, optimiser: Any, chosen: list[Rollout], advantage: Tensor, *_: Any) -> dict[str, float]:
+        heard.append((chosen, advantage.tolist()))
+        return {}
+
+    monkeypatch.setattr(rl, "_optimise", noted)
+    found = rl._learn(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
+    assert [row.token_ids[1] for row in heard[0][0]] == [0, 2, 3]
+    assert heard[0][1] == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])
+    assert found["live_groups"] == pytest.approx(1 / 3)
 
 
 def test_the_default_clip_is_dapos() -> None:
