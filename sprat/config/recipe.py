@@ -65,6 +65,7 @@ class SFTConfig(TrainConfig):
 
     demonstrations: int = Field(4000, ge=1)
     terse_fraction: float = Field(0.9, ge=0, le=1)  # share of demonstrations with an empty think
+    bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
 
 
 class GRPOConfig(Config):
@@ -82,10 +83,14 @@ class GRPOConfig(Config):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
     kl_weight: float = Field(0.0, ge=0)
+    kl_bias_correction: bool = False  # weigh k3 by the ratio, so that its gradient is that of KL(policy || start)
+    max_mismatch: float = Field(1e-3, gt=0)  # nats: mean gap of trainer's and sampler's log-probabilities that stops it
+    importance_cap: float | None = Field(None, gt=0)  # truncated importance weights for that gap (2 is usual)
     epochs: int = Field(1, ge=1)
     minibatch: int = Field(256, ge=1)  # sequences per optimiser step
     format_weight: float = Field(0.1, ge=0)
     reward: str = ""  # the user's own verifier, "module:function" or "file.py:function", paid instead of the judges
+    reward_timeout: float = Field(10.0, gt=0)  # seconds for one answer
     normalise_std: bool = True
     init_from: str = ""  # RUN or RUN@STEP: go on from that run's checkpoint
     checkpoint_every: int = Field(5, ge=1)

@@ -21,6 +21,7 @@ from sprat.data.document import Document
 from sprat.data.split import Split, held_out, source_held_out, split
 from sprat.errors import DataError
 from sprat.trust import atomic
+from sprat.trust.facts import LeftOut, Source
 
 VERSION = 1
 SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
@@ -37,7 +38,7 @@ class Corpus:
 
     Attributes:
         documents: the file documents.jsonl; sources.json lies beside it.
-        sources: one entry for each source of text: name, licence, digest, documents, bytes, fault.
+        sources: one entry for each source of text, as ``Source.to_dict`` writes it.
         digest: SHA-256 (hex) of documents.jsonl.
     """
 
@@ -57,6 +58,11 @@ class Corpus:
     def faults(self) -> list[str]:
         """Why a source is missing, one sentence each; empty when all is there."""
         return [str(source["fault"]) for source in self.sources if source.get("fault")]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What the user gave and the corpus does not hold; empty when all is there."""
+        return [left for source in self.sources for left in Source.of(source).left_out]
 
 
 def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> Corpus:
@@ -81,26 +87,31 @@ def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> 
     if not found:
         found = list(pythonlib.topics())
         if offline:
-            sources.append(_entry("debian packages", "", fault="offline: no package was fetched"))
+            sources.append(Source("debian packages", fault="offline: no package was fetched").to_dict())
     found += _library(budget_bytes)
     chosen = _choose(list(dedup.exact(found)), budget_bytes, SHARES)
     if not chosen:
         raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
     library = [one for one in chosen if one.source.startswith("python/")]
     version = "{}.{}.{}".format(*sys.version_info[:3])
-    sources.append({**_entry(f"python {version} library", pythonlib.LICENCE, library), "digest": _digest(library)})
+    entry = Source(f"python {version} library", pythonlib.LICENCE, *_extent(library), digest=_digest(library))
+    sources.append(entry.to_dict())
     return _keep(folder, request, chosen, sources)
 
 
 def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Corpus:
     """A corpus of the user's own text (see ``ingest.read``), made once and then read from ``folder``.
 
+    What is left out stands in the source's ``left_out``: what ``ingest.read`` leaves out, copies, and what is
+    beyond ``budget_bytes`` (documents are taken in the order of the hash of their names until it is full).
+
     Raises:
         DataError: the text is missing, empty, binary or too little.
     """
-    folder, found = Path(folder), list(ingest.read(path))
+    tally = ingest.Tally()
+    folder, found = Path(folder), list(ingest.read(path, tally))
     text = _digest(found)
-    request = {"version": VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
+    request = {"version": VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text, "left_out": str(tally)}
     kept = _kept(folder, request)
     if kept is not None:
         return kept
@@ -108,10 +119,24 @@ def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Cor
     if size < LEAST:
         what = f"{size} bytes of text are too little to learn from"
         raise DataError(what, where=str(path), todo=f"give at least {LEAST} bytes")
-    chosen = _choose(list(dedup.exact(found)), budget_bytes, {})
-    licences = sorted({one.licence for one in found})
-    entry = {**_entry(Path(path).name, ", ".join(licences), chosen), "digest": text}
-    return _keep(folder, request, chosen, [entry])
+    unlike = list(dedup.exact(found))
+    chosen = _choose(unlike, budget_bytes, {})
+    _tell(tally, "documents that others say too", found, unlike)
+    _tell(tally, f"documents beyond data.text_bytes={budget_bytes}", unlike, chosen)
+    licence = ", ".join(sorted({one.licence for one in found}))
+    entry = Source(Path(path).name, licence, *_extent(chosen), digest=text, left_out=tally.left_out())
+    return _keep(folder, request, chosen, [entry.to_dict()])
+
+
+def _tell(tally: ingest.Tally, why: str, before: Sequence[Document], after: Sequence[Document]) -> None:
+    """Count the documents of ``before`` that are not in ``after``, or only in part."""
+    here = {one.id: one.size for one in after}
+    for one in before:
+        size = one.size - here.get(one.id, 0)
+        if one.id not in here:
+            tally.add(why, one.id, size)
+        elif size:
+            tally.add(f"parts of {why}", one.id, size)
 
 
 def _library(budget: int) -> list[Document]:
@@ -176,14 +201,21 @@ def _cut(one: Document, limit: int) -> Document:
 def _package_entry(fetched: debian.Fetched) -> dict[str, Any]:
     """What sources.json says of a package; ``pinned`` is the digest that its reader was written for."""
     package = fetched.package
-    entry = _entry(f"debian {package.name}", package.licence, fetched.documents, fault=fetched.fault)
-    return {**entry, "file": fetched.file, "digest": fetched.sha256, "pinned": package.sha256}
+    return Source(
+        f"debian {package.name}",
+        package.licence,
+        *_extent(fetched.documents),
+        digest=fetched.sha256,
+        fault=fetched.fault,
+        file=fetched.file,
+        pinned=package.sha256,
+    ).to_dict()
 
 
-def _entry(name: str, licence: str, documents: Iterable[Document] = (), *, fault: str = "") -> dict[str, Any]:
-    """The facts that every source has."""
+def _extent(documents: Iterable[Document]) -> tuple[int, int]:
+    """How many documents, and how many bytes."""
     sizes = [one.size for one in documents]
-    return {"name": name, "licence": licence, "documents": len(sizes), "bytes": sum(sizes), "fault": fault}
+    return len(sizes), sum(sizes)
 
 
 def _digest(documents: Iterable[Document]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sprat.errors import DataError
 from sprat.trust import atomic
+
+LONGEST = 60  # characters of a label
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Document:
         text: what it says.
         source: the file, book or page it was taken from; documents of one source are never split apart.
         licence: SPDX identifier or "public domain"; "unspecified" where nobody said.
-        domain: "prose", "docstring" or "code".
+        domain: "prose", "docstring" or "code", or what the user's rows say: a ``label``, never a path.
     """
 
     id: str
@@ -37,6 +42,29 @@ class Document:
     def with_text(self, text: str) -> Document:
         """This document with another text."""
         return replace(self, text=text)
+
+
+def label(text: str) -> str:
+    """``text`` as it is shown in tables and figures: its printable characters on one line, 60 at most.
+
+    >>> label("News \\n of\\ttoday"), label("../etc"), label("\\x00 ")
+    ('News of today', '../etc', 'unnamed')
+    """
+    line = " ".join(text.split())
+    return "".join(character for character in line if character.isprintable())[:LONGEST].strip() or "unnamed"
+
+
+def folder_name(domain: str) -> str:
+    """The folder of a domain: the domain where it is a plain small word, else an underscore and a hash of it.
+
+    What rows say is never a path: a domain may hold slashes, dots, or differ from another by case alone.
+
+    >>> folder_name("docstring"), folder_name("../..")
+    ('docstring', '_0cfd1c96cbc0c0e0')
+    """
+    if _PLAIN.fullmatch(domain):
+        return domain
+    return "_" + hashlib.sha256(domain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write(path: Path, documents: Iterable[Document]) -> None:

@@ -1,6 +1,14 @@
 """Read the user's own text: a folder or file of plain text, JSONL or Parquet.
 
-Files are read in the order of their names, so that the same folder always gives the same documents.
+Files are read in the order of their names, so that the same folder always gives the same documents. What is
+not read is counted, with the reason, never passed over in silence:
+
+- In a folder, files of a known kind are read: .txt, .md, .rst and .py as they stand, .jsonl and .parquet row by row.
+  Other kinds (.html, .csv, .json, pictures) are left out, since their markup would be learned as text; so are hidden
+  files and folders, links that lead to no file, and pipes and devices. A link to a file is read as that file.
+- A file that is named by itself must be of a known kind; to learn another as it stands, name it .txt.
+- Text is UTF-8, with or without its mark. A file that is not is left out of a folder, and refused by itself; no other
+  encoding is guessed, because a wrong guess is learned as readily as a right one.
 """
 
 from __future__ import annotations
@@ -11,88 +19,148 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sprat.data.document import Document
+from sprat.data.document import Document, label
 from sprat.errors import DataError, MachineError
+from sprat.trust import digest
+from sprat.trust.facts import LeftOut
 
-__all__ = ["Document", "read"]
+__all__ = ["Document", "Tally", "read"]
 
 TEXT = (".txt", ".md", ".rst", ".py")
 TABLES = (".jsonl", ".parquet")
+KNOWN = ", ".join((*TEXT, *TABLES))
 UNSPECIFIED = "unspecified"
+NOT_TEXT = "binary data, not UTF-8 text"
+_NAMED = 3  # names that a tally keeps of each reason
 
 
-def read(path: str | Path) -> Iterator[Document]:
-    """The documents under ``path``, in the order of their file names.
+class Tally:
+    """Counts what is left out, by reason."""
 
-    Plain text files (.txt, .md, .rst, .py) are one document each; a JSONL line or Parquet row is one
-    document with a ``text`` field and, if it has them, ``id``, ``source``, ``licence`` and ``domain``.
-    Hidden files and folders are passed over, blank documents are left out.
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+
+    def add(self, why: str, name: str, size: int = 0) -> None:
+        """``size`` bytes of ``name`` are left out because of ``why``, which reads well after a number."""
+        self._counts[why] = self._counts.get(why, 0) + 1
+        self._sizes[why] = self._sizes.get(why, 0) + size
+        if self._counts[why] <= _NAMED:
+            self._names.setdefault(why, []).append(name)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """One entry for each reason, in the order in which they came up."""
+        return tuple(
+            LeftOut(why, count, self._sizes[why], tuple(self._names[why])) for why, count in self._counts.items()
+        )
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.left_out()))
+
+
+def read(path: str | Path, tally: Tally | None = None) -> Iterator[Document]:
+    """The documents under ``path``, in the order of their file names; see the module's text for what is read.
+
+    A plain text file is one document; a JSONL line or Parquet row is one document with a ``text`` field and, if it
+    has them, ``id``, ``source``, ``licence`` and ``domain``. Blank documents are left out.
+
+    Args:
+        tally: is told of whatever is left out.
 
     Raises:
-        DataError: nothing there, no file of a known kind, a file that is no UTF-8 text, a row without
+        DataError: nothing there, no file of a known kind, a single file that is no UTF-8 text, a row without
             text, or no text at all.
         MachineError: a Parquet file, and pyarrow is not installed.
     """
     path = Path(path)
-    root = path if path.is_dir() else path.parent
-    known = ", ".join((*TEXT, *TABLES))
+    tally = tally or Tally()
     if not path.exists():
         raise DataError("no such folder or file", where=str(path), todo="give a folder with text in it")
-    files = list(_files(path)) if path.is_dir() else [path]
-    if not files:
-        raise DataError("no text files in the folder", where=str(path), todo=f"put {known} files there")
+    if path.is_dir():
+        root, files = path, list(_files(path, tally))
+        if not files:
+            what = "no text files in the folder" + (f": {tally}" if tally.left_out() else "")
+            raise DataError(what, where=str(path), todo=f"put {KNOWN} files there")
+    else:
+        root, files = path.parent, [path]
+        if not path.is_file():
+            raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
+        if path.suffix.lower() not in TEXT + TABLES:
+            raise DataError("no text file by its name", where=str(path), todo=f"give {KNOWN}; .txt is learned as it is")
     found = False
     for file in files:
         name = file.relative_to(root).as_posix()
-        for document in _read_file(file, name):
+        for document in _read_file(file, name, tally if path.is_dir() else None):
             if document.text.strip():
                 found = True
                 yield document
+            else:
+                tally.add("blank documents", document.id)
     if not found:
-        raise DataError("the text is empty", where=str(path), todo="give files with text in them")
+        what = "the text is empty" + (f": {tally}" if tally.left_out() else "")
+        raise DataError(what, where=str(path), todo="give files with text in them")
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, tally: Tally) -> Iterator[Path]:
     """Files of a known kind below ``folder``, sorted; links to folders are not followed."""
     for place, folders, names in os.walk(folder):
+        for name in sorted(folders + names):
+            path = Path(place, name)
+            shown = path.relative_to(folder).as_posix()
+            if name.startswith("."):
+                tally.add("hidden files and folders", shown)
+            elif path.is_symlink() and not path.is_file():
+                tally.add("links that lead to no file", shown)
+            elif path.is_dir():
+                continue
+            elif not path.is_file():
+                tally.add("pipes and devices", shown)
+            elif path.suffix.lower() not in TEXT + TABLES:
+                tally.add(f"files of other kinds than {KNOWN}", shown)
+            else:
+                yield path
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in TEXT + TABLES:
-                yield Path(place, name)
 
 
-def _read_file(file: Path, name: str) -> Iterator[Document]:
-    """The documents of one file; ``name`` is its path below the folder that was given."""
+def _read_file(file: Path, name: str, tally: Tally | None) -> Iterator[Document]:
+    """The documents of one file; ``name`` is its path below the folder that was given.
+
+    Args:
+        tally: is told of a file that is no text; without it such a file is an error.
+    """
     kind = file.suffix.lower()
     if kind == ".parquet":
         yield from (_row(row, name, number) for number, row in enumerate(_parquet(file)))
+        return
+    text = _text(file)
+    if text is None:
+        if tally is None:
+            raise DataError(NOT_TEXT, where=str(file), todo="remove the file or save it as UTF-8")
+        tally.add(f"files of {NOT_TEXT}", name)
     elif kind == ".jsonl":
-        for number, line in enumerate(_text(file).split("\n")):
+        for number, line in enumerate(text.split("\n")):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     where = f"{file}, line {number + 1}"
                     raise DataError(f"not JSON: {error}", where=where, todo="write one object a line") from None
                 yield _row(row, name, number)
     else:
-        domain = "code" if kind == ".py" else "prose"
-        yield Document(name, _text(file), name, UNSPECIFIED, domain)
+        yield Document(name, text, name, UNSPECIFIED, "code" if kind == ".py" else "prose")
 
 
-def _text(file: Path) -> str:
-    """The text of ``file``, with line ends as \\n."""
+def _text(file: Path) -> str | None:
+    """The text of ``file``, with line ends as \\n; None where it is not UTF-8 or holds a zero byte."""
     try:
-        content = file.read_bytes()
+        with digest.plain(file) as stream:
+            text = stream.read().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(file), todo="check it") from None
-    try:
-        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = "\x00"
-    if "\x00" in text:
-        raise DataError("binary data, not UTF-8 text", where=str(file), todo="remove the file or save it as UTF-8")
-    return text.replace("\r\n", "\n")
+        return None
+    return None if "\x00" in text else text.replace("\r\n", "\n")
 
 
 def _row(row: Any, name: str, number: int) -> Document:
@@ -106,7 +174,7 @@ def _row(row: Any, name: str, number: int) -> Document:
         text=text,
         source=str(row.get("source") or identity),
         licence=str(row.get("licence") or row.get("license") or UNSPECIFIED),
-        domain=str(row.get("domain") or "prose"),
+        domain=label(str(row.get("domain") or "prose")),
     )
 
 

@@ -56,7 +56,11 @@ class Response:
 
     @classmethod
     def regex(cls, pattern: str) -> Response:
-        """Text that ``pattern`` matches as a whole (Rust's syntax: no back-references, no look-around)."""
+        r"""Text that ``pattern`` matches as a whole.
+
+        Rust's syntax, without back-references and look-around; ``\d`` is ``[0-9]``, ``\w`` is ``[0-9A-Za-z_]``, and
+        ``\s`` is ECMA-262's.
+        """
         return cls("regex", pattern)
 
     @classmethod

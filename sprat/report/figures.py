@@ -21,6 +21,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sprat",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -96,7 +97,7 @@ def _inline(text: str, name: str, title: str) -> str:
 
 def fold(label: str) -> str:
     """``label`` over as many lines as keep it narrow."""
-    return textwrap.fill(label, 22)
+    return textwrap.fill(label, 22, max_lines=3)
 
 
 def room(labels: Iterable[str]) -> float:

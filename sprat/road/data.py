@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sprat.data import baselines, corpus, ingest
-from sprat.data.document import Document
+from sprat.data.document import Document, folder_name
 from sprat.data.pack import pack
 from sprat.data.split import Split, split
 from sprat.errors import DataError
@@ -45,13 +46,15 @@ def data(road: Road, text: Path | None = None) -> None:
         DataError: the folder is missing, empty or binary; a task is unknown or has no held-out question.
     """
     recipe = road.recipe.data
-    if text is not None and not text.exists():
+    if text is not None and not (text.is_file() or text.is_dir()):
         raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
     inputs: dict[str, Path | str] = {} if text is None else {"text": text}
     opened = road.open("data", "data", recipe, inputs, road.recipe.seed, lambda goes_on: _material(road, text))
     if opened is None:
         return
     run, made = opened
+    for left in made.found.left_out:
+        print(f"sprat: data: not learned from: {left}", file=sys.stderr, flush=True)
     tokenizer, train = made.tokenizer, made.parts.train
     tokenizer.save(run.artefact / "tokenizer")
     tokens = _pack_text(tokenizer, train, recipe.seq_len, run.artefact / "text")
@@ -140,7 +143,7 @@ def _hold_out(
     seen = "\n\n".join(d.text for d in train).encode()
     for domain in sorted({d.domain for d in test}):
         mine = [d for d in test if d.domain == domain]
-        _pack_text(tokenizer, mine, seq_len, folder / file_name(domain))
+        _pack_text(tokenizer, mine, seq_len, folder / folder_name(domain))
         blob = "\n\n".join(d.text for d in mine).encode()
         sizes[domain] = sum(len(d.text.encode()) for d in mine)
         scores[domain] = {

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
+from sprat.data.document import folder_name
 from sprat.data.pack import Packed
 from sprat.errors import ConfigError, DataError
 from sprat.road.graph import tell
@@ -120,7 +121,7 @@ class DataArtefact:
 
     def held_out(self, domain: str) -> Packed:
         """Packed rows of the held-out text of ``domain``."""
-        return Packed.load(self.folder / "heldout" / file_name(domain))
+        return Packed.load(self.folder / "heldout" / folder_name(domain))
 
     def held_out_domains(self) -> dict[str, int]:
         """Bytes of held-out text for each domain."""

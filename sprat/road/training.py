@@ -18,7 +18,7 @@ from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
-from sprat.post import control, distill, grpo, rewards, sft
+from sprat.post import control, distill, grpo, reward_sources, rewards, sft
 from sprat.post.readiness import readiness
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
@@ -74,17 +74,19 @@ def reinforce(road: Road, seed: int) -> None:
     """GRPO with rule rewards from the cold start, with its own ``seed``."""
     recipe = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed)
     inputs = {"model": road.path("sft"), **measured(road)}
-    file = Path(recipe.reward.partition(":")[0])
-    if file.is_file():
-        inputs["reward"] = file
+    if recipe.reward:
+        inputs |= reward_sources.sources(recipe.reward)
 
-    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Reward | None]:
-        reward = rewards.load_reward(recipe.reward) if recipe.reward else None
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None]:
+        reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
         model, tokenizer = load(road.path("sft"))
         mix = _mix(road)
         if recipe.gate and not goes_on and not recipe.init_from:
             engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
-            readiness(engine, *mix, recipe).check()
+            ready = readiness(engine, *mix, recipe, reward)
+            if reward is not None:
+                reward.take_faults()
+            ready.check()
         return model, tokenizer, mix, reward
 
     opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from)
@@ -139,9 +141,9 @@ def student(road: Road) -> None:
         "seed": road.recipe.seed,
     }
     taught = distill.traces(engine, *mix, thinking=None, **settings)
-    source = _student_source(road, recipe, tokenizer, taught.kept)
+    source, counts = _student_source(road, recipe, tokenizer, taught.kept)
     result = distill.distill(model, teacher, source, recipe.distill, run)
-    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens}}
+    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     _close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
@@ -192,13 +194,13 @@ def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
 
 def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
-) -> MixedSource:
-    """The teacher's answers, worked examples and text in the recipe's shares."""
-    answers = sft.pack_demonstrations(tokenizer, taught, road.recipe.data.seq_len)
+) -> tuple[MixedSource, dict[str, int]]:
+    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
+    answers, counts = sft.pack_demonstrations(tokenizer, taught, road.recipe.data.seq_len)
     parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
     if recipe.task_share:
         parts.append((road.artefacts.packed("tasks"), recipe.task_share))
-    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed)
+    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts
 
 
 def finished(road: Road, name: str) -> dict[str, Any]:

@@ -281,6 +281,8 @@ private:
                                    nb::cast<const Weights&>(parts[2]).matrix});
         }
         out.shared = get<bool>(d, "shared");
+        if (d.contains("window")) out.window = get<Index>(d, "window");
+        if (out.window < 0 || (out.window && s.latent)) refuse("a window of no keys, or of latents");
         if (out.experts.size() != static_cast<std::size_t>(std::max<Index>(out.router.rows, 1) + (out.shared ? 1 : 0))) refuse("experts are missing");
         return out;
     }
