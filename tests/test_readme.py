@@ -60,6 +60,15 @@ def test_documents_name_only_files_that_exist(page: Path) -> None:
     assert not missing, missing
 
 
+def test_every_file_that_the_list_of_papers_points_to_names_its_source() -> None:
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "papers.md").read_text().splitlines()]
+    for technique, source, files in [row for row in rows if len(row) == 3][2:]:
+        known = re.findall(r"\d{4}\.\d{5}|[A-Z][\w-]{3,}", source)
+        for file in re.findall(r"`([^`]+)`", files):
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert any(word in text for word in known), f"{file} says nothing of {technique.strip()}: {source.strip()}"
+
+
 def test_every_paper_that_the_code_names_is_listed() -> None:
     numbers = re.compile(r"\b\d{4}\.\d{5}\b")
     listed = set(numbers.findall((ROOT / "docs" / "papers.md").read_text(encoding="utf-8")))

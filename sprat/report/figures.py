@@ -97,7 +97,7 @@ def _inline(text: str, name: str, title: str) -> str:
 
 def fold(label: str) -> str:
     """``label`` over as many lines as keep it narrow."""
-    return textwrap.fill(label, 22)
+    return textwrap.fill(label, 22, max_lines=3)
 
 
 def room(labels: Iterable[str]) -> float:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from sprat.errors import TrustError
 from sprat.report import plots, samples, tables
 from sprat.report.runs import FAMILIES, Road, p_value, read
 from sprat.report.tables import LEVEL, duration, number, percent, points, text, yuan
 from sprat.trust import atomic
 from sprat.trust.ledger import of
 
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _NOT = (
     "Not a general assistant: a tiny model answers only what it was taught.",
     "Not proof that RL teaches arithmetic: here it elicits the thinking that pre-training put there; "
@@ -41,9 +43,13 @@ def write(road_folder: str | Path) -> Path:
         MachineError: the disk is full or closed to us.
     """
     folder = Path(road_folder)
-    road = read(folder)
     path = folder / "report.html"
-    atomic.write_text(path, page(road))
+    try:
+        content = page(read(folder))
+    except _MALFORMED as error:
+        what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
+        raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
+    atomic.write_text(path, content)
     ledger = of(folder)
     if ledger is not None:
         ledger.enter(path)

@@ -8,25 +8,22 @@ from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, fold, perce
 from sprat.report.runs import Road, Stage, wilson
 
 _RL = (
-    ("Mean reward", ("reward", "mean_reward")),
-    ("Accuracy of rollouts", ("accuracy", "rollout_accuracy")),
-    ("Response length (tokens)", ("length", "response_length", "mean_length", "response_tokens", "mean_tokens")),
+    ("Mean reward", "reward"),
+    ("Accuracy of rollouts", "accuracy"),
+    ("Response length (tokens)", "response_length"),
 )
 _MOST_CELLS = 20_000
 
 
-def _curve(stage: Stage, names: tuple[str, ...]) -> tuple[list[int], list[float]]:
-    """Steps and values of the first of ``names`` that the stage logged; rows without it are left out."""
-    name = next((n for n in names if any(isinstance(row.get(n), (int, float)) for row in stage.rows)), "")
+def _curve(stage: Stage, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the metric ``name`` that the stage logged; rows without it are left out."""
     kept = [row for row in stage.rows if isinstance(row.get(name), (int, float))]
     return [row["step"] for row in kept], [float(row[name]) for row in kept]
 
 
-def _lines(
-    name: str, title: str, stages: list[tuple[str, Stage]], metrics: tuple[str, ...], share: bool = False
-) -> list[str]:
+def _lines(name: str, title: str, stages: list[tuple[str, Stage]], metric: str, share: bool = False) -> list[str]:
     """One panel with a line for each (label, stage) that has the metric, if any has."""
-    curves = [(fold(label), *_curve(stage, metrics)) for label, stage in stages]
+    curves = [(fold(label), *_curve(stage, metric)) for label, stage in stages]
     curves = [curve for curve in curves if len(curve[1]) > 1]
 
     def draw(axes: Any) -> None:
@@ -48,7 +45,7 @@ def loss(road: Road) -> list[str]:
         stages = [stage for stage in road.main if stage.family == family]
         stages += [control for stage in stages for control in road.controls(stage)]
         named = [(stage.title, stage) for stage in stages]
-        panels += _lines(f"loss-{family}", f"{title}: training loss (nats per token)", named, ("loss",))
+        panels += _lines(f"loss-{family}", f"{title}: training loss (nats per token)", named, "loss")
     return panels
 
 
@@ -56,8 +53,8 @@ def rl(road: Road) -> list[str]:
     """Reward, accuracy and response length over RL steps, a line for each seed."""
     stages = [(f"seed {stage.record.get('seed')}", stage) for stage in road.seeds("rl")]
     panels = []
-    for number, (title, metrics) in enumerate(_RL):
-        panels += _lines(f"rl-{number}", title, stages, metrics, share=number == 1)
+    for number, (title, metric) in enumerate(_RL):
+        panels += _lines(f"rl-{number}", title, stages, metric, share=number == 1)
     return panels
 
 
@@ -152,7 +149,7 @@ def experts(road: Road) -> list[str]:
         for layer in range(min(map(len, layers))):
             table = _shares([rows[layer] for rows in layers])
             title = f"Experts by domain, layer {layer + 1} (1 = even)"
-            panels.append(_heat(f"domain-{layer}", title, table, list(domains)))
+            panels.append(_heat(f"domain-{layer}", title, table, [fold(domain) for domain in domains]))
     return [panel for panel in panels if panel]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ FAMILIES = {
 _CONTROLS = {"pretrain-dense": "pretrain", "sft-labels": "rl", "student-scratch": "distill"}
 _MEASURED_AS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
 _Z95 = 1.959964
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Score:
     label: str
     count: int
     correct: int
-    mean: float
     low: float
     high: float
     mean_tokens: float | None
@@ -40,6 +41,11 @@ class Score:
     unseen: frozenset[int]  # lengths that were never trained
     trained: bool
     samples: list[dict[str, Any]]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; a judge's partial credit is not in it."""
+        return self.correct / max(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Stage:
 
     def quality(self) -> float | None:
         """Mean greedy accuracy over the trained tasks, or None without scores."""
-        means = [score.mean for score in self.by_task().values() if score.trained]
+        means = [score.accuracy for score in self.by_task().values() if score.trained]
         return sum(means) / len(means) if means else None
 
 
@@ -149,6 +155,7 @@ def _stage(path: Path, road: Path) -> Stage:
     written = record.read_json(path / "run.json")
     if written is None:
         raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
+    written = _printable(written)
     name = path.name if path == road else path.relative_to(road).as_posix()
     facts = written.get("facts") or {}
     family = next((f for f in FAMILIES if name == f or name.startswith(f"{f}-")), str(written.get("stage", name)))
@@ -158,25 +165,34 @@ def _stage(path: Path, road: Path) -> Stage:
     return Stage(name, family, title, control_of, written, record.metrics(path), scores)
 
 
+def _printable(value: Any) -> Any:
+    """``value`` without the characters that no page or font can show (controls, halves of a surrogate pair)."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, str):
+        return _UNSHOWN.sub("\ufffd", value)
+    return value
+
+
 def _score(row: dict[str, Any]) -> Score:
     """A row of ``facts["scores"]``; what is missing follows from the counts."""
     count, correct = int(row["count"]), int(row["correct"])
     low, high = wilson(correct, count)
-    by_length = {int(length): (int(c), int(n)) for length, (c, n) in sorted((row.get("by_length") or {}).items())}
-    trained_lengths = {int(length) for length in row.get("trained_lengths") or []}
+    by_length = {int(length): (int(c), int(n)) for length, (c, n) in (row.get("by_length") or {}).items()}
     trained = bool(row.get("trained", True))
-    known = trained_lengths or (set(by_length) if trained else set[int]())
+    tokens = row.get("mean_tokens")
     return Score(
         task=str(row["task"]),
         label=str(row.get("label", "greedy")),
         count=count,
         correct=correct,
-        mean=float(row.get("mean", correct / max(count, 1))),
         low=float(row.get("low", low)),
         high=float(row.get("high", high)),
-        mean_tokens=row.get("mean_tokens"),
+        mean_tokens=None if tokens is None else float(tokens),
         by_length=dict(sorted(by_length.items())),
-        unseen=frozenset(set(by_length) - known),
+        unseen=frozenset(() if trained else by_length),
         trained=trained,
         samples=list(row.get("samples") or []),
     )

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
-from sprat.report.runs import wilson
-from sprat.trust import open_run
+from sprat.data import corpus
+from sprat.post.evaluate import Score, wilson
+from sprat.post.rewards import Response
+from sprat.post.rollout import Rollout, summary
+from sprat.road import measure
+from sprat.trust import Ledger, open_run
 
 TASKS = ("sums", "chain_sum", "products", "gcd", "letter_counting", "count_bits")
 LEVELS = {
@@ -30,37 +34,51 @@ QUESTION = "What is 12 + 7 + 19? <b>Think</b> & answer."
 
 
 def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, Any]:
-    """One row of ``facts["scores"]``."""
+    """One row of ``facts["scores"]``, as the road's measure writes it."""
     count = 1000
     correct = round(count * min(0.99, max(0.01, level + rng.uniform(-0.05, 0.05))))
     low, high = wilson(correct, count)
     thinks = label == "thinking" or (label == "greedy" and level > 0.5)
-    row: dict[str, Any] = {
-        "task": task,
-        "label": label,
-        "count": count,
-        "correct": correct,
-        "mean": correct / count,
-        "low": low,
-        "high": high,
-        "mean_tokens": 21.5 if thinks else 4.2,
-        "samples": [
-            {
-                "question": QUESTION,
-                "answer": "38",
-                "reasoning": "12 + 7 = 19\n19 + 19 = 38" if thinks else "",
-                "content": "38" if thinks else "31",
-                "correct": thinks,
-            }
-        ],
+    share = correct / count
+    by_length = {n: (round(250 * share ** max(1, n - 3)), 250) for n in range(3, 8)} if task in TASKS[:2] else {}
+    sample = {
+        "question": QUESTION,
+        "expected": "38",
+        "reasoning": "12 + 7 = 19\n19 + 19 = 38" if thinks else None,
+        "answer": "38" if thinks else "31",
+        "score": float(thinks),
     }
-    if task in TASKS[:2]:
-        share = correct / count
-        row["by_length"] = {
-            str(n): [round(250 * share ** max(1, n - 3) * (0.1 if n > 5 else 1)), 250] for n in range(3, 8)
-        }
-        row["trained_lengths"] = [3, 4, 5]
-    return row
+    found = Score(
+        task=task,
+        count=count,
+        correct=correct,
+        mean=share,
+        low=low,
+        high=high,
+        mean_tokens=21.5 if thinks else 4.2,
+        by_length=by_length,
+        samples=[sample],
+    )
+    return {**measure._facts(found), "label": label, "trained": task != TASKS[1]}
+
+
+def rollouts(step: int, rng: random.Random) -> dict[str, float]:
+    """The metrics of one step of RL, as GRPO logs them."""
+    right = 1 / (1 + math.exp((12 - step) / 3))
+    answers = [
+        Rollout(
+            task="sums",
+            prompt_ids=[1],
+            token_ids=[0] * round(4 + 17 / (1 + math.exp((10 - step) / 2)) + rng.uniform(0, 1)),
+            logprobs=[],
+            response=Response("12 + 7 = 19", "38", True, True),
+            reward=1.1 * right + rng.uniform(0, 0.08),
+            accuracy=float(rng.random() < right),
+            prefilled=0,
+        )
+        for _ in range(8)
+    ]
+    return summary(answers)
 
 
 def finish(
@@ -93,8 +111,13 @@ def model_facts(name: str, rng: random.Random) -> dict[str, Any]:
 def make(road: Path) -> Path:
     """Write the whole road."""
     rng = random.Random(0)
-    sources = [{"name": "python3.11 library", "licence": "PSF-2.0", "bytes": 3_100_000, "sha256": "ab" * 32}]
-    finish(road, "data", TrainConfig(), {"title": "Data", "sources": sources}, [])
+    (road.parent / "mine").mkdir()
+    (road.parent / "mine" / "a.md").write_text("A text of the user's own.\n" * 400)
+    (road.parent / "mine" / "b.html").write_text("<p>")
+    made = corpus.from_text(road.parent / "mine", road / "corpus", budget_bytes=2000)
+    Ledger(road / "ledger.jsonl").root()
+    Ledger(road / "ledger.jsonl").enter(road / "corpus")
+    finish(road, "data", TrainConfig(), {"title": "Data", "sources": made.sources}, [])
     loss = [{"loss": 7 * math.exp(-step / 12) + 1.4 + rng.uniform(0, 0.1)} for step in range(60)]
     bits = {
         "prose": {"model": 2.21, "gzip": 3.05, "trigram": 2.62, "bytes": 500_000},
@@ -115,14 +138,7 @@ def make(road: Path) -> Path:
     finish(road, "pretrain-dense", TrainConfig(), facts, [{"loss": row["loss"] + 0.15} for row in loss])
     finish(road, "sft", TrainConfig(), model_facts("sft", rng), loss[10:40], model=road / "pretrain")
     for seed in range(3):
-        curve = [
-            {
-                "reward": 1.1 / (1 + math.exp((12 - step) / 3)) + rng.uniform(0, 0.08),
-                "accuracy": 1 / (1 + math.exp((12 - step) / 3)),
-                "length": 4 + 17 / (1 + math.exp((10 - step) / 2)) + rng.uniform(0, 1),
-            }
-            for step in range(26)
-        ]
+        curve = [rollouts(step, rng) for step in range(26)]
         name = f"rl-seed{seed}"
         title = {"title": f"RL, seed {seed}"} if seed else {"title": "RL"}
         finish(road, name, RLConfig(seed=seed), model_facts(name, rng) | title, curve, model=road / "sft")
@@ -138,6 +154,7 @@ def make(road: Path) -> Path:
     )
     facts = model_facts("student-scratch", rng) | {"control_of": "distill", "title": "Student from scratch"}
     finish(road, "student-scratch", TrainConfig(), facts, loss, data=road / "data")
+    row = score("sums", 0.95, "greedy", rng)
     facts = model_facts("quantize", rng) | {
         "title": "INT4 student",
         "models": {
@@ -145,7 +162,7 @@ def make(road: Path) -> Path:
             "student": {"size_bytes": 400_000, "tokens_per_second": 14_000.0},
             "int4": {"size_bytes": 120_000, "tokens_per_second": 16_700.0},
         },
-        "significance": [{"task": "sums", "before": 0.95, "after": 0.94, "p": 0.4}],
+        "significance": [{**measure.gains([row], [row])[0], "after": 0.94, "p": 0.4}],
     }
     finish(road, "quantize", QuantConfig(), facts, [], model=road / "distill")
     return road
@@ -154,4 +171,4 @@ def make(road: Path) -> Path:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished road; tests do not change it."""
-    return make(tmp_path_factory.mktemp("road"))
+    return make(tmp_path_factory.mktemp("base") / "road")

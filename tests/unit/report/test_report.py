@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -97,7 +99,7 @@ def test_every_section_is_there(text: str) -> None:
 
 def test_each_stage_stands_with_its_interval_its_control_and_its_significance(road: Path, text: str) -> None:
     rl = next(stage for stage in read(road).main if stage.family == "rl").by_task()["sums"]
-    assert f"<b>{100 * rl.mean:.1f}\u00a0%</b><small>{100 * rl.low:.1f}–{100 * rl.high:.1f}</small>" in text
+    assert f"<b>{100 * rl.accuracy:.1f}\u00a0%</b><small>{100 * rl.low:.1f}–{100 * rl.high:.1f}</small>" in text
     assert "SFT on labels<small>control</small>" in text
     assert "significant gain" in text
     row = next(row for row in text.split("<tr>") if "INT4 student</b>" in row)
@@ -108,6 +110,32 @@ def test_teacher_student_and_int4_stand_beside_each_other_in_size_and_speed(text
     row = next(row for row in text.split("<tr>") if row.startswith("<td>INT4 student</td>") and "120 kB" in row)
     assert "16,700" in row and "30 k" in row
     assert "pareto-size_bytes-" in text and "pareto-tokens_per_second-" in text
+
+
+def test_each_source_stands_with_its_digest_and_with_what_is_left_out_of_it(text: str) -> None:
+    content = "A text of the user's own.\n" * 400
+    digest = hashlib.sha256(json.dumps(["a.md", content]).encode()).hexdigest()
+    row = next(row for row in text.split("<tr>") if row.startswith("<td>mine</td>"))
+    assert f'<code title="{digest}">{digest[:16]}</code>' in row
+    assert "1 files of other kinds" in row and "b.html" in row
+    assert "1 parts of documents beyond data.text_bytes=2000 (a.md, " in row
+
+
+def test_lengths_of_a_task_that_was_never_trained_are_marked_so(road: Path) -> None:
+    scores = next(stage for stage in read(road).main if stage.family == "rl").by_task()
+    assert (scores["sums"].trained, scores["sums"].unseen) == (True, frozenset())
+    assert (scores["chain_sum"].trained, scores["chain_sum"].unseen) == (False, frozenset(range(3, 8)))
+
+
+def test_accuracy_is_that_which_the_interval_bounds(tmp_path: Path) -> None:
+    run = open_run(
+        tmp_path / "sft", stage="sft", recipe=TrainConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl"
+    )
+    run.note(scores=[{"task": "sums", "label": "greedy", "count": 200, "correct": 50, "mean": 0.7}])
+    run.finish()
+    ((score,),) = [stage.scores for stage in read(tmp_path).stages]
+    assert score.mean == 0.25
+    assert (score.low, score.high) == (pytest.approx(0.1950, abs=1e-4), pytest.approx(0.3143, abs=1e-4))  # R: prop.test
 
 
 def test_stages_stand_in_the_order_of_the_road_with_controls_beside_them(road: Path) -> None:
@@ -140,7 +168,7 @@ def test_a_road_that_has_just_begun_has_a_report_without_the_missing_parts(road:
     run.finish()
     text = write(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Cost", "Where it comes from", "What this is not"]
-    assert "PSF-2.0" in text and "mystery" in text
+    assert "unspecified" in text and "mystery" in text
     assert "<h2>Cost" in write(tmp_path / "mystery").read_text(encoding="utf-8")
 
 
