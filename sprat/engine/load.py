@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sprat import gguf, quant
-from sprat.engine import fetch
+from sprat.data import fetch
 from sprat.errors import CheckpointError
 from sprat.model import Transformer, hf
 from sprat.tokens import Tokenizer

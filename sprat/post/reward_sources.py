@@ -24,6 +24,8 @@ def sources(name: str) -> dict[str, Path]:
     source, _ = parts(name)
     if source.endswith(".py"):
         first = Path(source)
+        if not first.is_file():
+            raise ConfigError(f"no such file {source!r}", where=f"reward {name}", todo="give the path of a Python file")
     else:
         try:
             spec = importlib.util.find_spec(source)

@@ -24,6 +24,7 @@ from sprat.road.recipe import DataRecipe, title
 from sprat.tasks import Problem, Task, held_out
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import demonstration
+from sprat.trust import atomic
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
 
@@ -151,5 +152,5 @@ def _hold_out(
             "trigram": baselines.ngram_bpb(seen, blob),
             "bytes": sizes[domain],
         }
-    (folder / "bytes.json").write_text(json.dumps(sizes, sort_keys=True), encoding="utf-8")
+    atomic.write_text(folder / "bytes.json", json.dumps(sizes, sort_keys=True))
     return scores

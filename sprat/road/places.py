@@ -19,7 +19,7 @@ from sprat.road.recipe import ModelRecipe, RoadRecipe, title
 from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
-from sprat.trust import digest, record
+from sprat.trust import atomic, digest, record
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
@@ -166,9 +166,8 @@ def load_task(config: TaskConfig) -> Task:
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """One JSON line for each problem."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(problem), ensure_ascii=False, default=list) for problem in problems]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    atomic.write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_problems(path: Path) -> list[Problem]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -136,7 +136,8 @@ def _check_rows(loop: LoopConfig, shares: Sequence[float]) -> None:
 class RoadRecipe(Config):
     """The road from text and tasks to a served model that reasons."""
 
-    name: str = "quickstart"
+    gone: ClassVar[Mapping[str, str]] = {"name": "a recipe goes by the name of its file"}
+
     seed: int = 0
     jobs: int = Field(2, ge=1)  # stages that may run side by side, one thread each
     data: DataRecipe = DataRecipe()

@@ -80,8 +80,6 @@ def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, 
     except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
         mended = atomic.machine_error(error, folder)
-        if mended is None and "File too large" in str(error):  # a limit on file sizes: to the user the same
-            mended = MachineError("the disk is full", where=str(folder), todo="free some space and start again")
         if mended is None and isinstance(error, SafetensorError):
             mended = MachineError(f"a checkpoint cannot be written: {error}", where=str(folder), todo="check the disk")
         if mended is not None:

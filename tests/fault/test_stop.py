@@ -70,8 +70,9 @@ def test_a_stopped_stage_loses_no_finished_step(tmp_path: Path, how: str) -> Non
     script.write_text(_ROAD)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), "1" if "SIGTERM" in how else "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, preexec_fn=_hear_ctrl_c, env=environment,
+        [sys.executable, str(script), str(tmp_path), "1" if "SIGTERM" in how else "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=_hear_ctrl_c, env=environment,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(_steps(tmp_path)) < 5 and time.monotonic() < deadline and process.poll() is None:
