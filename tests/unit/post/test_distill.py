@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,18 @@ def test_only_right_and_finished_answers_become_traces(guesser: Transformer, tok
     assert {one.answer for one in found.kept} == {"7"}
     assert len(set(found.kept)) == len(found.kept)
     assert found == traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
+
+
+def test_an_answer_that_was_cut_off_is_no_trace_even_if_it_is_right(task: Any) -> None:
+    ends = iter(["stop", "length", "stop", "length"])
+    cut: Any = SimpleNamespace(
+        generate=lambda prompts, sampling: [
+            SimpleNamespace(text="7", reasoning="", closed=True, finish_reason=next(ends), token_ids=[1])
+            for _ in prompts
+        ]
+    )
+    found = traces(cut, [task], [1.0], count=4, max_tokens=4)
+    assert (found.asked, len(found.kept), found.tokens) == (4, 2, 4)
 
 
 def test_a_teacher_that_is_never_right_is_refused(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ import pytest
 from sprat.engine import Engine
 from sprat.errors import DataError
 from sprat.model import Transformer
-from sprat.post.evaluate import Score, estimate_pass_at_k, evaluate, evaluate_many, pass_at_k, significant, wilson
+from sprat.post.evaluate import (
+    Score,
+    estimate_pass_at_k,
+    evaluate,
+    evaluate_many,
+    judge,
+    pass_at_k,
+    significant,
+    wilson,
+)
+from sprat.post.readiness import Readiness
 from sprat.tokens import Tokenizer
 
 
@@ -90,3 +101,22 @@ def test_pass_at_k_rises_with_k(model: Transformer, tokenizer: Tokenizer, task: 
     engine = Engine(model, tokenizer, max_batch=64)
     one, four = (pass_at_k(engine, Coin(), k, 12, samples=8, max_tokens=6) for k in (1, 4))
     assert 0 < one < four <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "closed", "score"), [(" 7 ", True, 1.0), ("7", False, 0.0), ("", True, 0.0), ("8", True, 0.0)]
+)
+def test_an_answer_counts_only_after_a_think_that_ended(text: str, closed: bool, score: float, task: Any) -> None:
+    said: Any = SimpleNamespace(text=text, closed=closed)
+    assert judge(task, task.problem("test", 0), said) == score
+
+
+@pytest.mark.parametrize(
+    ("forced", "direct", "p_value", "ready"),
+    [(0.7, 0.5, 0.01, True), (0.7, 0.5, 0.2, False), (0.55, 0.5, 0.01, False), (0.5, 0.7, 0.01, False)],
+)
+def test_thinking_must_help_by_more_than_a_little_and_more_than_chance(
+    forced: float, direct: float, p_value: float, ready: bool
+) -> None:
+    assert bool(Readiness(0.9, forced, direct, p_value, 0.5).fault) is not ready
+    assert "pass@8 is 40%" in Readiness(0.4, forced, direct, p_value, 0.5).fault
