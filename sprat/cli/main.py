@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from sprat import __version__
 from sprat.cli import ask, doctor, fetch, proof, road, stations
-from sprat.cli.verb import verb
+from sprat.cli.verb import explain, last_words, say, verb
 
 app = typer.Typer(
     name="sprat",
@@ -60,4 +61,12 @@ for _name, _function, _short in VERBS:
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="sprat")
+    try:
+        app(prog_name="sprat")
+    except OSError as error:  # not of a verb: the help or the version could not be written
+        if "--debug" in sys.argv:
+            raise
+        sentence, code = explain(error)
+        say(f"sprat: {sentence}")
+        last_words()
+        sys.exit(code)

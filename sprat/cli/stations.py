@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="DIR", help="Your own text: a folder, .jsonl or .parquet.")
 ]
+InitFrom = Annotated[
+    str | None,
+    typer.Option("--init-from", metavar="RUN[@STEP]", help="Go on from the checkpoint that this run kept, or has."),
+]
 _ROAD = Path("runs/quickstart")
 
 
@@ -34,24 +38,44 @@ def data(
     return _work("data", out, recipe, overrides, text)
 
 
-def train(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+def train(
+    out: RoadFolder = _ROAD,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
     """Pre-train the model on what `sprat data` made."""
-    return _work("pretrain", out, recipe, overrides)
+    return _work("pretrain", out, recipe, _started("pretrain.train", init_from, overrides))
 
 
-def sft(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+def sft(
+    out: RoadFolder = _ROAD,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
     """Fine-tune the pre-trained model on demonstrations: the cold start of RL."""
-    return _work("sft", out, recipe, overrides)
+    return _work("sft", out, recipe, _started("sft.sft", init_from, overrides))
 
 
-def rl(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+def rl(
+    out: RoadFolder = _ROAD,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
     """Reinforcement learning with rule rewards (GRPO) from the cold start, with the first of the recipe's rl.seeds."""
-    return _work("rl", out, recipe, overrides)
+    return _work("rl", out, recipe, _started("rl.rl", init_from, overrides))
 
 
-def distill(out: RoadFolder = _ROAD, recipe: Recipe = "quickstart", overrides: Overrides = None) -> Result:
+def distill(
+    out: RoadFolder = _ROAD,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
     """Teach a small student from the RL teacher's verified answers and its distributions."""
-    return _work("distill", out, recipe, overrides)
+    return _work("distill", out, recipe, _started("distill.distill", init_from, overrides))
 
 
 def quantize(
@@ -102,8 +126,8 @@ def evaluate(
     from sprat.engine import Engine
     from sprat.engine.load import load
     from sprat.post.evaluate import evaluate_many
-    from sprat.road.places import load_task, title
-    from sprat.road.recipe import named
+    from sprat.road.places import load_task
+    from sprat.road.recipe import named, title
 
     chosen = named(recipe, tuple(overrides or ()))
     known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
@@ -123,6 +147,11 @@ def evaluate(
         for s in scores
     ]
     return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
+
+
+def _started(table: str, init_from: str | None, overrides: list[str] | None) -> list[str]:
+    """``overrides`` with ``--init-from`` said as a key of the recipe's ``table``."""
+    return [*(overrides or ()), *([] if init_from is None else [f"{table}.init_from={json.dumps(init_from)}"])]
 
 
 def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None) -> Result:

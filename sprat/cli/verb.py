@@ -7,10 +7,10 @@ Progress and faults always go to stderr, so that stdout can be piped.
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -22,6 +22,7 @@ import typer
 
 from sprat.errors import MachineError, SpratError
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 FAULT_OF_OURS = 70  # EX_SOFTWARE of sysexits.h: a bug, not bad input
 
@@ -91,9 +92,8 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
                 raise
             sentence, code = explain(error)
             say(f"sprat: {sentence}")
-            if as_json:
-                fault = {"type": type(error).__name__, "message": sentence, "exit_code": code}
-                print(json.dumps({"error": fault}), flush=True)
+            fault = {"type": type(error).__name__, "message": sentence, "exit_code": code}
+            last_words(json.dumps({"error": fault}) + "\n" if as_json else "")
             raise typer.Exit(code) from None
         if result.exit_code:
             raise typer.Exit(result.exit_code)
@@ -132,6 +132,18 @@ def show(result: Result, as_json: bool) -> None:
         Console().print(result.human)
 
 
+def last_words(text: str = "") -> None:
+    """Put ``text`` on stdout; one that takes nothing more (a full disk, a reader who left) is given up.
+
+    Else Python would try again when it ends, and leave with a code of its own.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """One sentence for a person, and the exit code, for any fault.
 
@@ -146,8 +158,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "the machine ran out of memory; use a smaller size or batch.", MachineError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sprat"):
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space and start the same command again.", MachineError.exit_code
-    if isinstance(error, PermissionError):
-        return f"no right to use {error.filename!r}; choose another folder.", MachineError.exit_code
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more.", BROKEN_PIPE
+    from sprat.trust.atomic import machine_error
+
+    mended = machine_error(error, getattr(error, "filename", None) or "")
+    if mended is not None:
+        return str(mended), mended.exit_code
     return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", FAULT_OF_OURS

@@ -4,6 +4,8 @@ from sprat.config.base import Config, load, override, parse
 from sprat.config.model import ModelConfig
 from sprat.config.recipe import (
     DistillConfig,
+    GRPOConfig,
+    LoopConfig,
     MoneyConfig,
     OptimConfig,
     QuantConfig,
@@ -17,6 +19,8 @@ from sprat.config.recipe import (
 __all__ = [
     "Config",
     "DistillConfig",
+    "GRPOConfig",
+    "LoopConfig",
     "ModelConfig",
     "MoneyConfig",
     "OptimConfig",

@@ -1,7 +1,8 @@
 """Frozen, typed configs: one TOML file in, one resolved TOML file out.
 
 ``load`` reads a recipe, applies ``a.b=c`` overrides and validates. An unknown key is an error that
-names the nearest valid one, because a silently ignored key is the most expensive kind of typo.
+names the key that was meant, because a silently ignored key is the most expensive kind of typo; so is a key that
+an older version had and that never did anything.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,6 +24,8 @@ class Config(BaseModel):
     """Base of every config: frozen, no unknown keys, one canonical digest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    gone: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
 
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of this config."""
@@ -42,6 +45,27 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+# What other trainers call a key -> what it is called here.
+SAME = {
+    **dict.fromkeys(("lr", "learning_rate", "rate", "max_lr", "peak_lr"), ("muon_lr", "adam_lr", "lr")),
+    **dict.fromkeys(("batch_size", "batch", "bs", "per_device_train_batch_size"), ("batch_rows", "prompts_per_step")),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations", "iters", "total_steps", "train_steps"), ("steps",)),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "accumulation_steps"), ("micro_batches",)),
+    **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad", "clip_grad_norm"), ("grad_clip",)),
+    **dict.fromkeys(("warmup", "warmup_iters", "num_warmup_steps", "warmup_ratio"), ("warmup_steps",)),
+    **dict.fromkeys(("save_steps", "save_every", "ckpt_interval", "checkpoint_interval"), ("checkpoint_every",)),
+    **dict.fromkeys(("logging_steps", "log_interval", "eval_every"), ("log_every",)),
+    **dict.fromkeys(("block_size", "context_length", "max_seq_len", "max_length", "sequence_length"), ("seq_len",)),
+    **dict.fromkeys(("num_generations", "n_samples", "rollouts", "group"), ("group_size",)),
+    **dict.fromkeys(("beta", "kl_coef", "kl_beta"), ("kl_weight",)),
+    **dict.fromkeys(("max_new_tokens", "max_completion_length"), ("max_tokens",)),
+    **dict.fromkeys(("resume_from", "resume", "resume_from_checkpoint", "checkpoint"), ("init_from",)),
+    **dict.fromkeys(("wd", "decay", "l2"), ("weight_decay",)),
+    **dict.fromkeys(("optimizer", "optimiser"), ("optim",)),
+    **dict.fromkeys(("random_seed", "manual_seed"), ("seed", "seeds")),
+    **dict.fromkeys(("num_threads", "workers", "num_workers", "threads"), ("jobs",)),
+}
+
 
 def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     """Read a TOML recipe of type ``kind`` and apply ``a.b=value`` overrides.
@@ -51,11 +75,16 @@ def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     """
     path = Path(path)
     try:
+        if not path.exists():
+            raise ConfigError("no such recipe", where=str(path), todo="give the path of a TOML file")
+        if not path.is_file():  # to read a pipe or a device may take for ever
+            raise ConfigError("the recipe is no file", where=str(path), todo="give the path of a TOML file")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("no such recipe", where=str(path), todo="give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe is not valid TOML: {error}", where=str(path), todo="mend that line") from None
+    except (OSError, ValueError, RecursionError) as error:  # a name that no file can have, no right to read it
+        what = f"cannot read the recipe: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(what, where=ascii(str(path))[:200], todo="give the path of a TOML file") from None
     return parse(kind, override(table, overrides), where=str(path))
 
 
@@ -96,23 +125,55 @@ def parse(kind: type[C], table: dict[str, Any], *, where: str) -> C:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(first["loc"][-1]), sorted(_keys(kind, first["loc"][:-1])), n=1, cutoff=0.0
-            )
-            todo = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise ConfigError(f"unknown key {key!r}", where=where, todo=todo) from None
+            raise _unknown(kind, first["loc"], where) from None
         raise ConfigError(f"{key or kind.__name__}: {first['msg']}", where=where, todo="correct the value") from None
 
 
-def _keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
-    """The valid keys of the table at ``path`` inside ``kind``."""
+def _unknown(kind: type[BaseModel], path: tuple[int | str, ...], where: str) -> ConfigError:
+    """The fault of an unknown key, with what it was meant to be: a key of its table, or of one below it."""
+    *place, name = path
+    name, table = str(name), _table(kind, tuple(place))
+    key = ".".join(str(part) for part in path)
+    if table is not None and name in getattr(table, "gone", {}):
+        return ConfigError(f"the key {key!r} is gone: {table.gone[name]}", where=where, todo="remove it")
+    near = _meant(name, [] if table is None else list(_leaves(table)))
+    if near:
+        return ConfigError(f"unknown key {key!r}", where=where, todo=f"did you mean {' or '.join(map(repr, near))}?")
+    todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
+    return ConfigError(f"unknown key {key!r}", where=where, todo=todo)
+
+
+def _meant(name: str, keys: list[str]) -> list[str]:
+    """Which dotted ``keys`` are called ``name`` or mean the same, else which look most like it: at most three."""
+    words = {name, *SAME.get(name.lower().replace("-", "_"), ())}
+    alike = [key for key in keys if key.rpartition(".")[2] in words]
+    if not alike:
+        last = {key.rpartition(".")[2] for key in keys}
+        close = difflib.get_close_matches(name, sorted(last), n=1, cutoff=0.7)
+        alike = [key for key in keys if key.rpartition(".")[2] in close]
+    return sorted(alike, key=lambda key: key.count("."))[:3]
+
+
+def _leaves(kind: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The keys of ``kind`` and, dotted, those of the tables in it."""
+    for name in kind.model_fields:
+        yield f"{before}{name}"
+        below = _table(kind, (name,))
+        if below is not None:
+            yield from _leaves(below, f"{before}{name}.")
+
+
+def _table(kind: type[BaseModel], path: tuple[int | str, ...]) -> Any:
+    """The class of the table at ``path`` inside ``kind``; None where a value stands."""
     for part in path:
-        if isinstance(part, int) or part not in kind.model_fields:
+        if isinstance(part, int):
             continue
+        if part not in kind.model_fields:
+            return None
         annotation = kind.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if not nested:
-            return set()
+            return None
         kind = nested[0]
-    return set(kind.model_fields)
+    return kind

@@ -1,4 +1,4 @@
-"""What is this model? One frozen config for DeepSeek-V2/V3 and for dense Llama, Qwen2 and Qwen3 decoders.
+"""What is this model? One frozen config for DeepSeek-V2/V3 and for dense Llama, Mistral, Qwen2 and Qwen3 decoders.
 
 Field names are DeepSeek's and Hugging Face's own, so that ``config.json`` goes in and out unchanged:
 ``ModelConfig.from_hf`` reads both the classic form (``rope_theta`` beside ``rope_scaling``) and the newer
@@ -10,19 +10,23 @@ feed-forward as wide as what one token activates.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sprat.config.base import Config, parse
+from sprat.config.folder import SLIDING, check_keys, rope_of, window_keys, window_of
 from sprat.errors import ConfigError
 
-Architecture = Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3"]
+Architecture = Literal["deepseek_v3", "deepseek_v2", "llama", "mistral", "qwen2", "qwen3"]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 HF_CLASS: dict[str, str] = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -54,6 +58,8 @@ class ModelConfig(Config):
     num_key_value_heads: int = Field(0, ge=0)  # 0: as many as query heads
     head_dim: int = Field(0, ge=0)  # 0: hidden_size / num_attention_heads; MLA does not read it
     attention_bias: bool = False
+    sliding_window: int | None = Field(None, ge=1)  # keys that a token of a sliding layer sees, its own included
+    layer_types: tuple[LayerType, ...] | None = None  # of each layer; None: with a window, all of them slide
     # multi-head latent attention
     q_lora_rank: int | None = Field(None, ge=1)
     kv_lora_rank: int = Field(0, ge=0)
@@ -110,6 +116,22 @@ class ModelConfig(Config):
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     @property
+    def context(self) -> int:
+        """Tokens that positions reach: YaRN stretches its original context by ``factor``, whatever else is written.
+
+        Qwen's recipe adds the scaling and leaves ``max_position_embeddings`` as it was (vLLM derives the same).
+        """
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") != "yarn" or not scaling.get("original_max_position_embeddings"):
+            return self.max_position_embeddings
+        stretched = float(scaling.get("factor", 1)) * int(scaling["original_max_position_embeddings"])
+        return max(self.max_position_embeddings, round(stretched) if math.isfinite(stretched) else 0)
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a token of decoder layer ``layer`` sees, its own included; None: all before it."""
+        return None if self.layer_types and self.layer_types[layer] != SLIDING else self.sliding_window
+
+    @property
     def limits_groups(self) -> bool:
         """Whether a token may go to the experts of its best groups only; ``greedy`` never looks at groups."""
         return self.topk_group < self.n_group and self.topk_method != "greedy"
@@ -132,6 +154,10 @@ class ModelConfig(Config):
                 raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
             if self.attention_head_dim % 2 or not self.attention_head_dim:
                 raise ValueError("head_dim must be even, and not 0")
+        if self.sliding_window and self.architecture not in ("mistral", "qwen2", "qwen3"):
+            raise ValueError(f"{self.architecture} has no sliding_window")
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError("layer_types must name each layer")
         if self.n_routed_experts:
             self._experts_hold_together()
         return self
@@ -162,18 +188,19 @@ class ModelConfig(Config):
         choices = ", ".join(HF_CLASS)
         if kind not in HF_CLASS:
             raise ConfigError(f"model_type {kind!r} is not known", where=where, todo=f"use one of {choices}")
-        _refuse_unsupported(table, where)
-        known = {key: table[key] for key in [*_SHARED, *_DEEPSEEK, "head_dim"] if table.get(key) is not None}
-        if "num_mtp_layers" in table:
+        dense = kind in ("llama", "mistral", "qwen2", "qwen3")
+        fields = [*_SHARED, "head_dim", *(() if dense else _DEEPSEEK)]
+        check_keys(table, fields, where)
+        known = {key: table[key] for key in fields if table.get(key) is not None}
+        if "num_mtp_layers" in table and not dense:
             known.setdefault("num_nextn_predict_layers", table["num_mtp_layers"])
-        theta, scaling = _rope_of(table)
+        theta, scaling = rope_of(table, where)
         known |= {"architecture": kind, "rope_theta": theta, "rope_scaling": scaling}
-        if kind == "qwen2":
-            known["attention_bias"] = True
-        if kind in ("llama", "qwen2", "qwen3"):
-            for key in _DEEPSEEK:
-                known.pop(key, None)
-        else:
+        if kind in ("qwen2", "mistral"):  # always, and never
+            known["attention_bias"] = kind == "qwen2"
+        if type(layers := table.get("num_hidden_layers")) is int:
+            known |= window_of(table, layers, where)
+        if not dense:
             for key in ("num_key_value_heads", "head_dim"):
                 known.pop(key, None)
             known.setdefault("q_lora_rank", None)
@@ -202,34 +229,6 @@ class ModelConfig(Config):
             table |= {"moe_layer_freq": 1, "num_mtp_layers": self.num_nextn_predict_layers}
         if self.is_mla and not self.n_routed_experts:
             table["first_k_dense_replace"] = self.num_hidden_layers
-        if self.architecture == "qwen2":
+        if self.architecture in ("qwen2", "mistral"):
             del table["attention_bias"]
-        return table
-
-
-def _refuse_unsupported(table: dict[str, Any], where: str) -> None:
-    """Raise ConfigError where a foreign config asks for arithmetic that this code does not do."""
-    plain: dict[str, tuple[Any, ...]] = {
-        "hidden_act": (None, "silu"),
-        "mlp_bias": (None, False),
-        "use_sliding_window": (None, False),
-        "moe_layer_freq": (None, 1),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (None, 1, 1.0),
-    }
-    for key, allowed in plain.items():
-        if table.get(key) not in allowed:
-            raise ConfigError(
-                f"{key}={table[key]!r} is not supported", where=where, todo="convert the checkpoint to the plain form"
-            )
-
-
-def _rope_of(table: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(rope_theta, rope_scaling or None) from the classic or the newer form of config.json."""
-    merged = dict(table.get("rope_parameters") or table.get("rope_scaling") or {})
-    theta = merged.pop("rope_theta", None) or table.get("rope_theta") or 10000.0
-    kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
-    merged.pop("type", None)
-    if kind == "default":
-        return float(theta), None
-    return float(theta), {"rope_type": kind, **{key: value for key, value in merged.items() if value is not None}}
+        return table | window_keys(self.architecture, self.sliding_window, self.layer_types, self.num_hidden_layers)

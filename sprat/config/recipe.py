@@ -6,7 +6,8 @@ the quickstart measured (docs/log.md), so that an empty recipe already works.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,21 +30,34 @@ class OptimConfig(Config):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
 
 
-class TrainConfig(Config):
-    """One training loop: ``steps`` batches of ``batch_rows`` rows of ``seq_len`` tokens."""
+class LoopConfig(Config):
+    """One training loop: ``steps`` batches of ``batch_rows`` rows; how long a row is, its source decides."""
+
+    gone: ClassVar[Mapping[str, str]] = {
+        "compile": "it never did anything",
+        "seq_len": "rows are as long as the data's (data.seq_len)",
+        "seed": "the seed of the whole recipe counts (seed)",
+    }
 
     steps: int = Field(400, ge=1)
     batch_rows: int = Field(32, ge=1)
-    seq_len: int = Field(128, ge=8)
     micro_batches: int = Field(1, ge=1)
     optim: OptimConfig = OptimConfig()
-    seed: int = 0
+    init_from: str = ""  # RUN or RUN@STEP: start from that run's checkpoint instead of fresh weights at step 0
     checkpoint_every: int = Field(100, ge=1)
     log_every: int = Field(10, ge=1)
     mtp_weight: float = Field(0.1, ge=0)
     balance_weight: float = Field(1e-4, ge=0)
     bias_update_speed: float = Field(0.001, ge=0)
-    compile: bool = False
+
+
+class TrainConfig(LoopConfig):
+    """A training loop that makes its rows itself: ``seq_len`` tokens each, in an order by ``seed``."""
+
+    gone: ClassVar[Mapping[str, str]] = {"compile": "it never did anything"}
+
+    seq_len: int = Field(128, ge=8)
+    seed: int = 0
 
 
 class SFTConfig(TrainConfig):
@@ -51,10 +65,13 @@ class SFTConfig(TrainConfig):
 
     demonstrations: int = Field(4000, ge=1)
     terse_fraction: float = Field(0.9, ge=0, le=1)  # share of demonstrations with an empty think
+    bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
 
 
-class RLConfig(Config):
-    """GRPO with rule rewards (DeepSeekMath, arXiv 2402.03300, section 4.1)."""
+class GRPOConfig(Config):
+    """GRPO with rule rewards (DeepSeekMath, arXiv 2402.03300, section 4.1), whatever the seed."""
+
+    gone: ClassVar[Mapping[str, str]] = {"seed": "each of rl.seeds is a run of its own (rl.seeds)"}
 
     steps: int = Field(20, ge=1)
     prompts_per_step: int = Field(32, ge=1)
@@ -66,19 +83,31 @@ class RLConfig(Config):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
     kl_weight: float = Field(0.0, ge=0)
+    kl_bias_correction: bool = False  # weigh k3 by the ratio, so that its gradient is that of KL(policy || start)
+    max_mismatch: float = Field(1e-3, gt=0)  # nats: mean gap of trainer's and sampler's log-probabilities that stops it
+    importance_cap: float | None = Field(None, gt=0)  # truncated importance weights for that gap (2 is usual)
     epochs: int = Field(1, ge=1)
     minibatch: int = Field(256, ge=1)  # sequences per optimiser step
     format_weight: float = Field(0.1, ge=0)
     reward: str = ""  # the user's own verifier, "module:function" or "file.py:function", paid instead of the judges
+    reward_timeout: float = Field(10.0, gt=0)  # seconds for one answer
     normalise_std: bool = True
-    seed: int = 0
+    init_from: str = ""  # RUN or RUN@STEP: go on from that run's checkpoint
     checkpoint_every: int = Field(5, ge=1)
     grad_clip: float = Field(1.0, gt=0)
     gate: bool = True  # check that the policy is ready for RL before it starts
     gate_pass_at_8: float = Field(0.5, ge=0, le=1)
 
 
-class DistillConfig(TrainConfig):
+class RLConfig(GRPOConfig):
+    """GRPO with its seed."""
+
+    gone: ClassVar[Mapping[str, str]] = {}
+
+    seed: int = 0
+
+
+class DistillConfig(LoopConfig):
     """Teacher to student: ``traces`` (cross-entropy on sampled text), ``logits`` (KL), or both."""
 
     mode: Literal["traces", "logits", "both"] = "both"

@@ -90,7 +90,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         digest = digest_of(model) if disk is not None else ""
         self.backend = choose(model, kv_format, consume=consume) if backend is None else backend
-        stops, context = ends(model.config, tokenizer), model.config.max_position_embeddings
+        stops, context = ends(model.config, tokenizer), model.config.context
         blocks = budget.choose(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
         self._grammars = Grammars(tokenizer, stops)
         self._intake = Intake(model.config, tokenizer, self._grammars, max_tokens_cap, blocks * BLOCK)

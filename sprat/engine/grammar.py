@@ -2,29 +2,32 @@
 
 The work is llguidance's: an Earley parser over a lexer of regular-expression derivatives, so a regex costs time
 linear in the text, and look-around and back-references are refused. Ours is what makes foreign grammars harmless. A
-source is bounded first; it is compiled and walked in another process with a deadline and little memory; only then is
-it built here, in the thread that asked, and kept for the next request. While it runs, each mask has its own bound,
-and a grammar that goes over it ends its own request.
+source is bounded and translated first (``grammar_source``); it is compiled and walked in another process with a
+deadline and little memory (``grammar_compiler``); only then is it built here, in the thread that asked, and kept for
+the next request. While it runs, each mask has its own bound, and a grammar that goes over it ends its own request.
+
+No tenant waits for the grammar of another. Each has a process of its own, compiles one grammar at a time, and finds
+only what it compiled itself; no lock is held meanwhile. What is known is found at once whatever else is compiled.
 
 The grammar begins where the content begins: at once, or after ``</think>``.
 """
 
 from __future__ import annotations
 
-import json
-import selectors
-import subprocess
-import sys
+import contextlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sprat.engine.grammar_compiler import Compiler
+from sprat.engine.grammar_source import prepare, refusal
 from sprat.engine.sampling import Response
+from sprat.engine.sequence import NOBODY, Tenant
 from sprat.engine.think import Thought, tagged
 from sprat.errors import EngineError, MachineError
 from sprat.tokens.tokenizer import Tokenizer
@@ -33,13 +36,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 DEADLINE_SECONDS = 3.0
-START_SECONDS = 30.0  # a new process reads the vocabulary first
-MAX_SOURCE, MAX_DEPTH, MAX_NODES = 64 * 1024, 32, 8192
 CACHE_ENTRIES, CACHE_BYTES = 64, 256 << 20
+COMPILING = 8  # tenants that compile at one time; more wait for one of them
+IDLE = 4  # processes that are kept for the next grammar of their tenant
+
+Known = tuple["LLMatcher | EngineError", int]  # a compiled grammar or why it cannot be used, and its bytes
 
 
 class Grammars:
-    """The compiled grammars of one engine; any thread may ask. The other process starts with the first grammar.
+    """The compiled grammars of one engine; any thread may ask.
 
     Args:
         ends: ids that end an answer; only they are allowed when the text is complete.
@@ -48,48 +53,107 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], *, deadline: float = DEADLINE_SECONDS) -> None:
         self._tokenizer, self._ends, self._deadline = tokenizer, sorted(ends), deadline
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # of what follows; never held while anything is compiled
+        self._known: OrderedDict[tuple[Tenant, Response], Known] = OrderedDict()
+        self._idle: OrderedDict[Tenant, Compiler] = OrderedDict()
+        self._working: dict[Tenant, Compiler] = {}
+        self._asking: Counter[Tenant] = Counter()
+        self._turns: dict[Tenant, threading.Lock] = {}
+        self._places = threading.Semaphore(COMPILING)
         self._words: LLTokenizer | None = None
-        self._known: OrderedDict[Response, tuple[LLMatcher | EngineError, int]] = OrderedDict()
         self._tag = b"" if tagged(tokenizer) else tokenizer.format.think_tokens[1].encode()
         self._over: list[tuple[int, bytes]] | None = None  # tokens that go on behind a byte that can end the tag
 
-    def grammar(self, response: Response, thinking: bool | None) -> Grammar:
+    def grammar(self, response: Response, thinking: bool | None, tenant: Tenant = NOBODY) -> Grammar:
         """A grammar at its beginning, for one answer.
 
         Raises:
             EngineError: it is too large, cannot be compiled, or took too long.
             MachineError: llguidance is not installed.
         """
+        key = tenant, response
+        known = self._find(key)
+        if known is None:
+            with self._turn(tenant):
+                known = self._find(key)  # a request of the same tenant may have compiled it meanwhile
+                if known is None:
+                    known = self._compile(response, tenant)
+                    self._keep(key, known)
+        found = known[0]
+        if isinstance(found, EngineError):
+            raise found
         with self._lock:
-            if response not in self._known:
-                self._known[response] = self._compile(response)
-                while len(self._known) > 1 and self._crowded():
-                    self._known.popitem(last=False)
-            self._known.move_to_end(response)
-            found = self._known[response][0]
-            if isinstance(found, EngineError):
-                raise found
             if self._tag and self._over is None:
-                texts = ((index, self._tokenizer.token_bytes(index)) for index in range(self._tokenizer.vocab_size))
+                texts = enumerate(self._tokens())
                 self._over = [(index, text) for index, text in texts if self._tag[-1:] in text[:-1]]
-            if self._tag and thinking is None:
-                thinking = False  # tags that are text are no part of the asked form
-            thought = Thought(self._tokenizer, thinking)
-            matcher, opening = found.deep_copy(), self._tokenizer.ids.think_open
-            return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
+            matcher = found.deep_copy()
+        if self._tag and thinking is None:
+            thinking = False  # tags that are text are no part of the asked form
+        thought, opening = Thought(self._tokenizer, thinking), self._tokenizer.ids.think_open
+        return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
 
     def close(self) -> None:
-        """End the other process; a later grammar starts it anew."""
+        """End the other processes; a later grammar starts one anew."""
         with self._lock:
-            self._end()
+            for compiler in (*self._idle.values(), *self._working.values()):
+                compiler.end()
+            self._idle.clear()
 
-    def _crowded(self) -> bool:
-        """Whether more grammars are kept than there is room for."""
-        return len(self._known) > CACHE_ENTRIES or sum(cost for _, cost in self._known.values()) > CACHE_BYTES
+    def _find(self, key: tuple[Tenant, Response]) -> Known | None:
+        """What is known of a grammar of one tenant."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
 
-    def _compile(self, response: Response) -> tuple[LLMatcher | EngineError, int]:
+    def _keep(self, key: tuple[Tenant, Response], known: Known) -> None:
+        """Remember a grammar; where there is no room, the tenant that has most gives up its oldest."""
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > 1:
+                entries, nbytes = Counter[Tenant](), Counter[Tenant]()
+                for (tenant, _), (_, cost) in self._known.items():
+                    entries[tenant] += 1
+                    nbytes[tenant] += cost
+                if entries.total() <= CACHE_ENTRIES and nbytes.total() <= CACHE_BYTES:
+                    return
+                held = entries if entries.total() > CACHE_ENTRIES else nbytes
+                most = max(held, key=lambda tenant: held[tenant])
+                del self._known[next(one for one in self._known if one[0] == most)]
+
+    @contextlib.contextmanager
+    def _turn(self, tenant: Tenant) -> Iterator[None]:
+        """Wait for the other grammars of the same tenant, and for nobody else's."""
+        with self._lock:
+            self._asking[tenant] += 1
+            turn = self._turns.setdefault(tenant, threading.Lock())
+        try:
+            with turn:
+                yield
+        finally:
+            with self._lock:
+                self._asking[tenant] -= 1
+                if not self._asking[tenant]:
+                    del self._asking[tenant], self._turns[tenant]
+
+    @contextlib.contextmanager
+    def _compiler(self, tenant: Tenant) -> Iterator[Compiler]:
+        """The process of one tenant, kept for its next grammar."""
+        with self._places:
+            with self._lock:
+                compiler = self._idle.pop(tenant, None) or Compiler(self._tokens, self._ends, self._deadline)
+                self._working[tenant] = compiler
+            try:
+                yield compiler
+            finally:
+                with self._lock:
+                    del self._working[tenant]
+                    self._idle[tenant] = compiler
+                    spare = self._idle.popitem(last=False)[1] if len(self._idle) > IDLE else None
+                if spare is not None:
+                    spare.end()
+
+    def _compile(self, response: Response, tenant: Tenant) -> Known:
         """The compiled grammar and its bytes, or the error that this grammar will always get."""
         try:
             from sprat.engine import grammar_worker
@@ -97,83 +161,23 @@ class Grammars:
             todo = "pip install llguidance"
             raise MachineError("structured output needs llguidance", where="response", todo=todo) from None
         try:
-            source = _bounded(response)
-            if self._words is None:
-                self._words = grammar_worker.vocabulary(self._tokens(), self._ends)
-            answer = self._ask({"kind": response.kind, "source": source})
+            source = prepare(response)
+            with self._compiler(tenant) as compiler:
+                answer = compiler.ask({"kind": response.kind, "source": source})
             if "error" in answer:
-                return _refusal(response, str(answer["error"])), 0
+                return refusal(response, str(answer["error"])), 0
+            with self._lock:
+                if self._words is None:
+                    self._words = grammar_worker.vocabulary(self._tokens(), self._ends)
             return grammar_worker.matcher(self._words, response.kind, source), int(answer["bytes"])
         except EngineError as error:
             return error, 0
         except ValueError as error:
-            return _refusal(response, str(error)), 0
+            return refusal(response, str(error)), 0
 
     def _tokens(self) -> list[bytes]:
         """The bytes of every token."""
         return [self._tokenizer.token_bytes(index) for index in range(self._tokenizer.vocab_size)]
-
-    def _ask(self, job: dict[str, str]) -> dict[str, Any]:
-        """Let the other process try a grammar.
-
-        Raises:
-            EngineError: it died or took too long; it is ended then.
-        """
-        if self._worker is not None and self._worker.poll() is not None:
-            self._end()
-        fresh = self._worker is None
-        if self._worker is None:
-            self._worker = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("grammar_worker.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,  # an interrupt at the terminal is not meant for it
-            )
-        worker = self._worker
-        assert worker.stdin is not None and worker.stdout is not None
-        try:
-            if fresh:
-                head = {"tokens": [text.hex() for text in self._tokens()], "ends": self._ends}
-                worker.stdin.write(json.dumps(head) + "\n")
-                self._tell(worker, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
-            return self._tell(worker, job, self._deadline)
-        except (OSError, ValueError, TimeoutError) as error:
-            self._end()
-            slow = isinstance(error, TimeoutError)
-            fault = f"the grammar took over {self._deadline:g} s" if slow else "the grammar broke its compiler"
-            raise EngineError(fault, where="response", todo="make it smaller or simpler") from None
-
-    def _tell(self, worker: subprocess.Popen[str], job: dict[str, str], seconds: float) -> dict[str, Any]:
-        """Send a job and wait for its answer.
-
-        Raises:
-            TimeoutError: there is none in time. OSError, ValueError: the process is dead.
-        """
-        assert worker.stdin is not None and worker.stdout is not None
-        worker.stdin.write(json.dumps(job) + "\n")
-        worker.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(worker.stdout, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                raise TimeoutError
-        answer: dict[str, Any] = json.loads(worker.stdout.readline())
-        return answer
-
-    def _end(self) -> None:
-        """Kill the other process, if there is one."""
-        worker, self._worker = self._worker, None
-        if worker is None:
-            return
-        worker.kill()
-        worker.wait()
-        for pipe in (worker.stdin, worker.stdout):
-            try:
-                if pipe is not None:
-                    pipe.close()
-            except OSError:
-                continue  # what was still to be written to a dead process
 
 
 class Grammar:
@@ -238,41 +242,3 @@ class Grammar:
         for index, text in self._over:
             if -1 < (tail + text).find(self._tag) < len(tail) + len(text) - len(self._tag):
                 logits_V[index] = -np.inf
-
-
-def _bounded(response: Response) -> str:
-    """The source as it is compiled.
-
-    Raises:
-        EngineError: it is too long, too deep, or no JSON schema.
-    """
-    source = response.source
-    if len(source.encode("utf-8", "replace")) > MAX_SOURCE:
-        todo = f"use {MAX_SOURCE // 1024} KiB at most"
-        raise EngineError("the grammar is too long", where="response", todo=todo)
-    if response.kind == "regex":
-        return source
-    try:
-        tree = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise _refusal(response, str(error)) from None
-    if not isinstance(tree, dict | bool if response.kind == "schema" else list):
-        raise _refusal(response, "it is no JSON object")
-    level, nodes = [tree], 0
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-        nodes += len(level)
-    if level or nodes > MAX_NODES:
-        todo = f"nest {MAX_DEPTH} levels at most and {MAX_NODES} values in all"
-        raise EngineError("the grammar is too large", where="response", todo=todo)
-    return json.dumps(tree)
-
-
-def _refusal(response: Response, why: str) -> EngineError:
-    """The error of a grammar that cannot be used."""
-    return EngineError(f"the {response.kind} cannot be used: {why}", where="response", todo="correct or simplify it")

@@ -32,7 +32,7 @@ class Intake:
         self, config: ModelConfig, tokenizer: Tokenizer, grammars: Grammars, cap: int | None, memory: int
     ) -> None:
         self._tokenizer, self._grammars, self._memory = tokenizer, grammars, memory
-        self._vocab, self.context = config.vocab_size, config.max_position_embeddings
+        self._vocab, self.context = config.vocab_size, config.context
         self.cap = cap or self.context
         self._numbers = itertools.count(1)
 
@@ -91,7 +91,7 @@ class Intake:
             tenant=tenant,
             event=event,
             ban=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
-            processors=build(sampling, ids, self._tokenizer, self._grammars),
+            processors=build(sampling, ids, self._tokenizer, self._grammars, tenant),
         )
 
 

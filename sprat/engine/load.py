@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sprat import gguf, quant
-from sprat.engine import fetch
+from sprat.data import fetch
 from sprat.errors import CheckpointError
 from sprat.model import Transformer, hf
 from sprat.tokens import Tokenizer
@@ -71,8 +71,7 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     """Write model and tokenizer to one folder: Hugging Face's layout, or ours for a quantised model.
 
     Raises:
-        CheckpointError: the folder cannot be written.
-        MachineError: the disk is full or closed to us.
+        MachineError: the disk is full or closed to us; no file is half-written.
     """
     if quant.packed_tensors(model):
         quant.save(model, path)

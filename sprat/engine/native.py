@@ -178,6 +178,8 @@ class NativeBackend:
             parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
             if attention.has_qk_norm:
                 parts |= {"q_norm": floats(attention.q_norm.weight), "k_norm": floats(attention.k_norm.weight)}
+            if attention.window is not None:
+                parts["window"] = attention.window
         parts["o"] = self._matrix(attention.o_proj)
         return parts | self._feed_forward(block.mlp)
 

@@ -74,7 +74,7 @@ def digest_of(model: Transformer) -> str:
 def tagged(tag: bytes, value: bytes) -> bytes:
     """``value`` behind its tag and both their lengths.
 
-    >>> tagged(b"kv", b"f16").hex(" ", 4)
+    >>> tagged(b"kv", b"f16").hex(" ", -4)
     '00000002 6b760000 00000000 00036631 36'
     """
     return len(tag).to_bytes(4, "big") + tag + len(value).to_bytes(8, "big") + value

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sprat.engine.grammar import Grammars
 from sprat.engine.penalties import Penalties
 from sprat.engine.sampling import Sampling
+from sprat.engine.sequence import NOBODY, Tenant
 from sprat.engine.think import Thought, closing
 from sprat.errors import EngineError
 from sprat.tokens.tokenizer import Tokenizer
@@ -48,8 +49,10 @@ class Processor(Protocol):
         ...
 
 
-def build(sampling: Sampling, prompt: Rows[int], tokenizer: Tokenizer, grammars: Grammars) -> tuple[Processor, ...]:
-    """The processors of one answer, in their order.
+def build(
+    sampling: Sampling, prompt: Rows[int], tokenizer: Tokenizer, grammars: Grammars, tenant: Tenant = NOBODY
+) -> tuple[Processor, ...]:
+    """The processors of one answer of ``tenant``, in their order.
 
     Raises:
         EngineError: an id is not of this vocabulary, the grammar cannot be used, or a maker failed.
@@ -72,7 +75,7 @@ def build(sampling: Sampling, prompt: Rows[int], tokenizer: Tokenizer, grammars:
             fault = f"a processor cannot be made: {type(error).__name__}: {error}"
             raise EngineError(fault, where="processors", todo="mend it") from error
     if sampling.response is not None:
-        made.append(grammars.grammar(sampling.response, sampling.thinking))
+        made.append(grammars.grammar(sampling.response, sampling.thinking, tenant))
     return tuple(made)
 
 

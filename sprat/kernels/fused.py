@@ -5,7 +5,8 @@ some forty times a step. These functions do in one walk what takes stock operato
 thread and without Python's lock, so members of a training team run side by side.
 
 ``applies`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
-``kernels.library`` is asked once. The torch form of each function stands beside its call in ``model``.
+``kernels.library`` is asked once. The torch form of each function stands beside its call, in ``norm.py``, ``moe.py``
+and ``ops.py`` of ``sprat/model``.
 """
 
 # N rows, D width of a row, F width of a gate, V vocabulary

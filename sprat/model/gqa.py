@@ -1,4 +1,7 @@
-"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2 (biases on q, k, v) and Qwen3 (norms on q, k) have it."""
+"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2 (biases on q, k, v) and Qwen3 (norms on q, k) have it.
+
+Layers of Mistral (arXiv 2310.06825, section 2) and some of Qwen's see the last ``sliding_window`` tokens only.
+"""
 
 # B batch, T new tokens, S keys, D hidden, H query heads, G key heads, d head width
 
@@ -28,6 +31,7 @@ class GQA(nn.Module):
         self.k_proj = Linear(hidden, self.kv_heads * self.dim, bias)
         self.v_proj = Linear(hidden, self.kv_heads * self.dim, bias)
         self.o_proj = Linear(self.heads * self.dim, hidden, bias and config.architecture != "qwen2")
+        self.window = config.window(layer)
         self.has_qk_norm = config.architecture == "qwen3"
         if self.has_qk_norm:
             self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
@@ -50,7 +54,8 @@ class GQA(nn.Module):
             if not step.fresh:
                 stored_BSW = step.cache.read(self.layer, step.keys, x_BTD.dtype)
                 k_BTGd, v_BTGd = stored_BSW.view(batch, step.keys, 2, self.kv_heads, self.dim).unbind(2)
-        mask = None if step.mask_B1TS is None else step.mask_B1TS.to(x_BTD.dtype)
+        mask = step.mask(self.window is not None)
+        mask = None if mask is None else mask.to(x_BTD.dtype)
         out_BHTd = F.scaled_dot_product_attention(
             q_BTHd.transpose(1, 2),
             k_BTGd.transpose(1, 2),

@@ -3,7 +3,11 @@
 Names on disk are exactly those of the published checkpoints. Inside, two things differ: the experts of a layer
 are stacked into three tensors, and MTP modules (``model.layers.{n}`` and up, on disk) stand apart from the
 decoder layers. ``disk_names`` is the whole mapping; loading and saving both walk it. The copies of embedding
-and head that published MTP layers carry are written, and ignored when read, since ours are shared.
+and head that published MTP layers carry are written, since ours are shared.
+
+What a file holds and the model does not need is compared with what it repeats (``unread``): a head beside a config
+that ties it, copies in MTP layers, rotary frequencies of old checkpoints. A head that differs is used, as transformers
+does, and each difference is named in a warning.
 
 DeepSeek-V3 and R1 are published in FP8: a matrix is E4M3 numbers and, as ``<name>_scale_inv``, one float32 factor
 for each block of 128 × 128 (arXiv 2412.19437, section 3.3.2). They are multiplied out as they are read.
@@ -14,10 +18,12 @@ a folder is run.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -26,15 +32,15 @@ import torch
 from torch import Tensor
 
 from sprat.config.model import ModelConfig
-from sprat.errors import CheckpointError, ConfigError
+from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.model.shards import Shards
 from sprat.model.transformer import Transformer
-from sprat.model.weights import Reader, empty
+from sprat.model.weights import EMBEDDING, HEAD, Reader, empty, unread
 
 Dtype = torch.dtype | Literal["auto"]
+_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _EXPERT = {"w_gate_EFD": "gate_proj", "w_up_EFD": "up_proj", "w_down_EDF": "down_proj"}
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$|^model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
 
 
 def disk_names(name: str, config: ModelConfig) -> list[str]:
@@ -111,13 +117,22 @@ def load_folder(
     mtp_stem = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in shards.entries):
         config = config.replace(num_nextn_predict_layers=0)
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= shards.entries.keys():
+        config = config.replace(tie_word_embeddings=shards.equal(EMBEDDING, HEAD))
+        if not config.tie_word_embeddings:
+            _warn(folder, f"{HEAD!r} is not the embedding, though tie_word_embeddings says so; it is used as it is")
     model = empty(config, [entry.shape for entry in shards.entries.values()], folder)
     expected = {name: disk_names(name, config) for name in _own_names(model)}
+    if config.tie_word_embeddings and EMBEDDING not in shards.entries:
+        expected["embed_tokens.weight"] = [HEAD]  # either name will do for what is one tensor
     reader = Reader(model, expected, shards, blocks)
-    derived = {name for name in shards.entries if _DERIVED.search(name)}
-    reader.check(derived | ({"lm_head.weight"} if config.tie_word_embeddings else set()), folder)
+    extra = unread(config, shards)
+    reader.check(extra.keys(), folder)
+    for name, differs in extra.items():
+        if differs():
+            _warn(folder, f"tensor {name!r} is not what config.json and the other tensors say, and is not used")
     if dtype == "auto":
-        narrow = shards.entries["model.embed_tokens.weight"].dtype == torch.bfloat16
+        narrow = shards.entries[expected["embed_tokens.weight"][0]].dtype == torch.bfloat16
         dtype = torch.bfloat16 if narrow else torch.float32
     state = reader.read(dtype, torch.device(device))
     model.load_state_dict(state, strict=False, assign=True)
@@ -127,11 +142,12 @@ def load_folder(
 
 
 def save_folder(model: Transformer, path: str | Path) -> None:
-    """Write ``model`` as a Hugging Face folder; each file appears whole or not at all.
+    """Write ``model`` as a Hugging Face folder; all files are written whole before the first takes its place.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        MachineError: the disk is full or closed to us; what was there is untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder, config = Path(path), model.config
@@ -147,15 +163,20 @@ def save_folder(model: Transformer, path: str | Path) -> None:
         tensors[f"{stem}.shared_head.head.weight"] = own["head.weight"].detach().cpu().clone()
     table = {**config.to_hf(), "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     ids = {key: table[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if table[key] is not None}
+    files: dict[str, Callable[[Path], object]] = {
+        WEIGHTS: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+        "generation_config.json": _json({"_from_model_config": True, **ids}),
+        "config.json": _json(table),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-        _write_json(folder / "config.json", table)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the model: {error.strerror or error}", where=str(folder), todo="check space and permissions"
-        ) from None
+        _write(folder, files)
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in str(error) for sign in _FULL)
+        what = "the disk is full" if full else f"cannot write the model: {getattr(error, 'strerror', None) or error}"
+        todo = "free some space and save again" if full else "choose a folder that you may write to"
+        raise MachineError(what, where=str(folder), todo=todo) from None
 
 
 def _own_names(model: Transformer) -> list[str]:
@@ -212,23 +233,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _write_json(path: Path, table: dict[str, Any]) -> None:
-    """Write ``table`` to ``path``, whole or not at all."""
+def _json(table: dict[str, Any]) -> Callable[[Path], object]:
+    """Writes ``table`` to a file."""
     text = json.dumps(table, indent=2, sort_keys=True) + "\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return lambda temporary: temporary.write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a temporary file beside ``path``, make it durable, then put it in place."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+def _write(folder: Path, files: dict[str, Callable[[Path], object]]) -> None:
+    """Let each of ``files`` be written beside its place and made durable, then put all of them in place."""
+    temporaries: dict[str, Path] = {}
     try:
-        fill(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        for name, fill in files.items():
+            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            os.close(descriptor)
+            temporaries[name] = Path(temporary)
+            fill(temporaries[name])
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o644)
+        for name, path in temporaries.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporaries.values():
+            path.unlink(missing_ok=True)
+
+
+def _warn(folder: Path, what: str) -> None:
+    """Name what a folder says and the model does not follow."""
+    warnings.warn(f"{folder}: {what}", stacklevel=4)

@@ -121,7 +121,10 @@ def rotate(x_BTHr: Tensor, turn_BTr: Tensor, interleave: bool) -> Tensor:
     """Turn the channel pairs of ``x_BTHr`` by ``turn_BTr`` (complex, r/2 wide; B may be 1). Same shape and dtype."""
     turn_BT1r = turn_BTr.unsqueeze(2)
     if interleave:
-        pairs = torch.view_as_complex(x_BTHr.float().unflatten(-1, (-1, 2)))
+        wide = x_BTHr.float()
+        if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):  # behind an odd width
+            wide = wide.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turn_BT1r).flatten(-2).to(x_BTHr.dtype)
     cos, sin = turn_BT1r.real, turn_BT1r.imag
     first, second = x_BTHr.float().chunk(2, -1)

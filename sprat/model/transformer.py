@@ -135,6 +135,7 @@ class Transformer(nn.Module):
             cache=cache,
             valid_BT=valid_BT,
             by_document=self._by_document(),
+            window=self.config.sliding_window,
         )
         routing: list[Routing] = []
         x_BTD = self.embed_tokens(tokens_BT)

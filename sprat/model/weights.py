@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Set
+import re
+from collections.abc import Callable, Collection, Set
 from pathlib import Path
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.model.memory import check_room, told_if_full
+from sprat.model.rope import frequencies
 from sprat.model.shards import Entry, Shards
 from sprat.model.transformer import Transformer
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # on disk
+_COPY = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight")
+_FREQUENCIES = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 SCALE = "_scale_inv"  # suffix of the factors of an FP8 matrix
 _FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +50,34 @@ def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path)
     except (RuntimeError, OverflowError) as error:  # sizes whose product no computer can count
         what = f"no model has such sizes: {str(error).splitlines()[0]}"
         raise CheckpointError(what, where=str(where), todo=_ADVICE) from None
+
+
+def unread(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]:
+    """Tensors that a model of ``config`` knows and does not need -> whether they differ from what they repeat."""
+    found: dict[str, Callable[[], bool]] = {}
+    inverse, _ = frequencies(config)
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+
+    def copied(name: str, source: str) -> Callable[[], bool]:
+        return lambda: not shards.equal(name, source)
+
+    def frequency(name: str) -> Callable[[], bool]:
+        close = {"rtol": 1e-2, "atol": 0.0}  # some were saved in bfloat16
+        return lambda: (
+            shards.entries[name].shape != inverse.shape
+            or not torch.allclose(shards.read(name).float(), inverse, **close)  # type: ignore[arg-type]
+        )
+
+    for name in shards.entries:
+        copy = _COPY.fullmatch(name)
+        if copy and int(copy[1]) >= config.num_hidden_layers:
+            source = EMBEDDING if copy[2] == "embed_tokens" else head
+            found[name] = copied(name, source if source in shards.entries else HEAD)
+        elif _FREQUENCIES.fullmatch(name):
+            found[name] = frequency(name)
+    if config.tie_word_embeddings and HEAD in shards.entries:
+        found[HEAD] = lambda: False  # compared when it was decided to tie them
+    return found
 
 
 class Reader:

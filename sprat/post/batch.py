@@ -26,12 +26,14 @@ class Tokens:
         targets_N: the tokens, int64.
         old_N: their log-probabilities when they were sampled.
         advantage_N: that of their rollout.
+        importance_N: truncated weights of their mismatch; None where rollouts carry none.
     """
 
     x_ND: Tensor
     targets_N: Tensor
     old_N: Tensor
     advantage_N: Tensor
+    importance_N: Tensor | None
 
 
 def gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor) -> Tokens:
@@ -48,9 +50,12 @@ def gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor)
     device = model.norm.weight.device
     old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
     advantage_N = advantage_B.repeat_interleave(answer_BT.sum(1)).to(device)
+    importance_N = None
+    if all(rollout.importance is not None for rollout in rollouts):
+        importance_N = torch.tensor([each for rollout in rollouts for each in rollout.importance or ()], device=device)
     tokens_BT, chosen_BT = tokens_BT.to(device), answer_BT[:, 1:].to(device)
     x_BTD = model.hidden(tokens_BT[:, :-1]).x_BTD
-    return Tokens(x_BTD[chosen_BT], tokens_BT[:, 1:][chosen_BT], old_N, advantage_N)
+    return Tokens(x_BTD[chosen_BT], tokens_BT[:, 1:][chosen_BT], old_N, advantage_N, importance_N)
 
 
 def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[list[int]]:

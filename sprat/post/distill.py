@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sprat.config import DistillConfig, TrainConfig
+from sprat.config import DistillConfig, LoopConfig
 from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
@@ -31,11 +31,9 @@ from sprat.model import Transformer
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
-from sprat.tasks import Task
+from sprat.tasks import Task, is_right
 from sprat.train import loop, objective
 from sprat.trust.run import Run
-
-_RIGHT = 1.0 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,6 @@ class Traces:
     kept: list[Demonstration]
     asked: int
     tokens: int
-
-    @property
-    def yield_(self) -> float:
-        """Share of answers kept."""
-        return len(self.kept) / max(self.asked, 1)
 
 
 def traces(
@@ -79,7 +72,7 @@ def traces(
     kept: dict[Demonstration, None] = {}
     for number, output in enumerate(outputs):
         task, problem = drawn[number // samples]
-        if output.finish_reason == "stop" and judge(task, problem, output) >= _RIGHT:
+        if output.finish_reason == "stop" and is_right(judge(task, problem, output)):
             kept[Demonstration(problem.question, output.reasoning, output.text)] = None
     if not kept:
         what = f"the teacher answered none of {count} problems"
@@ -107,7 +100,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
         found = forward_kl(x_ND, head_VD, goal_NE, teacher.head.dense_weight(), targets_N, **weights)
         return tuple(each * (len(targets_N) / max(over, 1)) for each in found)
 
-    def loss(model: Transformer, batch: Batch, settings: TrainConfig, whole: Batch | None = None) -> objective.Loss:
+    def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
         whole, segments_BT = whole or batch, objective.needed_segments(batch.segments_BT)
         with torch.no_grad():
             goal_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD

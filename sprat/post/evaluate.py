@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
-from sprat.tasks import Problem, Split, Task, held_out
+from sprat.tasks import Problem, Split, Task, held_out, is_right
 from sprat.tokens import Message
 
 _Z95 = 1.959963984540054
-_RIGHT = 1.0 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,19 @@ def significant(a: Score, b: Score) -> float:
     return 1.0 if spread == 0 else math.erfc(abs(a.accuracy - b.accuracy) / spread / math.sqrt(2))
 
 
+Judge = Callable[[Task, Problem, Output], float]  # from 0 to 1
+
+
+def ask(problem: Problem) -> list[Message]:
+    """The conversation that puts one problem to the model."""
+    return [Message("user", problem.question)]
+
+
+def judge(task: Task, problem: Problem, output: Output) -> float:
+    """The task's score of what the user sees; no visible text, or a think that never closed, is no answer."""
+    return float(task.score(problem, (output.text.strip() or None) if output.closed else None))
+
+
 def evaluate(
     engine: Engine,
     task: Task,
@@ -90,6 +102,7 @@ def evaluate(
     temperature: float = 0.0,
     split: Split = "test",
     samples: int = 8,
+    score: Judge = judge,
 ) -> Score:
     """Score ``count`` problems of one task; see ``evaluate_many``."""
     return evaluate_many(
@@ -102,6 +115,7 @@ def evaluate(
         temperature=temperature,
         split=split,
         samples=samples,
+        score=score,
     )[0]
 
 
@@ -116,6 +130,7 @@ def evaluate_many(
     temperature: float = 0.0,
     split: Split = "test",
     samples: int = 8,
+    score: Judge = judge,
 ) -> list[Score]:
     """One Score for each task, all problems answered in one batch.
 
@@ -125,21 +140,13 @@ def evaluate_many(
         max_tokens: limit on think and answer together.
         temperature: 0 is greedy.
         samples: how many full answers to keep of each task.
+        score: who says how right an answer is; the task's own judge if not given.
     """
     problems = [_problems(task, split, count) for task in tasks]
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking)
     outputs = iter(engine.generate([ask(problem) for row in problems for problem in row], sampling))
-    return [_score(task, row, [next(outputs) for _ in row], samples) for task, row in zip(tasks, problems, strict=True)]
-
-
-def ask(problem: Problem) -> list[Message]:
-    """The conversation that puts one problem to the model."""
-    return [Message("user", problem.question)]
-
-
-def judge(task: Task, problem: Problem, output: Output) -> float:
-    """The task's score of what the user sees; no visible text, or a think that never closed, is no answer."""
-    return float(task.score(problem, (output.text.strip() or None) if output.closed else None))
+    answered = [(task, row, [next(outputs) for _ in row]) for task, row in zip(tasks, problems, strict=True)]
+    return [_score(task, row, found, samples, score) for task, row, found in answered]
 
 
 def estimate_pass_at_k(total: int, correct: int, k: int) -> float:
@@ -165,13 +172,14 @@ def pass_at_k(
     temperature: float = 1.0,
     seed: int = 0,
     split: Split = "test",
+    score: Judge = judge,
 ) -> float:
     """Mean unbiased pass@k over ``count`` problems with ``samples`` (default k) draws of each."""
     draws = samples or k
     problems = _problems(task, split, count)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=draws)
     outputs = engine.generate([ask(problem) for problem in problems], sampling)
-    right = [judge(task, problems[row // draws], output) >= _RIGHT for row, output in enumerate(outputs)]
+    right = [is_right(score(task, problems[row // draws], output)) for row, output in enumerate(outputs)]
     counts = [sum(right[start : start + draws]) for start in range(0, len(right), draws)]
     return sum(estimate_pass_at_k(draws, correct, k) for correct in counts) / len(counts)
 
@@ -188,10 +196,10 @@ def _problems(task: Task, split: Split, count: int) -> list[Problem]:
     return problems
 
 
-def _score(task: Task, problems: list[Problem], outputs: list[Output], samples: int) -> Score:
+def _score(task: Task, problems: list[Problem], outputs: list[Output], samples: int, score: Judge) -> Score:
     """Judge the answers of one task."""
-    marks = [judge(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
-    right = [mark >= _RIGHT for mark in marks]
+    marks = [score(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
+    right = [is_right(mark) for mark in marks]
     lengths: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for problem, ok in zip(problems, right, strict=True):
         if "num_terms" in problem.meta:

@@ -1,3 +1,4 @@
+# size: one algorithm is one flat file
 """GRPO: reinforcement learning with a group of answers as its own baseline, in one flat file.
 
 What it is (DeepSeekMath, arXiv 2402.03300, section 4.1). For each question sample a group of G answers
@@ -16,6 +17,9 @@ Later corrections, and what became of them here:
 - *Token-level loss* (DAPO, arXiv 2503.14476, section 3.3). The paper's ``1/G sum_i 1/|o_i|`` makes a token of
   a long wrong answer cheap, so wrong answers grow. Here each token of a minibatch weighs the same. This
   differs from Dr. GRPO (arXiv 2503.20783), which divides by a constant, only in the size of the step.
+- *The spread* is the deviation of the group as a whole population (over G), not of a sample (over G - 1, as in TRL,
+  which also adds 1e-4): ours is longer by ``sqrt(G / (G - 1))``, 3 % at G = 16, and does not depend on the unit of
+  the rewards.
 - *No division by the spread* (Dr. GRPO). Dividing makes questions that are almost always or almost never
   solved weigh most. ``normalise_std = false`` turns it off; tiny groups learn faster with it.
 - *Clip higher* (DAPO, section 3.1): a rare token may rise by more than it may fall (0.28 against 0.2), else
@@ -23,12 +27,19 @@ Later corrections, and what became of them here:
 - *Groups without spread teach nothing* (DAPO, section 3.2) and are skipped, not sampled again: that
   would bias the mix of tasks.
 - *KL to the start* (``kl_weight``; estimator k3 of Schulman 2020) is off, as in DAPO: rule rewards
-  cannot be flattered, and the policy is meant to move. On, it costs one more forward pass.
+  cannot be flattered, and the policy is meant to move. On, it costs one more forward pass. The value of k3 estimates
+  KL(policy || start), but its gradient, taken through the log-probability alone as GRPO does, is that of
+  KL(start || policy). ``kl_bias_correction`` multiplies k3 by the ratio, which gives KL(policy || start)'s own
+  (DeepSeek-V3.2, arXiv 2512.02556, section 3.1; TRL's ``use_bias_correction_kl``, there the default).
 
 On policy: the answers of a step come from the weights of its beginning. With several minibatches the later ones
 are a little off policy; the ratio mends that. Old log-probabilities are those that the engine returned while
-sampling; ``mismatch`` reports how far the trainer is from them on the first minibatch (float noise, ~1e-5; anything
-larger is a bug that elsewhere is papered over with importance weights).
+sampling. ``mismatch`` (the largest gap, in nats) and ``mismatch_mean`` report how far the trainer is from them on the
+first minibatch. In float32 the mean is noise, ~1e-6 (the largest may be a router's near tie); bfloat16 weights or codes
+are rounded otherwise by the engine than by the trainer: ~1e-2, and what is trained is not what was sampled. A mean
+above ``max_mismatch`` stops the run before a weight moves. ``importance_cap`` corrects for the gap where it cannot be
+avoided: the surrogate's ratio starts from the trainer's own log-probabilities (one more forward pass), and each token
+is weighed by ``min(p_trainer / p_sampler, cap)`` (truncated importance sampling, Ionides 2008, as in verl and TRL).
 
 The router's bias is *not* moved in RL. It decides which experts a token may reach and gets no gradient, so to move
 it between steps changes the policy for a reason that is not the reward, and to balance a narrow mix of questions
@@ -46,7 +57,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,15 +69,15 @@ from sprat.model import Transformer, flops_per_token
 from sprat.post.batch import gather, micro_batches
 from sprat.post.logprob import policy_loss, token_logprob
 from sprat.post.readiness import readiness
-from sprat.post.rewards import Reward
+from sprat.post.rewards import Reward, Verifier
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, machine, optim, trainable
+from sprat.train import checkpoint, loop, machine, optim, trainable
 from sprat.train.progress import bar
 from sprat.trust.run import Run
 
-_NO_SPREAD = 1e-6
+_ROUNDING = 4  # steps of the rewards' own precision that still count as equal
 
 
 @dataclass
@@ -81,15 +92,26 @@ class RLResult:
 
 
 def advantages(reward_PG: Tensor, normalise_std: bool) -> Tensor:
-    """Group-relative advantages [P, G] of rewards [P, G]; groups without spread get exactly 0.
+    """Group-relative advantages [P, G] of float rewards [P, G]; groups without spread get exactly 0.
+
+    Whatever the unit of the rewards and wherever their zero: two rewards are equal where they differ by no more than
+    rounding. NaN abstains: it is no part of its group and gets 0. The deviation is that of the population.
 
     >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), True).tolist()
     [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
-    std_P1 = centred_PG.square().mean(1, keepdim=True).sqrt()
-    scale_P1 = 1 / std_P1.clamp(min=_NO_SPREAD) if normalise_std else torch.ones_like(std_P1)
-    return torch.where(std_P1 > _NO_SPREAD, centred_PG * scale_P1, 0.0)
+    paid_PG = ~reward_PG.isnan()
+    count_P1 = paid_PG.sum(1, keepdim=True).clamp(min=1)
+    value_PG = reward_PG.double().masked_fill(~paid_PG, 0.0)
+    high_P1 = value_PG.masked_fill(~paid_PG, -torch.inf).amax(1, keepdim=True)
+    spread_P1 = high_P1 - value_PG.masked_fill(~paid_PG, torch.inf).amin(1, keepdim=True)
+    noise_P1 = _ROUNDING * torch.finfo(reward_PG.dtype).eps * value_PG.abs().amax(1, keepdim=True)
+    live_PG = paid_PG & (spread_P1 > noise_P1)
+    centred_PG = value_PG - value_PG.sum(1, keepdim=True) / count_P1
+    if normalise_std:
+        centred_PG = (centred_PG / spread_P1).masked_fill(~live_PG, 0.0)  # its squares can be held, whatever the unit
+        centred_PG = centred_PG / (centred_PG.square().sum(1, keepdim=True) / count_P1).sqrt()
+    return torch.where(live_PG, centred_PG, 0.0).float()
 
 
 @dataclass
@@ -101,6 +123,8 @@ class Clipped:
         advantage_N: of each token's answer.
         weight: of one token, one over the tokens of the minibatch.
         reference_N: log-probabilities under the frozen start, or None.
+        kl_ratio: weigh the KL by the ratio, so that its gradient is unbiased.
+        importance_N: truncated weights of the tokens, or None.
     """
 
     old_N: Tensor
@@ -110,6 +134,8 @@ class Clipped:
     high: float
     reference_N: Tensor | None = None
     kl_weight: float = 0.0
+    kl_ratio: bool = False
+    importance_N: Tensor | None = None
 
     def __call__(self, logprob_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Loss of each token of a chunk and its derivative by the log-probability."""
@@ -119,10 +145,15 @@ class Clipped:
         free_C = ratio_C * advantage_C <= clipped_C * advantage_C  # the minimum is the unclipped branch
         loss_C = -torch.where(free_C, ratio_C, clipped_C) * advantage_C
         slope_C = torch.where(free_C, -ratio_C * advantage_C, 0.0)
+        if self.importance_N is not None:
+            loss_C, slope_C = loss_C * self.importance_N[rows], slope_C * self.importance_N[rows]
         if self.reference_N is not None:
             back_C = self.reference_N[rows] - logprob_C
-            loss_C = loss_C + self.kl_weight * (back_C.exp() - 1 - back_C)
-            slope_C = slope_C + self.kl_weight * (1 - back_C.exp())
+            kl_C, kl_slope_C = back_C.exp() - 1 - back_C, 1 - back_C.exp()
+            if self.kl_ratio:
+                kl_C, kl_slope_C = ratio_C * kl_C, ratio_C * (kl_C + kl_slope_C)
+            loss_C = loss_C + self.kl_weight * kl_C
+            slope_C = slope_C + self.kl_weight * kl_slope_C
         return loss_C * self.weight, slope_C * self.weight
 
     def clipped(self, logprob_N: Tensor) -> Tensor:
@@ -138,7 +169,7 @@ class _Sums:
 
     total: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, loss: Clipped, logprob_N: Tensor, entropy_N: Tensor, first: bool) -> None:
+    def add(self, loss: Clipped, logprob_N: Tensor, entropy_N: Tensor) -> None:
         gap_N = logprob_N - loss.old_N
         self.total["tokens"] += len(gap_N)
         self.total["entropy"] += float(entropy_N.sum())
@@ -147,13 +178,33 @@ class _Sums:
         if loss.reference_N is not None:
             back_N = loss.reference_N - logprob_N
             self.total["kl_reference"] += float((back_N.exp() - 1 - back_N).sum())
-        if first:
-            self.total["mismatch"] = max(self.total["mismatch"], float(gap_N.abs().max()))
 
     def means(self) -> dict[str, float]:
         tokens = max(self.total["tokens"], 1.0)
-        kept = {name: value for name, value in self.total.items() if name not in ("tokens", "mismatch")}
-        return {**{name: value / tokens for name, value in kept.items()}, "mismatch": self.total["mismatch"]}
+        return {name: value / tokens for name, value in self.total.items() if name != "tokens"}
+
+
+@dataclass
+class _Mismatch:
+    """How far the trainer's log-probabilities lie from those that were sampled with, before a weight moved."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    tokens: int = 0
+
+    def add(self, trained_N: Tensor, sampled_N: Tensor) -> None:
+        gap_N = (trained_N - sampled_N).abs()
+        self.largest = max(self.largest, float(gap_N.max()))
+        self.total, self.tokens = self.total + float(gap_N.sum()), self.tokens + len(gap_N)
+
+    def check(self, limit: float, step: int) -> dict[str, float]:
+        """The two metrics. Raises: TrainingError: the mean is above ``limit``, or no number."""
+        mean = self.total / max(self.tokens, 1)
+        if not mean <= limit:
+            what = f"in step {step} the trainer's log-probabilities are {mean:.2g} nats from the sampler's (mean)"
+            todo = "train float32 weights, or raise rl.max_mismatch and correct for it by rl.importance_cap = 2"
+            raise TrainingError(f"{what}, rl.max_mismatch is {limit:g}", where="rl", todo=todo)
+        return {"mismatch": self.largest, "mismatch_mean": mean}
 
 
 def _optimise(
@@ -166,7 +217,10 @@ def _optimise(
     reference: Transformer | None,
 ) -> dict[str, float]:
     """``epochs`` passes over the rollouts that have an advantage; one optimiser step for each minibatch."""
-    sums, norms = _Sums(), []
+    sums, norms, mismatch = _Sums(), list[float](), _Mismatch()
+    if config.importance_cap is not None:
+        rollouts = _corrected(model, rollouts, config, mismatch)
+        metrics = mismatch.check(config.max_mismatch, step)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
         shuffled = torch.randperm(len(rollouts), generator=generator)
@@ -177,14 +231,36 @@ def _optimise(
                 chosen = [rollouts[row] for row in micro]
                 tokens = gather(model, chosen, advantage_B[micro])
                 loss = Clipped(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
+                loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
                 if reference is not None:
                     loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
                 head_VD, heat = model.head.dense_weight(), config.temperature
                 total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
                 total.backward()
-                sums.add(loss, logprob_N, entropy_N, first=epoch + number == 0)
+                sums.add(loss, logprob_N, entropy_N)
+                if epoch + number == 0 and config.importance_cap is None:
+                    mismatch.add(logprob_N, tokens.old_N)
+            if not norms and config.importance_cap is None:
+                metrics = mismatch.check(config.max_mismatch, step)
             norms.append(_step(optimiser, config, step))
-    return {**sums.means(), "grad_norm": sum(norms) / len(norms)}
+    return {**sums.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
+
+
+@torch.no_grad()
+def _corrected(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: _Mismatch) -> list[Rollout]:
+    """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
+    corrected = list(rollouts)
+    for micro in micro_batches(rollouts, range(len(rollouts))):
+        chosen = [rollouts[row] for row in micro]
+        tokens = gather(model, chosen, torch.zeros(len(chosen)))
+        trained_N = token_logprob(tokens.x_ND, model.head.weight, tokens.targets_N, config.temperature)[0]
+        mismatch.add(trained_N, tokens.old_N)
+        importance_N = (trained_N - tokens.old_N).exp().clamp(max=config.importance_cap)
+        sizes = [len(rollout.token_ids) for rollout in chosen]
+        parts = zip(micro, trained_N.split(sizes), importance_N.split(sizes), strict=True)
+        for row, own_N, weight_N in parts:
+            corrected[row] = replace(rollouts[row], logprobs=own_N.tolist(), importance=weight_N.tolist())
+    return corrected
 
 
 def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
@@ -198,7 +274,7 @@ def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
     norm = optimiser.clip(config.grad_clip)
     if not math.isfinite(norm):
-        todo = "lower rl.lr; the last checkpoint is intact"
+        todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
     optimiser.step()
     optimiser.zero_grad()
@@ -220,11 +296,13 @@ def grpo(
 
     Args:
         weights: share of each task among the questions.
-        reward: pays instead of the tasks' judges (see ``rewards.load_reward``); accuracy is measured anyway.
+        reward: pays instead of the tasks' judges (see ``rewards.load_reward``); accuracy is measured anyway, and the
+            gate asks it too. It may abstain by None, and a fault of its own abstains for it.
         gate: check ``readiness`` first (a fresh start only).
 
     Raises:
-        TrainingError: the model is quantised, the policy is not ready for RL, or the gradient is not finite.
+        TrainingError: the model is quantised, the policy is not ready for RL, the sampler's log-probabilities are not
+            the trainer's, ``reward`` fails on every answer of a step, or the gradient is not finite.
     """
     trainable.check(model, run)
     machine.tune()
@@ -233,15 +311,23 @@ def grpo(
     optimiser = optim.build(model, settings)
     result = _resume(model, optimiser, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
+    if reward is not None and not isinstance(reward, Verifier):
+        reward = Verifier(reward, seconds=config.reward_timeout)
     if gate and result.steps == 0:
-        readiness(engine, tasks, weights, config).check()
-    with bar(run, config.steps, result.steps) as advance:
+        ready = readiness(engine, tasks, weights, config, reward)
+        if reward is not None:
+            reward.take_faults()
+        ready.check()
+    with bar(run, config.steps, result.steps) as advance, loop.held_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
-            run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result))
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            faults = {} if reward is None else {"reward_faults": reward.take_faults()}
+            run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result), **faults)
+            if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
                 extra = {"config": config.digest(), "result": vars(result)}
                 checkpoint.save(run.checkpoints, step, model, optimiser, extra)
+            if stop:
+                raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
     return result
 
@@ -256,10 +342,11 @@ def _learn(
     result: RLResult,
 ) -> dict[str, float]:
     """Turn the rewards of one step into advantages and learn from the groups with spread; returns the metrics."""
-    reward_PG = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, config.group_size)
+    paid = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
+    reward_PG = torch.tensor(paid).view(-1, config.group_size)
     advantage_PG = advantages(reward_PG, config.normalise_std)
     live_P = advantage_PG.any(1)
-    kept = live_P.repeat_interleave(config.group_size).nonzero().flatten().tolist()
+    kept = (live_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
     chosen = [rollouts[row] for row in kept]
     metrics = {**summary(rollouts), "live_groups": float(live_P.float().mean())}
     if chosen:
@@ -269,17 +356,18 @@ def _learn(
 
 
 def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, run: Run) -> RLResult:
-    """Take over the last whole checkpoint; what was done so far, or nothing."""
-    found = checkpoint.latest(run.checkpoints)
+    """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
+    own = checkpoint.latest(run.checkpoints)
+    found = own or loop.begin_from(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
         return RLResult()
-    if found.extra.get("config") != config.digest():
+    if own and found.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"
         raise CheckpointError("the checkpoint was made with another recipe", where=str(found.folder), todo=todo)
     checkpoint.restore(found, model, optimiser)
     run.rewind(found.step)
-    return RLResult(**found.extra["result"])
+    return RLResult(**found.extra["result"]) if own else RLResult(steps=found.step)
 
 
 def _account(
@@ -288,10 +376,10 @@ def _account(
     """Add one step's sampled tokens and FLOPs: a forward pass to sample, three to train, one for the reference."""
     forward = flops_per_token(model.config, sum(rollout.length for rollout in rollouts) // len(rollouts))
     sampled = sum(len(rollout.token_ids) for rollout in rollouts)
-    passes = config.epochs * (4 if config.kl_weight > 0 else 3)
+    passes = config.epochs * (4 if config.kl_weight > 0 else 3) + (config.importance_cap is not None)
     updated = passes * sum(rollout.length for rollout in trained)
     result.steps = step
     result.tokens += sampled
     result.flops += forward * (sampled + sum(rollout.prefilled for rollout in rollouts) + updated)
-    result.reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
-    result.accuracy = sum(rollout.accuracy for rollout in rollouts) / len(rollouts)
+    means = summary(rollouts)
+    result.reward, result.accuracy = means["reward"], means["accuracy"]

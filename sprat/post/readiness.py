@@ -4,18 +4,23 @@ RL can only raise what the policy already does now and then. Two traps follow. I
 samples is mostly wrong, most groups have no spread and nothing is learnt. And if thinking does not help
 yet, the shortest way to a little more reward is not to think: the policy collapses to an empty think and
 stays there, because what is never sampled is never rewarded. Both can be measured in a second or two.
+
+Right is what RL will pay: where the user brings a verifier, it is asked here too, and its full marks are 1.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sprat.config import RLConfig
-from sprat.engine import Engine
+from sprat.engine import Engine, Output
 from sprat.errors import TrainingError
-from sprat.post.evaluate import Score, evaluate, pass_at_k, significant
-from sprat.tasks import Task
+from sprat.post.evaluate import Judge, Score, evaluate, judge, pass_at_k, significant
+from sprat.post.rewards import Reward, read_response
+from sprat.tasks import Problem, Task
+from sprat.tokens import Tokenizer
 
 MARGIN = 0.1  # forced thinking must be right this much more often than direct answers
 LEVEL = 0.05  # and the difference must not be chance
@@ -51,9 +56,22 @@ class Readiness:
 
 
 def readiness(
-    engine: Engine, tasks: Sequence[Task], weights: Sequence[float], config: RLConfig, *, count: int = 256
+    engine: Engine,
+    tasks: Sequence[Task],
+    weights: Sequence[float],
+    config: RLConfig,
+    reward: Reward | None = None,
+    *,
+    count: int = 256,
 ) -> Readiness:
-    """Measure a policy on about ``count`` training problems, shared out over the tasks by weight."""
+    """Measure a policy on about ``count`` training problems, shared out over the tasks by weight.
+
+    Args:
+        reward: says what is right instead of the tasks' own judges; an answer from which it abstains is not.
+
+    Raises:
+        TrainingError: ``reward`` pays less than 0 or more than 1, so that nobody knows what right is.
+    """
     total = sum(weights)
     parts = [(task, weight / total) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
     passed, forced, direct = 0.0, _Pool(), _Pool()
@@ -68,12 +86,33 @@ def readiness(
             temperature=config.temperature,
             seed=config.seed + _SEED,
             split="train",
+            score=_judge(engine.tokenizer, reward, None),
         )
         for pool, thinking in ((forced, True), (direct, False)):
-            limit = config.max_tokens
-            pool.add(evaluate(engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train"))
+            limit, score = config.max_tokens, _judge(engine.tokenizer, reward, thinking)
+            found = evaluate(
+                engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", score=score
+            )
+            pool.add(found)
     first, second = forced.score(), direct.score()
     return Readiness(passed, first.accuracy, second.accuracy, significant(first, second), config.gate_pass_at_8)
+
+
+def _judge(tokenizer: Tokenizer, reward: Reward | None, thinking: bool | None) -> Judge:
+    """Who scores answers that were asked for with ``thinking``: ``reward``, or without one the task's own judge."""
+    return judge if reward is None else functools.partial(_verified, tokenizer, reward, thinking)
+
+
+def _verified(
+    tokenizer: Tokenizer, reward: Reward, thinking: bool | None, _: Task, problem: Problem, output: Output
+) -> float:
+    """What ``reward`` pays the answer, 0 where it abstains."""
+    finished = output.finish_reason == "stop"
+    paid = reward(problem, read_response(tokenizer, output.token_ids, thinking=thinking, finished=finished)) or 0.0
+    if not 0 <= paid <= 1:
+        todo = "let the verifier pay from 0 to 1, where 1 is right, or leave the gate out (rl.gate = false)"
+        raise TrainingError(f"the verifier paid {paid:g}, so the gate cannot tell right", where="rl.gate", todo=todo)
+    return paid
 
 
 class _Pool:

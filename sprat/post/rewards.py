@@ -2,7 +2,7 @@
 
 A reward is a function of the problem and of what the model wrote, never another model: it cannot be
 flattered (DeepSeek-R1, arXiv 2501.12948, section 2.2.2). A plug-in is named as ``package.module:function``
-or ``path/to/file.py:function``; it is the user's own code and runs with the user's rights.
+or ``path/to/file.py:function``; it is the user's own code and runs with the user's rights (see ``Verifier``).
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from sprat.errors import ConfigError, TrainingError
+from sprat.post.reward_sources import parts
 from sprat.tasks import Problem, Task
 from sprat.tokens import Answer, Tokenizer, split
 
+log = logging.getLogger(__name__)
+SECONDS = 10.0  # for one answer, where nobody says otherwise
 _SIGNATURE = "write it as: def function(problem, answer) -> float"
 
 
@@ -34,7 +41,7 @@ class Response(Answer):
     well_formed: bool = False
 
 
-Reward = Callable[[Problem, Response], float]
+Reward = Callable[[Problem, Response], float | None]  # None abstains: the answer neither teaches nor counts
 
 
 def read_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, finished: bool) -> Response:
@@ -68,7 +75,7 @@ def visible(answer: Answer) -> str | None:
     return text if answer.closed and text else None
 
 
-def accuracy(task: Task) -> Reward:
+def accuracy(task: Task) -> Callable[[Problem, Response], float]:
     """The task's own score (0 to 1) of the visible answer."""
 
     def reward(problem: Problem, answer: Response) -> float:
@@ -82,20 +89,71 @@ def format_reward(problem: Problem, answer: Response) -> float:
     return 1.0 if answer.well_formed else 0.0
 
 
-def load_reward(name: str) -> Reward:
-    """The user's reward ``module:function`` or ``path/file.py:function``, checked and guarded.
+class Verifier:
+    """A user's reward that returns a finite float, or None where it abstains or fails.
 
-    The returned function raises TrainingError, naming the plug-in, when the user's code raises or
-    returns anything but a finite number.
+    A verifier meets answers that its author never thought of. So one answer never ends a run: where the function
+    raises, takes too long or returns what is no number, the answer abstains (it gets no advantage and no part in its
+    group's mean, whatever the scale of the rewards), and the fault is counted and told. A step in which nothing but
+    faults came back ends the run, because then the verifier is broken and not the answer.
+
+    Numbers of any kind are taken (Python's, NumPy's and torch's scalars, booleans).
+
+    Args:
+        function: takes (problem, answer).
+        name: by which it is told of.
+        seconds: for one answer. The limit is a timer of the process (SIGALRM), so it holds in the main thread only,
+            and not against code that neither returns to Python nor checks for signals.
+
+    Attributes:
+        asked, faults: how often it was asked, and failed, since ``take_faults``.
+        last_fault: what happened the last time.
+    """
+
+    def __init__(
+        self, function: Callable[[Problem, Response], object], name: str = "", seconds: float = SECONDS
+    ) -> None:
+        self.function, self.name, self.seconds = function, name or getattr(function, "__name__", "reward"), seconds
+        self.asked, self.faults, self.last_fault = 0, 0, ""
+
+    def __call__(self, problem: Problem, answer: Response) -> float | None:
+        """What the user's code pays ``answer``."""
+        self.asked += 1
+        try:
+            with _limit(self.seconds):
+                value = self.function(problem, answer)
+            return None if value is None else _number(value)
+        except _TimeUpError:
+            fault = f"took longer than {self.seconds:g} s"
+        except Exception as error:
+            fault = f"raised {type(error).__name__}: {error}"
+        if not self.faults:
+            log.warning("reward %s %s (question %r)", self.name, fault, problem.question)
+        self.faults, self.last_fault = self.faults + 1, fault
+        return None
+
+    def take_faults(self) -> int:
+        """The faults since the last call.
+
+        Raises:
+            TrainingError: every answer was a fault.
+        """
+        asked, faults = self.asked, self.faults
+        self.asked = self.faults = 0
+        if asked and faults == asked:
+            what = f"the reward failed on each of {asked} answers; the last time it {self.last_fault}"
+            raise TrainingError(what, where=f"reward {self.name}", todo="mend the function")
+        return faults
+
+
+def load_reward(name: str, seconds: float = SECONDS) -> Verifier:
+    """The user's reward ``module:function`` or ``path/file.py:function``, checked and guarded.
 
     Raises:
         ConfigError: the name has no colon, the module or file cannot be loaded, there is no such
             function, or it does not take exactly (problem, answer).
     """
-    source, colon, attribute = name.rpartition(":")
-    if not colon or not source or not attribute:
-        todo = "write module:function or file.py:function"
-        raise ConfigError(f"cannot read the reward {name!r}", where="reward", todo=todo)
+    source, attribute = parts(name)
     where = f"reward {name}"
     function = getattr(_module(source, name), attribute, None)
     if function is None:
@@ -106,7 +164,7 @@ def load_reward(name: str) -> Reward:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError):
         raise ConfigError(f"{attribute!r} does not take two arguments", where=where, todo=_SIGNATURE) from None
-    return _guarded(function, name)
+    return Verifier(function, name, seconds)
 
 
 def _module(source: str, name: str) -> ModuleType:
@@ -133,19 +191,41 @@ def _module(source: str, name: str) -> ModuleType:
         raise ConfigError(what, where=where, todo="make the file importable on its own") from error
 
 
-def _guarded(function: Callable[..., object], name: str) -> Reward:
-    """``function`` with its faults turned into one sentence."""
+def _number(value: object) -> float:
+    """``value`` as a finite float.
 
-    def reward(problem: Problem, answer: Response) -> float:
-        try:
-            value = function(problem, answer)
-        except Exception as error:
-            what = f"the reward raised {type(error).__name__}: {error}"
-            where = f"reward {name}, question {problem.question!r}"
-            raise TrainingError(what, where=where, todo="mend the function") from error
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            what = f"the reward returned {value!r}"
-            raise TrainingError(what, where=f"reward {name}", todo="return a finite number")
-        return float(value)
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{value!r} was returned, which is no number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} was returned, which is not finite")
+    return number
 
-    return reward
+
+class _TimeUpError(BaseException):
+    """Not an Exception, so that a verifier's own ``except Exception`` does not swallow it."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Raise ``_TimeUpError`` in the block after ``seconds``, and again each ``seconds`` should it be swallowed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TimeUpError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -17,22 +17,27 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.post.evaluate import ask
 from sprat.post.rewards import Response, Reward, accuracy, format_reward, read_response
 from sprat.post.sft import draw
-from sprat.tasks import Problem, Task
+from sprat.tasks import Problem, Task, is_right
 from sprat.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled answer: ``token_ids`` follow ``prompt_ids``; ``logprobs`` are the sampling policy's, in nats."""
+    """One sampled answer: ``token_ids`` follow ``prompt_ids``; ``logprobs`` are the sampling policy's, in nats.
+
+    ``reward`` is None where the verifier abstained; ``score`` is the judge's, from 0 to 1. ``importance`` holds a
+    weight for each token where the trainer corrects for its mismatch with the sampler.
+    """
 
     task: str
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: list[float]
     response: Response
-    reward: float
-    accuracy: float
+    reward: float | None
+    score: float
     prefilled: int  # prompt tokens that were computed for this row
+    importance: list[float] | None = None
 
     @property
     def length(self) -> int:
@@ -73,29 +78,34 @@ def _pay(
 ) -> Rollout:
     """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""
     response = read_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
-    right = accuracy(task)(problem, response)
-    paid = right if reward is None else reward(problem, response)
+    score = accuracy(task)(problem, response)
+    paid = score if reward is None else reward(problem, response)
     return Rollout(
         task=task.name,
         prompt_ids=output.prompt_ids,
         token_ids=output.token_ids,
         logprobs=output.logprobs or [],
         response=response,
-        reward=paid + config.format_weight * format_reward(problem, response),
-        accuracy=right,
+        reward=None if paid is None else paid + config.format_weight * format_reward(problem, response),
+        score=score,
         prefilled=output.usage.cache_miss_tokens,
     )
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over answers: reward, accuracy (also of each task), format, response length, think share."""
-    by_task: dict[str, list[float]] = defaultdict(list)
+    """Means over answers: reward, accuracy (also of each task), format, response length, think share.
+
+    The reward is that of the answers that were paid (0 if none was), ``abstained`` the share of the others.
+    """
+    by_task: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
-        by_task[rollout.task].append(rollout.accuracy)
+        by_task[rollout.task].append(is_right(rollout.score))
     count = len(rollouts)
+    paid = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
-        "reward": sum(rollout.reward for rollout in rollouts) / count,
-        "accuracy": sum(rollout.accuracy for rollout in rollouts) / count,
+        "reward": sum(paid) / max(len(paid), 1),
+        "abstained": 1 - len(paid) / count,
+        "accuracy": sum(is_right(rollout.score) for rollout in rollouts) / count,
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,

@@ -4,12 +4,17 @@ Only the assistant's tokens carry loss (``tokens.chat.demonstration`` sets the m
 learn to answer questions, not to write them. ``cold_start`` makes the mostly terse demonstrations from which
 RL starts (DeepSeek-R1, arXiv 2501.12948): they teach the format and leave the habit of thinking rare, so that what RL
 adds can be seen.
+
+A demonstration that is longer than a row is left out and counted: cut at its end it would teach half an answer, cut at
+its beginning an answer to half a question. The router's bias stays where pre-training left it, as in RL: a narrow mix
+of questions would spread over all experts what was balanced on all text.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sprat.config import SFTConfig, TrainConfig
@@ -21,6 +26,7 @@ from sprat.tokens import Tokenizer, chat
 from sprat.train import loop
 from sprat.trust.run import Run
 
+log = logging.getLogger(__name__)
 _INDICES = 1 << 31
 
 
@@ -59,26 +65,39 @@ def cold_start(
 
 def pack_demonstrations(
     tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], seq_len: int
-) -> pack.Packed:
-    """The demonstrations as packed rows of ``seq_len`` tokens.
+) -> tuple[pack.Packed, dict[str, int]]:
+    """The demonstrations as packed rows of ``seq_len`` tokens, and the numbers of ``shown`` and ``too_long`` ones.
 
     Raises:
-        DataError: there are none, or one is longer than a row (cutting it would teach half an answer).
+        DataError: there are none, or none is as short as a row.
     """
     if not demonstrations:
         raise DataError("no demonstrations", where="sft", todo="give at least one (question, reasoning, answer)")
-    return pack.pack(_sequences(tokenizer, demonstrations, seq_len), seq_len)
+    sequences = [chat.demonstration(tokenizer, *one) for one in demonstrations]
+    kept = [(ids, mask) for ids, mask in sequences if len(ids) <= seq_len + 1]
+    if not kept:
+        least = min(len(ids) for ids, _ in sequences)
+        what = f"the shortest of {len(sequences)} demonstrations has {least} tokens, a row holds {seq_len + 1}"
+        raise DataError(what, where="sft", todo="raise seq_len")
+    if left_out := len(sequences) - len(kept):
+        told = "%s of %s demonstrations are longer than a row of %s tokens and are left out"
+        log.warning(told, f"{left_out:,}", f"{len(sequences):,}", seq_len + 1)
+    return pack.pack(kept, seq_len), {"shown": len(kept), "too_long": left_out}
 
 
 def batches(
-    tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], config: TrainConfig
+    tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], config: TrainConfig, run: Run | None = None
 ) -> loader.MixedSource:
     """The demonstrations as a resumable source of packed batches, rows of ``config.seq_len`` tokens.
+
+    ``run`` notes as its fact ``demonstrations`` what was shown and what was left out.
 
     Raises:
         DataError: see ``pack_demonstrations``.
     """
-    packed = pack_demonstrations(tokenizer, demonstrations, config.seq_len)
+    packed, counts = pack_demonstrations(tokenizer, demonstrations, config.seq_len)
+    if run is not None:
+        run.note(demonstrations=counts)
     return loader.MixedSource([(packed, 1.0)], rows=config.batch_rows, seed=config.seed)
 
 
@@ -91,20 +110,11 @@ def sft(
 ) -> loop.TrainResult:
     """Train ``model`` in place on (question, reasoning, answer) triples; resumes from the run's checkpoints.
 
+    The router's bias is not moved, whatever ``config.bias_update_speed`` says.
+
     Raises:
-        DataError: see ``batches``.
+        DataError: see ``pack_demonstrations``.
         TrainingError: the loss is not finite.
     """
-    return loop.train(model, batches(tokenizer, demonstrations, config), config, run)
-
-
-def _sequences(
-    tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], seq_len: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, mask) of each demonstration."""
-    for number, (question, reasoning, answer) in enumerate(demonstrations):
-        ids, mask = chat.demonstration(tokenizer, question, reasoning, answer)
-        if len(ids) > seq_len + 1:
-            what = f"a demonstration has {len(ids)} tokens, a row holds {seq_len + 1}"
-            raise DataError(what, where=f"demonstration {number}", todo="raise seq_len or leave it out")
-        yield list(ids), list(mask)
+    source = batches(tokenizer, demonstrations, config, run)
+    return loop.train(model, source, config.replace(bias_update_speed=0.0), run)

@@ -17,8 +17,11 @@ The later layers must see what the earlier ones really send, so the text passes 
 it at once, and every matrix is rounded at the moment when its input arrives: by then all that came before it is
 rounded. No layer is run twice, and only one ``H`` (of one stack of experts) is alive.
 
-An expert sees only the rows that the router sends to it. Below ``FEW`` rows a channel its ``H`` says more about those
-rows than about text, and it is rounded to the nearest.
+What the text never lit, it says nothing about. An expert sees only the rows that the router sends to it: below ``FEW``
+rows a channel its ``H`` says more about those rows than about text, and it is rounded to the nearest. So is a group
+of channels that are all silent, and a silent channel among lit ones counts as the mean channel does, or the scale
+would be chosen for the others and clip it. Padding is no text, and packed rows stay apart:
+``segments_BT`` says which places count, and no document hears its neighbour.
 
 Left out: moving the weights for what the layers before got wrong (the target is ``W x`` for the inputs that arrive),
 and searching scales anew while columns move.
@@ -36,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.errors import CheckpointError
-from sprat.model import MLP, Experts, Linear, Transformer
+from sprat.model import MLP, Experts, Gate, Linear, Routing, Transformer
 from sprat.quant.int4 import ENDS, Codes, codes_of, dequantise, grouped, pack, quantise, scales_of
 
 BLOCK = 128  # columns between two updates of all that are still free
@@ -50,7 +53,12 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 def calibrate(
-    model: Transformer, tokens_BT: Tensor, form_of: Form, *, settled: Callable[[str], None] = lambda _: None
+    model: Transformer,
+    tokens_BT: Tensor,
+    form_of: Form,
+    *,
+    segments_BT: Tensor | None = None,
+    settled: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Codes]:
     """Codes of the matrices of ``model`` that ``tokens_BT`` passes through, each fitted to what passes.
 
@@ -61,6 +69,7 @@ def calibrate(
         model: float32, with the embedding that will be used.
         tokens_BT: long; all of it is at work at once.
         form_of: how each matrix is to be kept.
+        segments_BT: which document each token is of, 0 for padding, as in packed rows; one a row if not given.
         settled: hears the name of each matrix that is done.
 
     Raises:
@@ -76,11 +85,17 @@ def calibrate(
                 hooks.append(module.register_forward_pre_hook(hook))
         elif isinstance(module, Experts):
             hooks.append(module.register_forward_pre_hook(passing.experts(name, module)))
+        elif isinstance(module, Gate):
+            hooks.append(module.register_forward_hook(passing.routed))
     try:
         with torch.no_grad():
-            hidden = model.hidden(tokens_BT)
+            passing.valid_BT = None if segments_BT is None else segments_BT > 0
+            hidden = model.hidden(tokens_BT, segments_BT=segments_BT)
             for depth in range(1, len(model.mtp) + 1):
-                hidden = model.mtp_hidden(hidden, tokens_BT, depth=depth)
+                if segments_BT is not None:
+                    joined_BT = segments_BT[:, depth:] == segments_BT[:, :-depth]
+                    passing.valid_BT = joined_BT & (segments_BT[:, depth:] > 0)
+                hidden = model.mtp_hidden(hidden, tokens_BT, segments_BT=segments_BT, depth=depth)
     finally:
         for handle in hooks:
             handle.remove()
@@ -88,10 +103,12 @@ def calibrate(
 
 
 class _Passing:
-    """Rounds each matrix when its input first arrives; ``codes`` by name."""
+    """Rounds each matrix when its input first arrives; ``codes`` by name. Only places in ``valid_BT`` count."""
 
     def __init__(self, form_of: Form, settled: Callable[[str], None]) -> None:
         self.codes: dict[str, Codes] = {}
+        self.valid_BT: Tensor | None = None
+        self._token_M = torch.empty(0, dtype=torch.int64)
         self._form_of, self._settled = form_of, settled
         self._last: tuple[object, Tensor] = (None, torch.empty(0))
 
@@ -102,10 +119,17 @@ class _Passing:
             if f"{name}.weight" in self.codes:
                 return
             if self._last[0] is not inputs[0]:  # q, k and v are handed the very same tensor
-                self._last = (inputs[0], energy([inputs[0].flatten(0, -2)]))
+                rows_NI = inputs[0].flatten(0, -2)
+                counted = rows_NI if self.valid_BT is None else rows_NI[self.valid_BT.flatten()]
+                self._last = (inputs[0], energy([counted]))
             self._fit(f"{name}.weight", module.get_parameter("weight"), self._last[1])
 
         return arrives
+
+    def routed(self, _: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
+        """A hook for a router: which token each row of its experts is."""
+        order_M = routing.index_NK.flatten().argsort(stable=True)  # as ``Experts.mix`` sorts them
+        self._token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
 
     def experts(self, name: str, module: Experts) -> Hook:
         """A hook for the stacked experts ``name``; their inputs lie sorted by expert."""
@@ -113,7 +137,10 @@ class _Passing:
         def arrives(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if f"{name}.w_gate_EFD" in self.codes:
                 return
-            rows = inputs[0].split(inputs[1].tolist())
+            rows: Sequence[Tensor] = inputs[0].split(inputs[1].tolist())
+            if self.valid_BT is not None:
+                counts = self.valid_BT.flatten()[self._token_M].split(inputs[1].tolist())
+                rows = [x_MD[valid_M] for x_MD, valid_M in zip(rows, counts, strict=True)]
             hessian_EDD = energy(rows)
             self._fit(f"{name}.w_gate_EFD", module.w_gate_EFD, hessian_EDD)
             self._fit(f"{name}.w_up_EFD", module.w_up_EFD, hessian_EDD)
@@ -165,7 +192,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
         codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
         return replace(parts[0], codes=codes, scales=scales)
     energy_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
-    scales_ENG = scales_of(grouped(weight_ENI, size), bits, DIVISORS[bits], grouped(energy_EI, size).unsqueeze(1))
+    scales_ENG = _scales(weight_ENI, energy_EI, bits, size)
     order_EI = energy_EI.argsort(-1, descending=True)
     order_EIN = order_EI.unsqueeze(-1).expand(-1, -1, weight_ENI.shape[1])
     codes_EIN = _columns(
@@ -180,6 +207,20 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
     plain = quantise(weight_ENI[silent_E], bits=bits, group=group)
     packed[silent_E], scales_ENG[silent_E] = plain.codes, plain.scales
     return Codes(packed, scales_ENG, bits, size, width, rounding="gptq")
+
+
+def _scales(weight_ENI: Tensor, energy_EI: Tensor, bits: int, size: int) -> Tensor:
+    """A scale for each group [E, N, G]: of least error on text, or where no channel was lit, of the weights."""
+    groups_ENGK = grouped(weight_ENI, size)
+    lit_EI = energy_EI > 0
+    mean_E1 = energy_EI.sum(-1, keepdim=True) / lit_EI.sum(-1, keepdim=True).clamp(min=1)
+    heard_EI = torch.where(lit_EI, energy_EI, mean_E1)
+    scales_ENG = scales_of(groups_ENGK, bits, DIVISORS[bits], grouped(heard_EI, size).unsqueeze(1))
+    silent_EG = grouped(energy_EI, size).amax(-1) == 0
+    if bool(silent_EG.any()):
+        plain_ENG = scales_of(groups_ENGK, bits, ENDS[bits])
+        scales_ENG = torch.where(silent_EG.unsqueeze(1), plain_ENG, scales_ENG)
+    return scales_ENG
 
 
 def _factor(hessian_EII: Tensor, order_EI: Tensor) -> Tensor:

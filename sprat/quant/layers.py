@@ -134,6 +134,7 @@ def quantize(
     config: QuantConfig | None = None,
     *,
     calibration_BT: Tensor | None = None,
+    segments_BT: Tensor | None = None,
     materialise: bool = True,
     told: Callable[[int, int], None] = lambda done, of: None,
 ) -> Transformer:
@@ -142,6 +143,7 @@ def quantize(
     Args:
         config: bits and group of all matrices and experts, the bits of embedding and head, and how to round.
         calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``gptq.calibrate``.
+        segments_BT: which document each of them is of, 0 for padding; one a row if not given.
         materialise: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
         told: hears how many matrices are done, of how many.
 
@@ -174,7 +176,8 @@ def quantize(
             raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
         draft = copy.deepcopy(model).float()
         draft.embed_tokens.weight.data = dequantise(pack("embed_tokens.weight"))
-        fitted = calibrate(draft, calibration_BT, functools.partial(bits_of, config), settled=settled)
+        form = functools.partial(bits_of, config)
+        fitted = calibrate(draft, calibration_BT, form, segments_BT=segments_BT, settled=settled)
     return place(copy.deepcopy(model), pack, materialise=materialise)
 
 

@@ -28,16 +28,12 @@ _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval.
-
-    ``mean`` is ``correct / count``: what the interval bounds.
-    """
+    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval."""
 
     task: str
     label: str
     count: int
     correct: int
-    mean: float
     low: float
     high: float
     mean_tokens: float | None
@@ -45,6 +41,11 @@ class Score:
     unseen: frozenset[int]  # lengths that were never trained
     trained: bool
     samples: list[dict[str, Any]]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; a judge's partial credit is not in it."""
+        return self.correct / max(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Stage:
 
     def quality(self) -> float | None:
         """Mean greedy accuracy over the trained tasks, or None without scores."""
-        means = [score.mean for score in self.by_task().values() if score.trained]
+        means = [score.accuracy for score in self.by_task().values() if score.trained]
         return sum(means) / len(means) if means else None
 
 
@@ -187,7 +188,6 @@ def _score(row: dict[str, Any]) -> Score:
         label=str(row.get("label", "greedy")),
         count=count,
         correct=correct,
-        mean=correct / max(count, 1),
         low=float(row.get("low", low)),
         high=float(row.get("high", high)),
         mean_tokens=None if tokens is None else float(tokens),

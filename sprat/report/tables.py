@@ -113,9 +113,9 @@ def _cell(stage: Stage, score: Score | None) -> str:
     """One accuracy with its interval, tinted by height."""
     if score is None:
         return "–"
-    names = f"heat{round(score.mean * 10)}" + (" control" if stage.control_of else "")
+    names = f"heat{round(score.accuracy * 10)}" + (" control" if stage.control_of else "")
     interval = f"{100 * score.low:.1f}–{100 * score.high:.1f}"
-    return f"@{names}|<b>{percent(score.mean)}</b><small>{interval}</small>"
+    return f"@{names}|<b>{percent(score.accuracy)}</b><small>{interval}</small>"
 
 
 def gains(road: Road) -> str:
@@ -129,8 +129,8 @@ def gains(road: Road) -> str:
             row = told.get(task)
             if row is None and task not in old:
                 continue
-            start = float(row["before"]) if row else old[task].mean
-            end = float(row["after"]) if row else after.mean
+            start = float(row["before"]) if row else old[task].accuracy
+            end = float(row["after"]) if row else after.accuracy
             p = float(row["p"]) if row else p_value([old[task]], [after])
             beside = _beside(road, stage, task)
             name = f"<b>{text(stage.title)}</b>" if first else ""
@@ -150,7 +150,7 @@ def _verdict(start: float, end: float, p: float) -> list[str]:
 def _beside(road: Road, stage: Stage, task: str) -> str:
     """What the controls of ``stage`` reached on ``task``."""
     found = [(control.title, control.by_task().get(task)) for control in road.controls(stage)]
-    told = "<br>".join(f"{percent(score.mean)} <small>{text(title)}</small>" for title, score in found if score)
+    told = "<br>".join(f"{percent(score.accuracy)} <small>{text(title)}</small>" for title, score in found if score)
     return f"@beside|{told or '–'}"
 
 
@@ -162,9 +162,9 @@ def seeds(road: Road) -> str:
     rows = []
     for task in road.tasks():
         scores = [stage.by_task().get(task) for stage in stages]
-        means = [score.mean for score in scores if score]
+        means = [score.accuracy for score in scores if score]
         if means:
-            cells = ["–" if score is None else percent(score.mean) for score in scores]
+            cells = ["–" if score is None else percent(score.accuracy) for score in scores]
             rows.append([text(task), *cells, f"{percent(min(means))} to {percent(max(means))}"])
     return table(["task", *(text(f"seed {stage.record.get('seed')}") for stage in stages), "spread"], rows)
 
@@ -184,7 +184,7 @@ def thinking(road: Road) -> str:
                 continue
             lengths = [s.mean_tokens for s in scores if s.mean_tokens is not None]
             size = f"<small>{sum(lengths) / len(lengths):.0f} tokens</small>" if lengths else ""
-            cells.append(f"<b>{percent(sum(s.mean for s in scores) / len(scores))}</b>{size}")
+            cells.append(f"<b>{percent(sum(s.accuracy for s in scores) / len(scores))}</b>{size}")
         rows.append([text(stage.title), *cells])
     heads = {"greedy": "left to itself", "thinking": "made to think", "direct": "made to answer at once"}
     return table(["mean over tasks", *(heads[label] for label in labels)], rows)

@@ -11,19 +11,33 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from sprat.data import baselines, corpus
+from sprat.data import baselines, corpus, ingest
 from sprat.data.document import Document, folder_name
 from sprat.data.pack import pack
+from sprat.data.split import Split, split
 from sprat.errors import DataError
-from sprat.road.places import Road, load_task, title, write_problems
-from sprat.road.recipe import DataRecipe
-from sprat.tasks import Task, held_out
+from sprat.road.places import Road, file_name, load_task, write_problems
+from sprat.road.recipe import DataRecipe, title
+from sprat.tasks import Problem, Task, held_out
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import demonstration
+from sprat.trust import atomic
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What the data stage works on, read and drawn before anything is touched."""
+
+    found: corpus.Corpus
+    parts: Split
+    examples: list[tuple[str, str, str]]
+    problems: dict[str, list[Problem]]
+    tokenizer: Tokenizer
 
 
 def data(road: Road, text: Path | None = None) -> None:
@@ -36,40 +50,58 @@ def data(road: Road, text: Path | None = None) -> None:
     if text is not None and not (text.is_file() or text.is_dir()):
         raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
     inputs: dict[str, Path | str] = {} if text is None else {"text": text}
-    run = road.open("data", "data", recipe, inputs, road.recipe.seed)
-    if run.done:
+    opened = road.open("data", "data", recipe, inputs, road.recipe.seed, lambda goes_on: _material(road, text))
+    if opened is None:
         return
-    found = _corpus(road.folder / "corpus", recipe, text)
-    road.enter("corpus")
-    for left in found.left_out:
+    run, made = opened
+    for left in made.found.left_out:
         print(f"sprat: data: not learned from: {left}", file=sys.stderr, flush=True)
-    train, test = found.split().train, found.split().held_out
-    if not train or not test:
-        raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")
-    examples = list(worked_examples(recipe, road.recipe.seed))
-    shown = examples[:: max(1, len(examples) // TOKENIZER_EXAMPLES)]
-    texts = itertools.chain((d.text for d in train), ("\n".join(example) for example in shown))
-    tokenizer = Tokenizer.train(texts, recipe.vocab_size, numbers=recipe.numbers)
+    tokenizer, train = made.tokenizer, made.parts.train
     tokenizer.save(run.artefact / "tokenizer")
-
     tokens = _pack_text(tokenizer, train, recipe.seq_len, run.artefact / "text")
-    rows = pack((demonstration(tokenizer, *example) for example in examples), recipe.seq_len)
+    rows = pack((demonstration(tokenizer, *example) for example in made.examples), recipe.seq_len)
     rows.save(run.artefact / "tasks")
-    scores = _hold_out(tokenizer, train, test, recipe.seq_len, run.artefact / "heldout")
-    for config in (*recipe.tasks, *recipe.unseen):
-        task = load_task(config)
-        write_problems(
-            run.artefact / "problems" / f"{title(config)}.jsonl",
-            held_out(task, config.test_problems or recipe.test_problems),
-        )
+    scores = _hold_out(tokenizer, train, made.parts.held_out, recipe.seq_len, run.artefact / "heldout")
+    for name, problems in made.problems.items():
+        write_problems(run.artefact / "problems" / f"{file_name(name)}.jsonl", problems)
     run.note(
         title="Data",
-        sources=found.sources,
-        text_faults=found.faults,
-        documents={"train": len(train), "held_out": len(test), "worked_examples": len(examples)},
+        sources=made.found.sources,
+        text_faults=made.found.faults,
+        documents={
+            "train": len(train),
+            "held_out": len(made.parts.held_out),
+            "worked_examples": len(made.examples),
+        },
         baselines=scores,
     )
     run.finish(tokens=tokens + int((rows.segments > 0).sum()))
+
+
+def _material(road: Road, text: Path | None) -> _Material:
+    """Read the text, draw from the tasks and train the tokenizer; the kept corpus is replaced only by a sound one."""
+    recipe = road.recipe.data
+    problems = {
+        title(config): held_out(load_task(config), config.test_problems or recipe.test_problems)
+        for config in (*recipe.tasks, *recipe.unseen)
+    }
+    examples = list(worked_examples(recipe, road.recipe.seed))
+    if text is not None:
+        _held_out_too(split(list(ingest.read(text))), text)
+    found = _corpus(road.folder / "corpus", recipe, text)
+    road.enter("corpus")
+    parts = _held_out_too(found.split(), text)
+    shown = examples[:: max(1, len(examples) // TOKENIZER_EXAMPLES)]
+    texts = itertools.chain((d.text for d in parts.train), ("\n".join(example) for example in shown))
+    tokenizer = Tokenizer.train(texts, recipe.vocab_size, numbers=recipe.numbers)
+    return _Material(found, parts, examples, problems, tokenizer)
+
+
+def _held_out_too(parts: Split, text: Path | None) -> Split:
+    """``parts``, both of which hold something."""
+    if not parts.train or not parts.held_out:
+        raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")
+    return parts
 
 
 def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, str]]:
@@ -120,5 +152,5 @@ def _hold_out(
             "trigram": baselines.ngram_bpb(seen, blob),
             "bytes": sizes[domain],
         }
-    (folder / "bytes.json").write_text(json.dumps(sizes, sort_keys=True), encoding="utf-8")
+    atomic.write_text(folder / "bytes.json", json.dumps(sizes, sort_keys=True))
     return scores

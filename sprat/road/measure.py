@@ -14,6 +14,7 @@ from sprat.engine import Engine, Sampling
 from sprat.model import Transformer
 from sprat.post.evaluate import Score, ask, evaluate_many, significant
 from sprat.road.places import Road
+from sprat.tasks import is_right
 from sprat.tokens import Tokenizer
 
 WAYS: dict[str, bool | None] = {"greedy": None, "thinking": True, "direct": False}
@@ -55,11 +56,11 @@ def _facts(score: Score) -> dict[str, Any]:
             "answer": sample["expected"],
             "reasoning": sample["reasoning"] or "",
             "content": sample["answer"],
-            "correct": sample["score"] > 0.999,
+            "correct": is_right(sample["score"]),
         }
         for sample in score.samples
     ]
-    return {**score.to_dict(), "mean": score.accuracy, "samples": samples}
+    return {**score.to_dict(), "samples": samples}
 
 
 def gains(
@@ -70,8 +71,8 @@ def gains(
     return [
         {
             "task": row["task"],
-            "before": old[row["task"]]["mean"],
-            "after": row["mean"],
+            "before": old[row["task"]]["accuracy"],
+            "after": row["accuracy"],
             "p": significant(_score(old[row["task"]]), _score(row)),
         }
         for row in after

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import string
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
 from sprat.data.document import folder_name
 from sprat.data.pack import Packed
-from sprat.errors import DataError
-from sprat.road.recipe import ModelRecipe, RoadRecipe
+from sprat.errors import ConfigError, DataError
+from sprat.road.graph import tell
+from sprat.road.recipe import ModelRecipe, RoadRecipe, title
 from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
+from sprat.train import checkpoint
+from sprat.trust import atomic, digest, record
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
+
+PLAIN = frozenset(string.ascii_letters + string.digits + "-_. ")
+LONGEST = 120  # characters of a file's name, well below what file systems take
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,36 @@ class Road:
     folder: Path
     recipe: RoadRecipe
 
-    def open(self, name: str, stage: str, recipe: Config, inputs: Mapping[str, Path | str], seed: int) -> Run:
-        """The run ``name`` on this road (see ``sprat.trust.run.open_run``)."""
-        return open_run(
-            self.folder / name,
+    def open(
+        self,
+        name: str,
+        stage: str,
+        recipe: Config,
+        inputs: Mapping[str, Path | str],
+        seed: int,
+        prepare: Callable[[bool], Prepared],
+        init_from: str = "",
+    ) -> tuple[Run, Prepared] | None:
+        """The run ``name`` on this road and what ``prepare`` made for it; None where it is done already.
+
+        Args:
+            inputs, prepare: see ``sprat.trust.run.open_run``.
+            init_from: RUN or RUN@STEP of the recipe; the checkpoint's digest becomes an input.
+        """
+        prepared: list[Prepared] = []
+        run = open_run(
+            self.path(name),
             stage=stage,
             recipe=recipe,
-            inputs=inputs,
+            inputs={**inputs, **self._start(name, recipe, init_from)},
             seed=seed,
             ledger=self.folder / "ledger.jsonl",
             money=self.recipe.money,
+            prepare=lambda goes_on: prepared.append(prepare(goes_on)),
         )
+        if run.set_aside is not None:
+            tell(name, f"has another recipe or input than the run that was there; that one is now {run.set_aside}")
+        return None if run.done else (run, prepared[0])
 
     def enter(self, name: str) -> None:
         """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
@@ -46,8 +74,30 @@ class Road:
         ledger.enter(self.path(name))
 
     def path(self, name: str) -> Path:
-        """The folder of run ``name``."""
+        """The folder of run ``name``.
+
+        Raises:
+            ConfigError: the name is no plain name of a folder.
+        """
+        if not name or file_name(name) != name:
+            raise ConfigError("this cannot name a run", where=repr(name), todo="use letters, digits, - and _")
         return self.folder / name
+
+    def _start(self, name: str, recipe: Config, init_from: str) -> dict[str, str]:
+        """The checkpoint to start from as an input, by digest; none where the run starts afresh.
+
+        A run may start from the one that lies in its own folder, which is then set aside; from then on its own record
+        knows what it started from.
+        """
+        if not init_from:
+            return {}
+        folder = self.path(name)
+        for written in (record.read_json(folder / "run.json"), record.read_json(folder / "open.json")):
+            if written is not None and written.get("recipe_digest") == recipe.digest():
+                known = written.get("inputs", {}).get("init_from")
+                if known and checkpoint.parse(init_from)[0].resolve() == folder.resolve():
+                    return {"init_from": str(known["digest"])}
+        return {"init_from": digest.tree(checkpoint.source(init_from, folder).folder)}
 
     @property
     def artefacts(self) -> DataArtefact:
@@ -80,7 +130,9 @@ class DataArtefact:
 
     def task(self, config: TaskConfig) -> Drawn:
         """The task of ``config`` with the held-out problems that the data stage kept."""
-        return Drawn(load_task(config), tuple(read_problems(self.folder / "problems" / f"{title(config)}.jsonl")))
+        return Drawn(
+            load_task(config), tuple(read_problems(self.folder / "problems" / f"{file_name(title(config))}.jsonl"))
+        )
 
 
 def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
@@ -89,9 +141,22 @@ def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     return size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
 
 
-def title(config: TaskConfig) -> str:
-    """The name a task goes by in reports and file names."""
-    return config.title or config.name.rpartition("/")[2]
+def file_name(name: str) -> str:
+    """``name`` as one plain part of a path, whatever a recipe or a row of data says; different names stay different.
+
+    Letters, digits, dash, underscore, space, and dots after the first character stay; all else is percent-encoded.
+    What is longer than ``LONGEST`` is cut and ends with the first half of the name's SHA-256.
+
+    >>> file_name("chain_sum"), file_name("../../etc/x"), file_name("")
+    ('chain_sum', '%2E.%2F..%2Fetc%2Fx', '%')
+    """
+    plain = "".join(
+        chr(byte) if chr(byte) in PLAIN and (byte != ord(".") or place) else f"%{byte:02X}"
+        for place, byte in enumerate(name.encode("utf-8", "surrogatepass"))
+    )
+    if len(plain) > LONGEST:
+        plain = f"{plain[: LONGEST - 33]}%{digest.data(plain.encode())[:32]}"
+    return plain or "%"
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -101,9 +166,8 @@ def load_task(config: TaskConfig) -> Task:
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """One JSON line for each problem."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(problem), ensure_ascii=False, default=list) for problem in problems]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    atomic.write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_problems(path: Path) -> list[Problem]:

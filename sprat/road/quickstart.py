@@ -16,11 +16,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sprat.config.sizes import size
 from sprat.errors import MachineError
+from sprat.post.rewards import load_reward
 from sprat.report import write
 from sprat.road import data, squeeze, training
 from sprat.road.graph import Stage, run_all
-from sprat.road.places import Road
+from sprat.road.places import Road, load_task
 from sprat.road.recipe import RoadRecipe
 from sprat.trust import atomic
 from sprat.trust.lock import hold
@@ -64,12 +66,28 @@ def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told:
         SpratError: bad input, a full disk, a second quickstart in the same folder, a stage that failed.
     """
     check_machine(out)
+    check_recipe(recipe)
     with hold(out):
         road = Road(out, recipe)
         atomic.write_text(out / "recipe.toml", recipe.to_toml())
         road.enter("recipe.toml")
         run_all(stages(road, text), recipe.jobs, told)
         return write(out)
+
+
+def check_recipe(recipe: RoadRecipe) -> None:
+    """Find what a stage would stumble over hours later: a task, a model or a reward that cannot be made.
+
+    Raises:
+        ConfigError, DataError: one of them.
+    """
+    for config in (*recipe.data.tasks, *recipe.data.unseen):
+        load_task(config)
+    for model in (recipe.pretrain.model, recipe.dense, recipe.distill.student):
+        if model is not None:
+            size(model.size, **{"vocab_size": recipe.data.vocab_size, **model.changes})
+    if recipe.rl.rl.reward:
+        load_reward(recipe.rl.rl.reward)
 
 
 def check_machine(out: Path) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from sprat.config import (
     Config,
     DistillConfig,
+    GRPOConfig,
+    LoopConfig,
     MoneyConfig,
     QuantConfig,
-    RLConfig,
     SFTConfig,
     TaskConfig,
-    TrainConfig,
     load,
 )
+
+
+def title(config: TaskConfig) -> str:
+    """The name a task goes by in reports."""
+    return config.title or config.name.rpartition("/")[2]
 
 
 class ModelRecipe(Config):
@@ -40,13 +47,28 @@ class DataRecipe(Config):
     tasks: tuple[TaskConfig, ...] = Field((TaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
 
+    @model_validator(mode="after")
+    def _name_tasks_apart(self) -> Self:
+        titles = [title(config) for config in (*self.tasks, *self.unseen)]
+        twice = sorted({one for one in titles if titles.count(one) > 1})
+        if twice:
+            raise ValueError(f"two tasks are called {twice[0]!r}; give one of them another title")
+        if not sum(config.weight for config in self.tasks) > 0:
+            raise ValueError("no task has a weight above 0")
+        return self
+
 
 class PretrainRecipe(Config):
     """Pre-training of one model on text and worked examples."""
 
     model: ModelRecipe = ModelRecipe()
-    train: TrainConfig = TrainConfig()
+    train: LoopConfig = LoopConfig()
     text_share: float = Field(0.3, ge=0, le=1)  # share of the rows
+
+    @model_validator(mode="after")
+    def _share_rows(self) -> Self:
+        _check_rows(self.train, [self.text_share, 1 - self.text_share])
+        return self
 
 
 class EvalRecipe(Config):
@@ -63,12 +85,25 @@ class SFTRecipe(Config):
 
     sft: SFTConfig = SFTConfig()
 
+    @model_validator(mode="after")
+    def _share_rows(self) -> Self:
+        _check_rows(self.sft, [1.0])
+        return self
+
 
 class RLRecipe(Config):
     """GRPO on the trained tasks, the same cold start, several seeds."""
 
-    rl: RLConfig = RLConfig()
-    seeds: tuple[int, ...] = (0, 1, 2)
+    rl: GRPOConfig = GRPOConfig()
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+
+    @model_validator(mode="after")
+    def _start_one_run_from_one(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands twice in seeds")
+        if self.rl.init_from and len(self.seeds) > 1:
+            raise ValueError("init_from is one run's checkpoint; give one seed")
+        return self
 
 
 class DistillRecipe(Config):
@@ -85,13 +120,24 @@ class DistillRecipe(Config):
     def _leave_room_for_the_teacher(self) -> Self:
         if self.text_share + self.task_share >= 1:
             raise ValueError("text_share and task_share leave no rows for the teacher's answers; lower one of them")
+        _check_rows(self.distill, [self.text_share, self.task_share, 1 - self.text_share - self.task_share])
         return self
+
+
+def _check_rows(loop: LoopConfig, shares: Sequence[float]) -> None:
+    """Refuse batches that cannot be cut into micro-batches, or have fewer rows than there are kinds of them."""
+    if loop.batch_rows % loop.micro_batches:
+        raise ValueError(f"{loop.batch_rows} batch_rows cannot be cut into {loop.micro_batches} micro_batches")
+    kinds = sum(share > 0 for share in shares)
+    if loop.batch_rows < kinds:
+        raise ValueError(f"{loop.batch_rows} batch_rows cannot hold {kinds} kinds of rows")
 
 
 class RoadRecipe(Config):
     """The road from text and tasks to a served model that reasons."""
 
-    name: str = "quickstart"
+    gone: ClassVar[Mapping[str, str]] = {"name": "a recipe goes by the name of its file"}
+
     seed: int = 0
     jobs: int = Field(2, ge=1)  # stages that may run side by side, one thread each
     data: DataRecipe = DataRecipe()
@@ -114,7 +160,6 @@ def named(name: str, overrides: tuple[str, ...] = ()) -> RoadRecipe:
     Raises:
         ConfigError: no such recipe, an unknown key, a value that does not fit.
     """
-    path = Path(name)
-    if not path.suffix and not path.exists():
-        path = FOLDER / f"{name}.toml"
+    packaged = {path.stem: path for path in FOLDER.glob("*.toml")}
+    path = packaged[name] if name in packaged and not os.path.exists(name) else Path(name)
     return load(RoadRecipe, path, overrides)

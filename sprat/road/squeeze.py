@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from sprat.errors import CheckpointError, DataError
 from sprat.quant import packed_tensors, quantize, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
-from sprat.road.training import finished
+from sprat.road.training import finished, measured
 from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
@@ -36,11 +37,19 @@ CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 def squeeze(road: Road) -> None:
     """Quantise the distilled student and measure size, speed and loss of accuracy."""
     recipe = road.recipe.quant
-    run = road.open("quantize", "quantize", recipe, {"model": road.path("distill"), "data": road.path("data")}, 0)
-    if run.done:
+    opened = road.open(
+        "quantize",
+        "quantize",
+        recipe,
+        {"model": road.path("distill"), **measured(road)},
+        0,
+        lambda goes_on: load(road.path("distill")),
+    )
+    if opened is None:
         return
-    student, tokenizer = load(road.path("distill"))
-    small = quantize(student, recipe, calibration_BT=_heard(road))
+    run, (student, tokenizer) = opened
+    tokens_BT, segments_BT = _heard(road)
+    small = quantize(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
@@ -64,17 +73,20 @@ def squeeze(road: Road) -> None:
     run.finish()
 
 
-def _heard(road: Road) -> Tensor:
-    """Rows [B, T] of what the student learned from: worked examples, and a quarter of text."""
-    tasks, text = (torch.from_numpy(road.artefacts.packed(name).tokens).long() for name in ("tasks", "text"))
-    rows = max(4, OWN // tasks.shape[1])
-    return torch.cat((tasks[: rows - rows // 4], text[: rows // 4]))[:, :-1]
+def _heard(road: Road) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] of what the student learned from, tokens and segments: worked examples, and a quarter of text."""
+    tasks, text = road.artefacts.packed("tasks"), road.artefacts.packed("text")
+    rows = max(4, OWN // tasks.tokens.shape[1])
+    few = rows // 4
+    tokens = np.concatenate((tasks.tokens[: rows - few], text.tokens[:few]))
+    segments = np.concatenate((tasks.segments[: rows - few], text.segments[:few]))
+    return torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(segments[:, :-1]).long()
 
 
 def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
     """For each task asked greedily, the share of the student's accuracy that INT4 lost (negative: gained)."""
-    old = {row["task"]: row["mean"] for row in before if row["label"] == "greedy"}
-    new = {row["task"]: row["mean"] for row in after if row["label"] == "greedy"}
+    old = {row["task"]: row["accuracy"] for row in before if row["label"] == "greedy"}
+    new = {row["task"]: row["accuracy"] for row in after if row["label"] == "greedy"}
     return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
 
 
@@ -103,19 +115,19 @@ def convert(
     if packed_tensors(dense):
         todo = "give the model that it was made from"
         raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
-    rows_BT = None
+    rows_BT = segments_BT = None
     if recipe.rounding == "gptq":
         with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as kept:
             found = corpus.default(kept, budget_bytes=CORPUS_BYTES).split().train if text is None else ingest.read(text)
-            rows_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
-    small = quantize(dense, recipe, calibration_BT=rows_BT, told=told)
+            rows_BT, segments_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
+    small = quantize(dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, told=told)
     save(small, tokenizer, folder)
     tokens = 0 if rows_BT is None else rows_BT.numel()
     return {"size_bytes": size_bytes(small), "dense_bytes": size_bytes(dense), "calibration_tokens": tokens}
 
 
-def calibration(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> Tensor:
-    """Rows [B, window] (long) of excerpts of many documents, ``CALIBRATION`` tokens or what there is.
+def calibration(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, window] (long) of excerpts of many documents, ``CALIBRATION`` tokens or what there is; their segments.
 
     Raises:
         DataError: there is not one row of text.
@@ -123,12 +135,15 @@ def calibration(documents: Iterable[Document], tokenizer: Tokenizer, window: int
     chosen = list(documents)
     random.Random(0).shuffle(chosen)
     ids: list[int] = []
-    for document in chosen:
+    numbers: list[int] = []
+    for number, document in enumerate(chosen, 1):
         ids += tokenizer.encode(document.text[:EXCERPT])
+        numbers += [number] * (len(ids) - len(numbers))
         if len(ids) >= CALIBRATION:
             break
     rows = min(len(ids), CALIBRATION) // window
     if not rows:
         what = f"{len(ids)} tokens of text are too few to calibrate on"
         raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {CALIBRATION}")
-    return torch.tensor(ids[: rows * window]).view(rows, window)
+    tokens, segments = (torch.tensor(each[: rows * window]).view(rows, window) for each in (ids, numbers))
+    return tokens, segments

@@ -13,33 +13,36 @@ from typing import Any
 
 import torch
 
+from sprat.config import RLConfig
 from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
-from sprat.post import control, distill, grpo, rewards, sft
+from sprat.post import control, distill, grpo, reward_sources, rewards, sft
+from sprat.post.readiness import readiness
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
 from sprat.road.recipe import DistillRecipe, ModelRecipe, PretrainRecipe
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import evaluate, loop
+from sprat.train import checkpoint, evaluate, loop
 from sprat.trust.run import Run
 
 ALL_WAYS = ("greedy", "thinking", "direct")
+Mix = tuple[list[Task], list[float]]  # tasks and their weights
 LOAD_ROWS = 64  # packed rows on which expert loads are measured
 
 
 def pretrain(road: Road, name: str = "pretrain", twin: ModelRecipe | None = None) -> None:
     """Pre-train the teacher, or its dense ``twin`` (the control), on text and worked examples."""
     recipe = road.recipe.pretrain
-    recipe = recipe if twin is None else recipe.replace(model=twin.model_dump())
-    run = road.open(name, "pretrain", recipe, {"data": road.path("data")}, road.recipe.seed)
-    if run.done:
+    if twin is not None:
+        recipe = recipe.replace(model=twin.model_dump(), train=recipe.train.replace(init_from="").model_dump())
+    opened = _open_pretraining(road, name, recipe, road.recipe.seed)
+    if opened is None:
         return
-    tokenizer = road.artefacts.tokenizer()
-    model = Transformer.create(model_config(recipe.model, tokenizer), road.recipe.seed)
-    result = loop.train(model, _source(road, recipe), recipe.train, run)
+    run, (model, tokenizer, source) = opened
+    result = loop.train(model, source, recipe.train, run)
     ways = ALL_WAYS if twin is None else ("greedy", "thinking")
     facts = _text_facts(road, model) | ({} if twin is None else {"control_of": "pretrain"})
     label = "Pre-training" if twin is None else "Pre-training, dense twin at equal FLOPs"
@@ -49,32 +52,48 @@ def pretrain(road: Road, name: str = "pretrain", twin: ModelRecipe | None = None
 def cold_start(road: Road) -> None:
     """SFT on few and mostly terse demonstrations: the format is learned, the habit of thinking is rare."""
     recipe = road.recipe.sft.sft
-    run = road.open("sft", "sft", recipe, {"model": road.path("pretrain"), "data": road.path("data")}, road.recipe.seed)
-    if run.done:
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, list[sft.Demonstration]]:
+        model, tokenizer = load(road.path("pretrain"))
+        shown = sft.cold_start(
+            *_mix(road), count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
+        )
+        sft.batches(tokenizer, shown, recipe)
+        return model, tokenizer, shown
+
+    inputs = {"model": road.path("pretrain"), **measured(road)}
+    opened = road.open("sft", "sft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from)
+    if opened is None:
         return
-    model, tokenizer = load(road.path("pretrain"))
-    tasks, weights = _mix(road)
-    shown = sft.cold_start(
-        tasks, weights, count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
-    )
+    run, (model, tokenizer, shown) = opened
     result = sft.sft(model, tokenizer, shown, recipe, run)
     _close(road, run, model, tokenizer, result, "Cold start", ALL_WAYS)
 
 
 def reinforce(road: Road, seed: int) -> None:
     """GRPO with rule rewards from the cold start, with its own ``seed``."""
-    recipe = road.recipe.rl.rl.replace(seed=seed)
-    inputs = {"model": road.path("sft"), "data": road.path("data")}
-    file = Path(recipe.reward.partition(":")[0])
-    if file.is_file():
-        inputs["reward"] = file
-    run = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed)
-    if run.done:
+    recipe = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed)
+    inputs = {"model": road.path("sft"), **measured(road)}
+    if recipe.reward:
+        inputs |= reward_sources.sources(recipe.reward)
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None]:
+        reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
+        model, tokenizer = load(road.path("sft"))
+        mix = _mix(road)
+        if recipe.gate and not goes_on and not recipe.init_from:
+            engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
+            ready = readiness(engine, *mix, recipe, reward)
+            if reward is not None:
+                reward.take_faults()
+            ready.check()
+        return model, tokenizer, mix, reward
+
+    opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from)
+    if opened is None:
         return
-    model, tokenizer = load(road.path("sft"))
-    tasks, weights = _mix(road)
-    reward = rewards.load_reward(recipe.reward) if recipe.reward else None
-    result = grpo.grpo(model, tokenizer, tasks, weights, recipe, run, reward=reward, gate=recipe.gate)
+    run, (model, tokenizer, mix, reward) = opened
+    result = grpo.grpo(model, tokenizer, *mix, recipe, run, reward=reward, gate=False)
     first = seed == road.recipe.rl.seeds[0]
     ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
     _close(road, run, model, tokenizer, result, label, ways, before="sft", unseen=first)
@@ -82,19 +101,21 @@ def reinforce(road: Road, seed: int) -> None:
 
 def labels(road: Road) -> None:
     """The control of RL: SFT on bare answers for the FLOPs that RL spent."""
-    recipe = road.recipe.sft.sft
-    spent = finished(road, f"rl-seed{road.recipe.rl.seeds[0]}")["flops"]
-    inputs = {
-        "model": road.path("sft"),
-        "data": road.path("data"),
-        "rl": road.path(f"rl-seed{road.recipe.rl.seeds[0]}"),
-    }
-    run = road.open("sft-labels", "sft", recipe, inputs, road.recipe.seed)
-    if run.done:
+    recipe = road.recipe.sft.sft.replace(init_from="")
+    rl = f"rl-seed{road.recipe.rl.seeds[0]}"
+    inputs = {"model": road.path("sft"), "rl": road.path(rl), **measured(road)}
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, float]:
+        model, tokenizer = load(road.path("sft"))
+        spent = finished(road, rl)["flops"]
+        control.affordable_steps(model, recipe, spent)
+        return model, tokenizer, _mix(road), spent
+
+    opened = road.open("sft-labels", "sft", recipe, inputs, road.recipe.seed, prepare)
+    if opened is None:
         return
-    model, tokenizer = load(road.path("sft"))
-    tasks, weights = _mix(road)
-    result = control.control(model, tokenizer, tasks, weights, recipe, run, flops=spent)
+    run, (model, tokenizer, mix, spent) = opened
+    result = control.control(model, tokenizer, *mix, recipe, run, flops=spent)
     label, facts = "SFT on labels, equal compute", {"control_of": "rl"}
     _close(road, run, model, tokenizer, result, label, ("greedy",), facts, before="sft")
 
@@ -102,45 +123,63 @@ def labels(road: Road) -> None:
 def student(road: Road) -> None:
     """Distil the RL teacher into a small student: its verified answers, its distributions, and text."""
     recipe, teacher_run = road.recipe.distill, f"rl-seed{road.recipe.rl.seeds[0]}"
-    inputs = {"teacher": road.path(teacher_run), "data": road.path("data")}
-    run = road.open("distill", "distill", recipe, inputs, road.recipe.seed)
-    if run.done:
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Transformer, Tokenizer, Mix]:
+        teacher, tokenizer = load(road.path(teacher_run))
+        model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
+        return model, teacher, tokenizer, _mix(road)
+
+    inputs = {"teacher": road.path(teacher_run), **measured(road)}
+    opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, recipe.distill.init_from)
+    if opened is None:
         return
-    teacher, tokenizer = load(road.path(teacher_run))
-    tasks, weights = _mix(road)
+    run, (model, teacher, tokenizer, mix) = opened
     engine = Engine(teacher, tokenizer, max_batch=road.recipe.eval.batch)
     settings: dict[str, Any] = {
         "count": recipe.distill.problems,
         "max_tokens": road.recipe.eval.max_tokens,
         "seed": road.recipe.seed,
     }
-    taught = distill.traces(engine, tasks, weights, thinking=None, **settings)
-    source = _student_source(road, recipe, tokenizer, taught.kept)
-    model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
+    taught = distill.traces(engine, *mix, thinking=None, **settings)
+    source, counts = _student_source(road, recipe, tokenizer, taught.kept)
     result = distill.distill(model, teacher, source, recipe.distill, run)
-    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens}}
+    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     _close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
 def scratch(road: Road) -> None:
     """The control of distillation: the student's size from scratch, same steps, on what the teacher was taught."""
     recipe = road.recipe.distill
-    plain = PretrainRecipe(
-        model=recipe.student,
-        train={name: getattr(recipe.distill, name) for name in type(road.recipe.pretrain.train).model_fields},
-        text_share=recipe.text_share,
-    )
-    run = road.open("student-scratch", "pretrain", plain, {"data": road.path("data")}, road.recipe.seed)
-    if run.done:
+    train = {name: getattr(recipe.distill, name) for name in type(road.recipe.pretrain.train).model_fields}
+    plain = PretrainRecipe(model=recipe.student, train={**train, "init_from": ""}, text_share=recipe.text_share)
+    opened = _open_pretraining(road, "student-scratch", plain, road.recipe.seed + 1)
+    if opened is None:
         return
-    tokenizer = road.artefacts.tokenizer()
-    model = Transformer.create(model_config(plain.model, tokenizer), road.recipe.seed + 1)
-    result = loop.train(model, _source(road, plain), plain.train, run)
+    run, (model, tokenizer, source) = opened
+    result = loop.train(model, source, plain.train, run)
     label, facts = "Student's size from scratch, equal tokens", {"control_of": "distill"}
     _close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), facts)
 
 
-def _mix(road: Road) -> tuple[list[Task], list[float]]:
+def _open_pretraining(
+    road: Road, name: str, recipe: PretrainRecipe, weights_seed: int
+) -> tuple[Run, tuple[Transformer, Tokenizer, MixedSource]] | None:
+    """A run of pre-training with its model, tokenizer and batches; None where it is done."""
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, MixedSource]:
+        tokenizer = road.artefacts.tokenizer()
+        model = Transformer.create(model_config(recipe.model, tokenizer), weights_seed)
+        return model, tokenizer, _source(road, recipe)
+
+    return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, recipe.train.init_from)
+
+
+def measured(road: Road) -> dict[str, Path | str]:
+    """What every stage that is measured reads: the data, and how answers are drawn when they are judged."""
+    return {"data": road.path("data"), "eval": road.recipe.eval.replace(batch=1).digest()}
+
+
+def _mix(road: Road) -> Mix:
     """The trained tasks and their weights."""
     configs = road.recipe.data.tasks
     return [load_task(config) for config in configs], [config.weight for config in configs]
@@ -155,13 +194,13 @@ def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
 
 def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
-) -> MixedSource:
-    """The teacher's answers, worked examples and text in the recipe's shares."""
-    answers = sft.pack_demonstrations(tokenizer, taught, recipe.distill.seq_len)
+) -> tuple[MixedSource, dict[str, int]]:
+    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
+    answers, counts = sft.pack_demonstrations(tokenizer, taught, road.recipe.data.seq_len)
     parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
     if recipe.task_share:
         parts.append((road.artefacts.packed("tasks"), recipe.task_share))
-    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed)
+    return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts
 
 
 def finished(road: Road, name: str) -> dict[str, Any]:
@@ -211,6 +250,8 @@ def _close(
     """Save the model, measure it, and finish the run; ``before`` names the run whose scores it must beat."""
     model.eval()
     save(model, tokenizer, run.artefact)
+    constant = isinstance(result, grpo.RLResult)  # the rate of RL never falls
+    checkpoint.keep(checkpoint.latest(run.checkpoints / ("" if constant else checkpoint.STABLE)), run.artefact)
     rows = measure.scores(road, model, tokenizer, ways, unseen=unseen)
     counts = count_parameters(model.config)
     if before is not None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from sprat.errors import DataError
 
 Split = Literal["train", "test"]
+RIGHT = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
 TEST_SHARE = 10  # one question in ten is held out
 ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
 
@@ -56,6 +57,15 @@ class Task(Protocol):
     def explain(self, problem: Problem) -> str:
         """A chain of thought that leads to the answer."""
         ...
+
+
+def is_right(score: float) -> bool:
+    """Whether ``score`` (0 to 1) means a right answer; partial credit does not.
+
+    >>> is_right(0.1 * 3 + 0.7), is_right(0.99)
+    (True, False)
+    """
+    return score >= RIGHT
 
 
 def split_of(question: str) -> Split:

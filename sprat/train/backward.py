@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sprat.config import TrainConfig
+from sprat.config import LoopConfig
 from sprat.data.loader import Batch
 from sprat.errors import TrainingError
 from sprat.model import Transformer
@@ -29,7 +29,7 @@ class _Share:
 def backward(
     model: Transformer,
     batch: Batch,
-    config: TrainConfig,
+    config: LoopConfig,
     loss_fn: LossFn,
     parameters: Sequence[nn.Parameter],
     team: Team,

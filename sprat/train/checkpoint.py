@@ -9,6 +9,9 @@ A checkpoint is written into a hidden folder beside its place, synced, and renam
 either all of it or a hidden folder that the next save sweeps away. A folder that is torn all the same (a dying
 disk, a careless copy) does not match its digests and is passed over for the one before, which is why the last
 two are kept. Data needs no state, since batches are a function of the step.
+
+The last checkpoint at the full learning rate is saved a second time, in ``checkpoints/stable``, and a finished run
+keeps it in ``artefact/checkpoint``: from there more steps, or another rate, go on (``init_from``).
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sprat.errors import CheckpointError, MachineError
+from sprat.errors import CheckpointError, MachineError, TrustError
 from sprat.train.optim import Optimiser
 from sprat.trust import atomic, digest
 
 KEEP = 2
+STABLE = "stable"  # in the run's checkpoints
+KEPT = "checkpoint"  # in the artefact
 _FILES = ("model.safetensors", "optimiser.safetensors")
 _FORMAT = 1
 
@@ -75,8 +80,6 @@ def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, 
     except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
         mended = atomic.machine_error(error, folder)
-        if mended is None and "File too large" in str(error):  # a limit on file sizes: to the user the same
-            mended = MachineError("the disk is full", where=str(folder), todo="free some space and start again")
         if mended is None and isinstance(error, SafetensorError):
             mended = MachineError(f"a checkpoint cannot be written: {error}", where=str(folder), todo="check the disk")
         if mended is not None:
@@ -89,16 +92,75 @@ def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, 
 
 def latest(folder: str | Path) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole; None where there is none."""
-    for candidate in _folders(Path(folder)):
+    return next(_whole(Path(folder)), None)
+
+
+def _whole(*folders: Path) -> Iterator[Checkpoint]:
+    """The whole checkpoints in ``folders``, of each the newest first."""
+    for candidate in (one for folder in folders for one in _folders(folder)):
         try:
             state = json.loads((candidate / "state.json").read_text())
             if state["format"] == _FORMAT and state["files"] == {
                 name: digest.file(candidate / name) for name in _FILES
             }:
-                return Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
-        except (OSError, ValueError, KeyError, TypeError):
+                yield Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
+        except (OSError, ValueError, KeyError, TypeError, TrustError):
             continue
-    return None
+
+
+def parse(init_from: str) -> tuple[Path, int | None]:
+    """The run's folder and the step of ``RUN@STEP``; None for a step that is not said.
+
+    >>> parse("runs/mine/pretrain@500"), parse("a@b")
+    ((PosixPath('runs/mine/pretrain'), 500), (PosixPath('a@b'), None))
+    """
+    folder, sign, step = init_from.rpartition("@")
+    return (Path(folder), int(step)) if sign and step.isdecimal() else (Path(init_from), None)
+
+
+def source(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
+    """The checkpoint that ``init_from`` (``RUN`` or ``RUN@STEP``) names.
+
+    Without a step it is the last one at the full learning rate, or the newest where a run was not that far.
+
+    Args:
+        run: the folder of the run that starts; where it is RUN itself, what was set aside from there is looked at too.
+        wanted: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder, step = parse(init_from)
+    places = [folder]
+    if folder.resolve() == run.resolve():
+        places += sorted(folder.parent.glob(f"{folder.name}.old-*"), reverse=True)
+    seen = set[int]()
+    for place in places:
+        for found in _whole(place / "artefact" / KEPT, place / "checkpoints" / STABLE, place / "checkpoints"):
+            if step in (None, found.step) and wanted in ("", digest.tree(found.folder)):
+                return found
+            seen.add(found.step)
+    what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
+    todo = "name a training run as RUN or RUN@STEP; one that finished keeps the last at the full learning rate"
+    raise CheckpointError(what, where=f"init_from {init_from}", todo=todo)
+
+
+def keep(checkpoint: Checkpoint | None, artefact: Path) -> None:
+    """Copy ``checkpoint`` into ``artefact``, without what ties it to one recipe.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    if checkpoint is None:
+        return
+    target = artefact / KEPT / checkpoint.folder.name
+    try:
+        shutil.copytree(checkpoint.folder, target)
+        state = json.loads((target / "state.json").read_text())
+        state["extra"] = {name: value for name, value in checkpoint.extra.items() if name not in ("config", "data")}
+        (target / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    except (OSError, shutil.Error) as error:
+        raise (atomic.machine_error(error, target) or error) from None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> None:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from sprat.config import TrainConfig
+from sprat.config import LoopConfig
 from sprat.data.loader import Batch, Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
@@ -31,11 +34,11 @@ from sprat.trust import Run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run of training did.
+    """What a run of training did; what it started from (``init_from``) had its own account.
 
     Attributes:
-        steps: optimiser steps, those before an interruption included.
-        tokens: places of all batches, padding included.
+        steps: the number of the last step.
+        tokens: places of all batches of this run, those before an interruption and padding included.
         loss: mean of the last log window, in nats.
         flops: forward and backward, three times the forward's.
         tokens_per_second: of this process, since it started or went on; 0 where no step was left.
@@ -71,13 +74,14 @@ class _Window:
 def train(
     model: Transformer,
     source: Source,
-    config: TrainConfig,
+    config: LoopConfig,
     run: Run,
     *,
     loss_fn: LossFn = next_token,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place for ``config.steps`` steps, going on from the run's last checkpoint if there is one.
+    """Train ``model`` in place up to step ``config.steps``, going on from the run's last checkpoint if there is one,
+    else from that of ``config.init_from``, else from the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
     and at the row: tokens so far and lr_factor. The caller saves the artefact and finishes the run.
@@ -93,7 +97,8 @@ def train(
     Raises:
         TrainingError: the model is quantised; or loss or gradient is not finite (the weights were not moved, the last
             checkpoint stands).
-        CheckpointError: the checkpoint belongs to another recipe, data or model.
+        CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
     trainable.check(model, run)
@@ -102,42 +107,52 @@ def train(
     optimiser = optim.build(model, config.optim)
     identity = {"config": config.digest(), "data": source.digest}
     window = _Window()
-    done, tokens = _resume(model, optimiser, run, identity, window)
-    first_step, first_tokens, began = done, tokens, time.monotonic()
+    done, tokens, start = _resume(model, optimiser, config, run, identity, window)
+    first_tokens, speed, began = tokens, 0.0, time.monotonic()
 
-    def keep() -> None:
+    def keep(folder: Path) -> None:
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
-        checkpoint.save(run.checkpoints, done, model, optimiser, {**identity, **state})
+        checkpoint.save(folder, done, model, optimiser, {**identity, **state, "start": start})
 
-    with Team() as team, bar(run, config.steps, done, shown=progress) as advance, _held_interrupt() as interrupted:
+    with Team() as team, bar(run, config.steps, done, shown=progress) as advance, held_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
-            metrics = _step(model, batch, config, optimiser, loss_fn, done, team)
+            metrics = _step(model, batch, config, optimiser, loss_fn, done, team, run)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
             window.add(metrics)
             if done % config.log_every == 0 or done == config.steps:
-                factor = schedule.factor(config.optim, done - 1, config.steps)
-                run.log(done, **window.close(), tokens=tokens, lr_factor=factor)
-            rate = (tokens - first_tokens) / (time.monotonic() - began)
-            advance(done, f"loss {metrics['loss']:.3f}  {rate:,.0f} tok/s")
-            if interrupted() or done % config.checkpoint_every == 0 or done == config.steps:
-                keep()
-            if interrupted():
+                run.log(done, **window.close(), tokens=tokens, lr_factor=_factor(config, done - 1))
+            speed = (tokens - first_tokens) / (time.monotonic() - began)
+            advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
+            if done == schedule.stable_steps(config.optim, config.steps):
+                keep(run.checkpoints / checkpoint.STABLE)
+            if (stop := interrupted()) or done % config.checkpoint_every == 0 or done == config.steps:
+                keep(run.checkpoints)
+            if stop:
                 raise KeyboardInterrupt
-    seconds = time.monotonic() - began
-    speed = (tokens - first_tokens) / seconds if done > first_step else 0.0
-    flops = 3 * tokens * flops_per_token(model.config, config.seq_len)
-    return TrainResult(done, tokens, window.last, flops, speed)
+    return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
+
+
+def _flops(model: Transformer, config: LoopConfig, start: list[int], end: tuple[int, int]) -> float:
+    """Forward and backward from ``start`` to ``end``, each (steps, tokens)."""
+    steps, tokens = end[0] - start[0], end[1] - start[1]
+    return 3 * tokens * flops_per_token(model.config, tokens // max(1, steps * config.batch_rows))
+
+
+def _factor(config: LoopConfig, step: int) -> float:
+    """The factor of the learning rates at ``step``, from 0."""
+    return schedule.factor(config.optim, step, config.steps)
 
 
 def _step(
     model: Transformer,
     batch: Batch,
-    config: TrainConfig,
+    config: LoopConfig,
     optimiser: optim.Optimiser,
     loss_fn: LossFn,
     done: int,
     team: Team,
+    run: Run,
 ) -> dict[str, float]:
     """One optimiser step on ``batch``; returns its metrics. Nothing is moved when a number is not finite."""
     metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
@@ -145,9 +160,11 @@ def _step(
     if not all(map(math.isfinite, metrics.values())):
         optimiser.zero_grad()
         broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-        todo = "lower optim.muon_lr and optim.adam_lr; the last checkpoint still stands"
+        todo = "lower optim.muon_lr and optim.adam_lr"
+        if (kept := checkpoint.latest(run.checkpoints)) is not None:
+            todo += f" and go on from the last checkpoint: --init-from {run.folder}@{kept.step}"
         raise TrainingError(f"{broken} is not finite at step {done + 1}", where=f"step {done + 1}", todo=todo)
-    optimiser.step(schedule.factor(config.optim, done, config.steps), team)
+    optimiser.step(_factor(config, done), team)
     optimiser.zero_grad()
     balance.update(model, loads, config.bias_update_speed)
     if loads:
@@ -156,22 +173,50 @@ def _step(
 
 
 def _resume(
-    model: Transformer, optimiser: optim.Optimiser, run: Run, identity: dict[str, str], window: _Window
-) -> tuple[int, int]:
-    """(finished steps, tokens so far) after taking over the last whole checkpoint, or (0, 0)."""
-    found = checkpoint.latest(run.checkpoints)
+    model: Transformer,
+    optimiser: optim.Optimiser,
+    config: LoopConfig,
+    run: Run,
+    identity: dict[str, str],
+    window: _Window,
+) -> tuple[int, int, list[int]]:
+    """(finished steps, tokens so far, both at this run's start) after taking over the last whole checkpoint of the run
+    or else that of ``init_from``, if there is one."""
+    own = checkpoint.latest(run.checkpoints)
+    found = own or begin_from(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
-        return 0, 0
+        return 0, 0, [0, 0]
     extra: dict[str, Any] = found.extra
-    if {name: extra.get(name) for name in identity} != identity:
+    if own and {name: extra.get(name) for name in identity} != identity:
         what = "the checkpoint was made with another recipe or other data"
         raise CheckpointError(what, where=str(found.folder), todo="remove the checkpoints or go back to that recipe")
+    if "window" not in extra:
+        what = "the checkpoint is of another kind of run"
+        raise CheckpointError(
+            what, where=str(found.folder), todo="start from a run of pre-training, SFT or distillation"
+        )
     checkpoint.restore(found, model, optimiser)
     run.rewind(found.step)
     window.sums, window.steps = dict(extra["sums"]), int(extra["window"])
     window.last = math.nan if extra["last"] is None else float(extra["last"])
-    return found.step, int(extra["tokens"])
+    tokens = int(extra["tokens"])
+    return found.step, tokens, list(extra["start"]) if own else [found.step, tokens]
+
+
+def begin_from(init_from: str, steps: int, run: Run) -> checkpoint.Checkpoint | None:
+    """The checkpoint of ``init_from``, from which ``run`` starts; None where it is empty.
+
+    Raises:
+        CheckpointError: there is none, or it is not before step ``steps``.
+    """
+    if not init_from:
+        return None
+    found = checkpoint.source(init_from, run.folder, run.identity["inputs"].get("init_from", {}).get("digest", ""))
+    if found.step >= steps:
+        what = f"the checkpoint is of step {found.step}, the recipe ends at step {steps}"
+        raise CheckpointError(what, where=f"init_from {init_from}", todo="raise steps: they count from the very start")
+    return found
 
 
 def _plain(value: float) -> float | None:
@@ -180,24 +225,27 @@ def _plain(value: float) -> float | None:
 
 
 @contextmanager
-def _held_interrupt() -> Iterator[Any]:
-    """Yields a question: was Ctrl-C pressed? It then ends the run after the step, with a checkpoint.
+def held_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields a question: did Ctrl-C or SIGTERM come? It then ends the run after the step, with a checkpoint.
 
     A second Ctrl-C ends it at once. Outside the main thread, where Python has no signals, nothing is held.
     """
-    pressed: list[int] = []
-    try:
-        before = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: Any) -> None:
-            pressed.append(number)
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, note)
-    except ValueError:
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, note)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

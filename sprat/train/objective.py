@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sprat.config import TrainConfig
+from sprat.config import LoopConfig
 from sprat.data.loader import IGNORED, Batch
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.ops import linear_cross_entropy
@@ -43,12 +43,12 @@ class Loss:
 class LossFn(Protocol):
     """What is minimised."""
 
-    def __call__(self, model: Transformer, batch: Batch, config: TrainConfig, whole: Batch | None = None, /) -> Loss:
+    def __call__(self, model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None, /) -> Loss:
         """The share that ``batch`` has in the loss of ``whole``, all rows of the step (None: ``batch`` is all)."""
         ...
 
 
-def next_token(model: Transformer, batch: Batch, config: TrainConfig, whole: Batch | None = None) -> Loss:
+def next_token(model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None) -> Loss:
     """Cross-entropy of the next token, with MTP where the model has modules and ``mtp_weight`` is positive.
 
     Args:

@@ -8,9 +8,14 @@ decomposition, is found without a decomposition: five steps of the odd polynomia
 
     X  <-  a X + b (X X^T) X + c (X X^T)^2 X          (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-push every singular value of X / |X| to somewhere near 1. It is all matrix products. Here all matrices of one
-shape, tall ones lying on their side, are one batch [G, m, n] of ``bmm``: a model with stacked experts has a few
-shapes and hundreds of matrices, so a step costs a few calls. Momentum lives in that layout too.
+push the singular values of X / |X| (Frobenius norm) towards 1. It is all matrix products. Values of at least 0.0015
+end between 0.68 and 1.21. A smaller one grows by a^5 = 485 times at most, so what lies far below stays small, and a
+direction that the momentum lacks stays absent. All directions of a long random matrix are in reach; the last few of a
+square one (about one in a hundred), and more of an ill-conditioned one, are not. So U V^T is what it aims at, not
+what it gives.
+
+All matrices of one shape, tall ones lying on their side, are one batch [G, m, n] of ``bmm``: a model with stacked
+experts has a few shapes and hundreds of matrices, so a step costs a few calls. Momentum lives in that layout too.
 
 The update is scaled by sqrt(max(1, rows / columns)) as in Jordan's code, which keeps the size of the output
 change per unit of learning rate equal over shapes. (Moonlight, arXiv 2502.16982, scales by 0.2 sqrt(max(rows,
@@ -41,13 +46,14 @@ _ADAM_EPS = 1e-8
 
 
 def orthogonalise(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
-    """Each matrix of the batch with its singular values pushed near 1 (Newton-Schulz, see above).
+    """Each matrix of the batch with its singular values pushed towards 1 (Newton-Schulz, see above).
 
     Args:
         x_Gmn: float, m <= n. It is not changed. On other devices than CPUs the products run in bfloat16.
 
     Returns:
-        the same shape and dtype; singular values lie in about 0.7 to 1.2.
+        the same shape and dtype, the same singular vectors. In five steps a singular value of at least 0.0015 of the
+        matrix's Frobenius norm becomes 0.68 to 1.21, a smaller one at most 485 times its share of the norm.
     """
     a, b, c = _COEFFICIENTS
     work = x_Gmn if x_Gmn.device.type == "cpu" else x_Gmn.bfloat16()

@@ -31,6 +31,23 @@ def factor(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    falling = max(1, round(config.decay_fraction * steps))
+    falling = _falling(config, steps)
     left = min(1.0, (steps - step) / falling)
     return floor + (1 - floor) * left
+
+
+def stable_steps(config: OptimConfig, steps: int) -> int:
+    """After how many steps of a run of ``steps`` the rate has not yet begun to fall: from there any longer run goes on
+    as if it had been meant from the start. All of them with ``constant``, none with ``cosine``.
+
+    >>> stable_steps(OptimConfig(decay_fraction=0.5), 8)
+    5
+    """
+    if config.schedule == "wsd":
+        return min(steps, steps - _falling(config, steps) + 1)
+    return steps if config.schedule == "constant" else 0
+
+
+def _falling(config: OptimConfig, steps: int) -> int:
+    """Over how many steps ``wsd`` falls."""
+    return max(1, round(config.decay_fraction * steps))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 from sprat.errors import MachineError
 
+# How libraries say it that give no number: safetensors, tokenizers and shutil; a limit on sizes; NumPy.
+_TOLD = re.compile(r"No space left on device|File too large|\d+ requested and \d+ written")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def machine_error(error: BaseException, path: str | Path) -> MachineError | None:
     """``error`` as a sentence about this machine where it means a full or closed disk, else None."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL or "No space left on device" in str(error):
+    if number in _FULL or _TOLD.search(str(error)):
         return MachineError("the disk is full", where=str(path), todo="free some space and start again")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MachineError("cannot write here", where=str(path), todo="choose a folder that you may write to")

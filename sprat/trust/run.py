@@ -1,3 +1,4 @@
+# size: to open, keep and finish a run is one noun
 """A stage of the road as a folder that proves itself.
 
     road/
@@ -30,7 +31,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Run:
         folder: the run's folder; ``artefact`` and ``checkpoints`` are folders in it.
         stage, seed: as given to ``open_run``.
         done: finished earlier with the same recipe and inputs, outputs intact; nothing is left to do.
+        set_aside: where the run of another recipe that lay in this folder is now; None where there was none.
         facts: what ``note`` was told, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
     """
@@ -63,6 +65,7 @@ class Run:
         self.record: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.done = False
+        self.set_aside: Path | None = None
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
         self._started, self._step, self._steps = now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
@@ -189,6 +192,7 @@ def open_run(
     seed: int,
     ledger: str | Path,
     money: MoneyConfig | None = None,
+    prepare: Callable[[bool], object] | None = None,
 ) -> Run:
     """Open the run in ``folder``: done already, to go on with, or fresh (see the module's text).
 
@@ -200,6 +204,8 @@ def open_run(
         ledger: the ledger's file: ``ledger.jsonl`` of the road folder, which is above the run's. Paths are written
             as relative to it.
         money: the price of a core-hour; defaults to ``MoneyConfig()``.
+        prepare: reads and checks all that the work needs, before anything is touched, where there is work to do; its
+            argument is whether an interrupted session left checkpoints to go on from.
 
     Raises:
         TrustError: an input is missing or was altered since it was made, or the folder holds something else.
@@ -219,6 +225,7 @@ def open_run(
         "seed": int(seed),
     }
     run = Run(folder, book, identity, recipe, money or MoneyConfig())
+    other = False
     if folder.exists():
         _check_ours(folder)
         written = record.read_json(folder / "run.json")
@@ -226,8 +233,12 @@ def open_run(
             run.record, run.facts = written, written["facts"]
             run._settle()
             return run
-        if (folder / "run.json").exists() or not _same(record.read_json(folder / "open.json") or identity, identity):
-            _set_aside(folder, book)
+        other = (folder / "run.json").exists()
+        other = other or not _same(record.read_json(folder / "open.json") or identity, identity)
+    if prepare is not None:
+        prepare(not other and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    if other:
+        run.set_aside = _set_aside(folder, book)
     run._begin()
     return run
 
@@ -272,15 +283,15 @@ def _entered(ledger: Ledger, name: str) -> dict[str, Any] | None:
     return body
 
 
-def _set_aside(folder: Path, ledger: Ledger) -> None:
-    """Tell the ledger and rename ``folder`` to the first free ``….old-N``, where verify will look for it."""
+def _set_aside(folder: Path, ledger: Ledger) -> Path:
+    """Tell the ledger and rename ``folder`` to the first free ``….old-N``, its place from now on."""
     name, content = record.name_of(folder, ledger.path.parent), record.content_of(folder)
     last = ledger.latest("run", name)
     if last and last["kind"] == SET_ASIDE and last["body"]["to"] and last["body"].get("digest") == content:
-        target = ledger.path.parent / last["body"]["to"]  # the ledger was told, and then we died
+        target = Path(ledger.path.parent, str(last["body"]["to"]))  # the ledger was told, and then we died
         if not target.exists():
             os.replace(folder, target)
-            return
+            return target
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists() or ledger.latest(
         "to", record.name_of(target, ledger.path.parent)
@@ -290,6 +301,7 @@ def _set_aside(folder: Path, ledger: Ledger) -> None:
     # In this order: a run that is renamed and not entered would be missed for ever.
     ledger.append(SET_ASIDE, {"run": name, "to": to, "digest": content})
     os.replace(folder, target)
+    return target
 
 
 def _cpu_seconds() -> float:

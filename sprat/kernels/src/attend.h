@@ -8,6 +8,7 @@
 //
 // Each row does the same operations in the same order whichever rows share its tile.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -36,6 +37,7 @@ struct Paged {
     Index block_stride, offset, values;
     Index key_width, value_width, value_panel;  // value_panel: elements from one panel of values to the next
     const std::int32_t* table;
+    Index window;  // keys that a row sees, up to its last one; 0: all
 
     const typename Format::Type* keys(Index block) const { return memory + table[block] * block_stride + offset; }
 };
@@ -98,14 +100,16 @@ inline void score_block(const typename Format::Type* keys, Index wide, const Att
     }
 }
 
-// Scores of one row to unnormalised weights; returns the factor that brings earlier spans to the new largest score.
-inline float weigh_row(float* score, Index valid, Index held, float& top, Lane& mass) {
-    if (valid <= 0) {
+// Scores of one row, which sees keys hidden … valid - 1 of them, to unnormalised weights; returns the factor that brings
+// earlier spans to the new largest score.
+inline float weigh_row(float* score, Index hidden, Index valid, Index held, float& top, Lane& mass) {
+    if (valid <= hidden) {
         std::memset(score, 0, static_cast<std::size_t>(held) * sizeof(float));
         return 1.0f;
     }
     const Index full = (valid + kLanes - 1) / kLanes * kLanes;
     for (Index k = valid; k < full; ++k) score[k] = -INFINITY;
+    for (Index k = 0; k < hidden; ++k) score[k] = -INFINITY;
     Lane most = load(score);
     for (Index k = kLanes; k < full; k += kLanes) most = max(most, load(score + k));
     const float peak = largest(most);
@@ -121,6 +125,7 @@ inline float weigh_row(float* score, Index valid, Index held, float& top, Lane& 
     for (Index k = 0; k < full; k += kLanes) {
         Lane e = exponential(sub(load(score + k), low));
         if (valid - k < kLanes) e = first_lanes(e, valid - k);
+        if (k < hidden) e = sub(e, first_lanes(e, std::min<Index>(hidden - k, kLanes)));
         store(score + k, e);
         mass = add(mass, e);
     }
@@ -168,10 +173,21 @@ inline void mix_channels(const Paged<Format>& at, Index start, Index held, Index
     }
 }
 
-// out[r][value_width] of `rows` rows: softmax(q . k) v over keys 0 … seen[r] - 1. Queries are scaled already.
+// The first key that the last of `seen` keys lets see through a window; 0: no window.
+inline Index first_seen(Index seen, Index window) { return window && seen > window ? seen - window : 0; }
+
+// Where the first span begins that holds a key of one of these rows. Spans begin at the same keys for all rows, so that a row's
+// bits do not depend on who shares its tile.
+inline Index first_span(const std::int32_t* seen, Index rows, Index window) {
+    Index first = first_seen(seen[0], window);
+    for (Index r = 1; r < rows; ++r) first = std::min(first, first_seen(seen[r], window));
+    return first / kSpan * kSpan;
+}
+
+// out[r][value_width] of `rows` rows: softmax(q . k) v over keys first_seen … seen[r] - 1. Queries are scaled already.
 template <class Format, int rows>
 void attend_rows(const Paged<Format>& at, const float* const* query, const std::int32_t* seen, float* const* out, const AttentionRoom& room) {
-    const Index wide = at.key_width, deep = at.value_width;
+    const Index wide = at.key_width, deep = at.value_width, begin = first_span(seen, rows, at.window);
     Index last = 0;
     float top[rows], factor[rows], share[rows];
     Lane mass[rows];
@@ -180,7 +196,7 @@ void attend_rows(const Paged<Format>& at, const float* const* query, const std::
         top[r] = -INFINITY, mass[r] = zero();
         for (Index c = 0; c < wide; ++c) room.queries[c * rows + r] = query[r][c];
     }
-    for (Index start = 0; start < last; start += kSpan) {
+    for (Index start = begin; start < last; start += kSpan) {
         const Index held = last - start < kSpan ? last - start : kSpan;
         for (Index from = 0; from < held; from += kBlock) {
             const auto* keys = at.keys((start + from) / kBlock);
@@ -190,13 +206,14 @@ void attend_rows(const Paged<Format>& at, const float* const* query, const std::
         }
         const Index padded = (held + kLanes - 1) / kLanes * kLanes;
         for (int r = 0; r < rows; ++r) {
-            factor[r] = weigh_row(room.scores + r * kSpan, seen[r] - start < held ? seen[r] - start : held, padded, top[r], mass[r]);
+            const Index hidden = std::max<Index>(first_seen(seen[r], at.window) - start, 0);
+            factor[r] = weigh_row(room.scores + r * kSpan, hidden, seen[r] - start < held ? seen[r] - start : held, padded, top[r], mass[r]);
             share[r] = 1.0f / total(mass[r]);
         }
         const bool ends = start + kSpan >= last;
         Index c = 0;
-        for (; c + 4 <= deep; c += 4) mix_channels<Format, rows, 4>(at, start, held, c, factor, start == 0, ends, share, out, room);
-        for (; c < deep; ++c) mix_channels<Format, rows, 1>(at, start, held, c, factor, start == 0, ends, share, out, room);
+        for (; c + 4 <= deep; c += 4) mix_channels<Format, rows, 4>(at, start, held, c, factor, start == begin, ends, share, out, room);
+        for (; c < deep; ++c) mix_channels<Format, rows, 1>(at, start, held, c, factor, start == begin, ends, share, out, room);
     }
 }
 

@@ -22,6 +22,7 @@ struct PagedBytes {
     const std::uint8_t* memory;
     Index block_stride, offset, values, wide, more, deep;
     const std::int32_t* table;
+    Index window;  // keys that a row sees, up to its last one; 0: all
 
     static Index bytes(Index channels, Index scales) { return kBlock * channels + kBlock * scales * 4; }
     const std::uint8_t* block(Index at) const { return memory + table[at] * block_stride + offset; }
@@ -61,6 +62,11 @@ struct Part {
 // Add what later keys give.
 inline void join(Part& to, const Part& more, Index deep) {
     if (more.mass == 0.0f) return;  // none that the row may see
+    if (to.mass == 0.0f) {
+        to.top = more.top, to.mass = more.mass;
+        std::memcpy(to.sums, more.sums, static_cast<std::size_t>(deep) * sizeof(float));
+        return;
+    }
     const float top = std::max(to.top, more.top);
     const Lane old = exponential(all(to.top - top)), fresh = exponential(all(more.top - top));
     alignas(64) float mass[kLanes];
@@ -166,7 +172,8 @@ void mix_span(const PagedBytes& at, const std::int32_t* seen, Index start, Index
         float* score = room.scores + r * kSpan;
         Lane mass = zero();
         to[r].top = -INFINITY;
-        weigh_row(score, std::min<Index>(seen[r] - start, held), padded, to[r].top, mass);
+        const Index hidden = std::max<Index>(first_seen(seen[r], at.window) - start, 0);
+        weigh_row(score, hidden, std::min<Index>(seen[r] - start, held), padded, to[r].top, mass);
         to[r].mass = total(mass);
         Lane most = zero();
         for (Index k = 0; k < padded; k += kLanes) {
@@ -222,7 +229,8 @@ void attend_bytes_rows(const PagedBytes& at, const float* const* query, const st
     }
 }
 
-// What keys first … last - 1 give each row, of which row r may see the first seen[r]; `first` begins a span.
+// What keys first … last - 1 give each row, of which row r may see those before seen[r], as far back as the window reaches;
+// `first` begins a span.
 inline void attend_bytes(const PagedBytes& at, const float* const* query, const std::int32_t* seen, Index first, Index last, Part* to,
                          Index rows, const ByteRoom& room) {
     switch (rows) {

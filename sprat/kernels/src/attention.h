@@ -15,6 +15,7 @@ namespace sprat {
 struct Kept {
     const std::uint8_t* memory;
     Index block, layer;  // bytes of a block; where the layer's share begins in it
+    Index window;        // keys that a token sees, its own included; 0: all before it
 };
 
 class Attention {
@@ -22,9 +23,9 @@ public:
     Attention(const Dims& dims, Memory memory, Pool& pool) : dims_(dims), memory_(memory), pool_(pool) {}
 
     // Pieces in which the keys of sequence s are shared out; 1: not at all.
-    Index spans(const Batch& b, Index s) const {
+    Index spans(const Batch& b, Index s, Index window = 0) const {
         const Index rows = (b.starts[s + 1] - b.starts[s]) * per(), tiles = (rows + most() - 1) / most() * dims_.groups() * b.sequences;
-        const Index count = (b.positions[b.starts[s + 1] - 1] + kSpan) / kSpan;
+        const Index count = (b.positions[b.starts[s + 1] - 1] + kSpan) / kSpan - before(b, s, window);
         return memory_ == Memory::bytes && tiles < pool_.threads() && count >= 2 * pool_.threads() ? count : 1;
     }
 
@@ -33,7 +34,7 @@ public:
         bool shared = false;
         tasks_.clear();
         for (Index s = 0; s < b.sequences; ++s) {
-            const Index rows = (b.starts[s + 1] - b.starts[s]) * per(), pieces = spans(b, s);
+            const Index rows = (b.starts[s + 1] - b.starts[s]) * per(), pieces = spans(b, s, kept.window);
             // A tile for each thread at least: few rows of one sequence are shared out.
             const Index fair = (rows + pool_.threads() - 1) / pool_.threads();
             const Tiling tiling(rows, pieces > 1 || b.sequences * dims_.groups() >= pool_.threads() ? most() : std::min(most(), fair));
@@ -70,6 +71,9 @@ private:
         Index span, spans;                   // of keys: the one that it is about, of this many that are shared out; 1: all
     };
 
+    // Spans that no new token of sequence s sees.
+    Index before(const Batch& b, Index s, Index window) const { return first_seen(b.positions[b.starts[s]] + 1, window) / kSpan; }
+
     Index per() const { return dims_.heads / dims_.groups(); }
     Index most() const { return memory_ == Memory::bytes ? kByteQueries : kQueries; }
     Index room_size() const {
@@ -103,15 +107,15 @@ private:
         }
         const Index part = dims_.latent ? 0 : PagedBytes::bytes(dims_.head_dim, 1);
         const PagedBytes at{kept.memory, kept.block, kept.layer + 2 * task.group * part, part,
-                            dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table};
+                            dims_.latent ? dims_.rank : dims_.head_dim, dims_.latent ? dims_.rope : 0, deep, table, kept.window};
         const Index last = *std::max_element(seen, seen + task.rows);
         if (task.spans > 1) {
-            const Index first = task.span * kSpan;
+            const Index first = (before(b, task.sequence, kept.window) + task.span) * kSpan;
             return attend_bytes(at, query, seen, first, std::clamp(last, first, first + kSpan), shared, task.rows, ByteRoom(room, key_wide));
         }
         Part own[kByteQueries];
         for (Index r = 0; r < task.rows; ++r) own[r].sums = to[r];
-        attend_bytes(at, query, seen, 0, last, own, task.rows, ByteRoom(room, key_wide));
+        attend_bytes(at, query, seen, first_span(seen, task.rows, kept.window), last, own, task.rows, ByteRoom(room, key_wide));
         for (Index r = 0; r < task.rows; ++r) finish(own[r], deep, to[r]);
     }
 
@@ -130,7 +134,7 @@ private:
         const Index half = dims_.latent ? 0 : kBlock * dims_.head_dim, size = sizeof(Type), key_wide = dims_.key_width();
         const Index deep = dims_.value_width();
         return {reinterpret_cast<const Type*>(kept.memory), kept.block / size, kept.layer / size + 2 * group * half,
-                half, key_wide, deep, (dims_.latent ? key_wide : deep) * kLanes, table};
+                half, key_wide, deep, (dims_.latent ? key_wide : deep) * kLanes, table, kept.window};
     }
 
     const Dims& dims_;

@@ -22,6 +22,7 @@ struct Layer {
     const float* router_bias = nullptr;
     std::vector<Expert> experts;                // routed ones, then the shared one; or the dense one alone
     bool shared = false;
+    Index window = 0;                           // keys that a token sees, its own included; 0: all before it
 };
 
 struct Drafter {
@@ -192,17 +193,17 @@ private:
                 pool_.run(parts, [&](Index part, int thread) {
                     const Index first = dims_.heads * part / parts, last = dims_.heads * (part + 1) / parts;
                     for (Index h = first; h < last; ++h) absorb(l, h, 1, q, absorbed);
-                    attention_.rows(kept(number), b, first, last, absorbed, mixed, thread);
+                    attention_.rows(kept(l, number), b, first, last, absorbed, mixed, thread);
                     for (Index h = first; h < last; ++h) give_values(l, h, 1, mixed, out);
                 });
             } else {
                 pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
-                attention_.run(kept(number), b, absorbed, mixed);
+                attention_.run(kept(l, number), b, absorbed, mixed);
                 pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
             }
         } else {
             look_ahead(pool_, {&l.o});
-            attention_.run(kept(number), b, q, out);
+            attention_.run(kept(l, number), b, q, out);
         }
         const Input in = input(out, out_wide, count, {&l.o});
         if (l.router.rows) look_ahead(pool_, {&l.router});
@@ -259,7 +260,7 @@ private:
         }
     }
 
-    Kept kept(Index number) const { return {memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_)}; }
+    Kept kept(const Layer& l, Index number) const { return {memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_), l.window}; }
 
     // Queries of one head against latents: W_uk^T q beside the turned part, in [T, H, R + r].
     void absorb(const Layer& l, Index h, Index count, const float* q, float* out) const {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,16 @@ def test_fetch_says_where_the_model_lies() -> None:
     assert done.exit_code == 0 and json.loads(done.stdout)["path"] == str(place)
     done = CliRunner().invoke(app, ["fetch", "whale"])
     assert done.exit_code == 9 and "whale" in done.stderr and "smol" in done.stderr
+
+
+def test_fetch_of_what_is_there_takes_no_torch() -> None:
+    smol()
+    code = (
+        "import sys; from typer.testing import CliRunner; from sprat.cli.main import app; "
+        "print(CliRunner().invoke(app, ['fetch']).exit_code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "0 False\n", done.stderr
 
 
 @pytest.mark.slow

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +51,11 @@ def test_a_fault_is_one_sentence_with_its_own_exit_code(kind: type[SpratError]) 
         (MemoryError(), 9),
         (OSError(errno.ENOSPC, "No space left on device"), 9),
         (PermissionError(errno.EACCES, "Permission denied", "/nowhere"), 9),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 9),
+        (OSError(errno.EFBIG, "File too large"), 9),
+        (OSError("100000 requested and 8176 written"), 9),  # NumPy gives no number
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]), 9),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141),
         (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), 9),
         (ZeroDivisionError("division by zero"), 70),
     ],
@@ -84,7 +93,38 @@ def test_exit_codes_are_documented_as_they_are() -> None:
     table = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
     written = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE)}
     assert written == {kind.__name__: kind.exit_code for kind in CLASSES}
-    assert f"| {verb.FAULT_OF_OURS} |" in table and f"| {verb.INTERRUPTED} |" in table
+    assert all(f"| {code} |" in table for code in (verb.FAULT_OF_OURS, verb.INTERRUPTED, verb.BROKEN_PIPE))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["--version", "--help", "verify nowhere --json"])
+def test_a_full_disk_under_the_output_has_one_code(words: str) -> None:
+    """Also where the verb's own fault (8) could not be told: the disk is what must be mended first, or the fault."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sprat", *words.split()], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == (8 if "nowhere" in words else 9), done.stderr
+    assert done.stderr.startswith("sprat: ") and done.stderr.count("\n") == 1
+
+
+_TINY = """
+import typer
+from sprat.cli import verb
+def station() -> verb.Result:
+    return verb.Result({"a": 1}, "found" * 10_000)
+tiny = typer.Typer()
+tiny.command()(verb.verb(station))
+tiny()
+"""
+
+
+def test_a_reader_who_leaves_is_no_fault_of_ours() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", _TINY], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == "sprat: nobody reads the output any more.\n"
 
 
 def test_help_names_every_verb_in_the_order_of_the_road() -> None:

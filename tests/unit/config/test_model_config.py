@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from typing import Any
+
 import pytest
 
 from sprat.config.model import ModelConfig
@@ -71,3 +75,65 @@ def test_an_unknown_size_names_the_dial() -> None:
 def test_a_foreign_config_that_computes_otherwise_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         ModelConfig.from_hf({**size("pico").to_hf(), **change})
+
+
+QWEN = json.loads(
+    """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 152064}"""
+)  # of Qwen2.5-7B-Instruct
+
+
+def test_qwen_s_recipe_for_long_texts_reaches_four_times_its_context() -> None:
+    """The README of Qwen2.5: add this to config.json, and texts may have 131,072 tokens."""
+    recipe = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    assert ModelConfig.from_hf(QWEN).context == 32768
+    assert ModelConfig.from_hf({**QWEN, "rope_scaling": recipe}).context == 131072
+    bare = {"factor": 4.0, "rope_type": "yarn"}  # transformers takes max_position_embeddings for the original
+    assert ModelConfig.from_hf({**QWEN, "rope_scaling": bare}).context == 131072
+    assert size("v3").context == 163840
+
+
+@pytest.mark.parametrize(
+    ("scaling", "word"),
+    [
+        ({"factor": 4.0}, "factor and no type"),
+        ({"rope_type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}, "mrope_section"),
+        ({"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}, "full_attention"),
+        ("yarn", "no table"),
+    ],
+)
+def test_positions_that_are_not_understood_are_refused_by_name(scaling: Any, word: str) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ConfigError, match=word):
+            ModelConfig.from_hf({**QWEN, key: scaling})
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model_type": "llama", "sliding_window": 4096}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"] * 28}, "there is no window"),
+        ({"layer_types": ["sliding_attention"] * 27, "use_sliding_window": True}, "layer_types"),
+        ({"layer_types": ["chunked_attention"] * 28, "use_sliding_window": True}, "layer_types"),
+        ({"max_window_layers": "all", "use_sliding_window": True}, "max_window_layers"),
+        ({"sliding_window": 0, "use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
+    ],
+)
+def test_windows_that_are_not_understood_are_refused_by_name(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        ModelConfig.from_hf({**QWEN, **({"sliding_window": None} if "model_type" in changes else {}), **changes})
+
+
+def test_keys_that_say_something_unknown_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"config\.json: not understood and not used: clip_qkv=8, logit_scale=0\.06"):
+        ModelConfig.from_hf({**QWEN, "logit_scale": 0.06, "clip_qkv": 8, "softcap": None, "use_qk_norm": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelConfig.from_hf(QWEN)
+        for name in names():
+            ModelConfig.from_hf(size(name).to_hf())

@@ -14,16 +14,17 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from sprat.engine import grammar
+from sprat.engine import grammar, grammar_compiler
 from sprat.engine.grammar import Grammars
 from sprat.engine.processors import build
 from sprat.engine.sample import Sampler
 from sprat.engine.sampling import Response, Sampling
-from sprat.engine.sequence import Sequence, noise_key
+from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
 from sprat.tokens import Tokenizer, split
 from tests.unit.engine.test_processors import plain_tags
 
+ALICE, BOB = Tenant("alice", b"secret of alice"), Tenant("bob", b"secret of bob")
 SCHEMAS: dict[str, dict[str, Any]] = {
     "record": {
         "type": "object",
@@ -255,11 +256,12 @@ def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
 ) -> None:
     grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
     grammars.grammar(Response.choice(["a"]), False)
-    assert grammars._worker is not None
-    grammars._worker.kill()
-    grammars._worker.wait()
+    process = grammars._idle[NOBODY].process
+    assert process is not None
+    process.kill()
+    process.wait()
     grammars.grammar(Response.choice(["b"]), False)
-    monkeypatch.setattr(grammar, "START_SECONDS", 0.0)
+    monkeypatch.setattr(grammar_compiler, "START_SECONDS", 0.0)
     grammars.close()
     with pytest.raises(EngineError, match="took over"):
         grammars.grammar(Response.choice(["d"]), False)
@@ -274,9 +276,9 @@ def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
     for thread in ask:
         thread.join()
     assert len({id(one) for one in found}) == 9
-    worker = grammars._worker
+    process = grammars._idle[NOBODY].process
     grammars.close()
-    assert worker is not None and worker.poll() is not None
+    assert process is not None and process.poll() is not None
 
 
 def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,5 +287,57 @@ def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytes
     for index in range(9):
         grammars.grammar(Response.choice([f"c{index}"]), False)
         grammars.grammar(Response.choice(["c0"]), False)
-    assert len(grammars._known) == 4 and Response.choice(["c0"]) in grammars._known
+    assert len(grammars._known) == 4 and (NOBODY, Response.choice(["c0"])) in grammars._known
+    grammars.close()
+
+
+def test_nobody_waits_for_the_slow_grammars_of_another(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=8.0)
+    known, new = Response.choice(["known"]), Response.choice(["new"])
+    for tenant in (ALICE, BOB):
+        grammars.grammar(known, False, tenant)
+    slow = [Response.json({"allOf": [{"multipleOf": p, "type": "integer"} for p in (1999, n)]}) for n in (2003, 2011)]
+    ended: list[Exception] = []
+
+    def ask(response: Response) -> None:
+        try:
+            grammars.grammar(response, False, ALICE)
+        except EngineError as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=ask, args=(one,)) for one in slow]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    grammars.grammar(known, False, BOB)
+    grammars.grammar(known, False, ALICE)
+    assert grammars.grammar(new, False, BOB) is not None
+    assert not ended, "all of it came before the first slow one was given up"
+    while any(thread.is_alive() for thread in threads):  # those of one tenant come one after the other
+        grammars.close()
+        time.sleep(0.05)
+    assert len(ended) == len(slow)
+
+
+def test_tenants_share_neither_process_nor_what_it_compiled(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    for tenant in (ALICE, BOB):
+        grammars.grammar(Response.choice(["secret"]), False, tenant)
+    pids = {compiler.process.pid for compiler in grammars._idle.values() if compiler.process}
+    assert len(pids) == 2 and len(grammars._known) == 2
+    for number in range(grammar.IDLE + 1):
+        grammars.grammar(Response.choice(["x"]), False, Tenant(f"t{number}"))
+    assert len(grammars._idle) == grammar.IDLE
+    grammars.close()
+
+
+def test_a_tenant_with_many_grammars_costs_nobody_else_theirs(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
+    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars.grammar(Response.choice(["mine"]), False, BOB)
+    for number in range(9):
+        grammars.grammar(Response.choice([f"c{number}"]), False, ALICE)
+    assert (BOB, Response.choice(["mine"])) in grammars._known and len(grammars._known) == 4
     grammars.close()

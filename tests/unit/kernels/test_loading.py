@@ -33,8 +33,9 @@ def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("setting", ["os.environ['SPRAT_ISA'] = 'portable'", "kernels._features = set"])
-def test_the_plain_ones_run_everywhere(setting: str) -> None:
+def test_the_plain_ones_run_everywhere(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, or because the processor can nothing else; in a process of their own."""
+    monkeypatch.delenv("SPRAT_ISA", raising=False)
     code = f"import os; from sprat import kernels; {setting}; print(kernels.native().isa)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("portable", "neon-dotprod")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sprat.errors import CheckpointError, ConfigError
+import sprat
+from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.model import Transformer, load_folder, save_folder
 from sprat.model.hf import resolve
+from sprat.quant import quantize
+from sprat.tokens import Tokenizer
 
-from .conftest import tiny
+from .conftest import tiny, tiny_dense
 
 
 @pytest.fixture
@@ -128,6 +133,57 @@ def test_an_interrupted_save_leaves_the_old_folder(folder: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(MachineError, match="the disk is full"):
         save_folder(Transformer.create(tiny(), 8), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 300 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(small_disk: Path, quantised: bool) -> None:
+    tokenizer = Tokenizer.train(["12 + 13 = 25"], 460)
+    model = Transformer.create(tiny_dense(vocab_size=460), 8)
+    sprat.save(quantize(model) if quantised else model, tokenizer, small_disk)
+    before = {file.name: file.read_bytes() for file in small_disk.iterdir()}
+    larger = Transformer.create(tiny_dense(vocab_size=30_000), 9)
+    with pytest.raises(MachineError, match="the disk is full"):
+        sprat.save(quantize(larger) if quantised else larger, tokenizer, small_disk)
+    assert {file.name: file.read_bytes() for file in small_disk.iterdir()} == before
+    some = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(sprat.load(small_disk)[0](some), (quantize(model) if quantised else model)(some))
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("model.layers.2.embed_tokens.weight", None),
+        ("model.layers.2.shared_head.head.weight", None),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.tensor([1.0, 0.01])),
+    ],
+)
+def test_a_tensor_that_is_not_needed_is_compared_and_named(
+    name: str, right: torch.Tensor | None, tmp_path: Path
+) -> None:
+    save_folder(Transformer.create(tiny(rope_scaling=None), 7), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name] = tensors[name] if right is None else right  # 10000 ** (-i / 2)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_folder(tmp_path)
+    tensors[name] = tensors[name] * 1.1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=name):
+        load_folder(tmp_path)

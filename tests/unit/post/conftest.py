@@ -65,6 +65,7 @@ def shape(tokenizer: Tokenizer) -> ModelConfig:
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
         num_hidden_layers=1,
+        first_k_dense_replace=0,
         num_attention_heads=2,
         n_routed_experts=4,
         moe_intermediate_size=32,

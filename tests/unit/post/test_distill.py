@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sprat.config import Config, DistillConfig, OptimConfig
+from sprat.config import Config, DistillConfig, OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
@@ -25,7 +25,8 @@ from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
 FAST = OptimConfig(muon_lr=0.03, adam_lr=0.02, warmup_steps=5)
-CONFIG = DistillConfig(mode="logits", steps=40, batch_rows=16, seq_len=32, checkpoint_every=1000, optim=FAST)
+CONFIG = DistillConfig(mode="logits", steps=40, batch_rows=16, checkpoint_every=1000, optim=FAST)
+ROWS = TrainConfig(batch_rows=16, seq_len=32)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def small(shape: ModelConfig) -> Transformer:
 
 
 def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, shown: list[Any]) -> float:
-    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     chosen = batch.targets_BT >= 0
     x, goal = (net.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen] for net in (student, teacher))
     with torch.no_grad():
@@ -48,7 +49,7 @@ def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
 
 def test_a_student_equal_to_its_teacher_is_left_alone(guesser: Transformer, tokenizer: Tokenizer, shown: Any) -> None:
     student = copy.deepcopy(guesser)
-    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     loss = distillation(guesser, CONFIG)(student, batch, CONFIG)
     assert loss.metrics["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -60,17 +61,43 @@ def test_a_student_approaches_its_teacher(
     config = CONFIG.replace(mode=mode)
     before = divergence(small, guesser, tokenizer, shown)
     held = {name: value.clone() for name, value in guesser.state_dict().items()}
-    distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert divergence(small, guesser, tokenizer, shown) < 0.25 * before
     assert all(torch.equal(value, guesser.state_dict()[name]) for name, value in held.items())
     assert all(weight.grad is None for weight in guesser.parameters())
+
+
+@pytest.mark.parametrize(("mode", "weight"), [("logits", 1.0), ("both", 0.3), ("both", 0.8)])
+def test_the_loss_is_hintons_mixture_and_so_is_its_gradient(
+    mode: str, weight: float, small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any
+) -> None:
+    config = CONFIG.replace(
+        mode=mode, logits_weight=weight if mode == "both" else 0.5, temperature=2.0, balance_weight=0
+    )
+    batch = batches(tokenizer, shown, ROWS).batch(0)
+    loss = distillation(guesser, config)(small, batch, config)
+    loss.total.backward()
+    found = {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
+    small.zero_grad()
+    chosen = batch.targets_BT >= 0
+    mine, goal = (net(batch.tokens_BT, segments_BT=batch.segments_BT)[chosen] for net in (small, guesser))
+    cross = torch.nn.functional.cross_entropy(mine, batch.targets_BT[chosen])
+    soft = ((goal.detach() / 2).log_softmax(-1), (mine / 2).log_softmax(-1))
+    kl = (soft[0].exp() * (soft[0] - soft[1])).sum(-1).mean()
+    expected = weight * 4 * kl + (1 - weight) * cross
+    torch.testing.assert_close(loss.total.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert loss.metrics["loss"] == pytest.approx(cross.item(), rel=1e-4)
+    expected.backward()
+    for name, value in small.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(found[name], value.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_traces_alone_are_next_token_training(
     small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
 ) -> None:
     config = CONFIG.replace(mode="traces", steps=20)
-    result = distill(small, guesser, batches(tokenizer, shown, config), config, open_stage("distill", config))
+    result = distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert result.steps == 20 and result.loss < 4
 
 
@@ -97,7 +124,7 @@ def test_different_vocabularies_are_refused(
 ) -> None:
     other = Transformer.create(shape.replace(vocab_size=shape.vocab_size + 1), 0)
     with pytest.raises(TrainingError, match="same tokenizer"):
-        distill(other, guesser, batches(tokenizer, shown, CONFIG), CONFIG, open_stage("distill", CONFIG))
+        distill(other, guesser, batches(tokenizer, shown, ROWS), CONFIG, open_stage("distill", CONFIG))
 
 
 @pytest.mark.parametrize("mode", ["logits", "both"])
@@ -107,7 +134,7 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
     """Hinton's loss by torch's own operators, at each depth over its own targets; and however the rows are cut."""
     config = CONFIG.replace(mode=mode, mtp_weight=0.7, balance_weight=0.0, temperature=2.0, micro_batches=4)
     student = Transformer.create(shape.replace(num_nextn_predict_layers=2), 1)
-    batch = batches(tokenizer, shown, config).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     tokens, segments, targets = batch.tokens_BT, batch.segments_BT, batch.targets_BT
     kl_weight = 1.0 if mode == "logits" else config.logits_weight
     with torch.no_grad():

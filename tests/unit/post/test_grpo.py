@@ -18,6 +18,7 @@ from sprat.post.batch import micro_batches
 from sprat.post.evaluate import evaluate, significant
 from sprat.post.grpo import Clipped, advantages, grpo
 from sprat.post.logprob import policy_loss, token_logprob
+from sprat.post.readiness import readiness
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
@@ -118,6 +119,7 @@ def test_the_routers_bias_stays_where_pretraining_left_it(
     model = copy.deepcopy(guesser)
     grpo(model, tokenizer, [task], [1.0], RL.replace(steps=1), open_stage("rl", RL.replace(steps=1)), gate=False)
     moved = {name for name, value in guesser.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+    assert any("correction_bias" in name for name in guesser.state_dict())
     assert moved and not [name for name in moved if "bias" in name]
 
 
@@ -175,3 +177,63 @@ def test_nothing_to_learn_leaves_the_weights_alone(
     grpo(model, tokenizer, [task], [1.0], config, run, gate=False, reward=lambda problem, answer: 1.0)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in guesser.state_dict().items())
     assert metrics(run.folder)[0]["live_groups"] == 0.0
+
+
+def test_what_abstains_or_fails_is_left_out_and_counted(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    def strict(problem: Problem, answer: Response) -> float | None:
+        digit = answer.content.strip()
+        return {"7": 1.0, "3": None}.get(digit, 0.0) if digit != "5" else 1 / 0
+
+    config, seen = RL.replace(steps=1, prompts_per_step=16), list[str]()
+    run = open_stage("rl", config)
+
+    def reward(problem: Problem, answer: Response) -> float | None:
+        seen.append(answer.content.strip())
+        return strict(problem, answer)
+
+    grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, run, gate=False, reward=reward)
+    (row,) = metrics(run.folder)
+    paid = [float(digit == "7") for digit in seen if digit not in ("3", "5")]
+    assert "3" in seen and "5" in seen
+    assert row["reward_faults"] == seen.count("5")
+    assert row["abstained"] == pytest.approx(1 - len(paid) / len(seen))
+    assert row["reward"] == pytest.approx(sum(paid) / len(paid))
+
+
+def test_a_reward_that_fails_on_every_answer_ends_the_run(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    config = RL.replace(steps=1)
+    with pytest.raises(TrainingError, match=r"failed on each of 64 answers.*ZeroDivisionError"):
+        grpo(guesser, tokenizer, [task], [1.0], config, open_stage("rl", config), gate=False, reward=lambda p, a: 1 / 0)
+
+
+def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [(task, task.problem("train", 1))] * 8
+    monkeypatch.setattr("sprat.post.rollout.draw", lambda *_: same)
+    engine = Engine(guesser, tokenizer, max_batch=64)
+
+    def drawn(step: int, seed: int = 0) -> list[tuple[int, ...]]:
+        rollouts = sample_groups(engine, [task], [1.0], RL.replace(seed=seed), step)
+        return [tuple(rollout.token_ids) for rollout in rollouts]
+
+    first = drawn(1)
+    groups = [first[start : start + 8] for start in range(0, 64, 8)]
+    assert all(len(set(group)) > 2 for group in groups)  # ten digits, with or without a think
+    assert len({tuple(group) for group in groups}) == 8
+    assert first == drawn(1) and first != drawn(2) and first != drawn(1, seed=1)
+
+
+def test_the_gate_asks_the_verifier_that_will_pay(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
+    engine = Engine(guesser, tokenizer, max_batch=256)
+    assert readiness(engine, [task], [1.0], RL, count=64).fault  # the judge: it is not better for thinking
+    found = readiness(engine, [task], [1.0], RL, lambda p, a: float(bool(a.reasoning and a.content)), count=64)
+    assert not found.fault and found.forced > 0.9 and found.direct == 0.0 and found.pass_at_8 > 0.9
+    never = readiness(engine, [task], [1.0], RL, lambda p, a: None, count=64)
+    assert never.pass_at_8 == never.forced == never.direct == 0.0
+    with pytest.raises(TrainingError, match="paid 5"):
+        readiness(engine, [task], [1.0], RL, lambda p, a: 5.0, count=64)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sprat.errors import ConfigError, TrainingError
-from sprat.post.rewards import Response, accuracy, format_reward, load_reward, read_response
+from sprat.post.reward_sources import sources
+from sprat.post.rewards import Response, Verifier, accuracy, format_reward, load_reward, read_response
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 
@@ -92,8 +93,84 @@ def test_a_reward_that_cannot_be_loaded_says_why(tmp_path: Path, content: str, n
         load_reward(name.format(file=file, folder=tmp_path))
 
 
-@pytest.mark.parametrize("body", ["return 'much'", "return float('nan')", "return None", "raise KeyError('x')"])
-def test_a_reward_that_misbehaves_is_named(tmp_path: Path, body: str) -> None:
-    (tmp_path / "plug.py").write_text(f"def f(problem, answer):\n    {body}\n")
-    with pytest.raises(TrainingError, match="plug.py:f"):
-        load_reward(f"{tmp_path}/plug.py:f")(PROBLEM, Response("", "3", True))
+def plug(tmp_path: Path, body: str, seconds: float = 10.0) -> Verifier:
+    (tmp_path / "plug.py").write_text(f"import numpy, torch\n\ndef f(problem, answer):\n    {body}\n")
+    return load_reward(f"{tmp_path}/plug.py:f", seconds)
+
+
+@pytest.mark.parametrize(
+    ("value", "paid"),
+    [
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.bool_(True)", 1.0),
+        ("numpy.int64(3)", 3.0),
+        ("torch.tensor(0.25)", 0.25),
+        ("torch.tensor([True])", 1.0),
+        ("True", 1.0),
+        ("-2", -2.0),
+        ("None", None),
+    ],
+)
+def test_a_number_of_any_kind_is_paid_and_none_abstains(tmp_path: Path, value: str, paid: float | None) -> None:
+    reward = plug(tmp_path, f"return {value}")
+    assert reward(PROBLEM, Response("", "3", True)) == paid
+    assert reward.take_faults() == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("return 'much'", "no number"),
+        ("return '1.0'", "no number"),
+        ("return torch.ones(2)", "no number"),
+        ("return float('nan')", "not finite"),
+        ("raise KeyError('x')", "KeyError"),
+        ("while True: pass", "longer than 0.05 s"),
+        ("__import__('re').match('(a+)+b', 'a' * 40)", "longer than 0.05 s"),
+    ],
+)
+def test_a_fault_of_the_reward_abstains_is_counted_and_is_told(
+    tmp_path: Path, body: str, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward = plug(tmp_path, f"if answer.content == '3': return 1.0\n    {body}", 0.05)
+    paid = [reward(PROBLEM, Response("", text, True)) for text in ("3", "4", "3", "5")]
+    assert paid == [1.0, None, 1.0, None]
+    assert fault in caplog.text and "plug.py:f" in caplog.text
+    assert reward.take_faults() == 2 and reward.take_faults() == 0
+    reward(PROBLEM, Response("", "4", True))
+    with pytest.raises(TrainingError, match="failed on each of 1 .*plug.py:f"):
+        reward.take_faults()
+
+
+def test_ctrl_c_in_a_reward_is_not_its_fault(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        plug(tmp_path, "raise KeyboardInterrupt")(PROBLEM, Response("", "4", True))
+
+
+def test_a_reward_is_an_input_with_all_that_it_imports_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "judges"
+    (package / "deep").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "mine.py": "import json\nfrom . import near\nfrom judges.deep import far\ndef f(problem, answer): return 1.0",
+        "near.py": "from .other import x",
+        "other.py": "x = 1",
+        "deep/__init__.py": "",
+        "deep/far.py": "import torch",
+        "unused.py": "",
+    }.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    files = ["mine.py", "__init__.py", "near.py", "other.py", "deep/__init__.py", "deep/far.py"]
+    wanted = {"reward" if name == "mine.py" else f"reward/{name}": package / name for name in files}
+    assert sources("judges.mine:f") == wanted
+    (tmp_path / "lone.py").write_text("import beside, absent, os\ndef f(problem, answer): return 1.0")
+    (tmp_path / "beside.py").write_text("")
+    assert sources(f"{tmp_path}/lone.py:f") == {
+        "reward": tmp_path / "lone.py",
+        "reward/beside.py": tmp_path / "beside.py",
+    }
+    with pytest.raises(ConfigError, match="no module"):
+        sources("no_such_package.module:f")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sprat.config import Config, SFTConfig
+from sprat.config import Config, SFTConfig, TrainConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import DataError, TrainingError
 from sprat.model import Transformer
@@ -48,11 +48,41 @@ def test_only_the_answers_tokens_carry_loss(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(learned) == "<think>1 2</think>7<|eos|>"
 
 
-def test_demonstrations_that_cannot_be_learnt_whole_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="a row holds 33"):
-        batches(tokenizer, [("q", "1 2 3 4 5 6 7 8 9 " * 9, "7")], SFT)
+def test_what_is_longer_than_a_row_is_left_out_and_counted(
+    model: Transformer, tokenizer: Tokenizer, open_stage: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SFT.replace(steps=1)
+    short, long = ("12 train", "1 2", "7"), ("q", "1 2 3 4 5 6 7 8 9 " * 9, "7")
+    row = config.seq_len + 1
+    fits = (
+        "q",
+        "1" * (row - len(tokenizer.encode("<|bos|><|user|>q<|assistant|><think></think>7", specials=True)) - 1),
+        "7",
+    )
+    run = open_stage("sft", config)
+    sft(model, tokenizer, [short, long, fits, short, long], config, run)
+    assert run.facts["demonstrations"] == {"shown": 3, "too_long": 2}
+    assert "2 of 5 demonstrations are longer than a row of 33 tokens" in caplog.text
+    seen = batches(tokenizer, [short, long], config).batch(0).tokens_BT
+    assert "9 1 2 3" not in " ".join(tokenizer.decode(row) for row in seen.tolist())
+    with pytest.raises(DataError, match="shortest of 2 demonstrations has .*, a row holds 33"):
+        batches(tokenizer, [long, long], config)
     with pytest.raises(DataError, match="no demonstrations"):
-        batches(tokenizer, [], SFT)
+        batches(tokenizer, [], config)
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainConfig])
+def test_a_narrow_mix_does_not_move_the_routers_bias(
+    kind: type[TrainConfig], model: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
+) -> None:
+    config = kind(steps=3, batch_rows=4, seq_len=32)
+    bias = {name: value.clone() for name, value in model.named_buffers() if "correction_bias" in name}
+    shown = cold_start([task], [1.0], count=50, terse_fraction=0.5, seed=0)
+    sft(model, tokenizer, shown, config, open_stage("sft", config))
+    control(model, tokenizer, [task], [1.0], config, open_stage("control", config), flops=3 * affordable_cost(model))
+    assert bias and all(torch.equal(value, model.get_buffer(name)) for name, value in bias.items())
+    with pytest.raises(ValueError, match="bias_update_speed"):
+        SFTConfig(bias_update_speed=0.001)
 
 
 def test_demonstrations_change_what_the_model_answers(

@@ -15,7 +15,7 @@ from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Transformer
 from sprat.quant.gptq import calibrate, energy, fit
-from sprat.quant.int4 import dequantise, quantise
+from sprat.quant.int4 import Codes, dequantise, quantise
 from sprat.quant.layers import bits_of
 
 GPTQ = QuantConfig(rounding="gptq")
@@ -76,6 +76,53 @@ def test_channels_that_are_always_zero_are_no_fault() -> None:
     inputs[:, 30:] = 0
     back = dequantise(fit(weight.unsqueeze(0), energy([inputs]), bits=4, group=32))[0]
     assert torch.isfinite(back).all() and (back - weight).abs().max() < 0.5 * weight.abs().max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_group_that_no_text_lights_is_rounded_to_the_nearest(bits: int) -> None:
+    weight, inputs = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(0)), correlated(400, 128, 0)
+    inputs[:, 32:96] = 0
+    fitted, plain = fit(weight, energy([inputs, inputs]), bits=bits, group=32), quantise(weight, bits=bits)
+    assert torch.equal(fitted.scales[..., 1:3], plain.scales[..., 1:3])
+    assert torch.equal(dequantise(fitted)[..., 32:96], dequantise(plain)[..., 32:96])
+    assert not torch.equal(dequantise(fitted)[..., :32], dequantise(plain)[..., :32])
+
+
+def test_a_silent_channel_among_lit_ones_is_not_clipped_for_them() -> None:
+    weight = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    inputs = torch.zeros(200, 32)
+    inputs[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    back, plain = (dequantise(codes) for codes in (fit(weight, energy([inputs]), bits=4, group=32), quantise(weight)))
+    silent = [float((each - weight)[..., 1:].square().mean()) for each in (back, plain)]
+    assert silent[0] < 1.1 * silent[1]
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_padding_and_neighbours_do_not_vote(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows packed two to a row and padded give the sums of the same rows one by one, whatever the padding holds."""
+    changes = {"n_routed_experts": experts, "first_k_dense_replace": 0} if experts else {"n_routed_experts": 0}
+    alone, packed = text(96, 1), torch.full((48, 80), 95)
+    segments = torch.zeros(48, 80, dtype=torch.long)
+    packed[:, :32], packed[:, 32:64] = alone[:48], alone[48:]
+    segments[:, :32], segments[:, 32:64] = 1, 2
+
+    def sums(tokens: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+        """``X^T X`` of each matrix; all are rounded alike, so that no rounding of a sum decides about a code."""
+        found: list[Tensor] = []
+
+        def noted(weight: Tensor, hessian: Tensor, *, bits: int, group: int) -> Codes:
+            found.append(hessian.clone())
+            return quantise(weight, bits=bits, group=group)
+
+        monkeypatch.setattr("sprat.quant.gptq.fit", noted)
+        names = calibrate(model(**changes), tokens, lambda name: bits_of(GPTQ, name), segments_BT=segments)
+        return {name: hessian for name, hessian in zip(names, found, strict=True)}
+
+    apart, together, voted = sums(alone, None), sums(packed, segments), sums(packed, None)
+    assert apart.keys() == together.keys() and len(apart) > 8
+    for name, hessian in apart.items():
+        assert (hessian - together[name]).norm() < 0.01 * hessian.norm(), name
+        assert (hessian - voted[name]).norm() > 0.1 * hessian.norm(), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_routed_experts": 0}, {"tie_word_embeddings": True}])

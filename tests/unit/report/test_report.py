@@ -100,7 +100,7 @@ def test_every_section_is_there(text: str) -> None:
 
 def test_each_stage_stands_with_its_interval_its_control_and_its_significance(road: Path, text: str) -> None:
     rl = next(stage for stage in read(road).main if stage.family == "rl").by_task()["sums"]
-    assert f"<b>{100 * rl.mean:.1f}\u00a0%</b><small>{100 * rl.low:.1f}–{100 * rl.high:.1f}</small>" in text
+    assert f"<b>{100 * rl.accuracy:.1f}\u00a0%</b><small>{100 * rl.low:.1f}–{100 * rl.high:.1f}</small>" in text
     assert "SFT on labels<small>control</small>" in text
     assert "significant gain" in text
     row = next(row for row in text.split("<tr>") if "INT4 student</b>" in row)

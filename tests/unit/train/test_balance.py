@@ -39,3 +39,17 @@ def test_a_lopsided_router_evens_out(model: Transformer) -> None:
         balance.update(model, [layer.gate(x_ND).load_E], 0.01)
     assert first > 2.5
     assert balance.max_violation([layer.gate(x_ND).load_E]) < 0.3
+
+
+def test_padding_has_no_vote_in_the_balance(model: Transformer) -> None:
+    """Rows that are two fifths padding, all of it alike: real tokens end as even as they do in full rows."""
+    layer = model.moe_layers()[0]
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(320, 32, generator=generator) + 0.5
+    valid_N = torch.arange(320) % 20 < 12
+    x_ND[~valid_N] = x_ND[19].clone()
+    for _ in range(200):
+        balance.update(model, [layer.gate(x_ND, valid_N).load_E], 0.01)
+    chosen = layer.gate(x_ND, valid_N).index_NK[valid_N].flatten().tolist()
+    mean = len(chosen) / 8
+    assert all(0.7 * mean < chosen.count(expert) < 1.3 * mean for expert in range(8))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from sprat.config import OptimConfig
 from sprat.errors import CheckpointError
@@ -12,20 +16,68 @@ from sprat.model import Transformer
 from sprat.train import optim
 
 
-def test_newton_schulz_evens_out_singular_values() -> None:
-    x_Gmn = torch.randn(5, 12, 30, generator=torch.Generator().manual_seed(0))
+def published_iteration(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Jordan's quintic, five times, on singular values as shares of the Frobenius norm."""
+    for _ in range(5):
+        share = 3.4445 * share - 4.7750 * share**3 + 2.0315 * share**5
+    return share
+
+
+def spread(rows: int, columns: int, condition: float) -> Tensor:
+    """A random matrix whose singular values fall evenly (in their logarithms) from 1 to 1 / ``condition``."""
+    generator = torch.Generator().manual_seed(rows)
+    u, _, vh = torch.linalg.svd(torch.randn(rows, columns, generator=generator), full_matrices=False)
+    return u @ torch.diag(torch.logspace(0, -math.log10(condition), rows)) @ vh
+
+
+@pytest.mark.parametrize(("rows", "columns", "condition"), [(12, 30, 10), (16, 16, 100), (40, 40, 1e4), (24, 60, 1e6)])
+def test_newton_schulz_turns_singular_values_as_published(rows: int, columns: int, condition: float) -> None:
+    """Long or square, well- or ill-conditioned: the same directions, each value through the polynomial."""
+    x_Gmn = spread(rows, columns, condition).unsqueeze(0)
     before = x_Gmn.clone()
-    values = torch.linalg.svdvals(optim.orthogonalise(x_Gmn))
-    assert values.min() > 0.6 and values.max() < 1.25
+    u, values, vh = torch.linalg.svd(x_Gmn[0].double(), full_matrices=False)
+    turned = u.T @ optim.orthogonalise(x_Gmn)[0].double() @ vh.T
+    share = (values / values.norm()).numpy()
+    np.testing.assert_allclose(np.diag(turned.numpy()), published_iteration(share), atol=2e-3)
+    assert (turned - torch.diag(turned.diag())).abs().max() < 2e-3
+    reached = turned.diag().numpy()[share >= 0.0015]
+    assert reached.min() >= 0.679 and reached.max() <= 1.211
+    assert (turned.diag().numpy()[share < 0.0015] <= 485 * share[share < 0.0015] + 2e-3).all()
     assert torch.equal(x_Gmn, before)
 
 
-def test_newton_schulz_keeps_the_directions() -> None:
-    x_Gmn = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
-    u, _, vh = torch.linalg.svd(x_Gmn)
-    rotated = u.transpose(1, 2) @ optim.orthogonalise(x_Gmn) @ vh.transpose(1, 2)
-    off_diagonal = rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
-    assert off_diagonal.abs().max() < 1e-3
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (3, 6, 4)])
+def test_muon_moves_as_published(shape: tuple[int, ...]) -> None:
+    """Jordan's formula in numpy over three steps: momentum, Nesterov's look ahead, decay, and the factor of shape."""
+    rng, lr, momentum, decay = np.random.default_rng(0), 0.1, 0.9, 0.3
+    weight = rng.standard_normal(shape)
+    parameter = nn.Parameter(torch.tensor(weight, dtype=torch.float32))
+    muon, held = optim.Muon({"weight": parameter}, momentum, decay), np.zeros(shape)
+    for _ in range(3):
+        grad = rng.standard_normal(shape)
+        parameter.grad = torch.tensor(grad, dtype=torch.float32)
+        muon.step(lr)
+        held = momentum * held + (1 - momentum) * grad
+        u, values, vh = np.linalg.svd((1 - momentum) * grad + momentum * held, full_matrices=False)
+        turned = published_iteration(values / np.linalg.norm(values, axis=-1, keepdims=True))
+        direction = u @ (turned[..., None] * vh)
+        weight = weight * (1 - lr * decay) - lr * max(1.0, shape[-2] / shape[-1]) ** 0.5 * direction
+    np.testing.assert_allclose(parameter.detach().numpy(), weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_decay_shrinks_what_no_gradient_moves(name: str) -> None:
+    """Decoupled decay (Loshchilov and Hutter, eq. 12): a step takes ``lr * decay`` of a matrix, nothing of a gain."""
+    module = nn.Linear(4, 3)
+    before = {key: value.detach().clone() for key, value in module.named_parameters()}
+    config = OptimConfig.model_validate({"name": name, "muon_lr": 0.1, "adam_lr": 0.1, "weight_decay": 0.5})
+    optimiser = optim.build(module, config)
+    for _ in range(2):
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step(0.5)
+    torch.testing.assert_close(module.weight.data, before["weight"] * (1 - 0.1 * 0.5 * 0.5) ** 2)
+    assert torch.equal(module.bias.data, before["bias"])
 
 
 def test_a_stack_of_experts_moves_like_its_matrices_alone() -> None:
@@ -91,8 +143,28 @@ def test_clipping_scales_the_joint_norm(model: Transformer) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     expected = sum(parameter.numel() for parameter in model.parameters()) ** 0.5
-    assert optimiser.clip(1.0) == pytest.approx(expected, rel=1e-5)
-    assert optimiser.clip(1e9) == pytest.approx(1.0, rel=1e-4)
+    assert optimiser.clip(1e9) == pytest.approx(expected, rel=1e-5)
+    assert all((parameter.grad == 1).all() for parameter in model.parameters())  # a norm below the limit stays
+    assert optimiser.clip(2.0) == pytest.approx(expected, rel=1e-5)
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 2.0 / expected), rtol=1e-5, atol=0)
+
+
+def test_both_optimisers_step_at_their_own_rate(model: Transformer) -> None:
+    """AdamW's first step moves every number by its rate; Muon's moves a matrix by its rate times its own norm."""
+    optimiser = optim.build(model, OptimConfig(muon_lr=0.02, adam_lr=0.003, weight_decay=0.0))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimiser.step(0.5)
+    moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+    for name in optimiser.adamw_names:
+        torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 0.0015), rtol=0, atol=3e-5)
+    for name in optimiser.muon_names:
+        rows, columns = moved[name].shape[-2:]
+        values = torch.linalg.svdvals(moved[name]) / (0.01 * max(1, rows / columns) ** 0.5)
+        assert values.median() > 0.67 and values.max() < 1.22
 
 
 def test_state_of_another_optimiser_is_refused(model: Transformer) -> None:

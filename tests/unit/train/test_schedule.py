@@ -48,3 +48,19 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 def test_constant_stays() -> None:
     config = OptimConfig(schedule="constant", warmup_steps=1)
     assert [factor(config, step, 5) for step in range(5)] == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "floor", "expected"),
+    [
+        ("wsd", 0.0, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ("wsd", 0.2, [0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4]),
+        ("cosine", 0.0, [0.5, 1, 1, 0.93301, 0.75, 0.5, 0.25, 0.06699]),  # (1 + cos(30 degrees * n)) / 2
+        ("cosine", 0.5, [0.5, 1, 1, 0.96651, 0.875, 0.75, 0.625, 0.53349]),
+        ("constant", 0.5, [0.5, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_every_step_of_a_short_run_is_as_worked_out_by_hand(name: str, floor: float, expected: list[float]) -> None:
+    table = {"schedule": name, "warmup_steps": 2, "decay_fraction": 0.5, "final_lr_fraction": floor}
+    config = OptimConfig.model_validate(table)
+    assert [factor(config, step, 8) for step in range(8)] == pytest.approx(expected, abs=1e-5)

