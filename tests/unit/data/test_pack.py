@@ -131,6 +131,36 @@ def test_a_resumed_run_gets_the_batches_it_would_have_had() -> None:
     assert any(not torch.equal(other.batch(step).tokens_BT, expected[step]) for step in range(20))
 
 
+def drawn(source: MixedSource, steps: int = 3) -> list[list[int]]:
+    """For each step which rows of the parts it holds, in ascending order."""
+    return [sorted(source.batch(step).tokens_BT[:, 0].tolist()) for step in range(steps)]
+
+
+def test_another_seed_draws_other_rows_and_not_only_in_another_order() -> None:
+    one, other = (drawn(MixedSource([(numbered(40, 0), 1.0)], rows=6, seed=seed)) for seed in (1, 2))
+    assert one != other
+
+
+def test_parts_of_one_size_are_shuffled_each_in_its_own_way() -> None:
+    source = MixedSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
+    assert source.quotas == [6, 6]
+    for rows in drawn(source):
+        assert rows[:6] != [row - 100 for row in rows[6:]]
+
+
+def test_rows_of_the_parts_stand_mixed_in_a_batch() -> None:
+    source = MixedSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
+    second = [(source.batch(step).tokens_BT[:, 0] >= 100).tolist() for step in range(3)]
+    assert all(rows != sorted(rows) for rows in second), "a micro-batch would hold one part alone"
+    assert second[0] != second[1]
+
+
+def test_shares_go_to_the_largest_remainders() -> None:
+    assert quotas([0.6, 0.3, 0.1], 10) == [6, 3, 1]
+    assert quotas([1.0, 1.0, 6.0], 9) == [1, 1, 7], "1.125, 1.125 and 6.75 rows"
+    assert quotas([0.24, 0.76], 10) == [2, 8], "2.4 and 7.6 rows: the second has the larger remainder"
+
+
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=8), st.integers(8, 64))
 @settings(max_examples=200, deadline=None)
 def test_shares_fill_the_batch_and_forget_no_part(weights: list[float], rows: int) -> None:

@@ -14,7 +14,8 @@ import pytest
 from sprat.config import TrainConfig
 from sprat.errors import TrustError
 from sprat.report import write
-from sprat.report.runs import read
+from sprat.report.runs import p_value, read
+from sprat.report.tables import cost, gains
 from sprat.trust import open_run
 from sprat.trust.verify import verify
 
@@ -135,7 +136,41 @@ def test_accuracy_is_that_which_the_interval_bounds(tmp_path: Path) -> None:
     run.finish()
     ((score,),) = [stage.scores for stage in read(tmp_path).stages]
     assert score.mean == 0.25
-    assert (score.low, score.high) == (pytest.approx(0.1950, abs=1e-4), pytest.approx(0.3143, abs=1e-4))  # R: prop.test
+    assert (score.low, score.high) == (
+        pytest.approx(0.1950, abs=1e-4),
+        pytest.approx(0.3143, abs=1e-4),
+    )  # Wilson, by hand
+
+
+def small(tmp_path: Path) -> Path:
+    """Cold start and RL with scores that can be reckoned by hand; RL lost on one task, and never trained another."""
+    for name, correct in (("sft", (50, 70, 10)), ("rl", (70, 50, 12))):
+        run = open_run(
+            tmp_path / name, stage=name, recipe=TrainConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl"
+        )
+        tasks = zip(("up", "down", "never"), correct, (True, True, False), strict=True)
+        run.note(scores=[{"task": t, "label": "greedy", "count": 100, "correct": c, "trained": k} for t, c, k in tasks])
+        run.finish(flops={"sft": 1e6, "rl": 2e6}[name])
+    return tmp_path
+
+
+def test_gains_losses_and_their_significance_are_those_of_the_pooled_z_test(tmp_path: Path) -> None:
+    road = read(small(tmp_path))
+    before, after = (stage.by_task() for stage in road.scored)
+    # by hand: z = 0.2 / sqrt(0.6 * 0.4 * 2/100) = 2.8868 and 0.02 / sqrt(0.11 * 0.89 * 2/100) = 0.4520
+    assert p_value([before["up"]], [after["up"]]) == pytest.approx(0.003892, abs=1e-6)
+    assert p_value([before["never"]], [after["never"]]) == pytest.approx(0.65128, abs=1e-5)
+    words = {
+        row.split("<td>")[2][:-5]: re.findall(r"significant \w+|not significant", row)[-1]
+        for row in gains(road).split("<tr>")[2:]
+    }
+    assert words == {"up": "significant gain", "down": "significant loss", "never": "not significant"}
+
+
+def test_the_mean_is_over_trained_tasks_and_costs_are_summed(tmp_path: Path) -> None:
+    road = read(small(tmp_path))
+    assert [stage.quality() for stage in road.scored] == [pytest.approx(0.6), pytest.approx(0.6)]
+    assert "<b>3 M</b>" in cost(road).split("<b>all</b>")[1]
 
 
 def test_stages_stand_in_the_order_of_the_road_with_controls_beside_them(road: Path) -> None:

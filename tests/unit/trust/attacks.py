@@ -95,12 +95,11 @@ def swap(road: Path, one: str, other: str) -> None:
         (road / source).rename(road / target)
 
 
-def link(path: Path) -> None:
+def link(road: Path, name: str) -> None:
     """The same bytes, by a link to somewhere else."""
-    away = path.with_name("elsewhere")
-    path.rename(away)
-    away.rename(path.parent.parent.parent / f"away-{path.name}")
-    path.symlink_to(path.parent.parent.parent / f"away-{path.name}")
+    away = road.parent / "away"
+    (road / name).rename(away)
+    (road / name).symlink_to(away)
 
 
 def pipe(path: Path) -> None:
@@ -284,11 +283,11 @@ SEEN: dict[str, Attack] = {
     "a renamed file": lambda road: (road / "sft/artefact/model.bin").rename(road / "sft/artefact/model2.bin"),
     "a renamed run": lambda road: (road / "rl-seed1").rename(road / "rl-seed2"),
     "a file name that forges the listing": collide,
-    "a file that is a link": lambda road: link(road / "sft/artefact/model.bin"),
-    "run.json that is a link": lambda road: link(road / "sft/run.json"),
-    "the ledger that is a link": lambda road: link(road / "ledger.jsonl"),
-    "the report that is a link": lambda road: link(road / "report.html"),
-    "a run that is a link": lambda road: link(road / "rl-seed1"),
+    "a file that is a link": lambda road: link(road, "sft/artefact/model.bin"),
+    "run.json that is a link": lambda road: link(road, "sft/run.json"),
+    "the ledger that is a link": lambda road: link(road, "ledger.jsonl"),
+    "the report that is a link": lambda road: link(road, "report.html"),
+    "a run that is a link": lambda road: link(road, "rl-seed1"),
     "a pipe in the artefact": lambda road: pipe(road / "sft/artefact/more"),
     "a pipe for run.json": lambda road: pipe(road / "rl-seed1/run.json"),
     "a pipe for the metrics": lambda road: pipe(road / "rl-seed1/metrics.jsonl"),
@@ -321,6 +320,7 @@ SEEN: dict[str, Attack] = {
     "blanks in a line": lambda road: edit(road / "ledger.jsonl", '","index":1', '", "index":1'),
     "a key twice in the ledger": lambda road: edit(road / "ledger.jsonl", '{"body":', '{"kind":"x","body":'),
     "a key twice in run.json": lambda road: duplicate_key(road / "sft/run.json"),
+    "a run deleted, its line left": lambda road: shutil.rmtree(road / "rl-seed1"),
     "a run and its line deleted": lambda road: drop_run(road, "rl-seed0"),
     "the last run and its line deleted": lambda road: drop_run(road, "rl-seed1"),
     "a seed hidden by an entry, its folder deleted": lambda road: hide(road, "rl-seed1.old-1", rename=False),
