@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sprat.model.hf import disk_names
 
 gguf: Any = pytest.importorskip("gguf")
 Kind = Callable[[str], str]
+LIKE = {"mistral": "llama"}  # what the converter makes of it
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -27,6 +29,7 @@ def write(
     split: bool = True,
     extra: dict[str, Tensor] | None = None,
     keys: dict[str, Any] | None = None,
+    without: str = "",
 ) -> Path:
     """``model`` as a GGUF file.
 
@@ -35,20 +38,21 @@ def write(
         split: whether DeepSeek's kv_b_proj is written as its two halves.
         extra: more tensors, by their names in the file.
         keys: keys to set last; None leaves one out.
+        without: pattern of names of tensors that are left out.
     """
     config = model.config
-    arch = "deepseek2" if config.is_mla else config.architecture
+    arch = "deepseek2" if config.is_mla else LIKE.get(config.architecture, config.architecture)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**_keys(model, arch, split), **vocabulary(config.vocab_size), **(keys or {})}.items():
         if value is not None:
             _add(writer, key, value)
     for name, tensor in {**tensors(model, split=split), **(extra or {})}.items():
+        if without and re.search(without, name):
+            continue
         array = tensor.detach().float().numpy()
         chosen = gguf.GGMLQuantizationType[kind(name) if array.ndim > 1 else "F32"]
-        if chosen.name in ("Q4_K", "Q6_K"):
-            data = random_blocks(array.shape, chosen)
-        else:
-            data = gguf.quants.quantize(array, chosen)
+        random = chosen.name.endswith("_K")
+        data = random_blocks(array.shape, chosen) if random else gguf.quants.quantize(array, chosen)
         writer.add_tensor(name, data, raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -60,7 +64,11 @@ def write(
 def tensors(model: Transformer, *, split: bool = True) -> dict[str, Tensor]:
     """Name in the file -> weight, converted as ``convert_hf_to_gguf`` does it."""
     config = model.config
-    arch = gguf.MODEL_ARCH.DEEPSEEK2 if config.is_mla else gguf.MODEL_ARCH[config.architecture.upper()]
+    arch = (
+        gguf.MODEL_ARCH.DEEPSEEK2
+        if config.is_mla
+        else gguf.MODEL_ARCH[LIKE.get(config.architecture, config.architecture).upper()]
+    )
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -78,7 +86,7 @@ def tensors(model: Transformer, *, split: bool = True) -> dict[str, Tensor]:
         for leaf, part in parts.items():
             there = table.get_name(foreign.replace("kv_b_proj", leaf) if leaf else foreign, (".weight", ".bias"))
             assert there, foreign
-            if config.architecture == "llama" and (".attn_q." in there or ".attn_k." in there):
+            if arch == gguf.MODEL_ARCH.LLAMA and (".attn_q." in there or ".attn_k." in there):
                 heads = part.shape[0] // config.attention_head_dim
                 part = part.view(heads, 2, -1, *part.shape[1:]).transpose(1, 2).reshape(part.shape)
             found[there] = part
@@ -90,9 +98,12 @@ def random_blocks(shape: tuple[int, ...], kind: Any, seed: int = 0) -> np.ndarra
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     rows = int(np.prod(shape)) // shape[-1]
     blocks = np.random.default_rng(seed).integers(0, 256, (rows, shape[-1] // weights, size), dtype=np.uint8)
-    largest = 4e-4 if kind.name == "Q4_K" else 2e-5
-    factor = np.random.default_rng(seed + 1).uniform(largest / 4, largest, blocks.shape[:2]).astype(np.float16)
-    for at in (0, 2) if kind.name == "Q4_K" else (size - 2,):
+    places, largest = {
+        "Q2_K": ((80, 82), 3e-3), "Q3_K": ((108,), 4e-4), "Q4_K": ((0, 2), 4e-4), "Q5_K": ((0, 2), 2e-4),
+        "Q6_K": ((208,), 2e-5),
+    }[kind.name]  # fmt: skip
+    for at in places:
+        factor = np.random.default_rng(seed + 1).uniform(largest / 4, largest, blocks.shape[:2]).astype(np.float16)
         blocks[..., at : at + 2] = factor[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 

@@ -10,6 +10,7 @@ feed-forward as wide as what one token activates.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -124,7 +125,7 @@ class ModelConfig(Config):
         if scaling.get("rope_type") != "yarn" or not scaling.get("original_max_position_embeddings"):
             return self.max_position_embeddings
         stretched = float(scaling.get("factor", 1)) * int(scaling["original_max_position_embeddings"])
-        return max(self.max_position_embeddings, round(stretched))
+        return max(self.max_position_embeddings, round(stretched) if math.isfinite(stretched) else 0)
 
     def window(self, layer: int) -> int | None:
         """Keys that a token of decoder layer ``layer`` sees, its own included; None: all before it."""

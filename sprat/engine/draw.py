@@ -36,6 +36,7 @@ from sprat.kernels import native
 BLOCK = 128
 HEADS = (2.0**-6, 2.0**-12)  # shares of the greatest weight above which a nucleus usually lies
 LEAST = np.float32(1e-45)  # the least float above 0
+GREATEST = np.finfo(np.float32).max
 GOLDEN, MIX, MIX_AGAIN = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 ONE, S11, S27, S30, S31 = (np.uint64(x) for x in (1, 11, 27, 30, 31))
 
@@ -67,46 +68,78 @@ def greatest(logits_RV: Floats, vocab: int) -> Integers:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What makes log-probabilities of a row's logits; see ``logprob``.
+
+    Attributes:
+        top_R: float32, the greatest logit of the vocabulary.
+        sum_R: float32, the logarithm of the sum of exp((logit - top) / temperature) over the model's whole vocabulary.
+    """
+
+    top_R: Floats
+    sum_R: Floats
+
+
+@dataclass(frozen=True)
 class Weights:
-    """exp(logits / temperature - the row's greatest), with sums.
+    """exp((logits - the row's greatest) / temperature), with sums.
 
     Attributes:
         weight_RKB: float32 [R, K, BLOCK]; ids behind the vocabulary weigh nothing.
         block_RK: float64, the sums of the blocks.
-        sum_R: float32, the logarithm of the sum of exp(logits / temperature) over the model's whole vocabulary.
+        scale: of the same rows.
     """
 
     weight_RKB: Floats
     block_RK: Doubles
-    sum_R: Floats
+    scale: Scale
 
 
 def weigh(logits_RV: Floats, temperature_R: Floats, vocab: int) -> Weights:
     """Weights of the first ``vocab`` tokens of each row; ``temperature_R`` is above 0.
 
+    The greatest logit is subtracted before anything is divided, so no temperature is too low. Ids behind the
+    vocabulary count in ``Scale.sum_R`` alone: however likely, they take nothing from what may be drawn.
+
+    Raises:
+        EngineError: a row's logits are not finite.
+    """
+    weight_RV, top_R = _exponentials(logits_RV[:, :vocab], temperature_R)
+    weight_RKB = weight_RV.reshape(len(weight_RV), -1, BLOCK)
+    block_RK = np.einsum("rkb->rk", weight_RKB).astype(np.float64)
+    sum_R = np.log(block_RK.sum(1))
+    if vocab < logits_RV.shape[1]:
+        rest_RV, high_R = _exponentials(np.maximum(logits_RV[:, vocab:], -GREATEST), temperature_R)
+        above_R = (high_R.astype(np.float64) - top_R) / temperature_R
+        sum_R = np.logaddexp(sum_R, np.log(rest_RV.sum(1, dtype=np.float64)) + above_R)
+    return Weights(weight_RKB, block_RK, Scale(top_R, np.minimum(sum_R, GREATEST).astype(np.float32)))
+
+
+def _exponentials(logits_RV: Floats, temperature_R: Floats) -> tuple[Floats, Floats]:
+    """exp((logits - top) / temperature) in whole blocks, and top.
+
     Raises:
         EngineError: a row's logits are not finite.
     """
     rows, width = logits_RV.shape
+    top_R = logits_RV.max(1)
+    if not np.isfinite(top_R).all():
+        raise not_finite()
     weight_RV = np.empty((rows, width + -width % BLOCK), np.float32)
     weight_RV[:, width:] = -np.inf
     inner_RV = weight_RV[:, :width]
-    np.multiply(logits_RV, (np.float32(1) / temperature_R)[:, None], out=inner_RV)
-    top_R = inner_RV.max(1)
-    if not np.isfinite(top_R).all():
-        raise not_finite()
-    inner_RV -= top_R[:, None]
+    with np.errstate(over="ignore"):  # towards -inf, whose weight is 0
+        heat_R = np.minimum(1 / temperature_R.astype(np.float64), GREATEST).astype(np.float32)
+        np.subtract(logits_RV, top_R[:, None], out=inner_RV)
+        inner_RV *= heat_R[:, None]
     torch.from_numpy(weight_RV).exp_()
-    weight_RKB = weight_RV.reshape(rows, -1, BLOCK)
-    block_RK = np.einsum("rkb->rk", weight_RKB).astype(np.float64)
-    sum_R = top_R + np.log(block_RK.sum(1)).astype(np.float32)
-    if vocab < width:
-        weight_RV[:, vocab:] = 0
-        first = vocab // BLOCK
-        block_RK[:, first:] = np.einsum("rkb->rk", weight_RKB[:, first:])
-        if not block_RK.any(1).all():
-            raise not_finite()  # its padding is e⁸⁷ times likelier than all of its vocabulary
-    return Weights(weight_RKB, block_RK, sum_R)
+    return weight_RV, top_R
+
+
+def logprob(logit_R: Floats, temperature_R: Floats, scale: Scale) -> Floats:
+    """Log-probabilities (nats) of logits at a temperature above 0, float32 [R], finite however low that is."""
+    exact_R = (logit_R.astype(np.float64) - scale.top_R) / temperature_R - scale.sum_R
+    return np.maximum(exact_R, -np.float64(GREATEST)).astype(np.float32)
 
 
 def draw(
@@ -117,7 +150,7 @@ def draw(
     min_p_R: Floats,
     noise_R: Doubles,
     vocab: int,
-) -> tuple[Integers, Floats]:
+) -> tuple[Integers, Scale]:
     """Sample each row, natively where the kernels are; ``draw_here`` is their reference.
 
     Args:
@@ -128,7 +161,7 @@ def draw(
         vocab: ids from here on are never drawn.
 
     Returns:
-        tokens int64 [R], and ``Weights.sum_R``.
+        tokens int64 [R], and what makes log-probabilities of the same logits.
 
     Raises:
         EngineError: a row's logits are not finite.
@@ -136,10 +169,11 @@ def draw(
     kernels, limits = native(), (top_k_R, top_p_R, min_p_R)
     if kernels is None:
         return draw_here(logits_RV, temperature_R, *limits, noise_R, vocab)
-    tokens_R, sum_R = np.empty(len(noise_R), np.int64), np.empty(len(noise_R), np.float32)
-    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, sum_R):
+    rows = len(noise_R)
+    tokens_R, top_R, sum_R = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
+    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, top_R, sum_R):
         raise not_finite()
-    return tokens_R, sum_R
+    return tokens_R, Scale(top_R, sum_R)
 
 
 def draw_here(
@@ -150,7 +184,7 @@ def draw_here(
     min_p_R: Floats,
     noise_R: Doubles,
     vocab: int,
-) -> tuple[Integers, Floats]:
+) -> tuple[Integers, Scale]:
     """``draw`` in numpy."""
     weights = weigh(logits_RV, temperature_R, vocab)
     cut = np.flatnonzero((top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)).tolist()
@@ -162,7 +196,7 @@ def draw_here(
         reached = kept.cumsum(dtype=np.float64)
         place = int(reached[:-1].searchsorted(noise_R[row] * reached[-1], side="right"))
         tokens_R[row] = ids[place]
-    return tokens_R, weights.sum_R
+    return tokens_R, weights.scale
 
 
 def truncate(weight_V: Floats, total: float, top_k: int, top_p: float, min_p: float) -> tuple[Integers, Floats]:
@@ -235,7 +269,11 @@ def inverse_cdf(weights: Weights, noise_R: Doubles) -> Integers:
     return tokens_R
 
 
-def not_finite() -> EngineError:
+class NotFinite(EngineError):
+    """A model's logits are not finite."""
+
+
+def not_finite() -> NotFinite:
     """The error of a model that is broken."""
     todo = "use a checkpoint whose training did not diverge"
-    return EngineError("the model's logits are not finite", where="sampling", todo=todo)
+    return NotFinite("the model's logits are not finite", where="sampling", todo=todo)

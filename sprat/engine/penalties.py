@@ -36,7 +36,8 @@ class Penalties:
         if self._repetition != 1:
             ids = np.flatnonzero(self._known_V)
             old = logits_V[ids]
-            logits_V[ids] = np.where(old < 0, old * self._repetition, old / self._repetition)
+            with np.errstate(all="ignore"):  # a penalty near 0 leaves what the sampler refuses by name
+                logits_V[ids] = np.where(old < 0, old * self._repetition, old / self._repetition)
         if self._frequency or self._presence:
             ids = np.flatnonzero(self._count_V)
             logits_V[ids] -= self._frequency * self._count_V[ids].astype(np.float32) + self._presence

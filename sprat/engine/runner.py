@@ -125,7 +125,9 @@ class Runner:
             tokens_S = self.backend.best(steady.batch, sampler.vocab)
             seconds, samples = time.perf_counter() - began, Samples(tokens_S)
             if min(samples.tokens) < 0:
-                raise not_finite()
+                if max(samples.tokens) < 0:
+                    raise not_finite()
+                samples.faults = {row: not_finite() for row, token in enumerate(samples.tokens) if token < 0}
         else:
             logits_RV, seconds = self._compute(steady.batch)
             samples = sampler.sample(logits_RV, slots_S)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import Floats, Integers, draw, greatest, not_finite, uniform, weigh
+from sprat.engine.draw import Floats, Integers, NotFinite, Scale, draw, greatest, logprob, not_finite, uniform, weigh
 from sprat.engine.plan import At, add_at
 from sprat.engine.processors import NEVER
 from sprat.engine.sequence import Sequence
@@ -41,7 +41,7 @@ class Samples:
         logprobs_R: float32, in nats, of the whole distribution at the request's temperature (1 for greedy ones), before
             anything else; None if no row asked.
         tops: row → its likeliest tokens of the same distribution, where asked.
-        faults: row → why its request cannot go on; the token of such a row means nothing.
+        faults: row → why its request cannot go on; the token of such a row means nothing, and the others are fine.
     """
 
     tokens_R: Integers
@@ -143,32 +143,47 @@ class Sampler:
             drafts: slot → its drafted tokens.
 
         Raises:
-            EngineError: a row has logits that are not finite.
+            EngineError: no row has logits that are finite; where only some have not, it is a fault of those.
         """
         logits_RV = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
+        try:
+            return self._sample(logits_RV, slots_R, ahead_R, drafts)
+        except NotFinite:
+            fine_R = np.isfinite(logits_RV.max(1))
+            if not fine_R.any():
+                raise
+        samples = self._sample(np.where(fine_R[:, None], logits_RV, np.float32(0)), slots_R, ahead_R, drafts)
+        samples.faults.update({row: not_finite() for row in np.flatnonzero(~fine_R).tolist()})
+        return samples
+
+    def _sample(
+        self,
+        logits_RV: Floats,
+        slots_R: Integers,
+        ahead_R: Integers | None,
+        drafts: Mapping[int, Rows[int]] | None,
+    ) -> Samples:
+        """``sample``, where all rows are finite or none is sampled."""
         rows = self._of(slots_R)
         position_R = self._position[slots_R] if ahead_R is None else self._position[slots_R] + ahead_R
         faults: dict[int, SpratError] = {}
         shaped_RV = logits_RV
         if rows.shaped:
             shaped_RV = self._shape(logits_RV, rows, position_R, ahead_R, drafts or {}, faults)
-        sum_R = None
+        scale = None
         if rows.greedy:
             tokens_R = greatest(shaped_RV, self.vocab)
         else:
             noise_R = uniform(rows.key_R, position_R)
-            tokens_R, sum_R = draw(shaped_RV, rows.heat_R, *rows.limits, noise_R, self.vocab)
+            tokens_R, scale = draw(shaped_RV, rows.heat_R, *rows.limits, noise_R, self.vocab)
             if rows.mixed:
                 tokens_R[rows.greedy_R] = greatest(shaped_RV[rows.greedy_R], self.vocab)
         if not rows.logprobs:
             return Samples(tokens_R, faults=faults)
-        if sum_R is None or shaped_RV is not logits_RV:
-            sum_R = weigh(logits_RV, rows.heat_R, self.vocab).sum_R
-        chosen_R = logits_RV[np.arange(len(tokens_R)), tokens_R]
-        logprobs_R = (chosen_R / rows.heat_R - sum_R).astype(np.float32, copy=False)
-        tops = {
-            row: self._likeliest(logits_RV[row], int(slots_R[row]), rows.heat_R[row], sum_R[row]) for row in rows.tops
-        }
+        if scale is None or shaped_RV is not logits_RV:
+            scale = weigh(logits_RV, rows.heat_R, self.vocab).scale
+        logprobs_R = logprob(logits_RV[np.arange(len(tokens_R)), tokens_R], rows.heat_R, scale)
+        tops = {row: self._likeliest(logits_RV[row], int(slots_R[row]), row, rows.heat_R, scale) for row in rows.tops}
         return Samples(tokens_R, logprobs_R, tops, faults)
 
     def _of(self, slots_R: Integers) -> _Rows:
@@ -228,12 +243,13 @@ class Sampler:
                 shaped_RV[row] = 0
         return shaped_RV
 
-    def _likeliest(self, logits_V: Floats, slot: int, heat: np.float32, total: np.float32) -> Top:
+    def _likeliest(self, logits_V: Floats, slot: int, row: int, heat_R: Floats, scale: Scale) -> Top:
         """The likeliest tokens of one row, as many as its request asked."""
         count = min(int(self._tops[slot]), len(logits_V))
         ids = np.flatnonzero(logits_V >= np.partition(logits_V, -count)[-count])
         ids = ids[np.argsort(-logits_V[ids], kind="stable")][:count]
-        return list(zip(ids.tolist(), (logits_V[ids] / heat - total).tolist(), strict=True))
+        own = Scale(scale.top_R[row], scale.sum_R[row])
+        return list(zip(ids.tolist(), logprob(logits_V[ids], heat_R[row], own).tolist(), strict=True))
 
 
 def _process(sequence: Sequence, logits_V: Floats, ahead: Rows[int]) -> SpratError | None:
@@ -254,5 +270,5 @@ def _process(sequence: Sequence, logits_V: Floats, ahead: Rows[int]) -> SpratErr
         return EngineError(f"a processor failed: {type(error).__name__}: {error}", where="processors", todo=todo)
     if np.isfinite(logits_V.max()):
         return None
-    todo = "loosen bad_words, logit_bias, processors or response"
+    todo = "loosen bad_words, logit_bias, repetition_penalty, processors or response"
     return EngineError("the request's own rules leave no token to say", where="sampling", todo=todo)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sprat.engine.processors import Processor
 
 TOP_LOGPROBS = 20
+MOST = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
 MAX_STOPS, MAX_BAD_WORDS, MAX_BIASES = 64, 1024, 4096
 
 
@@ -80,7 +81,7 @@ class Sampling:
     """How one request is sampled.
 
     Args:
-        temperature: 0 is greedy; otherwise the logits are divided by it.
+        temperature: 0 (in float32) is greedy; otherwise the logits are divided by it, however small it is.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
@@ -138,11 +139,12 @@ class Sampling:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1), ("seed", None)):
-            _integer(name, getattr(self, name), low)
+        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1)):
+            _integer(name, getattr(self, name), low, MOST)
+        _integer("seed", self.seed, None)
         for name in ("max_tokens", "max_think_tokens"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                _integer(name, getattr(self, name), 1, MOST)
         _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
         for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
             object.__setattr__(self, name, _LISTS[name](getattr(self, name)))

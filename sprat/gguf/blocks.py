@@ -3,12 +3,13 @@
 ``parts`` keeps the class of a weight: the four-bit types become two codes a byte with float16 scales (and minimums) a
 group of 32, which is how ``sprat.quant`` keeps them, so that nothing is rounded on the way in.
 
-- Q4_0, Q8_0: a scale a block of 32; taken over bit for bit.
+- Q4_0, Q5_0, Q8_0: a scale a block of 32; taken over bit for bit (five bits as eight).
 - Q4_1: a scale and a minimum a block of 32; bit for bit.
 - Q4_K: blocks of 256 with eight 6-bit scales and minimums times two float16 factors; the products are rounded to
   float16 (relative 2^-11, a sixtieth of the 6-bit step).
-- Q6_K: sixteen 8-bit scales a block of 256, six-bit codes; has no class of ours and is rounded anew to eight bits
-  with a scale a group of 32 (error at most 1/254 of the largest weight of the group).
+- Q2_K, Q3_K, Q5_1, Q5_K, Q6_K have no class of ours. Their weights are computed in float32 and rounded anew to eight
+  bits with a scale a group of 32 (error at most 1/254 of the largest weight of the group); where plain numbers are
+  wanted, they are given as they are.
 
 Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32``), ours as neighbours.
 """
@@ -17,7 +18,7 @@ Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Parts = dict[str, Array]
 GROUP = 32
-PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q8_0": 8, "Q6_K": 8}  # bits of the codes that a type becomes
+PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4} | dict.fromkeys(
+    ("Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K"), 8
+)  # bits of the codes that a type becomes
 WITH_MINIMUMS = ("Q4_1", "Q4_K")
 
 
@@ -41,7 +44,8 @@ def parts(kind: str, raw_NB: Array, block: int) -> Parts:
         codes uint8 [N, I/2] (even weight in the low nibble; −8 … 7 in two's complement, or 0 … 15 where there are
         minimums) or int8 [N, I]; scales and minimums float16 [N, G].
     """
-    found = _TAKEN_APART[kind](raw_NB.reshape(len(raw_NB), -1, block))
+    raw_NBb = raw_NB.reshape(len(raw_NB), -1, block)
+    found = _rounded(_WEIGHTS[kind](raw_NBb)) if kind in _WEIGHTS else _TAKEN_APART[kind](raw_NBb)
     return {name: array.reshape(len(raw_NB), -1) for name, array in found.items()}
 
 
@@ -53,6 +57,8 @@ def dense(kind: str, raw_NB: Array, block: int) -> Array:
         return np.ascontiguousarray(raw_NB).view("<f2").astype(np.float32)
     if kind == "BF16":
         return (np.ascontiguousarray(raw_NB).view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if kind in _WEIGHTS:
+        return _WEIGHTS[kind](raw_NB.reshape(len(raw_NB), -1, block)).reshape(len(raw_NB), -1)
     found = parts(kind, raw_NB, block)
     codes = _unpacked(found) if PACKED[kind] == 4 else found["codes"]
     grouped_NGg = codes.reshape(len(raw_NB), -1, GROUP).astype(np.float32) * _each(found["scales"])
@@ -106,30 +112,88 @@ def _q8_0(raw_NBb: Array) -> Parts:
     return {"codes": np.ascontiguousarray(raw_NBb[..., 2:]).view(np.int8), "scales": _half(raw_NBb, 0)}
 
 
-def _q4_k(raw_NBb: Array) -> Parts:
-    """Bytes: 2 factor, 2 factor of minimums, 12 with eight pairs of 6 bits, 128 with codes, 32 + 32 in turn."""
+def _q5_0(raw_NBb: Array) -> Parts:
+    return {"codes": _five_bits(raw_NBb[..., 2:]).astype(np.int8) - 16, "scales": _half(raw_NBb, 0)}
+
+
+def _five_bits(bytes_: Array) -> Array:
+    """Bytes [..., 4 + 16]: 32 high bits, then 16 low nibbles and 16 more, as codes 0 … 31 [..., 32]."""
+    high = np.unpackbits(np.ascontiguousarray(bytes_[..., :4]), axis=-1, bitorder="little")
+    codes: Array = np.concatenate((bytes_[..., 4:] & 15, bytes_[..., 4:] >> 4), -1) | high << 4
+    return codes
+
+
+def _q5_1(raw_NBb: Array) -> Array:
+    return _each(_half(raw_NBb, 0)) * _five_bits(raw_NBb[..., 4:]) + _each(_half(raw_NBb, 2))
+
+
+def _six_bits(raw_NBb: Array) -> tuple[Array, Array]:
+    """Scales and minimums [..., 8] of Q4_K and Q5_K: two float16 factors, then eight pairs of 6 bits in 12 bytes."""
     low, mid, high = (raw_NBb[..., at : at + 4] for at in (4, 8, 12))
     scale = np.concatenate((low & 63, (high & 15) | ((low >> 2) & 48)), -1).astype(np.float32)
     minimum = np.concatenate((mid & 63, (high >> 4) | ((mid >> 2) & 48)), -1).astype(np.float32)
-    codes = raw_NBb[..., 16:].reshape(*raw_NBb.shape[:-1], 4, 32)
-    return {
-        "codes": _halves(codes),
-        "scales": _to_half(_each(_half(raw_NBb, 0)) * scale),
-        "minimums": _to_half(-_each(_half(raw_NBb, 2)) * minimum),
-    }
+    return _each(_half(raw_NBb, 0)) * scale, -_each(_half(raw_NBb, 2)) * minimum
 
 
-def _q6_k(raw_NBb: Array) -> Parts:
-    """Bytes: 128 with low nibbles, 64 with two high bits each, 16 scales (int8), 2 factor. Rounded anew."""
+def _q4_k(raw_NBb: Array) -> Parts:
+    """Bytes: 16 with scales, 128 with codes, 32 + 32 in turn."""
+    scale, minimum = _six_bits(raw_NBb)
+    codes = _halves(raw_NBb[..., 16:].reshape(*raw_NBb.shape[:-1], 4, 32))
+    return {"codes": codes, "scales": _to_half(scale), "minimums": _to_half(minimum)}
+
+
+def _q5_k(raw_NBb: Array) -> Array:
+    """Bytes: 16 with scales, 32 with a fifth bit for each group, 128 with low nibbles, 32 + 32 in turn."""
+    scale, minimum = _six_bits(raw_NBb)
+    low = _apart(raw_NBb[..., 48:], 32, (0, 4)) & 15
+    high = _apart(raw_NBb[..., 16:48], 32, range(8)) & 1
+    weights: Array = _each(scale) * (low | high << 4) + _each(minimum)
+    return weights
+
+
+def _q2_k(raw_NBb: Array) -> Array:
+    """Bytes: 16 with a scale and a minimum of 4 bits, 64 with codes of 2 bits, 2 factor, 2 factor of minimums."""
+    scale, minimum = raw_NBb[..., :16] & 15, raw_NBb[..., :16] >> 4
+    codes = (_apart(raw_NBb[..., 16:80], 32, (0, 2, 4, 6)) & 3).reshape(*raw_NBb.shape[:-1], 16, 16)
+    weights: Array = _each(_each(_half(raw_NBb, 80)) * scale) * codes - _each(_each(_half(raw_NBb, 82)) * minimum)
+    return weights
+
+
+def _q3_k(raw_NBb: Array) -> Array:
+    """Bytes: 32 with a third bit (set: nothing to take away), 64 with two low bits, 12 with 6-bit scales, 2 factor."""
     shape = raw_NBb.shape[:-1]
-    low = raw_NBb[..., :128].reshape(*shape, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
-    high = raw_NBb[..., 128:192].reshape(*shape, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    codes = (low.reshape(*shape, 256) | (high.reshape(*shape, 256) << 4)).astype(np.int8) - 32
+    low = (_apart(raw_NBb[..., 32:96], 32, (0, 2, 4, 6)) & 3).astype(np.int8)
+    codes = low - ((_apart(raw_NBb[..., :32], 32, range(8)) & 1) ^ 1).astype(np.int8) * 4
+    four, two = _apart(raw_NBb[..., 96:104], 8, (0, 4)) & 15, _apart(raw_NBb[..., 104:108], 4, (0, 2, 4, 6)) & 3
+    scale = (four.reshape(*shape, 16) | two.reshape(*shape, 16) << 4).astype(np.int8) - 32
+    weights: Array = _each(_each(_half(raw_NBb, 108)) * scale) * codes.reshape(*shape, 16, 16)
+    return weights
+
+
+def _q6_k(raw_NBb: Array) -> Array:
+    """Bytes: 128 with low nibbles, 64 with two high bits each, 16 scales (int8), 2 factor."""
+    shape = raw_NBb.shape[:-1]
+    low, high = _apart(raw_NBb[..., :128], 64, (0, 4)) & 15, _apart(raw_NBb[..., 128:192], 32, (0, 2, 4, 6)) & 3
+    codes = (low.reshape(*shape, 256) | high.reshape(*shape, 256) << 4).astype(np.int8) - 32
     scale = np.ascontiguousarray(raw_NBb[..., 192:208]).view(np.int8).astype(np.float32) * _each(_half(raw_NBb, 208))
-    weights = (codes.reshape(*shape, 16, 16).astype(np.float32) * scale[..., None]).reshape(*shape, 8, GROUP)
-    scales = _to_half(np.abs(weights).max(-1) / 127)
+    weights: Array = _each(scale) * codes.reshape(*shape, 16, 16)
+    return weights
+
+
+def _apart(bytes_: Array, run: int, shifts: Iterable[int]) -> Array:
+    """Runs of ``run`` bytes, each shifted right by all of ``shifts`` in turn -> [..., runs * shifts, run]."""
+    by = np.array(list(shifts), np.uint8)[:, None]
+    apart: Array = bytes_.reshape(*bytes_.shape[:-1], -1, 1, run) >> by
+    return apart.reshape(*bytes_.shape[:-1], -1, run)
+
+
+def _rounded(weights: Array) -> Parts:
+    """Weights [N, B, …] to the nearest of eight bits, with a scale a group of 32."""
+    grouped = weights.astype(np.float32).reshape(*weights.shape[:2], -1, GROUP)
+    scales = _to_half(np.abs(grouped).max(-1) / 127)
     safe = np.where(scales == 0, np.float32(1), scales.astype(np.float32))[..., None]
-    return {"codes": np.clip(np.rint(weights / safe), -127, 127).astype(np.int8), "scales": scales}
+    with np.errstate(invalid="ignore"):  # a scale that is not finite is refused by the reader
+        return {"codes": np.clip(np.rint(grouped / safe), -127, 127).astype(np.int8), "scales": scales}
 
 
 def _to_half(values: Array) -> Array:
@@ -141,7 +205,14 @@ def _to_half(values: Array) -> Array:
 _TAKEN_APART: dict[str, Callable[[Array], Parts]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
+}
+_WEIGHTS: dict[str, Callable[[Array], Array]] = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q5_1": _q5_1,
+    "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }

@@ -1,7 +1,8 @@
 """The config of a GGUF file: its metadata keys under the names that our config has.
 
-Keys are ``<architecture>.<what>``. What the file leaves open is decided as llama.cpp does: no ``output.weight`` means
-that the head is the embedding, no gating function means softmax, no scale of the experts' weights means one.
+Keys are ``<architecture>.<what>``; ``keys`` knows which are understood. What the file leaves open is decided as
+llama.cpp does: no ``output.weight`` means that the head is the embedding, no gating function means softmax, no scale of
+the experts' weights means one, and a bias that is not there is zero.
 
 Two things are not keys but tensors. ``rope_freqs.weight`` holds the divisors of the rotary frequencies that Llama 3
 computes from four numbers; the four are found again, else the file is refused. And whether DeepSeek's router has a
@@ -12,6 +13,7 @@ correction bias shows in ``exp_probs_b``. DeepSeek's ``mscale`` is not in the fi
 from __future__ import annotations
 
 import math
+import re
 import struct
 from typing import Any
 
@@ -19,49 +21,11 @@ from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.gguf.header import Header
+from sprat.gguf.keys import Keys, check
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 _SOFTMAX, _SIGMOID = 1, 2
+_BIAS = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.bias")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_REFUSED = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention.scale")
-
-
-class Keys:
-    """The metadata of one architecture, typed."""
-
-    def __init__(self, header: Header) -> None:
-        self.header = header
-        kind = header.meta.get("general.architecture")
-        if kind not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise self.fault("general.architecture", f"{kind!r} is not known", f"use one of {known}")
-        self.kind = str(kind)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A natural number; an array of equal ones, one a layer, counts as that number."""
-        value = self.header.meta.get(f"{self.kind}.{key}", default)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
-            value = value[0]
-        if type(value) is not int or value < 0:
-            raise self.fault(
-                f"{self.kind}.{key}", "it is missing" if value is None else f"{str(value)[:60]} is no size"
-            )
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        """A number."""
-        value = self.header.meta.get(f"{self.kind}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fault(f"{self.kind}.{key}", "it is missing" if value is None else "it is no number")
-        return float(value)
-
-    def has(self, key: str) -> bool:
-        """Whether the file says anything of ``key``."""
-        return f"{self.kind}.{key}" in self.header.meta
-
-    def fault(self, key: str, why: str, todo: str = "convert the model again") -> CheckpointError:
-        """The sentence about one key."""
-        return CheckpointError(f"key {key!r}: {why}", where=str(self.header.path), todo=todo)
 
 
 def read_config(header: Header) -> ModelConfig:
@@ -71,9 +35,7 @@ def read_config(header: Header) -> ModelConfig:
         CheckpointError: a key is missing, has no sense, or asks for what this code does not compute.
     """
     keys = Keys(header)
-    for key in _REFUSED:
-        if keys.has(key) and header.meta[f"{keys.kind}.{key}"]:
-            raise keys.fault(f"{keys.kind}.{key}", "this is not supported")
+    check(keys)
     if header.meta.get("split.count", 1) not in (0, 1):
         raise keys.fault("split.count", "this is one part of a model", "merge the parts (llama-gguf-split --merge)")
     embedding = header.tensors.get("token_embd.weight")
@@ -113,7 +75,7 @@ def _dense(keys: Keys) -> dict[str, Any]:
         "architecture": keys.kind,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": width,
-        "attention_bias": "blk.0.attn_q.bias" in keys.header.tensors,
+        "attention_bias": keys.kind == "qwen2" or any(_BIAS.fullmatch(name) for name in keys.header.tensors),
     }
 
 
@@ -159,38 +121,58 @@ def _deepseek(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _ids(keys: Keys) -> dict[str, int]:
+def _ids(keys: Keys) -> dict[str, int | list[int]]:
     """The ids of special tokens that the file names."""
-    meta, table = keys.header.meta, {}
+    meta = keys.header.meta
+    table: dict[str, int | list[int]] = {}
     for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = meta.get(f"tokenizer.ggml.{theirs}_token_id")
         if type(value) is int:
             table[ours] = value
-    return table
+    turns = [meta.get(f"tokenizer.ggml.{end}_token_id") for end in ("eot", "eom")]
+    ends = {end for end in (table.get("eos_token_id"), *turns) if type(end) is int}  # of a text, a turn, a message
+    return table | ({"eos_token_id": sorted(ends)} if len(ends) > 1 else {})
 
 
 def _rope_scaling(keys: Keys, table: dict[str, Any]) -> dict[str, Any] | None:
-    """``rope_scaling`` of the config, from keys or from the divisors in ``rope_freqs.weight``."""
+    """``rope_scaling`` of the config, from keys or from the divisors in ``rope_freqs.weight``.
+
+    A factor without a type stretches evenly, and ``attn_factor`` multiplies YaRN's own sharpening, as in llama.cpp.
+    """
     if "rope_freqs.weight" in keys.header.tensors:
+        if keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0):
+            raise keys.fault(f"{keys.kind}.rope.scaling.factor", "this is not supported beside rope_freqs.weight")
         return _llama3(keys, table)
-    kind = keys.header.meta.get(f"{keys.kind}.rope.scaling.type", "none")
-    factor = keys.real("rope.scaling.factor", 1.0)
-    if kind == "none" or (factor in (0.0, 1.0) and kind == "linear"):
+    kind = keys.header.meta.get(f"{keys.kind}.rope.scaling.type", "linear")
+    factor = keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0) or 1.0
+    sharper = keys.real("rope.scaling.attn_factor", 1.0) or 1.0
+    if kind != "yarn" and sharper != 1:
+        raise keys.fault(f"{keys.kind}.rope.scaling.attn_factor", f"{sharper:g} is known with yarn only")
+    if kind == "none" or (factor == 1 and kind == "linear"):
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn" or factor < 1:
         raise keys.fault(f"{keys.kind}.rope.scaling.type", f"{kind!r} by {factor} is not known")
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
+        if keys.real(key, 1.0) not in (1.0, -1.0):  # -1: as usual
+            raise keys.fault(f"{keys.kind}.{key}", "only 1 is supported")
     scaling = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+        "original_max_position_embeddings": keys.integer(
+            "rope.scaling.original_context_length", table["max_position_embeddings"]
+        ),
         "beta_fast": keys.real("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.real("rope.scaling.yarn_beta_slow", 1.0),
     }
     everywhere = keys.real("rope.scaling.yarn_log_multiplier", 0.0) * 10  # the converter writes a tenth of it
-    if keys.kind == "deepseek2" and everywhere:
+    if everywhere and keys.kind != "deepseek2":
+        raise keys.fault(f"{keys.kind}.rope.scaling.yarn_log_multiplier", "this is known for deepseek2 only")
+    if everywhere:
         scaling |= {"mscale": round(everywhere, 6), "mscale_all_dim": round(everywhere, 6)}
+    if sharper != 1:
+        scaling["attention_factor"] = sharper * (1.0 if everywhere else 0.1 * math.log(factor) + 1.0)
     return scaling
 
 

@@ -5,7 +5,7 @@ space and CPU seconds that the process puts upon itself before it reads a byte. 
 made by the parent from a checked header, and hold nothing but numbers and names of types. The answer is one JSON
 object on stdout: ``{}``, or the tensor and what was wrong with it. Nothing else leaves the process.
 
-Rows are decoded some megabytes at a time, so memory does not grow with the tensor.
+Rows are decoded some millions of weights at a time, so memory does not grow with the tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from sprat.gguf import blocks
 from sprat.gguf.blocks import Array
 
-CHUNK = 4 << 20  # bytes of blocks that are decoded at a time
+CHUNK = 4 << 20  # weights that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def decode(job: Job, source: int, target: int) -> None:
         Unsound: the file ends within it, or a number in it is not finite.
     """
     row_bytes = job.width // job.weights * job.block
-    step = max(1, CHUNK // (row_bytes * job.unit)) * job.unit
+    step = max(1, CHUNK // (max(job.width, row_bytes) * job.unit)) * job.unit
     for first in range(0, job.rows, step):
         rows = min(step, job.rows - first)
         raw = os.pread(source, rows * row_bytes, job.offset + first * row_bytes)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -58,6 +60,7 @@ class Plan:
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == "head.weight")}
         may_be_codes = _matrices(model)
         wanted = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
+        wanted |= {name: [] for name, found in wanted.items() if _is_zero(found, header)}
         self._check(wanted)
         for name, found in wanted.items():
             self._add(name, found, name in may_be_codes)
@@ -75,11 +78,32 @@ class Plan:
             if held[source.name].shape != source.shape:
                 fault = f"tensor {source.name!r} has shape {held[source.name].shape}, expected {source.shape}"
                 raise CheckpointError(fault, where=str(self.header.path), todo=_ADVICE)
+        idle = [name for name in held.keys() - known if name != "rope_freqs.weight" and not self._is_copy(name)]
+        if idle:
+            what = f"tensors that are not used, and are not copies: {', '.join(sorted(idle)[:5])}"
+            warnings.warn(f"{self.header.path}: {what}", stacklevel=5)
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a prediction module's own embedding or head is the model's, byte for byte."""
+        held, leaf = self.header.tensors, name.split(".")[-2]
+        head = "output.weight" if "output.weight" in held else "token_embd.weight"
+        like = {"embed_tokens": "token_embd.weight", "shared_head_head": head}.get(leaf)
+        if like is None or (held[name].kind, held[name].shape) != (held[like].kind, held[like].shape):
+            return False
+        with open(self.header.path, "rb", buffering=0) as one, open(self.header.path, "rb", buffering=0) as two:
+            one.seek(held[name].offset), two.seek(held[like].offset)
+            left = held[name].nbytes
+            while left:
+                count = min(left, 1 << 24)
+                if one.read(count) != two.read(count):
+                    return False
+                left -= count
+        return True
 
     def _add(self, name: str, found: list[Source], may_be_codes: bool) -> None:
         """Make room for our tensor ``name`` and plan the jobs that fill it."""
-        entry, elements = self.header.tensors[found[0].name], prod(self.shapes[name])
-        kind = entry.kind.name
+        elements = prod(self.shapes[name])
+        kind = self.header.tensors[found[0].name].kind.name if found else ""
         codes = may_be_codes and len(found) == 1 and kind in PACKED
         plain = "float32" if name.endswith("e_score_correction_bias") else self.dtype
         dense = "" if codes else plain
@@ -98,6 +122,13 @@ class Plan:
         offset = -(-self.size // _ALIGN) * _ALIGN
         self.size = offset + count
         return offset
+
+
+def _is_zero(found: list[Source], header: Header) -> bool:
+    """Whether a tensor is a bias of attention that the file does not hold; memory that nobody fills is zero."""
+    return (
+        found[0].name not in header.tensors and re.fullmatch(r".*attn_(q|k|v|output)\.bias", found[0].name) is not None
+    )
 
 
 def outline(header: Header, config: ModelConfig) -> Transformer:

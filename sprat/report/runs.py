@@ -28,10 +28,7 @@ _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval.
-
-    ``mean`` is ``correct / count``: what the interval bounds.
-    """
+    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval."""
 
     task: str
     label: str

@@ -89,7 +89,8 @@ def write_text(path: str | Path, content: str, *, durable: bool = True) -> None:
 def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
     """Write ``content`` as indented JSON with sorted keys; see ``write_bytes``."""
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n", durable=durable)
+    # Half a surrogate pair (a file name that is no UTF-8) has no bytes, but JSON has an escape for it.
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def append_line(path: str | Path, line: str, *, durable: bool = True) -> None:

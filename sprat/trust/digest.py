@@ -76,7 +76,7 @@ def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
 
     Args:
         follow: for a folder of the user's: a link to a file counts as that file; other links, pipes and devices,
-            which nobody reads, are passed over.
+            which nobody reads, are passed over, and a name that no listing can hold is written as JSON has it.
 
     Raises:
         TrustError: the folder is missing, or holds a link (a link proves nothing about its target), a pipe, a
@@ -90,17 +90,15 @@ def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
         if path.is_symlink() and not follow:
             raise TrustError("a digested folder may hold no links", where=str(path), todo="copy the file in its place")
         if path.is_file():
-            found[_listed(path.relative_to(folder).as_posix(), path)] = file(path)
+            name = path.relative_to(folder).as_posix()
+            if "\n" in name or name != name.encode("utf-8", "replace").decode():
+                if not follow:
+                    raise TrustError("a file name that no listing can hold", where=repr(str(path)), todo="rename it")
+                name = json.dumps(name)
+            found[name] = file(path)
         elif not follow and not path.is_dir():
             raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="take it out")
     return dict(sorted(found.items()))
-
-
-def _listed(name: str, path: Path) -> str:
-    """``name`` if a listing can hold it."""
-    if "\n" in name or name != name.encode("utf-8", "replace").decode():
-        raise TrustError("a file name that no listing can hold", where=repr(str(path)), todo="rename it")
-    return name
 
 
 def listing(found: dict[str, str]) -> str:

@@ -87,9 +87,13 @@ class Ledger:
 
     def latest(self, key: str, value: str) -> dict[str, Any] | None:
         """The last entry whose body has ``value`` under ``key``; only lines that hold such a pair are parsed."""
-        pair = f"{json.dumps(key)}:{json.dumps(value)}"
-        for line in reversed(self._read()[0]):
-            if pair in line and not _fault(line):
+        pair = f"{json.dumps(key)}:{json.dumps(value)}".encode()
+        content = self._content()
+        end = content.rfind(b"\n") + 1
+        while (place := content.rfind(pair, 0, end)) >= 0:
+            end = content.rfind(b"\n", 0, place) + 1
+            line = content[end : content.index(b"\n", place)].decode("latin-1")
+            if not _fault(line):
                 entry: dict[str, Any] = json.loads(line)
                 if isinstance(entry["body"], dict) and entry["body"].get(key) == value:
                     return entry
@@ -138,14 +142,17 @@ class Ledger:
 
     def _read(self) -> tuple[list[str], bytes]:
         """The whole lines as text, and the unfinished tail."""
+        # Latin-1 keeps one character per byte, and unlike UTF-8 it cannot fail on damage.
+        *lines, torn = self._content().split(b"\n")
+        return [line.decode("latin-1") for line in lines], torn
+
+    def _content(self) -> bytes:
+        """All of the file; empty where there is none."""
         try:
             with digest.plain(self.path) as stream:
-                content = stream.read()
+                return stream.read()
         except FileNotFoundError:
-            return [], b""
-        # Latin-1 keeps one character per byte, and unlike UTF-8 it cannot fail on damage.
-        *lines, torn = content.split(b"\n")
-        return [line.decode("latin-1") for line in lines], torn
+            return b""
 
     def _mend(self) -> str:
         """Cut off an unfinished tail; returns the last whole line, empty where there is none. Reads the end only."""

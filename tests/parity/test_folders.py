@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sprat.config.model import ModelConfig
+from sprat.engine import Engine, Sampling
+from sprat.errors import EngineError
 from sprat.model import Transformer, load_folder, save_folder
+from sprat.tokens import Tokenizer
 from tests.unit.model.conftest import tiny_dense
 
 transformers = pytest.importorskip("transformers")
@@ -71,3 +75,21 @@ def test_qwen_s_layers_slide_as_its_config_says() -> None:
     mistral = tiny_dense(architecture="mistral").to_hf()
     for table in (mistral, {key: value for key, value in mistral.items() if key != "sliding_window"}):
         assert ModelConfig.from_hf(table).window(0) == transformers.MistralConfig(**table).sliding_window
+
+
+def test_texts_beyond_the_old_context_are_read_where_yarn_stretches_it(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["12 + 13 = 25 and 7 + 8 = 15 are sums of two terms."], 460)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    config = tiny_dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=16, rope_scaling=None)
+    save_folder(Transformer.create(config, 7), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rope_scaling": yarn}))  # Qwen's recipe
+    model, _ = load_folder(tmp_path)
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    prompt = list(range(100, 140))
+    answer = Engine(model, tokenizer).generate([prompt], Sampling(temperature=0, max_tokens=8))[0]
+    ids = torch.tensor([prompt + answer.token_ids])
+    with torch.no_grad():
+        assert answer.token_ids == theirs(input_ids=ids).logits[0, 39:-1].argmax(-1).tolist()
+    with pytest.raises(EngineError):
+        Engine(model, tokenizer).generate([[5] * 65], Sampling(max_tokens=1))

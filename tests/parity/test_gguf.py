@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-3
 check = functools.partial(
     settings,
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
@@ -46,7 +47,7 @@ def apart(ours: Transformer, theirs: Any, seed: int) -> float:
 
 
 def writable(config: ModelConfig) -> ModelConfig:
-    """What a GGUF file can say: interleaved pairs, whole heads that turn, one mscale, biases of qwen2 only."""
+    """What a GGUF file can say: interleaved pairs, one mscale, biases of llama and qwen2, groups that limit."""
     scaling = config.rope_scaling
     if scaling and scaling.get("rope_type") == "llama3":
         scaling = None
@@ -55,7 +56,10 @@ def writable(config: ModelConfig) -> ModelConfig:
         scaling = {key: value for key, value in scaling.items() if key not in both}
         scaling |= dict.fromkeys(both, config.rope_scaling["mscale_all_dim"]) if config.is_mla else {}
     bias = config.architecture == "qwen2" or (config.attention_bias and config.architecture == "llama")
-    return config.replace(rope_interleave=True, rope_scaling=scaling, attention_bias=bias)
+    plain = {"rope_interleave": True, "sliding_window": None, "layer_types": None}
+    if config.topk_method == "greedy":
+        plain |= {"n_group": 1, "topk_group": 1}
+    return config.replace(**plain, rope_scaling=scaling, attention_bias=bias)
 
 
 @pytest.mark.parametrize("kind", list(HF_CLASS))
@@ -114,13 +118,21 @@ def test_the_divisors_of_llama_3_become_its_four_numbers(tmp_path: Path) -> None
     assert apart(ours, oracle(model.config, tmp_path, model), 1) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("split", [True, False])
+EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")  # others are rounded anew, and a router takes another expert for it
+
+
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        *((kind, split) for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K") for split in (True, False)),
+        *(("Q5_0", True), ("Q5_1", False), ("Q2_K", True), ("Q3_K", False), ("Q5_K", True)),
+    ],
+)
 def test_a_quantised_file_computes_what_its_dequantised_weights_compute(kind: str, split: bool, tmp_path: Path) -> None:
     config = ModelConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=2, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=32,
-        v_head_dim=128, n_routed_experts=0 if "K" in kind else 4, n_shared_experts=1, num_experts_per_tok=2,
+        v_head_dim=128, n_routed_experts=4 if kind in EXACT else 0, n_shared_experts=1, num_experts_per_tok=2,
         first_k_dense_replace=1, initializer_range=0.05,
     )  # fmt: skip
     model = Transformer.create(config, 1)
@@ -135,7 +147,7 @@ def test_a_quantised_file_computes_what_its_dequantised_weights_compute(kind: st
     tokens = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         difference = (ours(tokens) - model(tokens)).abs().max() / model(tokens).abs().max()
-    assert difference <= (TOLERANCE if kind in ("Q4_0", "Q4_1", "Q8_0") else 0.02), difference
+    assert difference <= (TOLERANCE if kind in EXACT else 0.03), difference
 
 
 @torch.no_grad()
@@ -170,7 +182,14 @@ def test_prediction_modules_come_along(tmp_path: Path) -> None:
     disturb(model, 6)
     later = {file_name(name, config): weight for name, weight in model.state_dict().items() if name.startswith("mtp.")}
     keys = {"deepseek2.block_count": 3, "deepseek2.nextn_predict_layers": 1}
-    ours, _ = sprat.load(write(model, tmp_path / "whole.gguf", split=False, extra=later, keys=keys))
+    own = {"embed_tokens": model.embed_tokens.weight, "shared_head_head": model.head.weight}
+    own = {f"blk.2.nextn.{leaf}.weight": weight for leaf, weight in own.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours, _ = sprat.load(write(model, tmp_path / "whole.gguf", split=False, extra=later | own, keys=keys))
+    other = later | own | {"blk.2.nextn.shared_head_head.weight": model.head.weight + 1}
+    with pytest.warns(UserWarning, match="not copies: blk.2.nextn.shared_head_head.weight"):
+        sprat.load(write(model, tmp_path / "other.gguf", split=False, extra=other, keys=keys))
     bare, _ = sprat.load(write(model, tmp_path / "bare.gguf", keys=keys))  # announced, and left out
     assert "blk.2.nextn.eh_proj.weight" in later and len(bare.mtp) == 0
     tokens = torch.arange(12)[None]
@@ -178,3 +197,55 @@ def test_prediction_modules_come_along(tmp_path: Path) -> None:
         drafted = ours.mtp_hidden(ours.hidden(tokens), tokens).x_BTD
         assert torch.equal(drafted, model.mtp_hidden(model.hidden(tokens), tokens).x_BTD)
         assert torch.allclose(bare(tokens), model(tokens), atol=1e-5)
+
+
+def scaled(path: Path, keys: dict[str, Any], **changes: Any) -> tuple[Transformer, ModelConfig]:
+    """(the model of a file with ``keys``, its config as transformers would have it)."""
+    config = ModelConfig(architecture="llama", max_position_embeddings=256, **{**DENSE, **changes})
+    table = {f"llama.rope.{key}": value for key, value in keys.items()}
+    return sprat.load(write(Transformer.create(config, 1), path / "model.gguf", keys=table))[0], config
+
+
+YARN = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # as llama.cpp's oldest files have it
+        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # llama.cpp's default type
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}),
+        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        (
+            YARN | {"scaling.attn_factor": 0.9, "scaling.yarn_ext_factor": 1.0},
+            {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+                "attention_factor": 0.9 * 1.1386294,  # of 1 + ln(4) / 10
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_every_way_to_stretch_positions_is_followed(
+    keys: dict[str, Any], scaling: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    ours, plain = scaled(tmp_path, keys)
+    expected = plain.replace(rope_scaling=scaling)
+    assert apart(ours, oracle(expected, tmp_path, Transformer.create(expected, 1)), 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("architecture", "held"), [("llama", ("q", "k", "v")), ("qwen2", ()), ("qwen3", ("q", "k", "v")), ("llama", ("v",))]
+)
+def test_biases_that_a_file_leaves_out_are_zero(architecture: str, held: tuple[str, ...], tmp_path: Path) -> None:
+    model = Transformer.create(ModelConfig(architecture=architecture, attention_bias=True, **DENSE), 1)
+    disturb(model, 2)
+    with torch.no_grad():
+        for layer in model.layers:
+            for name in {"q", "k", "v", "o"} - {*held}:
+                bias = getattr(layer.self_attn, f"{name}_proj").bias
+                if bias is not None:
+                    bias.zero_()
+    left_out = [rf"attn_{name}\.bias" for name in {"q", "k", "v", "output"} - {*held}]
+    ours, _ = sprat.load(write(model, tmp_path / "model.gguf", without="|".join(left_out)))
+    assert apart(ours, oracle(model.config, tmp_path, model), 3) <= TOLERANCE

@@ -123,14 +123,15 @@ void product(const Weights& w, nb::ndarray<const float, nb::ndim<2>, nb::c_conti
 template <class T>
 using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// One token for each row of logits, and the logarithm of its sum; whether all rows were finite. See sample.h.
+// One token for each row of logits, its greatest logit, and the logarithm of its sum; whether all rows were finite. See
+// sample.h.
 bool pick(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index vocab, Column<float> temperature, Column<Index> top_k,
           Column<float> top_p, Column<float> min_p, Column<double> noise, nb::ndarray<Index, nb::c_contig, nb::device::cpu> tokens,
-          nb::ndarray<float, nb::c_contig, nb::device::cpu> sums) {
+          nb::ndarray<float, nb::c_contig, nb::device::cpu> tops, nb::ndarray<float, nb::c_contig, nb::device::cpu> sums) {
     const std::size_t rows = logits.shape(0);
     const Index width = static_cast<Index>(logits.shape(1));
     if (logits.stride(1) != 1 || vocab < 1 || vocab > width) refuse("logits of odd shape");
-    for (const std::size_t size : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), noise.size(), tokens.size(), sums.size()}) {
+    for (const std::size_t size : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), noise.size(), tokens.size(), tops.size(), sums.size()}) {
         if (size != rows) refuse("settings for another number of rows");
     }
     nb::gil_scoped_release free;
@@ -140,6 +141,7 @@ bool pick(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index v
         const Dials dials{temperature.data()[r], top_p.data()[r], min_p.data()[r], top_k.data()[r], noise.data()[r]};
         const Pick got = sampler.pick(logits.data() + static_cast<Index>(r) * logits.stride(0), vocab, width, dials);
         tokens.data()[r] = got.token;
+        tops.data()[r] = got.top;
         sums.data()[r] = got.sum;
         fine = fine && got.token >= 0;
     }
@@ -352,5 +354,5 @@ NB_MODULE(SPRAT_MODULE, m) {
     m.def("product", &product, "weights"_a, "rows"_a, "out"_a, "threads"_a);
     m.def("lay_codes", &lay_codes);
     m.def("lay_marks", &lay_marks);
-    m.def("pick", &pick, "logits"_a, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "noise"_a, "tokens"_a, "sums"_a);
+    m.def("pick", &pick, "logits"_a, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "noise"_a, "tokens"_a, "tops"_a, "sums"_a);
 }

@@ -3,6 +3,7 @@
 // min-p. Only what a truncation may keep is ever sorted.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -17,19 +18,31 @@ struct Dials {
 };
 struct Pick {
     Index token;  // -1: the row is not finite
-    float sum;    // the logarithm of the sum of e^(logit / temperature)
+    float top;    // the greatest logit of the vocabulary
+    float sum;    // the logarithm of the sum of e^((logit - top) / temperature)
 };
 
 class Sampler {
 public:
-    // `vocab` ids may be picked; all `width` ids count for the sum.
+    // `vocab` ids may be picked; all `width` ids count for the sum. The greatest logit is subtracted before anything is
+    // divided, so no temperature is too low; ids behind the vocabulary, however likely, take nothing from the others.
     Pick pick(const float* logits, Index vocab, Index width, const Dials& d) {
-        const float heat = 1.0f / d.temperature, top = greatest(logits, width);
-        if (!std::isfinite(top)) return {-1, 0.0f};
-        const double total = weigh(logits, width, heat, top);
-        if (!std::isfinite(total)) return {-1, 0.0f};
+        const float heat = std::min(1.0f / d.temperature, FLT_MAX), top = greatest(logits, vocab);
+        if (!std::isfinite(top)) return {-1, 0.0f, 0.0f};
+        double beyond = -INFINITY;
+        if (width > vocab) {
+            const float high = greatest(logits + vocab, width - vocab), base = high > -INFINITY ? high : 0.0f;
+            const double rest = weigh(logits + vocab, width - vocab, heat, base);
+            if (!std::isfinite(high) && high > 0.0f) return {-1, 0.0f, 0.0f};
+            if (!std::isfinite(rest)) return {-1, 0.0f, 0.0f};
+            beyond = std::log(rest) + (static_cast<double>(base) - top) / d.temperature;
+        }
+        const double total = weigh(logits, vocab, heat, top);
+        if (!std::isfinite(total)) return {-1, 0.0f, 0.0f};
+        const double own = std::log(total), most = std::max(own, beyond);
+        const double sum = most + std::log(std::exp(own - most) + std::exp(beyond - most));
         const bool cut = d.top_k > 0 || d.top_p < 1.0f || d.min_p > 0.0f;
-        return {cut ? among_kept(vocab, d) : among_all(vocab, d.noise), top * heat + static_cast<float>(std::log(total))};
+        return {cut ? among_kept(vocab, d) : among_all(vocab, d.noise), top, static_cast<float>(sum)};
     }
 
 private:

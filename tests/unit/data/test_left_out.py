@@ -119,8 +119,10 @@ def test_a_folder_with_nothing_to_read_says_what_was_there(tmp_path: Path) -> No
 
 
 def test_the_data_stage_notes_it_and_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "mine"
+    text = tmp_path / os.fsdecode(b"mine\xe9")  # a name that is no UTF-8, as old disks have them
     text.mkdir()
+    (text / os.fsdecode(b"caf\xe9.html")).write_text("<p>")
+    (text / "two\nlines.html").write_text("<p>")
     for number in range(40):
         (text / f"{number}.txt").write_text(f"File {number} says: {'word ' * number}and no more than that.\n" * 20)
     (text / "table.csv").write_text("a,b")
@@ -130,11 +132,11 @@ def test_the_data_stage_notes_it_and_says_it(tmp_path: Path, capfd: pytest.Captu
     data(road, text)
     (source,) = json.loads((road.path("data") / "run.json").read_text())["facts"]["sources"]
     told = {one["why"]: one["count"] for one in source["left_out"]}
-    assert told.pop("files of other kinds than .txt, .md, .rst, .py, .jsonl, .parquet") == 1
+    assert told.pop("files of other kinds than .txt, .md, .rst, .py, .jsonl, .parquet") == 3
     assert told.pop("documents that others say too") == 1
     assert source["documents"] + told.pop("documents beyond data.text_bytes=20000") == 40
     said = capfd.readouterr().err
-    assert "not learned from: 1 files of other kinds than" in said and "(table.csv)" in said
+    assert "not learned from: 3 files of other kinds than" in said and ", table.csv, " in said
     assert all(finding.ok for finding in verify(road.folder))
     (road.folder / "corpus" / "documents.jsonl").open("a").write("{}")
     assert [finding.subject for finding in verify(road.folder) if not finding.ok] == ["corpus"]

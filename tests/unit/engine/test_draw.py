@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import BLOCK, Weights, draw, greatest, inverse_cdf, truncate, uniform
+from sprat.engine.draw import BLOCK, Scale, Weights, draw, draw_here, greatest, inverse_cdf, logprob, truncate, uniform
 from sprat.errors import EngineError
 
 
@@ -47,10 +49,15 @@ def test_noise_is_uniform_and_a_pure_function_of_key_and_position() -> None:
     assert abs(np.corrcoef(noise, uniform(key, position + 1))[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("way", ["native", "numpy"])
 @pytest.mark.parametrize(
     "cut", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9, "min_p": 0.02}]
 )
-def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(cut: dict[str, float]) -> None:
+def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(
+    cut: dict[str, float], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "numpy":
+        monkeypatch.setattr("sprat.engine.draw.native", lambda: None)
     logits = torch.randn(1, 150, generator=torch.Generator().manual_seed(0)) * 2
     rows, heat = 20_000, 1.3
     noise = uniform(np.random.default_rng(1).integers(0, 2**63, rows).astype(np.uint64), np.zeros(rows, np.int64))
@@ -70,7 +77,9 @@ def test_a_token_of_weight_zero_is_never_chosen(vocab: int, seed: int, noise: fl
     weight = rng.random((3, vocab), np.float32) * (rng.random((3, vocab)) < 0.3)
     weight[:, seed % vocab] = 1e-6
     blocks = np.pad(weight, ((0, 0), (0, -vocab % BLOCK))).astype(np.float32).reshape(3, -1, BLOCK)
-    weights = Weights(blocks, blocks.sum(-1).astype(np.float64), np.zeros(3, np.float32))
+    weights = Weights(
+        blocks, blocks.sum(-1).astype(np.float64), Scale(np.zeros(3, np.float32), np.zeros(3, np.float32))
+    )
     chosen = inverse_cdf(weights, np.full(3, noise))
     assert (weight[np.arange(3), chosen] > 0).all()
 
@@ -106,6 +115,79 @@ def test_truncation_keeps_what_the_definitions_say(
     nothing = set((weight == 0).nonzero()[:, 0].tolist())
     assert set(ids.tolist()) == kept_naively(weight, top_k, top_p, min_p) - nothing
     assert (np.diff(ids) > 0).all() and (kept == weight.numpy()[ids]).all()
+
+
+WAYS = {"native": draw, "numpy": draw_here}
+DRAWS = int(os.environ.get("SPRAT_DRAWS", "400"))  # the whole fuzz is 20,000
+
+
+def oracle(
+    logits: NDArray[np.float32], heat: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, vocab: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """In float64, from the definitions: the shares that may be drawn, and the log-probabilities of the whole row."""
+    scaled = (logits.astype(np.float64) - float(logits[:vocab].max())) / float(heat)
+    most = scaled.max()
+    whole = scaled - (most + np.log(np.exp(scaled - most).sum()))
+    weight = np.exp(scaled[:vocab])
+    order = np.lexsort((np.arange(vocab), -weight))[: top_k or None]
+    mass = np.concatenate(([0.0], weight[order].cumsum()))
+    reached = mass[:-1] < float(top_p) * mass[-1] if top_p < 1 else np.full(len(order), True)
+    kept = order[(reached | (np.arange(len(order)) == 0)) & (weight[order] >= float(min_p) * weight[order[0]])]
+    share = np.zeros(vocab)
+    share[kept] = weight[kept]
+    return share / share.sum(), whole
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_extreme_settings_draw_what_float64_says(way: str) -> None:
+    chance = np.random.default_rng(5)
+    heats = [1e-45, 1e-40, 2.9e-39, 2.95e-39, 1e-38, 1e-30, 1e-12, 1e-6, 1e-3, 0.02, 0.3, 1.0, 1.7, 40.0, 100.0]
+    tails = [0.0, 1e-45, 1e-30, 1e-7, 0.03, 0.5, 1.0]
+    for number in range(DRAWS):
+        vocab = int(chance.choice([1, 2, 5, 127, 128, 300]))
+        width = vocab + int(chance.choice([0, 0, 1, 9]))
+        spread = float(chance.choice([1e-30, 1e-3, 1.0, 8.0, 300.0, 1e30, 3e38]))
+        logits = (chance.uniform(-1, 1, (1, width)) * spread).astype(np.float32)
+        if chance.random() < 0.2:  # as a grammar leaves them
+            logits[0, chance.random(width) < 0.7] = -np.inf
+            logits[0, int(chance.integers(vocab))] = np.float32(spread)
+        if chance.random() < 0.2:
+            logits[0, vocab:] = logits[0, :vocab].max() * np.float32(0.5) + np.float32(min(spread, 1e38))
+        heat, top_k = np.float32(chance.choice(heats)), int(chance.choice([0, 0, 1, 2, 40, 2**31 - 1]))
+        top_p, min_p = np.float32(chance.choice([1e-45, 1e-7, 0.4, 0.999, 1, 1])), np.float32(chance.choice(tails))
+        if spread < heat / 100:  # all weights are nearly 1, and which is greatest is up to rounding
+            top_k, top_p, min_p = 0, np.float32(1), np.float32(0)
+        noise = float(chance.choice([0.0, 1e-12, 1 - 2.0**-53, *chance.random(4)]))
+        columns = (np.array([heat]), np.array([top_k]), np.array([top_p]), np.array([min_p]), np.array([noise]))
+        tokens, scale = WAYS[way](logits, *columns, vocab)
+        share, whole = oracle(logits[0], heat, top_k, top_p, min_p, vocab)
+        token, what = int(tokens[0]), (number, heat, spread, top_k, top_p, min_p, noise, vocab, width)
+        reached = share.cumsum()
+        assert 0 <= token < vocab, what
+        # What float32 rounds may move an edge of the interval of a token, or what a truncation keeps, by a little.
+        assert reached[token] - share[token] - 1e-4 <= noise <= reached[token] + 1e-4 or edge(share, token), what
+        found = float(logprob(logits[0, [token]], columns[0], scale)[0])
+        right = max(float(whole[token]), -3.4028235e38)
+        assert abs(found - right) <= 1e-5 + 1e-6 * abs(right), (*what, found, right)
+
+
+def edge(share: NDArray[np.float64], token: int) -> bool:
+    """Whether ``token`` is as likely as the least likely that is kept, so that rounding decides."""
+    return bool(share[share > 0].min() < 1e-4 or abs(share[token] - share[share > 0].min()) < 1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ids_behind_the_vocabulary_take_nothing_from_what_may_be_drawn(way: str) -> None:
+    rows = 4000
+    logits = np.tile(np.array([[0.0, 1.0, 2.0, 500.0]], np.float32), (rows, 1))
+    columns = [
+        np.full(rows, value, kind) for value, kind in ((1, np.float32), (0, int), (1, np.float32), (0, np.float32))
+    ]
+    tokens, scale = WAYS[way](logits, *columns, np.random.default_rng(0).random(rows), 3)  # type: ignore[arg-type]
+    weight = np.exp(np.arange(3.0))
+    statistic, cells = chi_square(tokens, weight / weight.sum() * rows)
+    assert cells == 3 and statistic < 16.3  # 2 degrees of freedom, p = 0.0003
+    assert logprob(logits[:1, 2], columns[0][:1], Scale(scale.top_R[:1], scale.sum_R[:1])) == pytest.approx(-498)
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:

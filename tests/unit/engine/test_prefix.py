@@ -18,7 +18,7 @@ from sprat.errors import EngineError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 from sprat.trust import atomic
-from tests.unit.engine.fake import Fake
+from tests.unit.engine.fake import Fake, oracle
 
 HOW = Sampling(temperature=0, max_tokens=5)
 PROMPT = [7 + place % 90 for place in range(140)]
@@ -52,6 +52,23 @@ def test_only_what_is_the_same_up_to_there_is_found(model: Transformer, tokenize
     assert hits(engine, PROMPT[:129]) == 128
     assert hits(engine, [*PROMPT[:100], 1, 1, 1]) == 100, "a block is shared as far as it goes"
     assert hits(engine, [*PROMPT[:30], 1]) == 30
+
+
+def test_a_block_is_found_behind_its_own_text_only(model: Transformer, tokenizer: Tokenizer) -> None:
+    first, other, shared = ([start + place % 50 for place in range(64)] for start in (10, 100, 200))
+    engine = engine_of(model, tokenizer)
+    for prompt in ([*first, *shared, 7], [*other, 9, 9]):
+        assert hits(engine, prompt) == 0
+    asked = [*other, *shared, *shared, 7]
+    output = engine.generate([asked], HOW, tenant=ALICE)[0]
+    assert output.usage.cache_hit_tokens == 64, "the second block was computed behind another first one"
+    assert output.token_ids == oracle(asked, 5, model.config.vocab_size, tokenizer.vocab_size, tokenizer.ids.eos)
+
+
+def test_what_begins_as_another_tenants_prompt_does_is_not_borrowed(model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = engine_of(model, tokenizer)
+    hits(engine, PROMPT[:40], ALICE)
+    assert [hits(engine, [*PROMPT[:30], 1, number], BOB) for number in (1, 2)] == [0, 31], "his own only"
 
 
 def test_the_answer_is_part_of_the_next_turn(model: Transformer, tokenizer: Tokenizer) -> None:

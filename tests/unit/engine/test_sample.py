@@ -199,10 +199,14 @@ def test_a_broken_rule_fails_its_own_request_alone(tokenizer: Tokenizer, heat: f
 def test_a_broken_model_is_named_and_not_sampled(
     tokenizer: Tokenizer, heat: float, rules: tuple[Processor, ...]
 ) -> None:
-    logits = torch.zeros(2, tokenizer.vocab_size)
+    logits = logits_of(3, tokenizer)
+    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat, logprobs=True)] * 3, rules=rules)
+    plain = sampler.sample(logits, np.arange(3))
     logits[1, 3] = torch.nan
-    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat)] * 2, rules=rules)
     with pytest.raises(EngineError, match="not finite"):
-        sampler.sample(logits, np.arange(2))
-    with pytest.raises(EngineError, match="not finite"):
-        sampler.sample(logits[1:], np.arange(1, 2))
+        sampler.sample(logits[1:2], np.arange(1, 2))
+    found = sampler.sample(logits, np.arange(3))
+    assert list(found.faults) == [1] and "not finite" in str(found.faults[1])
+    assert found.logprobs_R is not None and plain.logprobs_R is not None
+    for row in (0, 2):
+        assert (found.tokens[row], found.logprobs_R[row]) == (plain.tokens[row], plain.logprobs_R[row])

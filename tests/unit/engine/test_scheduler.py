@@ -87,6 +87,60 @@ def test_who_makes_way_says_the_same_in_the_end(drafter: Transformer, tokenizer:
     assert tight.stats().blocks <= 6 and tight.check() == []
 
 
+def test_the_youngest_of_the_most_served_tenant_makes_way_and_comes_back_first(
+    drafter: Transformer, tokenizer: Tokenizer
+) -> None:
+    # Five blocks. A's two requests and B's one hold one each until they have 64 tokens; then all need a second one. By
+    # hand: A was served twice what B was, so B and A's older request get theirs, and A's younger one makes way.
+    engine, _ = engine_of(drafter, tokenizer, cache_bytes=5 * Fake.block_bytes, max_batch=3)
+    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.ids.eos: -100})
+    older, younger = (engine.add([5, number], how, tenant=A) for number in (1, 2))
+    single = engine.add([6, 3], how, tenant=B)
+    waits = engine.add([7, 4], how, tenant=A)
+    while not engine.stats().preempted:
+        engine.step()
+    scheduler = engine.core.scheduler
+    assert sorted(sequence.id for sequence in scheduler.running) == [older, single]
+    assert [sequence.id for sequence in scheduler.tenants.waiting] == [younger, waits]
+    order: list[int] = []
+    while engine.busy:
+        order += [handle.id for handle in engine.step()]
+    assert order[-1] == waits and engine.check() == []
+
+
+def test_the_oldest_keeps_its_place_though_a_stranger_is_younger(drafter: Transformer, tokenizer: Tokenizer) -> None:
+    engine, _ = engine_of(drafter, tokenizer, cache_bytes=3 * Fake.block_bytes)
+    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.ids.eos: -100})
+    served = engine.add([5 + place % 90 for place in range(60)], how, tenant=A)  # 60 tokens to B's 2
+    stranger = engine.add([6, 3], how, tenant=B)
+    while not engine.stats().preempted and engine.busy:
+        engine.step()
+    assert [sequence.id for sequence in engine.core.scheduler.running] == [stranger]
+    assert [sequence.id for sequence in engine.core.scheduler.tenants.waiting] == [served]
+
+
+def test_tenants_are_served_alike_and_absence_earns_nothing(model: Transformer, tokenizer: Tokenizer) -> None:
+    engine, _ = engine_of(model, tokenizer, max_batch=1)
+    how = Sampling(temperature=0, max_tokens=4, logit_bias={tokenizer.ids.eos: -100})
+    short = Sampling(temperature=0, max_tokens=1)
+    first = [engine.add([5, number], how, tenant=A) for number in range(6)]
+    ended: list[int] = []
+    while len(ended) < 3:
+        ended += [handle.id for handle in engine.step()]
+    late = [engine.add([6, number], how, tenant=B) for number in range(6)]  # from now on turn by turn, not six at once
+    while engine.busy:
+        ended += [handle.id for handle in engine.step()]
+    turns = ["A" if number in first else "B" for number in ended[3:]]
+    assert turns.count("B") == 6 and "".join(turns).index("BBB") >= 5
+    # A prompt of 190 tokens counts: while B's are short, it has many turns before A's next one.
+    long = [engine.add([9, *range(5, 150)], short, tenant=A), engine.add([8, *range(5, 150)], short, tenant=A)]
+    many = [engine.add([7, number], short, tenant=B) for number in range(9)]
+    ended = []
+    while engine.busy:
+        ended += [handle.id for handle in engine.step()]
+    assert ended == [long[0], *many, long[1]] and late
+
+
 def test_twins_compute_their_prompt_once_and_share_its_blocks(model: Transformer, tokenizer: Tokenizer) -> None:
     engine, fake = engine_of(model, tokenizer, max_batch=32)
     outputs = engine.generate([LONG, LONG[:64], LONG[:63]], Sampling(max_tokens=20, n=8))

@@ -74,7 +74,7 @@ LIES = {
     "rank": (swap(A, struct.pack("<I2QIQ", 9, 64, 2, 2, 0)), "tensor 'a.weight': it has 9 dimensions"),
     "nothing": (swap(A, struct.pack("<I2QIQ", 2, 64, 0, 2, 0)), "its dimensions are"),
     "overflow": (swap(A, struct.pack("<I2QIQ", 2, 1 << 40, 2, 2, 0)), "its dimensions are"),
-    "type": (swap(A, struct.pack("<I2QIQ", 2, 64, 2, 10, 0)), "its type Q2_K is not one of"),
+    "type": (swap(A, struct.pack("<I2QIQ", 2, 64, 2, 20, 0)), "its type IQ4_NL is not one of"),
     "blocks": (swap(A, struct.pack("<I2QIQ", 2, 33, 2, 2, 0)), "no whole blocks of Q4_0"),
     "beyond": (swap(B, struct.pack("<IQIQ", 1, 3, 0, 1 << 40)), "tensor 'b': it ends at byte"),
     "askew": (swap(B, struct.pack("<IQIQ", 1, 3, 0, 97)), "tensor 'b': its offset 97"),

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ import sprat
 from sprat import quant
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine, Sampling
+from sprat.engine.intake import ends
 from sprat.errors import CheckpointError
 from sprat.gguf import weights
 from sprat.gguf.decode import Job
@@ -74,6 +76,16 @@ FAULTS: list[tuple[Transformer, dict[str, Any], str]] = [
     (model(), {"keys": {"llama.expert_count": 8}}, "llama.expert_count': experts are known for deepseek2 only"),
     (model(), {"keys": {"llama.rope.dimension_count": 8}}, "heads of 16 must turn"),
     (model(), {"keys": {"llama.attention.sliding_window": 512}}, "attention.sliding_window': this is not supported"),
+    (model(), {"keys": {"llama.attention.causal": False}}, "attention.causal': attention to later tokens"),
+    (model(), {"keys": {"llama.use_parallel_residual": True}}, "use_parallel_residual': its value True is not under"),
+    (model(), {"keys": {"llama.logit_scale": 0.5}}, "llama.logit_scale': its value 0.5"),
+    (model(), {"keys": {"llama.attention.temperature_scale": 0.1}}, "temperature_scale': its value 0.1"),
+    (model(), {"keys": {"llama.rope.dimension_sections": [8, 8, 0, 0]}}, "dimension_sections': its value"),
+    (model(), {"keys": {"llama.rope.scaling.attn_factor": 1.3}}, "attn_factor': 1.3 is known with yarn only"),
+    (model(), {"keys": {"qwen2.block_count": 2}}, "qwen2.block_count': this is not understood beside"),
+    (model(), {"keys": {"general.type": "adapter"}}, "general.type': this is no model but 'adapter'"),
+    (model(), {"keys": {"clip.has_vision_encoder": True}}, "clip.has_vision_encoder': this is not understood"),
+    (model(), {"keys": {"general.quantization_version": 3}}, "quantization_version': version 3"),
     (model(), {"keys": {"split.count": 3}}, "split.count': this is one part"),
     (model(), {"extra": {"blk.0.mystery.weight": torch.zeros(2, 2)}}, "tensor 'blk.0.mystery.weight' is not part"),
     (model(), {"extra": {"rope_freqs.weight": torch.ones(3)}}, "rope_freqs.weight': these are not"),
@@ -95,6 +107,31 @@ def test_a_file_that_does_not_hold_together_is_named(
     with pytest.raises(CheckpointError, match=words) as caught:
         sprat.load(path)
     assert str(path) in caught.value.where and caught.value.todo
+
+
+def test_keys_that_ask_for_nothing_are_no_hindrance_and_unheard_of_ones_are_named(tmp_path: Path) -> None:
+    nothing = {
+        "llama.vocab_size": 64, "llama.attention.causal": True, "llama.attention.sliding_window": 4096,
+        "llama.logit_scale": 1.0, "llama.pooling_type": 0, "llama.use_parallel_residual": False,
+        "llama.rope.scaling.finetuned": False, "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0,
+        "llama.expert_count": 0, "llama.expert_used_count": 2, "llama.tensor_data_layout": "Meta AI original pth",
+        "general.name": "x", "general.type": "model", "general.quantization_version": 2, "general.file_type": 15,
+        "tokenizer.ggml.add_space_prefix": False, "quantize.imatrix.entries_count": 224,
+        "mradermacher.quantized_by": "x",
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, _ = sprat.load(write(model(), tmp_path / "model.gguf", keys=nothing))
+    assert loaded.config.rope_scaling is None
+    odd = {"somebody.idea": 1, "tokenizer.ggml.new_rule": True, "tokenizer.ggml.add_eos_token": True}
+    with pytest.warns(UserWarning, match=r"somebody\.idea, tokenizer\.ggml\.new_rule, tokenizer\.ggml\.add_eos_token"):
+        sprat.load(write(model(), tmp_path / "odd.gguf", keys=odd))
+
+
+def test_the_ends_of_turns_and_messages_end_an_answer(tmp_path: Path) -> None:
+    keys = {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 1}
+    loaded, words = sprat.load(write(model(), tmp_path / "model.gguf", keys=keys))
+    assert ends(loaded.config, words) == {0, 1}
 
 
 def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sprat.kernels import fused, library
 from sprat.model.moe import MLP, Experts
+from sprat.model.norm import rms_norm
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: torch does the work")
 sizes = given(rows=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
@@ -87,3 +88,29 @@ def test_only_plain_single_precision_tensors_are_taken() -> None:
     assert fused.applies(torch.ones(1))
     assert not fused.applies(torch.ones(1, dtype=torch.float64))
     assert not fused.applies(torch.ones(1, device="meta"))
+
+
+def test_gradients_may_come_in_any_layout() -> None:
+    """What follows may hand back a transposed or an expanded gradient."""
+    both, x, gain = (random(*shape, seed=n).requires_grad_() for n, shape in enumerate([(6, 10), (6, 5), (5,)]))
+    plain = F.silu(both[:, :5]) * both[:, 5:], x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * gain
+    ours = fused.swiglu(both), rms_norm(x, gain, 1e-5)
+    for pull in (random(5, 6, seed=9).T, random(5, seed=9).expand(6, 5)):
+        for mine, theirs in zip(ours, plain, strict=True):
+            found = torch.autograd.grad(mine, (both, x, gain), pull, allow_unused=True, retain_graph=True)
+            wanted = torch.autograd.grad(theirs, (both, x, gain), pull, allow_unused=True, retain_graph=True)
+            for one, other in zip(found, wanted, strict=True):
+                assert (one is None) == (other is None)
+                assert one is None or other is None or torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_is_left_to_torch() -> None:
+    mlp, x = MLP(12, 20), random(150, 12, seed=0)
+    for seed, weight in enumerate(mlp.parameters()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = mlp(x)
+        wanted = F.linear(
+            F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight), mlp.down_proj.weight
+        )
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)

@@ -67,6 +67,32 @@ def test_a_student_approaches_its_teacher(
     assert all(weight.grad is None for weight in guesser.parameters())
 
 
+@pytest.mark.parametrize(("mode", "weight"), [("logits", 1.0), ("both", 0.3), ("both", 0.8)])
+def test_the_loss_is_hintons_mixture_and_so_is_its_gradient(
+    mode: str, weight: float, small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any
+) -> None:
+    config = CONFIG.replace(
+        mode=mode, logits_weight=weight if mode == "both" else 0.5, temperature=2.0, balance_weight=0
+    )
+    batch = batches(tokenizer, shown, ROWS).batch(0)
+    loss = distillation(guesser, config)(small, batch, config)
+    loss.total.backward()
+    found = {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
+    small.zero_grad()
+    chosen = batch.targets_BT >= 0
+    mine, goal = (net(batch.tokens_BT, segments_BT=batch.segments_BT)[chosen] for net in (small, guesser))
+    cross = torch.nn.functional.cross_entropy(mine, batch.targets_BT[chosen])
+    soft = ((goal.detach() / 2).log_softmax(-1), (mine / 2).log_softmax(-1))
+    kl = (soft[0].exp() * (soft[0] - soft[1])).sum(-1).mean()
+    expected = weight * 4 * kl + (1 - weight) * cross
+    torch.testing.assert_close(loss.total.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert loss.metrics["loss"] == pytest.approx(cross.item(), rel=1e-4)
+    expected.backward()
+    for name, value in small.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(found[name], value.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_traces_alone_are_next_token_training(
     small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
 ) -> None:

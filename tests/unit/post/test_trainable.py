@@ -24,7 +24,7 @@ from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
 SFT = SFTConfig(steps=2, batch_rows=2, seq_len=32)
-DISTILL = DistillConfig(steps=2, batch_rows=2, seq_len=32)
+DISTILL = DistillConfig(steps=2, batch_rows=2)
 RL = RLConfig(steps=1, prompts_per_step=2, group_size=2, max_tokens=4, gate=False)
 SHOWN = [("12 train", "1 2", "7")] * 4
 

@@ -63,6 +63,19 @@ def test_loss_falls_and_every_window_is_logged(
     assert result.flops > 0 and {"grad_norm", "max_violation", "lr_factor", "mtp_loss"} <= rows[0].keys()
 
 
+def test_a_row_says_the_mean_of_its_window(
+    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    rows = {}
+    for every in (1, 4):
+        run = new_run(str(every))
+        train(Transformer.create(shape, 0), source, recipe.replace(log_every=every), run)
+        rows[every] = [json.loads(line) for line in _rows(run).splitlines()]
+    for name in ("loss", "mtp_loss", "grad_norm", "max_violation"):
+        each = [row[name] for row in rows[1]]
+        assert [row[name] for row in rows[4]] == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 4])
+
+
 def test_same_seed_twice_gives_the_same_bits(
     shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:

@@ -63,8 +63,9 @@ def roads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def road(roads: Path, tmp_path: Path) -> Path:
-    """A road of this test's own, with another beside it."""
-    shutil.copytree(roads, tmp_path / "roads")
+    """A road of this test's own, with another beside it that is only read."""
+    shutil.copytree(roads / "road", tmp_path / "roads" / "road")
+    (tmp_path / "roads" / "other").symlink_to(roads / "other")
     return tmp_path / "roads" / "road"
 
 
