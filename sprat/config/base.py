@@ -47,8 +47,9 @@ C = TypeVar("C", bound=Config)
 
 # What other trainers call a key -> what it is called here.
 SAME = {
-    **dict.fromkeys(("lr", "learning_rate", "rate", "max_lr", "peak_lr"), ("muon_lr", "adam_lr", "lr")),
-    **dict.fromkeys(("batch_size", "batch", "bs", "per_device_train_batch_size"), ("batch_rows", "prompts_per_step")),
+    "lr": ("muon_lr", "adam_lr"),
+    **dict.fromkeys(("learning_rate", "rate", "max_lr", "peak_lr"), ("muon_lr", "adam_lr", "lr")),
+    **dict.fromkeys(("batch_size", "bs", "per_device_train_batch_size"), ("batch_rows", "prompts_per_step")),
     **dict.fromkeys(("max_steps", "num_steps", "iterations", "iters", "total_steps", "train_steps"), ("steps",)),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "accumulation_steps"), ("micro_batches",)),
     **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad", "clip_grad_norm"), ("grad_clip",)),
@@ -56,7 +57,7 @@ SAME = {
     **dict.fromkeys(("save_steps", "save_every", "ckpt_interval", "checkpoint_interval"), ("checkpoint_every",)),
     **dict.fromkeys(("logging_steps", "log_interval", "eval_every"), ("log_every",)),
     **dict.fromkeys(("block_size", "context_length", "max_seq_len", "max_length", "sequence_length"), ("seq_len",)),
-    **dict.fromkeys(("num_generations", "n_samples", "rollouts", "group"), ("group_size",)),
+    **dict.fromkeys(("num_generations", "n_samples", "rollouts"), ("group_size",)),
     **dict.fromkeys(("beta", "kl_coef", "kl_beta"), ("kl_weight",)),
     **dict.fromkeys(("max_new_tokens", "max_completion_length"), ("max_tokens",)),
     **dict.fromkeys(("resume_from", "resume", "resume_from_checkpoint", "checkpoint"), ("init_from",)),

@@ -8,26 +8,35 @@ from pathlib import Path
 
 import pytest
 
-from sprat.config import MoneyConfig
-from sprat.errors import ConfigError, DataError, SpratError
+from sprat.config import MoneyConfig, OptimConfig
+from sprat.config.sizes import size
+from sprat.errors import CheckpointError, ConfigError, DataError, SpratError
+from sprat.model import Transformer
 from sprat.road import data, training
 from sprat.road.places import Road
+from sprat.road.quickstart import quickstart
 from sprat.road.recipe import named
 from sprat.tokens import Tokenizer
-from sprat.trust import open_run
+from sprat.train import checkpoint, optim
+from sprat.trust import Run, digest, open_run
 
 NAMES = ("data", "pretrain", "sft", "rl-seed0", "distill")
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["one two three"], 600)
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> Path:
+def finished(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A road of finished runs that were made with other recipes; the data's tokenizer is real."""
     folder = tmp_path / "road"
     for name in NAMES:
         run = open_run(
             folder / name, stage=name, recipe=MoneyConfig(), inputs={}, seed=0, ledger=folder / "ledger.jsonl"
         )
-        Tokenizer.train(["one two three"], 600).save(run.artefact / "tokenizer")
+        tokenizer.save(run.artefact / "tokenizer")
         run.finish()
     (folder / "corpus").mkdir()
     (folder / "corpus" / "documents.jsonl").write_text("kept\n")
@@ -99,3 +108,58 @@ def test_other_ways_of_judging_make_other_runs(tmp_path: Path) -> None:
     inputs = [training.measured(Road(tmp_path, named("tiny", more))) for more in ((), ("eval.max_tokens=99",))]
     assert inputs[0] != inputs[1]
     assert training.measured(Road(tmp_path, named("tiny", ("eval.batch=7",)))) == inputs[0]
+
+
+def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
+    """The old one is set aside with its checkpoint; the new one knows it by digest, open, resumed and finished."""
+    folder = tmp_path / "road" / "pretrain"
+    model = Transformer.create(size("pico", vocab_size=64, hidden_size=16, intermediate_size=16, kv_lora_rank=16), 0)
+    first = Road(tmp_path / "road", named("tiny"))
+    opened = first.open("pretrain", "pretrain", first.recipe.pretrain, {}, 0, bool)
+    assert opened is not None
+    for step in (20, 40):
+        checkpoint.save(opened[0].checkpoints, step, model, optim.build(model, OptimConfig()), {"n": step})
+    wanted = digest.tree(folder / "checkpoints" / "step-00000020")
+
+    init_from = f"{folder}@20"
+    again = Road(tmp_path / "road", named("tiny", (f"pretrain.train.init_from={init_from}",)))
+
+    def start() -> Run | None:
+        found = again.open("pretrain", "pretrain", again.recipe.pretrain, {}, 0, bool, init_from)
+        return found and found[0]
+
+    run = start()
+    assert run is not None and run.set_aside == folder.with_name("pretrain.old-1")
+    for _ in range(2):  # the second is a start after a kill
+        assert run is not None and run.identity["inputs"]["init_from"] == {"digest": wanted}
+        found = checkpoint.source(init_from, run.folder, wanted)
+        assert found.folder == folder.with_name("pretrain.old-1") / "checkpoints" / "step-00000020"
+        run = start()
+        assert run is not None and run.set_aside is None
+    run.finish()
+    assert start() is None and len(list(folder.parent.glob("*.old-*"))) == 1
+    with pytest.raises(CheckpointError, match=r"there is \[20, 40\]"):
+        checkpoint.source(f"{folder}@30", folder)
+
+
+def test_a_recipe_that_a_late_stage_would_refuse_is_refused_before_the_first(tmp_path: Path) -> None:
+    for slip in ("rl.rl.reward=pays.py:pay", 'data.tasks=[{name="summs"}]', "distill.student.size=picoo"):
+        with pytest.raises(SpratError):
+            quickstart(tmp_path / "road", named("tiny", (slip,)))
+    assert not (tmp_path / "road").exists()
+
+
+@pytest.mark.parametrize(
+    "slip",
+    ["pretrain.train.micro_batches=3", "pretrain.train.batch_rows=1", "distill.distill.batch_rows=1", "rl.seeds=[]",
+     "rl.seeds=[0, 0]", "data.tasks=[{name='sums', weight=0}]", "sft.sft.micro_batches=4"],
+)  # fmt: skip
+def test_what_does_not_hold_together_is_refused_by_the_recipe(slip: str) -> None:
+    with pytest.raises(ConfigError):
+        named("tiny", (slip,))
+
+
+def test_one_checkpoint_cannot_start_three_seeds() -> None:
+    with pytest.raises(ConfigError, match="give one seed"):
+        named("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[0, 1]"))
+    assert named("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[1]")).rl.rl.init_from

@@ -1,0 +1,51 @@
+"""A slip of the pen in a recipe is told, with the key that was meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from sprat.config import base
+from sprat.errors import ConfigError
+from sprat.road.recipe import RoadRecipe, named
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("pretrain.train.lr", ["optim.muon_lr", "optim.adam_lr"]),
+        ("pretrain.train.learning_rate", ["optim.muon_lr", "optim.adam_lr"]),
+        ("pretrain.train.muon_lr", ["optim.muon_lr"]),  # the right key in the wrong table
+        ("pretrain.train.optim.lr", ["muon_lr", "adam_lr"]),
+        ("pretrain.train.batch_size", ["batch_rows"]),
+        ("pretrain.train.max_steps", ["steps"]),
+        ("pretrain.train.gradient_accumulation_steps", ["micro_batches"]),
+        ("pretrain.train.optim.warmup", ["warmup_steps"]),
+        ("pretrain.train.optim.max_grad_norm", ["grad_clip"]),
+        ("rl.rl.num_generations", ["group_size"]),
+        ("rl.rl.beta", ["kl_weight"]),
+        ("rl.rl.learning_rate", ["lr"]),
+        ("rl.steps", ["rl.steps"]),
+        ("sft.sft.stepz", ["steps"]),
+        ("eval.max_tokns", ["max_tokens"]),
+    ],
+)
+def test_an_unknown_key_leads_to_the_one_that_was_meant(slip: str, meant: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        named("tiny", (f"{slip}=1",))
+    assert repr(slip) in caught.value.what
+    assert caught.value.todo == f"did you mean {' or '.join(map(repr, meant))}?"
+
+
+def test_where_nothing_is_near_the_keys_are_listed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        named("tiny", ("rl.temperatur_schedule_kind=1",))
+    assert caught.value.todo == "there are rl, seeds"
+    with pytest.raises(ConfigError) as caught:
+        named("tiny", ("eval.qqq=1",))
+    assert caught.value.todo == "there are max_tokens, batch, side_problems, samples"
+
+
+def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:
+    there = {key.rpartition(".")[2] for key in base._leaves(RoadRecipe)}
+    assert {key for keys in base.SAME.values() for key in keys} <= there
+    assert there & base.SAME.keys() == {"lr"}  # RL's only rate; where two optimisers work it is one of two
