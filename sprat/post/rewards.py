@@ -20,6 +20,7 @@ from types import ModuleType
 from sprat.errors import ConfigError, TrainingError
 from sprat.tasks import Problem, Task
 from sprat.tokens import Answer, Tokenizer, split
+from sprat.tokens.chat import settled
 
 _SIGNATURE = "write it as: def function(problem, answer) -> float"
 
@@ -45,6 +46,7 @@ def read_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | 
     Args:
         finished: the model ended by itself (not cut off at the limit).
     """
+    thinking = settled(tokenizer, thinking)
     answer = split(tokenizer, ids, thinking=thinking)
     opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
     if opening < 0 or closing < 0:  # a tokenizer whose tags are ordinary text
