@@ -22,7 +22,10 @@ Think = Annotated[
     bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer, thinking included.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0.0, help="0 is greedy; left out: what the model's folder says, else greedy."),
+]
 Turns = Annotated[
     int | None,
     typer.Option("--turns", min=0, help="Past exchanges to send along; left out: 0 for a road's own model, else all."),
@@ -37,17 +40,15 @@ def run(
     ] = None,
     think: Think = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     seed: Seed = 0,
 ) -> Result:
     """Answer questions: the answer on stdout, the thinking and the count of tokens on stderr."""
     asked = prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not asked:
         raise DataError("no question was given", where="stdin", todo="write it after the model's folder")
-    from sprat.engine import Sampling
-
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
-    outputs = _engine(model).generate(asked, sampling)
+    engine = _engine(model)
+    outputs = engine.generate(asked, _sampling(engine, temperature, max_tokens, seed, think))
     for question, output in zip(asked, outputs, strict=True):
         if len(asked) > 1:
             say(f"? {question}")
@@ -62,13 +63,12 @@ def chat(
     model: ModelFolder,
     think: Think = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     seed: Seed = 0,
     turns: Turns = None,
     prices: Prices = None,
 ) -> Result:
     """Talk with a model. /think, /direct and /auto set how it thinks, /new forgets, /quit (or Ctrl-D) ends."""
-    from sprat.engine import Sampling
     from sprat.serve import meter
     from sprat.tokens.chat import Message
 
@@ -88,7 +88,7 @@ def chat(
             say(f"no such command: {line}")
         elif line:
             seen = history if kept is None else history[max(0, len(history) - 2 * kept) :]
-            sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
+            sampling = _sampling(engine, temperature, max_tokens, seed, think)
             output = _stream(engine, [*seen, Message("user", line)], sampling, stage())
             if output is None:
                 continue
@@ -167,6 +167,13 @@ def _engine(folder: Path) -> Engine:
     from sprat.engine.load import load
 
     return Engine(*load(folder), frozen=True, consume=True)
+
+
+def _sampling(engine: Engine, temperature: float | None, max_tokens: int, seed: int, think: bool | None) -> Sampling:
+    """What the command line says, else what the model's folder says; greedy where neither says a temperature."""
+    if temperature is None:
+        temperature = engine.tokenizer.generation.settings.get("temperature", 0.0)
+    return engine.sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
 
 
 def _lines() -> Iterator[str]:

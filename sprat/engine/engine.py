@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
+from typing import Any
 
 from sprat.engine import budget
 from sprat.engine.backend import BLOCK, Backend
@@ -108,6 +109,13 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
 
+    def sampling(self, **said: Any) -> Sampling:
+        """Settings of a request: what is said (None says nothing), else what the model's folder says, else our own.
+
+        A ``Sampling`` that a caller makes is taken as it is; where none is given at all, this one is.
+        """
+        return Sampling(**{**self.tokenizer.generation.settings, **{k: v for k, v in said.items() if v is not None}})
+
     def step(self) -> list[Handle]:
         """Move every request on; the requests that finished thereby.
 
@@ -134,7 +142,9 @@ class Engine:
         Raises:
             EngineError: a prompt is empty or too long, or the settings do not match the prompts.
         """
-        settings = [sampling or Sampling()] * len(prompts) if isinstance(sampling, Sampling | None) else list(sampling)
+        if sampling is None:
+            sampling = self.sampling()
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if isinstance(prompts, str) or len(settings) != len(prompts):
             fault = "prompts and settings differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
@@ -183,7 +193,7 @@ class Engine:
         Raises:
             EngineError: the prompt is empty or too long, or ``n`` is not 1.
         """
-        sampling = sampling or Sampling()
+        sampling = sampling or self.sampling()
         if sampling.n != 1:
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
         ids = self._intake.ids(prompt, sampling)
@@ -191,7 +201,7 @@ class Engine:
 
     def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = NOBODY) -> int:
         """``submit``, for callers that step the engine and need only the request's number."""
-        sampling = sampling or Sampling()
+        sampling = sampling or self.sampling()
         sequence = self._intake.sequence(self._intake.ids(prompt, sampling), sampling, tenant=tenant)
         return self._enter([sequence], streams=False)[0].id
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from sprat.engine.sequence import Delta, FinishReason, Output, Sequence, Usage
 from sprat.engine.text import Reader
-from sprat.tokens.chat import split
+from sprat.tokens.chat import settled, split
 from sprat.tokens.tokenizer import Tokenizer
 
 WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
@@ -133,13 +133,13 @@ class Handle:
     def _usage(self, reasoning: str) -> Usage:
         """Count tokens; the think tags are no reasoning."""
         sequence, ids = self.sequence, self._tokenizer.ids
-        said = sequence.token_ids
+        said, thinking = sequence.token_ids, settled(self._tokenizer, sequence.sampling.thinking)
         count = 0
         if min(ids.think_open, ids.think_close) < 0:
             count = min(len(said), len(self._tokenizer.encode(reasoning)))
-        elif sequence.sampling.thinking or (sequence.sampling.thinking is None and said[:1] == [ids.think_open]):
-            opened = 0 if sequence.sampling.thinking else 1
+        elif thinking or (thinking is None and said[:1] == [ids.think_open]):
+            opened = 0 if thinking else 1
             inside = said[opened : said.index(ids.think_close)] if ids.think_close in said else said[opened:]
-            count = sum(token != ids.eos for token in inside)
+            count = sum(token not in self._tokenizer.end_ids for token in inside)
         prompt, hit = len(sequence.prompt), max(0, sequence.hit)
         return Usage(prompt, len(said), count, hit, prompt - hit)

@@ -14,7 +14,7 @@ from sprat.engine.grammar import Grammars
 from sprat.engine.processors import build
 from sprat.engine.sampling import Sampling
 from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
-from sprat.errors import EngineError
+from sprat.errors import DataError, EngineError
 from sprat.tokens import Message, Tokenizer, render
 
 Prompt = str | Rows[Message] | Rows[int]
@@ -40,14 +40,17 @@ class Intake:
         """The ids of a prompt: a question, a conversation, or ids as they are.
 
         Raises:
-            EngineError: it is empty, or not of this vocabulary.
-            DataError: a role of the conversation is unknown.
+            EngineError: it is empty, or not of this vocabulary; a role is unknown or has no place in the chat format;
+                the model shall think and does not.
         """
         turns = [Message("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, Message)]
         if not prompt or (turns and not any(turn.content.strip() for turn in turns)):
             raise EngineError("the prompt is empty", where="prompt", todo="ask something")
         if isinstance(prompt, str) or len(turns) == len(prompt):
-            return render(self._tokenizer, turns, thinking=sampling.thinking)
+            try:
+                return render(self._tokenizer, turns, thinking=sampling.thinking)
+            except DataError as error:
+                raise EngineError(error.what, where=error.where, todo=error.todo) from None
         ids = [int(index) for index in prompt if isinstance(index, int)]
         if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab:
             fault = "the prompt holds what is no token of this model"
@@ -96,7 +99,7 @@ class Intake:
 
 
 def ends(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's, and those of config.json that are control tokens."""
+    """The ids that end an answer: those of the tokenizer and its folder, and those of config.json that are control."""
     named = config.eos_token_id
     listed = {named} if isinstance(named, int) else set(named or ())
-    return frozenset({tokenizer.ids.eos} | (listed & tokenizer.control_ids))
+    return tokenizer.end_ids | (listed & tokenizer.control_ids)

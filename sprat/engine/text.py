@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sprat.engine.sequence import Delta
-from sprat.tokens.chat import Answer
+from sprat.tokens.chat import Answer, settled
 from sprat.tokens.tokenizer import Tokenizer
 
-KEEP = 8  # tokens of context that stay in the window when it slides
-WINDOW = 64
+WINDOW = 64  # tokens that are decoded together, about
 
 
 class Decoder:
@@ -27,23 +26,30 @@ class Decoder:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._shown = 0  # characters of the window that were given out
+        self._whole = 0  # tokens of the window with which its text last ended in a whole character
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes."""
+        """The text that ``token`` completes.
+
+        A character that is not whole yet is decoded as one U+FFFD at the end, so all before it is final. The window may
+        slide only to where a character begins, and must keep what was said last: its first token loses its space.
+        """
         self._window.append(token)
         text = self._tokenizer.decode(self._window, skip_specials=True)
-        whole = text.rstrip("\ufffd")
+        whole = text.removesuffix("\ufffd")
         piece = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
-        if len(self._window) > WINDOW and whole == text:
-            self._window = self._window[-KEEP:]
-            self._shown = len(self._tokenizer.decode(self._window, skip_specials=True))
+        if piece and whole == text:
+            if len(self._window) > WINDOW:
+                self._window = self._window[self._whole :]
+                self._shown = len(self._tokenizer.decode(self._window, skip_specials=True))
+            self._whole = len(self._window)
         return piece
 
     def flush(self) -> str:
         """What is left, with U+FFFD where a character never became whole."""
         piece = self._tokenizer.decode(self._window, skip_specials=True)[self._shown :]
-        self._window, self._shown = [], 0
+        self._window, self._shown, self._whole = [], 0, 0
         return piece
 
 
@@ -57,6 +63,7 @@ class Reader:
 
     def __init__(self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        thinking = settled(tokenizer, thinking)
         self._decoder = Decoder(tokenizer)
         tags = tokenizer.format.think_tokens
         self._tags = None if min(tokenizer.ids.think_open, tokenizer.ids.think_close) >= 0 else tags
@@ -72,7 +79,7 @@ class Reader:
     def push(self, token: int) -> list[Delta]:
         """The pieces of text that ``token`` lets go."""
         ids = self._tokenizer.ids
-        if token == ids.eos or self.stopped:
+        if token in self._tokenizer.end_ids or self.stopped:
             return []
         if self._tags is None:
             if self._state == "start":

@@ -80,7 +80,7 @@ def resolve(id_or_path: str | Path) -> Path:
     except ImportError:
         raise missing from None
     try:
-        return Path(snapshot_download(str(id_or_path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(id_or_path), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:
         raise CheckpointError(
             f"the hub could not give {id_or_path!r}: {error}", where="huggingface_hub", todo="give a local folder"

@@ -25,6 +25,7 @@ from sprat.errors import ConfigError, TrainingError
 from sprat.post.reward_sources import parts
 from sprat.tasks import Problem, Task
 from sprat.tokens import Answer, Tokenizer, split
+from sprat.tokens.chat import settled
 
 log = logging.getLogger(__name__)
 SECONDS = 10.0  # for one answer, where nobody says otherwise
@@ -52,6 +53,7 @@ def read_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | 
     Args:
         finished: the model ended by itself (not cut off at the limit).
     """
+    thinking = settled(tokenizer, thinking)
     answer = split(tokenizer, ids, thinking=thinking)
     opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
     if opening < 0 or closing < 0:  # a tokenizer whose tags are ordinary text

@@ -16,7 +16,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class Desk:
     examples: list[str] = field(default_factory=list)
     turns: int | None = None
     max_tokens: int = 1024
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of sampling, where a request says nothing
     max_body_bytes: int = 1 << 20
     keyed: bool = False  # strangers ask here: none is told of the others
     created: int = field(default_factory=lambda: int(time.time()))
@@ -108,13 +109,13 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
-    """The engine's sampling settings for a request."""
+    """The engine's sampling settings for a request: what it says, else what the model's folder says."""
     from sprat.engine.sampling import Sampling
 
+    settings: dict[str, Any] = dict(desk.settings)
+    settings |= ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True)
     return Sampling(
-        temperature=ask.temperature,
-        top_k=ask.top_k,
-        top_p=ask.top_p,
+        **settings,
         max_tokens=min(ask.limit or desk.max_tokens, desk.max_tokens),
         seed=seed,
         stop=ask.stops,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ def create_app(
     max_tokens: int = 1024,
     max_requests: int = 64,
     max_body_bytes: int = 1 << 20,
+    settings: Mapping[str, float] | None = None,
     hosts: Iterable[str] = (),
     keys: Iterable[str] = (),
 ) -> FastAPI:
@@ -39,6 +40,7 @@ def create_app(
         max_tokens: the most tokens of one answer, thinking included; also the default.
         max_requests: answers at a time; one more is refused with 429.
         max_body_bytes: bound of a request body; a larger one is refused with 413.
+        settings: of sampling, for requests that say none: what the model's folder says.
         hosts: names, beside ``localhost`` and IP addresses, that a ``Host`` header may give.
         keys: API keys, each a tenant of its own; without any everybody may ask, as one tenant.
     """
@@ -52,8 +54,8 @@ def create_app(
     prices = prices if prices is not None else meter.choose(meter.load())
     traffic = Traffic(engine, meter.Meter(prices), max_requests=max_requests)
     desk = Desk(
-        traffic, name, prices, list(examples), turns=turns, max_tokens=max_tokens, max_body_bytes=max_body_bytes,
-        keyed=bool(known),
+        traffic, name, prices, list(examples), turns=turns, max_tokens=max_tokens, settings=settings or {},
+        max_body_bytes=max_body_bytes, keyed=bool(known),
     )  # fmt: skip
 
     @asynccontextmanager

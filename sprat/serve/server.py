@@ -157,6 +157,7 @@ def run(
             turns=turns,
             max_tokens=max_tokens,
             max_requests=max_requests,
+            settings=tokenizer.generation.settings,
             hosts=[*hosts, host],
             keys=keys,
         )

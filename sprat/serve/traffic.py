@@ -197,7 +197,8 @@ class Traffic:
         try:
             await answering.started()
         except EngineError as error:
-            raise RequestError(400, str(error), param="messages", code="not_possible") from error
+            param = "thinking" if error.where == "thinking" else "messages"
+            raise RequestError(400, str(error), param=param, code="not_possible") from error
         except SpratError as error:
             raise RequestError(500, str(error), code="engine_error", kind="server_error") from error
         except asyncio.CancelledError:

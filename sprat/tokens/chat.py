@@ -3,17 +3,21 @@
 Ours reads ``<|bos|><|system|>S<|user|>Q<|assistant|><think>R</think>A<|eos|>``. The think tags are
 tokens, so "thinking on" and "thinking off" are nothing but which of them the prompt already ends with:
 ``<think>`` makes the model think, ``<think></think>`` makes it answer at once, and nothing lets it choose.
+Other formats have habits: DeepSeek-R1's prompt always opens the reasoning, V3.1's closes it unless thinking is asked
+for, so saying nothing means that (``settled``). A model whose template knows no thinking cannot be asked to think.
 Reasoning of past turns is left out, as DeepSeek-R1 does: it is long, and its answer already stands there.
 What a message says is encoded as plain text; only this file writes role and think tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sprat.errors import DataError
+from sprat.tokens.formats import Part, write
 from sprat.tokens.tokenizer import Tokenizer
 
 
@@ -50,59 +54,59 @@ def render(
         generate: end with the assistant's opening; without it only the given turns are rendered.
 
     Raises:
-        DataError: there is no message, or a role is none of the three.
+        DataError: there is no message, a role is none of the three or stands where the format has no place for it, or
+            the model shall think and does not know how.
     """
+    return tokenizer.encode_parts(_parts(tokenizer, messages, thinking=thinking, generate=generate))
+
+
+def _parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, thinking: bool | None = None, generate: bool = True
+) -> list[Part]:
+    """A conversation in parts of text."""
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
-    form = tokenizer.format
-    ids = list(tokenizer.piece(form.bos))
-    if form.preamble and messages[0].role != "system":
-        messages = [Message("system", form.preamble), *messages]
-    for message in messages:
-        if message.role == "assistant":
-            ids += tokenizer.piece(form.assistant[0] + form.past)
-            ids += tokenizer.encode(message.content)
-            ids += tokenizer.piece(form.assistant[1])
-        elif message.role in ("user", "system"):
-            opening, closing = form.user if message.role == "user" else form.system
-            ids += tokenizer.piece(opening)
-            ids += tokenizer.encode(message.content)
-            ids += tokenizer.piece(closing)
-        else:
-            raise DataError(f"unknown role {message.role!r}", where="messages", todo="use system, user or assistant")
-    if generate:
-        ids += tokenizer.piece(form.assistant[0])
-        if thinking is not None:
-            ids += tokenizer.piece(form.think[0] if thinking else form.direct)
-    return ids
+    turns = [(message.role, message.content) for message in messages]
+    return write(tokenizer.format, turns, thinking=thinking, generate=generate)
+
+
+def settled(tokenizer: Tokenizer, thinking: bool | None) -> bool | None:
+    """How an answer begins that follows a prompt rendered with ``thinking``: in reasoning, in content, or either."""
+    return tokenizer.format.habit if thinking is None else thinking
 
 
 def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: str) -> tuple[list[int], list[int]]:
     """One worked example for supervised training; empty ``reasoning`` shows a terse answer.
 
+    A model that does not think is shown no think tags with a terse answer, as its own template writes none.
+
     Returns:
         ids, and a mask of the same length: 1 on what the assistant says (its end token included), else 0.
     """
     form = tokenizer.format
-    prompt = render(tokenizer, [Message("user", question)])
+    asked = None if form.habit is None else bool(reasoning)
+    prompt = _parts(tokenizer, [Message("user", question)], thinking=asked)
+    said: list[Part] = []
     if reasoning:
-        said = [*tokenizer.piece(form.think[0]), *tokenizer.encode(reasoning), *tokenizer.piece(form.think[1])]
-    else:
-        said = list(tokenizer.piece(form.direct))
-    said += tokenizer.encode(answer)
-    said.append(tokenizer.ids.eos)
-    return prompt + said, [0] * len(prompt) + [1] * len(said)
+        said += [(form.think[0] if asked is None else "", True), (reasoning, False), (form.think[1], True)]
+    elif asked is None:
+        said.append((form.direct.removeprefix(form.opening), True))
+    said.append((answer, False))
+    begin, whole = tokenizer.encode_parts(prompt), tokenizer.encode_parts(prompt + said)
+    ids = whole[len(begin) :] if whole[: len(begin)] == begin else tokenizer.encode_parts(said)
+    ids.append(tokenizer.ids.eos)
+    return begin + ids, [0] * len(begin) + [1] * len(ids)
 
 
 def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None) -> Answer:
     """Part generated ids, which follow a prompt rendered with ``thinking``, into reasoning and content.
 
-    Everything from the first end token on is dropped. With ``thinking=None`` there is reasoning only if
-    the model opened it. Reasoning that is never closed leaves the content empty.
+    Everything from the first end token on is dropped. With ``thinking=None``, and no habit of the format, there is
+    reasoning only if the model opened it. Reasoning that is never closed leaves the content empty.
     """
-    eos, opening, closing = tokenizer.ids.eos, tokenizer.ids.think_open, tokenizer.ids.think_close
-    row = [int(index) for index in ids]
-    row = row[: row.index(eos)] if eos in row else row
+    opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
+    thinking = settled(tokenizer, thinking)
+    row = list(itertools.takewhile(lambda index: index not in tokenizer.end_ids, map(int, ids)))
     if closing < 0 or opening < 0:
         return _split_text(tokenizer, tokenizer.decode(row, skip_specials=True), thinking=thinking)
     if thinking is None and row[:1] == [opening]:
@@ -112,7 +116,7 @@ def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None) ->
     closed = closing in row
     cut = row.index(closing) if closed else len(row)
     reasoning = tokenizer.decode(row[:cut], skip_specials=True)
-    content = tokenizer.decode(row[cut:], skip_specials=True)
+    content = tokenizer.decode(row[cut + 1 :], skip_specials=True)
     return Answer(_trim(tokenizer, reasoning), _trim(tokenizer, content), closed)
 
 

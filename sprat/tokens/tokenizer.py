@@ -1,17 +1,24 @@
+# size: one noun, and what it holds is used together
 """One face for every tokenizer: ours, DeepSeek's, or any Hugging Face tokenizer.json.
 
 The rule that matters for safety: **text is never a command.** If a user writes ``<|assistant|>`` or
 ``</think>`` into a question, a plain Hugging Face ``encode`` would give the ids of the real role and
 think tokens, and the question could play the assistant. So two tokenizers are built from the same
 file: one that knows the added tokens (for our own chat format and for decoding) and one from which the
-control tokens have been taken out, which spells such a string in ordinary pieces. Only
-``encode(..., specials=True)`` uses the first, and only for text that we wrote ourselves.
+control tokens have been taken out, which spells such a string in ordinary pieces. A conversation is encoded
+as a whole all the same (``encode_parts``), because SentencePiece puts a space before whatever it is given alone.
+
+Two sets of tokens are easily taken for one. **Control** tokens are never made from a user's text: special ones, and
+all that look like markup. **Hidden** ones are never shown in an answer: special ones, and those that end it.
+``<tool_call>`` is of the first set and not of the second: nobody can slip one in, and what the model says is seen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,13 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import DataError
-from sprat.tokens import formats
-from sprat.tokens.formats import Format, Specials
+from sprat.tokens import folder as beside
+from sprat.tokens import formats, template
+from sprat.tokens.folder import Generation
+from sprat.tokens.formats import Format, Part, Specials
 from sprat.trust import atomic
 
 if TYPE_CHECKING:
     import tokenizers
 
+log = logging.getLogger(__name__)
 BATCH = 1024  # texts that one call hands to the Rust side; bounds memory
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -34,44 +44,67 @@ class Tokenizer:
     """Text ↔ ids over one tokenizer.json (HF ``tokenizers``). Immutable; safe to share between threads.
 
     Attributes:
-        format: the chat format, recognised by its special tokens.
+        format: the chat format: as the folder's template writes it, else recognised by its special tokens.
         ids: ids of the special tokens (-1 where there is none).
+        end_ids: ids that end an answer: the end token, what closes the assistant's turn, and what the folder lists.
+        generation: what the folder says of sampling.
         vocab_size: number of ids, added tokens included.
         digest: SHA-256 (hex) of tokenizer.json.
     """
 
-    def __init__(self, text: str, *, config: dict[str, Any] | None = None, where: str = "tokenizer.json") -> None:
-        """Build from the text of a tokenizer.json and its tokenizer_config.json, if any.
+    def __init__(
+        self,
+        text: str,
+        *,
+        config: dict[str, Any] | None = None,
+        generation: Generation | None = None,
+        where: str = "tokenizer.json",
+    ) -> None:
+        """Build from the text of a tokenizer.json, its tokenizer_config.json and its generation_config.json, if any.
 
         Raises:
             DataError: the text is no tokenizer.json, or the tokenizer has no end token.
         """
         import tokenizers
 
+        self._json, self._config = text, dict(config or {})
         try:
             table = json.loads(text)
-            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
+            table["added_tokens"] = table["added_tokens"] or []
+            declared = _declared(table, self._config)
+            added: list[dict[str, Any]] = table["added_tokens"] + declared
+            table["added_tokens"] = added
+            whole = json.dumps(table) if declared else text
+            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(whole)
             self._full.no_padding()
             self._full.no_truncation()
-            added: list[dict[str, Any]] = table["added_tokens"] or []
             self._control = {token["content"]: int(token["id"]) for token in added if _is_control(token)}
+            self._special = {int(token["id"]) for token in added if token.get("special")}
+            self._strips = {int(token["id"]): (bool(token["lstrip"]), bool(token["rstrip"])) for token in added}
             table["added_tokens"] = [token for token in added if token["content"] not in self._control]
             table.update(padding=None, truncation=None, post_processor=None)
-            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json.dumps(table))
+            plain = json.dumps(table)
+            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain)
+            # the same for text that does not stand at the beginning
+            inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            self._inner: tokenizers.Tokenizer = self._plain if inner == plain else tokenizers.Tokenizer.from_str(inner)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"not a tokenizer: {error}", where=where, todo="give an HF tokenizer.json") from None
         except Exception as error:  # the Rust side raises bare Exception
             todo = "give the tokenizer.json of an HF fast tokenizer"
             raise DataError(f"the tokenizer cannot be read: {error}", where=where, todo=todo) from None
-        self._json = text
-        self._config = dict(config or {})
-        self._byte_level = '"ByteLevel"' in json.dumps(table.get("decoder"))
+        decoder = json.dumps(table.get("decoder"))
+        self._byte_level, self._falls_back = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
         self._pieces: dict[str, tuple[int, ...]] = {}
-        ids = self._full.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = 1 + max(ids, default=-1)
+        self._vocab: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(self._vocab.values(), default=-1)
         self.digest: str = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        self.format: Format = formats.fitted(formats.recognise(self._control), self._config)
-        self.ids: Specials = self._specials(where)
+        self.generation = generation or Generation()
+        base = formats.recognise(self._control, self._config)
+        self.ids: Specials = self._specials(base, where)
+        self.format: Format = self._format(base)
+        self._name_missing(where)
+        self.end_ids: frozenset[int] = frozenset({self.ids.eos, *self._turn_end(), *self._listed_ends(where)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, numbers: int = 200) -> Tokenizer:
@@ -93,18 +126,14 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        config_file = file.with_name("tokenizer_config.json")
         try:
             text = file.read_bytes().decode("utf-8")
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-            template = file.with_name("chat_template.jinja")
-            if isinstance(config, dict) and template.is_file():
-                config.setdefault("chat_template", template.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError("no tokenizer", where=str(file), todo="give a folder with a tokenizer.json") from None
         except ValueError as error:
-            raise DataError(f"not JSON: {error}", where=str(file.parent), todo="copy the file again") from None
-        return cls(text, config=config if isinstance(config, dict) else {}, where=str(file))
+            raise DataError(f"not UTF-8: {error}", where=str(file), todo="copy the file again") from None
+        folder = file.parent
+        return cls(text, config=beside.settings(folder), generation=beside.generation(folder), where=str(file))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
@@ -128,6 +157,9 @@ class Tokenizer:
             atomic.write_text(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
         if names:
             atomic.write_text(folder / "special_tokens_map.json", json.dumps(names, indent=2))
+        if self.generation.table:
+            text = json.dumps(self.generation.table, ensure_ascii=False, indent=2, sort_keys=True)
+            atomic.write_text(folder / beside.GENERATION, text + "\n")
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of ``text``. Without ``specials`` no control token can come out, whatever the text says."""
@@ -146,21 +178,60 @@ class Tokenizer:
             rows.extend(self._checked(text, one.ids) for text, one in zip(part, found, strict=True))
         return rows
 
+    def encode_parts(self, parts: Iterable[Part]) -> list[int]:
+        """Ids of a text of parts, encoded as a whole; control tokens come only out of those that are marked as ours.
+
+        Where no other part spells a control token, these are the ids of ``encode(text, specials=True)``: what
+        transformers makes of a rendered conversation. Where one does, the text between our control tokens is encoded
+        run by run, as the tokenizer does it by itself, and what only looks like a control token is spelled out.
+        """
+        text, expected = "", []
+        for part, ours in _joined(parts):
+            expected += [(index, len(text) + start, len(text) + end) for index, start, end in self._marks(part, ours)]
+            text += part
+        whole = self._full.encode(text, add_special_tokens=False)
+        ids: list[int] = whole.ids
+        control = self.control_ids
+        found = [(index, *span) for index, span in zip(ids, whole.offsets, strict=True) if index in control]
+        if len(found) == len(expected) and all(
+            one[0] == other[0] and one[1] <= other[1] and other[2] <= one[2]
+            for one, other in zip(found, expected, strict=True)
+        ):
+            return ids
+        ids, at, cut = [], 0, False
+        for index, start, end in [*expected, (-1, len(text), len(text))]:
+            before, behind = self._strips.get(index, (False, False))
+            run = text[at:start].lstrip() if cut else text[at:start]
+            run = run.rstrip() if before else run
+            if run:
+                encoder = self._inner if at else self._plain
+                ids += self._checked(run, encoder.encode(run, add_special_tokens=False).ids)
+            ids += [index] if index >= 0 else []
+            at, cut = end, behind
+        return ids
+
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
-        """Text of ``ids``; bytes that are no UTF-8 come out as U+FFFD. ``skip_specials`` leaves out control tokens."""
+        """Text of ``ids``; bytes that are no UTF-8 come out as U+FFFD. ``skip_specials`` leaves out hidden tokens.
+
+        Of a run of byte tokens what is UTF-8 is read, as SentencePiece does; the library alone gives up the whole run
+        for one stray byte, so that a character could vanish again that was read already.
+        """
         row = [int(index) for index in ids]
         if skip_specials:
-            control = self.control_ids
-            row = [index for index in row if index not in control]
-        text: str = self._full.decode(row, skip_special_tokens=False)
+            hidden = self.hidden_ids
+            row = [index for index in row if index not in hidden]
+        if self._falls_back and not self._byte_tokens.keys().isdisjoint(row):
+            text: str = self._full.decoder.decode(self._mended(row))
+        else:
+            text = self._full.decode(row, skip_special_tokens=False)
         return text
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that token ``index`` adds to the text; empty for control tokens and unknown ids."""
+        """The bytes that token ``index`` adds to the text; empty for hidden tokens and unknown ids."""
         return self._bytes[index] if 0 <= index < len(self._bytes) else b""
 
     def byte_length(self, ids: Sequence[int]) -> int:
-        """How many bytes of text ``ids`` stand for; control tokens count nothing."""
+        """How many bytes of text ``ids`` stand for; hidden tokens count nothing."""
         table = self._bytes
         return sum(len(table[index]) for index in ids)
 
@@ -176,14 +247,57 @@ class Tokenizer:
         return frozenset(self._control.values())
 
     @cached_property
+    def hidden_ids(self) -> frozenset[int]:
+        """Ids that an answer never shows."""
+        return self.end_ids | self._special
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        """The byte of each byte token, by id."""
+        found = ((index, _BYTE_TOKEN.fullmatch(token)) for token, index in self._vocab.items())
+        return {index: int(match[1], 16) for index, match in found if match}
+
+    def _mended(self, row: list[int]) -> list[str]:
+        """The tokens of ``row``, with U+FFFD for bytes that are no UTF-8."""
+        tokens: list[str] = []
+        run = bytearray()
+        for index in [*row, -1]:
+            if index in self._byte_tokens:
+                run.append(self._byte_tokens[index])
+                continue
+            while run:
+                good, bad = len(run), len(run)
+                try:
+                    run.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    good, bad = error.start, error.end
+                tokens += [f"<0x{byte:02X}>" for byte in run[:good]] + ["\ufffd"] * (bad > good)
+                del run[:bad]
+            token = self._full.id_to_token(index) if index >= 0 else None
+            if token is not None:
+                tokens.append(token)
+        return tokens
+
+    def _marks(self, text: str, ours: bool) -> list[tuple[int, int, int]]:
+        """Control tokens in a text of ours: id, start, end."""
+        if not ours or self._names is None:
+            return []
+        return [(self._control[found[0]], *found.span()) for found in self._names.finditer(text)]
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        """All control tokens, the longest first, as the tokenizer finds them."""
+        names = sorted(self._control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    @cached_property
     def _bytes(self) -> list[bytes]:
         """Bytes of every token, by id."""
-        vocab: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
-        alphabet = _byte_alphabet()
+        alphabet, hidden = _byte_alphabet(), self.hidden_ids
         table = [b""] * self.vocab_size
         added = {token.content for token in self._full.get_added_tokens_decoder().values()}
-        for token, index in vocab.items():
-            if token in self._control:
+        for token, index in self._vocab.items():
+            if index in hidden:
                 continue
             if self._byte_level and token not in added and all(char in alphabet for char in token):
                 table[index] = bytes(alphabet[char] for char in token)
@@ -202,29 +316,83 @@ class Tokenizer:
         parts = [self._plain.encode(part, add_special_tokens=False).ids for part in re.split(pattern, text) if part]
         return [index for part in parts for index in part if index not in self.control_ids]
 
-    def _specials(self, where: str) -> Specials:
+    def _format(self, base: Format) -> Format:
+        """The chat format: the template's, or ``base`` where there is none."""
+        found = self._config.get("chat_template")
+        if isinstance(found, list):
+            named = {row.get("name"): row.get("template") for row in found if isinstance(row, dict)}
+            found = named.get("default")
+        if not isinstance(found, str) or not found or (base is formats.OWN and found == formats.OWN_TEMPLATE):
+            return base
+        bos, eos = (formats.named(self._config, key) for key in ("bos_token", "eos_token"))
+        return template.fitted(base, found, bos, eos)
+
+    def _name_missing(self, where: str) -> None:
+        """Warn of added tokens that the folder lists and tokenizer.json does not have."""
+        listed = self._config.get("added_tokens_decoder")
+        rows = listed.values() if isinstance(listed, dict) else ()
+        names = {str(row.get("content")) for row in rows if isinstance(row, dict)}
+        if missing := sorted(names - self._vocab.keys()):
+            log.warning("%s: tokens that are listed beside it and not in it: %s", where, ", ".join(missing[:5]))
+
+    def _turn_end(self) -> list[int]:
+        """The control token that closes the assistant's turn."""
+        return [index for index, _, _ in self._marks(self.format.assistant[1], True)[:1]]
+
+    def _listed_ends(self, where: str) -> list[int]:
+        """The end tokens that the folder lists.
+
+        Raises:
+            DataError: one is no token.
+        """
+        for index in self.generation.ends:
+            if not 0 <= index < self.vocab_size:
+                todo = "correct eos_token_id of generation_config.json"
+                raise DataError(f"end token {index} is none of {self.vocab_size}", where=where, todo=todo)
+        return list(self.generation.ends)
+
+    def _specials(self, form: Format, where: str) -> Specials:
         """Find the special ids by the names of the format, else by tokenizer_config.json."""
-        form, control = self.format, self._control
+        control = self._control
 
         def find(name: str, key: str, default: int = -1) -> int:
-            declared = self._config.get(key)
-            declared = declared.get("content") if isinstance(declared, dict) else declared
-            return control.get(name, control.get(str(declared), default))
+            return control.get(name, control.get(formats.named(self._config, key), default))
 
         eos = find(form.eos, "eos_token")
         if eos < 0:
             todo = "name eos_token in tokenizer_config.json"
             raise DataError("the tokenizer has no end token", where=where, todo=todo)
-        single = {name: control.get(pair[0], -1) for name, pair in (("system", form.system), ("user", form.user))}
+        opened = {"system": form.system[0] if form.system else "", "user": form.user[0], "assistant": form.opening}
+        single = {role: control.get(text.removeprefix(form.bos), -1) for role, text in opened.items()}
         return Specials(
             bos=find(form.bos, "bos_token") if form.bos else -1,
             eos=eos,
             pad=find(form.pad, "pad_token", default=eos),
-            assistant=control.get(form.assistant[0], -1),
             think_open=control.get(form.think_tokens[0], -1),
             think_close=control.get(form.think_tokens[1], -1),
             **single,
         )
+
+
+def _joined(parts: Iterable[Part]) -> Iterable[Part]:
+    """``parts`` without lone surrogates, neighbours of one kind as one."""
+    for ours, same in itertools.groupby(parts, key=lambda part: part[1]):
+        yield "".join(_sound(text) for text, _ in same), ours
+
+
+def _declared(table: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of added_tokens for what tokenizer_config.json calls special and only the vocabulary has."""
+    vocabulary = table["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        return []
+    listed = config.get("added_tokens_decoder")
+    names = {formats.named(config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    rows = listed.values() if isinstance(listed, dict) else ()
+    names |= {str(row.get("content")) for row in rows if isinstance(row, dict) and row.get("special")}
+    names -= {token["content"] for token in table["added_tokens"]}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    found = sorted((vocabulary[name], name) for name in names if type(vocabulary.get(name)) is int)
+    return [{"id": index, "content": name, "special": True, **flags} for index, name in found]
 
 
 def _is_control(token: dict[str, Any]) -> bool:

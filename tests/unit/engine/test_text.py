@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprat.engine.sequence import Delta
-from sprat.engine.text import Reader
+from sprat.engine.text import Decoder, Reader
 from sprat.tokens import Tokenizer, split
+from sprat.tokens.folder import Generation
+from tests.byte_fallback import byte_fallback
 
 
 def read(reader: Reader, ids: list[int]) -> list[Delta]:
@@ -95,3 +99,50 @@ def _without_think_tokens() -> str:
     made.add_special_tokens(["<|endoftext|>"])
     text: str = made.to_str()
     return text
+
+
+LLAMA_LIKE = Tokenizer(byte_fallback(), config={"eos_token": "</s>"})
+
+
+def sentence_piece(ids: list[int]) -> str:
+    """What SentencePiece reads: the bytes of all tokens, strung together, without the space before the first word."""
+    names = {index: name for name, index in json.loads(byte_fallback())["model"]["vocab"].items()}
+    shown = [names[index] for index in ids if index > 2]
+    data = [bytes([int(n[3:5], 16)]) if n.startswith("<0x") else n.replace("▁", " ").encode() for n in shown]
+    return b"".join(data).decode("utf-8", "replace").removeprefix(" ")
+
+
+BYTES = st.sampled_from(["四", "é", "👩‍🚀", "▁", "\n"]).map(lambda char: [3 + byte for byte in char.encode()])
+IDS = st.one_of(BYTES, st.lists(st.integers(0, LLAMA_LIKE.vocab_size - 1).filter(lambda i: i != 2), max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(IDS, max_size=60).map(lambda rows: [i for row in rows for i in row]))
+def test_a_byte_fallback_vocabulary_streams_what_sentencepiece_reads(ids: list[int]) -> None:
+    expected = sentence_piece(ids)
+    assert LLAMA_LIKE.decode(ids, skip_specials=True) == expected
+    decoder = Decoder(LLAMA_LIKE)
+    assert "".join(decoder.push(index) for index in ids) + decoder.flush() == expected
+
+
+@pytest.mark.parametrize("stops", [(), ("zz",)])
+def test_a_long_answer_of_byte_tokens_stays_whole(stops: tuple[str, ...]) -> None:
+    ids = [3 + byte for byte in ("四" * 90).encode()]
+    pieces = read(Reader(LLAMA_LIKE, thinking=False, stops=stops), ids)
+    assert [piece.text for piece in pieces] == ["四"] * 90
+
+
+def test_a_stray_byte_takes_no_character_with_it() -> None:
+    ids = [3 + byte for byte in "四".encode() + b"\xff" + "五".encode()]
+    assert LLAMA_LIKE.decode(ids) == "四\ufffd五"
+
+
+def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> None:
+    told = {"content": "<tool_call>", "special": False}, {"content": "<|end|>", "special": False}
+    named = Generation(ends=(Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}).vocab_size - 1,))
+    tokenizer = Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}, generation=named)
+    tool, end = tokenizer.encode("<tool_call><|end|>", specials=True)
+    ids = [tool, *tokenizer.encode("cat"), end]
+    assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<tool_call><|end|>"))
+    assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
+    assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"

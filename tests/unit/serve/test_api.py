@@ -251,3 +251,24 @@ def test_many_at_once_each_get_their_own_answer() -> None:
         for thread in threads:
             thread.join()
     assert answers == {number: f"The sum is {100 + number}" for number in range(16)}
+
+
+def test_what_a_request_leaves_unsaid_the_models_folder_says(engine: ScriptedEngine) -> None:
+    with client_of(engine, settings={"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}) as client:
+        client.post(CHAT, json=ASK)
+        client.post(CHAT, json={**ASK, "temperature": 1.0, "top_k": 0})
+    (_, silent), (_, said) = engine.asked
+    assert (silent.temperature, silent.top_k, silent.top_p, silent.repetition_penalty) == (0.6, 20, 1.0, 1.1)
+    assert (said.temperature, said.top_k, said.repetition_penalty) == (1.0, 0, 1.1)
+
+
+def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
+    from sprat.engine import Engine
+    from tests.unit.engine.test_defaults import thoughtless
+
+    with client_of(Engine(*thoughtless()), name="tiny") as client:
+        answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})
+        quiet = client.post(CHAT, json={**ASK, "thinking": {"type": "disabled"}, "max_tokens": 2})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
+    assert "does not think" in answer.json()["error"]["message"]
+    assert quiet.status_code == 200
