@@ -57,12 +57,8 @@ def test_tags_of_the_prompt_count_for_the_form(tokenizer: Tokenizer, thinking: b
 
 def test_the_judge_reads_only_what_follows_the_think(tokenizer: Tokenizer) -> None:
     judge = accuracy(Sums("sums"))
-    for text, score in [
-        ("<think>9</think>3", 1.0),
-        ("<think>3</think>9", 0.0),
-        ("<think>3", 0.0),
-        ("<think>3</think>", 0.0),
-    ]:
+    said = {"<think>9</think>3": 1.0, "<think>3</think>9": 0.0, "<think>3": 0.0, "<think>3</think>": 0.0}
+    for text, score in said.items():
         ids = tokenizer.encode(text, specials=True)
         assert judge(PROBLEM, read_response(tokenizer, ids, thinking=None, finished=True)) == score
 
