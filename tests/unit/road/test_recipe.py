@@ -27,7 +27,8 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
 
 
 def test_overrides_reach_the_recipe_and_bad_values_are_refused() -> None:
-    assert named("tiny", ("rl.rl.steps=7",)).rl.rl.steps == 7
+    changed = named("tiny", ("rl.rl.steps=7",)).rl.rl
+    assert changed.steps == 7 and changed.max_tokens == 24  # what the recipe says beside it stays
     with pytest.raises(ConfigError, match="greater than or equal to 1"):
         named("tiny", ("rl.rl.steps=0",))
     with pytest.raises(ConfigError, match="no such recipe"):

@@ -119,9 +119,9 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     assert opened is not None
     for step in (20, 40):
         checkpoint.save(opened[0].checkpoints, step, model, optim.build(model, OptimConfig()), {"n": step})
-    wanted = digest.tree(folder / "checkpoints" / "step-00000020")
+    wanted = digest.tree(folder / "checkpoints" / "step-00000040")
 
-    init_from = f"{folder}@20"
+    init_from = str(folder)
     again = Road(tmp_path / "road", named("tiny", (f"pretrain.train.init_from={init_from}",)))
 
     def start() -> Run | None:
@@ -133,7 +133,8 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     for _ in range(2):  # the second is a start after a kill
         assert run is not None and run.identity["inputs"]["init_from"] == {"digest": wanted}
         found = checkpoint.source(init_from, run.folder, wanted)
-        assert found.folder == folder.with_name("pretrain.old-1") / "checkpoints" / "step-00000020"
+        assert found.folder == folder.with_name("pretrain.old-1") / "checkpoints" / "step-00000040"
+        checkpoint.save(run.checkpoints, 60, model, optim.build(model, OptimConfig()), {"n": 60})
         run = start()
         assert run is not None and run.set_aside is None
     run.finish()

@@ -39,6 +39,11 @@ def test_wsd_warms_up_holds_and_falls_to_its_floor() -> None:
     assert factors[-1] == pytest.approx(0.2 + 0.8 * 0.1)
 
 
+def test_the_fall_takes_its_share_of_the_run() -> None:
+    config = OptimConfig(schedule="wsd", warmup_steps=0, decay_fraction=0.25)
+    assert [factor(config, step, 20) for step in range(20)] == pytest.approx([1.0] * 16 + [0.8, 0.6, 0.4, 0.2])
+
+
 def test_cosine_is_half_way_down_in_the_middle() -> None:
     config = OptimConfig(schedule="cosine", warmup_steps=0, final_lr_fraction=0.0)
     assert factor(config, 0, 100) == 1.0
