@@ -73,7 +73,7 @@ def rollouts(step: int, rng: random.Random) -> dict[str, float]:
             logprobs=[],
             response=Response("12 + 7 = 19", "38", True, True),
             reward=1.1 * right + rng.uniform(0, 0.08),
-            accuracy=float(rng.random() < right),
+            score=float(rng.random() < right),
             prefilled=0,
         )
         for _ in range(8)

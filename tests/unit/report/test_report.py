@@ -15,7 +15,8 @@ from sprat.config import TrainConfig
 from sprat.errors import TrustError
 from sprat.report import write
 from sprat.report.runs import p_value, read
-from sprat.report.tables import cost, gains
+from sprat.report.tables import cost, gains, table
+from sprat.report.tables import text as text_of
 from sprat.trust import open_run
 from sprat.trust.verify import verify
 
@@ -135,7 +136,7 @@ def test_accuracy_is_that_which_the_interval_bounds(tmp_path: Path) -> None:
     run.note(scores=[{"task": "sums", "label": "greedy", "count": 200, "correct": 50, "mean": 0.7}])
     run.finish()
     ((score,),) = [stage.scores for stage in read(tmp_path).stages]
-    assert score.mean == 0.25
+    assert score.accuracy == 0.25
     assert (score.low, score.high) == (
         pytest.approx(0.1950, abs=1e-4),
         pytest.approx(0.3143, abs=1e-4),
@@ -165,6 +166,10 @@ def test_gains_losses_and_their_significance_are_those_of_the_pooled_z_test(tmp_
         for row in gains(road).split("<tr>")[2:]
     }
     assert words == {"up": "significant gain", "down": "significant loss", "never": "not significant"}
+
+
+def test_a_name_cannot_choose_the_class_of_its_cell() -> None:
+    assert "<td>&#64;bad|&lt;i&gt;</td>" in table(["task"], [[text_of("@bad|<i>")]])
 
 
 def test_the_mean_is_over_trained_tasks_and_costs_are_summed(tmp_path: Path) -> None:
