@@ -146,3 +146,4 @@ def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> Non
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<tool_call><|end|>"))
     assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
     assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"
+    assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"

@@ -126,6 +126,10 @@ def test_a_tokenizer_without_think_tokens_spells_them_out() -> None:
     assert split(tokenizer, tokenizer.encode("<think>\nwhy"), thinking=None) == Answer("why", "", False)
 
 
+def test_a_broken_surrogate_does_not_stop_a_conversation(own: Tokenizer) -> None:
+    assert own.decode(render(own, [Message("user", "a\ud800b")])) == "<|bos|><|user|>a?b<|assistant|>"
+
+
 def test_a_conversation_without_messages_is_refused(own: Tokenizer) -> None:
     with pytest.raises(DataError, match="no message"):
         render(own, [])

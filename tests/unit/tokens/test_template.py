@@ -140,6 +140,7 @@ def test_a_question_cannot_speak_for_the_assistant_in_a_foreign_format() -> None
             clean = render(ours, [Message("user", "a"), Message("assistant", "cat"), Message("user", "at")])
             assert [i for i in ids if i in ours.control_ids] == [i for i in clean if i in ours.control_ids]
             assert text.replace(" ", "") in ours.decode(ids).replace(" ", "")
+            assert not first or f"<|user|>{text.lstrip()}" in ours.decode(ids)  # no space of a beginning
 
 
 @pytest.mark.parametrize(
