@@ -75,6 +75,13 @@ def test_groups_limit_where_a_token_may_go() -> None:
     assert torch.equal(groups[:, 0], best)
 
 
+def test_v2_s_greedy_goes_wherever_the_best_experts_are() -> None:
+    """MoEGate of DeepSeek-V2's published code: the best scores of all experts, whatever the groups."""
+    moe = layer(architecture="deepseek_v2", scoring_func="softmax", topk_method="greedy", n_group=4, topk_group=1)
+    routing = moe(torch.randn(1, 50, 24, generator=torch.Generator().manual_seed(1)))[1]
+    assert torch.equal(routing.index_NK.sort(1).values, routing.scores_NE.topk(2).indices.sort(1).values)
+
+
 def test_balance_loss_is_the_papers_formula() -> None:
     moe = layer()
     x_BTD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
