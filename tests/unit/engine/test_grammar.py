@@ -198,6 +198,7 @@ HOSTILE = {
         {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(8)]} for i in range(12)]}
     ),
     "endless": Response.json({"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941)]}),
+    "slow": Response.json({"allOf": [{"type": "integer", "multipleOf": p} for p in (1999, 2003)]}),
     "impossible": Response.json({"enum": []}),
     "itself": Response.json({"$ref": "#"}),
     "foreign": Response.json({"$ref": "http://example.com/schema.json"}),

@@ -78,6 +78,8 @@ PATTERNS = {
     r"^[a\-c]+$": 0x140040000020,
     r"^\{$": 0x400000000000,
     r"^a.c$": 0x100000000000,
+    r"^[A-Z-a]$": 0x10040000060,
+    r"^[b-c-]$": 0x60040000000,
 }
 NODE = """const [patterns, texts] = JSON.parse(require("fs").readFileSync(0));
 console.log(JSON.stringify(patterns.map((p) => texts.map((t) => new RegExp(p, "u").test(t)))));"""

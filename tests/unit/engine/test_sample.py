@@ -125,6 +125,15 @@ def test_a_request_samples_the_same_alone_and_in_a_crowd(tokenizer: Tokenizer) -
         assert alone.tokens_R.dtype == np.int64 and alone.tokens_R.tolist() == [together[slot]]
 
 
+def test_noise_depends_on_the_seed_the_prompt_and_which_of_its_answers_it_is(tokenizer: Tokenizer) -> None:
+    keys = [noise_key(seed, stream, prompt) for seed in (0, 1) for stream in (0, 1) for prompt in ([1], [1, 2], [2, 1])]
+    assert len(set(keys)) == 12 and all(0 <= key < 2**64 for key in keys)
+    flat = torch.zeros(1, tokenizer.vocab_size)
+    sampler, _ = sampler_of(tokenizer, *[Sampling(seed=seed) for seed in range(50)])
+    tokens = sampler.sample(flat.expand(50, -1), np.arange(50)).tokens
+    assert len(set(tokens)) > 35, "of some 500 equal tokens, 50 draws repeat about three"
+
+
 def test_noise_follows_the_answer_and_a_request_that_comes_back_goes_on_where_it_was(tokenizer: Tokenizer) -> None:
     sampler, sequences = sampler_of(tokenizer, *[Sampling(seed=3)] * 2)
     flat, slots = torch.zeros(1, tokenizer.vocab_size), np.array([0])

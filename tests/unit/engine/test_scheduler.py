@@ -141,6 +141,18 @@ def test_tenants_are_served_alike_and_absence_earns_nothing(model: Transformer, 
     assert ended == [long[0], *many, long[1]] and late
 
 
+def test_what_is_answered_counts_as_what_is_asked(model: Transformer, tokenizer: Tokenizer) -> None:
+    engine, _ = engine_of(model, tokenizer, max_batch=1)
+    bias = {tokenizer.ids.eos: -100}
+    many, one = (Sampling(temperature=0, max_tokens=count, logit_bias=bias) for count in (40, 1))
+    long = [engine.add([5, number], many, tenant=A) for number in range(2)]
+    short = [engine.add([6, number], one, tenant=B) for number in range(9)]
+    ended: list[int] = []
+    while engine.busy:
+        ended += [handle.id for handle in engine.step()]
+    assert ended == [long[0], *short, long[1]]  # 2 + 39 tokens of A, then 9 times 2 of B
+
+
 def test_twins_compute_their_prompt_once_and_share_its_blocks(model: Transformer, tokenizer: Tokenizer) -> None:
     engine, fake = engine_of(model, tokenizer, max_batch=32)
     outputs = engine.generate([LONG, LONG[:64], LONG[:63]], Sampling(max_tokens=20, n=8))
