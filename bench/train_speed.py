@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 BARS = {"trainer": 1.5, "bare": 1.2}
 STRETCH = {"trainer": 3.0, "bare": 2.0}
 ROWS, SEQ = 32, 128
+QUICK_SECONDS = 270  # of --quick, all of it; the promise is five minutes
 SIZES: dict[str, tuple[str, dict[str, int]]] = {
     "0.13 M active": ("pico", {"vocab_size": 512}),
     "0.7 M active": ("micro", {"vocab_size": 512, "num_hidden_layers": 3, "first_k_dense_replace": 0}),
@@ -168,8 +171,15 @@ def best_implementation(config: Any, tokens: Any) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def worker(label: str, allocator: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Measure one size in this process: seconds of every step by competitor."""
+def worker(
+    label: str, allocator: str, threads: int, rounds: int, steps: int, limit: float = math.inf
+) -> dict[str, Any]:
+    """Measure one size in this process: seconds of every step by competitor.
+
+    Args:
+        limit: seconds for all of it; no round is begun that would not end in time, but one there is always.
+    """
+    start = time.monotonic()
     import torch
 
     from sprat.config.sizes import size
@@ -191,12 +201,18 @@ def worker(label: str, allocator: str, threads: int, rounds: int, steps: int) ->
         "sprat-muon": ours(config, "muon", tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(rounds):
+    done = 0
+    while done < rounds:
+        began = time.monotonic()
         for competitor, measure in competitors.items():
             seconds[competitor].append(statistics.median(measure(steps)))
+        done += 1
+        if 2 * time.monotonic() - began - start > limit:
+            break
     speed = {name: ROWS * SEQ / statistics.median(found) for name, found in seconds.items()}
     counts = count_parameters(config)
     facts = {"size": label, "allocator": allocator, "implementation": chosen, "active": counts.active}
+    facts["rounds"] = done
     return {**facts, "total": counts.total, "tokens_per_second": speed}
 
 
@@ -224,17 +240,26 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=0, help="interleaved rounds (default 9, quick 5)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=2, metavar=("SIZE", "ALLOCATOR"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        print(f"train_speed: transformers' Trainer needs {' and '.join(missing)}: "
+              f"{sys.executable} -m pip install {' '.join(missing)}", file=sys.stderr)  # fmt: skip
+        return 9
     rounds, steps = given.rounds or (5 if given.quick else 9), 5 if given.quick else 12
     if given.worker:
-        print(json.dumps(worker(*given.worker, given.threads, rounds, steps)))
+        print(json.dumps(worker(*given.worker, given.threads, rounds, steps, given.seconds)))
         return 0
-    results = []
+    results: list[dict[str, Any]] = []
+    began, left = time.monotonic(), 2 * len(SIZES)
     for label in SIZES:
         for allocator in ("tuned", "plain"):
             command = [sys.executable, "-m", "bench.train_speed", "--worker", label, allocator]
             command += ["--threads", str(given.threads), "--rounds", str(rounds), *(["--quick"] if given.quick else [])]
+            command += ["--seconds", str((began + QUICK_SECONDS - time.monotonic()) / left)] if given.quick else []
+            left -= 1
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
             if done.returncode:
                 print(done.stderr[-2000:], file=sys.stderr)

@@ -78,14 +78,14 @@ def verdicts(speeds: Speeds, rest: dict[str, Any], cores: list[int]) -> list[Ver
         for model, (bar, stretch) in by_model.items():
             series = speeds.get((model, count), {}).get(figure)
             ratio = series.ratio("sprat", "llama") if series else None
-            what = f"{count} core{'s'[: count - 1]}, {figure}, {MODELS[model]}, against llama.cpp"
+            what = f"{count} core{'s'[: count - 1]}, {figure}, {MODELS[model]}, INT4 against llama.cpp Q4_0"
             lines.append(Verdict(what, ratio, bar, stretch))
     most = max(cores)
     lines.append(Verdict("share of the read-bandwidth limit, dense batch 1", rest.get("share"), *SHARE, unit=""))
     for model, name in MODELS.items():
         series = speeds.get((model, most), {}).get("decode 1")
         ratio = series.ratio("sprat", "transformers") if series and "transformers" in series.readings else None
-        lines.append(Verdict(f"batch 1, {name}, against transformers", ratio, *TRANSFORMERS))
+        lines.append(Verdict(f"batch 1, {name}, INT4 against transformers in float32", ratio, *TRANSFORMERS))
     lines.append(_quality(rest.get("quality")))
     lines += _serving(rest.get("serving"), rest.get("depth"))
     lines.append(_room(rest.get("memory")))
@@ -116,7 +116,7 @@ def _serving(found: dict[str, Series] | None, deep: dict[str, Series] | None) ->
     what = f"first token with {figures.CACHED} of {figures.LONG} tokens cached, over cold"
     return [
         Verdict(what, cached, CACHED, kind="at most"),
-        Verdict("decode rate at 4 k of context over that at 0 k (MLA, memory in bytes)", slow, DEEP),
+        Verdict("decode rate at 4 k of context over that at 0 k (MLA, memory in INT8)", slow, DEEP),
     ]
 
 

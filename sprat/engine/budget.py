@@ -9,6 +9,7 @@ import torch
 from sprat.engine.backend import Backend
 from sprat.engine.blocks import blocks_for
 from sprat.errors import EngineError
+from sprat.model.memory import available_bytes
 
 SHARE = 0.5  # of the memory that is free
 CONTEXTS = 2  # as many full contexts as can run together, for them and as much again for what may be asked for later
@@ -32,10 +33,6 @@ def choose(backend: Backend, context: int, slots: int, cache_bytes: int | None, 
 
 
 def _free_bytes() -> int:
-    """Memory of this machine that could be had without swapping, in bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            table = dict(line.split(":", 1) for line in stream)
-        return int(table["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Memory that this process could have without swapping and within its control groups, in bytes."""
+    free = available_bytes()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if free is None else free

@@ -13,18 +13,30 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # inputs that are rounded with one scale
+ROW_SHARE, OWN_SHARE = 0.06, 15 / 16  # see ``kRowShare`` in ``src/linear.h``
 
 
-def round_rows(rows_KI: Tensor) -> Tensor:
+def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
     """Rows as products with quantised weights see them: bytes of -127 … 127, one scale for every 32 inputs.
 
-    float32 in and out. This is llama.cpp's Q8_0 with a float32 scale; halves are rounded to even.
+    float32 in and out. This is llama.cpp's Q8_0 with a float32 scale (halves are rounded to even), except that an
+    input which stands far above its group stays as it is, and the others are rounded without it.
+
+    Args:
+        whole: "far" is told by the row (the outlier would bring more than 6 % of the row's error); else by the
+            group alone (it is four times the next), as where rows are rounded piece by piece.
     """
     width = rows_KI.shape[-1]
     groups = torch.nn.functional.pad(rows_KI, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
-    top = groups.abs().amax(-1, keepdim=True)
+    ranked = groups.abs().topk(2)
+    (top, following), index = ranked.values.split(1, -1), ranked.indices[..., :1]
+    squares = top.square()
+    bar = ROW_SHARE * squares.sum(-2, keepdim=True) if whole else OWN_SHARE * squares
+    far = squares - following.square() > bar
+    alone = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, index, far)
+    top = torch.where(far, following, top)
     inverse = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
-    rounded: Tensor = ((groups * inverse).round() * (top / 127.0)).flatten(-2)[..., :width]
+    rounded: Tensor = torch.where(alone, groups, (groups * inverse).round() * (top / 127.0)).flatten(-2)[..., :width]
     return rounded
 
 

@@ -78,11 +78,12 @@ public:
         plan(pool, works, normed, hidden, tokens == 1);
         for (const Work& w : works) look_ahead(pool, {&w.expert->down});
         activate(pool, works);
+        settle_all(pool, works);
         next();
         combine(pool, works, hidden, x);
     }
     std::size_t bytes() const {
-        return codes_in_.bytes() + marks_in_.bytes() + codes_.bytes() + marks_.bytes() + rows_.bytes();
+        return codes_in_.bytes() + codes_out_.bytes() + rows_.bytes();
     }
 
 private:
@@ -99,8 +100,7 @@ private:
             wide += w.count * w.expert->gate.padded(), deep += w.count * w.expert->down.padded();
             if (!w.expert->down.quantised()) floats += w.count * w.expert->down.padded();
         }
-        Codes in{codes_in_.need(wide), marks_in_.need(wide / kGroup * 3), 0};
-        Codes out{codes_.need(deep), marks_.need(deep / kGroup * 3), 0};
+        Codes in = codes_in_.need(wide / kGroup, 0), out = codes_out_.need(deep / kGroup, 0);
         float* rows = rows_.need(floats);
         in_.clear(), out_.clear(), float_rows_.clear(), tiles_.clear(), pieces_.clear();
         // A piece is a share of one expert's channels; about six pieces a thread, and no piece below one group.
@@ -109,8 +109,8 @@ private:
             const Index count = works[i].count;
             in.padded = works[i].expert->gate.padded(), out.padded = works[i].expert->down.padded();
             in_.push_back(in), out_.push_back(out), float_rows_.push_back(rows);
-            if (!alone) in.codes += count * in.padded, in.marks += count * in.padded / kGroup * 3;
-            out.codes += count * out.padded, out.marks += count * out.padded / kGroup * 3;
+            if (!alone) in = in.after(count);
+            out = out.after(count);
             if (!works[i].expert->down.quantised()) rows += count * out.padded;
             const Index groups = out.padded / kGroup;
             const Index step = pool.threads() == 1 ? groups : std::clamp<Index>(share / count, 1, groups);
@@ -128,10 +128,21 @@ private:
         const Work& w = works[tile.work];
         const Tiling tiling(w.count, kTile);
         const Index start = tiling.start(tile.first), size = tiling.size(tile.first);
-        for (Index r = 0; r < size; ++r) {
-            const Index token = w.rows ? w.rows[start + r] : start + r;
-            quantise_row(normed_ + token * stride_, stride_, in_[tile.work], start, r, size);
-        }
+        quantise_tile([&](Index r) { return normed_ + (w.rows ? w.rows[start + r] : start + r) * stride_; }, stride_, in_[tile.work], start, size);
+    }
+
+    // After all of a tile's channels are there.
+    void settle_all(Pool& pool, const std::vector<Work>& works) const {
+        Index places = 0;
+        for (const Work& w : works) places += w.expert->down.quantised() ? w.count * w.expert->down.padded() / kGroup : 0;
+        const Index chunks = places > 8192 ? pool.threads() : 1;
+        pool.run(chunks, [&](Index chunk, int) {
+            for (std::size_t i = 0; i < works.size(); ++i) {
+                if (!works[i].expert->down.quantised()) continue;
+                const Tiling tiling(works[i].count, kTile);
+                for (Index t = tiling.tiles * chunk / chunks; t < tiling.tiles * (chunk + 1) / chunks; ++t) settle(out_[i], tiling.start(t), tiling.size(t));
+            }
+        });
     }
 
     // silu(gate) * up, and its codes for `down`.
@@ -157,7 +168,7 @@ private:
                     for (Index r = 0; r < size; ++r) store(both[r] + half * kLanes, mul(silu(gate[r]), up[r]));
                 }
                 for (Index r = 0; r < size; ++r) {
-                    if (coded) quantise_group(both[r], width - g * kGroup, out_[i].tile_codes(start), out_[i].tile_marks(start), g, r, size);
+                    if (coded) quantise_group(both[r], width - g * kGroup, out_[i], start, g, r, size);
                     else std::memcpy(float_rows_[i] + (start + r) * out_[i].padded + g * kGroup, both[r], sizeof both[r]);
                 }
             });
@@ -187,8 +198,8 @@ private:
         });
     }
 
-    Room<std::int8_t> codes_in_, codes_;
-    Room<float> marks_in_, marks_, rows_;
+    CodeRoom codes_in_, codes_out_;
+    Room<float> rows_;
     std::vector<Codes> in_, out_;
     std::vector<float*> float_rows_;
     std::vector<Piece> pieces_, tiles_;

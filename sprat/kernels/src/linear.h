@@ -6,6 +6,11 @@
 // with one scale for every 32 (as llama.cpp's Q8_0 does), so a group's sum is an exact integer, and one product with
 // both scales brings it back. What the offset of the codes adds is known before: it starts the sum.
 //
+// Outliers. Where one input of a group is so large that a scale for it would crush the other 31, it is left out of the scale
+// and meets its weights as a float (after LLM.int8(), arXiv 2208.07339, which does so with whole channels). Few channels
+// of a trained model are like that, in almost every row: it costs some per cent of a product and takes away two thirds or
+// more of the divergence that rounding brings about. A row chooses by its own values only.
+//
 // Why integers also for prompts: with twelve rows to a tile, unpacking is paid once for twelve products, so
 // four-bit weights in groups cost three instructions on top of eight products, and no second copy of the weights for long
 // prompts (per-channel INT8, the usual way) is needed. Nor is there a second arithmetic: a row's result is
@@ -49,57 +54,196 @@ struct Tiling {
     Index size(Index tile) const { return rows / tiles + (tile < rows % tiles ? 1 : 0); }
 };
 
-// Rows rounded to bytes, tile by tile: codes as [input / 4][row][4], and for each group of 32 inputs the rows' scales, what
-// the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row].
-struct Codes {
-    std::int8_t* codes;
-    float* marks;
-    Index padded;
-
-    static std::size_t code_bytes(Index rows, Index padded) { return static_cast<std::size_t>(rows * padded); }
-    static std::size_t mark_count(Index rows, Index padded) { return static_cast<std::size_t>(rows * padded / kGroup * 3); }
-    std::int8_t* tile_codes(Index start) const { return codes + start * padded; }
-    float* tile_marks(Index start) const { return marks + start * (padded / kGroup) * 3; }
+// An input that its group's scale leaves out: its code is zero, and it meets its column of weights as a float.
+struct Outlier {
+    std::uint32_t place;  // within the group, as a bit; 0: there is none
+    float value;
 };
 
-// Round one group of 32 floats (zero beyond `have`) into row `row` of a tile of `size` rows.
-inline void quantise_group(const float* x, Index have, std::int8_t* codes, float* marks, Index group, Index row, Index size) {
-    const Lane a = have >= 16 ? load(x) : load_some(x, have > 0 ? have : 0);
-    const Lane b = have >= 32 ? load(x + 16) : have > 16 ? load_some(x + 16, have - 16) : zero();
-    const float top = largest(max(absolute(a), absolute(b)));
-    const float scale = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    alignas(64) std::int8_t small[32];
-    store_codes(small, mul(a, all(inverse)));
-    store_codes(small + 16, mul(b, all(inverse)));
-    std::int32_t sum = 0;
-    for (int i = 0; i < 32; ++i) sum += small[i];
-    std::int8_t* to = codes + (group * 8 * size + row) * 4;
-    for (int i = 0; i < 8; ++i) std::memcpy(to + i * size * 4, small + 4 * i, 4);
-    float* mark = marks + group * 3 * size;
-    const std::int32_t start = -8 * sum;
-    mark[row] = scale;
-    std::memcpy(mark + size + row, &start, 4);
-    mark[2 * size + row] = scale * static_cast<float>(sum);
-}
+// Rows rounded to bytes, tile by tile: codes as [input / 4][row][4]; for each group of 32 inputs the rows' scales, what
+// the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row]; and outliers as [group][row].
+// `settle` makes a list of those: how many columns and how many single ones, then the columns (input, a value for each row
+// of the tile) or the single ones (input, row, value), inputs ascending.
+struct Codes {
+    static constexpr Index kListed = 6;  // numbers of the list for each group of a row; it never needs as many
+    std::int8_t* codes;
+    float* marks;
+    Outlier* outliers;
+    float* lists;
+    Index padded;
 
-inline void quantise_row(const float* x, Index cols, const Codes& out, Index tile_start, Index row, Index size) {
-    for (Index g = 0; g < out.padded / kGroup; ++g) {
-        quantise_group(x + g * kGroup, cols - g * kGroup, out.tile_codes(tile_start), out.tile_marks(tile_start), g, row, size);
-    }
-}
+    Index groups() const { return padded / kGroup; }
+    Codes after(Index rows) const { return {tile_codes(rows), tile_marks(rows), tile_outliers(rows), tile_list(rows), padded}; }
+    std::int8_t* tile_codes(Index start) const { return codes + start * padded; }
+    float* tile_marks(Index start) const { return marks + start * groups() * 3; }
+    Outlier* tile_outliers(Index start) const { return outliers + start * groups(); }
+    float* tile_list(Index start) const { return lists + start * groups() * kListed; }
+};
 
 inline std::int32_t whole(const float* p) {
     std::int32_t out;
     std::memcpy(&out, p, 4);
     return out;
 }
+inline void put_whole(float* p, Index x) {
+    const auto small = static_cast<std::int32_t>(x);
+    std::memcpy(p, &small, 4);
+}
+
+// What the largest input of a group must stand above the others by to be left out of their scale: as a share of the squares
+// of the row's groups (each its largest), or, where only the group is known, of its own square (four times the next).
+// Error goes by that square, so this is the share of a row's error that the outlier would be to blame for.
+constexpr float kRowShare = 0.06f, kOwnShare = 15.0f / 16.0f;
+
+// 32 inputs of a row, zero beyond `have`, with the largest and the next largest of their absolute values.
+struct Group {
+    Lane a, b;
+    float top, next;
+
+    Group(const float* x, Index have)
+        : a(have >= 16 ? load(x) : load_some(x, std::max<Index>(have, 0))),
+          b(have >= 32 ? load(x + 16) : have > 16 ? load_some(x + 16, have - 16) : zero()) {}
+    void rank() {
+        Lane c = absolute(a), d = absolute(b);
+        top = largest(max(c, d));
+        clear_first(c, d, top);
+        next = largest(max(c, d));
+    }
+};
+
+// Round a group into row `row` of a tile of `size` rows. `bar`: see kRowShare.
+inline void quantise_group(Group x, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+    Outlier& out = to.tile_outliers(tile_start)[group * size + row];
+    out.place = 0;
+    float top = x.top;
+    if (top * top - x.next * x.next > bar) {
+        alignas(64) float part[kGroup];
+        store(part, x.a), store(part + kLanes, x.b);
+        Lane a = absolute(x.a), b = absolute(x.b);
+        const int at = clear_first(a, b, top);
+        out = {1u << at, part[at]};
+        part[at] = 0.0f;
+        x.a = load(part), x.b = load(part + kLanes), top = x.next;
+    }
+    const float scale = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    alignas(64) std::int8_t small[32];
+    const Lane a = round_nearest(mul(x.a, all(inverse))), b = round_nearest(mul(x.b, all(inverse)));
+    store_codes(small, a);
+    store_codes(small + 16, b);
+    const auto sum = static_cast<std::int32_t>(total(add(a, b)));
+    std::int8_t* codes = to.tile_codes(tile_start) + (group * 8 * size + row) * 4;
+    for (int i = 0; i < 8; ++i) std::memcpy(codes + i * size * 4, small + 4 * i, 4);
+    float* mark = to.tile_marks(tile_start) + group * 3 * size;
+    const std::int32_t start = -8 * sum;
+    mark[row] = scale;
+    std::memcpy(mark + size + row, &start, 4);
+    mark[2 * size + row] = scale * static_cast<float>(sum);
+}
+
+// A group whose row is not known as a whole.
+inline void quantise_group(const float* x, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+    Group one(x, have);
+    one.rank();
+    quantise_group(one, kOwnShare * one.top * one.top, to, tile_start, group, row, size);
+}
+
+inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile_start, Index row, Index size) {
+    float* ranks = to.tile_marks(tile_start) + row;  // where the marks come afterwards
+    float squares = 0.0f;
+    for (Index g = 0; g < to.groups(); ++g) {
+        Group one(x + g * kGroup, cols - g * kGroup);
+        one.rank();
+        ranks[g * 3 * size] = one.top, ranks[(g * 3 + 1) * size] = one.next;
+        squares += one.top * one.top;
+    }
+    for (Index g = 0; g < to.groups(); ++g) {
+        Group one(x + g * kGroup, cols - g * kGroup);
+        one.top = ranks[g * 3 * size], one.next = ranks[(g * 3 + 1) * size];
+        quantise_group(one, kRowShare * squares, to, tile_start, g, row, size);
+    }
+}
+
+// The list of a tile's outliers. A column costs some six instructions and one for each row, a single one seven; either way a
+// row meets its own in ascending order, whoever is beside it, and zeros change nothing.
+inline void settle(const Codes& to, Index tile_start, Index size) {
+    const Outlier* at = to.tile_outliers(tile_start);
+    float* list = to.tile_list(tile_start);
+    Index found = 0, columns = 0;
+    for (Index g = 0; g < to.groups(); ++g) {
+        std::uint32_t used = 0;
+        for (Index r = 0; r < size; ++r) used |= at[g * size + r].place, found += at[g * size + r].place != 0;
+        columns += __builtin_popcount(used);
+    }
+    const bool wide = columns * (6 + size) <= 7 * found;
+    put_whole(list, wide ? columns : 0), put_whole(list + 1, wide ? 0 : found);
+    list += 2;
+    for (Index g = 0; found && g < to.groups(); ++g, at += size) {
+        std::uint32_t used = 0;
+        for (Index r = 0; r < size; ++r) used |= at[r].place;
+        for (; used; used &= used - 1) {
+            const std::uint32_t place = used & -used;
+            const Index input = g * kGroup + __builtin_ctz(used);
+            if (wide) put_whole(list++, input);
+            for (Index r = 0; r < size; ++r) {
+                const bool is = at[r].place == place;
+                if (wide) *list++ = is ? at[r].value : 0.0f;
+                else if (is) put_whole(list, input), put_whole(list + 1, r), list[2] = at[r].value, list += 3;
+            }
+        }
+    }
+}
+
+// Round a tile of rows; `row_at(r)` is where row `r` of it lies.
+template <class F>
+void quantise_tile(const F& row_at, Index cols, const Codes& to, Index start, Index size) {
+    for (Index r = 0; r < size; ++r) quantise_row(row_at(r), cols, to, start, r, size);
+    settle(to, start, size);
+}
 
 // Few rows wait for memory: weights are asked for this far ahead, across the pages at which processors stop looking.
 constexpr Index kAhead = 2048;
+constexpr int kFew = 8;
+
+// What the weights of one input are, for the 16 outputs of a panel.
+template <Kind kind>
+inline Lane column(const Matrix& w, Index panel, const float* input_at) {
+    const auto input = static_cast<std::uint32_t>(whole(input_at)), group = static_cast<std::uint32_t>(w.group);
+    const Index mark = (panel * w.groups() + (group == kGroup ? input / kGroup : input / group)) * kLanes;
+    const std::uint8_t* at = w.data + panel * w.panel_bytes();
+    const Lane scale = load_half(w.scales + mark);
+    const int shift = static_cast<int>(input % 4 * 8);
+    if constexpr (kind == Kind::int8) return mul(sub(field(at + input / 4 * 64, shift, 255), all(128.0f)), scale);
+    const Lane code = field(at + input / 8 * 64, shift + static_cast<int>(input & 4), 15);
+    if constexpr (kind == Kind::int4) return mul(sub(code, all(8.0f)), scale);
+    return fma(code, scale, load_half(w.minimums + mark));
+}
+
+// What outliers add to the outputs of a tile. Kept apart from the loop over all inputs, whose registers it would take.
+template <Kind kind, int rows>
+[[gnu::noinline]] void add_outliers(const Matrix& w, Index panel, const float* list, Lane* out) {
+    const std::int32_t columns = whole(list), singles = whole(list + 1);
+    list += 2;
+    if (columns) {
+        Lane sum[rows];
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) sum[r] = out[r];
+        for (std::int32_t i = 0; i < columns; ++i, list += 1 + rows) {
+            const Lane weights = column<kind>(w, panel, list);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; ++r) sum[r] = fma(weights, all(list[1 + r]), sum[r]);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) out[r] = sum[r];
+    }
+    for (std::int32_t i = 0; i < singles; ++i, list += 3) {
+        Lane& one = out[whole(list + 1)];
+        one = fma(column<kind>(w, panel, list), all(list[2]), one);
+    }
+}
 
 // 16 outputs of `rows` rows; out[row] holds one panel.
 template <Kind kind, int rows>
-inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes, const float* marks, Lane* out) {
+inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes, const float* marks, const float* outliers, Lane* out) {
     const Index groups = w.padded() / kGroup, per = w.group / kGroup, wide = w.groups();
     const std::uint8_t* at = w.data + panel * w.panel_bytes();
     const std::uint16_t* scale = w.scales + panel * wide * kLanes;
@@ -117,7 +261,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
         }
         if constexpr (kind == Kind::int8) {
             for (int c = 0; c < 8; ++c, at += 64, codes += 4 * rows) {
-                soon(at + kAhead);
+                if (rows <= kFew) soon(at + kAhead);
                 const Bytes bytes = load_bytes(at);
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], bytes, codes + 4 * r);
@@ -125,7 +269,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
         } else {
 #pragma GCC unroll 4
             for (int c = 0; c < 4; ++c, at += 64, codes += 8 * rows) {
-                soon(at + kAhead);
+                if (rows <= kFew) soon(at + kAhead);
                 const Bytes bytes = load_bytes(at);
                 const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
 #pragma GCC unroll 16
@@ -134,7 +278,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], high, codes + 4 * (rows + r));
             }
         }
-        soon(scale + kAhead / 8);
+        if (rows <= kFew) soon(scale + kAhead / 8);
         const Lane s = load_half(scale);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) sum[r] = fma(mul(to_float(acc[r]), s), all(marks[r]), sum[r]);
@@ -147,9 +291,10 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) out[r] = sum[r];
+    add_outliers<kind, rows>(w, panel, outliers, out);
 }
 
-using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, Lane*);
+using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, const float*, Lane*);
 
 template <Kind kind>
 inline PanelProduct panel_product_of(Index rows) {

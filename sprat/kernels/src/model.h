@@ -98,14 +98,13 @@ private:
         for (const Matrix* w : readers) coded = coded || w->quantised();
         if (!coded) return in;
         const Index padded = (width + kGroup - 1) / kGroup * kGroup;
-        in.codes = {codes_.need(count * padded), marks_.need(count * padded / kGroup * 3), padded};
+        in.codes = codes_.need(count * padded / kGroup, padded);
         const Tiling tiling(count, kTile);
         const Index chunks = count * width > 8192 ? pieces(pool_, tiling.tiles, count) : 1;
         pool_.run(chunks, [&](Index chunk, int) {
             for (Index t = tiling.tiles * chunk / chunks; t < tiling.tiles * (chunk + 1) / chunks; ++t) {
-                for (Index r = 0; r < tiling.size(t); ++r) {
-                    quantise_row(rows + (tiling.start(t) + r) * width, width, in.codes, tiling.start(t), r, tiling.size(t));
-                }
+                const Index start = tiling.start(t);
+                quantise_tile([&](Index r) { return rows + (start + r) * width; }, width, in.codes, start, tiling.size(t));
             }
         });
         return in;
@@ -347,8 +346,8 @@ private:
     Attention attention_;
     FeedForward forward_;
     std::size_t depth_ = 0;
-    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_, marks_;
-    Room<std::int8_t> codes_;
+    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_;
+    CodeRoom codes_;
     Room<std::int32_t> index_;
     std::vector<Index> ends_;
     std::vector<FeedForward::Work> works_;

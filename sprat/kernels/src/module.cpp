@@ -110,12 +110,12 @@ void product(const Weights& w, nb::ndarray<const float, nb::ndim<2>, nb::c_conti
     const Index count = static_cast<Index>(rows.shape(0)), width = static_cast<Index>(rows.shape(1));
     if (width != w.matrix.cols || static_cast<Index>(out.size()) != count * w.matrix.rows || threads < 1 || count < 1) refuse("a product of odd shape");
     Pool pool(threads);
-    std::vector<std::int8_t> codes(Codes::code_bytes(count, w.matrix.padded()));
-    std::vector<float> marks(Codes::mark_count(count, w.matrix.padded()));
-    const Input in{rows.data(), width, count, nullptr, {codes.data(), marks.data(), w.matrix.padded()}};
+    CodeRoom room;
+    const Input in{rows.data(), width, count, nullptr, room.need(count * w.matrix.padded() / kGroup, w.matrix.padded())};
     const Tiling tiling(count, kTile);
     for (Index t = 0; t < tiling.tiles; ++t) {
-        for (Index r = 0; r < tiling.size(t); ++r) quantise_row(rows.data() + (tiling.start(t) + r) * width, width, in.codes, tiling.start(t), r, tiling.size(t));
+        const Index start = tiling.start(t);
+        quantise_tile([&](Index r) { return rows.data() + (start + r) * width; }, width, in.codes, start, tiling.size(t));
     }
     multiply(pool, in, {{&w.matrix, out.data(), w.matrix.rows, false}});
 }
@@ -189,6 +189,7 @@ public:
 
     Index block_bytes() const { return model_.block_bytes(); }
     Index blocks() const { return blocks_; }
+    int at_work() { return model_.pool().at_work(); }
 
     void reserve(Index blocks) {
         if (blocks <= blocks_) return;
@@ -350,6 +351,7 @@ NB_MODULE(SPRAT_MODULE, m) {
         .def("read", &Decoder::read)
         .def("write", &Decoder::write)
         .def_prop_ro("block_bytes", &Decoder::block_bytes)
+        .def_prop_ro("at_work", &Decoder::at_work)
         .def_prop_ro("blocks", &Decoder::blocks);
     m.def("product", &product, "weights"_a, "rows"_a, "out"_a, "threads"_a);
     m.def("lay_codes", &lay_codes);

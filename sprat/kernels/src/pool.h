@@ -3,6 +3,11 @@
 // cores are wanted elsewhere a step becomes slower, but never stands in a barrier until the kernel gives a sleeping thread
 // its turn. (Equal shares behind barriers ran ten times slower than one thread alone when another process took a core.)
 //
+// Held up. A worker that has begun a chunk and then loses its core for some milliseconds holds all others up: with one busy
+// loop beside it a decoder on two cores ran slower than one thread alone. So the caller measures how long it waits beyond
+// what a chunk takes; where that costs more than a thread is worth, one thread fewer gets work, and from time to time
+// one more is tried again. Who computes what changes no bit of a result.
+//
 // Looking ahead. With few rows a step is a walk through the weights at the speed of memory, and memory rests whenever a thread
 // waits: for the other's last chunk, or for what the caller does alone between two jobs. A job may therefore say what the
 // next one will read (`look_ahead`), and who has nothing to do fetches his share of it into his core's cache. The shares
@@ -14,6 +19,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -33,9 +39,49 @@ inline void pause() {
 #endif
 }
 
+inline std::int64_t ticks() {  // some billions a second
+#if defined(__x86_64__)
+    return static_cast<std::int64_t>(__builtin_ia32_rdtsc());
+#else
+    return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
+
+// How many threads get work: fewer while others are held up.
+class Crew {
+public:
+    explicit Crew(int most) : most_(most), now_(most) {}
+    int now() const { return now_; }
+
+    // A job took the caller `worked` ticks for `own` chunks, and `waited` more for those that others had begun.
+    void note(std::int64_t worked, Index own, std::int64_t waited) {
+        if (own > 0) total_ += worked + waited, held_ += std::max<std::int64_t>(0, waited - 2 * worked / own - kSlack);
+        if (total_ < kWindow) return;
+        const bool held = static_cast<double>(held_) * now_ > kWorth * static_cast<double>(total_);
+        if (held && now_ > 1) {
+            --now_;
+            rest_ = tried_ ? std::min(2 * rest_, kLongest) : kShortest;
+            left_ = rest_, tried_ = false;
+        } else if (now_ < most_ && --left_ <= 0) {
+            ++now_, left_ = rest_, tried_ = true;
+        } else {
+            tried_ = false;
+        }
+        total_ = held_ = 0;
+    }
+
+private:
+    static constexpr std::int64_t kWindow = 60'000'000, kSlack = 100'000;  // ticks: some 25 ms, some 40 µs
+    static constexpr double kWorth = 0.8;              // of one thread's share of the work, lost by waiting for it
+    static constexpr int kShortest = 32, kLongest = 512;  // windows until one more is tried
+    int most_, now_, rest_ = kShortest, left_ = 0;
+    bool tried_ = false;  // whether the last window was such a try
+    std::int64_t total_ = 0, held_ = 0;
+};
+
 class Pool {
 public:
-    explicit Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))) {
+    explicit Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))), crew_(std::max(threads, 1)) {
         workers_.reserve(shares_.size());
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
@@ -51,6 +97,7 @@ public:
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return static_cast<int>(shares_.size()); }
+    int at_work() const { return crew_.now(); }  // of them; fewer while others are held up
 
     // What the job after the next `run` will read; each thread its share of every span.
     void look_ahead(const void* at, Index bytes) {
@@ -65,7 +112,9 @@ public:
             spans_ = 0;
             return;
         }
-        const Index count = threads();
+        const std::int64_t began = ticks();
+        const Index count = crew_.now();
+        busy_.store(static_cast<int>(count), std::memory_order_relaxed);
         const std::uint64_t turn = ++turn_ % (1u << 24);
         Job& job = jobs_[turn % kJobs];
         job.call = [](const void* self, Index chunk, int thread) { (*static_cast<const F*>(self))(chunk, thread); };
@@ -80,14 +129,18 @@ public:
             const auto first = static_cast<std::uint64_t>(chunks * t / count), end = static_cast<std::uint64_t>(chunks * (t + 1) / count);
             shares_[t].word.store(turn << 40 | end << 20 | first, std::memory_order_seq_cst);
         }
-        if (sleeping_.load(std::memory_order_seq_cst) > 0) {
+        bool sleeping = false;
+        for (Index t = 1; t < count; ++t) sleeping = sleeping || shares_[t].asleep.load(std::memory_order_seq_cst);
+        if (sleeping) {
             std::lock_guard<std::mutex> hold(mutex_);
             wake_.notify_all();
         }
-        take(0);
+        const Index own = take(0);
+        const std::int64_t worked = ticks() - began;
         const auto unfinished = [&] { return job.done.load(std::memory_order_acquire) < chunks; };
         fetch_while(0, job, unfinished);
         while (unfinished()) pause();
+        crew_.note(worked, own, ticks() - began - worked);
     }
 
 private:
@@ -111,12 +164,14 @@ private:
     // therefore belongs to a job whose caller is still waiting for it, however late the taker is.
     struct alignas(64) Share {
         std::atomic<std::uint64_t> word{0};
+        std::atomic<bool> asleep{false};
     };
     static bool left(std::uint64_t word) { return (word & kMost) < (word >> 20 & kMost); }
 
-    // Take chunks until none is left: one's own, then the others'.
-    void take(int thread) {
+    // Take chunks until none is left: one's own, then the others'. How many there were.
+    Index take(int thread) {
         const int count = threads();
+        Index taken = 0;
         for (int i = 0; i < count; ++i) {
             std::atomic<std::uint64_t>& word = shares_[(thread + i) % count].word;
             while (left(word.load(std::memory_order_acquire))) {
@@ -125,14 +180,17 @@ private:
                 Job& job = jobs_[(got >> 40) % kJobs];
                 job.call(job.self, static_cast<Index>(got & kMost), thread);
                 job.done.fetch_add(1, std::memory_order_acq_rel);
+                ++taken;
             }
         }
+        return taken;
     }
 
     // Fetch what the next job will read, as long as there is nothing to do.
     template <class Waiting>
     void fetch_while(int thread, const Job& job, const Waiting& waiting) const {
-        const Index count = threads();
+        const Index count = busy_.load(std::memory_order_relaxed);
+        if (thread >= count) return;
         Index room = kFetched;
         for (const Span& span : job.spans) {
             const Index bytes = span.bytes.load(std::memory_order_relaxed), first = bytes * thread / count;
@@ -159,19 +217,20 @@ private:
             for (int looks = 0; looks < kLooks && idle(); ++looks) pause();
             if (!idle()) continue;
             std::unique_lock<std::mutex> hold(mutex_);
-            sleeping_.fetch_add(1, std::memory_order_seq_cst);
+            shares_[thread].asleep.store(true, std::memory_order_seq_cst);
             wake_.wait(hold, [&] { return stopping_.load() || word.load(std::memory_order_seq_cst) >> 40 != seen; });
-            sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+            shares_[thread].asleep.store(false, std::memory_order_seq_cst);
         }
     }
 
     std::vector<Share> shares_;
+    Crew crew_;
+    std::atomic<int> busy_{1};  // threads that have a share of the job
     Job jobs_[kJobs];
     std::uint64_t turn_ = 0;
     std::pair<const char*, Index> ahead_[kSpans];
     Index spans_ = 0;
-    alignas(64) std::atomic<int> sleeping_{0};
-    std::atomic<bool> stopping_{false};
+    alignas(64) std::atomic<bool> stopping_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;  // last: they use all of the above

@@ -24,6 +24,22 @@ private:
     std::vector<T> held_ = std::vector<T>(kSpare);
 };
 
+// Memory for the codes of rows.
+class CodeRoom {
+public:
+    // For `groups` groups of 32 inputs, over all rows.
+    Codes need(Index groups, Index padded) {
+        const auto count = static_cast<std::size_t>(groups);
+        return {codes_.need(count * kGroup), marks_.need(count * 3), outliers_.need(count), lists_.need(count * Codes::kListed), padded};
+    }
+    std::size_t bytes() const { return codes_.bytes() + marks_.bytes() + outliers_.bytes() + lists_.bytes(); }
+
+private:
+    Room<std::int8_t> codes_;
+    Room<float> marks_, lists_;
+    Room<Outlier> outliers_;
+};
+
 // Rows on their way into a product: as floats, and as codes where a matrix wants them. `index` gathers rows of floats.
 struct Input {
     const float* rows = nullptr;
@@ -35,7 +51,8 @@ struct Input {
 // One panel of outputs for a tile of rows: out[row] holds 16 outputs, zero beyond the last.
 inline void panel(const Matrix& w, Index at, const Input& in, Index start, Index size, Lane* out) {
     if (w.quantised()) {
-        panel_product_of(w.kind, size)(w, at, in.codes.tile_codes(start), in.codes.tile_marks(start), out);
+        const Codes& codes = in.codes;
+        panel_product_of(w.kind, size)(w, at, codes.tile_codes(start), codes.tile_marks(start), codes.tile_list(start), out);
     } else {
         alignas(64) float part[kTileF][kLanes], some[kTileF][4];
         for (Index r = 0; r < size; r += kTileF) {

@@ -105,6 +105,15 @@ inline Lane power_of_two(Lane whole) {
 }
 inline float total(Lane a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Lane a) { return _mm512_reduce_max_ps(a.v); }
+// Of 32 lanes, the first that is x, cleared (none: nothing is); returns its place.
+inline int clear_first(Lane& a, Lane& b, float x) {
+    const __m512 to = _mm512_set1_ps(x);
+    const unsigned low = _mm512_cmp_ps_mask(a.v, to, _CMP_EQ_OQ), high = _mm512_cmp_ps_mask(b.v, to, _CMP_EQ_OQ);
+    const unsigned found = low | high << 16, first = found & -found;
+    a.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~first), a.v);
+    b.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~first >> 16), b.v);
+    return found ? __builtin_ctz(found) : 32;
+}
 inline Lane divide(Lane a, Lane b) { return {_mm512_div_ps(a.v, b.v)}; }
 // The sums of four registers, in a third of the instructions of four sums.
 inline void totals(Lane a, Lane b, Lane c, Lane d, float* out) {
@@ -119,6 +128,11 @@ inline void store_codes(std::int8_t* p, Lane a) {
 }
 
 inline Ints repeat(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+// Of each four bytes the bits from `shift` on that `mask` lets through, as a number.
+inline Lane field(const std::uint8_t* p, int shift, int mask) {
+    const __m512i moved = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(mask)))};
+}
 inline Ints times16(Ints a) { return {_mm512_slli_epi32(a.v, 4)}; }
 inline Lane to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Bytes load_bytes(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -209,6 +223,19 @@ inline float largest(Lane x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+inline int clear_first(Lane& x, Lane& y, float z) {
+    const __m256 to = _mm256_set1_ps(z);
+    const auto bits = [&](__m256 a) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, to, _CMP_EQ_OQ))); };
+    const unsigned found = bits(x.a) | bits(x.b) << 8 | bits(y.a) << 16 | bits(y.b) << 24;
+    if (!found) return 32;
+    const int at = __builtin_ctz(found);
+    const __m256i here = _mm256_set1_epi32(at), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto without = [&](__m256 a, int first) {
+        return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(here, _mm256_add_epi32(lanes, _mm256_set1_epi32(first)))), a);
+    };
+    x = {without(x.a, 0), without(x.b, 8)}, y = {without(y.a, 16), without(y.b, 24)};
+    return at;
+}
 inline Lane divide(Lane x, Lane y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline void totals(Lane a, Lane b, Lane c, Lane d, float* out) {
     const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b)),
@@ -223,6 +250,14 @@ inline void store_codes(std::int8_t* p, Lane x) {
 }
 
 inline Ints repeat(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Lane field(const std::uint8_t* p, int shift, int mask) {
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    const __m256i keep = _mm256_set1_epi32(mask);
+    const auto half = [&](const std::uint8_t* q) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), by), keep));
+    };
+    return {half(p), half(p + 32)};
+}
 inline Ints times16(Ints x) { return {_mm256_slli_epi32(x.a, 4), _mm256_slli_epi32(x.b, 4)}; }
 inline Lane to_float(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline Bytes load_bytes(const std::uint8_t* p) {
@@ -295,6 +330,20 @@ inline float largest(const Lane& a) {
     float top = a.v[0];
     for (int i = 1; i < 16; ++i) top = a.v[i] > top ? a.v[i] : top;
     return top;
+}
+inline int clear_first(Lane& a, Lane& b, float x) {
+    for (int i = 0; i < 32; ++i) {
+        float& one = i < 16 ? a.v[i] : b.v[i - 16];
+        if (one != x) continue;
+        one = 0.0f;
+        return i;
+    }
+    return 32;
+}
+inline Lane field(const std::uint8_t* p, int shift, int mask) {
+    Lane out;
+    for (int i = 0; i < 16; ++i) out.v[i] = static_cast<float>(p[4 * i + shift / 8] >> shift % 8 & mask);
+    return out;
 }
 inline void totals(const Lane& a, const Lane& b, const Lane& c, const Lane& d, float* out) {
     out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);

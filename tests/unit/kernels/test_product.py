@@ -82,6 +82,28 @@ def test_zero_rows_and_huge_ones() -> None:
     assert torch.allclose(got[2], -1e-30 * dense[:, 5], rtol=1e-2)
 
 
+@pytest.mark.parametrize("bits,group", [(4, 32), (8, 64), (8, 0)])
+@pytest.mark.parametrize("outlier", [40.0, -1e4])
+def test_an_outlier_does_not_crush_its_neighbours(bits: int, group: int, outlier: float) -> None:
+    """Against float64 sums of the same weights: half a step of 127 of the next largest, not of the outlier."""
+    make = torch.Generator().manual_seed(5)
+    matrix, dense = weights(torch.randn(37, 160, generator=make), bits, group, None)
+    x = torch.rand(13, 160, generator=make) * 2 - 1
+    for row in range(13):  # several rows with the same channel, others with their own
+        x[row, 70 if row < 9 else 3 + 31 * row % 160] = outlier
+    exact = x.double() @ dense.double().T
+    steps = dense.abs().double().sum(1) * 0.5 / 127  # no input but the outliers is above 1
+    assert ((product(matrix, x, 37) - exact).abs() <= steps + 1e-6 * exact.abs()).all()
+
+
+def test_two_equal_outliers_keep_their_scale() -> None:
+    """The larger one cannot leave: the other would not fit what is left."""
+    matrix, dense = weights(torch.randn(20, 32), 4, 32, None)
+    x = torch.zeros(1, 32)
+    x[0, 4], x[0, 20] = 50.0, -50.0
+    assert torch.allclose(product(matrix, x, 20), x @ dense.T, rtol=1e-4, atol=1e-3)
+
+
 def test_arrays_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="another size"):
         native().Weights(0, 4, 8, 32, torch.zeros(4, 7), None, None, None)

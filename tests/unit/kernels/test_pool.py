@@ -1,0 +1,70 @@
+"""Threads of a step beside a busy neighbour: who is held up gets no work, and comes back when the neighbour is gone."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from sprat.config.model import ModelConfig
+from sprat.engine.backend import Batch
+from sprat.engine.native import NativeBackend
+from sprat.kernels import native, why_not
+from sprat.model import Transformer
+from sprat.quant import quantize
+
+pytestmark = [pytest.mark.skipif(native() is None, reason=why_not()), pytest.mark.slow]
+STEPS, ROUNDS = 60, 5
+
+
+@contextmanager
+def busy(core: int) -> Iterator[None]:
+    """A process that never rests, on one core."""
+    loop = f"import os\nos.sched_setaffinity(0, [{core}])\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", loop], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def seconds(backend: NativeBackend, steps: int = STEPS) -> float:
+    whole = [np.array(array, np.int32) for array in ([0], [0], [0, 1], [[0]], [0])]
+    began = time.perf_counter()
+    for place in range(steps):
+        whole[1][0] = place % 64
+        backend.best(Batch(*whole), 200)
+    return time.perf_counter() - began
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True, reason="one core")
+def test_a_busy_neighbour_costs_no_more_than_its_core() -> None:
+    """Two threads on two cores of which one is taken are about as fast as one thread (they were two thirds of it).
+
+    Measured side by side, in turns, and by medians: whatever else this machine does meanwhile, it does to both.
+    """
+    shape = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = quantize(Transformer(ModelConfig.model_validate(shape | {"architecture": "llama"}), seed=1).eval())
+    before, cores = os.sched_getaffinity(0), sorted(os.sched_getaffinity(0))[:2]
+    try:
+        os.sched_setaffinity(0, cores)
+        alone, both = (NativeBackend(model, threads=threads) for threads in (1, 2))
+        for backend in (alone, both):
+            backend.reserve(1)
+        with busy(cores[1]):
+            seconds(both, 4 * STEPS)  # time to notice
+            pairs = [(seconds(alone), seconds(both)) for _ in range(ROUNDS)]
+    finally:
+        os.sched_setaffinity(0, before)
+    ratio = statistics.median(one / two for one, two in pairs)
+    assert ratio > 0.8, f"{ratio:.2f} of one thread's speed"
