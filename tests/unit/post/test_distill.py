@@ -177,7 +177,7 @@ def test_the_students_router_is_kept_even_as_in_pretraining(
     shape: ModelConfig, guesser: Transformer, tokenizer: Tokenizer, shown: Any
 ) -> None:
     student = Transformer.create(shape.replace(first_k_dense_replace=0), 1)
-    batch = batches(tokenizer, shown, CONFIG).batch(0)
+    batch = batches(tokenizer, shown, ROWS).batch(0)
     loss_fn = distillation(guesser, CONFIG)
     without, with_it = (
         loss_fn(student, batch, CONFIG.replace(balance_weight=weight)).total.item() for weight in (0.0, 2.0)

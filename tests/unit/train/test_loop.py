@@ -83,7 +83,7 @@ def test_same_seed_twice_gives_the_same_bits(
     models, runs = [Transformer.create(shape, 0) for _ in range(2)], [new_run("a"), new_run("b")]
     for model, run in zip(models, runs, strict=True):
         train(model, source, recipe, run)
-        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
+        assert (run.checkpoints / "step-00000008").is_dir()
     assert _same(*models)
     assert _rows(runs[0]) == _rows(runs[1])
 
