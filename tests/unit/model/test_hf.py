@@ -126,13 +126,14 @@ def test_a_config_of_another_family_is_refused(folder: Path) -> None:
         load_folder(folder)
 
 
-def test_an_interrupted_save_leaves_the_old_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writer", ["safetensors.torch.save_file", "pathlib.Path.write_text"])  # weights, config
+def test_an_interrupted_save_leaves_the_old_folder(writer: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(writer, full)
     with pytest.raises(MachineError, match="the disk is full"):
         save_folder(Transformer.create(tiny(), 8), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

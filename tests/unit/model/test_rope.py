@@ -47,3 +47,9 @@ def test_frequencies_by_the_formulas() -> None:
     stretched, sharper = frequencies(tiny_dense(head_dim=8, rope_theta=100.0, rope_scaling=yarn))
     assert stretched[0] == plain[0], "3 turns in 20 tokens, but none is faster"
     assert torch.allclose(stretched[3], plain[3] / 4) and sharper == pytest.approx(1 + 0.1 * math.log(4))
+    llama = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama["original_max_position_embeddings"] = 20  # waves of 6, 20, 63 and 199 tokens
+    stretched, one = frequencies(tiny_dense(head_dim=8, rope_theta=100.0, rope_scaling=llama))
+    part = (20 * plain[0] / (2 * math.pi) - 1) / 3  # of the way from long to short (Llama 3.1's published code)
+    assert torch.allclose(stretched[0], plain[0] * (part + (1 - part) / 8)) and one == 1
+    assert torch.allclose(stretched[2:], plain[2:] / 8)
