@@ -212,6 +212,16 @@ def recompute(road: Path) -> None:
     rewrite(road, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
 
 
+def cheapen(road: Path, key: str) -> None:
+    """Energy or money that does not follow from the CPU time, and the whole ledger written anew to suit it."""
+    path = road / "rl-seed1" / "run.json"
+    written = json.loads(path.read_text())
+    written[key] += 7
+    path.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+    new = {**body_of(road, "rl-seed1"), "nano_yuan": written["nano_yuan"]}
+    rewrite(road, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
+
+
 def edited_report(road: Path) -> None:
     """Another report, and an entry appended for it."""
     edit(road / "report.html", "50", "90")
@@ -330,6 +340,8 @@ SEEN: dict[str, Attack] = {
     "run.json with a cost that is no number": lambda road: edit(
         road / "sft/run.json", '"device_seconds"', '"device_seconds": 1e999, "old"'
     ),
+    "energy that does not follow, all recomputed": lambda road: cheapen(road, "energy_joules_estimated"),
+    "money that does not follow, all recomputed": lambda road: cheapen(road, "nano_yuan"),
     "an input out of the road": lambda road: edit(road / "sft/run.json", '"path": "data"', '"path": "../other/data"'),
 }  # fmt: skip
 
