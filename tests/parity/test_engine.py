@@ -93,7 +93,7 @@ def _another_expert(gate: Gate) -> Iterator[None]:
         taken_NE = torch.zeros_like(routing.scores_NE, dtype=torch.bool).scatter_(1, index_NK, True)
         index_NK[:, -1] = taken_NE.int().argmin(1)
         load_E = index_NK.flatten().bincount(minlength=len(routing.load_E))
-        return Routing(routing.scores_NE, index_NK, routing.weight_NK, load_E)
+        return Routing(routing.scores_NE, index_NK, routing.weight_NK, load_E, load_E)
 
     hook = gate.register_forward_hook(changed)
     try:
