@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # inputs that are rounded with one scale
-ROW_SHARE, OWN_SHARE = 0.06, 15 / 16  # see ``kRowShare`` in ``src/linear.h``
+ROW_SHARE, OWN_SHARE = 0.07, 15 / 16  # see ``kRowShare`` in ``src/linear.h``
 
 
 def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
@@ -23,7 +23,7 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
     input which stands far above its group stays as it is, and the others are rounded without it.
 
     Args:
-        whole: "far" is told by the row (the outlier would bring more than 6 % of the row's error); else by the
+        whole: "far" is told by the row (the outlier would bring more than 7 % of the row's error); else by the
             group alone (it is four times the next), as where rows are rounded piece by piece.
     """
     width = rows_KI.shape[-1]

@@ -90,7 +90,11 @@ def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded,
 
 
 def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:
-    """On the back end that users get: inputs rounded without regard to outliers answer in circles, and in French."""
+    """On the back end that users get: inputs rounded without regard to outliers answer in circles, and in French.
+
+    In float32 itself "The" is only 0.08 nats ahead of the French "L" as the first word, so this one answer is a coin
+    that fell well on every instruction set; what was promised is the divergence below.
+    """
     how = sprat.Sampling(temperature=0, max_tokens=24)
     answer = sprat.Engine(*loaded).generate(["What is the capital of France?"], how)[0]
     assert "Paris" in answer.text and answer.finish_reason == "stop"

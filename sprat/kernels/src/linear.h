@@ -93,7 +93,7 @@ inline void put_whole(float* p, Index x) {
 // What the largest input of a group must stand above the others by to be left out of their scale: as a share of the squares
 // of the row's groups (each its largest), or, where only the group is known, of its own square (four times the next).
 // Error goes by that square, so this is the share of a row's error that the outlier would be to blame for.
-constexpr float kRowShare = 0.06f, kOwnShare = 15.0f / 16.0f;
+constexpr float kRowShare = 0.07f, kOwnShare = 15.0f / 16.0f;
 
 // 32 inputs of a row, zero beyond `have`, with the largest and the next largest of their absolute values.
 struct Group {
@@ -204,23 +204,29 @@ void quantise_tile(const F& row_at, Index cols, const Codes& to, Index start, In
 constexpr Index kAhead = 2048;
 constexpr int kFew = 8;
 
+// Where a panel begins.
+struct PanelAt {
+    const std::uint8_t* codes;
+    const std::uint16_t *scales, *minimums;
+    std::uint32_t group;
+};
+
 // What the weights of one input are, for the 16 outputs of a panel.
 template <Kind kind>
-inline Lane column(const Matrix& w, Index panel, const float* input_at) {
-    const auto input = static_cast<std::uint32_t>(whole(input_at)), group = static_cast<std::uint32_t>(w.group);
-    const Index mark = (panel * w.groups() + (group == kGroup ? input / kGroup : input / group)) * kLanes;
-    const std::uint8_t* at = w.data + panel * w.panel_bytes();
+inline Lane column(const PanelAt& w, const float* input_at) {
+    const auto input = static_cast<std::uint32_t>(whole(input_at));
+    const std::uint32_t mark = (w.group == kGroup ? input / kGroup : input / w.group) * kLanes;
     const Lane scale = load_half(w.scales + mark);
     const int shift = static_cast<int>(input % 4 * 8);
-    if constexpr (kind == Kind::int8) return mul(sub(field(at + input / 4 * 64, shift, 255), all(128.0f)), scale);
-    const Lane code = field(at + input / 8 * 64, shift + static_cast<int>(input & 4), 15);
+    if constexpr (kind == Kind::int8) return mul(sub(field(w.codes + input / 4 * 64, shift, 255), all(128.0f)), scale);
+    const Lane code = field(w.codes + input / 8 * 64, shift + static_cast<int>(input & 4), 15);
     if constexpr (kind == Kind::int4) return mul(sub(code, all(8.0f)), scale);
     return fma(code, scale, load_half(w.minimums + mark));
 }
 
 // What outliers add to the outputs of a tile. Kept apart from the loop over all inputs, whose registers it would take.
 template <Kind kind, int rows>
-[[gnu::noinline]] void add_outliers(const Matrix& w, Index panel, const float* list, Lane* out) {
+[[gnu::noinline]] void add_outliers(const PanelAt& w, const float* list, Lane* out) {
     const std::int32_t columns = whole(list), singles = whole(list + 1);
     list += 2;
     if (columns) {
@@ -228,7 +234,7 @@ template <Kind kind, int rows>
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) sum[r] = out[r];
         for (std::int32_t i = 0; i < columns; ++i, list += 1 + rows) {
-            const Lane weights = column<kind>(w, panel, list);
+            const Lane weights = column<kind>(w, list);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; ++r) sum[r] = fma(weights, all(list[1 + r]), sum[r]);
         }
@@ -237,7 +243,7 @@ template <Kind kind, int rows>
     }
     for (std::int32_t i = 0; i < singles; ++i, list += 3) {
         Lane& one = out[whole(list + 1)];
-        one = fma(column<kind>(w, panel, list), all(list[2]), one);
+        one = fma(column<kind>(w, list), all(list[2]), one);
     }
 }
 
@@ -248,6 +254,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     const std::uint8_t* at = w.data + panel * w.panel_bytes();
     const std::uint16_t* scale = w.scales + panel * wide * kLanes;
     const std::uint16_t* minimum = kind == Kind::int4_min ? w.minimums + panel * wide * kLanes : nullptr;
+    const PanelAt from{at, scale, minimum, static_cast<std::uint32_t>(w.group)};
     Lane sum[rows];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sum[r] = zero();
@@ -291,7 +298,8 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) out[r] = sum[r];
-    add_outliers<kind, rows>(w, panel, outliers, out);
+    if (whole(outliers) + whole(outliers + 1) == 0) return;
+    add_outliers<kind, rows>(from, outliers, out);
 }
 
 using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, const float*, Lane*);
