@@ -54,17 +54,17 @@ def label(text: str) -> str:
     return "".join(character for character in line if character.isprintable())[:LONGEST].strip() or "unnamed"
 
 
-def folder_name(domain: str) -> str:
-    """The folder of a domain: the domain where it is a plain small word, else an underscore and a hash of it.
+def safe_name(name: str) -> str:
+    """``name`` as one part of a path: itself where it is a plain small word, else an underscore and a hash of it.
 
-    What rows say is never a path: a domain may hold slashes, dots, or differ from another by case alone.
+    What rows and recipes say is never a path: a domain or a title may hold slashes, dots, or differ by case alone.
 
-    >>> folder_name("docstring"), folder_name("../..")
+    >>> safe_name("docstring"), safe_name("../..")
     ('docstring', '_0cfd1c96cbc0c0e0')
     """
-    if _PLAIN.fullmatch(domain):
-        return domain
-    return "_" + hashlib.sha256(domain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    if _PLAIN.fullmatch(name):
+        return name
+    return "_" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write(path: Path, documents: Iterable[Document]) -> None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sprat.data import baselines, corpus, ingest
-from sprat.data.document import Document, folder_name
+from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
 from sprat.data.split import Split, split
 from sprat.errors import DataError
-from sprat.road.places import Road, file_name, load_task, write_problems
+from sprat.road.places import Road, load_task, write_problems
 from sprat.road.recipe import DataRecipe, title
 from sprat.tasks import Problem, Task, held_out
 from sprat.tokens import Tokenizer
@@ -63,7 +63,7 @@ def data(road: Road, text: Path | None = None) -> None:
     rows.save(run.artefact / "tasks")
     scores = _hold_out(tokenizer, train, made.parts.held_out, recipe.seq_len, run.artefact / "heldout")
     for name, problems in made.problems.items():
-        write_problems(run.artefact / "problems" / f"{file_name(name)}.jsonl", problems)
+        write_problems(run.artefact / "problems" / f"{safe_name(name)}.jsonl", problems)
     run.note(
         title="Data",
         sources=made.found.sources,
@@ -144,7 +144,7 @@ def _hold_out(
     seen = "\n\n".join(d.text for d in train).encode()
     for domain in sorted({d.domain for d in test}):
         mine = [d for d in test if d.domain == domain]
-        _pack_text(tokenizer, mine, seq_len, folder / folder_name(domain))
+        _pack_text(tokenizer, mine, seq_len, folder / safe_name(domain))
         blob = "\n\n".join(d.text for d in mine).encode()
         sizes[domain] = sum(len(d.text.encode()) for d in mine)
         scores[domain] = {

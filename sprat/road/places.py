@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
-from sprat.data.document import folder_name
+from sprat.data.document import safe_name
 from sprat.data.pack import Packed
 from sprat.errors import ConfigError, DataError
 from sprat.road.graph import tell
@@ -22,9 +21,6 @@ from sprat.train import checkpoint
 from sprat.trust import atomic, digest, record
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
-
-PLAIN = frozenset(string.ascii_letters + string.digits + "-_. ")
-LONGEST = 120  # characters of a file's name, well below what file systems take
 
 Prepared = TypeVar("Prepared")
 
@@ -79,7 +75,7 @@ class Road:
         Raises:
             ConfigError: the name is no plain name of a folder.
         """
-        if not name or file_name(name) != name:
+        if not name or safe_name(name) != name:
             raise ConfigError("this cannot name a run", where=repr(name), todo="use letters, digits, - and _")
         return self.folder / name
 
@@ -121,7 +117,7 @@ class DataArtefact:
 
     def held_out(self, domain: str) -> Packed:
         """Packed rows of the held-out text of ``domain``."""
-        return Packed.load(self.folder / "heldout" / folder_name(domain))
+        return Packed.load(self.folder / "heldout" / safe_name(domain))
 
     def held_out_domains(self) -> dict[str, int]:
         """Bytes of held-out text for each domain."""
@@ -131,7 +127,7 @@ class DataArtefact:
     def task(self, config: TaskConfig) -> Drawn:
         """The task of ``config`` with the held-out problems that the data stage kept."""
         return Drawn(
-            load_task(config), tuple(read_problems(self.folder / "problems" / f"{file_name(title(config))}.jsonl"))
+            load_task(config), tuple(read_problems(self.folder / "problems" / f"{safe_name(title(config))}.jsonl"))
         )
 
 
@@ -139,24 +135,6 @@ def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     """The model that ``recipe`` names, with the vocabulary and special ids of ``tokenizer``."""
     special = {"bos_token_id": tokenizer.ids.bos, "eos_token_id": tokenizer.ids.eos, "pad_token_id": tokenizer.ids.pad}
     return size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
-
-
-def file_name(name: str) -> str:
-    """``name`` as one plain part of a path, whatever a recipe or a row of data says; different names stay different.
-
-    Letters, digits, dash, underscore, space, and dots after the first character stay; all else is percent-encoded.
-    What is longer than ``LONGEST`` is cut and ends with the first half of the name's SHA-256.
-
-    >>> file_name("chain_sum"), file_name("../../etc/x"), file_name("")
-    ('chain_sum', '%2E.%2F..%2Fetc%2Fx', '%')
-    """
-    plain = "".join(
-        chr(byte) if chr(byte) in PLAIN and (byte != ord(".") or place) else f"%{byte:02X}"
-        for place, byte in enumerate(name.encode("utf-8", "surrogatepass"))
-    )
-    if len(plain) > LONGEST:
-        plain = f"{plain[: LONGEST - 33]}%{digest.data(plain.encode())[:32]}"
-    return plain or "%"
 
 
 def load_task(config: TaskConfig) -> Task:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sprat.data.document import safe_name
 from sprat.errors import ConfigError, SpratError
-from sprat.road.places import DataArtefact, Road, file_name, read_problems, write_problems
+from sprat.road.places import DataArtefact, Road, read_problems, write_problems
 from sprat.road.recipe import named, title
 from sprat.tasks import Problem
 
@@ -65,15 +66,15 @@ def test_titles_and_domains_name_files_in_their_own_folder_and_different_ones_di
     names = _names(tmp_path / "outside")
     before = _tree(tmp_path) - {path for path in _tree(tmp_path) if "inside" in path}
     for number, name in enumerate(names):
-        file = inside / f"{file_name(name)}.jsonl"
+        file = inside / f"{safe_name(name)}.jsonl"
         write_problems(file, [Problem("t", number, "q", "a")])
         assert file.parent == inside and file.resolve().parent == inside.resolve()
     assert len(list(inside.iterdir())) == len(set(names))
     last = {name: number for number, name in enumerate(names)}
     for name, number in last.items():
-        assert read_problems(inside / f"{file_name(name)}.jsonl")[0].index == number
+        assert read_problems(inside / f"{safe_name(name)}.jsonl")[0].index == number
     assert {path for path in _tree(tmp_path) if "inside" not in path} == before
-    assert file_name("chain_sum_2digits") == "chain_sum_2digits"  # names that are plain stay as they are
+    assert safe_name("chain_sum_2digits") == "chain_sum_2digits"  # names that are plain stay as they are
 
 
 def test_a_run_is_named_by_one_plain_part_or_refused(inside: Path, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_titles_of_a_recipe_reach_the_folder_of_problems_only(inside: Path, tmp_
         recipe = named("tiny").replace(data={"tasks": [{"name": "sums", "title": name}]})
         config = recipe.data.tasks[0]
         artefact = DataArtefact(inside)
-        write_problems(inside / "problems" / f"{file_name(title(config))}.jsonl", [Problem("t", 7, "q", "a")])
+        write_problems(inside / "problems" / f"{safe_name(title(config))}.jsonl", [Problem("t", 7, "q", "a")])
         assert artefact.task(config).kept[0].index == 7
     assert {path for path in _tree(tmp_path / "outside") if not path.startswith("a/b/inside/problems/")} == {
         "a", "a/b", "a/b/inside", "a/b/inside/problems"

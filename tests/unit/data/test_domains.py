@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sprat.data import ingest
-from sprat.data.document import Document, folder_name
+from sprat.data.document import Document, safe_name
 from sprat.road.data import _hold_out
 from sprat.road.places import DataArtefact
 from sprat.tokens import Tokenizer
@@ -115,7 +115,7 @@ def test_no_domain_writes_outside_of_its_folder_and_no_two_share_one(tmp_path: P
     named = {document.domain for document in read_all(tmp_path / "data")}
     for domain in named:
         assert 0 < len(domain) <= 60 and domain.isprintable()
-        atomic.write_text(inside / folder_name(domain) / "packed", domain, durable=False)
+        atomic.write_text(inside / safe_name(domain) / "packed", domain, durable=False)
     assert {path.read_text() for path in inside.glob("*/packed")} == named
     assert len({path.name.lower() for path in inside.iterdir()}) == len(named), "case-blind disks too"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "one"]
@@ -127,7 +127,7 @@ def test_no_domain_writes_outside_of_its_folder_and_no_two_share_one(tmp_path: P
 
 
 def test_the_default_domains_keep_their_folders() -> None:
-    assert [folder_name(name) for name in ("prose", "docstring", "code")] == ["prose", "docstring", "code"]
+    assert [safe_name(name) for name in ("prose", "docstring", "code")] == ["prose", "docstring", "code"]
 
 
 def test_the_data_stage_holds_out_hostile_domains_each_in_its_place(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_data_stage_holds_out_hostile_domains_each_in_its_place(tmp_path: Pa
 
 if sys.platform == "linux":
 
-    def test_a_label_fits_a_folder_name_of_any_disk() -> None:
+    def test_a_label_fits_a_safe_name_of_any_disk() -> None:
         for domain in domains(300):
-            name = folder_name(str(domain))
+            name = safe_name(str(domain))
             assert len(name.encode()) <= 64 and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-")
