@@ -67,7 +67,7 @@ class Road:
         """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
         ledger = Ledger(self.folder / "ledger.jsonl")
         ledger.root()
-        ledger.enter(self.path(name))
+        ledger.enter(self.folder / name)
 
     def path(self, name: str) -> Path:
         """The folder of run ``name``.
