@@ -117,6 +117,7 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     return Sampling(
         **settings,
         max_tokens=min(ask.limit or desk.max_tokens, desk.max_tokens),
+        fit=ask.limit is None,
         seed=seed,
         stop=ask.stops,
         thinking=ask.thinks,

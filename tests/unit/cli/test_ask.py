@@ -37,6 +37,17 @@ def test_run_reads_questions_from_a_pipe_and_repeats_itself(model_folder: Path) 
     assert "? 1 + 1" in first.stderr
 
 
+def test_who_names_no_limit_gets_what_a_short_context_holds(model_folder: Path) -> None:
+    context = json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
+    question = "3 + 4 " * 480
+    done = CliRunner().invoke(app, ["run", str(model_folder), question, "--json"])
+    assert done.exit_code == 0, done.stderr
+    usage = json.loads(done.stdout)["outputs"][0]["usage"]
+    assert context - 256 < usage["prompt_tokens"] < usage["prompt_tokens"] + usage["completion_tokens"] <= context
+    refused = CliRunner().invoke(app, ["run", str(model_folder), question, "--max-tokens", "256"])
+    assert refused.exit_code == 6 and "exceed the context" in refused.stderr + refused.stdout
+
+
 def test_run_without_a_question_says_so(model_folder: Path) -> None:
     done = CliRunner().invoke(app, ["run", str(model_folder)], input="")
     assert done.exit_code == 3 and "no question" in done.stderr
