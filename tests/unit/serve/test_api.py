@@ -158,6 +158,7 @@ def test_unknown_paths_are_error_objects_too(client: TestClient, method: str, pa
     answer = client.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
+    assert (status == 405) == (answer.headers.get("allow") == "POST")  # RFC 9110, 15.5.6
 
 
 @pytest.mark.parametrize(
