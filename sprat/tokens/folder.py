@@ -73,7 +73,11 @@ def generation(folder: Path) -> Generation:
         DataError: it is no JSON object, or a value that we would use is no number, or out of range.
     """
     file = folder / GENERATION
-    table = _table(file)
+    return understood(_table(file), str(file))
+
+
+def understood(table: Mapping[str, Any], where: str) -> Generation:
+    """What ``table`` says with the keys of generation_config.json; see ``generation``."""
     ends = table.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     settings = {key: table[key] for key in SETTINGS if table.get(key) is not None}
@@ -88,11 +92,11 @@ def generation(folder: Path) -> Generation:
             low, high = RANGES[key]
             wrong = not low <= value <= high or (key in OPEN and value == low)
         if wrong:
-            raise DataError(f"{key} cannot be {value!r}", where=str(file), todo="correct it, or leave it out")
+            raise DataError(f"{key} cannot be {value!r}", where=where, todo="correct it, or leave it out")
     known = {"eos_token_id", "do_sample", *SETTINGS, *SILENT}
     asked = {key for key, value in table.items() if value not in (None, False, NEUTRAL.get(key)) and key[0] != "_"}
     if strange := sorted(asked - known):
-        log.warning("%s: not understood and not followed: %s", file, ", ".join(strange))
+        log.warning("%s: not understood and not followed: %s", where, ", ".join(strange))
     return Generation(tuple(ends), settings, table)
 
 

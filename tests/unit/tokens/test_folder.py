@@ -88,7 +88,8 @@ def test_a_setting_that_no_request_could_have_is_refused_with_its_file(tmp_path:
 )
 def test_a_setting_that_the_folder_may_have_is_one_that_sampling_takes(tmp_path: Path, edge: dict[str, Any]) -> None:
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=edge)
-    Sampling(**Tokenizer.load(folder).generation.settings)
+    sampling = Sampling(**Tokenizer.load(folder).generation.settings)
+    assert {name: getattr(sampling, name) for name in edge} == edge
 
 
 def test_minus_one_keeps_all_tokens_as_in_vllm(tmp_path: Path) -> None:
