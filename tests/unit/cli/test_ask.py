@@ -91,7 +91,8 @@ def test_serve_says_that_the_port_is_taken(model_folder: Path) -> None:
     assert done.exit_code == 7 and "in use" in done.stderr and str(port) in done.stderr
 
 
-def test_serve_answers_until_ctrl_c(model_folder: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_answers_until_it_is_stopped(model_folder: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "sprat", "serve", str(model_folder), "--port", "0", "--name", "pico"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
@@ -99,7 +100,7 @@ def test_serve_answers_until_ctrl_c(model_folder: Path) -> None:
         assert address is not None
         with urllib.request.urlopen(f"{address[0]}/v1/models", timeout=30) as answer:
             assert json.load(answer)["data"][0]["id"] == "pico"
-        server.send_signal(signal.SIGINT)
+        server.send_signal(stop)
         assert server.wait(timeout=30) == 0
 
 
