@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 Think = Annotated[
     bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of one answer, thinking included.")]
+TOKENS = 256  # of one answer, where nobody says
+_TOKENS = "Tokens of one answer, thinking included"
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help=f"{_TOKENS}.")]
+_LEFT_OUT = f"{_TOKENS}; left out: {TOKENS}, or what the context still holds."
+FewTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help=_LEFT_OUT)]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", min=0.0, help="0 is greedy; left out: what the model's folder says, else greedy."),
@@ -39,7 +43,7 @@ def run(
         list[str] | None, typer.Argument(metavar="QUESTION...", help="Lines of stdin if left out.")
     ] = None,
     think: Think = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: FewTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
 ) -> Result:
@@ -62,7 +66,7 @@ def run(
 def chat(
     model: ModelFolder,
     think: Think = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: FewTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
     turns: Turns = None,
@@ -169,11 +173,15 @@ def _engine(folder: Path) -> Engine:
     return Engine(*load(folder), frozen=True, consume=True)
 
 
-def _sampling(engine: Engine, temperature: float | None, max_tokens: int, seed: int, think: bool | None) -> Sampling:
+def _sampling(
+    engine: Engine, temperature: float | None, max_tokens: int | None, seed: int, think: bool | None
+) -> Sampling:
     """What the command line says, else what the model's folder says; greedy where neither says a temperature."""
     if temperature is None:
         temperature = engine.tokenizer.generation.settings.get("temperature", 0.0)
-    return engine.sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=think)
+    fit = max_tokens is None
+    tokens = TOKENS if max_tokens is None else max_tokens
+    return engine.sampling(temperature=temperature, max_tokens=tokens, fit=fit, seed=seed, thinking=think)
 
 
 def _lines() -> Iterator[str]:

@@ -9,11 +9,13 @@ stands alone is in Rust's syntax, but its ``\d``, ``\w`` and ``\s`` are those of
 
 *Numbers.* llguidance holds them as 64-bit floats. A bound or a value that such a float, or its shortest decimal form,
 does not hold exactly would be another one, so it is refused; so is a bound of 2^53 and more, from which a float cannot
-count by one.
+count by one. An exclusive bound that is whole lets itself in where the other bound is less than one away (llguidance
+1.9 takes 0 for ``exclusiveMinimum: 0, maximum: 0.5``), so such a pair is refused as well.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from decimal import Decimal
@@ -105,6 +107,7 @@ def _schema(node: Any) -> Any:
         return [_schema(one) for one in node]
     if not isinstance(node, dict):
         return node
+    _apart(node)
     made: dict[str, Any] = {}
     for key, value in node.items():
         if key in NUMBERS or key in VALUES:
@@ -122,6 +125,32 @@ def _schema(node: Any) -> Any:
         else:
             made[key] = _schema(value)
     return made
+
+
+def _apart(node: dict[str, Any]) -> None:
+    """Raise ValueError where a whole exclusive bound of ``node`` meets an opposite bound less than one away.
+
+    Bounds in ``allOf``, ``anyOf`` and ``oneOf`` hold together with those beside them.
+    """
+    if node.get("type") == "integer":  # counted, not matched digit by digit
+        return
+    found: dict[str, set[Decimal]] = {key: set() for key in NUMBERS}
+    waiting: list[Any] = [node]
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, dict):
+            continue
+        for key in NUMBERS:
+            if isinstance(one.get(key), int | Decimal) and not isinstance(one[key], bool):
+                found[key].add(Decimal(one[key]))
+        for key in ("allOf", "anyOf", "oneOf"):
+            waiting += one[key] if isinstance(one.get(key), list) else []
+    lows, highs = found["minimum"] | found["exclusiveMinimum"], found["maximum"] | found["exclusiveMaximum"]
+    for low, high in itertools.product(lows, highs):
+        near = 0 < high - low < 1
+        for key, bound, other in (("exclusiveMinimum", low, high), ("exclusiveMaximum", high, low)):
+            if near and bound in found[key] and bound == bound.to_integral_value():
+                raise ValueError(f"{key}: {bound} cannot be kept out beside the bound {other}; use other units")
 
 
 def _exact(key: str, value: Any) -> None:

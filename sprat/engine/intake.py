@@ -75,6 +75,8 @@ class Intake:
         """
         room = self.context - len(ids)
         wanted = min(self.cap, max(room, 1)) if sampling.max_tokens is None else sampling.max_tokens
+        if sampling.fit:
+            wanted = min(wanted, self.cap, max(1, min(room, self._memory - len(ids))))
         if wanted > self.cap:
             fault = f"max_tokens is {wanted}, and this engine gives {self.cap} at most"
             raise EngineError(fault, where="max_tokens", todo="ask for less")

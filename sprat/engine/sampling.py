@@ -86,6 +86,7 @@ class Sampling:
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
         max_tokens: sampled tokens at most; None means as many as the context holds.
+        fit: whether ``max_tokens`` gives way where context or memory hold less, instead of the request being refused.
         seed: same seed, same prompt, same model: same tokens, whatever else is in the batch.
         stop: strings that end the answer; they are cut from the text and never sought in the reasoning.
         stop_token_ids: ids that end the answer, as the model's own end token does.
@@ -130,6 +131,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     response: Response | None = None
     processors: tuple[Callable[[Rows[int]], Processor], ...] = ()
+    fit: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples, so that settings cannot change behind the engine's back."""

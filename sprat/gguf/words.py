@@ -17,10 +17,12 @@ from sprat.errors import CheckpointError, DataError
 from sprat.gguf.header import Header
 from sprat.gguf.patterns import COMPOSED, PATTERNS, WHOLE_FIRST
 from sprat.tokens import Tokenizer
+from sprat.tokens.folder import understood
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
 _LONG = 256  # characters of a token beyond which its splits are not tried
-_KEY = "tokenizer.ggml."
+_KEY, _SAMPLING = "tokenizer.ggml.", "general.sampling."
+_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"} | {k: k for k in ("top_k", "top_p", "min_p")}
 
 
 def read_tokenizer(header: Header) -> Tokenizer:
@@ -52,8 +54,10 @@ def read_tokenizer(header: Header) -> Tokenizer:
         "post_processor": None,
         **table,
     }
+    text, where = json.dumps(table, ensure_ascii=False), str(header.path)
     try:
-        return Tokenizer(json.dumps(table, ensure_ascii=False), config=_config(header, tokens), where=str(header.path))
+        said = understood(_generation(header), where)
+        return Tokenizer(text, config=_config(header, tokens), generation=said, where=where)
     except DataError as error:
         raise CheckpointError(
             error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"
@@ -141,6 +145,17 @@ def _config(header: Header, tokens: list[str]) -> dict[str, Any]:
     template = header.meta.get("tokenizer.chat_template")
     if isinstance(template, str):
         table["chat_template"] = template
+    return table
+
+
+def _generation(header: Header) -> dict[str, Any]:
+    """The ``general.sampling`` keys, which converters write since 2025, under the names of generation_config.json."""
+    table: dict[str, Any] = {}
+    for key, value in header.meta.items():
+        if key.startswith(_SAMPLING):
+            name = key.removeprefix(_SAMPLING)
+            # a 32-bit 0.95 in the file is meant as 0.95
+            table[_NAMES.get(name, key)] = float(f"{value:.7g}") if isinstance(value, float) else value
     return table
 
 

@@ -113,10 +113,11 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     from sprat.engine.sampling import Sampling
 
     settings: dict[str, Any] = dict(desk.settings)
-    settings |= ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True)
+    settings |= ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True)
     return Sampling(
         **settings,
         max_tokens=min(ask.limit or desk.max_tokens, desk.max_tokens),
+        fit=ask.limit is None,
         seed=seed,
         stop=ask.stops,
         thinking=ask.thinks,
@@ -175,7 +176,7 @@ async def whole(request: Request, desk: Desk, answering: Answering, name: str, s
 
 async def stream(ask: ChatRequest, desk: Desk, answering: Answering, name: str, seed: int) -> AsyncIterator[str]:
     """The answer as server-sent events: role, deltas, finish reason, usage where asked for, ``[DONE]``."""
-    with_usage = ask.stream_options is not None and ask.stream_options.include_usage
+    with_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
     head = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": desk.name}
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:

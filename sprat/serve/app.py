@@ -91,7 +91,9 @@ def _answer_errors(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         code = str(error.detail).lower().replace(" ", "_")
-        return refuse(RequestError(error.status_code, str(error.detail), code=code))
+        answer = refuse(RequestError(error.status_code, str(error.detail), code=code))
+        answer.headers.update(error.headers or {})  # Allow, of a 405
+        return answer
 
     async def on_crash(request: Request, error: Exception) -> JSONResponse:
         return refuse(RequestError(500, "the server made a mistake", code="internal_error", kind="server_error"))

@@ -3,7 +3,8 @@
 Requests are validated strictly, because a silently ignored field is an answer to another question:
 an unknown field, a wrong type or a feature that this server lacks is an HTTP 400 whose error object
 names the field. Fields that ask for nothing (``n: 1``, ``frequency_penalty: 0``, ``tools: []``) are
-accepted, since clients send them by habit.
+accepted, since clients send them by habit; ``null`` asks for nothing in every field that may be left out, as in
+OpenAI's schema.
 
 Whether the model thinks is said in one of two ways, and not at all when the model shall decide:
 DeepSeek's ``"thinking": {"type": "enabled" | "disabled"}``, or OpenAI's ``"reasoning_effort"``, of
@@ -90,7 +91,7 @@ class Thinking(_Strict):
 class StreamOptions(_Strict):
     """``include_usage`` asks for one last chunk that carries the whole usage."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ResponseFormat(_Strict):
@@ -106,21 +107,21 @@ class ChatRequest(_Strict):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1_000_000)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(0, ge=0, le=1_000_000)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
-    n: Literal[1] = 1
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    logprobs: Literal[False] = False
+    n: Literal[1] | None = 1
+    frequency_penalty: float | None = Field(0.0, ge=0, le=0)
+    presence_penalty: float | None = Field(0.0, ge=0, le=0)
+    logprobs: Literal[False] | None = False
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(None, max_length=0)
 

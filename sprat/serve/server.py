@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import ipaddress
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sprat.errors import MachineError, ServeError
 from sprat.serve.app import create_app
@@ -105,12 +107,22 @@ def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None]
         timeout_keep_alive=30,
         ws="none",
     )
+    before = _interrupted_by(signal.SIGTERM)  # uvicorn sends itself the signal again when it has shut down
     try:
         Server(config).run(sockets=[taken])
     except KeyboardInterrupt:
         return
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         taken.close()
+
+
+def _interrupted_by(number: int) -> Any:
+    """Let a signal mean Ctrl-C; what it meant before, or None outside of the main thread, where nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(number, signal.default_int_handler)
 
 
 def run(

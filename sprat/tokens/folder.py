@@ -20,6 +20,15 @@ log = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
 # Keys of generation_config.json that become settings of ``Sampling``
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What each may say, from the lowest on; those in OPEN not the lowest itself. -1 is vLLM's way to keep all tokens.
+RANGES = {
+    "temperature": (0, 100),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 100),
+}
+OPEN = ("top_p", "repetition_penalty")
 # Keys that are read elsewhere (ids of special tokens, which the tokenizer knows), or say nothing about an answer
 SILENT = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "max_length")
 # What each further key says by default, and then asks for nothing (transformers' GenerationConfig)
@@ -61,23 +70,33 @@ def generation(folder: Path) -> Generation:
     ``do_sample: false`` means greedy, whatever else stands there, as in transformers.
 
     Raises:
-        DataError: it is no JSON object, or a value that we would use is no number.
+        DataError: it is no JSON object, or a value that we would use is no number, or out of range.
     """
     file = folder / GENERATION
-    table = _table(file)
+    return understood(_table(file), str(file))
+
+
+def understood(table: Mapping[str, Any], where: str) -> Generation:
+    """What ``table`` says with the keys of generation_config.json; see ``generation``."""
     ends = table.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     settings = {key: table[key] for key in SETTINGS if table.get(key) is not None}
+    if settings.get("top_k") == -1:
+        settings["top_k"] = 0
     if table.get("do_sample") is False:
         settings |= {"temperature": 0.0}
     for key, value in [("eos_token_id", one) for one in ends] + list(settings.items()):
         kinds = int if key in ("eos_token_id", "top_k") else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise DataError(f"{key} cannot be {value!r}", where=str(file), todo="correct it, or leave it out")
+        wrong = isinstance(value, bool) or not isinstance(value, kinds)
+        if not wrong and key in RANGES:
+            low, high = RANGES[key]
+            wrong = not low <= value <= high or (key in OPEN and value == low)
+        if wrong:
+            raise DataError(f"{key} cannot be {value!r}", where=where, todo="correct it, or leave it out")
     known = {"eos_token_id", "do_sample", *SETTINGS, *SILENT}
     asked = {key for key, value in table.items() if value not in (None, False, NEUTRAL.get(key)) and key[0] != "_"}
     if strange := sorted(asked - known):
-        log.warning("%s: not understood and not followed: %s", file, ", ".join(strange))
+        log.warning("%s: not understood and not followed: %s", where, ", ".join(strange))
     return Generation(tuple(ends), settings, table)
 
 

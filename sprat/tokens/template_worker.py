@@ -29,19 +29,37 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
             rendering (``messages`` and whatever else the template asks for).
     """
     from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    class Generation(Extension):
+        """``{% generation %}`` marks what the assistant says, for training; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> Node | list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     _confine()
     found: list[dict[str, str]] = []
     try:
-        surroundings = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        extensions = [loopcontrols, Generation]
+        surroundings = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         surroundings.filters["tojson"] = to_json
         surroundings.globals |= {"raise_exception": refuse, "strftime_now": lambda how: f"\0{how}\0"}
         compiled = surroundings.from_string(job["template"])
@@ -50,7 +68,7 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
     for probe in job["probes"]:
         try:
             names = {key: job[key] for key in ("bos_token", "eos_token")}
-            text = compiled.render(**names, **probe)
+            text = compiled.render(**names, tools=None, documents=None, **probe)
             found.append({"text": text} if len(text) <= TEXT_CHARS else {"error": "the text is too long"})
         except Exception as error:
             found.append({"error": _said(error)})

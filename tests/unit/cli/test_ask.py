@@ -37,6 +37,17 @@ def test_run_reads_questions_from_a_pipe_and_repeats_itself(model_folder: Path) 
     assert "? 1 + 1" in first.stderr
 
 
+def test_who_names_no_limit_gets_what_a_short_context_holds(model_folder: Path) -> None:
+    context = json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
+    question = "3 + 4 " * 480
+    done = CliRunner().invoke(app, ["run", str(model_folder), question, "--json"])
+    assert done.exit_code == 0, done.stderr
+    usage = json.loads(done.stdout)["outputs"][0]["usage"]
+    assert context - 256 < usage["prompt_tokens"] < usage["prompt_tokens"] + usage["completion_tokens"] <= context
+    refused = CliRunner().invoke(app, ["run", str(model_folder), question, "--max-tokens", "256"])
+    assert refused.exit_code == 6 and "exceed the context" in refused.stderr + refused.stdout
+
+
 def test_run_without_a_question_says_so(model_folder: Path) -> None:
     done = CliRunner().invoke(app, ["run", str(model_folder)], input="")
     assert done.exit_code == 3 and "no question" in done.stderr
@@ -80,7 +91,8 @@ def test_serve_says_that_the_port_is_taken(model_folder: Path) -> None:
     assert done.exit_code == 7 and "in use" in done.stderr and str(port) in done.stderr
 
 
-def test_serve_answers_until_ctrl_c(model_folder: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_answers_until_it_is_stopped(model_folder: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "sprat", "serve", str(model_folder), "--port", "0", "--name", "pico"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
@@ -88,7 +100,7 @@ def test_serve_answers_until_ctrl_c(model_folder: Path) -> None:
         assert address is not None
         with urllib.request.urlopen(f"{address[0]}/v1/models", timeout=30) as answer:
             assert json.load(answer)["data"][0]["id"] == "pico"
-        server.send_signal(signal.SIGINT)
+        server.send_signal(stop)
         assert server.wait(timeout=30) == 0
 
 

@@ -227,3 +227,34 @@ def test_a_decimal_is_exact_or_refused(words: LLTokenizer, text: str, taken: boo
             assert accepts(words, response, value)
             more = Decimal(text) + Decimal("1e-12")
             assert not accepts(words, response, format(more, "f"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"exclusiveMinimum": 0, "maximum": 0.5}, {"exclusiveMinimum": 1, "exclusiveMaximum": 1.5},
+        {"minimum": -0.5, "exclusiveMaximum": 0}, {"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.25}]},
+        {"maximum": 0.5, "anyOf": [{"exclusiveMinimum": 0}]},
+    ],
+)  # fmt: skip
+def test_an_exclusive_bound_that_would_let_itself_in_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="exclusiveM.*cannot be kept out"):
+        prepare(Response.json({"type": "number", **schema}))
+
+
+@pytest.mark.parametrize("low", ["0", "-1", "0.5", "-0.05", "2"])
+@pytest.mark.parametrize("width", ["0.05", "0.5", "1", "1.5", "10"])
+@pytest.mark.parametrize("keys", ["minimum maximum", "exclusiveMinimum maximum", "exclusiveMinimum exclusiveMaximum"])
+def test_a_number_outside_of_two_bounds_is_never_taken(words: LLTokenizer, low: str, width: str, keys: str) -> None:
+    bounds = [Decimal(low), Decimal(low) + Decimal(width)]
+    names = keys.split()
+    schema = {"type": "number"} | {name: float(bound) for name, bound in zip(names, bounds, strict=True)}
+    try:
+        prepare(Response.json(schema))
+    except EngineError:
+        return
+    outside = [bounds[0] - Decimal("0.01"), bounds[1] + Decimal("0.01")]
+    outside += [bound for name, bound in zip(names, bounds, strict=True) if name.startswith("exclusive")]
+    for value in outside:
+        for text in {str(value), str(value.normalize() + 0), f"{value:.3f}"}:
+            assert not accepts(words, Response.json(schema), text), (schema, text)

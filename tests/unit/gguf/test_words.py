@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sprat.errors import CheckpointError
@@ -123,3 +124,18 @@ def test_a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes() ->
 def test_scores_that_do_not_fit_are_named() -> None:
     with pytest.raises(CheckpointError, match="scores': there are not 270"):
         read_tokenizer(Header(Path("x.gguf"), {**SPM, "tokenizer.ggml.scores": [0.0]}, {}))
+
+
+def test_the_sampling_that_a_file_names_is_followed_and_the_rest_of_it_named(caplog: pytest.LogCaptureFixture) -> None:
+    keys = pytest.importorskip("gguf").Keys.General
+    said = {
+        keys.SAMPLING_TEMP: float(np.float32(0.6)), keys.SAMPLING_TOP_K: 20,
+        keys.SAMPLING_TOP_P: float(np.float32(0.95)), keys.SAMPLING_MIN_P: 0.0,
+        keys.SAMPLING_PENALTY_REPEAT: float(np.float32(1.05)), keys.SAMPLING_MIROSTAT: 2,
+    }  # fmt: skip
+    found = read_tokenizer(Header(Path("x.gguf"), {**SPM, **said}, {}))
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}
+    assert found.generation.settings == expected
+    assert "not followed: general.sampling.mirostat" in caplog.text
+    with pytest.raises(CheckpointError, match="top_p cannot be 7"):
+        read_tokenizer(Header(Path("x.gguf"), {**SPM, keys.SAMPLING_TOP_P: 7.0}, {}))

@@ -106,6 +106,14 @@ def test_what_is_asked_for_reaches_the_engine(client: TestClient, engine: Script
     assert "reasoning_content" not in answer["choices"][0]["message"]
 
 
+def test_null_leaves_the_folders_settings_in_force(engine: ScriptedEngine) -> None:
+    with client_of(engine, settings={"temperature": 0.25, "top_k": 9}) as client:
+        nothing = dict.fromkeys(("temperature", "top_k", "top_p", "stream", "n", "logprobs", "max_tokens"))
+        assert client.post(CHAT, json={**ASK, **nothing}).json()["object"] == "chat.completion"
+    sampling = engine.asked[-1][1]
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.25, 9, 1.0)
+
+
 def test_a_cut_answer_says_length_and_the_servers_bound_holds(engine: ScriptedEngine) -> None:
     with client_of(engine, max_tokens=4) as client:
         answer = client.post(CHAT, json={**ASK, "max_tokens": 10_000}).json()
@@ -150,6 +158,7 @@ def test_unknown_paths_are_error_objects_too(client: TestClient, method: str, pa
     answer = client.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
+    assert (status == 405) == (answer.headers.get("allow") == "POST")  # RFC 9110, 15.5.6
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,20 @@ def test_thinking_is_switched_in_deepseeks_or_openais_way_or_left_to_the_model(
     assert parse(body(**changes)).thinks is thinks
 
 
+# The fields that OpenAI's schema of 2025 calls nullable, of those that are known here, and stream_options' one.
+NULLABLE = (
+    "temperature", "top_p", "n", "stream", "stop", "seed", "max_tokens", "max_completion_tokens", "frequency_penalty",
+    "presence_penalty", "logprobs", "metadata", "reasoning_effort", "stream_options",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [*NULLABLE, "top_k"])
+def test_null_is_as_if_the_field_were_left_out(field: str) -> None:
+    ask, plain = parse(body(**{field: None})), parse(body())
+    assert (ask.limit, ask.stops, ask.thinks, bool(ask.stream)) == (None, (), None, bool(plain.stream))
+    assert parse(body(stream=True, stream_options={"include_usage": None})).stream
+
+
 def test_contradicting_switches_are_refused() -> None:
     with pytest.raises(RequestError, match="not both"):
         parse(body(thinking={"type": "enabled"}, reasoning_effort="none"))

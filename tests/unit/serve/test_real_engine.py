@@ -54,6 +54,16 @@ def test_a_prompt_longer_than_the_context_is_refused_by_name(client: httpx.Clien
     assert answer.json()["error"]["param"] == "messages"
 
 
+def test_who_names_no_limit_gets_what_the_context_holds(client: httpx.Client) -> None:
+    context = 128  # of the tiny model; the server's own limit is 1024
+    ask = {key: value for key, value in ASK.items() if key != "max_tokens"} | {"seed": 1, "temperature": 2}
+    answer = client.post(CHAT, json=ask)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["total_tokens"] <= context
+    refused = client.post(CHAT, json={**ask, "max_tokens": 1000})
+    assert refused.status_code == 400 and "at most" in refused.json()["error"]["message"]
+
+
 def test_hanging_up_gives_the_place_back(client: httpx.Client) -> None:
     with client.stream("POST", CHAT, json={**ASK, "max_tokens": 100, "stream": True, "temperature": 2}) as answer:
         next(answer.iter_lines())

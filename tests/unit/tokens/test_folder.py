@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sprat.engine import Sampling
 from sprat.errors import DataError
 from sprat.tokens import Message, Tokenizer, render
 from tests.byte_fallback import byte_fallback
@@ -63,6 +64,38 @@ def test_a_value_that_is_none_is_refused(tmp_path: Path, wrong: Any) -> None:
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=wrong)
     with pytest.raises(DataError):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.5}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.5},
+        {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": float("inf")},
+    ],
+)  # fmt: skip
+def test_a_setting_that_no_request_could_have_is_refused_with_its_file(tmp_path: Path, wrong: Any) -> None:
+    folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=wrong)
+    with pytest.raises(DataError, match=f"{next(iter(wrong))} cannot be .*generation_config.json"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {"temperature": 0, "top_k": 0, "top_p": 1e-9, "min_p": 0, "repetition_penalty": 1e-9},
+        {"temperature": 100, "top_k": 2**31 - 1, "top_p": 1, "min_p": 1, "repetition_penalty": 100.0},
+    ],
+)
+def test_a_setting_that_the_folder_may_have_is_one_that_sampling_takes(tmp_path: Path, edge: dict[str, Any]) -> None:
+    folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=edge)
+    sampling = Sampling(**Tokenizer.load(folder).generation.settings)
+    assert {name: getattr(sampling, name) for name in edge} == edge
+
+
+def test_minus_one_keeps_all_tokens_as_in_vllm(tmp_path: Path) -> None:
+    said = {"top_k": -1}
+    folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=said)
+    assert Tokenizer.load(folder).generation.settings == {"top_k": 0}
 
 
 def test_special_tokens_of_older_folders_are_found(tmp_path: Path) -> None:

@@ -40,6 +40,16 @@ TEMPLATES = {
         "{{ m.content }}[/INST]{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
     ),
     "no system message": "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + PLAIN,
+    "marks for training": (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}" + OPENS
+    ),
+    "tools written compactly": "{{ [bos_token] | tojson(separators=(',', ':'), sort_keys=true) }}" + PLAIN,
+    "no tools and no documents": (
+        "{% if tools is not none %}<|system|>Use them.<|end|>{% endif %}"
+        "{% if documents is not none %}<|system|>Read them.<|end|>{% endif %}" + PLAIN
+    ),
     "the end behind everything": PLAIN + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
 }
 TALKS = ["u", "uau", "uauau", "su", "suau", "suauau"]
