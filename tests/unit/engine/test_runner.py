@@ -1,0 +1,31 @@
+"""What a step does with what the back end gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sprat.config.sizes import size
+from sprat.engine import Engine, Sampling
+from sprat.engine.torch_backend import TorchBackend
+from sprat.errors import SpratError
+from sprat.model import Transformer
+from sprat.tokens import Tokenizer
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_with_the_reason_where_logits_cease_to_be_finite(temperature: float) -> None:
+    """In plain steps too, where only the likeliest token comes back."""
+    tokenizer = Tokenizer.train(["1 + 2 = 3 and so on.\n" * 5], 500)
+    model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=256), 0)
+    engine = Engine(model, tokenizer, max_batch=2, backend=TorchBackend(model))
+    number = engine.add([5, 6, 7], Sampling(temperature=temperature, max_tokens=20))
+    handle = engine.core.handles[number]
+    for _ in range(3):
+        engine.step()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(SpratError, match="finite"):
+        while engine.busy:
+            engine.step()
+        handle.result()
