@@ -100,10 +100,15 @@ def quantize(
         return _work("quantize", out or _ROAD, recipe, overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
+    from sprat.config.base import override
     from sprat.road.recipe import named
     from sprat.road.squeeze import convert
 
     how = named(recipe, tuple(overrides or ())).quant
+    said = override({}, overrides or ()).get("quant", {}).get("rounding")
+    if said not in (None, "nearest" if calibrate is None else "gptq"):
+        todo = "give --calibrate TEXT for gptq, leave it out for nearest"
+        raise ConfigError(f"quant.rounding={said} does not fit --calibrate", where="--set", todo=todo)
     how = how.replace(rounding="nearest" if calibrate is None else "gptq")
     with count("quantise") as told:
         facts = convert(model, out, how, calibrate, told=told)

@@ -7,6 +7,7 @@ an older version had and that never did anything.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -23,7 +24,7 @@ from sprat.errors import ConfigError
 class Config(BaseModel):
     """Base of every config: frozen, no unknown keys, one canonical digest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     gone: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
 
@@ -95,7 +96,7 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     >>> override({"rl": {"steps": 1}}, ["rl.steps=20", "name=tiny"])
     {'rl': {'steps': 20}, 'name': 'tiny'}
     """
-    result: dict[str, Any] = json.loads(json.dumps(table))
+    result: dict[str, Any] = copy.deepcopy(table)
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():

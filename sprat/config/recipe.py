@@ -7,11 +7,13 @@ the quickstart measured (docs/log.md), so that an empty recipe already works.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from sprat.config.base import Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -22,7 +24,7 @@ class OptimConfig(Config):
     adam_lr: float = Field(0.003, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.95, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     grad_clip: float = Field(1.0, gt=0)
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: int = Field(20, ge=0)

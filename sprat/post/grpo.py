@@ -114,6 +114,12 @@ def advantages(reward_PG: Tensor, normalise_std: bool) -> Tensor:
     return torch.where(live_PG, centred_PG, 0.0).float()
 
 
+def rewards_of(rollouts: Sequence[Rollout], group_size: int) -> Tensor:
+    """What the answers were paid [P, G], NaN where nobody paid; in float64, for rewards far from zero differ too."""
+    paid = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
+    return torch.tensor(paid, dtype=torch.float64).view(-1, group_size)
+
+
 @dataclass
 class Clipped:
     """The clipped surrogate with optional KL, elementwise in the new log-probability (see ``policy_loss``).
@@ -342,8 +348,7 @@ def _learn(
     result: RLResult,
 ) -> dict[str, float]:
     """Turn the rewards of one step into advantages and learn from the groups with spread; returns the metrics."""
-    paid = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
-    reward_PG = torch.tensor(paid).view(-1, config.group_size)
+    reward_PG = rewards_of(rollouts, config.group_size)
     advantage_PG = advantages(reward_PG, config.normalise_std)
     live_P = advantage_PG.any(1)
     kept = (live_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ class Verifier:
             return None if value is None else _number(value)
         except _TimeUpError:
             fault = f"took longer than {self.seconds:g} s"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault = f"raised {type(error).__name__}: {error}"
         if not self.faults:
             log.warning("reward %s %s (question %r)", self.name, fault, problem.question)
@@ -180,11 +181,15 @@ def _module(source: str, name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"sprat_reward_{Path(source).stem}", source)
         if spec is None or spec.loader is None:
             raise ConfigError(f"cannot load {source!r}", where=where, todo="give the path of a Python file")
+        folder = str(Path(source).resolve().parent)
+        if folder not in sys.path:  # as `python file.py` does; `sources` lists what is imported from there
+            sys.path.insert(0, folder)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses, pickle and typing look a module up by its name
         spec.loader.exec_module(module)
         return module
     except ModuleNotFoundError as error:
-        todo = "install it or give the path of a Python file"
+        todo = "install it or " + ("put it beside the file" if source.endswith(".py") else "give a Python file")
         raise ConfigError(f"no module {error.name!r}", where=where, todo=todo) from None
     except ConfigError:
         raise

@@ -111,6 +111,9 @@ def convert(
     """
     if folder.resolve() == model.resolve():
         raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if (place / "run.json").is_file():
+            raise CheckpointError("it would change a finished run", where=str(place), todo="give another folder")
     dense, tokenizer = load(model)
     if packed_tensors(dense):
         todo = "give the model that it was made from"

@@ -71,6 +71,8 @@ class History:
     def _set_aside(self, name: str, body: dict[str, Any]) -> str:
         """The run ``name`` was renamed, or was gone."""
         was_finished = self.runs.pop(name, None) is not None
+        # A report in the run's folder went with it, and is under the digest of the set-aside folder.
+        self.files = {path: known for path, known in self.files.items() if not path.startswith(f"{name}/")}
         if body["to"] is None:
             self.again.add(name)
             return ""

@@ -16,7 +16,16 @@ from sprat.errors import MachineError
 from sprat.trust import atomic
 
 NAME = ".lock"
+_SIZE = 32  # bytes
 _held: set[int] = set()
+
+
+def is_lock(path: Path) -> bool:
+    """Whether ``path`` is what ``hold`` leaves behind, a file with a process number, and hides nothing else."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _SIZE:
+        return False
+    content = path.read_bytes().strip()
+    return not content or content.isdigit()
 
 
 def _drop() -> None:
@@ -46,7 +55,7 @@ def hold(folder: str | Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+        pid = os.read(handle, _SIZE).decode("ascii", "replace").strip() or "unknown"
         os.close(handle)
         raise MachineError(
             f"another sprat is at work in this folder (pid {pid})",
@@ -55,7 +64,7 @@ def hold(folder: str | Path) -> Iterator[None]:
         ) from None
     _held.add(handle)
     try:
-        os.pwrite(handle, f"{os.getpid():<31}\n".encode(), 0)
+        os.pwrite(handle, f"{os.getpid():<{_SIZE - 1}}\n".encode(), 0)
         yield
     finally:
         if handle in _held:

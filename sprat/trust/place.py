@@ -40,7 +40,8 @@ def survey(road: Path, history: History) -> Place:
     while waiting:
         for path in sorted(waiting.pop().iterdir()):
             name = path.relative_to(road).as_posix()
-            if name not in (NAME, lock.NAME) and _sort(path, name, history, here):
+            ours = name == NAME or (name == lock.NAME and lock.is_lock(path))
+            if not ours and _sort(path, name, history, here):
                 waiting.append(path)
     here.runs.sort(key=lambda run: (str((record.read_json(run / "run.json") or {}).get("finished")), str(run)))
     here.faults += [

@@ -1,0 +1,38 @@
+"""A reward in a file is ordinary Python: what `python file.py` would load and run, loads and runs here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sprat.post.grpo import advantages, rewards_of
+from sprat.post.rewards import Response, Verifier, load_reward
+from sprat.post.rollout import Rollout
+from sprat.tasks import Problem
+
+PROBLEM, ANSWER = Problem("sums", 0, "q", "1"), Response("", "1", True, True)
+
+
+def test_a_file_with_a_dataclass_and_a_module_beside_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_reward.py").write_text("PAID = 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside_the_reward\n"
+        "@dataclass\nclass Paid:\n    value: float\n"
+        "def reward(problem, answer):\n    return Paid(beside_the_reward.PAID).value\n"
+    )
+    assert load_reward(f"{tmp_path / 'mine.py'}:reward")(PROBLEM, ANSWER) == 0.5
+
+
+def test_a_reward_that_calls_exit_abstains() -> None:
+    verifier = Verifier(lambda problem, answer: sys.exit(0))
+    assert verifier(PROBLEM, ANSWER) is None
+    assert verifier.faults == 1 and "SystemExit" in verifier.last_fault
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e9, -1e12])
+def test_rewards_have_no_preferred_zero(zero: float) -> None:
+    paid = [Rollout("sums", [1], [2], [0.0], ANSWER, zero + more, 0.0, 1) for more in (0, 1, 0, 1)]
+    assert advantages(rewards_of(paid, 4), True).tolist() == [[-1.0, 1.0, -1.0, 1.0]]
