@@ -1,7 +1,8 @@
 // Latent attention document by document: what a token may not see is never computed, and no score goes to memory.
 // For each document and head, queries and keys are turned and laid out once; then eight queries at a time meet the keys
 // before them. Backwards, probabilities are computed again from one number a row (FlashAttention, arXiv 2205.14135).
-// C++17 with GCC's vectors, float32, one thread. documents.py holds the torch reference and the bindings.
+// C++17 with GCC's vectors, float32, one thread. model/documents.py holds the bindings;
+// its reference is the attention of model/mla.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

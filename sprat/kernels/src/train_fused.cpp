@@ -1,6 +1,6 @@
 // The walks over activations that stock operators make many of, each in one function that reads its input once.
-// C++17, float32, contiguous rows, one thread (the trainer splits rows between threads). fused.py holds the
-// torch reference of each and the bindings.
+// C++17, float32, contiguous rows, one thread (the trainer splits rows between threads). kernels/fused.py holds
+// the bindings; the torch form of each stands beside its call in model/ (norm.py, moe.py) and train/.
 #include <cmath>
 #include <cstdint>
 
