@@ -88,8 +88,8 @@ def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentenc
     out = tmp_path / "road"
     first = start(out)
     deadline = time.monotonic() + 300
-    while not (out / "data" / "open.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while not (out / "recipe.toml").exists() and time.monotonic() < deadline:  # the first thing behind the lock
+        time.sleep(0.05)
     second = subprocess.run(command(out), capture_output=True, text=True, timeout=300)
     assert second.returncode == 9, second.stderr
     assert str(first.pid) in second.stderr and "Traceback" not in second.stderr

@@ -15,7 +15,7 @@ import torch
 from bench.inference import bars, cores, quality
 from bench.inference.harness import Reading, Series, WorkerError, best, rounds
 from bench.inference.models import bytes_per_token
-from bench.oracles import python_of
+from bench.oracles import ROOT, python_of
 from sprat import quant
 from sprat.config.sizes import size
 from sprat.model import Transformer
@@ -121,13 +121,8 @@ def test_a_neighbour_on_our_core_is_noticed() -> None:
     assert cores.disturbed(watch.read(processor=0.0))
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
-def test_llama_cpp_computes_our_logits_from_the_file_that_we_write(tmp_path: Path, name: str) -> None:
-    """What is compared runs the same model: float32 logits agree, absorbed attention and routing included."""
-    pytest.importorskip("gguf")
-    python = python_of("llama")
-    if not python.is_file():
-        pytest.skip("llama.cpp is not built (python -m bench.oracles)")
+def _written(folder: Path, name: str) -> Transformer:
+    """A small model of the bench's kind, written as it writes the large one: ``model.gguf``."""
     from bench.inference import gguf_out
 
     if name == "moe":
@@ -138,8 +133,53 @@ def test_llama_cpp_computes_our_logits_from_the_file_that_we_write(tmp_path: Pat
     model = Transformer.create(config, 0)
     tokens = [*map(chr, range(0x100, 0x200)), *(f"<{i}>" for i in range(64))]
     vocabulary = {"tokens": tokens, "types": [1] * 256 + [3] * 64, "merges": ["Ā ā"], "pre": "smollm", "eos": 256}
-    gguf_out.write(model, vocabulary, tmp_path / "model.gguf")
-    window = torch.randint(0, 320, (48,), generator=torch.Generator().manual_seed(1))
+    gguf_out.write(model, vocabulary, folder / "model.gguf")
+    return model
+
+
+WINDOW = torch.randint(0, 320, (48,), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_file_for_the_other_engine_holds_our_model(tmp_path: Path) -> None:
+    """Runs everywhere: transformers with what the ``gguf`` package finds in llama.cpp's file gives our logits."""
+    gguf = pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    model = _written(tmp_path, "dense")
+    c, held = model.config, {one.name: one.data.copy() for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    shape = {"num_key_value_heads": c.kv_heads, "vocab_size": c.vocab_size, "tie_word_embeddings": False}
+    shape |= {"rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{n: getattr(c, n) for n in names}, **shape))
+    renamed = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+               "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+               "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+               "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+               "model.layers": "blk"}  # fmt: skip
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            for old, new in renamed.items():
+                name = name.replace(old, new)
+            rows = torch.from_numpy(held[name if name in held else "token_embd.weight"])
+            if "attn_q" in name or "attn_k" in name:  # llama.cpp turns neighbours, transformers halves
+                rows = rows.view(-1, c.attention_head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+            weight.copy_(rows)
+        difference = (theirs(input_ids=WINDOW[None]).logits - model(WINDOW[None])).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_llama_cpp_computes_our_logits_from_the_file_that_we_write(tmp_path: Path, name: str) -> None:
+    """What is compared runs the same model: float32 logits agree, absorbed attention and routing included.
+
+    Only where ``python -m bench.oracles`` has compiled llama.cpp, as it is before every run of the bench; ``make test``
+    does not.
+    """
+    pytest.importorskip("gguf")
+    python = python_of("llama")
+    if not python.is_file():
+        pytest.skip("llama.cpp is not built (python -m bench.oracles)")
+    model = _written(tmp_path, name)
+    window = WINDOW
     with torch.no_grad():
         np.save(tmp_path / "reference.npy", model(window[None])[0].numpy())
     command = {"do": "agree", "setting": [False, False, False, 1], "tokens": window.tolist()}
@@ -147,7 +187,21 @@ def test_llama_cpp_computes_our_logits_from_the_file_that_we_write(tmp_path: Pat
     worker = [str(python), "-m", "bench.inference.llama_worker", str(cores.choose(1)[0]), str(tmp_path / "model.gguf")]
     done = subprocess.run(
         worker, input=json.dumps(command), capture_output=True, text=True, env={**os.environ}, check=True,
-        cwd=Path(__file__).resolve().parents[3],
+        cwd=ROOT,
     )  # fmt: skip
     answer = json.loads(done.stdout)
     assert answer["largest"] < 1e-3, answer
+
+
+def test_what_the_training_bench_needs_is_said_by_name() -> None:
+    """Not by a traceback out of transformers' Trainer."""
+    code = """
+import importlib.util, sys
+known = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "accelerate" else known(name, *rest)
+from bench import train_speed
+sys.argv = ["train_speed", "--quick"]
+sys.exit(train_speed.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 9 and "pip install accelerate" in done.stderr and "Traceback" not in done.stderr
