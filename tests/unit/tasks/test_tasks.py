@@ -44,8 +44,10 @@ def test_every_step_of_an_explanation_is_a_true_fact_and_leads_to_the_answer(con
 def test_no_held_out_question_is_ever_trained_on(config: TaskConfig) -> None:
     task = tasks.load(config)
     trained = {task.problem("train", index).question for index in range(300)}
-    held = {problem.question for problem in tasks.held_out(task, 20)}
+    questions = [problem.question for problem in tasks.held_out(task, 100)]
+    held = set(questions)
     assert held and not trained & held
+    assert len(held) == len(questions)  # none is asked twice
 
 
 @pytest.mark.parametrize("config", ALL)
@@ -66,10 +68,13 @@ def test_problems_are_a_function_of_split_and_index() -> None:
 
 
 def test_scorers_that_pay_for_any_answer_pay_nothing_here() -> None:
-    config = TaskConfig(name="reasoning-gym/basic_arithmetic")
-    task = tasks.load(config)
-    problems = [task.problem("train", index) for index in range(30)]
-    assert all(task.score(problem, "certainly not a number") == 0.0 for problem in problems)
+    gym = pytest.importorskip("reasoning_gym")
+    for family, paid in (("basic_arithmetic", 0.0), ("sentence_reordering", 0.05)):
+        theirs = gym.create_dataset(family, size=1, seed=0)
+        assert theirs.score_answer("certainly not an answer", theirs[0]) == paid  # what it pays by itself
+        task = tasks.load(TaskConfig(name=f"reasoning-gym/{family}"))
+        problems = [task.problem("train", index) for index in range(20)]
+        assert all(task.score(problem, "certainly not an answer") == 0.0 for problem in problems)
 
 
 def test_drawn_keeps_its_problems_and_trains_on_others() -> None:
