@@ -12,6 +12,7 @@ import torch
 import sprat
 from sprat.engine.backend import Batch
 from sprat.engine.native import NativeBackend
+from sprat.engine.torch_backend import TorchBackend
 from sprat.kernels import native, why_not
 from sprat.model import Transformer, save_folder
 from sprat.quant import packed_tensors
@@ -90,13 +91,13 @@ def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded,
 
 
 def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:
-    """On the back end that users get: inputs rounded without regard to outliers answer in circles, and in French.
+    """In float32, whose lead of the first word (0.08 nats) is far above any processor's rounding.
 
-    In float32 itself "The" is only 0.08 nats ahead of the French "L" as the first word, so this one answer is a coin
-    that fell well on every instruction set; what was promised is the divergence below.
+    Natively it is a coin: AVX-512 finds Paris, AVX2 a loop in French. What holds there is the divergence below.
     """
     how = sprat.Sampling(temperature=0, max_tokens=24)
-    answer = sprat.Engine(*loaded).generate(["What is the capital of France?"], how)[0]
+    engine = sprat.Engine(*loaded, backend=TorchBackend(loaded[0]))
+    answer = engine.generate(["What is the capital of France?"], how)[0]
     assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
