@@ -259,7 +259,7 @@ def _corrected(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig
     for micro in micro_batches(rollouts, range(len(rollouts))):
         chosen = [rollouts[row] for row in micro]
         tokens = gather(model, chosen, torch.zeros(len(chosen)))
-        trained_N = token_logprob(tokens.x_ND, model.head.weight, tokens.targets_N, config.temperature)[0]
+        trained_N = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)[0]
         mismatch.add(trained_N, tokens.old_N)
         importance_N = (trained_N - tokens.old_N).exp().clamp(max=config.importance_cap)
         sizes = [len(rollout.token_ids) for rollout in chosen]
@@ -320,10 +320,7 @@ def grpo(
     if reward is not None and not isinstance(reward, Verifier):
         reward = Verifier(reward, seconds=config.reward_timeout)
     if gate and result.steps == 0:
-        ready = readiness(engine, tasks, weights, config, reward)
-        if reward is not None:
-            reward.take_faults()
-        ready.check()
+        readiness(engine, tasks, weights, config, reward).check()
     with bar(run, config.steps, result.steps) as advance, loop.held_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)

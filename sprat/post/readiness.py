@@ -18,7 +18,7 @@ from sprat.config import RLConfig
 from sprat.engine import Engine, Output
 from sprat.errors import TrainingError
 from sprat.post.evaluate import Judge, Score, evaluate, judge, pass_at_k, significant
-from sprat.post.rewards import Reward, read_response
+from sprat.post.rewards import Reward, Verifier, read_response
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
 
@@ -70,7 +70,8 @@ def readiness(
         reward: says what is right instead of the tasks' own judges; an answer from which it abstains is not.
 
     Raises:
-        TrainingError: ``reward`` pays less than 0 or more than 1, so that nobody knows what right is.
+        TrainingError: ``reward`` pays less than 0 or more than 1, so that nobody knows what right is, or it failed
+            on every answer.
     """
     total = sum(weights)
     parts = [(task, weight / total) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
@@ -94,6 +95,8 @@ def readiness(
                 engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", score=score
             )
             pool.add(found)
+    if isinstance(reward, Verifier):
+        reward.take_faults()
     first, second = forced.score(), direct.score()
     return Readiness(passed, first.accuracy, second.accuracy, significant(first, second), config.gate_pass_at_8)
 

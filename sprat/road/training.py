@@ -83,10 +83,7 @@ def reinforce(road: Road, seed: int) -> None:
         mix = _mix(road)
         if recipe.gate and not goes_on and not recipe.init_from:
             engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
-            ready = readiness(engine, *mix, recipe, reward)
-            if reward is not None:
-                reward.take_faults()
-            ready.check()
+            readiness(engine, *mix, recipe, reward).check()
         return model, tokenizer, mix, reward
 
     opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from)

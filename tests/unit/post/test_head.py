@@ -66,7 +66,8 @@ def test_all_losses_and_measures_see_it(swapped: Transformer) -> None:
         assert all(pull.any() for pull in pulls)
 
 
-def test_rl_learns_through_it(swapped: Transformer) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_rl_learns_through_it(swapped: Transformer, cap: float | None) -> None:
     with torch.no_grad():
         logprobs = swapped(torch.tensor([TEXT]))[0].log_softmax(-1)
     said = [float(logprobs[place - 1, TEXT[place]]) for place in range(4, len(TEXT))]
@@ -74,7 +75,7 @@ def test_rl_learns_through_it(swapped: Transformer) -> None:
     optimiser = optim.build(swapped, OptimConfig())
     before = [value.detach().clone() for value in swapped.head.parameters()]
     reference = copy.deepcopy(swapped)
-    config = RLConfig(kl_weight=0.1, minibatch=1)
+    config = RLConfig(kl_weight=0.1, minibatch=1, importance_cap=cap)
     found: dict[str, Any] = grpo._optimise(swapped, optimiser, rollouts, torch.ones(1), config, 1, reference)
     assert found["mismatch"] < 1e-5
     assert all((value != old).any() for value, old in zip(swapped.head.parameters(), before, strict=True))
