@@ -121,6 +121,7 @@ def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Cor
         raise DataError(what, where=str(path), todo=f"give at least {LEAST} bytes")
     unlike = list(dedup.exact(found))
     chosen = _choose(unlike, budget_bytes, {})
+    split(chosen).both(path)
     _tell(tally, "documents that others say too", found, unlike)
     _tell(tally, f"documents beyond data.text_bytes={budget_bytes}", unlike, chosen)
     licence = ", ".join(sorted({one.licence for one in found}))

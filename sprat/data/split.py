@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sprat.data.document import Document
+from sprat.errors import DataError
 
 ONE_IN = 16  # sources held out by hash
 BOOKS = "janeaustenr/"
@@ -24,6 +25,16 @@ class Split:
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
+
+    def both(self, where: object) -> Split:
+        """The split itself, both sides of which hold something.
+
+        Raises:
+            DataError: one of them does not.
+        """
+        if not self.train or not self.held_out:
+            raise DataError("too little text to hold some out", where=str(where), todo="give more files")
+        return self
 
 
 def held_out(document: Document) -> bool:

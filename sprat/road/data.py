@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sprat.data import baselines, corpus, ingest
+from sprat.data import baselines, corpus
 from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
-from sprat.data.split import Split, split
+from sprat.data.split import Split
 from sprat.errors import DataError
 from sprat.road.places import Road, load_task, write_problems
 from sprat.road.recipe import DataRecipe, title
@@ -86,22 +86,13 @@ def _material(road: Road, text: Path | None) -> _Material:
         for config in (*recipe.tasks, *recipe.unseen)
     }
     examples = list(worked_examples(recipe, road.recipe.seed))
-    if text is not None:
-        _held_out_too(split(list(ingest.read(text))), text)
     found = _corpus(road.folder / "corpus", recipe, text)
     road.enter("corpus")
-    parts = _held_out_too(found.split(), text)
+    parts = found.split().both(text or "default corpus")
     shown = examples[:: max(1, len(examples) // TOKENIZER_EXAMPLES)]
     texts = itertools.chain((d.text for d in parts.train), ("\n".join(example) for example in shown))
     tokenizer = Tokenizer.train(texts, recipe.vocab_size, numbers=recipe.numbers)
     return _Material(found, parts, examples, problems, tokenizer)
-
-
-def _held_out_too(parts: Split, text: Path | None) -> Split:
-    """``parts``, both of which hold something."""
-    if not parts.train or not parts.held_out:
-        raise DataError("too little text to hold some out", where=str(text or "default corpus"), todo="give more files")
-    return parts
 
 
 def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, str]]:
