@@ -35,9 +35,14 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
     far = squares - following.square() > bar
     alone = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, index, far)
     top = torch.where(far, following, top)
-    inverse = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
+    inverse = _inverse(top)
     rounded: Tensor = torch.where(alone, groups, (groups * inverse).round() * (top / 127.0)).flatten(-2)[..., :width]
     return rounded
+
+
+def _inverse(top: Tensor) -> Tensor:
+    """127 / top, 0 for 0. As one division: ``127.0 / tensor`` is torch's ``reciprocal() * 127``, rounded twice."""
+    return torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)
 
 
 def product(rows_KI: Tensor, weight_OI: Tensor, *, quantised: bool, bias_O: Tensor | None = None) -> Tensor:
@@ -49,5 +54,5 @@ def product(rows_KI: Tensor, weight_OI: Tensor, *, quantised: bool, bias_O: Tens
 def round_token(values: Tensor) -> Tensor:
     """A key, a value or a latent as memory of kind ``i8`` keeps it: one scale for the last dimension."""
     top = values.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
+    inverse = _inverse(top)
     return (values * inverse).round() * (top / 127.0)

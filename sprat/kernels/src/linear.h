@@ -95,35 +95,31 @@ inline void put_whole(float* p, Index x) {
 // Error goes by that square, so this is the share of a row's error that the outlier would be to blame for.
 constexpr float kRowShare = 0.07f, kOwnShare = 15.0f / 16.0f;
 
-// 32 inputs of a row, zero beyond `have`, with the largest and the next largest of their absolute values.
+// 32 inputs of a row, zero beyond `have`.
 struct Group {
     Lane a, b;
-    float top, next;
 
     Group(const float* x, Index have)
         : a(have >= 16 ? load(x) : load_some(x, std::max<Index>(have, 0))),
           b(have >= 32 ? load(x + 16) : have > 16 ? load_some(x + 16, have - 16) : zero()) {}
-    void rank() {
-        Lane c = absolute(a), d = absolute(b);
-        top = largest(max(c, d));
-        clear_first(c, d, top);
-        next = largest(max(c, d));
-    }
+    float top() const { return largest(max(absolute(a), absolute(b))); }
 };
 
-// Round a group into row `row` of a tile of `size` rows. `bar`: see kRowShare.
-inline void quantise_group(Group x, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+// Round a group, whose largest absolute value is `top`, into row `row` of a tile of `size` rows. `bar`: see kRowShare.
+inline void quantise_group(Group x, float top, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
     Outlier& out = to.tile_outliers(tile_start)[group * size + row];
     out.place = 0;
-    float top = x.top;
-    if (top * top - x.next * x.next > bar) {
-        alignas(64) float part[kGroup];
-        store(part, x.a), store(part + kLanes, x.b);
-        Lane a = absolute(x.a), b = absolute(x.b);
-        const int at = clear_first(a, b, top);
-        out = {1u << at, part[at]};
-        part[at] = 0.0f;
-        x.a = load(part), x.b = load(part + kLanes), top = x.next;
+    if (top * top > bar) {  // at most 1 / kRowShare groups of a row
+        Lane c = absolute(x.a), d = absolute(x.b);
+        const int at = clear_first(c, d, top);
+        const float next = largest(max(c, d));
+        if (top * top - next * next > bar) {
+            alignas(64) float part[kGroup];
+            store(part, x.a), store(part + kLanes, x.b);
+            out = {1u << at, part[at]};
+            part[at] = 0.0f;
+            x.a = load(part), x.b = load(part + kLanes), top = next;
+        }
     }
     const float scale = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
     alignas(64) std::int8_t small[32];
@@ -142,24 +138,20 @@ inline void quantise_group(Group x, float bar, const Codes& to, Index tile_start
 
 // A group whose row is not known as a whole.
 inline void quantise_group(const float* x, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
-    Group one(x, have);
-    one.rank();
-    quantise_group(one, kOwnShare * one.top * one.top, to, tile_start, group, row, size);
+    const Group one(x, have);
+    const float top = one.top();
+    quantise_group(one, top, kOwnShare * top * top, to, tile_start, group, row, size);
 }
 
 inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile_start, Index row, Index size) {
-    float* ranks = to.tile_marks(tile_start) + row;  // where the marks come afterwards
+    float* tops = to.tile_marks(tile_start) + row;  // where the marks come afterwards
     float squares = 0.0f;
     for (Index g = 0; g < to.groups(); ++g) {
-        Group one(x + g * kGroup, cols - g * kGroup);
-        one.rank();
-        ranks[g * 3 * size] = one.top, ranks[(g * 3 + 1) * size] = one.next;
-        squares += one.top * one.top;
+        const float top = tops[g * 3 * size] = Group(x + g * kGroup, cols - g * kGroup).top();
+        squares += top * top;
     }
     for (Index g = 0; g < to.groups(); ++g) {
-        Group one(x + g * kGroup, cols - g * kGroup);
-        one.top = ranks[g * 3 * size], one.next = ranks[(g * 3 + 1) * size];
-        quantise_group(one, kRowShare * squares, to, tile_start, g, row, size);
+        quantise_group({x + g * kGroup, cols - g * kGroup}, tops[g * 3 * size], kRowShare * squares, to, tile_start, g, row, size);
     }
 }
 
