@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # inputs that are rounded with one scale
-ROW_SHARE, OWN_SHARE = 0.07, 15 / 16  # see ``kRowShare`` in ``src/linear.h``
+ROW_SHARE, OWN_SHARE = 0.07, 24 / 25  # see ``kRowShare`` in ``src/linear.h``
 
 
 def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
@@ -24,7 +24,7 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
 
     Args:
         whole: "far" is told by the row (the outlier would bring more than 7 % of the row's error); else by the
-            group alone (it is four times the next), as where rows are rounded piece by piece.
+            group alone (it is five times the next), as where rows are rounded piece by piece.
     """
     width = rows_KI.shape[-1]
     groups = torch.nn.functional.pad(rows_KI, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
@@ -36,7 +36,7 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
     alone = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, index, far)
     top = torch.where(far, following, top)
     inverse = _inverse(top)
-    rounded: Tensor = torch.where(alone, groups, (groups * inverse).round() * (top / 127.0)).flatten(-2)[..., :width]
+    rounded: Tensor = torch.where(alone, groups, (groups * inverse).round() * (top * (1 / 127))).flatten(-2)[..., :width]
     return rounded
 
 

@@ -101,17 +101,17 @@ struct ByteRoom {
 template <int rows>
 inline std::int32_t round_part(const float* x, Index width, float top, int row, std::int8_t* out, float* scale) {
     const Lane inverse = all(top > 0.0f ? 127.0f / top : 0.0f);
-    Lane sum = zero();  // of whole numbers up to 127, fewer than 2^17: exact
+    Ints sum = repeat(0);
     alignas(64) std::int8_t codes[kLanes];
     for (Index c = 0; c < width; c += kLanes) {
         const Index some = std::min<Index>(kLanes, width - c);
-        const Lane whole = round_nearest(mul(some == kLanes ? load(x + c) : load_some(x + c, some), inverse));
+        const Ints whole = nearest(mul(some == kLanes ? load(x + c) : load_some(x + c, some), inverse));
         sum = add(sum, whole);
         store_codes(codes, whole);
         for (Index i = 0; i < some; i += 4) std::memcpy(out + ((c + i) / 4 * rows + row) * 4, codes + i, 4);
     }
     *scale = top / 127.0f;
-    return -128 * static_cast<std::int32_t>(total(sum));
+    return -128 * total(sum);
 }
 
 template <int rows>

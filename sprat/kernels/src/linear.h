@@ -61,22 +61,24 @@ struct Outlier {
 };
 
 // Rows rounded to bytes, tile by tile: codes as [input / 4][row][4]; for each group of 32 inputs the rows' scales, what
-// the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row]; and outliers as [group][row].
-// `settle` makes a list of those: how many columns and how many single ones, then the columns (input, a value for each row
-// of the tile) or the single ones (input, row, value), inputs ascending.
+// the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row]; outliers as [group][row],
+// and the places of all rows' as [group]. `settle` makes a list of those: how many columns of weights they meet, then for
+// each of them its input, how many rows, and each row with its value; inputs and rows ascend.
 struct Codes {
-    static constexpr Index kListed = 6;  // numbers of the list for each group of a row; it never needs as many
+    static constexpr Index kListed = 5;  // numbers of the list for each group of a row; it never needs more
     std::int8_t* codes;
     float* marks;
     Outlier* outliers;
+    std::uint32_t* places;
     float* lists;
     Index padded;
 
     Index groups() const { return padded / kGroup; }
-    Codes after(Index rows) const { return {tile_codes(rows), tile_marks(rows), tile_outliers(rows), tile_list(rows), padded}; }
+    Codes after(Index rows) const { return {tile_codes(rows), tile_marks(rows), tile_outliers(rows), tile_places(rows), tile_list(rows), padded}; }
     std::int8_t* tile_codes(Index start) const { return codes + start * padded; }
     float* tile_marks(Index start) const { return marks + start * groups() * 3; }
     Outlier* tile_outliers(Index start) const { return outliers + start * groups(); }
+    std::uint32_t* tile_places(Index start) const { return places + start * groups(); }
     float* tile_list(Index start) const { return lists + start * groups() * kListed; }
 };
 
@@ -91,9 +93,9 @@ inline void put_whole(float* p, Index x) {
 }
 
 // What the largest input of a group must stand above the others by to be left out of their scale: as a share of the squares
-// of the row's groups (each its largest), or, where only the group is known, of its own square (four times the next).
+// of the row's groups (each its largest), or, where only the group is known, of its own square (five times the next).
 // Error goes by that square, so this is the share of a row's error that the outlier would be to blame for.
-constexpr float kRowShare = 0.07f, kOwnShare = 15.0f / 16.0f;
+constexpr float kRowShare = 0.07f, kOwnShare = 24.0f / 25.0f;
 
 // 32 inputs of a row, zero beyond `have`.
 struct Group {
@@ -106,41 +108,36 @@ struct Group {
 };
 
 // Round a group, whose largest absolute value is `top`, into row `row` of a tile of `size` rows. `bar`: see kRowShare.
-inline void quantise_group(Group x, float top, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
-    Outlier& out = to.tile_outliers(tile_start)[group * size + row];
-    out.place = 0;
+// Inlined by order: handed over in memory its lanes take twice the time.
+[[gnu::always_inline]] inline void quantise_group(const float* from, Index have, float top, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+    Group x(from, have);
+    Outlier out{0, 0.0f};
     if (top * top > bar) {  // at most 1 / kRowShare groups of a row
-        Lane c = absolute(x.a), d = absolute(x.b);
-        const int at = clear_first(c, d, top);
-        const float next = largest(max(c, d));
-        if (top * top - next * next > bar) {
-            alignas(64) float part[kGroup];
-            store(part, x.a), store(part + kLanes, x.b);
-            out = {1u << at, part[at]};
-            part[at] = 0.0f;
-            x.a = load(part), x.b = load(part + kLanes), top = next;
-        }
+        Group rest = x;
+        const int at = clear_first(rest.a, rest.b, top);
+        const float next = rest.top();
+        if (top * top - next * next > bar) out = {1u << at, from[at]}, x = rest, top = next;
     }
-    const float scale = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    to.tile_outliers(tile_start)[group * size + row] = out;
+    std::uint32_t& places = to.tile_places(tile_start)[group];
+    places = row ? places | out.place : out.place;
+    const float scale = top * (1.0f / 127.0f), inverse = top > 0.0f ? 127.0f / top : 0.0f;
     alignas(64) std::int8_t small[32];
-    const Lane a = round_nearest(mul(x.a, all(inverse))), b = round_nearest(mul(x.b, all(inverse)));
-    store_codes(small, a);
-    store_codes(small + 16, b);
-    const auto sum = static_cast<std::int32_t>(total(add(a, b)));
+    const Ints a = nearest(mul(x.a, all(inverse))), b = nearest(mul(x.b, all(inverse)));
+    store_codes(small, a), store_codes(small + 16, b);
+    const std::int32_t sum = total(add(a, b));
     std::int8_t* codes = to.tile_codes(tile_start) + (group * 8 * size + row) * 4;
     for (int i = 0; i < 8; ++i) std::memcpy(codes + i * size * 4, small + 4 * i, 4);
     float* mark = to.tile_marks(tile_start) + group * 3 * size;
-    const std::int32_t start = -8 * sum;
     mark[row] = scale;
-    std::memcpy(mark + size + row, &start, 4);
+    put_whole(mark + size + row, -8 * sum);
     mark[2 * size + row] = scale * static_cast<float>(sum);
 }
 
 // A group whose row is not known as a whole.
 inline void quantise_group(const float* x, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
-    const Group one(x, have);
-    const float top = one.top();
-    quantise_group(one, top, kOwnShare * top * top, to, tile_start, group, row, size);
+    const float top = Group(x, have).top();
+    quantise_group(x, have, top, kOwnShare * top * top, to, tile_start, group, row, size);
 }
 
 inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile_start, Index row, Index size) {
@@ -151,38 +148,27 @@ inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile
         squares += top * top;
     }
     for (Index g = 0; g < to.groups(); ++g) {
-        quantise_group({x + g * kGroup, cols - g * kGroup}, tops[g * 3 * size], kRowShare * squares, to, tile_start, g, row, size);
+        quantise_group(x + g * kGroup, cols - g * kGroup, tops[g * 3 * size], kRowShare * squares, to, tile_start, g, row, size);
     }
 }
 
-// The list of a tile's outliers. A column costs some six instructions and one for each row, a single one seven; either way a
-// row meets its own in ascending order, whoever is beside it, and zeros change nothing.
+// The list of a tile's outliers. A row meets its own in ascending order, whoever is beside it.
 inline void settle(const Codes& to, Index tile_start, Index size) {
-    const Outlier* at = to.tile_outliers(tile_start);
-    float* list = to.tile_list(tile_start);
-    Index found = 0, columns = 0;
+    const std::uint32_t* places = to.tile_places(tile_start);
+    float *list = to.tile_list(tile_start), *at = list + 1;
+    Index columns = 0;
     for (Index g = 0; g < to.groups(); ++g) {
-        std::uint32_t used = 0;
-        for (Index r = 0; r < size; ++r) used |= at[g * size + r].place, found += at[g * size + r].place != 0;
-        columns += __builtin_popcount(used);
-    }
-    const bool wide = columns * (6 + size) <= 7 * found;
-    put_whole(list, wide ? columns : 0), put_whole(list + 1, wide ? 0 : found);
-    list += 2;
-    for (Index g = 0; found && g < to.groups(); ++g, at += size) {
-        std::uint32_t used = 0;
-        for (Index r = 0; r < size; ++r) used |= at[r].place;
-        for (; used; used &= used - 1) {
-            const std::uint32_t place = used & -used;
-            const Index input = g * kGroup + __builtin_ctz(used);
-            if (wide) put_whole(list++, input);
+        const Outlier* row = to.tile_outliers(tile_start) + g * size;
+        for (std::uint32_t left = places[g]; left; left &= left - 1, ++columns) {
+            float* head = at;
+            at += 2;
             for (Index r = 0; r < size; ++r) {
-                const bool is = at[r].place == place;
-                if (wide) *list++ = is ? at[r].value : 0.0f;
-                else if (is) put_whole(list, input), put_whole(list + 1, r), list[2] = at[r].value, list += 3;
+                if (row[r].place == (left & -left)) put_whole(at, r), at[1] = row[r].value, at += 2;
             }
+            put_whole(head, g * kGroup + __builtin_ctz(left)), put_whole(head + 1, (at - head - 2) / 2);
         }
     }
+    put_whole(list, columns);
 }
 
 // Round a tile of rows; `row_at(r)` is where row `r` of it lies.
@@ -200,42 +186,32 @@ constexpr int kFew = 8;
 struct PanelAt {
     const std::uint8_t* codes;
     const std::uint16_t *scales, *minimums;
-    std::uint32_t group;
+    std::uint32_t per;  // groups of inputs to a scale
 };
 
 // What the weights of one input are, for the 16 outputs of a panel.
 template <Kind kind>
-inline Lane column(const PanelAt& w, const float* input_at) {
-    const auto input = static_cast<std::uint32_t>(whole(input_at));
-    const std::uint32_t mark = (w.group == kGroup ? input / kGroup : input / w.group) * kLanes;
+inline Lane column(const PanelAt& w, std::uint32_t input) {
+    const std::uint32_t group = input / kGroup, mark = (w.per == 1 ? group : group / w.per) * kLanes;
     const Lane scale = load_half(w.scales + mark);
-    const int shift = static_cast<int>(input % 4 * 8);
+    const std::uint32_t shift = input % 4 * 8;
     if constexpr (kind == Kind::int8) return mul(sub(field(w.codes + input / 4 * 64, shift, 255), all(128.0f)), scale);
-    const Lane code = field(w.codes + input / 8 * 64, shift + static_cast<int>(input & 4), 15);
+    const Lane code = field(w.codes + input / 8 * 64, shift + (input & 4), 15);
     if constexpr (kind == Kind::int4) return mul(sub(code, all(8.0f)), scale);
     return fma(code, scale, load_half(w.minimums + mark));
 }
 
 // What outliers add to the outputs of a tile. Kept apart from the loop over all inputs, whose registers it would take.
-template <Kind kind, int rows>
+template <Kind kind>
 [[gnu::noinline]] void add_outliers(const PanelAt& w, const float* list, Lane* out) {
-    const std::int32_t columns = whole(list), singles = whole(list + 1);
-    list += 2;
-    if (columns) {
-        Lane sum[rows];
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) sum[r] = out[r];
-        for (std::int32_t i = 0; i < columns; ++i, list += 1 + rows) {
-            const Lane weights = column<kind>(w, list);
-#pragma GCC unroll 16
-            for (int r = 0; r < rows; ++r) sum[r] = fma(weights, all(list[1 + r]), sum[r]);
+    std::int32_t columns = whole(list++);
+    for (; columns; --columns) {
+        const Lane weights = column<kind>(w, whole(list));
+        std::int32_t rows = whole(list + 1);
+        for (list += 2; rows; --rows, list += 2) {
+            Lane& one = out[whole(list)];
+            one = fma(weights, all(list[1]), one);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) out[r] = sum[r];
-    }
-    for (std::int32_t i = 0; i < singles; ++i, list += 3) {
-        Lane& one = out[whole(list + 1)];
-        one = fma(column<kind>(w, list), all(list[2]), one);
     }
 }
 
@@ -246,7 +222,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     const std::uint8_t* at = w.data + panel * w.panel_bytes();
     const std::uint16_t* scale = w.scales + panel * wide * kLanes;
     const std::uint16_t* minimum = kind == Kind::int4_min ? w.minimums + panel * wide * kLanes : nullptr;
-    const PanelAt from{at, scale, minimum, static_cast<std::uint32_t>(w.group)};
+    const PanelAt from{at, scale, minimum, static_cast<std::uint32_t>(per)};
     Lane sum[rows];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sum[r] = zero();
@@ -290,8 +266,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) out[r] = sum[r];
-    if (whole(outliers) + whole(outliers + 1) == 0) return;
-    add_outliers<kind, rows>(from, outliers, out);
+    if (whole(outliers)) add_outliers<kind>(from, outliers, out);
 }
 
 using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, const float*, Lane*);

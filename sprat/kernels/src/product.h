@@ -30,14 +30,15 @@ public:
     // For `groups` groups of 32 inputs, over all rows.
     Codes need(Index groups, Index padded) {
         const auto count = static_cast<std::size_t>(groups);
-        return {codes_.need(count * kGroup), marks_.need(count * 3), outliers_.need(count), lists_.need(count * Codes::kListed), padded};
+        return {codes_.need(count * kGroup), marks_.need(count * 3), outliers_.need(count), places_.need(count), lists_.need(count * Codes::kListed), padded};
     }
-    std::size_t bytes() const { return codes_.bytes() + marks_.bytes() + outliers_.bytes() + lists_.bytes(); }
+    std::size_t bytes() const { return codes_.bytes() + marks_.bytes() + outliers_.bytes() + places_.bytes() + lists_.bytes(); }
 
 private:
     Room<std::int8_t> codes_;
     Room<float> marks_, lists_;
     Room<Outlier> outliers_;
+    Room<std::uint32_t> places_;
 };
 
 // Rows on their way into a product: as floats, and as codes where a matrix wants them. `index` gathers rows of floats.

@@ -105,10 +105,10 @@ inline Lane power_of_two(Lane whole) {
 }
 inline float total(Lane a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Lane a) { return _mm512_reduce_max_ps(a.v); }
-// Of 32 lanes, the first that is x, cleared (none: nothing is); returns its place.
+// Of 32 lanes, the first whose absolute value is x, cleared (none: nothing is); returns its place.
 inline int clear_first(Lane& a, Lane& b, float x) {
     const __m512 to = _mm512_set1_ps(x);
-    const unsigned low = _mm512_cmp_ps_mask(a.v, to, _CMP_EQ_OQ), high = _mm512_cmp_ps_mask(b.v, to, _CMP_EQ_OQ);
+    const unsigned low = _mm512_cmp_ps_mask(absolute(a).v, to, _CMP_EQ_OQ), high = _mm512_cmp_ps_mask(absolute(b).v, to, _CMP_EQ_OQ);
     const unsigned found = low | high << 16, first = found & -found;
     a.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~first), a.v);
     b.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~first >> 16), b.v);
@@ -123,14 +123,15 @@ inline void totals(Lane a, Lane b, Lane c, Lane d, float* out) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all4), _mm512_extractf32x8_ps(all4, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-inline void store_codes(std::int8_t* p, Lane a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
-}
+inline Ints nearest(Lane a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline std::int32_t total(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+inline void store_codes(std::int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 
 inline Ints repeat(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 // Of each four bytes the bits from `shift` on that `mask` lets through, as a number.
 inline Lane field(const std::uint8_t* p, int shift, int mask) {
-    const __m512i moved = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+    const __m512i moved = _mm512_srlv_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(shift));
     return {_mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(mask)))};
 }
 inline Ints times16(Ints a) { return {_mm512_slli_epi32(a.v, 4)}; }
@@ -226,7 +227,8 @@ inline float largest(Lane x) {
 inline int clear_first(Lane& x, Lane& y, float z) {
     const __m256 to = _mm256_set1_ps(z);
     const auto bits = [&](__m256 a) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, to, _CMP_EQ_OQ))); };
-    const unsigned found = bits(x.a) | bits(x.b) << 8 | bits(y.a) << 16 | bits(y.b) << 24;
+    const Lane p = absolute(x), q = absolute(y);
+    const unsigned found = bits(p.a) | bits(p.b) << 8 | bits(q.a) << 16 | bits(q.b) << 24;
     if (!found) return 32;
     const int at = __builtin_ctz(found);
     const __m256i here = _mm256_set1_epi32(at), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -242,11 +244,18 @@ inline void totals(Lane a, Lane b, Lane c, Lane d, float* out) {
                                     _mm256_hadd_ps(_mm256_add_ps(c.a, c.b), _mm256_add_ps(d.a, d.b)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
-inline void store_codes(std::int8_t* p, Lane x) {
-    alignas(32) std::int32_t whole[16];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(x.a));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8), _mm256_cvtps_epi32(x.b));
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(whole[i]);
+inline Ints nearest(Lane x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline std::int32_t total(Ints x) {
+    const __m256i s = _mm256_add_epi32(x.a, x.b);
+    __m128i q = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline void store_codes(std::int8_t* p, Ints x) {
+    const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(x.a), _mm256_extracti128_si256(x.a, 1));
+    const __m128i high = _mm_packs_epi32(_mm256_castsi256_si128(x.b), _mm256_extracti128_si256(x.b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
 }
 
 inline Ints repeat(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -334,7 +343,7 @@ inline float largest(const Lane& a) {
 inline int clear_first(Lane& a, Lane& b, float x) {
     for (int i = 0; i < 32; ++i) {
         float& one = i < 16 ? a.v[i] : b.v[i - 16];
-        if (one != x) continue;
+        if (std::fabs(one) != x) continue;
         one = 0.0f;
         return i;
     }
@@ -348,8 +357,23 @@ inline Lane field(const std::uint8_t* p, int shift, int mask) {
 inline void totals(const Lane& a, const Lane& b, const Lane& c, const Lane& d, float* out) {
     out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
 }
-inline void store_codes(std::int8_t* p, const Lane& a) {
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(std::nearbyint(a.v[i]));
+inline Ints nearest(const Lane& a) {
+    Ints out;
+    for (int i = 0; i < 16; ++i) out.v[i] = static_cast<std::int32_t>(std::nearbyint(a.v[i]));
+    return out;
+}
+inline Ints add(const Ints& a, const Ints& b) {
+    Ints out;
+    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] + b.v[i];
+    return out;
+}
+inline std::int32_t total(const Ints& a) {
+    std::int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += a.v[i];
+    return sum;
+}
+inline void store_codes(std::int8_t* p, const Ints& a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(a.v[i]);
 }
 inline Ints repeat(std::int32_t x) {
     Ints out;
