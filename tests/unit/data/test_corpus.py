@@ -159,6 +159,26 @@ def test_novels_from_a_package_are_used_and_one_is_held_out_whole(
     assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == found.digest
 
 
+def test_what_was_made_offline_is_made_anew_for_who_goes_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_database(tmp_path / "made" / "janeaustenr" / "data", {"emma": CHAPTER, "persuasion": CHAPTER[:4]})
+    fake_tools(tmp_path / "bin", monkeypatch, "exit 100", f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"')
+    alone = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    tried = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    assert tried.digest == alone.digest
+    assert tried.faults and not any("offline" in fault for fault in tried.faults)
+    (tmp_path / "bin" / "apt-get").write_text('#!/bin/sh\necho fake > "$3_1.deb"\n')
+    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == alone.digest, "tried once, then kept"
+    shutil.rmtree(tmp_path / "corpus")
+    corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    fetched = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    assert fetched.faults == [] and "janeaustenr/emma" in {one.source for one in fetched.split().train}
+    # and back: nothing is fetched, what is there stays
+    monkeypatch.setenv("PATH", "")
+    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
+
+
 @pytest.mark.parametrize(
     ("apt", "said"),
     [
