@@ -121,6 +121,19 @@ def test_killed_while_a_run_is_set_aside_the_road_is_whole_at_the_next_start(
     assert sorted(path.name for path in road.glob("sft*")) == ["sft", "sft.old-1"]
 
 
+def test_a_run_that_was_set_aside_with_a_link_in_it_is_not_listed_as_proved(road: Path) -> None:
+    (road / "sft" / "artefact" / "link").symlink_to("/etc/hostname")
+    open_run(
+        road / "sft", stage="sft", recipe=TrainConfig(steps=9), inputs={}, seed=1, ledger=road / "ledger.jsonl"
+    ).finish()
+    assert faults(road) == []
+    _, aside, unproved = str(verify(road)[-1]).partition("not proved: ")
+    assert aside and unproved.startswith("sft.old-1 (") and "link" in unproved
+    assert "set aside: sft.old-1" not in str(verify(road)[-1])
+    (road / "sft.old-1" / "artefact" / "link").unlink()
+    assert [fault for fault in faults(road) if "sft.old-1: it was changed" in fault]
+
+
 def test_a_ledger_that_verify_would_not_find_is_refused(tmp_path: Path) -> None:
     for ledger in (tmp_path / "book.jsonl", tmp_path / "beside" / "ledger.jsonl"):
         with pytest.raises(TrustError, match=r"is the ledger.jsonl of a folder above it.*give .*ledger.jsonl"):
