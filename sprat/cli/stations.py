@@ -141,7 +141,7 @@ def evaluate(
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
     scores = evaluate_many(
         Engine(*load(model), max_batch=chosen.eval.batch),
-        [load_task(known[name]) for name in (task or known)],
+        [load_task(known[name]) for name in dict.fromkeys(task or known)],
         count=count,
         thinking=think,
         max_tokens=chosen.eval.max_tokens,
