@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sprat import __version__
 from sprat.cli import ask, doctor, fetch, proof, road, stations
@@ -36,6 +37,18 @@ def root(
     """A complete low-cost LLM system: data, training, reasoning, distillation, INT4, serving, proof."""
 
 
+class Command(TyperCommand):
+    """A verb. Of an option that is given twice the last counts, but no text is passed over for another."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse a second --text or --calibrate, then read ``args`` as ever."""
+        given = [option.name for option in self.make_parser(ctx).parse_args(args=list(args))[2]]
+        for name in ("text", "calibrate"):
+            if given.count(name) > 1:
+                ctx.fail(f"--{name} is given twice, and takes one folder or file; put both texts into one folder.")
+        return super().parse_args(ctx, args)
+
+
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
     ("quickstart", road.quickstart, "The whole road in one command, then the chat page."),
@@ -56,7 +69,7 @@ VERBS = (
 )
 
 for _name, _function, _short in VERBS:
-    app.command(_name, short_help=_short)(verb(_function))
+    app.command(_name, cls=Command, short_help=_short)(verb(_function))
 
 
 def main() -> None:

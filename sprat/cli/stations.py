@@ -89,7 +89,10 @@ def quantize(
         Path | None,
         typer.Option("--calibrate", metavar="TEXT", help="Fit MODEL's codes to this folder or file of text (GPTQ)."),
     ] = None,
-    recipe: Recipe = "quickstart",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE", help="A TOML file, or a built-in recipe's name; else quickstart."),
+    ] = None,
     overrides: Overrides = None,
 ) -> Result:
     """Squeeze weights to INT4: the student's of a road, measuring what that costs, or those of any MODEL."""
@@ -97,18 +100,21 @@ def quantize(
         if calibrate is not None:
             todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
             raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
-        return _work("quantize", out or _ROAD, recipe, overrides)
+        return _work("quantize", out or _ROAD, recipe or "quickstart", overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override
     from sprat.road.recipe import named
     from sprat.road.squeeze import convert
 
-    how = named(recipe, tuple(overrides or ())).quant
+    how = named(recipe or "quickstart", tuple(overrides or ())).quant
     said = override({}, overrides or ()).get("quant", {}).get("rounding")
-    if said not in (None, "nearest" if calibrate is None else "gptq"):
-        todo = "give --calibrate TEXT for gptq, leave it out for nearest"
-        raise ConfigError(f"quant.rounding={said} does not fit --calibrate", where="--set", todo=todo)
+    if said == "nearest" and calibrate is not None:
+        todo = "leave out one of the two: --calibrate is for gptq"
+        raise ConfigError("quant.rounding=nearest takes no text", where="--set", todo=todo)
+    if calibrate is None and how.rounding == "gptq" and (said or recipe):
+        todo = "give --calibrate TEXT, or --set quant.rounding=nearest"
+        raise ConfigError("quant.rounding=gptq needs text", where="--set" if said else f"{recipe}", todo=todo)
     how = how.replace(rounding="nearest" if calibrate is None else "gptq")
     with count("quantise") as told:
         facts = convert(model, out, how, calibrate, told=told)
@@ -122,7 +128,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--task", metavar="NAME", help="A task of the recipe; repeat for more; else all."),
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems for each task.")] = 1000,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Held-out problems for each task; left out: the recipe's.")
+    ] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking.")] = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
@@ -133,16 +141,21 @@ def evaluate(
     from sprat.post.evaluate import evaluate_many
     from sprat.road.places import load_task
     from sprat.road.recipe import named, title
+    from sprat.tasks import Drawn, held_out
 
     chosen = named(recipe, tuple(overrides or ()))
     known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
     for name in task or ():
         if name not in known:
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
+    tasks = []
+    for name in dict.fromkeys(task or known):
+        drawn, problems = load_task(known[name]), known[name].test_problems or chosen.data.test_problems
+        tasks.append(Drawn(drawn, tuple(held_out(drawn, count or problems))))
     scores = evaluate_many(
         Engine(*load(model), max_batch=chosen.eval.batch),
-        [load_task(known[name]) for name in (task or known)],
-        count=count,
+        tasks,
+        count=max(len(one.kept) for one in tasks),
         thinking=think,
         max_tokens=chosen.eval.max_tokens,
         samples=chosen.eval.samples,

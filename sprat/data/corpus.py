@@ -3,7 +3,8 @@
 Nobody's text is in this repository. The default corpus is put together on the user's machine from what is
 there (the Python installation's own library) and what a package brings (novels in the public domain), and
 where the package cannot be had, the library alone serves and sources.json says why. Once made, a corpus
-is kept and never fetched again, so that a run that goes on reads the very same text.
+is kept and never fetched again, so that a run that goes on reads the very same text; only one that was made
+offline is made anew for who asks for more.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sprat.data import debian, dedup, document, ingest, pythonlib
 from sprat.data.document import Document
-from sprat.data.split import Split, held_out, source_held_out, split
+from sprat.data.split import Split, own_held_out, source_held_out, split
 from sprat.errors import DataError
 from sprat.trust import atomic
 from sprat.trust.facts import LeftOut, Source
 
 VERSION = 1
+TEXT_VERSION = 2  # of a corpus of the user's text: its held-out side depends on sizes
 SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
 LIBRARY = ("docstring", "code")  # domains that the Python library fills
 HELD_OUT_SHARE = 0.025  # of the budget, for each domain, beside the budget
 HELD_OUT_LEAST = 60_000  # bytes
 HELD_OUT_DOCUMENT = 8_000  # bytes; longer ones are cut, so that no single file decides the test
 LEAST = 1000  # bytes of the user's text
+OFFLINE = "offline: no package was fetched"
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,14 @@ class Corpus:
         documents: the file documents.jsonl; sources.json lies beside it.
         sources: one entry for each source of text, as ``Source.to_dict`` writes it.
         digest: SHA-256 (hex) of documents.jsonl.
+        held_out: of the user's own text, the names of the documents' sources that are held out, chosen before the
+            text was cut to the budget; None for the default corpus, where the name of a source decides.
     """
 
     documents: Path
     sources: list[dict[str, Any]]
     digest: str
+    held_out: frozenset[str] | None = None
 
     def read(self) -> list[Document]:
         """The documents, in the order of the file."""
@@ -52,7 +58,7 @@ class Corpus:
 
     def split(self) -> Split:
         """The training and the held-out documents."""
-        return split(self.read())
+        return split(self.read(), source_held_out if self.held_out is None else self.held_out.__contains__)
 
     @property
     def faults(self) -> list[str]:
@@ -72,14 +78,14 @@ def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> 
         folder: where it is kept.
         budget_bytes: about how much text to train on (55 % prose, 25 % docstrings, 20 % code, as far as there
             is so much); 2.5 % of it, at least 60 kB, is held out of each domain beside that.
-        offline: fetch nothing.
+        offline: fetch nothing. A kept corpus that was made so is made anew where this is False.
 
     Raises:
         DataError: the machine has no text at all, or the folder is torn.
     """
     folder, request = Path(folder), {"version": VERSION, "kind": "default", "budget_bytes": budget_bytes}
     kept = _kept(folder, request)
-    if kept is not None:
+    if kept is not None and (offline or OFFLINE not in kept.faults):
         return kept
     fetched = [] if offline else debian.fetch()
     found = [document for one in fetched for document in one.documents]
@@ -87,9 +93,9 @@ def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> 
     if not found:
         found = list(pythonlib.topics())
         if offline:
-            sources.append(Source("debian packages", fault="offline: no package was fetched").to_dict())
+            sources.append(Source("debian packages", fault=OFFLINE).to_dict())
     found += _library(budget_bytes)
-    chosen = _choose(list(dedup.exact(found)), budget_bytes, SHARES)
+    chosen = _choose(list(dedup.exact(found)), budget_bytes, SHARES, source_held_out)
     if not chosen:
         raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
     library = [one for one in chosen if one.source.startswith("python/")]
@@ -111,7 +117,8 @@ def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Cor
     tally = ingest.Tally()
     folder, found = Path(folder), list(ingest.read(path, tally))
     text = _digest(found)
-    request = {"version": VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text, "left_out": str(tally)}
+    request = {"version": TEXT_VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
+    request["left_out"] = str(tally)
     kept = _kept(folder, request)
     if kept is not None:
         return kept
@@ -120,13 +127,14 @@ def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Cor
         what = f"{size} bytes of text are too little to learn from"
         raise DataError(what, where=str(path), todo=f"give at least {LEAST} bytes")
     unlike = list(dedup.exact(found))
-    chosen = _choose(unlike, budget_bytes, {})
-    split(chosen).both(path)
+    held = own_held_out(unlike)
+    chosen = _choose(unlike, budget_bytes, {}, held.__contains__)
+    split(chosen, held.__contains__).both(path)
     _tell(tally, "documents that others say too", found, unlike)
     _tell(tally, f"documents beyond data.text_bytes={budget_bytes}", unlike, chosen)
     licence = ", ".join(sorted({one.licence for one in found}))
     entry = Source(Path(path).name, licence, *_extent(chosen), digest=text, left_out=tally.left_out())
-    return _keep(folder, request, chosen, [entry.to_dict()])
+    return _keep(folder, request, chosen, [entry.to_dict()], held)
 
 
 def _tell(tally: ingest.Tally, why: str, before: Sequence[Document], after: Sequence[Document]) -> None:
@@ -163,7 +171,9 @@ def _held_out_bytes(budget: int) -> int:
     return max(HELD_OUT_LEAST, round(HELD_OUT_SHARE * budget))
 
 
-def _choose(documents: Sequence[Document], budget: int, shares: Mapping[str, float]) -> list[Document]:
+def _choose(
+    documents: Sequence[Document], budget: int, shares: Mapping[str, float], is_held_out: Callable[[str], bool]
+) -> list[Document]:
     """A sample of about ``budget`` bytes to train on, with what is held out beside it, sorted by id.
 
     Without ``shares`` all domains are one. What a domain cannot fill is not made up by another.
@@ -172,8 +182,8 @@ def _choose(documents: Sequence[Document], budget: int, shares: Mapping[str, flo
     chosen: list[Document] = []
     for domain, share in domains.items():
         pool = [one for one in documents if not shares or one.domain == domain]
-        test = [_cut(one, HELD_OUT_DOCUMENT) if shares else one for one in pool if held_out(one)]
-        chosen += _sample([one for one in pool if not held_out(one)], round(share * budget))
+        test = [_cut(one, HELD_OUT_DOCUMENT) if shares else one for one in pool if is_held_out(one.source)]
+        chosen += _sample([one for one in pool if not is_held_out(one.source)], round(share * budget))
         chosen += _sample(test, _held_out_bytes(budget))
     return sorted(chosen, key=lambda one: one.id)
 
@@ -227,14 +237,24 @@ def _digest(documents: Iterable[Document]) -> str:
     return found.hexdigest()
 
 
-def _keep(folder: Path, request: dict[str, Any], chosen: list[Document], sources: list[dict[str, Any]]) -> Corpus:
+def _keep(
+    folder: Path,
+    request: dict[str, Any],
+    chosen: list[Document],
+    sources: list[dict[str, Any]],
+    held_out: frozenset[str] | None = None,
+) -> Corpus:
     """Write the corpus; sources.json last, so that a half-written one is never taken for whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sources.json").unlink(missing_ok=True)
     document.write(folder / "documents.jsonl", chosen)
     digest = hashlib.sha256((folder / "documents.jsonl").read_bytes()).hexdigest()
-    atomic.write_json(folder / "sources.json", {"request": request, "digest": digest, "sources": sources})
-    return Corpus(folder / "documents.jsonl", sources, digest)
+    facts: dict[str, Any] = {"request": request, "digest": digest, "sources": sources}
+    if held_out is not None:
+        held_out &= {one.source for one in chosen}
+        facts["held_out"] = sorted(held_out)
+    atomic.write_json(folder / "sources.json", facts)
+    return Corpus(folder / "documents.jsonl", sources, digest, held_out)
 
 
 def _kept(folder: Path, request: dict[str, Any]) -> Corpus | None:
@@ -247,4 +267,5 @@ def _kept(folder: Path, request: dict[str, Any]) -> Corpus | None:
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(facts, dict) or facts.get("request") != request or facts.get("digest") != digest:
         return None
-    return Corpus(folder / "documents.jsonl", facts["sources"], digest)
+    held_out = None if request["kind"] == "default" else frozenset(facts["held_out"])
+    return Corpus(folder / "documents.jsonl", facts["sources"], digest, held_out)

@@ -148,7 +148,7 @@ def _read_file(file: Path, name: str, tally: Tally | None) -> Iterator[Document]
                     raise DataError(f"not JSON: {error}", where=where, todo="write one object a line") from None
                 yield _row(row, name, number)
     else:
-        yield Document(name, text, name, UNSPECIFIED, "code" if kind == ".py" else "prose")
+        yield Document(name, text, _utf8(name), UNSPECIFIED, "code" if kind == ".py" else "prose")
 
 
 def _text(file: Path) -> str | None:
@@ -172,10 +172,15 @@ def _row(row: Any, name: str, number: int) -> Document:
     return Document(
         id=f"{identity}:{row['id']}" if row.get("id") is not None else identity,
         text=text,
-        source=str(row.get("source") or identity),
+        source=_utf8(str(row.get("source") or identity)),
         licence=str(row.get("licence") or row.get("license") or UNSPECIFIED),
         domain=label(str(row.get("domain") or "prose")),
     )
+
+
+def _utf8(name: str) -> str:
+    """``name`` as a file of UTF-8 holds it, which a name on an old disk may not be."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,13 +1,16 @@
 """What is held out: whole sources, so that no held-out document shares its source with training.
 
-The rule looks only at a document's source and not at the corpus around it: a larger budget or one file
-more moves nothing from one side to the other.
+Of the default corpus the rule looks only at a document's source and not at the corpus around it: a larger budget or
+one source more moves nothing from one side to the other. The user's own text may be a few files of any size, so
+there the sizes count too: what is held out is at most half of the bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sprat.data.document import Document
@@ -37,11 +40,6 @@ class Split:
         return self
 
 
-def held_out(document: Document) -> bool:
-    """Whether ``document`` is kept from training; its source alone decides."""
-    return source_held_out(document.source)
-
-
 def source_held_out(source: str) -> bool:
     """Whether a source is kept from training: of the novels one whole book, else one source in 16 by hash."""
     if source.startswith(BOOKS):
@@ -49,37 +47,47 @@ def source_held_out(source: str) -> bool:
     return _rank(source) % ONE_IN == 0
 
 
-def split(documents: Sequence[Document]) -> Split:
-    """Part ``documents`` by ``held_out``.
+def own_held_out(documents: Sequence[Document]) -> frozenset[str]:
+    """Which sources of the user's own text are kept from training: one in 16 by hash, at most half of the bytes.
 
-    Where that leaves one side empty (a few files of the user's), the source of the lowest hash is held
-    out; where there is but one source, the end of its text.
+    Where that is none, the source of the lowest hash that holds at most half of the bytes; where there is but one
+    source, none.
     """
-    train = tuple(document for document in documents if not held_out(document))
-    test = tuple(document for document in documents if held_out(document))
-    sources = sorted({document.source for document in documents}, key=_rank)
-    if (train and test) or not documents:
-        return Split(train, test)
-    if len(sources) > 1:
-        train = tuple(document for document in documents if document.source != sources[0])
-        return Split(train, tuple(document for document in documents if document.source == sources[0]))
-    return _by_place(documents)
+    sizes = Counter[str]()
+    for document in documents:
+        sizes[document.source] += document.size
+    half = sizes.total() / 2
+    sources, chosen = sorted(sizes, key=_rank), set[str]()
+    for source in sources:
+        if _rank(source) % ONE_IN == 0 and sizes[source] <= half:
+            half -= sizes[source]
+            chosen.add(source)
+    return frozenset(chosen or [source for source in sources if sizes[source] <= half][:1])
+
+
+def split(documents: Sequence[Document], is_held_out: Callable[[str], bool] = source_held_out) -> Split:
+    """Part ``documents`` by their sources; where none is held out, the end of the text is."""
+    train = tuple(document for document in documents if not is_held_out(document.source))
+    test = tuple(document for document in documents if is_held_out(document.source))
+    return Split(train, test) if test or not documents else _by_place(documents)
 
 
 def _by_place(documents: Sequence[Document]) -> Split:
-    """Hold out the last documents of the only source, or the last part of its only document."""
-    if len(documents) > 1:
-        cut = min(len(documents) - 1, round(len(documents) * (1 - END)))
+    """Hold out the last documents, or, where the last one holds more than half of the bytes, the end of its text."""
+    *starts, total = itertools.accumulate((document.size for document in documents), initial=0)
+    last = len(documents) - 1
+    cut = next((at for at, start in enumerate(starts) if start >= round(total * (1 - END))), last)
+    if total - starts[cut] <= total / 2:
         return Split(tuple(documents[:cut]), tuple(documents[cut:]))
-    text = documents[0].text
-    cut = round(len(text) * (1 - END))
+    document = documents[last]
+    cut = round(len(document.text) * (1 - END))
     for mark in ("\n\n", "\n", " "):
-        found = text.find(mark, cut)
-        if 0 <= found < len(text) - len(mark):
+        found = document.text.find(mark, cut)
+        if 0 <= found < len(document.text) - len(mark):
             cut = found + len(mark)
             break
-    end = Document(f"{documents[0].id}#end", text[cut:], documents[0].source, documents[0].licence, documents[0].domain)
-    return Split((documents[0].with_text(text[:cut]),), (end,))
+    end = Document(f"{document.id}#end", document.text[cut:], document.source, document.licence, document.domain)
+    return Split((*documents[:last], document.with_text(document.text[:cut])), (end,))
 
 
 def _rank(source: str) -> int:

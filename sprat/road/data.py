@@ -56,6 +56,8 @@ def data(road: Road, text: Path | None = None) -> None:
     run, made = opened
     for left in made.found.left_out:
         print(f"sprat: data: not learned from: {left}", file=sys.stderr, flush=True)
+    if text is not None:
+        print(f"sprat: data: held out: {_shown(made.parts)}", file=sys.stderr, flush=True)
     tokenizer, train = made.tokenizer, made.parts.train
     tokenizer.save(run.artefact / "tokenizer")
     tokens = _pack_text(tokenizer, train, recipe.seq_len, run.artefact / "text")
@@ -76,6 +78,14 @@ def data(road: Road, text: Path | None = None) -> None:
         baselines=scores,
     )
     run.finish(tokens=tokens + int((rows.segments > 0).sum()))
+
+
+def _shown(parts: Split) -> str:
+    """How much is held out, of how much, and the names of the first sources."""
+    held, whole = (sum(one.size for one in side) for side in (parts.held_out, (*parts.train, *parts.held_out)))
+    names = sorted({one.source for one in parts.held_out})
+    more = ", …" if len(names) > 3 else ""
+    return f"{held:,} of {whole:,} bytes ({', '.join(names[:3])}{more})"
 
 
 def _material(road: Road, text: Path | None) -> _Material:

@@ -12,13 +12,13 @@ from sprat.config import Config, ModelConfig, TaskConfig
 from sprat.config.sizes import size
 from sprat.data.document import safe_name
 from sprat.data.pack import Packed
-from sprat.errors import ConfigError, DataError
+from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.road.graph import tell
 from sprat.road.recipe import ModelRecipe, RoadRecipe, title
 from sprat.tasks import Drawn, Problem, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
-from sprat.trust import atomic, digest, record
+from sprat.trust import atomic, record
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
@@ -37,7 +37,7 @@ class Road:
         name: str,
         stage: str,
         recipe: Config,
-        inputs: Mapping[str, Path | str],
+        inputs: Mapping[str, record.Input],
         seed: int,
         prepare: Callable[[bool], Prepared],
         init_from: str = "",
@@ -46,7 +46,7 @@ class Road:
 
         Args:
             inputs, prepare: see ``sprat.trust.run.open_run``.
-            init_from: RUN or RUN@STEP of the recipe; the checkpoint's digest becomes an input.
+            init_from: RUN or RUN@STEP of the recipe; the checkpoint becomes an input.
         """
         prepared: list[Prepared] = []
         run = open_run(
@@ -79,11 +79,11 @@ class Road:
             raise ConfigError("this cannot name a run", where=repr(name), todo="use letters, digits, - and _")
         return self.folder / name
 
-    def _start(self, name: str, recipe: Config, init_from: str) -> dict[str, str]:
-        """The checkpoint to start from as an input, by digest; none where the run starts afresh.
+    def _start(self, name: str, recipe: Config, init_from: str) -> dict[str, Path | str]:
+        """The checkpoint to start from as an input; none where the run starts afresh.
 
         A run may start from the one that lies in its own folder, which is then set aside; from then on its own record
-        knows what it started from.
+        knows by digest what it started from, also where that is gone.
         """
         if not init_from:
             return {}
@@ -92,8 +92,11 @@ class Road:
             if written is not None and written.get("recipe_digest") == recipe.digest():
                 known = written.get("inputs", {}).get("init_from")
                 if known and checkpoint.parse(init_from)[0].resolve() == folder.resolve():
-                    return {"init_from": str(known["digest"])}
-        return {"init_from": digest.tree(checkpoint.source(init_from, folder).folder)}
+                    try:
+                        return {"init_from": checkpoint.source(init_from, folder, known["digest"]).folder}
+                    except CheckpointError:
+                        return {"init_from": str(known["digest"])}
+        return {"init_from": checkpoint.source(init_from, folder).folder}
 
     @property
     def artefacts(self) -> DataArtefact:

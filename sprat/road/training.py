@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from sprat.road.recipe import DistillRecipe, ModelRecipe, PretrainRecipe
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, evaluate, loop
+from sprat.trust import record
 from sprat.trust.run import Run
 
 ALL_WAYS = ("greedy", "thinking", "direct")
@@ -171,9 +171,9 @@ def _open_pretraining(
     return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, recipe.train.init_from)
 
 
-def measured(road: Road) -> dict[str, Path | str]:
+def measured(road: Road) -> dict[str, record.Input]:
     """What every stage that is measured reads: the data, and how answers are drawn when they are judged."""
-    return {"data": road.path("data"), "eval": road.recipe.eval.replace(batch=1).digest()}
+    return {"data": road.path("data"), "eval": road.recipe.eval.replace(batch=1)}
 
 
 def _mix(road: Road) -> Mix:

@@ -11,6 +11,7 @@ from sprat.trust import digest, lock, record
 from sprat.trust.history import History
 from sprat.trust.ledger import NAME
 
+_NO_DIGEST = "it was set aside without a digest, because it holds a link or another thing that has none"
 _PARTLY = re.compile(r"\..+\.tmp-\d+")
 
 
@@ -22,7 +23,7 @@ class Place:
         runs: folders of finished runs, in the order of their finish.
         aside: names of set-aside folders that are as they were when they were renamed.
         unfinished: names of folders of runs that are not finished.
-        unproved: names of what nobody answers for and nobody reads.
+        unproved: names of what nobody answers for and nobody reads, with the reason where it is not plain.
         faults: (name, sentence) of all that is not as it was entered, or was never entered.
     """
 
@@ -97,9 +98,11 @@ def _aside(path: Path, name: str, history: History, here: Place) -> None:
     body = history.aside.get(name)
     if body is None and not history.old:
         here.faults.append((name, "the ledger does not know that it was set aside"))
-    elif body is None or "digest" not in body:
+    elif body is None or (history.old and "digest" not in body):
         here.unproved.append(name)
-    elif body["digest"] and record.content_of(path) != body["digest"]:
+    elif record.content_of(path) != body.get("digest"):
         here.faults.append((name, "it was changed after it was set aside"))
+    elif not body["digest"]:
+        here.unproved.append(f"{name} ({_NO_DIGEST})")
     else:
         here.aside.append(name)

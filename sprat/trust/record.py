@@ -12,15 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sprat.config import MoneyConfig
+from sprat.config import Config, MoneyConfig
 from sprat.errors import TrustError
 from sprat.trust import digest
 
 RECORDS = ("recipe.toml", "metrics.jsonl")
+Input = Path | str | Config  # a run folder, another folder, a file; a bare SHA-256 in hex; settings
 
 
-def describe(path: Path | str, road: Path) -> dict[str, str]:
-    """An input as it is written in ``run.json``: its digest, and its path from the road folder.
+def describe(path: Input, road: Path) -> dict[str, Any]:
+    """An input as it is written in ``run.json``: its digest, and its path from the road folder or the settings.
 
     A path outside the road folder is not written down (it says more about the machine than about the run);
     its last part is, as ``outside``.
@@ -28,6 +29,8 @@ def describe(path: Path | str, road: Path) -> dict[str, str]:
     Raises:
         TrustError: it is missing, or a run that is not finished or whose artefact was altered.
     """
+    if isinstance(path, Config):
+        return {"digest": path.digest(), "settings": path.model_dump(mode="json")}
     if isinstance(path, str) and len(path) == 64 and set(path) <= set("0123456789abcdef"):
         return {"digest": path}
     path = Path(path)

@@ -188,7 +188,7 @@ def open_run(
     *,
     stage: str,
     recipe: Config,
-    inputs: Mapping[str, Path | str],
+    inputs: Mapping[str, record.Input],
     seed: int,
     ledger: str | Path,
     money: MoneyConfig | None = None,
@@ -200,7 +200,7 @@ def open_run(
     checkpoint the metrics and facts of that session are dropped.
 
     Args:
-        inputs: by name a run folder, another folder, a file, or a bare SHA-256 in hex.
+        inputs: by name a run folder, another folder, a file, settings, or a bare SHA-256 in hex.
         ledger: the ledger's file: ``ledger.jsonl`` of the road folder, which is above the run's. Paths are written
             as relative to it.
         money: the price of a core-hour; defaults to ``MoneyConfig()``.

@@ -2,9 +2,9 @@
 
 For each run: the digest of each file of the artefact (none missing, none added), of recipe and metrics,
 of ``run.json`` against the ledger's entry; the recipe's digest from the recipe; energy and money from the
-device-seconds; and each input from its producer as it lies there now. For the ledger, which is the road's
-by its place and by its root: its chain, and that no run that it names is missing. For the road: recipe, corpus,
-report and set-aside runs as they were entered, and that nothing else lies there.
+device-seconds; and each input from its producer as it lies there now, or from the settings recorded. For the
+ledger, which is the road's by its place and by its root: its chain, and that no run that it names is missing. For the
+road: recipe, corpus, report and set-aside runs as they were entered, and that nothing else lies there.
 
 What is not checked: that the machine computed what the recipe says (run it again: same seed, same digests), inputs
 outside of the road folder, and what only somebody can see who kept the ledger's head (SECURITY.md).
@@ -120,16 +120,16 @@ def _run(folder: Path, road: Path, history: History) -> list[Finding]:
         return [Finding(False, subject, "run.json cannot be read")]
     try:
         faults = _extra(folder, subject, history) + _outputs(folder, written) + _recipe(folder, written)
-        faults += _cost(written) + _inputs(road, written) + _entry(folder, road, written, history)
-        outside = [name for name, item in written["inputs"].items() if "path" not in item]
+        inputs = {name: _input(road, name, item, history) for name, item in written["inputs"].items()}
+        faults += _cost(written) + [*filter(None, inputs.values())] + _entry(folder, road, written, history)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, OverflowError, RecursionError) as error:
         return [Finding(False, subject, f"run.json is not what a run writes ({type(error).__name__}: {error})")]
     if faults:
         return [Finding(False, subject, fault) for fault in faults]
-    told = f"; not here to check: input {', '.join(outside)}" if outside else ""
-    files = len(written["outputs"])
-    inputs = len(written["inputs"]) - len(outside)
-    return [Finding(True, subject, f"{files} files, recipe, {inputs} inputs, cost and ledger entry agree{told}")]
+    unchecked = [name for name, fault in inputs.items() if fault is None]
+    told = f"; not here to check: input {', '.join(unchecked)}" if unchecked else ""
+    files, checked = len(written["outputs"]), len(inputs) - len(unchecked)
+    return [Finding(True, subject, f"{files} files, recipe, {checked} inputs, cost and ledger entry agree{told}")]
 
 
 def _extra(folder: Path, name: str, history: History) -> list[str]:
@@ -205,20 +205,29 @@ def _cost(written: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _inputs(road: Path, written: dict[str, Any]) -> list[str]:
-    """Faults of lineage: each input as it lies there now against its digest in ``run.json``."""
-    faults = []
-    for name, item in written["inputs"].items():
-        if "path" not in item:
-            continue
+def _input(road: Path, name: str, item: dict[str, Any], history: History) -> str | None:
+    """The fault of the input ``name`` as it is now against its digest in ``run.json``; None: not here to check.
+
+    A checkpoint in a run's folder goes with it when that is set aside; one of an open run may be gone.
+    """
+    if "settings" in item:
+        return "" if digest.value(item["settings"]) == item["digest"] else f"input {name!r}: not the settings recorded"
+    if "path" not in item:
+        return None
+    path, fault = inside(item["path"]), ""
+    moved = [
+        f"{aside}/{path.removeprefix(body['run'] + '/')}"
+        for aside, body in history.aside.items()
+        if path.startswith(body["run"] + "/")
+    ]
+    for place in (path, *moved):
         try:
-            found = record.describe(road / inside(item["path"]), road)
+            if record.describe(road / place, road)["digest"] == item["digest"]:
+                return ""
+            fault = fault or f"input {name!r}: {path} now holds something else than this run read"
         except TrustError as error:
-            faults.append(f"input {name!r} ({item['path']}): {error.what}")
-            continue
-        if found["digest"] != item["digest"]:
-            faults.append(f"input {name!r}: {item['path']} now holds something else than this run read")
-    return faults
+            fault = fault or f"input {name!r} ({path}): {error.what}"
+    return None if "/checkpoints/" in path else fault
 
 
 def _entry(folder: Path, road: Path, written: dict[str, Any], history: History) -> list[str]:

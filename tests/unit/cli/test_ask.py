@@ -112,6 +112,37 @@ def test_eval_scores_held_out_problems_with_an_interval(model_folder: Path) -> N
     assert score["task"] == "sums" and score["count"] == 20 and 0 <= score["low"] <= score["accuracy"] <= score["high"]
 
 
+def test_each_task_that_is_named_is_scored_and_none_twice(model_folder: Path) -> None:
+    named = [word for task in ("sums", "sums_of_3", "sums") for word in ("--task", task)]
+    options = ["eval", str(model_folder), "--recipe", "tiny", "--count", "3", "--set", "eval.max_tokens=2", "--json"]
+    done = CliRunner().invoke(app, [*options, *named])
+    assert done.exit_code == 0, done.stderr
+    assert [score["task"] for score in json.loads(done.stdout)["scores"]] == ["sums", "sums_of_3"]
+
+
+@pytest.mark.parametrize(
+    "words", ["data --text A --text B", "quickstart --text A --text=B", "quantize M --calibrate A --calibrate B"]
+)
+def test_a_second_text_is_refused_not_taken_for_the_first(words: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*words.split(), "--out", str(tmp_path / "road")])
+    assert done.exit_code == 2 and "is given twice" in done.stderr and "into one folder" in done.stderr
+    assert not (tmp_path / "road").exists()
+
+
+@pytest.mark.parametrize(("options", "counts"), [([], [7, 12]), (["--count", "5"], [5, 5])])
+def test_the_recipes_number_of_problems_holds_unless_a_count_is_given(
+    model_folder: Path, tmp_path: Path, options: list[str], counts: list[int]
+) -> None:
+    few, more = (f'[[data.tasks]]\nname = "sums"\ntitle = "{title}"\n' for title in ("few", "more"))
+    text = f"[data]\ntest_problems = 12\n{few}test_problems = 7\n{more}[eval]\nmax_tokens = 2\n"
+    (tmp_path / "mine.toml").write_text(text)
+    done = CliRunner().invoke(
+        app, ["eval", str(model_folder), "--recipe", str(tmp_path / "mine.toml"), "--json", *options]
+    )
+    assert done.exit_code == 0, done.stderr
+    assert [score["count"] for score in json.loads(done.stdout)["scores"]] == counts
+
+
 def test_eval_of_an_unknown_task_names_the_known(model_folder: Path) -> None:
     done = CliRunner().invoke(app, ["eval", str(model_folder), "--task", "poems"])
     assert done.exit_code == 3 and "poems" in done.stderr and "sums" in done.stderr

@@ -55,6 +55,31 @@ def test_without_text_it_rounds_to_the_nearest(model_folder: Path, tmp_path: Pat
     assert quant.recipe_of(quant.load(tmp_path / "small")) == QuantConfig()
 
 
+@pytest.mark.parametrize(
+    ("rounding", "options", "made"),
+    [
+        ("nearest", [], "nearest"),
+        ("gptq", ["--calibrate", "TEXT"], "gptq"),
+        ("nearest", ["--calibrate", "TEXT"], "gptq"),  # an option of the command says more than the file
+        ("gptq", ["--set", "quant.rounding=nearest"], "nearest"),
+        ("gptq", [], ""),
+    ],
+)
+def test_the_rounding_of_a_recipe_file_holds(
+    model_folder: Path, text: Path, tmp_path: Path, rounding: str, options: list[str], made: str
+) -> None:
+    recipe, out = tmp_path / "mine.toml", tmp_path / "small"
+    recipe.write_text(f'[quant]\nrounding = "{rounding}"\ngroup = 128\n')
+    more = [str(text) if word == "TEXT" else word for word in options]
+    done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(out), "--recipe", str(recipe), *more])
+    if made:
+        assert done.exit_code == 0, done.stderr
+        assert quant.recipe_of(quant.load(out)) == QuantConfig(rounding=made, group=128)
+    else:
+        assert done.exit_code == 2 and not out.exists()
+        assert all(word in done.stderr for word in ("gptq needs text", str(recipe), "--calibrate", "nearest"))
+
+
 def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
     model_folder: Path, text: Path, tmp_path: Path
 ) -> None:

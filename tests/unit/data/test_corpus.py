@@ -6,6 +6,7 @@ import ast
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import struct
 import sys
@@ -158,6 +159,26 @@ def test_novels_from_a_package_are_used_and_one_is_held_out_whole(
     assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == found.digest
 
 
+def test_what_was_made_offline_is_made_anew_for_who_goes_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_database(tmp_path / "made" / "janeaustenr" / "data", {"emma": CHAPTER, "persuasion": CHAPTER[:4]})
+    fake_tools(tmp_path / "bin", monkeypatch, "exit 100", f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"')
+    alone = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    tried = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    assert tried.digest == alone.digest
+    assert tried.faults and not any("offline" in fault for fault in tried.faults)
+    (tmp_path / "bin" / "apt-get").write_text('#!/bin/sh\necho fake > "$3_1.deb"\n')
+    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == alone.digest, "tried once, then kept"
+    shutil.rmtree(tmp_path / "corpus")
+    corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    fetched = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    assert fetched.faults == [] and "janeaustenr/emma" in {one.source for one in fetched.split().train}
+    # and back: nothing is fetched, what is there stays
+    monkeypatch.setenv("PATH", "")
+    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
+
+
 @pytest.mark.parametrize(
     ("apt", "said"),
     [
@@ -196,6 +217,45 @@ def test_the_users_own_text_becomes_a_corpus_once(tmp_path: Path) -> None:
     assert corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest != made.digest
     small = corpus.from_text(folder, tmp_path / "small", budget_bytes=1000)
     assert sum(one.size for one in small.split().train) <= 1000
+
+
+@pytest.mark.parametrize("name", [f"{number}.txt" for number in range(12)])
+def test_of_two_files_the_large_one_is_learned_from_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("".join(f"Line {number} of the long book.\n" for number in range(9000)))
+    (folder / "notes.txt").write_text("A few notes.\n" * 100)
+    whole = sum(path.stat().st_size for path in folder.iterdir())
+    for budget in (BUDGET, whole):
+        made = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=budget)
+        again = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=budget)  # as kept
+        for parts in (made.split(), again.split()):
+            assert {one.source for one in parts.train} == {name}
+            assert {one.source for one in parts.held_out} == {"notes.txt"}
+            assert sum(one.size for one in parts.train) > 0.9 * min(budget, whole)
+
+
+def test_what_was_held_out_of_the_whole_text_is_held_out_of_its_sample(tmp_path: Path) -> None:
+    """A budget makes the large sources small: by the sample's own sizes others would be held out."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"{number} says so.\n" * (60 if number % 2 else 12_000))
+    held = {
+        budget: {one.source for one in corpus.from_text(folder, tmp_path / "c", budget_bytes=budget).split().held_out}
+        for budget in (1000, 50_000, 10_000_000)
+    }
+    assert held[1000] == held[50_000] == held[10_000_000]
+
+
+def test_a_file_whose_name_is_no_utf_8_stays_on_its_side(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"na\xefve.txt"):
+        (folder / os.fsdecode(name)).write_text(f"{name!r} says something of its own.\n" * 40)
+    for _ in range(2):
+        parts = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET).split()
+        assert len(parts.train) == len(parts.held_out) == 1
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:

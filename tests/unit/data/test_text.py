@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sprat.data import baselines, dedup, ingest
 from sprat.data.document import Document
-from sprat.data.split import HELD_OUT_BOOK, held_out, split
+from sprat.data.split import HELD_OUT_BOOK, own_held_out, source_held_out, split
 from sprat.errors import DataError, MachineError, SpratError
 
 
@@ -122,19 +122,40 @@ def test_held_out_and_training_share_no_source() -> None:
     found = split(documents)
     assert {one.source for one in found.train}.isdisjoint(one.source for one in found.held_out)
     assert len(found.train) + len(found.held_out) == len(documents)
-    assert all(held_out(one) for one in documents if one.source == HELD_OUT_BOOK)
+    assert all(one.source != HELD_OUT_BOOK for one in found.train)
     assert 20 < sum(one.source.startswith("file") for one in found.held_out) < 130
 
 
 def test_a_little_text_is_split_too() -> None:
-    none = [name for name in map(str, range(50)) if not held_out(doc(name))][:2]
-    assert len(split([doc(name) for name in none]).held_out) == 1
-    many = split([doc(str(number), source=none[0]) for number in range(40)])
+    none = [name for name in map(str, range(50)) if not source_held_out(name)][:2]
+    two = [doc(name) for name in none]
+    assert len(split(two, own_held_out(two).__contains__).held_out) == 1
+    rows = [doc(str(number), source=none[0]) for number in range(40)]
+    many = split(rows, own_held_out(rows).__contains__)
     assert [one.id for one in many.held_out] == ["38", "39"]
     whole = doc("one", "\n\n".join(f"paragraph {number}" for number in range(100)))
-    alone = split([whole])
+    alone = split([whole], own_held_out([whole]).__contains__)
     assert alone.train[0].text + alone.held_out[0].text == whole.text
     assert alone.held_out[0].text.startswith("paragraph")
+
+
+def test_of_one_source_a_last_document_that_is_most_of_it_is_not_held_out_whole() -> None:
+    rows = [doc(str(number), "a short row. ", source="rows") for number in range(20)]
+    parts = split([*rows, doc("20", "a long row. " * 2000, source="rows")], own_held_out(rows).__contains__)
+    assert len(parts.train) == 21
+    assert sum(one.size for one in parts.held_out) < 2000 < 20_000 < sum(one.size for one in parts.train)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5000)), min_size=1, max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_never_more_than_half_of_the_users_bytes_is_held_out_and_never_a_part_of_a_source(
+    rows: list[tuple[int, int]],
+) -> None:
+    documents = [doc(str(n), "x" * size, source=f"{source}.txt") for n, (source, size) in enumerate(rows)]
+    held = own_held_out(documents)
+    size = sum(size for source, size in rows if f"{source}.txt" in held)
+    assert size * 2 <= sum(size for _, size in rows)
+    assert bool(held) == (len({source for source, _ in rows}) > 1), "a side of each, where there are two sources"
 
 
 def test_gzip_reaches_the_known_ends() -> None:

@@ -199,6 +199,20 @@ def hide(road: Path, where: str | None, *, rename: bool) -> None:
     append(road, "set-aside", {"run": "rl-seed1", "to": where, "digest": digest})
 
 
+def hide_as(road: Path, more: dict[str, Any]) -> None:
+    """A seed out of sight, its folder kept, under an entry that binds nothing."""
+    (road / "rl-seed1").rename(road / "rl-seed1.old-1")
+    append(road, "set-aside", {"run": "rl-seed1", "to": "rl-seed1.old-1", **more})
+
+
+def hide_linked(road: Path) -> Path:
+    """The same with a link in the folder, for which a road writes an empty digest; returns the link."""
+    link = road / "rl-seed1" / "link"
+    link.symlink_to("/etc/hostname")
+    hide_as(road, {"digest": ""})
+    return road / "rl-seed1.old-1" / "link"
+
+
 def bless(road: Path) -> None:
     """Doctored scores, and a second entry for the run that agrees with them."""
     doctor(road)
@@ -288,6 +302,10 @@ SEEN: dict[str, Attack] = {
     "a file in the road": added("notes.txt"),
     "a hidden file in the road": added(".notes"),
     "a file in a new folder": added("more/report.html"),
+    "a link taken out of a set-aside run without a digest": lambda road: hide_linked(road).unlink(),
+    "a set-aside entry without a digest": lambda road: hide_as(road, {}),
+    "a set-aside entry whose digest is null": lambda road: hide_as(road, {"digest": None}),
+    "a set-aside entry whose digest is empty": lambda road: hide_as(road, {"digest": ""}),
     "a second set-aside folder": added("sft.old-2/run.json"),
     "a run that the ledger does not know": lambda road: shutil.copytree(road / "sft", road / "sft2"),
     "a renamed file": lambda road: (road / "sft/artefact/model.bin").rename(road / "sft/artefact/model2.bin"),
@@ -348,6 +366,10 @@ SEEN: dict[str, Attack] = {
 # The verdict is sound, for the road could be honest, but the findings name it.
 TOLD: dict[str, tuple[Attack, str]] = {
     "a seed set aside and kept": (lambda road: hide(road, "rl-seed1.old-1", rename=True), "set aside: rl-seed1.old-1"),
+    "a run set aside with a link in it": (
+        hide_linked,
+        "not proved: rl-seed1.old-1 (it was set aside without a digest, because it holds a link",
+    ),
     "a doctored run after the true one was set aside": (remake_aside, "set aside: rl-seed1.old-1"),
     "a run that is not finished": (added("rl-seed2/open.json"), "not finished: rl-seed2"),
     "a write that was cut off": (added(".recipe.toml.tmp-12"), "not proved: .recipe.toml.tmp-12"),

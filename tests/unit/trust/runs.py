@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sprat.config import TrainConfig
-from sprat.trust import open_run
+from sprat.trust import open_run, record
 from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
 
-def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: Path | str) -> Run:
+def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: record.Input) -> Run:
     """A small finished run of ``stage`` in ``road``."""
     run = open_run(
         road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"

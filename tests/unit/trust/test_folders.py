@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from sprat.trust import Ledger, digest, open_run
 from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
+from .attacks import body_of, canonical, edit, rewrite, sha
 from .runs import faults, finished
 
 
@@ -119,6 +121,71 @@ def test_killed_while_a_run_is_set_aside_the_road_is_whole_at_the_next_start(
     other().finish()
     assert faults(road) == []
     assert sorted(path.name for path in road.glob("sft*")) == ["sft", "sft.old-1"]
+
+
+def test_a_run_that_was_set_aside_with_a_link_in_it_is_not_listed_as_proved(road: Path) -> None:
+    (road / "sft" / "artefact" / "link").symlink_to("/etc/hostname")
+    open_run(
+        road / "sft", stage="sft", recipe=TrainConfig(steps=9), inputs={}, seed=1, ledger=road / "ledger.jsonl"
+    ).finish()
+    assert faults(road) == []
+    _, aside, unproved = str(verify(road)[-1]).partition("not proved: ")
+    assert aside and unproved.startswith("sft.old-1 (") and "link" in unproved
+    assert "set aside: sft.old-1" not in str(verify(road)[-1])
+    (road / "sft.old-1" / "artefact" / "link").unlink()
+    assert [fault for fault in faults(road) if "sft.old-1: it was changed" in fault]
+
+
+def told(road: Path, name: str) -> str:
+    """What verify says of the run ``name``."""
+    return " ".join(str(finding) for finding in verify(road) if finding.subject == name)
+
+
+def remake(road: Path, name: str) -> None:
+    """Set the run ``name`` aside and make it with another recipe."""
+    run = open_run(
+        road / name, stage=name, recipe=TrainConfig(steps=9), inputs={}, seed=1, ledger=road / "ledger.jsonl"
+    )
+    run.finish()
+
+
+def test_a_checkpoint_that_a_run_starts_from_is_checked_where_it_lies_now(road: Path) -> None:
+    finished(road, "rl", init_from=road / "sft" / "artefact" / "deep")
+    assert faults(road) == [] and "1 inputs" in told(road, "rl") and "not here" not in told(road, "rl")
+    remake(road, "sft")  # the checkpoint goes along
+    assert faults(road) == [] and "1 inputs" in told(road, "rl") and "not here" not in told(road, "rl")
+    (road / "sft.old-1" / "artefact" / "deep" / "model.bin").write_bytes(b"other")
+    assert "rl: input 'init_from' (sft/artefact/deep)" in " ".join(faults(road))
+
+
+def test_a_checkpoint_of_an_open_run_is_checked_as_long_as_it_is_there(road: Path) -> None:
+    pretrain = open_run(
+        road / "more", stage="more", recipe=TrainConfig(steps=3), inputs={}, seed=1, ledger=road / "ledger.jsonl"
+    )
+    (pretrain.checkpoints / "step-1").mkdir()
+    (pretrain.checkpoints / "step-1" / "model.bin").write_bytes(b"half")
+    finished(road, "rl", init_from=pretrain.checkpoints / "step-1")
+    assert faults(road) == [] and "1 inputs" in told(road, "rl") and "not here" not in told(road, "rl")
+    pretrain.finish()  # which removes its checkpoints
+    assert (
+        faults(road) == []
+        and "0 inputs" in told(road, "rl")
+        and "not here to check: input init_from" in told(road, "rl")
+    )
+
+
+def test_settings_are_recorded_with_their_digest_and_checked(road: Path) -> None:
+    settings = QuantConfig(group=64)
+    finished(road, "rl", eval=settings, init_from="0" * 64)
+    written = json.loads((road / "rl" / "run.json").read_text())["inputs"]["eval"]
+    assert written["settings"]["group"] == 64
+    assert written["digest"] == sha(canonical(written["settings"]).encode()) == settings.digest()
+    assert "1 inputs" in told(road, "rl") and "not here to check: input init_from" in told(road, "rl")
+    edit(road / "rl" / "run.json", '"group": 64', '"group": 32')
+    rewrite(road, lambda found: [*found[:-1], {**found[-1], "body": body_of(road, "rl")}])
+    assert faults(road) == ["rl: input 'eval': not the settings recorded"]
+    finished(road, "dpo", eval=settings.digest())
+    assert finished(road, "dpo", eval=settings).set_aside is None, "a run from before settings were recorded is found"
 
 
 def test_a_ledger_that_verify_would_not_find_is_refused(tmp_path: Path) -> None:
