@@ -145,6 +145,8 @@ def test_more_tokens_than_the_server_gives_are_refused_by_name(
         ({"json": {**ASK, "model": "gpt"}}, 404, "model"),
         ({"json": {**ASK, "messages": [{"role": "user", "content": "too long"}]}}, 400, "messages"),
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, None),
+        ({"content": b'{"model": "\xff"}', "headers": {"content-type": "application/json"}}, 400, None),
+        ({"content": json.dumps(ASK).encode("utf-16"), "headers": {"content-type": "application/json"}}, 400, None),
         ({"content": json.dumps(ASK), "headers": {"content-type": "text/plain"}}, 415, "Content-Type"),
         ({"json": {**ASK, "user": "x" * 2_000_000}}, 413, None),
     ],
