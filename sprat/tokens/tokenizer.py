@@ -327,8 +327,8 @@ class Tokenizer:
             found = named.get("default")
         if not isinstance(found, str) or not found or (base is formats.OWN and found == formats.OWN_TEMPLATE):
             return base
-        bos, eos = (formats.named(self._config, key) for key in ("bos_token", "eos_token"))
-        return template.fitted(base, found, bos, eos)
+        tokens = {key: name for key in formats.TOKEN_NAMES if (name := formats.named(self._config, key))}
+        return template.fitted(base, found, tokens)
 
     def _name_missing(self, where: str) -> None:
         """Warn of added tokens that the folder lists and tokenizer.json does not have."""
