@@ -23,7 +23,8 @@ Think = Annotated[
 ]
 TOKENS = 256  # of one answer, where nobody says
 _TOKENS = "Tokens of one answer, thinking included"
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help=f"{_TOKENS}.")]
+_MOST = f"{_TOKENS}: the default, and the most that a request may ask for."
+MostTokens = Annotated[int, typer.Option("--max-tokens", min=1, help=_MOST)]
 _LEFT_OUT = f"{_TOKENS}; left out: {TOKENS}, or what the context still holds."
 FewTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help=_LEFT_OUT)]
 Temperature = Annotated[
@@ -113,7 +114,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option("--name", help="The model id of the API; the folder's name if left out.")
     ] = None,
-    max_tokens: MaxTokens = 1024,
+    max_tokens: MostTokens = 1024,
     turns: Turns = None,
     prices: Prices = None,
     api_key: Annotated[

@@ -1,3 +1,4 @@
+# size: one noun: what a caller writes, checked and translated
 r"""What a caller writes as a form, made into what llguidance understands in the same way, or refused by name.
 
 *Bounds.* Long, deep and wide sources are refused before anything reads them.
@@ -10,21 +11,26 @@ stands alone is in Rust's syntax, but its ``\d``, ``\w`` and ``\s`` are those of
 *Numbers.* llguidance holds them as 64-bit floats. A bound or a value that such a float, or its shortest decimal form,
 does not hold exactly would be another one, so it is refused; so is a bound of 2^53 and more, from which a float cannot
 count by one. An exclusive bound that is whole lets itself in where the other bound is less than one away (llguidance
-1.9 takes 0 for ``exclusiveMinimum: 0, maximum: 0.5``), so such a pair is refused as well.
+1.9 takes 0 for ``exclusiveMinimum: 0, maximum: 0.5``), so such a pair is refused as well, wherever the two stand.
+
+*References.* ``$ref`` names a place (``#/$defs/NAME``) that was read as a schema; whatever else llguidance would follow
+(``$id``, anchors, data such as ``#/examples/0``) was neither checked nor translated, and is refused by name.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
+from bisect import bisect_left, bisect_right
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 from sprat.engine.sampling import Response
 from sprat.errors import EngineError
 
 MAX_SOURCE, MAX_DEPTH, MAX_NODES = 64 * 1024, 32, 8192
+MAX_WORK = 1 << 17  # schemas that are looked at for what holds together
 
 SPACES = r"\t\n\x0B\f\r \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}"
 SHORTHANDS = {"d": "0-9", "w": "0-9A-Za-z_", "s": SPACES}  # ECMA-262, section 22.2.2.9
@@ -43,6 +49,7 @@ WIDE = re.compile(r"\\[dDwWsSpP]|\]|$")  # in a class, what cannot be an end of 
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 VALUES = ("const", "enum")
 NOTES = ("default", "examples", "description", "title", "$comment")
+DATA = (*NUMBERS, *VALUES, *NOTES)  # what holds no schema
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 
 
@@ -66,7 +73,11 @@ def prepare(response: Response) -> str:
         raise refusal(response, "it is no JSON object")
     _bounded(tree)
     try:
-        return json.dumps(_schema(tree) if response.kind == "schema" else tree, default=float)
+        made = tree
+        if response.kind == "schema":
+            made = _schema(tree)
+            _apart(tree)
+        return json.dumps(made, default=float)
     except ValueError as error:
         raise refusal(response, str(error)) from None
 
@@ -107,7 +118,6 @@ def _schema(node: Any) -> Any:
         return [_schema(one) for one in node]
     if not isinstance(node, dict):
         return node
-    _apart(node)
     made: dict[str, Any] = {}
     for key, value in node.items():
         if key in NUMBERS or key in VALUES:
@@ -127,30 +137,146 @@ def _schema(node: Any) -> Any:
     return made
 
 
-def _apart(node: dict[str, Any]) -> None:
-    """Raise ValueError where a whole exclusive bound of ``node`` meets an opposite bound less than one away.
+def _apart(root: Any) -> None:
+    """Raise ValueError where a whole exclusive bound meets an opposite bound less than one away.
 
-    Bounds in ``allOf``, ``anyOf`` and ``oneOf`` hold together with those beside them.
+    Bounds meet where they hold for the same value, so what holds together is followed from the root: beside each other,
+    through ``$ref``, ``allOf``, ``anyOf`` and ``oneOf``, and in properties and items of the same place.
     """
-    if node.get("type") == "integer":  # counted, not matched digit by digit
-        return
-    found: dict[str, set[Decimal]] = {key: set() for key in NUMBERS}
-    waiting: list[Any] = [node]
+    waiting: list[tuple[list[dict[str, Any]], list[Any]]] = [([], [root])]  # what holds, and what else holds with it
+    followed: set[frozenset[int]] = set()
+    work = 0
+    while waiting:
+        before, more = waiting.pop()
+        added, branches = _together(root, more)
+        both = list({id(one): one for one in before + added}.values())
+        key = frozenset(map(id, both))
+        if key in followed:
+            continue
+        followed.add(key)
+        names, patterns = (sum(len(_dict(one, key)) for one in both) for key in NAMED[:2])
+        work += len(both) * (1 + len(branches) + names) + (1 + names) * patterns
+        if work > MAX_WORK:
+            raise ValueError("too many of its parts hold for the same value")
+        if not any("integer" in _types(one) and "number" not in _types(one) for one in both):  # counted, not matched
+            _bounds_apart(both + _together(root, branches, wholly=True)[0])
+        waiting += [(both, [branch]) for branch in branches]
+        waiting += [([], place) for place in _places(both)]
+
+
+def _together(root: Any, nodes: list[Any], *, wholly: bool = False) -> tuple[list[dict[str, Any]], list[Any]]:
+    """All schemas that hold where ``nodes`` hold, and the branches of which one holds; ``wholly``: all branches too."""
+    held: dict[int, dict[str, Any]] = {}
+    branches: list[Any] = []
+    waiting = list(nodes)
     while waiting:
         one = waiting.pop()
-        if not isinstance(one, dict):
+        if not isinstance(one, dict) or id(one) in held:
             continue
-        for key in NUMBERS:
-            if isinstance(one.get(key), int | Decimal) and not isinstance(one[key], bool):
-                found[key].add(Decimal(one[key]))
-        for key in ("allOf", "anyOf", "oneOf"):
-            waiting += one[key] if isinstance(one.get(key), list) else []
-    lows, highs = found["minimum"] | found["exclusiveMinimum"], found["maximum"] | found["exclusiveMaximum"]
-    for low, high in itertools.product(lows, highs):
-        near = 0 < high - low < 1
-        for key, bound, other in (("exclusiveMinimum", low, high), ("exclusiveMaximum", high, low)):
-            if near and bound in found[key] and bound == bound.to_integral_value():
+        held[id(one)] = one
+        if one is not root and isinstance(one.get("$id"), str):
+            raise ValueError("$id stands inside of the schema; leave it out, and refer to '#/$defs/NAME'")
+        if "$ref" in one:
+            waiting.append(_target(root, one["$ref"]))
+        waiting += _list(one, "allOf")
+        (waiting if wholly else branches).extend(_list(one, "anyOf") + _list(one, "oneOf"))
+    return list(held.values()), branches
+
+
+def _target(root: Any, ref: Any) -> Any:
+    """The schema that a ``$ref`` names by its place.
+
+    Raises:
+        ValueError: there is none, or what stands there was not read as a schema.
+    """
+    node, named = root, False
+    if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+        raise ValueError(f"$ref: {ref!r:.80} is no place in the schema; write '#/$defs/NAME'")
+    for token in unquote(ref).split("/")[1:]:
+        token = token.replace("~1", "/").replace("~0", "~")
+        inside = node is not root and not named and isinstance(node, dict) and "$id" in node
+        if isinstance(node, dict) and token in node and not inside and (named or token not in DATA):
+            node, named = node[token], not named and token in NAMED
+        elif isinstance(node, list) and token.isdecimal() and len(token) < 6 and int(token) < len(node):
+            node, named = node[int(token)], False
+        else:
+            raise ValueError(f"$ref: no schema stands at {ref!r:.80}")
+    if named or not isinstance(node, dict | bool):
+        raise ValueError(f"$ref: no schema stands at {ref!r:.80}")
+    return node
+
+
+def _places(both: list[dict[str, Any]]) -> list[list[Any]]:
+    """For each property and item what ``both`` say of it together."""
+    found: list[list[Any]] = []
+    named = [
+        (_dict(one, "properties"), _dict(one, "patternProperties"), one.get("additionalProperties")) for one in both
+    ]
+    for name in {name for properties, _, _ in named for name in properties}:
+        place: list[Any] = []
+        for properties, patterns, rest in named:
+            fitting = [value for pattern, value in patterns.items() if _fits(pattern, name)]
+            fitting += [properties[name]] if name in properties else []
+            place += fitting or [rest]
+        found.append(place)
+    for pattern in {pattern for _, patterns, _ in named for pattern in patterns}:
+        found.append([patterns.get(pattern, rest) for _, patterns, rest in named])
+    found.append([rest for _, _, rest in named])
+    first = [_list(one, "prefixItems") or _list(one, "items") for one in both]
+    rest = [one.get("additionalItems") if _list(one, "items") else one.get("items") for one in both]
+    for index in range(max(map(len, first), default=0)):
+        found.append([row[index] if index < len(row) else other for row, other in zip(first, rest, strict=True)])
+    found.append(rest)
+    return [place for place in found if any(isinstance(one, dict) for one in place)]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a pattern may match a name. Only plain ones are looked at: a caller's pattern could run for ever."""
+    plain = re.fullmatch(r"(\^?)([\w-]*)(\$?)", pattern, re.ASCII)
+    if plain is None:
+        return True
+    begins, text, ends = plain.groups()
+    if begins and ends:
+        return name == text
+    return name.startswith(text) if begins else name.endswith(text) if ends else text in name
+
+
+def _bounds_apart(both: list[dict[str, Any]]) -> None:
+    """Raise ValueError where a whole exclusive bound is less than one away from an opposite bound."""
+    found = {
+        key: {
+            Decimal(one[key])
+            for one in both
+            if isinstance(one.get(key), int | Decimal) and not isinstance(one[key], bool)
+        }
+        for key in NUMBERS
+    }
+    lows = sorted(found["minimum"] | found["exclusiveMinimum"])
+    highs = sorted(found["maximum"] | found["exclusiveMaximum"])
+    for key, others, sign in (("exclusiveMinimum", highs, 1), ("exclusiveMaximum", lows, -1)):
+        for bound in found[key]:
+            near = bisect_right(others, bound) if sign > 0 else bisect_left(others, bound) - 1
+            other = others[near] if 0 <= near < len(others) else None
+            if other is not None and abs(other - bound) < 1 and bound == bound.to_integral_value():
                 raise ValueError(f"{key}: {bound} cannot be kept out beside the bound {other}; use other units")
+
+
+def _types(node: dict[str, Any]) -> list[Any]:
+    """The types that a schema allows, if it says any."""
+    found = node.get("type")
+    return found if isinstance(found, list) else [found]
+
+
+def _list(node: dict[str, Any], key: str) -> list[Any]:
+    """The list under ``key``; an empty one where there is none."""
+    found = node.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _dict(node: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under ``key``; an empty one where there is none."""
+    found = node.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _exact(key: str, value: Any) -> None:

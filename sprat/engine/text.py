@@ -16,40 +16,45 @@ from sprat.engine.sequence import Delta
 from sprat.tokens.chat import Answer, settled
 from sprat.tokens.tokenizer import Tokenizer
 
-WINDOW = 64  # tokens that are decoded together, about
+WINDOW = 16  # tokens that are decoded together, at most
+CHARACTER = 4  # tokens that one character may be spread over: UTF-8 writes it in four bytes at most
 
 
 class Decoder:
-    """Ids to text, piece by piece; the pieces concatenated are the text of all ids."""
+    """Ids to text, piece by piece; the pieces concatenated are the text of all ids.
+
+    Each token is decoded together with those before it, and the window slides whatever they say, so that the cost of
+    a token is bounded. Its last tokens stay. They hold all that later tokens can change, since four bytes show where a
+    character begins, wherever one starts to read; and what was said last must not come first, where it loses its space.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._shown = 0  # characters of the window that were given out
-        self._whole = 0  # tokens of the window with which its text last ended in a whole character
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes.
 
-        A character that is not whole yet is decoded as one U+FFFD at the end, so all before it is final. The window may
-        slide only to where a character begins, and must keep what was said last: its first token loses its space.
+        A character that is not whole yet is decoded as one U+FFFD at the end, so all before it is final.
         """
+        if not self._tokenizer.shows(token):
+            return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window, skip_specials=True)
         whole = text.removesuffix("\ufffd")
         piece = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
-        if piece and whole == text:
-            if len(self._window) > WINDOW:
-                self._window = self._window[self._whole :]
-                self._shown = len(self._tokenizer.decode(self._window, skip_specials=True))
-            self._whole = len(self._window)
+        if len(self._window) > WINDOW:
+            left = len(text) - self._shown
+            self._window = self._window[-CHARACTER:]
+            self._shown = len(self._tokenizer.decode(self._window, skip_specials=True)) - left
         return piece
 
     def flush(self) -> str:
         """What is left, with U+FFFD where a character never became whole."""
         piece = self._tokenizer.decode(self._window, skip_specials=True)[self._shown :]
-        self._window, self._shown, self._whole = [], 0, 0
+        self._window, self._shown = [], 0
         return piece
 
 
@@ -71,8 +76,9 @@ class Reader:
             "start" if thinking is None else "reasoning" if thinking else "content"
         )
         self._trims = "\n" in "".join(tokenizer.format.think)
+        self._blanks: list[str] = []  # what stands before the first word, while it may be a tag
         self._held = ""  # decoded, may be the beginning of a mark
-        self._tail = ""  # line breaks that go if the channel ends here
+        self._breaks = 0  # line breaks that go if the channel ends here
         self._said: dict[str, list[str]] = {"reasoning": [], "content": []}
         self.stopped = False
 
@@ -103,7 +109,7 @@ class Reader:
 
     def _turn(self) -> None:
         """Leave the reasoning."""
-        self._state, self._held, self._tail = "content", "", ""
+        self._state, self._held, self._breaks = "content", "", 0
 
     def _text(self, text: str, *, last: bool = False) -> list[Delta]:
         """Sort new text into channels; ``last``: nothing more comes in this channel."""
@@ -127,10 +133,12 @@ class Reader:
         """Decide, for text tags, whether the model opened a think block; False while it is open."""
         opening = self._tags[0] if self._tags else ""
         bare = self._held.lstrip()
+        self._blanks.append(self._held[: len(self._held) - len(bare)])
+        self._held = bare
         if bare.startswith(opening):
             self._state, self._held = "reasoning", bare.removeprefix(opening)
         elif last or not opening.startswith(bare):
-            self._state = "content"
+            self._state, self._held = "content", "".join([*self._blanks, bare])
         return self._state != "start"
 
     def _release(
@@ -148,10 +156,10 @@ class Reader:
             keep = 0 if last else _overlap(self._held, marks)
             free, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         if self._trims:
-            free = self._tail + free
             free = free if self._said[kind] else free.lstrip("\n")
             bare = free.rstrip("\n")
-            self._tail, free = free[len(bare) :], bare
+            breaks = len(free) - len(bare)
+            free, self._breaks = ("\n" * self._breaks + bare, breaks) if bare else ("", self._breaks + breaks)
         if free:
             self._said[kind].append(free)
             found.append(Delta(kind, free))

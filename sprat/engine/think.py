@@ -77,11 +77,11 @@ class Thought:
             return
         self.tail += self._tokenizer.token_bytes(token)
         if self.begin is None:
-            bare = self.tail.lstrip()
-            if not bare.startswith(self._open):
-                self.end = None if self._open.startswith(bare) else 0
+            self.tail = self.tail.lstrip()
+            if not self.tail.startswith(self._open):
+                self.end = None if self._open.startswith(self.tail) else 0
                 return
-            self.begin, self.tail = self.seen, bare.removeprefix(self._open)
+            self.begin, self.tail = self.seen, self.tail.removeprefix(self._open)
         if self._close in self.tail:
             self.end = self.seen
         self.tail = self.tail[1 - len(self._close) :]

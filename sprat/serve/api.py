@@ -109,14 +109,22 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
-    """The engine's sampling settings for a request: what it says, else what the model's folder says."""
+    """The engine's sampling settings for a request: what it says, else what the model's folder says.
+
+    Raises:
+        RequestError: 400; it asks for more tokens than this server gives.
+    """
     from sprat.engine.sampling import Sampling
 
+    if ask.limit is not None and ask.limit > desk.max_tokens:
+        name = "max_tokens" if ask.max_completion_tokens is None else "max_completion_tokens"
+        message = f"{name} is too large: this server gives at most {desk.max_tokens} tokens; lower it or leave it out"
+        raise RequestError(400, message, param=name)
     settings: dict[str, Any] = dict(desk.settings)
     settings |= ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True)
     return Sampling(
         **settings,
-        max_tokens=min(ask.limit or desk.max_tokens, desk.max_tokens),
+        max_tokens=desk.max_tokens if ask.limit is None else ask.limit,
         fit=ask.limit is None,
         seed=seed,
         stop=ask.stops,

@@ -37,7 +37,8 @@ def create_app(
         examples: questions that the page offers.
         turns: how many past exchanges the page sends along; 0 for a model that was taught single
             questions, None for no limit. Requests made otherwise are not touched.
-        max_tokens: the most tokens of one answer, thinking included; also the default.
+        max_tokens: the most tokens of one answer, thinking included; also the default. A request for more is refused
+            with 400.
         max_requests: answers at a time; one more is refused with 429.
         max_body_bytes: bound of a request body; a larger one is refused with 413.
         settings: of sampling, for requests that say none: what the model's folder says.

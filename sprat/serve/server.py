@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprat.errors import MachineError, ServeError
 from sprat.serve.app import create_app
-from sprat.serve.connections import MOST, protocol
+from sprat.serve.connections import protocol
 from sprat.serve.keys import Keys
 from sprat.serve.meter import Prices
 
@@ -102,7 +102,6 @@ def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None]
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST + 1,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         ws="none",

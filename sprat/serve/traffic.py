@@ -197,7 +197,7 @@ class Traffic:
         try:
             await answering.started()
         except EngineError as error:
-            param = "thinking" if error.where == "thinking" else "messages"
+            param = error.where if error.where in ("thinking", "max_tokens") else "messages"
             raise RequestError(400, str(error), param=param, code="not_possible") from error
         except SpratError as error:
             raise RequestError(500, str(error), code="engine_error", kind="server_error") from error

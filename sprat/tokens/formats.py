@@ -202,6 +202,10 @@ def recognise(tokens: Iterable[str], config: Mapping[str, Any]) -> Format:
     return form
 
 
+# The special tokens that a tokenizer_config.json names, and a template may write (transformers' special_tokens_map)
+TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
 def named(config: Mapping[str, Any], key: str) -> str:
     """The token that a tokenizer_config.json names under ``key``; "" if none."""
     found = config.get(key)

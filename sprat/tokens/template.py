@@ -17,6 +17,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -89,17 +90,17 @@ class _Seen:
         return [*found, text]
 
 
-def fitted(base: Format, template: str, bos: str, eos: str) -> Format:
+def fitted(base: Format, template: str, tokens: Mapping[str, str]) -> Format:
     """The format that ``template`` writes, with the special tokens of ``base``; if none does, ``base`` and a warning.
 
     Args:
-        bos, eos: the tokens that the template may name.
+        tokens: the special tokens that the template may name, by name, as in transformers' ``special_tokens_map``.
     """
-    seen, why = _rendered(template, bos, eos)
+    seen, why = _rendered(template, tuple(sorted(tokens.items())))
     try:
         if seen is None:
             raise _Unlike(f"it cannot be rendered: {why}")
-        form = _derived(base, template, eos, seen)
+        form = _derived(base, template, tokens.get("eos_token", ""), seen)
         _compare(form, seen)
     except _Unlike as unlike:
         log.warning("the chat template is not followed (%s); the format %r is used instead", unlike, base.name)
@@ -108,14 +109,14 @@ def fitted(base: Format, template: str, bos: str, eos: str) -> Format:
 
 
 @lru_cache(maxsize=16)
-def _rendered(template: str, bos: str, eos: str) -> tuple[_Seen | None, str]:
+def _rendered(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[_Seen | None, str]:
     """What the template writes on each probe; None with the reason where it could not be asked."""
     probes = []
     for name, (turns, thinking) in PROBES.items():
         rows = [{"role": role, "content": content} for role, content in turns]
         said = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         probes.append({"messages": rows, "add_generation_prompt": name not in _CLOSED, **said})
-    job = json.dumps({"template": template, "bos_token": bos, "eos_token": eos, "probes": probes})
+    job = json.dumps({"template": template, "tokens": dict(tokens), "probes": probes})
     command = [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py"))]
     try:
         done = subprocess.run(

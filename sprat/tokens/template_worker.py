@@ -25,8 +25,8 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
     """The texts of a template, ``{"text": …}`` or ``{"error": …}`` for each probe.
 
     Args:
-        job: ``template``, the strings ``bos_token`` and ``eos_token``, and ``probes``: keyword arguments of each
-            rendering (``messages`` and whatever else the template asks for).
+        job: ``template``, ``tokens`` (the special ones, by name), and ``probes``: keyword arguments of each rendering
+            (``messages`` and whatever else the template asks for).
     """
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -67,8 +67,7 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
         return [{"error": _said(error)}] * len(job["probes"])
     for probe in job["probes"]:
         try:
-            names = {key: job[key] for key in ("bos_token", "eos_token")}
-            text = compiled.render(**names, tools=None, documents=None, **probe)
+            text = compiled.render(**job["tokens"], tools=None, documents=None, **probe)
             found.append({"text": text} if len(text) <= TEXT_CHARS else {"error": "the text is too long"})
         except Exception as error:
             found.append({"error": _said(error)})

@@ -218,13 +218,16 @@ class Tokenizer:
         """
         row = [int(index) for index in ids]
         if skip_specials:
-            hidden = self.hidden_ids
-            row = [index for index in row if index not in hidden]
+            row = [index for index in row if self.shows(index)]
         if self._falls_back and not self._byte_tokens.keys().isdisjoint(row):
             text: str = self._full.decoder.decode(self._mended(row))
         else:
             text = self._full.decode(row, skip_special_tokens=False)
         return text
+
+    def shows(self, index: int) -> bool:
+        """Whether token ``index`` adds anything to an answer: it is one, and not hidden."""
+        return index not in self.hidden_ids and bool(self._full.id_to_token(index))
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes that token ``index`` adds to the text; empty for hidden tokens and unknown ids."""
@@ -324,8 +327,8 @@ class Tokenizer:
             found = named.get("default")
         if not isinstance(found, str) or not found or (base is formats.OWN and found == formats.OWN_TEMPLATE):
             return base
-        bos, eos = (formats.named(self._config, key) for key in ("bos_token", "eos_token"))
-        return template.fitted(base, found, bos, eos)
+        tokens = {key: name for key in formats.TOKEN_NAMES if (name := formats.named(self._config, key))}
+        return template.fitted(base, found, tokens)
 
     def _name_missing(self, where: str) -> None:
         """Warn of added tokens that the folder lists and tokenizer.json does not have."""

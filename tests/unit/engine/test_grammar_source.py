@@ -258,3 +258,103 @@ def test_a_number_outside_of_two_bounds_is_never_taken(words: LLTokenizer, low: 
     for value in outside:
         for text in {str(value), str(value.normalize() + 0), f"{value:.3f}"}:
             assert not accepts(words, Response.json(schema), text), (schema, text)
+
+
+LOW, HIGH = {"type": "number", "exclusiveMinimum": 0}, {"maximum": 0.5}
+A_LOW, A_HIGH = {"type": "object", "required": ["a"], "properties": {"a": LOW}}, {"properties": {"a": HIGH}}
+# Each says, in one way or another, that a value is above 0 and at most 0.5.
+JOINED: dict[str, dict[str, Any]] = {
+    "beside a reference": {"$defs": {"x": LOW}, "$ref": "#/$defs/x", **HIGH},
+    "in a property": {"$defs": {"x": LOW}, "properties": {"a": {"$ref": "#/$defs/x", **HIGH}}, "required": ["a"]},
+    "a chain": {"$defs": {"x": {"$ref": "#/$defs/y", **HIGH}, "y": LOW}, "$ref": "#/$defs/x"},
+    "two references": {"$defs": {"x": LOW, "y": HIGH}, "allOf": [{"$ref": "#/$defs/x"}, {"$ref": "#/$defs/y"}]},
+    "a choice": {"$defs": {"x": LOW}, **HIGH, "oneOf": [{"$ref": "#/$defs/x"}]},
+    "a circle": {"$defs": {"x": {"allOf": [LOW], "anyOf": [{"$ref": "#/$defs/x"}, HIGH]}}, "$ref": "#/$defs/x"},
+    "an escaped name": {"$defs": {"a/b~c %": LOW}, "$ref": "#/$defs/a~1b~0c%20%25", **HIGH},
+    "a property twice": {"allOf": [A_LOW, A_HIGH]},
+    "a property beside a reference": {"$defs": {"x": A_LOW}, "$ref": "#/$defs/x", **A_HIGH},
+    "a property in a choice": {**A_LOW, "anyOf": [A_HIGH, {"properties": {"a": {"maximum": 9}}}]},
+    "any other property": {"allOf": [A_LOW, {"additionalProperties": HIGH}]},
+    "a pattern of names": {**A_LOW, "patternProperties": {"^a": HIGH}},
+    "items twice": {"type": "array", "allOf": [{"items": LOW}, {"items": HIGH}]},
+    "an item of its own": {"type": "array", "allOf": [{"prefixItems": [LOW]}, {"items": HIGH}]},
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_bounds_are_joined_wherever_they_stand(words: LLTokenizer, name: str) -> None:
+    with pytest.raises(EngineError, match="exclusiveMinimum: 0 cannot be kept out beside the bound 0.5"):
+        prepare(Response.json(JOINED[name]))
+
+
+TREE = {"type": "object", "properties": {"v": LOW, "next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}}}
+KINDS = [{**A_LOW, "required": ["low"]}, {**A_HIGH, "required": ["high"]}]
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"$defs": {"x": LOW}, "$ref": "#/$defs/x", "maximum": 7}, ["1", "7"], ["0", "7.5"]),
+        ({"$defs": {"x": {**LOW, "type": "integer"}}, "$ref": "#/$defs/x", "maximum": 0.5}, [], ["0", "0.5", "1"]),
+        ({"$defs": {"x": {"type": "number"}}, "$ref": "#/$defs/x", "minimum": 5}, ["5", "5.5"], ["4", "4.9"]),
+        ({"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"}, ['{"v":1,"next":{"v":2}}'], ['{"v":1,"next":{"v":0}}']),
+        ({"properties": {"a": LOW, "b": {**HIGH, "type": "number"}}}, ['{"a":1,"b":0}'], ['{"a":0}', '{"b":1}']),
+        ({"properties": {"a": LOW}, "patternProperties": {"^b": HIGH}}, ['{"a":1,"b":0}'], ['{"a":0}', '{"b":1}']),
+        ({"$defs": {"x": {"$ref": "#/$defs/x"}}, "anyOf": [{"$ref": "#/$defs/x"}, LOW]}, ["1"], ["0"]),
+    ],
+)
+def test_what_refers_and_can_be_held_is_held(
+    words: LLTokenizer, schema: dict[str, Any], right: list[str], wrong: list[str]
+) -> None:
+    prepare(Response.json(schema))
+    for text in right:
+        assert accepts(words, Response.json(schema), text)
+    for text in wrong:
+        try:
+            assert not accepts(words, Response.json(schema), text)
+        except ValueError as error:
+            assert "no integer" in str(error)  # llguidance's own refusal
+
+
+def test_branches_of_one_choice_do_not_hold_together() -> None:
+    schema = {"anyOf": [{"properties": {"a": LOW}}, {"properties": {"a": HIGH}}]}
+    assert json.loads(prepare(Response.json(schema))) == schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"examples": [{"type": "string", "pattern": r"^\d$"}], "$ref": "#/examples/0"},
+        {"$defs": {"c": {"const": LOW}}, "$ref": "#/$defs/c/const"},
+        {"x": {"minimum": {"pattern": r"^\d$"}}, "$ref": "#/x/minimum"},
+        {"$defs": {"x": {"$anchor": "foo", **LOW}}, "$ref": "#foo", **HIGH},
+        {"$id": "http://e/a", "$defs": {"x": LOW}, "$ref": "http://e/a#/$defs/x", **HIGH},
+        {"$defs": {"b": {"$id": "http://e/b", "$defs": {"x": LOW}, "$ref": "#/$defs/x"}}, "$ref": "#/$defs/b"},
+        {"$ref": "#/$defs"}, {"$ref": "#/$defs/none"}, {"$ref": 5}, {"$ref": "http://e/x"},
+    ],
+)  # fmt: skip
+def test_a_reference_to_what_was_not_read_is_refused_by_name(schema: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match=r"the schema cannot be used: \$(ref|id)"):
+        prepare(Response.json(schema))
+
+
+@pytest.mark.parametrize(
+    "wide",
+    [
+        {"allOf": [{}] * 2000, "anyOf": [{"allOf": [{}]}] * 2000},
+        {"allOf": [{}] * 2000, "properties": {str(number): {} for number in range(2000)}},
+        {
+            "properties": {str(number): {} for number in range(2000)},
+            "patternProperties": {str(number): {} for number in range(2000)},
+        },
+    ],
+    ids=["branches", "properties", "patterns"],
+)
+def test_a_schema_of_many_parts_is_refused_soon(wide: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="too many of its parts"):
+        prepare(Response.json(wide))
+
+
+def test_a_pattern_that_never_ends_is_not_tried_on_a_name() -> None:
+    schema = {"properties": {"a" * 60 + "b": LOW}, "patternProperties": {"^(a+)+$": {"type": "string"}}}
+    assert json.loads(prepare(Response.json(schema))) == schema

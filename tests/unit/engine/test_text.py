@@ -147,3 +147,68 @@ def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> Non
     assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
     assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"
     assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"
+
+
+BYTE_LEVEL = Tokenizer(_without_think_tokens(), config={"eos_token": "<|endoftext|>"})
+_PLACE = {token_bytes: index for index in range(256) if len(token_bytes := BYTE_LEVEL.token_bytes(index)) == 1}
+VOCABULARIES = {
+    "byte fallback": (LLAMA_LIKE, [3 + byte for byte in range(256)]),
+    "byte level": (BYTE_LEVEL, [_PLACE[bytes([byte])] for byte in range(256)]),
+}
+RAW = st.one_of(
+    st.integers(0, 255).map(lambda byte: bytes([byte])),
+    st.sampled_from(["四", "é", "😀", "\ufffd", "a"]).map(str.encode),
+    st.sampled_from([b"\xf0\x9f", b"\xe4\xba", b"\x80" * 5, b"\xff", b"\xed\xa0\x80", b"\xe0\x80", b"\xf4\x90"]),
+)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=150, deadline=None)
+@given(data=st.lists(RAW, max_size=120).map(b"".join))
+def test_any_bytes_stream_as_utf8_reads_them(name: str, data: bytes) -> None:
+    tokenizer, place = VOCABULARIES[name]
+    decoder = Decoder(tokenizer)
+    said = "".join(decoder.push(place[byte]) for byte in data) + decoder.flush()
+    text = data.decode("utf-8", "replace")
+    assert said == (text.removeprefix(" ") if name == "byte fallback" else text)  # SentencePiece's first space
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_tokens_that_are_not_shown_part_no_character(name: str) -> None:
+    tokenizer, place = VOCABULARIES[name]
+    ids = [index for byte in "a四😀".encode() for index in [place[byte], *[tokenizer.ids.eos] * 20]]
+    decoder = Decoder(tokenizer)
+    assert "".join(decoder.push(index) for index in ids) + decoder.flush() == "a四😀"
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("what", ["hidden", "no token", "stray", "cut", "replaced", "text"])
+def test_streaming_costs_the_same_for_every_token(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, place = VOCABULARIES[name]
+    text = {"stray": b"\xff", "cut": b"\xe4\xba", "replaced": "\ufffd".encode(), "text": b"a"}.get(what, b"")
+    hidden, foreign = tokenizer.ids.eos, tokenizer.vocab_size + 5
+    ids = [place[byte] for byte in text] or [hidden if what == "hidden" else foreign]
+    ids = ids * (3000 // len(ids))
+    decode, handed = Tokenizer.decode, []
+
+    def counted(self: Tokenizer, row: list[int], *, skip_specials: bool = False) -> str:
+        handed.append(len(row))
+        return decode(self, row, skip_specials=skip_specials)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    decoder = Decoder(tokenizer)
+    pieces = [decoder.push(index) for index in ids] + [decoder.flush()]
+    assert "".join(pieces) == (text * (3000 // max(1, len(text)))).decode("utf-8", "replace")
+    assert sum(handed) <= 20 * len(ids)
+    if text:  # and it is said as it comes, not at the end
+        assert sum(map(bool, pieces)) >= 3000 // len(text) - 1
+
+
+@pytest.mark.parametrize("said", ["<think>12</think>3", "\n<thin 3", "3"])
+def test_blanks_before_the_first_word_are_held_and_not_lost(said: str) -> None:
+    ids = BYTE_LEVEL.encode(" \n" * 40 + said)
+    reader = Reader(BYTE_LEVEL, thinking=None)
+    pieces = read(reader, ids)
+    thought = said.startswith("<think>")
+    assert joined(pieces, "content") == ("3" if thought else " \n" * 40 + said)
+    assert joined(pieces, "reasoning") == ("12" if thought else "")

@@ -22,9 +22,7 @@ def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, *
     app = create_app(engine, **settings)
     taken = take_port("127.0.0.1", 0)
     http = protocol(most, head_seconds)
-    config = uvicorn.Config(
-        app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none", limit_concurrency=most + 1
-    )
+    config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()

@@ -114,11 +114,28 @@ def test_null_leaves_the_folders_settings_in_force(engine: ScriptedEngine) -> No
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.25, 9, 1.0)
 
 
-def test_a_cut_answer_says_length_and_the_servers_bound_holds(engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("asked", [{}, {"max_tokens": None}, {"max_tokens": 4}, {"max_completion_tokens": 4}])
+def test_a_cut_answer_says_length_and_who_names_no_limit_gets_the_servers(
+    engine: ScriptedEngine, asked: dict[str, Any]
+) -> None:
     with client_of(engine, max_tokens=4) as client:
-        answer = client.post(CHAT, json={**ASK, "max_tokens": 10_000}).json()
+        answer = client.post(CHAT, json={**ASK, **asked}).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("more", [5, 10_000, 10**30])
+@pytest.mark.parametrize("streams", [False, True])
+def test_more_tokens_than_the_server_gives_are_refused_by_name(
+    engine: ScriptedEngine, name: str, more: int, streams: bool
+) -> None:
+    with client_of(engine, max_tokens=4) as client:
+        answer = client.post(CHAT, json={**ASK, name: more, "stream": streams})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", name)
+    assert name in error["message"] and "at most 4 tokens" in error["message"]
+    assert not engine.asked
 
 
 @pytest.mark.parametrize(
@@ -128,6 +145,8 @@ def test_a_cut_answer_says_length_and_the_servers_bound_holds(engine: ScriptedEn
         ({"json": {**ASK, "model": "gpt"}}, 404, "model"),
         ({"json": {**ASK, "messages": [{"role": "user", "content": "too long"}]}}, 400, "messages"),
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, None),
+        ({"content": b'{"model": "\xff"}', "headers": {"content-type": "application/json"}}, 400, None),
+        ({"content": json.dumps(ASK).encode("utf-16"), "headers": {"content-type": "application/json"}}, 400, None),
         ({"content": json.dumps(ASK), "headers": {"content-type": "text/plain"}}, 415, "Content-Type"),
         ({"json": {**ASK, "user": "x" * 2_000_000}}, 413, None),
     ],

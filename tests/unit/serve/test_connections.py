@@ -1,13 +1,15 @@
-"""Connections that say nothing, or drip, or do not read, shut nobody out."""
+"""Connections that say nothing, or drip, or do not read, shut nobody out; what is no HTTP is answered in JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -41,16 +43,30 @@ def crowd(address: str, count: int, first: bytes) -> Iterator[list[socket.socket
         yield callers
 
 
+def put_out(caller: socket.socket) -> bool:
+    """Whether the server has closed it."""
+    caller.setblocking(False)
+    try:
+        while caller.recv(4096):
+            continue
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
 @pytest.mark.parametrize(
     "first",
     [b"", b"POST /v1", POST + b"Content-Length: 5000\r\n\r\n{", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"],
     ids=["nothing", "half a head", "half a body", "a request long ago"],
 )
 def test_silent_connections_shut_nobody_out(first: bytes) -> None:
-    with live(ScriptedEngine(), name="tiny", most=20) as address, crowd(address, 60, first):
+    with live(ScriptedEngine(), name="tiny", most=20) as address, crowd(address, 60, first) as callers:
         for _ in range(3):
             answer = httpx.get(f"{address}/healthz", timeout=10)
             assert answer.status_code == 200 and answer.json()["status"] == "ok"
+        assert within(5, lambda: sum(map(put_out, callers)) >= 40), "no more than 20 are held"
 
 
 def test_who_waits_for_an_answer_is_not_put_out() -> None:
@@ -123,3 +139,68 @@ def test_a_client_that_leaves_while_tokens_flow_frees_its_blocks_within_a_second
         assert within(5, lambda: httpx.get(f"{address}/healthz", timeout=30).json()["answered"] == 1), (
             "and it is metered"
         )
+
+
+HOST = b"Host: 127.0.0.1\r\n"
+MALFORMED = {
+    "no request line": (b"HELLO\r\n\r\n", 400),
+    "no HTTP at all": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", 400),
+    "a header without a colon": (b"GET /healthz HTTP/1.1\r\n" + HOST + b"nonsense\r\n\r\n", 400),
+    "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    "headers without an end": (b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: " + b"x" * 20_000, 431),
+    "a length that is none": (POST + b"Content-Length: many\r\n\r\n", 400),
+    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n12345", 400),
+    "a chunk without a size": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n", 400),
+    "another encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+}
+
+
+def answered(caller: socket.socket) -> tuple[http.client.HTTPResponse, Any]:
+    """The answer that Python's own client reads, and its JSON."""
+    answer = http.client.HTTPResponse(caller)
+    answer.begin()
+    return answer, json.loads(answer.read())
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"], ids=["first", "later"])
+def test_what_is_no_http_is_answered_as_any_other_error(name: str, before: bytes) -> None:
+    request, status = MALFORMED[name]
+    with live(ScriptedEngine(), name="tiny") as address, connect(address) as caller:
+        if before:
+            caller.sendall(before)
+            assert answered(caller)[0].status == 200
+        caller.sendall(request)
+        answer, body = answered(caller)
+        assert (answer.status, answer.getheader("Content-Type")) == (status, "application/json")
+        assert answer.getheader("Connection") == "close" and caller.recv(1) == b""
+        assert body["error"].keys() == {"message", "type", "param", "code"}
+        assert body["error"]["type"] == "invalid_request_error" and "HTTP" in body["error"]["message"]
+        assert httpx.get(f"{address}/healthz", timeout=10).status_code == 200
+
+
+def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = POST.replace(b"application/json", b"text/plain") + b"Transfer-Encoding: chunked\r\n\r\n"
+    with live(ScriptedEngine(), name="tiny") as address, connect(address) as caller:
+        caller.sendall(wrong)
+        answer, body = answered(caller)
+        assert answer.status == 415 and body["error"]["param"] == "Content-Type"
+        caller.sendall(b"zz\r\n")
+        assert caller.recv(1) == b""
+    assert not [record for record in caplog.records if record.exc_info], "and no traceback in the log"
+
+
+def test_where_all_connections_wait_for_answers_one_more_is_told_so() -> None:
+    engine = ScriptedEngine(hold=True)
+    ask = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4"}]}).encode()
+    with live(engine, name="tiny", most=3) as address, contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(connect(address)) for _ in range(3)]
+        for caller in callers:
+            caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)
+        assert within(10, lambda: len(engine.handles) == 3)
+        refused = httpx.get(f"{address}/healthz", timeout=10)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        engine.release()
+        assert [answered(caller)[0].status for caller in callers] == [200] * 3
+        assert httpx.get(f"{address}/healthz", timeout=10).status_code == 200

@@ -61,7 +61,8 @@ def test_who_names_no_limit_gets_what_the_context_holds(client: httpx.Client) ->
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["total_tokens"] <= context
     refused = client.post(CHAT, json={**ask, "max_tokens": 1000})
-    assert refused.status_code == 400 and "at most" in refused.json()["error"]["message"]
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["param"] == "max_tokens" and "at most" in error["message"]
 
 
 def test_hanging_up_gives_the_place_back(client: httpx.Client) -> None:

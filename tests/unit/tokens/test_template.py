@@ -55,22 +55,26 @@ TEMPLATES = {
 TALKS = ["u", "uau", "uauau", "su", "suau", "suauau"]
 
 
-def tokenizer_of(template: str, *, first: bool = False) -> Tokenizer:
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def tokenizer_of(template: str, *, first: bool = False, named: dict[str, Any] | None = None) -> Tokenizer:
     """A tokenizer with this template."""
     extra = [{"content": name, "special": name[1] == "|", "rstrip": name == "<|user|>"} for name in MARKS]
-    named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Tokenizer(byte_fallback(*extra, first=first), config={**named, "chat_template": template})
+    return Tokenizer(byte_fallback(*extra, first=first), config={**(named or NAMED), "chat_template": template})
 
 
-def theirs(ours: Tokenizer, template: str, turns: list[Message], **said: Any) -> list[int] | None:
+def theirs(
+    ours: Tokenizer, template: str, turns: list[Message], *, named: dict[str, Any] | None = None, **said: Any
+) -> list[int] | None:
     """transformers' ids; None where the template refuses."""
     transformers = pytest.importorskip("transformers")
     from jinja2.exceptions import TemplateError
     from tokenizers import Tokenizer as Raw
 
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Raw.from_str(ours._json), bos_token="<s>", eos_token="</s>"
-    )
+    raw = Raw.from_str(ours._json)
+    tokens = {key: name["content"] if isinstance(name, dict) else name for key, name in (named or NAMED).items()}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
     rows = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         ids: list[int] = made.apply_chat_template(
@@ -97,6 +101,27 @@ def test_a_conversation_is_what_the_template_makes_of_it(name: str) -> None:
                 render(ours, turns)
         else:
             assert render(ours, turns) == expected
+
+
+ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+MORE = {"unk_token": "<unk>", "pad_token": {"content": "<|end|>"}} | dict.fromkeys(
+    ("sep_token", "cls_token", "mask_token"), "<unk>"
+)
+TOKENS = [NAMED, {"eos_token": "</s>"}, NAMED | MORE]
+
+
+@pytest.mark.parametrize("named", TOKENS, ids=["two", "no bos", "all"])
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "write", ["{{{{ {0} }}}}", "{{% if {0} is defined %}}{{{{ 'a' + {0} }}}}{{% else %}}b{{% endif %}}"]
+)
+def test_a_template_knows_the_special_tokens_that_the_folder_names(
+    named: dict[str, Any], role: str, write: str
+) -> None:
+    written, ask = write.format(f"{role}_token") + PLAIN, [Message("user", "cat")]
+    ours = tokenizer_of(written, named=named)
+    assert ours.format.name == "template"
+    assert render(ours, ask) == theirs(ours, written, ask, named=named)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
