@@ -133,7 +133,12 @@ def source(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
     folder, step = parse(init_from)
     places = [folder]
     if folder.resolve() == run.resolve():
-        places += sorted(folder.parent.glob(f"{folder.name}.old-*"), reverse=True)
+        aside = {
+            int(n): old
+            for old in folder.parent.glob(f"{folder.name}.old-*")
+            if (n := old.name[len(folder.name) + 5 :]).isdecimal()
+        }
+        places += [aside[number] for number in sorted(aside, reverse=True)]
     seen = set[int]()
     for place in places:
         for found in _whole(place / "artefact" / KEPT, place / "checkpoints" / STABLE, place / "checkpoints"):
