@@ -32,7 +32,9 @@ from typing import Any
 BARS = {"trainer": 1.5, "bare": 1.2}
 STRETCH = {"trainer": 3.0, "bare": 2.0}
 ROWS, SEQ = 32, 128
-QUICK_SECONDS = 270  # of --quick, all of it; the promise is five minutes
+WARM = 2  # steps that every measurement makes beside those that it counts
+QUICK_SECONDS = 270  # of --quick, shared out over its workers; where a step takes too long, fewer are made
+PROMISED_SECONDS = 295  # after which --quick ends, whatever the machine is busy with
 SIZES: dict[str, tuple[str, dict[str, int]]] = {
     "0.13 M active": ("pico", {"vocab_size": 512}),
     "0.7 M active": ("micro", {"vocab_size": 512, "num_hidden_layers": 3, "first_k_dense_replace": 0}),
@@ -84,7 +86,7 @@ def ours(config: Any, optimiser: str, tokens: Any) -> Callable[[int], list[float
 
     def measure(steps: int) -> list[float]:
         recipe = TrainConfig(
-            steps=steps + 2, batch_rows=ROWS, seq_len=SEQ, checkpoint_every=10**9, optim=OptimConfig(name=optimiser)
+            steps=steps + WARM, batch_rows=ROWS, seq_len=SEQ, checkpoint_every=10**9, optim=OptimConfig(name=optimiser)
         )
         source = _Clock(packed)
         with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +124,7 @@ def bare(config: Any, implementation: str, tokens: Any) -> Callable[[int], list[
 
     def measure(steps: int) -> list[float]:
         times = []
-        for step in range(steps + 2):
+        for step in range(steps + WARM):
             times.append(time.perf_counter())
             batch = rows[(step * ROWS) % len(rows) :][:ROWS]
             loss = model(input_ids=batch, labels=batch).loss
@@ -155,7 +157,7 @@ def trainer(config: Any, implementation: str, tokens: Any) -> Callable[[int], li
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps + 2, use_cpu=True, seed=0,
+                output_dir=folder, per_device_train_batch_size=ROWS, max_steps=steps + WARM, use_cpu=True, seed=0,
                 optim="adamw_torch_fused", max_grad_norm=1.0, report_to=[], save_strategy="no", logging_strategy="no",
                 disable_tqdm=True,
             )  # fmt: skip
@@ -165,10 +167,21 @@ def trainer(config: Any, implementation: str, tokens: Any) -> Callable[[int], li
     return measure
 
 
-def best_implementation(config: Any, tokens: Any) -> str:
-    """The experts implementation with which a bare loop over their model is fastest here."""
-    seconds = {name: min(bare(config, name, tokens)(4)) for name in IMPLEMENTATIONS}
-    return min(seconds, key=lambda name: seconds[name])
+def best_implementation(config: Any, tokens: Any, steps: int) -> tuple[str, float]:
+    """The experts implementation with which a bare loop over their model is fastest here, and its seconds a step."""
+    seconds = {name: min(bare(config, name, tokens)(steps)) for name in IMPLEMENTATIONS}
+    best = min(seconds, key=lambda name: seconds[name])
+    return best, seconds[best]
+
+
+def steps_within(seconds: float, step_seconds: float, competitors: int, steps: int) -> int:
+    """How many of ``steps`` a round may measure in ``seconds``, if all take as long as theirs; at least one.
+
+    >>> steps_within(60, 0.5, 4, 5), steps_within(60, 3.0, 4, 5), steps_within(-1, 3.0, 4, 5)
+    (5, 3, 1)
+    """
+    affordable = min(steps, seconds / (competitors * step_seconds) - WARM)
+    return max(1, int(affordable))
 
 
 def worker(
@@ -177,7 +190,8 @@ def worker(
     """Measure one size in this process: seconds of every step by competitor.
 
     Args:
-        limit: seconds for all of it; no round is begun that would not end in time, but one there is always.
+        limit: seconds for all of it; no round is begun that would not end in time. One there is always, of fewer steps
+            where there is less time.
     """
     start = time.monotonic()
     import torch
@@ -193,7 +207,7 @@ def worker(
     name, changes = SIZES[label]
     config = size(name, **changes)
     tokens = _tokens(config.vocab_size, 0)
-    chosen = best_implementation(config, tokens)
+    chosen, step_seconds = best_implementation(config, tokens, 4 if limit == math.inf else 1)
     competitors = {
         "sprat": ours(config, "adamw", tokens),
         "bare": bare(config, chosen, tokens),
@@ -201,6 +215,7 @@ def worker(
         "sprat-muon": ours(config, "muon", tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    steps = steps_within(limit - (time.monotonic() - start), step_seconds, len(competitors), steps)
     done = 0
     while done < rounds:
         began = time.monotonic()
@@ -212,7 +227,7 @@ def worker(
     speed = {name: ROWS * SEQ / statistics.median(found) for name, found in seconds.items()}
     counts = count_parameters(config)
     facts = {"size": label, "allocator": allocator, "implementation": chosen, "active": counts.active}
-    facts["rounds"] = done
+    facts |= {"rounds": done, "steps": steps}
     return {**facts, "total": counts.total, "tokens_per_second": speed}
 
 
@@ -260,7 +275,15 @@ def main() -> int:
             command += ["--threads", str(given.threads), "--rounds", str(rounds), *(["--quick"] if given.quick else [])]
             command += ["--seconds", str((began + QUICK_SECONDS - time.monotonic()) / left)] if given.quick else []
             left -= 1
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+                    timeout=max(1.0, began + PROMISED_SECONDS - time.monotonic()) if given.quick else None,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                print(f"train_speed: {label} ({allocator}) could not be measured within five minutes: the machine is "
+                      "too busy or too slow; try again, or without --quick", file=sys.stderr)  # fmt: skip
+                return 9
             if done.returncode:
                 print(done.stderr[-2000:], file=sys.stderr)
                 return 1
@@ -291,7 +314,8 @@ def _print_result(result: dict[str, Any]) -> None:
     """One line of figures."""
     speed = "  ".join(f"{name} {value:8,.0f}" for name, value in result["tokens_per_second"].items())
     print(
-        f"{result['size']:14} {result['allocator']:6} tok/s: {speed}   (experts: {result['implementation']})",
+        f"{result['size']:14} {result['allocator']:6} tok/s: {speed}   (experts: {result['implementation']}; "
+        f"{result['rounds']} rounds of {result['steps']} steps)",
         flush=True,
     )
 

@@ -15,6 +15,7 @@ from sprat import __version__
 from sprat.cli.verb import Result
 from sprat.errors import MachineError
 from sprat.kernels import native, why_not
+from sprat.machine import available_bytes, total_bytes
 
 GIB = 1 << 30
 NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
@@ -75,21 +76,10 @@ def cpu_facts() -> dict[str, Any]:
 
 
 def memory_facts() -> dict[str, int]:
-    """Bytes of memory in all and free to take, the limit of a container included; 0 where unknown."""
-    total = available = 0
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        rows = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        total = int(rows["MemTotal"].split()[0]) * 1024
-        available = int(rows.get("MemAvailable", rows["MemTotal"]).split()[0]) * 1024
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = Path(name)
-        text = limit.read_text().strip() if limit.is_file() else ""
-        if text.isdigit() and 0 < int(text) < total:
-            total, available = int(text), min(available, int(text))
-    return {"total_bytes": total, "available_bytes": available}
+    """Bytes of memory in all and free to take, within every bound of a container or a job; 0 where unknown."""
+    total = total_bytes() or 0
+    available = available_bytes()
+    return {"total_bytes": total, "available_bytes": total if available is None else available}
 
 
 def installed(package: str) -> str | None:

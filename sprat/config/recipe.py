@@ -131,14 +131,25 @@ class QuantConfig(Config):
 
 
 class TaskConfig(Config):
-    """One task of the mix: ``source:name`` with its generator's settings."""
+    """One task: ``source:name`` with its generator's settings."""
+
+    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("weight", "distinct"), "a task that is only tested has no share of what is trained (data.tasks)"
+    )
 
     name: str  # e.g. "sums" (own) or "reasoning-gym/chain_sum"
     title: str = ""  # unique label in reports; the name when empty
     settings: dict[str, int | float | str | bool | list[str] | list[float]] = {}
+    test_problems: int | None = Field(None, ge=1)  # held-out problems, where they differ from the mix's number
+
+
+class MixTaskConfig(TaskConfig):
+    """One task of the mix that is trained."""
+
+    gone: ClassVar[Mapping[str, str]] = {}
+
     weight: float = Field(1.0, ge=0)
     distinct: int | None = Field(None, ge=1)  # worked examples drawn before they repeat; for slow generators
-    test_problems: int | None = Field(None, ge=1)  # held-out problems, where they differ from the mix's number
 
 
 class MoneyConfig(Config):

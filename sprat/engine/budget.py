@@ -9,7 +9,7 @@ import torch
 from sprat.engine.backend import Backend
 from sprat.engine.blocks import blocks_for
 from sprat.errors import EngineError
-from sprat.model.memory import available_bytes
+from sprat.machine import available_bytes
 
 SHARE = 0.5  # of the memory that is free
 CONTEXTS = 2  # as many full contexts as can run together, for them and as much again for what may be asked for later

@@ -44,7 +44,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
         folder = path
     else:
         folder = _folder(path)
-        if quant.is_quantised(folder):
+        if quant.is_quantized(folder):
             model = quant.load(folder)
         else:
             model, _ = hf.load_folder(folder, dtype=_DTYPES[dtype])

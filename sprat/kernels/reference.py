@@ -36,8 +36,8 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
     alone = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, index, far)
     top = torch.where(far, following, top)
     inverse = _inverse(top)
-    rounded: Tensor = torch.where(alone, groups, (groups * inverse).round() * (top * (1 / 127))).flatten(-2)[..., :width]
-    return rounded
+    rounded = torch.where(alone, groups, (groups * inverse).round() * (top * (1 / 127)))
+    return rounded.flatten(-2)[..., :width]
 
 
 def _inverse(top: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sprat.config import OptimConfig, RLConfig
+from sprat.config import GRPOConfig, OptimConfig, RLConfig
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
@@ -313,8 +313,7 @@ def grpo(
     trainable.check(model, run)
     machine.tune()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    settings = OptimConfig(name=config.optim, muon_lr=config.lr, adam_lr=config.lr, schedule="constant", warmup_steps=0)
-    optimiser = optim.build(model, settings)
+    optimiser = _optimiser(model, config)
     result = _resume(model, optimiser, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if reward is not None and not isinstance(reward, Verifier):
@@ -333,6 +332,22 @@ def grpo(
                 raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
     return result
+
+
+def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimiser:
+    """One rate for all weights, which never falls."""
+    rate = config.lr
+    return optim.build(model, OptimConfig(name=config.optim, muon_lr=rate, adam_lr=rate, schedule="constant"))
+
+
+def check_start(found: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:
+    """Refuse a checkpoint from which ``grpo`` could not start, before anything is set aside for it.
+
+    Raises:
+        CheckpointError: it is not before the last step, or of another model or optimiser.
+    """
+    loop.check_steps(found, config.steps)
+    checkpoint.check(found, model, _optimiser(model, config))
 
 
 def _learn(

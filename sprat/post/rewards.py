@@ -30,6 +30,7 @@ from sprat.tokens.chat import settled
 
 log = logging.getLogger(__name__)
 SECONDS = 10.0  # for one answer, where nobody says otherwise
+_AGAIN = 1.0  # seconds at least from one ring to the next
 _SIGNATURE = "write it as: def function(problem, answer) -> float"
 
 
@@ -221,18 +222,28 @@ class _TimeUpError(BaseException):
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-    """Raise ``_TimeUpError`` in the block after ``seconds``, and again each ``seconds`` should it be swallowed."""
+    """Raise ``_TimeUpError`` in the block after ``seconds``, and again and again should it be swallowed.
+
+    A ring that comes just when the block ends must not leave the timer behind: it would end the process later.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    over: list[bool] = []
+
     def ring(number: int, frame: FrameType | None) -> None:
-        raise _TimeUpError
+        if not over:
+            raise _TimeUpError
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
-        yield
+        signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, _AGAIN))
+        try:
+            yield
+        finally:
+            over.append(True)  # a ring at this very moment still comes to the outer end
     finally:
+        over.append(True)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

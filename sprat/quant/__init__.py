@@ -1,7 +1,7 @@
 """How small? INT4 and INT8 round-to-nearest weights, and their files."""
 
-from sprat.quant.formats import is_quantised, load, save
-from sprat.quant.int4 import Codes, dequantise, quantise
+from sprat.quant.formats import is_quantized, load, save
+from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
 from sprat.quant.layers import (
     QuantEmbedding,
     QuantExperts,
@@ -18,12 +18,12 @@ __all__ = [
     "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
-    "dequantise",
+    "dequantize_weight",
     "dequantize",
-    "is_quantised",
+    "is_quantized",
     "packed_tensors",
     "load",
-    "quantise",
+    "quantize_weight",
     "quantize",
     "recipe_of",
     "save",

@@ -49,7 +49,7 @@ class _Table(Config):
     tensors: dict[str, Format]
 
 
-def is_quantised(folder: str | Path) -> bool:
+def is_quantized(folder: str | Path) -> bool:
     """Whether ``folder`` holds a model that ``save`` wrote."""
     return (Path(folder) / RECIPE).is_file()
 

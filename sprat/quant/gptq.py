@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError
 from sprat.model import MLP, Experts, Gate, Linear, Routing, Transformer
-from sprat.quant.int4 import ENDS, Codes, codes_of, dequantise, grouped, pack, quantise, scales_of
+from sprat.quant.int4 import ENDS, Codes, codes_of, dequantize_weight, grouped, pack, quantize_weight, scales_of
 
 BLOCK = 128  # columns between two updates of all that are still free
 DAMPING = 0.01  # of the mean energy, added to every channel's
@@ -161,7 +161,7 @@ class _Passing:
         if weight.dim() == 2:
             codes = replace(codes, codes=codes.codes[0], scales=codes.scales[0])
         self.codes[name] = codes
-        weight.copy_(dequantise(codes))
+        weight.copy_(dequantize_weight(codes))
         self._settled(name)
 
 
@@ -204,7 +204,7 @@ def fit(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> Co
     codes_ENI = torch.empty_like(codes_EIN).scatter_(1, order_EIN, codes_EIN).mT
     packed, scales_ENG = pack(codes_ENI) if bits == 4 else codes_ENI.contiguous(), scales_ENG.half()
     silent_E = energy_EI.amax(-1) == 0
-    plain = quantise(weight_ENI[silent_E], bits=bits, group=group)
+    plain = quantize_weight(weight_ENI[silent_E], bits=bits, group=group)
     packed[silent_E], scales_ENG[silent_E] = plain.codes, plain.scales
     return Codes(packed, scales_ENG, bits, size, width, rounding="gptq")
 

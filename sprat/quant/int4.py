@@ -59,7 +59,7 @@ class Codes:
     rounding: Rounding = "nearest"
 
 
-def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
+def quantize_weight(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
     """Quantise the last dimension of ``weight`` (float, [..., I]) in groups; ``group=0`` is one group per row.
 
     16 bits is bfloat16 with no scales.
@@ -81,7 +81,7 @@ def quantise(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
     return Codes(pack(codes) if bits == 4 else codes.contiguous(), scales_N.view(shape), bits, size, width)
 
 
-def dequantise(packed: Codes) -> Tensor:
+def dequantize_weight(packed: Codes) -> Tensor:
     """The float32 weight [..., I] that ``packed`` stands for: the reference of every kernel."""
     if packed.bits >= 16:
         return packed.codes.float()

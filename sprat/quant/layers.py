@@ -18,7 +18,7 @@ from sprat.config import QuantConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Experts, Linear, Transformer
 from sprat.quant.gptq import calibrate
-from sprat.quant.int4 import Codes, dequantise, quantise
+from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
 
 _EXPERT_WEIGHTS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
@@ -48,7 +48,7 @@ class Packed(nn.Module):
         if self._dense is not None and self._dense.device == self.codes.device:
             return self._dense
         with torch.no_grad():
-            dense = dequantise(self.parts())
+            dense = dequantize_weight(self.parts())
         if self.materialise:
             self._dense = dense
         return dense
@@ -98,7 +98,7 @@ class QuantEmbedding(nn.Module):
         packed = self.packed
         scales = packed.scales[tokens] if packed.bits < 16 else packed.scales
         minimums = None if packed.minimums is None else packed.minimums[tokens]
-        return dequantise(Codes(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums))
+        return dequantize_weight(Codes(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums))
 
     @property
     def weight(self) -> Tensor:
@@ -167,7 +167,7 @@ def quantize(
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
         bits, group = bits_of(config, name)
-        return quantise(tensors[name], bits=bits, group=group)
+        return quantize_weight(tensors[name], bits=bits, group=group)
 
     fitted: dict[str, Codes] = {}
     if config.rounding == "gptq":
@@ -175,7 +175,7 @@ def quantize(
             todo = "give calibration text, or round to the nearest"
             raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
         draft = copy.deepcopy(model).float()
-        draft.embed_tokens.weight.data = dequantise(pack("embed_tokens.weight"))
+        draft.embed_tokens.weight.data = dequantize_weight(pack("embed_tokens.weight"))
         form = functools.partial(bits_of, config)
         fitted = calibrate(draft, calibration_BT, form, segments_BT=segments_BT, settled=settled)
     return place(copy.deepcopy(model), pack, materialise=materialise)
@@ -227,7 +227,7 @@ def dequantize(model: Transformer) -> Transformer:
         dense = Transformer(model.config, seed=None)
     wanted = set(dense.state_dict())
     state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in wanted}
-    state |= {name: dequantise(packed.parts()) for name, packed in packed_tensors(model).items()}
+    state |= {name: dequantize_weight(packed.parts()) for name, packed in packed_tensors(model).items()}
     if model.config.tie_word_embeddings:
         state["head.weight"] = state["embed_tokens.weight"]
     dense.load_state_dict(state, assign=True)

@@ -41,23 +41,33 @@ class Road:
         seed: int,
         prepare: Callable[[bool], Prepared],
         init_from: str = "",
+        fits: Callable[[Prepared, checkpoint.Checkpoint], None] = lambda prepared, start: None,
     ) -> tuple[Run, Prepared] | None:
         """The run ``name`` on this road and what ``prepare`` made for it; None where it is done already.
 
         Args:
             inputs, prepare: see ``sprat.trust.run.open_run``.
             init_from: RUN or RUN@STEP of the recipe; the checkpoint becomes an input.
+            fits: refuses the checkpoint to start from, if what was prepared cannot go on from it.
         """
         prepared: list[Prepared] = []
+        start = self._start(name, recipe, init_from)
+
+        def ready(goes_on: bool) -> None:
+            prepared.append(prepare(goes_on))
+            if start and not goes_on:
+                wanted = record.describe(start["init_from"], self.folder)["digest"]
+                fits(prepared[0], checkpoint.source(init_from, self.path(name), wanted))
+
         run = open_run(
             self.path(name),
             stage=stage,
             recipe=recipe,
-            inputs={**inputs, **self._start(name, recipe, init_from)},
+            inputs={**inputs, **start},
             seed=seed,
             ledger=self.folder / "ledger.jsonl",
             money=self.recipe.money,
-            prepare=lambda goes_on: prepared.append(prepare(goes_on)),
+            prepare=ready,
         )
         if run.set_aside is not None:
             tell(name, f"has another recipe or input than the run that was there; that one is now {run.set_aside}")

@@ -14,6 +14,7 @@ from sprat.config import (
     DistillConfig,
     GRPOConfig,
     LoopConfig,
+    MixTaskConfig,
     MoneyConfig,
     QuantConfig,
     SFTConfig,
@@ -44,7 +45,7 @@ class DataRecipe(Config):
     offline: bool = False
     demonstrations: int = Field(60_000, ge=10)  # worked examples over all tasks
     test_problems: int = Field(1000, ge=10)  # held-out problems for each task
-    tasks: tuple[TaskConfig, ...] = Field((TaskConfig(name="sums"),), min_length=1)
+    tasks: tuple[MixTaskConfig, ...] = Field((MixTaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
 
     @model_validator(mode="after")

@@ -7,12 +7,12 @@ closes the run with what it found. Arguments are plain, so that a stage can run 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sprat.config import RLConfig
+from sprat.config import LoopConfig, RLConfig
 from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
@@ -62,7 +62,8 @@ def cold_start(road: Road) -> None:
         return model, tokenizer, shown
 
     inputs = {"model": road.path("pretrain"), **measured(road)}
-    opened = road.open("sft", "sft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from)
+    fits = _fits(recipe)
+    opened = road.open("sft", "sft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from, fits)
     if opened is None:
         return
     run, (model, tokenizer, shown) = opened
@@ -86,7 +87,10 @@ def reinforce(road: Road, seed: int) -> None:
             readiness(engine, *mix, recipe, reward).check()
         return model, tokenizer, mix, reward
 
-    opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from)
+    def fits(made: tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None], start: checkpoint.Checkpoint) -> None:
+        grpo.check_start(start, made[0], recipe)
+
+    opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from, fits)
     if opened is None:
         return
     run, (model, tokenizer, mix, reward) = opened
@@ -127,7 +131,8 @@ def student(road: Road) -> None:
         return model, teacher, tokenizer, _mix(road)
 
     inputs = {"teacher": road.path(teacher_run), **measured(road)}
-    opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, recipe.distill.init_from)
+    start, fits = recipe.distill.init_from, _fits(recipe.distill)
+    opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, start, fits)
     if opened is None:
         return
     run, (model, teacher, tokenizer, mix) = opened
@@ -168,7 +173,13 @@ def _open_pretraining(
         model = Transformer.create(model_config(recipe.model, tokenizer), weights_seed)
         return model, tokenizer, _source(road, recipe)
 
-    return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, recipe.train.init_from)
+    start, fits = recipe.train.init_from, _fits(recipe.train)
+    return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, start, fits)
+
+
+def _fits(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], checkpoint.Checkpoint], None]:
+    """Refuses a checkpoint from which ``config`` cannot go on with the model that was prepared first."""
+    return lambda made, start: loop.check_start(start, made[0], config)
 
 
 def measured(road: Road) -> dict[str, record.Input]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -133,7 +133,12 @@ def source(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
     folder, step = parse(init_from)
     places = [folder]
     if folder.resolve() == run.resolve():
-        places += sorted(folder.parent.glob(f"{folder.name}.old-*"), reverse=True)
+        aside = {
+            int(n): old
+            for old in folder.parent.glob(f"{folder.name}.old-*")
+            if (n := old.name[len(folder.name) + 5 :]).isdecimal()
+        }
+        places += [aside[number] for number in sorted(aside, reverse=True)]
     seen = set[int]()
     for place in places:
         for found in _whole(place / "artefact" / KEPT, place / "checkpoints" / STABLE, place / "checkpoints"):
@@ -176,14 +181,33 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> N
         raise CheckpointError(
             f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo
         ) from None
-    mine = _tensors(model)
-    if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in weights.items()}:
-        what = "the checkpoint is of another model"
-        raise CheckpointError(what, where=str(checkpoint.folder), todo="start from an empty checkpoint folder")
+    check(checkpoint, model, optimiser)
     optimiser.load(state)
     with torch.no_grad():
-        for name, value in mine.items():
+        for name, value in _tensors(model).items():
             value.copy_(weights[name])
+
+
+def check(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> None:
+    """Refuse a checkpoint of another model or optimiser; only names and shapes are read.
+
+    Raises:
+        CheckpointError: it is of another one, or cannot be read.
+    """
+    todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
+    parts = (
+        (_tensors(model), "the checkpoint is of another model"),
+        (optimiser.state(), "the checkpoint is of another optimiser"),
+    )
+    for name, (mine, what) in zip(_FILES, parts, strict=True):
+        try:
+            with safe_open(checkpoint.folder / name, framework="pt") as file:
+                theirs = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            fault = f"a checkpoint cannot be read: {error}"
+            raise CheckpointError(fault, where=str(checkpoint.folder), todo="name another one") from None
+        if {key: tuple(value.shape) for key, value in mine.items()} != theirs:
+            raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -191,11 +191,7 @@ def _resume(
     if own and {name: extra.get(name) for name in identity} != identity:
         what = "the checkpoint was made with another recipe or other data"
         raise CheckpointError(what, where=str(found.folder), todo="remove the checkpoints or go back to that recipe")
-    if "window" not in extra:
-        what = "the checkpoint is of another kind of run"
-        raise CheckpointError(
-            what, where=str(found.folder), todo="start from a run of pre-training, SFT or distillation"
-        )
+    _check_kind(found)
     checkpoint.restore(found, model, optimiser)
     run.rewind(found.step)
     window.sums, window.steps = dict(extra["sums"]), int(extra["window"])
@@ -213,10 +209,37 @@ def begin_from(init_from: str, steps: int, run: Run) -> checkpoint.Checkpoint | 
     if not init_from:
         return None
     found = checkpoint.source(init_from, run.folder, run.identity["inputs"].get("init_from", {}).get("digest", ""))
+    check_steps(found, steps)
+    return found
+
+
+def check_start(found: checkpoint.Checkpoint, model: Transformer, config: LoopConfig) -> None:
+    """Refuse a checkpoint from which ``train`` could not start, before anything is set aside for it.
+
+    Raises:
+        CheckpointError: it is not before the last step, or of another model, optimiser or kind of run.
+    """
+    check_steps(found, config.steps)
+    _check_kind(found)
+    checkpoint.check(found, model, optim.build(model, config.optim))
+
+
+def check_steps(found: checkpoint.Checkpoint, steps: int) -> None:
+    """Refuse a checkpoint that is not before step ``steps``.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if found.step >= steps:
         what = f"the checkpoint is of step {found.step}, the recipe ends at step {steps}"
-        raise CheckpointError(what, where=f"init_from {init_from}", todo="raise steps: they count from the very start")
-    return found
+        todo = "raise steps: they count from the very start"
+        raise CheckpointError(what, where=f"init_from {found.folder}", todo=todo)
+
+
+def _check_kind(found: checkpoint.Checkpoint) -> None:
+    if "window" not in found.extra:
+        todo = "start from a run of pre-training, SFT or distillation"
+        raise CheckpointError("the checkpoint is of another kind of run", where=str(found.folder), todo=todo)
 
 
 def _plain(value: float) -> float | None:

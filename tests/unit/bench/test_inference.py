@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import train_speed
 from bench.inference import bars, cores, quality
 from bench.inference.harness import Reading, Series, WorkerError, best, rounds
 from bench.inference.models import bytes_per_token
@@ -205,3 +206,10 @@ sys.exit(train_speed.main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 9 and "pip install accelerate" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("seconds", "a_step", "steps"), [(60, 0.5, 5), (60, 3.0, 3), (20, 3.0, 1), (-222, 3.0, 1)])
+def test_a_slow_machine_measures_fewer_steps_of_training(seconds: float, a_step: float, steps: int) -> None:
+    """Four competitors, each with two steps to warm up: what is measured fits into the time, but for one step each."""
+    assert train_speed.steps_within(seconds, a_step, 4, 5) == steps
+    assert steps == 1 or 4 * (steps + 2) * a_step <= seconds

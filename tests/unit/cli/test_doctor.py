@@ -24,6 +24,15 @@ def test_doctor_knows_this_machine() -> None:
     assert done.exit_code == (0 if facts["ok"] else 9)
 
 
+def test_doctor_counts_memory_as_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of 2 GB, of which 1.5 are taken, on a large machine: the quickstart does not fit."""
+    monkeypatch.setattr(doctor, "total_bytes", lambda: 2 << 30)
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 1 << 29)
+    facts = doctor.gather()
+    assert facts["memory"] == {"total_bytes": 2 << 30, "available_bytes": 1 << 29}
+    assert not facts["ok"] and any(problem.startswith("0.5 GiB of memory") for problem in facts["problems"])
+
+
 def test_doctor_claims_no_back_end_that_was_not_tested() -> None:
     backends = doctor.torch_facts()["backends"]
     assert backends["cpu"]["present"] and backends["cuda"]["present"] == torch.cuda.is_available()

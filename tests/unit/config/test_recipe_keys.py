@@ -49,3 +49,25 @@ def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:
     there = {key.rpartition(".")[2] for key in base._leaves(RoadRecipe)}
     assert {key for keys in base.SAME.values() for key in keys} <= there
     assert there & base.SAME.keys() == {"lr"}  # RL's only rate; where two optimisers work it is one of two
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pretrain.train.seed",
+        "pretrain.train.compile",
+        "pretrain.train.seq_len",
+        "distill.distill.seed",
+        "rl.rl.seed",
+        "name",
+    ],
+)
+def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"the key '{key}' is gone: .*; remove it"):
+        named("tiny", (f"{key}=3",))
+
+
+@pytest.mark.parametrize("key", ["weight", "distinct"])
+def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"the key 'data.unseen.0.{key}' is gone: a task that is only tested"):
+        named("tiny", (f'data.unseen=[{{name="sums",title="others",{key}=3}}]',))

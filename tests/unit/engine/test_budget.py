@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sprat.engine import budget
-from sprat.model.memory import available_bytes
+from sprat.machine import available_bytes, total_bytes
 
 MIB = 1 << 20
 
@@ -57,12 +57,13 @@ def test_a_bound_counts_wherever_it_is(tmp_path: Path, line: str, folder: str, n
     machine(tmp_path, line)
     group(tmp_path, folder, names, str(1000 * MIB), 300 * MIB, 100 * MIB)
     assert available_bytes(tmp_path) == 800 * MIB
+    assert total_bytes(tmp_path) == 1000 * MIB  # what `sprat doctor` shows
 
 
 def test_a_wide_bound_changes_nothing_and_a_full_group_has_nothing(tmp_path: Path) -> None:
     machine(tmp_path, "3:memory:/a")
     group(tmp_path, "memory/a", V1, str(2**63 - 4096), 5 * MIB, 0)
-    assert available_bytes(tmp_path) == 4000 * MIB
+    assert available_bytes(tmp_path) == 4000 * MIB and total_bytes(tmp_path) == 9_000_000 << 10
     group(tmp_path, "memory", V1, str(10 * MIB), 11 * MIB, 0)
     assert available_bytes(tmp_path) == 0
 

@@ -10,7 +10,7 @@ import torch
 
 from sprat.gguf import blocks
 from sprat.gguf.header import KINDS
-from sprat.quant.int4 import Codes, dequantise
+from sprat.quant.int4 import Codes, dequantize_weight
 from tests.gguf_files import gguf, random_blocks
 
 KIND = {kind.name: kind for kind in KINDS.values()}
@@ -38,12 +38,12 @@ def test_codes_stand_for_the_weights_of_the_file(kind: str) -> None:
     kept = codes(kind, rows)
     assert (kept.minimums is not None) == (kind in blocks.WITH_MINIMUMS)
     if kind in EXACT:
-        assert torch.equal(dequantise(kept), theirs)
+        assert torch.equal(dequantize_weight(kept), theirs)
     else:
         largest = theirs.abs().unflatten(1, (-1, 32)).amax(-1).repeat_interleave(32, 1)
-        assert ((dequantise(kept) - theirs).abs() <= largest * (1.1e-3 if kind == "Q4_K" else 1 / 250)).all()
+        assert ((dequantize_weight(kept) - theirs).abs() <= largest * (1.1e-3 if kind == "Q4_K" else 1 / 250)).all()
     plain = torch.from_numpy(blocks.dense(kind, rows, KIND[kind].bytes))
-    assert torch.equal(plain, dequantise(kept) if kind in (*EXACT, "Q4_K") else theirs)
+    assert torch.equal(plain, dequantize_weight(kept) if kind in (*EXACT, "Q4_K") else theirs)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sprat.engine.panels import Pages, plain, stack
 from sprat.kernels import native, reference, why_not
-from sprat.quant.int4 import dequantise, quantise
+from sprat.quant.int4 import dequantize_weight, quantize_weight
 from sprat.quant.layers import Packed
 
 pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
@@ -26,8 +26,8 @@ def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | No
     if bits > 8:
         kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
         return plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
-    codes = quantise(weight, bits=bits, group=group)
-    return stack(Packed(codes, materialise=False), Pages(), bias)[0], dequantise(codes)
+    codes = quantize_weight(weight, bits=bits, group=group)
+    return stack(Packed(codes, materialise=False), Pages(), bias)[0], dequantize_weight(codes)
 
 
 def product(matrix: object, rows: torch.Tensor, outputs: int, threads: int = 1) -> torch.Tensor:

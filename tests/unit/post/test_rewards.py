@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,21 @@ def test_a_reward_is_an_input_with_all_that_it_imports_from_its_folder(
     }
     with pytest.raises(ConfigError, match="no module"):
         sources("no_such_package.module:f")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_limit_that_ends_with_the_answer_leaves_no_alarm_behind(tmp_path: Path) -> None:
+    """In a process of its own, because what was wrong ended the whole process ("Alarm clock")."""
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import logging, signal, types\n"
+        "logging.disable()\n"
+        "problem = types.SimpleNamespace(question=str(1))\n"
+        "from sprat.post.rewards import Verifier\n"
+        "for seconds in [k * 1e-6 for k in range(1, 400)] * 10:\n"
+        "    assert Verifier(lambda problem, answer: 1, 'f', seconds)(problem, None) in (None, 1.0)\n"
+        "    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0\n"
+        "    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

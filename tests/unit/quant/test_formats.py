@@ -39,7 +39,7 @@ def test_a_saved_model_comes_back_bit_for_bit(recipe: QuantConfig, tied: bool, t
     small = quant.quantize(tiny(tie_word_embeddings=tied), recipe)
     quant.save(small, tmp_path)
     again = quant.load(tmp_path, materialise=False)
-    assert quant.recipe_of(again) == recipe and quant.is_quantised(tmp_path)
+    assert quant.recipe_of(again) == recipe and quant.is_quantized(tmp_path)
     mine, theirs = small.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     with torch.no_grad():

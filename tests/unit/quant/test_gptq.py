@@ -15,7 +15,7 @@ from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Transformer
 from sprat.quant.gptq import calibrate, energy, fit
-from sprat.quant.int4 import Codes, dequantise, quantise
+from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
 from sprat.quant.layers import bits_of
 
 GPTQ = QuantConfig(rounding="gptq")
@@ -49,7 +49,7 @@ def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(widt
     def error(of: Tensor) -> float:
         return float((inputs[600:] @ (of - weight).T).square().mean())
 
-    assert error(dequantise(fitted)[0]) < 0.5 * error(dequantise(quantise(weight)))
+    assert error(dequantize_weight(fitted)[0]) < 0.5 * error(dequantize_weight(quantize_weight(weight)))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -70,14 +70,14 @@ def test_the_codes_are_those_of_the_papers_recursion(bits: int) -> None:
         free[column] = False
         work[:, free] -= wrong[:, None] * inverse[column, free]
         inverse -= torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    same = (dequantise(fitted)[0] - expected).abs() < 1e-3 * scales.abs()
+    same = (dequantize_weight(fitted)[0] - expected).abs() < 1e-3 * scales.abs()
     assert same.float().mean() > 0.98  # a code at a tie may fall otherwise in float32, and others follow it
 
 
 def test_without_correlation_it_is_plain_rounding() -> None:
     weight = torch.randn(2, 16, 72, generator=torch.Generator().manual_seed(0))
     few = [torch.randn(70, 72), torch.randn(0, 72)]  # rows too few to speak for text
-    fitted, plain = fit(weight, energy(few), bits=4, group=32), quantise(weight)
+    fitted, plain = fit(weight, energy(few), bits=4, group=32), quantize_weight(weight)
     assert torch.equal(fitted.codes, plain.codes) and torch.equal(fitted.scales, plain.scales)
 
 
@@ -96,7 +96,7 @@ def test_experts_side_by_side_are_fitted_as_each_alone(monkeypatch: pytest.Monke
 def test_channels_that_are_always_zero_are_no_fault() -> None:
     weight, inputs = torch.randn(8, 64), correlated(200, 64, 0)
     inputs[:, 30:] = 0
-    back = dequantise(fit(weight.unsqueeze(0), energy([inputs]), bits=4, group=32))[0]
+    back = dequantize_weight(fit(weight.unsqueeze(0), energy([inputs]), bits=4, group=32))[0]
     assert torch.isfinite(back).all() and (back - weight).abs().max() < 0.5 * weight.abs().max()
 
 
@@ -104,17 +104,18 @@ def test_channels_that_are_always_zero_are_no_fault() -> None:
 def test_a_group_that_no_text_lights_is_rounded_to_the_nearest(bits: int) -> None:
     weight, inputs = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(0)), correlated(400, 128, 0)
     inputs[:, 32:96] = 0
-    fitted, plain = fit(weight, energy([inputs, inputs]), bits=bits, group=32), quantise(weight, bits=bits)
+    fitted, plain = fit(weight, energy([inputs, inputs]), bits=bits, group=32), quantize_weight(weight, bits=bits)
     assert torch.equal(fitted.scales[..., 1:3], plain.scales[..., 1:3])
-    assert torch.equal(dequantise(fitted)[..., 32:96], dequantise(plain)[..., 32:96])
-    assert not torch.equal(dequantise(fitted)[..., :32], dequantise(plain)[..., :32])
+    assert torch.equal(dequantize_weight(fitted)[..., 32:96], dequantize_weight(plain)[..., 32:96])
+    assert not torch.equal(dequantize_weight(fitted)[..., :32], dequantize_weight(plain)[..., :32])
 
 
 def test_a_silent_channel_among_lit_ones_is_not_clipped_for_them() -> None:
     weight = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     inputs = torch.zeros(200, 32)
     inputs[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(1))
-    back, plain = (dequantise(codes) for codes in (fit(weight, energy([inputs]), bits=4, group=32), quantise(weight)))
+    fitted = fit(weight, energy([inputs]), bits=4, group=32)
+    back, plain = (dequantize_weight(codes) for codes in (fitted, quantize_weight(weight)))
     silent = [float((each - weight)[..., 1:].square().mean()) for each in (back, plain)]
     assert silent[0] < 1.1 * silent[1]
 
@@ -134,7 +135,7 @@ def test_padding_and_neighbours_do_not_vote(experts: int, monkeypatch: pytest.Mo
 
         def noted(weight: Tensor, hessian: Tensor, *, bits: int, group: int) -> Codes:
             found.append(hessian.clone())
-            return quantise(weight, bits=bits, group=group)
+            return quantize_weight(weight, bits=bits, group=group)
 
         monkeypatch.setattr("sprat.quant.gptq.fit", noted)
         names = calibrate(model(**changes), tokens, lambda name: bits_of(GPTQ, name), segments_BT=segments)
@@ -171,7 +172,7 @@ def test_every_matrix_of_the_stack_is_fitted_and_none_runs_with_what_was() -> No
     assert set(codes) == wanted
     for name, weight in draft.named_parameters():
         if name in codes:
-            assert torch.equal(weight, dequantise(codes[name])), name
+            assert torch.equal(weight, dequantize_weight(codes[name])), name
 
 
 def test_the_folder_says_how_it_was_rounded_and_folders_of_before_still_load(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.quant.int4 import dequantise, pack, quantise, unpack
+from sprat.quant.int4 import dequantize_weight, pack, quantize_weight, unpack
 
 
 def plain(weight: Tensor, group: int) -> Tensor:
@@ -30,8 +30,8 @@ def test_no_group_is_worse_than_plain_rounding(width: int, rows: int, group: int
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator) * spread
     weight[0, 0] *= 8  # an outlier
-    codes = quantise(weight, group=group)
-    back = dequantise(codes)
+    codes = quantize_weight(weight, group=group)
+    back = dequantize_weight(codes)
     assert back.shape == weight.shape and codes.scales.shape == (rows, -(-width // group))
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == (rows, (width + 1) // 2)
 
@@ -57,15 +57,15 @@ def test_two_codes_share_a_byte_and_come_back(codes: list[int]) -> None:
 
 def test_the_better_of_both_ends_takes_a_fifth_off_the_squared_error_of_gaussian_weights() -> None:
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
-    error = (dequantise(quantise(weight)) - weight).square().mean()
+    error = (dequantize_weight(quantize_weight(weight)) - weight).square().mean()
     assert error < 0.8 * (plain(weight, 32) - weight).square().mean()
 
 
 def test_no_weight_is_clipped_by_more_than_half_a_code() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
-    codes = quantise(weight)
+    codes = quantize_weight(weight)
     steps = codes.scales.float().abs().repeat_interleave(32, -1)
-    assert ((weight - dequantise(codes)).abs() <= 1.0 * steps).all()
+    assert ((weight - dequantize_weight(codes)).abs() <= 1.0 * steps).all()
 
 
 def test_values_that_the_codes_can_hold_come_back_exactly() -> None:
@@ -73,21 +73,23 @@ def test_values_that_the_codes_can_hold_come_back_exactly() -> None:
     codes[:, ::32] = -8
     for scale in (0.0, 0.125, -0.5):
         weight = codes.float() * scale
-        assert torch.equal(dequantise(quantise(weight)), weight)
+        assert torch.equal(dequantize_weight(quantize_weight(weight)), weight)
 
 
 def test_eight_bits_keep_a_row_within_half_a_step_and_sixteen_within_bfloat16() -> None:
     weight = torch.randn(9, 70, generator=torch.Generator().manual_seed(2))
-    eight = quantise(weight, bits=8, group=0)
+    eight = quantize_weight(weight, bits=8, group=0)
     assert eight.scales.shape == (9, 1) and eight.codes.dtype == torch.int8
-    assert ((dequantise(eight) - weight).square().mean(-1) <= (weight.abs().amax(-1) / 127).square() / 12 * 1.3).all()
-    sixteen = quantise(weight, bits=16)
-    assert torch.equal(dequantise(sixteen), weight.bfloat16().float())
+    assert (
+        (dequantize_weight(eight) - weight).square().mean(-1) <= (weight.abs().amax(-1) / 127).square() / 12 * 1.3
+    ).all()
+    sixteen = quantize_weight(weight, bits=16)
+    assert torch.equal(dequantize_weight(sixteen), weight.bfloat16().float())
 
 
 def test_large_matrices_in_chunks_are_what_small_ones_are() -> None:
     weight = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(3))
-    whole = quantise(weight)
+    whole = quantize_weight(weight)
     for expert in range(3):
-        alone = quantise(weight[expert])
+        alone = quantize_weight(weight[expert])
         assert torch.equal(alone.codes, whole.codes[expert]) and torch.equal(alone.scales, whole.scales[expert])

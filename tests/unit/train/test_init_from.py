@@ -15,7 +15,7 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch, MixedSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
-from sprat.train import Loss, checkpoint, next_token, train
+from sprat.train import Loss, checkpoint, next_token, optim, train
 from sprat.trust import Run
 
 NewRun = Callable[[str], Run]
@@ -117,3 +117,13 @@ def test_what_cannot_be_started_from_is_one_sentence(
     other = Transformer.create(shape.replace(vocab_size=64), 0)
     with pytest.raises(CheckpointError, match="another model"):
         train(other, source, short.replace(steps=14, init_from=str(first.folder)), new_run("other"))
+
+
+def test_the_newest_of_more_than_nine_that_were_set_aside_is_started_from(
+    shape: ModelConfig, short: TrainConfig, tmp_path: Path
+) -> None:
+    model = Transformer.create(shape, 0)
+    for number in (2, 9, 10):
+        folder = tmp_path / f"learn.old-{number}" / "checkpoints"
+        checkpoint.save(folder, number, model, optim.build(model, short.optim), {})
+    assert checkpoint.source(str(tmp_path / "learn"), tmp_path / "learn").step == 10
