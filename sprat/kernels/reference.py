@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # inputs that are rounded with one scale
-ROW_SHARE, OWN_SHARE = 0.07, 24 / 25  # see ``kRowShare`` in ``src/linear.h``
+ROW_SHARE, OWN_SHARE = 0.07, 0.2  # see ``kRowShare`` in ``src/linear.h``
 
 
 def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
@@ -24,15 +24,17 @@ def round_rows(rows_KI: Tensor, *, whole: bool = True) -> Tensor:
 
     Args:
         whole: "far" is told by the row (the outlier would bring more than 7 % of the row's error); else by the
-            group alone (it is five times the next), as where rows are rounded piece by piece.
+            group alone (all others are within a fifth of it), as where rows are rounded piece by piece.
     """
     width = rows_KI.shape[-1]
     groups = torch.nn.functional.pad(rows_KI, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
     ranked = groups.abs().topk(2)
     (top, following), index = ranked.values.split(1, -1), ranked.indices[..., :1]
-    squares = top.square()
-    bar = ROW_SHARE * squares.sum(-2, keepdim=True) if whole else OWN_SHARE * squares
-    far = squares - following.square() > bar
+    if whole:
+        squares = top.square()
+        far = squares - following.square() > ROW_SHARE * squares.sum(-2, keepdim=True)
+    else:
+        far = (top > 0) & (following <= OWN_SHARE * top)
     alone = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, index, far)
     top = torch.where(far, following, top)
     inverse = _inverse(top)

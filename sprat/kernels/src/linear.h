@@ -93,9 +93,9 @@ inline void put_whole(float* p, Index x) {
 }
 
 // What the largest input of a group must stand above the others by to be left out of their scale: as a share of the squares
-// of the row's groups (each its largest), or, where only the group is known, of its own square (five times the next).
-// Error goes by that square, so this is the share of a row's error that the outlier would be to blame for.
-constexpr float kRowShare = 0.07f, kOwnShare = 24.0f / 25.0f;
+// of the row's groups (each its largest; error goes by that square, so this is the share of a row's error that the outlier
+// would be to blame for), or, where only the group is known, all others must be within a fifth of it.
+constexpr float kRowShare = 0.07f, kOwnShare = 0.2f;
 
 // 32 inputs of a row, zero beyond `have`.
 struct Group {
@@ -107,17 +107,9 @@ struct Group {
     float top() const { return largest(max(absolute(a), absolute(b))); }
 };
 
-// Round a group, whose largest absolute value is `top`, into row `row` of a tile of `size` rows. `bar`: see kRowShare.
+// Round a group, whose largest absolute value is `top`, into row `row` of a tile of `size` rows. `out`: what it leaves out.
 // Inlined by order: handed over in memory its lanes take twice the time.
-[[gnu::always_inline]] inline void quantise_group(const float* from, Index have, float top, float bar, const Codes& to, Index tile_start, Index group, Index row, Index size) {
-    Group x(from, have);
-    Outlier out{0, 0.0f};
-    if (top * top > bar) {  // at most 1 / kRowShare groups of a row
-        Group rest = x;
-        const int at = clear_first(rest.a, rest.b, top);
-        const float next = rest.top();
-        if (top * top - next * next > bar) out = {1u << at, from[at]}, x = rest, top = next;
-    }
+[[gnu::always_inline]] inline void round_group(const Group& x, float top, const Outlier& out, const Codes& to, Index tile_start, Index group, Index row, Index size) {
     to.tile_outliers(tile_start)[group * size + row] = out;
     std::uint32_t& places = to.tile_places(tile_start)[group];
     places = row ? places | out.place : out.place;
@@ -135,9 +127,15 @@ struct Group {
 }
 
 // A group whose row is not known as a whole.
-inline void quantise_group(const float* x, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
-    const float top = Group(x, have).top();
-    quantise_group(x, have, top, kOwnShare * top * top, to, tile_start, group, row, size);
+inline void quantise_group(const float* from, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+    Group x(from, have);
+    Outlier out{0, 0.0f};
+    float top = x.top();
+    if (const std::uint32_t above = lanes_above(x.a, x.b, kOwnShare * top); above && !(above & (above - 1))) {
+        out = {above, from[clear_first(x.a, x.b, top)]};
+        top = x.top();
+    }
+    round_group(x, top, out, to, tile_start, group, row, size);
 }
 
 inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile_start, Index row, Index size) {
@@ -147,8 +145,18 @@ inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile
         const float top = tops[g * 3 * size] = Group(x + g * kGroup, cols - g * kGroup).top();
         squares += top * top;
     }
+    const float bar = kRowShare * squares;
     for (Index g = 0; g < to.groups(); ++g) {
-        quantise_group(x + g * kGroup, cols - g * kGroup, tops[g * 3 * size], kRowShare * squares, to, tile_start, g, row, size);
+        Group one(x + g * kGroup, cols - g * kGroup);
+        Outlier out{0, 0.0f};
+        float top = tops[g * 3 * size];
+        if (top * top > bar) {  // at most 1 / kRowShare groups of a row
+            Group rest = one;
+            const int at = clear_first(rest.a, rest.b, top);
+            const float next = rest.top();
+            if (top * top - next * next > bar) out = {1u << at, x[g * kGroup + at]}, one = rest, top = next;
+        }
+        round_group(one, top, out, to, tile_start, g, row, size);
     }
 }
 

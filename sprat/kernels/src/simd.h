@@ -114,6 +114,11 @@ inline int clear_first(Lane& a, Lane& b, float x) {
     b.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~first >> 16), b.v);
     return found ? __builtin_ctz(found) : 32;
 }
+// Of 32 lanes, those whose absolute value is above x, as bits.
+inline std::uint32_t lanes_above(Lane a, Lane b, float x) {
+    const __m512 than = _mm512_set1_ps(x);
+    return _mm512_cmp_ps_mask(absolute(a).v, than, _CMP_GT_OQ) | static_cast<std::uint32_t>(_mm512_cmp_ps_mask(absolute(b).v, than, _CMP_GT_OQ)) << 16;
+}
 inline Lane divide(Lane a, Lane b) { return {_mm512_div_ps(a.v, b.v)}; }
 // The sums of four registers, in a third of the instructions of four sums.
 inline void totals(Lane a, Lane b, Lane c, Lane d, float* out) {
@@ -223,6 +228,12 @@ inline float largest(Lane x) {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline std::uint32_t lanes_above(Lane x, Lane y, float z) {
+    const __m256 than = _mm256_set1_ps(z);
+    const auto bits = [&](__m256 a) { return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, than, _CMP_GT_OQ))); };
+    const Lane p = absolute(x), q = absolute(y);
+    return bits(p.a) | bits(p.b) << 8 | bits(q.a) << 16 | bits(q.b) << 24;
 }
 inline int clear_first(Lane& x, Lane& y, float z) {
     const __m256 to = _mm256_set1_ps(z);
@@ -339,6 +350,11 @@ inline float largest(const Lane& a) {
     float top = a.v[0];
     for (int i = 1; i < 16; ++i) top = a.v[i] > top ? a.v[i] : top;
     return top;
+}
+inline std::uint32_t lanes_above(const Lane& a, const Lane& b, float x) {
+    std::uint32_t found = 0;
+    for (int i = 0; i < 32; ++i) found |= static_cast<std::uint32_t>(std::fabs(i < 16 ? a.v[i] : b.v[i - 16]) > x) << i;
+    return found;
 }
 inline int clear_first(Lane& a, Lane& b, float x) {
     for (int i = 0; i < 32; ++i) {
