@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -156,11 +155,11 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 
 
 def named(name: str, overrides: tuple[str, ...] = ()) -> RoadRecipe:
-    """The recipe in the file ``name``, or the packaged one of that name, with ``a.b=c`` overrides.
+    """The recipe in the file ``name``, or the packaged one where no such file is, with ``a.b=c`` overrides.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value that does not fit.
     """
     packaged = {path.stem: path for path in FOLDER.glob("*.toml")}
-    path = packaged[name] if name in packaged and not os.path.exists(name) else Path(name)
+    path = packaged[name] if name in packaged and not Path(name).is_file() else Path(name)
     return load(RoadRecipe, path, overrides)
