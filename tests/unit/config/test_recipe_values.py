@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sprat.config import ModelConfig
+from sprat.config.sizes import size
 from sprat.errors import ConfigError
+from sprat.road.quickstart import check_recipe
 from sprat.road.recipe import named
 
 
@@ -29,3 +32,36 @@ def test_a_date_in_a_recipe_is_a_value_that_does_not_fit(tmp_path: Path) -> None
     (tmp_path / "r.toml").write_text("seed = 2024-01-01\n")
     with pytest.raises(ConfigError, match="seed"):
         named(str(tmp_path / "r.toml"))
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ("pretrain.train.steps=true", "pretrain.train.steps"),
+        ('pretrain.train.steps="5"', "pretrain.train.steps"),
+        ('sft.sft.terse_fraction="0.5"', "sft.sft.terse_fraction"),
+        ("pretrain.text_share=false", "pretrain.text_share"),
+        ("rl.rl.importance_cap=true", "rl.rl.importance_cap"),
+        ("rl.seeds=[true]", "rl.seeds"),
+        ('pretrain.train.optim.betas=["0.9", 0.95]', "pretrain.train.optim.betas"),
+        ("rl.rl.gate=1", "rl.rl.gate"),
+        ("rl.rl.gate=no", "rl.rl.gate"),
+        ('data.tasks=[{name="sums", distinct="5"}]', "data.tasks.0.distinct"),
+        ("pretrain.model.changes.hidden_size=true", "hidden_size"),
+        ('distill.student.changes.rope_theta="1e4"', "rope_theta"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_and_not_converted(value: str, key: str) -> None:
+    with pytest.raises(ConfigError, match="is asked for") as caught:
+        check_recipe(named("tiny", (value,)))
+    assert str(caught.value).startswith(f"{key}: ")
+
+
+def test_a_whole_number_may_stand_where_a_fraction_is_asked_for() -> None:
+    recipe = named("tiny", ("pretrain.train.optim.muon_lr=1", "pretrain.train.steps=1e3"))
+    assert recipe.pretrain.train.optim.muon_lr == 1.0 and recipe.pretrain.train.steps == 1000
+
+
+def test_published_configs_are_read_as_before() -> None:
+    table = size("pico").to_hf() | {"vocab_size": "1024", "tie_word_embeddings": 0, "rms_norm_eps": "1e-6"}
+    assert ModelConfig.from_hf(table) == ModelConfig.from_hf(size("pico").to_hf())
