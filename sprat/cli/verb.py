@@ -30,7 +30,7 @@ Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="A TOML fi
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as a.b=c; may be repeated.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same threads: same bytes.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same threads: same bytes.")]
 RoadFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
 ModelFolder = Annotated[
     Path,

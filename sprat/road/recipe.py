@@ -20,6 +20,7 @@ from sprat.config import (
     TaskConfig,
     load,
 )
+from sprat.config.recipe import Count, Seed
 
 
 def title(config: TaskConfig) -> str:
@@ -37,13 +38,13 @@ class ModelRecipe(Config):
 class DataRecipe(Config):
     """Text, tasks and tokenizer."""
 
-    vocab_size: int = Field(2048, ge=300)
-    numbers: int = Field(200, ge=0)  # 0..numbers-1 are one token each
-    seq_len: int = Field(128, ge=8)
-    text_bytes: int = Field(4_000_000, ge=10_000)
+    vocab_size: int = Field(2048, ge=300, lt=2**31)
+    numbers: int = Field(200, ge=0, lt=2**31)  # 0..numbers-1 are one token each
+    seq_len: int = Field(128, ge=8, lt=2**31)
+    text_bytes: int = Field(4_000_000, ge=10_000, lt=2**63)
     offline: bool = False
-    demonstrations: int = Field(60_000, ge=10)  # worked examples over all tasks
-    test_problems: int = Field(1000, ge=10)  # held-out problems for each task
+    demonstrations: int = Field(60_000, ge=10, lt=2**31)  # worked examples over all tasks
+    test_problems: int = Field(1000, ge=10, lt=2**31)  # held-out problems for each task
     tasks: tuple[MixTaskConfig, ...] = Field((MixTaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
 
@@ -74,10 +75,10 @@ class PretrainRecipe(Config):
 class EvalRecipe(Config):
     """How answers are drawn when they are judged."""
 
-    max_tokens: int = Field(120, ge=1)
-    batch: int = Field(512, ge=1)
-    side_problems: int = Field(300, ge=1)  # of each task, where thinking is forced or forbidden
-    samples: int = Field(4, ge=0)  # kept for the report, for each task
+    max_tokens: Count = 120
+    batch: Count = 512
+    side_problems: Count = 300  # of each task, where thinking is forced or forbidden
+    samples: int = Field(4, ge=0, lt=2**31)  # kept for the report, for each task
 
 
 class SFTRecipe(Config):
@@ -95,7 +96,7 @@ class RLRecipe(Config):
     """GRPO on the trained tasks, the same cold start, several seeds."""
 
     rl: GRPOConfig = GRPOConfig()
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
 
     @model_validator(mode="after")
     def _start_one_run_from_one(self) -> Self:
@@ -138,8 +139,8 @@ class RoadRecipe(Config):
 
     gone: ClassVar[Mapping[str, str]] = {"name": "a recipe goes by the name of its file"}
 
-    seed: int = 0
-    jobs: int = Field(2, ge=1)  # stages that may run side by side, one thread each
+    seed: Seed = 0
+    jobs: Count = 2  # stages that may run side by side, one thread each
     data: DataRecipe = DataRecipe()
     pretrain: PretrainRecipe = PretrainRecipe()
     dense: ModelRecipe | None = None  # iso-FLOP dense twin of the teacher; None leaves it out

@@ -116,7 +116,7 @@ RL: dict[str, Change] = {
 SFT: dict[str, Change] = {
     **LOOP,
     "seq_len": ("64", ()),
-    "seed": ("1", ()),
+    "seed": (str(2**63 - 1), ()),
     "demonstrations": ("30", ()),
     "terse_fraction": ("0.9", ()),
 }
@@ -133,12 +133,12 @@ STAGES: dict[str, dict[str, Change]] = {
         "pretrain.model.size": ("nano", ()),
         "pretrain.model.changes": ("{hidden_size=24}", ()),
         "pretrain.text_share": ("0.6", ()),
-        "seed": ("1", ()),
+        "seed": (str(2**63 - 1), ()),
         "money.yuan_per_core_hour": ("7", ()),
         "money.watts_per_core": ("7", ()),
     },
     "sft": {f"sft.sft.{leaf}": change for leaf, change in SFT.items()},
-    "rl-seed0": {f"rl.rl.{leaf}": change for leaf, change in RL.items()} | {"rl.seeds": ("[1]", ())},
+    "rl-seed0": {f"rl.rl.{leaf}": change for leaf, change in RL.items()} | {"rl.seeds": (f"[{2**63 - 1}]", ())},
     "distill": {
         **{f"distill.distill.{leaf}": change for leaf, change in DISTILL.items()},
         "distill.student.size": ("nano", ()),
