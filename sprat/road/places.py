@@ -160,9 +160,17 @@ class DataArtefact:
 
 
 def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
-    """The model that ``recipe`` names, with the vocabulary and special ids of ``tokenizer``."""
+    """The model that ``recipe`` names, with the vocabulary and special ids of ``tokenizer``.
+
+    Raises:
+        ConfigError: it cannot be, or has fewer ids than the tokenizer.
+    """
     special = {"bos_token_id": tokenizer.ids.bos, "eos_token_id": tokenizer.ids.eos, "pad_token_id": tokenizer.ids.pad}
-    return size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
+    config = size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
+    if config.vocab_size < tokenizer.vocab_size:
+        what = f"{config.vocab_size} ids are fewer than the tokenizer's {tokenizer.vocab_size}"
+        raise ConfigError(what, where="changes.vocab_size", todo="leave it out")
+    return config
 
 
 def load_task(config: TaskConfig) -> Task:

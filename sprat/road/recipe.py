@@ -21,6 +21,8 @@ from sprat.config import (
     load,
 )
 from sprat.config.recipe import Count, Seed
+from sprat.config.sizes import size
+from sprat.errors import ConfigError
 
 
 def title(config: TaskConfig) -> str:
@@ -150,6 +152,30 @@ class RoadRecipe(Config):
     quant: QuantConfig = QuantConfig()
     eval: EvalRecipe = EvalRecipe()
     money: MoneyConfig = MoneyConfig()
+
+    @model_validator(mode="after")
+    def _fits_into_its_models(self) -> Self:
+        """Refuse a model that cannot read the tokenizer's ids, or whose context is shorter than rows or answers.
+
+        Raises:
+            ConfigError: one of them, or a model that cannot be.
+        """
+        lengths = {"data.seq_len": self.data.seq_len, "eval.max_tokens": self.eval.max_tokens + 1}  # and a question
+        more = {"sft.sft.seq_len": self.sft.sft.seq_len, "rl.rl.max_tokens": self.rl.rl.max_tokens + 1}
+        models = {"pretrain.model": self.pretrain.model, "dense": self.dense, "distill.student": self.distill.student}
+        for key, model in models.items():
+            if model is None:
+                continue
+            config = size(model.size, **{"vocab_size": self.data.vocab_size, **model.changes})
+            if config.vocab_size < self.data.vocab_size:
+                what = f"{config.vocab_size} ids are fewer than the tokenizer's {self.data.vocab_size} (data.vocab_size)"
+                raise ConfigError(what, where=f"{key}.changes.vocab_size", todo="leave it out")
+            for name, tokens in (lengths | (more if key == "pretrain.model" else {})).items():
+                if tokens > config.context:
+                    what = f"{name} needs a context of {tokens} tokens, the model's is {config.context}"
+                    todo = f"raise it, or lower {name}"
+                    raise ConfigError(what, where=f"{key}.changes.max_position_embeddings", todo=todo)
+        return self
 
 
 FOLDER = Path(__file__).parent.parent / "recipes"

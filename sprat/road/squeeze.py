@@ -41,7 +41,9 @@ def squeeze(road: Road) -> None:
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer]:
         road.need(teacher)
-        return load(road.path("distill"))
+        student, tokenizer = load(road.path("distill"))
+        measure.check(road, student, tokenizer)
+        return student, tokenizer
 
     inputs = {"model": road.path("distill"), **measured(road)}
     opened = road.open("quantize", "quantize", recipe, inputs, 0, prepare)

@@ -214,3 +214,26 @@ def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path
     (finished / "pretrain" / "run.json").rename(finished / "pretrain" / "open.json")
     with pytest.raises(CheckpointError, match="pretrain is not finished .*; run `sprat train --out "):
         training.cold_start(Road(finished, named("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ("pretrain.model.changes.max_position_embeddings=10", "pretrain.model.changes.max_position_embeddings"),
+        ("pretrain.model.changes.vocab_size=100", "pretrain.model.changes.vocab_size"),
+        ("distill.student.changes.max_position_embeddings=95", "distill.student.changes.max_position_embeddings"),
+        ("distill.student.changes.vocab_size=511", "distill.student.changes.vocab_size"),
+        ('dense={size="pico",changes={dense=true,max_position_embeddings=10}}', "dense.changes.max_position_embeddings"),
+        ('dense={size="pico",changes={dense=true,vocab_size=10}}', "dense.changes.vocab_size"),
+        ("data.seq_len=4096", "data.seq_len"),
+        ("sft.sft.seq_len=4096", "sft.sft.seq_len"),
+        ("rl.rl.max_tokens=2048", "rl.rl.max_tokens"),
+        ("eval.max_tokens=2048", "eval.max_tokens"),
+        ("pretrain.model.changes.hidden_size=99999999999999999999", "hidden_size"),
+        ("pretrain.model.changes.name=x", "name"),
+    ],
+)
+def test_a_model_that_its_recipe_cannot_use_is_refused_when_it_is_read(value: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        named("tiny", (value,))
+    assert key in str(caught.value)
