@@ -88,7 +88,7 @@ class GRPOConfig(Config):
     clip_high: float = Field(0.28, gt=0, le=1e9)
     kl_weight: float = Field(0.0, ge=0, le=1e9)
     kl_bias_correction: bool = False  # weigh k3 by the ratio, so that its gradient is that of KL(policy || start)
-    max_mismatch: float = Field(1e-3, gt=0, le=1e9)  # nats: mean gap of trainer's and sampler's log-probabilities that stops it
+    max_mismatch: float = Field(1e-3, gt=0, le=1e9)  # nats: mean gap of trainer and sampler that stops RL
     importance_cap: float | None = Field(None, gt=0, le=1e9)  # truncated importance weights for that gap (2 is usual)
     epochs: Count = 1
     minibatch: Count = 256  # sequences per optimiser step
