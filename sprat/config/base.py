@@ -27,7 +27,6 @@ from pydantic import (
 
 from sprat.errors import ConfigError
 
-
 LENIENT = {"lenient": True}  # the context of a validation that takes "5" for 5, as pydantic does
 
 

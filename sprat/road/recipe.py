@@ -168,7 +168,7 @@ class RoadRecipe(Config):
                 continue
             config = size(model.size, **{"vocab_size": self.data.vocab_size, **model.changes})
             if config.vocab_size < self.data.vocab_size:
-                what = f"{config.vocab_size} ids are fewer than the tokenizer's {self.data.vocab_size} (data.vocab_size)"
+                what = f"{config.vocab_size} ids are fewer than data.vocab_size ({self.data.vocab_size})"
                 raise ConfigError(what, where=f"{key}.changes.vocab_size", todo="leave it out")
             for name, tokens in (lengths | (more if key == "pretrain.model" else {})).items():
                 if tokens > config.context:

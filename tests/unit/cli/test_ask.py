@@ -161,9 +161,7 @@ def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
-def test_a_seed_that_no_generator_takes_is_refused_by_every_verb(
-    seed: str, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_seed_that_no_generator_takes_is_refused_by_every_verb(seed: str, model_folder: Path, tmp_path: Path) -> None:
     road = ["quickstart", "--recipe", "tiny", "--out", str(tmp_path / "road"), "--no-serve"]
     for words in (["run", str(model_folder), "1 + 1"], ["chat", str(model_folder)], road):
         done = CliRunner().invoke(app, [*words, "--seed", seed])

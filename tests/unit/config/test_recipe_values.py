@@ -89,7 +89,7 @@ def _numbers(kind: type[BaseModel], before: str = "") -> Iterator[str]:
             yield f"{before}{name}"
 
 
-@pytest.mark.parametrize("key", _numbers(RoadRecipe))
+@pytest.mark.parametrize("key", list(_numbers(RoadRecipe)))
 def test_every_number_of_a_recipe_has_bounds(key: str) -> None:
     """Beyond them torch, NumPy and the clock raise errors of their own."""
     for bad in ("-1e300", "1e300", "-99999999999999999999", "99999999999999999999"):

@@ -415,13 +415,17 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
         ("pretrain", "pretrain.model.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
         ("pretrain-dense", "dense.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
         ("distill", "distill.student.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
-        ("pretrain", "pretrain.model.changes.max_position_embeddings=40 data.seq_len=32", "rows of 48 tokens"),
+        (
+            "pretrain",
+            "pretrain.model.changes.max_position_embeddings=40 data.seq_len=32 sft.sft.seq_len=32",
+            "rows of 48 tokens",
+        ),
         ("sft", "eval.max_tokens=2040", "context of 2048"),
         ("rl-seed0", "rl.rl.max_tokens=2040", "context of 2048"),
         ("quantize", "eval.max_tokens=2040", "context of 2048"),
         ("pretrain", "pretrain.model.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
         ("distill", "distill.student.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
-        ("sft", 'data.tasks=[{name="sums",title="new"}]', "no held-out problems"),
+        ("sft", 'sft.sft.steps=5 data.tasks=[{name="sums",title="new"}]', "no held-out problems"),
     ],
 )
 def test_what_the_model_cannot_hold_is_refused_before_the_finished_run_is_set_aside(
