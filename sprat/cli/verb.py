@@ -154,7 +154,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped; start the same command again to go on where it was.", INTERRUPTED
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no type for it
         return "the machine ran out of memory; use a smaller size or batch.", MachineError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sprat"):
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code

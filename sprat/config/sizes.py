@@ -145,6 +145,8 @@ def size(name: str, /, *, dense: bool = False, **changes: Any) -> ModelConfig:
     """
     if name not in _SIZES:
         raise ConfigError(f"no size is called {name!r}", where="size", todo=f"use one of {', '.join(names())}")
+    if not isinstance(dense, bool):
+        raise ConfigError(f"dense is {dense!r}", where=f"size {name}", todo="give true or false")
     for key, value in changes.items():
         if isinstance(value, (int, float)) and not abs(value) < _MOST:
             raise ConfigError(f"{key} is {value}", where=f"size {name}", todo=f"give less than {_MOST}")

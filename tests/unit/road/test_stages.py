@@ -231,6 +231,7 @@ def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path
         ("eval.max_tokens=2048", "eval.max_tokens"),
         ("pretrain.model.changes.hidden_size=99999999999999999999", "hidden_size"),
         ("pretrain.model.changes.name=x", "name"),
+        ("pretrain.model.changes.dense=3", "dense"),
     ],
 )
 def test_a_model_that_its_recipe_cannot_use_is_refused_when_it_is_read(value: str, key: str) -> None:
