@@ -21,7 +21,8 @@ def quickstart(
     out: RoadFolder = Path("runs/quickstart"),
     text: Text = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="The recipe's if left out. Same seed: same digests.")
+        int | None,
+        typer.Option("--seed", min=0, max=2**63 - 1, help="The recipe's if left out. Same seed: same digests."),
     ] = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,

@@ -30,7 +30,7 @@ Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="A TOML fi
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as a.b=c; may be repeated.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same threads: same bytes.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same threads: same bytes.")]
 RoadFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
 ModelFolder = Annotated[
     Path,
@@ -154,7 +154,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped; start the same command again to go on where it was.", INTERRUPTED
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no type for it
         return "the machine ran out of memory; use a smaller size or batch.", MachineError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sprat"):
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code

@@ -16,9 +16,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from sprat.errors import ConfigError
+
+LENIENT = {"lenient": True}  # the context of a validation that takes "5" for 5, as pydantic does
 
 
 class Config(BaseModel):
@@ -27,6 +36,21 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     gone: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Refuse a text or a truth value where a number is asked for, and the reverse; ``parse`` may allow it."""
+        result = read(value)
+        if info.context is LENIENT:
+            return result
+        pairs = zip(value, result, strict=True) if isinstance(result, tuple) else [(value, result)]
+        for given, taken in pairs:
+            flag = isinstance(taken, bool)
+            if isinstance(taken, (int, float)) and (isinstance(given, str) or isinstance(given, bool) != flag):
+                kind = "true or false" if flag else "a number"
+                raise ValueError(f"{kind} is asked for, not {json.dumps(given, default=repr)}")
+        return result
 
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of this config."""
@@ -115,14 +139,17 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def parse(kind: type[C], table: dict[str, Any], *, where: str) -> C:
+def parse(kind: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:
     """Validate ``table`` as ``kind``; the first fault becomes one sentence.
+
+    Args:
+        lenient: whether "5" may be a number, and 1 a truth value, as other people's files have it.
 
     Raises:
         ConfigError: see ``load``.
     """
     try:
-        return kind.model_validate(table)
+        return kind.model_validate(table, context=LENIENT if lenient else None)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

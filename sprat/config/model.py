@@ -208,7 +208,7 @@ class ModelConfig(Config):
             known.setdefault("scoring_func", "softmax")
             known.setdefault("topk_method", "greedy")
             known.setdefault("norm_topk_prob", False)
-        return parse(cls, known, where=where)
+        return parse(cls, known, where=where, lenient=True)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads."""

@@ -14,20 +14,22 @@ from pydantic import Field
 from sprat.config.base import Config
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what TOML and the generators hold
 
 
 class OptimConfig(Config):
     """Muon for hidden matrices, AdamW for the rest (Jordan et al. 2024; Loshchilov and Hutter 2019)."""
 
     name: Literal["muon", "adamw"] = "muon"
-    muon_lr: float = Field(0.012, gt=0)
-    adam_lr: float = Field(0.003, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    muon_lr: float = Field(0.012, gt=0, le=1e9)
+    adam_lr: float = Field(0.003, gt=0, le=1e9)
+    weight_decay: float = Field(0.0, ge=0, le=1e9)
     momentum: float = Field(0.95, ge=0, lt=1)
     betas: tuple[Decay, Decay] = (0.9, 0.98)
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(1.0, gt=0, le=1e9)
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(20, ge=0, lt=2**31)
     decay_fraction: float = Field(0.3, ge=0, le=1)
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
 
@@ -41,16 +43,16 @@ class LoopConfig(Config):
         "seed": "the seed of the whole recipe counts (seed)",
     }
 
-    steps: int = Field(400, ge=1)
-    batch_rows: int = Field(32, ge=1)
-    micro_batches: int = Field(1, ge=1)
+    steps: Count = 400
+    batch_rows: Count = 32
+    micro_batches: Count = 1
     optim: OptimConfig = OptimConfig()
     init_from: str = ""  # RUN or RUN@STEP: start from that run's checkpoint instead of fresh weights at step 0
-    checkpoint_every: int = Field(100, ge=1)
-    log_every: int = Field(10, ge=1)
-    mtp_weight: float = Field(0.1, ge=0)
-    balance_weight: float = Field(1e-4, ge=0)
-    bias_update_speed: float = Field(0.001, ge=0)
+    checkpoint_every: Count = 100
+    log_every: Count = 10
+    mtp_weight: float = Field(0.1, ge=0, le=1e9)
+    balance_weight: float = Field(1e-4, ge=0, le=1e9)
+    bias_update_speed: float = Field(0.001, ge=0, le=1e9)
 
 
 class TrainConfig(LoopConfig):
@@ -58,14 +60,14 @@ class TrainConfig(LoopConfig):
 
     gone: ClassVar[Mapping[str, str]] = {"compile": "it never did anything"}
 
-    seq_len: int = Field(128, ge=8)
-    seed: int = 0
+    seq_len: int = Field(128, ge=8, lt=2**31)
+    seed: Seed = 0
 
 
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning: only the assistant's tokens carry loss."""
 
-    demonstrations: int = Field(4000, ge=1)
+    demonstrations: Count = 4000
     terse_fraction: float = Field(0.9, ge=0, le=1)  # share of demonstrations with an empty think
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
 
@@ -75,28 +77,28 @@ class GRPOConfig(Config):
 
     gone: ClassVar[Mapping[str, str]] = {"seed": "each of rl.seeds is a run of its own (rl.seeds)"}
 
-    steps: int = Field(20, ge=1)
-    prompts_per_step: int = Field(32, ge=1)
-    group_size: int = Field(16, ge=2)
-    max_tokens: int = Field(96, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    lr: float = Field(2e-4, gt=0)
+    steps: Count = 20
+    prompts_per_step: Count = 32
+    group_size: int = Field(16, ge=2, lt=2**31)
+    max_tokens: Count = 96
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    lr: float = Field(2e-4, gt=0, le=1e9)
     optim: Literal["adamw", "muon"] = "adamw"
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.28, gt=0)
-    kl_weight: float = Field(0.0, ge=0)
+    clip_low: float = Field(0.2, gt=0, le=1e9)
+    clip_high: float = Field(0.28, gt=0, le=1e9)
+    kl_weight: float = Field(0.0, ge=0, le=1e9)
     kl_bias_correction: bool = False  # weigh k3 by the ratio, so that its gradient is that of KL(policy || start)
-    max_mismatch: float = Field(1e-3, gt=0)  # nats: mean gap of trainer's and sampler's log-probabilities that stops it
-    importance_cap: float | None = Field(None, gt=0)  # truncated importance weights for that gap (2 is usual)
-    epochs: int = Field(1, ge=1)
-    minibatch: int = Field(256, ge=1)  # sequences per optimiser step
-    format_weight: float = Field(0.1, ge=0)
+    max_mismatch: float = Field(1e-3, gt=0, le=1e9)  # nats: mean gap of trainer and sampler that stops RL
+    importance_cap: float | None = Field(None, gt=0, le=1e9)  # truncated importance weights for that gap (2 is usual)
+    epochs: Count = 1
+    minibatch: Count = 256  # sequences per optimiser step
+    format_weight: float = Field(0.1, ge=0, le=1e9)
     reward: str = ""  # the user's own verifier, "module:function" or "file.py:function", paid instead of the judges
-    reward_timeout: float = Field(10.0, gt=0)  # seconds for one answer
+    reward_timeout: float = Field(10.0, gt=0, le=1e6)  # seconds for one answer
     normalise_std: bool = True
     init_from: str = ""  # RUN or RUN@STEP: go on from that run's checkpoint
-    checkpoint_every: int = Field(5, ge=1)
-    grad_clip: float = Field(1.0, gt=0)
+    checkpoint_every: Count = 5
+    grad_clip: float = Field(1.0, gt=0, le=1e9)
     gate: bool = True  # check that the policy is ready for RL before it starts
     gate_pass_at_8: float = Field(0.5, ge=0, le=1)
 
@@ -106,7 +108,7 @@ class RLConfig(GRPOConfig):
 
     gone: ClassVar[Mapping[str, str]] = {}
 
-    seed: int = 0
+    seed: Seed = 0
 
 
 class DistillConfig(LoopConfig):
@@ -114,8 +116,8 @@ class DistillConfig(LoopConfig):
 
     mode: Literal["traces", "logits", "both"] = "both"
     logits_weight: float = Field(0.5, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
-    problems: int = Field(8000, ge=1)
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    problems: Count = 8000
 
 
 Rounding = Literal["nearest", "gptq"]
@@ -140,7 +142,7 @@ class TaskConfig(Config):
     name: str  # e.g. "sums" (own) or "reasoning-gym/chain_sum"
     title: str = ""  # unique label in reports; the name when empty
     settings: dict[str, int | float | str | bool | list[str] | list[float]] = {}
-    test_problems: int | None = Field(None, ge=1)  # held-out problems, where they differ from the mix's number
+    test_problems: Count | None = None  # held-out problems, where they differ from the mix's number
 
 
 class MixTaskConfig(TaskConfig):
@@ -148,12 +150,12 @@ class MixTaskConfig(TaskConfig):
 
     gone: ClassVar[Mapping[str, str]] = {}
 
-    weight: float = Field(1.0, ge=0)
-    distinct: int | None = Field(None, ge=1)  # worked examples drawn before they repeat; for slow generators
+    weight: float = Field(1.0, ge=0, le=1e9)
+    distinct: Count | None = None  # worked examples drawn before they repeat; for slow generators
 
 
 class MoneyConfig(Config):
     """What a core-hour costs and draws. Both are statements of the user's, not measurements."""
 
-    yuan_per_core_hour: float = Field(0.1, ge=0)
-    watts_per_core: float = Field(10.0, ge=0)
+    yuan_per_core_hour: float = Field(0.1, ge=0, le=1e9)
+    watts_per_core: float = Field(10.0, ge=0, le=1e9)

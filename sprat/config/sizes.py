@@ -39,6 +39,7 @@ def _tiny(hidden: int, layers: int, heads: int, experts: int, chosen: int, width
     }
 
 
+_MOST = 2**31  # of any number of a model that a recipe makes
 _YARN = {
     "rope_type": "yarn",
     "factor": 40,
@@ -133,7 +134,7 @@ def names() -> list[str]:
     return list(_SIZES)
 
 
-def size(name: str, *, dense: bool = False, **changes: Any) -> ModelConfig:
+def size(name: str, /, *, dense: bool = False, **changes: Any) -> ModelConfig:
     """The config of size ``name`` with ``changes``; ``dense=True`` makes its dense twin.
 
     The twin keeps attention, depth and vocabulary; its feed-forward has the width that one token of the
@@ -144,6 +145,11 @@ def size(name: str, *, dense: bool = False, **changes: Any) -> ModelConfig:
     """
     if name not in _SIZES:
         raise ConfigError(f"no size is called {name!r}", where="size", todo=f"use one of {', '.join(names())}")
+    if not isinstance(dense, bool):
+        raise ConfigError(f"dense is {dense!r}", where=f"size {name}", todo="give true or false")
+    for key, value in changes.items():
+        if isinstance(value, (int, float)) and not abs(value) < _MOST:
+            raise ConfigError(f"{key} is {value}", where=f"size {name}", todo=f"give less than {_MOST}")
     table = {**_SIZES[name], **changes}
     if dense:
         active = (table["num_experts_per_tok"] + table["n_shared_experts"]) * table["moe_intermediate_size"]

@@ -228,7 +228,7 @@ def _optimise(
         rollouts = _corrected(model, rollouts, config, mismatch)
         metrics = mismatch.check(config.max_mismatch, step)
     for epoch in range(config.epochs):
-        generator = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
+        generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
         shuffled = torch.randperm(len(rollouts), generator=generator)
         for number, part in enumerate(shuffled.tensor_split(math.ceil(len(rollouts) / config.minibatch))):
             rows = part.tolist()

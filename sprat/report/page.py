@@ -39,7 +39,8 @@ def write(road_folder: str | Path) -> Path:
         The path of the page, which needs no other file and no network.
 
     Raises:
-        TrustError: there is no finished run, one cannot be read, or the ledger's end is damaged.
+        CheckpointError: there is no finished run.
+        TrustError: one cannot be read, or the ledger's end is damaged.
         MachineError: the disk is full or closed to us.
     """
     folder = Path(road_folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sprat.errors import TrustError
+from sprat.errors import CheckpointError, TrustError
 from sprat.trust import record
 
 FAMILIES = {
@@ -132,11 +132,13 @@ def read(folder: Path) -> Road:
     """The finished runs under ``folder``.
 
     Raises:
-        TrustError: there is none, or a ``run.json`` cannot be read.
+        CheckpointError: there is none.
+        TrustError: a ``run.json`` cannot be read.
     """
     found = record.find(folder) if folder.is_dir() else []
     if not found:
-        raise TrustError("no finished run to report on", where=str(folder), todo="give the folder of a road")
+        todo = f"run `sprat quickstart --out {folder}` first, or give the folder of a road"
+        raise CheckpointError("no finished run to report on", where=str(folder), todo=todo)
     stages = [_stage(path, folder) for path in found]
     return Road(sorted(stages, key=_place))
 

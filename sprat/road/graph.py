@@ -65,7 +65,10 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
     words: Any = context.SimpleQueue()
     running: dict[Future[object], tuple[Stage, float]] = {}
     pool = ProcessPoolExecutor(
-        max_workers=jobs, mp_context=context, initializer=_become_worker, initargs=(os.getpid(), words)
+        max_workers=max(1, min(jobs, len(stages))),
+        mp_context=context,
+        initializer=_become_worker,
+        initargs=(os.getpid(), words),
     )
 
     def listen() -> None:

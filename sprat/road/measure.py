@@ -11,14 +11,43 @@ from collections.abc import Sequence
 from typing import Any
 
 from sprat.engine import Engine, Sampling
+from sprat.errors import ConfigError
 from sprat.model import Transformer
 from sprat.post.evaluate import Score, ask, evaluate_many, significant
 from sprat.road.places import Road
 from sprat.tasks import is_right
 from sprat.tokens import Tokenizer
+from sprat.tokens.chat import render
 
 WAYS: dict[str, bool | None] = {"greedy": None, "thinking": True, "direct": False}
 SPEED_BATCH = 16  # requests at once when tokens a second are measured
+
+
+def check(
+    road: Road, model: Transformer, tokenizer: Tokenizer, *, rows: int = 0, answer: int = 0, unseen: bool = False
+) -> None:
+    """Refuse, before any work, what the context of ``model`` cannot hold.
+
+    Args:
+        rows: tokens of a row of its training.
+        answer: tokens of an answer of its training.
+        unseen: whether it will be asked the tasks that are never trained, too.
+
+    Raises:
+        ConfigError: rows, or the longest held-out question with the longest answer, are longer than the context.
+        DataError: the data stage kept no problems of a task.
+    """
+    recipe, context = road.recipe, model.config.context
+    if rows > context:
+        what, todo = f"rows of {rows} tokens exceed the model's context of {context}", "train on shorter rows"
+        raise ConfigError(what, where="seq_len", todo=todo)
+    asks = (*recipe.data.tasks, *(recipe.data.unseen if unseen else ()))
+    problems = [road.artefacts.task(config).kept for config in asks]
+    asked = max(len(render(tokenizer, ask(problem), thinking=False)) for kept in problems for problem in kept)
+    limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.rl.max_tokens"))
+    if asked + limit > context:
+        what = f"a question of {asked} tokens and an answer of {limit} exceed the model's context of {context}"
+        raise ConfigError(what, where=key, todo="lower it, or make a model of a longer context")
 
 
 def scores(

@@ -23,6 +23,7 @@ from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
 Prepared = TypeVar("Prepared")
+VERBS = {"data": "data", "pretrain": "train", "sft": "sft", "rl": "rl", "distill": "distill"}  # what makes which run
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Road:
             init_from: RUN or RUN@STEP of the recipe; the checkpoint becomes an input.
             fits: refuses the checkpoint to start from, if what was prepared cannot go on from it.
         """
+        self.need(*(path for path in inputs.values() if isinstance(path, Path)))
         prepared: list[Prepared] = []
         start = self._start(name, recipe, init_from)
 
@@ -72,6 +74,19 @@ class Road:
         if run.set_aside is not None:
             tell(name, f"has another recipe or input than the run that was there; that one is now {run.set_aside}")
         return None if run.done else (run, prepared[0])
+
+    def need(self, *paths: Path) -> None:
+        """Refuse those of ``paths`` that are runs of this road and not finished, the first of the road first.
+
+        Raises:
+            DataError, CheckpointError: one of them; says which verb makes it.
+        """
+        runs = {path: path.name.partition("-seed")[0] for path in paths if path.parent == self.folder}
+        for station, verb in VERBS.items():
+            for run in [run for run in runs if runs[run] == station and not (run / "run.json").is_file()]:
+                what = f"{station} is not finished" if (run / "open.json").is_file() else f"{station} was not run yet"
+                todo = f"run `sprat {verb} --out {self.folder}` first"
+                raise (DataError if station == "data" else CheckpointError)(what, where=str(run), todo=todo)
 
     def enter(self, name: str) -> None:
         """Let the ledger answer for the file or folder ``name`` of the road, which belongs to no run."""
@@ -145,9 +160,17 @@ class DataArtefact:
 
 
 def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
-    """The model that ``recipe`` names, with the vocabulary and special ids of ``tokenizer``."""
+    """The model that ``recipe`` names, with the vocabulary and special ids of ``tokenizer``.
+
+    Raises:
+        ConfigError: it cannot be, or has fewer ids than the tokenizer.
+    """
     special = {"bos_token_id": tokenizer.ids.bos, "eos_token_id": tokenizer.ids.eos, "pad_token_id": tokenizer.ids.pad}
-    return size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
+    config = size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
+    if config.vocab_size < tokenizer.vocab_size:
+        what = f"{config.vocab_size} ids are fewer than the tokenizer's {tokenizer.vocab_size}"
+        raise ConfigError(what, where="changes.vocab_size", todo="leave it out")
+    return config
 
 
 def load_task(config: TaskConfig) -> Task:

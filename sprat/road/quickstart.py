@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from sprat.config.sizes import size
 from sprat.errors import MachineError
 from sprat.post.rewards import load_reward
 from sprat.report import write
@@ -76,16 +75,13 @@ def quickstart(out: Path, recipe: RoadRecipe, *, text: Path | None = None, told:
 
 
 def check_recipe(recipe: RoadRecipe) -> None:
-    """Find what a stage would stumble over hours later: a task, a model or a reward that cannot be made.
+    """Find what a stage would stumble over hours later: a task or a reward that cannot be made.
 
     Raises:
         ConfigError, DataError: one of them.
     """
     for config in (*recipe.data.tasks, *recipe.data.unseen):
         load_task(config)
-    for model in (recipe.pretrain.model, recipe.dense, recipe.distill.student):
-        if model is not None:
-            size(model.size, **{"vocab_size": recipe.data.vocab_size, **model.changes})
     if recipe.rl.rl.reward:
         load_reward(recipe.rl.rl.reward)
 

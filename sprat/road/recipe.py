@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,6 +20,9 @@ from sprat.config import (
     TaskConfig,
     load,
 )
+from sprat.config.recipe import Count, Seed
+from sprat.config.sizes import size
+from sprat.errors import ConfigError
 
 
 def title(config: TaskConfig) -> str:
@@ -38,13 +40,13 @@ class ModelRecipe(Config):
 class DataRecipe(Config):
     """Text, tasks and tokenizer."""
 
-    vocab_size: int = Field(2048, ge=300)
-    numbers: int = Field(200, ge=0)  # 0..numbers-1 are one token each
-    seq_len: int = Field(128, ge=8)
-    text_bytes: int = Field(4_000_000, ge=10_000)
+    vocab_size: int = Field(2048, ge=300, lt=2**31)
+    numbers: int = Field(200, ge=0, lt=2**31)  # 0..numbers-1 are one token each
+    seq_len: int = Field(128, ge=8, lt=2**31)
+    text_bytes: int = Field(4_000_000, ge=10_000, lt=2**63)
     offline: bool = False
-    demonstrations: int = Field(60_000, ge=10)  # worked examples over all tasks
-    test_problems: int = Field(1000, ge=10)  # held-out problems for each task
+    demonstrations: int = Field(60_000, ge=10, lt=2**31)  # worked examples over all tasks
+    test_problems: int = Field(1000, ge=10, lt=2**31)  # held-out problems for each task
     tasks: tuple[MixTaskConfig, ...] = Field((MixTaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
 
@@ -75,10 +77,10 @@ class PretrainRecipe(Config):
 class EvalRecipe(Config):
     """How answers are drawn when they are judged."""
 
-    max_tokens: int = Field(120, ge=1)
-    batch: int = Field(512, ge=1)
-    side_problems: int = Field(300, ge=1)  # of each task, where thinking is forced or forbidden
-    samples: int = Field(4, ge=0)  # kept for the report, for each task
+    max_tokens: Count = 120
+    batch: Count = 512
+    side_problems: Count = 300  # of each task, where thinking is forced or forbidden
+    samples: int = Field(4, ge=0, lt=2**31)  # kept for the report, for each task
 
 
 class SFTRecipe(Config):
@@ -96,7 +98,7 @@ class RLRecipe(Config):
     """GRPO on the trained tasks, the same cold start, several seeds."""
 
     rl: GRPOConfig = GRPOConfig()
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
 
     @model_validator(mode="after")
     def _start_one_run_from_one(self) -> Self:
@@ -139,8 +141,8 @@ class RoadRecipe(Config):
 
     gone: ClassVar[Mapping[str, str]] = {"name": "a recipe goes by the name of its file"}
 
-    seed: int = 0
-    jobs: int = Field(2, ge=1)  # stages that may run side by side, one thread each
+    seed: Seed = 0
+    jobs: Count = 2  # stages that may run side by side, one thread each
     data: DataRecipe = DataRecipe()
     pretrain: PretrainRecipe = PretrainRecipe()
     dense: ModelRecipe | None = None  # iso-FLOP dense twin of the teacher; None leaves it out
@@ -151,16 +153,40 @@ class RoadRecipe(Config):
     eval: EvalRecipe = EvalRecipe()
     money: MoneyConfig = MoneyConfig()
 
+    @model_validator(mode="after")
+    def _fits_into_its_models(self) -> Self:
+        """Refuse a model that cannot read the tokenizer's ids, or whose context is shorter than rows or answers.
+
+        Raises:
+            ConfigError: one of them, or a model that cannot be.
+        """
+        lengths = {"data.seq_len": self.data.seq_len, "eval.max_tokens": self.eval.max_tokens + 1}  # and a question
+        more = {"sft.sft.seq_len": self.sft.sft.seq_len, "rl.rl.max_tokens": self.rl.rl.max_tokens + 1}
+        models = {"pretrain.model": self.pretrain.model, "dense": self.dense, "distill.student": self.distill.student}
+        for key, model in models.items():
+            if model is None:
+                continue
+            config = size(model.size, **{"vocab_size": self.data.vocab_size, **model.changes})
+            if config.vocab_size < self.data.vocab_size:
+                what = f"{config.vocab_size} ids are fewer than data.vocab_size ({self.data.vocab_size})"
+                raise ConfigError(what, where=f"{key}.changes.vocab_size", todo="leave it out")
+            for name, tokens in (lengths | (more if key == "pretrain.model" else {})).items():
+                if tokens > config.context:
+                    what = f"{name} needs a context of {tokens} tokens, the model's is {config.context}"
+                    todo = f"raise it, or lower {name}"
+                    raise ConfigError(what, where=f"{key}.changes.max_position_embeddings", todo=todo)
+        return self
+
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 
 
 def named(name: str, overrides: tuple[str, ...] = ()) -> RoadRecipe:
-    """The recipe in the file ``name``, or the packaged one of that name, with ``a.b=c`` overrides.
+    """The recipe in the file ``name``, or the packaged one where no such file is, with ``a.b=c`` overrides.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value that does not fit.
     """
     packaged = {path.stem: path for path in FOLDER.glob("*.toml")}
-    path = packaged[name] if name in packaged and not os.path.exists(name) else Path(name)
+    path = packaged[name] if name in packaged and not Path(name).is_file() else Path(name)
     return load(RoadRecipe, path, overrides)

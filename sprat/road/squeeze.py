@@ -21,6 +21,7 @@ from sprat.data import corpus, ingest
 from sprat.data.document import Document
 from sprat.engine import load, save
 from sprat.errors import CheckpointError, DataError
+from sprat.model import Transformer
 from sprat.quant import packed_tensors, quantize, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
@@ -36,15 +37,16 @@ CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
 def squeeze(road: Road) -> None:
     """Quantise the distilled student and measure size, speed and loss of accuracy."""
-    recipe = road.recipe.quant
-    opened = road.open(
-        "quantize",
-        "quantize",
-        recipe,
-        {"model": road.path("distill"), **measured(road)},
-        0,
-        lambda goes_on: load(road.path("distill")),
-    )
+    recipe, teacher = road.recipe.quant, road.path(f"rl-seed{road.recipe.rl.seeds[0]}")
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer]:
+        road.need(teacher)
+        student, tokenizer = load(road.path("distill"))
+        measure.check(road, student, tokenizer)
+        return student, tokenizer
+
+    inputs = {"model": road.path("distill"), **measured(road)}
+    opened = road.open("quantize", "quantize", recipe, inputs, 0, prepare)
     if opened is None:
         return
     run, (student, tokenizer) = opened
@@ -53,9 +55,8 @@ def squeeze(road: Road) -> None:
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
-    teacher = f"rl-seed{road.recipe.rl.seeds[0]}"
     models = {}
-    for name, folder in (("teacher", road.path(teacher)), ("student", road.path("distill")), ("int4", run.folder)):
+    for name, folder in (("teacher", teacher), ("student", road.path("distill")), ("int4", run.folder)):
         model, _ = load(folder)
         models[name] = {
             "size_bytes": sum(path.stat().st_size for path in (folder / "artefact").glob("*.safetensors")),

@@ -58,6 +58,7 @@ def cold_start(road: Road) -> None:
         shown = sft.cold_start(
             *_mix(road), count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
         )
+        measure.check(road, model, tokenizer, rows=recipe.seq_len)
         sft.batches(tokenizer, shown, recipe)
         return model, tokenizer, shown
 
@@ -74,6 +75,7 @@ def cold_start(road: Road) -> None:
 def reinforce(road: Road, seed: int) -> None:
     """GRPO with rule rewards from the cold start, with its own ``seed``."""
     recipe = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed)
+    first = seed == road.recipe.rl.seeds[0]
     inputs = {"model": road.path("sft"), **measured(road)}
     if recipe.reward:
         inputs |= reward_sources.sources(recipe.reward)
@@ -81,6 +83,7 @@ def reinforce(road: Road, seed: int) -> None:
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None]:
         reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
         model, tokenizer = load(road.path("sft"))
+        measure.check(road, model, tokenizer, answer=recipe.max_tokens, unseen=first)
         mix = _mix(road)
         if recipe.gate and not goes_on and not recipe.init_from:
             engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
@@ -95,7 +98,6 @@ def reinforce(road: Road, seed: int) -> None:
         return
     run, (model, tokenizer, mix, reward) = opened
     result = grpo.grpo(model, tokenizer, *mix, recipe, run, reward=reward, gate=False)
-    first = seed == road.recipe.rl.seeds[0]
     ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
     _close(road, run, model, tokenizer, result, label, ways, before="sft", unseen=first)
 
@@ -109,6 +111,7 @@ def labels(road: Road) -> None:
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, float]:
         model, tokenizer = load(road.path("sft"))
         spent = finished(road, rl)["flops"]
+        measure.check(road, model, tokenizer, rows=recipe.seq_len)
         control.affordable_steps(model, recipe, spent)
         return model, tokenizer, _mix(road), spent
 
@@ -128,6 +131,8 @@ def student(road: Road) -> None:
     def prepare(goes_on: bool) -> tuple[Transformer, Transformer, Tokenizer, Mix]:
         teacher, tokenizer = load(road.path(teacher_run))
         model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
+        measure.check(road, model, tokenizer, rows=road.artefacts.packed("text").seq_len, unseen=True)
+        measure.check(road, teacher, tokenizer)
         return model, teacher, tokenizer, _mix(road)
 
     inputs = {"teacher": road.path(teacher_run), **measured(road)}
@@ -171,7 +176,9 @@ def _open_pretraining(
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, MixedSource]:
         tokenizer = road.artefacts.tokenizer()
         model = Transformer.create(model_config(recipe.model, tokenizer), weights_seed)
-        return model, tokenizer, _source(road, recipe)
+        source = _source(road, recipe)
+        measure.check(road, model, tokenizer, rows=source.parts[0].seq_len)
+        return model, tokenizer, source
 
     start, fits = recipe.train.init_from, _fits(recipe.train)
     return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, start, fits)
@@ -204,8 +211,9 @@ def _student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
 ) -> tuple[MixedSource, dict[str, int]]:
     """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
-    answers, counts = sft.pack_demonstrations(tokenizer, taught, road.recipe.data.seq_len)
-    parts = [(road.artefacts.packed("text"), recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
+    text = road.artefacts.packed("text")
+    answers, counts = sft.pack_demonstrations(tokenizer, taught, text.seq_len)
+    parts = [(text, recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
     if recipe.task_share:
         parts.append((road.artefacts.packed("tasks"), recipe.task_share))
     return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts

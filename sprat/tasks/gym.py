@@ -65,7 +65,11 @@ class GymTask:
         return CHAINS[self.family](problem.meta["entry"]["metadata"])
 
     def _generate(self, key: int) -> Problem:
-        entry = self._dataset[key]
+        try:
+            entry = self._dataset[key]
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            what = f"reasoning-gym makes no problem of {self.family} by these settings: {error}"
+            raise DataError(what, where=self.name, todo="see reasoning-gym's list of families and settings") from None
         meta: dict[str, Any] = {"entry": entry}
         if "num_terms" in entry["metadata"]:
             meta["num_terms"] = entry["metadata"]["num_terms"]

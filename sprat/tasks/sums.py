@@ -26,6 +26,9 @@ class Sums:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("min_terms", "max_terms", "max_value", "seed"):
+            if type(getattr(self, key)) is not int:
+                raise DataError(f"sums: {key} is no whole number", where=self.name, todo="give one")
         if not 1 <= self.min_terms <= self.max_terms or self.max_value < 1:
             raise DataError("sums: the settings leave no sum", where=self.name, todo="set 1 <= min_terms <= max_terms")
 

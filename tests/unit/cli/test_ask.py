@@ -158,3 +158,13 @@ def test_a_wrong_key_names_the_nearest_and_writes_nothing(name: str, tmp_path: P
 def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path / "road"), "--recipe", "nowhere.toml"])
     assert done.exit_code == 2 and "nowhere.toml" in done.stderr and not (tmp_path / "road").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_a_seed_that_no_generator_takes_is_refused_by_every_verb(seed: str, model_folder: Path, tmp_path: Path) -> None:
+    road = ["quickstart", "--recipe", "tiny", "--out", str(tmp_path / "road"), "--no-serve"]
+    for words in (["run", str(model_folder), "1 + 1"], ["chat", str(model_folder)], road):
+        done = CliRunner().invoke(app, [*words, "--seed", seed])
+        assert done.exit_code == 2 and "--seed" in done.stderr, words
+    done = CliRunner().invoke(app, [*road, "--set", f"seed={seed}"])
+    assert done.exit_code == 2 and "seed" in done.stderr and not (tmp_path / "road").exists()

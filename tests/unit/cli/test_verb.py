@@ -57,6 +57,7 @@ def test_a_fault_is_one_sentence_with_its_own_exit_code(kind: type[SpratError]) 
         (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]), 9),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141),
         (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), 9),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1344324763648 bytes"), 9),
         (ZeroDivisionError("division by zero"), 70),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sprat.config import TrainConfig
-from sprat.errors import TrustError
+from sprat.errors import CheckpointError
 from sprat.report import write
 from sprat.report.runs import p_value, read
 from sprat.report.tables import cost, gains, table
@@ -214,5 +214,5 @@ def test_a_road_that_has_just_begun_has_a_report_without_the_missing_parts(road:
 
 def test_a_folder_without_runs_is_one_sentence(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(TrustError, match="no finished run"):
+        with pytest.raises(CheckpointError, match="run `sprat quickstart --out .*` first"):
             write(folder)

@@ -116,7 +116,7 @@ RL: dict[str, Change] = {
 SFT: dict[str, Change] = {
     **LOOP,
     "seq_len": ("64", ()),
-    "seed": ("1", ()),
+    "seed": (str(2**63 - 1), ()),
     "demonstrations": ("30", ()),
     "terse_fraction": ("0.9", ()),
 }
@@ -133,12 +133,12 @@ STAGES: dict[str, dict[str, Change]] = {
         "pretrain.model.size": ("nano", ()),
         "pretrain.model.changes": ("{hidden_size=24}", ()),
         "pretrain.text_share": ("0.6", ()),
-        "seed": ("1", ()),
+        "seed": (str(2**63 - 1), ()),
         "money.yuan_per_core_hour": ("7", ()),
         "money.watts_per_core": ("7", ()),
     },
     "sft": {f"sft.sft.{leaf}": change for leaf, change in SFT.items()},
-    "rl-seed0": {f"rl.rl.{leaf}": change for leaf, change in RL.items()} | {"rl.seeds": ("[1]", ())},
+    "rl-seed0": {f"rl.rl.{leaf}": change for leaf, change in RL.items()} | {"rl.seeds": (f"[{2**63 - 1}]", ())},
     "distill": {
         **{f"distill.distill.{leaf}": change for leaf, change in DISTILL.items()},
         "distill.student.size": ("nano", ()),
@@ -407,3 +407,37 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=fault):
         _walk(road, stage, base, patch)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "fault"),
+    [
+        ("pretrain", "pretrain.model.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
+        ("pretrain-dense", "dense.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
+        ("distill", "distill.student.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
+        (
+            "pretrain",
+            "pretrain.model.changes.max_position_embeddings=40 data.seq_len=32 sft.sft.seq_len=32",
+            "rows of 48 tokens",
+        ),
+        ("sft", "eval.max_tokens=2040", "context of 2048"),
+        ("rl-seed0", "rl.rl.max_tokens=2040", "context of 2048"),
+        ("quantize", "eval.max_tokens=2040", "context of 2048"),
+        ("pretrain", "pretrain.model.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
+        ("distill", "distill.student.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
+        ("sft", 'sft.sft.steps=5 data.tasks=[{name="sums",title="new"}]', "no held-out problems"),
+    ],
+)
+def test_what_the_model_cannot_hold_is_refused_before_the_finished_run_is_set_aside(
+    base: Path, tmp_path: Path, stage: str, changed: str, fault: str
+) -> None:
+    folder = tmp_path / "road"
+    shutil.copytree(base / "road", folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SpratError, match=fault):
+        _walk(_road(base, folder, changed.split()), stage, base, patch)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_student_learns_from_rows_of_the_data_whatever_the_recipe_says_since(base: Path, seen: Seen) -> None:
+    assert _left(base, seen, "distill", (), "data.seq_len=64").fault == ""

@@ -69,3 +69,15 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_written(tmp_path
 def test_a_student_without_its_teacher_is_refused() -> None:
     with pytest.raises(ConfigError, match="teacher"):
         named("quickstart", ("distill.text_share=0.9",))
+
+
+def test_a_folder_does_not_hide_the_packaged_recipe_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``sprat quickstart --recipe tiny --out tiny`` makes such a folder itself; a file goes before."""
+    expected = named("tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert named("tiny") == expected
+    (tmp_path / "quickstart").write_text(expected.to_toml())
+    assert named("quickstart") == expected

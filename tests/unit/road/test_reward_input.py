@@ -30,6 +30,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         del sys.modules[name]
     heard: list[Any] = []
     monkeypatch.setattr(training, "load", lambda path: (None, None))
+    monkeypatch.setattr(training.measure, "check", lambda *_, **__: None)
     monkeypatch.setattr(training.grpo, "grpo", lambda *_, reward, **__: heard.append(reward))
     monkeypatch.setattr(training, "_close", lambda road, run, *_, **__: run.finish())
     for name in ("data", "sft"):

@@ -13,7 +13,7 @@ from sprat.config import MoneyConfig, OptimConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError, DataError, SpratError
 from sprat.model import Transformer
-from sprat.road import data, training
+from sprat.road import data, squeeze, training
 from sprat.road.places import Road
 from sprat.road.quickstart import quickstart
 from sprat.road.recipe import named
@@ -171,3 +171,70 @@ def test_one_checkpoint_cannot_start_three_seeds() -> None:
     with pytest.raises(ConfigError, match="give one seed"):
         named("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[0, 1]"))
     assert named("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[1]")).rl.rl.init_from
+
+
+WORK: dict[str, Callable[[Road], None]] = {
+    "data": data.data,
+    "pretrain": training.pretrain,
+    "sft": training.cold_start,
+    "rl-seed0": lambda road: training.reinforce(road, 0),
+    "distill": training.student,
+    "quantize": squeeze.squeeze,
+    "sft-labels": training.labels,
+    "student-scratch": training.scratch,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "verb"),
+    [
+        ("pretrain", (), "data"),
+        ("sft", (), "data"),
+        ("sft", ("data",), "train"),
+        ("rl-seed0", ("data", "pretrain"), "sft"),
+        ("distill", ("data", "pretrain", "sft"), "rl"),
+        ("quantize", ("data", "rl-seed0"), "distill"),
+        ("quantize", ("data", "distill"), "rl"),
+        ("sft-labels", ("data", "sft"), "rl"),
+        ("student-scratch", (), "data"),
+    ],
+)
+def test_a_stage_before_its_turn_names_the_verb_that_is_missing(
+    finished: Path, stage: str, there: tuple[str, ...], verb: str
+) -> None:
+    for name in set(NAMES) - set(there):
+        shutil.rmtree(finished / name)
+    before = _content(finished)
+    with pytest.raises(DataError if verb == "data" else CheckpointError, match=f"run `sprat {verb} --out {finished}` "):
+        WORK[stage](Road(finished, named("tiny")))
+    assert _content(finished) == before
+
+
+def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path) -> None:
+    (finished / "pretrain" / "run.json").rename(finished / "pretrain" / "open.json")
+    with pytest.raises(CheckpointError, match="pretrain is not finished .*; run `sprat train --out "):
+        training.cold_start(Road(finished, named("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ("pretrain.model.changes.max_position_embeddings=10", "pretrain.model.changes.max_position_embeddings"),
+        ("pretrain.model.changes.vocab_size=100", "pretrain.model.changes.vocab_size"),
+        ("distill.student.changes.max_position_embeddings=95", "distill.student.changes.max_position_embeddings"),
+        ("distill.student.changes.vocab_size=511", "distill.student.changes.vocab_size"),
+        ("dense.changes.max_position_embeddings=10", "dense.changes.max_position_embeddings"),
+        ("dense.changes.vocab_size=10", "dense.changes.vocab_size"),
+        ("data.seq_len=4096", "data.seq_len"),
+        ("sft.sft.seq_len=4096", "sft.sft.seq_len"),
+        ("rl.rl.max_tokens=2048", "rl.rl.max_tokens"),
+        ("eval.max_tokens=2048", "eval.max_tokens"),
+        ("pretrain.model.changes.hidden_size=99999999999999999999", "hidden_size"),
+        ("pretrain.model.changes.name=x", "name"),
+        ("pretrain.model.changes.dense=3", "dense"),
+    ],
+)
+def test_a_model_that_its_recipe_cannot_use_is_refused_when_it_is_read(value: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        named("tiny", (value,))
+    assert key in str(caught.value)
