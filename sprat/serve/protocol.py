@@ -167,6 +167,12 @@ class ChatRequest(_Strict):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def names(self) -> dict[str, str]:
+        """The names by which the caller knows what the engine may refuse."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"max_tokens": limit, "thinking": "thinking" if self.reasoning_effort is None else "reasoning_effort"}
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

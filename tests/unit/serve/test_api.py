@@ -297,6 +297,9 @@ def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
     with client_of(Engine(*thoughtless()), name="tiny") as client:
         answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})
         quiet = client.post(CHAT, json={**ASK, "thinking": {"type": "disabled"}, "max_tokens": 2})
+        other = client.post(CHAT, json={**ASK, "reasoning_effort": "low"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
+    assert other.status_code == 400 and other.json()["error"]["param"] == "reasoning_effort"
+    assert "(reasoning_effort)" in other.json()["error"]["message"]
     assert "does not think" in answer.json()["error"]["message"]
     assert quiet.status_code == 200
