@@ -136,7 +136,8 @@ def _messages(ask: ChatRequest) -> list[Message]:
     """The conversation as the chat format's own messages."""
     from sprat.tokens.chat import Message
 
-    return [Message(role=message.role, content=message.text) for message in ask.messages]
+    turns = (("system" if message.role == "developer" else message.role, message.text) for message in ask.messages)
+    return [Message(role=role, content=text) for role, text in turns]
 
 
 def _extension(answering: Answering, seed: int) -> dict[str, Any]:
