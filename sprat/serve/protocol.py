@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 MAX_MESSAGES = 256
 MAX_STOPS = 16
+_PLAIN = (
+    "this server answers in plain text; leave it out, or ask from Python, where "
+    "sprat.Sampling(response=sprat.engine.Response.json(schema)) keeps an answer to a form"
+)
 
 
 class RequestError(Exception):
@@ -245,6 +249,8 @@ def _refusal(kind: str, place: tuple[int | str, ...], message: str) -> RequestEr
         return RequestError(400, "the body must be a JSON object", code="invalid_json")
     # Union branches add their type's name to the path ("content.str"): the caller only knows real fields.
     param = ".".join(str(part)[:64] for part in place if part != "str" and "[" not in str(part))
+    if "response_format" in place[:1]:
+        return RequestError(400, f"{param}: {_PLAIN}", param=param, code="not_offered")
     if {*place[:1]} & Unoffered.model_fields.keys() or {*place[2:3]} & UnofferedTurn.model_fields.keys():
         return RequestError(
             400, f"{param}: this server does not offer it; leave it out", param=param, code="not_offered"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -171,6 +172,26 @@ def test_what_is_not_offered_is_refused_as_that(changes: dict[str, Any], param: 
         parse(body(**changes))
     error = caught.value.body()["error"]
     assert (error["code"], error["param"]) == ("not_offered", param)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+        "json",
+    ],
+)
+def test_who_asks_for_a_form_is_told_where_there_is_one(form: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(body(response_format=form))
+    assert caught.value.status == 400 and str(caught.value.param).startswith("response_format")
+    import sprat.engine
+
+    example = re.search(r"sprat\.Sampling\(.*\)\)", str(caught.value))
+    assert example is not None
+    made = eval(example[0], {"sprat": sprat, "schema": {"type": "object"}})
+    assert made.response == sprat.engine.Response.json({"type": "object"})
 
 
 def test_contradicting_switches_are_refused() -> None:
