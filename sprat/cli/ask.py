@@ -22,14 +22,17 @@ Think = Annotated[
     bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
 ]
 TOKENS = 256  # of one answer, where nobody says
+_LARGEST = 2**31 - 1  # number of tokens that the engine takes
 _TOKENS = "Tokens of one answer, thinking included"
 _MOST = f"{_TOKENS}: the default, and the most that a request may ask for."
-MostTokens = Annotated[int, typer.Option("--max-tokens", min=1, help=_MOST)]
+MostTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=_LARGEST, help=_MOST)]
 _LEFT_OUT = f"{_TOKENS}; left out: {TOKENS}, or what the context still holds."
-FewTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help=_LEFT_OUT)]
+FewTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=_LARGEST, help=_LEFT_OUT)]
 Temperature = Annotated[
     float | None,
-    typer.Option("--temperature", min=0.0, help="0 is greedy; left out: what the model's folder says, else greedy."),
+    typer.Option(
+        "--temperature", min=0.0, max=100.0, help="0 is greedy; left out: what the model's folder says, else greedy."
+    ),
 ]
 Turns = Annotated[
     int | None,

@@ -87,8 +87,6 @@ class Grammars:
                 texts = enumerate(self._tokens())
                 self._over = [(index, text) for index, text in texts if self._tag[-1:] in text[:-1]]
             matcher = found.deep_copy()
-        if self._tag and thinking is None:
-            thinking = False  # tags that are text are no part of the asked form
         thought, opening = Thought(self._tokenizer, thinking), self._tokenizer.ids.think_open
         return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
 

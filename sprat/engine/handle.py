@@ -44,7 +44,12 @@ class Handle:
         sequence.watched = sequence.followed or bool(sampling.stop_token_ids)
         self._reader: Reader | None = None
         if sequence.followed:
-            self._reader = Reader(tokenizer, thinking=sampling.thinking, stops=sampling.stop)
+            self._reader = Reader(
+                tokenizer,
+                thinking=sampling.thinking,
+                stops=sampling.stop,
+                structured=sampling.response is not None,
+            )
         self._output: Output | None = None
         self._error: Exception | None = None
 
@@ -103,7 +108,9 @@ class Handle:
             self._put(reader.close())
             answer = reader.answer()
         else:
-            answer = split(self._tokenizer, sequence.token_ids, thinking=sequence.sampling.thinking)
+            how = sequence.sampling
+            shaped = how.response is not None
+            answer = split(self._tokenizer, sequence.token_ids, thinking=how.thinking, structured=shaped)
         self._output = Output(
             text=answer.content,
             reasoning=answer.reasoning,

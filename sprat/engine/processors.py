@@ -76,7 +76,8 @@ def build(
             fault = f"a processor cannot be made: {type(error).__name__}: {error}"
             raise EngineError(fault, where="processors", todo="mend it") from error
     if sampling.response is not None:
-        made.append(grammars.grammar(sampling.response, settled(tokenizer, sampling.thinking), tenant))
+        thinking = settled(tokenizer, sampling.thinking, structured=True)
+        made.append(grammars.grammar(sampling.response, thinking, tenant))
     return tuple(made)
 
 

@@ -4,7 +4,8 @@ Three things do not end where a token ends. A character may be spread over sever
 is let go only up to the last whole character. A stop string may begin in one token and end in a later
 one, so text that could be the beginning of a stop string is held back until it is decided. And for
 tokenizers whose think tags are ordinary text, ``</think>`` is found in the same way. What a reader gives
-in pieces is what ``chat.split`` gives at once; a test holds the two equal.
+in pieces is what ``chat.split`` gives at once; a test holds the two equal. Line breaks that a format puts around its
+think tags go, so those at the end of the reasoning are held back until it is closed; all others stay.
 """
 
 from __future__ import annotations
@@ -64,21 +65,28 @@ class Reader:
     Args:
         thinking: how the prompt was rendered (see ``chat.render``).
         stops: strings that end the content; ``stopped`` tells that one came.
+        structured: the content has a form that was asked for, so all of it stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = (), structured: bool = False
+    ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        thinking = settled(tokenizer, thinking)
+        thinking = settled(tokenizer, thinking, structured=structured)
         self._decoder = Decoder(tokenizer)
         tags = tokenizer.format.think_tokens
         self._tags = None if min(tokenizer.ids.think_open, tokenizer.ids.think_close) >= 0 else tags
         self._state: Literal["start", "reasoning", "content"] = (
             "start" if thinking is None else "reasoning" if thinking else "content"
         )
-        self._trims = "\n" in "".join(tokenizer.format.think)
+        self._structured = structured
+        self._trims = {
+            "reasoning": "\n" in "".join(tokenizer.format.think),
+            "content": False,
+        }  # line breaks at the tags
         self._blanks: list[str] = []  # what stands before the first word, while it may be a tag
         self._held = ""  # decoded, may be the beginning of a mark
-        self._breaks = 0  # line breaks that go if the channel ends here
+        self._breaks = 0  # line breaks that go if the reasoning is closed here
         self._said: dict[str, list[str]] = {"reasoning": [], "content": []}
         self.stopped = False
 
@@ -100,7 +108,12 @@ class Reader:
 
     def close(self) -> list[Delta]:
         """The last pieces; call once, when no token will come any more."""
-        return [] if self.stopped else self._text(self._decoder.flush(), last=True)
+        if self.stopped:
+            return []
+        found = self._text(self._decoder.flush(), last=True)
+        if self._state == "reasoning":  # it was cut, not closed
+            self._say("reasoning", "\n" * self._breaks, found)
+        return found
 
     def answer(self) -> Answer:
         """All that was said so far."""
@@ -110,6 +123,13 @@ class Reader:
     def _turn(self) -> None:
         """Leave the reasoning."""
         self._state, self._held, self._breaks = "content", "", 0
+        self._trims["content"] = self._trims["reasoning"] and not self._structured
+
+    def _say(self, kind: Literal["reasoning", "content"], text: str, found: list[Delta]) -> None:
+        """Give out ``text``."""
+        if text:
+            self._said[kind].append(text)
+            found.append(Delta(kind, text))
 
     def _text(self, text: str, *, last: bool = False) -> list[Delta]:
         """Sort new text into channels; ``last``: nothing more comes in this channel."""
@@ -155,14 +175,13 @@ class Reader:
         else:
             keep = 0 if last else _overlap(self._held, marks)
             free, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        if self._trims:
-            free = free if self._said[kind] else free.lstrip("\n")
+        if self._trims[kind] and not self._said[kind]:
+            free = free.lstrip("\n")
+        if self._trims[kind] and kind == "reasoning":
             bare = free.rstrip("\n")
             breaks = len(free) - len(bare)
             free, self._breaks = ("\n" * self._breaks + bare, breaks) if bare else ("", self._breaks + breaks)
-        if free:
-            self._said[kind].append(free)
-            found.append(Delta(kind, free))
+        self._say(kind, free, found)
         return bool(mark)
 
 

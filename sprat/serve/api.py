@@ -117,7 +117,7 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     from sprat.engine.sampling import Sampling
 
     if ask.limit is not None and ask.limit > desk.max_tokens:
-        name = "max_tokens" if ask.max_completion_tokens is None else "max_completion_tokens"
+        name = ask.names["max_tokens"]
         message = f"{name} is too large: this server gives at most {desk.max_tokens} tokens; lower it or leave it out"
         raise RequestError(400, message, param=name)
     settings: dict[str, Any] = dict(desk.settings)
@@ -136,7 +136,8 @@ def _messages(ask: ChatRequest) -> list[Message]:
     """The conversation as the chat format's own messages."""
     from sprat.tokens.chat import Message
 
-    return [Message(role=message.role, content=message.text) for message in ask.messages]
+    turns = (("system" if message.role == "developer" else message.role, message.text) for message in ask.messages)
+    return [Message(role=role, content=text) for role, text in turns]
 
 
 def _extension(answering: Answering, seed: int) -> dict[str, Any]:
@@ -223,7 +224,8 @@ async def complete(request: Request, desk: Desk) -> Response:
         raise RequestError(404, message, param="model", code="model_not_found")
     name = f"chatcmpl-{secrets.token_hex(16)}"
     seed = ask.seed if ask.seed is not None else secrets.randbits(31)
-    answering = await desk.traffic.admit(name, _messages(ask), _sampling(ask, desk, seed), request.state.tenant)
+    sampling = _sampling(ask, desk, seed)
+    answering = await desk.traffic.admit(name, _messages(ask), sampling, request.state.tenant, ask.names)
     if ask.stream:
         return AnswerStream(answering, stream(ask, desk, answering, name, seed))
     return await whole(request, desk, answering, name, seed)

@@ -2,9 +2,9 @@
 
 Requests are validated strictly, because a silently ignored field is an answer to another question:
 an unknown field, a wrong type or a feature that this server lacks is an HTTP 400 whose error object
-names the field. Fields that ask for nothing (``n: 1``, ``frequency_penalty: 0``, ``tools: []``) are
-accepted, since clients send them by habit; ``null`` asks for nothing in every field that may be left out, as in
-OpenAI's schema.
+names the field. What asks for nothing is accepted, since clients send it by habit:
+``null`` in every field of OpenAI's that may be left out and, in the fields of what this server lacks, the values
+that change nothing (``n: 1``, ``tools: []``, ``store: false``): see ``Unoffered`` and ``UnofferedTurn``.
 
 Whether the model thinks is said in one of two ways, and not at all when the model shall decide:
 DeepSeek's ``"thinking": {"type": "enabled" | "disabled"}``, or OpenAI's ``"reasoning_effort"``, of
@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 MAX_MESSAGES = 256
 MAX_STOPS = 16
+_PLAIN = (
+    "this server answers in plain text; leave it out, or ask from Python, where "
+    "sprat.Sampling(response=sprat.engine.Response.json(schema)) keeps an answer to a form"
+)
 
 
 class RequestError(Exception):
@@ -64,12 +68,27 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: None = None
 
 
-class ChatMessage(_Strict):
-    """One turn. ``reasoning_content`` of past turns is accepted and not shown to the model again."""
+class UnofferedTurn(_Strict):
+    """OpenAI's fields of a turn, of what this server lacks, with the values that ask for nothing."""
 
-    role: Literal["system", "user", "assistant"]
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    tool_call_id: None = None
+    function_call: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+
+
+class ChatMessage(UnofferedTurn):
+    """One turn. ``reasoning_content`` of past turns is accepted and not shown to the model again.
+
+    ``developer`` is OpenAI's newer name of ``system``.
+    """
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
     name: str | None = None
@@ -92,6 +111,7 @@ class StreamOptions(_Strict):
     """``include_usage`` asks for one last chunk that carries the whole usage."""
 
     include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = False
 
 
 class ResponseFormat(_Strict):
@@ -100,13 +120,40 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
-class ChatRequest(_Strict):
+class Unoffered(_Strict):
+    """OpenAI's fields of what this server lacks, with the values that ask for nothing."""
+
+    n: Literal[1] | None = 1
+    frequency_penalty: float | None = Field(0.0, ge=0, le=0)
+    presence_penalty: float | None = Field(0.0, ge=0, le=0)
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    logprobs: Literal[False] | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=0)
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = Field(None, max_length=0)
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    moderation: None = None
+    web_search_options: None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory"] | None = None
+    prompt_cache_options: dict[str, Any] | None = Field(None, max_length=0)
+    verbosity: Literal["medium"] | None = None
+
+
+class ChatRequest(Unoffered):
     """The body of ``POST /v1/chat/completions``."""
 
     model: str = Field(min_length=1, max_length=256)
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=0, le=1_000_000)
@@ -117,13 +164,9 @@ class ChatRequest(_Strict):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    n: Literal[1] | None = 1
-    frequency_penalty: float | None = Field(0.0, ge=0, le=0)
-    presence_penalty: float | None = Field(0.0, ge=0, le=0)
-    logprobs: Literal[False] | None = False
-    response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
 
     @field_validator("stop")
     @classmethod
@@ -136,8 +179,9 @@ class ChatRequest(_Strict):
     @field_validator("messages")
     @classmethod
     def _turns(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
-        if any(message.role == "system" for message in messages[1:]):
-            raise ValueError("only the first message may have the role 'system'")
+        for message in messages[1:]:
+            if message.role in ("system", "developer"):
+                raise ValueError(f"only the first message may have the role {message.role!r}")
         if messages[-1].role != "user":
             raise ValueError("the last message must have the role 'user'")
         if not messages[-1].text:
@@ -165,6 +209,12 @@ class ChatRequest(_Strict):
     def limit(self) -> int | None:
         """The most tokens the caller wants, thinking included; None when not said."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names by which the caller knows what the engine may refuse."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"max_tokens": limit, "thinking": "thinking" if self.reasoning_effort is None else "reasoning_effort"}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -199,6 +249,12 @@ def _refusal(kind: str, place: tuple[int | str, ...], message: str) -> RequestEr
         return RequestError(400, "the body must be a JSON object", code="invalid_json")
     # Union branches add their type's name to the path ("content.str"): the caller only knows real fields.
     param = ".".join(str(part)[:64] for part in place if part != "str" and "[" not in str(part))
+    if "response_format" in place[:1]:
+        return RequestError(400, f"{param}: {_PLAIN}", param=param, code="not_offered")
+    if {*place[:1]} & Unoffered.model_fields.keys() or {*place[2:3]} & UnofferedTurn.model_fields.keys():
+        return RequestError(
+            400, f"{param}: this server does not offer it; leave it out", param=param, code="not_offered"
+        )
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(place[-1]), list(ChatRequest.model_fields), n=1) if len(place) == 1 else []
         advice = f"; did you mean {near[0]!r}?" if near else ""

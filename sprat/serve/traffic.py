@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,8 +172,13 @@ class Traffic:
         self.closed = False
         self._pool = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="sprat-answer")
 
-    async def admit(self, name: str, messages: Sequence[Message], sampling: Sampling, tenant: Tenant) -> Answering:
+    async def admit(
+        self, name: str, messages: Sequence[Message], sampling: Sampling, tenant: Tenant, names: Mapping[str, str]
+    ) -> Answering:
         """Hand a request of ``tenant`` to the engine under the unique ``name``.
+
+        Args:
+            names: the engine's max_tokens and thinking → the fields of the request that said them.
 
         Raises:
             RequestError: 429 when all places are taken, 503 when closing, 400 when the engine refuses it.
@@ -197,8 +202,10 @@ class Traffic:
         try:
             await answering.started()
         except EngineError as error:
-            param = error.where if error.where in ("thinking", "max_tokens") else "messages"
-            raise RequestError(400, str(error), param=param, code="not_possible") from error
+            param = names.get(error.where, "messages")
+            told = str(EngineError(error.what, where=param, todo=error.todo))
+            message = told.replace("max_tokens", names["max_tokens"])
+            raise RequestError(400, message, param=param, code="not_possible") from error
         except SpratError as error:
             raise RequestError(500, str(error), code="engine_error", kind="server_error") from error
         except asyncio.CancelledError:

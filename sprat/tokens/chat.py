@@ -70,9 +70,16 @@ def _parts(
     return write(tokenizer.format, turns, thinking=thinking, generate=generate)
 
 
-def settled(tokenizer: Tokenizer, thinking: bool | None) -> bool | None:
-    """How an answer begins that follows a prompt rendered with ``thinking``: in reasoning, in content, or either."""
-    return tokenizer.format.habit if thinking is None else thinking
+def settled(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
+    """How an answer begins that follows a prompt rendered with ``thinking``: in reasoning, in content, or either.
+
+    ``structured``: its content has a form that was asked for, of which think tags that are ordinary text are no part.
+    """
+    if thinking is None:
+        thinking = tokenizer.format.habit
+    if thinking is None and structured and min(tokenizer.ids.think_open, tokenizer.ids.think_close) < 0:
+        return False
+    return thinking
 
 
 def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: str) -> tuple[list[int], list[int]]:
@@ -98,39 +105,44 @@ def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: s
     return begin + ids, [0] * len(begin) + [1] * len(ids)
 
 
-def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None) -> Answer:
+def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, structured: bool = False) -> Answer:
     """Part generated ids, which follow a prompt rendered with ``thinking``, into reasoning and content.
 
     Everything from the first end token on is dropped. With ``thinking=None``, and no habit of the format, there is
-    reasoning only if the model opened it. Reasoning that is never closed leaves the content empty.
+    reasoning only if the model opened it. Reasoning that is never closed leaves the content empty. Of line breaks only
+    those are dropped that a format puts around its think tags; a ``structured`` answer keeps all of its content.
     """
     opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
-    thinking = settled(tokenizer, thinking)
+    thinking = settled(tokenizer, thinking, structured=structured)
     row = list(itertools.takewhile(lambda index: index not in tokenizer.end_ids, map(int, ids)))
     if closing < 0 or opening < 0:
-        return _split_text(tokenizer, tokenizer.decode(row, skip_specials=True), thinking=thinking)
+        text = tokenizer.decode(row, skip_specials=True)
+        return _split_text(tokenizer, text, thinking=thinking, structured=structured)
     if thinking is None and row[:1] == [opening]:
         thinking, row = True, row[1:]
     if not thinking:
-        return Answer("", _trim(tokenizer, tokenizer.decode(row, skip_specials=True)), closed=True)
+        return Answer("", tokenizer.decode(row, skip_specials=True), closed=True)
     closed = closing in row
     cut = row.index(closing) if closed else len(row)
     reasoning = tokenizer.decode(row[:cut], skip_specials=True)
     content = tokenizer.decode(row[cut + 1 :], skip_specials=True)
-    return Answer(_trim(tokenizer, reasoning), _trim(tokenizer, content), closed)
+    return _trim(tokenizer, Answer(reasoning, content, closed), structured=structured)
 
 
-def _split_text(tokenizer: Tokenizer, text: str, *, thinking: bool | None) -> Answer:
+def _split_text(tokenizer: Tokenizer, text: str, *, thinking: bool | None, structured: bool) -> Answer:
     """``split`` for tokenizers whose think tags are ordinary text."""
     opening, closing = tokenizer.format.think_tokens
     if thinking is None and text.lstrip().startswith(opening):
         thinking, text = True, text.lstrip().removeprefix(opening)
     if not thinking:
-        return Answer("", _trim(tokenizer, text), closed=True)
+        return Answer("", text, closed=True)
     reasoning, mark, content = text.partition(closing)
-    return Answer(_trim(tokenizer, reasoning), _trim(tokenizer, content), bool(mark))
+    return _trim(tokenizer, Answer(reasoning, content, bool(mark)), structured=structured)
 
 
-def _trim(tokenizer: Tokenizer, text: str) -> str:
-    """Drop the line breaks that some formats put around the think tags."""
-    return text.strip("\n") if "\n" in "".join(tokenizer.format.think) else text
+def _trim(tokenizer: Tokenizer, answer: Answer, *, structured: bool) -> Answer:
+    """An answer that thought, without the line breaks that some formats put around the think tags."""
+    if "\n" not in "".join(tokenizer.format.think):
+        return answer
+    reasoning = answer.reasoning.strip("\n") if answer.closed else answer.reasoning.lstrip("\n")
+    return Answer(reasoning, answer.content if structured else answer.content.lstrip("\n"), answer.closed)

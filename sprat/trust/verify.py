@@ -48,7 +48,7 @@ def verify(path: str | Path, *, expect_head: str = "") -> list[Finding]:
     Raises:
         TrustError: there is nothing there that could be verified, or ``expect_head`` is no head.
     """
-    path = Path(path)
+    path, expect_head = Path(path), expect_head.lower()
     if expect_head and (len(expect_head) < 16 or not set(expect_head) <= set("0123456789abcdef")):
         raise TrustError("not the head of a ledger", where=expect_head, todo="give 16 or more of its hex digits")
     if (path / "run.json").is_file():

@@ -168,3 +168,14 @@ def test_a_seed_that_no_generator_takes_is_refused_by_every_verb(seed: str, mode
         assert done.exit_code == 2 and "--seed" in done.stderr, words
     done = CliRunner().invoke(app, [*road, "--set", f"seed={seed}"])
     assert done.exit_code == 2 and "seed" in done.stderr and not (tmp_path / "road").exists()
+
+
+@pytest.mark.parametrize(("option", "most"), [("--temperature", 100), ("--max-tokens", 2**31 - 1)])
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_the_help_says_the_limits_that_hold(model_folder: Path, verb: str, option: str, most: int) -> None:
+    told = re.sub(r"\s+", "", CliRunner().invoke(app, [verb, "--help"]).stdout)
+    assert f"<=x<={most}" in told
+    refused = CliRunner().invoke(app, [verb, str(model_folder), option, str(most + 1)], input="cat\n")
+    assert refused.exit_code == 2 and option in refused.stderr and f"{most}" in refused.stderr
+    taken = [verb, str(model_folder), "--temperature", "100", "--max-tokens", "2"]
+    assert CliRunner().invoke(app, taken, input="cat\n").exit_code == 0

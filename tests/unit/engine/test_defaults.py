@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sprat.config.sizes import size
-from sprat.engine import Engine, Sampling
+from sprat.engine import Engine, Response, Sampling
 from sprat.engine.intake import ends
 from sprat.errors import EngineError
 from sprat.model import Transformer
@@ -63,3 +63,25 @@ def test_a_conversation_that_the_format_has_no_place_for_is_refused() -> None:
     engine = Engine(*thoughtless())
     with pytest.raises(EngineError, match="not the first"):
         engine.generate([[Message("user", "cat"), Message("system", "a")]])
+
+
+@pytest.mark.parametrize("form", ["\n", "return 1;\n", "b\n\n", "<think>a</think>\nb"])
+@pytest.mark.parametrize("thinking", [None, False])
+def test_the_content_of_a_form_is_the_form(form: str, thinking: bool | None) -> None:
+    engine = Engine(*thoughtless())
+    how = Sampling(temperature=0, max_tokens=40, thinking=thinking, response=Response.choice([form]))
+    (whole,) = engine.generate(["cat"], how)
+    *pieces, done = engine.stream("cat", how)
+    assert (whole.text, whole.reasoning, whole.finish_reason) == (form, "", "stop")
+    assert "".join(piece.text for piece in pieces) == form and done.output == whole
+
+
+def test_parts_of_an_answer_that_was_cut_join_to_the_whole() -> None:
+    model, tokenizer = thoughtless()
+    line = tokenizer.encode("\n")[-1]
+    engine, many = Engine(model, tokenizer), {"temperature": 2.0, "logit_bias": {line: 12.0}}
+    (whole,) = engine.generate(["cat"], Sampling(max_tokens=60, **many))
+    assert whole.text.strip("\n").count("\n") > 5
+    for cut in range(1, 60):
+        (part,) = engine.generate(["cat"], Sampling(max_tokens=cut, **many))
+        assert part.text == tokenizer.decode(whole.token_ids[:cut], skip_specials=True)

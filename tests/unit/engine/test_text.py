@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,42 @@ def test_stop_strings_are_not_sought_in_the_reasoning(tokenizer: Tokenizer) -> N
     assert reader.stopped and reader.answer().closed
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    said=st.lists(st.sampled_from(["\n", "a", " ", "<think>", "</think>", "\n\n"]), max_size=14).map("".join),
+    thinking=st.sampled_from([True, False, None]),
+    structured=st.booleans(),
+)
+@pytest.mark.parametrize("tags", ["tokens", "text"])
+def test_line_breaks_go_at_the_think_tags_and_nowhere_else(
+    tags: str, said: str, thinking: bool | None, structured: bool
+) -> None:
+    tokenizer = THINKS if tags == "tokens" else BYTE_LEVEL
+    ids = tokenizer.encode(said, specials=True)
+    whole = split(tokenizer, ids, thinking=thinking, structured=structured)
+    pieces = read(Reader(tokenizer, thinking=thinking, structured=structured), ids)
+    assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (whole.reasoning, whole.content)
+    reasoning, closing, content = "", "", said
+    opened = said.startswith("<think>")
+    if tags == "text":  # no part of a form
+        opened = said.lstrip().startswith("<think>") and not structured
+    if thinking:
+        reasoning, closing, content = said.partition("</think>")
+    elif thinking is None and opened:
+        reasoning, closing, content = said.partition("<think>")[2].partition("</think>")
+    if tags == "tokens":  # those that part nothing are hidden
+        reasoning, content = (re.sub("</?think>", "", text) for text in (reasoning, content))
+    assert whole.reasoning == (reasoning.strip("\n") if closing else reasoning.lstrip("\n"))
+    assert whole.content == (content.lstrip("\n") if closing and not structured else content)
+
+
+@pytest.mark.parametrize("stop", ["2.", "\n2"])
+def test_what_stands_before_a_stop_string_keeps_its_line_breaks(stop: str) -> None:
+    reader = Reader(BYTE_LEVEL, thinking=None, stops=[stop])
+    said = read(reader, BYTE_LEVEL.encode("\n1. 1\n2. 2\n"))
+    assert joined(said, "content") == "\n1. 1\n2. 2\n".partition(stop)[0] and reader.stopped
+
+
 @pytest.mark.parametrize("thinking", [True, None])
 def test_think_tags_that_are_ordinary_text_still_part_the_channels(thinking: bool | None) -> None:
     foreign = Tokenizer(_without_think_tokens(), config={"eos_token": "<|endoftext|>"})
@@ -87,8 +124,8 @@ def test_think_tags_that_are_ordinary_text_still_part_the_channels(thinking: boo
     assert joined(pieces, "content") == answer.content == "it is 25"
 
 
-def _without_think_tokens() -> str:
-    """A tokenizer.json whose only control token is its end."""
+def _without_think_tokens(*more: str) -> str:
+    """A tokenizer.json of bytes whose only control tokens are its end and ``more``."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -96,11 +133,13 @@ def _without_think_tokens() -> str:
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
+    made.add_special_tokens(["<|endoftext|>", *more])
     text: str = made.to_str()
     return text
 
 
+BYTE_LEVEL = Tokenizer(_without_think_tokens(), config={"eos_token": "<|endoftext|>"})
+THINKS = Tokenizer(_without_think_tokens("<think>", "</think>"), config={"eos_token": "<|endoftext|>"})
 LLAMA_LIKE = Tokenizer(byte_fallback(), config={"eos_token": "</s>"})
 
 
@@ -149,7 +188,6 @@ def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> Non
     assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"
 
 
-BYTE_LEVEL = Tokenizer(_without_think_tokens(), config={"eos_token": "<|endoftext|>"})
 _PLACE = {token_bytes: index for index in range(256) if len(token_bytes := BYTE_LEVEL.token_bytes(index)) == 1}
 VOCABULARIES = {
     "byte fallback": (LLAMA_LIKE, [3 + byte for byte in range(256)]),

@@ -106,6 +106,19 @@ def test_what_is_asked_for_reaches_the_engine(client: TestClient, engine: Script
     assert "reasoning_content" not in answer["choices"][0]["message"]
 
 
+def test_a_developer_is_a_system_to_the_engine(client: TestClient, engine: ScriptedEngine) -> None:
+    said = {"role": "developer", "content": "Be short."}
+    assert client.post(CHAT, json={**ASK, "messages": [said, *ASK["messages"]]}).status_code == 200
+    assert [message.role for message in engine.asked[-1][0]] == ["system", "user"]
+
+
+def test_an_answer_can_be_sent_back_as_the_openai_client_dumps_it(client: TestClient) -> None:
+    said = client.post(CHAT, json=ASK).json()["choices"][0]["message"]
+    dumped = {**dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls")), **said}
+    again = client.post(CHAT, json={**ASK, "messages": [*ASK["messages"], dumped, *ASK["messages"]]})
+    assert again.status_code == 200, again.text
+
+
 def test_null_leaves_the_folders_settings_in_force(engine: ScriptedEngine) -> None:
     with client_of(engine, settings={"temperature": 0.25, "top_k": 9}) as client:
         nothing = dict.fromkeys(("temperature", "top_k", "top_p", "stream", "n", "logprobs", "max_tokens"))
@@ -297,6 +310,9 @@ def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
     with client_of(Engine(*thoughtless()), name="tiny") as client:
         answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})
         quiet = client.post(CHAT, json={**ASK, "thinking": {"type": "disabled"}, "max_tokens": 2})
+        other = client.post(CHAT, json={**ASK, "reasoning_effort": "low"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
+    assert other.status_code == 400 and other.json()["error"]["param"] == "reasoning_effort"
+    assert "(reasoning_effort)" in other.json()["error"]["message"]
     assert "does not think" in answer.json()["error"]["message"]
     assert quiet.status_code == 200

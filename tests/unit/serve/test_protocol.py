@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def body(**changes: Any) -> bytes:
         ({"messages": [{"role": "user", "content": ""}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [*GOOD["messages"], {"role": "system", "content": "x"}, *GOOD["messages"]]}, "messages"),
+        ({"messages": [*GOOD["messages"], {"role": "developer", "content": "x"}, *GOOD["messages"]]}, "messages"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -88,6 +90,7 @@ def test_a_misspelt_field_is_told_its_right_name() -> None:
         ({"thinking": {"type": "disabled"}}, False),
         ({"reasoning_effort": "none"}, False),
         ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": "max"}, True),
     ],
 )
 def test_thinking_is_switched_in_deepseeks_or_openais_way_or_left_to_the_model(
@@ -96,18 +99,99 @@ def test_thinking_is_switched_in_deepseeks_or_openais_way_or_left_to_the_model(
     assert parse(body(**changes)).thinks is thinks
 
 
-# The fields that OpenAI's schema of 2025 calls nullable, of those that are known here, and stream_options' one.
-NULLABLE = (
-    "temperature", "top_p", "n", "stream", "stop", "seed", "max_tokens", "max_completion_tokens", "frequency_penalty",
-    "presence_penalty", "logprobs", "metadata", "reasoning_effort", "stream_options",
+# The fields of CompletionCreateParams in the openai package 3.57.0, but for model and messages, and the rest.
+OPENAI = (
+    "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens",
+    "max_tokens", "metadata", "modalities", "moderation", "n", "parallel_tool_calls", "prediction", "presence_penalty",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "response_format",
+    "safety_identifier", "seed", "service_tier", "stop", "store", "stream", "stream_options", "temperature",
+    "tool_choice", "tools", "top_logprobs", "top_p", "user", "verbosity", "web_search_options",
 )  # fmt: skip
+# Of its ChatCompletionMessageParam and ChatCompletionMessage, but for role and content, and the rest.
+OPENAI_TURN = ("annotations", "audio", "function_call", "name", "refusal", "tool_calls", "tool_call_id")
 
 
-@pytest.mark.parametrize("field", [*NULLABLE, "top_k"])
+@pytest.mark.parametrize("field", [*OPENAI, "top_k", "thinking"])
 def test_null_is_as_if_the_field_were_left_out(field: str) -> None:
     ask, plain = parse(body(**{field: None})), parse(body())
     assert (ask.limit, ask.stops, ask.thinks, bool(ask.stream)) == (None, (), None, bool(plain.stream))
-    assert parse(body(stream=True, stream_options={"include_usage": None})).stream
+    asked = dict.fromkeys(("include_usage", "include_obfuscation"))
+    assert parse(body(stream=True, stream_options=asked)).stream
+
+
+@pytest.mark.parametrize("field", [*OPENAI_TURN, "reasoning_content"])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_null_in_a_turn_is_as_if_the_field_were_left_out(role: str, field: str) -> None:
+    turn = {"role": role, "content": "a", field: None}
+    ask = parse(body(messages=[turn, *GOOD["messages"]]))
+    assert [message.text for message in ask.messages] == ["a", "1 + 1"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_bias": {}}, {"top_logprobs": 0}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"functions": []},
+        {"function_call": "none"}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}, {"store": False},
+        {"metadata": {}}, {"modalities": ["text"]}, {"service_tier": "auto"}, {"service_tier": "default"},
+        {"safety_identifier": "s"}, {"prompt_cache_key": "k"}, {"prompt_cache_retention": "in_memory"},
+        {"verbosity": "medium"}, {"stop": []}, {"tools": []},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [], "annotations": []}, *GOOD["messages"]]},
+    ],
+)  # fmt: skip
+def test_values_that_ask_for_nothing_are_accepted(changes: dict[str, Any]) -> None:
+    assert parse(body(**changes)).messages[-1].text == "1 + 1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"logit_bias": {"7": 100}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"modalities": ["text", "audio"]}, "modalities.1"),
+        ({"audio": {"voice": "ash", "format": "wav"}}, "audio"),
+        ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+        ({"store": True}, "store"),
+        ({"service_tier": "priority"}, "service_tier"),
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        ({"verbosity": "low"}, "verbosity"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}, *GOOD["messages"]]},
+            "messages.0.tool_calls",
+        ),
+        ({"messages": [{"role": "assistant", "refusal": "no"}, *GOOD["messages"]]}, "messages.0.refusal"),
+    ],
+)
+def test_what_is_not_offered_is_refused_as_that(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match="does not offer it; leave it out") as caught:
+        parse(body(**changes))
+    error = caught.value.body()["error"]
+    assert (error["code"], error["param"]) == ("not_offered", param)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+        "json",
+    ],
+)
+def test_who_asks_for_a_form_is_told_where_there_is_one(form: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(body(response_format=form))
+    assert caught.value.status == 400 and str(caught.value.param).startswith("response_format")
+    import sprat.engine
+
+    example = re.search(r"sprat\.Sampling\(.*\)\)", str(caught.value))
+    assert example is not None
+    made = eval(example[0], {"sprat": sprat, "schema": {"type": "object"}})
+    assert made.response == sprat.engine.Response.json({"type": "object"})
 
 
 def test_contradicting_switches_are_refused() -> None:
@@ -123,7 +207,9 @@ def test_what_clients_send_by_habit_is_accepted() -> None:
             stream_options={"include_usage": True}, metadata={"a": "b"},
             messages=[
                 {"role": "system", "content": "s"},
-                {"role": "user", "name": "u", "content": [{"type": "text", "text": t} for t in "ab"]},
+                {"role": "user", "name": "u", "content": [
+                    {"type": "text", "text": t, "prompt_cache_breakpoint": None} for t in "ab"
+                ]},
                 {"role": "assistant", "content": None, "reasoning_content": "r"},
                 {"role": "user", "content": "c"},
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -69,3 +70,14 @@ def test_hanging_up_gives_the_place_back(client: httpx.Client) -> None:
     with client.stream("POST", CHAT, json={**ASK, "max_tokens": 100, "stream": True, "temperature": 2}) as answer:
         next(answer.iter_lines())
     assert within(30, lambda: client.get("/healthz").json()["running"] == 0)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("more", [127, 500])
+def test_more_tokens_than_the_context_holds_are_refused_in_the_name_that_was_given(
+    client: httpx.Client, name: str, more: int
+) -> None:
+    ask = {key: value for key, value in ASK.items() if key != "max_tokens"}
+    error = client.post(CHAT, json={**ask, name: more}).json()["error"]
+    assert error["param"] == (name if more > 128 else "messages")
+    assert set(re.findall(r"max_\w*tokens", error["message"])) == {name} and "(prompt)" not in error["message"]
