@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed
 
 # One torch thread for each test process: two processes share two cores without fighting for them.
 test: $(VENV)/.installed-test browser
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 install: $(VENV)/.installed
 

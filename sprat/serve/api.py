@@ -120,10 +120,9 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
         name = ask.names["max_tokens"]
         message = f"{name} is too large: this server gives at most {desk.max_tokens} tokens; lower it or leave it out"
         raise RequestError(400, message, param=name)
-    settings: dict[str, Any] = dict(desk.settings)
-    settings |= ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True)
+    asked = ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True)
     return Sampling(
-        **settings,
+        **{**desk.settings, **asked},
         max_tokens=desk.max_tokens if ask.limit is None else ask.limit,
         fit=ask.limit is None,
         seed=seed,
@@ -136,8 +135,7 @@ def _messages(ask: ChatRequest) -> list[Message]:
     """The conversation as the chat format's own messages."""
     from sprat.tokens.chat import Message
 
-    turns = (("system" if message.role == "developer" else message.role, message.text) for message in ask.messages)
-    return [Message(role=role, content=text) for role, text in turns]
+    return [Message("system" if one.role == "developer" else one.role, one.text) for one in ask.messages]
 
 
 def _extension(answering: Answering, seed: int) -> dict[str, Any]:

@@ -50,24 +50,29 @@ def seconds(backend: NativeBackend, steps: int = STEPS) -> float:
 def test_a_busy_neighbour_costs_no_more_than_its_core() -> None:
     """Two threads on two cores of which one is taken are about as fast as one thread (they were two thirds of it).
 
-    Measured side by side, in turns, and by medians: whatever else this machine does meanwhile, it does to both. More
-    than that one loop (another test) hides what is looked for, so the best of three tries counts.
+    Measured side by side, in turns, and by medians. Only turns count in which the one thread had a core to itself: with
+    more than that one loop beside it (another test) nobody can say what two threads should reach.
     """
     shape = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     model = quantize(Transformer(ModelConfig.model_validate(shape | {"architecture": "llama"}), seed=1).eval())
     before, cores = os.sched_getaffinity(0), sorted(os.sched_getaffinity(0))[:2]
+    pairs: list[float] = []
     try:
         os.sched_setaffinity(0, cores)
         alone, both = (NativeBackend(model, threads=threads) for threads in (1, 2))
         for backend in (alone, both):
             backend.reserve(1)
         with busy(cores[1]):
-            for _ in range(3):
-                seconds(both, 4 * STEPS)  # time to notice
-                ratio = statistics.median(seconds(alone) / seconds(both) for _ in range(ROUNDS))
-                if ratio > 0.8:
-                    break
+            seconds(both, 4 * STEPS)  # time to notice
+            for _ in range(4 * ROUNDS):
+                used, took = time.process_time(), seconds(alone)
+                free = time.process_time() - used > 0.95 * took
+                other = seconds(both)
+                pairs += [took / other] if free else []
     finally:
         os.sched_setaffinity(0, before)
+    if len(pairs) < ROUNDS:
+        pytest.skip("other processes take the cores")
+    ratio = statistics.median(pairs)
     assert ratio > 0.8, f"{ratio:.2f} of one thread's speed"
