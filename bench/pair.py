@@ -2,7 +2,8 @@
 
 Each checkout works in a process of its own, with the interpreter of its own `.venv`, on the same cores. Both are asked
 in turn; the figure is the median over rounds of new speed by old speed of the same round. Where a process's memory
-comes to lie moves decoding by a third here, so every round has fresh processes, asked once before the clock counts.
+comes to lie moves decoding by a third here, so every round has fresh processes, asked once before the clock counts and then
+several times in turns: a process's speed is the median of those.
 
     decode     greedy tokens of SmolLM2-135M (Q4_1 as shipped) and of a random MLA+MoE model in INT4, 1 and 16 at once
     prefill    a prompt of 512 tokens, the same models
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS, SEQ = 32, 128
+TURNS = 4  # how often each process is asked in a round, where an answer takes no second
 MOE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "kv_lora_rank": 128,
     "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 32, "num_experts_per_tok": 4,
@@ -208,9 +210,11 @@ def main() -> int:
         sides = [Checkout(folder.resolve(), asked.threads) for folder in (asked.old, asked.new)]
         for name, ask in wanted.items():
             order = sides if number % 2 else sides[::-1]
-            for turn in (0, 1):  # the first warms up
-                found = {id(side): side.ask(ask(2 * number + turn)) for side in order}
-            pair = [found[id(side)] for side in sides]
+            found: dict[int, list[float]] = {id(side): [] for side in sides}
+            for turn in range(1 + (1 if name in ("train", "rl") else TURNS)):  # the first warms up
+                for side in order:
+                    found[id(side)].append(side.ask(ask((1 + TURNS) * number + turn)))
+            pair = [statistics.median(found[id(side)][1:]) for side in sides]
             speeds[name].append(pair)
             ratios[name].append(pair[1] / pair[0])
             print(f"round {number + 1}: {name:16} {ratios[name][-1]:.3f}", file=sys.stderr, flush=True)

@@ -51,8 +51,8 @@ def seconds(backend: NativeBackend, steps: int = STEPS) -> float:
 def test_a_busy_neighbour_costs_no_more_than_its_core() -> None:
     """Two threads on two cores of which one is taken are about as fast as one thread (they were two thirds of it).
 
-    Measured side by side, in turns, and by medians. With more than that one loop beside it nobody can say what two threads
-    should reach, so it is asked by itself, and only turns count in which the one thread had a core to itself.
+    Measured side by side, in turns, and by medians. With more than that one loop beside it nobody can say what two
+    threads should reach, so it is asked by itself, and only turns count in which the one thread had a core to itself.
     """
     shape = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
