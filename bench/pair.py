@@ -2,8 +2,8 @@
 
 Each checkout works in a process of its own, with the interpreter of its own `.venv`, on the same cores. Both are asked
 in turn; the figure is the median over rounds of new speed by old speed of the same round. Where a process's memory
-comes to lie moves decoding by a third here, so every round has fresh processes, asked once before the clock counts and then
-several times in turns: a process's speed is the median of those.
+comes to lie moves decoding by a third here, so every round has fresh processes, asked once before the clock counts and
+then several times in turns: a process's speed is the median of those.
 
     decode     greedy tokens of SmolLM2-135M (Q4_1 as shipped) and of a random MLA+MoE model in INT4, 1 and 16 at once
     prefill    a prompt of 512 tokens, the same models
