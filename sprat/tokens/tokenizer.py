@@ -227,7 +227,7 @@ class Tokenizer:
 
     def shows(self, index: int) -> bool:
         """Whether token ``index`` adds anything to an answer: it is one, and not hidden."""
-        return index not in self.hidden_ids and bool(self._full.id_to_token(index))
+        return index in self._shown_ids
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes that token ``index`` adds to the text; empty for hidden tokens and unknown ids."""
@@ -253,6 +253,11 @@ class Tokenizer:
     def hidden_ids(self) -> frozenset[int]:
         """Ids that an answer never shows."""
         return self.end_ids | self._special
+
+    @cached_property
+    def _shown_ids(self) -> frozenset[int]:
+        """Ids of tokens that are not empty and not hidden; asked for every token, so kept."""
+        return frozenset(index for token, index in self._full.get_vocab().items() if token) - self.hidden_ids
 
     @cached_property
     def _byte_tokens(self) -> dict[int, int]:
