@@ -218,7 +218,8 @@ class Tokenizer:
         """
         row = [int(index) for index in ids]
         if skip_specials:
-            row = [index for index in row if self.shows(index)]
+            shown = self._shown_ids
+            row = [index for index in row if index in shown]
         if self._falls_back and not self._byte_tokens.keys().isdisjoint(row):
             text: str = self._full.decoder.decode(self._mended(row))
         else:
