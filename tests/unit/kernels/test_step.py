@@ -131,7 +131,11 @@ def test_memory_in_halves_and_bytes_is_near(family: str) -> None:
 @pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (8, 32)])
 def test_quantised_weights_meet_rounded_rows(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The native step of a quantised dense model is the model whose linear maps see rounded inputs."""
-    model = quantize(model_of("llama"), QuantConfig(bits=bits, group=group, head_bits=8))
+    model = model_of("llama")
+    with torch.no_grad():
+        for layer in model.layers:  # one channel of each group is often far above the others, and often just not
+            layer.mlp.up_proj.weight[5::32] *= 6
+    model = quantize(model, QuantConfig(bits=bits, group=group, head_bits=8))
     backend = NativeBackend(model, threads=1, kv_format="f32")
     backend.reserve(2)
     plain = QuantLinear.forward
