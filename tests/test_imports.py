@@ -17,10 +17,10 @@ def run_python(root: Path, code: str) -> str:
     return done.stdout
 
 
-def cpu_seconds(command: list[str], root: Path, enough: float) -> float:
+def cpu_seconds(command: list[str], root: Path, enough: float, tries: int = 3) -> float:
     """CPU seconds of the quickest of a few runs; not wall seconds, because other tests share the cores."""
     best = float("inf")
-    for _ in range(3):
+    for _ in range(tries):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +40,7 @@ def test_import_sprat_is_quick(root: Path) -> None:
 
 def test_the_public_face_costs_little_more_than_torch(root: Path) -> None:
     face = [sys.executable, "-c", "import sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save"]
-    torch = cpu_seconds([sys.executable, "-c", "import torch"], root, enough=0.0)
+    torch = cpu_seconds([sys.executable, "-c", "import torch"], root, enough=0.0, tries=2)
     assert cpu_seconds(face, root, enough=1.5 * torch) <= 2 * torch
 
 

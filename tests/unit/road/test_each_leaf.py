@@ -103,7 +103,7 @@ RL: dict[str, Change] = {
     "importance_cap": ("0.5", ()),
     "epochs": ("1", ()),
     "minibatch": ("8", ()),
-    "format_weight": ("0.7", ("sft.sft.steps=150", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
+    "format_weight": ("0.7", ("sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
     "normalise_std": ("false", ()),
