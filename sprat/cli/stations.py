@@ -148,10 +148,10 @@ def evaluate(
     for name in task or ():
         if name not in known:
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
-    tasks = []
+    tasks, split = [], chosen.eval.split
     for name in dict.fromkeys(task or known):
-        drawn, problems = load_task(known[name]), known[name].test_problems or chosen.data.test_problems
-        tasks.append(Drawn(drawn, tuple(held_out(drawn, count or problems))))
+        drawn, problems = load_task(known[name]), chosen.data.count(known[name], split)
+        tasks.append(Drawn(drawn, tuple(held_out(drawn, count or problems, split)), split))
     scores = evaluate_many(
         Engine(*load(model), max_batch=chosen.eval.batch),
         tasks,
@@ -159,6 +159,7 @@ def evaluate(
         thinking=think,
         max_tokens=chosen.eval.max_tokens,
         samples=chosen.eval.samples,
+        split=split,
     )
     lines = [
         f"{s.task}: {s.accuracy:.1%} of {s.count} ({s.low:.1%} to {s.high:.1%}), {s.mean_tokens:.0f} tokens each"

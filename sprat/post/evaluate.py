@@ -135,7 +135,7 @@ def evaluate_many(
     """One Score for each task, all problems answered in one batch.
 
     Args:
-        count: problems of each task; distinct ones on the test split, which may have fewer.
+        count: problems of each task; distinct ones on dev and test, which may have fewer.
         thinking: True forces a think, False forbids it, None lets the model decide.
         max_tokens: limit on think and answer together.
         temperature: 0 is greedy.
@@ -185,12 +185,13 @@ def pass_at_k(
 
 
 def _problems(task: Task, split: Split, count: int) -> list[Problem]:
-    """Distinct held-out problems, or the first ones of the training split.
+    """Distinct problems of a held-out split, or the first ones of the training split.
 
     Raises:
         DataError: there is none.
     """
-    problems = held_out(task, count) if split == "test" else [task.problem(split, index) for index in range(count)]
+    own = split == "train"  # these are drawn as they are learned, again and again
+    problems = [task.problem(split, index) for index in range(count)] if own else held_out(task, count, split)
     if not problems:
         raise DataError(f"no problem to evaluate of {count}", where=task.name, todo="ask for at least one")
     return problems

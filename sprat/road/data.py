@@ -14,14 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sprat.config import TaskConfig
 from sprat.data import baselines, corpus
 from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
 from sprat.data.split import Split
 from sprat.errors import DataError
-from sprat.road.places import Road, load_task, write_problems
-from sprat.road.recipe import DataRecipe, title
-from sprat.tasks import Problem, Task, held_out
+from sprat.road.places import DataArtefact, Road, load_task, write_problems
+from sprat.road.recipe import DataRecipe
+from sprat.tasks import HELD_OUT, Problem, Task, held_out
+from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import demonstration
 from sprat.trust import atomic
@@ -36,7 +38,7 @@ class _Material:
     found: corpus.Corpus
     parts: Split
     examples: list[tuple[str, str, str]]
-    problems: dict[str, list[Problem]]
+    problems: list[tuple[TaskConfig, Part, list[Problem]]]
     tokenizer: Tokenizer
 
 
@@ -64,8 +66,8 @@ def data(road: Road, text: Path | None = None) -> None:
     rows = pack((demonstration(tokenizer, *example) for example in made.examples), recipe.seq_len)
     rows.save(run.artefact / "tasks")
     scores = _hold_out(tokenizer, train, made.parts.held_out, recipe.seq_len, run.artefact / "heldout")
-    for name, problems in made.problems.items():
-        write_problems(run.artefact / "problems" / f"{safe_name(name)}.jsonl", problems)
+    for config, split, problems in made.problems:
+        write_problems(DataArtefact(run.artefact).problems(config, split), problems)
     run.note(
         title="Data",
         sources=made.found.sources,
@@ -91,10 +93,11 @@ def _shown(parts: Split) -> str:
 def _material(road: Road, text: Path | None) -> _Material:
     """Read the text, draw from the tasks and train the tokenizer; the kept corpus is replaced only by a sound one."""
     recipe = road.recipe.data
-    problems = {
-        title(config): held_out(load_task(config), config.test_problems or recipe.test_problems)
+    problems = [
+        (config, split, held_out(load_task(config), recipe.count(config, split), split))
         for config in (*recipe.tasks, *recipe.unseen)
-    }
+        for split in HELD_OUT
+    ]
     examples = list(worked_examples(recipe, road.recipe.seed))
     found = _corpus(road.folder / "corpus", recipe, text)
     road.enter("corpus")

@@ -42,7 +42,7 @@ def check(
         what, todo = f"rows of {rows} tokens exceed the model's context of {context}", "train on shorter rows"
         raise ConfigError(what, where="seq_len", todo=todo)
     asks = (*recipe.data.tasks, *(recipe.data.unseen if unseen else ()))
-    problems = [road.artefacts.task(config).kept for config in asks]
+    problems = [road.artefacts.task(config, recipe.eval.split).kept for config in asks]
     asked = max(len(render(tokenizer, ask(problem), thinking=False)) for kept in problems for problem in kept)
     limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.rl.max_tokens"))
     if asked + limit > context:
@@ -61,7 +61,7 @@ def scores(
     recipe = road.recipe
     engine = Engine(model, tokenizer, max_batch=recipe.eval.batch)
     configs = [(c, True) for c in recipe.data.tasks] + [(c, False) for c in recipe.data.unseen if unseen]
-    tasks = [road.artefacts.task(config) for config, _ in configs]
+    tasks = [road.artefacts.task(config, recipe.eval.split) for config, _ in configs]
     most, rows = max(len(task.kept) for task in tasks), []
     for way in ways:
         found = evaluate_many(
@@ -71,6 +71,7 @@ def scores(
             thinking=WAYS[way],
             max_tokens=recipe.eval.max_tokens,
             samples=recipe.eval.samples,
+            split=recipe.eval.split,
         )
         for score, (_, trained) in zip(found, configs, strict=True):
             rows.append({**_facts(score), "label": way, "trained": trained})
@@ -116,7 +117,7 @@ def _score(row: dict[str, Any]) -> Score:
 
 def speed(road: Road, model: Transformer, tokenizer: Tokenizer) -> float:
     """Tokens a second of greedy generation, ``SPEED_BATCH`` requests at once, on this thread."""
-    task = road.artefacts.task(road.recipe.data.tasks[0])
+    task = road.artefacts.task(road.recipe.data.tasks[0], road.recipe.eval.split)
     engine = Engine(model, tokenizer, max_batch=SPEED_BATCH)
     prompts = [ask(problem) for problem in task.kept[: 4 * SPEED_BATCH]]
     began = time.perf_counter()

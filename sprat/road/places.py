@@ -15,7 +15,7 @@ from sprat.data.pack import Packed
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.road.graph import tell
 from sprat.road.recipe import ModelRecipe, RoadRecipe, title
-from sprat.tasks import Drawn, Problem, Task, load
+from sprat.tasks import Drawn, Problem, Split, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.trust import atomic, record
@@ -152,11 +152,13 @@ class DataArtefact:
         found: dict[str, int] = json.loads((self.folder / "heldout" / "bytes.json").read_text(encoding="utf-8"))
         return found
 
-    def task(self, config: TaskConfig) -> Drawn:
-        """The task of ``config`` with the held-out problems that the data stage kept."""
-        return Drawn(
-            load_task(config), tuple(read_problems(self.folder / "problems" / f"{safe_name(title(config))}.jsonl"))
-        )
+    def problems(self, config: TaskConfig, split: Split) -> Path:
+        """Where the problems of a held-out split are kept."""
+        return self.folder / "problems" / split / f"{safe_name(title(config))}.jsonl"
+
+    def task(self, config: TaskConfig, split: Split = "test") -> Drawn:
+        """The task of ``config`` with the problems of a held-out ``split`` that the data stage kept."""
+        return Drawn(load_task(config), tuple(read_problems(self.problems(config, split))), split)
 
 
 def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:

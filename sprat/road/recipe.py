@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from sprat.config import (
 from sprat.config.recipe import Count, Seed
 from sprat.config.sizes import size
 from sprat.errors import ConfigError
+from sprat.tasks.base import Split
 
 
 def title(config: TaskConfig) -> str:
@@ -47,8 +48,13 @@ class DataRecipe(Config):
     offline: bool = False
     demonstrations: int = Field(60_000, ge=10, lt=2**31)  # worked examples over all tasks
     test_problems: int = Field(1000, ge=10, lt=2**31)  # held-out problems for each task
+    dev_problems: int = Field(500, ge=10, lt=2**31)  # as many more, for who tunes a recipe
     tasks: tuple[MixTaskConfig, ...] = Field((MixTaskConfig(name="sums"),), min_length=1)
     unseen: tuple[TaskConfig, ...] = ()  # evaluated, never trained
+
+    def count(self, config: TaskConfig, split: Split) -> int:
+        """How many problems of a held-out ``split`` of the task ``config`` are kept."""
+        return self.dev_problems if split == "dev" else config.test_problems or self.test_problems
 
     @model_validator(mode="after")
     def _name_tasks_apart(self) -> Self:
@@ -77,6 +83,7 @@ class PretrainRecipe(Config):
 class EvalRecipe(Config):
     """How answers are drawn when they are judged."""
 
+    split: Literal["dev", "test"] = "test"  # dev: while a recipe is tuned
     max_tokens: Count = 120
     batch: Count = 512
     side_problems: Count = 300  # of each task, where thinking is forced or forbidden

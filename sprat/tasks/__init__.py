@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from sprat.config import TaskConfig
 from sprat.errors import DataError
-from sprat.tasks.base import Drawn, Problem, Split, Task, held_out, is_right, split_of
+from sprat.tasks.base import HELD_OUT, Drawn, Problem, Split, Task, held_out, is_right, split_of
 from sprat.tasks.gym import GymTask
 from sprat.tasks.sums import Sums
 
-__all__ = ["Drawn", "GymTask", "Problem", "Split", "Sums", "Task", "held_out", "is_right", "load", "split_of"]
+__all__ = [
+    "HELD_OUT",
+    "Drawn",
+    "GymTask",
+    "Problem",
+    "Split",
+    "Sums",
+    "Task",
+    "held_out",
+    "is_right",
+    "load",
+    "split_of",
+]
 
 
 def load(config: TaskConfig) -> Task:

@@ -1,22 +1,25 @@
 """What a task is: it draws problems, explains them, and judges answers.
 
-Train and test never share a question: a question belongs to the test split when the SHA-256 of its
-text says so (one in ten). The split is thus a property of the question, not of a seed, and holds
-for every generator, every setting and every run.
+No two splits share a problem, whatever words it is asked in: its canonical form (``sprat.tasks.canonical``) decides by
+its SHA-256 whether it belongs to test (two in ten), to dev (one in ten: recipes are tuned on it) or to train. The split
+is thus a property of the problem, not of a seed, and holds for every task, every setting and every run.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from sprat.errors import DataError
+from sprat.tasks import canonical
 
-Split = Literal["train", "test"]
+Split = Literal["train", "dev", "test"]
+HELD_OUT: tuple[Split, ...] = ("test", "dev")
 RIGHT = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
-TEST_SHARE = 10  # one question in ten is held out
+SHARES: dict[Split, int] = {"test": 2, "dev": 1, "train": 7}  # of ten problems
+_SPLITS = [split for split, share in SHARES.items() for _ in range(share)]
 ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
 
 
@@ -29,6 +32,7 @@ class Problem:
         index: its index within the split.
         question, answer: plain text.
         meta: what the judge and the report need; ``num_terms`` where length has a meaning.
+        canonical: one text for all ways to ask this (``sprat.tasks.canonical``); left out, it is the question's own.
     """
 
     task: str
@@ -36,6 +40,10 @@ class Problem:
     question: str
     answer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    canonical: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "canonical", self.canonical or canonical.text(self.question))
 
 
 class Task(Protocol):
@@ -68,14 +76,14 @@ def is_right(score: float) -> bool:
     return score >= RIGHT
 
 
-def split_of(question: str) -> Split:
-    """The split that ``question`` belongs to, by its SHA-256.
+def split_of(form: str) -> Split:
+    """The split of the problem whose canonical form is ``form``, by its SHA-256.
 
-    >>> split_of("What is 1 + 2 + 3?") in ("train", "test")
+    >>> split_of("sum 1 2 3") in ("train", "dev", "test")
     True
     """
-    first = hashlib.sha256(question.encode()).digest()[:8]
-    return "test" if int.from_bytes(first, "big") % TEST_SHARE == 0 else "train"
+    first = hashlib.sha256(form.encode()).digest()[:8]
+    return _SPLITS[int.from_bytes(first, "big") % len(_SPLITS)]
 
 
 def draw(generate: Callable[[int], Problem], split: Split, index: int) -> Problem:
@@ -86,36 +94,32 @@ def draw(generate: Callable[[int], Problem], split: Split, index: int) -> Proble
     """
     for attempt in range(ATTEMPTS):
         problem = generate(index * ATTEMPTS + attempt)
-        if split_of(problem.question) == split:
+        if split_of(problem.canonical) == split:
             return problem
     raise DataError(f"no {split} question in {ATTEMPTS} draws", where="task settings", todo="widen the task's settings")
 
 
-def held_out(task: Task, count: int) -> list[Problem]:
-    """``count`` test problems, distinct as long as the task has that many (then it repeats none).
+def held_out(task: Task, count: int, split: Split = "test") -> list[Problem]:
+    """``count`` problems of ``split``, no two of one canonical form.
 
-    A task with fewer distinct held-out questions than ``count`` gives all that ``20 * count`` draws find.
+    A task with fewer distinct problems there gives all that ``20 * count`` draws find.
     """
-    return list(_distinct(task, count))
-
-
-def _distinct(task: Task, count: int) -> Iterator[Problem]:
-    seen: set[str] = set()
+    found: dict[str, Problem] = {}
     for index in range(20 * count):
-        if len(seen) == count:
-            return
-        problem = task.problem("test", index)
-        if problem.question not in seen:
-            seen.add(problem.question)
-            yield problem
+        if len(found) == count:
+            break
+        problem = task.problem(split, index)
+        found.setdefault(problem.canonical, problem)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A task whose held-out problems were drawn before and kept; training problems are drawn anew."""
+    """A task whose problems of one held-out split were drawn before and kept; all others are drawn anew."""
 
     task: Task
     kept: tuple[Problem, ...]
+    split: Split = "test"
 
     @property
     def name(self) -> str:
@@ -123,8 +127,8 @@ class Drawn:
         return self.task.name
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Kept problem ``index`` (around and around) of the test split, or a fresh one of the training split."""
-        return self.kept[index % len(self.kept)] if split == "test" else self.task.problem(split, index)
+        """Kept problem ``index`` (around and around), or a fresh one of another split."""
+        return self.kept[index % len(self.kept)] if split == self.split else self.task.problem(split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """The task's own judgement."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from sprat.tasks import canonical
+
 
 def running_total(terms: Sequence[int]) -> str:
     """Add signed terms from left to right.
@@ -119,17 +121,7 @@ def equation(text: str) -> str:
     >>> print(equation("z + 5 = 13"))
     13-5=8
     """
-    left, right = text.split("=")
-    target = int(right)
-    factor, shift = 0, 0
-    for sign, number, variable in re.findall(r"([+-]?)\s*(\d+)?\*?([a-z])?", left.replace(" ", "")):
-        if not number and not variable:
-            continue
-        value = int(sign + (number or "1"))
-        if variable:
-            factor += value
-        else:
-            shift += value
+    factor, shift, target = canonical.linear(text)
     lines = []
     if shift and factor < 0:
         lines.append(f"{shift}{-target:+d}={shift - target}")
@@ -142,19 +134,24 @@ def equation(text: str) -> str:
     return "\n".join(lines) if lines else f"{target}"
 
 
-def euclid(a: int, b: int) -> str:
-    """Euclid's algorithm by remainders.
+def euclid(numbers: Sequence[int]) -> str:
+    """Euclid's algorithm by remainders; what two numbers have in common meets the next.
 
-    >>> print(euclid(18, 48))
+    >>> print(euclid([18, 48, 10]))
     48%18=12
     18%12=6
     12%6=0
+    10%6=4
+    6%4=2
+    4%2=0
     """
-    a, b = max(a, b), min(a, b)
-    lines = []
-    while b:
-        lines.append(f"{a}%{b}={a % b}")
-        a, b = b, a % b
+    common, lines = numbers[0], list[str]()
+    for number in numbers[1:]:
+        a, b = max(common, number), min(common, number)
+        while b:
+            lines.append(f"{a}%{b}={a % b}")
+            a, b = b, a % b
+        common = a
     return "\n".join(lines)
 
 

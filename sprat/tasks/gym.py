@@ -1,23 +1,25 @@
 """Adapter to reasoning-gym: its questions, its scorers, our split and our chains of thought.
 
-Scores below 0.2 count as 0, because several of its scorers pay 0.01 to 0.16 for any answer at all,
-which reinforcement learning would gladly collect.
+Only full marks count. Its scorers pay a part for much that is wrong: half for "14" where 4 is right, up to 0.16 for any
+answer at all; reinforcement learning would gladly collect that. Where the answer is a whole number, only that number as
+it is written is right, for one scorer gives full marks to "+04.0" too.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sprat.errors import DataError, MachineError
-from sprat.tasks import explain
-from sprat.tasks.base import Problem, Split, draw
+from sprat.tasks import canonical, explain
+from sprat.tasks.base import Problem, Split, draw, is_right
 
-FLOOR = 0.2  # scores below this are what any answer gets
+WHOLE = re.compile(r"-?\d+")
 OPTIONAL_NATIVE = ("pycosat",)  # C extensions that reasoning-gym imports for families that are not ours
 
 
@@ -47,11 +49,12 @@ class GymTask:
         return draw(self._generate, split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
-        """The family's own score, with what any answer gets taken away."""
+        """1.0 for an answer that the family gives full marks, a whole number as it is written; else 0.0."""
         if answer is None:
             return 0.0
-        value = float(self._dataset.score_answer(answer, problem.meta["entry"]))
-        return value if value >= FLOOR else 0.0
+        if WHOLE.fullmatch(problem.answer):
+            return float(answer.strip() == problem.answer)
+        return float(is_right(float(self._dataset.score_answer(answer, problem.meta["entry"]))))
 
     def explain(self, problem: Problem) -> str:
         """The chain of thought of this family.
@@ -73,20 +76,30 @@ class GymTask:
         meta: dict[str, Any] = {"entry": entry}
         if "num_terms" in entry["metadata"]:
             meta["num_terms"] = entry["metadata"]["num_terms"]
-        return Problem(self.name, key, entry["question"].strip(), entry["answer"], meta)
+        form = FORMS[self.family](entry["metadata"]) if self.family in FORMS else ""
+        return Problem(self.name, key, entry["question"].strip(), entry["answer"], meta, form)
 
 
-def _legs(meta: Mapping[str, Any]) -> str:
+def _animals(meta: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(count, legs of one) for each kind of animal."""
     table = importlib.import_module("reasoning_gym.arithmetic.leg_counting").ANIMALS
-    return explain.legs([(count, table[animal]) for animal, count in meta["animals"].items()])
+    return [(count, table[animal]) for animal, count in meta["animals"].items()]
 
 
+# By the metadata of an entry: its chain of thought, and its canonical form.
 CHAINS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "basic_arithmetic": lambda meta: explain.arithmetic(meta["expression"]),
     "chain_sum": lambda meta: explain.chain_sum(meta["expression"]),
-    "gcd": lambda meta: explain.euclid(*meta["numbers"]),
-    "leg_counting": _legs,
+    "gcd": lambda meta: explain.euclid(meta["numbers"]),
+    "leg_counting": lambda meta: explain.legs(_animals(meta)),
     "simple_equations": lambda meta: explain.equation(meta["equation"]),
+}
+FORMS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "basic_arithmetic": lambda meta: canonical.expression(meta["expression"]),
+    "chain_sum": lambda meta: canonical.expression(meta["expression"]),
+    "gcd": lambda meta: canonical.divisor(meta["numbers"]),
+    "leg_counting": lambda meta: canonical.legs(_animals(meta)),
+    "simple_equations": lambda meta: canonical.equation(meta["equation"]),
 }
 
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from sprat.errors import DataError
+from sprat.tasks import canonical
 from sprat.tasks.base import Problem, Split, draw
 from sprat.tasks.explain import running_total
 
@@ -49,4 +50,4 @@ class Sums:
         terms = [rng.randint(1, self.max_value) for _ in range(rng.randint(self.min_terms, self.max_terms))]
         question = f"What is {' + '.join(map(str, terms))}?"
         meta = {"terms": terms, "num_terms": len(terms)}
-        return Problem(self.name, key, question, str(sum(terms)), meta)
+        return Problem(self.name, key, question, str(sum(terms)), meta, canonical.terms(terms))

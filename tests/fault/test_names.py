@@ -108,7 +108,7 @@ def test_titles_of_a_recipe_reach_the_folder_of_problems_only(inside: Path, tmp_
         recipe = named("tiny").replace(data={"tasks": [{"name": "sums", "title": name}]})
         config = recipe.data.tasks[0]
         artefact = DataArtefact(inside)
-        write_problems(inside / "problems" / f"{safe_name(title(config))}.jsonl", [Problem("t", 7, "q", "a")])
+        write_problems(artefact.problems(config, "test"), [Problem("t", 7, "q", "a")])
         assert artefact.task(config).kept[0].index == 7
     assert {path for path in _tree(tmp_path / "outside") if not path.startswith("a/b/inside/problems/")} == {
         "a", "a/b", "a/b/inside", "a/b/inside/problems"

@@ -42,7 +42,7 @@ def test_where_nothing_is_near_the_keys_are_listed() -> None:
     assert caught.value.todo == "there are rl, seeds"
     with pytest.raises(ConfigError) as caught:
         named("tiny", ("eval.qqq=1",))
-    assert caught.value.todo == "there are max_tokens, batch, side_problems, samples"
+    assert caught.value.todo == "there are split, max_tokens, batch, side_problems, samples"
 
 
 def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:

@@ -34,6 +34,7 @@ BASE = (
     '{name="sums",title="sums_of_3",settings={min_terms=3,max_terms=3,max_value=6}}]',
     'data.unseen=[{name="sums",title="sums_of_4",settings={min_terms=4,max_terms=4,max_value=6}}]',
     "data.vocab_size=320", "data.numbers=20", "data.seq_len=48", "data.demonstrations=60", "data.test_problems=10",
+    "data.dev_problems=10",
     "data.text_bytes=20000",
     'pretrain.model={size="pico",changes={hidden_size=16,kv_lora_rank=16,moe_intermediate_size=16,intermediate_size=32,'
     "num_hidden_layers=1,first_k_dense_replace=0,num_nextn_predict_layers=1}}",
@@ -158,6 +159,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "eval.batch": ("3", ()),
         "eval.side_problems": ("3", ()),
         "eval.samples": ("2", ()),
+        "eval.split": ("dev", ()),
     },
     "data": {
         "data.vocab_size": ("310", ()),
@@ -166,6 +168,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "data.text_bytes": ("10000", ()),
         "data.demonstrations": ("50", ()),
         "data.test_problems": ("12", ()),
+        "data.dev_problems": ("12", ()),
         "data.tasks.name": ("no-such-task", ()),
         "data.tasks.title": ("another", ()),
         "data.tasks.settings": ("{min_terms=2,max_terms=2,max_value=5}", ()),
