@@ -68,8 +68,18 @@ class SFTConfig(TrainConfig):
     """Supervised fine-tuning: only the assistant's tokens carry loss."""
 
     demonstrations: Count = 4000
-    terse_fraction: float = Field(0.9, ge=0, le=1)  # share of demonstrations with an empty think
+    terse_fraction: float = Field(0.0, ge=0, le=1)  # share of demonstrations with an empty think
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
+
+
+class RFTConfig(TrainConfig):
+    """Rejection-sampling fine-tuning: SFT on the model's own right answers (RAFT, arXiv 2304.06767)."""
+
+    problems: Count = 4000
+    samples: Count = 4  # answers of each problem
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    max_tokens: Count = 96
+    bias_update_speed: float = Field(0.0, ge=0, le=0)  # as in SFT
 
 
 class GRPOConfig(Config):
@@ -83,6 +93,7 @@ class GRPOConfig(Config):
     max_tokens: Count = 96
     temperature: float = Field(1.0, ge=0.01, le=100)
     lr: float = Field(2e-4, gt=0, le=1e9)
+    decay_fraction: float = Field(0.0, ge=0, le=1)  # share of the steps over which the rate falls to 0, at the end
     optim: Literal["adamw", "muon"] = "adamw"
     clip_low: float = Field(0.2, gt=0, le=1e9)
     clip_high: float = Field(0.28, gt=0, le=1e9)

@@ -73,7 +73,7 @@ from sprat.post.rewards import Reward, Verifier
 from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, loop, machine, optim, trainable
+from sprat.train import checkpoint, loop, machine, optim, schedule, trainable
 from sprat.train.progress import bar
 from sprat.trust.run import Run
 
@@ -282,7 +282,7 @@ def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
     if not math.isfinite(norm):
         todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimiser.step()
+    optimiser.step(schedule.factor(optimiser.config, step - 1, config.steps))
     optimiser.zero_grad()
     return norm
 
@@ -335,9 +335,9 @@ def grpo(
 
 
 def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimiser:
-    """One rate for all weights, which never falls."""
-    rate = config.lr
-    return optim.build(model, OptimConfig(name=config.optim, muon_lr=rate, adam_lr=rate, schedule="constant"))
+    """One rate for all weights, without a warm-up."""
+    rate = {"muon_lr": config.lr, "adam_lr": config.lr, "warmup_steps": 0, "decay_fraction": config.decay_fraction}
+    return optim.build(model, OptimConfig(name=config.optim, **rate))
 
 
 def check_start(found: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:

@@ -1,9 +1,8 @@
 """Supervised fine-tuning: demonstrations become packed, masked batches; the training loop does the rest.
 
 Only the assistant's tokens carry loss (``tokens.chat.demonstration`` sets the mask), because the model shall
-learn to answer questions, not to write them. ``cold_start`` makes the mostly terse demonstrations from which
-RL starts (DeepSeek-R1, arXiv 2501.12948): they teach the format and leave the habit of thinking rare, so that what RL
-adds can be seen.
+learn to answer questions, not to write them. ``draw_demonstrations`` gives the tasks' own worked examples, as R1's
+cold start teaches a model to think before it answers (DeepSeek-R1, arXiv 2501.12948, section 2.3.1).
 
 A demonstration that is longer than a row is left out and counted: cut at its end it would teach half an answer, cut at
 its beginning an answer to half a question. The router's bias stays where pre-training left it, as in RL: a narrow mix
@@ -52,14 +51,14 @@ def draw(tasks: Sequence[Task], weights: Sequence[float], count: int, key: str) 
     return [(task, task.problem("train", rng.randrange(_INDICES))) for task in chosen]
 
 
-def cold_start(
+def draw_demonstrations(
     tasks: Sequence[Task], weights: Sequence[float], *, count: int, terse_fraction: float, seed: int
 ) -> list[Demonstration]:
     """Demonstrations by the tasks' own explanations; each is terse with chance ``terse_fraction``."""
     rng = random.Random(f"terse/{seed}")
     return [
         Demonstration(problem.question, "" if rng.random() < terse_fraction else task.explain(problem), problem.answer)
-        for task, problem in draw(tasks, weights, count, f"cold-start/{seed}")
+        for task, problem in draw(tasks, weights, count, f"demonstrations/{seed}")
     ]
 
 

@@ -1,7 +1,6 @@
 """The data stage: text and tasks become a tokenizer, packed rows and held-out sets.
 
-Pre-training documents of tasks are worked examples with their chain of thought and the think tags, and
-only those: answers without a chain poison a small model (docs/log.md).
+Pre-training documents of tasks are worked examples, with think tags and their chain of thought, or without the chain.
 """
 
 from __future__ import annotations
@@ -109,9 +108,12 @@ def _material(road: Road, text: Path | None) -> _Material:
 
 
 def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, str]]:
-    """``recipe.demonstrations`` triples (question, chain of thought, answer), tasks in proportion to their weights."""
+    """``recipe.demonstrations`` triples (question, chain of thought, answer), tasks in proportion to their weights.
+
+    The chain of each is left out, as in most text that is found, with chance ``recipe.terse_fraction``.
+    """
     tasks: list[Task] = [load_task(config) for config in recipe.tasks]
-    rng = random.Random(f"mix:{seed}")
+    rng, terse = random.Random(f"mix:{seed}"), random.Random(f"terse:{seed}")
     drawn: list[list[tuple[str, str, str]]] = [[] for _ in tasks]
     counts = [0] * len(tasks)
     for which in rng.choices(range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations):
@@ -119,7 +121,8 @@ def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, s
         if len(drawn[which]) < limit:
             problem = tasks[which].problem("train", counts[which])
             drawn[which].append((problem.question, tasks[which].explain(problem), problem.answer))
-        yield drawn[which][counts[which] % limit]
+        question, chain, answer = drawn[which][counts[which] % limit]
+        yield question, "" if terse.random() < recipe.terse_fraction else chain, answer
         counts[which] += 1
 
 

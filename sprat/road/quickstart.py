@@ -1,11 +1,12 @@
 """The road in one command, top to bottom.
 
-    data ──┬─ pretrain ── sft ──┬─ rl (seed 0) ──┬─ distill ── quantize
-           │                    │                └─ sft-labels          (control of RL)
-           │                    └─ rl (seeds 1, 2)                      (is RL luck?)
-           ├─ pretrain-dense                                            (control of the experts)
-           └─ student-scratch                                           (control of distillation)
+    data ──┬─ pretrain ──┬─ rl (seed 0) ── distill ── quantize
+           │             ├─ rl (seeds 1, 2)                      (is RL luck?)
+           │             └─ sft, rft, pretrain-more              (controls of RL)
+           ├─ pretrain-dense                                     (control of the experts)
+           └─ student-scratch                                    (control of distillation)
 
+RL starts from the pre-trained model itself, as R1-Zero did; with ``rl.start = "sft"`` it starts after SFT.
 Every stage is a run with its folder; a stage that is finished is not run again, so starting the same
 road again goes on where it was.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from sprat.errors import MachineError
 from sprat.post.rewards import load_reward
 from sprat.report import write
-from sprat.road import data, squeeze, training
+from sprat.road import controls, data, squeeze, training
 from sprat.road.graph import Stage, run_all
 from sprat.road.places import Road, load_task
 from sprat.road.recipe import RoadRecipe
@@ -34,21 +35,24 @@ SERVED = "quantize"  # the run whose model is served at the end
 def stages(road: Road, text: Path | None = None) -> list[Stage]:
     """The stages of ``road``, the critical path first."""
     recipe = road.recipe
-    first = f"rl-seed{recipe.rl.seeds[0]}"
+    start, first = recipe.rl.start, f"rl-seed{recipe.rl.seeds[0]}"
+    tune = [Stage("sft", training.fine_tune, (road,), ("pretrain",))]
     found = [
         Stage("data", data.data, (road, text)),
         Stage("pretrain", training.pretrain, (road,), ("data",)),
-        Stage("sft", training.cold_start, (road,), ("pretrain",)),
-        Stage(first, training.reinforce, (road, recipe.rl.seeds[0]), ("sft",)),
+        *(tune if start == "sft" else ()),
+        Stage(first, training.reinforce, (road, recipe.rl.seeds[0]), (start,)),
         Stage("distill", training.student, (road,), (first,)),
         Stage("quantize", squeeze.squeeze, (road,), ("distill",)),
     ]
     if recipe.dense is not None:
         found.append(Stage("pretrain-dense", training.pretrain, (road, "pretrain-dense", recipe.dense), ("data",)))
-    found.append(Stage("student-scratch", training.scratch, (road,), ("data",)))
-    others = recipe.rl.seeds[1:]
-    found += [Stage(f"rl-seed{seed}", training.reinforce, (road, seed), ("sft",)) for seed in others]
-    found.append(Stage("sft-labels", training.labels, (road,), (first,)))
+    found.append(Stage("student-scratch", controls.scratch, (road,), ("data",)))
+    found += [Stage(f"rl-seed{seed}", training.reinforce, (road, seed), (start,)) for seed in recipe.rl.seeds[1:]]
+    if recipe.controls is not None:
+        found += tune if start == "pretrain" else ()
+        found.append(Stage("rft", controls.rejection_sampling, (road,), (start,)))
+        found.append(Stage("pretrain-more", controls.more_pretraining, (road,), (start,)))
     return found
 
 

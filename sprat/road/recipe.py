@@ -16,6 +16,7 @@ from sprat.config import (
     MixTaskConfig,
     MoneyConfig,
     QuantConfig,
+    RFTConfig,
     SFTConfig,
     TaskConfig,
     load,
@@ -47,6 +48,7 @@ class DataRecipe(Config):
     text_bytes: int = Field(4_000_000, ge=10_000, lt=2**63)
     offline: bool = False
     demonstrations: int = Field(60_000, ge=10, lt=2**31)  # worked examples over all tasks
+    terse_fraction: float = Field(0.0, ge=0, le=1)  # share of them that show no chain of thought
     test_problems: int = Field(1000, ge=10, lt=2**31)  # held-out problems for each task
     dev_problems: int = Field(500, ge=10, lt=2**31)  # as many more, for who tunes a recipe
     tasks: tuple[MixTaskConfig, ...] = Field((MixTaskConfig(name="sums"),), min_length=1)
@@ -91,7 +93,7 @@ class EvalRecipe(Config):
 
 
 class SFTRecipe(Config):
-    """Cold start: a few demonstrations, most of them terse."""
+    """Fine-tuning of the pre-trained model on demonstrations: a control of RL, or what RL starts from."""
 
     sft: SFTConfig = SFTConfig()
 
@@ -101,10 +103,23 @@ class SFTRecipe(Config):
         return self
 
 
+class ControlsRecipe(Config):
+    """What RL is measured against, from the same start: steps that cost as many CPU seconds as its own."""
+
+    rft: RFTConfig = RFTConfig()
+    more: LoopConfig = LoopConfig()  # pre-training that goes on
+
+    @model_validator(mode="after")
+    def _share_rows(self) -> Self:
+        _check_rows(self.rft, [1.0])
+        return self
+
+
 class RLRecipe(Config):
-    """GRPO on the trained tasks, the same cold start, several seeds."""
+    """GRPO on the trained tasks, the same start, several seeds."""
 
     rl: GRPOConfig = GRPOConfig()
+    start: Literal["pretrain", "sft"] = "pretrain"  # R1-Zero, or R1 (arXiv 2501.12948, sections 2.2 and 2.3)
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
 
     @model_validator(mode="after")
@@ -155,6 +170,7 @@ class RoadRecipe(Config):
     dense: ModelRecipe | None = None  # iso-FLOP dense twin of the teacher; None leaves it out
     sft: SFTRecipe = SFTRecipe()
     rl: RLRecipe = RLRecipe()
+    controls: ControlsRecipe | None = None  # None leaves them out
     distill: DistillRecipe = DistillRecipe()
     quant: QuantConfig = QuantConfig()
     eval: EvalRecipe = EvalRecipe()

@@ -1,4 +1,4 @@
-"""The stages that train: pre-train, its dense twin, cold start, RL, its control, distil, and its control.
+"""The stages that train: pre-train and its dense twin, SFT, RL, distil; what they are measured against: ``controls``.
 
 Each function is one stage: it opens its run, returns at once when that is done, trains, measures, and
 closes the run with what it found. Arguments are plain, so that a stage can run in a process of its own.
@@ -17,7 +17,7 @@ from sprat.data.loader import MixedSource, gather
 from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
-from sprat.post import control, distill, grpo, reward_sources, rewards, sft
+from sprat.post import distill, grpo, reward_sources, rewards, sft
 from sprat.post.readiness import readiness
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
@@ -38,90 +38,68 @@ def pretrain(road: Road, name: str = "pretrain", twin: ModelRecipe | None = None
     recipe = road.recipe.pretrain
     if twin is not None:
         recipe = recipe.replace(model=twin.model_dump(), train=recipe.train.replace(init_from="").model_dump())
-    opened = _open_pretraining(road, name, recipe, road.recipe.seed)
+    opened = open_pretraining(road, name, recipe, road.recipe.seed)
     if opened is None:
         return
-    run, (model, tokenizer, source) = opened
-    result = loop.train(model, source, recipe.train, run)
+    run, (model, tokenizer, batches) = opened
+    result = loop.train(model, batches, recipe.train, run)
     ways = ALL_WAYS if twin is None else ("greedy", "thinking")
     facts = _text_facts(road, model) | ({} if twin is None else {"control_of": "pretrain"})
     label = "Pre-training" if twin is None else "Pre-training, dense twin at equal FLOPs"
-    _close(road, run, model, tokenizer, result, label, ways, facts)
+    close(road, run, model, tokenizer, result, label, ways, facts)
 
 
-def cold_start(road: Road) -> None:
-    """SFT on few and mostly terse demonstrations: the format is learned, the habit of thinking is rare."""
+def fine_tune(road: Road) -> None:
+    """SFT on demonstrations that show their thinking: RL starts from it, or is measured against it."""
     recipe = road.recipe.sft.sft
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, list[sft.Demonstration]]:
         model, tokenizer = load(road.path("pretrain"))
-        shown = sft.cold_start(
-            *_mix(road), count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
+        shown = sft.draw_demonstrations(
+            *mix(road), count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
         )
         measure.check(road, model, tokenizer, rows=recipe.seq_len)
         sft.batches(tokenizer, shown, recipe)
         return model, tokenizer, shown
 
     inputs = {"model": road.path("pretrain"), **measured(road)}
-    fits = _fits(recipe)
-    opened = road.open("sft", "sft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from, fits)
+    opened = road.open("sft", "sft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from, fits(recipe))
     if opened is None:
         return
     run, (model, tokenizer, shown) = opened
     result = sft.sft(model, tokenizer, shown, recipe, run)
-    _close(road, run, model, tokenizer, result, "Cold start", ALL_WAYS)
+    facts = {} if road.recipe.rl.start == "sft" else {"control_of": "rl"}
+    close(road, run, model, tokenizer, result, "SFT on demonstrations", ALL_WAYS, facts, before="pretrain")
 
 
 def reinforce(road: Road, seed: int) -> None:
-    """GRPO with rule rewards from the cold start, with its own ``seed``."""
-    recipe = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed)
+    """GRPO with rule rewards, with its own ``seed``, from the pre-trained model (R1-Zero) or after SFT (R1)."""
+    recipe, start = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed), road.recipe.rl.start
     first = seed == road.recipe.rl.seeds[0]
-    inputs = {"model": road.path("sft"), **measured(road)}
+    inputs = {"model": road.path(start), **measured(road)}
     if recipe.reward:
         inputs |= reward_sources.sources(recipe.reward)
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None]:
         reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
-        model, tokenizer = load(road.path("sft"))
+        model, tokenizer = load(road.path(start))
         measure.check(road, model, tokenizer, answer=recipe.max_tokens, unseen=first)
-        mix = _mix(road)
+        tasks = mix(road)
         if recipe.gate and not goes_on and not recipe.init_from:
             engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
-            readiness(engine, *mix, recipe, reward).check()
-        return model, tokenizer, mix, reward
+            readiness(engine, *tasks, recipe, reward).check()
+        return model, tokenizer, tasks, reward
 
-    def fits(made: tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None], start: checkpoint.Checkpoint) -> None:
-        grpo.check_start(start, made[0], recipe)
+    def suits(made: tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None], found: checkpoint.Checkpoint) -> None:
+        grpo.check_start(found, made[0], recipe)
 
-    opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from, fits)
+    opened = road.open(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from, suits)
     if opened is None:
         return
-    run, (model, tokenizer, mix, reward) = opened
-    result = grpo.grpo(model, tokenizer, *mix, recipe, run, reward=reward, gate=False)
+    run, (model, tokenizer, tasks, reward) = opened
+    result = grpo.grpo(model, tokenizer, *tasks, recipe, run, reward=reward, gate=False)
     ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
-    _close(road, run, model, tokenizer, result, label, ways, before="sft", unseen=first)
-
-
-def labels(road: Road) -> None:
-    """The control of RL: SFT on bare answers for the FLOPs that RL spent."""
-    recipe = road.recipe.sft.sft.replace(init_from="")
-    rl = f"rl-seed{road.recipe.rl.seeds[0]}"
-    inputs = {"model": road.path("sft"), "rl": road.path(rl), **measured(road)}
-
-    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, float]:
-        model, tokenizer = load(road.path("sft"))
-        spent = finished(road, rl)["flops"]
-        measure.check(road, model, tokenizer, rows=recipe.seq_len)
-        control.affordable_steps(model, recipe, spent)
-        return model, tokenizer, _mix(road), spent
-
-    opened = road.open("sft-labels", "sft", recipe, inputs, road.recipe.seed, prepare)
-    if opened is None:
-        return
-    run, (model, tokenizer, mix, spent) = opened
-    result = control.control(model, tokenizer, *mix, recipe, run, flops=spent)
-    label, facts = "SFT on labels, equal compute", {"control_of": "rl"}
-    _close(road, run, model, tokenizer, result, label, ("greedy",), facts, before="sft")
+    close(road, run, model, tokenizer, result, label, ways, before=start, unseen=first)
 
 
 def student(road: Road) -> None:
@@ -133,42 +111,28 @@ def student(road: Road) -> None:
         model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
         measure.check(road, model, tokenizer, rows=road.artefacts.packed("text").seq_len, unseen=True)
         measure.check(road, teacher, tokenizer)
-        return model, teacher, tokenizer, _mix(road)
+        return model, teacher, tokenizer, mix(road)
 
     inputs = {"teacher": road.path(teacher_run), **measured(road)}
-    start, fits = recipe.distill.init_from, _fits(recipe.distill)
-    opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, start, fits)
+    start, suits = recipe.distill.init_from, fits(recipe.distill)
+    opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, start, suits)
     if opened is None:
         return
-    run, (model, teacher, tokenizer, mix) = opened
+    run, (model, teacher, tokenizer, tasks) = opened
     engine = Engine(teacher, tokenizer, max_batch=road.recipe.eval.batch)
     settings: dict[str, Any] = {
         "count": recipe.distill.problems,
         "max_tokens": road.recipe.eval.max_tokens,
         "seed": road.recipe.seed,
     }
-    taught = distill.traces(engine, *mix, thinking=None, **settings)
+    taught = distill.traces(engine, *tasks, thinking=None, **settings)
     source, counts = _student_source(road, recipe, tokenizer, taught.kept)
     result = distill.distill(model, teacher, source, recipe.distill, run)
     facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
-    _close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
+    close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
-def scratch(road: Road) -> None:
-    """The control of distillation: the student's size from scratch, same steps, on what the teacher was taught."""
-    recipe = road.recipe.distill
-    train = {name: getattr(recipe.distill, name) for name in type(road.recipe.pretrain.train).model_fields}
-    plain = PretrainRecipe(model=recipe.student, train={**train, "init_from": ""}, text_share=recipe.text_share)
-    opened = _open_pretraining(road, "student-scratch", plain, road.recipe.seed + 1)
-    if opened is None:
-        return
-    run, (model, tokenizer, source) = opened
-    result = loop.train(model, source, plain.train, run)
-    label, facts = "Student's size from scratch, equal tokens", {"control_of": "distill"}
-    _close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), facts)
-
-
-def _open_pretraining(
+def open_pretraining(
     road: Road, name: str, recipe: PretrainRecipe, weights_seed: int
 ) -> tuple[Run, tuple[Transformer, Tokenizer, MixedSource]] | None:
     """A run of pre-training with its model, tokenizer and batches; None where it is done."""
@@ -176,15 +140,15 @@ def _open_pretraining(
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, MixedSource]:
         tokenizer = road.artefacts.tokenizer()
         model = Transformer.create(model_config(recipe.model, tokenizer), weights_seed)
-        source = _source(road, recipe)
-        measure.check(road, model, tokenizer, rows=source.parts[0].seq_len)
-        return model, tokenizer, source
+        batches = source(road, recipe)
+        measure.check(road, model, tokenizer, rows=batches.parts[0].seq_len)
+        return model, tokenizer, batches
 
-    start, fits = recipe.train.init_from, _fits(recipe.train)
-    return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, start, fits)
+    start, suits = recipe.train.init_from, fits(recipe.train)
+    return road.open(name, "pretrain", recipe, measured(road), road.recipe.seed, prepare, start, suits)
 
 
-def _fits(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], checkpoint.Checkpoint], None]:
+def fits(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], checkpoint.Checkpoint], None]:
     """Refuses a checkpoint from which ``config`` cannot go on with the model that was prepared first."""
     return lambda made, start: loop.check_start(start, made[0], config)
 
@@ -194,17 +158,17 @@ def measured(road: Road) -> dict[str, record.Input]:
     return {"data": road.path("data"), "eval": road.recipe.eval.replace(batch=1)}
 
 
-def _mix(road: Road) -> Mix:
+def mix(road: Road) -> Mix:
     """The trained tasks and their weights."""
     configs = road.recipe.data.tasks
     return [load_task(config) for config in configs], [config.weight for config in configs]
 
 
-def _source(road: Road, recipe: PretrainRecipe) -> MixedSource:
-    """Text and worked examples in the recipe's shares."""
+def source(road: Road, recipe: PretrainRecipe, seed: int | None = None) -> MixedSource:
+    """Text and worked examples in the recipe's shares, in an order by ``seed`` (the road's)."""
     data = road.artefacts
     parts = [(data.packed("text"), recipe.text_share), (data.packed("tasks"), 1 - recipe.text_share)]
-    return MixedSource(parts, rows=recipe.train.batch_rows, seed=road.recipe.seed)
+    return MixedSource(parts, rows=recipe.train.batch_rows, seed=road.recipe.seed if seed is None else seed)
 
 
 def _student_source(
@@ -250,7 +214,7 @@ def _loads(model: Transformer, packed: Packed) -> list[list[int]]:
     return [one.load_E.tolist() for one in routing]
 
 
-def _close(
+def close(
     road: Road,
     run: Run,
     model: Transformer,
@@ -264,6 +228,7 @@ def _close(
     unseen: bool = False,
 ) -> None:
     """Save the model, measure it, and finish the run; ``before`` names the run whose scores it must beat."""
+    run.note(training_cpu_seconds=round(run.cpu_seconds, 3))  # before anything is measured
     model.eval()
     save(model, tokenizer, run.artefact)
     constant = isinstance(result, grpo.RLResult)  # the rate of RL never falls

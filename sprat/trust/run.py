@@ -88,6 +88,11 @@ class Run:
         state = {**self._cost(), "step": self._step, "steps": self._steps}
         atomic.write_json(self.folder / "spent.json", state, durable=False)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """What the run has cost so far, interrupted sessions included."""
+        return float(self._cost()["device_seconds"])
+
     def rewind(self, step: int) -> None:
         """Drop the metric rows of later steps than ``step`` (on resume from a checkpoint at ``step``)."""
         self._must_be_open()

@@ -14,7 +14,7 @@ import pytest
 from sprat.data.document import safe_name
 from sprat.errors import ConfigError, SpratError
 from sprat.road.places import DataArtefact, Road, read_problems, write_problems
-from sprat.road.recipe import named, title
+from sprat.road.recipe import named
 from sprat.tasks import Problem
 
 COUNT = int(os.environ.get("SPRAT_FUZZ", "300"))

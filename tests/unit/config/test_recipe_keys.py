@@ -39,7 +39,7 @@ def test_an_unknown_key_leads_to_the_one_that_was_meant(slip: str, meant: list[s
 def test_where_nothing_is_near_the_keys_are_listed() -> None:
     with pytest.raises(ConfigError) as caught:
         named("tiny", ("rl.temperatur_schedule_kind=1",))
-    assert caught.value.todo == "there are rl, seeds"
+    assert caught.value.todo == "there are rl, start, seeds"
     with pytest.raises(ConfigError) as caught:
         named("tiny", ("eval.qqq=1",))
     assert caught.value.todo == "there are split, max_tokens, batch, side_problems, samples"

@@ -10,11 +10,9 @@ import torch
 
 from sprat.config import Config, SFTConfig, TrainConfig
 from sprat.engine import Engine, Sampling
-from sprat.errors import DataError, TrainingError
+from sprat.errors import DataError
 from sprat.model import Transformer
-from sprat.post.control import affordable_steps, control
-from sprat.post.sft import batches, cold_start, draw, sft
-from sprat.tasks import Problem
+from sprat.post.sft import batches, draw, draw_demonstrations, sft
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run
 
@@ -35,8 +33,8 @@ def test_problems_are_drawn_by_weight_and_by_key_alone(task: Any) -> None:
         draw(mix, [1.0], 1, "key")
 
 
-def test_a_cold_start_is_terse_as_often_as_asked(task: Any) -> None:
-    shown = cold_start([task], [1.0], count=500, terse_fraction=0.8, seed=1)
+def test_demonstrations_are_terse_as_often_as_asked(task: Any) -> None:
+    shown = draw_demonstrations([task], [1.0], count=500, terse_fraction=0.8, seed=1)
     assert 0.74 < sum(one.reasoning == "" for one in shown) / 500 < 0.86
     assert all(one.answer == "7" for one in shown)
     assert {one.reasoning for one in shown if one.reasoning} <= {f"{one.question} 7" for one in shown}
@@ -77,9 +75,8 @@ def test_a_narrow_mix_does_not_move_the_routers_bias(
 ) -> None:
     config = kind(steps=3, batch_rows=4, seq_len=32)
     bias = {name: value.clone() for name, value in model.named_buffers() if "correction_bias" in name}
-    shown = cold_start([task], [1.0], count=50, terse_fraction=0.5, seed=0)
+    shown = draw_demonstrations([task], [1.0], count=50, terse_fraction=0.5, seed=0)
     sft(model, tokenizer, shown, config, open_stage("sft", config))
-    control(model, tokenizer, [task], [1.0], config, open_stage("control", config), flops=3 * affordable_cost(model))
     assert bias and all(torch.equal(value, model.get_buffer(name)) for name, value in bias.items())
     with pytest.raises(ValueError, match="bias_update_speed"):
         SFTConfig(bias_update_speed=0.001)
@@ -88,34 +85,10 @@ def test_a_narrow_mix_does_not_move_the_routers_bias(
 def test_demonstrations_change_what_the_model_answers(
     model: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
 ) -> None:
-    shown = cold_start([task], [1.0], count=200, terse_fraction=0.5, seed=0)
+    shown = draw_demonstrations([task], [1.0], count=200, terse_fraction=0.5, seed=0)
     sft(model, tokenizer, shown, SFT, open_stage("sft", SFT))
     engine = Engine(model, tokenizer)
     for thinking in (True, False):
         outputs = engine.generate(["5 test", "64 test"], Sampling(temperature=0, max_tokens=24, thinking=thinking))
         assert [output.text for output in outputs] == ["7", "7"]
         assert all(bool(output.reasoning) is thinking for output in outputs)
-
-
-def test_the_control_trains_on_bare_labels_for_the_budget(
-    model: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open
-) -> None:
-    one_step = affordable_cost(model)
-    assert affordable_steps(model, SFT, 12.5 * one_step) == 12
-    with pytest.raises(TrainingError, match="does not pay for one step"):
-        affordable_steps(model, SFT, 0.5 * one_step)
-
-    class Mute(type(task)):  # type: ignore[misc]
-        def explain(self, problem: Problem) -> str:
-            raise AssertionError("the control must not see reasoning")
-
-    before = model.head.weight.detach().clone()
-    run = open_stage("control", SFT)
-    result = control(model, tokenizer, [Mute()], [1.0], SFT, run, flops=12.5 * one_step)
-    assert result.steps == 12 and not torch.equal(before, model.head.weight)
-
-
-def affordable_cost(model: Transformer) -> float:
-    from sprat.model import flops_per_token
-
-    return 3 * flops_per_token(model.config, SFT.seq_len) * SFT.batch_rows * SFT.seq_len

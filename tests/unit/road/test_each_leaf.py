@@ -24,7 +24,7 @@ from sprat.engine import Engine
 from sprat.errors import CheckpointError, SpratError
 from sprat.model import Transformer
 from sprat.post import distill
-from sprat.road import data, measure, quickstart, squeeze, training
+from sprat.road import controls, data, measure, quickstart, squeeze, training
 from sprat.road.places import Road
 from sprat.road.recipe import RoadRecipe, named
 from sprat.train import checkpoint
@@ -49,6 +49,10 @@ BASE = (
     "rl.rl.clip_low=0.05", "rl.rl.clip_high=0.05",
     'distill.student={size="pico",changes={hidden_size=16,kv_lora_rank=16,moe_intermediate_size=8,intermediate_size=16,'
     "num_hidden_layers=1,first_k_dense_replace=0,num_nextn_predict_layers=1}}",
+    *(f"controls.{one}" for control in ("rft", "more") for one in (
+        f"{control}.steps=6", f"{control}.batch_rows=4", f"{control}.checkpoint_every=2", f"{control}.log_every=2",
+        f"{control}.optim.warmup_steps=2", f"{control}.optim.decay_fraction=0.5")),
+    "controls.rft.seq_len=48", "controls.rft.problems=12", "controls.rft.samples=2", "controls.rft.max_tokens=4",
     "distill.distill.steps=6", "distill.distill.batch_rows=4", "distill.distill.problems=20",
     "distill.distill.checkpoint_every=2", "distill.distill.log_every=2", "distill.text_share=0.25",
     "distill.distill.optim.warmup_steps=2", "distill.distill.optim.decay_fraction=0.5",
@@ -104,7 +108,7 @@ RL: dict[str, Change] = {
     "importance_cap": ("0.5", ()),
     "epochs": ("1", ()),
     "minibatch": ("8", ()),
-    "format_weight": ("0.7", ("sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
+    "format_weight": ("0.7", ("rl.start=sft", "sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
     "normalise_std": ("false", ()),
@@ -120,6 +124,15 @@ SFT: dict[str, Change] = {
     "seed": (str(2**63 - 1), ()),
     "demonstrations": ("30", ()),
     "terse_fraction": ("0.9", ()),
+}
+RFT: dict[str, Change] = {
+    **LOOP,
+    "seq_len": ("64", ()),
+    "seed": (str(2**63 - 1), ()),
+    "problems": ("10", ()),
+    "samples": ("3", ()),
+    "temperature": ("0.5", ()),
+    "max_tokens": ("5", ()),
 }
 DISTILL: dict[str, Change] = {
     **LOOP,
@@ -139,7 +152,13 @@ STAGES: dict[str, dict[str, Change]] = {
         "money.watts_per_core": ("7", ()),
     },
     "sft": {f"sft.sft.{leaf}": change for leaf, change in SFT.items()},
-    "rl-seed0": {f"rl.rl.{leaf}": change for leaf, change in RL.items()} | {"rl.seeds": (f"[{2**63 - 1}]", ())},
+    "rl-seed0": {
+        **{f"rl.rl.{leaf}": change for leaf, change in RL.items()},
+        "rl.seeds": (f"[{2**63 - 1}]", ()),
+        "rl.start": ("sft", ()),
+    },
+    "rft": {f"controls.rft.{leaf}": change for leaf, change in RFT.items()},
+    "pretrain-more": {f"controls.more.{leaf}": change for leaf, change in LOOP.items()},
     "distill": {
         **{f"distill.distill.{leaf}": change for leaf, change in DISTILL.items()},
         "distill.student.size": ("nano", ()),
@@ -167,6 +186,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "data.seq_len": ("64", ()),
         "data.text_bytes": ("10000", ()),
         "data.demonstrations": ("50", ()),
+        "data.terse_fraction": ("0.9", ()),
         "data.test_problems": ("12", ()),
         "data.dev_problems": ("12", ()),
         "data.tasks.name": ("no-such-task", ()),
@@ -273,7 +293,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch, 
 
     patched.setattr(distill, "traces", taught)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("data", "pretrain", "sft", "rl-seed0", "distill"):
+        for name in ("data", "pretrain", "sft", "rl-seed0", "distill", "rft", "pretrain-more"):
             _walk(_road(folder, folder / "road", ()), name, folder, patch)
     return folder
 
@@ -294,7 +314,9 @@ def _walk(road: Road, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None
         "pretrain": lambda: training.pretrain(road),
         "measured": lambda: training.pretrain(road),
         "pretrain-dense": lambda: training.pretrain(road, "pretrain-dense", road.recipe.dense),
-        "sft": lambda: training.cold_start(road),
+        "sft": lambda: training.fine_tune(road),
+        "rft": lambda: controls.rejection_sampling(road),
+        "pretrain-more": lambda: controls.more_pretraining(road),
         "rl-seed0": lambda: training.reinforce(road, road.recipe.rl.seeds[0]),
         "distill": lambda: training.student(road),
         "quantize": lambda: squeeze.squeeze(road),

@@ -18,7 +18,7 @@ from sprat.road.recipe import named
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A road with a cold start and a package of rewards beside it; the list hears of each run of RL."""
+    """A pre-trained road and a package of rewards beside it; the list hears of each run of RL."""
     (tmp_path / "verdicts").mkdir()
     (tmp_path / "verdicts" / "__init__.py").write_text("")
     (tmp_path / "verdicts" / "mine.py").write_text(
@@ -32,8 +32,8 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(training, "load", lambda path: (None, None))
     monkeypatch.setattr(training.measure, "check", lambda *_, **__: None)
     monkeypatch.setattr(training.grpo, "grpo", lambda *_, reward, **__: heard.append(reward))
-    monkeypatch.setattr(training, "_close", lambda road, run, *_, **__: run.finish())
-    for name in ("data", "sft"):
+    monkeypatch.setattr(training, "close", lambda road, run, *_, **__: run.finish())
+    for name in ("data", "pretrain"):
         opened = road_of(tmp_path, "verdicts.mine:f").open(name, name, named("tiny").data, {}, 0, lambda goes_on: None)
         assert opened is not None
         opened[0].finish()

@@ -13,7 +13,7 @@ from sprat.config import MoneyConfig, OptimConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError, DataError, SpratError
 from sprat.model import Transformer
-from sprat.road import data, squeeze, training
+from sprat.road import controls, data, squeeze, training
 from sprat.road.places import Road
 from sprat.road.quickstart import quickstart
 from sprat.road.recipe import named
@@ -72,7 +72,7 @@ def _one_row(road: Road) -> None:
         (('data.unseen=[{name="sums", title="t", settings={min_term=1}}]',), data.data, DataError),
         (("pretrain.model.changes.hiden_size=32",), training.pretrain, ConfigError),
         (("pretrain.train.init_from=runs/no-such",), training.pretrain, SpratError),
-        ((), training.cold_start, SpratError),  # its input is a run without a model
+        ((), training.fine_tune, SpratError),  # its input is a run without a model
         ((), training.student, SpratError),
     ],
 )
@@ -176,12 +176,13 @@ def test_one_checkpoint_cannot_start_three_seeds() -> None:
 WORK: dict[str, Callable[[Road], None]] = {
     "data": data.data,
     "pretrain": training.pretrain,
-    "sft": training.cold_start,
+    "sft": training.fine_tune,
     "rl-seed0": lambda road: training.reinforce(road, 0),
     "distill": training.student,
     "quantize": squeeze.squeeze,
-    "sft-labels": training.labels,
-    "student-scratch": training.scratch,
+    "rft": controls.rejection_sampling,
+    "pretrain-more": controls.more_pretraining,
+    "student-scratch": controls.scratch,
 }
 
 
@@ -191,11 +192,13 @@ WORK: dict[str, Callable[[Road], None]] = {
         ("pretrain", (), "data"),
         ("sft", (), "data"),
         ("sft", ("data",), "train"),
-        ("rl-seed0", ("data", "pretrain"), "sft"),
+        ("rl-seed0", ("data",), "train"),
+        ("rl-seed0 rl.start=sft", ("data", "pretrain"), "sft"),
         ("distill", ("data", "pretrain", "sft"), "rl"),
         ("quantize", ("data", "rl-seed0"), "distill"),
         ("quantize", ("data", "distill"), "rl"),
-        ("sft-labels", ("data", "sft"), "rl"),
+        ("rft", ("data",), "train"),
+        ("pretrain-more rl.start=sft", ("data", "pretrain"), "sft"),
         ("student-scratch", (), "data"),
     ],
 )
@@ -206,14 +209,15 @@ def test_a_stage_before_its_turn_names_the_verb_that_is_missing(
         shutil.rmtree(finished / name)
     before = _content(finished)
     with pytest.raises(DataError if verb == "data" else CheckpointError, match=f"run `sprat {verb} --out {finished}` "):
-        WORK[stage](Road(finished, named("tiny")))
+        name, *said = stage.split()
+        WORK[name](Road(finished, named("tiny", tuple(said))))
     assert _content(finished) == before
 
 
 def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path) -> None:
     (finished / "pretrain" / "run.json").rename(finished / "pretrain" / "open.json")
     with pytest.raises(CheckpointError, match="pretrain is not finished .*; run `sprat train --out "):
-        training.cold_start(Road(finished, named("tiny")))
+        training.fine_tune(Road(finished, named("tiny")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""What stands beside a stage, so that its gain is its own: from the same start, for the same cost.
+
+Beside RL: SFT on demonstrations (``training.fine_tune``), rejection sampling with the same verifier, and pre-training
+that goes on; as many CPU seconds as RL took, which the recipe's steps say and each run notes. Beside distillation: the
+student without a teacher.
+"""
+
+from __future__ import annotations
+
+from sprat.data.loader import MixedSource
+from sprat.engine import Engine, load
+from sprat.model import Transformer
+from sprat.post import distill, sft
+from sprat.road import measure, training
+from sprat.road.places import Road
+from sprat.road.recipe import ControlsRecipe, PretrainRecipe
+from sprat.tokens import Tokenizer
+from sprat.train import loop
+
+
+def rejection_sampling(road: Road) -> None:
+    """SFT on the start's own right answers to training problems: the same verifier as RL, no policy gradient."""
+    recipe, start = _recipe(road).rft, road.recipe.rl.start
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, training.Mix]:
+        model, tokenizer = load(road.path(start))
+        measure.check(road, model, tokenizer, rows=recipe.seq_len, answer=recipe.max_tokens)
+        return model, tokenizer, training.mix(road)
+
+    inputs = {"model": road.path(start), **training.measured(road)}
+    opened = road.open("rft", "rft", recipe, inputs, road.recipe.seed, prepare, recipe.init_from, training.fits(recipe))
+    if opened is None:
+        return
+    run, (model, tokenizer, tasks) = opened
+    own = distill.traces(
+        Engine(model, tokenizer, max_batch=road.recipe.eval.batch),
+        *tasks,
+        count=recipe.problems,
+        samples=recipe.samples,
+        thinking=None,
+        temperature=recipe.temperature,
+        max_tokens=recipe.max_tokens,
+        seed=road.recipe.seed,
+    )
+    result = sft.sft(model, tokenizer, own.kept, recipe, run)
+    facts = {"control_of": "rl", "traces": {"asked": own.asked, "kept": len(own.kept), "tokens": own.tokens}}
+    label = "Rejection-sampling fine-tuning"
+    training.close(road, run, model, tokenizer, result, label, training.ALL_WAYS, facts, before=start)
+
+
+def more_pretraining(road: Road) -> None:
+    """Pre-training that goes on: the same text and worked examples, from RL's start."""
+    recipe, start = _recipe(road).more, road.recipe.rl.start
+    mixed = road.recipe.pretrain.replace(train=recipe.model_dump())
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, MixedSource]:
+        model, tokenizer = load(road.path(start))
+        return model, tokenizer, training.source(road, mixed, seed=road.recipe.seed + 1)
+
+    inputs = {"model": road.path(start), **training.measured(road)}
+    name, suits = "pretrain-more", training.fits(recipe)
+    opened = road.open(name, "pretrain", recipe, inputs, road.recipe.seed, prepare, recipe.init_from, suits)
+    if opened is None:
+        return
+    run, (model, tokenizer, batches) = opened
+    result = loop.train(model, batches, recipe, run)
+    label, facts = "Pre-training that goes on", {"control_of": "rl"}
+    training.close(road, run, model, tokenizer, result, label, training.ALL_WAYS, facts, before=start)
+
+
+def scratch(road: Road) -> None:
+    """The control of distillation: the student's size from scratch, same steps, on what the teacher was taught."""
+    recipe = road.recipe.distill
+    train = {name: getattr(recipe.distill, name) for name in type(road.recipe.pretrain.train).model_fields}
+    plain = PretrainRecipe(model=recipe.student, train={**train, "init_from": ""}, text_share=recipe.text_share)
+    opened = training.open_pretraining(road, "student-scratch", plain, road.recipe.seed + 1)
+    if opened is None:
+        return
+    run, (model, tokenizer, batches) = opened
+    result = loop.train(model, batches, plain.train, run)
+    label, facts = "Student's size from scratch, equal tokens", {"control_of": "distill"}
+    training.close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), facts)
+
+
+def _recipe(road: Road) -> ControlsRecipe:
+    """The recipe of RL's controls."""
+    return road.recipe.controls or ControlsRecipe()
