@@ -99,6 +99,7 @@ RL: dict[str, Change] = {
     "max_tokens": ("5", ()),
     "temperature": ("0.5", ()),
     "lr": ("0.01", ()),
+    "decay_fraction": ("0.9", ()),
     "optim": ("muon", ()),
     "clip_low": ("0.001", ()),
     "clip_high": ("0.5", ()),
