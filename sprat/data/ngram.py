@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float64]
 def probabilities(train: bytes, tests: Sequence[bytes]) -> list[dict[str, Floats]]:
     """What each model gives each byte of each test text, after those before it.
 
-    The time is that of sorting ``train`` eight times, whatever the number of tests; the memory some 40 bytes for each
+    The time is that of sorting ``train`` eight times, whatever the number of tests; the memory some 60 bytes for each
     byte of ``train`` and 130 for each of the tests.
 
     Returns:
@@ -60,22 +60,21 @@ def probabilities(train: bytes, tests: Sequence[bytes]) -> list[dict[str, Floats
     models = [{name: _Model(len(test)) for name in (*map(_name, ORDERS), PPM)} for test in tests]
     longest = min(ORDERS[-1], len(train))
     longer: Grams | None = None
-    surprised: list[npt.NDArray[np.bool_]] = [np.ones(0, dtype=np.bool_)] * len(tests)
+    novel = [np.ones(0, dtype=np.bool_) for _ in tests]  # where the n-gram one byte longer has never been before
     for order in range(longest, 0, -1):
         grams, occurrences = np.unique(_grams(learned, order), return_counts=True)
-        often = _Table(grams, occurrences)
-        table = often if longer is None else _Table(grams, _left_contexts(grams, longer, order))
+        plain = _Table(grams, occurrences)
+        continued = plain if longer is None else _Table(grams, _left_contexts(grams, longer, order))
         for number, text in enumerate(asked):
             places = _grams(text, order)
-            counted = np.ones(len(places), dtype=np.bool_)  # which places the model that learns on counts
+            counted = np.ones(len(places), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
             if longer is not None:
-                counted[1:] = surprised[number]
-            models[number][PPM].shorten(*table.terms(places, counted))
-            surprised[number] = table.is_new(places)
-            first, later = often.terms(places), table.terms(places)
-            for size in ORDERS:
-                if min(size, longest) >= order:
-                    models[number][_name(size)].shorten(*(first if min(size, longest) == order else later))
+                counted[1:] = novel[number]
+            novel[number] = plain.is_new(places)
+            models[number][PPM].shorten(*continued.terms(places, counted))
+            whole, rest = plain.terms(places), continued.terms(places)
+            for size in (one for one in ORDERS if min(one, longest) >= order):
+                models[number][_name(size)].shorten(*(whole if min(size, longest) == order else rest))
         longer = grams
     return [{name: model.own + model.escape / 256 for name, model in each.items()} for each in models]
 

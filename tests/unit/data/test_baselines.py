@@ -119,7 +119,7 @@ class Slow:
         return p
 
 
-def check_against_dictionaries(train: bytes, test: bytes) -> None:
+def assert_like_dictionaries(train: bytes, test: bytes) -> None:
     found = ngram.probabilities(train, [test])[0]
     for order in range(2, LONGEST + 1):
         static = Slow(train, order)
@@ -133,11 +133,11 @@ def check_against_dictionaries(train: bytes, test: bytes) -> None:
 @given(st.text("abc", min_size=1, max_size=60), st.text("abcd", min_size=1, max_size=30))
 @settings(max_examples=40, deadline=None)
 def test_sorting_counts_what_dictionaries_count(train: str, test: str) -> None:
-    check_against_dictionaries(train.encode(), test.encode())
+    assert_like_dictionaries(train.encode(), test.encode())
 
 
 def test_real_text_with_fitted_discounts_counts_as_dictionaries_do() -> None:
-    check_against_dictionaries(ENGLISH[:6_000], ENGLISH[6_000:6_800])
+    assert_like_dictionaries(ENGLISH[:6_000], ENGLISH[6_000:6_800])
 
 
 @given(st.integers(0, len(ENGLISH) - 3_000), st.binary(max_size=4), st.integers(0, 12))
