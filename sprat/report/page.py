@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from sprat.errors import TrustError
-from sprat.report import plots, samples, tables
+from sprat.report import heldout, plots, samples, tables
 from sprat.report.runs import FAMILIES, Road, p_value, read
 from sprat.report.tables import LEVEL, duration, number, percent, points, text, yuan
 from sprat.trust import atomic
@@ -149,8 +149,9 @@ def _sections(road: Road) -> list[str]:
         ),
         _section(
             "Real text",
-            "Documents that were held out of training. Fewer bits per byte mean better prediction.",
-            _panels(plots.bits_per_byte(road)),
+            "Documents that were held out of training. Fewer bits per byte mean better prediction. A model is compared "
+            "with the best of the baselines, which learn from the same text; PPM goes on to learn from the test.",
+            _panels(heldout.plots(road)) + heldout.table(road),
         ),
         _section(
             "Experts", "How often each expert was chosen, relative to an even load.", _panels(plots.experts(road))

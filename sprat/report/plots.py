@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, fold, percent_axis, room, svg, tint
+from sprat.report.figures import BLUE, COLOURS, GREEN, GREY, fold, percent_axis, room, svg, tint
 from sprat.report.runs import Road, Stage, wilson
 
 _RL = (
@@ -97,41 +97,6 @@ def _by_length(name: str, task: str, found: list[tuple[str, Any]]) -> str:
     return svg(
         name, f"{task}: greedy accuracy by length", draw, width=5.6, right=room(title for title, _ in found) + 0.3
     )
-
-
-def bits_per_byte(road: Road) -> list[str]:
-    """Held-out text: bits per byte of each pre-trained model, gzip -9 and the byte 3-gram model."""
-    models = [stage for stage in road.stages if stage.family == "pretrain" or stage.control_of == "pretrain"]
-    models = [stage for stage in models if stage.facts.get("bits_per_byte")]
-    if not models:
-        return []
-    domains = list(models[0].facts["bits_per_byte"])
-    baselines: dict[str, dict[str, float]] = next(
-        (s.facts["baselines"] for s in road.stages if s.facts.get("baselines")), {}
-    )
-
-    def panel(number: int, domain: str) -> str:
-        first = {**baselines.get(domain, {}), **models[0].facts["bits_per_byte"][domain]}
-        held = [(fold(s.title), s.facts["bits_per_byte"].get(domain, {}).get("model")) for s in models]
-        held += [("3-gram", first.get("trigram")), ("gzip -9", first.get("gzip"))]
-        bars = [(label, float(value)) for label, value in held if value is not None][::-1]
-
-        def draw(axes: Any) -> None:
-            colours = [GREY if label in ("3-gram", "gzip -9") else BLUE for label, _ in bars]
-            if len(models) > 1:
-                colours = [
-                    ORANGE if label == fold(models[1].title) else c for (label, _), c in zip(bars, colours, strict=True)
-                ]
-            drawn = axes.barh([label for label, _ in bars], [value for _, value in bars], color=colours, height=0.62)
-            axes.bar_label(drawn, fmt="%.2f", padding=3)
-            axes.set_xlim(0, max(value for _, value in bars) * 1.15)
-            axes.grid(False, axis="y")
-            axes.set_xlabel("bits per byte (less is better)")
-
-        left = room(label for label, _ in bars)
-        return svg(f"bpb-{number}", f"Held-out {domain}", draw, height=2.2, left=left)
-
-    return [panel(number, domain) for number, domain in enumerate(domains)]
 
 
 def experts(road: Road) -> list[str]:

@@ -26,6 +26,7 @@ from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import demonstration
 from sprat.trust import atomic
+from sprat.trust.facts import HeldOutText
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
 
@@ -145,19 +146,15 @@ def _pack_text(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int
 def _hold_out(
     tokenizer: Tokenizer, train: Sequence[Document], test: Sequence[Document], seq_len: int, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Pack the held-out text by domain and measure gzip and the byte 3-gram model on the same split."""
-    scores: dict[str, dict[str, float]] = {}
-    sizes: dict[str, int] = {}
-    seen = "\n\n".join(d.text for d in train).encode()
-    for domain in sorted({d.domain for d in test}):
-        mine = [d for d in test if d.domain == domain]
-        _pack_text(tokenizer, mine, seq_len, folder / safe_name(domain))
-        blob = "\n\n".join(d.text for d in mine).encode()
-        sizes[domain] = sum(len(d.text.encode()) for d in mine)
-        scores[domain] = {
-            "gzip": baselines.gzip_bpb(seen, blob),
-            "trigram": baselines.ngram_bpb(seen, blob),
-            "bytes": sizes[domain],
-        }
+    """Pack the held-out text by domain; how well the baselines, given all the training text, predict it."""
+    domains = {name: [d for d in test if d.domain == name] for name in sorted({d.domain for d in test})}
+    for name, documents in domains.items():
+        _pack_text(tokenizer, documents, seq_len, folder / safe_name(name))
+    sizes = {name: sum(len(d.text.encode()) for d in documents) for name, documents in domains.items()}
     atomic.write_text(folder / "bytes.json", json.dumps(sizes, sort_keys=True))
-    return scores
+    scores = baselines.baselines(_joined(train), {name: _joined(documents) for name, documents in domains.items()})
+    return {name: HeldOutText(sizes[name], scores[name]).to_dict() for name in domains}
+
+
+def _joined(documents: Sequence[Document]) -> bytes:
+    return "\n\n".join(d.text for d in documents).encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, evaluate, loop
 from sprat.trust import record
+from sprat.trust.facts import HeldOutText
 from sprat.trust.run import Run
 
 ALL_WAYS = ("greedy", "thinking", "direct")
@@ -190,13 +192,14 @@ def finished(road: Road, name: str) -> dict[str, Any]:
 
 
 def _text_facts(road: Road, model: Transformer) -> dict[str, Any]:
-    """Bits per byte on held-out text beside gzip and the 3-gram model, and which experts read what."""
+    """Bits per byte on held-out text beside the baselines, and which experts read what."""
     data = road.artefacts
     baselines = finished(road, "data")["facts"]["baselines"]
     table, by_domain = {}, {}
     for domain, size_bytes in data.held_out_domains().items():
         packed = data.held_out(domain)
-        table[domain] = {**baselines[domain], "model": evaluate.bits_per_byte(model, packed, size_bytes)}
+        told = HeldOutText.of(baselines[domain])
+        table[domain] = replace(told, model=evaluate.bits_per_byte(model, packed, size_bytes)).to_dict()
         by_domain[domain] = _loads(model, packed)
     by_domain["tasks"] = _loads(model, data.packed("tasks"))
     facts: dict[str, Any] = {"bits_per_byte": table}

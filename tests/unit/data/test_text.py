@@ -1,16 +1,15 @@
-"""Reading, dedup, split and baselines: the user's own text in, clear sentences when it cannot be used."""
+"""Reading, dedup and split: the user's own text in, clear sentences when it cannot be used."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.data import baselines, dedup, ingest
+from sprat.data import dedup, ingest
 from sprat.data.document import Document
 from sprat.data.split import HELD_OUT_BOOK, own_held_out, source_held_out, split
 from sprat.errors import DataError, MachineError, SpratError
@@ -156,43 +155,3 @@ def test_never_more_than_half_of_the_users_bytes_is_held_out_and_never_a_part_of
     size = sum(size for source, size in rows if f"{source}.txt" in held)
     assert size * 2 <= sum(size for _, size in rows)
     assert bool(held) == (len({source for source, _ in rows}) > 1), "a side of each, where there are two sources"
-
-
-def test_gzip_reaches_the_known_ends() -> None:
-    noise = np.random.default_rng(0).bytes(20_000)
-    assert 8 <= baselines.gzip_bpb(b"", noise) < 8.1
-    assert baselines.gzip_bpb(b"", b"a" * 20_000) < 0.1
-    assert baselines.gzip_bpb(noise, noise) < 0.2
-
-
-def test_the_ngram_model_is_witten_bell_by_hand() -> None:
-    # unigrams of "aab": a 2, b 1, t=2, n=3: P(a) = (2 + 2/256)/5; "ab" in context a: n=2, t=2
-    unigram_a, unigram_b = (2 + 2 / 256) / 5, (1 + 2 / 256) / 5
-    assert baselines.ngram_bpb(b"aab", b"a", order=1) == pytest.approx(-np.log2(unigram_a))
-    after_a = (1 + 2 * unigram_b) / 4
-    expected = -(np.log2(unigram_a) + np.log2(after_a)) / 2
-    assert baselines.ngram_bpb(b"aab", b"ab", order=2) == pytest.approx(expected)
-
-
-@given(st.binary(min_size=1, max_size=40), st.binary(max_size=3), st.integers(1, 4))
-@settings(max_examples=8, deadline=None)
-def test_the_ngram_model_spends_all_its_probability(train: bytes, before: bytes, order: int) -> None:
-    bits = [baselines.ngram_bpb(train, before + bytes([byte]), order=order) * (len(before) + 1) for byte in range(256)]
-    known = baselines.ngram_bpb(train, before, order=order) * len(before) if before else 0.0
-    assert sum(2 ** (known - total) for total in bits) == pytest.approx(1)
-
-
-def test_longer_contexts_predict_english_better() -> None:
-    text = Path(json.__file__).read_bytes() + Path(np.__file__).read_bytes()
-    cut = len(text) * 9 // 10
-    one, three = (baselines.ngram_bpb(text[:cut], text[cut:], order=order) for order in (1, 3))
-    assert three < one < 8
-
-
-def test_an_empty_text_has_no_bits_per_byte() -> None:
-    with pytest.raises(DataError, match="empty"):
-        baselines.gzip_bpb(b"a", b"")
-    with pytest.raises(DataError, match="empty"):
-        baselines.ngram_bpb(b"", b"a")
-    with pytest.raises(DataError, match="1 to 8"):
-        baselines.ngram_bpb(b"a", b"a", order=9)
