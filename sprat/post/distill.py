@@ -18,7 +18,7 @@ Dims: B rows, T positions, N positions with loss, D student's hidden, E teacher'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from sprat.config import DistillConfig, LoopConfig
 from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
-from sprat.model import Transformer
+from sprat.model import Transformer, flops_per_token
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
@@ -38,11 +38,12 @@ from sprat.trust.run import Run
 
 @dataclass(frozen=True)
 class Traces:
-    """What the teacher wrote and the judge kept; ``asked`` answers were sampled, ``tokens`` in all."""
+    """What the teacher wrote and the judge kept; ``asked`` answers were sampled, ``tokens`` in all for ``flops``."""
 
     kept: list[Demonstration]
     asked: int
     tokens: int
+    flops: float
 
 
 def traces(
@@ -56,15 +57,17 @@ def traces(
     thinking: bool | None = True,
     temperature: float = 0.7,
     seed: int = 0,
+    verified: bool = True,
 ) -> Traces:
-    """Correct answers of the engine's model to ``count`` training problems (rejection sampling).
+    """Answers of the engine's model to ``count`` training problems, by rejection sampling or as they come.
 
     Args:
-        samples: draws for each problem; every distinct correct one is kept.
+        samples: draws for each problem; every distinct one that counts is kept.
         thinking: as in ``Sampling``; False makes direct answers, which the student needs to answer without thinking.
+        verified: only right answers count; else all that came to an end, as where nobody knows what is right.
 
     Raises:
-        TrainingError: not one answer was right.
+        TrainingError: not one answer counts.
     """
     drawn = draw(tasks, weights, count, f"traces/{seed}/{thinking}")
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=samples)
@@ -72,12 +75,15 @@ def traces(
     kept: dict[Demonstration, None] = {}
     for number, output in enumerate(outputs):
         task, problem = drawn[number // samples]
-        if output.finish_reason == "stop" and is_right(judge(task, problem, output)):
+        if output.finish_reason == "stop" and (not verified or is_right(judge(task, problem, output))):
             kept[Demonstration(problem.question, output.reasoning, output.text)] = None
     if not kept:
         what = f"the teacher answered none of {count} problems"
         raise TrainingError(what, where="traces", todo="train the teacher first or raise max_tokens")
-    return Traces(list(kept), len(outputs), sum(len(output.token_ids) for output in outputs))
+    tokens = sum(len(output.token_ids) for output in outputs)
+    read = tokens + sum(output.usage.cache_miss_tokens for output in outputs)
+    length = read // len(outputs)
+    return Traces(list(kept), len(outputs), tokens, read * flops_per_token(engine.model.config, length))
 
 
 def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossFn:
@@ -130,9 +136,15 @@ def distill(
 
     Raises:
         TrainingError: the vocabularies differ, or the loss is not finite.
+
+    The result's FLOPs include the teacher's forward passes.
     """
     sizes = student.config.vocab_size, teacher.config.vocab_size
     if sizes[0] != sizes[1]:
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
-    return loop.train(student, source, config, run, loss_fn=distillation(teacher, config))
+    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config))
+    if config.mode == "traces":
+        return result
+    length = result.tokens // max(1, result.steps * config.batch_rows)
+    return replace(result, flops=result.flops + result.tokens * flops_per_token(teacher.config, length))

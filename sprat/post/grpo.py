@@ -282,7 +282,7 @@ def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
     if not math.isfinite(norm):
         todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimiser.step(schedule.factor(optimiser.config, step - 1, config.steps))
+    optimiser.step(schedule.factor(_rates(config), step - 1, config.steps))
     optimiser.zero_grad()
     return norm
 
@@ -335,9 +335,13 @@ def grpo(
 
 
 def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimiser:
+    return optim.build(model, _rates(config))
+
+
+def _rates(config: GRPOConfig) -> OptimConfig:
     """One rate for all weights, without a warm-up."""
-    rate = {"muon_lr": config.lr, "adam_lr": config.lr, "warmup_steps": 0, "decay_fraction": config.decay_fraction}
-    return optim.build(model, OptimConfig(name=config.optim, **rate))
+    rate, fall = config.lr, config.decay_fraction
+    return OptimConfig(name=config.optim, muon_lr=rate, adam_lr=rate, warmup_steps=0, decay_fraction=fall)
 
 
 def check_start(found: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:

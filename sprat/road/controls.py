@@ -7,13 +7,14 @@ student without a teacher.
 
 from __future__ import annotations
 
+from sprat.config import LoopConfig
 from sprat.data.loader import MixedSource
 from sprat.engine import Engine, load
 from sprat.model import Transformer
 from sprat.post import distill, sft
 from sprat.road import measure, training
-from sprat.road.places import Road
-from sprat.road.recipe import ControlsRecipe, PretrainRecipe
+from sprat.road.places import Road, model_config
+from sprat.road.recipe import ControlsRecipe
 from sprat.tokens import Tokenizer
 from sprat.train import loop
 
@@ -69,16 +70,25 @@ def more_pretraining(road: Road) -> None:
 
 
 def scratch(road: Road) -> None:
-    """The control of distillation: the student's size from scratch, same steps, on what the teacher was taught."""
+    """The control of distillation: the student's size without a teacher, on the worked examples that there are."""
     recipe = road.recipe.distill
-    train = {name: getattr(recipe.distill, name) for name in type(road.recipe.pretrain.train).model_fields}
-    plain = PretrainRecipe(model=recipe.student, train={**train, "init_from": ""}, text_share=recipe.text_share)
-    opened = training.open_pretraining(road, "student-scratch", plain, road.recipe.seed + 1)
+    steps = {"steps": recipe.scratch_steps or recipe.distill.steps, "init_from": ""}
+    train = LoopConfig(**{name: getattr(recipe.distill, name) for name in LoopConfig.model_fields} | steps)
+
+    def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, MixedSource]:
+        tokenizer = road.artefacts.tokenizer()
+        model = Transformer.create(model_config(recipe.student, tokenizer), road.recipe.seed + 1)
+        batches, _ = training.student_source(road, recipe, tokenizer, ())
+        measure.check(road, model, tokenizer, rows=batches.parts[0].seq_len)
+        return model, tokenizer, batches
+
+    inputs = training.measured(road)
+    opened = road.open("student-scratch", "pretrain", recipe, inputs, road.recipe.seed, prepare)
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
-    result = loop.train(model, batches, plain.train, run)
-    label, facts = "Student's size from scratch, equal tokens", {"control_of": "distill"}
+    result = loop.train(model, batches, train, run)
+    label, facts = "Student's size without a teacher", {"control_of": "distill"}
     training.close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), facts)
 
 

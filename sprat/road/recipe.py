@@ -132,14 +132,15 @@ class RLRecipe(Config):
 
 
 class DistillRecipe(Config):
-    """A student from the teacher's own verified answers."""
+    """A student from the teacher's own answers."""
 
     student: ModelRecipe = ModelRecipe()
     distill: DistillConfig = DistillConfig()
+    verified: bool = True  # only right answers are taught; else all, as where nobody knows what is right
+    examples: Count | None = None  # worked examples that there are beside the teacher; None: those of pre-training
     text_share: float = Field(0.1, ge=0, le=1)
-    task_share: float = Field(
-        0.0, ge=0, lt=1
-    )  # of rows: worked examples of pre-training, what the teacher fails at too
+    task_share: float = Field(0.0, ge=0, lt=1)  # of rows: worked examples
+    scratch_steps: Count | None = None  # of the student without a teacher, for the same cost; None: as many
 
     @model_validator(mode="after")
     def _leave_room_for_the_teacher(self) -> Self:

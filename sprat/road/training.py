@@ -122,14 +122,18 @@ def student(road: Road) -> None:
         return
     run, (model, teacher, tokenizer, tasks) = opened
     engine = Engine(teacher, tokenizer, max_batch=road.recipe.eval.batch)
-    settings: dict[str, Any] = {
-        "count": recipe.distill.problems,
-        "max_tokens": road.recipe.eval.max_tokens,
-        "seed": road.recipe.seed,
-    }
-    taught = distill.traces(engine, *tasks, thinking=None, **settings)
-    source, counts = _student_source(road, recipe, tokenizer, taught.kept)
-    result = distill.distill(model, teacher, source, recipe.distill, run)
+    taught = distill.traces(
+        engine,
+        *tasks,
+        count=recipe.distill.problems,
+        thinking=None,
+        max_tokens=road.recipe.eval.max_tokens,
+        seed=road.recipe.seed,
+        verified=recipe.verified,
+    )
+    batches, counts = student_source(road, recipe, tokenizer, taught.kept)
+    result = distill.distill(model, teacher, batches, recipe.distill, run)
+    result = replace(result, flops=result.flops + taught.flops)
     facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
@@ -173,15 +177,25 @@ def source(road: Road, recipe: PretrainRecipe, seed: int | None = None) -> Mixed
     return MixedSource(parts, rows=recipe.train.batch_rows, seed=road.recipe.seed if seed is None else seed)
 
 
-def _student_source(
+def student_source(
     road: Road, recipe: DistillRecipe, tokenizer: Tokenizer, taught: Sequence[tuple[str, str, str]]
 ) -> tuple[MixedSource, dict[str, int]]:
-    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row."""
-    text = road.artefacts.packed("text")
-    answers, counts = sft.pack_demonstrations(tokenizer, taught, text.seq_len)
-    parts = [(text, recipe.text_share), (answers, 1 - recipe.text_share - recipe.task_share)]
-    if recipe.task_share:
-        parts.append((road.artefacts.packed("tasks"), recipe.task_share))
+    """The teacher's answers, worked examples and text in the recipe's shares; and how many answers fit into a row.
+
+    Without answers the worked examples take their share.
+    """
+    text, counts = road.artefacts.packed("text"), dict[str, int]()
+    examples, parts = 1 - recipe.text_share, [(text, recipe.text_share)]
+    if taught:
+        answers, counts = sft.pack_demonstrations(tokenizer, taught, text.seq_len)
+        examples = recipe.task_share
+        parts.append((answers, 1 - recipe.text_share - recipe.task_share))
+    if examples:
+        shown = road.artefacts.packed("tasks")
+        if recipe.examples is not None:
+            few = sft.draw_demonstrations(*mix(road), count=recipe.examples, terse_fraction=0, seed=road.recipe.seed)
+            shown, _ = sft.pack_demonstrations(tokenizer, few, text.seq_len)
+        parts.append((shown, examples))
     return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts
 
 

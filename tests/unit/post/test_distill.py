@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ from sprat.config import Config, DistillConfig, OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
-from sprat.model import Transformer, balance_loss
+from sprat.model import Transformer, balance_loss, flops_per_token
 from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
@@ -102,6 +102,18 @@ def test_traces_alone_are_next_token_training(
     assert result.steps == 20 and result.loss < 4
 
 
+def test_the_teachers_forward_passes_are_part_of_the_cost(
+    small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
+) -> None:
+    """Three forward passes of the student, and one of the teacher where its distributions are asked."""
+    row = ROWS.seq_len
+    for mode, teacher in (("traces", 0), ("logits", 1), ("both", 1)):
+        config = CONFIG.replace(mode=mode, steps=2)
+        result = distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage(mode, config))
+        passes = 3 * flops_per_token(small.config, row) + teacher * flops_per_token(guesser.config, row)
+        assert result.flops == pytest.approx(result.tokens * passes)
+
+
 def test_only_right_and_finished_answers_become_traces(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
     engine = Engine(guesser, tokenizer, max_batch=128)
     found = traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
@@ -111,16 +123,26 @@ def test_only_right_and_finished_answers_become_traces(guesser: Transformer, tok
     assert found == traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
 
 
-def test_an_answer_that_was_cut_off_is_no_trace_even_if_it_is_right(task: Any) -> None:
-    ends = iter(["stop", "length", "stop", "length"])
-    cut: Any = SimpleNamespace(
-        generate=lambda prompts, sampling: [
-            SimpleNamespace(text="7", reasoning="", closed=True, finish_reason=next(ends), token_ids=[1])
-            for _ in prompts
-        ]
-    )
-    found = traces(cut, [task], [1.0], count=4, max_tokens=4)
+def answers(model: Transformer, said: Sequence[tuple[str, str]]) -> Any:
+    """An engine that answers (text, finish reason), one token each after five of the prompt."""
+
+    def answer(text: str, end: str) -> Any:
+        usage = SimpleNamespace(cache_miss_tokens=5)
+        return SimpleNamespace(text=text, reasoning="", closed=True, finish_reason=end, token_ids=[1], usage=usage)
+
+    return SimpleNamespace(model=model, generate=lambda prompts, sampling: [answer(*one) for one in said])
+
+
+def test_an_answer_that_was_cut_off_is_no_trace_even_if_it_is_right(model: Transformer, task: Any) -> None:
+    found = traces(answers(model, [("7", "stop"), ("7", "length")] * 2), [task], [1.0], count=4, max_tokens=4)
     assert (found.asked, len(found.kept), found.tokens) == (4, 2, 4)
+    assert found.flops == 4 * 6 * flops_per_token(model.config, 6)
+
+
+def test_what_nobody_can_judge_is_taught_as_it_comes_but_not_half(model: Transformer, task: Any) -> None:
+    engine = answers(model, [("7", "stop"), ("8", "stop"), ("8", "length")])
+    found = [traces(engine, [task], [1.0], count=3, max_tokens=4, verified=one) for one in (True, False)]
+    assert [[shown.answer for shown in one.kept] for one in found] == [["7"], ["7", "8"]]
 
 
 def test_a_teacher_that_is_never_right_is_refused(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:

@@ -166,7 +166,10 @@ STAGES: dict[str, dict[str, Change]] = {
         "distill.student.changes": ("{hidden_size=24}", ()),
         "distill.text_share": ("0.5", ()),
         "distill.task_share": ("0.25", ()),
+        "distill.verified": ("false", ()),
+        "distill.examples": ("7", ("distill.task_share=0.25",)),
     },
+    "student-scratch": {"distill.scratch_steps": ("5", ())},
     "pretrain-dense": {"dense.size": ("nano", ()), "dense.changes": ("{dense=true,num_hidden_layers=1}", ())},
     "quantize": {
         "quant.rounding": ("nearest", ()),
@@ -288,9 +291,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch, 
         (folder / "text" / f"{name}.txt").write_text(" ".join(words) + ".")
     (folder / "pays.py").write_text(PAYS)
 
-    def taught(*rest: Any, count: int, **more: Any) -> distill.Traces:
+    def taught(*rest: Any, count: int, verified: bool = True, **more: Any) -> distill.Traces:
         shown = [distill.Demonstration(f"What is {n} + 1?", f"{n} + 1 = {n + 1}", str(n + 1)) for n in range(count)]
-        return distill.Traces(shown, count, 8 * count)
+        return distill.Traces(shown if verified else shown[1:], count, 8 * count, 8e6 * count)
 
     patched.setattr(distill, "traces", taught)
     with pytest.MonkeyPatch.context() as patch:
@@ -320,6 +323,7 @@ def _walk(road: Road, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None
         "pretrain-more": lambda: controls.more_pretraining(road),
         "rl-seed0": lambda: training.reinforce(road, road.recipe.rl.seeds[0]),
         "distill": lambda: training.student(road),
+        "student-scratch": lambda: controls.scratch(road),
         "quantize": lambda: squeeze.squeeze(road),
     }
     work[stage]()
@@ -348,7 +352,7 @@ def _left(base: Path, seen: Seen, stage: str, overrides: tuple[str, ...], change
         with pytest.MonkeyPatch.context() as patch:
             road = _road(base, folder, said)
             for earlier in ("sft", "distill"):  # where what is said besides makes another one
-                if any(one.startswith(f"{earlier}.") for one in overrides):
+                if earlier != run and any(one.startswith(f"{earlier}.") for one in overrides):
                     shutil.rmtree(folder / earlier)
                     _walk(road, earlier, base, patch)
             _walk(road, stage, base, patch)
