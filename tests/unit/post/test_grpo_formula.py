@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -203,6 +204,28 @@ def test_by_default_a_tenth_of_a_nat_is_far_too_much(
     monkeypatch.setattr(rl, "sample_groups", otherwise)
     with pytest.raises(TrainingError, match=r"0\.1 nats"):
         grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], RL, open_stage("rl", RL), gate=False)
+
+
+@pytest.mark.parametrize(("flipped", "stops"), [(0, False), (2, False), (3, True), (100, True)])
+def test_a_router_that_tips_over_in_one_answer_of_fifty_does_not_stop_the_run(flipped: int, stops: bool) -> None:
+    sampled, found = torch.full((1000,), -1.0), rl._Mismatch()
+    trained = sampled.clone()
+    trained[: 10 * flipped] += 0.5  # of a hundred answers of ten tokens
+    found.add(trained, sampled, [10] * 100)
+    if stops:
+        with pytest.raises(TrainingError, match="in step 7 .* nats"):
+            found.check(1e-3, 7)
+    else:
+        assert found.check(1e-3, 7) == pytest.approx(
+            {"mismatch": 0.5 if flipped else 0, "mismatch_mean": flipped / 200}
+        )
+
+
+def test_a_mismatch_that_is_no_number_stops_the_run() -> None:
+    found = rl._Mismatch()
+    found.add(torch.tensor([0.0, math.nan, 0.0]), torch.zeros(3), [1, 1, 1])
+    with pytest.raises(TrainingError):
+        found.check(1e9, 1)
 
 
 def test_partial_credit_is_no_right_answer_and_abstentions_have_no_reward() -> None:
