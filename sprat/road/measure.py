@@ -6,21 +6,24 @@ tag for it, ``direct`` closes it at once. The last two explain the first, and ar
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from sprat.engine import Engine, Sampling
+from sprat.engine.draft import Way
 from sprat.errors import ConfigError
 from sprat.model import Transformer
 from sprat.post.evaluate import Score, ask, evaluate_many, significant
 from sprat.road.places import Road
 from sprat.tasks import is_right
-from sprat.tokens import Tokenizer
+from sprat.tokens import Message, Tokenizer
 from sprat.tokens.chat import render
 
 WAYS: dict[str, bool | None] = {"greedy": None, "thinking": True, "direct": False}
 SPEED_BATCH = 16  # requests at once when tokens a second are measured
+ROUNDS = 7  # with and without drafts
 
 
 def check(
@@ -117,9 +120,35 @@ def _score(row: dict[str, Any]) -> Score:
 
 def speed(road: Road, model: Transformer, tokenizer: Tokenizer) -> float:
     """Tokens a second of greedy generation, ``SPEED_BATCH`` requests at once, on this thread."""
+    return _speed(Engine(model, tokenizer, max_batch=SPEED_BATCH), _prompts(road, 4 * SPEED_BATCH))
+
+
+def drafts(road: Road, model: Transformer, tokenizer: Tokenizer) -> dict[str, float]:
+    """What the drafts of an MTP module bring where one request runs at a time; nothing for a model that has none.
+
+    Returns:
+        ``accepted``: share of the drafts; ``with_drafts`` and ``without``: tokens a second on this thread, medians of
+        ``ROUNDS`` rounds, one after the other in each.
+    """
+    if not model.mtp:
+        return {}
+    ways: tuple[Way, Way] = ("off", "mtp")
+    engines = [Engine(model, tokenizer, max_batch=1, speculate=way) for way in ways]
+    prompts = _prompts(road, SPEED_BATCH)
+    rounds = [[_speed(engine, prompts) for engine in engines] for _ in range(ROUNDS)]
+    without, drafted = (statistics.median(speeds) for speeds in zip(*rounds, strict=True))
+    told = engines[1].core.speculation
+    return {"accepted": told.accepted / max(1, told.drafted), "with_drafts": drafted, "without": without}
+
+
+def _prompts(road: Road, count: int) -> list[list[Message]]:
+    """Held-out questions of the first task."""
     task = road.artefacts.task(road.recipe.data.tasks[0], road.recipe.eval.split)
-    engine = Engine(model, tokenizer, max_batch=SPEED_BATCH)
-    prompts = [ask(problem) for problem in task.kept[: 4 * SPEED_BATCH]]
+    return [ask(problem) for problem in task.kept[:count]]
+
+
+def _speed(engine: Engine, prompts: list[list[Message]]) -> float:
+    """Tokens a second of greedy answers with thinking."""
     began = time.perf_counter()
     outputs = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64, thinking=True))
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)

@@ -69,6 +69,7 @@ def squeeze(road: Road) -> None:
         relative_loss=relative_loss(before, rows),
         models=models,
         parameters=finished(road, "distill")["facts"]["parameters"],
+        drafts=measure.drafts(road, small, tokenizer),
         **models["int4"],
     )
     run.finish()

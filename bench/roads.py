@@ -1,0 +1,185 @@
+"""Whole roads, each with a seed of its own and on several instruction sets: mean, range, and which bars hold where.
+
+Data order, weights, RL and the student are all re-seeded. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
+processor without AVX-512. A bar of learning holds where it holds on five roads of six; a gain stands with the lower end
+of its 95 % interval over the roads (Student's t), since one road's p-value says nothing of another seed.
+
+    python -m bench.roads OUT [--seeds 0 1 2] [--isa avx512 avx2] [--recipe quickstart] [--set a.b=c] [--quick] [--json]
+
+Roads that are finished under OUT are read, not walked again. ``--quick`` walks one road.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ISAS = {
+    "avx512": {},
+    "avx2": {"SPRAT_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+ROWS = (  # runs of a road, in the order of the table, with the ways of asking that it shows
+    ("pretrain", ("greedy", "thinking")), ("pretrain-dense", ("greedy", "thinking")), ("rl-seed0", ("greedy",)),
+    ("sft", ("greedy",)), ("rft", ("greedy",)), ("pretrain-more", ("greedy",)), ("distill", ("greedy",)),
+    ("student-scratch", ("greedy",)), ("quantize", ("greedy",)),
+)  # fmt: skip
+T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # by degrees of freedom, two-sided
+SHARE = 5 / 6  # of roads on which a bar must hold
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Road:
+    """One finished road, read from its run folders."""
+
+    name: str
+    runs: dict[str, dict[str, Any]]
+    minutes: float | None
+
+    def scores(self, run: str, way: str = "greedy") -> Scores:
+        """Share of right answers by trained task; empty where the run was not asked so."""
+        rows = self.runs[run]["facts"]["scores"] if run in self.runs else []
+        return {r["task"]: r["correct"] / r["count"] for r in rows if r["label"] == way and r.get("trained", True)}
+
+    def mean(self, run: str, way: str = "greedy") -> float:
+        """Mean over the trained tasks."""
+        return statistics.mean(self.scores(run, way).values())
+
+    def fact(self, run: str, name: str) -> Any:
+        """A fact that a run noted."""
+        return self.runs[run]["facts"].get(name)
+
+
+def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str]) -> Road:
+    """Walk a road where it is not finished, and read it."""
+    told = folder / "minutes"
+    if not (folder / "report.html").is_file():
+        command = [sys.executable, "-m", "sprat", "quickstart", "--out", str(folder), "--seed", str(seed), "--no-serve"]
+        command += ["--recipe", recipe, *(word for each in overrides for word in ("--set", each))]
+        began = time.monotonic()
+        subprocess.run(command, env=os.environ | ISAS[isa], check=True, stdout=subprocess.DEVNULL)
+        told.write_text(f"{(time.monotonic() - began) / 60:.2f}")
+    runs = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")}
+    return Road(f"{seed}-{isa}", runs, float(told.read_text()) if told.is_file() else None)
+
+
+def lower(values: Sequence[float]) -> float:
+    """The lower end of the 95 % interval of the mean; minus infinity for a single value."""
+    if len(values) < 2:
+        return -math.inf
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - T95[min(len(values) - 1, len(T95) - 1)] * spread
+
+
+def bars(road: Road) -> dict[str, tuple[float, bool]]:
+    """Figure and verdict of each bar on one road; accuracies are shares."""
+    base, thinking, rl = road.scores("pretrain"), road.scores("pretrain", "thinking"), road.scores("rl-seed0")
+    gains = sorted((rl[task] - base[task] for task in rl), reverse=True)
+    kept = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
+    taught = road.mean("distill") - road.mean("student-scratch")
+    loss = road.fact("quantize", "relative_loss")
+    text = road.fact("pretrain", "bits_per_byte")
+    over = {d: row["model"] - min(v for k, v in row.items() if k not in ("model", "bytes")) for d, row in text.items()}
+    found = {
+        "RL over the base: fourth best gain of the tasks >= 0.20": (gains[:4][-1], gains[:4][-1] >= 0.20),
+        "RL: worst task's share of the base made to think >= 0.97": (kept, kept >= 0.97),
+        "student over its twin without a teacher, mean > 0": (taught, taught > 0),
+        "INT4: mean relative loss <= 0.02": (statistics.mean(loss.values()), statistics.mean(loss.values()) <= 0.02),
+        "INT4: worst task's relative loss <= 0.05": (max(loss.values()), max(loss.values()) <= 0.05),
+        **{f"bits per byte over the best baseline, {d} < 0": (gap, gap < 0) for d, gap in over.items() if d != "code"},
+    }
+    if told := road.fact("quantize", "drafts"):
+        ratio = told["with_drafts"] / told["without"]
+        found["MTP: share of first drafts accepted >= 0.70"] = (told["accepted"], told["accepted"] >= 0.70)
+        found["MTP: tokens/s with drafts over without >= 1.15"] = (ratio, ratio >= 1.15)
+    if road.minutes is not None:
+        found["minutes of the quickstart <= 15"] = (road.minutes, road.minutes <= 15)
+    return found
+
+
+def _shown(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """Mean (least to most)."""
+    middle = form(statistics.mean(values))
+    return middle if len(values) < 2 else f"{middle} ({form(min(values))} to {form(max(values))})"
+
+
+def table(roads: Sequence[Road]) -> str:
+    """Accuracy in per cent of each run on each task, mean and range over roads, with its CPU seconds, as Markdown."""
+    tasks = list(roads[0].scores("pretrain"))
+    lines = ["| | " + " | ".join([*tasks, "mean", "CPU s"]) + " |", "|---" * (len(tasks) + 3) + "|"]
+    for run, ways in ROWS:
+        for way in ways:
+            rows = [road.scores(run, way) for road in roads]
+            if not all(rows):
+                continue
+            cells = [_shown([100 * row[task] for row in rows], lambda value: f"{value:.1f}") for task in tasks]
+            cells.append(_shown([100 * statistics.mean(row.values()) for row in rows], lambda value: f"{value:.1f}"))
+            spent = [
+                float(road.fact(run, "training_cpu_seconds") or road.runs[run]["device_seconds"]) for road in roads
+            ]
+            lines.append(f"| {run}, {way} | {' | '.join(cells)} | {_shown(spent, lambda value: f'{value:.0f}')} |")
+    return "\n".join(lines)
+
+
+def gains(roads: Sequence[Road]) -> dict[str, dict[str, float]]:
+    """Mean gain and its lower 95 % end over roads, for each task and each pair of runs that a sentence rests on."""
+    pairs = {
+        "RL over base": ("rl-seed0", "pretrain"), "RL over SFT": ("rl-seed0", "sft"),
+        "RL over RFT": ("rl-seed0", "rft"), "RL over more pre-training": ("rl-seed0", "pretrain-more"),
+        "student over twin": ("distill", "student-scratch"), "sparse over dense": ("pretrain", "pretrain-dense"),
+    }  # fmt: skip
+    found = {}
+    for name, (after, before) in pairs.items():
+        if not all(after in road.runs and before in road.runs for road in roads):
+            continue
+        way = "thinking" if name == "sparse over dense" else "greedy"
+        each = [(road.scores(after, way), road.scores(before, way)) for road in roads]
+        changes = {task: [new[task] - old[task] for new, old in each] for task in each[0][0]}
+        changes["mean"] = [statistics.mean(values) for values in zip(*changes.values(), strict=True)]
+        for task, values in changes.items():
+            found[f"{name}: {task}"] = {"mean": statistics.mean(values), "lower": lower(values)}
+    return found
+
+
+def main() -> int:
+    """Walk, print, and say which bars hold; 1 where one does not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--isa", nargs="+", choices=list(ISAS), default=list(ISAS))
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    kinds = [(seed, isa) for seed in asked.seeds for isa in asked.isa][: 1 if asked.quick else None]
+    roads = [walk(asked.out / f"seed{s}-{isa}", s, isa, asked.recipe, asked.overrides) for s, isa in kinds]
+    each = [bars(road) for road in roads]
+    held = {name: [one[name] for one in each if name in one] for name in each[0]}
+    good = {name: sum(fine for _, fine in found) >= SHARE * len(found) for name, found in held.items()}
+    if asked.json:
+        facts = {"roads": [road.name for road in roads], "bars": held, "good": good, "gains": gains(roads)}
+        print(json.dumps(facts))
+    else:
+        print(table(roads), end="\n\n")
+        for name, gain in gains(roads).items():
+            print(f"{name:44} {100 * gain['mean']:+6.1f} points, lower 95 % {100 * gain['lower']:+6.1f}")
+        for name, found in held.items():
+            figure = _shown([value for value, _ in found], lambda value: f"{value:.3g}")
+            verdict = "met" if good[name] else "MISSED"
+            print(f"{name:60} {figure:28} {sum(fine for _, fine in found)} of {len(found)}: {verdict}")
+    return 0 if all(good.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
