@@ -87,7 +87,7 @@ def bars(road: Road) -> dict[str, tuple[float, bool]]:
     gains = sorted((rl[task] - base[task] for task in rl), reverse=True)
     kept = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
     taught = road.mean("distill") - road.mean("student-scratch")
-    loss = road.fact("quantize", "relative_loss")
+    loss = road.fact("quantize", "relative_loss") or {"": math.nan}  # a student that is never right has nothing to lose
     text = road.fact("pretrain", "bits_per_byte")
     over = {d: row["model"] - min(v for k, v in row.items() if k not in ("model", "bytes")) for d, row in text.items()}
     found = {
