@@ -1,7 +1,7 @@
 """The last stage: the student in INT4, and what size and speed each model of the road has. Or any model, in INT4.
 
-Where the recipe's rounding is GPTQ, it needs text: a road gives its own examples and text, any other model the user's
-text, or what the quickstart learns from.
+Where the recipe's rounding is GPTQ, it needs text: a road gives its student's own answers and text, any other model the
+user's text, or what the quickstart learns from.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from torch import Tensor
 from sprat.config import QuantConfig
 from sprat.data import corpus, ingest
 from sprat.data.document import Document
-from sprat.engine import load, save
+from sprat.data.pack import pack
+from sprat.engine import Engine, Sampling, load, save
 from sprat.errors import CheckpointError, DataError
 from sprat.model import Transformer
+from sprat.post import sft
+from sprat.post.evaluate import ask
 from sprat.quant import packed_tensors, quantize, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
-from sprat.road.training import finished, measured
+from sprat.road.training import finished, measured, mix
 from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
-OWN = 4 * CALIBRATION  # tokens of a road's own: its student is small, and gains by them (docs/log.md)
-WINDOW = 512  # tokens of a row of them
+OWN = 12 * CALIBRATION  # tokens of a road's own: its student is small, and gains by them (docs/log.md)
+SHORT = 25  # tokens of a short question and answer: as many are drawn as fill the rows
+WINDOW = 512  # tokens of a row of any other model's text
 EXCERPT = 2000  # characters of one document, so that many are heard
 CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
@@ -50,7 +54,7 @@ def squeeze(road: Road) -> None:
     if opened is None:
         return
     run, (student, tokenizer) = opened
-    tokens_BT, segments_BT = _heard(road)
+    tokens_BT, segments_BT = _heard(road, student, tokenizer)
     small = quantize(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
@@ -75,13 +79,18 @@ def squeeze(road: Road) -> None:
     run.finish()
 
 
-def _heard(road: Road) -> tuple[Tensor, Tensor]:
-    """Rows [B, T] of what the student learned from, tokens and segments: worked examples, and a quarter of text."""
-    tasks, text = road.artefacts.packed("tasks"), road.artefacts.packed("text")
-    rows = max(4, OWN // tasks.tokens.shape[1])
+def _heard(road: Road, student: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] of what the student will say, tokens and segments: its own answers, and a quarter of text."""
+    text = road.artefacts.packed("text")
+    rows = max(4, OWN // text.seq_len)
+    drawn = sft.draw(*mix(road), OWN // SHORT, f"calibration/{road.recipe.seed}")
+    engine = Engine(student, tokenizer, max_batch=road.recipe.eval.batch)
+    sampling = Sampling(temperature=0.7, max_tokens=road.recipe.eval.max_tokens, seed=road.recipe.seed)
+    said = engine.generate([ask(problem) for _, problem in drawn], sampling)
+    answers = pack(((output.prompt_ids + output.token_ids, None) for output in said), text.seq_len)
     few = rows // 4
-    tokens = np.concatenate((tasks.tokens[: rows - few], text.tokens[:few]))
-    segments = np.concatenate((tasks.segments[: rows - few], text.segments[:few]))
+    tokens = np.concatenate((answers.tokens[: rows - few], text.tokens[:few]))
+    segments = np.concatenate((answers.segments[: rows - few], text.segments[:few]))
     return torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(segments[:, :-1]).long()
 
 
