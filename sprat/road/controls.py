@@ -7,6 +7,8 @@ student without a teacher.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sprat.config import LoopConfig
 from sprat.data.loader import MixedSource
 from sprat.engine import Engine, load
@@ -44,6 +46,7 @@ def rejection_sampling(road: Road) -> None:
         seed=road.recipe.seed,
     )
     result = sft.sft(model, tokenizer, own.kept, recipe, run)
+    result = replace(result, flops=result.flops + own.flops)
     facts = {"control_of": "rl", "traces": {"asked": own.asked, "kept": len(own.kept), "tokens": own.tokens}}
     label = "Rejection-sampling fine-tuning"
     training.close(road, run, model, tokenizer, result, label, training.ALL_WAYS, facts, before=start)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,16 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
             torch.testing.assert_close(noted.found[0][name], weight.grad, rtol=1e-3, atol=1e-5, msg=name)
     assert found["mismatch"] == pytest.approx(float(torch.cat(gaps).max()), rel=1e-3)
     assert found["mismatch_mean"] == pytest.approx(float(torch.cat(gaps).mean()), rel=1e-3)
+
+
+def test_the_rate_falls_over_the_last_share_of_the_steps(guesser: Transformer) -> None:
+    """Eight steps, half of them falling, ending one step after the last; without a fall all are whole."""
+    for fall, expected in ((0.5, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (0.0, [1.0] * 8)):
+        config, factors = RL.replace(steps=8, decay_fraction=fall), list[float]()
+        optimiser = SimpleNamespace(clip=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
+        for step in range(1, 9):
+            rl._step(optimiser, config, step)  # type: ignore[arg-type]
+        assert factors == pytest.approx(expected)
 
 
 def test_a_policy_that_was_not_sampled_from_stops_the_run_before_a_weight_moves(
