@@ -55,7 +55,7 @@ VERBS = (
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stations.data, "Text and tasks to tokenizer and packed rows."),
     ("train", stations.train, "Pre-train on them."),
-    ("sft", stations.sft, "Fine-tune on demonstrations (the cold start)."),
+    ("sft", stations.sft, "Fine-tune on demonstrations that show their thinking."),
     ("rl", stations.rl, "Reinforcement learning with rule rewards."),
     ("distill", stations.distill, "A small student from the teacher."),
     ("quantize", stations.quantize, "The student, or any model, in INT4."),

@@ -54,7 +54,7 @@ def sft(
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
-    """Fine-tune the pre-trained model on demonstrations: the cold start of RL."""
+    """Fine-tune the pre-trained model on demonstrations that show their thinking."""
     return _work("sft", out, recipe, _started("sft.sft", init_from, overrides))
 
 
@@ -64,7 +64,7 @@ def rl(
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
-    """Reinforcement learning with rule rewards (GRPO) from the cold start, with the first of the recipe's rl.seeds."""
+    """Reinforcement learning with rule rewards (GRPO), with the first of the recipe's rl.seeds."""
     return _work("rl", out, recipe, _started("rl.rl", init_from, overrides))
 
 

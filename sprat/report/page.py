@@ -123,7 +123,9 @@ def _sections(road: Road) -> list[str]:
         ),
         _section(
             "Gains and their controls",
-            f"Each stage against the one before it on the same problems; significant means p &lt; {LEVEL}, two-sided.",
+            f"Each stage against the one before it on the same problems; significant means p &lt; {LEVEL}, two-sided, "
+            "over problems. What another seed gives only other roads show. Controls had the time of "
+            "training that stands below their names.",
             tables.gains(road),
         ),
         _section(
@@ -134,7 +136,7 @@ def _sections(road: Road) -> list[str]:
         _section("Learning curves", "What training saw, step by step.", _panels(plots.loss(road))),
         _section(
             "Reinforcement learning",
-            "GRPO with rule rewards, a line for each seed, all from the same cold start.",
+            "GRPO with rule rewards, a line for each seed, all from the same start.",
             _panels(plots.rl(road)) + tables.seeds(road),
         ),
         _section(

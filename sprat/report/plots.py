@@ -10,8 +10,10 @@ from sprat.report.runs import Road, Stage, wilson
 _RL = (
     ("Mean reward", "reward"),
     ("Accuracy of rollouts", "accuracy"),
+    ("Answers that think", "think_share"),
     ("Response length (tokens)", "response_length"),
 )
+_SHARES = ("accuracy", "think_share")
 _MOST_CELLS = 20_000
 
 
@@ -41,7 +43,7 @@ def _lines(name: str, title: str, stages: list[tuple[str, Stage]], metric: str, 
 def loss(road: Road) -> list[str]:
     """Loss of pre-training beside its dense twin, then of the later supervised stages."""
     panels = []
-    for family, title in (("pretrain", "Pre-training"), ("sft", "Cold start"), ("distill", "Distillation")):
+    for family, title in (("pretrain", "Pre-training"), ("sft", "Fine-tuning"), ("distill", "Distillation")):
         stages = [stage for stage in road.main if stage.family == family]
         stages += [control for stage in stages for control in road.controls(stage)]
         named = [(stage.title, stage) for stage in stages]
@@ -50,11 +52,11 @@ def loss(road: Road) -> list[str]:
 
 
 def rl(road: Road) -> list[str]:
-    """Reward, accuracy and response length over RL steps, a line for each seed."""
+    """Reward, accuracy, thinking and response length over RL steps, a line for each seed."""
     stages = [(f"seed {stage.record.get('seed')}", stage) for stage in road.seeds("rl")]
     panels = []
     for number, (title, metric) in enumerate(_RL):
-        panels += _lines(f"rl-{number}", title, stages, metric, share=number == 1)
+        panels += _lines(f"rl-{number}", title, stages, metric, share=metric in _SHARES)
     return panels
 
 

@@ -11,7 +11,7 @@ _PER_TASK, _MOST = 2, 8
 
 
 def before_after(road: Road) -> str:
-    """The first questions of each task that both the cold start and RL were asked, side by side."""
+    """The first questions of each task that RL and the stage before it were asked, side by side."""
     scored = road.scored
     place = next((number for number, stage in enumerate(scored) if stage.family == "rl"), 0)
     if not place:

@@ -94,7 +94,9 @@ def accuracy(road: Road) -> str:
         return ""
     head = ["task"]
     for stage in columns:
-        mark = "<small>control</small>" if stage.control_of else "<small>&nbsp;</small>"
+        cost = stage.facts.get("training_cpu_seconds")
+        words = ["control"] * bool(stage.control_of) + ([f"{float(cost):.0f} s of training"] if cost else [])
+        mark = f"<small>{', '.join(words) or '&nbsp;'}</small>"
         head.append(f"@{'control' if stage.control_of else 'stage'}|{text(stage.title)}{mark}")
     rows = []
     for task, trained in road.tasks().items():
@@ -155,7 +157,7 @@ def _beside(road: Road, stage: Stage, task: str) -> str:
 
 
 def seeds(road: Road) -> str:
-    """RL from the same cold start with several seeds: greedy accuracy on each task, and the spread."""
+    """RL from the same start with several seeds: greedy accuracy on each task, and the spread."""
     stages = [stage for stage in road.seeds("rl") if stage.scores]
     if len(stages) < 2:
         return ""

@@ -96,7 +96,7 @@ def test_every_section_is_there(text: str) -> None:
         "Where it comes from",
         "What this is not",
     ]
-    assert text.count("<svg") == 14
+    assert text.count("<svg") == 15
 
 
 def test_each_stage_stands_with_its_interval_its_control_and_its_significance(road: Path, text: str) -> None:
