@@ -22,7 +22,7 @@ from sprat.train import loop
 
 
 def rejection_sampling(road: Road) -> None:
-    """SFT on the start's own right answers to training problems: RL's verifier without its gradient (RAFT, 2304.06767)."""
+    """SFT on the start's own right answers to training problems: RL's verifier alone (RAFT, arXiv 2304.06767)."""
     recipe, start = _recipe(road).rft, road.recipe.rl.start
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, training.Mix]:
