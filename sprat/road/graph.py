@@ -81,7 +81,8 @@ def run_all(stages: Sequence[Stage], jobs: int, told: Callable[[str, str, float]
             while waiting or running:
                 for stage in [s for s in waiting if done.issuperset(s.needs)][: jobs - len(running)]:
                     waiting.remove(stage)
-                    running[pool.submit(_work, stage)] = (stage, time.monotonic())
+                    with _interrupts_blocked():
+                        running[pool.submit(_work, stage)] = (stage, time.monotonic())
                     told(stage.name, "starts", 0.0)
                 if not running:
                     raise ValueError(f"stages wait for each other: {[s.name for s in waiting]}")
@@ -110,6 +111,16 @@ def tell(stage: str, what: str) -> None:
         print(f"sprat: {stage} {what}", file=sys.stderr, flush=True)
     else:
         _words.put((stage, what))
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A worker that is started meanwhile inherits the mask: Ctrl-C does not end it before it knows to ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
