@@ -68,7 +68,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose what the next step computes, and get the blocks for it; the same plan as long as nothing happens."""
         known = self._plan
-        if known and self._rows and known.rows is self._rows[0] and self._calm > 0 and not known.drafts:
+        if known and self._rows and known.rows is self._rows[0] and self._calm > 0:
+            known.drafts = {}
             return known
         self._grow()
         rows, slots_S, at = self._answering()
@@ -102,6 +103,10 @@ class Scheduler:
             sequence = self.at[slot]
             if sequence is not None:
                 self._publish(sequence, int(self.stored[slot]))
+
+    def extends(self, slot: int, drafts: int) -> bool:
+        """Have places for the next token of the answer in ``slot`` and its drafts; False if there is no room."""
+        return self._calm > drafts or self.blocks.extend(slot, int(self.stored[slot]) + 1 + drafts)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a request out, wherever it is; its twins go back to the queue."""
