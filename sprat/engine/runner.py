@@ -173,31 +173,24 @@ class Runner:
 
     def _compose(self, plan: Plan, answers: Answers) -> Batch:
         """The batch of answers, and behind them pieces of prompts."""
-        tokens, positions = [answers.tokens_A], [answers.positions_A]
-        counts = [np.array(answers.counts or [1] * len(plan.rows), np.int64)]
-        wanted, slots, end = [np.arange(len(answers.tokens_A))], [plan.slots_S], len(answers.tokens_A)
+        tokens, positions, slots = [answers.tokens_A], [answers.positions_A], plan.slots_S.tolist()
+        counts, wanted = answers.counts or [1] * len(slots), list(range(len(answers.tokens_A)))
+        end = len(wanted)
         for chunk in plan.chunks:
             stop, end = chunk.start + chunk.count, end + chunk.count
             tokens.append(chunk.sequence.known[chunk.start : stop])
             positions.append(np.arange(chunk.start, stop, dtype=np.int32))
-            counts.append(np.array([chunk.count]))
-            slots.append(np.array([chunk.sequence.slot]))
-            wanted += [np.array([end - 1])] if chunk.last else []
-        counts_S = np.concatenate(counts)
-        starts_S = np.zeros(len(counts_S) + 1, np.int32)
-        np.cumsum(counts_S, out=starts_S[1:])
+            counts = [*counts, chunk.count]
+            slots.append(chunk.sequence.slot)
+            wanted += [end - 1] if chunk.last else []
+        blocks = self.scheduler.blocks
         return Batch(
             tokens_T=np.concatenate(tokens),
             positions_T=np.concatenate(positions),
-            starts_S=starts_S,
-            tables_SW=self._tables(np.concatenate(slots)),
-            wanted_R=np.concatenate(wanted).astype(np.int32),
+            starts_S=np.cumsum([0, *counts], dtype=np.int32),
+            tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.held[slots].max(initial=0)]),
+            wanted_R=np.array(wanted, np.int32),
         )
-
-    def _tables(self, slots_S: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The tables of these slots, as wide as the longest."""
-        blocks = self.scheduler.blocks
-        return np.ascontiguousarray(blocks.tables[slots_S, : blocks.held[slots_S].max(initial=0)])
 
     def _sample(
         self, plan: Plan, answers: Answers, logits_RV: Tensor, groups: list[int], slots_N: NDArray[np.int64]
@@ -220,7 +213,8 @@ def _drafted(plan: Plan) -> tuple[list[int], list[int]]:
     tokens: list[int] = []
     positions: list[int] = []
     for sequence in plan.rows:
+        place = sequence.length - 1
         new = [sequence.token_ids[-1], *plan.drafts.get(sequence.slot, ())]
         tokens += new
-        positions += range(sequence.length - 1, sequence.length - 1 + len(new))
+        positions += range(place, place + len(new))
     return tokens, positions
