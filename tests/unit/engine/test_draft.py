@@ -5,20 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from sprat.engine import Engine, Sampling, draft
+from sprat.engine import Engine, Output, Sampling, draft
+from sprat.engine.backend import Batch
 from sprat.engine.draft import Lookup, Payoff, Way
+from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import TorchBackend
 from sprat.errors import EngineError
+from sprat.kernels import native
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 from tests.unit.engine.fake import Fake, scores
 from tests.unit.engine.mtp import worst_guess
 
 REPEATS = [3, 4, 5, 6, 7, 8] * 6
+WITH_AND_WITHOUT: tuple[Way, Way] = ("mtp", "off")
 PROMPTS = [REPEATS, [9, *REPEATS[:20]], list(range(30, 130)), [11]]
 
 
@@ -37,6 +44,61 @@ def test_drafted_answers_are_the_plain_ones(
     stats = engine.stats()
     assert engine.check() == [] and (stats.drafted_tokens > 0 or (way, temperature) == ("ngram", 0.8))
     assert stats.sampled_tokens == sum(len(one.token_ids) for one in drafted)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_whatever_is_asked_drafts_change_no_bit(
+    drafter: Transformer, tokenizer: Tokenizer, temperature: float, batch: int
+) -> None:
+    """With a module that guesses right, and on the native step with guesses of which many are refused."""
+    asks: list[dict[str, Any]] = [
+        {},
+        {"stop": ("a", "e")},
+        {"logprobs": True, "top_logprobs": 3},
+        {"repetition_penalty": 1.3, "stop_token_ids": (9,)},
+        {"thinking": True, "min_think_tokens": 7},
+        {"max_tokens": 2},
+    ]
+    how = [Sampling(**{"temperature": temperature, "max_tokens": 75, "seed": 5} | ask) for ask in asks]
+    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(len(how))]
+    backends: list[list[Any]] = [[Fake(drafter.config.vocab_size, depth=1) for _ in WITH_AND_WITHOUT]]
+    if native() is not None:
+        backends.append([NativeBackend(drafter, threads=1) for _ in WITH_AND_WITHOUT])
+    for pair in backends:
+        engines = [
+            Engine(drafter, tokenizer, backend=backend, speculate=way, max_batch=batch)
+            for backend, way in zip(pair, WITH_AND_WITHOUT, strict=True)
+        ]
+        plain = engines[1].generate(prompts, how)
+        if pair[0].draft.__func__ is NativeBackend.draft:
+            pair[0].draft = guesses_from(plain, pair[0].draft)
+        assert engines[0].generate(prompts, how) == plain
+        stats = engines[0].stats()
+        assert stats.accepted_tokens > 10 and engines[0].check() == []
+
+
+def guesses_from(outputs: list[Output], draft: Callable[..., NDArray[np.int64]]) -> Callable[..., NDArray[np.int64]]:
+    """``draft`` as it is, but its guess is what followed the same token somewhere in ``outputs``: often right."""
+    after = {token: later for one in outputs for token, later in itertools.pairwise(one.token_ids)}
+
+    def guess(batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
+        guesses_SD = draft(batch, next_T, vocab)
+        guesses_SD[:, 0] = [after.get(token, 0) for token in next_T[batch.starts_S[1:] - 1].tolist()]
+        return guesses_SD
+
+    return guess
+
+
+def test_a_module_that_is_not_finite_drafts_nothing(drafter: Transformer, tokenizer: Tokenizer) -> None:
+    fakes = [Fake(drafter.config.vocab_size, depth=1) for _ in range(2)]
+    fakes[0].draft = lambda batch, next_T, vocab: np.full((len(batch.starts_S) - 1, 1), -1)  # type: ignore[method-assign]
+    broken, plain = (
+        Engine(drafter, tokenizer, backend=fake, speculate=way)
+        for fake, way in zip(fakes, WITH_AND_WITHOUT, strict=True)
+    )
+    how = Sampling(temperature=0, max_tokens=20)
+    assert broken.generate(PROMPTS, how) == plain.generate(PROMPTS, how) and broken.stats().drafted_tokens == 0
 
 
 def test_good_drafts_save_steps(model: Transformer, tokenizer: Tokenizer) -> None:
