@@ -224,7 +224,8 @@ class Sampler:
         held_R = position_R < rows.ban_R
         acting = np.flatnonzero(position_R >= rows.wakes_R).tolist()
         if not acting and not held_R.any():
-            self._rows = None  # bans end, and then these rows may need no shaping at all
+            if rows.wakes_R.min() == NEVER:  # all bans have ended: these rows need no shaping any more
+                self._rows = None
             return logits_RV
         shaped_RV = logits_RV.copy()
         if held_R.any():
