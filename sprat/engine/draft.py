@@ -133,6 +133,7 @@ class Speculation:
         """Fill ``plan.drafts`` where a guess is at hand, there is memory for it, and it is worth it."""
         if self._way == "off":
             return
+        plan.drafts = {}
         most = LOOKUP_TOKENS if self._way == "ngram" else self._backend.depth
         rows = len(plan.rows)
         self._on = rows <= MOST_ROWS and (not self._auto or self._payoff.pays(rows, most))
