@@ -85,13 +85,15 @@ class Backend(Protocol):
         """
         ...
 
-    def draft(self, batch: Batch, first: bool) -> Tensor:
-        """The next MTP module; logits float32 [R, V] of the tokens *after* those of ``batch``.
+    def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
+        """Let the MTP modules follow the last ``run`` or ``best`` of this ``batch``; their guesses, int64 [S, depth].
 
-        Starts, positions and tables are those of the last ``run``; token ``i`` is the one that stands one place
-        behind that position for the first module, two for the second, and so on. It is joined with the hidden state
-        that the last ``run`` (``first``) or the last ``draft`` computed for the same row. Keys go to the module's own
-        layer of the same blocks.
+        ``next_T`` is the token that came to stand behind each of the batch. A sequence holds up to its first token
+        whose follower in the batch is another one (a refused draft), and what is guessed is what follows there: some
+        of the first ``vocab`` tokens, -1 where a module's logits are not finite. The first module joins the hidden
+        state of ``run`` with the token one place further, the second that of the first with the token two places
+        further, and so on, their own guesses included. Keys go to the module's own layer of the same blocks; what it
+        stores behind a refused draft means nothing and is overwritten like the draft itself.
         """
         ...
 

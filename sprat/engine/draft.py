@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.backend import Backend, Batch
+from sprat.engine.backend import Backend
 from sprat.engine.plan import Plan
 from sprat.engine.runner import Result
 from sprat.engine.sample import Sampler
@@ -134,6 +133,7 @@ class Speculation:
         """Fill ``plan.drafts`` where a guess is at hand, there is memory for it, and it is worth it."""
         if self._way == "off":
             return
+        plan.drafts = {}
         most = LOOKUP_TOKENS if self._way == "ngram" else self._backend.depth
         rows = len(plan.rows)
         self._on = rows <= MOST_ROWS and (not self._auto or self._payoff.pays(rows, most))
@@ -147,7 +147,7 @@ class Speculation:
             drafts: list[int] = []
             if count > 0 and sampler.speculates[slot]:
                 drafts = self._lookup(sequence, count) if self._way == "ngram" else sequence.drafts[:count]
-            if drafts and scheduler.blocks.extend(slot, int(scheduler.stored[slot]) + 1 + len(drafts)):
+            if drafts and scheduler.extends(slot, len(drafts)):
                 plan.drafts[slot] = drafts
 
     def follow(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
@@ -161,26 +161,22 @@ class Speculation:
         began = time.perf_counter()
         guesses = self._way == "mtp" and (self._on or (bool(plan.chunks) and self._payoff.paying))
         if guesses:
-            self._guess(plan, result, accepted)
+            self._guess(plan, result)
         if self._auto and not plan.chunks and (plan.drafts or not guesses):
             self._payoff.timed(len(result.batch.tokens_T), result.seconds + time.perf_counter() - began)
 
-    def _guess(self, plan: Plan, result: Result, accepted: dict[int, int]) -> None:
+    def _guess(self, plan: Plan, result: Result) -> None:
         """Let the MTP modules follow the step; their guesses are the drafts of the next one."""
-        batch, decoding = result.batch, len(plan.rows)
-        sequences = [*plan.rows, *(chunk.sequence for chunk in plan.chunks)]
-        ends = batch.starts_S[1:] - 1
-        ends[:decoding] = batch.starts_S[:decoding] + [accepted.get(slot, 0) for slot in plan.slots_S.tolist()]
-        open_S = np.array([True] * decoding + [chunk.last for chunk in plan.chunks], np.bool_)
-        open_S &= np.array([sequence.slot >= 0 for sequence in sequences], np.bool_)
-        asking = [sequences[row] for row in np.flatnonzero(open_S).tolist()]
-        for sequence in asking:
-            sequence.drafts = []
-        for depth in range(self._backend.depth):
-            logits_RV = self._backend.draft(_ahead(batch, sequences, depth + 1, ends[open_S]), first=depth == 0)
-            guesses = logits_RV[:, : self._vocab].cpu().numpy().argmax(1).tolist() if asking else []
-            for sequence, guess in zip(asking, guesses, strict=True):
-                sequence.drafts.append(guess)
+        sequences = [*plan.rows, *(chunk.sequence for chunk in plan.chunks)] if plan.chunks else plan.rows
+        for sequence in sequences:
+            if sequence.slot >= 0 and len(sequence.token_ids) + 1 < sequence.limit:
+                break
+        else:
+            return  # nobody will check a draft
+        next_T = result.samples.tokens_R if not plan.chunks else _behind(plan, result)
+        guesses_SD = self._backend.draft(result.batch, next_T, self._vocab)
+        for sequence, guesses in zip(sequences, guesses_SD.tolist(), strict=True):
+            sequence.drafts = guesses if min(guesses) >= 0 else []
 
     def _lookup(self, sequence: Sequence, count: int) -> list[int]:
         """Tokens that followed the last ones before."""
@@ -189,17 +185,13 @@ class Speculation:
         return sequence.lookup.propose(sequence.token_ids, count)
 
 
-def _ahead(batch: Batch, sequences: list[Sequence], depth: int, wanted_R: NDArray[np.int32]) -> Batch:
-    """``batch`` with each token replaced by the one that came to stand ``depth`` places behind it, 0 where none did.
-
-    That is so behind a refused draft; nobody asks for such a row, and the next step overwrites what it leaves.
-    """
-    tokens_T = np.zeros_like(batch.tokens_T)
-    text: list[int]
-    for sequence, start, stop in zip(sequences, batch.starts_S[:-1], batch.starts_S[1:], strict=True):
-        text, first, count = [], int(batch.positions_T[start]) + depth, int(stop - start)
-        for part in (sequence.prompt, sequence.token_ids, sequence.drafts):
-            text += part[max(0, first) : max(0, first + count)]
-            first -= len(part)
-        tokens_T[start : start + len(text)] = text
-    return replace(batch, tokens_T=tokens_T, wanted_R=wanted_R)
+def _behind(plan: Plan, result: Result) -> NDArray[np.int64]:
+    """The token behind each of a batch with pieces of prompts; 0 where there is none, since the row failed."""
+    batch, tokens_R = result.batch, result.samples.tokens_R
+    next_T = np.append(batch.tokens_T[1:], 0).astype(np.int64)
+    answers = int(batch.starts_S[len(plan.rows)])
+    next_T[:answers] = tokens_R[:answers]
+    for chunk, stop in zip(plan.chunks, batch.starts_S[len(plan.rows) + 1 :].tolist(), strict=True):
+        place = chunk.start + chunk.count
+        next_T[stop - 1] = next(iter(chunk.sequence.span(place, place + 1)), 0)
+    return next_T

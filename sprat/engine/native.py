@@ -118,7 +118,9 @@ class NativeBackend:
 
     def run(self, batch: Batch) -> Tensor:
         """See ``Backend``."""
-        return self._step(self._decoder.run, batch)
+        logits_RV = np.empty((len(batch.wanted_R), self.vocab), np.float32)
+        self._call(self._decoder.run, batch, logits_RV)
+        return torch.from_numpy(logits_RV)
 
     def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
@@ -126,9 +128,11 @@ class NativeBackend:
         self._call(self._decoder.best, batch, vocab, found_R)
         return found_R
 
-    def draft(self, batch: Batch, first: bool) -> Tensor:
+    def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
-        return self._step(self._decoder.draft, batch, first)
+        guesses_SD = np.empty((len(batch.starts_S) - 1, self.depth), np.int64)
+        self._call(self._decoder.draft, batch, next_T, vocab, guesses_SD)
+        return guesses_SD
 
     def copy(self, source: int, target: int) -> None:
         """See ``Backend``."""
@@ -141,12 +145,6 @@ class NativeBackend:
     def write(self, block: int, data: bytes) -> None:
         """See ``Backend``."""
         self._decoder.write(block, data)
-
-    def _step(self, call: Any, batch: Batch, *more: bool) -> Tensor:
-        """Logits of one call."""
-        logits = np.empty((len(batch.wanted_R), self.vocab), np.float32)
-        self._call(call, batch, *more, logits)
-        return torch.from_numpy(logits)
 
     def _call(self, call: Any, batch: Batch, *more: Any) -> None:
         """One call with the arrays of a batch; the table of turns grows with the longest position."""

@@ -14,13 +14,16 @@ FEW = 16
 At = list[int] | NDArray[np.int64]  # slots as an index; a list where they are few
 
 
-def add_at(array_S: NDArray[Any], at: At, by: int) -> None:
+def add_at(array_S: NDArray[Any], at: At, by: int | list[int]) -> None:
     """``array_S[at] += by``; for a few places one by one, see ``Plan``."""
-    if isinstance(at, list):
+    if not isinstance(at, list):
+        array_S[at] += by
+    elif isinstance(by, int):
         for place in at:
             array_S[place] += by
     else:
-        array_S[at] += by
+        for place, more in zip(at, by, strict=True):
+            array_S[place] += more
 
 
 def put_at(array_S: NDArray[Any], at: At, values: list[int]) -> None:
@@ -30,6 +33,11 @@ def put_at(array_S: NDArray[Any], at: At, values: list[int]) -> None:
             array_S[place] = value
     else:
         array_S[at] = values
+
+
+def places(count: int) -> At:
+    """The first ``count`` places as an index."""
+    return list(range(count)) if count <= FEW else np.arange(count)
 
 
 @dataclass(frozen=True)

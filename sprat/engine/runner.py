@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
 from sprat.engine.draw import not_finite
-from sprat.engine.plan import FEW, At, Plan, add_at, put_at
+from sprat.engine.plan import At, Plan, add_at, places, put_at
 from sprat.engine.sample import Sampler, Samples
 from sprat.engine.scheduler import Scheduler
 from sprat.engine.sequence import Sequence
@@ -43,24 +43,25 @@ class Result:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answers:
     """The part of a batch that answers have: A tokens of S sequences, all of them wanted.
 
     Attributes:
         ahead_A: drafted tokens before each; None if there are none.
+        counts: tokens of each sequence; none where each has one.
     """
 
     tokens_A: NDArray[np.int32]
     positions_A: NDArray[np.int32]
     slots_A: NDArray[np.int64]
     ahead_A: NDArray[np.int64] | None
-    counts_S: NDArray[np.int64]
+    counts: list[int]
 
 
 @dataclass(slots=True)
 class Steady:
-    """The batch of plain steps, used again in place while the same answers go on in the same blocks.
+    """The batch of a step without prompts, used again in place while the same answers go on with as many drafts.
 
     Attributes:
         slots_S, version: the slots, and the state of the tables, that it was made for.
@@ -69,6 +70,7 @@ class Steady:
     """
 
     batch: Batch
+    answers: Answers
     slots_S: NDArray[np.int64]
     version: int
     rows: At
@@ -80,7 +82,6 @@ class Runner:
 
     def __init__(self, backend: Backend, scheduler: Scheduler, sampler: Sampler) -> None:
         self.backend, self.scheduler, self.sampler = backend, scheduler, sampler
-        self.last = np.zeros(len(scheduler.at), np.int32)  # by slot: the token sampled last, not yet in memory
         self._steady: Steady | None = None
 
     def run(self, plan: Plan) -> Result:
@@ -89,10 +90,10 @@ class Runner:
         Raises:
             EngineError: the model's logits are not finite.
         """
-        if not plan.chunks and not plan.drafts:
-            return self._run_plain(plan)
-        self._leave()
-        scheduler, answers = self.scheduler, self._answers(plan)
+        if not plan.chunks:
+            return self._run_answers(plan)
+        self._steady = None
+        scheduler, answers = self.scheduler, self._answers(plan, self._counts(plan))
         batch = self._compose(plan, answers)
         logits_RV, seconds = self._compute(batch)
         scheduler.stored[plan.slots_S] += 1
@@ -102,54 +103,51 @@ class Runner:
             self.sampler.open(sequence.slot, sequence)
         slots_N = np.array([sequence.slot for sequence in new], np.int64)
         samples = self._sample(plan, answers, logits_RV, [len(group) for group in starting], slots_N)
-        if not plan.drafts:
-            self.last[plan.slots_S] = samples.tokens_R[: len(plan.rows)]
-        self.last[slots_N] = samples.tokens_R[len(samples.tokens_R) - len(new) :]
         return Result(plan.rows + new, np.concatenate((plan.slots_S, slots_N)), samples, batch, seconds)
 
-    def _run_plain(self, plan: Plan) -> Result:
-        """``run`` for one token of each answer: what almost every step is.
+    def _run_answers(self, plan: Plan) -> Result:
+        """``run`` for one token of each answer and its drafts: what almost every step is.
 
         The weights have washed this code and its objects out of the processor's caches since the last step, so what
         counts here is how much memory is touched: where the same answers go on, their batch is used again in place.
         """
-        slots_S, scheduler, sampler, steady = plan.slots_S, self.scheduler, self.sampler, self._steady
-        if steady is None or steady.slots_S is not slots_S or steady.version != scheduler.blocks.version:
-            self._leave()
-            steady = self._steady = self._enter(slots_S)
-        else:
-            put_at(steady.batch.tokens_T, steady.rows, steady.said)
-            add_at(steady.batch.positions_T, steady.rows, 1)
-        if sampler.plain(slots_S):
+        sampler, steady = self.sampler, self._refill(plan)
+        answers = steady.answers
+        if sampler.plain(answers.slots_A):
             began = time.perf_counter()
-            tokens_S = self.backend.best(steady.batch, sampler.vocab)
-            seconds, samples = time.perf_counter() - began, Samples(tokens_S)
+            tokens_A = self.backend.best(steady.batch, sampler.vocab)
+            seconds, samples = time.perf_counter() - began, Samples(tokens_A)
             if min(samples.tokens) < 0:
                 if max(samples.tokens) < 0:
                     raise not_finite()
                 samples.faults = {row: not_finite() for row, token in enumerate(samples.tokens) if token < 0}
         else:
             logits_RV, seconds = self._compute(steady.batch)
-            samples = sampler.sample(logits_RV, slots_S)
-        add_at(scheduler.stored, plan.at, 1)
+            samples = sampler.sample(logits_RV, answers.slots_A, answers.ahead_A, plan.drafts)
+        add_at(self.scheduler.stored, plan.at, 1)
         steady.said = samples.tokens
         return Result(plan.rows, plan.at, samples, steady.batch, seconds)
 
-    def _enter(self, slots_S: NDArray[np.int64]) -> Steady:
-        """The batch of the answers in these slots."""
-        count = len(slots_S)
-        starts_S = np.arange(count + 1, dtype=np.int32)
-        batch = Batch(
-            self.last[slots_S], self.scheduler.stored[slots_S], starts_S, self._tables(slots_S), starts_S[:-1]
-        )
-        rows = list(range(count)) if count <= FEW else np.arange(count)
-        return Steady(batch, slots_S, self.scheduler.blocks.version, rows, [])
-
-    def _leave(self) -> None:
-        """Let go of the batch of plain steps; what it sampled last is told to ``last``."""
-        if self._steady is not None and self._steady.said:
-            self.last[self._steady.slots_S] = self._steady.said
-        self._steady = None
+    def _refill(self, plan: Plan) -> Steady:
+        """The batch of all answers and their drafts."""
+        steady, version, counts = self._steady, self.scheduler.blocks.version, self._counts(plan)
+        if (
+            steady is None
+            or steady.slots_S is not plan.slots_S
+            or steady.version != version
+            or steady.answers.counts != counts
+        ):
+            answers = self._answers(plan, counts)
+            rows = places(len(answers.tokens_A))
+            steady = self._steady = Steady(self._compose(plan, answers), answers, plan.slots_S, version, rows, [])
+        elif counts:
+            tokens, positions = _drafted(plan)
+            put_at(steady.batch.tokens_T, steady.rows, tokens)
+            put_at(steady.batch.positions_T, steady.rows, positions)
+        else:
+            put_at(steady.batch.tokens_T, steady.rows, steady.said)
+            add_at(steady.batch.positions_T, steady.rows, 1)
+        return steady
 
     def _compute(self, batch: Batch) -> tuple[Tensor, float]:
         """Logits, and how long they took."""
@@ -157,56 +155,42 @@ class Runner:
         logits_RV = self.backend.run(batch)
         return logits_RV, time.perf_counter() - began
 
-    def _answers(self, plan: Plan) -> Answers:
+    def _counts(self, plan: Plan) -> list[int]:
+        """Tokens of each answer, see ``Answers``."""
+        drafts = plan.drafts
+        return [1 + len(drafts.get(sequence.slot, ())) for sequence in plan.rows] if drafts else []
+
+    def _answers(self, plan: Plan, counts: list[int]) -> Answers:
         """The tokens of all answers: the one that was sampled last, and its drafts."""
         slots_S = plan.slots_S
-        last_S, stored_S = self.last[slots_S], self.scheduler.stored[slots_S]
-        if not plan.drafts:
-            return Answers(last_S, stored_S, slots_S, None, np.ones(len(slots_S), np.int64))
-        tokens: list[int] = []  # drafts are for a few rows, where lists are faster
-        positions: list[int] = []
-        slots: list[int] = []
-        ahead: list[int] = []
-        counts: list[int] = []
-        for slot, last, place in zip(slots_S.tolist(), last_S.tolist(), stored_S.tolist(), strict=True):
-            new = [last, *plan.drafts.get(slot, ())]
-            tokens += new
-            positions += range(place, place + len(new))
-            slots += [slot] * len(new)
-            ahead += range(len(new))
-            counts.append(len(new))
-        wide, narrow = np.int64, np.int32
-        return Answers(
-            np.array(tokens, narrow), np.array(positions, narrow), np.array(slots, wide), np.array(ahead, wide),
-            np.array(counts, wide),
-        )  # fmt: skip
+        if not counts:
+            last_S = np.array([sequence.token_ids[-1] for sequence in plan.rows], np.int32)
+            return Answers(last_S, self.scheduler.stored[slots_S], slots_S, None, counts)
+        tokens, positions = _drafted(plan)
+        ahead_A = np.array([ahead for count in counts for ahead in range(count)], np.int64)
+        last_A, place_A = np.array(tokens, np.int32), np.array(positions, np.int32)
+        return Answers(last_A, place_A, np.repeat(slots_S, counts), ahead_A, counts)
 
     def _compose(self, plan: Plan, answers: Answers) -> Batch:
         """The batch of answers, and behind them pieces of prompts."""
-        tokens, positions, counts = [answers.tokens_A], [answers.positions_A], [answers.counts_S]
-        wanted, slots, end = [np.arange(len(answers.tokens_A))], [plan.slots_S], len(answers.tokens_A)
+        tokens, positions, slots = [answers.tokens_A], [answers.positions_A], plan.slots_S.tolist()
+        counts, wanted = answers.counts or [1] * len(slots), list(range(len(answers.tokens_A)))
+        end = len(wanted)
         for chunk in plan.chunks:
             stop, end = chunk.start + chunk.count, end + chunk.count
             tokens.append(chunk.sequence.known[chunk.start : stop])
             positions.append(np.arange(chunk.start, stop, dtype=np.int32))
-            counts.append(np.array([chunk.count]))
-            slots.append(np.array([chunk.sequence.slot]))
-            wanted += [np.array([end - 1])] if chunk.last else []
-        counts_S = np.concatenate(counts)
-        starts_S = np.zeros(len(counts_S) + 1, np.int32)
-        np.cumsum(counts_S, out=starts_S[1:])
+            counts = [*counts, chunk.count]
+            slots.append(chunk.sequence.slot)
+            wanted += [end - 1] if chunk.last else []
+        blocks = self.scheduler.blocks
         return Batch(
             tokens_T=np.concatenate(tokens),
             positions_T=np.concatenate(positions),
-            starts_S=starts_S,
-            tables_SW=self._tables(np.concatenate(slots)),
-            wanted_R=np.concatenate(wanted).astype(np.int32),
+            starts_S=np.cumsum([0, *counts], dtype=np.int32),
+            tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.held[slots].max(initial=0)]),
+            wanted_R=np.array(wanted, np.int32),
         )
-
-    def _tables(self, slots_S: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The tables of these slots, as wide as the longest."""
-        blocks = self.scheduler.blocks
-        return np.ascontiguousarray(blocks.tables[slots_S, : blocks.held[slots_S].max(initial=0)])
 
     def _sample(
         self, plan: Plan, answers: Answers, logits_RV: Tensor, groups: list[int], slots_N: NDArray[np.int64]
@@ -222,3 +206,15 @@ class Runner:
             return self.sampler.sample(logits_RV, slots_R)
         ahead_R = np.concatenate((answers.ahead_A, np.zeros(len(slots_N), np.int64)))
         return self.sampler.sample(logits_RV, slots_R, ahead_R, plan.drafts)
+
+
+def _drafted(plan: Plan) -> tuple[list[int], list[int]]:
+    """Tokens of all answers with their drafts, and their positions; these rows are few, so lists are faster."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for sequence in plan.rows:
+        place = sequence.length - 1
+        new = [sequence.token_ids[-1], *plan.drafts.get(sequence.slot, ())]
+        tokens += new
+        positions += range(place, place + len(new))
+    return tokens, positions

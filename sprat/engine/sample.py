@@ -68,7 +68,7 @@ class _Rows:
     wakes_R: Integers
     greedy: bool  # all rows are
     mixed: bool  # some are
-    shaped: bool  # a row may have bans or processors
+    shaped: bool  # a row has bans now, or processors
     logprobs: bool
     tops: list[int]  # rows that asked for the likeliest tokens
 
@@ -115,12 +115,9 @@ class Sampler:
         """Take ``slot`` back."""
         self._sequences[slot], self._rows = None, None
 
-    def advance(self, at: At, by: Integers | None = None) -> None:
-        """One sampled token of each of these (different) slots now stands in its ``token_ids``, or ``by`` do."""
-        if by is None:
-            add_at(self._position, at, 1)
-        else:
-            self._position[at] += by
+    def advance(self, at: At, by: int | list[int] = 1) -> None:
+        """So many sampled tokens of each of these (different) slots now stand in its ``token_ids``."""
+        add_at(self._position, at, by)
 
     def plain(self, slots_R: Integers) -> bool:
         """Whether all that these rows need is their likeliest token: then nobody has to see their logits."""
@@ -209,7 +206,7 @@ class Sampler:
             wakes_R=wakes_R,
             greedy=bool(greedy_R.all()),
             mixed=bool(greedy_R.any()),
-            shaped=bool((ban_R > 0).any() or (wakes_R < NEVER).any()),
+            shaped=bool((ban_R > self._position[slots_R]).any() or (wakes_R < NEVER).any()),
             logprobs=bool(self._logprobs[slots_R].any()),
             tops=np.flatnonzero(self._tops[slots_R]).tolist(),
         )
@@ -227,6 +224,8 @@ class Sampler:
         held_R = position_R < rows.ban_R
         acting = np.flatnonzero(position_R >= rows.wakes_R).tolist()
         if not acting and not held_R.any():
+            if rows.wakes_R.min() == NEVER:  # all bans have ended: these rows need no shaping any more
+                self._rows = None
             return logits_RV
         shaped_RV = logits_RV.copy()
         if held_R.any():

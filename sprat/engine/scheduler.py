@@ -68,7 +68,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose what the next step computes, and get the blocks for it; the same plan as long as nothing happens."""
         known = self._plan
-        if known and self._rows and known.rows is self._rows[0] and self._calm > 0 and not known.drafts:
+        if known and self._rows and known.rows is self._rows[0] and self._calm > 0:
             return known
         self._grow()
         rows, slots_S, at = self._answering()
@@ -99,9 +99,12 @@ class Scheduler:
         if self._calm > 0:
             return
         for slot in np.arange(len(self.at))[at][self.stored[at] // BLOCK > self._published[at]].tolist():
-            sequence = self.at[slot]
-            if sequence is not None:
+            if (sequence := self.at[slot]) is not None:
                 self._publish(sequence, int(self.stored[slot]))
+
+    def extends(self, slot: int, drafts: int) -> bool:
+        """Have places for the next token of the answer in ``slot`` and its drafts; False if there is no room."""
+        return self._calm > drafts or self.blocks.extend(slot, int(self.stored[slot]) + 1 + drafts)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a request out, wherever it is; its twins go back to the queue."""
@@ -215,8 +218,8 @@ class Scheduler:
             self.tenants.requeue(sequence)
             return None
         sequence.known = sequence.span(0, tokens)
-        before = self.keys.before(sequence, found)
-        more = self.blocks.borrow(slot, found, before, sequence.known[found * BLOCK : tokens - 1])
+        rest = sequence.known[found * BLOCK : tokens - 1]
+        more = self.blocks.borrow(slot, found, self.keys.before(sequence, found), rest)
         sequence.stored, self._published[slot] = found * BLOCK + more, found
         if sequence.hit < 0:
             sequence.hit = min(sequence.stored, len(sequence.prompt))
@@ -228,10 +231,9 @@ class Scheduler:
     def _join(self, share: Share) -> None:
         """Let the first of the queue wait for their prompt where it is being computed, with one block of their own."""
         while share.waiting and self._free and self.blocks.available:
-            leader = self._leaders.get(share.waiting[0].share)
+            leader = self._leaders.get((twin := share.waiting[0]).share)
             if leader is None:
                 return
-            twin = share.waiting[0]
             if not self.blocks.extend(self._enter(share), 1):
                 self._vacate(twin)
                 self.tenants.requeue(twin)
@@ -276,9 +278,8 @@ class Scheduler:
         if self.tails and stored % BLOCK and sequence.leader is None:
             self._publish(sequence, stored)
             tokens, place = sequence.span(stored - stored % BLOCK, stored), stored // BLOCK
-            self.blocks.publish(
-                slot, place, self.keys.last(sequence, stored), self.keys.before(sequence, place), tokens
-            )
+            last, before = self.keys.last(sequence, stored), self.keys.before(sequence, place)
+            self.blocks.publish(slot, place, last, before, tokens)
         if self._decoding.pop(slot, None) is not None:
             self._rows = None
         elif sequence.leader is not None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from sprat.engine.handle import Handle
-from sprat.engine.plan import Plan
+from sprat.engine.plan import Plan, add_at
 from sprat.engine.runner import Result, Runner
 from sprat.engine.sequence import Sequence
 
@@ -50,35 +48,39 @@ def _settle_slowly(
     plan: Plan, result: Result, runner: Runner, handles: Mapping[int, Handle], ends: frozenset[int]
 ) -> tuple[list[Sequence], dict[int, int]]:
     """``settle`` where rows have drafts, or have failed."""
-    samples, stored = result.samples, runner.scheduler.stored
-    tokens = samples.tokens
-    logprobs = samples.logprobs_R.tolist() if samples.logprobs_R is not None else tokens
+    samples = result.samples
+    tokens, faults = samples.tokens, samples.faults
+    logprobs = samples.logprobs_R.tolist() if samples.logprobs_R is not None else []
     ended, accepted = [], {}
-    said = np.zeros(len(result.rows), np.int64)
+    gained: list[int] = []
     start = 0
     for number, sequence in enumerate(result.rows):
-        slot, over = sequence.slot, False
-        drafts = plan.drafts.get(slot, ()) if number < len(plan.rows) else ()
+        said, gains, over = sequence.token_ids, 0, False
+        drafts = plan.drafts.get(sequence.slot, ()) if number < len(plan.rows) else ()
         for ahead, row in enumerate(range(start, start + len(drafts) + 1)):
-            if row in samples.faults:
-                handles[sequence.id].fail(samples.faults[row])
+            if row in faults:
+                handles[sequence.id].fail(faults[row])
                 over = True
                 break
-            sequence.token_ids.append(tokens[row])
-            _note(sequence, row, logprobs[row], result)
-            runner.last[slot] = tokens[row]
-            said[number] = ahead + 1
-            over = _ends(sequence, tokens[row], handles[sequence.id], ends)
+            token = tokens[row]
+            said.append(token)
+            gains += 1
+            if logprobs:
+                _note(sequence, row, logprobs[row], result)
+            over = (sequence.watched or token in ends or len(said) >= sequence.limit) and _ends(
+                sequence, token, handles[sequence.id], ends
+            )
             if over or ahead == len(drafts) or drafts[ahead] != tokens[row]:
                 break
-        stored[slot] += max(0, int(said[number]) - 1)
         if drafts:
-            accepted[slot] = max(0, int(said[number]) - 1)
+            accepted[sequence.slot] = max(0, gains - 1)
         if over:
             ended.append(sequence)
+        gained.append(gains)
         start += len(drafts) + 1
-    runner.sampler.advance(result.at, said)
-    runner.scheduler.gained(result.at, most=int(said.max(initial=1)))
+    add_at(runner.scheduler.stored, result.at, [max(0, gains - 1) for gains in gained])
+    runner.sampler.advance(result.at, gained)
+    runner.scheduler.gained(result.at, most=max(1, *gained))
     return ended, accepted
 
 

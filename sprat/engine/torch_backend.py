@@ -13,7 +13,7 @@ Rows are as independent as torch's matrix products are: the same up to rounding,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,8 +97,7 @@ class TorchBackend:
         self.blocks = 0
         self._store: list[Tensor] = [self._zeros(0) for _ in range(self._layers)]
         self._scratch = self._zeros(0)
-        self._hidden_TD: Tensor | None = None  # of the last run, or the last module
-        self._next = 0  # module that is next to draft
+        self._hidden_TD: Tensor | None = None  # of the last run
 
     def reserve(self, blocks: int) -> None:
         """Have memory for ``blocks`` blocks; see ``Backend``."""
@@ -122,40 +121,38 @@ class TorchBackend:
             cache, tokens_GN, valid_GN = self._open(batch, group)
             hidden_GND = self.model.hidden(tokens_GN, cache=cache, valid_BT=valid_GN).x_BTD
             hidden_TD = self._scatter(hidden_TD, hidden_GND, batch, group)
-        self._hidden_TD, self._next = hidden_TD, 0
+        self._hidden_TD = hidden_TD
         return self._head(batch, hidden_TD)
 
     def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """The likeliest tokens; see ``Backend``."""
-        logits_RV = self.run(batch)[:, :vocab].cpu().numpy()
-        found_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
-        return found_R
+        return _likeliest(self.run(batch), vocab)
 
     @torch.no_grad()
-    def draft(self, batch: Batch, first: bool) -> Tensor:
-        """One step of an MTP module; see ``Backend``.
+    def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
+        """What the MTP modules guess; see ``Backend``.
 
         Raises:
-            EngineError: there is no such module, or ``batch`` is not of the tokens that were computed last.
+            EngineError: ``batch`` is not of the tokens that were computed last.
         """
-        depth = 0 if first else self._next
-        if depth >= self.depth or self._hidden_TD is None or len(self._hidden_TD) != len(batch.tokens_T):
+        if self._hidden_TD is None or len(self._hidden_TD) != len(batch.tokens_T):
             fault = "the tokens to draft from are not those computed last"
             raise EngineError(fault, where="draft", todo="run the batch first")
-        module = self.model.mtp[depth]
-        assert isinstance(module, MTP)
-        before_TD, out_TD = self._hidden_TD, None
-        for group in _groups(batch):
-            cache, tokens_GN, valid_GN = self._open(batch, group)
-            step = plan(
-                self.model.rotary, tokens_GN, segments_BT=None, positions_BT=None, cache=cache, valid_BT=valid_GN
-            )
-            routing: list[Routing] = []
-            pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
-            out_GND = module.shared_norm(module(*pair, step, routing))
-            out_TD = self._scatter(out_TD, out_GND, batch, group)
-        self._hidden_TD, self._next = out_TD, depth + 1
-        return self._head(batch, out_TD)
+        spans = list(zip(batch.starts_S[:-1].tolist(), batch.starts_S[1:].tolist(), strict=True))
+        refused = batch.tokens_T[1:] != next_T[:-1]
+        held = [start + int(np.append(refused[start : stop - 1], True).argmax()) for start, stop in spans]
+        texts = [next_T[start : end + 1].tolist() for (start, _), end in zip(spans, held, strict=True)]
+        hidden_TD = self._hidden_TD
+        for depth in range(self.depth):
+            tokens_T = np.zeros_like(batch.tokens_T)
+            for (start, stop), text in zip(spans, texts, strict=True):
+                further = text[depth : depth + stop - start]
+                tokens_T[start : start + len(further)] = np.maximum(further, 0)
+            ahead = replace(batch, tokens_T=tokens_T, wanted_R=np.array(held, np.int32))
+            hidden_TD = self._look_further(ahead, hidden_TD, depth)
+            for text, guess in zip(texts, _likeliest(self._head(ahead, hidden_TD), vocab).tolist(), strict=True):
+                text.append(guess)
+        return np.array([text[len(text) - self.depth :] for text in texts], np.int64)
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block over another."""
@@ -208,6 +205,22 @@ class TorchBackend:
         out_TD[self._index(group.tokens_GN.ravel()[real])] = flat_D[torch.from_numpy(real).to(self._device)]
         return out_TD
 
+    def _look_further(self, ahead: Batch, before_TD: Tensor, depth: int) -> Tensor:
+        """Hidden states of one MTP module over those of the model, or of the module before it."""
+        module, out_TD = self.model.mtp[depth], None
+        assert isinstance(module, MTP)
+        for group in _groups(ahead):
+            cache, tokens_GN, valid_GN = self._open(ahead, group)
+            step = plan(
+                self.model.rotary, tokens_GN, segments_BT=None, positions_BT=None, cache=cache, valid_BT=valid_GN
+            )
+            routing: list[Routing] = []
+            pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
+            out_GND = module.shared_norm(module(*pair, step, routing))
+            out_TD = self._scatter(out_TD, out_GND, ahead, group)
+        assert out_TD is not None
+        return out_TD
+
     def _head(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
         """Logits of the wanted rows."""
         if hidden_TD is None or not len(batch.wanted_R):
@@ -216,6 +229,13 @@ class TorchBackend:
             hidden_TD = hidden_TD[self._index(batch.wanted_R)]
         logits: Tensor = self.model.head(hidden_TD).float()
         return logits
+
+
+def _likeliest(logits_RV: Tensor, vocab: int) -> NDArray[np.int64]:
+    """The likeliest of the first ``vocab`` tokens of each row, -1 where they are not finite."""
+    logits = logits_RV[:, :vocab].cpu().numpy()
+    found_R: NDArray[np.int64] = np.where(np.isfinite(logits).all(1), logits.argmax(1), -1)
+    return found_R
 
 
 def _groups(batch: Batch) -> list[Group]:

@@ -411,6 +411,18 @@ inline void transposed_rows(const Matrix& w, Index first, Index outs, const floa
             for (int k = 0; k < 4; ++k) store(out[r] + c + k * kLanes, sum[r][k]);
         }
     }
+    for (; c + kLanes <= w.cols; c += kLanes) {  // rounded twice, like the columns behind them
+        Lane sum[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sum[r] = zero();
+        for (Index o = 0; o < outs; ++o) {
+            const Lane weights = load_weights<kind>(w.data, (first + o) * w.cols + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) sum[r] = add(sum[r], mul(all(x[r][o]), weights));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) store(out[r] + c, sum[r]);
+    }
     for (; c < w.cols; ++c) {
         for (int r = 0; r < rows; ++r) {
             float s = 0.0f;

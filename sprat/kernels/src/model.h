@@ -65,16 +65,45 @@ public:
         for (std::size_t l = 0; l < layers.size(); ++l) {
             layer(layers[l], static_cast<Index>(l), b, x, l + 1 < layers.size() ? &layers[l + 1] : nullptr);
         }
-        depth_ = 0;
         answer(b, norm_last, x, asked);
     }
 
-    // The next module of multi-token prediction over the same rows (DeepSeek-V3, section 2.2).
-    void draft(const Batch& b, bool first, float* logits) {
-        depth_ = first ? 0 : depth_;
-        const Drafter& m = drafters[depth_];
+    // What the modules of multi-token prediction expect behind each sequence, [S, modules]. `next` came to stand behind
+    // each token; a sequence holds up to the first whose follower in the batch is another, a refused draft. Behind that
+    // nobody asks for anything, and the next step overwrites what is stored.
+    void draft(const Batch& b, const std::int64_t* next, Index vocab, std::int64_t* guesses) {
+        const auto all = static_cast<Index>(drafters.size());
+        std::int32_t* tokens = ahead_.need(b.count + b.sequences);
+        std::int32_t* ends = tokens + b.count;
+        for (Index s = 0; s < b.sequences; ++s) {
+            Index end = b.starts[s];
+            while (end + 1 < b.starts[s + 1] && b.tokens[end + 1] == next[end]) ++end;
+            ends[s] = static_cast<std::int32_t>(end);
+        }
+        Batch ahead = b;
+        ahead.tokens = tokens, ahead.wanted = ends, ahead.wants = b.sequences;
+        std::int64_t* found = found_.need(b.sequences);
+        for (Index depth = 0; depth < all; ++depth) {
+            for (Index s = 0; s < b.sequences; ++s) {
+                for (Index t = b.starts[s]; t < b.starts[s + 1]; ++t) {
+                    const Index at = t + depth, beyond = at - ends[s] - 1;
+                    const std::int64_t token = beyond < 0 ? next[at] : beyond < depth ? guesses[s * all + beyond] : 0;
+                    tokens[t] = static_cast<std::int32_t>(std::max<std::int64_t>(token, 0));  // -1: was not finite
+                }
+            }
+            look_further(depth, ahead, {nullptr, found, vocab});
+            for (Index s = 0; s < b.sequences; ++s) guesses[s * all + depth] = found[s];
+        }
+    }
+
+    std::size_t bytes() const { return memory_.size(); }
+
+private:
+    // One module over the rows of the last step, or of the module before it (DeepSeek-V3, section 2.2).
+    void look_further(Index depth, const Batch& b, const Asked& asked) {
+        const Drafter& m = drafters[depth];
         const Index wide = dims_.hidden;
-        const float* last = depth_ ? drafters[depth_ - 1].norm_last : norm_last;
+        const float* last = depth ? drafters[depth - 1].norm_last : norm_last;
         float *x = x_.data(), *pair = pair_.need(b.count * 2 * wide), *normed = normed_.need(b.count * wide);
         for (Index t = 0; t < b.count; ++t) {
             read_row(embedding, b.tokens[t], normed);
@@ -83,14 +112,10 @@ public:
             rms_norm(normed, m.norm_hidden, wide, dims_.eps, pair + (2 * t + 1) * wide);
         }
         multiply(pool_, input(pair, 2 * wide, b.count, {&m.join}), {{&m.join, x, wide, false}});
-        layer(m.layer, static_cast<Index>(layers.size() + depth_), b, x, nullptr);
-        ++depth_;
-        answer(b, m.norm_last, x, {logits, nullptr, 0});
+        layer(m.layer, static_cast<Index>(layers.size()) + depth, b, x, nullptr);
+        answer(b, m.norm_last, x, asked);
     }
 
-    std::size_t bytes() const { return memory_.size(); }
-
-private:
     // Rows for products with `readers`: as codes too where one of them wants codes.
     Input input(const float* rows, Index width, Index count, std::initializer_list<const Matrix*> readers) {
         Input in{rows, width, count, nullptr, {}};
@@ -345,10 +370,10 @@ private:
     Pool pool_;
     Attention attention_;
     FeedForward forward_;
-    std::size_t depth_ = 0;
     Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_;
     CodeRoom codes_;
-    Room<std::int32_t> index_;
+    Room<std::int32_t> index_, ahead_;
+    Room<std::int64_t> found_;
     std::vector<Index> ends_;
     std::vector<FeedForward::Work> works_;
 };

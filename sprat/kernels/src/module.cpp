@@ -22,6 +22,7 @@ using namespace sprat;
 using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Whole = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
+using Long = nb::ndarray<const std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using OutWhole = nb::ndarray<std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
@@ -212,13 +213,15 @@ public:
         model_.run(b, {nullptr, found.data(), vocab});
     }
 
-    void draft(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, bool first, OutFloats logits) {
+    void draft(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, Long next, Index vocab, OutWhole guesses) {
         const Index before = last_count_;
         const Batch b = batch(tokens, positions, starts, tables, wanted);
-        check_logits(b, logits);
-        if (model_.drafters.empty() || b.count != before) refuse("drafts follow a step of the same rows");
+        if (b.count != before || static_cast<Index>(next.size()) != b.count) refuse("drafts follow a step of the same rows");
+        if (static_cast<Index>(guesses.size()) != b.sequences * static_cast<Index>(model_.drafters.size())) refuse("guesses of another shape");
+        if (vocab < 1 || vocab > model_.dims_.vocab) refuse("more tokens than there are");
+        for (Index t = 0; t < b.count; ++t) if (next.data()[t] >= model_.dims_.vocab) refuse("a token beyond the vocabulary");
         nb::gil_scoped_release free;
-        model_.draft(b, first, logits.data());
+        model_.draft(b, next.data(), vocab, guesses.data());
     }
 
     void copy(Index source, Index target) {

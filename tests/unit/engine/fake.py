@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -69,17 +70,20 @@ class Fake:
         found_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
         return found_R
 
-    def draft(self, batch: Batch, first: bool) -> Tensor:
+    def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         self.drafted += 1
         self._honest(batch)
-        assert first and (batch.positions_T == self.batches[-1].positions_T).all()
-        rows = self._write(1, batch)
+        assert (batch.positions_T == self.batches[-1].positions_T).all() and len(next_T) == len(batch.tokens_T)
+        rows = self._write(1, replace(batch, tokens_T=next_T.astype(np.int32)))
         out = []
-        for index in batch.wanted_R:
+        for start, stop in zip(batch.starts_S[:-1], batch.starts_S[1:], strict=True):
+            index = start
+            while index + 1 < stop and next_T[index] == batch.tokens_T[index + 1]:
+                index += 1
             text = self._read(1, batch, rows, index)  # at each place the token that follows it
             begin = self.text[0, batch.tables_SW[rows[index], 0], :1]
-            out.append(scores(begin.tobytes() + text.tobytes(), self.vocab))
-        return torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocab)
+            out.append([scores(begin.tobytes() + text.tobytes(), self.vocab)[:vocab].argmax()])
+        return np.array(out, np.int64)
 
     def copy(self, source: int, target: int) -> None:
         self.text[:, target] = self.text[:, source]
