@@ -15,7 +15,7 @@ from sprat.trust import record
 FAMILIES = {
     "data": "Data",
     "pretrain": "Pre-train",
-    "sft": "SFT on demonstrations",
+    "sft": "SFT on worked examples",
     "rl": "RL (GRPO)",
     "distill": "Distil",
     "quantize": "INT4",

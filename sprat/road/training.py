@@ -71,7 +71,7 @@ def fine_tune(road: Road) -> None:
     run, (model, tokenizer, shown) = opened
     result = sft.sft(model, tokenizer, shown, recipe, run)
     facts = {} if road.recipe.rl.start == "sft" else {"control_of": "rl"}
-    close(road, run, model, tokenizer, result, "SFT on demonstrations", ALL_WAYS, facts, before="pretrain")
+    close(road, run, model, tokenizer, result, "SFT on worked examples", ALL_WAYS, facts, before="pretrain")
 
 
 def reinforce(road: Road, seed: int) -> None:
