@@ -134,10 +134,10 @@ def distill(
 ) -> loop.TrainResult:
     """Train ``student`` in place towards ``teacher`` on ``source``; resumes from the run's checkpoints.
 
+    The result's FLOPs include the teacher's forward passes.
+
     Raises:
         TrainingError: the vocabularies differ, or the loss is not finite.
-
-    The result's FLOPs include the teacher's forward passes.
     """
     sizes = student.config.vocab_size, teacher.config.vocab_size
     if sizes[0] != sizes[1]:

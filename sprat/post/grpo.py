@@ -337,8 +337,10 @@ def grpo(
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
             faults = {} if reward is None else {"reward_faults": reward.take_faults()}
             run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result), **faults)
+            extra = {"config": config.digest(), "result": vars(result)}
+            if step == schedule.stable_steps(_rates(config), config.steps):
+                checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimiser, extra)
             if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
-                extra = {"config": config.digest(), "result": vars(result)}
                 checkpoint.save(run.checkpoints, step, model, optimiser, extra)
             if stop:
                 raise KeyboardInterrupt

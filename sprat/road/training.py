@@ -248,8 +248,7 @@ def close(
     run.note(training_cpu_seconds=round(run.cpu_seconds, 3))  # before anything is measured
     model.eval()
     save(model, tokenizer, run.artefact)
-    constant = isinstance(result, grpo.RLResult)  # the rate of RL never falls
-    checkpoint.keep(checkpoint.latest(run.checkpoints / ("" if constant else checkpoint.STABLE)), run.artefact)
+    checkpoint.keep(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
     rows = measure.scores(road, model, tokenizer, ways, unseen=unseen)
     counts = count_parameters(model.config)
     if before is not None:
