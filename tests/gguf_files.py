@@ -21,6 +21,19 @@ LIKE = {"mistral": "llama"}  # what the converter makes of it
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """The package's reader over a plain array: slices of numpy's memory maps cost it most of a large vocabulary."""
+
+    @property
+    def data(self) -> np.ndarray:
+        """The file's bytes."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._bytes = np.asarray(mapped)
+
+
 def write(
     model: Transformer,
     path: Path,

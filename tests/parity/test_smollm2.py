@@ -17,7 +17,7 @@ from sprat.kernels import native, why_not
 from sprat.model import Transformer, save_folder
 from sprat.quant import packed_tensors
 from sprat.tokens import Message, Tokenizer, render
-from tests.gguf_files import gguf
+from tests.gguf_files import Reader, gguf
 from tests.smol import smol
 
 transformers = pytest.importorskip("transformers")
@@ -28,16 +28,23 @@ Loaded = tuple[Transformer, Tokenizer]
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    """The model and its tokenizer."""
-    return sprat.load(smol())
+    """The model and its tokenizer, by its name alone."""
+    smol()  # or skip, where it cannot be had
+    return sprat.load("smol")
 
 
 @pytest.fixture(scope="module")
-def theirs(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def file() -> Any:
+    """The file as the ``gguf`` package reads it."""
+    return Reader(smol())
+
+
+@pytest.fixture(scope="module")
+def theirs(loaded: Loaded, file: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' model of the weights that the ``gguf`` package reads from the file."""
     model, _ = loaded
     dense = Transformer(model.config, seed=None)
-    held = {tensor.name: tensor for tensor in gguf.GGUFReader(smol()).tensors}
+    held = {tensor.name: tensor for tensor in file.tensors}
     from sprat.gguf.names import file_name
 
     with torch.no_grad():
@@ -70,7 +77,8 @@ def test_four_bits_stay_four_bits(loaded: Loaded) -> None:
     assert sum(packed.nbytes for packed in packed_tensors(model).values()) < smol().stat().st_size
 
 
-def test_text_is_cut_as_in_transformers(loaded: Loaded) -> None:
+def test_text_is_cut_as_in_transformers(loaded: Loaded, file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: file)  # which has read the same path already
     foreign = transformers.AutoTokenizer.from_pretrained(smol().parent, gguf_file=smol().name)
     # transformers takes GPT-2's cut for every such vocabulary; SmolLM2's own keeps digits apart, so they are left out
     plain = TEXT.translate(dict.fromkeys(map(ord, "0123456789")))
@@ -79,12 +87,12 @@ def test_text_is_cut_as_in_transformers(loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
-def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded, system: str | None) -> None:
+def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded, file: Any, system: str | None) -> None:
     turns = [] if system is None else [Message("system", system)]
     turns += [Message("user", "Hi!"), Message("assistant", "Hello."), Message("user", "What is 2+2?")]
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    template = gguf.GGUFReader(smol()).fields["tokenizer.chat_template"].contents()
+    template = file.fields["tokenizer.chat_template"].contents()
     rows = [{"role": turn.role, "content": turn.content} for turn in turns]
     text = ImmutableSandboxedEnvironment().from_string(template).render(messages=rows, add_generation_prompt=True)
     assert render(loaded[1], turns) == loaded[1].encode(text, specials=True)
@@ -116,6 +124,5 @@ def test_rounded_inputs_are_near_those_in_float32(loaded: Loaded) -> None:
     assert divergence < 0.0012
 
 
-def test_the_name_alone_is_enough() -> None:
-    smol()  # or skip, where it cannot be had
-    assert sprat.load("smol")[0].config.num_hidden_layers == 30
+def test_the_name_alone_is_enough(loaded: Loaded) -> None:
+    assert loaded[0].config.num_hidden_layers == 30
