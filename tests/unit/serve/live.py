@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,18 @@ from sprat.serve.server import address_of
 from tests.unit.serve.scripted import within
 
 
+class Prompt(uvicorn.Server):
+    """uvicorn, which looks ten times as often whether it shall end: a test waits for that at its end."""
+
+    async def main_loop(self) -> None:
+        ticks = 0
+        while not self.should_exit:
+            if ticks % 10 == 0:
+                self.should_exit |= await self.on_tick(ticks // 10)
+            ticks += 1
+            await asyncio.sleep(0.01)
+
+
 @contextmanager
 def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, **settings: Any) -> Iterator[str]:
     """The address of a server around ``engine``."""
@@ -23,7 +36,7 @@ def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, *
     taken = take_port("127.0.0.1", 0)
     http = protocol(most, head_seconds)
     config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
-    server = uvicorn.Server(config)
+    server = Prompt(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     assert within(30, lambda: server.started)

@@ -162,11 +162,18 @@ def answered(caller: socket.socket) -> tuple[http.client.HTTPResponse, Any]:
     return answer, json.loads(answer.read())
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """One server for all that is no HTTP: it has to answer the next caller after each of them."""
+    with live(ScriptedEngine(), name="tiny") as address:
+        yield address
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"], ids=["first", "later"])
-def test_what_is_no_http_is_answered_as_any_other_error(name: str, before: bytes) -> None:
+def test_what_is_no_http_is_answered_as_any_other_error(served: str, name: str, before: bytes) -> None:
     request, status = MALFORMED[name]
-    with live(ScriptedEngine(), name="tiny") as address, connect(address) as caller:
+    with connect(served) as caller:
         if before:
             caller.sendall(before)
             assert answered(caller)[0].status == 200
@@ -176,7 +183,7 @@ def test_what_is_no_http_is_answered_as_any_other_error(name: str, before: bytes
         assert answer.getheader("Connection") == "close" and caller.recv(1) == b""
         assert body["error"].keys() == {"message", "type", "param", "code"}
         assert body["error"]["type"] == "invalid_request_error" and "HTTP" in body["error"]["message"]
-        assert httpx.get(f"{address}/healthz", timeout=10).status_code == 200
+        assert httpx.get(f"{served}/healthz", timeout=10).status_code == 200
 
 
 def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(caplog: pytest.LogCaptureFixture) -> None:
