@@ -48,13 +48,22 @@ def test_import_sprat_is_quick(root: Path) -> None:
     assert cpu_seconds([sys.executable, "-c", "import sprat"], root, enough=0.2) <= 2.5
 
 
-def test_the_public_face_costs_little_more_than_torch_and_leaves_heavy_packages_alone(root: Path) -> None:
+@pytest.fixture(scope="module")
+def face(root: Path) -> tuple[float, float, set[str]]:
+    """CPU seconds of torch and of the public face, and the modules that the face loads."""
     torch = cpu_seconds([sys.executable, "-c", "import torch"], root, enough=0.0, tries=1)
     seconds, modules = measured([sys.executable, "-c", FACE], root, enough=1.5 * torch)
+    return torch, seconds, set(modules.split())
+
+
+def test_the_public_face_costs_little_more_than_torch(face: tuple[float, float, set[str]]) -> None:
+    torch, seconds, _ = face
     assert seconds <= 2 * torch
-    loaded = set(modules.split())
+
+
+def test_the_public_face_leaves_heavy_packages_alone(face: tuple[float, float, set[str]]) -> None:
     heavy = {"transformers", "reasoning_gym", "matplotlib", "fastapi", "uvicorn", "pyarrow", "huggingface_hub"}
-    assert "torch" in loaded and not loaded & heavy
+    assert "torch" in face[2] and not face[2] & heavy
 
 
 def test_help_never_imports_torch(root: Path) -> None:
