@@ -4,9 +4,11 @@ Data order, weights, RL and the student are all re-seeded. ``avx2`` makes torch,
 processor without AVX-512. A bar of learning holds where it holds on five roads of six; a gain stands with the lower end
 of its 95 % interval over the roads (Student's t), since one road's p-value says nothing of another seed.
 
-    python -m bench.roads OUT [--seeds 0 1 2] [--isa avx512 avx2] [--recipe quickstart] [--set a.b=c] [--quick] [--json]
+    python -m bench.roads OUT [--seeds 0 1 2] [--isa avx512 avx2] [--recipe quickstart] [--set a.b=c] [--twins]
+                              [--quick] [--json]
 
-Roads that are finished under OUT are read, not walked again. ``--quick`` walks one road.
+Roads that are finished under OUT are read, not walked again. ``--twins`` adds two dense twins of the teacher to each,
+at equal CPU seconds and at equal parameters, for which a quickstart has no time. ``--quick`` walks one road.
 """
 
 from __future__ import annotations
@@ -28,10 +30,20 @@ ISAS = {
     "avx512": {},
     "avx2": {"SPRAT_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
+_TWIN = (
+    "{{equal='{equal}',{more},size='micro',changes={{num_hidden_layers=2,first_k_dense_replace=2,n_routed_experts=0,"
+    "n_shared_experts=0,num_experts_per_tok=0,moe_intermediate_size=0,intermediate_size={width}}}}}"
+)
+TWINS = "dense=[" + ",".join((
+    _TWIN.format(equal="FLOPs", more="steps=1600", width=288),
+    _TWIN.format(equal="CPU seconds", more="steps=2100", width=288),  # dense products are faster at equal FLOPs
+    _TWIN.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
+)) + "]"  # fmt: skip
 ROWS = (  # runs of a road, in the order of the table, with the ways of asking that it shows
-    ("pretrain", ("greedy", "thinking")), ("pretrain-dense", ("greedy", "thinking")), ("rl-seed0", ("greedy",)),
-    ("sft", ("greedy",)), ("rft", ("greedy",)), ("pretrain-more", ("greedy",)), ("distill", ("greedy",)),
-    ("student-scratch", ("greedy",)), ("quantize", ("greedy",)),
+    ("pretrain", ("greedy", "thinking")), ("pretrain-dense", ("greedy", "thinking")),
+    ("pretrain-dense-seconds", ("greedy", "thinking")), ("pretrain-dense-parameters", ("greedy", "thinking")),
+    ("rl-seed0", ("greedy",)), ("sft", ("greedy",)), ("rft", ("greedy",)), ("pretrain-more", ("greedy",)),
+    ("distill", ("greedy",)), ("student-scratch", ("greedy",)), ("quantize", ("greedy",)),
 )  # fmt: skip
 T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # by degrees of freedom, two-sided
 SHARE = 5 / 6  # of roads on which a bar must hold
@@ -60,15 +72,21 @@ class Road:
         return self.runs[run]["facts"].get(name)
 
 
-def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str]) -> Road:
-    """Walk a road where it is not finished, and read it."""
+def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str], twins: bool = False) -> Road:
+    """Walk a road where it is not finished, then its further twins where they are wanted, and read it."""
     told = folder / "minutes"
+    command = [sys.executable, "-m", "sprat", "quickstart", "--out", str(folder), "--seed", str(seed), "--no-serve"]
+    command += ["--recipe", recipe, *(word for each in overrides for word in ("--set", each))]
+
+    def go(*more: str) -> None:
+        subprocess.run([*command, *more], env=os.environ | ISAS[isa], check=True, stdout=subprocess.DEVNULL)
+
     if not (folder / "report.html").is_file():
-        command = [sys.executable, "-m", "sprat", "quickstart", "--out", str(folder), "--seed", str(seed), "--no-serve"]
-        command += ["--recipe", recipe, *(word for each in overrides for word in ("--set", each))]
         began = time.monotonic()
-        subprocess.run(command, env=os.environ | ISAS[isa], check=True, stdout=subprocess.DEVNULL)
+        go()
         told.write_text(f"{(time.monotonic() - began) / 60:.2f}")
+    if twins and not (folder / "pretrain-dense-parameters" / "run.json").is_file():
+        go("--set", TWINS)
     runs = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")}
     return Road(f"{seed}-{isa}", runs, float(told.read_text()) if told.is_file() else None)
 
@@ -120,7 +138,7 @@ def table(roads: Sequence[Road]) -> str:
     for run, ways in ROWS:
         for way in ways:
             rows = [road.scores(run, way) for road in roads]
-            if not all(rows):
+            if not all(rows):  # a run that some of the roads have not
                 continue
             cells = [_shown([100 * row[task] for row in rows], lambda value: f"{value:.1f}") for task in tasks]
             cells.append(_shown([100 * statistics.mean(row.values()) for row in rows], lambda value: f"{value:.1f}"))
@@ -137,12 +155,14 @@ def gains(roads: Sequence[Road]) -> dict[str, dict[str, float]]:
         "RL over base": ("rl-seed0", "pretrain"), "RL over SFT": ("rl-seed0", "sft"),
         "RL over RFT": ("rl-seed0", "rft"), "RL over more pre-training": ("rl-seed0", "pretrain-more"),
         "student over twin": ("distill", "student-scratch"), "sparse over dense": ("pretrain", "pretrain-dense"),
+        "sparse over dense, CPU seconds": ("pretrain", "pretrain-dense-seconds"),
+        "sparse over dense, parameters": ("pretrain", "pretrain-dense-parameters"),
     }  # fmt: skip
     found = {}
     for name, (after, before) in pairs.items():
         if not all(after in road.runs and before in road.runs for road in roads):
             continue
-        way = "thinking" if name == "sparse over dense" else "greedy"
+        way = "thinking" if name.startswith("sparse") else "greedy"
         each = [(road.scores(after, way), road.scores(before, way)) for road in roads]
         changes = {task: [new[task] - old[task] for new, old in each] for task in each[0][0]}
         changes["mean"] = [statistics.mean(values) for values in zip(*changes.values(), strict=True)]
@@ -159,11 +179,13 @@ def main() -> int:
     parser.add_argument("--isa", nargs="+", choices=list(ISAS), default=list(ISAS))
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--twins", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     kinds = [(seed, isa) for seed in asked.seeds for isa in asked.isa][: 1 if asked.quick else None]
-    roads = [walk(asked.out / f"seed{s}-{isa}", s, isa, asked.recipe, asked.overrides) for s, isa in kinds]
+    way = (asked.recipe, asked.overrides, asked.twins)
+    roads = [walk(asked.out / f"seed{seed}-{isa}", seed, isa, *way) for seed, isa in kinds]
     each = [bars(road) for road in roads]
     held = {name: [one[name] for one in each if name in one] for name in each[0]}
     good = {name: sum(fine for _, fine in found) >= SHARE * len(found) for name, found in held.items()}

@@ -129,6 +129,7 @@ class DistillConfig(LoopConfig):
     logits_weight: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(1.0, ge=0.01, le=100)
     problems: Count = 8000
+    qat_fraction: float = Field(0.0, ge=0, le=1)  # share of the steps, at the end, with weights rounded as [quant] does
 
 
 Rounding = Literal["nearest", "gptq"]

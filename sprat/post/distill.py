@@ -18,12 +18,13 @@ Dims: B rows, T positions, N positions with loss, D student's hidden, E teacher'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sprat.config import DistillConfig, LoopConfig
+from sprat.config import DistillConfig, LoopConfig, QuantConfig
 from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
@@ -31,6 +32,7 @@ from sprat.model import Transformer, flops_per_token
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
+from sprat.quant import rounded
 from sprat.tasks import Task, is_right
 from sprat.train import loop, objective
 from sprat.trust.run import Run
@@ -130,11 +132,17 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
 
 
 def distill(
-    student: Transformer, teacher: Transformer, source: Source, config: DistillConfig, run: Run
+    student: Transformer,
+    teacher: Transformer,
+    source: Source,
+    config: DistillConfig,
+    run: Run,
+    quant: QuantConfig | None = None,
 ) -> loop.TrainResult:
     """Train ``student`` in place towards ``teacher`` on ``source``; resumes from the run's checkpoints.
 
-    The result's FLOPs include the teacher's forward passes.
+    In the last ``config.qat_fraction`` of the steps it learns with weights as ``quant`` rounds them to the nearest (the
+    defaults if not given). The result's FLOPs include the teacher's forward passes.
 
     Raises:
         TrainingError: the vocabularies differ, or the loss is not finite.
@@ -143,7 +151,12 @@ def distill(
     if sizes[0] != sizes[1]:
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
-    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config))
+    exact = config.steps - round(config.qat_fraction * config.steps)
+
+    def weights(step: int) -> AbstractContextManager[None]:
+        return nullcontext() if step < exact else rounded(student, quant or QuantConfig())
+
+    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), weights=weights)
     if config.mode == "traces":
         return result
     length = result.tokens // max(1, result.steps * config.batch_rows)

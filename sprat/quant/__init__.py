@@ -12,6 +12,7 @@ from sprat.quant.layers import (
     recipe_of,
     size_bytes,
 )
+from sprat.quant.rounded import rounded
 
 __all__ = [
     "Codes",
@@ -26,6 +27,7 @@ __all__ = [
     "quantize_weight",
     "quantize",
     "recipe_of",
+    "rounded",
     "save",
     "size_bytes",
 ]

@@ -153,12 +153,11 @@ def quantize(
     """
     config = config or QuantConfig()
     tensors, done = model.state_dict(), set[str]()
-    matrices = sum(isinstance(part, Linear) + 3 * isinstance(part, Experts) for part in model.modules())
-    matrices += not model.config.tie_word_embeddings
+    of = len(matrices(model))
 
     def settled(name: str) -> None:
         done.add(name)
-        told(len(done), matrices)
+        told(len(done), of)
 
     def pack(name: str) -> Codes:
         settled(name)
@@ -179,6 +178,16 @@ def quantize(
         form = functools.partial(bits_of, config)
         fitted = calibrate(draft, calibration_BT, form, segments_BT=segments_BT, settled=settled)
     return place(copy.deepcopy(model), pack, materialise=materialise)
+
+
+def matrices(model: Transformer) -> dict[str, nn.Parameter]:
+    """The weights of a dense ``model`` that are quantised, by name; a tied head is left out."""
+    found = {"embed_tokens.weight": model.embed_tokens.weight}
+    for name, module in model.named_modules():
+        leaves = ("weight",) if isinstance(module, Linear) else _EXPERT_WEIGHTS if isinstance(module, Experts) else ()
+        if not (name == "head" and model.config.tie_word_embeddings):
+            found |= {f"{name}.{leaf}": getattr(module, leaf) for leaf in leaves}
+    return found
 
 
 def bits_of(config: QuantConfig, name: str) -> tuple[int, int]:

@@ -20,9 +20,7 @@ FAMILIES = {
     "distill": "Distil",
     "quantize": "INT4",
 }
-_CONTROLS = {"pretrain-dense": "pretrain", "student-scratch": "distill"} | dict.fromkeys(
-    ("sft-labels", "rft", "pretrain-more"), "rl"
-)
+_CONTROLS = {"student-scratch": "distill"} | dict.fromkeys(("sft-labels", "rft", "pretrain-more"), "rl")
 _MEASURED_AS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
 _Z95 = 1.959964
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")

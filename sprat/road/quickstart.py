@@ -45,8 +45,7 @@ def stages(road: Road, text: Path | None = None) -> list[Stage]:
         Stage("distill", training.student, (road,), (first,)),
         Stage("quantize", squeeze.squeeze, (road,), ("distill",)),
     ]
-    if recipe.dense is not None:
-        found.append(Stage("pretrain-dense", training.pretrain, (road, "pretrain-dense", recipe.dense), ("data",)))
+    found += [Stage(twin.run, training.pretrain, (road, twin), ("data",)) for twin in recipe.dense]
     found.append(Stage("student-scratch", controls.scratch, (road,), ("data",)))
     found += [Stage(f"rl-seed{seed}", training.reinforce, (road, seed), (start,)) for seed in recipe.rl.seeds[1:]]
     if recipe.controls is not None:

@@ -39,6 +39,18 @@ class ModelRecipe(Config):
     changes: dict[str, Any] = {}
 
 
+class DenseRecipe(ModelRecipe):
+    """A dense twin of the teacher, the control of its experts, and what the two have in common."""
+
+    equal: Literal["FLOPs", "CPU seconds", "parameters"] = "FLOPs"
+    steps: Count | None = None  # of its pre-training; as many as the teacher's if not given
+
+    @property
+    def run(self) -> str:
+        """The name of its run."""
+        return {"FLOPs": "pretrain-dense"}.get(self.equal, f"pretrain-dense-{self.equal.split()[-1]}")
+
+
 class DataRecipe(Config):
     """Text, tasks and tokenizer."""
 
@@ -168,7 +180,7 @@ class RoadRecipe(Config):
     jobs: Count = 2  # stages that may run side by side, one thread each
     data: DataRecipe = DataRecipe()
     pretrain: PretrainRecipe = PretrainRecipe()
-    dense: ModelRecipe | None = None  # iso-FLOP dense twin of the teacher; None leaves it out
+    dense: tuple[DenseRecipe, ...] = ()  # dense twins of the teacher, each equal in something else
     sft: SFTRecipe = SFTRecipe()
     rl: RLRecipe = RLRecipe()
     controls: ControlsRecipe | None = None  # None leaves them out
@@ -176,6 +188,12 @@ class RoadRecipe(Config):
     quant: QuantConfig = QuantConfig()
     eval: EvalRecipe = EvalRecipe()
     money: MoneyConfig = MoneyConfig()
+
+    @model_validator(mode="after")
+    def _name_twins_apart(self) -> Self:
+        if len({twin.equal for twin in self.dense}) < len(self.dense):
+            raise ValueError("two dense twins are equal to the teacher in the same")
+        return self
 
     @model_validator(mode="after")
     def _fits_into_its_models(self) -> Self:
@@ -186,10 +204,9 @@ class RoadRecipe(Config):
         """
         lengths = {"data.seq_len": self.data.seq_len, "eval.max_tokens": self.eval.max_tokens + 1}  # and a question
         more = {"sft.sft.seq_len": self.sft.sft.seq_len, "rl.rl.max_tokens": self.rl.rl.max_tokens + 1}
-        models = {"pretrain.model": self.pretrain.model, "dense": self.dense, "distill.student": self.distill.student}
+        models = {"pretrain.model": self.pretrain.model, "distill.student": self.distill.student}
+        models |= {f"dense.{place}": twin for place, twin in enumerate(self.dense)}
         for key, model in models.items():
-            if model is None:
-                continue
             config = size(model.size, **{"vocab_size": self.data.vocab_size, **model.changes})
             if config.vocab_size < self.data.vocab_size:
                 what = f"{config.vocab_size} ids are fewer than data.vocab_size ({self.data.vocab_size})"

@@ -22,7 +22,7 @@ from sprat.post import distill, grpo, reward_sources, rewards, sft
 from sprat.post.readiness import readiness
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
-from sprat.road.recipe import DistillRecipe, ModelRecipe, PretrainRecipe
+from sprat.road.recipe import DenseRecipe, DistillRecipe, ModelRecipe, PretrainRecipe
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, evaluate, loop
@@ -35,19 +35,21 @@ Mix = tuple[list[Task], list[float]]  # tasks and their weights
 LOAD_ROWS = 64  # packed rows on which expert loads are measured
 
 
-def pretrain(road: Road, name: str = "pretrain", twin: ModelRecipe | None = None) -> None:
-    """Pre-train the teacher, or its dense ``twin`` (the control), on text and worked examples."""
+def pretrain(road: Road, twin: DenseRecipe | None = None) -> None:
+    """Pre-train the teacher, or a dense ``twin`` of it (a control), on text and worked examples."""
     recipe = road.recipe.pretrain
     if twin is not None:
-        recipe = recipe.replace(model=twin.model_dump(), train=recipe.train.replace(init_from="").model_dump())
-    opened = open_pretraining(road, name, recipe, road.recipe.seed)
+        train = recipe.train.replace(init_from="", steps=twin.steps or recipe.train.steps)
+        shape = ModelRecipe(size=twin.size, changes=twin.changes)
+        recipe = recipe.replace(model=shape.model_dump(), train=train.model_dump())
+    opened = open_pretraining(road, twin.run if twin else "pretrain", recipe, road.recipe.seed)
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
     result = loop.train(model, batches, recipe.train, run)
     ways = ALL_WAYS if twin is None else ("greedy", "thinking")
     facts = _text_facts(road, model) | ({} if twin is None else {"control_of": "pretrain"})
-    label = "Pre-training" if twin is None else "Pre-training, dense twin at equal FLOPs"
+    label = "Pre-training" if twin is None else f"Pre-training, dense twin at equal {twin.equal}"
     close(road, run, model, tokenizer, result, label, ways, facts)
 
 
@@ -116,6 +118,8 @@ def student(road: Road) -> None:
         return model, teacher, tokenizer, mix(road)
 
     inputs = {"teacher": road.path(teacher_run), **measured(road)}
+    if recipe.distill.qat_fraction > 0:
+        inputs["quant"] = road.recipe.quant
     start, suits = recipe.distill.init_from, fits(recipe.distill)
     opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, start, suits)
     if opened is None:
@@ -132,7 +136,7 @@ def student(road: Road) -> None:
         verified=recipe.verified,
     )
     batches, counts = student_source(road, recipe, tokenizer, taught.kept)
-    result = distill.distill(model, teacher, batches, recipe.distill, run)
+    result = distill.distill(model, teacher, batches, recipe.distill, run, road.recipe.quant)
     result = replace(result, flops=result.flops + taught.flops)
     facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
     close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)

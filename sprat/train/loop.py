@@ -14,14 +14,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 from sprat.config import LoopConfig
-from sprat.data.loader import Batch, Source
+from sprat.data.loader import Source
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
@@ -78,6 +80,7 @@ def train(
     run: Run,
     *,
     loss_fn: LossFn = next_token,
+    weights: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` in place up to step ``config.steps``, going on from the run's last checkpoint if there is one,
@@ -92,6 +95,7 @@ def train(
         run: its ``checkpoints`` folder and metrics are used.
         loss_fn: what is minimised; see ``LossFn``. On CPUs the members of a ``Team`` call it at the same time, each
             with rows of its own.
+        weights: is entered while the gradient of a step (from 0) is computed, at other weights than are moved.
         progress: show a bar, if this is a terminal.
 
     Raises:
@@ -117,7 +121,9 @@ def train(
     with Team() as team, bar(run, config.steps, done, shown=progress) as advance, held_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
-            metrics = _step(model, batch, config, optimiser, loss_fn, done, team, run)
+            with weights(done):
+                metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
+            _step(model, config, optimiser, metrics, loads, done, team, run)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
             window.add(metrics)
             if done % config.log_every == 0 or done == config.steps:
@@ -146,16 +152,15 @@ def _factor(config: LoopConfig, step: int) -> float:
 
 def _step(
     model: Transformer,
-    batch: Batch,
     config: LoopConfig,
     optimiser: optim.Optimiser,
-    loss_fn: LossFn,
+    metrics: dict[str, float],
+    loads: list[Tensor],
     done: int,
     team: Team,
     run: Run,
-) -> dict[str, float]:
-    """One optimiser step on ``batch``; returns its metrics. Nothing is moved when a number is not finite."""
-    metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
+) -> None:
+    """Move the weights by their gradient and add to ``metrics``. Nothing is moved when a number is not finite."""
     metrics["grad_norm"] = optimiser.clip(config.optim.grad_clip)
     if not all(map(math.isfinite, metrics.values())):
         optimiser.zero_grad()
@@ -169,7 +174,6 @@ def _step(
     balance.update(model, loads, config.bias_update_speed)
     if loads:
         metrics["max_violation"] = balance.max_violation(loads)
-    return metrics
 
 
 def _resume(

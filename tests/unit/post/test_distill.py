@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sprat.config import Config, DistillConfig, OptimConfig, TrainConfig
+from sprat.config import Config, DistillConfig, OptimConfig, QuantConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
@@ -19,6 +19,7 @@ from sprat.model import Transformer, balance_loss, flops_per_token
 from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
+from sprat.quant import dequantize_weight, quantize_weight
 from sprat.tokens import Tokenizer
 from sprat.train.backward import backward
 from sprat.train.team import Team
@@ -207,3 +208,25 @@ def test_the_students_router_is_kept_even_as_in_pretraining(
     routing = student.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).routing
     expected = sum(balance_loss(each, len(batch.tokens_BT)).item() for each in routing) / len(routing)
     assert with_it - without == pytest.approx(2 * expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("fraction", "rounds"), [(0.0, []), (0.4, [3, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_the_last_steps_learn_with_rounded_weights(
+    fraction: float, rounds: list[int], small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any,
+    open_stage: Open, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = CONFIG.replace(steps=5, qat_fraction=fraction)
+    form, seen, table = QuantConfig(bits=8), list[bool](), small.embed_tokens.weight
+    source = batches(tokenizer, shown, ROWS)
+    hidden = Transformer.hidden
+
+    def watched(self: Transformer, *rest: Any, **more: Any) -> Any:
+        if self is small:
+            codes = quantize_weight(table.detach(), bits=8, group=0)  # of what is on codes already they are exact
+            seen.append(torch.equal(dequantize_weight(codes), table))
+        return hidden(self, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "hidden", watched)
+    distill(small, guesser, source, config, open_stage("rounded", config), form)
+    assert [step for step, exact in enumerate(seen) if exact] == rounds
+    assert not torch.equal(dequantize_weight(quantize_weight(table.detach(), bits=8, group=0)), table)
