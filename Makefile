@@ -1,6 +1,6 @@
 # Sprat: two commands.   make quickstart   the whole road, then the chat page (SERVE=0 ends after the report)
 #                        make test         the tests
-# Also: make install, make lint, make clean.   Variables: SERVE SEED OUT TEXT PYTHON JOBS PYTEST
+# Also: make install, make lint, make nightly (hours), make clean.   Variables: SERVE SEED OUT TEXT PYTHON JOBS PYTEST
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +19,7 @@ PYTHON ?=
 JOBS ?= 2
 PYTEST ?=
 
-.PHONY: help quickstart test install browser lint clean
+.PHONY: help quickstart test install browser lint nightly clean
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
@@ -80,6 +80,14 @@ browser:
 
 lint: $(VENV)/.installed-test
 	@$(PY) -m ruff check . && $(PY) -m mypy && $(VENV)/bin/lint-imports
+
+# What a night has time for: planted bugs, every setting of processor and threads, long fuzz, random models.
+nightly: $(VENV)/.installed-test browser
+	@$(PY) -m bench.mutants --jobs $(JOBS)
+	@$(PY) -m bench.settings
+	@$(PY) -m bench.random_configs --count 300
+	@SPRAT_FUZZ=5000 SPRAT_FUZZ_DOMAINS=20000 SPRAT_ALL_TEMPLATES=1 $(PY) -m pytest -n $(JOBS) --dist loadfile \
+	  tests/fault/test_names.py tests/unit/data/test_domains.py tests/parity/test_chat_templates.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
