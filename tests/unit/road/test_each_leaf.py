@@ -399,6 +399,7 @@ def test_another_value_gives_another_result_or_an_error(base: Path, seen: Seen, 
     after = _left(base, seen, stage, besides, f"{written}={value}")
     if "gate" not in leaf:
         assert not before.fault
+    assert "run yet" not in after.fault  # NEEDS names all that the stage reads
     short = next((name for name in ELSEWHERE if leaf.endswith(name)), None)
     if short is None:
         assert before.result() != after.result()
