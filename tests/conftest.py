@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,27 @@ def chromium() -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture
+def sprat(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command ``sprat`` in this process, which has torch already; the stages of a road get theirs as ever.
+
+    That it starts as a program of its own is seen wherever ``tiny_road`` and the README's examples are.
+    """
+    from sprat.cli.main import main
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["sprat", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        code = left.value.code if isinstance(left.value.code, int) else int(left.value.code is not None)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str) -> tuple[Path, Path]:

@@ -70,9 +70,10 @@ def probabilities(train: bytes, tests: Sequence[bytes]) -> list[dict[str, Floats
             counted = np.ones(len(places), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
             if longer is not None:
                 counted[1:] = novel[number]
-            novel[number] = plain.is_new(places)
-            models[number][PPM].shorten(*continued.terms(places, counted))
-            whole, rest = plain.terms(places), continued.terms(places)
+            found = _Asked(plain, places)
+            novel[number] = found.is_new()
+            models[number][PPM].shorten(*continued.terms(found, counted))
+            whole, rest = plain.terms(found), continued.terms(found)
             for size in (one for one in ORDERS if min(one, longest) >= order):
                 models[number][_name(size)].shorten(*(whole if min(size, longest) == order else rest))
         longer = grams
@@ -108,16 +109,16 @@ class _Table:
         self.kinds = [np.add.reduceat((np.minimum(counts, 3) == often).astype(np.int64), first) for often in (1, 2, 3)]
         self.discounts = _discounts(counts)
 
-    def terms(self, places: Grams, counted: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
+    def terms(self, asked: _Asked, counted: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
         """What the order itself says of each n-gram of a test, and the weight of the shorter context.
 
         Args:
-            places: the n-grams [places], in the order of the text.
+            asked: the n-grams [places], in the order of the text, looked up in a table of the same n-grams.
             counted: which of them the model counts as it goes on; None for a model that does not learn here.
         """
-        contexts = places >> np.uint64(8)
-        count = _found(self.grams, self.counts, places)
-        total, *kinds = (_found(self.contexts, values, contexts) for values in (self.totals, *self.kinds))
+        places, contexts = asked.grams.asked, asked.contexts.asked
+        count = asked.grams.values(self.counts)
+        total, *kinds = (asked.contexts.values(each) for each in (self.totals, *self.kinds))
         if counted is not None:
             count = count + _before(places, [counted])[0]
             steps = [counted & (count == often) for often in (0, 1, 2)]  # a successor comes to be counted once, ...
@@ -128,12 +129,33 @@ class _Table:
         own = (count - self.discounts[np.minimum(count, 3)]) / known
         return own, np.where(total > 0, left / known, 1.0)
 
-    def is_new(self, places: Grams) -> npt.NDArray[np.bool_]:
-        """Which n-grams of a test occur for the first time, in it and in the training text."""
-        first = np.zeros(len(places), dtype=np.bool_)
-        first[np.unique(places, return_index=True)[1]] = True
-        first &= _found(self.grams, self.counts, places) == 0
+
+class _Asked:
+    """N-grams of a test and their contexts, looked up once for all tables of the same n-grams."""
+
+    def __init__(self, table: _Table, places: Grams) -> None:
+        self.grams = _Found(table.grams, places)
+        self.contexts = _Found(table.contexts, places >> np.uint64(8))
+
+    def is_new(self) -> npt.NDArray[np.bool_]:
+        """Which n-grams occur for the first time, in the test and in the training text."""
+        first = np.zeros(len(self.grams.asked), dtype=np.bool_)
+        first[np.unique(self.grams.asked, return_index=True)[1]] = True
+        first &= ~self.grams.known
         return first
+
+
+class _Found:
+    """Where each asked key stands among ``keys``, which are sorted."""
+
+    def __init__(self, keys: Grams, asked: Grams) -> None:
+        self.asked = asked
+        self.place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        self.known: npt.NDArray[np.bool_] = keys[self.place] == asked
+
+    def values(self, values: Ints) -> Ints:
+        """The value of each asked key, 0 where it is none of the keys."""
+        return np.where(self.known, values[self.place], 0)
 
 
 def _discounts(counts: Ints) -> Floats:
@@ -154,12 +176,6 @@ def _left_contexts(grams: Grams, longer: Grams, order: int) -> Ints:
     """
     ends = np.searchsorted(grams, longer & np.uint64((1 << 8 * order) - 1))
     return np.maximum(np.bincount(ends, minlength=len(grams)), 1)
-
-
-def _found(keys: Grams, values: Ints, asked: Grams) -> Ints:
-    """The value of each asked key, 0 where it is none; ``keys`` are sorted."""
-    place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[place] == asked, values[place], 0)
 
 
 def _before(keys: Grams, flags: Sequence[npt.NDArray[np.bool_]]) -> list[Ints]:

@@ -32,7 +32,7 @@ from sprat.road.training import finished, measured, mix
 from sprat.tokens import Tokenizer
 
 CALIBRATION = 16_384  # tokens: two to three minutes of one core for 135 million weights
-OWN = 12 * CALIBRATION  # tokens of a road's own: its student is small, and gains by them (docs/log.md)
+OWN = 12 * CALIBRATION  # tokens of a road's own at most: its student is small, and gains by them (docs/log.md)
 SHORT = 25  # tokens of a short question and answer: as many are drawn as fill the rows
 WINDOW = 512  # tokens of a row of any other model's text
 EXCERPT = 2000  # characters of one document, so that many are heard
@@ -54,7 +54,7 @@ def squeeze(road: Road) -> None:
     if opened is None:
         return
     run, (student, tokenizer) = opened
-    tokens_BT, segments_BT = _heard(road, student, tokenizer)
+    tokens_BT, segments_BT = _heard(road, student, tokenizer) if recipe.rounding == "gptq" else (None, None)
     small = quantize(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
@@ -80,10 +80,14 @@ def squeeze(road: Road) -> None:
 
 
 def _heard(road: Road, student: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Rows [B, T] of what the student will say, tokens and segments: its own answers, and a quarter of text."""
+    """Rows [B, T] of what the student will say, tokens and segments: its own answers, and a quarter of text.
+
+    It is asked no more questions than it was taught by.
+    """
     text = road.artefacts.packed("text")
-    rows = max(4, OWN // text.seq_len)
-    drawn = sft.draw(*mix(road), OWN // SHORT, f"calibration/{road.recipe.seed}")
+    own = min(OWN, SHORT * road.recipe.distill.distill.problems)
+    rows = max(4, own // text.seq_len)
+    drawn = sft.draw(*mix(road), own // SHORT, f"calibration/{road.recipe.seed}")
     engine = Engine(student, tokenizer, max_batch=road.recipe.eval.batch)
     sampling = Sampling(temperature=0.7, max_tokens=road.recipe.eval.max_tokens, seed=road.recipe.seed)
     said = engine.generate([ask(problem) for _, problem in drawn], sampling)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,28 +18,16 @@ from sprat.road.quickstart import stages
 from sprat.road.recipe import named
 from sprat.trust.verify import verify
 
+Sprat = Callable[..., subprocess.CompletedProcess[str]]
 NAMES = [stage.name for stage in stages(Road(Path("anywhere"), named("tiny")))]
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "sprat", "quickstart", "--out", str(out), "--recipe", "tiny", "--no-serve", *more]
-
-
-def start(out: Path) -> subprocess.Popen[str]:
-    """A quickstart in a process group of its own that hears Ctrl-C, as a shell would start it."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(out), stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c
-    )
+def words(out: Path, *more: str) -> list[str]:
+    return ["quickstart", "--out", str(out), "--recipe", "tiny", "--no-serve", *more]
 
 
 def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job would inherit it ignored
-
-
-def finish(out: Path) -> None:
-    done = subprocess.run(command(out), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def digests(road: Path) -> dict[str, str]:
@@ -60,23 +49,51 @@ def test_the_road_leaves_a_verified_run_for_every_stage_and_one_report(tiny_road
 
 # Where the road is killed, in order: data half made, between two checkpoints, and in later stages.
 MARKS = ["data/artefact/tokenizer/*", "pretrain/checkpoints/*", "rl-seed0/checkpoints/*", "distill/checkpoints/*"]
+# One process imports torch; each start of the road is a fork of it, in a process group of its own, and dies as the
+# command does, with all of its stages' processes. Those are new ones at each start, as ever.
+_KILLED = """
+import json, os, signal, sys, time
+from pathlib import Path
+import sprat.road.quickstart
+from sprat.cli.main import main
+
+def start():
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    try:
+        main()
+    except SystemExit as left:
+        os._exit(left.code or 0)
+    os._exit(70)
+
+out, marks, kills = Path(sys.argv[3]), json.loads(os.environ["MARKS"]), 0
+for mark in marks:
+    child, ended = start(), 0
+    while not ended and not list(out.glob(mark)):
+        time.sleep(0.02)
+        ended, _ = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.killpg(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+print(kills, os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]), file=sys.stderr)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_again_and_again_the_road_ends_with_the_digests_of_an_undisturbed_one(
     tiny_road: Path, tmp_path: Path
 ) -> None:
-    out, kills = tmp_path / "road", 0
-    for mark in MARKS:
-        process = start(out)
-        while process.poll() is None and not list(out.glob(mark)):
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    finish(out)
+    out = tmp_path / "road"
+    environment = {**os.environ, "MARKS": json.dumps(MARKS)}
+    line = [sys.executable, "-c", _KILLED, *words(out)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=1500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, code = map(int, done.stderr.splitlines()[-1].split())
+    assert code == 0, done.stderr[-3000:]
     assert kills >= 2, "the road was too quick to be killed"
     assert digests(out) == digests(tiny_road)
     assert all(finding.ok for finding in verify(out))
@@ -84,15 +101,21 @@ def test_killed_again_and_again_the_road_ends_with_the_digests_of_an_undisturbed
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentence(sprat: Sprat, tmp_path: Path) -> None:
     out = tmp_path / "road"
-    first = start(out)
+    pipe = subprocess.PIPE
+    first = subprocess.Popen(  # in a process group of its own that hears Ctrl-C, as a shell would start it
+        [sys.executable, "-m", "sprat", *words(out)],
+        stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c,
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     while not (out / "recipe.toml").exists() and time.monotonic() < deadline:  # the first thing behind the lock
         time.sleep(0.05)
-    second = subprocess.run(command(out), capture_output=True, text=True, timeout=300)
+    second = sprat(*words(out))
     assert second.returncode == 9, second.stderr
     assert str(first.pid) in second.stderr and "Traceback" not in second.stderr
+    while not (out / "corpus").exists() and time.monotonic() < deadline:  # a stage is at work
+        time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)
     _, told = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in told, told
@@ -108,8 +131,8 @@ def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentenc
         (("--set", "data.tasks=[]"), 2, "task"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path: Path, more: tuple[str, ...], code: int, word: str) -> None:
-    done = subprocess.run(command(tmp_path / "road", *more), capture_output=True, text=True, timeout=600)
+def test_bad_input_is_one_sentence(sprat: Sprat, tmp_path: Path, more: tuple[str, ...], code: int, word: str) -> None:
+    done = sprat(*words(tmp_path / "road", *more))
     assert done.returncode == code, done.stderr
     assert word in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "road" / "data" / "run.json").exists()

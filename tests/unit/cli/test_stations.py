@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def sprat(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "sprat", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+Sprat = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_stations_by_hand_make_what_the_quickstart_makes(tiny_road: Path, tmp_path: Path) -> None:
+def test_stations_by_hand_make_what_the_quickstart_makes(sprat: Sprat, tiny_road: Path, tmp_path: Path) -> None:
     for verb, name in (("data", "data"), ("train", "pretrain"), ("sft", "sft")):
         done = sprat(verb, "--out", str(tmp_path / "road"), "--recipe", "tiny", "--json")
         assert done.returncode == 0, done.stderr
@@ -32,7 +25,7 @@ def test_stations_by_hand_make_what_the_quickstart_makes(tiny_road: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_finished_road_is_told_at_once_and_served_by_name(tiny_road: Path) -> None:
+def test_a_finished_road_is_told_at_once_and_served_by_name(sprat: Sprat, tiny_road: Path) -> None:
     done = sprat("quickstart", "--out", str(tiny_road), "--recipe", "tiny", "--no-serve", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -42,7 +35,7 @@ def test_a_finished_road_is_told_at_once_and_served_by_name(tiny_road: Path) -> 
     assert sprat("verify", str(tiny_road)).returncode == 0
 
 
-def test_a_station_before_its_turn_names_what_is_missing(tmp_path: Path) -> None:
+def test_a_station_before_its_turn_names_what_is_missing(sprat: Sprat, tmp_path: Path) -> None:
     done = sprat("sft", "--out", str(tmp_path / "road"), "--recipe", "tiny")
     assert done.returncode == 3, done.stderr
     assert f"run `sprat data --out {tmp_path}/road` first" in done.stderr.splitlines()[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def walked(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     road = Road(folder / "road", named("tiny", (*SMALL, f"eval.split={request.param}")))
     hidden, generate, scores = Transformer.hidden, Engine.generate, measure.scores
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)  # no power fails here
         data.data(road, folder / "text")
         tokenizer = road.artefacts.tokenizer()
 
