@@ -117,8 +117,13 @@ def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
 def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """``table`` with each ``a.b=value`` set; ``value`` is read as TOML, else as a plain string.
 
-    >>> override({"rl": {"steps": 1}}, ["rl.steps=20", "name=tiny"])
-    {'rl': {'steps': 20}, 'name': 'tiny'}
+    An entry of a list goes by its number, from 0.
+
+    >>> override({"rl": {"steps": 1}, "tasks": [{"name": "sums"}]}, ["rl.steps=20", "name=tiny", "tasks.0.name=gcd"])
+    {'rl': {'steps': 20}, 'tasks': [{'name': 'gcd'}], 'name': 'tiny'}
+
+    Raises:
+        ConfigError: an override is none, or goes through a value that has no parts, or beyond the end of a list.
     """
     result: dict[str, Any] = copy.deepcopy(table)
     for item in overrides:
@@ -130,13 +135,25 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             value = text
         *parents, last = key.strip().split(".")
-        place = result
+        place: dict[str, Any] | list[Any] = result
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
+            if isinstance(place, dict):
+                place.setdefault(parent, {})
+            place = place[_part(place, parent, item)]
+            if not isinstance(place, dict | list):
                 raise ConfigError(f"{parent!r} is a value, not a table", where=f"--set {item}", todo="name a table")
-        place[last] = value
+        place[_part(place, last, item)] = value
     return result
+
+
+def _part(place: dict[str, Any] | list[Any], key: str, item: str) -> Any:
+    """What ``place`` knows its part ``key`` by."""
+    if isinstance(place, dict):
+        return key
+    if not (key.isascii() and key.isdigit() and int(key) < len(place)):
+        what, todo = f"{key!r} is no entry of a list of {len(place)}", "name an entry by its number, from 0"
+        raise ConfigError(what, where=f"--set {item}", todo=todo)
+    return int(key)
 
 
 def parse(kind: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:

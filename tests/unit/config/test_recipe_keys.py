@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sprat.config import base
@@ -71,3 +73,20 @@ def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts
 def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> None:
     with pytest.raises(ConfigError, match=f"the key 'data.unseen.0.{key}' is gone: a task that is only tested"):
         named("tiny", (f'data.unseen=[{{name="sums",title="others",{key}=3}}]',))
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ("data.tasks.1.title=other", "'1' is no entry of a list of 1"),
+        ("data.tasks.-1.title=other", "'-1' is no entry"),
+        ("data.tasks.x=1", "'x' is no entry"),
+        ("data.tasks.0.nothing=1", "unknown key 'data.tasks.0.nothing'"),
+        ("data.tasks.0.name.deep=1", "'name' is a value, not a table"),
+    ],
+)
+def test_an_entry_of_a_list_goes_by_its_number(said: str, fault: str) -> None:
+    recipe = named("tiny", ("data.tasks.0.title=other", "data.tasks.0.settings.max_value=7"))
+    assert recipe.data.tasks[0].title == "other" and recipe.data.tasks[0].settings["max_value"] == 7
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        named("tiny", (said,))

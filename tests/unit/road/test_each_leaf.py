@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ BASE = (
     "distill.distill.checkpoint_every=2", "distill.distill.log_every=2", "distill.text_share=0.25",
     "distill.distill.optim.warmup_steps=2", "distill.distill.optim.decay_fraction=0.5",
     "eval.max_tokens=3", "eval.side_problems=4", "eval.samples=1", "rl.seeds=[0]",
-    'dense={size="pico",changes={dense=true,hidden_size=16,num_hidden_layers=1}}',
+    'dense=[{size="pico",changes={dense=true,hidden_size=16,num_hidden_layers=1}}]',
 )  # fmt: skip
 PAYS = """
 import time, zlib
@@ -142,6 +143,7 @@ DISTILL: dict[str, Change] = {
     "logits_weight": ("0.9", ()),
     "temperature": ("3.0", ()),
     "problems": ("10", ()),
+    "qat_fraction": ("0.5", ()),
 }
 STAGES: dict[str, dict[str, Change]] = {
     "pretrain": {
@@ -171,7 +173,12 @@ STAGES: dict[str, dict[str, Change]] = {
         "distill.examples": ("7", ("distill.task_share=0.25",)),
     },
     "student-scratch": {"distill.scratch_steps": ("5", ())},
-    "pretrain-dense": {"dense.size": ("nano", ()), "dense.changes": ("{dense=true,num_hidden_layers=1}", ())},
+    "pretrain-dense": {
+        "dense.size": ("nano", ()),
+        "dense.changes": ("{dense=true,num_hidden_layers=1}", ()),
+        "dense.steps": ("5", ()),
+        "dense.equal": ("parameters", ()),
+    },
     "quantize": {
         "quant.rounding": ("nearest", ()),
         "quant.bits": ("8", ()),
@@ -197,7 +204,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "data.tasks.name": ("no-such-task", ()),
         "data.tasks.title": ("another", ()),
         "data.tasks.settings": ("{min_terms=2,max_terms=2,max_value=5}", ()),
-        "data.tasks.test_problems": ("11", ()),
+        "data.tasks.test_problems": ("2", ()),
         "data.tasks.weight": ("5.0", ()),
         "data.tasks.distinct": ("3", ()),
         "data.unseen.name": ("no-such-task", ()),
@@ -319,7 +326,7 @@ def _walk(road: Road, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None
         "data": lambda: data.data(road, base / "text"),
         "pretrain": lambda: training.pretrain(road),
         "measured": lambda: training.pretrain(road),
-        "pretrain-dense": lambda: training.pretrain(road, "pretrain-dense", road.recipe.dense),
+        "pretrain-dense": lambda: training.pretrain(road, road.recipe.dense[0]),
         "sft": lambda: training.fine_tune(road),
         "rft": lambda: controls.rejection_sampling(road),
         "pretrain-more": lambda: controls.more_pretraining(road),
@@ -372,7 +379,8 @@ def _left(base: Path, seen: Seen, stage: str, overrides: tuple[str, ...], change
                     shutil.rmtree(folder / earlier)
                     _walk(road, earlier, base, patch)
             _walk(road, stage, base, patch)
-        name = f"rl-seed{road.recipe.rl.seeds[0]}" if stage == "rl-seed0" else run
+        names = {"rl-seed0": f"rl-seed{road.recipe.rl.seeds[0]}", "pretrain-dense": road.recipe.dense[0].run}
+        name = names.get(stage, run)
         record = json.loads((folder / name / "run.json").read_text())
         outputs = {path: made for path, made in record["outputs"].items() if not path.endswith("state.json")}
         left.figures = {"outputs": outputs, "tokens": record["tokens"], "flops": record["flops"], **record["facts"]}
@@ -394,12 +402,13 @@ LEAVES = [(stage, leaf) for stage, changes in STAGES.items() for leaf in changes
 @pytest.mark.parametrize(("stage", "leaf"), LEAVES, ids=lambda one: one)
 def test_another_value_gives_another_result_or_an_error(base: Path, seen: Seen, stage: str, leaf: str) -> None:
     value, besides = STAGES[stage][leaf]
-    written = leaf.replace("data.tasks.", "data.tasks.0.").replace("data.unseen.", "data.unseen.0.")
+    written = re.sub(r"^(data\.tasks|data\.unseen|dense)\.", r"\1.0.", leaf)
     before = _left(base, seen, stage, besides)
     after = _left(base, seen, stage, besides, f"{written}={value}")
     if "gate" not in leaf:
         assert not before.fault
     assert "run yet" not in after.fault  # NEEDS names all that the stage reads
+    assert not re.search("unknown key|not a table|no entry", after.fault)  # the change was read
     short = next((name for name in ELSEWHERE if leaf.endswith(name)), None)
     if short is None:
         assert before.result() != after.result()
@@ -460,7 +469,7 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
     ("stage", "changed", "fault"),
     [
         ("pretrain", "pretrain.model.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
-        ("pretrain-dense", "dense.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
+        ("pretrain-dense", "dense.0.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
         ("distill", "distill.student.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
         (
             "pretrain",
