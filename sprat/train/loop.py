@@ -83,8 +83,7 @@ def train(
     weights: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place up to step ``config.steps``, going on from the run's last checkpoint if there is one,
-    else from that of ``config.init_from``, else from the start.
+    """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
     and at the row: tokens so far and lr_factor. The caller saves the artefact and finishes the run.
@@ -93,14 +92,12 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised; see ``LossFn``. On CPUs the members of a ``Team`` call it at the same time, each
-            with rows of its own.
+        loss_fn: what is minimised; on CPUs the members of a ``Team`` call it at once, each with rows of its own.
         weights: is entered while the gradient of a step (from 0) is computed, at other weights than are moved.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: the model is quantised; or loss or gradient is not finite (the weights were not moved, the last
-            checkpoint stands).
+        TrainingError: the model is quantised, or loss or gradient is not finite (the last checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
@@ -109,8 +106,7 @@ def train(
     machine.tune()
     model.train()
     optimiser = optim.build(model, config.optim)
-    identity = {"config": config.digest(), "data": source.digest}
-    window = _Window()
+    identity, window = {"config": config.digest(), "data": source.digest}, _Window()
     done, tokens, start = _resume(model, optimiser, config, run, identity, window)
     first_tokens, speed, began = tokens, 0.0, time.monotonic()
 

@@ -497,3 +497,21 @@ def test_what_the_model_cannot_hold_is_refused_before_the_finished_run_is_set_as
 
 def test_the_student_learns_from_rows_of_the_data_whatever_the_recipe_says_since(base: Path, seen: Seen) -> None:
     assert _left(base, seen, "distill", (), "data.seq_len=64").fault == ""
+
+
+@pytest.mark.parametrize(("fraction", "another"), [(0.0, False), (0.5, True)])
+def test_another_int4_is_another_student_only_where_it_learns_for_it(
+    base: Path, tmp_path: Path, fraction: float, another: bool
+) -> None:
+    folder, learns = tmp_path / "road", f"distill.distill.qat_fraction={fraction}"
+    folder.mkdir()
+    shutil.copy(base / "road" / "ledger.jsonl", folder)
+    for name in NEEDS["distill"]:
+        shutil.copytree(base / "road" / name, folder / name)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        for bits in (4, 8):
+            _walk(_road(base, folder, (learns, f"quant.bits={bits}")), "distill", base, patch)
+            made.append(json.loads((folder / "distill" / "run.json").read_text())["artefact_digest"])
+    assert (folder / "distill.old-1").exists() == another
+    assert (made[0] != made[1]) == another
