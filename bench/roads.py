@@ -2,7 +2,7 @@
 
 Data order, weights, RL and the student are all re-seeded. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
 processor without AVX-512. A bar of learning holds where it holds on five roads of six; a gain stands with the lower end
-of its 95 % interval over the roads (Student's t), since one road's p-value says nothing of another seed.
+of its 95 % interval over the seeds (Student's t), since one road's p-value says nothing of another seed.
 
     python -m bench.roads OUT [--seeds 0 1 2] [--isa avx512 avx2] [--recipe quickstart] [--set a.b=c] [--twins]
                               [--quick] [--json]
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,20 @@ TWINS = "dense=[" + ",".join((
     _TWIN.format(equal="CPU seconds", more="steps=2100", width=288),  # dense products are faster at equal FLOPs
     _TWIN.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
 )) + "]"  # fmt: skip
-ROWS = (  # runs of a road, in the order of the table, with the ways of asking that it shows
-    ("pretrain", ("greedy", "thinking")), ("pretrain-dense", ("greedy", "thinking")),
-    ("pretrain-dense-seconds", ("greedy", "thinking")), ("pretrain-dense-parameters", ("greedy", "thinking")),
-    ("rl-seed0", ("greedy",)), ("sft", ("greedy",)), ("rft", ("greedy",)), ("pretrain-more", ("greedy",)),
-    ("distill", ("greedy",)), ("student-scratch", ("greedy",)), ("quantize", ("greedy",)),
-)  # fmt: skip
+ROWS = {  # of the table: a run of a road, how it was asked, and what it is called
+    ("pretrain", "greedy"): "pre-trained, sparse",
+    ("pretrain", "thinking"): "*the same, made to think*",
+    ("rl-seed0", "greedy"): "**after RL**",
+    ("sft", "greedy"): "*control:* SFT on worked examples",
+    ("rft", "greedy"): "*control:* rejection sampling, then SFT",
+    ("pretrain-more", "greedy"): "*control:* more pre-training",
+    ("pretrain-dense", "thinking"): "*control of the experts:* dense, equal FLOPs, made to think",
+    ("pretrain-dense-seconds", "thinking"): "*control of the experts:* dense, equal CPU seconds",
+    ("pretrain-dense-parameters", "thinking"): "*control of the experts:* dense, equal parameters",
+    ("distill", "greedy"): "student, distilled",
+    ("student-scratch", "greedy"): "*control:* the same without a teacher",
+    ("quantize", "greedy"): "student in INT4",
+}
 T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # by degrees of freedom, two-sided
 SHARE = 5 / 6  # of roads on which a bar must hold
 Scores = dict[str, float]
@@ -92,17 +100,26 @@ def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str
 
 
 def lower(values: Sequence[float]) -> float:
-    """The lower end of the 95 % interval of the mean; minus infinity for a single value."""
+    """The lower end of the 95 % interval of the mean (Student's t); minus infinity for a single value."""
     if len(values) < 2:
         return -math.inf
     spread = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - T95[min(len(values) - 1, len(T95) - 1)] * spread
 
 
+def by_seed(roads: Sequence[Road], values: Sequence[float]) -> list[float]:
+    """A value for each seed: roads of one seed on two instruction sets share data and first weights, and are no two."""
+    seeds = [road.name.partition("-")[0] for road in roads]
+    return [
+        statistics.mean(value for value, one in zip(values, seeds, strict=True) if one == seed)
+        for seed in dict.fromkeys(seeds)
+    ]
+
+
 def bars(road: Road) -> dict[str, tuple[float, bool]]:
     """Figure and verdict of each bar on one road; accuracies are shares."""
     base, thinking, rl = road.scores("pretrain"), road.scores("pretrain", "thinking"), road.scores("rl-seed0")
-    gains = sorted((rl[task] - base[task] for task in rl), reverse=True)
+    gains = sorted((round(rl[task] - base[task], 9) for task in rl), reverse=True)
     kept = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
     taught = road.mean("distill") - road.mean("student-scratch")
     loss = road.fact("quantize", "relative_loss") or {"": math.nan}  # a student that is never right has nothing to lose
@@ -125,32 +142,35 @@ def bars(road: Road) -> dict[str, tuple[float, bool]]:
     return found
 
 
-def _shown(values: Sequence[float], form: Callable[[float], str]) -> str:
+def _shown(values: Sequence[float], form: str, ranges: bool) -> str:
     """Mean (least to most)."""
-    middle = form(statistics.mean(values))
-    return middle if len(values) < 2 else f"{middle} ({form(min(values))} to {form(max(values))})"
+    middle, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{middle} ({least} to {most})" if ranges and len(values) > 1 else middle
 
 
-def table(roads: Sequence[Road]) -> str:
-    """Accuracy in per cent of each run on each task, mean and range over roads, with its CPU seconds, as Markdown."""
+def table(roads: Sequence[Road], ranges: bool) -> str:
+    """Accuracy in per cent on each task and CPU seconds of training, means over roads, as Markdown.
+
+    Args:
+        ranges: least and most of every cell; else of the mean of tasks alone.
+    """
     tasks = list(roads[0].scores("pretrain"))
     lines = ["| | " + " | ".join([*tasks, "mean", "CPU s"]) + " |", "|---" * (len(tasks) + 3) + "|"]
-    for run, ways in ROWS:
-        for way in ways:
-            rows = [road.scores(run, way) for road in roads]
-            if not all(rows):  # a run that some of the roads have not
-                continue
-            cells = [_shown([100 * row[task] for row in rows], lambda value: f"{value:.1f}") for task in tasks]
-            cells.append(_shown([100 * statistics.mean(row.values()) for row in rows], lambda value: f"{value:.1f}"))
-            spent = [
-                float(road.fact(run, "training_cpu_seconds") or road.runs[run]["device_seconds"]) for road in roads
-            ]
-            lines.append(f"| {run}, {way} | {' | '.join(cells)} | {_shown(spent, lambda value: f'{value:.0f}')} |")
+    for (run, way), label in ROWS.items():
+        rows = [road.scores(run, way) for road in roads]
+        if not all(rows):  # a run that some of the roads have not
+            continue
+        cells = [_shown([100 * row[task] for row in rows], ".1f", ranges) for task in tasks]
+        cells.append(_shown([100 * statistics.mean(row.values()) for row in rows], ".1f", True))
+        spent = [float(road.fact(run, "training_cpu_seconds") or math.nan) for road in roads]
+        asked_again = way == "thinking" and run == "pretrain" or math.isnan(spent[0])
+        cells.append("" if asked_again else _shown(spent, ".0f", ranges))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def gains(roads: Sequence[Road]) -> dict[str, dict[str, float]]:
-    """Mean gain and its lower 95 % end over roads, for each task and each pair of runs that a sentence rests on."""
+    """Mean gain and its lower 95 % end over seeds, for each task and each pair of runs that a sentence rests on."""
     pairs = {
         "RL over base": ("rl-seed0", "pretrain"), "RL over SFT": ("rl-seed0", "sft"),
         "RL over RFT": ("rl-seed0", "rft"), "RL over more pre-training": ("rl-seed0", "pretrain-more"),
@@ -167,7 +187,7 @@ def gains(roads: Sequence[Road]) -> dict[str, dict[str, float]]:
         changes = {task: [new[task] - old[task] for new, old in each] for task in each[0][0]}
         changes["mean"] = [statistics.mean(values) for values in zip(*changes.values(), strict=True)]
         for task, values in changes.items():
-            found[f"{name}: {task}"] = {"mean": statistics.mean(values), "lower": lower(values)}
+            found[f"{name}: {task}"] = {"mean": statistics.mean(values), "lower": lower(by_seed(roads, values))}
     return found
 
 
@@ -193,11 +213,11 @@ def main() -> int:
         facts = {"roads": [road.name for road in roads], "bars": held, "good": good, "gains": gains(roads)}
         print(json.dumps(facts))
     else:
-        print(table(roads), end="\n\n")
+        print(table(roads, ranges=False), table(roads, ranges=True), sep="\n\n", end="\n\n")
         for name, gain in gains(roads).items():
             print(f"{name:44} {100 * gain['mean']:+6.1f} points, lower 95 % {100 * gain['lower']:+6.1f}")
         for name, found in held.items():
-            figure = _shown([value for value, _ in found], lambda value: f"{value:.3g}")
+            figure = _shown([value for value, _ in found], ".3g", True)
             verdict = "met" if good[name] else "MISSED"
             print(f"{name:60} {figure:28} {sum(fine for _, fine in found)} of {len(found)}: {verdict}")
     return 0 if all(good.values()) else 1
