@@ -95,8 +95,13 @@ def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str
         told.write_text(f"{(time.monotonic() - began) / 60:.2f}")
     if twins and not (folder / "pretrain-dense-parameters" / "run.json").is_file():
         go("--set", TWINS)
+    return read(folder, f"{seed}-{isa}", float(told.read_text()) if told.is_file() else None)
+
+
+def read(folder: Path, name: str, minutes: float | None = None) -> Road:
+    """The finished runs of a road."""
     runs = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")}
-    return Road(f"{seed}-{isa}", runs, float(told.read_text()) if told.is_file() else None)
+    return Road(name, runs, minutes)
 
 
 def lower(values: Sequence[float]) -> float:
