@@ -78,6 +78,7 @@ class RFTConfig(TrainConfig):
     problems: Count = 4000
     samples: Count = 4  # answers of each problem
     temperature: float = Field(1.0, ge=0.01, le=100)
+    thinking: bool = False  # the think tag is opened for every answer; else the model decides
     max_tokens: Count = 96
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # as in SFT
 

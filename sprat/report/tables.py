@@ -9,6 +9,12 @@ from sprat.report.runs import Road, Score, Stage, p_value
 from sprat.trust.facts import Source
 
 LEVEL = 0.05
+_ASKED = {  # ways of asking, as the page heads them
+    "greedy": "left to itself",
+    "sampled": "drawn at temperature 1",
+    "thinking": "made to think",
+    "direct": "made to answer at once",
+}
 
 
 def text(value: Any) -> str:
@@ -174,7 +180,7 @@ def seeds(road: Road) -> str:
 def thinking(road: Road) -> str:
     """Each scored stage made to think, made to answer at once, and left to itself."""
     rows = []
-    labels = [label for label in ("greedy", "thinking", "direct") if _has(road, label)]
+    labels = [label for label in _ASKED if _has(road, label)]
     if len(labels) < 2:
         return ""
     for stage in road.scored:
@@ -188,8 +194,7 @@ def thinking(road: Road) -> str:
             size = f"<small>{sum(lengths) / len(lengths):.0f} tokens</small>" if lengths else ""
             cells.append(f"<b>{percent(sum(s.accuracy for s in scores) / len(scores))}</b>{size}")
         rows.append([text(stage.title), *cells])
-    heads = {"greedy": "left to itself", "thinking": "made to think", "direct": "made to answer at once"}
-    return table(["mean over tasks", *(heads[label] for label in labels)], rows)
+    return table(["mean over tasks", *(_ASKED[label] for label in labels)], rows)
 
 
 def _has(road: Road, label: str) -> bool:

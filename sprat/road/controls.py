@@ -16,7 +16,7 @@ from sprat.model import Transformer
 from sprat.post import distill, sft
 from sprat.road import measure, training
 from sprat.road.places import Road, model_config
-from sprat.road.recipe import ControlsRecipe
+from sprat.road.recipe import ControlsRecipe, DistillRecipe
 from sprat.tokens import Tokenizer
 from sprat.train import loop
 
@@ -40,7 +40,7 @@ def rejection_sampling(road: Road) -> None:
         *tasks,
         count=recipe.problems,
         samples=recipe.samples,
-        thinking=None,
+        thinking=recipe.thinking or None,
         temperature=recipe.temperature,
         max_tokens=recipe.max_tokens,
         seed=road.recipe.seed,
@@ -74,7 +74,18 @@ def more_pretraining(road: Road) -> None:
 
 def scratch(road: Road) -> None:
     """The control of distillation: the student's size without a teacher, on the worked examples that there are."""
-    recipe = road.recipe.distill
+    _alone(road, "student-scratch", road.recipe.distill, "Student's size without a teacher")
+
+
+def scratch_on_examples(road: Road) -> None:
+    """The same where there are worked examples in place of the teacher's answers: what a teacher stands in for."""
+    examples = _recipe(road).student_examples
+    recipe = road.recipe.distill.replace(examples=examples, scratch_steps=None)
+    _alone(road, "student-examples", recipe, f"Student's size without a teacher, on {examples:,} worked examples")
+
+
+def _alone(road: Road, name: str, recipe: DistillRecipe, label: str) -> None:
+    """Pre-train the student's size as run ``name``, on worked examples and text in ``recipe``'s shares."""
     steps = {"steps": recipe.scratch_steps or recipe.distill.steps, "init_from": ""}
     train = LoopConfig(**{name: getattr(recipe.distill, name) for name in LoopConfig.model_fields} | steps)
 
@@ -86,13 +97,12 @@ def scratch(road: Road) -> None:
         return model, tokenizer, batches
 
     inputs = training.measured(road)
-    opened = road.open("student-scratch", "pretrain", recipe, inputs, road.recipe.seed, prepare)
+    opened = road.open(name, "pretrain", recipe, inputs, road.recipe.seed, prepare)
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
     result = loop.train(model, batches, train, run)
-    label, facts = "Student's size without a teacher", {"control_of": "distill"}
-    training.close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), facts)
+    training.close(road, run, model, tokenizer, result, label, ("greedy", "thinking"), {"control_of": "distill"})
 
 
 def _recipe(road: Road) -> ControlsRecipe:

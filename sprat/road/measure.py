@@ -1,11 +1,13 @@
 """What a stage is worth: the same held-out problems for every stage, answered greedily.
 
-Three ways of asking: ``greedy`` leaves it to the model whether to think, ``thinking`` opens the think
-tag for it, ``direct`` closes it at once. The last two explain the first, and are asked of fewer problems.
+Four ways of asking: ``greedy`` leaves it to the model whether to think, ``sampled`` does so too and draws at
+temperature 1, ``thinking`` opens the think tag for it, ``direct`` closes it at once. The last three explain the first:
+what is likeliest may be far from what is said on average. They may be asked of fewer problems.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +23,12 @@ from sprat.tasks import is_right
 from sprat.tokens import Message, Tokenizer
 from sprat.tokens.chat import render
 
-WAYS: dict[str, bool | None] = {"greedy": None, "thinking": True, "direct": False}
+WAYS: dict[str, tuple[bool | None, float]] = {  # thinking, temperature
+    "greedy": (None, 0.0),
+    "sampled": (None, 1.0),
+    "thinking": (True, 0.0),
+    "direct": (False, 0.0),
+}
 SPEED_BATCH = 16  # requests at once when tokens a second are measured
 ROUNDS = 7  # with and without drafts
 
@@ -67,11 +74,13 @@ def scores(
     tasks = [road.artefacts.task(config, recipe.eval.split) for config, _ in configs]
     most, rows = max(len(task.kept) for task in tasks), []
     for way in ways:
+        thinking, temperature = WAYS[way]
         found = evaluate_many(
             engine,
             tasks,
-            count=most if WAYS[way] is None else min(most, recipe.eval.side_problems),
-            thinking=WAYS[way],
+            count=most if way == "greedy" else min(most, recipe.eval.side_problems),
+            thinking=thinking,
+            temperature=temperature,
             max_tokens=recipe.eval.max_tokens,
             samples=recipe.eval.samples,
             split=recipe.eval.split,
@@ -142,9 +151,10 @@ def drafts(road: Road, model: Transformer, tokenizer: Tokenizer) -> dict[str, fl
 
 
 def _prompts(road: Road, count: int) -> list[list[Message]]:
-    """Held-out questions of the first task."""
-    task = road.artefacts.task(road.recipe.data.tasks[0], road.recipe.eval.split)
-    return [ask(problem) for problem in task.kept[:count]]
+    """Held-out questions, of one task after another."""
+    kept = [road.artefacts.task(config, road.recipe.eval.split).kept for config in road.recipe.data.tasks]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*kept))
+    return [ask(problem) for problem in itertools.islice((one for one in turns if one is not None), count)]
 
 
 def _speed(engine: Engine, prompts: list[list[Message]]) -> float:

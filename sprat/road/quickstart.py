@@ -52,6 +52,8 @@ def stages(road: Road, text: Path | None = None) -> list[Stage]:
         found += tune if start == "pretrain" else ()
         found.append(Stage("rft", controls.rejection_sampling, (road,), (start,)))
         found.append(Stage("pretrain-more", controls.more_pretraining, (road,), (start,)))
+        if recipe.controls.student_examples is not None:
+            found.append(Stage("student-examples", controls.scratch_on_examples, (road,), ("data",)))
     return found
 
 

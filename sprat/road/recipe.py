@@ -116,10 +116,14 @@ class SFTRecipe(Config):
 
 
 class ControlsRecipe(Config):
-    """What RL is measured against, from the same start: steps that cost as many CPU seconds as its own."""
+    """What RL is measured against, from the same start: steps that cost as many CPU seconds as its own.
+
+    And beside distillation what it is not: a student that learns from worked examples in place of a teacher's answers.
+    """
 
     rft: RFTConfig = RFTConfig()
     more: LoopConfig = LoopConfig()  # pre-training that goes on
+    student_examples: Count | None = None  # worked examples of that student; None leaves it out
 
     @model_validator(mode="after")
     def _share_rows(self) -> Self:

@@ -30,7 +30,7 @@ from sprat.trust import record
 from sprat.trust.facts import HeldOutText
 from sprat.trust.run import Run
 
-ALL_WAYS = ("greedy", "thinking", "direct")
+ALL_WAYS = ("greedy", "sampled", "thinking", "direct")
 Mix = tuple[list[Task], list[float]]  # tasks and their weights
 LOAD_ROWS = 64  # packed rows on which expert loads are measured
 

@@ -135,6 +135,7 @@ RFT: dict[str, Change] = {
     "problems": ("10", ()),
     "samples": ("3", ()),
     "temperature": ("0.5", ()),
+    "thinking": ("true", ()),
     "max_tokens": ("5", ()),
 }
 DISTILL: dict[str, Change] = {
@@ -173,6 +174,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "distill.examples": ("7", ("distill.task_share=0.25",)),
     },
     "student-scratch": {"distill.scratch_steps": ("5", ())},
+    "student-examples": {"controls.student_examples": ("7", ("controls.student_examples=5",))},
     "pretrain-dense": {
         "dense.size": ("nano", ()),
         "dense.changes": ("{dense=true,num_hidden_layers=1}", ()),
@@ -333,6 +335,7 @@ def _walk(road: Road, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None
         "rl-seed0": lambda: training.reinforce(road, road.recipe.rl.seeds[0]),
         "distill": lambda: training.student(road),
         "student-scratch": lambda: controls.scratch(road),
+        "student-examples": lambda: controls.scratch_on_examples(road),
         "quantize": lambda: squeeze.squeeze(road),
     }
     work[stage]()
@@ -344,6 +347,7 @@ NEEDS = {
     "pretrain": ("data",),
     "pretrain-dense": ("data",),
     "student-scratch": ("data",),
+    "student-examples": ("data",),
     "sft": ("data", "pretrain"),
     "rft": ("data", "pretrain"),
     "pretrain-more": ("data", "pretrain"),

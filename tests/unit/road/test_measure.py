@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,23 +65,32 @@ def test_right_has_one_meaning_from_the_judge_to_the_report(said: str, mean: flo
             traces(engine, [Almost("sums")], [1.0], count=3, max_tokens=4)
 
 
-def test_greedy_thinking_and_direct_are_asked_as_they_are_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_way_of_asking_is_asked_as_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine("all")
     monkeypatch.setattr(measure, "Engine", lambda *_, **__: engine)
     monkeypatch.setattr("sprat.road.places.DataArtefact.task", lambda *_: Drawing("sums"))
-    rows = measure.scores(Road(tmp_path, named("tiny")), None, None, ("greedy", "thinking", "direct"))  # type: ignore[arg-type]
-    assert [sampling.thinking for sampling in engine.asked] == [None, True, False]
-    assert all(sampling.temperature == 0 for sampling in engine.asked)
+    rows = measure.scores(Road(tmp_path, named("tiny")), None, None, ("greedy", "sampled", "thinking", "direct"))  # type: ignore[arg-type]
+    assert [sampling.thinking for sampling in engine.asked] == [None, None, True, False]
+    assert [sampling.temperature for sampling in engine.asked] == [0, 1, 0, 0]
     thought = {row["label"]: row["thought"] for row in rows}
-    assert thought == {"greedy": 0.0, "thinking": 1.0, "direct": 0.0}
+    assert thought == {"greedy": 0.0, "sampled": 0.0, "thinking": 1.0, "direct": 0.0}
 
 
 class Drawing(Almost):
     """With kept problems, as the data stage leaves them."""
 
     kept = tuple(range(5))
+
+
+def test_speed_is_measured_on_questions_of_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"sums": ("s1", "s2", "s3"), "sums_of_3": ("t1",)}
+    road = Road(tmp_path, named("tiny", ('data.tasks=[{name="sums",title="sums"},{name="sums",title="sums_of_3"}]',)))
+    monkeypatch.setattr(
+        "sprat.road.places.DataArtefact.task", lambda _, config, __: SimpleNamespace(kept=kept[config.title])
+    )
+    monkeypatch.setattr(measure, "ask", lambda problem: problem)
+    assert measure._prompts(road, 3) == ["s1", "t1", "s2"]
+    assert measure._prompts(road, 9) == ["s1", "t1", "s2", "s3"]
 
 
 def test_no_excerpt_hears_its_neighbour_in_calibration() -> None:
