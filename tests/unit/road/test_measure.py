@@ -84,7 +84,8 @@ class Drawing(Almost):
 
 def test_speed_is_measured_on_questions_of_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"sums": ("s1", "s2", "s3"), "sums_of_3": ("t1",)}
-    road = Road(tmp_path, named("tiny", ('data.tasks=[{name="sums",title="sums"},{name="sums",title="sums_of_3"}]',)))
+    tasks = 'data.tasks=[{name="sums",title="sums"},{name="sums",title="sums_of_3"}]'
+    road = Road(tmp_path, named("tiny", (tasks, "data.unseen=[]")))
     monkeypatch.setattr(
         "sprat.road.places.DataArtefact.task", lambda _, config, __: SimpleNamespace(kept=kept[config.title])
     )
