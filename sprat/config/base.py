@@ -131,18 +131,24 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         if not sign or not key.strip():
             raise ConfigError(f"cannot read the override {item!r}", where="--set", todo="write it as key.sub=value")
         try:
-            value = tomllib.loads(f"v = {text}")["v"]
+            read = tomllib.loads(f"v = {text}")
         except tomllib.TOMLDecodeError:
-            value = text
+            read = {"v": text}
+        if set(read) != {"v"}:
+            todo = "give each key a --set of its own"
+            raise ConfigError(f"an override of more than one key: {item!r}", where="--set", todo=todo)
         *parents, last = key.strip().split(".")
         place: dict[str, Any] | list[Any] = result
-        for parent in parents:
-            if isinstance(place, dict):
-                place.setdefault(parent, {})
+        for parent, below in zip(parents, [*parents, last][1:], strict=True):
+            if isinstance(place, dict) and parent not in place:
+                if below.isdigit():
+                    what, todo = f"there is no list {parent!r} in the recipe", f"give the whole of it: {parent}=[...]"
+                    raise ConfigError(what, where=f"--set {item}", todo=todo)
+                place[parent] = {}
             place = place[_part(place, parent, item)]
             if not isinstance(place, dict | list):
                 raise ConfigError(f"{parent!r} is a value, not a table", where=f"--set {item}", todo="name a table")
-        place[_part(place, last, item)] = value
+        place[_part(place, last, item)] = read["v"]
     return result
 
 
@@ -150,10 +156,11 @@ def _part(place: dict[str, Any] | list[Any], key: str, item: str) -> Any:
     """What ``place`` knows its part ``key`` by."""
     if isinstance(place, dict):
         return key
-    if not (key.isascii() and key.isdigit() and int(key) < len(place)):
+    numbers = [str(number) for number in range(len(place))]
+    if key not in numbers:
         what, todo = f"{key!r} is no entry of a list of {len(place)}", "name an entry by its number, from 0"
         raise ConfigError(what, where=f"--set {item}", todo=todo)
-    return int(key)
+    return numbers.index(key)
 
 
 def parse(kind: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:

@@ -18,8 +18,8 @@ Dims: B rows, T positions, N positions with loss, D student's hidden, E teacher'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -151,12 +151,9 @@ def distill(
     if sizes[0] != sizes[1]:
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
-    exact = config.steps - round(config.qat_fraction * config.steps)
-
-    def weights(step: int) -> AbstractContextManager[None]:
-        return nullcontext() if step < exact else rounded(student, quant or QuantConfig())
-
-    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), weights=weights)
+    steps = round(config.qat_fraction * config.steps)
+    last = loop.LastPart(config.steps - steps, partial(rounded, student, quant or QuantConfig())) if steps else None
+    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), last=last)
     if config.mode == "traces":
         return result
     length = result.tokens // max(1, result.steps * config.batch_rows)

@@ -70,7 +70,7 @@ def scores(
     """
     recipe = road.recipe
     engine = Engine(model, tokenizer, max_batch=recipe.eval.batch)
-    configs = [(c, True) for c in recipe.data.tasks] + [(c, False) for c in recipe.data.unseen if unseen]
+    configs = [(c, c.weight > 0) for c in recipe.data.tasks] + [(c, False) for c in recipe.data.unseen if unseen]
     tasks = [road.artefacts.task(config, recipe.eval.split) for config, _ in configs]
     most, rows = max(len(task.kept) for task in tasks), []
     for way in ways:

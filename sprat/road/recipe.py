@@ -26,6 +26,8 @@ from sprat.config.sizes import size
 from sprat.errors import ConfigError
 from sprat.tasks.base import Split
 
+EQUAL = 1.05  # what is called equal differs by no more
+
 
 def title(config: TaskConfig) -> str:
     """The name a task goes by in reports."""
@@ -102,6 +104,13 @@ class EvalRecipe(Config):
     batch: Count = 512
     side_problems: Count = 300  # of each task, where thinking is forced or forbidden
     samples: int = Field(4, ge=0, lt=2**31)  # kept for the report, for each task
+
+
+class AskedRecipe(EvalRecipe):
+    """How one stage is asked, where not all are asked alike: an input of its run."""
+
+    ways: tuple[str, ...]
+    unseen: bool  # whether it is asked the tasks that are never trained, too
 
 
 class SFTRecipe(Config):
@@ -197,6 +206,35 @@ class RoadRecipe(Config):
     def _name_twins_apart(self) -> Self:
         if len({twin.equal for twin in self.dense}) < len(self.dense):
             raise ValueError("two dense twins are equal to the teacher in the same")
+        return self
+
+    @model_validator(mode="after")
+    def _makes_dense_twins(self) -> Self:
+        """Refuse a twin with experts, or one that has not in common with the teacher what it says.
+
+        Raises:
+            ConfigError: one of them, or a model that cannot be.
+        """
+        if not self.dense:
+            return self
+        from sprat.model import count_parameters, flops_per_token  # with torch, which reading a recipe can do without
+
+        words, rows = self.data.vocab_size, self.data.seq_len
+        teacher = size(self.pretrain.model.size, **{"vocab_size": words, **self.pretrain.model.changes})
+        for place, twin in enumerate(self.dense):
+            config = size(twin.size, **{"vocab_size": words, **twin.changes})
+            if config.n_routed_experts:
+                todo = "give n_routed_experts = 0 or dense = true"
+                raise ConfigError("a dense twin has no experts", where=f"dense.{place}.changes", todo=todo)
+            steps = (twin.steps or self.pretrain.train.steps) / self.pretrain.train.steps
+            ratio = {
+                "FLOPs": steps * flops_per_token(config, rows) / flops_per_token(teacher, rows),
+                "CPU seconds": 1.0,  # which only running it shows
+                "parameters": count_parameters(config).total / count_parameters(teacher).total,
+            }[twin.equal]
+            if not 1 / EQUAL <= ratio <= EQUAL:
+                what, todo = f"the twin has {ratio:.2f} times the teacher's {twin.equal}", "change its widths or steps"
+                raise ConfigError(what, where=f"dense.{place}", todo=todo)
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from sprat.post import distill, grpo, reward_sources, rewards, sft
 from sprat.post.readiness import readiness
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
-from sprat.road.recipe import DenseRecipe, DistillRecipe, ModelRecipe, PretrainRecipe
+from sprat.road.recipe import AskedRecipe, DataRecipe, DenseRecipe, DistillRecipe, ModelRecipe, PretrainRecipe
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, evaluate, loop
@@ -32,6 +32,7 @@ from sprat.trust.run import Run
 
 ALL_WAYS = ("greedy", "sampled", "thinking", "direct")
 Mix = tuple[list[Task], list[float]]  # tasks and their weights
+LEAP = 1_000_003  # between the seeds of RL of one road and those of the next
 LOAD_ROWS = 64  # packed rows on which expert loads are measured
 
 
@@ -77,10 +78,16 @@ def fine_tune(road: Road) -> None:
 
 
 def reinforce(road: Road, seed: int) -> None:
-    """GRPO with rule rewards, with its own ``seed``, from the pre-trained model (R1-Zero) or after SFT (R1)."""
-    recipe, start = RLConfig(**road.recipe.rl.rl.model_dump(), seed=seed), road.recipe.rl.start
+    """GRPO with rule rewards, with its own ``seed``, from the pre-trained model (R1-Zero) or after SFT (R1).
+
+    Another seed of the road is another one of RL too.
+    """
+    own = (seed + LEAP * road.recipe.seed) % 2**63
+    recipe, start = RLConfig(**road.recipe.rl.rl.model_dump(), seed=own), road.recipe.rl.start
     first = seed == road.recipe.rl.seeds[0]
-    inputs = {"model": road.path(start), **measured(road)}
+    ways = ALL_WAYS if first else ("greedy",)
+    asked = AskedRecipe(**road.recipe.eval.replace(batch=1).model_dump(), ways=ways, unseen=first)
+    inputs = {"model": road.path(start), **measured(road), "eval": asked}
     if recipe.reward:
         inputs |= reward_sources.sources(recipe.reward)
 
@@ -102,7 +109,7 @@ def reinforce(road: Road, seed: int) -> None:
         return
     run, (model, tokenizer, tasks, reward) = opened
     result = grpo.grpo(model, tokenizer, *tasks, recipe, run, reward=reward, gate=False)
-    ways, label = (ALL_WAYS if first else ("greedy",)), f"Reinforcement learning, seed {seed}"
+    label = f"Reinforcement learning, seed {seed}"
     close(road, run, model, tokenizer, result, label, ways, before=start, unseen=first)
 
 
@@ -118,8 +125,8 @@ def student(road: Road) -> None:
         return model, teacher, tokenizer, mix(road)
 
     inputs = {"teacher": road.path(teacher_run), **measured(road)}
-    if recipe.distill.qat_fraction > 0:
-        inputs["quant"] = road.recipe.quant
+    if round(recipe.distill.qat_fraction * recipe.distill.steps):  # it learns with nearest codes, however they are made
+        inputs["quant"] = road.recipe.quant.replace(rounding="nearest")
     start, suits = recipe.distill.init_from, fits(recipe.distill)
     opened = road.open("distill", "distill", recipe, inputs, road.recipe.seed, prepare, start, suits)
     if opened is None:
@@ -164,8 +171,12 @@ def fits(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], 
 
 
 def measured(road: Road) -> dict[str, record.Input]:
-    """What every stage that is measured reads: the data, and how answers are drawn when they are judged."""
-    return {"data": road.path("data"), "eval": road.recipe.eval.replace(batch=1)}
+    """What every stage that is measured reads: the data, the tasks, and how answers are drawn when they are judged.
+
+    Tasks and their weights too: a few worked examples may be the same with other weights, what is drawn later is not.
+    """
+    tasks = DataRecipe(tasks=road.recipe.data.tasks)
+    return {"data": road.path("data"), "tasks": tasks, "eval": road.recipe.eval.replace(batch=1)}
 
 
 def mix(road: Road) -> Mix:

@@ -53,6 +53,19 @@ class TrainResult:
     tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class LastPart:
+    """The last part of a run, in which gradients are computed at other weights than are moved.
+
+    Attributes:
+        first: its first step, from 0.
+        weights: is entered while a gradient is computed.
+    """
+
+    first: int
+    weights: Callable[[], AbstractContextManager[None]]
+
+
 @dataclass
 class _Window:
     """Sums since the last logged row; goes into the checkpoint, so that rows come out the same after a resume."""
@@ -80,7 +93,7 @@ def train(
     run: Run,
     *,
     loss_fn: LossFn = next_token,
-    weights: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
+    last: LastPart | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
@@ -93,7 +106,7 @@ def train(
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
         loss_fn: what is minimised; on CPUs the members of a ``Team`` call it at once, each with rows of its own.
-        weights: is entered while the gradient of a step (from 0) is computed, at other weights than are moved.
+        last: a last part of the run whose gradients are computed at other weights.
         progress: show a bar, if this is a terminal.
 
     Raises:
@@ -108,7 +121,7 @@ def train(
     optimiser = optim.build(model, config.optim)
     identity, window = {"config": config.digest(), "data": source.digest}, _Window()
     done, tokens, start = _resume(model, optimiser, config, run, identity, window)
-    first_tokens, speed, began = tokens, 0.0, time.monotonic()
+    first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, last)
 
     def keep(folder: Path) -> None:
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
@@ -117,7 +130,7 @@ def train(
     with Team() as team, bar(run, config.steps, done, shown=progress) as advance, held_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
-            with weights(done):
+            with nullcontext() if last is None or done < last.first else last.weights():
                 metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
             _step(model, config, optimiser, metrics, loads, done, team, run)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
@@ -126,13 +139,18 @@ def train(
                 run.log(done, **window.close(), tokens=tokens, lr_factor=_factor(config, done - 1))
             speed = (tokens - first_tokens) / (time.monotonic() - began)
             advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
-            if done == schedule.stable_steps(config.optim, config.steps):
+            if done == stable:
                 keep(run.checkpoints / checkpoint.STABLE)
             if (stop := interrupted()) or done % config.checkpoint_every == 0 or done == config.steps:
                 keep(run.checkpoints)
             if stop:
                 raise KeyboardInterrupt
     return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
+
+
+def _stable_steps(config: LoopConfig, last: LastPart | None) -> int:
+    """After how many steps a longer run would still have gone the same way."""
+    return min(schedule.stable_steps(config.optim, config.steps), config.steps if last is None else last.first)
 
 
 def _flops(model: Transformer, config: LoopConfig, start: list[int], end: tuple[int, int]) -> float:

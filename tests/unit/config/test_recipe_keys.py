@@ -83,6 +83,11 @@ def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> No
         ("data.tasks.x=1", "'x' is no entry"),
         ("data.tasks.0.nothing=1", "unknown key 'data.tasks.0.nothing'"),
         ("data.tasks.0.name.deep=1", "'name' is a value, not a table"),
+        (f"data.tasks.{'9' * 5000}.weight=1", "is no entry of a list of 1"),
+        ("data.tasks.\u00b2.weight=1", "is no entry of a list of 1"),
+        ("dense.0.steps=400", "there is no list 'dense' in the recipe"),
+        ("pretrain.train.optim.betas.0=0.5", "there is no list 'betas' in the recipe"),
+        ("rl.rl.steps=20\nrl.rl.lr=7", "an override of more than one key"),
     ],
 )
 def test_an_entry_of_a_list_goes_by_its_number(said: str, fault: str) -> None:

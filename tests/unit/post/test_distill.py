@@ -21,6 +21,7 @@ from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
 from sprat.quant import dequantize_weight, quantize_weight
 from sprat.tokens import Tokenizer
+from sprat.train import checkpoint
 from sprat.train.backward import backward
 from sprat.train.team import Team
 from sprat.trust.run import Run
@@ -230,3 +231,16 @@ def test_the_last_steps_learn_with_rounded_weights(
     distill(small, guesser, source, config, open_stage("rounded", config), form)
     assert [step for step, exact in enumerate(seen) if exact] == rounds
     assert not torch.equal(dequantize_weight(quantize_weight(table.detach(), bits=8, group=0)), table)
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.0, 7), (0.1, 7), (0.5, 4), (1.0, None)])
+def test_a_longer_run_goes_on_from_before_the_weights_are_rounded(
+    fraction: float, kept: int | None, small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any,
+    open_stage: Open,
+) -> None:  # fmt: skip
+    optim = FAST.replace(warmup_steps=1, decay_fraction=0.25)
+    config = CONFIG.replace(steps=8, qat_fraction=fraction, optim=optim.model_dump())
+    run = open_stage("stable", config)
+    distill(small, guesser, batches(tokenizer, shown, ROWS), config, run)
+    found = checkpoint.latest(run.checkpoints / checkpoint.STABLE)
+    assert (None if found is None else found.step) == kept

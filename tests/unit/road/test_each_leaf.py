@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sprat.config.base import _leaves, _table
+from sprat.config.base import Config, _leaves, _table
 from sprat.data import corpus
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, SpratError
@@ -59,7 +59,7 @@ BASE = (
     "distill.distill.checkpoint_every=2", "distill.distill.log_every=2", "distill.text_share=0.25",
     "distill.distill.optim.warmup_steps=2", "distill.distill.optim.decay_fraction=0.5",
     "eval.max_tokens=3", "eval.side_problems=4", "eval.samples=1", "rl.seeds=[0]",
-    'dense=[{size="pico",changes={dense=true,hidden_size=16,num_hidden_layers=1}}]',
+    'dense=[{equal="CPU seconds",size="pico",changes={dense=true,hidden_size=16,num_hidden_layers=1}}]',
 )  # fmt: skip
 PAYS = """
 import time, zlib
@@ -161,6 +161,7 @@ STAGES: dict[str, dict[str, Change]] = {
         **{f"rl.rl.{leaf}": change for leaf, change in RL.items()},
         "rl.seeds": (f"[{2**63 - 1}]", ()),
         "rl.start": ("sft", ()),
+        "seed": ("1", ()),
     },
     "rft": {f"controls.rft.{leaf}": change for leaf, change in RFT.items()},
     "pretrain-more": {f"controls.more.{leaf}": change for leaf, change in LOOP.items()},
@@ -503,19 +504,44 @@ def test_the_student_learns_from_rows_of_the_data_whatever_the_recipe_says_since
     assert _left(base, seen, "distill", (), "data.seq_len=64").fault == ""
 
 
-@pytest.mark.parametrize(("fraction", "another"), [(0.0, False), (0.5, True)])
-def test_another_int4_is_another_student_only_where_it_learns_for_it(
-    base: Path, tmp_path: Path, fraction: float, another: bool
-) -> None:
-    folder, learns = tmp_path / "road", f"distill.distill.qat_fraction={fraction}"
+def _beside(base: Path, tmp_path: Path, stage: str) -> Path:
+    """A road in which all is done that ``stage`` reads."""
+    folder = tmp_path / "road"
     folder.mkdir()
     shutil.copy(base / "road" / "ledger.jsonl", folder)
-    for name in NEEDS["distill"]:
+    for name in NEEDS[stage]:
         shutil.copytree(base / "road" / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fraction", "change", "another"),
+    [(0.0, "bits=8", False), (0.01, "bits=8", False), (0.5, "bits=8", True), (0.5, "rounding=nearest", False)],
+)
+def test_another_int4_is_another_student_only_where_it_learns_for_it(
+    base: Path, tmp_path: Path, fraction: float, change: str, another: bool
+) -> None:
+    folder, learns = _beside(base, tmp_path, "distill"), f"distill.distill.qat_fraction={fraction}"
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        for bits in (4, 8):
-            _walk(_road(base, folder, (learns, f"quant.bits={bits}")), "distill", base, patch)
+        for quant in ("rounding=gptq", change):
+            _walk(_road(base, folder, (learns, f"quant.{quant}")), "distill", base, patch)
             made.append(json.loads((folder / "distill" / "run.json").read_text())["artefact_digest"])
     assert (folder / "distill.old-1").exists() == another
     assert (made[0] != made[1]) == another
+
+
+def test_the_first_seed_is_asked_more_whichever_it_is(base: Path, tmp_path: Path) -> None:
+    folder = _beside(base, tmp_path, "rl-seed0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "scores", lambda *rest, **more: [])
+        patch.setattr(measure, "gains", lambda *rest, **more: [])
+        for seeds in ("[0, 1]", "[0, 1]", "[1, 0]"):
+            training.reinforce(_road(base, folder, (f"rl.seeds={seeds}",)), 1)
+            assert (folder / "rl-seed1.old-1").exists() == (seeds == "[1, 0]")
+
+
+def test_other_weights_of_tasks_are_another_input(tmp_path: Path) -> None:
+    inputs = [training.measured(Road(tmp_path, named("tiny", (f"data.tasks.0.weight={w}",)))) for w in (1.0, 1.2)]
+    digests = [one["tasks"].digest() for one in inputs if isinstance(one["tasks"], Config)]
+    assert len(set(digests)) == 2

@@ -76,6 +76,14 @@ def test_each_way_of_asking_is_asked_as_it_is_called(tmp_path: Path, monkeypatch
     assert thought == {"greedy": 0.0, "sampled": 0.0, "thinking": 1.0, "direct": 0.0}
 
 
+def test_a_task_of_no_weight_is_not_said_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = 'data.tasks=[{name="sums",title="a"},{name="sums",title="b",weight=0}]'
+    monkeypatch.setattr(measure, "Engine", lambda *_, **__: Engine("all"))
+    monkeypatch.setattr("sprat.road.places.DataArtefact.task", lambda *_: Drawing("sums"))
+    rows = measure.scores(Road(tmp_path, named("tiny", (tasks,))), None, None)  # type: ignore[arg-type]
+    assert [row["trained"] for row in rows] == [True, False]
+
+
 class Drawing(Almost):
     """With kept problems, as the data stage leaves them."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from bench.roads import TWINS
 from sprat.config.sizes import size
 from sprat.errors import ConfigError, MachineError
 from sprat.model.counts import count_parameters
@@ -80,3 +82,29 @@ def test_a_folder_does_not_hide_the_packaged_recipe_of_its_name(
     assert named("tiny") == expected
     (tmp_path / "quickstart").write_text(expected.to_toml())
     assert named("quickstart") == expected
+
+
+@pytest.mark.parametrize(
+    ("twin", "fault"),
+    [
+        ("{steps=5}", "a dense twin has no experts (dense.0.changes)"),
+        ("{changes={dense=true,hidden_size=16}}", "times the teacher's FLOPs (dense.0)"),
+        ("{steps=70,changes={dense=true,hidden_size=32,kv_lora_rank=16}}", "times the teacher's FLOPs (dense.0)"),
+        ("{equal='parameters',changes={dense=true}}", "times the teacher's parameters (dense.0)"),
+        ("{equal='CPU seconds',changes={dense=true}},{equal='CPU seconds',changes={dense=true}}", "in the same"),
+    ],
+)
+def test_a_dense_twin_is_dense_and_equal_in_what_it_says(twin: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        named("tiny", (f"dense=[{twin}]",))
+
+
+def test_the_twins_of_the_published_roads_are_equal_in_what_they_say() -> None:
+    recipe = named("quickstart", (TWINS,))
+    teacher, *twins = (
+        size(model.size, vocab_size=recipe.data.vocab_size, **model.changes)
+        for model in (recipe.pretrain.model, *recipe.dense)
+    )
+    assert [twin.equal for twin in recipe.dense] == ["FLOPs", "CPU seconds", "parameters"]
+    assert all(twin.n_routed_experts == 0 for twin in twins)
+    assert count_parameters(twins[2]).total / count_parameters(teacher).total == pytest.approx(1, abs=0.01)

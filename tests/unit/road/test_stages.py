@@ -227,8 +227,11 @@ def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path
         ("pretrain.model.changes.vocab_size=100", "pretrain.model.changes.vocab_size"),
         ("distill.student.changes.max_position_embeddings=95", "distill.student.changes.max_position_embeddings"),
         ("distill.student.changes.vocab_size=511", "distill.student.changes.vocab_size"),
-        ("dense=[{changes={max_position_embeddings=10}}]", "dense.0.changes.max_position_embeddings"),
-        ("dense=[{changes={vocab_size=10}}]", "dense.0.changes.vocab_size"),
+        (
+            "dense=[{equal='CPU seconds',changes={dense=true,max_position_embeddings=10}}]",
+            "dense.0.changes.max_position_embeddings",
+        ),
+        ("dense=[{equal='CPU seconds',changes={dense=true,vocab_size=10}}]", "dense.0.changes.vocab_size"),
         ("data.seq_len=4096", "data.seq_len"),
         ("sft.sft.seq_len=4096", "sft.sft.seq_len"),
         ("rl.rl.max_tokens=2048", "rl.rl.max_tokens"),
