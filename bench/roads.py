@@ -1,30 +1,54 @@
 """Whole roads, each with a seed of its own and on several instruction sets: mean, range, and which bars hold where.
 
-Data order, weights, RL and the student are all re-seeded. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
-processor without AVX-512. A bar of learning holds where it holds on five roads of six; a gain stands with the lower end
-of its 95 % interval over the seeds (Student's t), since one road's p-value says nothing of another seed.
+Data order, weights, the controls and the student are re-seeded; RL starts from other weights, and draws its questions
+and answers with the recipe's ``rl.seeds`` on every road. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
+processor without AVX-512. A bar holds where it holds on five roads of six; one that a road says nothing of is not held
+there. With more than one seed, the two claims of learning (RL over the base by 20 points on four tasks, the student
+over its twin without a teacher) also need the lower end of the 95 % interval above 0, RL on each of four such tasks.
+
+The interval (Student's t) is over training seeds only, on fixed test problems: it says what another seed would give,
+not what other problems would. Many intervals are printed, and none is corrected for their number: the bars name the
+primary comparisons, the others are for reading.
 
     python -m bench.roads OUT [--seeds 0 1 2] [--isa avx512 avx2] [--recipe quickstart] [--set a.b=c] [--twins]
                               [--quick] [--json]
 
-Roads that are finished under OUT are read, not walked again. ``--twins`` adds two dense twins of the teacher to each,
-at equal CPU seconds and at equal parameters, for which a quickstart has no time. ``--quick`` walks one road.
+Roads that are finished under OUT are read, not walked again, if they are of the same recipe, seed and instruction set;
+else they are refused. Minutes count only where this recipe was walked in one go. ``--twins`` adds to each what a
+quickstart has no time for: two dense twins of the teacher, at equal CPU seconds and at equal parameters, and a student
+without a teacher that has as many worked examples as the teacher answered. ``--quick`` walks one road.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.road_figures import (
+    Bar,
+    Road,
+    gain_lines,
+    gains,
+    incomplete,
+    judge,
+    read,
+    seconds,
+    seconds_lines,
+    shown,
+    table,
+)
+from sprat.errors import ConfigError
+from sprat.road.recipe import RoadRecipe, named
+from sprat.trust.ledger import Ledger
 
 ISAS = {
     "avx512": {},
@@ -34,170 +58,137 @@ _TWIN = (
     "{{equal='{equal}',{more},size='micro',changes={{num_hidden_layers=2,first_k_dense_replace=2,n_routed_experts=0,"
     "n_shared_experts=0,num_experts_per_tok=0,moe_intermediate_size=0,intermediate_size={width}}}}}"
 )
-TWINS = "dense=[" + ",".join((
-    _TWIN.format(equal="FLOPs", more="steps=1600", width=288),
-    _TWIN.format(equal="CPU seconds", more="steps=2100", width=288),  # dense products are faster at equal FLOPs
-    _TWIN.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
-)) + "]"  # fmt: skip
-ROWS = {  # of the table: a run of a road, how it was asked, and what it is called
-    ("pretrain", "greedy"): "pre-trained, sparse",
-    ("pretrain", "thinking"): "*the same, made to think*",
-    ("rl-seed0", "greedy"): "**after RL**",
-    ("sft", "greedy"): "*control:* SFT on worked examples",
-    ("rft", "greedy"): "*control:* rejection sampling, then SFT",
-    ("pretrain-more", "greedy"): "*control:* more pre-training",
-    ("pretrain-dense", "thinking"): "*control of the experts:* dense, equal FLOPs, made to think",
-    ("pretrain-dense-seconds", "thinking"): "*control of the experts:* dense, equal CPU seconds",
-    ("pretrain-dense-parameters", "thinking"): "*control of the experts:* dense, equal parameters",
-    ("distill", "greedy"): "student, distilled",
-    ("student-scratch", "greedy"): "*control:* the same without a teacher",
-    ("quantize", "greedy"): "student in INT4",
-}
-T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # by degrees of freedom, two-sided
-SHARE = 5 / 6  # of roads on which a bar must hold
-Scores = dict[str, float]
+TWINS = (
+    "dense=[" + ",".join((
+        _TWIN.format(equal="FLOPs", more="steps=1600", width=288),
+        _TWIN.format(equal="CPU seconds", more="steps=2100", width=288),  # dense products are faster at equal FLOPs
+        _TWIN.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
+    )) + "]",
+    "distill.worked=12000",  # as many worked examples as the teacher answers: distill.distill.problems
+)  # fmt: skip
+TWIN_RUNS = ("pretrain-dense-parameters", "student-examples")
+NO_MATTER = ("jobs", "money", "data.offline")  # keys of a recipe that change no result
+TWIN_KEYS = ("dense", "distill.worked")
 
 
-@dataclass(frozen=True)
-class Road:
-    """One finished road, read from its run folders."""
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a table with their dotted keys; an entry of a list goes by its number."""
+    parts = value.items() if isinstance(value, dict) else [*enumerate(value)] if isinstance(value, list) else ()
+    if not parts:
+        yield key, value
+    for name, part in parts:
+        yield from leaves(part, f"{key}.{name}" if key else str(name))
 
-    name: str
-    runs: dict[str, dict[str, Any]]
-    minutes: float | None
 
-    def scores(self, run: str, way: str = "greedy") -> Scores:
-        """Share of right answers by trained task; empty where the run was not asked so."""
-        rows = self.runs[run]["facts"]["scores"] if run in self.runs else []
-        return {r["task"]: r["correct"] / r["count"] for r in rows if r["label"] == way and r.get("trained", True)}
+def check(folder: Path, isa: str, recipe: RoadRecipe, left_out: Sequence[str] = ()) -> None:
+    """Refuse a folder in which another road was walked, or begun.
 
-    def mean(self, run: str, way: str = "greedy") -> float:
-        """Mean over the trained tasks."""
-        return statistics.mean(self.scores(run, way).values())
+    Args:
+        recipe: what is asked for, with its seed.
+        left_out: keys that may differ, beside those that change no result.
 
-    def fact(self, run: str, name: str) -> Any:
-        """A fact that a run noted."""
-        return self.runs[run]["facts"].get(name)
+    Raises:
+        ConfigError: says which folder, which key, and what to do.
+    """
+
+    def refuse(what: str) -> ConfigError:
+        return ConfigError(f"another road is here: {what}", where=str(folder), todo="give another OUT, or remove it")
+
+    kept, told = folder / "recipe.toml", folder / "isa"
+    if not kept.is_file():
+        if any(folder.glob("*/run.json")) or any(folder.glob("*/open.json")) or (folder / "report.html").exists():
+            raise refuse("it has runs, and no recipe.toml")
+        return
+    try:
+        there = dict(leaves(tomllib.loads(kept.read_text(encoding="utf-8"))))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        raise refuse("its recipe.toml cannot be read") from None
+    asked = dict(leaves(tomllib.loads(recipe.to_toml())))
+    for key in sorted(there.keys() | asked.keys()):
+        free = any(key == one or key.startswith(f"{one}.") for one in (*NO_MATTER, *left_out))
+        if not free and (key not in there or key not in asked or there[key] != asked[key]):
+            raise refuse(f"{key} is {there.get(key, 'not set')} there and {asked.get(key, 'not set')} here")
+    if told.is_file():
+        walked = told.read_text(encoding="utf-8").strip()
+        if walked != isa:
+            raise refuse(f"isa is {walked} there and {isa} here")
+    elif folder.name != f"seed{recipe.seed}-{isa}":  # walked before there were notes: the name must say it
+        raise refuse(f"isa is noted nowhere, and {isa} is asked")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a walk ended here after the last one that began: it writes its recipe first, its report last."""
+    recipe, report = folder / "recipe.toml", folder / "report.html"
+    return recipe.is_file() and report.is_file() and report.stat().st_mtime_ns >= recipe.stat().st_mtime_ns
+
+
+def note(folder: Path, name: str, text: str) -> None:
+    """Write a small file of the road, for which its ledger answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, ledger = folder / name, Ledger(folder / "ledger.jsonl")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    ledger.root()
+    ledger.enter(path)
+
+
+def environment(isa: str) -> dict[str, str]:
+    """The environment of a process of one instruction set, whatever this one has."""
+    ours = {name for setting in ISAS.values() for name in setting}
+    return {name: value for name, value in os.environ.items() if name not in ours} | ISAS[isa]
 
 
 def walk(folder: Path, seed: int, isa: str, recipe: str, overrides: Sequence[str], twins: bool = False) -> Road:
-    """Walk a road where it is not finished, then its further twins where they are wanted, and read it."""
-    told = folder / "minutes"
+    """Walk a road where it is not finished, then what ``twins`` adds where it is wanted, and read it.
+
+    Raises:
+        ConfigError: another road is in the folder.
+    """
+    chosen = named(recipe, (*overrides, f"seed={seed}"))
+    check(folder, isa, chosen, TWIN_KEYS if twins else ())
+    told, digest = folder / "minutes", hashlib.sha256(chosen.to_toml().encode()).hexdigest()
     command = [sys.executable, "-m", "sprat", "quickstart", "--out", str(folder), "--seed", str(seed), "--no-serve"]
-    command += ["--recipe", recipe, *(word for each in overrides for word in ("--set", each))]
+    command += ["--recipe", recipe]
 
     def go(*more: str) -> None:
-        subprocess.run([*command, *more], env=os.environ | ISAS[isa], check=True, stdout=subprocess.DEVNULL)
+        words = [word for each in (*overrides, *more) for word in ("--set", each)]
+        subprocess.run([*command, *words], env=environment(isa), check=True, stdout=subprocess.DEVNULL)
 
-    if not (folder / "report.html").is_file():
+    if not finished(folder):
+        in_one_go = not folder.exists() or not any(folder.iterdir())
+        note(folder, "isa", isa)  # from here on the folder is not empty: a new start is told
         began = time.monotonic()
         go()
-        told.write_text(f"{(time.monotonic() - began) / 60:.2f}")
-    if twins and not (folder / "pretrain-dense-parameters" / "run.json").is_file():
-        go("--set", TWINS)
-    return read(folder, f"{seed}-{isa}", float(told.read_text()) if told.is_file() else None)
+        if in_one_go:
+            note(folder, told.name, f"{(time.monotonic() - began) / 60:.2f} {digest}")
+    if twins and not all((folder / run / "run.json").is_file() for run in TWIN_RUNS):
+        go(*TWINS)
+    noted = told.read_text(encoding="utf-8").split() if told.is_file() else []
+    return read(folder, f"{seed}-{isa}", float(noted[0]) if noted[1:] == [digest] else None)
 
 
-def read(folder: Path, name: str, minutes: float | None = None) -> Road:
-    """The finished runs of a road."""
-    runs = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")}
-    return Road(name, runs, minutes)
+def bar_line(name: str, bar: Bar) -> str:
+    """Figure, count of roads and verdict of a bar."""
+    there = [one for one in bar.found if one is not None]
+    figure = shown([value for value, _ in there], ".3g", True) if there else ""
+    missing = f", missing on {len(bar.found) - len(there)}" if len(there) < len(bar.found) else ""
+    count = f"{sum(fine for _, fine in there)} of {len(bar.found)}{missing}"
+    verdict = "met" if bar.met else "MISSED"
+    return f"{name:60} {figure:28} {count}: {verdict}{f' ({bar.note})' if bar.note else ''}"
 
 
-def lower(values: Sequence[float]) -> float:
-    """The lower end of the 95 % interval of the mean (Student's t); minus infinity for a single value."""
-    if len(values) < 2:
-        return -math.inf
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - T95[min(len(values) - 1, len(T95) - 1)] * spread
-
-
-def by_seed(roads: Sequence[Road], values: Sequence[float]) -> list[float]:
-    """A value for each seed: roads of one seed on two instruction sets share data and first weights, and are no two."""
-    seeds = [road.name.partition("-")[0] for road in roads]
-    return [
-        statistics.mean(value for value, one in zip(values, seeds, strict=True) if one == seed)
-        for seed in dict.fromkeys(seeds)
-    ]
-
-
-def bars(road: Road) -> dict[str, tuple[float, bool]]:
-    """Figure and verdict of each bar on one road; accuracies are shares."""
-    base, thinking, rl = road.scores("pretrain"), road.scores("pretrain", "thinking"), road.scores("rl-seed0")
-    gains = sorted((round(rl[task] - base[task], 9) for task in rl), reverse=True)
-    kept = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
-    taught = road.mean("distill") - road.mean("student-scratch")
-    loss = road.fact("quantize", "relative_loss") or {"": math.nan}  # a student that is never right has nothing to lose
-    text = road.fact("pretrain", "bits_per_byte")
-    over = {d: row["model"] - min(v for k, v in row.items() if k not in ("model", "bytes")) for d, row in text.items()}
-    found = {
-        "RL over the base: fourth best gain of the tasks >= 0.20": (gains[:4][-1], gains[:4][-1] >= 0.20),
-        "RL: worst task's share of the base made to think >= 0.97": (kept, kept >= 0.97),
-        "student over its twin without a teacher, mean > 0": (taught, taught > 0),
-        "INT4: mean relative loss <= 0.02": (statistics.mean(loss.values()), statistics.mean(loss.values()) <= 0.02),
-        "INT4: worst task's relative loss <= 0.05": (max(loss.values()), max(loss.values()) <= 0.05),
-        **{f"bits per byte over the best baseline, {d} < 0": (gap, gap < 0) for d, gap in over.items() if d != "code"},
-    }
-    if told := road.fact("quantize", "drafts"):
-        ratio = told["with_drafts"] / told["without"]
-        found["MTP: share of first drafts accepted >= 0.70"] = (told["accepted"], told["accepted"] >= 0.70)
-        found["MTP: tokens/s with drafts over without >= 1.15"] = (ratio, ratio >= 1.15)
-    if road.minutes is not None:
-        found["minutes of the quickstart <= 15"] = (road.minutes, road.minutes <= 15)
-    return found
-
-
-def _shown(values: Sequence[float], form: str, ranges: bool) -> str:
-    """Mean (least to most)."""
-    middle, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    return f"{middle} ({least} to {most})" if ranges and len(values) > 1 else middle
-
-
-def table(roads: Sequence[Road], ranges: bool) -> str:
-    """Accuracy in per cent on each task and CPU seconds of training, means over roads, as Markdown.
-
-    Args:
-        ranges: least and most of every cell; else of the mean of tasks alone.
-    """
-    tasks = list(roads[0].scores("pretrain"))
-    lines = ["| | " + " | ".join([*tasks, "mean", "CPU s"]) + " |", "|---" * (len(tasks) + 3) + "|"]
-    for (run, way), label in ROWS.items():
-        rows = [road.scores(run, way) for road in roads]
-        if not all(rows):  # a run that some of the roads have not
-            continue
-        cells = [_shown([100 * row[task] for row in rows], ".1f", ranges) for task in tasks]
-        cells.append(_shown([100 * statistics.mean(row.values()) for row in rows], ".1f", True))
-        spent = [float(road.fact(run, "training_cpu_seconds") or math.nan) for road in roads]
-        asked_again = way == "thinking" and run == "pretrain" or math.isnan(spent[0])
-        cells.append("" if asked_again else _shown(spent, ".0f", ranges))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def gains(roads: Sequence[Road]) -> dict[str, dict[str, float]]:
-    """Mean gain and its lower 95 % end over seeds, for each task and each pair of runs that a sentence rests on."""
-    pairs = {
-        "RL over base": ("rl-seed0", "pretrain"), "RL over SFT": ("rl-seed0", "sft"),
-        "RL over RFT": ("rl-seed0", "rft"), "RL over more pre-training": ("rl-seed0", "pretrain-more"),
-        "student over twin": ("distill", "student-scratch"), "sparse over dense": ("pretrain", "pretrain-dense"),
-        "sparse over dense, CPU seconds": ("pretrain", "pretrain-dense-seconds"),
-        "sparse over dense, parameters": ("pretrain", "pretrain-dense-parameters"),
-    }  # fmt: skip
-    found = {}
-    for name, (after, before) in pairs.items():
-        if not all(after in road.runs and before in road.runs for road in roads):
-            continue
-        way = "thinking" if name.startswith("sparse") else "greedy"
-        each = [(road.scores(after, way), road.scores(before, way)) for road in roads]
-        changes = {task: [new[task] - old[task] for new, old in each] for task in each[0][0]}
-        changes["mean"] = [statistics.mean(values) for values in zip(*changes.values(), strict=True)]
-        for task, values in changes.items():
-            found[f"{name}: {task}"] = {"mean": statistics.mean(values), "lower": lower(by_seed(roads, values))}
-    return found
+def tell(roads: Sequence[Road], judged: dict[str, Bar]) -> None:
+    """Print tables, gains, CPU seconds and bars."""
+    print(table(roads, ranges=False), table(roads, ranges=True), sep="\n\n", end="\n\n")
+    for run, there in incomplete(roads).items():
+        print(f"left out, since only {there} of {len(roads)} roads have it: {run}")
+    print("\nGains, intervals over training seeds, uncorrected:", gain_lines(gains(roads)), sep="\n", end="\n\n")
+    print(seconds_lines(seconds(roads)), end="\n\n")
+    print("\n".join(bar_line(name, bar) for name, bar in judged.items()))
 
 
 def main() -> int:
-    """Walk, print, and say which bars hold; 1 where one does not."""
+    """Walk, print, and say which bars hold; 1 where one does not, 2 where another road is in a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -210,22 +201,23 @@ def main() -> int:
     asked = parser.parse_args()
     kinds = [(seed, isa) for seed in asked.seeds for isa in asked.isa][: 1 if asked.quick else None]
     way = (asked.recipe, asked.overrides, asked.twins)
-    roads = [walk(asked.out / f"seed{seed}-{isa}", seed, isa, *way) for seed, isa in kinds]
-    each = [bars(road) for road in roads]
-    held = {name: [one[name] for one in each if name in one] for name in each[0]}
-    good = {name: sum(fine for _, fine in found) >= SHARE * len(found) for name, found in held.items()}
+    try:
+        roads = [walk(asked.out / f"seed{seed}-{isa}", seed, isa, *way) for seed, isa in kinds]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    judged = judge(roads)
     if asked.json:
-        facts = {"roads": [road.name for road in roads], "bars": held, "good": good, "gains": gains(roads)}
+        facts = {
+            "roads": [road.name for road in roads], "bars": {name: bar.found for name, bar in judged.items()},
+            "good": {name: bar.met for name, bar in judged.items()},
+            "notes": {name: bar.note for name, bar in judged.items() if bar.note},
+            "gains": gains(roads), "cpu_seconds": seconds(roads), "incomplete": incomplete(roads),
+        }  # fmt: skip
         print(json.dumps(facts))
     else:
-        print(table(roads, ranges=False), table(roads, ranges=True), sep="\n\n", end="\n\n")
-        for name, gain in gains(roads).items():
-            print(f"{name:44} {100 * gain['mean']:+6.1f} points, lower 95 % {100 * gain['lower']:+6.1f}")
-        for name, found in held.items():
-            figure = _shown([value for value, _ in found], ".3g", True)
-            verdict = "met" if good[name] else "MISSED"
-            print(f"{name:60} {figure:28} {sum(fine for _, fine in found)} of {len(found)}: {verdict}")
-    return 0 if all(good.values()) else 1
+        tell(roads, judged)
+    return 0 if all(bar.met for bar in judged.values()) else 1
 
 
 if __name__ == "__main__":

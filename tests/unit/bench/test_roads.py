@@ -1,85 +1,138 @@
-"""What is said of whole roads: bars, gains with an interval over seeds, and the table, from runs written by hand."""
+"""Whose folder may be read as a road, what is walked, and whose minutes count; no stage is run."""
 
 from __future__ import annotations
 
-import copy
-import math
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.roads import Road, bars, gains, lower, table
+from bench.road_figures import Road
+from bench.roads import TWINS, check, environment, walk
+from sprat.errors import ConfigError
+from sprat.road.recipe import named
 
-TASKS = ("a", "b", "c", "d", "e", "f")
-
-
-def scored(way: str, *right: int) -> list[dict[str, Any]]:
-    return [{"task": t, "label": way, "correct": r, "count": 1000} for t, r in zip(TASKS, right, strict=True)]
-
-
-def road(name: str = "0-avx512", shift: int = 0) -> Road:
-    """Every bar is met, and none by much."""
-    base, thinking = (500, 500, 500, 500, 900, 900), (720, 720, 720, 720, 920, 920)
-    reached = tuple(700 + shift if place < 4 else 900 for place in range(6))
-    text = {"prose": {"bytes": 9, "model": 1.9, "ppm": 2.0, "xz": 2.5}, "code": {"bytes": 9, "model": 3.0, "ppm": 2.0}}
-    facts: dict[str, dict[str, Any]] = {
-        "pretrain": {"scores": scored("greedy", *base) + scored("thinking", *thinking), "bits_per_byte": text},
-        "rl-seed0": {"scores": scored("greedy", *reached), "training_cpu_seconds": 50 + shift},
-        "distill": {"scores": scored("greedy", *[501] * 6)},
-        "student-scratch": {"scores": scored("greedy", *[500] * 6)},
-        "quantize": {
-            "scores": scored("greedy", *[500] * 6),
-            "relative_loss": dict(zip(TASKS, (0.05, 0.03, 0.01, 0.01, 0.01, 0.01), strict=True)),
-            "drafts": {"accepted": 0.7, "with_drafts": 115.0, "without": 100.0},
-        },
-    }
-    return Road(name, {run: {"facts": each} for run, each in facts.items()}, 15.0)
+WORKED = "distill.worked=12000"
+Walk = Callable[..., Road]
 
 
-def test_each_bar_holds_where_it_is_met() -> None:
-    found = bars(road())
-    assert len(found) == 9 and all(good for _, good in found.values()), found
+@pytest.fixture
+def walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Walk, list[list[str]]]:
+    """A folder for a road, a walk whose stages take no time, and the commands that it ran."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        ran.append(command)
+        folder = Path(command[command.index("--out") + 1])
+        given = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--set"]
+        text = named("quickstart", (*(word for word in given if word != WORKED), "seed=0")).to_toml()
+        (folder / "recipe.toml").write_text(
+            text.replace("[distill]", f"[distill]\n{'worked = 12000' * (WORKED in given)}")
+        )
+        if "interrupted" in env:
+            raise KeyboardInterrupt
+        for name in ("pretrain-dense-parameters", "student-examples") if set(TWINS) <= set(given) else ():
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / "run.json").write_text('{"facts": {}}')
+        (folder / "report.html").touch()
+
+    def go(*overrides: str, isa: str = "avx512", twins: bool = False) -> Road:
+        return walk(tmp_path / "seed0-avx512", 0, isa, "quickstart", overrides, twins)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return tmp_path / "seed0-avx512", go, ran
 
 
-@pytest.mark.parametrize(
-    ("run", "fact", "value", "bar"),
-    [
-        ("rl-seed0", "scores", scored("greedy", 700, 700, 700, 699, 900, 900), "fourth best gain"),
-        ("rl-seed0", "scores", scored("greedy", 700, 720, 720, 720, 890, 900), "base made to think"),
-        ("distill", "scores", scored("greedy", *[500] * 6), "without a teacher"),
-        ("quantize", "relative_loss", dict.fromkeys(TASKS, 0.021), "INT4: mean"),
-        ("quantize", "relative_loss", dict.fromkeys(TASKS, 0.0) | {"c": 0.051}, "INT4: worst"),
-        ("quantize", "drafts", {"accepted": 0.69, "with_drafts": 115.0, "without": 100.0}, "accepted"),
-        ("quantize", "drafts", {"accepted": 0.7, "with_drafts": 114.0, "without": 100.0}, "tokens/s"),
-        ("pretrain", "bits_per_byte", {"prose": {"bytes": 9, "model": 2.1, "ppm": 2.0, "xz": 2.5}}, "prose"),
-    ],
-)
-def test_each_bar_is_missed_by_itself(run: str, fact: str, value: Any, bar: str) -> None:
-    one = copy.deepcopy(road())
-    one.runs[run]["facts"][fact] = value
-    missed = [name for name, (_, good) in bars(one).items() if not good]
-    assert len(missed) == 1 and bar in missed[0], missed
+def test_a_finished_road_is_read_if_it_is_the_one_that_is_asked(walked: tuple[Path, Walk, list[list[str]]]) -> None:
+    folder, go, ran = walked
+    assert go().minutes is not None and (folder / "isa").read_text() == "avx512"
+    ledger = (folder / "ledger.jsonl").read_text()
+    assert '"isa"' in ledger and '"minutes"' in ledger  # else ``sprat verify`` would find two files that nobody wrote
+    assert go("jobs=1", "money.watts_per_core=5.0", "data.offline=true").name == "0-avx512" and len(ran) == 1
+    with pytest.raises(
+        ConfigError, match=r"sft.sft.steps is 440 there and 9 here \(.*seed0-avx512\); give another OUT"
+    ):
+        go("sft.sft.steps=9")
+    with pytest.raises(ConfigError, match="eval.split is test there and dev here"):
+        go("eval.split=dev")
+    with pytest.raises(ConfigError, match="isa is avx512 there and avx2 here"):
+        go(isa="avx2")
+    with pytest.raises(ConfigError, match="seed is 0 there and 1 here"):
+        walk(folder, 1, "avx512", "quickstart", ())
+    assert len(ran) == 1
 
 
-def test_the_interval_is_students() -> None:
-    # mean 3, deviation 1.5811, t(4) = 2.776: 3 - 2.776 * 0.7071
-    assert lower([1, 2, 3, 4, 5]) == pytest.approx(1.037, abs=1e-3)
-    assert lower([5]) == -math.inf
+def test_without_a_note_the_folders_name_must_say_the_instruction_set(tmp_path: Path) -> None:
+    recipe = named("quickstart", ("seed=0",))
+    for name in ("seed0-avx512", "road"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(recipe.to_toml())
+    check(tmp_path / "seed0-avx512", "avx512", recipe)
+    for name, isa in (("seed0-avx512", "avx2"), ("road", "avx512")):
+        with pytest.raises(ConfigError, match="isa is noted nowhere"):
+            check(tmp_path / name, isa, recipe)
 
 
-def test_roads_of_one_seed_count_once() -> None:
-    roads = [road("0-avx512"), road("0-avx2", 20), road("1-avx512", 10), road("1-avx2", 30), road("2-avx512", 20)]
-    found = gains(roads)["RL over base: a"]  # seeds: 0.21, 0.22, 0.22
-    assert found["mean"] == pytest.approx(0.216)
-    assert found["lower"] == pytest.approx(0.65 / 3 - 4.303 * 0.0057735 / math.sqrt(3), abs=1e-5)
-    assert gains(roads)["RL over base: e"] == {"mean": 0, "lower": 0}
-    assert not any(name.startswith("RL over SFT") for name in gains(roads))  # a run that is not there
+@pytest.mark.parametrize("text", [None, "seed = ", "seed = 0"])
+def test_a_folder_whose_recipe_is_not_known_is_refused(tmp_path: Path, text: str | None) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "run.json").write_text("{}")
+    if text is not None:
+        (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"no recipe.toml|cannot be read|controls.* is not set there"):
+        check(tmp_path, "avx512", named("quickstart", ("seed=0",)))
 
 
-def test_the_table_shows_means_and_ranges_in_per_cent() -> None:
-    roads = [road("0-avx512"), road("1-avx512", 20)]
-    short, wide = (table(roads, ranges=ranges).splitlines() for ranges in (False, True))
-    row = next(line for line in short if "after RL" in line)
-    assert row == "| **after RL** | 71.0 | 71.0 | 71.0 | 71.0 | 90.0 | 90.0 | 77.3 (76.7 to 78.0) | 60 |"
-    assert "71.0 (70.0 to 72.0)" in next(line for line in wide if "after RL" in line)
-    assert not any("SFT" in line for line in short)
+def test_a_report_older_than_the_recipe_is_of_another_walk(walked: tuple[Path, Walk, list[list[str]]]) -> None:
+    folder, go, ran = walked
+    go()
+    os.utime(folder / "report.html", ns=(0, 0))
+    go()
+    assert len(ran) == 2
+
+
+def test_a_road_in_two_goes_has_no_minutes(
+    walked: tuple[Path, Walk, list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, go, _ = walked
+    with monkeypatch.context() as context:
+        context.setenv("interrupted", "1")
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    assert go().minutes is None and not (folder / "minutes").exists()
+    (folder / "minutes").write_text("12.5")  # noted before it was said of what
+    assert go().minutes is None
+
+
+def test_minutes_are_of_this_recipe(walked: tuple[Path, Walk, list[list[str]]]) -> None:
+    _, go, _ = walked
+    assert go().minutes is not None and go("jobs=1").minutes is None
+
+
+def test_twins_are_walked_once(walked: tuple[Path, Walk, list[list[str]]]) -> None:
+    _, go, ran = walked
+    go("jobs=1")
+    for _ in range(2):
+        assert {"pretrain-dense-parameters", "student-examples"} <= go(twins=True).runs.keys()
+    assert len(ran) == 2 and all(word in ran[1] for word in TWINS) and WORKED in TWINS
+    with pytest.raises(ConfigError, match=r"dense\.0\.steps is 1600 there and not set here"):
+        go()
+    with pytest.raises(ConfigError, match="sft.sft.steps"):
+        go("sft.sft.steps=9", twins=True)
+
+
+def test_one_twin_that_is_missing_is_walked(walked: tuple[Path, Walk, list[list[str]]]) -> None:
+    folder, go, ran = walked
+    go(twins=True)
+    (folder / "student-examples" / "run.json").unlink()
+    go(twins=True)
+    assert len(ran) == 3 and WORKED in ran[2]
+
+
+def test_an_instruction_set_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRAT_ISA", "avx2")
+    assert "SPRAT_ISA" not in environment("avx512")
+    assert environment("avx2")["SPRAT_ISA"] == "avx2"
