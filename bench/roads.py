@@ -1,7 +1,6 @@
 """Whole roads, each with a seed of its own and on several instruction sets: mean, range, and which bars hold where.
 
-Data order, weights, the controls and the student are re-seeded; RL starts from other weights, and draws its questions
-and answers with the recipe's ``rl.seeds`` on every road. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
+Data order, weights, RL, the controls and the student are re-seeded. ``avx2`` makes torch, MKL and Sprat's kernels round as on a
 processor without AVX-512. A bar holds where it holds on five roads of six; one that a road says nothing of is not held
 there. With more than one seed, the two claims of learning (RL over the base by 20 points on four tasks, the student
 over its twin without a teacher) also need the lower end of the 95 % interval above 0, RL on each of four such tasks.
@@ -64,11 +63,11 @@ TWINS = (
         _TWIN.format(equal="CPU seconds", more="steps=2100", width=288),  # dense products are faster at equal FLOPs
         _TWIN.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
     )) + "]",
-    "distill.worked=12000",  # as many worked examples as the teacher answers: distill.distill.problems
+    "controls.student_examples=12000",  # as many worked examples as the teacher answers: distill.distill.problems
 )  # fmt: skip
 TWIN_RUNS = ("pretrain-dense-parameters", "student-examples")
-NO_MATTER = ("jobs", "money", "data.offline")  # keys of a recipe that change no result
-TWIN_KEYS = ("dense", "distill.worked")
+NO_MATTER = ("jobs", "money")  # keys of a recipe that change no result
+TWIN_KEYS = ("dense", "controls.student_examples")
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

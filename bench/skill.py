@@ -1,9 +1,8 @@
 """Does RL teach a skill, or only bring out what is there? RL over a base that always thinks, seed by seed.
 
 The base has seen 450 steps of the quickstart's mix, none of whose worked examples is terse: it thinks in every answer,
-and is often wrong. What RL gains over it is no longer that it thinks. All but RL's draws is re-seeded; beside it, from
-the same base and for as many CPU seconds: SFT on more worked examples, rejection sampling, and pre-training that goes
-on.
+and is often wrong. What RL gains over it is no longer that it thinks. Everything is re-seeded; beside it, from the same
+base and for as many CPU seconds: SFT on more worked examples, rejection sampling, and pre-training that goes on.
 
     python -m bench.skill OUT [--seeds 0 1 2] [--isa avx512 avx2] [--split test] [--controls] [--quick] [--json]
 
@@ -28,13 +27,14 @@ from sprat.road.recipe import named
 RECIPE = (
     "data.terse_fraction=0.0", "pretrain.train.steps=450", "rl.seeds=[0]", "rl.rl.gate=false",
     "rl.rl.steps=150", "rl.rl.lr=1e-4", "rl.rl.kl_weight=0.05", "rl.rl.temperature=0.6",  # chosen on dev
-    "sft.sft.steps=1300", "controls.rft.steps=1400", "controls.more.steps=1800",
+    "sft.sft.steps=1300", "controls.rft.problems=40_000", "controls.rft.steps=1200", "controls.more.steps=1800",
 )  # fmt: skip
 QUICK = (
     "pretrain.train.steps=45",
     "rl.rl.steps=15",
     "sft.sft.steps=130",
-    "controls.rft.steps=140",
+    "controls.rft.problems=4000",
+    "controls.rft.steps=120",
     "controls.more.steps=180",
 )
 LEAST, MOST_LOST = 0.05, 0.02  # of accuracy: what is a gain on a task, and what no task may lose

@@ -100,7 +100,7 @@ def test_a_dense_twin_is_dense_and_equal_in_what_it_says(twin: str, fault: str) 
 
 
 def test_the_twins_of_the_published_roads_are_equal_in_what_they_say() -> None:
-    recipe = named("quickstart", (TWINS,))
+    recipe = named("quickstart", TWINS)
     teacher, *twins = (
         size(model.size, vocab_size=recipe.data.vocab_size, **model.changes)
         for model in (recipe.pretrain.model, *recipe.dense)
