@@ -67,15 +67,16 @@ def _cell(model: float | None, best: float | None) -> str:
 
 
 def _models(road: Road) -> list[Stage]:
-    """The pre-trained models and their controls, as far as they were measured on text."""
-    stages = [stage for stage in road.stages if stage.family == "pretrain" or stage.control_of == "pretrain"]
+    """The pre-trained model and its controls, as far as they were measured on text."""
+    stages = [stage for stage in road.main if stage.family == "pretrain"]
+    stages += [control for stage in stages for control in road.controls(stage)]
     return [stage for stage in stages if stage.facts.get("bits_per_byte")]
 
 
 def _domains(road: Road) -> dict[str, HeldOutText]:
     """The domains that the first model was measured on, with their baselines."""
     measured: list[dict[str, Any]] = [stage.facts["bits_per_byte"] for stage in _models(road)[:1]]
-    data: dict[str, Any] = next((s.facts["baselines"] for s in road.stages if s.facts.get("baselines")), {})
+    data: dict[str, Any] = next((s.facts["baselines"] for s in road.main if s.facts.get("baselines")), {})
     return {name: HeldOutText.of({**data.get(name, {}), **row}) for rows in measured for name, row in rows.items()}
 
 

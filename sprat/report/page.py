@@ -81,8 +81,16 @@ def _head(road: Road) -> str:
     cards = "".join(_card(road, place) for place in range(len(road.scored)))
     return (
         f'<h1>The road, and what each stage gained</h1><p class="lead">{lead}; finished {text(finished)}.</p>'
-        f'<div class="road">{cards}</div>'
+        f'{_left_out(road)}<div class="road">{cards}</div>'
     )
+
+
+def _left_out(road: Road) -> str:
+    """A sentence on the runs that lie here but do not belong to the road."""
+    names = [text(stage.name) for stage in road.left_out]
+    words = ("have", "are") if len(names) > 1 else ("has", "is")
+    told = f"{', '.join(names)} {words[0]} another recipe or start and {words[1]} not compared."
+    return f'<p class="note">{told}</p>' if names else ""
 
 
 def _card(road: Road, place: int) -> str:

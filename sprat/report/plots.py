@@ -152,7 +152,7 @@ def pareto(road: Road) -> list[str]:
     """Quality against size on disk and against speed: teacher, student, INT4 student, and their controls."""
     last = {"rl", "distill", "quantize"}
     stages = [stage for stage in road.main if stage.family in last]
-    stages += [stage for stage in road.stages if stage.control_of in last]
+    stages += [control for stage in stages for control in road.controls(stage)]
     stages = [stage for stage in stages if stage.quality() is not None]
     panels = []
     for fact, title, scale in (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sprat.errors import CheckpointError, TrustError
+from sprat.report import kin
 from sprat.trust import record
 
 FAMILIES = {
@@ -66,6 +67,23 @@ class Stage:
         facts: dict[str, Any] = self.record.get("facts") or {}
         return facts
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What it was made from: by name the digest of each, and its path."""
+        inputs: dict[str, Any] = self.record.get("inputs") or {}
+        return inputs
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Its settings."""
+        recipe: dict[str, Any] = self.record.get("recipe") or {}
+        return recipe
+
+    @property
+    def digest(self) -> Any:
+        """The digest of what it made."""
+        return self.record.get("artefact_digest")
+
     def by_task(self, label: str = "greedy") -> dict[str, Score]:
         """The scores asked in the way ``label``; where a stage has none of it, those of its first way."""
         labels = [score.label for score in self.scores]
@@ -80,23 +98,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Road:
-    """All finished runs; ``main`` holds one per station, ``controls`` what stands beside a station."""
+    """All finished runs, and those of ``main``: each made from the one before it, what is shown as the road."""
 
     stages: list[Stage]
-
-    @property
-    def main(self) -> list[Stage]:
-        """One stage per family in order; of several seeds the one that later stages were made from."""
-        later = [stage for stage in self.stages if not stage.control_of]
-        used = {item.get("path", "").split("/")[0] for s in later for item in s.record.get("inputs", {}).values()}
-        chosen: dict[str, Stage] = {}
-        for stage in self.stages:
-            if stage.control_of:
-                continue
-            held = chosen.get(stage.family)
-            if held is None or (stage.name in used and held.name not in used):
-                chosen[stage.family] = stage
-        return list(chosen.values())
+    main: list[Stage]
 
     @property
     def scored(self) -> list[Stage]:
@@ -104,27 +109,47 @@ class Road:
         return [stage for stage in self.main if stage.scores]
 
     def controls(self, stage: Stage) -> list[Stage]:
-        """The controls of ``stage``."""
-        return [other for other in self.stages if other.control_of in (stage.family, stage.name)]
+        """The controls of ``stage`` that had its start."""
+        return [other for other in self.stages if _stands_beside(other, stage) and kin.alike(other, stage)]
 
     def measured(self, stage: Stage, fact: str) -> float | None:
         """A fact (``size_bytes``, ``tokens_per_second``) of a stage's model, measured there or side by side later.
 
-        Side by side is ``facts["models"]`` of any stage: the same facts for ``teacher``, ``student`` and ``int4``.
+        Side by side is ``facts["models"]`` of a main stage: the same facts for ``teacher``, ``student`` and ``int4``.
         """
-        together = [other.facts["models"] for other in self.stages if other.facts.get("models")]
+        together = [other.facts["models"] for other in self.main if other.facts.get("models")]
         name = _MEASURED_AS.get(stage.family, "")
         if together and name in together[-1] and stage in self.main:
             return float(together[-1][name][fact]) if together[-1][name].get(fact) else None
         return float(stage.facts[fact]) if stage.facts.get(fact) else None
 
     def seeds(self, family: str) -> list[Stage]:
-        """All stages of a family but controls."""
-        return [stage for stage in self.stages if stage.family == family and not stage.control_of]
+        """The main stage of a family, and those that differ from it in nothing but their seed."""
+        own = [stage for stage in self.stages if stage.family == family and not stage.control_of]
+        first = [stage for stage in self.main if stage.family == family][:1]
+        return [stage for stage in own if first and (stage in first or kin.same_but_for_seed(stage, first[0]))]
+
+    @property
+    def compared(self) -> list[Stage]:
+        """All stages that are set against another: main ones, their other seeds, their controls."""
+        shown = [other for stage in self.main for other in (stage, *self.seeds(stage.family), *self.controls(stage))]
+        names = {stage.name for stage in shown}
+        return [stage for stage in self.stages if stage.name in names]
+
+    @property
+    def left_out(self) -> list[Stage]:
+        """Stages that would stand in a place of the road, but do not belong to what stands there."""
+        kept = self.compared
+        beside = [stage for stage in self.stages if any(_stands_beside(stage, other) for other in self.main)]
+        return [
+            stage
+            for stage in self.stages
+            if stage not in kept and (stage in beside if stage.control_of else stage.family in FAMILIES)
+        ]
 
     def tasks(self) -> dict[str, bool]:
-        """Each task that any stage was scored on, and whether it was trained, trained ones first."""
-        found = {score.task: score.trained for stage in self.stages for score in stage.scores}
+        """Each task that any compared stage was scored on, and whether it was trained, trained ones first."""
+        found = {score.task: score.trained for stage in self.compared for score in stage.scores}
         return dict(sorted(found.items(), key=lambda item: not item[1]))
 
 
@@ -139,8 +164,26 @@ def read(folder: Path) -> Road:
     if not found:
         todo = f"run `sprat quickstart --out {folder}` first, or give the folder of a road"
         raise CheckpointError("no finished run to report on", where=str(folder), todo=todo)
-    stages = [_stage(path, folder) for path in found]
-    return Road(sorted(stages, key=_place))
+    stages = sorted((_stage(path, folder) for path in found), key=_place)
+    road = kin.chain(stages, _station)
+    names, families = {stage.name for stage in road}, {stage.family for stage in road}
+    for number, stage in enumerate(stages):
+        if stage.name in names:  # a control of an earlier walk may be part of this one
+            stages[number] = replace(stage, control_of="")
+        elif stage.family == "sft" and "rl" in families:  # and the other way round
+            stages[number] = replace(stage, control_of=stage.control_of or "rl")
+    stages.sort(key=_place)
+    return Road(stages, [stage for stage in stages if stage.name in names])
+
+
+def _station(stage: Stage) -> int:
+    """The place of a stage on the road, -1 for one that has none."""
+    return list(FAMILIES).index(stage.family) if stage.family in FAMILIES else -1
+
+
+def _stands_beside(control: Stage, stage: Stage) -> bool:
+    """Whether ``control`` says that it is one of ``stage``."""
+    return bool(control.control_of) and control.control_of in (stage.family, stage.name)
 
 
 def _place(stage: Stage) -> tuple[int, int, str, str]:

@@ -233,7 +233,7 @@ def _spent(spent: dict[str, float]) -> list[str]:
 def sizes(road: Road) -> str:
     """Parameters, bytes, speed and quality of each model that is measured."""
     rows = []
-    for stage in road.stages:
+    for stage in road.compared:
         quality, counts = stage.quality(), stage.facts.get("parameters") or {}
         size, speed = road.measured(stage, "size_bytes"), road.measured(stage, "tokens_per_second")
         if not size and not counts:

@@ -13,14 +13,16 @@ from sprat.report import heldout, write
 from sprat.report.runs import Road, read
 from sprat.trust import open_run
 from sprat.trust.facts import HeldOutText
+from sprat.trust.record import Input
 
 
 def pretrained(folder: Path, bits: dict[str, Any], data: dict[str, Any] | None = None) -> Road:
     """A road of a data stage and a pre-trained model that was measured on text."""
+    ledger, inputs = folder / "ledger.jsonl", dict[str, Input]()
     for name, facts in (("data", {"baselines": data or {}}), ("pretrain", {"title": "Model", "bits_per_byte": bits})):
-        run = open_run(
-            folder / name, stage=name, recipe=TrainConfig(), inputs={}, seed=0, ledger=folder / "ledger.jsonl"
-        )
+        run = open_run(folder / name, stage=name, recipe=TrainConfig(), inputs=inputs, seed=0, ledger=ledger)
+        (run.artefact / "made").write_bytes(name.encode())
+        inputs = {"data": folder / "data"}
         run.note(**facts)
         run.finish()
     return read(folder)

@@ -18,6 +18,7 @@ from sprat.report.runs import p_value, read
 from sprat.report.tables import cost, gains, table
 from sprat.report.tables import text as text_of
 from sprat.trust import open_run
+from sprat.trust.record import Input
 from sprat.trust.verify import verify
 
 
@@ -145,10 +146,11 @@ def test_accuracy_is_that_which_the_interval_bounds(tmp_path: Path) -> None:
 
 def small(tmp_path: Path) -> Path:
     """Cold start and RL with scores that can be reckoned by hand; RL lost on one task, and never trained another."""
+    ledger, inputs = tmp_path / "ledger.jsonl", dict[str, Input]()
     for name, correct in (("sft", (50, 70, 10)), ("rl", (70, 50, 12))):
-        run = open_run(
-            tmp_path / name, stage=name, recipe=TrainConfig(), inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl"
-        )
+        run = open_run(tmp_path / name, stage=name, recipe=TrainConfig(), inputs=inputs, seed=0, ledger=ledger)
+        (run.artefact / "model.safetensors").write_bytes(name.encode())
+        inputs = {"model": tmp_path / name}
         tasks = zip(("up", "down", "never"), correct, (True, True, False), strict=True)
         run.note(scores=[{"task": t, "label": "greedy", "count": 100, "correct": c, "trained": k} for t, c, k in tasks])
         run.finish(flops={"sft": 1e6, "rl": 2e6}[name])
