@@ -106,11 +106,11 @@ class EvalRecipe(Config):
     samples: int = Field(4, ge=0, lt=2**31)  # kept for the report, for each task
 
 
-class AskedRecipe(EvalRecipe):
-    """How one stage is asked, where not all are asked alike: an input of its run."""
+class AskedRecipe(Config):
+    """What one stage is asked, where not all are asked alike: an input of its run."""
 
     ways: tuple[str, ...]
-    unseen: bool  # whether it is asked the tasks that are never trained, too
+    unseen: bool  # the tasks that are never trained, too
 
 
 class SFTRecipe(Config):

@@ -86,8 +86,7 @@ def reinforce(road: Road, seed: int) -> None:
     recipe, start = RLConfig(**road.recipe.rl.rl.model_dump(), seed=own), road.recipe.rl.start
     first = seed == road.recipe.rl.seeds[0]
     ways = ALL_WAYS if first else ("greedy",)
-    asked = AskedRecipe(**road.recipe.eval.replace(batch=1).model_dump(), ways=ways, unseen=first)
-    inputs = {"model": road.path(start), **measured(road), "eval": asked}
+    inputs = {"model": road.path(start), **measured(road), "asked": AskedRecipe(ways=ways, unseen=first)}
     if recipe.reward:
         inputs |= reward_sources.sources(recipe.reward)
 
