@@ -3,7 +3,7 @@
 Data order, weights, RL, the controls and the student are re-seeded. ``avx2`` makes torch, MKL and Sprat's kernels round
 as on a processor without AVX-512. A bar holds where it holds on five roads of six; one that a road says nothing of is
 not held there. With more than one seed, the two claims of learning (RL over the base by 20 points on four tasks, the
-student over its twin without a teacher) also need the lower end of the 95 % interval above 0, RL on each of those tasks.
+student over its twin without a teacher) also need the lower end of the 95 % interval above 0, RL on each of the four.
 
 The interval (Student's t) is over training seeds only, on fixed test problems: it says what another seed would give,
 not what other problems would. Many intervals are printed, and none is corrected for their number: the bars name the

@@ -20,12 +20,12 @@ from sprat.data.pack import pack
 from sprat.data.split import Split
 from sprat.errors import DataError
 from sprat.road.places import DataArtefact, Road, load_task, write_problems
-from sprat.road.recipe import DataRecipe
+from sprat.road.recipe import DataRecipe, SplitRecipe
 from sprat.tasks import HELD_OUT, Problem, Task, held_out
 from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import demonstration
-from sprat.trust import atomic
+from sprat.trust import atomic, record
 from sprat.trust.facts import HeldOutText
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
@@ -51,7 +51,9 @@ def data(road: Road, text: Path | None = None) -> None:
     recipe = road.recipe.data
     if text is not None and not (text.is_file() or text.is_dir()):
         raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
-    inputs: dict[str, Path | str] = {} if text is None else {"text": text}
+    inputs: dict[str, record.Input] = {"split": SplitRecipe()}
+    if text is not None:
+        inputs["text"] = text
     opened = road.open("data", "data", recipe, inputs, road.recipe.seed, lambda goes_on: _material(road, text))
     if opened is None:
         return

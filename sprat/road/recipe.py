@@ -24,7 +24,7 @@ from sprat.config import (
 from sprat.config.recipe import Count, Seed
 from sprat.config.sizes import size
 from sprat.errors import ConfigError
-from sprat.tasks.base import Split
+from sprat.tasks.base import SALT, Split
 
 EQUAL = 1.05  # what is called equal differs by no more
 
@@ -81,6 +81,12 @@ class DataRecipe(Config):
         if not sum(config.weight for config in self.tasks) > 0:
             raise ValueError("no task has a weight above 0")
         return self
+
+
+class SplitRecipe(Config):
+    """What decides, beside the problems themselves, which of them are held out: an input of the data stage."""
+
+    salt: str = SALT
 
 
 class PretrainRecipe(Config):

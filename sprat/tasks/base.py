@@ -1,8 +1,8 @@
 """What a task is: it draws problems, explains them, and judges answers.
 
 No two splits share a problem, whatever words it is asked in: its canonical form (``sprat.tasks.canonical``) decides by
-its SHA-256 whether it belongs to test (two in ten), to dev (one in ten: recipes are tuned on it) or to train. The split
-is thus a property of the problem, not of a seed, and holds for every task, every setting and every run.
+its salted SHA-256 whether it belongs to test (two in ten), to dev (one in ten: recipes are tuned on it) or to train.
+The split is thus a property of the problem, not of a seed, and holds for every task, every setting and every run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ HELD_OUT: tuple[Split, ...] = ("test", "dev")
 RIGHT = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
 SHARES: dict[Split, int] = {"test": 2, "dev": 1, "train": 7}  # of ten problems
 _SPLITS = [split for split, share in SHARES.items() for _ in range(share)]
+SALT = "2"  # another whenever forms change, so that dev and test are problems that nobody has scored
 ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
 
 
@@ -77,12 +78,12 @@ def is_right(score: float) -> bool:
 
 
 def split_of(form: str) -> Split:
-    """The split of the problem whose canonical form is ``form``, by its SHA-256.
+    """The split of the problem whose canonical form is ``form``, by the SHA-256 of ``SALT`` and form.
 
     >>> split_of("sum 1 2 3") in ("train", "dev", "test")
     True
     """
-    first = hashlib.sha256(form.encode()).digest()[:8]
+    first = hashlib.sha256(f"{SALT}\n{form}".encode()).digest()[:8]
     return _SPLITS[int.from_bytes(first, "big") % len(_SPLITS)]
 
 

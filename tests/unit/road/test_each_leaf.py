@@ -28,7 +28,7 @@ from sprat.model import Transformer
 from sprat.post import distill
 from sprat.road import controls, data, measure, quickstart, squeeze, training
 from sprat.road.places import Road
-from sprat.road.recipe import RoadRecipe, named
+from sprat.road.recipe import RoadRecipe, SplitRecipe, named
 from sprat.train import checkpoint
 
 BASE = (
@@ -545,3 +545,17 @@ def test_other_weights_of_tasks_are_another_input(tmp_path: Path) -> None:
     inputs = [training.measured(Road(tmp_path, named("tiny", (f"data.tasks.0.weight={w}",)))) for w in (1.0, 1.2)]
     digests = [one["tasks"].digest() for one in inputs if isinstance(one["tasks"], Config)]
     assert len(set(digests)) == 2
+
+
+def test_another_split_is_another_input_of_the_data(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _beside(base, tmp_path, "distill")
+    data.data(_road(base, folder, ()), base / "text")
+    assert not (folder / "data.old-1").exists()
+    monkeypatch.setattr(SplitRecipe.model_fields["salt"], "default", "another")
+    SplitRecipe.model_rebuild(force=True)
+    data.data(_road(base, folder, ()), base / "text")
+    assert (folder / "data.old-1").exists()
+    monkeypatch.undo()
+    SplitRecipe.model_rebuild(force=True)

@@ -2,67 +2,98 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from sprat import tasks
 from sprat.config import TaskConfig
+from sprat.data.pack import pack
+from sprat.road.data import worked_examples
 from sprat.road.recipe import named
-from sprat.tasks import canonical
+from sprat.tasks import base, canonical
+from sprat.tokens import Tokenizer
+from sprat.tokens.chat import demonstration
 
 RECIPE = named("quickstart").data
 ALL = (*RECIPE.tasks, *RECIPE.unseen)
-Form = tuple[object, ...]
+Form = tuple[str, frozenset[object]]
 
 
-def signed(expression: str) -> Form:
+def whole(numbers: Iterable[int]) -> frozenset[object]:
+    """How often each size counts for the sum: +3 and -3 leave nothing, and 0 never counts."""
+    found = Counter[int]()
+    for number in numbers:
+        found[abs(number)] += (number > 0) - (number < 0)
+    return frozenset((size, times) for size, times in found.items() if times)
+
+
+def signed(expression: str) -> Iterator[int]:
     """The terms of a sum, each with the sign that is left of a 1 in its place when all others are 0."""
     numbers = [int(digits) for digits in re.findall(r"\d+", expression)]
-
-    def value(place: int) -> int:
+    for place, number in enumerate(numbers):
         here = iter(range(len(numbers)))
-        return int(eval(re.sub(r"\d+", lambda _: str(int(next(here) == place)), expression.strip())))
-
-    return tuple(sorted(value(place) * number for place, number in enumerate(numbers)))
-
-
-def coefficients(equation: str) -> Form:
-    """a, c and d of ``a*x + c = d`` from the left side's values for 0 and 1; a is positive."""
-    left, right = equation.split("=")
-    shift, moved = (int(eval(re.sub("[a-z]", f"({value})", left))) for value in (0, 1))
-    sign = 1 if moved > shift else -1
-    return sign * (moved - shift), sign * shift, sign * int(right)
+        ones = re.sub(r"\d+", lambda _: str(int(next(here) == place)), expression.strip())  # noqa: B023
+        yield number * int(eval(ones))
 
 
-def form(name: str, question: str) -> Form:
+def relation(equation: str) -> Iterator[tuple[str, int]]:
+    """How far left and right are apart for 0 and 1, and what is added on each side; x is counted positively."""
+    sides = [[int(eval(re.sub("[a-z]", f"({value})", side))) for value in (0, 1)] for side in equation.split("=")]
+    (left, moved), (right, shifted) = sides
+    slope = (moved - left) - (shifted - right)
+    yield "slope", abs(slope)
+    for size, times in whole((left, -right) if slope > 0 else (-left, right)):  # type: ignore[misc]
+        yield f"{times} times", size
+
+
+def form(question: str) -> Form:
     """What is asked, read from the question alone."""
-    if name.endswith("simple_equations"):
-        return "equation", *coefficients(question.split(":")[-1])
-    if name.endswith("gcd"):
-        return "gcd", *sorted(map(int, re.findall(r"\d+", question)))
-    if name.endswith("leg_counting"):
+    numbers = [int(digits) for digits in re.findall(r"\d+", question)]
+    if "GCD" in question:
+        return "gcd", frozenset(numbers)
+    if "legs" in question:
         from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-        found = re.findall(r"(\d+) ([a-z ]+?)(?=,|\?)", question)
-        each = {animal + plural: count for animal, count in ANIMALS.items() for plural in ("", "s")}
-        return "legs", *sorted((int(count), each[animal]) for count, animal in found)
-    return "sum", *signed(max(re.findall(r"[-+()\d\s]+", question), key=len))
+        kinds = Counter[tuple[int, int]]()
+        for count, animal in re.findall(r"(\d+) ([a-z ]+?)(?=,|\?)", question):
+            each = ANIMALS[animal] if animal in ANIMALS else ANIMALS[animal.removesuffix("s")]
+            kinds[int(count), each] += 1
+        return "legs", frozenset((pair, times) for pair, times in kinds.items() if 0 not in pair)
+    if re.search(r"Find the value|Solve for|Determine", question):
+        return "equation", frozenset(relation(question.split(":")[-1]))
+    return "sum", whole(signed(max(re.findall(r"[-+()\d\s]+", question), key=len)))
 
 
 def forms(config: TaskConfig, split: tasks.Split, count: int) -> Iterator[Form]:
     task = tasks.load(config)
     for index in range(count):
-        yield form(config.name, task.problem(split, index).question)
+        yield form(task.problem(split, index).question)
 
 
 def test_no_problem_of_one_split_is_in_another_in_other_words_or_in_another_task() -> None:
     pytest.importorskip("reasoning_gym")
-    counts: dict[tasks.Split, int] = {"train": 400, "dev": 100, "test": 150}
+    counts: dict[tasks.Split, int] = {"train": 1000, "dev": 200, "test": 400}
     seen = {split: {each for config in ALL for each in forms(config, split, counts[split])} for split in counts}
-    assert all(len(found) > 400 for found in seen.values())
+    assert all(len(found) > 800 for found in seen.values())
     assert not seen["train"] & seen["dev"] and not seen["train"] & seen["test"] and not seen["dev"] & seen["test"]
+
+
+def test_no_packed_row_has_a_question_that_is_held_out() -> None:
+    pytest.importorskip("reasoning_gym")
+    examples = list(worked_examples(RECIPE.replace(demonstrations=4000), seed=0))
+    tokenizer = Tokenizer.train((" ".join(example) for example in examples[:500]), 600)
+    rows = pack((demonstration(tokenizer, *example) for example in examples), RECIPE.seq_len)
+    text = " ".join(tokenizer.decode(row) for row in rows.tokens.tolist())
+    trained = {form(question) for question in re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text, re.S)}
+    assert len(trained) > 2500 and {kind for kind, _ in trained} == {"sum", "equation", "gcd", "legs"}
+    for config in ALL:
+        for split in tasks.HELD_OUT:
+            held = {form(problem.question) for problem in tasks.held_out(tasks.load(config), 300, split)}
+            assert len(held) == 300 and not held & trained, (config.title, split)
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.title)
@@ -70,13 +101,14 @@ def test_two_held_out_problems_are_never_the_same_in_other_words(config: TaskCon
     task = tasks.load(config)
     for split in tasks.HELD_OUT:
         problems = tasks.held_out(task, 150, split)
-        assert len(problems) == 150 == len({form(config.name, problem.question) for problem in problems})
+        assert len(problems) == 150 == len({form(problem.question) for problem in problems})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", RECIPE.tasks, ids=lambda config: config.title)
 def test_a_task_has_a_thousand_test_problems(config: TaskConfig) -> None:
-    assert len(tasks.held_out(tasks.load(config), 1000)) == 1000
+    task = tasks.load(config)
+    assert len(tasks.held_out(task, 1000)) == 1000 and len(tasks.held_out(task, 500, "dev")) == 500
 
 
 def test_the_splits_have_their_shares() -> None:
@@ -85,23 +117,129 @@ def test_the_splits_have_their_shares() -> None:
     assert abs(found.count("test") - 2000) < 160 and abs(found.count("dev") - 1000) < 120
 
 
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ("4 - 1 - 7", "4 - ( 1 + 7 )"),
-        ("-( 3 - 5 ) + 2", "2 + 5 - 3"),
-        ("2 - -3", "3 + 2"),
-        ("2 * ( 3 + 4 ) - 1", "-1 + ( 4 + 3 ) * 2"),
-        ("-2 * 3", "2 * -3"),
-    ],
-)
+def test_another_salt_is_another_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [tasks.split_of(f"sum {number}") for number in range(1000)]
+    monkeypatch.setattr(base, "SALT", "another")
+    after = [tasks.split_of(f"sum {number}") for number in range(1000)]
+    held = [new for old, new in zip(before, after, strict=True) if old == "test"]
+    assert 0.6 < held.count("train") / len(held) < 0.8
+
+
+SAME = [
+    ("4 - 1 - 7", "4 - ( 1 + 7 )"),
+    ("-( 3 - 5 ) + 2", "2 + 5 - 3"),
+    ("2 - -3", "3 + 2"),
+    ("1 + 3", "1 + 3 + 0"),
+    ("1 + 3", "0 + 3 - 0 - -1"),
+    ("1 + 3", "5 + 1 - 5 + 3"),
+    ("-( -( 3 - 1 ) )", "3 - 1"),
+    ("5 - 5", "0 - 0"),
+    ("2 * ( 3 + 4 ) - 1", "-1 + ( 4 + 3 ) * 2"),
+    ("2 * ( 3 - 4 )", "-2 * ( 4 - 3 )"),
+    ("-2 * 3", "2 * -3"),
+    ("-2 * -3", "3 * 2"),
+    ("4 * -( 3 * 2 )", "-2 * 3 * 4"),
+    ("1 * ( 3 + 4 ) * 1", "4 + 3"),
+    ("-1 * ( 3 + 4 )", "-3 - 4"),
+    ("5 + 0 * ( 3 + 4 )", "5"),
+    ("2 * 3 - 3 * 2 + 1", "1"),
+    ("( 3 + 5 ) / 2", "( 5 + 3 ) / 2 / 1"),
+    ("0 / 7 + 2", "2"),
+]
+OTHER = [
+    ("4 - 1", "1 - 4"),
+    ("2 * 3", "2 + 3"),
+    ("12", "1 + 2"),
+    ("6 / 3", "3 / 6"),
+    ("1 + 3", "4"),
+    ("3 + 3", "2 * 3"),
+    ("3 + 3 - 3", "3 + 3"),
+    ("2 * ( 3 + 4 )", "2 * 3 + 2 * 4"),
+    ("1 + 1", "1"),
+    ("( 1 + 1 ) * ( 1 + 1 )", "1 + 1"),
+    ("2 * ( 3 - 4 )", "2 * ( 4 - 3 )"),
+    ("2 * 3 * 4", "2 * 34"),
+    ("-7 / 2", "-( 7 / 2 )"),
+]
+
+
+@pytest.mark.parametrize("one, other", SAME)
 def test_expressions_that_are_the_same_have_one_form(one: str, other: str) -> None:
     assert canonical.expression(one) == canonical.expression(other)
 
 
-@pytest.mark.parametrize("one, other", [("4 - 1", "1 - 4"), ("2 * 3", "2 + 3"), ("12", "1 + 2"), ("6 / 3", "3 / 6")])
+@pytest.mark.parametrize("one, other", OTHER)
 def test_expressions_that_are_not_have_two(one: str, other: str) -> None:
     assert canonical.expression(one) != canonical.expression(other)
+
+
+def test_expressions_of_one_form_have_one_value() -> None:
+    """Whatever is drawn: no rule of the form changes what is calculated."""
+    rng, values = random.Random(0), dict[str, int]()
+
+    def drawn(depth: int) -> str:
+        if not depth or rng.random() < 0.2:
+            return str(rng.randint(-2, 2))
+        return f"{rng.choice(['', '', '-'])}( {drawn(depth - 1)} {rng.choice('+-*')} {drawn(depth - 1)} )"
+
+    for _ in range(20_000):
+        expression = drawn(3)
+        assert values.setdefault(canonical.expression(expression), eval(expression)) == eval(expression), expression
+    assert 1000 < len(values) < 15_000
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("5 - 8*e = -51", "8*z - 5 = 51", True),
+        ("z + 5 = 13", "13 = 5 + x", True),
+        ("z + 5 = 13", "13 - x = 5", True),
+        ("z + 5 = 13", "x - 13 = -5", True),
+        ("3*x - 6 = 0", "3*y = 6", True),
+        ("3*x + 0 = 6", "0 + 3*y = 6 - 0", True),
+        ("z + 5 = 13", "z - 5 = 13", False),
+        ("z + 5 = 13", "2*z + 5 = 13", False),
+        ("2*z + 4 = 8", "z + 2 = 4", False),
+        ("z + 5 = 13", "z = 8", False),
+    ],
+)
+def test_an_equation_is_what_it_says_of_x(one: str, other: str, same: bool) -> None:
+    assert (canonical.equation(one) == canonical.equation(other)) == same
+    assert (form(f"Solve for x: {one}") == form(f"Solve for x: {other}")) == same
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ([38, 6], [6, 38, 6], True),
+        ([6, 6], [6, 6, 6], True),
+        ([6, 0], [-6], True),
+        ([1, 8], [9, 1], True),
+        ([38, 6], [38, 12], False),
+        ([6, 12], [6], False),
+        ([12], [1, 2], False),
+    ],
+)
+def test_a_divisor_is_that_of_a_set(one: list[int], other: list[int], same: bool) -> None:
+    assert (canonical.divisor(one) == canonical.divisor(other)) == same
+
+
+Animals = list[tuple[int, int]]
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ([(3, 4), (2, 8)], [(2, 8), (3, 4)], True),
+        ([(3, 4)], [(5, 0), (3, 4), (0, 6)], True),
+        ([(5, 0)], [(1, 0), (2, 0)], True),
+        ([(3, 4), (2, 4)], [(5, 4)], False),
+        ([(2, 4)], [(4, 2)], False),
+        ([(3, 4), (3, 4)], [(3, 4)], False),
+    ],
+)
+def test_legs_are_counted_of_animals_that_have_them(one: Animals, other: Animals, same: bool) -> None:
+    assert (canonical.legs(one) == canonical.legs(other)) == same
 
 
 def test_the_words_of_a_question_decide_where_nobody_wrote_a_form() -> None:
