@@ -44,7 +44,7 @@ def test_the_road_leaves_a_verified_run_for_every_stage_and_one_report(tiny_road
     page = (tiny_road / "report.html").read_text()
     assert "<script src" not in page and "http://" not in page.replace("http://www.w3.org", "")
     scores = json.loads((tiny_road / "rl-seed0" / "run.json").read_text())["facts"]["scores"]
-    assert {row["label"] for row in scores} == {"greedy", "thinking", "direct"}
+    assert {row["label"] for row in scores} == {"greedy", "sampled", "thinking", "direct"}
 
 
 # Where the road is killed, in order: data half made, between two checkpoints, and in later stages.
