@@ -27,9 +27,10 @@ quickstart: $(VENV)/.installed
 	@$(VENV)/bin/sprat quickstart --out "$(OUT)" --seed "$(SEED)" $(if $(TEXT),--text "$(TEXT)") \
 	  $(if $(filter 0 no false,$(SERVE)),--no-serve,--serve)
 
-# One torch thread for each test process: two processes share two cores without fighting for them.
+# One torch thread for each test process: two processes share two cores without fighting for them. Compiled files are
+# kept, whatever the shell says: a hundred processes would compile them anew.
 test: $(VENV)/.installed-test browser
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 install: $(VENV)/.installed
 
