@@ -49,7 +49,7 @@ def test_a_finished_road_is_read_if_it_is_the_one_that_is_asked(walked: tuple[Pa
     assert '"isa"' in ledger and '"minutes"' in ledger  # else ``sprat verify`` would find two files that nobody wrote
     assert go("jobs=1", "money.watts_per_core=5.0").name == "0-avx512" and len(ran) == 1
     with pytest.raises(
-        ConfigError, match=r"sft.sft.steps is 440 there and 9 here \(.*seed0-avx512\); give another OUT"
+        ConfigError, match=r"sft.sft.steps is 680 there and 9 here \(.*seed0-avx512\); give another OUT"
     ):
         go("sft.sft.steps=9")
     with pytest.raises(ConfigError, match="eval.split is test there and dev here"):
