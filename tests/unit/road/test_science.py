@@ -221,7 +221,6 @@ def test_p_values_and_losses_follow_from_the_counts(walked: tuple[Road, Watch]) 
     for old, new in zip(greedy(road, "distill"), greedy(road, "quantize"), strict=False):
         lost = facts(road, "quantize")["relative_loss"][new["task"]]
         assert old["correct"] and lost == pytest.approx(1 - new["correct"] / old["correct"])
-    assert any(facts(road, "quantize")["relative_loss"].values())
 
 
 def greedy(road: Road, run: str) -> list[dict[str, Any]]:
