@@ -92,7 +92,7 @@ class Speeds:
 
         tokenizer = Tokenizer.train(["7 train test 1 2 3\n"] * 4, 300, numbers=10)
         model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size), 0)
-        recipe = RLConfig(steps=6, prompts_per_step=8, group_size=8, max_tokens=48, lr=1e-5, checkpoint_every=10**6)
+        recipe = RLConfig(steps=24, prompts_per_step=8, group_size=8, max_tokens=48, lr=1e-5, checkpoint_every=10**6)
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             run = open_run(place / "rl", stage="rl", recipe=recipe, inputs={}, seed=0, ledger=place / "ledger.jsonl")

@@ -63,9 +63,9 @@ struct Outlier {
 // Rows rounded to bytes, tile by tile: codes as [input / 4][row][4]; for each group of 32 inputs the rows' scales, what
 // the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row]; outliers as [group][row],
 // and the places of all rows' as [group]. `settle` makes a list of those: how many columns of weights they meet, then for
-// each of them its input, how many rows, and each row with its value; inputs and rows ascend.
+// each of them its input, ascending, and what each row has there: few columns are met by almost all rows.
 struct Codes {
-    static constexpr Index kListed = 5;  // numbers of the list for each group of a row; it never needs more
+    static constexpr Index kListed = kTile + 2;  // numbers of the list for each group of a row; it never needs more
     std::int8_t* codes;
     float* marks;
     Outlier* outliers;
@@ -160,7 +160,8 @@ inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile
     }
 }
 
-// The list of a tile's outliers. A row meets its own in ascending order, whoever is beside it.
+// The list of a tile's outliers. A row meets its own in ascending order, whoever is beside it: what others bring it is
+// a product with zero.
 inline void settle(const Codes& to, Index tile_start, Index size) {
     const std::uint32_t* places = to.tile_places(tile_start);
     float *list = to.tile_list(tile_start), *at = list + 1;
@@ -168,12 +169,8 @@ inline void settle(const Codes& to, Index tile_start, Index size) {
     for (Index g = 0; g < to.groups(); ++g) {
         const Outlier* row = to.tile_outliers(tile_start) + g * size;
         for (std::uint32_t left = places[g]; left; left &= left - 1, ++columns) {
-            float* head = at;
-            at += 2;
-            for (Index r = 0; r < size; ++r) {
-                if (row[r].place == (left & -left)) put_whole(at, r), at[1] = row[r].value, at += 2;
-            }
-            put_whole(head, g * kGroup + __builtin_ctz(left)), put_whole(head + 1, (at - head - 2) / 2);
+            put_whole(at++, g * kGroup + __builtin_ctz(left));
+            for (Index r = 0; r < size; ++r) *at++ = row[r].place == (left & -left) ? row[r].value : 0.0f;
         }
     }
     put_whole(list, columns);
@@ -210,17 +207,18 @@ inline Lane column(const PanelAt& w, std::uint32_t input) {
 }
 
 // What outliers add to the outputs of a tile. Kept apart from the loop over all inputs, whose registers it would take.
-template <Kind kind>
+template <Kind kind, int rows>
 [[gnu::noinline]] void add_outliers(const PanelAt& w, const float* list, Lane* out) {
-    std::int32_t columns = whole(list++);
-    for (; columns; --columns) {
-        const Lane weights = column<kind>(w, whole(list));
-        std::int32_t rows = whole(list + 1);
-        for (list += 2; rows; --rows, list += 2) {
-            Lane& one = out[whole(list)];
-            one = fma(weights, all(list[1]), one);
-        }
+    Lane sum[rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r] = out[r];
+    for (std::int32_t columns = whole(list++); columns; --columns, list += rows) {
+        const Lane weights = column<kind>(w, whole(list++));
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) sum[r] = fma(weights, all(list[r]), sum[r]);
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) out[r] = sum[r];
 }
 
 // 16 outputs of `rows` rows; out[row] holds one panel.
@@ -274,7 +272,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) out[r] = sum[r];
-    if (whole(outliers)) add_outliers<kind>(from, outliers, out);
+    if (whole(outliers)) add_outliers<kind, rows>(from, outliers, out);
 }
 
 using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, const float*, Lane*);
