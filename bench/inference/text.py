@@ -1,4 +1,4 @@
-"""Real text for the quality figures: Jane Austen's novels, and the language topics and modules of Python, in turn."""
+"""Real text for the quality figures: Perl's manual, and the language topics and modules of Python, in turn."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ CHARACTERS = 6000  # of each document
 
 
 def texts(share: int = 0) -> Iterator[str]:
-    """Documents of at most ``CHARACTERS``: a chapter, a topic of Python's help, a module, and so on.
+    """Documents of at most ``CHARACTERS``: a section, a topic of Python's help, a module, and so on.
 
     Shares 0, 1 and 2 hold different documents of the same kinds: quality is measured on 0, and codes that are fitted
-    to text are fitted to another. Where the novels cannot be fetched, there are only the other two kinds.
+    to text are fitted to another. Where Perl's manual cannot be fetched, there are only the other two kinds.
     """
     from sprat.data import pythonlib
-    from sprat.data.debian import AUSTEN, fetch
+    from sprat.data.debian import PERL, fetch
 
-    chapters = [document.text for document in fetch([AUSTEN])[0].documents]
+    sections = [document.text for document in fetch([PERL])[0].documents]
     topics = [document.text for document in pythonlib.topics()]
     modules = (document.text for document in itertools.islice(pythonlib.documents(), share, 400, 10))
-    for group in itertools.zip_longest(chapters[share::7], topics[share::3], modules):
+    for group in itertools.zip_longest(sections[share::7], topics[share::3], modules):
         yield from (text[:CHARACTERS] for text in group if text and len(text) > CHARACTERS // 4)

@@ -1,7 +1,7 @@
 """The corpus of a run: documents.jsonl with the text, sources.json with where it came from and on what terms.
 
 Nobody's text is in this repository. The default corpus is put together on the user's machine from what is
-there (the Python installation's own library) and what a package brings (novels in the public domain), and
+there (the Python installation's own library) and what a package brings (Perl's manual), and
 where the package cannot be had, the library alone serves and sources.json says why. Once made, a corpus
 is kept and never fetched again, so that a run that goes on reads the very same text; only one that was made
 offline is made anew for who asks for more.
@@ -24,7 +24,7 @@ from sprat.errors import DataError
 from sprat.trust import atomic
 from sprat.trust.facts import LeftOut, Source
 
-VERSION = 1
+VERSION = 2
 TEXT_VERSION = 2  # of a corpus of the user's text: its held-out side depends on sizes
 SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
 LIBRARY = ("docstring", "code")  # domains that the Python library fills

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sprat.data import rdata
+from sprat.data import pod
 from sprat.data.document import Document
 from sprat.errors import DataError
 
 SECONDS = 20.0  # for each of the two commands
+PERL_LICENCE = "Artistic or GPL-1+"
+PERL_LEFT_OUT = {"perltoc", "perlhist", "perlcn", "perljp", "perlko", "perltw"}  # lists, and what is not in English
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,29 @@ class Fetched:
     fault: str
 
 
-def novels(folder: Path) -> Iterator[Document]:
-    """The six novels of Jane Austen in r-cran-janeaustenr, one document a chapter."""
-    database = next(iter(sorted(folder.rglob("janeaustenr/data/Rdata.rdb"))), None)
-    if database is None:
-        raise DataError("the package has no texts", where="Rdata.rdb", todo="report this version")
-    for title, lines in rdata.texts(database).items():
-        for number, text in enumerate(_chapters(lines)):
-            source = f"janeaustenr/{title}"
-            yield Document(f"{source}#{number}", text, source, "public domain", "prose")
+def perl_pages(folder: Path) -> Iterator[Document]:
+    """Perl's manual in perl-doc: tutorials, questions and answers, reference; one document a section."""
+    pages = sorted(folder.rglob("usr/share/perl/*/pod/*.pod"))
+    if not pages:
+        raise DataError("the package has no texts", where="usr/share/perl", todo="report this version")
+    for page in pages:
+        if "delta" in page.stem or page.stem in PERL_LEFT_OUT:
+            continue
+        source = f"perl/{page.stem}"
+        sections = page.read_text(encoding="utf-8", errors="replace").split("\n=head1 ")
+        for number, section in enumerate(sections):
+            text = pod.prose(f"=head1 {section}" if number else section)
+            if len(text) > 200:  # less is a name, or a list of other pages
+                yield Document(f"{source}#{number}", text, source, PERL_LICENCE, "prose")
 
 
-AUSTEN = Package(
-    name="r-cran-janeaustenr",
-    sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-    licence="public domain (package: MIT)",
-    read=novels,
+PERL = Package(
+    name="perl-doc",
+    sha256="f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8",
+    licence=PERL_LICENCE,
+    read=perl_pages,
 )
-PACKAGES = (AUSTEN,)
+PACKAGES = (PERL,)
 
 
 def fetch(packages: Sequence[Package] = PACKAGES) -> list[Fetched]:
@@ -131,16 +137,3 @@ def _command(words: list[str], folder: Path) -> None:
             (line for line in reasons if line.startswith("E:")), reasons[-1] if reasons else "no reason given"
         )
         raise DataError(f"{words[0]} failed: {reason.removeprefix('E:').strip()}", where=words[-1])
-
-
-def _chapters(lines: list[str]) -> Iterator[str]:
-    """The chapters of a novel, with each paragraph on one line."""
-    chapter: list[str] = []
-    for line in [*lines, "CHAPTER 0"]:
-        if re.fullmatch(r"\s*chapter\s+[ivxlc\d]+\.?\s*", line, flags=re.IGNORECASE) and chapter:
-            text = "\n".join(chapter).strip("\n")
-            paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-            if len(text) > 200:  # less is a title page
-                yield "\n\n".join(part for part in paragraphs if part) + "\n"
-            chapter = []
-        chapter.append(line)

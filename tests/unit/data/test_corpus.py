@@ -3,78 +3,90 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import hashlib
 import json
 import os
 import shutil
-import struct
+import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sprat.data import corpus, debian, ingest, pythonlib, rdata
+from sprat.data import corpus, debian, ingest, pod, pythonlib
+from sprat.data.split import source_held_out
 from sprat.errors import DataError
 
 BUDGET = 60_000
 
 
-def word(*values: int) -> bytes:
-    return struct.pack(f">{len(values)}i", *values)
+PAGE = """=encoding utf8
+
+=head1 NAME
+
+perlfake - a page
+
+=head1 DESCRIPTION
+
+It was a B<dark> and C<< stormy->night >>; the rain fell in
+torrents, as L<perlrain> and L<the sky|perlsky/Clouds> tell,
+see L<perlrain/"How it falls">, L</Torrents>, L<https://example.org/>.
+
+    my $code = "is left out";
+
+=over 4
+
+=item One
+
+One E<lt> two, F<one.txt>X<index>.
+
+=item Name
+
+Its I<meaning, B<bold>>.
+
+=back
+
+=begin html
+
+<p>no prose</p>
+
+=end html
+
+=cut
+
+sub code { 1 }
+
+=head2 Torrents
+
+Words behind it.
+"""
 
 
-def strings(lines: list[str]) -> bytes:
-    items = [word(9 | 1 << 15, len(line.encode())) + line.encode() for line in lines]
-    return word(16, len(items)) + b"".join(items)
+def test_prose_of_a_manual_page_is_what_perl_reads_in_it() -> None:
+    """``Pod::Simple::TextContent`` of Perl itself is the oracle, but for verbatim paragraphs, which are no prose."""
+    found = pod.prose(PAGE)
+    assert found.split("\n\n")[:3] == ["NAME", "perlfake - a page", "DESCRIPTION"]
+    assert "code" not in found and "no prose" not in found
+    perl = shutil.which("perl")
+    if perl is None or subprocess.run([perl, "-MPod::Simple::TextContent", "-e1"], check=False).returncode:
+        pytest.skip("needs Perl with Pod::Simple")
+    script = "Pod::Simple::TextContent->filter(\\*STDIN)"
+    plain = PAGE.replace('    my $code = "is left out";\n\n', "")
+    told = subprocess.run(
+        [perl, "-CSD", "-MPod::Simple::TextContent", "-e", script],
+        input=plain,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.split() == told.stdout.split()
 
 
-HEADER = b"X\n" + word(3, 0x40201, 0x30500, 5) + b"UTF-8"
-
-
-def named_list(values: dict[str, bytes]) -> bytes:
-    """A list with names, as R writes it: the values, then a pairlist with the attribute."""
-    symbol = word(1, 9, 5) + b"names"
-    body = word(19 | 0x200, len(values)) + b"".join(values.values())
-    return body + word(2 | 0x400) + symbol + strings(list(values)) + word(254)
-
-
-def write_database(folder: Path, texts: dict[str, list[str]]) -> Path:
-    """An R lazy-load database of character vectors, written as R writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index, content = {}, b""
-    for name, lines in texts.items():
-        raw = HEADER + strings(lines)
-        packed = struct.pack(">I", len(raw)) + zlib.compress(raw)
-        index[name] = word(13, 2, len(content), len(packed))
-        content += packed
-    (folder / "Rdata.rdb").write_bytes(content)
-    # the second list's tag is a reference to the symbol that the first one defined
-    outer = word(19 | 0x200, 1) + named_list(index) + word(2 | 0x400, 255 | 1 << 8) + strings(["variables"]) + word(254)
-    (folder / "Rdata.rdx").write_bytes(gzip.compress(HEADER + outer))
-    return folder / "Rdata.rdb"
-
-
-@given(st.dictionaries(st.text("abc", min_size=1), st.lists(st.text(max_size=9), min_size=1, max_size=5), min_size=1))
-@settings(max_examples=40, deadline=None)
-def test_texts_in_r_packages_are_read_without_r(tmp_path_factory: pytest.TempPathFactory, texts: dict) -> None:
-    database = write_database(tmp_path_factory.mktemp("r"), texts)
-    assert rdata.texts(database) == texts
-
-
-def test_a_damaged_r_package_is_one_sentence(tmp_path: Path) -> None:
-    database = write_database(tmp_path, {"a": ["x" * 50]})
-    whole = database.read_bytes()
-    for cut in (0, 3, 10, len(whole) - 1):
-        database.write_bytes(whole[:cut])
-        with pytest.raises(DataError):
-            rdata.texts(database)
-    (tmp_path / "Rdata.rdx").write_bytes(b"nothing")
-    with pytest.raises(DataError):
-        rdata.texts(database)
+def write_pages(folder: Path, pages: dict[str, str]) -> None:
+    """Pages where perl-doc has them."""
+    (place := folder / "usr" / "share" / "perl" / "5.36.0" / "pod").mkdir(parents=True)
+    for name, page in pages.items():
+        (place / f"{name}.pod").write_text(page)
 
 
 def test_docstrings_and_code_are_parted_and_both_keep_their_source(tmp_path: Path) -> None:
@@ -134,25 +146,28 @@ def fake_tools(folder: Path, monkeypatch: pytest.MonkeyPatch, apt: str, dpkg: st
     monkeypatch.setenv("PATH", str(folder))
 
 
-CHAPTER = ["CHAPTER 1", ""] + ["It was a dark and stormy night;", "the rain fell in torrents."] * 5 + ["", "Next day."]
+NAMES = [f"perl{number}" for number in range(64)]
+KEPT = [name for name in NAMES if source_held_out(f"perl/{name}")][0]
+LEARNED = [name for name in NAMES if not source_held_out(f"perl/{name}")][0]
 
 
-def test_novels_from_a_package_are_used_and_one_is_held_out_whole(
+def test_pages_from_a_package_are_used_and_one_in_sixteen_is_held_out_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    books = {"emma": CHAPTER, "persuasion": [line.replace("dark", "light") for line in CHAPTER]}
-    write_database(tmp_path / "made" / "janeaustenr" / "data", books)
+    changes = {"perl5180delta": PAGE.replace("torrents", "changes"), "perltoc": PAGE.replace("torrents", "contents")}
+    write_pages(tmp_path / "made", {LEARNED: PAGE, KEPT: PAGE.replace("dark", "light"), **changes})
     apt, dpkg = 'echo fake > "$3_1.deb"', f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"'
     fake_tools(tmp_path / "bin", monkeypatch, apt, dpkg)
     found = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
     assert found.faults == []
     package = found.sources[0]
     assert package["digest"] == hashlib.sha256(b"fake\n").hexdigest() != package["pinned"]
+    assert package["licence"] == "Artistic or GPL-1+"
     parts = found.split()
     prose = {side: [one.text for one in texts if one.domain == "prose"] for side, texts in vars(parts).items()}
     assert len(prose["train"]) == len(prose["held_out"]) == 1
-    assert prose["train"][0].startswith("CHAPTER 1\n\nIt was a dark and stormy night; the rain")
-    assert prose["train"][0].endswith("torrents.\n\nNext day.\n")
+    assert prose["train"][0].startswith("DESCRIPTION\n\nIt was a dark and stormy->night; the rain fell in torrents, as")
+    assert prose["train"][0].endswith("\n\nWords behind it.\n")
     assert "light" in prose["held_out"][0]
     # what was fetched once is kept, whatever becomes of the net
     monkeypatch.setenv("PATH", "")
@@ -162,7 +177,7 @@ def test_novels_from_a_package_are_used_and_one_is_held_out_whole(
 def test_what_was_made_offline_is_made_anew_for_who_goes_online(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_database(tmp_path / "made" / "janeaustenr" / "data", {"emma": CHAPTER, "persuasion": CHAPTER[:4]})
+    write_pages(tmp_path / "made", {LEARNED: PAGE, KEPT: PAGE.replace("dark", "light")})
     fake_tools(tmp_path / "bin", monkeypatch, "exit 100", f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"')
     alone = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
     tried = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
@@ -173,7 +188,7 @@ def test_what_was_made_offline_is_made_anew_for_who_goes_online(
     shutil.rmtree(tmp_path / "corpus")
     corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
     fetched = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
-    assert fetched.faults == [] and "janeaustenr/emma" in {one.source for one in fetched.split().train}
+    assert fetched.faults == [] and f"perl/{LEARNED}" in {one.source for one in fetched.split().train}
     # and back: nothing is fetched, what is there stays
     monkeypatch.setenv("PATH", "")
     assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
@@ -277,10 +292,11 @@ def test_a_corpus_that_was_tampered_with_is_made_anew(offline: corpus.Corpus, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("apt-get") is None, reason="needs apt-get")
-def test_debians_package_holds_six_novels() -> None:
+def test_debians_package_holds_perls_manual() -> None:
     (found,) = debian.fetch()
     if found.fault:
         pytest.skip(found.fault)
-    titles = {one.source for one in found.documents}
-    assert len(titles) == 6
-    assert sum(one.size for one in found.documents) > 3_900_000
+    sources = {one.source for one in found.documents}
+    assert {"perl/perlretut", "perl/perlfaq4"} <= sources and len(sources) > 100
+    assert sum(one.size for one in found.documents) > 3_500_000
+    assert sum(source_held_out(one.source) for one in found.documents) > 20
