@@ -60,7 +60,7 @@ def bytes_per_token(folder: Path, context: int) -> int:
     import math
 
     from sprat import quant
-    from sprat.model.cache import Cache
+    from sprat.model.kv_cache import KVCache
 
     model = quant.load(folder / "sprat", materialise=False)
     config, total = model.config, 0.0
@@ -73,7 +73,7 @@ def bytes_per_token(folder: Path, context: int) -> int:
         elif ".experts." in name:
             share = config.num_experts_per_tok / config.n_routed_experts
         total += share * tensor.nbytes
-    return math.ceil(total) + context * 2 * Cache.width(config) * config.num_hidden_layers
+    return math.ceil(total) + context * 2 * KVCache.width(config) * config.num_hidden_layers
 
 
 def _moe() -> Any:

@@ -155,7 +155,7 @@ class NativeBackend:
     def _table(self, positions: int) -> Tensor:
         """Turns of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
         self._turns = max(positions, 2 * self._turns)
-        turns = self.model.rotary.first(self._turns, torch.device("cpu"))
+        turns = self.model.rotary.freqs_cis(self._turns, torch.device("cpu"))
         return torch.view_as_real(turns).flatten(1).contiguous()
 
     def _layer(self, block: Any) -> dict[str, Any]:

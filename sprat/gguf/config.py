@@ -178,7 +178,7 @@ def _rope_scaling(keys: Keys, table: dict[str, Any]) -> dict[str, Any] | None:
 
 def _llama3(keys: Keys, table: dict[str, Any]) -> dict[str, Any]:
     """The four numbers of Llama 3 whose divisors ``rope_freqs.weight`` holds."""
-    from sprat.model.rope import frequencies
+    from sprat.model.rope import inverse_frequencies
 
     entry = keys.header.tensors["rope_freqs.weight"]
     half = table.get("head_dim", 0) // 2
@@ -192,8 +192,8 @@ def _llama3(keys: Keys, table: dict[str, Any]) -> dict[str, Any]:
     if not 1 <= scaling["factor"] <= 1e6:
         raise fault
     bare = parse(ModelConfig, {**table, "rope_scaling": None}, where=str(keys.header.path))
-    plain, _ = frequencies(bare)
-    stretched, _ = frequencies(bare.replace(rope_scaling=scaling))
+    plain, _ = inverse_frequencies(bare)
+    stretched, _ = inverse_frequencies(bare.replace(rope_scaling=scaling))
     if any(abs(float(a / b) / d - 1) > 1e-3 for a, b, d in zip(plain, stretched, divisors, strict=True) if d > 0):
         raise fault
     return scaling

@@ -31,8 +31,8 @@ from sprat.gguf.decode import Job
 from sprat.gguf.header import Entry, Header
 from sprat.gguf.names import Source
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_room
-from sprat.model.weights import empty
+from sprat.model.memory import check_available_memory
+from sprat.model.weights import meta_model
 from sprat.quant.int4 import Codes
 from sprat.quant.layers import place
 
@@ -138,7 +138,7 @@ def outline(header: Header, config: ModelConfig) -> Transformer:
         CheckpointError: the config announces more than the file can hold, or positions that cannot be computed.
     """
     try:
-        return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+        return meta_model(config, [entry.shape for entry in header.tensors.values()], header.path)
     except ConfigError as error:
         raise CheckpointError(error.what, where=f"{header.path}: {error.where}", todo=_ADVICE) from None
 
@@ -157,7 +157,7 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise
     if any(entry.kind.name in PACKED for entry in header.tensors.values()):
         dtype = torch.float32
     plan = Plan(model, header, dtype)
-    check_room(plan.size, header.path)
+    check_available_memory(plan.size, header.path)
     memory = _filled(plan)
 
     def view(name: str, part: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A small model on a CPU spends its time between the matrix products: stock operators read and write every activation
 some forty times a step. These functions do in one walk what takes stock operators three to twelve. They work on one
-thread and without Python's lock, so members of a training team run side by side.
+thread and without Python's lock, so threads of data-parallel training run side by side.
 
 ``applies`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
 ``kernels.library`` is asked once. The torch form of each function stands beside its call, in ``norm.py``, ``moe.py``

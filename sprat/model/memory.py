@@ -9,17 +9,17 @@ from pathlib import Path
 from sprat.errors import CheckpointError
 from sprat.machine import available_bytes
 
-_SLACK = 64 << 20  # bytes that the rest of the program is left with
+_HEADROOM_BYTES = 64 << 20  # bytes that the rest of the program is left with
 
 
-def check_room(wanted: int, where: str | Path) -> None:
+def check_available_memory(wanted: int, where: str | Path) -> None:
     """Refuse a model of ``wanted`` bytes (read from ``where``) that this machine has no memory for.
 
     Raises:
         CheckpointError: there is less memory than that.
     """
     free = available_bytes()
-    if free is not None and wanted + _SLACK > free:
+    if free is not None and wanted + _HEADROOM_BYTES > free:
         raise CheckpointError(
             f"the weights need {wanted / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free",
             where=str(where),
@@ -28,7 +28,7 @@ def check_room(wanted: int, where: str | Path) -> None:
 
 
 @contextmanager
-def told_if_full(name: str, where: str | Path) -> Iterator[None]:
+def explain_out_of_memory(name: str, where: str | Path) -> Iterator[None]:
     """Turn a failed allocation for tensor ``name`` into one sentence.
 
     Raises:

@@ -23,9 +23,9 @@ from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_room
+from sprat.model.memory import check_available_memory
 from sprat.model.shards import Shards
-from sprat.model.weights import empty
+from sprat.model.weights import meta_model
 from sprat.quant.int4 import Codes
 from sprat.quant.layers import Packed, bits_of, packed_tensors, place, recipe_of
 from sprat.trust import atomic
@@ -101,7 +101,7 @@ def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
     formats = _formats(how, str(folder / RECIPE))
     held = Shards([folder / WEIGHTS])
-    check_room(sum(entry.nbytes for entry in held.entries.values()), folder / WEIGHTS)
+    check_available_memory(sum(entry.nbytes for entry in held.entries.values()), folder / WEIGHTS)
     return _build(config, formats, held, str(folder / WEIGHTS), materialise=materialise)
 
 
@@ -130,7 +130,7 @@ def _build(
     materialise: bool,
 ) -> Transformer:
     """A model from the tensors of its file, every one of them checked and used."""
-    model = empty(config, [entry.shape for entry in held.entries.values()], Path(where))
+    model = meta_model(config, [entry.shape for entry in held.entries.values()], Path(where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     unused = set(held.entries)
 

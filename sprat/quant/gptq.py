@@ -128,7 +128,7 @@ class _Passing:
 
     def routed(self, _: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
         """A hook for a router: which token each row of its experts is."""
-        order_M = routing.index_NK.flatten().argsort(stable=True)  # as ``Experts.mix`` sorts them
+        order_M = routing.index_NK.flatten().argsort(stable=True)  # as ``Experts.combine`` sorts them
         self._token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
 
     def experts(self, name: str, module: Experts) -> Hook:

@@ -7,7 +7,7 @@ import math
 from sprat.config import OptimConfig
 
 
-def factor(config: OptimConfig, step: int, steps: int) -> float:
+def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
     """The factor of ``step`` (from 0) in a run of ``steps``; 1 is the full rate.
 
     All schedules first warm up linearly over ``warmup_steps``, but over no more than half the run. Then:

@@ -9,7 +9,7 @@ from sprat.config.model import ModelConfig
 from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import TorchBackend
 from sprat.kernels import native, why_not
-from sprat.model import Cache, Transformer
+from sprat.model import KVCache, Transformer
 from sprat.quant import quantize
 from tests.unit.kernels.test_step import batch_of, tokens_of, truth
 
@@ -64,7 +64,7 @@ def test_packed_rows_cached_steps_and_padded_prompts_equal_single_texts() -> Non
     row, segments = torch.tensor([texts[0] + texts[1]]), torch.tensor([[1] * 9 + [2] * 14])
     packed = model(row, segments_BT=segments)[0]
     assert torch.allclose(packed, torch.cat(alone), **NEAR)
-    cache = Cache.create(model.config, 2, 40)
+    cache = KVCache.create(model.config, 2, 40)
     rows = torch.zeros(2, 14, dtype=torch.long)
     rows[0, :9], rows[1] = torch.tensor(texts[0]), torch.tensor(texts[1])
     valid = torch.arange(14) < torch.tensor([[9], [14]])

@@ -23,7 +23,7 @@ from sprat.quant import dequantize_weight, quantize_weight
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.train.backward import backward
-from sprat.train.team import Team
+from sprat.train.thread_data_parallel import ThreadDataParallel
 from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
@@ -189,8 +189,8 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
         terms.append(kl_weight * kl + (1 - kl_weight) * F.cross_entropy(logits, targets[:, depth:][chosen]))
     parameters = list(student.parameters())
     wanted = torch.autograd.grad(terms[0] + 0.7 * (terms[1] + terms[2]) / 2, parameters, allow_unused=True)
-    with Team(1) as team:
-        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, team)
+    with ThreadDataParallel(1) as workers:
+        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, workers)
     assert len(loads) == len(student.moe_layers()) and metrics["mtp_loss"] > 0
     for (name, parameter), theirs in zip(student.named_parameters(), wanted, strict=True):
         assert parameter.grad is not None and theirs is not None, name

@@ -14,7 +14,7 @@ from sprat import quant
 from sprat.config import QuantConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, SpratError
-from sprat.model import Cache, Transformer
+from sprat.model import KVCache, Transformer
 from sprat.quant import formats
 from sprat.quant.layers import Packed, QuantLinear
 
@@ -61,7 +61,7 @@ def test_the_quantised_model_is_the_dense_model_of_its_own_weights() -> None:
                 getattr(mine.experts, weight).copy_(getattr(theirs.experts, weight))
         dense.embed_tokens.weight.copy_(small.embed_tokens.weight)
         torch.testing.assert_close(small(TOKENS), dense(TOKENS), atol=1e-6, rtol=1e-5)
-        cache = Cache.create(small.config, 2, 20)
+        cache = KVCache.create(small.config, 2, 20)
         stepped = torch.cat(
             [small(TOKENS[:, :13], cache=cache)] + [small(TOKENS[:, t : t + 1], cache=cache) for t in range(13, 20)], 1
         )
