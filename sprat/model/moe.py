@@ -77,7 +77,7 @@ class MLP(nn.Module):
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether gate and up may be one product: both plain, and rows enough to pay for laying them side by side."""
         plain = type(self.gate_proj) is Linear and type(self.up_proj) is Linear
-        return plain and x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and fused.applies(x)
+        return plain and x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and fused.is_supported(x)
 
 
 class Gate(nn.Module):
@@ -152,7 +152,7 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, rows_E: Tensor) -> Tensor:
         """``x_MD`` sorted by expert, ``rows_E[e]`` rows for expert ``e`` -> [M, D]."""
         ends_E = rows_E.cumsum(0).to(torch.int32)
-        if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(rows_E) and fused.applies(x_MD):
+        if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(rows_E) and fused.is_supported(x_MD):
             gate_up_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
             hidden_MF = fused.swiglu(_grouped(x_MD, gate_up_E2FD, ends_E))
         else:
@@ -194,7 +194,7 @@ class MoE(nn.Module):
 def balance_loss(routing: Routing, batch: int) -> Tensor:
     """Sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20), mean over ``batch`` sequences.
 
-    ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalised scores``, ``sum_i f_i P_i``:
+    ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalized scores``, ``sum_i f_i P_i``:
     1 when even, larger when not. Padding is left out. The caller multiplies by alpha.
     """
     experts, chosen = routing.scores_NE.shape[1], routing.index_NK.shape[1]

@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]
                 logits_CV = torch.mm(x_CD, weight_DV).to(loss.dtype)
-                if grad_x is not None and want_weight and fused.applies(x):
+                if grad_x is not None and want_weight and fused.is_supported(x):
                     loss += fused.cross_entropy(logits_CV, target_C1)
                     torch.mm(logits_CV, weight, out=grad_x[start : start + chunk])
                     grad_DV.addmm_(x_CD.t(), logits_CV)

@@ -99,14 +99,14 @@ class Shards:
         else:
             out.copy_(self.read(name))
 
-    def equal(self, one: str, other: str) -> bool:
+    def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers.
 
         Raises:
             CheckpointError: see ``read``.
         """
-        a, b = self.entries[one], self.entries[other]
-        return a.shape == b.shape and torch.equal(self.read(one).float(), self.read(other).float())
+        a, b = self.entries[name], self.entries[other]
+        return a.shape == b.shape and torch.equal(self.read(name).float(), self.read(other).float())
 
     def _fill(self, name: str, out: Tensor) -> None:
         """Read the bytes of ``name`` into the contiguous ``out``."""

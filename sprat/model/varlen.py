@@ -41,7 +41,7 @@ class VarlenMetadata:
 
 def varlen_metadata(segments_BT: Tensor | None, batch: int, time: int, freqs_cis_Tr: Tensor) -> VarlenMetadata | None:
     """The documents of a batch: runs of equal segment in a row, or whole rows. None where stock operators serve."""
-    if not fused.applies(freqs_cis_Tr.real) or batch * time == 0:
+    if not fused.is_supported(freqs_cis_Tr.real) or batch * time == 0:
         return None
     if segments_BT is None:
         starts = torch.arange(batch) * time
@@ -62,7 +62,7 @@ def _native_args(varlen: VarlenMetadata, q_NHd: Tensor, kv_NHw: Tensor, k_rope_N
     nope = width - rope
     sizes = (heads, nope, rope, kv_NHw.shape[2] - nope, len(varlen.freqs_cis_Tr))
     arrays = (torch.view_as_real(varlen.freqs_cis_Tr), varlen.starts, varlen.lengths)
-    return [*map(fused.at, arrays), c_int64(len(varlen.starts)), *map(c_int64, sizes), c_float(scale)]
+    return [*map(fused.data_ptr, arrays), c_int64(len(varlen.starts)), *map(c_int64, sizes), c_float(scale)]
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -79,7 +79,9 @@ class _VarlenAttention(torch.autograd.Function):
         out_NHv, log_sum_NH = q_NHd.new_empty(tokens, heads, value), q_NHd.new_empty(tokens, heads)
         inputs = (q_NHd, kv_NHw, k_rope_Nr)
         settings = _native_args(varlen, *inputs, scale)
-        fused.native().attend_forward(*map(fused.at, inputs), *settings, fused.at(out_NHv), fused.at(log_sum_NH))
+        fused.require_library().varlen_attention_forward(
+            *map(fused.data_ptr, inputs), *settings, fused.data_ptr(out_NHv), fused.data_ptr(log_sum_NH)
+        )
         ctx.save_for_backward(*inputs, log_sum_NH)
         ctx.varlen, ctx.scale = varlen, scale
         return out_NHv
@@ -92,8 +94,10 @@ class _VarlenAttention(torch.autograd.Function):
         inputs = (q_NHd, kv_NHw, k_rope_Nr)
         grad_NHv, grads = grad_NHv.contiguous(), [torch.empty_like(tensor) for tensor in inputs]
         settings = _native_args(ctx.varlen, *inputs, ctx.scale)
-        results = map(fused.at, (log_sum_NH, *grads))
-        fused.native().attend_backward(fused.at(grad_NHv), *map(fused.at, inputs), *settings, *results)
+        results = map(fused.data_ptr, (log_sum_NH, *grads))
+        fused.require_library().varlen_attention_backward(
+            fused.data_ptr(grad_NHv), *map(fused.data_ptr, inputs), *settings, *results
+        )
         return *grads, None, None
 
 

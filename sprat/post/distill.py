@@ -32,7 +32,7 @@ from sprat.model import Transformer, flops_per_token
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
-from sprat.quant import rounded
+from sprat.quant import fake_quantize
 from sprat.tasks import Task, is_right
 from sprat.train import loop, objective
 from sprat.trust.run import Run
@@ -152,9 +152,8 @@ def distill(
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
     steps = round(config.qat_fraction * config.steps)
-    final_phase = (
-        loop.FinalPhase(config.steps - steps, partial(rounded, student, quant or QuantConfig())) if steps else None
-    )
+    rounding = partial(fake_quantize, student, quant or QuantConfig())
+    final_phase = loop.FinalPhase(config.steps - steps, rounding) if steps else None
     result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), final_phase=final_phase)
     if config.mode == "traces":
         return result

@@ -1,4 +1,4 @@
-"""How does it learn? One step, one loop; optimisers, schedules, router balance, checkpoints, metrics."""
+"""How does it learn? One step, one loop; optimizers, schedules, router balance, checkpoints, metrics."""
 
 from sprat.train.evaluate import bits_per_byte, bits_per_byte_by_domain
 from sprat.train.loop import TrainResult, train

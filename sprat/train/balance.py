@@ -22,7 +22,7 @@ from sprat.model import Transformer
 
 
 def update_bias(model: Transformer, expert_loads: Sequence[Tensor], speed: float) -> None:
-    """Move the bias of every router that has one; call it once, after the optimiser's step.
+    """Move the bias of every router that has one; call it once, after the optimizer's step.
 
     Args:
         model: its ``moe_layers()`` are in the order of ``expert_loads``.

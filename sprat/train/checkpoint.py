@@ -172,10 +172,10 @@ def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights, buffers and optimiser state back, in place.
+    """Put weights, buffers and optimizer state back, in place.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or optimiser, or cannot be read.
+        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read.
     """
     try:
         weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
@@ -192,7 +192,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
 
 
 def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse a checkpoint of another model or optimiser; only names and shapes are read.
+    """Refuse a checkpoint of another model or optimizer; only names and shapes are read.
 
     Raises:
         CheckpointError: it is of another one, or cannot be read.

@@ -1,7 +1,7 @@
 """One step, one loop.
 
 A step draws its batch by number, adds up the gradients of its micro-batches, clips, moves the weights, and
-moves the router bias once. Everything that the next step depends on is in the weights, the optimiser's state,
+moves the router bias once. Everything that the next step depends on is in the weights, the optimizer's state,
 the step's number and the few running sums of the log window; all of it is in the checkpoint. So a run that is
 killed at any moment and started again ends with the same bits as one that was not, and its log has the same
 rows. Nothing that depends on the clock is logged.
@@ -105,12 +105,12 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
+        loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
         final_phase: the last steps of the run, whose gradients are computed at other weights.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: the model is quantised, or loss or gradient is not finite (the last checkpoint stands).
+        TrainingError: the model is quantized, or loss or gradient is not finite (the last checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
@@ -240,7 +240,7 @@ def check_start(start: checkpoint.Checkpoint, model: Transformer, config: LoopCo
     """Refuse a checkpoint from which ``train`` could not start, before anything is set aside for it.
 
     Raises:
-        CheckpointError: it is not before the last step, or of another model, optimiser or kind of run.
+        CheckpointError: it is not before the last step, or of another model, optimizer or kind of run.
     """
     check_start_step(start, config.steps)
     _check_kind(start)

@@ -1,4 +1,4 @@
-"""What pre-training minimises: the next token, the token after it (MTP), and a little sequence balance.
+"""What pre-training minimizes: the next token, the token after it (MTP), and a little sequence balance.
 
     total = next-token + mtp_weight * mean over MTP depths + balance_weight * mean over MoE layers
 
@@ -41,7 +41,7 @@ class Loss:
 
 
 class LossFn(Protocol):
-    """What is minimised."""
+    """What is minimized."""
 
     def __call__(
         self, model: Transformer, batch: Batch, config: LoopConfig, step_batch: Batch | None = None, /

@@ -1,4 +1,4 @@
-"""Two optimisers under one roof: Muon for the matrices inside the network, AdamW for everything else.
+"""Two optimizers under one roof: Muon for the matrices inside the network, AdamW for everything else.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks",
 https://kellerjordan.github.io/posts/muon/) treats a weight as a *map*, not as a bag of numbers. The momentum of
@@ -88,7 +88,7 @@ class _ShapeGroup:
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised; all matrices of one shape at once.
+    """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
     Args:
         parameters: by name; each [rows, columns] or a stack [E, rows, columns].
@@ -219,7 +219,7 @@ class Optimizer:
         """Take over what ``state`` gave in another process.
 
         Raises:
-            CheckpointError: names or shapes differ, so the state is of another model or optimiser.
+            CheckpointError: names or shapes differ, so the state is of another model or optimizer.
         """
         current = self.state_dict()
         if {k: v.shape for k, v in current.items()} != {k: v.shape for k, v in state.items()}:
@@ -230,7 +230,7 @@ class Optimizer:
 
 
 def build(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimiser of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
+    """The optimizer of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
 
     Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
     modules called ``gate`` (routers). Parameters that want no gradient are left out.

@@ -2,7 +2,7 @@
 
 Torch's own way to use two cores is to split every operation. For a small model that is a poor bargain: an
 operation of 100 microseconds is split, joined, and the next one waits for the slower half, some 1,500 times a
-step; what cannot be split (sorting, gathering, Python itself) leaves a core idle; and where a neighbour takes a
+step; what cannot be split (sorting, gathering, Python itself) leaves a core idle; and where a neighbor takes a
 core away, every join waits for it. So the batch is split instead, once a step: each thread runs forward and
 backward on its rows with its own autograd graph, and only the finished gradients meet. Torch lets go of
 Python's lock inside operations and in the backward pass, so threads suffice and weights are shared for nothing.

@@ -158,7 +158,7 @@ def test_a_quantised_file_computes_what_its_dequantised_weights_compute(kind: st
 
     path = write(model, tmp_path / "model.gguf", kind=chosen, split=split)
     ours, _ = sprat.load(path)
-    assert {packed.bits for packed in quant.packed_tensors(ours).values()} == {4 if "4" in kind else 8}
+    assert {packed.bits for packed in quant.quantized_weights(ours).values()} == {4 if "4" in kind else 8}
     put_back(model, path)
     tokens = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

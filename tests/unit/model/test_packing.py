@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sprat.kernels import library
+from sprat.kernels import native_library
 from sprat.model import Transformer, forward_context
 from sprat.model.forward_context import mtp_segments
 
@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tr
     """A model for each way to keep documents apart; two MTP modules where the family has them."""
     if request.param == "gqa":
         return Transformer.create(tiny_dense(), 1)
-    if request.param == "varlen" and library() is None:
+    if request.param == "varlen" and native_library() is None:
         pytest.skip("no C++ compiler: attention is masked")
     if request.param == "masked":
         monkeypatch.setattr(forward_context, "varlen_metadata", lambda *_: None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.kernels import fused, library
+from sprat.kernels import fused, native_library
 from sprat.model import Transformer, varlen
 from sprat.model.forward_context import forward_context
 from sprat.model.norm import rms_norm
@@ -21,7 +21,7 @@ def packings() -> dict[str, Tensor | None]:
     return {"whole rows": None, "ragged": ragged, "single tokens": torch.arange(60).view(3, 20)}
 
 
-native = pytest.mark.skipif(library() is None, reason="no C++ compiler: stock operators do the work")
+native = pytest.mark.skipif(native_library() is None, reason="no C++ compiler: stock operators do the work")
 
 
 @native
@@ -95,7 +95,7 @@ def test_long_documents_are_left_to_stock_operators(monkeypatch: pytest.MonkeyPa
     freqs_cis = torch.ones(300, 2, dtype=torch.complex64)
     monkeypatch.setattr(varlen, "MAX_SEQLEN", 280)
     assert varlen.varlen_metadata((torch.arange(300) >= 281).long().expand(4, 300), 4, 300, freqs_cis) is None
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(fused, "native_library", lambda: None)
     assert varlen.varlen_metadata(None, 4, 8, freqs_cis[:8]) is None
 
 

@@ -19,7 +19,7 @@ from sprat.model import Transformer, balance_loss, flops_per_token
 from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
-from sprat.quant import dequantize_weight, quantize_weight
+from sprat.quant import dequantize_tensor, quantize_tensor
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.train.backward import backward
@@ -223,14 +223,14 @@ def test_the_last_steps_learn_with_rounded_weights(
 
     def watched(self: Transformer, *rest: Any, **more: Any) -> Any:
         if self is small:
-            codes = quantize_weight(table.detach(), bits=8, group=0)  # of what is on codes already they are exact
-            seen.append(torch.equal(dequantize_weight(codes), table))
+            codes = quantize_tensor(table.detach(), bits=8, group=0)  # of what is on codes already they are exact
+            seen.append(torch.equal(dequantize_tensor(codes), table))
         return hidden(self, *rest, **more)
 
     monkeypatch.setattr(Transformer, "hidden", watched)
     distill(small, guesser, source, config, open_stage("rounded", config), form)
     assert [step for step, exact in enumerate(seen) if exact] == rounds
-    assert not torch.equal(dequantize_weight(quantize_weight(table.detach(), bits=8, group=0)), table)
+    assert not torch.equal(dequantize_tensor(quantize_tensor(table.detach(), bits=8, group=0)), table)
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(0.0, 7), (0.1, 7), (0.5, 4), (1.0, None)])

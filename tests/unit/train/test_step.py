@@ -1,4 +1,4 @@
-"""A run of training beside the same run by torch's own optimiser, torch's clipping, and rates worked out by hand."""
+"""A run of training beside the same run by torch's own optimizer, torch's clipping, and rates worked out by hand."""
 
 from __future__ import annotations
 
