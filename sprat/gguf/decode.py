@@ -96,14 +96,14 @@ def decode(job: Job, source: int, target: int) -> None:
 def _parts(job: Job, raw: Array) -> dict[str, Array]:
     """The parts of some rows, all of them finite."""
     if not job.dense:
-        found = blocks.quantized_parts(job.kind, raw, job.block)
-        checked = [array for part, array in found.items() if part != "codes"]
+        parts = blocks.quantized_parts(job.kind, raw, job.block)
+        checked = [array for part, array in parts.items() if part != "codes"]
     else:
         checked = [blocks.dequantize(job.kind, raw, job.block)]
-        found = {"dense": blocks.bfloat16(checked[0]) if job.dense == "bfloat16" else checked[0]}
+        parts = {"dense": blocks.bfloat16(checked[0]) if job.dense == "bfloat16" else checked[0]}
     if not all(bool(np.isfinite(array).all()) for array in checked):
         raise InvalidTensor("it is not finite")
-    return found
+    return parts
 
 
 def _reordered(job: Job, array: Array) -> Array:

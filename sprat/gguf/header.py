@@ -138,18 +138,18 @@ class _Reader:
 
     def tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
         """The tensor descriptions, and their places in the file."""
-        found: dict[str, tuple[GGMLType, tuple[int, ...], int, int]] = {}
+        descriptions: dict[str, tuple[GGMLType, tuple[int, ...], int, int]] = {}
         for _ in range(count):
-            self.at = f"the tensor after {next(reversed(found), 'the keys')!r}"
+            self.at = f"the tensor after {next(reversed(descriptions), 'the keys')!r}"
             name = self.text(NAME_BYTES)
             self.at = f"tensor {name!r}"
-            if name in found:
+            if name in descriptions:
                 raise self.broken("it stands twice")
-            found[name] = self.description()
+            descriptions[name] = self.description()
         start = -(-self.stream.tell() // alignment) * alignment
         entries: dict[str, TensorInfo] = {}
         free = start
-        for name, (kind, shape, offset, nbytes) in sorted(found.items(), key=lambda item: item[1][2]):
+        for name, (kind, shape, offset, nbytes) in sorted(descriptions.items(), key=lambda item: item[1][2]):
             self.at = f"tensor {name!r}"
             if offset % alignment:
                 raise self.broken(f"its offset {offset} is no multiple of {alignment}")

@@ -133,4 +133,4 @@ def _is_neutral(key: str, value: Any) -> bool:
     """Whether ``value`` asks for nothing."""
     values = value if isinstance(value, list) else [value]
     neutral: tuple[Any, ...] = (1.0, 0) if key in _FACTORS else (0, "", "none")
-    return all(one in neutral for one in values)
+    return all(item in neutral for item in values)

@@ -79,14 +79,14 @@ def file_name(name: str, config: ModelConfig) -> str:
 
 def sources(name: str, shape: tuple[int, ...], header: Header, config: ModelConfig) -> list[Source]:
     """The tensors of the file that make up our tensor ``name`` of ``shape``."""
-    there = file_name(name, config)
-    if ".attn_kv_b." in there and there not in header.tensors:
+    gguf_name = file_name(name, config)
+    if ".attn_kv_b." in gguf_name and gguf_name not in header.tensors:
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         nope, value = config.qk_nope_head_dim, config.v_head_dim
-        keys, values = there.replace("attn_kv_b", "attn_k_b"), there.replace("attn_kv_b", "attn_v_b")
+        keys, values = gguf_name.replace("attn_kv_b", "attn_k_b"), gguf_name.replace("attn_kv_b", "attn_v_b")
         return [
             Source(keys, (heads, rank, nope), "transpose", rank, 0, nope + value),
             Source(values, (heads, value, rank), "", value, nope, nope + value),
         ]
-    reordered = header.metadata["general.architecture"] == "llama" and re.search(r"\.attn_[qk]\.", there)
-    return [Source(there, shape, "pairs", config.attention_head_dim) if reordered else Source(there, shape)]
+    reordered = header.metadata["general.architecture"] == "llama" and re.search(r"\.attn_[qk]\.", gguf_name)
+    return [Source(gguf_name, shape, "pairs", config.attention_head_dim) if reordered else Source(gguf_name, shape)]

@@ -1,8 +1,8 @@
 """The vocabulary of a GGUF file as our tokenizer: its metadata become a tokenizer.json.
 
-Two kinds are read. ``gpt2`` is byte-level BPE: tokens, merges, and the name of the cut before them (``patterns``).
-``llama`` is SentencePiece BPE with byte fallback: tokens with scores; two neighbors merge where their join is a token,
-the best score first, which is the order that is laid down here as merges.
+Two kinds are read. ``gpt2`` is byte-level BPE: tokens, merges, and the name of the pre-tokenizer before them (see
+``pretokenizers``). ``llama`` is SentencePiece BPE with byte fallback: tokens with scores; two neighbors merge
+where their join is a token, the best score first, which is the order that is laid down here as merges.
 
 Token types say what a token is for: control and unknown tokens steer the model and are never made from a user's text,
 user-defined ones are cut out of the text before all else.
@@ -56,8 +56,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
     }
     text, where = json.dumps(table, ensure_ascii=False), str(header.path)
     try:
-        said = understood(_generation(header), where)
-        return Tokenizer(text, config=_config(header, tokens), generation=said, where=where)
+        generation = understood(_generation(header), where)
+        return Tokenizer(text, config=_config(header, tokens), generation=generation, where=where)
     except DataError as error:
         raise CheckpointError(
             error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"
@@ -65,7 +65,7 @@ def read_tokenizer(header: Header) -> Tokenizer:
 
 
 def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """Normaliser, cut, model and decoder of byte-level BPE."""
+    """Normalizer, pre-tokenizer, model and decoder of byte-level BPE."""
     pre = header.metadata.get(f"{_KEY}pre", "default")
     if not isinstance(pre, str) or pre not in PRETOKENIZERS:
         raise _fault(
@@ -91,19 +91,19 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
 
 
 def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str], types: list[Any]) -> dict[str, Any]:
-    """Normaliser, model and decoder of SentencePiece BPE."""
+    """Normalizer, model and decoder of SentencePiece BPE."""
     scores = header.metadata.get(f"{_KEY}scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise _fault(header, "scores", f"there are not {len(tokens)} of them")
-    found: list[tuple[float, int, int, str, str]] = []
+    merges: list[tuple[float, int, int, str, str]] = []
     for index, token in enumerate(tokens):
         if types[index] in (_UNKNOWN, _CONTROL, _USER, _BYTE) or len(token) > _LONG:
             continue
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
+        for split in range(1, len(token)):
+            left, right = token[:split], token[split:]
             if left in vocabulary and right in vocabulary:
-                found.append((float(scores[index]), len(left), len(right), left, right))
-    found.sort(key=lambda row: row[:3], reverse=True)
+                merges.append((float(scores[index]), len(left), len(right), left, right))
+    merges.sort(key=lambda row: row[:3], reverse=True)
     prefix = header.metadata.get(f"{_KEY}add_space_prefix", True) is not False
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     plain = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -115,7 +115,7 @@ def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [plain, {"type": "ByteFallback"}, {"type": "Fuse"}, *end]},
         "model": {
-            **_bpe(vocabulary, [[left, right] for *_, left, right in found]),
+            **_bpe(vocabulary, [[left, right] for *_, left, right in merges]),
             "unk_token": unknown,
             "fuse_unk": True,
             "byte_fallback": True,

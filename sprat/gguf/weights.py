@@ -59,40 +59,40 @@ class LoadPlan:
         tied = model.config.tie_word_embeddings
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == "head.weight")}
         quantizable = _quantizable_weights(model)
-        wanted = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
-        wanted |= {name: [] for name, found in wanted.items() if _is_zero(found, header)}
-        self._check(wanted)
-        for name, found in wanted.items():
-            self._add(name, found, name in quantizable)
+        sources_of = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
+        sources_of |= {name: [] for name, sources in sources_of.items() if _is_zero(sources, header)}
+        self._check(sources_of)
+        for name, sources in sources_of.items():
+            self._add(name, sources, name in quantizable)
 
-    def _check(self, wanted: dict[str, list[Source]]) -> None:
+    def _check(self, sources_of: dict[str, list[Source]]) -> None:
         """Compare names and shapes with those of the file."""
-        held = self.header.tensors
-        known = {source.name for found in wanted.values() for source in found}
-        missing = sorted(known - held.keys())
-        unknown = sorted(name for name in held.keys() - known if not names.IGNORED.fullmatch(name))
+        tensors = self.header.tensors
+        known = {source.name for sources in sources_of.values() for source in sources}
+        missing = sorted(known - tensors.keys())
+        unknown = sorted(name for name in tensors.keys() - known if not names.IGNORED.fullmatch(name))
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_ADVICE)
-        for source in (source for found in wanted.values() for source in found):
-            if held[source.name].shape != source.shape:
-                fault = f"tensor {source.name!r} has shape {held[source.name].shape}, expected {source.shape}"
+        for source in (source for sources in sources_of.values() for source in sources):
+            if tensors[source.name].shape != source.shape:
+                fault = f"tensor {source.name!r} has shape {tensors[source.name].shape}, expected {source.shape}"
                 raise CheckpointError(fault, where=str(self.header.path), todo=_ADVICE)
-        idle = [name for name in held.keys() - known if name != "rope_freqs.weight" and not self._is_copy(name)]
+        idle = [name for name in tensors.keys() - known if name != "rope_freqs.weight" and not self._is_copy(name)]
         if idle:
             what = f"tensors that are not used, and are not copies: {', '.join(sorted(idle)[:5])}"
             warnings.warn(f"{self.header.path}: {what}", stacklevel=5)
 
     def _is_copy(self, name: str) -> bool:
         """Whether a prediction module's own embedding or head is the model's, byte for byte."""
-        held, leaf = self.header.tensors, name.split(".")[-2]
-        head = "output.weight" if "output.weight" in held else "token_embd.weight"
+        tensors, leaf = self.header.tensors, name.split(".")[-2]
+        head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
         like = {"embed_tokens": "token_embd.weight", "shared_head_head": head}.get(leaf)
-        if like is None or (held[name].kind, held[name].shape) != (held[like].kind, held[like].shape):
+        if like is None or (tensors[name].kind, tensors[name].shape) != (tensors[like].kind, tensors[like].shape):
             return False
         with open(self.header.path, "rb", buffering=0) as one, open(self.header.path, "rb", buffering=0) as two:
-            one.seek(held[name].offset), two.seek(held[like].offset)
-            left = held[name].nbytes
+            one.seek(tensors[name].offset), two.seek(tensors[like].offset)
+            left = tensors[name].nbytes
             while left:
                 count = min(left, 1 << 24)
                 if one.read(count) != two.read(count):
@@ -100,11 +100,11 @@ class LoadPlan:
                 left -= count
         return True
 
-    def _add(self, name: str, found: list[Source], quantizable: bool) -> None:
+    def _add(self, name: str, sources: list[Source], quantizable: bool) -> None:
         """Make room for our tensor ``name`` and plan the jobs that fill it."""
         elements = prod(self.shapes[name])
-        kind = self.header.tensors[found[0].name].kind.name if found else ""
-        codes = quantizable and len(found) == 1 and kind in PACKED
+        kind = self.header.tensors[sources[0].name].kind.name if sources else ""
+        codes = quantizable and len(sources) == 1 and kind in PACKED
         plain = "float32" if name.endswith("e_score_correction_bias") else self.dtype
         dense = "" if codes else plain
         if codes:
@@ -114,7 +114,7 @@ class LoadPlan:
             sizes = {"dense": elements * (2 if dense == "bfloat16" else 4)}
         self.kinds[name] = kind if codes else dense
         self.parts[name] = {part: self._reserve(count) for part, count in sizes.items()}
-        for source in found:
+        for source in sources:
             self.jobs.append(_decode_job(source, self.header.tensors[source.name], dense, self.parts[name]))
 
     def _reserve(self, count: int) -> int:
@@ -124,10 +124,11 @@ class LoadPlan:
         return offset
 
 
-def _is_zero(found: list[Source], header: Header) -> bool:
+def _is_zero(sources: list[Source], header: Header) -> bool:
     """Whether a tensor is a bias of attention that the file does not hold; memory that nobody fills is zero."""
     return (
-        found[0].name not in header.tensors and re.fullmatch(r".*attn_(q|k|v|output)\.bias", found[0].name) is not None
+        sources[0].name not in header.tensors
+        and re.fullmatch(r".*attn_(q|k|v|output)\.bias", sources[0].name) is not None
     )
 
 

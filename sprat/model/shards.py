@@ -115,12 +115,12 @@ class Shards:
         try:
             with open(entry.file, "rb", buffering=0) as stream:
                 stream.seek(entry.offset)
-                done = 0
-                while done < entry.nbytes:
-                    count = stream.readinto(view[done:])
+                num_read = 0
+                while num_read < entry.nbytes:
+                    count = stream.readinto(view[num_read:])
                     if not count:
                         raise _corrupt(entry.file, f"it ends within tensor {name!r}")
-                    done += count
+                    num_read += count
         except OSError as error:
             raise _corrupt(entry.file, str(error.strerror or error)) from None
 
@@ -186,10 +186,10 @@ def _entry(name: str, row: Any, file: Path, start: int) -> TensorInfo:
         raise _corrupt(file, f"tensor {name!r} has dtype {kind!r}, which is not known")
     if not _are_bounded(shape, _RANK) or not _are_bounded(ends, 2) or len(ends) != 2:
         raise _corrupt(file, f"tensor {name!r} has no sound shape and data_offsets")
-    wanted = math.prod(shape) * DTYPES[kind].itemsize
-    if ends[1] - ends[0] != wanted:
-        raise _corrupt(file, f"tensor {name!r} of shape {shape} takes {wanted} bytes, not {ends[1] - ends[0]}")
-    return TensorInfo(file, DTYPES[kind], tuple(shape), start + ends[0], wanted)
+    nbytes = math.prod(shape) * DTYPES[kind].itemsize
+    if ends[1] - ends[0] != nbytes:
+        raise _corrupt(file, f"tensor {name!r} of shape {shape} takes {nbytes} bytes, not {ends[1] - ends[0]}")
+    return TensorInfo(file, DTYPES[kind], tuple(shape), start + ends[0], nbytes)
 
 
 def _are_bounded(values: Any, most: int) -> bool:

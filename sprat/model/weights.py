@@ -54,7 +54,7 @@ def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: 
 
 def redundant_tensors(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]:
     """Tensors that a model of ``config`` knows and does not need -> whether they differ from what they repeat."""
-    found: dict[str, Callable[[], bool]] = {}
+    redundant: dict[str, Callable[[], bool]] = {}
     inverse, _ = inverse_frequencies(config)
     head = EMBEDDING if config.tie_word_embeddings else HEAD
 
@@ -72,12 +72,12 @@ def redundant_tensors(config: ModelConfig, shards: Shards) -> dict[str, Callable
         copy = _COPY.fullmatch(name)
         if copy and int(copy[1]) >= config.num_hidden_layers:
             source = EMBEDDING if copy[2] == "embed_tokens" else head
-            found[name] = copied(name, source if source in shards.entries else HEAD)
+            redundant[name] = copied(name, source if source in shards.entries else HEAD)
         elif _FREQUENCIES.fullmatch(name):
-            found[name] = frequency(name)
+            redundant[name] = frequency(name)
     if config.tie_word_embeddings and HEAD in shards.entries:
-        found[HEAD] = lambda: False  # compared when it was decided to tie them
-    return found
+        redundant[HEAD] = lambda: False  # compared when it was decided to tie them
+    return redundant
 
 
 class StateDictReader:
@@ -101,11 +101,11 @@ class StateDictReader:
         Raises:
             CheckpointError: a tensor is missing, has no place in the model, or has another shape or dtype.
         """
-        held = self.shards.entries
+        entries = self.shards.entries
         known = {disk for names in self.expected.values() for disk in names} | ignored
-        known |= {name + SCALE_SUFFIX for name in known if name in held and held[name].dtype == _FP8}
-        missing = sorted(disk for names in self.expected.values() for disk in names if disk not in held)
-        unknown = sorted(held.keys() - known)
+        known |= {name + SCALE_SUFFIX for name in known if name in entries and entries[name].dtype == _FP8}
+        missing = sorted(disk for names in self.expected.values() for disk in names if disk not in entries)
+        unknown = sorted(entries.keys() - known)
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             more = len(missing or unknown) - 1
@@ -114,7 +114,7 @@ class StateDictReader:
         for name, names in self.expected.items():
             want = self.shapes[name][1:] if self._stacked(name) else self.shapes[name]
             for disk in names:
-                self._check_entry(disk, held[disk], want)
+                self._check_entry(disk, entries[disk], want)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Our state dict in ``dtype`` on ``device``; the router's correction stays float32.
@@ -122,17 +122,17 @@ class StateDictReader:
         Raises:
             CheckpointError: a file ends early, or there is no memory for the model.
         """
-        held = self.shards.entries
+        entries = self.shards.entries
         if device.type == "cpu":
             elements = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-            check_available_memory(elements * dtype.itemsize, next(iter(held.values())).file.parent)
+            check_available_memory(elements * dtype.itemsize, next(iter(entries.values())).file.parent)
         state: dict[str, Tensor] = {}
         for name, names in self.expected.items():
             target = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            with explain_out_of_memory(name, held[names[0]].file):
+            with explain_out_of_memory(name, entries[names[0]].file):
                 out = torch.empty(self.shapes[name], dtype=target, device=device)
             for part, disk in zip(out.unbind(0) if self._stacked(name) else [out], names, strict=True):
-                if held[disk].dtype == _FP8:
+                if entries[disk].dtype == _FP8:
                     part.copy_(self._dequantize_fp8(disk))
                 else:
                     self.shards.read_into(disk, part)

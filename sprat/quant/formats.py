@@ -67,16 +67,16 @@ def save(model: Transformer, folder: str | Path) -> None:
     if not packed:
         raise CheckpointError("the model is not quantised", where=str(folder), todo="quantise it, or save it as it is")
     if quant_config is not None:
-        how = {"version": 1, **quant_config.model_dump()}
+        quant_table = {"version": 1, **quant_config.model_dump()}
     else:
-        how = {"version": 2, "tensors": {name: _format_of(part) for name, part in packed.items()}}
+        quant_table = {"version": 2, "tensors": {name: _format_of(part) for name, part in packed.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
     named = {} if quant_config is None else quant_config.model_dump()
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
     atomic.write_json(folder / "config.json", table)
-    atomic.write_json(folder / QUANT_CONFIG, {"method": METHOD, **how})
+    atomic.write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
 
 
 def _format_of(packed: QuantizedWeight) -> dict[str, Any]:
@@ -96,20 +96,20 @@ def load(folder: str | Path, *, materialize: bool = True) -> Transformer:
         ConfigError: config.json or quant.json does not hold.
     """
     folder = Path(folder)
-    table, how = _json(folder / "config.json"), _json(folder / QUANT_CONFIG)
+    table, quant_table = _json(folder / "config.json"), _json(folder / QUANT_CONFIG)
     table.pop("quantization_config", None)
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
-    formats = _formats(how, str(folder / QUANT_CONFIG))
+    formats = _formats(quant_table, str(folder / QUANT_CONFIG))
     shards = Shards([folder / WEIGHTS])
     check_available_memory(sum(entry.nbytes for entry in shards.entries.values()), folder / WEIGHTS)
     return _build(config, formats, shards, str(folder / WEIGHTS), materialize=materialize)
 
 
-def _formats(how: dict[str, Any], where: str) -> Callable[[str], TensorFormat | None]:
-    """How each matrix is kept, by its name, as ``quant.json`` (``how``) says; None is dense."""
-    kind = (how.pop("method", None), how.pop("version", None))
+def _formats(quant_table: dict[str, Any], where: str) -> Callable[[str], TensorFormat | None]:
+    """How each matrix is kept, by its name, as ``quant.json`` (``quant_table``) says; None is dense."""
+    kind = (quant_table.pop("method", None), quant_table.pop("version", None))
     if kind == (METHOD, 1):
-        quant_config = parse(QuantConfig, how, where=where)
+        quant_config = parse(QuantConfig, quant_table, where=where)
 
         def by_quant_config(name: str) -> TensorFormat:
             bits, group = bits_and_group(quant_config, name)
@@ -117,7 +117,7 @@ def _formats(how: dict[str, Any], where: str) -> Callable[[str], TensorFormat | 
 
         return by_quant_config
     if kind == (METHOD, 2):
-        return parse(_TensorFormats, how, where=where).tensors.get
+        return parse(_TensorFormats, quant_table, where=where).tensors.get
     raise CheckpointError("an unknown quantised format", where=where, todo="quantise again")
 
 
@@ -148,16 +148,18 @@ def _build(
         return tensor
 
     def pack(name: str) -> QuantizedTensor | None:
-        how = formats(name)
-        if how is None:
+        tensor_format = formats(name)
+        if tensor_format is None:
             return None
         *outer, width = shapes[name]
-        size = how.group or width
-        codes = read_tensor(f"{name}.codes", (*outer, (width + 1) // 2 if how.bits == 4 else width), _KIND[how.bits])
-        grouped = (0,) if how.bits >= 16 else (*outer, -(-width // size))
+        size = tensor_format.group or width
+        codes = read_tensor(
+            f"{name}.codes", (*outer, (width + 1) // 2 if tensor_format.bits == 4 else width), _KIND[tensor_format.bits]
+        )
+        grouped = (0,) if tensor_format.bits >= 16 else (*outer, -(-width // size))
         scales = read_tensor(f"{name}.scales", grouped, torch.float16)
-        minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if how.minimums else None
-        return QuantizedTensor(codes, scales, how.bits, size, width, minimums, how.rounding)
+        minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if tensor_format.minimums else None
+        return QuantizedTensor(codes, scales, tensor_format.bits, size, width, minimums, tensor_format.rounding)
 
     # Names that stay dense are taken first: ``replace_linears`` keeps a Linear's bias as it finds it.
     tied = "head.weight" if config.tie_word_embeddings else ""

@@ -238,8 +238,8 @@ def dequantize_model(model: Transformer) -> Transformer:
     """
     with torch.device("meta"):
         dense = Transformer(model.config, seed=None)
-    wanted = set(dense.state_dict())
-    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in wanted}
+    dense_names = set(dense.state_dict())
+    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in dense_names}
     state |= {name: dequantize_tensor(packed.to_tensor()) for name, packed in quantized_weights(model).items()}
     if model.config.tie_word_embeddings:
         state["head.weight"] = state["embed_tokens.weight"]

@@ -97,7 +97,7 @@ def latest(folder: str | Path) -> Checkpoint | None:
 
 def _valid_checkpoints(*folders: Path) -> Iterator[Checkpoint]:
     """The whole checkpoints in ``folders``, of each the newest first."""
-    for candidate in (found for folder in folders for found in _folders(folder)):
+    for candidate in (path for folder in folders for path in _folders(folder)):
         try:
             state = json.loads((candidate / "state.json").read_text())
             if state["format"] == _FORMAT and state["files"] == {
@@ -118,14 +118,14 @@ def parse_init_from(init_from: str) -> tuple[Path, int | None]:
     return (Path(folder), int(step)) if sign and step.isdecimal() else (Path(init_from), None)
 
 
-def find_start(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
+def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoint:
     """The checkpoint that ``init_from`` (``RUN`` or ``RUN@STEP``) names.
 
     Without a step it is the last one at the full learning rate, or the newest where a run was not that far.
 
     Args:
         run: the folder of the run that starts; where it is RUN itself, what was set aside from there is looked at too.
-        wanted: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
+        expected_digest: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
 
     Raises:
         CheckpointError: there is none.
@@ -145,7 +145,7 @@ def find_start(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
         for candidate in _valid_checkpoints(
             run_folder / "artefact" / ARTEFACT_FOLDER, checkpoints / STABLE, checkpoints
         ):
-            if step in (None, candidate.step) and wanted in ("", digest.tree(candidate.folder)):
+            if step in (None, candidate.step) and expected_digest in ("", digest.tree(candidate.folder)):
                 return candidate
             seen.add(candidate.step)
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
@@ -215,13 +215,13 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tied weight once."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
         if value.data_ptr() not in seen or value.numel() == 0:
-            found[name] = value if value.is_contiguous() else value.contiguous()
+            tensors[name] = value if value.is_contiguous() else value.contiguous()
             seen.add(value.data_ptr())
-    return found
+    return tensors
 
 
 def _size(model: nn.Module, optimizer: Optimizer) -> int:

@@ -118,7 +118,7 @@ def train(
     trainable.check(model, run)
     machine.tune_allocator()
     model.train()
-    optimizer = optim.build(model, config.optim)
+    optimizer, workers = optim.build(model, config.optim), ThreadDataParallel()
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
     first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
@@ -127,11 +127,7 @@ def train(
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
         checkpoint.save(folder, done, model, optimizer, {**identity, **state, "start": start})
 
-    with (
-        ThreadDataParallel() as workers,
-        progress_bar(run, config.steps, done, shown=progress) as advance,
-        deferred_interrupt() as interrupted,
-    ):
+    with workers, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
             with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
