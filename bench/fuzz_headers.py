@@ -206,7 +206,7 @@ def read(kind: str, path: Path) -> None:
     from sprat.gguf import weights
     from sprat.gguf.config import read_config
     from sprat.gguf.header import read_header
-    from sprat.gguf.words import read_tokenizer
+    from sprat.gguf.tokenizer import read_tokenizer
     from sprat.model.shards import Shards
 
     if kind == "safetensors":
@@ -216,7 +216,7 @@ def read(kind: str, path: Path) -> None:
         return
     header = read_header(path)
     config = read_config(header)
-    weights.Plan(weights.outline(header, config), header, torch.float32)
+    weights.LoadPlan(weights.empty_model(header, config), header, torch.float32)
     read_tokenizer(header)
 
 

@@ -122,7 +122,7 @@ def _random() -> tuple[Any, Any]:
     from sprat.tokens import Tokenizer
 
     tokenizer = Tokenizer.train(["7 train test 1 2 3\n"] * 4, 300, numbers=10)
-    return quant.quantize(Transformer.create(size("small", **MOE), 0), materialise=False), tokenizer
+    return quant.quantize_model(Transformer.create(size("small", **MOE), 0), materialize=False), tokenizer
 
 
 def worker(threads: int) -> None:

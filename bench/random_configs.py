@@ -35,7 +35,7 @@ from sprat.engine.native import NativeBackend
 from sprat.kernels import native
 from sprat.model import Transformer, load_folder, save_folder
 from sprat.quant import load as load_quantised
-from sprat.quant import quantize
+from sprat.quant import quantize_model
 from sprat.quant import save as save_quantised
 
 BAR = 1e-4  # largest difference of logits
@@ -193,7 +193,7 @@ def try_engine(model: Transformer, tokens: torch.Tensor, seed: int) -> None:
     """
     if native() is not None:
         near("the native engine", native_logits(model, tokens), model(tokens))
-    small = quantize(model, QuantConfig(bits=4 if seed % 2 else 8))
+    small = quantize_model(model, QuantConfig(bits=4 if seed % 2 else 8))
     with tempfile.TemporaryDirectory() as folder:
         save_quantised(small, folder)
         again = load_quantised(folder)

@@ -201,9 +201,9 @@ def worker(
     from sprat.train import machine
 
     if allocator == "plain":
-        machine.keep_pages = lambda: False  # type: ignore[assignment]
+        machine.raise_malloc_thresholds = lambda: False  # type: ignore[assignment]
     torch.set_num_threads(threads)
-    machine.tune()
+    machine.tune_allocator()
     name, changes = SIZES[label]
     config = size(name, **changes)
     tokens = _tokens(config.vocab_size, 0)

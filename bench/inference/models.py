@@ -60,9 +60,9 @@ def bytes_per_token(folder: Path, context: int) -> int:
     import math
 
     from sprat import quant
-    from sprat.model.cache import Cache
+    from sprat.model.kv_cache import KVCache
 
-    model = quant.load(folder / "sprat", materialise=False)
+    model = quant.load(folder / "sprat", materialize=False)
     config, total = model.config, 0.0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith("head.") and config.tie_word_embeddings:
@@ -73,7 +73,7 @@ def bytes_per_token(folder: Path, context: int) -> int:
         elif ".experts." in name:
             share = config.num_experts_per_tok / config.n_routed_experts
         total += share * tensor.nbytes
-    return math.ceil(total) + context * 2 * Cache.width(config) * config.num_hidden_layers
+    return math.ceil(total) + context * 2 * KVCache.width(config) * config.num_hidden_layers
 
 
 def _moe() -> Any:
@@ -127,7 +127,7 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
     tokenizer = _tokenizer(vocabulary)
     hf.save_folder(model, folder / "hf")
     tokenizer.save(folder / "hf")
-    quant.save(quant.quantize(model, materialise=False), folder / "sprat")
+    quant.save(quant.quantize_model(model, materialize=False), folder / "sprat")
     tokenizer.save(folder / "sprat")
     gguf_out.write(model, vocabulary, folder / "f32.gguf")
     python = make_llama()
@@ -146,7 +146,7 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
 
         text_BT = torch.from_numpy(_windows(tokenizer, FITTED_ON, share=1)).long()
         form = QuantConfig(rounding="gptq")
-        quant.save(quant.quantize(model, form, calibration_BT=text_BT, materialise=False), folder / "fitted")
+        quant.save(quant.quantize_model(model, form, calibration_BT=text_BT, materialize=False), folder / "fitted")
         tokenizer.save(folder / "fitted")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sprat import __version__
 from sprat.cli.verb import Result
 from sprat.errors import MachineError
-from sprat.kernels import native, why_not
+from sprat.kernels import native, unavailable_reason
 from sprat.machine import available_bytes, total_bytes
 
 GIB = 1 << 30
@@ -151,7 +151,7 @@ def gather() -> dict[str, Any]:
     losses += [f"no {name}: {lost}" for name, lost in OPTIONAL.items() if packages[name] is None]
     if kernels is None:
         lost = "torch computes answers, several times slower, and trains at about three quarters of the speed"
-        losses.append(f"no native kernels ({why_not()}): {lost}")
+        losses.append(f"no native kernels ({unavailable_reason()}): {lost}")
     if browser is None:
         losses.append("no chromium: the browser tests skip")
     if facts["apt"] is None:

@@ -171,7 +171,7 @@ def draw(
         return draw_here(logits_RV, temperature_R, *limits, noise_R, vocab)
     rows = len(noise_R)
     tokens_R, top_R, sum_R = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, top_R, sum_R):
+    if not kernels.sample(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, top_R, sum_R):
         raise not_finite()
     return tokens_R, Scale(top_R, sum_R)
 

@@ -53,7 +53,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     if tokenizer.vocab_size > model.config.vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
-    return quant.dequantize(model) if dequantize else model, tokenizer
+    return quant.dequantize_model(model) if dequantize else model, tokenizer
 
 
 def _folder(path: Path) -> Path:
@@ -73,7 +73,7 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     Raises:
         MachineError: the disk is full or closed to us; no file is half-written.
     """
-    if quant.packed_tensors(model):
+    if quant.quantized_weights(model):
         quant.save(model, path)
     else:
         hf.save_folder(model, path)

@@ -1,6 +1,6 @@
 """The native back end: the model's weights handed to the compiled step, and paged memory beside them.
 
-It is a second form of ``model``, never a second model: sizes come from its config, rotary turns from its table, weights
+It is a second form of ``model``, never a second model: sizes come from its config, rotations from its table, weights
 from its own tensors. Float weights are used where they lie, so what a trainer changes is seen at once. Quantised
 ones are laid into panels, in the layout that the kernels eat. Latent up-projections (``kv_b_proj``) are applied from
 both sides, so they stay floats: float32 as they are, or float16 of what their codes stand for.
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK, Batch
-from sprat.engine.panels import GROUP, KINDS, Pages, floating, floats, give_back, plain, stack
+from sprat.engine.panels import GROUP, KINDS, HugePages, floating, floats, give_back, plain, tile
 from sprat.errors import MachineError
-from sprat.kernels import native, why_not
+from sprat.kernels import native, unavailable_reason
 from sprat.model import Linear, MoE, Transformer
 from sprat.model.mla import MLA
 from sprat.model.moe import MLP
-from sprat.quant.layers import Packed, QuantEmbedding, QuantExperts, QuantLinear
+from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
 
 FORMATS = ("f32", "f16", "i8")  # of memory, in the order of the C++ side
 
@@ -64,14 +64,19 @@ class NativeBackend:
             fault = "memory in bytes needs heads of a multiple of 16 channels (rotary parts: of 4)"
             raise MachineError(fault, where="kv_format", todo="use f16")
         self._packed: dict[int, Any] = {}
-        self._pages, self._consume = Pages(), consume
+        self._pages, self._consume = HugePages(), consume
         self._native = native()
         self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
-        self._turns = 0
+        self._num_positions = 0
         embedding = self._matrix(model.embed_tokens)
         head = embedding if config.tie_word_embeddings else self._matrix(model.head)
-        ends = {"embedding": embedding, "head": head, "norm": floats(model.norm.weight), "turns": self._table(BLOCK)}
-        self._decoder.set_ends(ends)
+        ends = {
+            "embedding": embedding,
+            "head": head,
+            "norm": floats(model.norm.weight),
+            "freqs_cis": self._table(BLOCK),
+        }
+        self._decoder.set_embedding_and_head(ends)
         layers: list[Any] = list(model.layers)
         for layer in layers:
             self._decoder.add_layer(self._layer(layer))
@@ -80,7 +85,7 @@ class NativeBackend:
             parts = self._layer(module.block)
             gains = {"norm_embedding": module.enorm, "norm_hidden": module.hnorm, "norm_last": module.shared_norm}
             parts |= {name: floats(norm.weight) for name, norm in gains.items()}
-            self._decoder.add_drafter(parts | {"join": self._matrix(module.eh_proj)})
+            self._decoder.add_mtp_module(parts | {"eh_proj": self._matrix(module.eh_proj)})
         self.block_bytes = int(self._decoder.block_bytes)
         if consume:
             give_back()
@@ -89,12 +94,17 @@ class NativeBackend:
     def accepts(model: Transformer) -> str | None:
         """None if ``model`` can run here, else why not."""
         if native() is None:
-            return why_not()
+            return unavailable_reason()
         tensors = list(model.state_dict().values())
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return "its weights are not on the CPU"
         for name, module in model.named_modules():
-            if isinstance(module, Packed) and module.bits < 16 and module.group % GROUP and module.group < module.width:
+            if (
+                isinstance(module, QuantizedWeight)
+                and module.bits < 16
+                and module.group % GROUP
+                and module.group < module.width
+            ):
                 return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
             weight = getattr(module, "weight", None) if isinstance(module, Linear | nn.Embedding) else None
             if weight is not None and weight.dtype not in KINDS:
@@ -125,7 +135,7 @@ class NativeBackend:
     def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
         found_R = np.empty(len(batch.wanted_R), np.int64)
-        self._call(self._decoder.best, batch, vocab, found_R)
+        self._call(self._decoder.run_argmax, batch, vocab, found_R)
         return found_R
 
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
@@ -147,16 +157,16 @@ class NativeBackend:
         self._decoder.write(block, data)
 
     def _call(self, call: Any, batch: Batch, *more: Any) -> None:
-        """One call with the arrays of a batch; the table of turns grows with the longest position."""
-        if batch.tables_SW.shape[1] * BLOCK > self._turns:
-            self._decoder.set_turns(self._table(batch.tables_SW.shape[1] * BLOCK))
+        """One call with the arrays of a batch; the table of rotations grows with the longest position."""
+        if batch.tables_SW.shape[1] * BLOCK > self._num_positions:
+            self._decoder.set_freqs_cis(self._table(batch.tables_SW.shape[1] * BLOCK))
         call(batch.tokens_T, batch.positions_T, batch.starts_S, batch.tables_SW, batch.wanted_R, *more)
 
     def _table(self, positions: int) -> Tensor:
-        """Turns of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
-        self._turns = max(positions, 2 * self._turns)
-        turns = self.model.rotary.first(self._turns, torch.device("cpu"))
-        return torch.view_as_real(turns).flatten(1).contiguous()
+        """Rotations of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
+        self._num_positions = max(positions, 2 * self._num_positions)
+        freqs_cis = self.model.rotary.freqs_cis(self._num_positions, torch.device("cpu"))
+        return torch.view_as_real(freqs_cis).flatten(1).contiguous()
 
     def _layer(self, block: Any) -> dict[str, Any]:
         """What the step needs of one decoder layer, by the names of ``module.cpp``."""
@@ -191,12 +201,12 @@ class NativeBackend:
             experts.append(self._expert(mlp.shared_experts))
         parts = {
             "router": plain(mlp.gate.weight.float()),
-            "chosen": config.num_experts_per_tok,
+            "top_k": config.num_experts_per_tok,
             "groups": config.n_group if config.limits_groups else 1,
-            "top_groups": config.topk_group if config.limits_groups else 1,
+            "topk_groups": config.topk_group if config.limits_groups else 1,
             "sigmoid": config.scoring_func == "sigmoid",
-            "two_best": config.topk_method == "noaux_tc",
-            "normalise": config.norm_topk_prob and config.architecture == "deepseek_v3",
+            "sum_top2": config.topk_method == "noaux_tc",
+            "normalize": config.norm_topk_prob and config.architecture == "deepseek_v3",
             "routed_scale": config.routed_scaling_factor,
         }
         if mlp.gate.has_bias:
@@ -211,7 +221,7 @@ class NativeBackend:
         """Gate, up and down of each routed expert."""
         if isinstance(experts, QuantExperts):
             stacks = [
-                stack(packed, self._pages, consume=self._consume) for packed in (experts.gate, experts.up, experts.down)
+                tile(packed, self._pages, consume=self._consume) for packed in (experts.gate, experts.up, experts.down)
             ]
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
@@ -223,7 +233,7 @@ class NativeBackend:
         bias = getattr(module, "bias", None)
         if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
             if id(module.packed) not in self._packed or bias is not None:
-                self._packed[id(module.packed)] = stack(module.packed, self._pages, bias, self._consume)[0]
+                self._packed[id(module.packed)] = tile(module.packed, self._pages, bias, self._consume)[0]
             return self._packed[id(module.packed)]
         weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
         return plain(weight, bias)
@@ -240,7 +250,7 @@ def _dims(model: Transformer) -> dict[str, Any]:
     """Sizes of the model, by the names of ``module.cpp``."""
     config, attention = model.config, cast(Any, model.layers[0]).self_attn
     return {
-        "latent": config.is_mla,
+        "is_mla": config.is_mla,
         "interleave": bool(getattr(attention, "interleave", False)),
         "hidden": config.hidden_size,
         "vocab": config.vocab_size,
@@ -259,5 +269,5 @@ def _dims(model: Transformer) -> dict[str, Any]:
 def _is_wide(model: Transformer) -> bool:
     """Whether all matrices are float32."""
     return all(p.dtype == torch.float32 for p in model.parameters()) and not any(
-        isinstance(module, Packed) for module in model.modules()
+        isinstance(module, QuantizedWeight) for module in model.modules()
     )

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from sprat.kernels import native
-from sprat.quant.layers import Packed, QuantLinear
+from sprat.quant.layers import QuantizedWeight, QuantLinear
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4, INT4_MIN = 3, 4, 5
 GROUP = 32  # groups of weights are multiples of this
 
 
-class Pages:
+class HugePages:
     """Memory for weights in large pages, which one core reads a tenth faster than small ones."""
 
     SIZE = 1 << 25  # bytes of one piece
@@ -56,7 +56,7 @@ def floating(module: Any, consume: bool = False) -> Any:
     return matrix
 
 
-def stack(packed: Packed, pages: Pages, bias: Tensor | None = None, consume: bool = False) -> list[Any]:
+def tile(packed: QuantizedWeight, pages: HugePages, bias: Tensor | None = None, consume: bool = False) -> list[Any]:
     """The matrices of a quantised tensor [rows, cols] or [E, rows, cols]; ``consume`` lets go of the tensor."""
     if packed.bits >= 16:
         return [plain(one, bias) for one in packed.codes.reshape(-1, *packed.codes.shape[-2:])]
@@ -67,21 +67,21 @@ def stack(packed: Packed, pages: Pages, bias: Tensor | None = None, consume: boo
     minimums = getattr(packed, "minimums", None)
     kind = INT8 if bits == 8 else INT4 if minimums is None else INT4_MIN
     flip = 128 if bits == 8 else 8 if minimums is None else 0
-    found = []
+    matrices = []
     for index, codes in enumerate(packed.codes.reshape(-1, *packed.codes.shape[-2:])):
         data = pages.take(panels * padded * 16 * bits // 8)
-        native().lay_codes(codes.contiguous(), data, rows, cols, bits, flip)
-        marks: list[Tensor | None] = []
+        native().pack_codes(codes.contiguous(), data, rows, cols, bits, flip)
+        scales: list[Tensor | None] = []
         for source in (packed.scales, minimums):
-            laid = None if source is None else pages.take(panels * groups * 32)
+            tiled = None if source is None else pages.take(panels * groups * 32)
             if source is not None:
-                one = source.reshape(-1, rows, groups)[index].contiguous()
-                native().lay_marks(one, laid, rows, groups)
-            marks.append(laid)
-        found.append(native().Weights(kind, rows, cols, group, data, *marks, _maybe(bias)))
+                scale = source.reshape(-1, rows, groups)[index].contiguous()
+                native().pack_scales(scale, tiled, rows, groups)
+            scales.append(tiled)
+        matrices.append(native().Weights(kind, rows, cols, group, data, *scales, _maybe(bias)))
     if consume:
         packed.release()
-    return found
+    return matrices
 
 
 def give_back() -> None:
@@ -100,10 +100,10 @@ def _maybe(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else floats(bias)
 
 
-def _dense(packed: Packed) -> Tensor:
+def _dense(packed: QuantizedWeight) -> Tensor:
     """The float32 matrix of a quantised one, without keeping it there."""
-    kept, packed.materialise = packed.materialise, False
+    kept, packed.materialize = packed.materialize, False
     try:
-        return packed.dense()
+        return packed.dequantize()
     finally:
-        packed.materialise = kept
+        packed.materialize = kept

@@ -2,7 +2,7 @@
 
 The model is the very one that trains. A step's sequences are sorted into groups of about one length, because
 ``Transformer`` works on rectangles: those that decode make one, new prompts of 17 … 32 tokens another. Within a group
-the model sees a ``Cache`` whose memory happens to lie in blocks: writing goes straight to the right places, and
+the model sees a ``KVCache`` whose memory happens to lie in blocks: writing goes straight to the right places, and
 reading gathers a layer's blocks into one piece, once a layer and step. That copy is the price of staying simple; it
 is small beside the arithmetic of short contexts, and a native step does without.
 
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from sprat.engine.backend import BLOCK, Backend, Batch
 from sprat.errors import EngineError, MachineError
-from sprat.model import Cache, Transformer
+from sprat.model import KVCache, Transformer
+from sprat.model.forward_context import forward_context
 from sprat.model.moe import Routing
 from sprat.model.mtp import MTP
-from sprat.model.step import plan
 
 FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
-class PagedCache(Cache):
+class PagedCache(KVCache):
     """A cache of one group whose slots lie in blocks.
 
     Args:
@@ -92,7 +92,7 @@ class TorchBackend:
         self.vocab, self.depth = config.vocab_size, config.num_nextn_predict_layers
         self.kv_format = FORMATS[self._dtype]
         self._layers = config.num_hidden_layers + self.depth
-        self._width = Cache.width(config)
+        self._width = KVCache.width(config)
         self.block_bytes = self._layers * BLOCK * self._width * weight.element_size()
         self.blocks = 0
         self._store: list[Tensor] = [self._zeros(0) for _ in range(self._layers)]
@@ -211,12 +211,12 @@ class TorchBackend:
         assert isinstance(module, MTP)
         for group in _groups(ahead):
             cache, tokens_GN, valid_GN = self._open(ahead, group)
-            step = plan(
+            context = forward_context(
                 self.model.rotary, tokens_GN, segments_BT=None, positions_BT=None, cache=cache, valid_BT=valid_GN
             )
             routing: list[Routing] = []
             pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
-            out_GND = module.shared_norm(module(*pair, step, routing))
+            out_GND = module.shared_norm(module(*pair, context, routing))
             out_TD = self._scatter(out_TD, out_GND, ahead, group)
         assert out_TD is not None
         return out_TD

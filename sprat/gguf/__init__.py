@@ -27,14 +27,14 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | Literal["auto"] | None = None, materialise: bool = True
+    path: str | Path, *, dtype: torch.dtype | Literal["auto"] | None = None, materialize: bool = True
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a GGUF file; quantised tensors keep their class (see ``blocks``).
+    """The model and the tokenizer of a GGUF file; quantized tensors keep their class (see ``blocks``).
 
     Args:
-        dtype: of the weights of a file that holds no quantised tensor; None is float32, "auto" is bfloat16 where the
-            file's embedding is. What is dense beside quantised tensors is float32.
-        materialise: see ``quant.quantize``.
+        dtype: of the weights of a file that holds no quantized tensor; None is float32, "auto" is bfloat16 where the
+            file's embedding is. What is dense beside quantized tensors is float32.
+        materialize: see ``quant.quantize_model``.
 
     Raises:
         CheckpointError: there is no such file, or it is not sound, or not a model that we know, or memory is short.
@@ -45,7 +45,7 @@ def load(
     from sprat.gguf import weights
     from sprat.gguf.config import read_config
     from sprat.gguf.header import read_header
-    from sprat.gguf.words import read_tokenizer
+    from sprat.gguf.tokenizer import read_tokenizer
 
     header = read_header(path)
     config = read_config(header)
@@ -53,4 +53,4 @@ def load(
         narrow = header.tensors["token_embd.weight"].kind.name == "BF16"
         dtype = torch.bfloat16 if narrow else torch.float32
     tokenizer = read_tokenizer(header)
-    return weights.load(header, config, dtype or torch.float32, materialise=materialise), tokenizer
+    return weights.load(header, config, dtype or torch.float32, materialize=materialize), tokenizer

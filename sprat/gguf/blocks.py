@@ -1,7 +1,7 @@
 """Blocks of GGUF tensors as arrays: what each type's bytes mean, in numpy.
 
-``parts`` keeps the class of a weight: the four-bit types become two codes a byte with float16 scales (and minimums) a
-group of 32, which is how ``sprat.quant`` keeps them, so that nothing is rounded on the way in.
+``quantized_parts`` keeps the class of a weight: the four-bit types become two codes a byte with float16 scales (and
+minimums) a group of 32, which is how ``sprat.quant`` keeps them, so that nothing is rounded on the way in.
 
 - Q4_0, Q5_0, Q8_0: a scale a block of 32; taken over bit for bit (five bits as eight).
 - Q4_1: a scale and a minimum a block of 32; bit for bit.
@@ -11,7 +11,7 @@ group of 32, which is how ``sprat.quant`` keeps them, so that nothing is rounded
   bits with a scale a group of 32 (error at most 1/254 of the largest weight of the group); where plain numbers are
   wanted, they are given as they are.
 
-Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32``), ours as neighbours.
+Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32``), ours as neighbors.
 """
 
 # N rows, B blocks of a row, G groups of 32 in a row, I weights of a row
@@ -33,8 +33,8 @@ PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4} | dict.fromkeys(
 WITH_MINIMUMS = ("Q4_1", "Q4_K")
 
 
-def parts(kind: str, raw_NB: Array, block: int) -> Parts:
-    """``codes``, ``scales`` and perhaps ``minimums`` of rows of a quantised type.
+def quantized_parts(kind: str, raw_NB: Array, block: int) -> Parts:
+    """``codes``, ``scales`` and perhaps ``minimums`` of rows of a quantized type.
 
     Args:
         raw_NB: uint8 [N, bytes of a row].
@@ -45,11 +45,11 @@ def parts(kind: str, raw_NB: Array, block: int) -> Parts:
         minimums) or int8 [N, I]; scales and minimums float16 [N, G].
     """
     raw_NBb = raw_NB.reshape(len(raw_NB), -1, block)
-    found = _rounded(_WEIGHTS[kind](raw_NBb)) if kind in _WEIGHTS else _TAKEN_APART[kind](raw_NBb)
-    return {name: array.reshape(len(raw_NB), -1) for name, array in found.items()}
+    parts = _quantize_int8(_DEQUANTIZE[kind](raw_NBb)) if kind in _DEQUANTIZE else _REPACK[kind](raw_NBb)
+    return {name: array.reshape(len(raw_NB), -1) for name, array in parts.items()}
 
 
-def dense(kind: str, raw_NB: Array, block: int) -> Array:
+def dequantize(kind: str, raw_NB: Array, block: int) -> Array:
     """The float32 weights [N, I] of rows of any type."""
     if kind == "F32":
         return np.ascontiguousarray(raw_NB).view("<f4")
@@ -57,13 +57,13 @@ def dense(kind: str, raw_NB: Array, block: int) -> Array:
         return np.ascontiguousarray(raw_NB).view("<f2").astype(np.float32)
     if kind == "BF16":
         return (np.ascontiguousarray(raw_NB).view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if kind in _WEIGHTS:
-        return _WEIGHTS[kind](raw_NB.reshape(len(raw_NB), -1, block)).reshape(len(raw_NB), -1)
-    found = parts(kind, raw_NB, block)
-    codes = _unpacked(found) if PACKED[kind] == 4 else found["codes"]
-    grouped_NGg = codes.reshape(len(raw_NB), -1, GROUP).astype(np.float32) * _each(found["scales"])
-    if "minimums" in found:
-        grouped_NGg += _each(found["minimums"])
+    if kind in _DEQUANTIZE:
+        return _DEQUANTIZE[kind](raw_NB.reshape(len(raw_NB), -1, block)).reshape(len(raw_NB), -1)
+    parts = quantized_parts(kind, raw_NB, block)
+    codes = _unpacked(parts) if PACKED[kind] == 4 else parts["codes"]
+    grouped_NGg = codes.reshape(len(raw_NB), -1, GROUP).astype(np.float32) * _per_group(parts["scales"])
+    if "minimums" in parts:
+        grouped_NGg += _per_group(parts["minimums"])
     return grouped_NGg.reshape(len(raw_NB), -1)
 
 
@@ -73,26 +73,26 @@ def bfloat16(values: Array) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _each(group_NG: Array) -> Array:
+def _per_group(group_NG: Array) -> Array:
     """A number for each group as float32 [N, G, 1]."""
     return group_NG.astype(np.float32)[..., None]
 
 
-def _unpacked(found: Parts) -> Array:
-    """The codes of four-bit ``found`` as int8 [N, I]."""
-    pairs = np.stack((found["codes"] & 15, found["codes"] >> 4), -1).reshape(len(found["codes"]), -1)
-    return pairs.astype(np.int8) if "minimums" in found else ((pairs ^ 8).astype(np.int8) - 8)
+def _unpacked(parts: Parts) -> Array:
+    """The codes of four-bit ``parts`` as int8 [N, I]."""
+    pairs = np.stack((parts["codes"] & 15, parts["codes"] >> 4), -1).reshape(len(parts["codes"]), -1)
+    return pairs.astype(np.int8) if "minimums" in parts else ((pairs ^ 8).astype(np.int8) - 8)
 
 
-def _neighbours(codes: Array) -> Array:
-    """Codes 0 … 15 [..., even] two to a byte, neighbours together."""
+def _pack_pairs(codes: Array) -> Array:
+    """Codes 0 … 15 [..., even] two to a byte, neighbors together."""
     packed: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return packed
 
 
-def _halves(bytes_: Array) -> Array:
+def _repack_halves(bytes_: Array) -> Array:
     """Bytes [..., n] as codes [..., 2n]: all low nibbles, then all high ones, two to a byte -> [..., n]."""
-    return np.concatenate((_neighbours(bytes_ & 15), _neighbours(bytes_ >> 4)), -1)
+    return np.concatenate((_pack_pairs(bytes_ & 15), _pack_pairs(bytes_ >> 4)), -1)
 
 
 def _half(raw: Array, at: int) -> Array:
@@ -101,11 +101,11 @@ def _half(raw: Array, at: int) -> Array:
 
 
 def _q4_0(raw_NBb: Array) -> Parts:
-    return {"codes": _halves(raw_NBb[..., 2:]) ^ 0x88, "scales": _half(raw_NBb, 0)}
+    return {"codes": _repack_halves(raw_NBb[..., 2:]) ^ 0x88, "scales": _half(raw_NBb, 0)}
 
 
 def _q4_1(raw_NBb: Array) -> Parts:
-    return {"codes": _halves(raw_NBb[..., 4:]), "scales": _half(raw_NBb, 0), "minimums": _half(raw_NBb, 2)}
+    return {"codes": _repack_halves(raw_NBb[..., 4:]), "scales": _half(raw_NBb, 0), "minimums": _half(raw_NBb, 2)}
 
 
 def _q8_0(raw_NBb: Array) -> Parts:
@@ -124,7 +124,7 @@ def _five_bits(bytes_: Array) -> Array:
 
 
 def _q5_1(raw_NBb: Array) -> Array:
-    return _each(_half(raw_NBb, 0)) * _five_bits(raw_NBb[..., 4:]) + _each(_half(raw_NBb, 2))
+    return _per_group(_half(raw_NBb, 0)) * _five_bits(raw_NBb[..., 4:]) + _per_group(_half(raw_NBb, 2))
 
 
 def _six_bits(raw_NBb: Array) -> tuple[Array, Array]:
@@ -132,62 +132,71 @@ def _six_bits(raw_NBb: Array) -> tuple[Array, Array]:
     low, mid, high = (raw_NBb[..., at : at + 4] for at in (4, 8, 12))
     scale = np.concatenate((low & 63, (high & 15) | ((low >> 2) & 48)), -1).astype(np.float32)
     minimum = np.concatenate((mid & 63, (high >> 4) | ((mid >> 2) & 48)), -1).astype(np.float32)
-    return _each(_half(raw_NBb, 0)) * scale, -_each(_half(raw_NBb, 2)) * minimum
+    return _per_group(_half(raw_NBb, 0)) * scale, -_per_group(_half(raw_NBb, 2)) * minimum
 
 
 def _q4_k(raw_NBb: Array) -> Parts:
     """Bytes: 16 with scales, 128 with codes, 32 + 32 in turn."""
     scale, minimum = _six_bits(raw_NBb)
-    codes = _halves(raw_NBb[..., 16:].reshape(*raw_NBb.shape[:-1], 4, 32))
+    codes = _repack_halves(raw_NBb[..., 16:].reshape(*raw_NBb.shape[:-1], 4, 32))
     return {"codes": codes, "scales": _to_half(scale), "minimums": _to_half(minimum)}
 
 
 def _q5_k(raw_NBb: Array) -> Array:
     """Bytes: 16 with scales, 32 with a fifth bit for each group, 128 with low nibbles, 32 + 32 in turn."""
     scale, minimum = _six_bits(raw_NBb)
-    low = _apart(raw_NBb[..., 48:], 32, (0, 4)) & 15
-    high = _apart(raw_NBb[..., 16:48], 32, range(8)) & 1
-    weights: Array = _each(scale) * (low | high << 4) + _each(minimum)
+    low = _split_bits(raw_NBb[..., 48:], 32, (0, 4)) & 15
+    high = _split_bits(raw_NBb[..., 16:48], 32, range(8)) & 1
+    weights: Array = _per_group(scale) * (low | high << 4) + _per_group(minimum)
     return weights
 
 
 def _q2_k(raw_NBb: Array) -> Array:
     """Bytes: 16 with a scale and a minimum of 4 bits, 64 with codes of 2 bits, 2 factor, 2 factor of minimums."""
     scale, minimum = raw_NBb[..., :16] & 15, raw_NBb[..., :16] >> 4
-    codes = (_apart(raw_NBb[..., 16:80], 32, (0, 2, 4, 6)) & 3).reshape(*raw_NBb.shape[:-1], 16, 16)
-    weights: Array = _each(_each(_half(raw_NBb, 80)) * scale) * codes - _each(_each(_half(raw_NBb, 82)) * minimum)
+    codes = (_split_bits(raw_NBb[..., 16:80], 32, (0, 2, 4, 6)) & 3).reshape(*raw_NBb.shape[:-1], 16, 16)
+    minimum = _per_group(_half(raw_NBb, 82)) * minimum
+    weights: Array = _per_group(_per_group(_half(raw_NBb, 80)) * scale) * codes - _per_group(minimum)
     return weights
 
 
 def _q3_k(raw_NBb: Array) -> Array:
     """Bytes: 32 with a third bit (set: nothing to take away), 64 with two low bits, 12 with 6-bit scales, 2 factor."""
     shape = raw_NBb.shape[:-1]
-    low = (_apart(raw_NBb[..., 32:96], 32, (0, 2, 4, 6)) & 3).astype(np.int8)
-    codes = low - ((_apart(raw_NBb[..., :32], 32, range(8)) & 1) ^ 1).astype(np.int8) * 4
-    four, two = _apart(raw_NBb[..., 96:104], 8, (0, 4)) & 15, _apart(raw_NBb[..., 104:108], 4, (0, 2, 4, 6)) & 3
+    low = (_split_bits(raw_NBb[..., 32:96], 32, (0, 2, 4, 6)) & 3).astype(np.int8)
+    codes = low - ((_split_bits(raw_NBb[..., :32], 32, range(8)) & 1) ^ 1).astype(np.int8) * 4
+    four, two = (
+        _split_bits(raw_NBb[..., 96:104], 8, (0, 4)) & 15,
+        _split_bits(raw_NBb[..., 104:108], 4, (0, 2, 4, 6)) & 3,
+    )
     scale = (four.reshape(*shape, 16) | two.reshape(*shape, 16) << 4).astype(np.int8) - 32
-    weights: Array = _each(_each(_half(raw_NBb, 108)) * scale) * codes.reshape(*shape, 16, 16)
+    weights: Array = _per_group(_per_group(_half(raw_NBb, 108)) * scale) * codes.reshape(*shape, 16, 16)
     return weights
 
 
 def _q6_k(raw_NBb: Array) -> Array:
     """Bytes: 128 with low nibbles, 64 with two high bits each, 16 scales (int8), 2 factor."""
     shape = raw_NBb.shape[:-1]
-    low, high = _apart(raw_NBb[..., :128], 64, (0, 4)) & 15, _apart(raw_NBb[..., 128:192], 32, (0, 2, 4, 6)) & 3
+    low, high = (
+        _split_bits(raw_NBb[..., :128], 64, (0, 4)) & 15,
+        _split_bits(raw_NBb[..., 128:192], 32, (0, 2, 4, 6)) & 3,
+    )
     codes = (low.reshape(*shape, 256) | high.reshape(*shape, 256) << 4).astype(np.int8) - 32
-    scale = np.ascontiguousarray(raw_NBb[..., 192:208]).view(np.int8).astype(np.float32) * _each(_half(raw_NBb, 208))
-    weights: Array = _each(scale) * codes.reshape(*shape, 16, 16)
+    scale = np.ascontiguousarray(raw_NBb[..., 192:208]).view(np.int8).astype(np.float32) * _per_group(
+        _half(raw_NBb, 208)
+    )
+    weights: Array = _per_group(scale) * codes.reshape(*shape, 16, 16)
     return weights
 
 
-def _apart(bytes_: Array, run: int, shifts: Iterable[int]) -> Array:
+def _split_bits(bytes_: Array, run: int, shifts: Iterable[int]) -> Array:
     """Runs of ``run`` bytes, each shifted right by all of ``shifts`` in turn -> [..., runs * shifts, run]."""
     by = np.array(list(shifts), np.uint8)[:, None]
     apart: Array = bytes_.reshape(*bytes_.shape[:-1], -1, 1, run) >> by
     return apart.reshape(*bytes_.shape[:-1], -1, run)
 
 
-def _rounded(weights: Array) -> Parts:
+def _quantize_int8(weights: Array) -> Parts:
     """Weights [N, B, …] to the nearest of eight bits, with a scale a group of 32."""
     grouped = weights.astype(np.float32).reshape(*weights.shape[:2], -1, GROUP)
     scales = _to_half(np.abs(grouped).max(-1) / 127)
@@ -202,14 +211,14 @@ def _to_half(values: Array) -> Array:
         return values.astype(np.float16)
 
 
-_TAKEN_APART: dict[str, Callable[[Array], Parts]] = {
+_REPACK: dict[str, Callable[[Array], Parts]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
 }
-_WEIGHTS: dict[str, Callable[[Array], Array]] = {
+_DEQUANTIZE: dict[str, Callable[[Array], Array]] = {
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
     "Q5_1": _q5_1,

@@ -21,7 +21,7 @@ from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.gguf.header import Header
-from sprat.gguf.keys import Keys, check
+from sprat.gguf.keys import Keys, check_keys
 
 _SOFTMAX, _SIGMOID = 1, 2
 _BIAS = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.bias")
@@ -35,8 +35,8 @@ def read_config(header: Header) -> ModelConfig:
         CheckpointError: a key is missing, has no sense, or asks for what this code does not compute.
     """
     keys = Keys(header)
-    check(keys)
-    if header.meta.get("split.count", 1) not in (0, 1):
+    check_keys(keys)
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise keys.fault("split.count", "this is one part of a model", "merge the parts (llama-gguf-split --merge)")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
@@ -103,7 +103,10 @@ def _deepseek(keys: Keys) -> dict[str, Any]:
     if gating not in (_SOFTMAX, _SIGMOID):
         raise keys.fault("deepseek2.expert_gating_func", f"function {gating} is not known")
     corrected = f"blk.{dense}.exp_probs_b.bias" in tensors
-    groups, normed = keys.integer("expert_group_count", 1) or 1, keys.header.meta.get("deepseek2.expert_weights_norm")
+    groups, normed = (
+        keys.integer("expert_group_count", 1) or 1,
+        keys.header.metadata.get("deepseek2.expert_weights_norm"),
+    )
     greedy = "group_limited_greedy" if groups > 1 else "greedy"
     return table | {
         "architecture": "deepseek_v3" if corrected or normed or gating == _SIGMOID else "deepseek_v2",
@@ -123,13 +126,13 @@ def _deepseek(keys: Keys) -> dict[str, Any]:
 
 def _ids(keys: Keys) -> dict[str, int | list[int]]:
     """The ids of special tokens that the file names."""
-    meta = keys.header.meta
+    metadata = keys.header.metadata
     table: dict[str, int | list[int]] = {}
     for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        value = meta.get(f"tokenizer.ggml.{theirs}_token_id")
+        value = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if type(value) is int:
             table[ours] = value
-    turns = [meta.get(f"tokenizer.ggml.{end}_token_id") for end in ("eot", "eom")]
+    turns = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eot", "eom")]
     ends = {end for end in (table.get("eos_token_id"), *turns) if type(end) is int}  # of a text, a turn, a message
     return table | ({"eos_token_id": sorted(ends)} if len(ends) > 1 else {})
 
@@ -143,7 +146,7 @@ def _rope_scaling(keys: Keys, table: dict[str, Any]) -> dict[str, Any] | None:
         if keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0):
             raise keys.fault(f"{keys.kind}.rope.scaling.factor", "this is not supported beside rope_freqs.weight")
         return _llama3(keys, table)
-    kind = keys.header.meta.get(f"{keys.kind}.rope.scaling.type", "linear")
+    kind = keys.header.metadata.get(f"{keys.kind}.rope.scaling.type", "linear")
     factor = keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0) or 1.0
     sharper = keys.real("rope.scaling.attn_factor", 1.0) or 1.0
     if kind != "yarn" and sharper != 1:
@@ -178,7 +181,7 @@ def _rope_scaling(keys: Keys, table: dict[str, Any]) -> dict[str, Any] | None:
 
 def _llama3(keys: Keys, table: dict[str, Any]) -> dict[str, Any]:
     """The four numbers of Llama 3 whose divisors ``rope_freqs.weight`` holds."""
-    from sprat.model.rope import frequencies
+    from sprat.model.rope import inverse_frequencies
 
     entry = keys.header.tensors["rope_freqs.weight"]
     half = table.get("head_dim", 0) // 2
@@ -192,8 +195,8 @@ def _llama3(keys: Keys, table: dict[str, Any]) -> dict[str, Any]:
     if not 1 <= scaling["factor"] <= 1e6:
         raise fault
     bare = parse(ModelConfig, {**table, "rope_scaling": None}, where=str(keys.header.path))
-    plain, _ = frequencies(bare)
-    stretched, _ = frequencies(bare.replace(rope_scaling=scaling))
+    plain, _ = inverse_frequencies(bare)
+    stretched, _ = inverse_frequencies(bare.replace(rope_scaling=scaling))
     if any(abs(float(a / b) / d - 1) > 1e-3 for a, b, d in zip(plain, stretched, divisors, strict=True) if d > 0):
         raise fault
     return scaling

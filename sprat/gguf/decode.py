@@ -32,8 +32,8 @@ class Job:
         tensor: its name in the file, for messages.
         kind: its type; ``block`` bytes for each block of ``weights``.
         offset: of its first byte in the file.
-        rows, width: its shape; ``unit`` rows at a time are turned.
-        turn: "pairs" sorts the rows of a unit from (i, half) to (half, i), "transpose" turns it over.
+        rows, width: its shape; ``unit`` rows at a time are reordered.
+        reorder: "pairs" sorts the rows of a unit from (i, half) to (half, i), "transpose" transposes it.
         dense: "float32" or "bfloat16" to write plain numbers; empty keeps codes.
         out: part ("dense", "codes", "scales", "minimums") -> offset of its first byte in the output.
         stride: bytes from unit to unit of a dense output; 0 means side by side.
@@ -47,13 +47,13 @@ class Job:
     rows: int
     width: int
     unit: int = 1
-    turn: str = ""
+    reorder: str = ""
     dense: str = ""
     out: dict[str, int] = field(default_factory=dict)
     stride: int = 0
 
 
-class Unsound(Exception):
+class InvalidTensor(Exception):
     """A tensor's bytes mean nothing."""
 
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         for row in json.load(sys.stdin):
             job = Job(**row)
             decode(job, source, target)
-    except (Unsound, MemoryError, OSError) as error:
+    except (InvalidTensor, MemoryError, OSError) as error:
         why = "it takes more memory than reading may" if isinstance(error, MemoryError) else str(error)
         print(json.dumps({"tensor": job.tensor if job else "", "why": why}))
         return 1
@@ -88,30 +88,30 @@ def decode(job: Job, source: int, target: int) -> None:
         rows = min(step, job.rows - first)
         raw = os.pread(source, rows * row_bytes, job.offset + first * row_bytes)
         if len(raw) < rows * row_bytes:
-            raise Unsound("the file ends within it")
+            raise InvalidTensor("the file ends within it")
         for part, array in _parts(job, np.frombuffer(raw, np.uint8).reshape(rows, row_bytes)).items():
-            _write(target, job, part, _turned(job, array), first)
+            _write(target, job, part, _reordered(job, array), first)
 
 
 def _parts(job: Job, raw: Array) -> dict[str, Array]:
     """The parts of some rows, all of them finite."""
     if not job.dense:
-        found = blocks.parts(job.kind, raw, job.block)
-        checked = [array for part, array in found.items() if part != "codes"]
+        parts = blocks.quantized_parts(job.kind, raw, job.block)
+        checked = [array for part, array in parts.items() if part != "codes"]
     else:
-        checked = [blocks.dense(job.kind, raw, job.block)]
-        found = {"dense": blocks.bfloat16(checked[0]) if job.dense == "bfloat16" else checked[0]}
+        checked = [blocks.dequantize(job.kind, raw, job.block)]
+        parts = {"dense": blocks.bfloat16(checked[0]) if job.dense == "bfloat16" else checked[0]}
     if not all(bool(np.isfinite(array).all()) for array in checked):
-        raise Unsound("it is not finite")
-    return found
+        raise InvalidTensor("it is not finite")
+    return parts
 
 
-def _turned(job: Job, array: Array) -> Array:
+def _reordered(job: Job, array: Array) -> Array:
     """``array`` [rows, columns] with the rows of each unit in our order."""
-    if job.turn == "pairs":
+    if job.reorder == "pairs":
         halves = array.reshape(-1, job.unit // 2, 2, array.shape[1])
         return halves.swapaxes(1, 2).reshape(array.shape)
-    if job.turn == "transpose":
+    if job.reorder == "transpose":
         return array.reshape(-1, job.unit, array.shape[1]).swapaxes(1, 2)
     return array
 

@@ -34,28 +34,28 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A tensor type: ``weights`` of one block, and its ``bytes``."""
+class GGMLType:
+    """A tensor type: how many weights one block holds, and in how many bytes."""
 
     name: str
-    weights: int
-    bytes: int
+    block_weights: int
+    block_bytes: int
 
 
-KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    2: Kind("Q4_0", 32, 18),
-    3: Kind("Q4_1", 32, 20),
-    6: Kind("Q5_0", 32, 22),
-    7: Kind("Q5_1", 32, 24),
-    8: Kind("Q8_0", 32, 34),
-    10: Kind("Q2_K", 256, 84),
-    11: Kind("Q3_K", 256, 110),
-    12: Kind("Q4_K", 256, 144),
-    13: Kind("Q5_K", 256, 176),
-    14: Kind("Q6_K", 256, 210),
-    30: Kind("BF16", 1, 2),
+GGML_TYPES = {
+    0: GGMLType("F32", 1, 4),
+    1: GGMLType("F16", 1, 2),
+    2: GGMLType("Q4_0", 32, 18),
+    3: GGMLType("Q4_1", 32, 20),
+    6: GGMLType("Q5_0", 32, 22),
+    7: GGMLType("Q5_1", 32, 24),
+    8: GGMLType("Q8_0", 32, 34),
+    10: GGMLType("Q2_K", 256, 84),
+    11: GGMLType("Q3_K", 256, 110),
+    12: GGMLType("Q4_K", 256, 144),
+    13: GGMLType("Q5_K", 256, 176),
+    14: GGMLType("Q6_K", 256, 210),
+    30: GGMLType("BF16", 1, 2),
 }
 # fmt: off
 _OTHERS = {
@@ -67,10 +67,10 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """One tensor: ``shape`` row-major as torch has it (outermost first), ``offset`` and ``nbytes`` in the file."""
 
-    kind: Kind
+    kind: GGMLType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -78,11 +78,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: ``meta`` its key-value pairs, ``tensors`` its tensors by name."""
+    """What a file says of itself: ``metadata`` its key-value pairs, ``tensors`` its tensors by name."""
 
     path: Path
-    meta: dict[str, Value | Values]
-    tensors: dict[str, Entry]
+    metadata: dict[str, Value | Values]
+    tensors: dict[str, TensorInfo]
 
 
 def read_header(path: str | Path) -> Header:
@@ -122,34 +122,34 @@ class _Reader:
         tensors, pairs = self.number("Q"), self.number("Q")
         if tensors > TENSORS or pairs > KEYS:
             raise self.broken(f"it claims {tensors} tensors and {pairs} keys")
-        meta: dict[str, Value | Values] = {}
+        metadata: dict[str, Value | Values] = {}
         for _ in range(pairs):
-            self.at = f"the key after {next(reversed(meta), 'the counts')!r}"
+            self.at = f"the key after {next(reversed(metadata), 'the counts')!r}"
             key = self.text(KEY_BYTES)
             self.at = f"key {key!r}"
-            if key in meta:
+            if key in metadata:
                 raise self.broken("it stands twice")
-            meta[key] = self.value()
+            metadata[key] = self.value()
         self.at = "key 'general.alignment'"
-        alignment = meta.get("general.alignment", ALIGNMENT)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
             raise self.broken(f"{alignment!r} is no power of two up to 65536")
-        return Header(self.path, meta, self.tensors(tensors, alignment))
+        return Header(self.path, metadata, self.tensors(tensors, alignment))
 
-    def tensors(self, count: int, alignment: int) -> dict[str, Entry]:
+    def tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
         """The tensor descriptions, and their places in the file."""
-        found: dict[str, tuple[Kind, tuple[int, ...], int, int]] = {}
+        descriptions: dict[str, tuple[GGMLType, tuple[int, ...], int, int]] = {}
         for _ in range(count):
-            self.at = f"the tensor after {next(reversed(found), 'the keys')!r}"
+            self.at = f"the tensor after {next(reversed(descriptions), 'the keys')!r}"
             name = self.text(NAME_BYTES)
             self.at = f"tensor {name!r}"
-            if name in found:
+            if name in descriptions:
                 raise self.broken("it stands twice")
-            found[name] = self.description()
+            descriptions[name] = self.description()
         start = -(-self.stream.tell() // alignment) * alignment
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorInfo] = {}
         free = start
-        for name, (kind, shape, offset, nbytes) in sorted(found.items(), key=lambda item: item[1][2]):
+        for name, (kind, shape, offset, nbytes) in sorted(descriptions.items(), key=lambda item: item[1][2]):
             self.at = f"tensor {name!r}"
             if offset % alignment:
                 raise self.broken(f"its offset {offset} is no multiple of {alignment}")
@@ -158,10 +158,10 @@ class _Reader:
             free = start + offset + nbytes
             if free > self.size:
                 raise self.broken(f"it ends at byte {free}, the file at {self.size}")
-            entries[name] = Entry(kind, shape, start + offset, nbytes)
+            entries[name] = TensorInfo(kind, shape, start + offset, nbytes)
         return entries
 
-    def description(self) -> tuple[Kind, tuple[int, ...], int, int]:
+    def description(self) -> tuple[GGMLType, tuple[int, ...], int, int]:
         """(type, row-major shape, offset after the header, bytes) of one tensor."""
         rank = self.number("I")
         if not 1 <= rank <= RANK:
@@ -170,13 +170,13 @@ class _Reader:
         if not all(1 <= size <= DIMENSION for size in shape):
             raise self.broken(f"its dimensions are {shape}")
         number, offset = self.number("I"), self.number("Q")
-        if number not in KINDS:
-            known = ", ".join(kind.name for kind in KINDS.values())
+        if number not in GGML_TYPES:
+            known = ", ".join(kind.name for kind in GGML_TYPES.values())
             raise self.broken(f"its type {_OTHERS.get(number, number)} is not one of {known}")
-        kind = KINDS[number]
-        if shape[0] % kind.weights:
+        kind = GGML_TYPES[number]
+        if shape[0] % kind.block_weights:
             raise self.broken(f"rows of {shape[0]} weights are no whole blocks of {kind.name}")
-        return kind, tuple(reversed(shape)), offset, math.prod(shape) // kind.weights * kind.bytes
+        return kind, tuple(reversed(shape)), offset, math.prod(shape) // kind.block_weights * kind.block_bytes
 
     def value(self) -> Value | Values:
         """One value of a pair, or an array of them."""

@@ -3,10 +3,10 @@
 Three things differ from the published checkpoints. The converter for ``llama`` re-orders the rows of each query and
 key head for another rotary layout (pairs side by side); we sort them back, whole rows of codes at a time. The
 experts of a layer are one tensor of three dimensions, as ours are. And ``deepseek2`` files hold DeepSeek's
-``kv_b_proj`` either whole or as its two halves, the keys' half turned over for the absorbed product
-(``attn_k_b`` [heads, rank, nope], ``attn_v_b`` [heads, value, rank]). Blocks of a half that was turned over lie along
+``kv_b_proj`` either whole or as its two halves, the keys' half transposed for the absorbed product
+(``attn_k_b`` [heads, rank, nope], ``attn_v_b`` [heads, value, rank]). Blocks of a half that was transposed lie along
 another dimension than ours, so halves are put together as plain float32 numbers: small, and the only place where a
-quantised tensor does not stay one.
+quantized tensor does not stay one.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Source:
     Attributes:
         name: in the file.
         shape: that it must have.
-        turn, unit: how its rows are re-ordered; see ``decode.Job``.
+        reorder, unit: how its rows are reordered; see ``decode.Job``.
         first, every: for a part of a stack of matrices: its first row in each, and the rows of each; 0 for the whole.
     """
 
     name: str
     shape: tuple[int, ...]
-    turn: str = ""
+    reorder: str = ""
     unit: int = 1
     first: int = 0
     every: int = 0
@@ -69,24 +69,24 @@ def file_name(name: str, config: ModelConfig) -> str:
     if name in _TOP:
         return _TOP[name]
     group, number, *rest = name.split(".")
-    place = int(number) + (config.num_hidden_layers if group == "mtp" else 0)
+    layer = int(number) + (config.num_hidden_layers if group == "mtp" else 0)
     inner = ".".join(rest).removeprefix("block.")
     if inner in _WHOLE:
-        return f"blk.{place}.{_WHOLE[inner]}"
+        return f"blk.{layer}.{_WHOLE[inner]}"
     stem, _, leaf = inner.rpartition(".")
-    return f"blk.{place}.{_IN_BLOCK[stem]}.{leaf}"
+    return f"blk.{layer}.{_IN_BLOCK[stem]}.{leaf}"
 
 
 def sources(name: str, shape: tuple[int, ...], header: Header, config: ModelConfig) -> list[Source]:
     """The tensors of the file that make up our tensor ``name`` of ``shape``."""
-    there = file_name(name, config)
-    if ".attn_kv_b." in there and there not in header.tensors:
+    gguf_name = file_name(name, config)
+    if ".attn_kv_b." in gguf_name and gguf_name not in header.tensors:
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         nope, value = config.qk_nope_head_dim, config.v_head_dim
-        keys, values = there.replace("attn_kv_b", "attn_k_b"), there.replace("attn_kv_b", "attn_v_b")
+        keys, values = gguf_name.replace("attn_kv_b", "attn_k_b"), gguf_name.replace("attn_kv_b", "attn_v_b")
         return [
             Source(keys, (heads, rank, nope), "transpose", rank, 0, nope + value),
             Source(values, (heads, value, rank), "", value, nope, nope + value),
         ]
-    re_ordered = header.meta["general.architecture"] == "llama" and re.search(r"\.attn_[qk]\.", there)
-    return [Source(there, shape, "pairs", config.attention_head_dim) if re_ordered else Source(there, shape)]
+    reordered = header.metadata["general.architecture"] == "llama" and re.search(r"\.attn_[qk]\.", gguf_name)
+    return [Source(gguf_name, shape, "pairs", config.attention_head_dim) if reordered else Source(gguf_name, shape)]

@@ -28,13 +28,13 @@ from sprat.errors import CheckpointError, ConfigError
 from sprat.gguf import names
 from sprat.gguf.blocks import GROUP, PACKED, WITH_MINIMUMS
 from sprat.gguf.decode import Job
-from sprat.gguf.header import Entry, Header
+from sprat.gguf.header import Header, TensorInfo
 from sprat.gguf.names import Source
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_room
-from sprat.model.weights import empty
-from sprat.quant.int4 import Codes
-from sprat.quant.layers import place
+from sprat.model.memory import check_available_memory
+from sprat.model.weights import meta_model
+from sprat.quant.int4 import QuantizedTensor
+from sprat.quant.layers import replace_linears
 
 MEMORY = 1 << 30  # address space of the reading process, whatever the file's size
 _SECONDS, _BYTES_A_SECOND = 60, 4 << 20  # its CPU time: so much, and more for large files
@@ -42,7 +42,7 @@ _ALIGN = 64
 _ADVICE = "fetch or convert the file again"
 
 
-class Plan:
+class LoadPlan:
     """Where every tensor of ``model`` (on the meta device) comes from and lies; ``size`` bytes in all.
 
     Raises:
@@ -58,41 +58,41 @@ class Plan:
         self.kinds: dict[str, str] = {}
         tied = model.config.tie_word_embeddings
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == "head.weight")}
-        may_be_codes = _matrices(model)
-        wanted = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
-        wanted |= {name: [] for name, found in wanted.items() if _is_zero(found, header)}
-        self._check(wanted)
-        for name, found in wanted.items():
-            self._add(name, found, name in may_be_codes)
+        quantizable = _quantizable_weights(model)
+        sources_of = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
+        sources_of |= {name: [] for name, sources in sources_of.items() if _is_zero(sources, header)}
+        self._check(sources_of)
+        for name, sources in sources_of.items():
+            self._add(name, sources, name in quantizable)
 
-    def _check(self, wanted: dict[str, list[Source]]) -> None:
+    def _check(self, sources_of: dict[str, list[Source]]) -> None:
         """Compare names and shapes with those of the file."""
-        held = self.header.tensors
-        known = {source.name for found in wanted.values() for source in found}
-        missing = sorted(known - held.keys())
-        unknown = sorted(name for name in held.keys() - known if not names.IGNORED.fullmatch(name))
+        tensors = self.header.tensors
+        known = {source.name for sources in sources_of.values() for source in sources}
+        missing = sorted(known - tensors.keys())
+        unknown = sorted(name for name in tensors.keys() - known if not names.IGNORED.fullmatch(name))
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             raise CheckpointError(f"tensor {name!r} is {what}", where=str(self.header.path), todo=_ADVICE)
-        for source in (source for found in wanted.values() for source in found):
-            if held[source.name].shape != source.shape:
-                fault = f"tensor {source.name!r} has shape {held[source.name].shape}, expected {source.shape}"
+        for source in (source for sources in sources_of.values() for source in sources):
+            if tensors[source.name].shape != source.shape:
+                fault = f"tensor {source.name!r} has shape {tensors[source.name].shape}, expected {source.shape}"
                 raise CheckpointError(fault, where=str(self.header.path), todo=_ADVICE)
-        idle = [name for name in held.keys() - known if name != "rope_freqs.weight" and not self._is_copy(name)]
+        idle = [name for name in tensors.keys() - known if name != "rope_freqs.weight" and not self._is_copy(name)]
         if idle:
             what = f"tensors that are not used, and are not copies: {', '.join(sorted(idle)[:5])}"
             warnings.warn(f"{self.header.path}: {what}", stacklevel=5)
 
     def _is_copy(self, name: str) -> bool:
         """Whether a prediction module's own embedding or head is the model's, byte for byte."""
-        held, leaf = self.header.tensors, name.split(".")[-2]
-        head = "output.weight" if "output.weight" in held else "token_embd.weight"
+        tensors, leaf = self.header.tensors, name.split(".")[-2]
+        head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
         like = {"embed_tokens": "token_embd.weight", "shared_head_head": head}.get(leaf)
-        if like is None or (held[name].kind, held[name].shape) != (held[like].kind, held[like].shape):
+        if like is None or (tensors[name].kind, tensors[name].shape) != (tensors[like].kind, tensors[like].shape):
             return False
         with open(self.header.path, "rb", buffering=0) as one, open(self.header.path, "rb", buffering=0) as two:
-            one.seek(held[name].offset), two.seek(held[like].offset)
-            left = held[name].nbytes
+            one.seek(tensors[name].offset), two.seek(tensors[like].offset)
+            left = tensors[name].nbytes
             while left:
                 count = min(left, 1 << 24)
                 if one.read(count) != two.read(count):
@@ -100,11 +100,11 @@ class Plan:
                 left -= count
         return True
 
-    def _add(self, name: str, found: list[Source], may_be_codes: bool) -> None:
+    def _add(self, name: str, sources: list[Source], quantizable: bool) -> None:
         """Make room for our tensor ``name`` and plan the jobs that fill it."""
         elements = prod(self.shapes[name])
-        kind = self.header.tensors[found[0].name].kind.name if found else ""
-        codes = may_be_codes and len(found) == 1 and kind in PACKED
+        kind = self.header.tensors[sources[0].name].kind.name if sources else ""
+        codes = quantizable and len(sources) == 1 and kind in PACKED
         plain = "float32" if name.endswith("e_score_correction_bias") else self.dtype
         dense = "" if codes else plain
         if codes:
@@ -113,116 +113,119 @@ class Plan:
         else:
             sizes = {"dense": elements * (2 if dense == "bfloat16" else 4)}
         self.kinds[name] = kind if codes else dense
-        self.parts[name] = {part: self._room(count) for part, count in sizes.items()}
-        for source in found:
-            self.jobs.append(_job(source, self.header.tensors[source.name], dense, self.parts[name]))
+        self.parts[name] = {part: self._reserve(count) for part, count in sizes.items()}
+        for source in sources:
+            self.jobs.append(_decode_job(source, self.header.tensors[source.name], dense, self.parts[name]))
 
-    def _room(self, count: int) -> int:
+    def _reserve(self, count: int) -> int:
         """The offset of ``count`` more bytes."""
         offset = -(-self.size // _ALIGN) * _ALIGN
         self.size = offset + count
         return offset
 
 
-def _is_zero(found: list[Source], header: Header) -> bool:
+def _is_zero(sources: list[Source], header: Header) -> bool:
     """Whether a tensor is a bias of attention that the file does not hold; memory that nobody fills is zero."""
     return (
-        found[0].name not in header.tensors and re.fullmatch(r".*attn_(q|k|v|output)\.bias", found[0].name) is not None
+        sources[0].name not in header.tensors
+        and re.fullmatch(r".*attn_(q|k|v|output)\.bias", sources[0].name) is not None
     )
 
 
-def outline(header: Header, config: ModelConfig) -> Transformer:
+def empty_model(header: Header, config: ModelConfig) -> Transformer:
     """The model of ``config`` without weights.
 
     Raises:
         CheckpointError: the config announces more than the file can hold, or positions that cannot be computed.
     """
     try:
-        return empty(config, [entry.shape for entry in header.tensors.values()], header.path)
+        return meta_model(config, [entry.shape for entry in header.tensors.values()], header.path)
     except ConfigError as error:
         raise CheckpointError(error.what, where=f"{header.path}: {error.where}", todo=_ADVICE) from None
 
 
-def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialise: bool = True) -> Transformer:
-    """The model of ``config`` with the weights of the file, quantised where they are.
+def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialize: bool = True) -> Transformer:
+    """The model of ``config`` with the weights of the file, quantized where they are.
 
     Args:
-        dtype: of matrices that are not quantised, where no matrix is; a quantised model's are float32.
-        materialise: see ``quant.quantize``.
+        dtype: of matrices that are not quantized, where no matrix is; a quantized model's are float32.
+        materialize: see ``quant.quantize_model``.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of the wrong shape or not finite, or there is no memory.
     """
-    model = outline(header, config)
+    model = empty_model(header, config)
     if any(entry.kind.name in PACKED for entry in header.tensors.values()):
         dtype = torch.float32
-    plan = Plan(model, header, dtype)
-    check_room(plan.size, header.path)
-    memory = _filled(plan)
+    plan = LoadPlan(model, header, dtype)
+    check_available_memory(plan.size, header.path)
+    memory = _decode_in_subprocess(plan)
 
     def view(name: str, part: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         flat = torch.frombuffer(memory, dtype=kind, count=prod(shape), offset=plan.parts[name][part])
         return flat.view(shape)
 
-    def codes_of(name: str) -> Codes | None:
+    def quantized_tensor(name: str) -> QuantizedTensor | None:
         kind, shape = plan.kinds[name], plan.shapes[name]
         if kind not in PACKED:
-            mixed = ".experts." in name and any(plan.kinds[sister] in PACKED for sister in _sisters(name))
+            mixed = ".experts." in name and any(plan.kinds[sister] in PACKED for sister in _expert_weights(name))
             if not mixed:
                 return None
             none = torch.empty(0, dtype=torch.float16)
-            return Codes(view(name, "dense", torch.float32, shape), none, 32, shape[-1], shape[-1])
+            return QuantizedTensor(view(name, "dense", torch.float32, shape), none, 32, shape[-1], shape[-1])
         *outer, width = shape
         grouped = (*outer, width // GROUP)
         four = PACKED[kind] == 4
         codes = view(name, "codes", torch.uint8 if four else torch.int8, (*outer, width // 2 if four else width))
         minimums = view(name, "minimums", torch.float16, grouped) if kind in WITH_MINIMUMS else None
-        return Codes(codes, view(name, "scales", torch.float16, grouped), PACKED[kind], GROUP, width, minimums)
+        return QuantizedTensor(
+            codes, view(name, "scales", torch.float16, grouped), PACKED[kind], GROUP, width, minimums
+        )
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     plain = {name: kind for name, kind in plan.kinds.items() if kind in dtypes}
     state = {name: view(name, "dense", dtypes[kind], plan.shapes[name]) for name, kind in plain.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    place(model, codes_of, materialise=materialise)
+    replace_linears(model, quantized_tensor, materialize=materialize)
     if config.tie_word_embeddings and isinstance(model.embed_tokens, Embedding):
         model.head.weight = model.embed_tokens.weight
     return model
 
 
-def _sisters(name: str) -> list[str]:
+def _expert_weights(name: str) -> list[str]:
     """The three weights of the experts that ``name`` belongs to."""
     stem = name.rpartition(".")[0]
     return [f"{stem}.{leaf}" for leaf in ("w_gate_EFD", "w_up_EFD", "w_down_EDF")]
 
 
-def _matrices(model: Transformer) -> set[str]:
-    """Names of the tensors that may stay quantised."""
+def _quantizable_weights(model: Transformer) -> set[str]:
+    """Names of the tensors that may stay quantized."""
     found = {"embed_tokens.weight"}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             found.add(f"{name}.weight")
         elif isinstance(module, Experts):
-            found.update(_sisters(f"{name}.w"))
+            found.update(_expert_weights(f"{name}.w"))
     return found
 
 
-def _job(source: Source, entry: Entry, dense: str, out: dict[str, int]) -> Job:
+def _decode_job(source: Source, entry: TensorInfo, dense: str, out: dict[str, int]) -> Job:
     """What the reading process has to do for one tensor of the file."""
     rows, width = (
-        (entry.shape[0], 1) if len(entry.shape) == 1 and source.turn else (prod(entry.shape[:-1]), entry.shape[-1])
+        (entry.shape[0], 1) if len(entry.shape) == 1 and source.reorder else (prod(entry.shape[:-1]), entry.shape[-1])
     )
     stride = 0
     if source.every:
-        row = (entry.shape[1] if source.turn else width) * 4
+        row = (entry.shape[1] if source.reorder else width) * 4
         out, stride = {"dense": out["dense"] + source.first * row}, source.every * row
     kind = entry.kind
     return Job(
-        source.name, kind.name, kind.weights, kind.bytes, entry.offset, rows, width, source.unit, source.turn, dense,
-        out, stride,
+        source.name, kind.name, kind.block_weights, kind.block_bytes, entry.offset, rows, width, source.unit,
+        source.reorder, dense, out, stride,
     )  # fmt: skip
 
 
-def _filled(plan: Plan) -> mmap.mmap:
+def _decode_in_subprocess(plan: LoadPlan) -> mmap.mmap:
     """Memory that the reading process has filled.
 
     Raises:
@@ -233,7 +236,7 @@ def _filled(plan: Plan) -> mmap.mmap:
     found = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OPENBLAS_NUM_THREADS": "1"}
     seconds = _SECONDS + sum(entry.nbytes for entry in plan.header.tensors.values()) // _BYTES_A_SECOND
-    with _shared() as target, open(path, "rb", buffering=0) as source:
+    with _memory_file() as target, open(path, "rb", buffering=0) as source:
         try:
             os.ftruncate(target.fileno(), max(1, plan.size))
             memory = mmap.mmap(target.fileno(), max(1, plan.size))
@@ -251,18 +254,18 @@ def _filled(plan: Plan) -> mmap.mmap:
         except subprocess.TimeoutExpired:
             raise CheckpointError("reading it took too long", where=str(path), todo="use a faster disk") from None
     if done.returncode:
-        raise _told(done, path)
+        raise _decode_error(done, path)
     return memory
 
 
-def _shared() -> IO[bytes]:
+def _memory_file() -> IO[bytes]:
     """An empty file that lives in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("sprat-weights"), "r+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _told(done: subprocess.CompletedProcess[str], path: Path) -> CheckpointError:
+def _decode_error(done: subprocess.CompletedProcess[str], path: Path) -> CheckpointError:
     """What the reading process said, or how it ended."""
     try:
         answer = json.loads(done.stdout)

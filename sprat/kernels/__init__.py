@@ -18,7 +18,7 @@ from typing import Any
 from sprat.errors import MachineError
 
 # From the best to the plainest: the module's ending, and the processor's features that it needs (as Linux names them).
-_KINDS = (
+_INSTRUCTION_SETS = (
     ("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni", "f16c", "fma")),
     ("avx2", ("avx2", "fma", "f16c", "bmi2", "movbe")),
     ("neon", ("asimd", "asimddp")),
@@ -37,31 +37,31 @@ def native() -> Any:
         return None
     wanted = os.environ.get("SPRAT_ISA")
     features = _features()
-    for name, needs in _KINDS:
-        if wanted not in (None, name) or not features.issuperset(needs):
+    for name, required in _INSTRUCTION_SETS:
+        if wanted not in (None, name) or not features.issuperset(required):
             continue
         try:
             return importlib.import_module(f"sprat.kernels._native_{name}")
         except ImportError:
             continue
     if wanted:
-        todo = f"choose among {', '.join(name for name, _ in _KINDS)}, or unset SPRAT_ISA"
+        todo = f"choose among {', '.join(name for name, _ in _INSTRUCTION_SETS)}, or unset SPRAT_ISA"
         raise MachineError(f"kernels for {wanted!r} are not built or do not run here", where="SPRAT_ISA", todo=todo)
     return None
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def native_library() -> ctypes.CDLL | None:
     """The same module as a plain library: what training calls with addresses (see ``fused.py``), or None."""
     module = native()
     if module is None:
         return None
-    found = ctypes.CDLL(module.__file__)
-    found.cross_entropy.restype = ctypes.c_double
-    return found
+    library = ctypes.CDLL(module.__file__)
+    library.cross_entropy.restype = ctypes.c_double
+    return library
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """One line on why ``native()`` is None."""
     if os.environ.get("SPRAT_NATIVE") == "0":
         return "SPRAT_NATIVE=0 switches the native kernels off"

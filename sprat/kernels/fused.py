@@ -2,11 +2,11 @@
 
 A small model on a CPU spends its time between the matrix products: stock operators read and write every activation
 some forty times a step. These functions do in one walk what takes stock operators three to twelve. They work on one
-thread and without Python's lock, so members of a training team run side by side.
+thread and without Python's lock, so threads of data-parallel training run side by side.
 
-``applies`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
-``kernels.library`` is asked once. The torch form of each function stands beside its call, in ``norm.py``, ``moe.py``
-and ``ops.py`` of ``sprat/model``.
+``is_supported`` says whether a tensor is of the kind they take: float32, on a CPU, with a compiled library at hand.
+``kernels.native_library`` is asked once. The torch form of each function stands beside its call, in ``norm.py``,
+``moe.py`` and ``ops.py`` of ``sprat/model``.
 """
 
 # N rows, D width of a row, F width of a gate, V vocabulary
@@ -19,36 +19,44 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from sprat.kernels import library
+from sprat.kernels import native_library
 
 
-def applies(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether the functions of this module take ``x``; under autocast they do not, whatever it is."""
-    plain = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN
-    return plain and library() is not None and not torch.is_autocast_enabled("cpu")
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN_TENSORS
+    return plain and native_library() is not None and not torch.is_autocast_enabled("cpu")
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
 
 
-def at(x: Tensor) -> c_void_p:
+def data_ptr(x: Tensor) -> c_void_p:
     """Where the numbers of ``x`` lie; the caller keeps it alive and sees to its layout."""
     return c_void_p(x.data_ptr())
 
 
-def native() -> ctypes.CDLL:
-    """The compiled functions; only where ``applies`` said so."""
-    found = library()
-    if found is None:
-        raise RuntimeError("no native functions here; ask fused.applies first")
-    return found
+def require_library() -> ctypes.CDLL:
+    """The compiled functions; only where ``is_supported`` said so."""
+    library = native_library()
+    if library is None:
+        raise RuntimeError("no native functions here; ask fused.is_supported first")
+    return library
 
 
 def rms_forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(``x / rms(x) * weight``, ``1 / rms(x)`` [N]) of contiguous rows (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     rows, width = x_ND.shape
     out_ND, scale_N = torch.empty_like(x_ND), x_ND.new_empty(rows)
-    native().rms_forward(at(x_ND), at(weight_D), c_float(eps), at(out_ND), at(scale_N), c_int64(rows), c_int64(width))
+    require_library().rms_forward(
+        data_ptr(x_ND),
+        data_ptr(weight_D),
+        c_float(eps),
+        data_ptr(out_ND),
+        data_ptr(scale_N),
+        c_int64(rows),
+        c_int64(width),
+    )
     return out_ND, scale_N
 
 
@@ -57,32 +65,32 @@ def rms_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N: Tenso
     rows, width = x_ND.shape
     grad_x_ND, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
     arrays = (grad_ND, x_ND, weight_D, scale_N, grad_x_ND, grad_weight_D)
-    native().rms_backward(*map(at, arrays), c_int64(rows), c_int64(width))
+    require_library().rms_backward(*map(data_ptr, arrays), c_int64(rows), c_int64(width))
     return grad_x_ND, grad_weight_D
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, both_N2F: Tensor) -> Tensor:
-        rows, width = both_N2F.shape[0], both_N2F.shape[1] // 2
-        hidden_NF = both_N2F.new_empty(rows, width)
-        native().swiglu_forward(at(both_N2F), at(hidden_NF), c_int64(rows), c_int64(width))
-        ctx.save_for_backward(both_N2F)
+    def forward(ctx: torch.autograd.function.FunctionCtx, gate_up_N2F: Tensor) -> Tensor:
+        rows, width = gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2
+        hidden_NF = gate_up_N2F.new_empty(rows, width)
+        require_library().swiglu_forward(data_ptr(gate_up_N2F), data_ptr(hidden_NF), c_int64(rows), c_int64(width))
+        ctx.save_for_backward(gate_up_N2F)
         return hidden_NF
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        (both_N2F,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_NF, grad_N2F = grads[0].contiguous(), torch.empty_like(both_N2F)
-        arrays = (both_N2F, grad_NF, grad_N2F)
-        native().swiglu_backward(*map(at, arrays), c_int64(len(both_N2F)), c_int64(grad_NF.shape[1]))
+        (gate_up_N2F,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_NF, grad_N2F = grads[0].contiguous(), torch.empty_like(gate_up_N2F)
+        arrays = (gate_up_N2F, grad_NF, grad_N2F)
+        require_library().swiglu_backward(*map(data_ptr, arrays), c_int64(len(gate_up_N2F)), c_int64(grad_NF.shape[1]))
         return grad_N2F
 
 
-def swiglu(both_N2F: Tensor) -> Tensor:
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """``silu(gate) * up`` [N, F] of contiguous rows that hold gate and up side by side (arXiv 2002.05202)."""
-    out: Tensor = _SwiGLU.apply(both_N2F.contiguous())  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(gate_up_N2F.contiguous())  # type: ignore[no-untyped-call]
     return out
 
 
@@ -92,4 +100,6 @@ def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> float:
     ``target_N`` (int64, contiguous) must lie in 0 .. V - 1; it is not checked.
     """
     rows, vocabulary = logits_NV.shape
-    return float(native().cross_entropy(at(logits_NV), at(target_N), c_int64(rows), c_int64(vocabulary)))
+    return float(
+        require_library().cross_entropy(data_ptr(logits_NV), data_ptr(target_N), c_int64(rows), c_int64(vocabulary))
+    )

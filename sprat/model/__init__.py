@@ -1,8 +1,8 @@
 """What computes: MLA, DeepSeekMoE, MTP and dense decoders, on one device."""
 
-from sprat.model.cache import Cache
 from sprat.model.counts import Counts, count_parameters, flops_per_token
 from sprat.model.hf import load_folder, save_folder
+from sprat.model.kv_cache import KVCache
 from sprat.model.linear import Embedding, Linear
 from sprat.model.moe import MLP, Experts, Gate, MoE, Routing, balance_loss
 from sprat.model.norm import RMSNorm
@@ -11,7 +11,7 @@ from sprat.model.transformer import Block, Hidden, Transformer
 __all__ = [
     "MLP",
     "Block",
-    "Cache",
+    "KVCache",
     "Counts",
     "Embedding",
     "Experts",

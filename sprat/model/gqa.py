@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.model.forward_context import ForwardContext
 from sprat.model.linear import Linear
 from sprat.model.norm import RMSNorm
-from sprat.model.rope import attention_scale, rotate
-from sprat.model.step import Step
+from sprat.model.rope import apply_rotary_emb, attention_scale
 
 
 class GQA(nn.Module):
@@ -37,24 +37,24 @@ class GQA(nn.Module):
             self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Attend from ``x_BTD`` to what ``step`` allows; stores keys and values when there is a cache. -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        """Attend from ``x_BTD`` to what ``context`` allows, storing keys and values in its cache. -> [B, T, D]."""
         batch, time, _ = x_BTD.shape
         q_BTHd = self.q_proj(x_BTD).view(batch, time, self.heads, self.dim)
         k_BTGd = self.k_proj(x_BTD).view(batch, time, self.kv_heads, self.dim)
         v_BTGd = self.v_proj(x_BTD).view(batch, time, self.kv_heads, self.dim)
         if self.has_qk_norm:
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
-        q_BTHd = rotate(q_BTHd, step.turn_BTr, interleave=False)
-        k_BTGd = rotate(k_BTGd, step.turn_BTr, interleave=False)
-        if step.cache is not None:
-            assert step.positions_BT is not None
+        q_BTHd = apply_rotary_emb(q_BTHd, context.freqs_cis_BTr, interleave=False)
+        k_BTGd = apply_rotary_emb(k_BTGd, context.freqs_cis_BTr, interleave=False)
+        if context.cache is not None:
+            assert context.cache_position_BT is not None
             new_BTW = torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), -1)
-            step.cache.write(self.layer, new_BTW, step.positions_BT, step.valid_BT)
-            if not step.fresh:
-                stored_BSW = step.cache.read(self.layer, step.keys, x_BTD.dtype)
-                k_BTGd, v_BTGd = stored_BSW.view(batch, step.keys, 2, self.kv_heads, self.dim).unbind(2)
-        mask = step.mask(self.window is not None)
+            context.cache.write(self.layer, new_BTW, context.cache_position_BT, context.valid_BT)
+            if not context.no_past:
+                stored_BSW = context.cache.read(self.layer, context.num_keys, x_BTD.dtype)
+                k_BTGd, v_BTGd = stored_BSW.view(batch, context.num_keys, 2, self.kv_heads, self.dim).unbind(2)
+        mask = context.mask(self.window is not None)
         mask = None if mask is None else mask.to(x_BTD.dtype)
         out_BHTd = F.scaled_dot_product_attention(
             q_BTHd.transpose(1, 2),

@@ -5,9 +5,9 @@ are stacked into three tensors, and MTP modules (``model.layers.{n}`` and up, on
 decoder layers. ``disk_names`` is the whole mapping; loading and saving both walk it. The copies of embedding
 and head that published MTP layers carry are written, since ours are shared.
 
-What a file holds and the model does not need is compared with what it repeats (``unread``): a head beside a config
-that ties it, copies in MTP layers, rotary frequencies of old checkpoints. A head that differs is used, as transformers
-does, and each difference is named in a warning.
+What a file holds and the model does not need is compared with what it repeats (``redundant_tensors``): a head beside
+a config that ties it, copies in MTP layers, rotary frequencies of old checkpoints. A head that differs is used, as
+transformers does, and each difference is named in a warning.
 
 DeepSeek-V3 and R1 are published in FP8: a matrix is E4M3 numbers and, as ``<name>_scale_inv``, one float32 factor
 for each block of 128 × 128 (arXiv 2412.19437, section 3.3.2). They are multiplied out as they are read.
@@ -35,7 +35,7 @@ from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.model.shards import Shards
 from sprat.model.transformer import Transformer
-from sprat.model.weights import EMBEDDING, HEAD, Reader, empty, unread
+from sprat.model.weights import EMBEDDING, HEAD, StateDictReader, meta_model, redundant_tensors
 
 Dtype = torch.dtype | Literal["auto"]
 _FULL = ("No space left on device", "File too large", "Disk quota exceeded")
@@ -54,9 +54,9 @@ def disk_names(name: str, config: ModelConfig) -> list[str]:
         return ["lm_head.weight"]
     parts = name.split(".")
     if parts[0] == "mtp":
-        place = str(config.num_hidden_layers + int(parts[1]))
+        layer = str(config.num_hidden_layers + int(parts[1]))
         rest = ["shared_head", "norm", *parts[3:]] if parts[2] == "shared_norm" else parts[2:]
-        parts = ["layers", place, *(rest[1:] if rest[0] == "block" else rest)]
+        parts = ["layers", layer, *(rest[1:] if rest[0] == "block" else rest)]
     if parts[-1] in _EXPERT:
         stem = ".".join(["model", *parts[:-1]])
         return [f"{stem}.{expert}.{_EXPERT[parts[-1]]}.weight" for expert in range(config.n_routed_experts)]
@@ -121,12 +121,12 @@ def load_folder(
         config = config.replace(tie_word_embeddings=shards.equal(EMBEDDING, HEAD))
         if not config.tie_word_embeddings:
             _warn(folder, f"{HEAD!r} is not the embedding, though tie_word_embeddings says so; it is used as it is")
-    model = empty(config, [entry.shape for entry in shards.entries.values()], folder)
+    model = meta_model(config, [entry.shape for entry in shards.entries.values()], folder)
     expected = {name: disk_names(name, config) for name in _own_names(model)}
     if config.tie_word_embeddings and EMBEDDING not in shards.entries:
         expected["embed_tokens.weight"] = [HEAD]  # either name will do for what is one tensor
-    reader = Reader(model, expected, shards, blocks)
-    extra = unread(config, shards)
+    reader = StateDictReader(model, expected, shards, blocks)
+    extra = redundant_tensors(config, shards)
     reader.check(extra.keys(), folder)
     for name, differs in extra.items():
         if differs():

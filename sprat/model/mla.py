@@ -1,7 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): small memory, many heads.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): small KV cache, many heads.
 
 The trick. Keys and values of all heads are linear images of one latent vector ``c`` of ``kv_lora_rank``
-numbers; only ``c`` is remembered. Positions cannot pass through that map, because a rotation does not commute
+numbers; only ``c`` is cached. Positions cannot pass through that map, because a rotation does not commute
 with it, so each query and key has a second part of ``qk_rope_head_dim`` channels that carries them; the
 rotary key is shared by all heads. For DeepSeek-V3 a token costs 576 numbers a layer instead of 32,768.
 
@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
-from sprat.model.documents import attend
+from sprat.model.forward_context import ForwardContext
 from sprat.model.linear import Linear
 from sprat.model.norm import RMSNorm
-from sprat.model.rope import attention_scale, rotate
-from sprat.model.step import Step
+from sprat.model.rope import apply_rotary_emb, attention_scale
+from sprat.model.varlen import varlen_attention
 
 LATENT_NORM_EPS = 1e-6
 ABSORB_UP_TO = 8  # new tokens a row; above it rebuilding keys and values costs less than wide scores
@@ -60,33 +60,37 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value))
         self.o_proj = Linear(self.heads * self.value, hidden, bias)
 
-    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Attend from ``x_BTD`` to what ``step`` allows; stores latents when there is a cache. -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        """Attend from ``x_BTD`` to what ``context`` allows; stores latents when there is a cache. -> [B, T, D]."""
         batch, time, _ = x_BTD.shape
         raw = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.has_q_lora else self.q_proj(x_BTD)
         q_nope, q_rope = raw.view(batch, time, self.heads, -1).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.rope), -1)
         latent = self.kv_a_layernorm(latent)
-        if step.documents is not None:
+        if context.varlen is not None:
             kv = self.kv_b_proj(latent).view(batch * time, self.heads, -1)
             queries = raw.view(batch * time, self.heads, -1)
-            out = attend(queries, kv, k_rope.flatten(0, 1), step.documents, self.scale)
+            out = varlen_attention(queries, kv, k_rope.flatten(0, 1), context.varlen, self.scale)
             return self._project(out.reshape(batch, time, -1))
-        q_rope = rotate(q_rope, step.turn_BTr, self.interleave)
-        k_rope = rotate(k_rope.unsqueeze(2), step.turn_BTr, self.interleave).squeeze(2)
-        if step.cache is not None:
-            assert step.positions_BT is not None
-            step.cache.write(self.layer, torch.cat((latent, k_rope), -1), step.positions_BT, step.valid_BT)
-        absorb = self.absorb if self.absorb is not None else not step.fresh and time <= ABSORB_UP_TO
-        if step.cache is not None and (absorb or not step.fresh):
-            keys_BSw = step.cache.read(self.layer, step.keys, x_BTD.dtype)  # both parts side by side, as they lie
+        q_rope = apply_rotary_emb(q_rope, context.freqs_cis_BTr, self.interleave)
+        k_rope = apply_rotary_emb(k_rope.unsqueeze(2), context.freqs_cis_BTr, self.interleave).squeeze(2)
+        if context.cache is not None:
+            assert context.cache_position_BT is not None
+            context.cache.write(
+                self.layer, torch.cat((latent, k_rope), -1), context.cache_position_BT, context.valid_BT
+            )
+        absorb = self.absorb if self.absorb is not None else not context.no_past and time <= ABSORB_UP_TO
+        if context.cache is not None and (absorb or not context.no_past):
+            keys_BSw = context.cache.read(
+                self.layer, context.num_keys, x_BTD.dtype
+            )  # both parts side by side, as they lie
             latent, k_rope = keys_BSw.split((self.rank, self.rope), -1)
         elif absorb:
             keys_BSw = torch.cat((latent, k_rope), -1)
         if absorb:
-            out_BTHv = self._absorbed(q_nope, q_rope, keys_BSw, step)
+            out_BTHv = self._absorbed(q_nope, q_rope, keys_BSw, context)
         else:
-            out_BTHv = self._naive(q_nope, q_rope, latent, k_rope, step)
+            out_BTHv = self._naive(q_nope, q_rope, latent, k_rope, context)
         return self._project(out_BTHv.flatten(2))
 
     def _project(self, mixed_BTM: Tensor) -> Tensor:
@@ -94,20 +98,22 @@ class MLA(nn.Module):
         out: Tensor = self.o_proj(mixed_BTM)
         return out
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, step: Step) -> Tensor:
+    def _naive(
+        self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, context: ForwardContext
+    ) -> Tensor:
         """Rebuild keys and values of each head, then attend. -> [B, T, H, v]."""
         batch, keys, _ = latent_BSR.shape
         k_nope, value = self.kv_b_proj(latent_BSR).view(batch, keys, self.heads, -1).split((self.nope, self.value), -1)
         q_BHTd = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         shared = k_rope_BSr.unsqueeze(2).expand(batch, keys, self.heads, self.rope)
         k_BHSd = torch.cat((k_nope, shared), -1).transpose(1, 2)
-        mask = None if step.mask_B1TS is None else step.mask_B1TS.to(q_nope.dtype)
+        mask = None if context.mask_B1TS is None else context.mask_B1TS.to(q_nope.dtype)
         out_BHTv = F.scaled_dot_product_attention(
             q_BHTd, k_BHSd, value.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
         return out_BHTv.transpose(1, 2)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, k_BSw: Tensor, step: Step) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, k_BSw: Tensor, context: ForwardContext) -> Tensor:
         """Attend on the latents: one shared key head of width R + r. -> [B, T, H, v]."""
         batch, time = q_nope.shape[:2]
         up_HmR = self.kv_b_proj.dense_weight().view(self.heads, self.nope + self.value, self.rank)
@@ -115,8 +121,8 @@ class MLA(nn.Module):
         q_BUw = torch.cat((q_latent, q_rope), -1).flatten(1, 2)  # U = T * H queries share each row's keys
         latent_BSR = k_BSw[..., : self.rank]
         scores = torch.bmm(q_BUw, k_BSw.transpose(1, 2)).mul_(self.scale).view(batch, time, self.heads, -1)
-        if step.mask_B1TS is not None:
-            scores = scores + step.mask_B1TS.transpose(1, 2)
+        if context.mask_B1TS is not None:
+            scores = scores + context.mask_B1TS.transpose(1, 2)
         elif time > 1:
             scores = scores + scores.new_full((time, time), float("-inf")).triu(1).unsqueeze(1)
         weights = scores.float().softmax(-1).to(latent_BSR.dtype).flatten(1, 2)

@@ -31,7 +31,7 @@ from sprat.config.model import ModelConfig
 from sprat.kernels import fused
 from sprat.model.linear import Linear
 
-FEW = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
+MIN_ROWS_PER_EXPERT = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        if self._fuses(x):
-            both = F.linear(x.flatten(0, -2), torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-            hidden = fused.swiglu(both).view(*x.shape[:-1], -1)
+        if self._can_fuse(x):
+            gate_up = F.linear(x.flatten(0, -2), torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+            hidden = fused.swiglu(gate_up).view(*x.shape[:-1], -1)
         else:
             hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
         out: Tensor = self.down_proj(hidden)
         return out
 
-    def _fuses(self, x: Tensor) -> bool:
+    def _can_fuse(self, x: Tensor) -> bool:
         """Whether gate and up may be one product: both plain, and rows enough to pay for laying them side by side."""
         plain = type(self.gate_proj) is Linear and type(self.up_proj) is Linear
-        return plain and x.numel() >= FEW * x.shape[-1] and fused.applies(x)
+        return plain and x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and fused.is_supported(x)
 
 
 class Gate(nn.Module):
@@ -117,11 +117,11 @@ class Gate(nn.Module):
         """Put experts outside the ``topk_group`` best groups out of reach."""
         config = self.config
         grouped_NGe = choice_NE.unflatten(1, (config.n_group, -1))
-        three = config.topk_method == "noaux_tc"
-        rank_NG = grouped_NGe.topk(2, -1).values.sum(-1) if three else grouped_NGe.amax(-1)
+        is_v3 = config.topk_method == "noaux_tc"
+        rank_NG = grouped_NGe.topk(2, -1).values.sum(-1) if is_v3 else grouped_NGe.amax(-1)
         best_Ng = rank_NG.topk(config.topk_group, -1, sorted=False).indices
-        shut_NG = torch.ones_like(rank_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
-        limited_NE: Tensor = grouped_NGe.masked_fill(shut_NG.unsqueeze(-1), float("-inf")).flatten(1)
+        masked_NG = torch.ones_like(rank_NG, dtype=torch.bool).scatter_(1, best_Ng, False)
+        limited_NE: Tensor = grouped_NGe.masked_fill(masked_NG.unsqueeze(-1), float("-inf")).flatten(1)
         return limited_NE
 
 
@@ -140,7 +140,7 @@ def _grouped(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 class Experts(nn.Module):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
-    A replacement (INT4) offers the same three weights, or overrides ``mix``.
+    A replacement (INT4) offers the same three weights, or overrides ``combine``.
     """
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
@@ -152,15 +152,15 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, rows_E: Tensor) -> Tensor:
         """``x_MD`` sorted by expert, ``rows_E[e]`` rows for expert ``e`` -> [M, D]."""
         ends_E = rows_E.cumsum(0).to(torch.int32)
-        if len(x_MD) >= FEW * len(rows_E) and fused.applies(x_MD):
-            both_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
-            hidden_MF = fused.swiglu(_grouped(x_MD, both_E2FD, ends_E))
+        if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(rows_E) and fused.is_supported(x_MD):
+            gate_up_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
+            hidden_MF = fused.swiglu(_grouped(x_MD, gate_up_E2FD, ends_E))
         else:
             gate_MF, up_MF = (_grouped(x_MD, weight, ends_E) for weight in (self.w_gate_EFD, self.w_up_EFD))
             hidden_MF = F.silu(gate_MF) * up_MF
         return _grouped(hidden_MF, self.w_down_EDF, ends_E)
 
-    def mix(self, x_ND: Tensor, routing: Routing) -> Tensor:
+    def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts -> [N, D]."""
         chosen = routing.index_NK.shape[1]
         order_M = routing.index_NK.flatten().argsort(stable=True)
@@ -185,7 +185,7 @@ class MoE(nn.Module):
         """(output [B, T, D], what the router decided); ``valid_BT`` is False on padding, which is not counted."""
         x_ND = x_BTD.flatten(0, 1)
         routing: Routing = self.gate(x_ND, None if valid_BT is None else valid_BT.flatten())
-        out_ND = self.experts.mix(x_ND, routing)
+        out_ND = self.experts.combine(x_ND, routing)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         return out_ND.view_as(x_BTD), routing
@@ -194,22 +194,22 @@ class MoE(nn.Module):
 def balance_loss(routing: Routing, batch: int) -> Tensor:
     """Sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20), mean over ``batch`` sequences.
 
-    ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalised scores``, ``sum_i f_i P_i``:
+    ``f_i = E / (K T) * (tokens that chose expert i)``, ``P_i = mean of normalized scores``, ``sum_i f_i P_i``:
     1 when even, larger when not. Padding is left out. The caller multiplies by alpha.
     """
     experts, chosen = routing.scores_NE.shape[1], routing.index_NK.shape[1]
-    share_BTE = (routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)).unflatten(0, (batch, -1))
-    count_BE = torch.zeros(batch, experts, device=share_BTE.device)
+    prob_BTE = (routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)).unflatten(0, (batch, -1))
+    count_BE = torch.zeros(batch, experts, device=prob_BTE.device)
     index_BX = routing.index_NK.view(batch, -1)
     if routing.valid_N is None:
         count_BE.scatter_add_(1, index_BX, torch.ones(1, 1, device=count_BE.device).expand(index_BX.shape))
-        tokens_B1 = torch.full((batch, 1), float(share_BTE.shape[1]), device=count_BE.device)
-        mean_BE = share_BTE.mean(1)
+        tokens_B1 = torch.full((batch, 1), float(prob_BTE.shape[1]), device=count_BE.device)
+        mean_BE = prob_BTE.mean(1)
     else:
-        keep_BT1 = routing.valid_N.to(share_BTE.dtype).view(batch, -1, 1)
-        count_BE.scatter_add_(1, index_BX, keep_BT1.expand(-1, -1, chosen).reshape(batch, -1))
-        tokens_B1 = keep_BT1.sum(1).clamp(min=1)
-        mean_BE = (share_BTE * keep_BT1).sum(1) / tokens_B1
+        valid_BT1 = routing.valid_N.to(prob_BTE.dtype).view(batch, -1, 1)
+        count_BE.scatter_add_(1, index_BX, valid_BT1.expand(-1, -1, chosen).reshape(batch, -1))
+        tokens_B1 = valid_BT1.sum(1).clamp(min=1)
+        mean_BE = (prob_BTE * valid_BT1).sum(1) / tokens_B1
     frequency_BE = count_BE * (experts / chosen) / tokens_B1
     loss: Tensor = (frequency_BE * mean_BE).sum(-1).mean()
     return loss

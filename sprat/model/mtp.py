@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.model.forward_context import ForwardContext
 from sprat.model.linear import Linear
 from sprat.model.moe import Routing
 from sprat.model.norm import RMSNorm
-from sprat.model.step import Step
 
 
 class MTP(nn.Module):
@@ -31,8 +31,10 @@ class MTP(nn.Module):
         self.block = block
         self.shared_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, step: Step, routing: list[Routing]) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, context: ForwardContext, routing: list[Routing]
+    ) -> Tensor:
         """(normed hidden of the depth before, embedding of the next tokens) -> raw output [B, T, D]."""
         pair = torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), -1)
-        out: Tensor = self.block(self.eh_proj(pair), step, routing)
+        out: Tensor = self.block(self.eh_proj(pair), context, routing)
         return out

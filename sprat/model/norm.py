@@ -23,8 +23,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Normalise rows of ``x_ND``; keeps one scalar a row for the way back."""
-        if fused.applies(x_ND):
+        """Normalize rows of ``x_ND``; keeps one scalar a row for the way back."""
+        if fused.is_supported(x_ND):
             out_ND, scale_N = fused.rms_forward(x_ND, weight_D, eps)
             ctx.save_for_backward(x_ND, weight_D, scale_N)
             return out_ND

@@ -35,7 +35,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, over: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, num_items: int) -> Tensor:
         dtype = _product_dtype(x_ND)
         rows, (vocabulary, width) = x_ND.shape[0], weight_VD.shape
         if x_ND.device.type == "cpu" and rows and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]
                 logits_CV = torch.mm(x_CD, weight_DV).to(loss.dtype)
-                if grad_x is not None and want_weight and fused.applies(x):
+                if grad_x is not None and want_weight and fused.is_supported(x):
                     loss += fused.cross_entropy(logits_CV, target_C1)
                     torch.mm(logits_CV, weight, out=grad_x[start : start + chunk])
                     grad_DV.addmm_(x_CD.t(), logits_CV)
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_DV.addmm_(scaled_DC, grad_CV)
                     else:
                         grad_DV += scaled_DC @ grad_CV
-        scale = 1.0 / max(over, 1)
+        scale = 1.0 / max(num_items, 1)
         grad_VD = grad_DV.t().mul(scale).to(weight_VD.dtype) if want_weight else None
         ctx.save_for_backward(None if grad_x is None else grad_x.mul_(scale).to(x_ND.dtype), grad_VD)
         return loss * scale
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, over: int | None = None, ignore: int = -100
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, num_items: int | None = None, ignore: int = -100
 ) -> Tensor:
     """Mean cross-entropy of ``softmax(x W^T)`` against ``targets``, without ever holding all logits.
 
@@ -104,6 +104,6 @@ def linear_cross_entropy(
     if not bool(counted_N.all()):
         rows_M = counted_N.nonzero().squeeze(1)
         x_ND, targets_N = x_ND.index_select(0, rows_M), targets_N.index_select(0, rows_M)
-    divisor = len(targets_N) if over is None else over
+    divisor = len(targets_N) if num_items is None else num_items
     out: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, divisor)  # type: ignore[no-untyped-call]
     return out

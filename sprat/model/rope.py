@@ -1,12 +1,12 @@
 """Rotary positions (RoFormer, arXiv 2104.09864) with YaRN and Llama-3 stretching, as one complex table.
 
-A pair of channels is a complex number; position ``p`` turns it by ``p * inv_freq``. Queries and keys turned
+A pair of channels is a complex number; position ``p`` rotates it by ``p * inv_freq``. Queries and keys rotated
 so depend on each other only through the *difference* of their positions. That is why packed rows need no
 restart of positions at each document: inside a document the differences are the same.
 
 DeepSeek lays the pairs out side by side ``(x0, x1), (x2, x3) ...`` (``rope_interleave``); Llama and Qwen pair
 channel ``i`` with ``i + dim/2``. Scores do not depend on the order of the *output* channels as long as queries
-and keys share it, so the side-by-side layout is turned in place.
+and keys share it, so the side-by-side layout is rotated in place.
 
 YaRN (arXiv 2309.00071) keeps fast frequencies, divides slow ones by ``factor``, and blends between; it also
 sharpens attention by ``mscale``: part of that sits in the table (``attention_factor``), and the rest, for
@@ -41,7 +41,7 @@ def attention_scale(config: ModelConfig, head_dim: int) -> float:
     return scale
 
 
-def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """(inverse frequencies [r/2] in radians per token, factor on the table) for ``config``.
 
     Raises:
@@ -105,27 +105,27 @@ class RotaryTable:
     """``exp(i * position * inv_freq)`` for positions 0..P-1, grown when a later position is asked for."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.inverse, self.factor = frequencies(config)
-        self._table_Pr = torch.empty(0, self.inverse.shape[0], dtype=torch.complex64, device="cpu")
+        self.inv_freq, self.attention_factor = inverse_frequencies(config)
+        self._freqs_cis_Pr = torch.empty(0, self.inv_freq.shape[0], dtype=torch.complex64, device="cpu")
 
-    def first(self, count: int, device: torch.device) -> Tensor:
-        """Turns of positions 0..count-1: complex64 [count, r/2]."""
-        if self._table_Pr.shape[0] < count or self._table_Pr.device != device:
-            size = max(count, 2 * self._table_Pr.shape[0], 256)
-            angles_Pr = torch.arange(size, dtype=torch.float, device=device)[:, None] * self.inverse.to(device)
-            self._table_Pr = torch.polar(torch.full_like(angles_Pr, self.factor), angles_Pr)
-        return self._table_Pr[:count]
+    def freqs_cis(self, count: int, device: torch.device) -> Tensor:
+        """Rotations of positions 0..count-1: complex64 [count, r/2]."""
+        if self._freqs_cis_Pr.shape[0] < count or self._freqs_cis_Pr.device != device:
+            size = max(count, 2 * self._freqs_cis_Pr.shape[0], 256)
+            angles_Pr = torch.arange(size, dtype=torch.float, device=device)[:, None] * self.inv_freq.to(device)
+            self._freqs_cis_Pr = torch.polar(torch.full_like(angles_Pr, self.attention_factor), angles_Pr)
+        return self._freqs_cis_Pr[:count]
 
 
-def rotate(x_BTHr: Tensor, turn_BTr: Tensor, interleave: bool) -> Tensor:
-    """Turn the channel pairs of ``x_BTHr`` by ``turn_BTr`` (complex, r/2 wide; B may be 1). Same shape and dtype."""
-    turn_BT1r = turn_BTr.unsqueeze(2)
+def apply_rotary_emb(x_BTHr: Tensor, freqs_cis_BTr: Tensor, interleave: bool) -> Tensor:
+    """``x_BTHr``, pairs rotated by ``freqs_cis_BTr`` (complex, r/2 wide; B may be 1); same shape and dtype."""
+    freqs_cis_BT1r = freqs_cis_BTr.unsqueeze(2)
     if interleave:
         wide = x_BTHr.float()
         if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):  # behind an odd width
             wide = wide.clone(memory_format=torch.contiguous_format)
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn_BT1r).flatten(-2).to(x_BTHr.dtype)
-    cos, sin = turn_BT1r.real, turn_BT1r.imag
+        return torch.view_as_real(pairs * freqs_cis_BT1r).flatten(-2).to(x_BTHr.dtype)
+    cos, sin = freqs_cis_BT1r.real, freqs_cis_BT1r.imag
     first, second = x_BTHr.float().chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BTHr.dtype)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sprat.errors import CheckpointError
-from sprat.model.memory import told_if_full
+from sprat.model.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
 _RANK, _DIMENSION = 8, 1 << 40
@@ -45,7 +45,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """Where one tensor lies: ``offset`` and ``nbytes`` in ``file``, in bytes."""
 
     file: Path
@@ -68,11 +68,11 @@ class Shards:
         Raises:
             CheckpointError: a file is missing, torn, or holds a tensor that another file holds too.
         """
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorInfo] = {}
         for file in files:
             for name, entry in read_header(file).items():
                 if name in self.entries:
-                    raise _torn(file, f"tensor {name!r} also stands in {self.entries[name].file.name}")
+                    raise _corrupt(file, f"tensor {name!r} also stands in {self.entries[name].file.name}")
                 self.entries[name] = entry
 
     def read(self, name: str) -> Tensor:
@@ -82,7 +82,7 @@ class Shards:
             CheckpointError: the file ends early, or there is no memory.
         """
         entry = self.entries[name]
-        with told_if_full(name, entry.file):
+        with explain_out_of_memory(name, entry.file):
             out = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(name, out)
         return out
@@ -99,14 +99,14 @@ class Shards:
         else:
             out.copy_(self.read(name))
 
-    def equal(self, one: str, other: str) -> bool:
+    def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers.
 
         Raises:
             CheckpointError: see ``read``.
         """
-        a, b = self.entries[one], self.entries[other]
-        return a.shape == b.shape and torch.equal(self.read(one).float(), self.read(other).float())
+        a, b = self.entries[name], self.entries[other]
+        return a.shape == b.shape and torch.equal(self.read(name).float(), self.read(other).float())
 
     def _fill(self, name: str, out: Tensor) -> None:
         """Read the bytes of ``name`` into the contiguous ``out``."""
@@ -115,17 +115,17 @@ class Shards:
         try:
             with open(entry.file, "rb", buffering=0) as stream:
                 stream.seek(entry.offset)
-                done = 0
-                while done < entry.nbytes:
-                    count = stream.readinto(view[done:])
+                num_read = 0
+                while num_read < entry.nbytes:
+                    count = stream.readinto(view[num_read:])
                     if not count:
-                        raise _torn(entry.file, f"it ends within tensor {name!r}")
-                    done += count
+                        raise _corrupt(entry.file, f"it ends within tensor {name!r}")
+                    num_read += count
         except OSError as error:
-            raise _torn(entry.file, str(error.strerror or error)) from None
+            raise _corrupt(entry.file, str(error.strerror or error)) from None
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """Tensor name -> where it lies in ``file``; nothing but the header is read.
 
     Raises:
@@ -136,27 +136,27 @@ def read_header(file: Path) -> dict[str, Entry]:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(8)
             if len(head) < 8:
-                raise _torn(file, "it is too short")
+                raise _corrupt(file, "it is too short")
             (length,) = struct.unpack("<Q", head)
             if length > min(HEADER_BYTES, size - 8):
-                raise _torn(file, f"its header claims {length} bytes of {size}")
+                raise _corrupt(file, f"its header claims {length} bytes of {size}")
             text = stream.read(length)
     except FileNotFoundError:
         raise CheckpointError(
             "the weights are missing", where=str(file), todo="fetch or save the model again"
         ) from None
     except OSError as error:
-        raise _torn(file, str(error.strerror or error)) from None
+        raise _corrupt(file, str(error.strerror or error)) from None
     table = _parse(text, file)
     table.pop("__metadata__", None)
     entries = {name: _entry(name, row, file, 8 + length) for name, row in table.items()}
-    place = 8 + length
+    end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset != place:
-            raise _torn(file, f"tensor {name!r} begins at byte {entry.offset}, the one before ends at {place}")
-        place += entry.nbytes
-    if place != size:
-        raise _torn(file, f"its tensors end at byte {place}, the file at {size}")
+        if entry.offset != end:
+            raise _corrupt(file, f"tensor {name!r} begins at byte {entry.offset}, the one before ends at {end}")
+        end += entry.nbytes
+    if end != size:
+        raise _corrupt(file, f"its tensors end at byte {end}, the file at {size}")
     return entries
 
 
@@ -172,27 +172,27 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     try:
         table = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise _torn(file, f"its header is no JSON: {error}") from None
+        raise _corrupt(file, f"its header is no JSON: {error}") from None
     if not isinstance(table, dict):
-        raise _torn(file, "its header is no JSON object")
+        raise _corrupt(file, "its header is no JSON object")
     return table
 
 
-def _entry(name: str, row: Any, file: Path, start: int) -> Entry:
+def _entry(name: str, row: Any, file: Path, start: int) -> TensorInfo:
     """One row of the header, checked by itself; ``start`` is where the tensors begin."""
     row = row if isinstance(row, dict) else {}
     kind, shape, ends = row.get("dtype"), row.get("shape"), row.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise _torn(file, f"tensor {name!r} has dtype {kind!r}, which is not known")
-    if not _whole(shape, _RANK) or not _whole(ends, 2) or len(ends) != 2:
-        raise _torn(file, f"tensor {name!r} has no sound shape and data_offsets")
-    wanted = math.prod(shape) * DTYPES[kind].itemsize
-    if ends[1] - ends[0] != wanted:
-        raise _torn(file, f"tensor {name!r} of shape {shape} takes {wanted} bytes, not {ends[1] - ends[0]}")
-    return Entry(file, DTYPES[kind], tuple(shape), start + ends[0], wanted)
+        raise _corrupt(file, f"tensor {name!r} has dtype {kind!r}, which is not known")
+    if not _are_bounded(shape, _RANK) or not _are_bounded(ends, 2) or len(ends) != 2:
+        raise _corrupt(file, f"tensor {name!r} has no sound shape and data_offsets")
+    nbytes = math.prod(shape) * DTYPES[kind].itemsize
+    if ends[1] - ends[0] != nbytes:
+        raise _corrupt(file, f"tensor {name!r} of shape {shape} takes {nbytes} bytes, not {ends[1] - ends[0]}")
+    return TensorInfo(file, DTYPES[kind], tuple(shape), start + ends[0], nbytes)
 
 
-def _whole(values: Any, most: int) -> bool:
+def _are_bounded(values: Any, most: int) -> bool:
     """Whether ``values`` is a list of at most ``most`` bounded natural numbers."""
     return (
         isinstance(values, list)
@@ -201,6 +201,6 @@ def _whole(values: Any, most: int) -> bool:
     )
 
 
-def _torn(file: Path, why: str) -> CheckpointError:
+def _corrupt(file: Path, why: str) -> CheckpointError:
     """The sentence about a file that does not hold together."""
     return CheckpointError(f"not a whole safetensors file: {why}", where=str(file), todo="fetch or save it again")

@@ -1,7 +1,7 @@
 """The decoder that trains, rolls out and serves: one definition, on one device.
 
 Pre-norm blocks (attention, then a dense or an expert feed-forward) on a residual stream, a last norm and a
-head. What all layers share in a pass (rotary turns, mask, place in the cache) is built once, as a ``Step``.
+head. What all layers share in a pass (rotary table, mask, cache position) is built once, as a ``ForwardContext``.
 """
 
 # B batch, T time, D hidden, V vocabulary, N = B * T
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.errors import ConfigError
-from sprat.model.cache import Cache
+from sprat.model.forward_context import ForwardContext, forward_context, mtp_segments
 from sprat.model.gqa import GQA
-from sprat.model.initialise import initialise
+from sprat.model.initialize import initialize
+from sprat.model.kv_cache import KVCache
 from sprat.model.linear import Embedding, Linear
 from sprat.model.mla import MLA
 from sprat.model.moe import MLP, MoE, Routing
 from sprat.model.mtp import MTP
 from sprat.model.norm import RMSNorm
 from sprat.model.rope import RotaryTable
-from sprat.model.step import Step, pair_segments, plan
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Block(nn.Module):
         dense = not config.is_moe(layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x_BTD: Tensor, step: Step, routing: list[Routing]) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext, routing: list[Routing]) -> Tensor:
         """``x_BTD`` -> [B, T, D]; a MoE layer appends what its router decided to ``routing``."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            out_BTD, decided = self.mlp(normed_BTD, step.valid_BT)
-            routing.append(decided)
+            out_BTD, layer_routing = self.mlp(normed_BTD, context.valid_BT)
+            routing.append(layer_routing)
         else:
             out_BTD = self.mlp(normed_BTD)
         total: Tensor = x_BTD + out_BTD
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
             MTP(config, Block(config, last + depth)) for depth in range(config.num_nextn_predict_layers)
         )
         if seed is not None and not self.embed_tokens.weight.is_meta:
-            initialise(self, config, seed)
+            initialize(self, config, seed)
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int) -> Self:
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         *,
         segments_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in float32; see ``hidden`` for the arguments."""
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         *,
         segments_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
     ) -> Hidden:
         """Run the stack.
@@ -127,20 +127,20 @@ class Transformer(nn.Module):
         Raises:
             EngineError: the cache does not fit the call.
         """
-        step = plan(
+        context = forward_context(
             self.rotary,
             tokens_BT,
             segments_BT=segments_BT,
             positions_BT=positions_BT,
             cache=cache,
             valid_BT=valid_BT,
-            by_document=self._by_document(),
+            use_varlen=self._supports_varlen(),
             window=self.config.sliding_window,
         )
         routing: list[Routing] = []
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, step, routing)
+            x_BTD = layer(x_BTD, context, routing)
         if cache is not None:
             cache.advance(tokens_BT.shape[1], valid_BT)
         return Hidden(self.norm(x_BTD), x_BTD, routing)
@@ -170,22 +170,22 @@ class Transformer(nn.Module):
                 f"no MTP module of depth {depth}", where="num_nextn_predict_layers", todo="raise it in the model config"
             )
         joined_BT = tokens_BT[:, depth:]
-        step = plan(
+        context = forward_context(
             self.rotary,
             joined_BT,
-            segments_BT=None if segments_BT is None else pair_segments(segments_BT, depth),
+            segments_BT=None if segments_BT is None else mtp_segments(segments_BT, depth),
             positions_BT=None,
             cache=None,
             valid_BT=None,
-            by_document=self._by_document(),
+            use_varlen=self._supports_varlen(),
         )
         routing: list[Routing] = []
         module = cast(MTP, self.mtp[depth - 1])
-        raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), step, routing)
+        raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), context, routing)
         return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
 
-    def _by_document(self) -> bool:
-        """Whether attention by document may be asked for: latent attention in float32; ``cut`` looks at the rest."""
+    def _supports_varlen(self) -> bool:
+        """Whether varlen attention may be used: latent attention in float32; ``varlen_metadata`` looks at the rest."""
         return self.config.is_mla and self.config.rope_interleave and self.norm.weight.dtype == torch.float32
 
     def moe_layers(self) -> list[MoE]:

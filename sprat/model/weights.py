@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
-from sprat.model.memory import check_room, told_if_full
-from sprat.model.rope import frequencies
-from sprat.model.shards import Entry, Shards
+from sprat.model.memory import check_available_memory, explain_out_of_memory
+from sprat.model.rope import inverse_frequencies
+from sprat.model.shards import Shards, TensorInfo
 from sprat.model.transformer import Transformer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # on disk
 _COPY = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight")
 _FREQUENCIES = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
-SCALE = "_scale_inv"  # suffix of the factors of an FP8 matrix
+SCALE_SUFFIX = "_scale_inv"  # suffix of the factors of an FP8 matrix
 _FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ADVICE = "check that config.json and the weights belong together"
 
 
-def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
+def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
     """The model of ``config`` on the meta device, which costs nothing, if files with such ``shapes`` can fill it.
 
     Raises:
@@ -52,10 +52,10 @@ def empty(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path)
         raise CheckpointError(what, where=str(where), todo=_ADVICE) from None
 
 
-def unread(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]:
+def redundant_tensors(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]:
     """Tensors that a model of ``config`` knows and does not need -> whether they differ from what they repeat."""
-    found: dict[str, Callable[[], bool]] = {}
-    inverse, _ = frequencies(config)
+    redundant: dict[str, Callable[[], bool]] = {}
+    inverse, _ = inverse_frequencies(config)
     head = EMBEDDING if config.tie_word_embeddings else HEAD
 
     def copied(name: str, source: str) -> Callable[[], bool]:
@@ -72,27 +72,27 @@ def unread(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]
         copy = _COPY.fullmatch(name)
         if copy and int(copy[1]) >= config.num_hidden_layers:
             source = EMBEDDING if copy[2] == "embed_tokens" else head
-            found[name] = copied(name, source if source in shards.entries else HEAD)
+            redundant[name] = copied(name, source if source in shards.entries else HEAD)
         elif _FREQUENCIES.fullmatch(name):
-            found[name] = frequency(name)
+            redundant[name] = frequency(name)
     if config.tie_word_embeddings and HEAD in shards.entries:
-        found[HEAD] = lambda: False  # compared when it was decided to tie them
-    return found
+        redundant[HEAD] = lambda: False  # compared when it was decided to tie them
+    return redundant
 
 
-class Reader:
+class StateDictReader:
     """What a model wants and what its files hold.
 
     Args:
         model: on the meta device; only its shapes are read.
         expected: our name -> its names on disk; of a stacked tensor one for each row, else one in all.
-        blocks: rows and columns that share a factor in FP8 matrices; None where there are none.
+        fp8_block: rows and columns that share a factor in FP8 matrices; None where there are none.
     """
 
     def __init__(
-        self, model: nn.Module, expected: dict[str, list[str]], shards: Shards, blocks: tuple[int, int] | None
+        self, model: nn.Module, expected: dict[str, list[str]], shards: Shards, fp8_block: tuple[int, int] | None
     ) -> None:
-        self.expected, self.shards, self.blocks = expected, shards, blocks
+        self.expected, self.shards, self.fp8_block = expected, shards, fp8_block
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in expected}
 
     def check(self, ignored: Set[str], where: Path) -> None:
@@ -101,11 +101,11 @@ class Reader:
         Raises:
             CheckpointError: a tensor is missing, has no place in the model, or has another shape or dtype.
         """
-        held = self.shards.entries
+        entries = self.shards.entries
         known = {disk for names in self.expected.values() for disk in names} | ignored
-        known |= {name + SCALE for name in known if name in held and held[name].dtype == _FP8}
-        missing = sorted(disk for names in self.expected.values() for disk in names if disk not in held)
-        unknown = sorted(held.keys() - known)
+        known |= {name + SCALE_SUFFIX for name in known if name in entries and entries[name].dtype == _FP8}
+        missing = sorted(disk for names in self.expected.values() for disk in names if disk not in entries)
+        unknown = sorted(entries.keys() - known)
         if missing or unknown:
             name, what = (missing[0], "missing") if missing else (unknown[0], "not part of this model")
             more = len(missing or unknown) - 1
@@ -114,7 +114,7 @@ class Reader:
         for name, names in self.expected.items():
             want = self.shapes[name][1:] if self._stacked(name) else self.shapes[name]
             for disk in names:
-                self._check_entry(disk, held[disk], want)
+                self._check_entry(disk, entries[disk], want)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Our state dict in ``dtype`` on ``device``; the router's correction stays float32.
@@ -122,18 +122,18 @@ class Reader:
         Raises:
             CheckpointError: a file ends early, or there is no memory for the model.
         """
-        held = self.shards.entries
+        entries = self.shards.entries
         if device.type == "cpu":
             elements = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-            check_room(elements * dtype.itemsize, next(iter(held.values())).file.parent)
+            check_available_memory(elements * dtype.itemsize, next(iter(entries.values())).file.parent)
         state: dict[str, Tensor] = {}
         for name, names in self.expected.items():
             target = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            with told_if_full(name, held[names[0]].file):
+            with explain_out_of_memory(name, entries[names[0]].file):
                 out = torch.empty(self.shapes[name], dtype=target, device=device)
             for part, disk in zip(out.unbind(0) if self._stacked(name) else [out], names, strict=True):
-                if held[disk].dtype == _FP8:
-                    part.copy_(self._multiplied_out(disk))
+                if entries[disk].dtype == _FP8:
+                    part.copy_(self._dequantize_fp8(disk))
                 else:
                     self.shards.read_into(disk, part)
             state[name] = out
@@ -143,25 +143,28 @@ class Reader:
         """Whether each of the names on disk is one row of our tensor."""
         return len(self.expected[name]) == self.shapes[name][0] and len(self.shapes[name]) == 3
 
-    def _check_entry(self, disk: str, entry: Entry, want: tuple[int, ...]) -> None:
+    def _check_entry(self, disk: str, entry: TensorInfo, want: tuple[int, ...]) -> None:
         """Raise CheckpointError where a tensor on disk cannot become what we want."""
         if entry.shape != want:
             fault = f"tensor {disk!r} has shape {entry.shape}, expected {want}"
             raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
         if entry.dtype in _FLOATS:
             return
-        if entry.dtype != _FP8 or self.blocks is None or len(want) != 2:
+        if entry.dtype != _FP8 or self.fp8_block is None or len(want) != 2:
             fault = f"tensor {disk!r} is {str(entry.dtype).removeprefix('torch.')}, which config.json does not announce"
             raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
-        factors, scale = tuple(-(-size // block) for size, block in zip(want, self.blocks, strict=True)), disk + SCALE
+        factors, scale = (
+            tuple(-(-size // block) for size, block in zip(want, self.fp8_block, strict=True)),
+            disk + SCALE_SUFFIX,
+        )
         if scale not in self.shards.entries or self.shards.entries[scale].shape != factors:
             fault = f"tensor {scale!r} is missing or has not the shape {factors}"
             raise CheckpointError(fault, where=str(entry.file), todo="fetch the checkpoint again")
 
-    def _multiplied_out(self, disk: str) -> Tensor:
+    def _dequantize_fp8(self, disk: str) -> Tensor:
         """The float32 matrix that the FP8 numbers of ``disk`` and their factors stand for."""
-        assert self.blocks is not None
-        scale = self.shards.read(disk + SCALE).float()
-        for dim, block in enumerate(self.blocks):
+        assert self.fp8_block is not None
+        scale = self.shards.read(disk + SCALE_SUFFIX).float()
+        for dim, block in enumerate(self.fp8_block):
             scale = scale.repeat_interleave(block, dim).narrow(dim, 0, self.shards.entries[disk].shape[dim])
         return self.shards.read(disk).float().mul_(scale)

@@ -32,7 +32,7 @@ from sprat.model import Transformer, flops_per_token
 from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
-from sprat.quant import rounded
+from sprat.quant import fake_quantize
 from sprat.tasks import Task, is_right
 from sprat.train import loop, objective
 from sprat.trust.run import Run
@@ -97,7 +97,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
     pre-training. The logged ``loss`` and ``mtp_loss`` are cross-entropies in all modes.
     """
     if config.mode == "traces":
-        return objective.next_token
+        return objective.next_token_loss
     kl_weight = 1.0 if config.mode == "logits" else config.logits_weight
 
     def pull(x_BTD: Tensor, head_VD: Tensor, goal_BTE: Tensor, targets_BT: Tensor, over: int) -> tuple[Tensor, ...]:
@@ -109,23 +109,23 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
         return tuple(each * (len(targets_N) / max(over, 1)) for each in found)
 
     def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
-        whole, segments_BT = whole or batch, objective.needed_segments(batch.segments_BT)
+        whole, segments_BT = whole or batch, objective.attention_segments(batch.segments_BT)
         with torch.no_grad():
             goal_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
         hidden, head_VD = model.hidden(batch.tokens_BT, segments_BT=segments_BT), model.head.dense_weight()
-        over = objective.counted(whole.targets_BT)
+        over = objective.num_targets(whole.targets_BT)
         total, kl, ce = pull(hidden.x_BTD, head_VD, goal_BTE, batch.targets_BT, over)
         metrics, routing = {"loss": ce.item(), "kl": kl.item()}, list(hidden.routing)
         if model.mtp and settings.mtp_weight > 0:
             depths = []
-            for depth, (ahead, targets_BT) in enumerate(objective.looking_ahead(model, hidden, batch), 1):
-                over = objective.counted(objective.targets_ahead(whole, depth))
+            for depth, (ahead, targets_BT) in enumerate(objective.mtp_outputs(model, hidden, batch), 1):
+                over = objective.num_targets(objective.mtp_targets(whole, depth))
                 depths.append(torch.stack(pull(ahead.x_BTD, head_VD, goal_BTE[:, depth:], targets_BT, over)))
                 routing += ahead.routing
             mtp, _, mtp_ce = torch.stack(depths).mean(0)
             total, metrics["mtp_loss"] = total + settings.mtp_weight * mtp, mtp_ce.item()
         if settings.balance_weight > 0 and hidden.routing:
-            total = total + settings.balance_weight * objective.balance(hidden.routing, batch, whole)
+            total = total + settings.balance_weight * objective.balance_term(hidden.routing, batch, whole)
         return objective.Loss(total, metrics, [each.load_E for each in routing])
 
     return loss
@@ -152,8 +152,9 @@ def distill(
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
     steps = round(config.qat_fraction * config.steps)
-    last = loop.LastPart(config.steps - steps, partial(rounded, student, quant or QuantConfig())) if steps else None
-    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), last=last)
+    rounding = partial(fake_quantize, student, quant or QuantConfig())
+    final_phase = loop.FinalPhase(config.steps - steps, rounding) if steps else None
+    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), final_phase=final_phase)
     if config.mode == "traces":
         return result
     length = result.tokens // max(1, result.steps * config.batch_rows)

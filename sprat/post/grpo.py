@@ -75,7 +75,7 @@ from sprat.post.rollout import Rollout, sample_groups, summary
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine, optim, schedule, trainable
-from sprat.train.progress import bar
+from sprat.train.progress import progress_bar
 from sprat.trust.run import Run
 
 SPARED = 50  # of as many answers one may be far off by a router's near tie
@@ -227,7 +227,7 @@ def _mean(answers: Sequence[tuple[float, int]]) -> float:
 
 def _optimise(
     model: Transformer,
-    optimiser: optim.Optimiser,
+    optimiser: optim.Optimizer,
     rollouts: Sequence[Rollout],
     advantage_B: Tensor,
     config: RLConfig,
@@ -288,13 +288,13 @@ def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLCo
         return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
-def _step(optimiser: optim.Optimiser, config: RLConfig, step: int) -> float:
+def _step(optimiser: optim.Optimizer, config: RLConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
-    norm = optimiser.clip(config.grad_clip)
+    norm = optimiser.clip_grad_norm(config.grad_clip)
     if not math.isfinite(norm):
         todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimiser.step(schedule.factor(_rates(config), step - 1, config.steps))
+    optimiser.step(schedule.lr_factor(_rates(config), step - 1, config.steps))
     optimiser.zero_grad()
     return norm
 
@@ -323,7 +323,7 @@ def grpo(
             the trainer's, ``reward`` fails on every answer of a step, or the gradient is not finite.
     """
     trainable.check(model, run)
-    machine.tune()
+    machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
     optimiser = _optimiser(model, config)
     result = _resume(model, optimiser, config, run)
@@ -332,7 +332,7 @@ def grpo(
         reward = Verifier(reward, seconds=config.reward_timeout)
     if gate and result.steps == 0:
         readiness(engine, tasks, weights, config, reward).check()
-    with bar(run, config.steps, result.steps) as advance, loop.held_interrupt() as interrupted:
+    with progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
             faults = {} if reward is None else {"reward_faults": reward.take_faults()}
@@ -348,7 +348,7 @@ def grpo(
     return result
 
 
-def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimiser:
+def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimizer:
     return optim.build(model, _rates(config))
 
 
@@ -364,13 +364,13 @@ def check_start(found: checkpoint.Checkpoint, model: Transformer, config: GRPOCo
     Raises:
         CheckpointError: it is not before the last step, or of another model or optimiser.
     """
-    loop.check_steps(found, config.steps)
-    checkpoint.check(found, model, _optimiser(model, config))
+    loop.check_start_step(found, config.steps)
+    checkpoint.check_compatible(found, model, _optimiser(model, config))
 
 
 def _learn(
     model: Transformer,
-    optimiser: optim.Optimiser,
+    optimiser: optim.Optimizer,
     rollouts: list[Rollout],
     config: RLConfig,
     step: int,
@@ -390,10 +390,10 @@ def _learn(
     return metrics
 
 
-def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, run: Run) -> RLResult:
+def _resume(model: Transformer, optimiser: optim.Optimizer, config: RLConfig, run: Run) -> RLResult:
     """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
     own = checkpoint.latest(run.checkpoints)
-    found = own or loop.begin_from(config.init_from, config.steps, run)
+    found = own or loop.load_start(config.init_from, config.steps, run)
     if found is None:
         run.rewind(0)
         return RLResult()

@@ -1,33 +1,33 @@
 """How small? INT4 and INT8 round-to-nearest weights, and their files."""
 
 from sprat.quant.formats import is_quantized, load, save
-from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
+from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
 from sprat.quant.layers import (
     QuantEmbedding,
     QuantExperts,
     QuantLinear,
-    dequantize,
-    packed_tensors,
-    quantize,
-    recipe_of,
+    dequantize_model,
+    quant_config_of,
+    quantize_model,
+    quantized_weights,
     size_bytes,
 )
-from sprat.quant.rounded import rounded
+from sprat.quant.qat import fake_quantize
 
 __all__ = [
-    "Codes",
+    "QuantizedTensor",
     "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
-    "dequantize_weight",
-    "dequantize",
+    "dequantize_tensor",
+    "dequantize_model",
     "is_quantized",
-    "packed_tensors",
+    "quantized_weights",
     "load",
-    "quantize_weight",
-    "quantize",
-    "recipe_of",
-    "rounded",
+    "quantize_tensor",
+    "quantize_model",
+    "quant_config_of",
+    "fake_quantize",
     "save",
     "size_bytes",
 ]

@@ -1,6 +1,6 @@
-"""Quantised models on disk: ``config.json``, ``quant.json`` and one safetensors file of codes and scales.
+"""Quantized models on disk: ``config.json``, ``quant.json`` and one safetensors file of codes and scales.
 
-``model.safetensors`` holds ``<name>.codes`` and ``<name>.scales`` for each quantised tensor, under our own
+``model.safetensors`` holds ``<name>.codes`` and ``<name>.scales`` for each quantized tensor, under our own
 state-dict names (and ``<name>.minimums`` where there are any), and the rest (norms, router, biases) as it was.
 ``quant.json`` of version 1 holds one recipe for the whole model; version 2, for models that came from elsewhere,
 holds bits and group of each tensor, and tensors that it does not name are dense. ``config.json`` names a
@@ -23,18 +23,18 @@ from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_room
+from sprat.model.memory import check_available_memory
 from sprat.model.shards import Shards
-from sprat.model.weights import empty
-from sprat.quant.int4 import Codes
-from sprat.quant.layers import Packed, bits_of, packed_tensors, place, recipe_of
+from sprat.model.weights import meta_model
+from sprat.quant.int4 import QuantizedTensor
+from sprat.quant.layers import QuantizedWeight, bits_and_group, quant_config_of, quantized_weights, replace_linears
 from sprat.trust import atomic
 
-WEIGHTS, RECIPE, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
+WEIGHTS, QUANT_CONFIG, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
 _KIND = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
 
 
-class Format(Config):
+class TensorFormat(Config):
     """How one matrix is kept; ``group=0`` is one group per row."""
 
     bits: Literal[4, 8, 16, 32]
@@ -43,102 +43,102 @@ class Format(Config):
     rounding: Rounding = "nearest"
 
 
-class _Table(Config):
+class _TensorFormats(Config):
     """``quant.json`` of version 2."""
 
-    tensors: dict[str, Format]
+    tensors: dict[str, TensorFormat]
 
 
 def is_quantized(folder: str | Path) -> bool:
     """Whether ``folder`` holds a model that ``save`` wrote."""
-    return (Path(folder) / RECIPE).is_file()
+    return (Path(folder) / QUANT_CONFIG).is_file()
 
 
 def save(model: Transformer, folder: str | Path) -> None:
-    """Write a quantised ``model``; each file appears whole or not at all.
+    """Write a quantized ``model``; each file appears whole or not at all.
 
     Raises:
-        CheckpointError: the model is not quantised.
+        CheckpointError: the model is not quantized.
         MachineError: the disk is full or closed to us.
     """
     from safetensors.torch import save_file
 
-    folder, packed, recipe = Path(folder), packed_tensors(model), recipe_of(model)
+    folder, packed, quant_config = Path(folder), quantized_weights(model), quant_config_of(model)
     if not packed:
         raise CheckpointError("the model is not quantised", where=str(folder), todo="quantise it, or save it as it is")
-    if recipe is not None:
-        how = {"version": 1, **recipe.model_dump()}
+    if quant_config is not None:
+        quant_table = {"version": 1, **quant_config.model_dump()}
     else:
-        how = {"version": 2, "tensors": {name: _shape_of(part) for name, part in packed.items()}}
+        quant_table = {"version": 2, "tensors": {name: _format_of(part) for name, part in packed.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
-    named = {} if recipe is None else recipe.model_dump()
+    named = {} if quant_config is None else quant_config.model_dump()
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
     atomic.write_json(folder / "config.json", table)
-    atomic.write_json(folder / RECIPE, {"method": METHOD, **how})
+    atomic.write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
 
 
-def _shape_of(packed: Packed) -> dict[str, Any]:
+def _format_of(packed: QuantizedWeight) -> dict[str, Any]:
     """What ``quant.json`` says of one tensor."""
-    has = packed.minimums is not None
-    return {"bits": packed.bits, "group": packed.group, "minimums": has, "rounding": packed.rounding}
+    minimums = packed.minimums is not None
+    return {"bits": packed.bits, "group": packed.group, "minimums": minimums, "rounding": packed.rounding}
 
 
-def load(folder: str | Path, *, materialise: bool = True) -> Transformer:
-    """The quantised model that ``save`` wrote; bit for bit the same codes.
+def load(folder: str | Path, *, materialize: bool = True) -> Transformer:
+    """The quantized model that ``save`` wrote; bit for bit the same codes.
 
     Args:
-        materialise: see ``quantize``.
+        materialize: see ``quantize_model``.
 
     Raises:
         CheckpointError: a file is missing or torn, or a tensor is missing, unknown or of the wrong shape.
         ConfigError: config.json or quant.json does not hold.
     """
     folder = Path(folder)
-    table, how = _json(folder / "config.json"), _json(folder / RECIPE)
+    table, quant_table = _json(folder / "config.json"), _json(folder / QUANT_CONFIG)
     table.pop("quantization_config", None)
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
-    formats = _formats(how, str(folder / RECIPE))
-    held = Shards([folder / WEIGHTS])
-    check_room(sum(entry.nbytes for entry in held.entries.values()), folder / WEIGHTS)
-    return _build(config, formats, held, str(folder / WEIGHTS), materialise=materialise)
+    formats = _formats(quant_table, str(folder / QUANT_CONFIG))
+    shards = Shards([folder / WEIGHTS])
+    check_available_memory(sum(entry.nbytes for entry in shards.entries.values()), folder / WEIGHTS)
+    return _build(config, formats, shards, str(folder / WEIGHTS), materialize=materialize)
 
 
-def _formats(how: dict[str, Any], where: str) -> Callable[[str], Format | None]:
-    """How each matrix is kept, by its name, as ``quant.json`` (``how``) says; None is dense."""
-    kind = (how.pop("method", None), how.pop("version", None))
+def _formats(quant_table: dict[str, Any], where: str) -> Callable[[str], TensorFormat | None]:
+    """How each matrix is kept, by its name, as ``quant.json`` (``quant_table``) says; None is dense."""
+    kind = (quant_table.pop("method", None), quant_table.pop("version", None))
     if kind == (METHOD, 1):
-        recipe = parse(QuantConfig, how, where=where)
+        quant_config = parse(QuantConfig, quant_table, where=where)
 
-        def by_recipe(name: str) -> Format:
-            bits, group = bits_of(recipe, name)
-            return Format(bits=bits, group=group, rounding=recipe.rounding)
+        def by_quant_config(name: str) -> TensorFormat:
+            bits, group = bits_and_group(quant_config, name)
+            return TensorFormat(bits=bits, group=group, rounding=quant_config.rounding)
 
-        return by_recipe
+        return by_quant_config
     if kind == (METHOD, 2):
-        return parse(_Table, how, where=where).tensors.get
+        return parse(_TensorFormats, quant_table, where=where).tensors.get
     raise CheckpointError("an unknown quantised format", where=where, todo="quantise again")
 
 
 def _build(
     config: ModelConfig,
-    formats: Callable[[str], Format | None],
-    held: Shards,
+    formats: Callable[[str], TensorFormat | None],
+    shards: Shards,
     where: str,
     *,
-    materialise: bool,
+    materialize: bool,
 ) -> Transformer:
     """A model from the tensors of its file, every one of them checked and used."""
-    model = empty(config, [entry.shape for entry in held.entries.values()], Path(where))
+    model = meta_model(config, [entry.shape for entry in shards.entries.values()], Path(where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    unused = set(held.entries)
+    unused = set(shards.entries)
 
-    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        if name not in held.entries:
+    def read_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        if name not in shards.entries:
             raise CheckpointError(f"tensor {name!r} is missing", where=where, todo="quantise the model again")
         unused.discard(name)
-        tensor = held.read(name)
+        tensor = shards.read(name)
         if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
             fault = f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}"
             raise CheckpointError(fault, where=where, todo="check that config.json and the weights belong together")
@@ -147,24 +147,26 @@ def _build(
             raise CheckpointError(fault, where=where, todo="use a model that did not diverge")
         return tensor
 
-    def pack(name: str) -> Codes | None:
-        how = formats(name)
-        if how is None:
+    def pack(name: str) -> QuantizedTensor | None:
+        tensor_format = formats(name)
+        if tensor_format is None:
             return None
         *outer, width = shapes[name]
-        size = how.group or width
-        codes = take(f"{name}.codes", (*outer, (width + 1) // 2 if how.bits == 4 else width), _KIND[how.bits])
-        grouped = (0,) if how.bits >= 16 else (*outer, -(-width // size))
-        scales = take(f"{name}.scales", grouped, torch.float16)
-        minimums = take(f"{name}.minimums", grouped, torch.float16) if how.minimums else None
-        return Codes(codes, scales, how.bits, size, width, minimums, how.rounding)
+        size = tensor_format.group or width
+        codes = read_tensor(
+            f"{name}.codes", (*outer, (width + 1) // 2 if tensor_format.bits == 4 else width), _KIND[tensor_format.bits]
+        )
+        grouped = (0,) if tensor_format.bits >= 16 else (*outer, -(-width // size))
+        scales = read_tensor(f"{name}.scales", grouped, torch.float16)
+        minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if tensor_format.minimums else None
+        return QuantizedTensor(codes, scales, tensor_format.bits, size, width, minimums, tensor_format.rounding)
 
-    # Names that stay dense are taken first: ``place`` keeps a Linear's bias as it finds it.
+    # Names that stay dense are taken first: ``replace_linears`` keeps a Linear's bias as it finds it.
     tied = "head.weight" if config.tie_word_embeddings else ""
     dense = _dense_names(model) | {name for name in shapes if formats(name) is None}
-    state = {name: take(name, shapes[name]) for name in sorted(dense - {tied})}
+    state = {name: read_tensor(name, shapes[name]) for name in sorted(dense - {tied})}
     model.load_state_dict(state, strict=False, assign=True)
-    place(model, pack, materialise=materialise)
+    replace_linears(model, pack, materialize=materialize)
     if tied and isinstance(model.embed_tokens, Embedding):
         model.head.weight = model.embed_tokens.weight
     if unused:
@@ -174,7 +176,7 @@ def _build(
 
 
 def _dense_names(model: Transformer) -> set[str]:
-    """State-dict names that stay dense when ``model`` (not quantised yet) is quantised."""
+    """State-dict names that stay dense when ``model`` (not quantized yet) is quantized."""
     packed = {"embed_tokens.weight"}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -185,11 +187,11 @@ def _dense_names(model: Transformer) -> set[str]:
 
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
-    """Name on disk -> tensor, of a quantised model; a tied head is written once, as the embedding."""
+    """Name on disk -> tensor, of a quantized model; a tied head is written once, as the embedding."""
     table: dict[str, Tensor] = {}
-    for name, packed in packed_tensors(model).items():
+    for name, packed in quantized_weights(model).items():
         table |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.state_dict().items()}
-    inside = {id(tensor) for packed in packed_tensors(model).values() for tensor in packed.buffers()}
+    inside = {id(tensor) for packed in quantized_weights(model).values() for tensor in packed.buffers()}
     tied = model.config.tie_word_embeddings
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in inside and not (tied and name.startswith("head.")):

@@ -1,6 +1,6 @@
 """INT4 round-to-nearest: a weight in four bits and an eighth.
 
-A weight matrix is cut into groups of 32 neighbouring input channels. Each group keeps one scale ``s``
+A weight matrix is cut into groups of 32 neighboring input channels. Each group keeps one scale ``s``
 (float16) and a code of −8 … 7 per weight, so that ``w ≈ s · code``: 4 + 16/32 = 4.5 bits a weight. Two codes
 share a byte, the even channel in the low nibble.
 
@@ -17,9 +17,9 @@ per row by default.
 Files of other programs may hold a second number a group, the minimum ``m``: ``w = s · code + m`` with codes of
 0 … 15. Such codes are kept and computed as they came; we make none ourselves.
 
-The seam: a quantised module keeps the interface of what it replaces and offers ``weight`` (for experts
-``w_gate_EFD`` and so on) as a property that dequantises. Every use of the weight works unchanged, the
-absorbed MLA products included. With ``materialise`` the float32 weight is kept after the first use:
+The seam: a quantized module keeps the interface of what it replaces and offers ``weight`` (for experts
+``w_gate_EFD`` and so on) as a property that dequantizes. Every use of the weight works unchanged, the
+absorbed MLA products included. With ``materialize`` the float32 weight is kept after the first use:
 fast without a kernel, but then only the file is small, not the memory.
 
 N rows, I input channels, G groups, K channels per group.
@@ -36,14 +36,17 @@ from torch import Tensor
 from sprat.config import Rounding
 
 CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
-ENDS = {4: (-8.0, 7.0), 8: (-128.0, 127.0)}  # the group's extreme divided by these: it lies at one end of the codes
+EXTREME_DIVISORS = {
+    4: (-8.0, 7.0),
+    8: (-128.0, 127.0),
+}  # the group's extreme divided by these: it lies at one end of the codes
 _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
 _LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Codes:
-    """A quantised tensor: ``codes`` uint8 (two nibbles a byte) at 4 bits, int8 at 8, bfloat16 at 16, float32 at 32.
+class QuantizedTensor:
+    """A quantized tensor: ``codes`` uint8 (two nibbles a byte) at 4 bits, int8 at 8, bfloat16 at 16, float32 at 32.
 
     ``scales`` is float16 [..., G] (empty from 16 bits on). ``width`` is I, the input channels of the original; the
     last group may hold fewer than ``group``. With ``minimums`` (float16 [..., G], 4 bits only) the codes are 0 … 15
@@ -59,70 +62,74 @@ class Codes:
     rounding: Rounding = "nearest"
 
 
-def quantize_weight(weight: Tensor, *, bits: int = 4, group: int = 32) -> Codes:
-    """Quantise the last dimension of ``weight`` (float, [..., I]) in groups; ``group=0`` is one group per row.
+def quantize_tensor(weight: Tensor, *, bits: int = 4, group: int = 32) -> QuantizedTensor:
+    """Quantize the last dimension of ``weight`` (float, [..., I]) in groups; ``group=0`` is one group per row.
 
     16 bits is bfloat16 with no scales.
     """
     width = weight.shape[-1]
     if bits == 16:
-        return Codes(weight.detach().to(torch.bfloat16), torch.empty(0, dtype=torch.float16), 16, group or width, width)
+        return QuantizedTensor(
+            weight.detach().to(torch.bfloat16), torch.empty(0, dtype=torch.float16), 16, group or width, width
+        )
     size = group or width
     shape = (*weight.shape[:-1], -(-width // size))
-    groups_NK = grouped(weight.detach().float(), size).flatten(0, -2)
+    groups_NK = group_channels(weight.detach().float(), size).flatten(0, -2)
     codes_NK = torch.empty(groups_NK.shape, dtype=torch.int8)
     scales_N = torch.empty(len(groups_NK), dtype=torch.float16)
     step = max(1, CHUNK // size)
     for at in range(0, len(groups_NK), step):
         part = groups_NK[at : at + step]
-        scales = scales_of(part, bits, ENDS[bits])
-        codes_NK[at : at + step], scales_N[at : at + step] = codes_of(part, scales.unsqueeze(-1), bits), scales
+        scales = search_scales(part, bits, EXTREME_DIVISORS[bits])
+        codes_NK[at : at + step], scales_N[at : at + step] = round_to_codes(part, scales.unsqueeze(-1), bits), scales
     codes = codes_NK.view(*shape, size).flatten(-2)[..., :width]
-    return Codes(pack(codes) if bits == 4 else codes.contiguous(), scales_N.view(shape), bits, size, width)
+    return QuantizedTensor(
+        pack_int4(codes) if bits == 4 else codes.contiguous(), scales_N.view(shape), bits, size, width
+    )
 
 
-def dequantize_weight(packed: Codes) -> Tensor:
+def dequantize_tensor(packed: QuantizedTensor) -> Tensor:
     """The float32 weight [..., I] that ``packed`` stands for: the reference of every kernel."""
     if packed.bits >= 16:
         return packed.codes.float()
-    codes = unpack(packed.codes, packed.width) if packed.bits == 4 else packed.codes
+    codes = unpack_int4(packed.codes, packed.width) if packed.bits == 4 else packed.codes
     if packed.minimums is None:
-        return codes.float() * _spread(packed.scales, packed)
-    return (codes & 15).float() * _spread(packed.scales, packed) + _spread(packed.minimums, packed)
+        return codes.float() * _per_channel(packed.scales, packed)
+    return (codes & 15).float() * _per_channel(packed.scales, packed) + _per_channel(packed.minimums, packed)
 
 
-def _spread(each_group: Tensor, packed: Codes) -> Tensor:
+def _per_channel(each_group: Tensor, packed: QuantizedTensor) -> Tensor:
     """A number for each group (float16 [..., G]) as float32 for each channel [..., I]."""
     return each_group.float().repeat_interleave(packed.group, dim=-1)[..., : packed.width]
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack_int4(codes: Tensor) -> Tensor:
     """Codes of −8 … 7 (int8, [..., I]) two to a byte (uint8, [..., ceil(I/2)]), the even one in the low nibble.
 
-    >>> pack(torch.tensor([[-8, 7, 1]], dtype=torch.int8)).tolist()
+    >>> pack_int4(torch.tensor([[-8, 7, 1]], dtype=torch.int8)).tolist()
     [[120, 1]]
     """
     nibbles = (torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)) & 15).to(torch.uint8)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
-def unpack(packed: Tensor, width: int) -> Tensor:
-    """The int8 codes [..., width] of ``pack``.
+def unpack_int4(packed: Tensor, width: int) -> Tensor:
+    """The int8 codes [..., width] of ``pack_int4``.
 
-    >>> unpack(torch.tensor([[120, 1]], dtype=torch.uint8), 3).tolist()
+    >>> unpack_int4(torch.tensor([[120, 1]], dtype=torch.uint8), 3).tolist()
     [[-8, 7, 1]]
     """
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :width].to(torch.int8)
     return nibbles - ((nibbles & 8) << 1)
 
 
-def grouped(channels: Tensor, size: int) -> Tensor:
+def group_channels(channels: Tensor, size: int) -> Tensor:
     """``channels`` [..., I] as [..., G, size], padded with zeros."""
     padded: Tensor = torch.nn.functional.pad(channels, (0, -channels.shape[-1] % size)).unflatten(-1, (-1, size))
     return padded
 
 
-def scales_of(groups: Tensor, bits: int, divisors: Sequence[float], importance: Tensor | None = None) -> Tensor:
+def search_scales(groups: Tensor, bits: int, divisors: Sequence[float], importance: Tensor | None = None) -> Tensor:
     """The scale [...] of each group [..., K] that loses least; float32, of values that float16 holds.
 
     Args:
@@ -137,23 +144,23 @@ def scales_of(groups: Tensor, bits: int, divisors: Sequence[float], importance: 
         return (each if importance is None else each * importance).sum(-1, keepdim=True)
 
     for divisor in divisors:
-        scale = _half(extreme / divisor)
+        scale = _as_float16(extreme / divisor)
         for improve in (True, False):
-            codes = codes_of(groups, scale, bits)
+            codes = round_to_codes(groups, scale, bits)
             error = total((codes * scale - groups).square_())
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
             if improve:
-                scale = _half(total(codes * groups) / total(codes.square_()).clamp(min=_LEAST))
+                scale = _as_float16(total(codes * groups) / total(codes.square_()).clamp(min=_LEAST))
     return best.squeeze(-1)
 
 
-def codes_of(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+def round_to_codes(values: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The nearest codes (float32 whole numbers) of ``values``; zero where the scale is zero."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
     return (values * inverse).round_().clamp_(low, high)
 
 
-def _half(scale: Tensor) -> Tensor:
+def _as_float16(scale: Tensor) -> Tensor:
     """``scale`` as float16 holds it, in float32, never beyond its range."""
     return scale.clamp(-_HUGE, _HUGE).to(torch.float16).float()

@@ -1,7 +1,7 @@
-"""Quantised stand-ins for the model's matrices, and the walk that puts them in place.
+"""Quantized stand-ins for the model's matrices, and the walk that puts them into a model.
 
-A ``Packed`` holds codes and scales as buffers; ``QuantLinear``, ``QuantEmbedding`` and ``QuantExperts`` keep the
-interface of what they replace, the dense weight included (as a property that dequantises).
+A ``QuantizedWeight`` holds codes and scales as buffers; ``QuantLinear``, ``QuantEmbedding`` and ``QuantExperts`` keep
+the interface of what they replace, the dense weight included (as a property that dequantizes).
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from sprat.config import QuantConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Experts, Linear, Transformer
 from sprat.quant.gptq import calibrate
-from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
+from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
 
 _EXPERT_WEIGHTS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
 
-class Packed(nn.Module):
-    """One quantised tensor. With ``materialise`` its float32 values are kept after the first use."""
+class QuantizedWeight(nn.Module):
+    """One quantized tensor. With ``materialize`` its float32 values are kept after the first use."""
 
     codes: Tensor
     scales: Tensor
     minimums: Tensor | None
 
-    def __init__(self, packed: Codes, *, materialise: bool) -> None:
+    def __init__(self, packed: QuantizedTensor, *, materialize: bool) -> None:
         super().__init__()
-        self.bits, self.group, self.width, self.materialise = packed.bits, packed.group, packed.width, materialise
+        self.bits, self.group, self.width, self.materialize = packed.bits, packed.group, packed.width, materialize
         self.rounding = packed.rounding
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("minimums", packed.minimums)
         self._dense: Tensor | None = None
 
-    def parts(self) -> Codes:
+    def to_tensor(self) -> QuantizedTensor:
         """What is kept: codes, scales and, where there are any, minimums."""
-        return Codes(self.codes, self.scales, self.bits, self.group, self.width, self.minimums, self.rounding)
+        return QuantizedTensor(self.codes, self.scales, self.bits, self.group, self.width, self.minimums, self.rounding)
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The float32 tensor that the codes stand for."""
         if self._dense is not None and self._dense.device == self.codes.device:
             return self._dense
         with torch.no_grad():
-            dense = dequantize_weight(self.parts())
-        if self.materialise:
+            dense = dequantize_tensor(self.to_tensor())
+        if self.materialize:
             self._dense = dense
         return dense
 
@@ -65,9 +65,9 @@ class Packed(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """``y = x W^T + b`` with a quantised ``W`` [out, in]; stands where a ``Linear`` stood."""
+    """``y = x W^T + b`` with a quantized ``W`` [out, in]; stands where a ``Linear`` stood."""
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
+    def __init__(self, packed: QuantizedWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.packed, self.bias = packed, bias
         self.in_features, self.out_features = packed.width, int(packed.codes.shape[0])
@@ -78,7 +78,7 @@ class QuantLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The float32 matrix [out, in]."""
-        return self.packed.dense()
+        return self.packed.dequantize()
 
     @property
     def weight(self) -> Tensor:
@@ -87,9 +87,9 @@ class QuantLinear(nn.Module):
 
 
 class QuantEmbedding(nn.Module):
-    """A quantised table [V, D], one row a token; looks up codes and dequantises those rows only."""
+    """A quantized table [V, D], one row a token; looks up codes and dequantizes those rows only."""
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: QuantizedWeight) -> None:
         super().__init__()
         self.packed = packed
 
@@ -98,54 +98,56 @@ class QuantEmbedding(nn.Module):
         packed = self.packed
         scales = packed.scales[tokens] if packed.bits < 16 else packed.scales
         minimums = None if packed.minimums is None else packed.minimums[tokens]
-        return dequantize_weight(Codes(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums))
+        return dequantize_tensor(
+            QuantizedTensor(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums)
+        )
 
     @property
     def weight(self) -> Tensor:
         """The float32 table [V, D]."""
-        return self.packed.dense()
+        return self.packed.dequantize()
 
 
 class QuantExperts(Experts):
-    """Stacked experts with quantised weights; each expert's rows are grouped along their input channels."""
+    """Stacked experts with quantized weights; each expert's rows are grouped along their input channels."""
 
-    def __init__(self, gate: Packed, up: Packed, down: Packed) -> None:
+    def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> None:
         nn.Module.__init__(self)  # the parameters of Experts are what we replace
         self.gate, self.up, self.down = gate, up, down
 
     @property
     def w_gate_EFD(self) -> Tensor:  # type: ignore[override]
         """Float32 [E, F, D]."""
-        return self.gate.dense()
+        return self.gate.dequantize()
 
     @property
     def w_up_EFD(self) -> Tensor:  # type: ignore[override]
         """Float32 [E, F, D]."""
-        return self.up.dense()
+        return self.up.dequantize()
 
     @property
     def w_down_EDF(self) -> Tensor:  # type: ignore[override]
         """Float32 [E, D, F]."""
-        return self.down.dense()
+        return self.down.dequantize()
 
 
-def quantize(
+def quantize_model(
     model: Transformer,
     config: QuantConfig | None = None,
     *,
     calibration_BT: Tensor | None = None,
     segments_BT: Tensor | None = None,
-    materialise: bool = True,
-    told: Callable[[int, int], None] = lambda done, of: None,
+    materialize: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
-    """A quantised copy of ``model``; the model itself stays as it is.
+    """A quantized copy of ``model``; the model itself stays as it is.
 
     Args:
         config: bits and group of all matrices and experts, the bits of embedding and head, and how to round.
         calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``gptq.calibrate``.
         segments_BT: which document each of them is of, 0 for padding; one a row if not given.
-        materialise: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
-        told: hears how many matrices are done, of how many.
+        materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
+        on_progress: called with how many matrices are done, of how many.
 
     Raises:
         CheckpointError: a weight, or what the text makes of it, is not finite.
@@ -153,90 +155,92 @@ def quantize(
     """
     config = config or QuantConfig()
     tensors, done = model.state_dict(), set[str]()
-    of = len(matrices(model))
+    total = len(quantizable_weights(model))
 
-    def settled(name: str) -> None:
+    def on_quantized(name: str) -> None:
         done.add(name)
-        told(len(done), of)
+        on_progress(len(done), total)
 
-    def pack(name: str) -> Codes:
-        settled(name)
+    def pack(name: str) -> QuantizedTensor:
+        on_quantized(name)
         if name in fitted:
             return fitted[name]
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
-        bits, group = bits_of(config, name)
-        return quantize_weight(tensors[name], bits=bits, group=group)
+        bits, group = bits_and_group(config, name)
+        return quantize_tensor(tensors[name], bits=bits, group=group)
 
-    fitted: dict[str, Codes] = {}
+    fitted: dict[str, QuantizedTensor] = {}
     if config.rounding == "gptq":
         if calibration_BT is None:
             todo = "give calibration text, or round to the nearest"
             raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
-        draft = copy.deepcopy(model).float()
-        draft.embed_tokens.weight.data = dequantize_weight(pack("embed_tokens.weight"))
-        form = functools.partial(bits_of, config)
-        fitted = calibrate(draft, calibration_BT, form, segments_BT=segments_BT, settled=settled)
-    return place(copy.deepcopy(model), pack, materialise=materialise)
+        dense = copy.deepcopy(model).float()
+        dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
+        format_of = functools.partial(bits_and_group, config)
+        fitted = calibrate(dense, calibration_BT, format_of, segments_BT=segments_BT, on_quantized=on_quantized)
+    return replace_linears(copy.deepcopy(model), pack, materialize=materialize)
 
 
-def matrices(model: Transformer) -> dict[str, nn.Parameter]:
-    """The weights of a dense ``model`` that are quantised, by name; a tied head is left out."""
-    found = {"embed_tokens.weight": model.embed_tokens.weight}
+def quantizable_weights(model: Transformer) -> dict[str, nn.Parameter]:
+    """The weights of a dense ``model`` that are quantized, by name; a tied head is left out."""
+    weights = {"embed_tokens.weight": model.embed_tokens.weight}
     for name, module in model.named_modules():
         leaves = ("weight",) if isinstance(module, Linear) else _EXPERT_WEIGHTS if isinstance(module, Experts) else ()
         if not (name == "head" and model.config.tie_word_embeddings):
-            found |= {f"{name}.{leaf}": getattr(module, leaf) for leaf in leaves}
-    return found
+            weights |= {f"{name}.{leaf}": getattr(module, leaf) for leaf in leaves}
+    return weights
 
 
-def bits_of(config: QuantConfig, name: str) -> tuple[int, int]:
+def bits_and_group(config: QuantConfig, name: str) -> tuple[int, int]:
     """(bits, group; 0 is a group per row) that ``config`` has for the matrix ``name``."""
     if name in ("embed_tokens.weight", "head.weight"):
         return config.head_bits, 0 if config.head_bits == 8 else config.group
     return config.bits, config.group
 
 
-def place(model: Transformer, codes_of: Callable[[str], Codes | None], *, materialise: bool) -> Transformer:
+def replace_linears(
+    model: Transformer, tensor_of: Callable[[str], QuantizedTensor | None], *, materialize: bool
+) -> Transformer:
     """Replace the matrices of ``model`` in place.
 
     Args:
-        codes_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
+        tensor_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
             tied head is asked for as the embedding.
-        materialise: see ``quantize``.
+        materialize: see ``quantize_model``.
     """
     tied = model.config.tie_word_embeddings
-    wide = codes_of("embed_tokens.weight")
-    table = None if wide is None else Packed(wide, materialise=materialise and tied)
+    embedding = tensor_of("embed_tokens.weight")
+    table = None if embedding is None else QuantizedWeight(embedding, materialize=materialize and tied)
     for name, module in list(model.named_modules()):
         owner = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         if isinstance(module, Linear):
             shared = name == "head" and tied
-            codes = None if shared else codes_of(f"{name}.weight")
-            packed = table if shared else None if codes is None else Packed(codes, materialise=materialise)
+            codes = None if shared else tensor_of(f"{name}.weight")
+            packed = table if shared else None if codes is None else QuantizedWeight(codes, materialize=materialize)
             if packed is not None:
                 setattr(owner, leaf, QuantLinear(packed, module.bias))
         elif isinstance(module, Experts):
-            parts = [codes_of(f"{name}.{weight}") for weight in _EXPERT_WEIGHTS]
-            found = [Packed(part, materialise=materialise) for part in parts if part is not None]
-            if found:
-                setattr(owner, leaf, QuantExperts(*found))
+            parts = [tensor_of(f"{name}.{weight}") for weight in _EXPERT_WEIGHTS]
+            experts = [QuantizedWeight(part, materialize=materialize) for part in parts if part is not None]
+            if experts:
+                setattr(owner, leaf, QuantExperts(*experts))
     if table is not None:
         model.add_module("embed_tokens", QuantEmbedding(table))
     return model
 
 
-def dequantize(model: Transformer) -> Transformer:
+def dequantize_model(model: Transformer) -> Transformer:
     """A dense copy of ``model`` that can be trained: all its weights in float32.
 
     The model itself stays as it is. A tied head stays tied.
     """
     with torch.device("meta"):
         dense = Transformer(model.config, seed=None)
-    wanted = set(dense.state_dict())
-    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in wanted}
-    state |= {name: dequantize_weight(packed.parts()) for name, packed in packed_tensors(model).items()}
+    dense_names = set(dense.state_dict())
+    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items() if name in dense_names}
+    state |= {name: dequantize_tensor(packed.to_tensor()) for name, packed in quantized_weights(model).items()}
     if model.config.tie_word_embeddings:
         state["head.weight"] = state["embed_tokens.weight"]
     dense.load_state_dict(state, assign=True)
@@ -245,23 +249,23 @@ def dequantize(model: Transformer) -> Transformer:
     return dense.train(model.training)
 
 
-def packed_tensors(model: nn.Module) -> dict[str, Packed]:
-    """Every quantised matrix of ``model`` under the name of the weight that it stands for; a tied head is left out."""
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Every quantized matrix of ``model`` under the name of the weight that it stands for; a tied head is left out."""
     inner = {"gate": "w_gate_EFD", "up": "w_up_EFD", "down": "w_down_EDF", "packed": "weight"}
-    table: dict[str, Packed] = {}
+    table: dict[str, QuantizedWeight] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
             for leaf, packed in module.named_children():
-                if isinstance(packed, Packed):
+                if isinstance(packed, QuantizedWeight):
                     table[f"{name}.{inner[leaf]}"] = packed
     if table.get("head.weight") is not None and table["head.weight"] is table.get("embed_tokens.weight"):
         del table["head.weight"]
     return table
 
 
-def recipe_of(model: Transformer) -> QuantConfig | None:
-    """The recipe by which all matrices of ``model`` were quantised; None if they were not, or not all by one."""
-    table = packed_tensors(model)
+def quant_config_of(model: Transformer) -> QuantConfig | None:
+    """The recipe by which all matrices of ``model`` were quantized; None if they were not, or not all by one."""
+    table = quantized_weights(model)
     inner = {(p.bits, p.group) for name, p in table.items() if name not in ("embed_tokens.weight", "head.weight")}
     plain = any(isinstance(module, Linear) or type(module) is Experts for module in model.modules())
     if plain or len(inner) != 1 or "embed_tokens.weight" not in table:
@@ -271,14 +275,16 @@ def recipe_of(model: Transformer) -> QuantConfig | None:
         return None
     head_bits = table["embed_tokens.weight"].bits
     rounding = "gptq" if any(packed.rounding == "gptq" for packed in table.values()) else "nearest"
-    recipe = QuantConfig.model_validate({"rounding": rounding, "bits": bits, "group": group, "head_bits": head_bits})
+    quant_config = QuantConfig.model_validate(
+        {"rounding": rounding, "bits": bits, "group": group, "head_bits": head_bits}
+    )
     uniform = all(
         (packed.bits, packed.group) == (want[0], want[1] or packed.width)
         for name, packed in table.items()
-        for want in [bits_of(recipe, name)]
+        for want in [bits_and_group(quant_config, name)]
         if packed.bits < 16
     )
-    return recipe if uniform else None
+    return quant_config if uniform else None
 
 
 def size_bytes(model: nn.Module) -> int:

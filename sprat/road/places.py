@@ -59,7 +59,7 @@ class Road:
             prepared.append(prepare(goes_on))
             if start and not goes_on:
                 wanted = record.describe(start["init_from"], self.folder)["digest"]
-                fits(prepared[0], checkpoint.source(init_from, self.path(name), wanted))
+                fits(prepared[0], checkpoint.find_start(init_from, self.path(name), wanted))
 
         run = open_run(
             self.path(name),
@@ -116,12 +116,12 @@ class Road:
         for written in (record.read_json(folder / "run.json"), record.read_json(folder / "open.json")):
             if written is not None and written.get("recipe_digest") == recipe.digest():
                 known = written.get("inputs", {}).get("init_from")
-                if known and checkpoint.parse(init_from)[0].resolve() == folder.resolve():
+                if known and checkpoint.parse_init_from(init_from)[0].resolve() == folder.resolve():
                     try:
-                        return {"init_from": checkpoint.source(init_from, folder, known["digest"]).folder}
+                        return {"init_from": checkpoint.find_start(init_from, folder, known["digest"]).folder}
                     except CheckpointError:
                         return {"init_from": str(known["digest"])}
-        return {"init_from": checkpoint.source(init_from, folder).folder}
+        return {"init_from": checkpoint.find_start(init_from, folder).folder}
 
     @property
     def artefacts(self) -> DataArtefact:

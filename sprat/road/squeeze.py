@@ -25,7 +25,7 @@ from sprat.errors import CheckpointError, DataError
 from sprat.model import Transformer
 from sprat.post import sft
 from sprat.post.evaluate import ask
-from sprat.quant import packed_tensors, quantize, size_bytes
+from sprat.quant import quantize_model, quantized_weights, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
 from sprat.road.training import finished, measured, mix
@@ -55,7 +55,7 @@ def squeeze(road: Road) -> None:
         return
     run, (student, tokenizer) = opened
     tokens_BT, segments_BT = _heard(road, student, tokenizer) if recipe.rounding == "gptq" else (None, None)
-    small = quantize(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
+    small = quantize_model(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
     save(small, tokenizer, run.artefact)
     rows = measure.scores(road, small, tokenizer, ("greedy", "thinking", "direct"))
     before = finished(road, "distill")["facts"]["scores"]
@@ -130,7 +130,7 @@ def convert(
         if (place / "run.json").is_file():
             raise CheckpointError("it would change a finished run", where=str(place), todo="give another folder")
     dense, tokenizer = load(model)
-    if packed_tensors(dense):
+    if quantized_weights(dense):
         todo = "give the model that it was made from"
         raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
     rows_BT = segments_BT = None
@@ -138,7 +138,7 @@ def convert(
         with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as kept:
             found = corpus.default(kept, budget_bytes=CORPUS_BYTES).split().train if text is None else ingest.read(text)
             rows_BT, segments_BT = calibration(found, tokenizer, min(WINDOW, dense.config.max_position_embeddings))
-    small = quantize(dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, told=told)
+    small = quantize_model(dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=told)
     save(small, tokenizer, folder)
     tokens = 0 if rows_BT is None else rows_BT.numel()
     return {"size_bytes": size_bytes(small), "dense_bytes": size_bytes(dense), "calibration_tokens": tokens}

@@ -262,7 +262,7 @@ def close(
     run.note(training_cpu_seconds=round(run.cpu_seconds, 3))  # before anything is measured
     model.eval()
     save(model, tokenizer, run.artefact)
-    checkpoint.keep(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
+    checkpoint.copy_to_artefact(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
     rows = measure.scores(road, model, tokenizer, ways, unseen=unseen)
     counts = count_parameters(model.config)
     if before is not None:

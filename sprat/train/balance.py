@@ -21,29 +21,30 @@ from torch import Tensor
 from sprat.model import Transformer
 
 
-def update(model: Transformer, loads: Sequence[Tensor], speed: float) -> None:
-    """Move the bias of every router that has one; call it once, after the optimiser's step.
+def update_bias(model: Transformer, expert_loads: Sequence[Tensor], speed: float) -> None:
+    """Move the bias of every router that has one; call it once, after the optimizer's step.
 
     Args:
-        model: its ``moe_layers()`` are in the order of ``loads``.
-        loads: for each MoE layer that ran, load_E: how many tokens chose each expert in the whole step.
+        model: its ``moe_layers()`` are in the order of ``expert_loads``.
+        expert_loads: for each MoE layer that ran, load_E: how many tokens chose each expert in the whole step.
             Layers at the end that did not run (MTP modules without a loss) are left as they are.
         speed: by how much a bias moves; 0 leaves it.
     """
     if speed == 0:
         return
     with torch.no_grad():
-        for layer, load_E in zip(model.moe_layers(), loads, strict=False):
+        for layer, load_E in zip(model.moe_layers(), expert_loads, strict=False):
             if layer.gate.has_bias:
                 load_E = load_E.to(layer.gate.e_score_correction_bias.dtype)
                 layer.gate.e_score_correction_bias.add_((load_E.mean() - load_E).sign_(), alpha=speed)
 
 
-def max_violation(loads: Sequence[Tensor]) -> float:
+def max_violation(expert_loads: Sequence[Tensor]) -> float:
     """MaxVio, the worst layer's: how far the busiest expert lies above the mean load, as a fraction of it.
 
     0 is perfect balance; E - 1 is one expert taking everything (arXiv 2408.15664, section 4.1). 0 for no layers.
     """
     return max(
-        (float(load_E.max() * len(load_E)) / max(1.0, float(load_E.sum())) - 1.0 for load_E in loads), default=0.0
+        (float(load_E.max() * len(load_E)) / max(1.0, float(load_E.sum())) - 1.0 for load_E in expert_loads),
+        default=0.0,
     )

@@ -30,12 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sprat.errors import CheckpointError, MachineError, TrustError
-from sprat.train.optim import Optimiser
+from sprat.train.optim import Optimizer
 from sprat.trust import atomic, digest
 
-KEEP = 2
+MAX_CHECKPOINTS = 2
 STABLE = "stable"  # in the run's checkpoints
-KEPT = "checkpoint"  # in the artefact
+ARTEFACT_FOLDER = "checkpoint"  # in the artefact
 _FILES = ("model.safetensors", "optimiser.safetensors")
 _FORMAT = 1
 
@@ -49,7 +49,7 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, extra: Mapping[str, Any]) -> Path:
+def save(folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
     """Write the checkpoint of ``step`` finished steps, then remove all but the last two.
 
     Args:
@@ -63,11 +63,11 @@ def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, 
     target, hidden = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        _remove_partial(folder)
         hidden.mkdir()
-        _check_room(folder, _size(model, optimiser))
+        _check_disk_space(folder, _size(model, optimizer))
         save_file(_tensors(model), hidden / _FILES[0])
-        save_file({name: value.contiguous() for name, value in optimiser.state().items()}, hidden / _FILES[1])
+        save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, hidden / _FILES[1])
         digests = {name: digest.file(hidden / name) for name in _FILES}
         state = {"format": _FORMAT, "step": step, "files": digests, "extra": dict(extra)}
         (hidden / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
@@ -85,19 +85,19 @@ def save(folder: str | Path, step: int, model: nn.Module, optimiser: Optimiser, 
         if mended is not None:
             raise mended from None
         raise
-    for old in _folders(folder)[KEEP:]:
+    for old in _folders(folder)[MAX_CHECKPOINTS:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def latest(folder: str | Path) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole; None where there is none."""
-    return next(_whole(Path(folder)), None)
+    return next(_valid_checkpoints(Path(folder)), None)
 
 
-def _whole(*folders: Path) -> Iterator[Checkpoint]:
+def _valid_checkpoints(*folders: Path) -> Iterator[Checkpoint]:
     """The whole checkpoints in ``folders``, of each the newest first."""
-    for candidate in (one for folder in folders for one in _folders(folder)):
+    for candidate in (path for folder in folders for path in _folders(folder)):
         try:
             state = json.loads((candidate / "state.json").read_text())
             if state["format"] == _FORMAT and state["files"] == {
@@ -108,49 +108,52 @@ def _whole(*folders: Path) -> Iterator[Checkpoint]:
             continue
 
 
-def parse(init_from: str) -> tuple[Path, int | None]:
+def parse_init_from(init_from: str) -> tuple[Path, int | None]:
     """The run's folder and the step of ``RUN@STEP``; None for a step that is not said.
 
-    >>> parse("runs/mine/pretrain@500"), parse("a@b")
+    >>> parse_init_from("runs/mine/pretrain@500"), parse_init_from("a@b")
     ((PosixPath('runs/mine/pretrain'), 500), (PosixPath('a@b'), None))
     """
     folder, sign, step = init_from.rpartition("@")
     return (Path(folder), int(step)) if sign and step.isdecimal() else (Path(init_from), None)
 
 
-def source(init_from: str, run: Path, wanted: str = "") -> Checkpoint:
+def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoint:
     """The checkpoint that ``init_from`` (``RUN`` or ``RUN@STEP``) names.
 
     Without a step it is the last one at the full learning rate, or the newest where a run was not that far.
 
     Args:
         run: the folder of the run that starts; where it is RUN itself, what was set aside from there is looked at too.
-        wanted: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
+        expected_digest: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
 
     Raises:
         CheckpointError: there is none.
     """
-    folder, step = parse(init_from)
-    places = [folder]
+    folder, step = parse_init_from(init_from)
+    run_folders = [folder]
     if folder.resolve() == run.resolve():
         aside = {
             int(n): old
             for old in folder.parent.glob(f"{folder.name}.old-*")
             if (n := old.name[len(folder.name) + 5 :]).isdecimal()
         }
-        places += [aside[number] for number in sorted(aside, reverse=True)]
+        run_folders += [aside[number] for number in sorted(aside, reverse=True)]
     seen = set[int]()
-    for place in places:
-        for found in _whole(place / "artefact" / KEPT, place / "checkpoints" / STABLE, place / "checkpoints"):
-            if step in (None, found.step) and wanted in ("", digest.tree(found.folder)):
-                return found
-            seen.add(found.step)
+    for run_folder in run_folders:
+        checkpoints = run_folder / "checkpoints"
+        for candidate in _valid_checkpoints(
+            run_folder / "artefact" / ARTEFACT_FOLDER, checkpoints / STABLE, checkpoints
+        ):
+            if step in (None, candidate.step) and expected_digest in ("", digest.tree(candidate.folder)):
+                return candidate
+            seen.add(candidate.step)
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
     todo = "name a training run as RUN or RUN@STEP; one that finished keeps the last at the full learning rate"
     raise CheckpointError(what, where=f"init_from {init_from}", todo=todo)
 
 
-def keep(checkpoint: Checkpoint | None, artefact: Path) -> None:
+def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
     """Copy ``checkpoint`` into ``artefact``, without what ties it to one recipe.
 
     Raises:
@@ -158,7 +161,7 @@ def keep(checkpoint: Checkpoint | None, artefact: Path) -> None:
     """
     if checkpoint is None:
         return
-    target = artefact / KEPT / checkpoint.folder.name
+    target = artefact / ARTEFACT_FOLDER / checkpoint.folder.name
     try:
         shutil.copytree(checkpoint.folder, target)
         state = json.loads((target / "state.json").read_text())
@@ -168,11 +171,11 @@ def keep(checkpoint: Checkpoint | None, artefact: Path) -> None:
         raise (atomic.machine_error(error, target) or error) from None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> None:
-    """Put weights, buffers and optimiser state back, in place.
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put weights, buffers and optimizer state back, in place.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or optimiser, or cannot be read.
+        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read.
     """
     try:
         weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
@@ -181,15 +184,15 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> N
         raise CheckpointError(
             f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo
         ) from None
-    check(checkpoint, model, optimiser)
-    optimiser.load(state)
+    check_compatible(checkpoint, model, optimizer)
+    optimizer.load_state_dict(state)
     with torch.no_grad():
         for name, value in _tensors(model).items():
             value.copy_(weights[name])
 
 
-def check(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> None:
-    """Refuse a checkpoint of another model or optimiser; only names and shapes are read.
+def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse a checkpoint of another model or optimizer; only names and shapes are read.
 
     Raises:
         CheckpointError: it is of another one, or cannot be read.
@@ -197,36 +200,36 @@ def check(checkpoint: Checkpoint, model: nn.Module, optimiser: Optimiser) -> Non
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
     parts = (
         (_tensors(model), "the checkpoint is of another model"),
-        (optimiser.state(), "the checkpoint is of another optimiser"),
+        (optimizer.state_dict(), "the checkpoint is of another optimiser"),
     )
-    for name, (mine, what) in zip(_FILES, parts, strict=True):
+    for name, (own, what) in zip(_FILES, parts, strict=True):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
-                theirs = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             fault = f"a checkpoint cannot be read: {error}"
             raise CheckpointError(fault, where=str(checkpoint.folder), todo="name another one") from None
-        if {key: tuple(value.shape) for key, value in mine.items()} != theirs:
+        if {key: tuple(value.shape) for key, value in own.items()} != stored:
             raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tied weight once."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
         if value.data_ptr() not in seen or value.numel() == 0:
-            found[name] = value if value.is_contiguous() else value.contiguous()
+            tensors[name] = value if value.is_contiguous() else value.contiguous()
             seen.add(value.data_ptr())
-    return found
+    return tensors
 
 
-def _size(model: nn.Module, optimiser: Optimiser) -> int:
+def _size(model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes that a checkpoint takes, nearly."""
-    return sum(value.nbytes for value in (*_tensors(model).values(), *optimiser.state().values()))
+    return sum(value.nbytes for value in (*_tensors(model).values(), *optimizer.state_dict().values()))
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_disk_space(folder: Path, needed: int) -> None:
     """Refuse before writing what cannot fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -239,10 +242,10 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
 
 
-def _sweep(folder: Path) -> None:
+def _remove_partial(folder: Path) -> None:
     """Remove what killed saves left behind."""
-    for left in _hidden(folder):
-        shutil.rmtree(left, ignore_errors=True)
+    for partial in _hidden(folder):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _hidden(folder: Path) -> Iterator[Path]:

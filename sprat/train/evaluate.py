@@ -42,11 +42,15 @@ def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows:
         batch = gather(packed, range(start, min(start + rows, packed.rows))).to(device)
         with precision(device):
             hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-        nats += float(linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), over=1))
+        nats += float(
+            linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=1)
+        )
     model.train(training)
     return nats / math.log(2) / bytes_total
 
 
-def by_domain(model: Transformer, domains: Mapping[str, tuple[Packed, int]], *, rows: int = 32) -> dict[str, float]:
+def bits_per_byte_by_domain(
+    model: Transformer, domains: Mapping[str, tuple[Packed, int]], *, rows: int = 32
+) -> dict[str, float]:
     """``bits_per_byte`` of each domain: name -> (packed text, its bytes)."""
     return {name: bits_per_byte(model, packed, size, rows=rows) for name, (packed, size) in domains.items()}

@@ -1,7 +1,7 @@
 """One step, one loop.
 
 A step draws its batch by number, adds up the gradients of its micro-batches, clips, moves the weights, and
-moves the router bias once. Everything that the next step depends on is in the weights, the optimiser's state,
+moves the router bias once. Everything that the next step depends on is in the weights, the optimizer's state,
 the step's number and the few running sums of the log window; all of it is in the checkpoint. So a run that is
 killed at any moment and started again ends with the same bits as one that was not, and its log has the same
 rows. Nothing that depends on the clock is logged.
@@ -28,9 +28,9 @@ from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
 from sprat.train.backward import backward
-from sprat.train.objective import LossFn, next_token
-from sprat.train.progress import bar
-from sprat.train.team import Team
+from sprat.train.objective import LossFn, next_token_loss
+from sprat.train.progress import progress_bar
+from sprat.train.thread_data_parallel import ThreadDataParallel
 from sprat.trust import Run
 
 
@@ -54,20 +54,20 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class LastPart:
-    """The last part of a run, in which gradients are computed at other weights than are moved.
+class FinalPhase:
+    """The last steps of a run, in which gradients are computed at other weights than are moved.
 
     Attributes:
-        first: its first step, from 0.
+        first_step: its first step, from 0.
         weights: is entered while a gradient is computed.
     """
 
-    first: int
+    first_step: int
     weights: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
-class _Window:
+class _MetricsWindow:
     """Sums since the last logged row; goes into the checkpoint, so that rows come out the same after a resume."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -92,8 +92,8 @@ def train(
     config: LoopConfig,
     run: Run,
     *,
-    loss_fn: LossFn = next_token,
-    last: LastPart | None = None,
+    loss_fn: LossFn = next_token_loss,
+    final_phase: FinalPhase | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
@@ -105,38 +105,38 @@ def train(
         model: on the device to train on.
         source: ``batch(step)`` gives ``config.batch_rows`` rows.
         run: its ``checkpoints`` folder and metrics are used.
-        loss_fn: what is minimised; on CPUs the members of a ``Team`` call it at once, each with rows of its own.
-        last: a last part of the run whose gradients are computed at other weights.
+        loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
+        final_phase: the last steps of the run, whose gradients are computed at other weights.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: the model is quantised, or loss or gradient is not finite (the last checkpoint stands).
+        TrainingError: the model is quantized, or loss or gradient is not finite (the last checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
     trainable.check(model, run)
-    machine.tune()
+    machine.tune_allocator()
     model.train()
-    optimiser = optim.build(model, config.optim)
-    identity, window = {"config": config.digest(), "data": source.digest}, _Window()
-    done, tokens, start = _resume(model, optimiser, config, run, identity, window)
-    first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, last)
+    optimizer, workers = optim.build(model, config.optim), ThreadDataParallel()
+    identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
+    done, tokens, start = _resume(model, optimizer, config, run, identity, window)
+    first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
 
     def keep(folder: Path) -> None:
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
-        checkpoint.save(folder, done, model, optimiser, {**identity, **state, "start": start})
+        checkpoint.save(folder, done, model, optimizer, {**identity, **state, "start": start})
 
-    with Team() as team, bar(run, config.steps, done, shown=progress) as advance, held_interrupt() as interrupted:
+    with workers, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as interrupted:
         while done < config.steps:
             batch = source.batch(done)
-            with nullcontext() if last is None or done < last.first else last.weights():
-                metrics, loads = backward(model, batch, config, loss_fn, optimiser.parameters, team)
-            _step(model, config, optimiser, metrics, loads, done, team, run)
+            with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
+                metrics, expert_loads = backward(model, batch, config, loss_fn, optimizer.parameters, workers)
+            _step(model, config, optimizer, metrics, expert_loads, done, workers, run)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
             window.add(metrics)
             if done % config.log_every == 0 or done == config.steps:
-                run.log(done, **window.close(), tokens=tokens, lr_factor=_factor(config, done - 1))
+                run.log(done, **window.close(), tokens=tokens, lr_factor=_lr_factor(config, done - 1))
             speed = (tokens - first_tokens) / (time.monotonic() - began)
             advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
             if done == stable:
@@ -148,9 +148,10 @@ def train(
     return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
 
 
-def _stable_steps(config: LoopConfig, last: LastPart | None) -> int:
+def _stable_steps(config: LoopConfig, final_phase: FinalPhase | None) -> int:
     """After how many steps a longer run would still have gone the same way."""
-    return min(schedule.stable_steps(config.optim, config.steps), config.steps if last is None else last.first)
+    full_rate = schedule.stable_steps(config.optim, config.steps)
+    return min(full_rate, config.steps if final_phase is None else final_phase.first_step)
 
 
 def _flops(model: Transformer, config: LoopConfig, start: list[int], end: tuple[int, int]) -> float:
@@ -159,66 +160,66 @@ def _flops(model: Transformer, config: LoopConfig, start: list[int], end: tuple[
     return 3 * tokens * flops_per_token(model.config, tokens // max(1, steps * config.batch_rows))
 
 
-def _factor(config: LoopConfig, step: int) -> float:
+def _lr_factor(config: LoopConfig, step: int) -> float:
     """The factor of the learning rates at ``step``, from 0."""
-    return schedule.factor(config.optim, step, config.steps)
+    return schedule.lr_factor(config.optim, step, config.steps)
 
 
 def _step(
     model: Transformer,
     config: LoopConfig,
-    optimiser: optim.Optimiser,
+    optimizer: optim.Optimizer,
     metrics: dict[str, float],
-    loads: list[Tensor],
+    expert_loads: list[Tensor],
     done: int,
-    team: Team,
+    workers: ThreadDataParallel,
     run: Run,
 ) -> None:
     """Move the weights by their gradient and add to ``metrics``. Nothing is moved when a number is not finite."""
-    metrics["grad_norm"] = optimiser.clip(config.optim.grad_clip)
+    metrics["grad_norm"] = optimizer.clip_grad_norm(config.optim.grad_clip)
     if not all(map(math.isfinite, metrics.values())):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
         todo = "lower optim.muon_lr and optim.adam_lr"
-        if (kept := checkpoint.latest(run.checkpoints)) is not None:
-            todo += f" and go on from the last checkpoint: --init-from {run.folder}@{kept.step}"
+        if (latest := checkpoint.latest(run.checkpoints)) is not None:
+            todo += f" and go on from the last checkpoint: --init-from {run.folder}@{latest.step}"
         raise TrainingError(f"{broken} is not finite at step {done + 1}", where=f"step {done + 1}", todo=todo)
-    optimiser.step(_factor(config, done), team)
-    optimiser.zero_grad()
-    balance.update(model, loads, config.bias_update_speed)
-    if loads:
-        metrics["max_violation"] = balance.max_violation(loads)
+    optimizer.step(_lr_factor(config, done), workers)
+    optimizer.zero_grad()
+    balance.update_bias(model, expert_loads, config.bias_update_speed)
+    if expert_loads:
+        metrics["max_violation"] = balance.max_violation(expert_loads)
 
 
 def _resume(
     model: Transformer,
-    optimiser: optim.Optimiser,
+    optimizer: optim.Optimizer,
     config: LoopConfig,
     run: Run,
     identity: dict[str, str],
-    window: _Window,
+    window: _MetricsWindow,
 ) -> tuple[int, int, list[int]]:
     """(finished steps, tokens so far, both at this run's start) after taking over the last whole checkpoint of the run
     or else that of ``init_from``, if there is one."""
     own = checkpoint.latest(run.checkpoints)
-    found = own or begin_from(config.init_from, config.steps, run)
-    if found is None:
+    start = own or load_start(config.init_from, config.steps, run)
+    if start is None:
         run.rewind(0)
         return 0, 0, [0, 0]
-    extra: dict[str, Any] = found.extra
+    extra: dict[str, Any] = start.extra
     if own and {name: extra.get(name) for name in identity} != identity:
         what = "the checkpoint was made with another recipe or other data"
-        raise CheckpointError(what, where=str(found.folder), todo="remove the checkpoints or go back to that recipe")
-    _check_kind(found)
-    checkpoint.restore(found, model, optimiser)
-    run.rewind(found.step)
+        raise CheckpointError(what, where=str(start.folder), todo="remove the checkpoints or go back to that recipe")
+    _check_kind(start)
+    checkpoint.restore(start, model, optimizer)
+    run.rewind(start.step)
     window.sums, window.steps = dict(extra["sums"]), int(extra["window"])
     window.last = math.nan if extra["last"] is None else float(extra["last"])
     tokens = int(extra["tokens"])
-    return found.step, tokens, list(extra["start"]) if own else [found.step, tokens]
+    return start.step, tokens, list(extra["start"]) if own else [start.step, tokens]
 
 
-def begin_from(init_from: str, steps: int, run: Run) -> checkpoint.Checkpoint | None:
+def load_start(init_from: str, steps: int, run: Run) -> checkpoint.Checkpoint | None:
     """The checkpoint of ``init_from``, from which ``run`` starts; None where it is empty.
 
     Raises:
@@ -226,38 +227,38 @@ def begin_from(init_from: str, steps: int, run: Run) -> checkpoint.Checkpoint | 
     """
     if not init_from:
         return None
-    found = checkpoint.source(init_from, run.folder, run.identity["inputs"].get("init_from", {}).get("digest", ""))
-    check_steps(found, steps)
-    return found
+    start = checkpoint.find_start(init_from, run.folder, run.identity["inputs"].get("init_from", {}).get("digest", ""))
+    check_start_step(start, steps)
+    return start
 
 
-def check_start(found: checkpoint.Checkpoint, model: Transformer, config: LoopConfig) -> None:
+def check_start(start: checkpoint.Checkpoint, model: Transformer, config: LoopConfig) -> None:
     """Refuse a checkpoint from which ``train`` could not start, before anything is set aside for it.
 
     Raises:
-        CheckpointError: it is not before the last step, or of another model, optimiser or kind of run.
+        CheckpointError: it is not before the last step, or of another model, optimizer or kind of run.
     """
-    check_steps(found, config.steps)
-    _check_kind(found)
-    checkpoint.check(found, model, optim.build(model, config.optim))
+    check_start_step(start, config.steps)
+    _check_kind(start)
+    checkpoint.check_compatible(start, model, optim.build(model, config.optim))
 
 
-def check_steps(found: checkpoint.Checkpoint, steps: int) -> None:
+def check_start_step(start: checkpoint.Checkpoint, steps: int) -> None:
     """Refuse a checkpoint that is not before step ``steps``.
 
     Raises:
         CheckpointError: it is not.
     """
-    if found.step >= steps:
-        what = f"the checkpoint is of step {found.step}, the recipe ends at step {steps}"
+    if start.step >= steps:
+        what = f"the checkpoint is of step {start.step}, the recipe ends at step {steps}"
         todo = "raise steps: they count from the very start"
-        raise CheckpointError(what, where=f"init_from {found.folder}", todo=todo)
+        raise CheckpointError(what, where=f"init_from {start.folder}", todo=todo)
 
 
-def _check_kind(found: checkpoint.Checkpoint) -> None:
-    if "window" not in found.extra:
+def _check_kind(start: checkpoint.Checkpoint) -> None:
+    if "window" not in start.extra:
         todo = "start from a run of pre-training, SFT or distillation"
-        raise CheckpointError("the checkpoint is of another kind of run", where=str(found.folder), todo=todo)
+        raise CheckpointError("the checkpoint is of another kind of run", where=str(start.folder), todo=todo)
 
 
 def _plain(value: float) -> float | None:
@@ -266,7 +267,7 @@ def _plain(value: float) -> float | None:
 
 
 @contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields a question: did Ctrl-C or SIGTERM come? It then ends the run after the step, with a checkpoint.
 
     A second Ctrl-C ends it at once. Outside the main thread, where Python has no signals, nothing is held.

@@ -2,7 +2,7 @@
 
 glibc gives every large tensor (above 128 KB at first, above 32 MB once its threshold has adapted) fresh pages from
 the kernel and hands them back when it is freed, so each temporary of a step is paid for in page faults: a
-[4096, 2048] float tensor cost 40 ms to fill here. ``tune`` tells the allocator to keep what it has.
+[4096, 2048] float tensor cost 40 ms to fill here. ``tune_allocator`` tells the allocator to keep what it has.
 
 Precision: float32 on CPUs (bfloat16 ran at 0.6 times the speed without AMX tiles), bfloat16 autocast elsewhere.
 """
@@ -25,21 +25,21 @@ _KEEP_BYTES = 1 << 30
 _PAD_BYTES = 64 << 20
 
 
-def tune(threads: int | None = None) -> int:
+def tune_allocator(threads: int | None = None) -> int:
     """Prepare this process for training; safe to call again. Returns the number of threads that torch will use.
 
     Args:
         threads: how many; None keeps torch's choice (which follows OMP_NUM_THREADS and the cores we may use).
             Results are bit-same only for equal numbers.
     """
-    keep_pages()
+    raise_malloc_thresholds()
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
 @cache
-def keep_pages() -> bool:
+def raise_malloc_thresholds() -> bool:
     """Make glibc serve tensors up to 1 GB from pages that the process keeps; False where there is no glibc.
 
     Does nothing when the user set ``MALLOC_*`` variables or loaded another allocator.

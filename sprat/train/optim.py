@@ -1,4 +1,4 @@
-"""Two optimisers under one roof: Muon for the matrices inside the network, AdamW for everything else.
+"""Two optimizers under one roof: Muon for the matrices inside the network, AdamW for everything else.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks",
 https://kellerjordan.github.io/posts/muon/) treats a weight as a *map*, not as a bag of numbers. The momentum of
@@ -38,14 +38,14 @@ from torch import Tensor, nn
 
 from sprat.config import OptimConfig
 from sprat.errors import CheckpointError
-from sprat.train.team import Team
+from sprat.train.thread_data_parallel import ThreadDataParallel
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAM_EPS = 1e-8
 
 
-def orthogonalise(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
+def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     """Each matrix of the batch with its singular values pushed towards 1 (Newton-Schulz, see above).
 
     Args:
@@ -66,20 +66,20 @@ def orthogonalise(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
 
 
 @torch.no_grad()
-def _alone(x_Gmn: Tensor) -> Tensor:
-    """``orthogonalise`` for a thread of its own, where the caller's no_grad does not reach."""
-    return orthogonalise(x_Gmn)
+def _orthogonalize_no_grad(x_Gmn: Tensor) -> Tensor:
+    """``orthogonalize`` for a thread of its own, where the caller's no_grad does not reach."""
+    return orthogonalize(x_Gmn)
 
 
-def _shared(x_Gmn: Tensor, team: Team | None) -> Tensor:
-    """``orthogonalise``, a part of the batch by each member of the team."""
-    if team is None or team.size == 1 or len(x_Gmn) < 2:
-        return orthogonalise(x_Gmn)
-    return torch.cat(team.map(_alone, x_Gmn.chunk(team.size)))
+def _orthogonalize_parallel(x_Gmn: Tensor, workers: ThreadDataParallel | None) -> Tensor:
+    """``orthogonalize``, a part of the batch by each thread of ``workers``."""
+    if workers is None or workers.size == 1 or len(x_Gmn) < 2:
+        return orthogonalize(x_Gmn)
+    return torch.cat(workers.map(_orthogonalize_no_grad, x_Gmn.chunk(workers.size)))
 
 
 @dataclass
-class _Shape:
+class _ShapeGroup:
     """All matrices of one shape. A parameter [..., rows, columns] owns ``count`` slots from ``start``."""
 
     members: list[tuple[nn.Parameter, int, int, bool]] = field(default_factory=list)  # parameter, start, count, flip
@@ -88,7 +88,7 @@ class _Shape:
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised; all matrices of one shape at once.
+    """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
     Args:
         parameters: by name; each [rows, columns] or a stack [E, rows, columns].
@@ -98,11 +98,11 @@ class Muon:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], momentum: float, weight_decay: float) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
-        self.shapes: dict[str, _Shape] = {}
+        self.shapes: dict[str, _ShapeGroup] = {}
         for parameter in parameters.values():
             rows, columns = parameter.shape[-2:]
             flip = rows > columns
-            group = self.shapes.setdefault(f"{min(rows, columns)}x{max(rows, columns)}", _Shape())
+            group = self.shapes.setdefault(f"{min(rows, columns)}x{max(rows, columns)}", _ShapeGroup())
             count = parameter.numel() // (rows * columns)
             group.members.append((parameter, group.slots, count, flip))
             group.slots += count
@@ -111,10 +111,10 @@ class Muon:
             group.momentum_Gmn = torch.zeros(group.slots, m, n, device=group.members[0][0].device)
 
     @torch.no_grad()
-    def step(self, lr: float, team: Team | None = None) -> None:
+    def step(self, lr: float, workers: ThreadDataParallel | None = None) -> None:
         """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero.
 
-        A ``team`` shares out the matrices of a shape.
+        ``workers`` share out the matrices of a shape.
         """
         for group in self.shapes.values():
             grad_Gmn = torch.zeros_like(group.momentum_Gmn)
@@ -123,7 +123,7 @@ class Muon:
                     grad = parameter.grad.view(count, *parameter.shape[-2:])
                     grad_Gmn[start : start + count] = grad.transpose(1, 2) if flip else grad
             group.momentum_Gmn.lerp_(grad_Gmn, 1 - self.momentum)
-            update_Gmn = _shared(grad_Gmn.lerp_(group.momentum_Gmn, self.momentum), team)
+            update_Gmn = _orthogonalize_parallel(grad_Gmn.lerp_(group.momentum_Gmn, self.momentum), workers)
             for parameter, start, count, flip in group.members:
                 update = update_Gmn[start : start + count]
                 rows, columns = parameter.shape[-2:]
@@ -132,7 +132,7 @@ class Muon:
                 moved = (update.transpose(1, 2) if flip else update).reshape(parameter.shape)
                 parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The momenta, by name."""
         return {f"muon.{name}": group.momentum_Gmn for name, group in self.shapes.items()}
 
@@ -171,14 +171,14 @@ class AdamW:
                 maximize=False,
             )
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Both moments by parameter name, and the count of steps."""
         moments = {f"adamw.mean.{name}": value for name, value in self.mean.items()}
         moments |= {f"adamw.square.{name}": value for name, value in self.square.items()}
         return {**moments, "adamw.count": self.count}
 
 
-class Optimiser:
+class Optimizer:
     """Muon and AdamW with their learning rates; ``build`` makes it.
 
     Attributes:
@@ -193,7 +193,7 @@ class Optimiser:
         self._muon = Muon(matrices, config.momentum, config.weight_decay)
         self._adamw = AdamW(rest, config.betas, config.weight_decay)
 
-    def clip(self, limit: float) -> float:
+    def clip_grad_norm(self, limit: float) -> float:
         """Scale all gradients so that their joint norm is at most ``limit``; returns the norm before."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.0
@@ -201,9 +201,9 @@ class Optimiser:
             torch._foreach_mul_(grads, limit / (norm + 1e-6))
         return norm
 
-    def step(self, factor: float = 1.0, team: Team | None = None) -> None:
-        """One step at ``factor`` times the configured rates; a ``team`` shares the work."""
-        self._muon.step(self.config.muon_lr * factor, team)
+    def step(self, factor: float = 1.0, workers: ThreadDataParallel | None = None) -> None:
+        """One step at ``factor`` times the configured rates; ``workers`` share the work."""
+        self._muon.step(self.config.muon_lr * factor, workers)
         self._adamw.step(self.config.adam_lr * factor)
 
     def zero_grad(self) -> None:
@@ -211,26 +211,26 @@ class Optimiser:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All that a later step depends on, by name; the tensors are the live ones."""
-        return self._muon.state() | self._adamw.state()
+        return self._muon.state_dict() | self._adamw.state_dict()
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
 
         Raises:
-            CheckpointError: names or shapes differ, so the state is of another model or optimiser.
+            CheckpointError: names or shapes differ, so the state is of another model or optimizer.
         """
-        mine = self.state()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items()}:
+        current = self.state_dict()
+        if {k: v.shape for k, v in current.items()} != {k: v.shape for k, v in state.items()}:
             what = "the optimiser state is of another model or optimiser"
             raise CheckpointError(what, where="optimiser state", todo="start from an empty checkpoint folder")
-        for name, value in mine.items():
+        for name, value in current.items():
             value.copy_(state[name])
 
 
-def build(model: nn.Module, config: OptimConfig) -> Optimiser:
-    """The optimiser of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
+def build(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
 
     Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
     modules called ``gate`` (routers). Parameters that want no gradient are left out.
@@ -243,4 +243,4 @@ def build(model: nn.Module, config: OptimConfig) -> Optimiser:
     }
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in named.items() if p.ndim in (2, 3) and id(p) not in apart and config.name == "muon"}
-    return Optimiser(matrices, {n: p for n, p in named.items() if n not in matrices}, config)
+    return Optimizer(matrices, {n: p for n, p in named.items() if n not in matrices}, config)

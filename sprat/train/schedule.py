@@ -7,7 +7,7 @@ import math
 from sprat.config import OptimConfig
 
 
-def factor(config: OptimConfig, step: int, steps: int) -> float:
+def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
     """The factor of ``step`` (from 0) in a run of ``steps``; 1 is the full rate.
 
     All schedules first warm up linearly over ``warmup_steps``, but over no more than half the run. Then:
@@ -19,7 +19,7 @@ def factor(config: OptimConfig, step: int, steps: int) -> float:
 
     The fall ends at ``final_lr_fraction`` one step *after* the last, so that no step is spent at rate zero.
 
-    >>> [round(factor(OptimConfig(warmup_steps=2, decay_fraction=0.5), step, 8), 2) for step in range(8)]
+    >>> [round(lr_factor(OptimConfig(warmup_steps=2, decay_fraction=0.5), step, 8), 2) for step in range(8)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     warmup = min(config.warmup_steps, steps // 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sprat.config.sizes import names, size
-from sprat.model import Cache, count_parameters, flops_per_token
+from sprat.model import KVCache, count_parameters, flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -32,5 +32,5 @@ def test_a_dense_twin_costs_what_its_sparse_sibling_costs(name: str) -> None:
 
 
 def test_v3_remembers_a_token_in_70272_bytes() -> None:
-    cache = Cache.create(size("v3"), batch=2, capacity=3, dtype=torch.bfloat16, device="meta")
+    cache = KVCache.create(size("v3"), batch=2, capacity=3, dtype=torch.bfloat16, device="meta")
     assert cache.nbytes == 2 * 3 * 70272

@@ -15,7 +15,7 @@ from sprat.engine import Engine, Sampling
 from sprat.engine.backend import BLOCK, Batch
 from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import TorchBackend, _groups
-from sprat.kernels import native, why_not
+from sprat.kernels import native, unavailable_reason
 from sprat.model import Gate, Transformer
 from sprat.model.moe import Routing
 from sprat.tokens import Tokenizer
@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 LOGITS_WITHIN = 1e-5  # float32 sums in another order; logits here lie between -1 and 1
 BACKENDS = {
     "torch": TorchBackend,
-    "native": pytest.param(NativeBackend, marks=pytest.mark.skipif(native() is None, reason=why_not())),
+    "native": pytest.param(NativeBackend, marks=pytest.mark.skipif(native() is None, reason=unavailable_reason())),
 }
 
 

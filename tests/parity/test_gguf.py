@@ -122,12 +122,12 @@ def test_transformers_reads_the_same_file_with_equal_logits(architecture: str, k
 
 
 def test_the_divisors_of_llama_3_become_its_four_numbers(tmp_path: Path) -> None:
-    from sprat.model.rope import frequencies
+    from sprat.model.rope import inverse_frequencies
 
     scaling = {**LLAMA3, "original_max_position_embeddings": 8192}
     model = Transformer.create(ModelConfig(architecture="llama", rope_scaling=scaling, rope_theta=5e5, **DENSE), 1)
-    stretched, _ = frequencies(model.config)
-    plain, _ = frequencies(model.config.replace(rope_scaling=None))
+    stretched, _ = inverse_frequencies(model.config)
+    plain, _ = inverse_frequencies(model.config.replace(rope_scaling=None))
     path = write(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": plain / stretched})
     ours, _ = sprat.load(path)
     assert ours.config.rope_scaling == scaling
@@ -158,7 +158,7 @@ def test_a_quantised_file_computes_what_its_dequantised_weights_compute(kind: st
 
     path = write(model, tmp_path / "model.gguf", kind=chosen, split=split)
     ours, _ = sprat.load(path)
-    assert {packed.bits for packed in quant.packed_tensors(ours).values()} == {4 if "4" in kind else 8}
+    assert {packed.bits for packed in quant.quantized_weights(ours).values()} == {4 if "4" in kind else 8}
     put_back(model, path)
     tokens = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

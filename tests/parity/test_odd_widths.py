@@ -73,7 +73,7 @@ def test_half_precision_is_no_further_off_than_transformers(hidden: int, expert:
 @pytest.mark.parametrize("native", [True, False])
 def test_the_engine_speaks_with_the_probabilities_of_transformers(native: bool, tmp_path: Path) -> None:
     if native and kernels.native() is None:
-        pytest.skip(kernels.why_not())
+        pytest.skip(kernels.unavailable_reason())
     tokenizer = Tokenizer.train(["7 train test 1 2 3\n"] * 4, 300, numbers=10)
     ours = Transformer.create(config(23, 7, vocab_size=tokenizer.vocab_size, max_position_embeddings=64), 1)
     theirs = foreign(ours, tmp_path)

@@ -13,9 +13,9 @@ import sprat
 from sprat.engine.backend import Batch
 from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import TorchBackend
-from sprat.kernels import native, why_not
+from sprat.kernels import native, unavailable_reason
 from sprat.model import Transformer, save_folder
-from sprat.quant import packed_tensors
+from sprat.quant import quantized_weights
 from sprat.tokens import Message, Tokenizer, render
 from tests.gguf_files import Reader, gguf
 from tests.smol import smol
@@ -72,9 +72,9 @@ def test_logits_are_those_of_transformers(loaded: Loaded, theirs: Any) -> None:
 
 def test_four_bits_stay_four_bits(loaded: Loaded) -> None:
     model, _ = loaded
-    bits = [packed.bits for name, packed in packed_tensors(model).items() if name != "embed_tokens.weight"]
+    bits = [packed.bits for name, packed in quantized_weights(model).items() if name != "embed_tokens.weight"]
     assert set(bits) == {4} and len(bits) == 210
-    assert sum(packed.nbytes for packed in packed_tensors(model).values()) < smol().stat().st_size
+    assert sum(packed.nbytes for packed in quantized_weights(model).values()) < smol().stat().st_size
 
 
 def test_text_is_cut_as_in_transformers(loaded: Loaded, file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:
     assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
-@pytest.mark.skipif(native() is None, reason=why_not())
+@pytest.mark.skipif(native() is None, reason=unavailable_reason())
 def test_rounded_inputs_are_near_those_in_float32(loaded: Loaded) -> None:
     """Nats a token from the same weights in float32; 0.0029 before outliers were left out of the scales."""
     model, words = loaded

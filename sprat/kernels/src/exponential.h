@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-// e^x as 2^whole * 2^rest, the latter by a polynomial (relative error below 3e-7). Vectorises; NaN stays NaN.
+// e^x as 2^whole * 2^rest, the latter by a polynomial (relative error below 3e-7). Vectorizes; NaN stays NaN.
 inline float exponential(float x) {
     float t = x * 1.44269504088896341f;
     t = t < -126.0f ? -126.0f : t;

@@ -1,6 +1,6 @@
 // y = W x for weights of four kinds of class, one tile of rows at a time.
 //
-// Codes. A quantised matrix is cut into panels of 16 outputs. Inside a panel a group of 32 inputs lies together; four inputs
+// Codes. A quantized matrix is cut into panels of 16 outputs. Inside a panel a group of 32 inputs lies together; four inputs
 // of 16 outputs make the 64 bytes that one dot instruction eats (two such sets share 64 bytes at four bits: low nibbles
 // the first, high nibbles the second). Codes are stored unsigned (+8 or +128). Inputs are rounded to signed bytes
 // with one scale for every 32 (as llama.cpp's Q8_0 does), so a group's sum is an exact integer, and one product with
@@ -25,25 +25,25 @@
 
 namespace sprat {
 
-enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int4_min = 5 };
+enum class WeightType : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int4_min = 5 };
 
 constexpr Index kGroup = 32;  // inputs that share a scale
 
 struct Matrix {
-    Kind kind = Kind::f32;
+    WeightType kind = WeightType::f32;
     Index rows = 0, cols = 0, group = kGroup;   // group: inputs that share a scale of weights; a multiple of 32
     const std::uint8_t* data = nullptr;         // panels of codes, or rows of floats
     const std::uint16_t* scales = nullptr;      // float16 [panels, groups, 16]
     const std::uint16_t* minimums = nullptr;    // the same, for int4_min
     const float* bias = nullptr;                // [rows] or none
 
-    bool quantised() const { return kind >= Kind::int8; }
+    bool quantized() const { return kind >= WeightType::int8; }
     Index padded() const { return (cols + kGroup - 1) / kGroup * kGroup; }
     Index panels() const { return (rows + kLanes - 1) / kLanes; }
     Index groups() const { return (padded() + group - 1) / group; }
-    Index panel_bytes() const { return padded() * kLanes / (kind == Kind::int8 ? 1 : 2); }
-    Index bytes() const { return quantised() ? panels() * panel_bytes() : rows * cols * (kind == Kind::f32 ? 4 : 2); }
-    Index mark_bytes() const { return panels() * groups() * kLanes * 2; }
+    Index panel_bytes() const { return padded() * kLanes / (kind == WeightType::int8 ? 1 : 2); }
+    Index bytes() const { return quantized() ? panels() * panel_bytes() : rows * cols * (kind == WeightType::f32 ? 4 : 2); }
+    Index scale_bytes() const { return panels() * groups() * kLanes * 2; }
 };
 
 // How rows are cut into tiles: as few as may be, of sizes that differ by one at most.
@@ -56,38 +56,38 @@ struct Tiling {
 
 // An input that its group's scale leaves out: its code is zero, and it meets its column of weights as a float.
 struct Outlier {
-    std::uint32_t place;  // within the group, as a bit; 0: there is none
+    std::uint32_t bit;  // within the group, as a bit; 0: there is none
     float value;
 };
 
 // Rows rounded to bytes, tile by tile: codes as [input / 4][row][4]; for each group of 32 inputs the rows' scales, what
 // the offset 8 of the codes starts a sum with, and the rows' sums (scaled), as [group][3][row]; outliers as [group][row],
-// and the places of all rows' as [group]. `settle` makes a list of those: how many columns of weights they meet, then for
+// and the outlier bits of all rows as [group]. `list_outliers` makes a list of those: how many columns of weights they meet, then for
 // each of them its input, ascending, and what each row has there: few columns are met by almost all rows.
-struct Codes {
+struct QuantizedRows {
     static constexpr Index kListed = kTile + 2;  // numbers of the list for each group of a row; it never needs more
     std::int8_t* codes;
-    float* marks;
+    float* stats;
     Outlier* outliers;
-    std::uint32_t* places;
+    std::uint32_t* outlier_bits;
     float* lists;
     Index padded;
 
     Index groups() const { return padded / kGroup; }
-    Codes after(Index rows) const { return {tile_codes(rows), tile_marks(rows), tile_outliers(rows), tile_places(rows), tile_list(rows), padded}; }
+    QuantizedRows after(Index rows) const { return {tile_codes(rows), tile_stats(rows), tile_outliers(rows), tile_outlier_bits(rows), tile_list(rows), padded}; }
     std::int8_t* tile_codes(Index start) const { return codes + start * padded; }
-    float* tile_marks(Index start) const { return marks + start * groups() * 3; }
+    float* tile_stats(Index start) const { return stats + start * groups() * 3; }
     Outlier* tile_outliers(Index start) const { return outliers + start * groups(); }
-    std::uint32_t* tile_places(Index start) const { return places + start * groups(); }
+    std::uint32_t* tile_outlier_bits(Index start) const { return outlier_bits + start * groups(); }
     float* tile_list(Index start) const { return lists + start * groups() * kListed; }
 };
 
-inline std::int32_t whole(const float* p) {
+inline std::int32_t load_int(const float* p) {
     std::int32_t out;
     std::memcpy(&out, p, 4);
     return out;
 }
-inline void put_whole(float* p, Index x) {
+inline void store_int(float* p, Index x) {
     const auto small = static_cast<std::int32_t>(x);
     std::memcpy(p, &small, 4);
 }
@@ -109,10 +109,10 @@ struct Group {
 
 // Round a group, whose largest absolute value is `top`, into row `row` of a tile of `size` rows. `out`: what it leaves out.
 // Inlined by order: handed over in memory its lanes take twice the time.
-[[gnu::always_inline]] inline void round_group(const Group& x, float top, const Outlier& out, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+[[gnu::always_inline]] inline void round_group(const Group& x, float top, const Outlier& out, const QuantizedRows& to, Index tile_start, Index group, Index row, Index size) {
     to.tile_outliers(tile_start)[group * size + row] = out;
-    std::uint32_t& places = to.tile_places(tile_start)[group];
-    places = row ? places | out.place : out.place;
+    std::uint32_t& outlier_bits = to.tile_outlier_bits(tile_start)[group];
+    outlier_bits = row ? outlier_bits | out.bit : out.bit;
     const float scale = top * (1.0f / 127.0f), inverse = top > 0.0f ? 127.0f / top : 0.0f;
     alignas(64) std::int8_t small[32];
     const Ints a = nearest(mul(x.a, all(inverse))), b = nearest(mul(x.b, all(inverse)));
@@ -120,14 +120,14 @@ struct Group {
     const std::int32_t sum = total(add(a, b));
     std::int8_t* codes = to.tile_codes(tile_start) + (group * 8 * size + row) * 4;
     for (int i = 0; i < 8; ++i) std::memcpy(codes + i * size * 4, small + 4 * i, 4);
-    float* mark = to.tile_marks(tile_start) + group * 3 * size;
-    mark[row] = scale;
-    put_whole(mark + size + row, -8 * sum);
-    mark[2 * size + row] = scale * static_cast<float>(sum);
+    float* stat = to.tile_stats(tile_start) + group * 3 * size;
+    stat[row] = scale;
+    store_int(stat + size + row, -8 * sum);
+    stat[2 * size + row] = scale * static_cast<float>(sum);
 }
 
 // A group whose row is not known as a whole.
-inline void quantise_group(const float* from, Index have, const Codes& to, Index tile_start, Index group, Index row, Index size) {
+inline void quantize_group(const float* from, Index have, const QuantizedRows& to, Index tile_start, Index group, Index row, Index size) {
     Group x(from, have);
     Outlier out{0, 0.0f};
     float top = x.top();
@@ -138,8 +138,8 @@ inline void quantise_group(const float* from, Index have, const Codes& to, Index
     round_group(x, top, out, to, tile_start, group, row, size);
 }
 
-inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile_start, Index row, Index size) {
-    float* tops = to.tile_marks(tile_start) + row;  // where the marks come afterwards
+inline void quantize_row(const float* x, Index cols, const QuantizedRows& to, Index tile_start, Index row, Index size) {
+    float* tops = to.tile_stats(tile_start) + row;  // where the stats come afterwards
     float squares = 0.0f;
     for (Index g = 0; g < to.groups(); ++g) {
         const float top = tops[g * 3 * size] = Group(x + g * kGroup, cols - g * kGroup).top();
@@ -162,25 +162,25 @@ inline void quantise_row(const float* x, Index cols, const Codes& to, Index tile
 
 // The list of a tile's outliers. A row meets its own in ascending order, whoever is beside it: what others bring it is
 // a product with zero.
-inline void settle(const Codes& to, Index tile_start, Index size) {
-    const std::uint32_t* places = to.tile_places(tile_start);
+inline void list_outliers(const QuantizedRows& to, Index tile_start, Index size) {
+    const std::uint32_t* outlier_bits = to.tile_outlier_bits(tile_start);
     float *list = to.tile_list(tile_start), *at = list + 1;
     Index columns = 0;
     for (Index g = 0; g < to.groups(); ++g) {
         const Outlier* row = to.tile_outliers(tile_start) + g * size;
-        for (std::uint32_t left = places[g]; left; left &= left - 1, ++columns) {
-            put_whole(at++, g * kGroup + __builtin_ctz(left));
-            for (Index r = 0; r < size; ++r) *at++ = row[r].place == (left & -left) ? row[r].value : 0.0f;
+        for (std::uint32_t left = outlier_bits[g]; left; left &= left - 1, ++columns) {
+            store_int(at++, g * kGroup + __builtin_ctz(left));
+            for (Index r = 0; r < size; ++r) *at++ = row[r].bit == (left & -left) ? row[r].value : 0.0f;
         }
     }
-    put_whole(list, columns);
+    store_int(list, columns);
 }
 
 // Round a tile of rows; `row_at(r)` is where row `r` of it lies.
 template <class F>
-void quantise_tile(const F& row_at, Index cols, const Codes& to, Index start, Index size) {
-    for (Index r = 0; r < size; ++r) quantise_row(row_at(r), cols, to, start, r, size);
-    settle(to, start, size);
+void quantize_tile(const F& row_at, Index cols, const QuantizedRows& to, Index start, Index size) {
+    for (Index r = 0; r < size; ++r) quantize_row(row_at(r), cols, to, start, r, size);
+    list_outliers(to, start, size);
 }
 
 // Few rows wait for memory: weights are asked for this far ahead, across the pages at which processors stop looking.
@@ -195,25 +195,25 @@ struct PanelAt {
 };
 
 // What the weights of one input are, for the 16 outputs of a panel.
-template <Kind kind>
+template <WeightType kind>
 inline Lane column(const PanelAt& w, std::uint32_t input) {
-    const std::uint32_t group = input / kGroup, mark = (w.per == 1 ? group : group / w.per) * kLanes;
-    const Lane scale = load_half(w.scales + mark);
+    const std::uint32_t group = input / kGroup, scale_at = (w.per == 1 ? group : group / w.per) * kLanes;
+    const Lane scale = load_half(w.scales + scale_at);
     const std::uint32_t shift = input % 4 * 8;
-    if constexpr (kind == Kind::int8) return mul(sub(field(w.codes + input / 4 * 64, shift, 255), all(128.0f)), scale);
+    if constexpr (kind == WeightType::int8) return mul(sub(field(w.codes + input / 4 * 64, shift, 255), all(128.0f)), scale);
     const Lane code = field(w.codes + input / 8 * 64, shift + (input & 4), 15);
-    if constexpr (kind == Kind::int4) return mul(sub(code, all(8.0f)), scale);
-    return fma(code, scale, load_half(w.minimums + mark));
+    if constexpr (kind == WeightType::int4) return mul(sub(code, all(8.0f)), scale);
+    return fma(code, scale, load_half(w.minimums + scale_at));
 }
 
 // What outliers add to the outputs of a tile. Kept apart from the loop over all inputs, whose registers it would take.
-template <Kind kind, int rows>
+template <WeightType kind, int rows>
 [[gnu::noinline]] void add_outliers(const PanelAt& w, const float* list, Lane* out) {
     Lane sum[rows];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sum[r] = out[r];
-    for (std::int32_t columns = whole(list++); columns; --columns, list += rows) {
-        const Lane weights = column<kind>(w, whole(list++));
+    for (std::int32_t columns = load_int(list++); columns; --columns, list += rows) {
+        const Lane weights = column<kind>(w, load_int(list++));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) sum[r] = fma(weights, all(list[r]), sum[r]);
     }
@@ -222,27 +222,27 @@ template <Kind kind, int rows>
 }
 
 // 16 outputs of `rows` rows; out[row] holds one panel.
-template <Kind kind, int rows>
-inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes, const float* marks, const float* outliers, Lane* out) {
+template <WeightType kind, int rows>
+inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes, const float* stats, const float* outliers, Lane* out) {
     const Index groups = w.padded() / kGroup, per = w.group / kGroup, wide = w.groups();
     const std::uint8_t* at = w.data + panel * w.panel_bytes();
     const std::uint16_t* scale = w.scales + panel * wide * kLanes;
-    const std::uint16_t* minimum = kind == Kind::int4_min ? w.minimums + panel * wide * kLanes : nullptr;
+    const std::uint16_t* minimum = kind == WeightType::int4_min ? w.minimums + panel * wide * kLanes : nullptr;
     const PanelAt from{at, scale, minimum, static_cast<std::uint32_t>(per)};
     Lane sum[rows];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sum[r] = zero();
     Index left = per;
-    for (Index g = 0; g < groups; ++g, marks += 3 * rows) {
+    for (Index g = 0; g < groups; ++g, stats += 3 * rows) {
         Ints acc[rows];
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-            acc[r] = kind == Kind::int4_min ? repeat(0) : repeat(whole(marks + rows + r));
-            if (kind == Kind::int8) acc[r] = times16(acc[r]);
+            acc[r] = kind == WeightType::int4_min ? repeat(0) : repeat(load_int(stats + rows + r));
+            if (kind == WeightType::int8) acc[r] = times16(acc[r]);
         }
-        if constexpr (kind == Kind::int8) {
+        if constexpr (kind == WeightType::int8) {
             for (int c = 0; c < 8; ++c, at += 64, codes += 4 * rows) {
-                if (rows <= kFew) soon(at + kAhead);
+                if (rows <= kFew) prefetch_l1(at + kAhead);
                 const Bytes bytes = load_bytes(at);
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], bytes, codes + 4 * r);
@@ -250,7 +250,7 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
         } else {
 #pragma GCC unroll 4
             for (int c = 0; c < 4; ++c, at += 64, codes += 8 * rows) {
-                if (rows <= kFew) soon(at + kAhead);
+                if (rows <= kFew) prefetch_l1(at + kAhead);
                 const Bytes bytes = load_bytes(at);
                 const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
 #pragma GCC unroll 16
@@ -259,25 +259,25 @@ inline void panel_product(const Matrix& w, Index panel, const std::int8_t* codes
                 for (int r = 0; r < rows; ++r) acc[r] = dot(acc[r], high, codes + 4 * (rows + r));
             }
         }
-        if (rows <= kFew) soon(scale + kAhead / 8);
+        if (rows <= kFew) prefetch_l1(scale + kAhead / 8);
         const Lane s = load_half(scale);
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) sum[r] = fma(mul(to_float(acc[r]), s), all(marks[r]), sum[r]);
-        if constexpr (kind == Kind::int4_min) {
+        for (int r = 0; r < rows; ++r) sum[r] = fma(mul(to_float(acc[r]), s), all(stats[r]), sum[r]);
+        if constexpr (kind == WeightType::int4_min) {
             const Lane m = load_half(minimum);
 #pragma GCC unroll 16
-            for (int r = 0; r < rows; ++r) sum[r] = fma(m, all(marks[2 * rows + r]), sum[r]);
+            for (int r = 0; r < rows; ++r) sum[r] = fma(m, all(stats[2 * rows + r]), sum[r]);
         }
-        if (--left == 0) left = per, scale += kLanes, minimum += kind == Kind::int4_min ? kLanes : 0;
+        if (--left == 0) left = per, scale += kLanes, minimum += kind == WeightType::int4_min ? kLanes : 0;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) out[r] = sum[r];
-    if (whole(outliers)) add_outliers<kind, rows>(from, outliers, out);
+    if (load_int(outliers)) add_outliers<kind, rows>(from, outliers, out);
 }
 
 using PanelProduct = void (*)(const Matrix&, Index, const std::int8_t*, const float*, const float*, Lane*);
 
-template <Kind kind>
+template <WeightType kind>
 inline PanelProduct panel_product_of(Index rows) {
     static constexpr PanelProduct table[] = {
         panel_product<kind, 1>,
@@ -295,29 +295,29 @@ inline PanelProduct panel_product_of(Index rows) {
     return table[rows - 1];
 }
 
-inline PanelProduct panel_product_of(Kind kind, Index rows) {
+inline PanelProduct panel_product_of(WeightType kind, Index rows) {
     switch (kind) {
-        case Kind::int8: return panel_product_of<Kind::int8>(rows);
-        case Kind::int4: return panel_product_of<Kind::int4>(rows);
-        default: return panel_product_of<Kind::int4_min>(rows);
+        case WeightType::int8: return panel_product_of<WeightType::int8>(rows);
+        case WeightType::int4: return panel_product_of<WeightType::int4>(rows);
+        default: return panel_product_of<WeightType::int4_min>(rows);
     }
 }
 
-template <Kind kind>
+template <WeightType kind>
 inline Lane load_weights(const std::uint8_t* p, Index at) {
-    if constexpr (kind == Kind::f32) return load(reinterpret_cast<const float*>(p) + at);
-    if constexpr (kind == Kind::bf16) return load_bfloat(reinterpret_cast<const std::uint16_t*>(p) + at);
+    if constexpr (kind == WeightType::f32) return load(reinterpret_cast<const float*>(p) + at);
+    if constexpr (kind == WeightType::bf16) return load_bfloat(reinterpret_cast<const std::uint16_t*>(p) + at);
     return load_half(reinterpret_cast<const std::uint16_t*>(p) + at);
 }
-template <Kind kind>
+template <WeightType kind>
 inline float one_weight(const std::uint8_t* p, Index at) {
-    if constexpr (kind == Kind::f32) return reinterpret_cast<const float*>(p)[at];
-    if constexpr (kind == Kind::bf16) return bfloat_to_float(reinterpret_cast<const std::uint16_t*>(p)[at]);
+    if constexpr (kind == WeightType::f32) return reinterpret_cast<const float*>(p)[at];
+    if constexpr (kind == WeightType::bf16) return bfloat_to_float(reinterpret_cast<const std::uint16_t*>(p)[at]);
     return half_to_float(reinterpret_cast<const std::uint16_t*>(p)[at]);
 }
 
 // Four outputs (rows of a float matrix at `w`, `stride` elements apart) of `rows` rows of x, with inputs in lanes.
-template <Kind kind, int rows, int outs>
+template <WeightType kind, int rows, int outs>
 inline void float_product(const std::uint8_t* w, Index first, Index stride, Index cols, const float* const* x, float (*out)[4]) {
     Lane sum[rows][outs];
 #pragma GCC unroll 8
@@ -346,7 +346,7 @@ inline void float_product(const std::uint8_t* w, Index first, Index stride, Inde
     }
 }
 
-template <Kind kind, int rows>
+template <WeightType kind, int rows>
 inline void float_outputs(const std::uint8_t* w, Index first, Index count, Index stride, Index cols, const float* const* x, float (*out)[4]) {
     if (count == 4) return float_product<kind, rows, 4>(w, first, stride, cols, x, out);
     float one[rows][4];
@@ -356,7 +356,7 @@ inline void float_outputs(const std::uint8_t* w, Index first, Index count, Index
     }
 }
 
-template <Kind kind>
+template <WeightType kind>
 inline void float_tile(const std::uint8_t* w, Index first, Index count, Index stride, Index cols, const float* const* x, Index rows, float (*out)[4]) {
     switch (rows) {
         case 1: return float_outputs<kind, 1>(w, first, count, stride, cols, x, out);
@@ -375,14 +375,14 @@ inline void float_tile(const std::uint8_t* w, Index first, Index count, Index st
 // Outputs first … first + count - 1 (count <= 4) of a float matrix for a tile of rows.
 inline void float_tile(const Matrix& w, Index first, Index count, const float* const* x, Index rows, float (*out)[4]) {
     switch (w.kind) {
-        case Kind::f32: return float_tile<Kind::f32>(w.data, first, count, w.cols, w.cols, x, rows, out);
-        case Kind::bf16: return float_tile<Kind::bf16>(w.data, first, count, w.cols, w.cols, x, rows, out);
-        default: return float_tile<Kind::f16>(w.data, first, count, w.cols, w.cols, x, rows, out);
+        case WeightType::f32: return float_tile<WeightType::f32>(w.data, first, count, w.cols, w.cols, x, rows, out);
+        case WeightType::bf16: return float_tile<WeightType::bf16>(w.data, first, count, w.cols, w.cols, x, rows, out);
+        default: return float_tile<WeightType::f16>(w.data, first, count, w.cols, w.cols, x, rows, out);
     }
 }
 
 // out[row] = sum over o < outs of x[row][o] * (row first + o of w): a product with the transpose, outputs in lanes.
-template <Kind kind, int rows>
+template <WeightType kind, int rows>
 inline void transposed_rows(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out) {
     Index c = 0;
     for (; c + 4 * kLanes <= w.cols; c += 4 * kLanes) {
@@ -430,7 +430,7 @@ inline void transposed_rows(const Matrix& w, Index first, Index outs, const floa
     }
 }
 
-template <Kind kind>
+template <WeightType kind>
 inline void transposed(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out, Index rows) {
     switch (rows) {
         case 1: return transposed_rows<kind, 1>(w, first, outs, x, out);
@@ -448,9 +448,9 @@ inline void transposed(const Matrix& w, Index first, Index outs, const float* co
 
 inline void transposed(const Matrix& w, Index first, Index outs, const float* const* x, float* const* out, Index rows) {
     switch (w.kind) {
-        case Kind::f32: return transposed<Kind::f32>(w, first, outs, x, out, rows);
-        case Kind::bf16: return transposed<Kind::bf16>(w, first, outs, x, out, rows);
-        default: return transposed<Kind::f16>(w, first, outs, x, out, rows);
+        case WeightType::f32: return transposed<WeightType::f32>(w, first, outs, x, out, rows);
+        case WeightType::bf16: return transposed<WeightType::bf16>(w, first, outs, x, out, rows);
+        default: return transposed<WeightType::f16>(w, first, outs, x, out, rows);
     }
 }
 

@@ -1,5 +1,5 @@
 // A whole step of a decoder: grouped-query or latent attention, dense or routed feed-forward, last norm and head, for the
-// new tokens of many sequences over paged memory. Driven from here because between two products of a small model
+// new tokens of many sequences over a paged KV cache. Driven from here because between two products of a small model
 // Python, or even torch's dispatcher, takes longer than the product: the same kernels called from eager torch ran
 // at a quarter of the speed.
 //
@@ -9,7 +9,7 @@
 
 #include "attention.h"
 #include "experts.h"
-#include "memory.h"
+#include "kv_cache.h"
 
 namespace sprat {
 
@@ -25,111 +25,111 @@ struct Layer {
     Index window = 0;                           // keys that a token sees, its own included; 0: all before it
 };
 
-struct Drafter {
+struct MtpModule {
     const float *norm_embedding = nullptr, *norm_hidden = nullptr, *norm_last = nullptr;
-    Matrix join;
+    Matrix eh_proj;
     Layer layer;
 };
 
 class Model {
 public:
-    Model(Dims dims, int threads, Memory kept) : dims_(dims), kept_(kept), pool_(threads), attention_(dims_, kept, pool_) {}
+    Model(Dims dims, int threads, KVFormat kv_format) : dims_(dims), kv_format_(kv_format), pool_(threads), attention_(dims_, kv_format, pool_) {}
 
     Dims dims_;
-    Memory kept_;
+    KVFormat kv_format_;
     std::vector<Layer> layers;
-    std::vector<Drafter> drafters;
+    std::vector<MtpModule> mtp_modules;
     const float* norm_last = nullptr;
     Matrix embedding, head;
-    const float* turns = nullptr;  // (cos, sin) of each position and channel pair
-    Index turn_count = 0;
+    const float* freqs_cis = nullptr;  // (cos, sin) of each position and channel pair
+    Index num_positions = 0;
 
     Index block_bytes() const {
-        return dims_.layer_bytes(kept_) * static_cast<Index>(layers.size() + drafters.size());
+        return dims_.layer_bytes(kv_format_) * static_cast<Index>(layers.size() + mtp_modules.size());
     }
-    void reserve(Index blocks) { memory_.grow(static_cast<std::size_t>(blocks * block_bytes())); }
-    std::uint8_t* block(Index at) const { return memory_.at() + at * block_bytes(); }
-    Pool& pool() { return pool_; }
+    void reserve(Index blocks) { kv_cache_.grow(static_cast<std::size_t>(blocks * block_bytes())); }
+    std::uint8_t* block(Index at) const { return kv_cache_.at() + at * block_bytes(); }
+    ThreadPool& pool() { return pool_; }
 
-    // What is asked of the wanted tokens: their logits [R, V], or the likeliest of the first `vocab` tokens [R].
-    struct Asked {
+    // What a run gives for the tokens of `logits_indices`: logits [R, V], or the likeliest of the first `vocab` tokens [R].
+    struct Outputs {
         float* logits;
-        std::int64_t* best;
+        std::int64_t* argmax;
         Index vocab;
     };
 
     // The hidden states of all tokens stay for `draft`.
-    void run(const Batch& b, const Asked& asked) {
-        float* x = x_.need(b.count * dims_.hidden);
-        for (Index t = 0; t < b.count; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
+    void run(const Batch& b, const Outputs& outputs) {
+        float* x = x_.need(b.num_tokens * dims_.hidden);
+        for (Index t = 0; t < b.num_tokens; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
         for (std::size_t l = 0; l < layers.size(); ++l) {
             layer(layers[l], static_cast<Index>(l), b, x, l + 1 < layers.size() ? &layers[l + 1] : nullptr);
         }
-        answer(b, norm_last, x, asked);
+        compute_logits(b, norm_last, x, outputs);
     }
 
     // What the modules of multi-token prediction expect behind each sequence, [S, modules]. `next` came to stand behind
     // each token; a sequence holds up to the first whose follower in the batch is another, a refused draft. Behind that
     // nobody asks for anything, and the next step overwrites what is stored.
     void draft(const Batch& b, const std::int64_t* next, Index vocab, std::int64_t* guesses) {
-        const auto all = static_cast<Index>(drafters.size());
-        std::int32_t* tokens = ahead_.need(b.count + b.sequences);
-        std::int32_t* ends = tokens + b.count;
-        for (Index s = 0; s < b.sequences; ++s) {
-            Index end = b.starts[s];
-            while (end + 1 < b.starts[s + 1] && b.tokens[end + 1] == next[end]) ++end;
+        const auto all = static_cast<Index>(mtp_modules.size());
+        std::int32_t* tokens = mtp_tokens_.need(b.num_tokens + b.num_seqs);
+        std::int32_t* ends = tokens + b.num_tokens;
+        for (Index s = 0; s < b.num_seqs; ++s) {
+            Index end = b.cu_seqlens[s];
+            while (end + 1 < b.cu_seqlens[s + 1] && b.tokens[end + 1] == next[end]) ++end;
             ends[s] = static_cast<std::int32_t>(end);
         }
         Batch ahead = b;
-        ahead.tokens = tokens, ahead.wanted = ends, ahead.wants = b.sequences;
-        std::int64_t* found = found_.need(b.sequences);
+        ahead.tokens = tokens, ahead.logits_indices = ends, ahead.num_logits = b.num_seqs;
+        std::int64_t* found = mtp_guesses_.need(b.num_seqs);
         for (Index depth = 0; depth < all; ++depth) {
-            for (Index s = 0; s < b.sequences; ++s) {
-                for (Index t = b.starts[s]; t < b.starts[s + 1]; ++t) {
+            for (Index s = 0; s < b.num_seqs; ++s) {
+                for (Index t = b.cu_seqlens[s]; t < b.cu_seqlens[s + 1]; ++t) {
                     const Index at = t + depth, beyond = at - ends[s] - 1;
                     const std::int64_t token = beyond < 0 ? next[at] : beyond < depth ? guesses[s * all + beyond] : 0;
                     tokens[t] = static_cast<std::int32_t>(std::max<std::int64_t>(token, 0));  // -1: was not finite
                 }
             }
-            look_further(depth, ahead, {nullptr, found, vocab});
-            for (Index s = 0; s < b.sequences; ++s) guesses[s * all + depth] = found[s];
+            run_mtp_module(depth, ahead, {nullptr, found, vocab});
+            for (Index s = 0; s < b.num_seqs; ++s) guesses[s * all + depth] = found[s];
         }
     }
 
-    std::size_t bytes() const { return memory_.size(); }
+    std::size_t bytes() const { return kv_cache_.size(); }
 
 private:
     // One module over the rows of the last step, or of the module before it (DeepSeek-V3, section 2.2).
-    void look_further(Index depth, const Batch& b, const Asked& asked) {
-        const Drafter& m = drafters[depth];
+    void run_mtp_module(Index depth, const Batch& b, const Outputs& outputs) {
+        const MtpModule& m = mtp_modules[depth];
         const Index wide = dims_.hidden;
-        const float* last = depth ? drafters[depth - 1].norm_last : norm_last;
-        float *x = x_.data(), *pair = pair_.need(b.count * 2 * wide), *normed = normed_.need(b.count * wide);
-        for (Index t = 0; t < b.count; ++t) {
+        const float* last = depth ? mtp_modules[depth - 1].norm_last : norm_last;
+        float *x = x_.data(), *pair = pair_.need(b.num_tokens * 2 * wide), *normed = normed_.need(b.num_tokens * wide);
+        for (Index t = 0; t < b.num_tokens; ++t) {
             read_row(embedding, b.tokens[t], normed);
             rms_norm(normed, m.norm_embedding, wide, dims_.eps, pair + 2 * t * wide);
             rms_norm(x + t * wide, last, wide, dims_.eps, normed);
             rms_norm(normed, m.norm_hidden, wide, dims_.eps, pair + (2 * t + 1) * wide);
         }
-        multiply(pool_, input(pair, 2 * wide, b.count, {&m.join}), {{&m.join, x, wide, false}});
+        multiply(pool_, input(pair, 2 * wide, b.num_tokens, {&m.eh_proj}), {{&m.eh_proj, x, wide, false}});
         layer(m.layer, static_cast<Index>(layers.size()) + depth, b, x, nullptr);
-        answer(b, m.norm_last, x, asked);
+        compute_logits(b, m.norm_last, x, outputs);
     }
 
     // Rows for products with `readers`: as codes too where one of them wants codes.
     Input input(const float* rows, Index width, Index count, std::initializer_list<const Matrix*> readers) {
         Input in{rows, width, count, nullptr, {}};
         bool coded = false;
-        for (const Matrix* w : readers) coded = coded || w->quantised();
+        for (const Matrix* w : readers) coded = coded || w->quantized();
         if (!coded) return in;
         const Index padded = (width + kGroup - 1) / kGroup * kGroup;
         in.codes = codes_.need(count * padded / kGroup, padded);
         const Tiling tiling(count, kTile);
-        const Index chunks = count * width > 8192 ? pieces(pool_, tiling.tiles, count) : 1;
+        const Index chunks = count * width > 8192 ? num_chunks(pool_, tiling.tiles, count) : 1;
         pool_.run(chunks, [&](Index chunk, int) {
             for (Index t = tiling.tiles * chunk / chunks; t < tiling.tiles * (chunk + 1) / chunks; ++t) {
                 const Index start = tiling.start(t);
-                quantise_tile([&](Index r) { return rows + (start + r) * width; }, width, in.codes, start, tiling.size(t));
+                quantize_tile([&](Index r) { return rows + (start + r) * width; }, width, in.codes, start, tiling.size(t));
             }
         });
         return in;
@@ -138,7 +138,7 @@ private:
     // f(first token, last token, thread) for all of them, alone where that is quick.
     template <class F>
     void over_tokens(Index count, Index cost, const F& f) {
-        const Index chunks = count * cost > 16384 ? pieces(pool_, count, 1) : 1;
+        const Index chunks = count * cost > 16384 ? num_chunks(pool_, count, 1) : 1;
         pool_.run(chunks, [&](Index c, int thread) { f(count * c / chunks, count * (c + 1) / chunks, thread); });
     }
 
@@ -153,20 +153,20 @@ private:
 
     // `next` is the layer after this one; none: the head.
     void layer(const Layer& l, Index number, const Batch& b, float* x, const Layer* next) {
-        const float* rows = normed(x, l.norm_in, b.count);
+        const float* rows = normed(x, l.norm_in, b.num_tokens);
         attention(l, number, b, rows, x);
-        feed_forward(l, b.count, normed(x, l.norm_out, b.count), x, [&] {
-            if (next) begin(*next);
-            else look_ahead(pool_, {&head});
+        feed_forward(l, b.num_tokens, normed(x, l.norm_out, b.num_tokens), x, [&] {
+            if (next) prefetch_layer(*next);
+            else prefetch_next(pool_, {&head});
         });
     }
 
     // What a layer reads first.
-    void begin(const Layer& l) { look_ahead(pool_, {l.q_down.rows ? &l.q_down : &l.q, &l.k, &l.v, &l.kv_down}); }
+    void prefetch_layer(const Layer& l) { prefetch_next(pool_, {l.q_down.rows ? &l.q_down : &l.q, &l.k, &l.v, &l.kv_down}); }
 
-    void turn(float* x, Index position) const {
+    void rope(float* x, Index position) const {
         const Index wide = dims_.rotary();
-        const float* by = turns + position * wide;
+        const float* by = freqs_cis + position * wide;
         if (dims_.interleave) {
             for (Index c = 0; c < wide; c += 2) {
                 const float a = x[c], z = x[c + 1], cosine = by[c], sine = by[c + 1];
@@ -180,15 +180,15 @@ private:
         }
     }
 
-    // x += o(attention(rows)); stores what the new tokens will be remembered by.
+    // x += o(attention(rows)); stores keys and values of the new tokens.
     void attention(const Layer& l, Index number, const Batch& b, const float* rows, float* x) {
-        const Index count = b.count, wide = dims_.query_width(), all_q = dims_.heads * wide;
+        const Index count = b.num_tokens, wide = dims_.query_width(), all_q = dims_.heads * wide;
         float* q = q_.need(count * all_q);
-        const Index kv_wide = dims_.latent ? dims_.key_width() : 2 * dims_.kv_heads * dims_.head_dim;
+        const Index kv_wide = dims_.is_mla ? dims_.key_width() : 2 * dims_.kv_heads * dims_.head_dim;
         float* kv = kv_.need(count * kv_wide);
-        look_ahead(pool_, {dims_.latent ? (l.q_down.rows ? &l.q : &l.kv_up) : &l.o});
+        prefetch_next(pool_, {dims_.is_mla ? (l.q_down.rows ? &l.q : &l.kv_up) : &l.o});
         const Index key_all = dims_.kv_heads * dims_.head_dim;
-        if (!dims_.latent) {
+        if (!dims_.is_mla) {
             const Input in = input(rows, dims_.hidden, count, {&l.q, &l.k, &l.v});
             multiply(pool_, in, {{&l.q, q, all_q, false}, {&l.k, kv, kv_wide, false}, {&l.v, kv + key_all, kv_wide, false}});
         } else if (l.q_down.rows == 0) {
@@ -200,94 +200,94 @@ private:
             const Input in = input(rows, dims_.hidden, count, {&l.q_down, &l.kv_down});
             multiply(pool_, in, {{&l.q_down, half, low, false}, {&l.kv_down, kv, kv_wide, false}});
             for (Index t = 0; t < count; ++t) rms_norm(half + t * low, l.q_latent_norm, low, Dims::latent_eps, half + t * low);
-            look_ahead(pool_, {&l.kv_up});
+            prefetch_next(pool_, {&l.kv_up});
             multiply(pool_, input(half, low, count, {&l.q}), {{&l.q, q, all_q, false}});
         }
-        remember(l, number, b, q, kv);
-        const Index out_wide = dims_.heads * (dims_.latent ? dims_.value : dims_.head_dim);
+        rope_and_store_kv(l, number, b, q, kv);
+        const Index out_wide = dims_.heads * (dims_.is_mla ? dims_.value : dims_.head_dim);
         float* out = out_.need(count * out_wide);
-        if (dims_.latent) {
+        if (dims_.is_mla) {
             float* absorbed = absorbed_.need(count * dims_.heads * dims_.key_width());
             float* mixed = mixed_.need(count * dims_.heads * dims_.rank);
-            if (count == 1 && attention_.spans(b, 0) == 1) {
+            if (count == 1 && attention_.num_spans(b, 0) == 1) {
                 // One token: a thread takes its heads all the way, and nobody waits in between.
                 attention_.prepare();
-                look_ahead(pool_, {&l.o});
-                const Index parts = std::min<Index>(pool_.threads(), dims_.heads);
-                pool_.run(parts, [&](Index part, int thread) {
-                    const Index first = dims_.heads * part / parts, last = dims_.heads * (part + 1) / parts;
-                    for (Index h = first; h < last; ++h) absorb(l, h, 1, q, absorbed);
-                    attention_.rows(kept(l, number), b, first, last, absorbed, mixed, thread);
-                    for (Index h = first; h < last; ++h) give_values(l, h, 1, mixed, out);
+                prefetch_next(pool_, {&l.o});
+                const Index chunks = std::min<Index>(pool_.threads(), dims_.heads);
+                pool_.run(chunks, [&](Index part, int thread) {
+                    const Index first = dims_.heads * part / chunks, last = dims_.heads * (part + 1) / chunks;
+                    for (Index h = first; h < last; ++h) absorb_queries(l, h, 1, q, absorbed);
+                    attention_.rows(kv_view(l, number), b, first, last, absorbed, mixed, thread);
+                    for (Index h = first; h < last; ++h) up_project_values(l, h, 1, mixed, out);
                 });
             } else {
-                pool_.run(dims_.heads, [&](Index h, int) { absorb(l, h, count, q, absorbed); });
-                attention_.run(kept(l, number), b, absorbed, mixed);
-                pool_.run(dims_.heads, [&](Index h, int) { give_values(l, h, count, mixed, out); });
+                pool_.run(dims_.heads, [&](Index h, int) { absorb_queries(l, h, count, q, absorbed); });
+                attention_.run(kv_view(l, number), b, absorbed, mixed);
+                pool_.run(dims_.heads, [&](Index h, int) { up_project_values(l, h, count, mixed, out); });
             }
         } else {
-            look_ahead(pool_, {&l.o});
-            attention_.run(kept(l, number), b, q, out);
+            prefetch_next(pool_, {&l.o});
+            attention_.run(kv_view(l, number), b, q, out);
         }
         const Input in = input(out, out_wide, count, {&l.o});
-        if (l.router.rows) look_ahead(pool_, {&l.router});
-        else look_ahead(pool_, {&l.experts[0].gate, &l.experts[0].up});
+        if (l.router.rows) prefetch_next(pool_, {&l.router});
+        else prefetch_next(pool_, {&l.experts[0].gate, &l.experts[0].up});
         multiply(pool_, in, {{&l.o, x, dims_.hidden, true}});
     }
 
-    // Turn and scale queries, turn keys, and put keys and values in their blocks.
-    void remember(const Layer& l, Index number, const Batch& b, float* q, float* kv) {
+    // Rotate and scale queries, rotate keys, and store keys and values in their blocks.
+    void rope_and_store_kv(const Layer& l, Index number, const Batch& b, float* q, float* kv) {
         const Index wide = dims_.query_width(), dim = dims_.head_dim;
-        const Index kv_wide = dims_.latent ? dims_.key_width() : 2 * dims_.kv_heads * dim;
-        over_tokens(b.count, (dims_.heads * wide + kv_wide) * 2, [&](Index from, Index to, int) {
+        const Index kv_wide = dims_.is_mla ? dims_.key_width() : 2 * dims_.kv_heads * dim;
+        over_tokens(b.num_tokens, (dims_.heads * wide + kv_wide) * 2, [&](Index from, Index to, int) {
             Index s = 0;
             for (Index t = from; t < to; ++t) {
-                while (b.starts[s + 1] <= t) ++s;
+                while (b.cu_seqlens[s + 1] <= t) ++s;
                 const Index position = b.positions[t];
-                std::uint8_t* at = block(b.tables[s * b.width + position / kBlock]) + number * dims_.layer_bytes(kept_);
+                std::uint8_t* at = block(b.block_tables[s * b.blocks_per_seq + position / kBlock]) + number * dims_.layer_bytes(kv_format_);
                 float* row = kv + t * kv_wide;
                 for (Index h = 0; h < dims_.heads; ++h) {
                     float* one = q + (t * dims_.heads + h) * wide;
                     if (l.q_norm) rms_norm(one, l.q_norm, wide, dims_.eps, one);
-                    turn(one + (dims_.latent ? dims_.nope : 0), position);
+                    rope(one + (dims_.is_mla ? dims_.nope : 0), position);
                     for (Index c = 0; c < wide; ++c) one[c] *= dims_.scale;
                 }
-                if (dims_.latent) {
+                if (dims_.is_mla) {
                     rms_norm(row, l.latent_norm, dims_.rank, Dims::latent_eps, row);
-                    turn(row + dims_.rank, position);
-                    keep(at, 0, position % kBlock, row, dims_.rank, dims_.rope);
+                    rope(row + dims_.rank, position);
+                    store_kv(at, 0, position % kBlock, row, dims_.rank, dims_.rope);
                     continue;
                 }
                 for (Index g = 0; g < dims_.kv_heads; ++g) {
                     float* key = row + g * dim;
                     if (l.k_norm) rms_norm(key, l.k_norm, dim, dims_.eps, key);
-                    turn(key, position);
-                    keep(at, 2 * g, position % kBlock, key, dim, 0);
-                    keep(at, 2 * g + 1, position % kBlock, row + (dims_.kv_heads + g) * dim, dim, 0);
+                    rope(key, position);
+                    store_kv(at, 2 * g, position % kBlock, key, dim, 0);
+                    store_kv(at, 2 * g + 1, position % kBlock, row + (dims_.kv_heads + g) * dim, dim, 0);
                 }
             }
         });
     }
 
-    // Put one token's `wide` and `more` channels in part `part` of its layer's share of a block.
-    void keep(std::uint8_t* at, Index part, Index place, const float* x, Index wide, Index more) const {
+    // Store one token's `wide` and `more` channels as part `part` of its layer in a block.
+    void store_kv(std::uint8_t* at, Index part, Index slot, const float* x, Index wide, Index more) const {
         const Index all_wide = wide + more;
-        if (kept_ == Memory::bytes) {
+        if (kv_format_ == KVFormat::i8) {
             const Index scales = more ? 2 : 1;
-            at += part * PagedBytes::bytes(all_wide, scales);
-            put_bytes(at, all_wide, scales, 0, 0, place, x, wide);
-            if (more) put_bytes(at, all_wide, scales, 1, wide, place, x + wide, more);
-        } else if (kept_ == Memory::half) {
-            put<Float16>(reinterpret_cast<std::uint16_t*>(at) + part * kBlock * all_wide, all_wide * kLanes, place, x, all_wide);
+            at += part * PagedKVInt8::bytes(all_wide, scales);
+            store_token_i8(at, all_wide, scales, 0, 0, slot, x, wide);
+            if (more) store_token_i8(at, all_wide, scales, 1, wide, slot, x + wide, more);
+        } else if (kv_format_ == KVFormat::f16) {
+            store_token<Float16>(reinterpret_cast<std::uint16_t*>(at) + part * kBlock * all_wide, all_wide * kLanes, slot, x, all_wide);
         } else {
-            put<Float32>(reinterpret_cast<float*>(at) + part * kBlock * all_wide, all_wide * kLanes, place, x, all_wide);
+            store_token<Float32>(reinterpret_cast<float*>(at) + part * kBlock * all_wide, all_wide * kLanes, slot, x, all_wide);
         }
     }
 
-    Kept kept(const Layer& l, Index number) const { return {memory_.at(), block_bytes(), number * dims_.layer_bytes(kept_), l.window}; }
+    KVView kv_view(const Layer& l, Index number) const { return {kv_cache_.at(), block_bytes(), number * dims_.layer_bytes(kv_format_), l.window}; }
 
-    // Queries of one head against latents: W_uk^T q beside the turned part, in [T, H, R + r].
-    void absorb(const Layer& l, Index h, Index count, const float* q, float* out) const {
+    // Queries of one head against latents: W_uk^T q beside the rotated part, in [T, H, R + r].
+    void absorb_queries(const Layer& l, Index h, Index count, const float* q, float* out) const {
         const Index n = dims_.nope, wide = dims_.query_width(), key_wide = dims_.key_width(), rank = dims_.rank;
         for (Index t = 0; t < count; t += kTileF) {
             const Index some = std::min<Index>(kTileF, count - t);
@@ -303,7 +303,7 @@ private:
     }
 
     // Weighted latents to values of one head, in [T, H, v].
-    void give_values(const Layer& l, Index h, Index count, const float* mixed, float* out) const {
+    void up_project_values(const Layer& l, Index h, Index count, const float* mixed, float* out) const {
         const Index rank = dims_.rank, v = dims_.value, first = h * (dims_.nope + v) + dims_.nope;
         float some[kTileF][4];
         for (Index t = 0; t < count; t += kTileF) {
@@ -322,60 +322,60 @@ private:
 
     template <class F>
     void feed_forward(const Layer& l, Index count, const float* rows, float* x, const F& next) {
-        works_.clear();
+        expert_rows_.clear();
         if (l.router.rows == 0) {
-            works_.push_back({&l.experts[0], nullptr, nullptr, count});
-            return forward_.run(pool_, works_, rows, count, dims_.hidden, x, next);
+            expert_rows_.push_back({&l.experts[0], nullptr, nullptr, count});
+            return feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, next);
         }
         const Routing& r = l.routing;
-        std::int32_t* index = index_.need(count * r.chosen * 2);
-        float* weight = weight_.need(count * r.chosen * 2);
+        std::int32_t* index = index_.need(count * r.top_k * 2);
+        float* weight = weight_.need(count * r.top_k * 2);
         float* logits = logits_.need(count * r.experts + pool_.threads() * (r.experts + r.groups));
-        if (l.shared) look_ahead(pool_, {&l.experts[r.experts].gate, &l.experts[r.experts].up});
+        if (l.shared) prefetch_next(pool_, {&l.experts[r.experts].gate, &l.experts[r.experts].up});
         multiply(pool_, {rows, dims_.hidden, count, nullptr, {}}, {{&l.router, logits, r.experts, false}});
-        over_tokens(count, r.experts * r.chosen, [&](Index from, Index to, int thread) {
-            float* room = logits + count * r.experts + thread * (r.experts + r.groups);
-            for (Index t = from; t < to; ++t) route(r, logits + t * r.experts, l.router_bias, index + t * r.chosen, weight + t * r.chosen, room);
+        over_tokens(count, r.experts * r.top_k, [&](Index from, Index to, int thread) {
+            float* scratch = logits + count * r.experts + thread * (r.experts + r.groups);
+            for (Index t = from; t < to; ++t) route(r, logits + t * r.experts, l.router_bias, index + t * r.top_k, weight + t * r.top_k, scratch);
         });
         // Tokens sorted by expert, in their own order within each (a counting sort).
-        std::int32_t* sorted = index + count * r.chosen;
-        float* sorted_weight = weight + count * r.chosen;
+        std::int32_t* sorted = index + count * r.top_k;
+        float* sorted_weight = weight + count * r.top_k;
         ends_.assign(static_cast<std::size_t>(r.experts) + 1, 0);
-        for (Index i = 0; i < count * r.chosen; ++i) ++ends_[index[i] + 1];
+        for (Index i = 0; i < count * r.top_k; ++i) ++ends_[index[i] + 1];
         for (Index e = 0; e < r.experts; ++e) ends_[e + 1] += ends_[e];
         for (Index e = 0; e < r.experts; ++e) {
             const Index rows_of = ends_[e + 1] - ends_[e];
-            if (rows_of) works_.push_back({&l.experts[e], sorted + ends_[e], sorted_weight + ends_[e], rows_of});
+            if (rows_of) expert_rows_.push_back({&l.experts[e], sorted + ends_[e], sorted_weight + ends_[e], rows_of});
         }
-        for (Index i = 0; i < count * r.chosen; ++i) {
+        for (Index i = 0; i < count * r.top_k; ++i) {
             const Index to = ends_[index[i]]++;
-            sorted[to] = static_cast<std::int32_t>(i / r.chosen), sorted_weight[to] = weight[i];
+            sorted[to] = static_cast<std::int32_t>(i / r.top_k), sorted_weight[to] = weight[i];
         }
-        if (l.shared) works_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
-        forward_.run(pool_, works_, rows, count, dims_.hidden, x, next);
+        if (l.shared) expert_rows_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
+        feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, next);
     }
 
-    void answer(const Batch& b, const float* gain, const float* x, const Asked& asked) {
-        if (b.wants == 0) return;
+    void compute_logits(const Batch& b, const float* gain, const float* x, const Outputs& outputs) {
+        if (b.num_logits == 0) return;
         const Index wide = dims_.hidden;
-        float* rows = normed_.need(b.wants * wide);
-        for (Index r = 0; r < b.wants; ++r) rms_norm(x + b.wanted[r] * wide, gain, wide, dims_.eps, rows + r * wide);
-        const Input in = input(rows, wide, b.wants, {&head});
-        begin(layers[0]);  // of the next step
-        if (asked.best) multiply_best(pool_, in, head, asked.vocab, logits_, asked.best);
-        else multiply(pool_, in, {{&head, asked.logits, dims_.vocab, false}});
+        float* rows = normed_.need(b.num_logits * wide);
+        for (Index r = 0; r < b.num_logits; ++r) rms_norm(x + b.logits_indices[r] * wide, gain, wide, dims_.eps, rows + r * wide);
+        const Input in = input(rows, wide, b.num_logits, {&head});
+        prefetch_layer(layers[0]);  // of the next step
+        if (outputs.argmax) multiply_argmax(pool_, in, head, outputs.vocab, logits_, outputs.argmax);
+        else multiply(pool_, in, {{&head, outputs.logits, dims_.vocab, false}});
     }
 
-    Pages memory_;
-    Pool pool_;
+    KVCacheBuffer kv_cache_;
+    ThreadPool pool_;
     Attention attention_;
-    FeedForward forward_;
-    Room<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_;
-    CodeRoom codes_;
-    Room<std::int32_t> index_, ahead_;
-    Room<std::int64_t> found_;
+    FeedForward feed_forward_;
+    Scratch<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_;
+    QuantizedRowsScratch codes_;
+    Scratch<std::int32_t> index_, mtp_tokens_;
+    Scratch<std::int64_t> mtp_guesses_;
     std::vector<Index> ends_;
-    std::vector<FeedForward::Work> works_;
+    std::vector<FeedForward::ExpertRows> expert_rows_;
 };
 
 }  // namespace sprat

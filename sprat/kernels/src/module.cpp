@@ -19,12 +19,12 @@ namespace {
 
 using namespace sprat;
 
-using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using Whole = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
-using Long = nb::ndarray<const std::int64_t, nb::c_contig, nb::device::cpu>;
+using Int32s = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
+using Int64s = nb::ndarray<const std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using OutWhole = nb::ndarray<std::int64_t, nb::c_contig, nb::device::cpu>;
+using OutInt64s = nb::ndarray<std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void refuse(const char* what) { throw nb::value_error(what); }
@@ -32,21 +32,21 @@ using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
 // A matrix together with the arrays that it points into.
 struct Weights {
     Matrix matrix;
-    std::vector<Any> held;
+    std::vector<AnyArray> arrays;
     std::vector<Floats> bias;
 
-    Weights(int kind, Index rows, Index cols, Index group, Any data, nb::object scales, nb::object minimums, nb::object bias_of) {
+    Weights(int kind, Index rows, Index cols, Index group, AnyArray data, nb::object scales, nb::object minimums, nb::object bias_of) {
         if (kind < 0 || kind > 5 || rows < 1 || cols < 1 || group < kGroup || group % kGroup) refuse("a matrix of no known shape");
-        matrix.kind = static_cast<Kind>(kind), matrix.rows = rows, matrix.cols = cols, matrix.group = group;
-        const auto take = [&](const Any& array, Index bytes) {
+        matrix.kind = static_cast<WeightType>(kind), matrix.rows = rows, matrix.cols = cols, matrix.group = group;
+        const auto take = [&](const AnyArray& array, Index bytes) {
             if (static_cast<Index>(array.nbytes()) != bytes) refuse("an array has another size than its matrix");
-            held.push_back(array);
+            arrays.push_back(array);
             return array.data();
         };
-        const Index marks = matrix.mark_bytes();
+        const Index scale_bytes = matrix.scale_bytes();
         matrix.data = static_cast<const std::uint8_t*>(take(data, matrix.bytes()));
-        if (matrix.quantised()) matrix.scales = static_cast<const std::uint16_t*>(take(nb::cast<Any>(scales), marks));
-        if (matrix.kind == Kind::int4_min) matrix.minimums = static_cast<const std::uint16_t*>(take(nb::cast<Any>(minimums), marks));
+        if (matrix.quantized()) matrix.scales = static_cast<const std::uint16_t*>(take(nb::cast<AnyArray>(scales), scale_bytes));
+        if (matrix.kind == WeightType::int4_min) matrix.minimums = static_cast<const std::uint16_t*>(take(nb::cast<AnyArray>(minimums), scale_bytes));
         if (!bias_of.is_none()) {
             bias.push_back(nb::cast<Floats>(bias_of));
             if (static_cast<Index>(bias[0].size()) != rows) refuse("a bias has another size than its matrix");
@@ -55,8 +55,8 @@ struct Weights {
     }
 };
 
-// Eight codes of four bits, two neighbours a byte, to four bytes: the first four in the low nibbles, the others in the high.
-std::uint32_t spread(std::uint32_t word) {
+// Eight codes of four bits, two neighbors a byte, to four bytes: the first four in the low nibbles, the others in the high.
+std::uint32_t interleave_nibbles(std::uint32_t word) {
     const std::uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
     const std::uint32_t a = (even & 0xffffu) | even >> 16 << 4, b = (odd & 0xffffu) | odd >> 16 << 4;
     return (a & 0xffu) | (b & 0xffu) << 8 | (a & 0xff00u) << 8 | (b & 0xff00u) << 16;
@@ -64,14 +64,14 @@ std::uint32_t spread(std::uint32_t word) {
 
 // Row-major codes [rows, cols] to panels. Four bits: two columns a byte, the even one low; `flip` is what turns a stored
 // code into an unsigned one (8 for two's complement, 0 for codes of 0 … 15). Eight bits: flip 128.
-void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip) {
+void pack_codes(AnyArray from, OutBytes to, Index rows, Index cols, int bits, int flip) {
     const Index padded = (cols + kGroup - 1) / kGroup * kGroup, stride = bits == 4 ? (cols + 1) / 2 : cols;
     const Index panels = (rows + kLanes - 1) / kLanes, panel_bytes = padded * kLanes * bits / 8;
     if (static_cast<Index>(from.nbytes()) != rows * stride || static_cast<Index>(to.nbytes()) != panels * panel_bytes) refuse("codes of another shape");
     const auto* in = static_cast<const std::uint8_t*>(from.data());
     std::uint8_t* out = to.data();
-    const auto blank = static_cast<std::uint8_t>(bits == 4 ? flip * 17 : flip);
-    std::memset(out, blank, to.nbytes());
+    const auto zero_code = static_cast<std::uint8_t>(bits == 4 ? flip * 17 : flip);
+    std::memset(out, zero_code, to.nbytes());
     for (Index r = 0; r < rows; ++r) {
         std::uint8_t* panel_at = out + r / kLanes * panel_bytes + r % kLanes * 4;
         const std::uint8_t* row = in + r * stride;
@@ -79,7 +79,7 @@ void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip
         for (Index c = 0; c < whole; c += at_once) {
             std::uint32_t word;
             std::memcpy(&word, row + c * bits / 8, 4);
-            word = bits == 4 ? spread(word) ^ static_cast<std::uint32_t>(flip) * 0x11111111u : word ^ static_cast<std::uint32_t>(flip) * 0x01010101u;
+            word = bits == 4 ? interleave_nibbles(word) ^ static_cast<std::uint32_t>(flip) * 0x11111111u : word ^ static_cast<std::uint32_t>(flip) * 0x01010101u;
             std::memcpy(panel_at + c / at_once * 64, &word, 4);
         }
         for (Index c = whole; c < cols; ++c) {
@@ -94,10 +94,10 @@ void lay_codes(Any from, OutBytes to, Index rows, Index cols, int bits, int flip
     }
 }
 
-// Float16 marks [rows, groups] to [panels, groups, 16]; zero beyond the last row.
-void lay_marks(Any from, OutBytes to, Index rows, Index groups) {
+// Float16 scales [rows, groups] to [panels, groups, 16]; zero beyond the last row.
+void pack_scales(AnyArray from, OutBytes to, Index rows, Index groups) {
     const Index panels = (rows + kLanes - 1) / kLanes;
-    if (static_cast<Index>(from.nbytes()) != rows * groups * 2 || static_cast<Index>(to.nbytes()) != panels * groups * kLanes * 2) refuse("marks of another shape");
+    if (static_cast<Index>(from.nbytes()) != rows * groups * 2 || static_cast<Index>(to.nbytes()) != panels * groups * kLanes * 2) refuse("scales of another shape");
     const auto* in = static_cast<const std::uint16_t*>(from.data());
     auto* out = reinterpret_cast<std::uint16_t*>(to.data());
     std::memset(out, 0, to.nbytes());
@@ -110,13 +110,13 @@ void lay_marks(Any from, OutBytes to, Index rows, Index groups) {
 void product(const Weights& w, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> rows, OutFloats out, int threads) {
     const Index count = static_cast<Index>(rows.shape(0)), width = static_cast<Index>(rows.shape(1));
     if (width != w.matrix.cols || static_cast<Index>(out.size()) != count * w.matrix.rows || threads < 1 || count < 1) refuse("a product of odd shape");
-    Pool pool(threads);
-    CodeRoom room;
-    const Input in{rows.data(), width, count, nullptr, room.need(count * w.matrix.padded() / kGroup, w.matrix.padded())};
+    ThreadPool pool(threads);
+    QuantizedRowsScratch scratch;
+    const Input in{rows.data(), width, count, nullptr, scratch.need(count * w.matrix.padded() / kGroup, w.matrix.padded())};
     const Tiling tiling(count, kTile);
     for (Index t = 0; t < tiling.tiles; ++t) {
         const Index start = tiling.start(t);
-        quantise_tile([&](Index r) { return rows.data() + (start + r) * width; }, width, in.codes, start, tiling.size(t));
+        quantize_tile([&](Index r) { return rows.data() + (start + r) * width; }, width, in.codes, start, tiling.size(t));
     }
     multiply(pool, in, {{&w.matrix, out.data(), w.matrix.rows, false}});
 }
@@ -126,7 +126,7 @@ using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // One token for each row of logits, its greatest logit, and the logarithm of its sum; whether all rows were finite. See
 // sample.h.
-bool pick(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index vocab, Column<float> temperature, Column<Index> top_k,
+bool sample(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index vocab, Column<float> temperature, Column<Index> top_k,
           Column<float> top_p, Column<float> min_p, Column<double> noise, nb::ndarray<Index, nb::c_contig, nb::device::cpu> tokens,
           nb::ndarray<float, nb::c_contig, nb::device::cpu> tops, nb::ndarray<float, nb::c_contig, nb::device::cpu> sums) {
     const std::size_t rows = logits.shape(0);
@@ -137,16 +137,16 @@ bool pick(nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> logits, Index v
     }
     nb::gil_scoped_release free;
     Sampler sampler;
-    bool fine = true;
+    bool all_finite = true;
     for (std::size_t r = 0; r < rows; ++r) {
-        const Dials dials{temperature.data()[r], top_p.data()[r], min_p.data()[r], top_k.data()[r], noise.data()[r]};
-        const Pick got = sampler.pick(logits.data() + static_cast<Index>(r) * logits.stride(0), vocab, width, dials);
-        tokens.data()[r] = got.token;
-        tops.data()[r] = got.top;
-        sums.data()[r] = got.sum;
-        fine = fine && got.token >= 0;
+        const SamplingParams params{temperature.data()[r], top_p.data()[r], min_p.data()[r], top_k.data()[r], noise.data()[r]};
+        const Sampled sampled = sampler.sample(logits.data() + static_cast<Index>(r) * logits.stride(0), vocab, width, params);
+        tokens.data()[r] = sampled.token;
+        tops.data()[r] = sampled.top;
+        sums.data()[r] = sampled.sum;
+        all_finite = all_finite && sampled.token >= 0;
     }
-    return fine;
+    return all_finite;
 }
 
 template <class T>
@@ -156,41 +156,41 @@ T get(const nb::dict& table, const char* name) {
 
 class Decoder {
 public:
-    Decoder(const nb::dict& d, int threads, int memory) : model_(dims(d), threads, static_cast<Memory>(memory)) {
-        if (memory < 0 || memory > 2 || (memory == 2 && !model_.dims_.fits_bytes())) refuse("heads that memory in bytes does not take");
+    Decoder(const nb::dict& d, int threads, int kv_format) : model_(dims(d), threads, static_cast<KVFormat>(kv_format)) {
+        if (kv_format < 0 || kv_format > 2 || (kv_format == 2 && !model_.dims_.supports_i8())) refuse("heads that the int8 KV cache does not take");
         if (threads < 1 || threads > 1024) refuse("threads must lie between 1 and 1024");
     }
 
-    void set_ends(const nb::dict& d) {
+    void set_embedding_and_head(const nb::dict& d) {
         model_.embedding = matrix(d, "embedding");
         model_.head = matrix(d, "head");
         model_.norm_last = gain(d, "norm", model_.dims_.hidden);
-        set_turns(get<Floats>(d, "turns"));
+        set_freqs_cis(get<Floats>(d, "freqs_cis"));
     }
 
-    void set_turns(Floats turns) {
+    void set_freqs_cis(Floats freqs_cis) {
         const Index wide = model_.dims_.rotary();
-        if (turns.size() % wide) refuse("turns of another width");
-        turns_ = {turns};
-        model_.turns = turns.data();
-        model_.turn_count = static_cast<Index>(turns.size()) / wide;
+        if (freqs_cis.size() % wide) refuse("freqs_cis of another width");
+        freqs_cis_ = {freqs_cis};
+        model_.freqs_cis = freqs_cis.data();
+        model_.num_positions = static_cast<Index>(freqs_cis.size()) / wide;
     }
 
     void add_layer(const nb::dict& d) { model_.layers.push_back(layer(d)); }
 
-    void add_drafter(const nb::dict& d) {
-        Drafter drafter;
+    void add_mtp_module(const nb::dict& d) {
+        MtpModule mtp_module;
         const Index wide = model_.dims_.hidden;
-        drafter.norm_embedding = gain(d, "norm_embedding", wide), drafter.norm_hidden = gain(d, "norm_hidden", wide);
-        drafter.norm_last = gain(d, "norm_last", wide);
-        drafter.join = matrix(d, "join");
-        drafter.layer = layer(d);
-        model_.drafters.push_back(drafter);
+        mtp_module.norm_embedding = gain(d, "norm_embedding", wide), mtp_module.norm_hidden = gain(d, "norm_hidden", wide);
+        mtp_module.norm_last = gain(d, "norm_last", wide);
+        mtp_module.eh_proj = matrix(d, "eh_proj");
+        mtp_module.layer = layer(d);
+        model_.mtp_modules.push_back(mtp_module);
     }
 
     Index block_bytes() const { return model_.block_bytes(); }
     Index blocks() const { return blocks_; }
-    int at_work() { return model_.pool().at_work(); }
+    int active_threads() { return model_.pool().active_threads(); }
 
     void reserve(Index blocks) {
         if (blocks <= blocks_) return;
@@ -198,7 +198,7 @@ public:
         blocks_ = blocks;
     }
 
-    void run(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, OutFloats logits) {
+    void run(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, OutFloats logits) {
         const Batch b = batch(tokens, positions, starts, tables, wanted);
         check_logits(b, logits);
         nb::gil_scoped_release free;
@@ -206,20 +206,20 @@ public:
     }
 
     // `run`, of which only the likeliest token of each row is wanted.
-    void best(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, Index vocab, OutWhole found) {
+    void run_argmax(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Index vocab, OutInt64s argmax) {
         const Batch b = batch(tokens, positions, starts, tables, wanted);
-        if (static_cast<Index>(found.size()) != b.wants || vocab < 1 || vocab > model_.dims_.vocab) refuse("tokens of another number of rows");
+        if (static_cast<Index>(argmax.size()) != b.num_logits || vocab < 1 || vocab > model_.dims_.vocab) refuse("tokens of another number of rows");
         nb::gil_scoped_release free;
-        model_.run(b, {nullptr, found.data(), vocab});
+        model_.run(b, {nullptr, argmax.data(), vocab});
     }
 
-    void draft(Whole tokens, Whole positions, Whole starts, Whole tables, Whole wanted, Long next, Index vocab, OutWhole guesses) {
+    void draft(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int64s next, Index vocab, OutInt64s guesses) {
         const Index before = last_count_;
         const Batch b = batch(tokens, positions, starts, tables, wanted);
-        if (b.count != before || static_cast<Index>(next.size()) != b.count) refuse("drafts follow a step of the same rows");
-        if (static_cast<Index>(guesses.size()) != b.sequences * static_cast<Index>(model_.drafters.size())) refuse("guesses of another shape");
+        if (b.num_tokens != before || static_cast<Index>(next.size()) != b.num_tokens) refuse("drafts follow a step of the same rows");
+        if (static_cast<Index>(guesses.size()) != b.num_seqs * static_cast<Index>(model_.mtp_modules.size())) refuse("guesses of another shape");
         if (vocab < 1 || vocab > model_.dims_.vocab) refuse("more tokens than there are");
-        for (Index t = 0; t < b.count; ++t) if (next.data()[t] >= model_.dims_.vocab) refuse("a token beyond the vocabulary");
+        for (Index t = 0; t < b.num_tokens; ++t) if (next.data()[t] >= model_.dims_.vocab) refuse("a token beyond the vocabulary");
         nb::gil_scoped_release free;
         model_.draft(b, next.data(), vocab, guesses.data());
     }
@@ -241,7 +241,7 @@ public:
 private:
     static Dims dims(const nb::dict& d) {
         Dims out;
-        out.latent = get<bool>(d, "latent"), out.interleave = get<bool>(d, "interleave");
+        out.is_mla = get<bool>(d, "is_mla"), out.interleave = get<bool>(d, "interleave");
         out.hidden = get<Index>(d, "hidden"), out.vocab = get<Index>(d, "vocab"), out.heads = get<Index>(d, "heads");
         out.kv_heads = get<Index>(d, "kv_heads"), out.head_dim = get<Index>(d, "head_dim"), out.rank = get<Index>(d, "rank");
         out.nope = get<Index>(d, "nope"), out.rope = get<Index>(d, "rope"), out.value = get<Index>(d, "value");
@@ -251,9 +251,9 @@ private:
 
     Matrix matrix(const nb::dict& d, const char* name) {
         if (!d.contains(name)) return {};
-        const nb::object held = nb::borrow<nb::object>(d[name]);
-        kept_.push_back(held);
-        return nb::cast<const Weights&>(held).matrix;
+        const nb::object weights = nb::borrow<nb::object>(d[name]);
+        owned_.push_back(weights);
+        return nb::cast<const Weights&>(weights).matrix;
     }
 
     const float* gain(const nb::dict& d, const char* name, Index size) {
@@ -275,20 +275,20 @@ private:
         out.router = matrix(d, "router");
         if (out.router.rows) {
             Routing& r = out.routing;
-            r.experts = out.router.rows, r.chosen = get<Index>(d, "chosen"), r.groups = get<Index>(d, "groups");
-            r.top_groups = get<Index>(d, "top_groups"), r.sigmoid = get<bool>(d, "sigmoid"), r.two_best = get<bool>(d, "two_best");
-            r.normalise = get<bool>(d, "normalise"), r.scale = get<float>(d, "routed_scale");
+            r.experts = out.router.rows, r.top_k = get<Index>(d, "top_k"), r.groups = get<Index>(d, "groups");
+            r.topk_groups = get<Index>(d, "topk_groups"), r.sigmoid = get<bool>(d, "sigmoid"), r.sum_top2 = get<bool>(d, "sum_top2");
+            r.normalize = get<bool>(d, "normalize"), r.scale = get<float>(d, "routed_scale");
             out.router_bias = gain(d, "router_bias", r.experts);
         }
         for (nb::handle one : get<nb::list>(d, "experts")) {
             const auto parts = nb::cast<nb::tuple>(one);
-            for (std::size_t i = 0; i < 3; ++i) kept_.push_back(nb::borrow<nb::object>(parts[i]));
+            for (std::size_t i = 0; i < 3; ++i) owned_.push_back(nb::borrow<nb::object>(parts[i]));
             out.experts.push_back({nb::cast<const Weights&>(parts[0]).matrix, nb::cast<const Weights&>(parts[1]).matrix,
                                    nb::cast<const Weights&>(parts[2]).matrix});
         }
         out.shared = get<bool>(d, "shared");
         if (d.contains("window")) out.window = get<Index>(d, "window");
-        if (out.window < 0 || (out.window && s.latent)) refuse("a window of no keys, or of latents");
+        if (out.window < 0 || (out.window && s.is_mla)) refuse("a window of no keys, or of latents");
         if (out.experts.size() != static_cast<std::size_t>(std::max<Index>(out.router.rows, 1) + (out.shared ? 1 : 0))) refuse("experts are missing");
         return out;
     }
@@ -298,37 +298,37 @@ private:
     }
 
     void check_logits(const Batch& b, const OutFloats& logits) const {
-        if (static_cast<Index>(logits.size()) != b.wants * model_.dims_.vocab) refuse("logits of another shape");
+        if (static_cast<Index>(logits.size()) != b.num_logits * model_.dims_.vocab) refuse("logits of another shape");
     }
 
     // Everything that would let a step read or write where it must not is looked at here.
-    Batch batch(const Whole& tokens, const Whole& positions, const Whole& starts, const Whole& tables, const Whole& wanted) {
+    Batch batch(const Int32s& tokens, const Int32s& positions, const Int32s& starts, const Int32s& tables, const Int32s& wanted) {
         const Batch b{tokens.data(), positions.data(), starts.data(), tables.data(), wanted.data(), static_cast<Index>(tokens.size()),
                       static_cast<Index>(starts.size()) - 1, static_cast<Index>(tables.ndim() == 2 ? tables.shape(1) : 0),
                       static_cast<Index>(wanted.size())};
-        if (b.sequences < 1 || static_cast<Index>(positions.size()) != b.count || static_cast<Index>(tables.size()) != b.sequences * b.width) refuse("a batch of odd shape");
-        if (b.starts[0] != 0 || b.starts[b.sequences] != b.count) refuse("starts do not span the tokens");
-        for (Index s = 0; s < b.sequences; ++s) {
-            if (b.starts[s + 1] <= b.starts[s]) refuse("a sequence without tokens");
-            const Index first = b.positions[b.starts[s]], last = b.positions[b.starts[s + 1] - 1];
-            if (first < 0 || last - first != b.starts[s + 1] - b.starts[s] - 1 || last >= model_.turn_count || last / kBlock >= b.width) refuse("positions out of order or beyond the context");
-            for (Index w = 0; w <= last / kBlock; ++w) check_block(b.tables[s * b.width + w]);
+        if (b.num_seqs < 1 || static_cast<Index>(positions.size()) != b.num_tokens || static_cast<Index>(tables.size()) != b.num_seqs * b.blocks_per_seq) refuse("a batch of odd shape");
+        if (b.cu_seqlens[0] != 0 || b.cu_seqlens[b.num_seqs] != b.num_tokens) refuse("starts do not span the tokens");
+        for (Index s = 0; s < b.num_seqs; ++s) {
+            if (b.cu_seqlens[s + 1] <= b.cu_seqlens[s]) refuse("a sequence without tokens");
+            const Index first = b.positions[b.cu_seqlens[s]], last = b.positions[b.cu_seqlens[s + 1] - 1];
+            if (first < 0 || last - first != b.cu_seqlens[s + 1] - b.cu_seqlens[s] - 1 || last >= model_.num_positions || last / kBlock >= b.blocks_per_seq) refuse("positions out of order or beyond the context");
+            for (Index w = 0; w <= last / kBlock; ++w) check_block(b.block_tables[s * b.blocks_per_seq + w]);
         }
-        for (Index t = 0; t < b.count; ++t) {
+        for (Index t = 0; t < b.num_tokens; ++t) {
             if (b.tokens[t] < 0 || b.tokens[t] >= model_.dims_.vocab) refuse("a token beyond the vocabulary");
         }
-        for (Index s = 0; s < b.sequences; ++s) {
-            for (Index t = b.starts[s] + 1; t < b.starts[s + 1]; ++t) if (b.positions[t] != b.positions[t - 1] + 1) refuse("positions out of order");
+        for (Index s = 0; s < b.num_seqs; ++s) {
+            for (Index t = b.cu_seqlens[s] + 1; t < b.cu_seqlens[s + 1]; ++t) if (b.positions[t] != b.positions[t - 1] + 1) refuse("positions out of order");
         }
-        for (Index r = 0; r < b.wants; ++r) if (b.wanted[r] < 0 || b.wanted[r] >= b.count) refuse("a wanted token that is not there");
-        last_count_ = b.count;
+        for (Index r = 0; r < b.num_logits; ++r) if (b.logits_indices[r] < 0 || b.logits_indices[r] >= b.num_tokens) refuse("a wanted token that is not there");
+        last_count_ = b.num_tokens;
         return b;
     }
 
     Model model_;
     Index blocks_ = 0, last_count_ = 0;
-    std::vector<nb::object> kept_;
-    std::vector<Floats> gains_, turns_;
+    std::vector<nb::object> owned_;
+    std::vector<Floats> gains_, freqs_cis_;
 };
 
 }  // namespace
@@ -338,26 +338,26 @@ NB_MODULE(SPRAT_MODULE, m) {
     m.attr("isa") = kIsa;
     m.attr("block") = kBlock;
     nb::class_<Weights>(m, "Weights")
-        .def(nb::init<int, Index, Index, Index, Any, nb::object, nb::object, nb::object>(), "kind"_a, "rows"_a, "cols"_a, "group"_a,
+        .def(nb::init<int, Index, Index, Index, AnyArray, nb::object, nb::object, nb::object>(), "kind"_a, "rows"_a, "cols"_a, "group"_a,
              "data"_a, "scales"_a = nb::none(), "minimums"_a = nb::none(), "bias"_a = nb::none());
     nb::class_<Decoder>(m, "Decoder")
-        .def(nb::init<const nb::dict&, int, int>(), "dims"_a, "threads"_a, "memory"_a)
-        .def("set_ends", &Decoder::set_ends)
-        .def("set_turns", &Decoder::set_turns)
+        .def(nb::init<const nb::dict&, int, int>(), "dims"_a, "threads"_a, "kv_format"_a)
+        .def("set_embedding_and_head", &Decoder::set_embedding_and_head)
+        .def("set_freqs_cis", &Decoder::set_freqs_cis)
         .def("add_layer", &Decoder::add_layer)
-        .def("add_drafter", &Decoder::add_drafter)
+        .def("add_mtp_module", &Decoder::add_mtp_module)
         .def("reserve", &Decoder::reserve)
         .def("run", &Decoder::run)
-        .def("best", &Decoder::best)
+        .def("run_argmax", &Decoder::run_argmax)
         .def("draft", &Decoder::draft)
         .def("copy", &Decoder::copy)
         .def("read", &Decoder::read)
         .def("write", &Decoder::write)
         .def_prop_ro("block_bytes", &Decoder::block_bytes)
-        .def_prop_ro("at_work", &Decoder::at_work)
+        .def_prop_ro("active_threads", &Decoder::active_threads)
         .def_prop_ro("blocks", &Decoder::blocks);
     m.def("product", &product, "weights"_a, "rows"_a, "out"_a, "threads"_a);
-    m.def("lay_codes", &lay_codes);
-    m.def("lay_marks", &lay_marks);
-    m.def("pick", &pick, "logits"_a, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "noise"_a, "tokens"_a, "tops"_a, "sums"_a);
+    m.def("pack_codes", &pack_codes);
+    m.def("pack_scales", &pack_scales);
+    m.def("sample", &sample, "logits"_a, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "noise"_a, "tokens"_a, "tops"_a, "sums"_a);
 }

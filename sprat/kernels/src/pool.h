@@ -1,7 +1,7 @@
-// Threads for pieces of one step. The caller cuts work into chunks, and every thread has a share of them that it begins
-// with; who has finished his own takes from the others. Nobody waits for a worker that has not come: on a machine whose
+// Threads for pieces of one step. The caller cuts work into chunks, and every thread has a queue of them that it begins
+// with; who has finished his own steals from the others. Nobody waits for a worker that has not come: on a machine whose
 // cores are wanted elsewhere a step becomes slower, but never stands in a barrier until the kernel gives a sleeping thread
-// its turn. (Equal shares behind barriers ran ten times slower than one thread alone when another process took a core.)
+// its turn. (Equal parts behind barriers ran ten times slower than one thread alone when another process took a core.)
 //
 // Held up. A worker that has begun a chunk and then loses its core for some milliseconds holds all others up: with one busy
 // loop beside it a decoder on two cores ran slower than one thread alone. So the caller measures how long it waits beyond
@@ -10,7 +10,7 @@
 //
 // Looking ahead. With few rows a step is a walk through the weights at the speed of memory, and memory rests whenever a thread
 // waits: for the other's last chunk, or for what the caller does alone between two jobs. A job may therefore say what the
-// next one will read (`look_ahead`), and who has nothing to do fetches his share of it into his core's cache. The shares
+// next one will read (`prefetch_next`), and who has nothing to do fetches his share of it into his core's cache. The shares
 // are the same cut, so what was fetched is what he will take.
 //
 // Workers look for work for some two hundred microseconds after the last (longer than Python takes between two steps), so
@@ -48,13 +48,13 @@ inline std::int64_t ticks() {  // some billions a second
 }
 
 // How many threads get work: fewer while others are held up.
-class Crew {
+class ThreadGovernor {
 public:
-    explicit Crew(int most) : most_(most), now_(most) {}
+    explicit ThreadGovernor(int most) : most_(most), now_(most) {}
     int now() const { return now_; }
 
     // A job took the caller `worked` ticks for `own` chunks, and `waited` more for those that others had begun.
-    void note(std::int64_t worked, Index own, std::int64_t waited) {
+    void record(std::int64_t worked, Index own, std::int64_t waited) {
         if (own > 0) total_ += worked + waited, held_ += std::max<std::int64_t>(0, waited - 2 * worked / own - kSlack);
         if (total_ < kWindow) return;
         const bool held = static_cast<double>(held_) * now_ > kWorth * static_cast<double>(total_);
@@ -79,13 +79,13 @@ private:
     std::int64_t total_ = 0, held_ = 0;
 };
 
-class Pool {
+class ThreadPool {
 public:
-    explicit Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))), crew_(std::max(threads, 1)) {
-        workers_.reserve(shares_.size());
+    explicit ThreadPool(int threads) : queues_(static_cast<std::size_t>(std::max(threads, 1))), governor_(std::max(threads, 1)) {
+        workers_.reserve(queues_.size());
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
-    ~Pool() {
+    ~ThreadPool() {
         {
             std::lock_guard<std::mutex> hold(mutex_);
             stopping_.store(true);
@@ -93,62 +93,62 @@ public:
         wake_.notify_all();
         for (auto& worker : workers_) worker.join();
     }
-    Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int threads() const { return static_cast<int>(shares_.size()); }
-    int at_work() const { return crew_.now(); }  // of them; fewer while others are held up
+    int threads() const { return static_cast<int>(queues_.size()); }
+    int active_threads() const { return governor_.now(); }  // of them; fewer while others are held up
 
     // What the job after the next `run` will read; each thread its share of every span.
-    void look_ahead(const void* at, Index bytes) {
-        if (spans_ < kSpans) ahead_[spans_++] = {static_cast<const char*>(at), bytes};
+    void prefetch_next(const void* at, Index bytes) {
+        if (spans_ < kSpans) prefetch_spans_[spans_++] = {static_cast<const char*>(at), bytes};
     }
 
     // Run f(chunk, thread) for every chunk of 0 … chunks-1 (below 2^20), each once; returns when all are done.
     template <class F>
     void run(Index chunks, const F& f) {
-        if (shares_.size() == 1 || chunks <= 1) {
+        if (queues_.size() == 1 || chunks <= 1) {
             for (Index i = 0; i < chunks; ++i) f(i, 0);
             spans_ = 0;
             return;
         }
         const std::int64_t began = ticks();
-        const Index count = crew_.now();
-        busy_.store(static_cast<int>(count), std::memory_order_relaxed);
-        const std::uint64_t turn = ++turn_ % (1u << 24);
-        Job& job = jobs_[turn % kJobs];
+        const Index count = governor_.now();
+        active_.store(static_cast<int>(count), std::memory_order_relaxed);
+        const std::uint64_t job_number = ++job_number_ % (1u << 24);
+        Job& job = jobs_[job_number % kJobs];
         job.call = [](const void* self, Index chunk, int thread) { (*static_cast<const F*>(self))(chunk, thread); };
         job.self = &f;
         job.done.store(0, std::memory_order_relaxed);
         for (Index i = 0; i < kSpans; ++i) {
-            job.spans[i].at.store(ahead_[i].first, std::memory_order_relaxed);
-            job.spans[i].bytes.store(i < spans_ ? ahead_[i].second : 0, std::memory_order_relaxed);
+            job.spans[i].at.store(prefetch_spans_[i].first, std::memory_order_relaxed);
+            job.spans[i].bytes.store(i < spans_ ? prefetch_spans_[i].second : 0, std::memory_order_relaxed);
         }
         spans_ = 0;
         for (Index t = 0; t < count; ++t) {
             const auto first = static_cast<std::uint64_t>(chunks * t / count), end = static_cast<std::uint64_t>(chunks * (t + 1) / count);
-            shares_[t].word.store(turn << 40 | end << 20 | first, std::memory_order_seq_cst);
+            queues_[t].word.store(job_number << 40 | end << 20 | first, std::memory_order_seq_cst);
         }
         bool sleeping = false;
-        for (Index t = 1; t < count; ++t) sleeping = sleeping || shares_[t].asleep.load(std::memory_order_seq_cst);
+        for (Index t = 1; t < count; ++t) sleeping = sleeping || queues_[t].asleep.load(std::memory_order_seq_cst);
         if (sleeping) {
             std::lock_guard<std::mutex> hold(mutex_);
             wake_.notify_all();
         }
-        const Index own = take(0);
+        const Index own = drain(0);
         const std::int64_t worked = ticks() - began;
         const auto unfinished = [&] { return job.done.load(std::memory_order_acquire) < chunks; };
-        fetch_while(0, job, unfinished);
+        prefetch_while(0, job, unfinished);
         while (unfinished()) pause();
-        crew_.note(worked, own, ticks() - began - worked);
+        governor_.record(worked, own, ticks() - began - worked);
     }
 
 private:
     static constexpr Index kSpans = 16;
-    static constexpr Index kFetched = 256 << 10;  // bytes that a thread fetches ahead: what a second-level cache has to spare
+    static constexpr Index kPrefetchBytes = 256 << 10;  // bytes that a thread fetches ahead: what a second-level cache has to spare
     static constexpr int kJobs = 4;               // a late worker may still look at the job before this one
     static constexpr int kLooks = 4000;           // pauses of some 50 ns each
-    static constexpr std::uint64_t kMost = (1u << 20) - 1;
+    static constexpr std::uint64_t kMaxChunks = (1u << 20) - 1;
 
     struct Span {
         std::atomic<const char*> at{nullptr};
@@ -160,25 +160,25 @@ private:
         std::atomic<Index> done{0};
         Span spans[kSpans];
     };
-    // A thread's chunks: the job's number, the end of the share and the next chunk in one word. A chunk that was taken
+    // A thread's chunks: the job's number, the end of its queue and the next chunk in one word. A chunk that was taken
     // therefore belongs to a job whose caller is still waiting for it, however late the taker is.
-    struct alignas(64) Share {
+    struct alignas(64) WorkQueue {
         std::atomic<std::uint64_t> word{0};
         std::atomic<bool> asleep{false};
     };
-    static bool left(std::uint64_t word) { return (word & kMost) < (word >> 20 & kMost); }
+    static bool left(std::uint64_t word) { return (word & kMaxChunks) < (word >> 20 & kMaxChunks); }
 
     // Take chunks until none is left: one's own, then the others'. How many there were.
-    Index take(int thread) {
+    Index drain(int thread) {
         const int count = threads();
         Index taken = 0;
         for (int i = 0; i < count; ++i) {
-            std::atomic<std::uint64_t>& word = shares_[(thread + i) % count].word;
+            std::atomic<std::uint64_t>& word = queues_[(thread + i) % count].word;
             while (left(word.load(std::memory_order_acquire))) {
                 const std::uint64_t got = word.fetch_add(1, std::memory_order_acq_rel);
                 if (!left(got)) break;
                 Job& job = jobs_[(got >> 40) % kJobs];
-                job.call(job.self, static_cast<Index>(got & kMost), thread);
+                job.call(job.self, static_cast<Index>(got & kMaxChunks), thread);
                 job.done.fetch_add(1, std::memory_order_acq_rel);
                 ++taken;
             }
@@ -188,47 +188,47 @@ private:
 
     // Fetch what the next job will read, as long as there is nothing to do.
     template <class Waiting>
-    void fetch_while(int thread, const Job& job, const Waiting& waiting) const {
-        const Index count = busy_.load(std::memory_order_relaxed);
+    void prefetch_while(int thread, const Job& job, const Waiting& waiting) const {
+        const Index count = active_.load(std::memory_order_relaxed);
         if (thread >= count) return;
-        Index room = kFetched;
+        Index budget = kPrefetchBytes;
         for (const Span& span : job.spans) {
             const Index bytes = span.bytes.load(std::memory_order_relaxed), first = bytes * thread / count;
             const char* at = span.at.load(std::memory_order_relaxed) + first;
-            const Index mine = std::min(room, bytes * (thread + 1) / count - first);
+            const Index mine = std::min(budget, bytes * (thread + 1) / count - first);
             for (Index done = 0; done < mine; done += 256) {
                 if (!waiting()) return;
-                fetch(at + done, 256);
+                prefetch_l2(at + done, 256);
             }
-            room -= mine;
+            budget -= mine;
         }
     }
 
     void work(int thread) {
-        std::atomic<std::uint64_t>& word = shares_[thread].word;
+        std::atomic<std::uint64_t>& word = queues_[thread].word;
         std::uint64_t seen = 0;
         const auto idle = [&] { return word.load(std::memory_order_acquire) >> 40 == seen && !stopping_.load(std::memory_order_relaxed); };
         while (!stopping_.load(std::memory_order_relaxed)) {
             if (!idle()) {
                 seen = word.load(std::memory_order_acquire) >> 40;
-                take(thread);
+                drain(thread);
             }
-            fetch_while(thread, jobs_[seen % kJobs], idle);
+            prefetch_while(thread, jobs_[seen % kJobs], idle);
             for (int looks = 0; looks < kLooks && idle(); ++looks) pause();
             if (!idle()) continue;
             std::unique_lock<std::mutex> hold(mutex_);
-            shares_[thread].asleep.store(true, std::memory_order_seq_cst);
+            queues_[thread].asleep.store(true, std::memory_order_seq_cst);
             wake_.wait(hold, [&] { return stopping_.load() || word.load(std::memory_order_seq_cst) >> 40 != seen; });
-            shares_[thread].asleep.store(false, std::memory_order_seq_cst);
+            queues_[thread].asleep.store(false, std::memory_order_seq_cst);
         }
     }
 
-    std::vector<Share> shares_;
-    Crew crew_;
-    std::atomic<int> busy_{1};  // threads that have a share of the job
+    std::vector<WorkQueue> queues_;
+    ThreadGovernor governor_;
+    std::atomic<int> active_{1};  // threads that have a share of the job
     Job jobs_[kJobs];
-    std::uint64_t turn_ = 0;
-    std::pair<const char*, Index> ahead_[kSpans];
+    std::uint64_t job_number_ = 0;
+    std::pair<const char*, Index> prefetch_spans_[kSpans];
     Index spans_ = 0;
     alignas(64) std::atomic<bool> stopping_{false};
     std::mutex mutex_;

@@ -10,7 +10,7 @@ namespace sprat {
 
 // A buffer that grows and is never shrunk; what it held is lost when it grows. 64-byte aligned.
 template <class T>
-class Room {
+class Scratch {
 public:
     T* need(std::size_t count) {
         if (count + kSpare > held_.size()) held_.assign(count + count / 4 + kSpare, T{});
@@ -24,21 +24,21 @@ private:
     std::vector<T> held_ = std::vector<T>(kSpare);
 };
 
-// Memory for the codes of rows.
-class CodeRoom {
+// Scratch memory for quantized rows.
+class QuantizedRowsScratch {
 public:
     // For `groups` groups of 32 inputs, over all rows.
-    Codes need(Index groups, Index padded) {
+    QuantizedRows need(Index groups, Index padded) {
         const auto count = static_cast<std::size_t>(groups);
-        return {codes_.need(count * kGroup), marks_.need(count * 3), outliers_.need(count), places_.need(count), lists_.need(count * Codes::kListed), padded};
+        return {codes_.need(count * kGroup), stats_.need(count * 3), outliers_.need(count), outlier_bits_.need(count), lists_.need(count * QuantizedRows::kListed), padded};
     }
-    std::size_t bytes() const { return codes_.bytes() + marks_.bytes() + outliers_.bytes() + places_.bytes() + lists_.bytes(); }
+    std::size_t bytes() const { return codes_.bytes() + stats_.bytes() + outliers_.bytes() + outlier_bits_.bytes() + lists_.bytes(); }
 
 private:
-    Room<std::int8_t> codes_;
-    Room<float> marks_, lists_;
-    Room<Outlier> outliers_;
-    Room<std::uint32_t> places_;
+    Scratch<std::int8_t> codes_;
+    Scratch<float> stats_, lists_;
+    Scratch<Outlier> outliers_;
+    Scratch<std::uint32_t> outlier_bits_;
 };
 
 // Rows on their way into a product: as floats, and as codes where a matrix wants them. `index` gathers rows of floats.
@@ -46,14 +46,14 @@ struct Input {
     const float* rows = nullptr;
     Index stride = 0, count = 0;
     const std::int32_t* index = nullptr;
-    Codes codes{};
+    QuantizedRows codes{};
 };
 
 // One panel of outputs for a tile of rows: out[row] holds 16 outputs, zero beyond the last.
 inline void panel(const Matrix& w, Index at, const Input& in, Index start, Index size, Lane* out) {
-    if (w.quantised()) {
-        const Codes& codes = in.codes;
-        panel_product_of(w.kind, size)(w, at, codes.tile_codes(start), codes.tile_marks(start), codes.tile_list(start), out);
+    if (w.quantized()) {
+        const QuantizedRows& codes = in.codes;
+        panel_product_of(w.kind, size)(w, at, codes.tile_codes(start), codes.tile_stats(start), codes.tile_list(start), out);
     } else {
         alignas(64) float part[kTileF][kLanes], some[kTileF][4];
         for (Index r = 0; r < size; r += kTileF) {
@@ -81,7 +81,7 @@ inline void panel(const Matrix& w, Index at, const Input& in, Index start, Index
 }
 
 // Add 16 outputs to a row, or write them; `have` of them exist.
-inline void put_lanes(float* to, Lane x, Index have, bool add_to) {
+inline void store_lanes(float* to, Lane x, Index have, bool add_to) {
     if (have >= kLanes) {
         store(to, add_to ? add(load(to), x) : x);
         return;
@@ -113,26 +113,26 @@ struct Product {
     bool add_to;
 };
 
-inline Index pieces(const Pool& pool, Index units, Index rows) {
+inline Index num_chunks(const ThreadPool& pool, Index units, Index rows) {
     if (pool.threads() == 1) return 1;
     return std::max<Index>(1, std::min<Index>(units, pool.threads() * (rows >= 32 ? 8 : 2)));
 }
 
 // The job after the next `run` will read these matrices, cut evenly by rows.
-inline void look_ahead(Pool& pool, std::initializer_list<const Matrix*> next) {
+inline void prefetch_next(ThreadPool& pool, std::initializer_list<const Matrix*> next) {
     for (const Matrix* w : next) {
         if (w->rows == 0) continue;
-        pool.look_ahead(w->data, w->bytes());
-        if (w->scales) pool.look_ahead(w->scales, w->mark_bytes());
-        if (w->minimums) pool.look_ahead(w->minimums, w->mark_bytes());
+        pool.prefetch_next(w->data, w->bytes());
+        if (w->scales) pool.prefetch_next(w->scales, w->scale_bytes());
+        if (w->minimums) pool.prefetch_next(w->minimums, w->scale_bytes());
     }
 }
 
 // Several products of the same rows in one go; a chunk is a share of each.
-inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product> products) {
+inline void multiply(ThreadPool& pool, const Input& in, std::initializer_list<Product> products) {
     Index most = 0;
     for (const Product& p : products) most = std::max(most, p.w->panels());
-    const Index chunks = pieces(pool, most, in.count);
+    const Index chunks = num_chunks(pool, most, in.count);
     pool.run(chunks, [&](Index chunk, int) {
         for (const Product& p : products) {
             const Index panels = p.w->panels();
@@ -140,7 +140,7 @@ inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product>
                 Lane out[kTile];
                 panel(*p.w, at, in, start, size, out);
                 const Index have = p.w->rows - at * kLanes;
-                for (Index r = 0; r < size; ++r) put_lanes(p.out + (start + r) * p.stride + at * kLanes, out[r], have, p.add_to);
+                for (Index r = 0; r < size; ++r) store_lanes(p.out + (start + r) * p.stride + at * kLanes, out[r], have, p.add_to);
             });
         }
     });
@@ -148,9 +148,9 @@ inline void multiply(Pool& pool, const Input& in, std::initializer_list<Product>
 
 // The greatest of the first `vocab` outputs of each row, the first of equals; -1 where one is not finite. The outputs
 // themselves are written nowhere.
-inline void multiply_best(Pool& pool, const Input& in, const Matrix& w, Index vocab, Room<float>& room, std::int64_t* best) {
-    const Index panels = (std::min(vocab, w.rows) + kLanes - 1) / kLanes, chunks = pieces(pool, panels, in.count), wide = 2 + kLanes;
-    float* held = room.need(chunks * in.count * wide);  // for each chunk and row: greatest, which, and 0 or NaN
+inline void multiply_argmax(ThreadPool& pool, const Input& in, const Matrix& w, Index vocab, Scratch<float>& scratch, std::int64_t* best) {
+    const Index panels = (std::min(vocab, w.rows) + kLanes - 1) / kLanes, chunks = num_chunks(pool, panels, in.count), wide = 2 + kLanes;
+    float* held = scratch.need(chunks * in.count * wide);  // for each chunk and row: greatest, which, and 0 or NaN
     pool.run(chunks, [&](Index chunk, int) {
         float* mine = held + chunk * in.count * wide;
         for (Index r = 0; r < in.count; ++r) {
@@ -181,7 +181,7 @@ inline void multiply_best(Pool& pool, const Input& in, const Matrix& w, Index vo
         for (Index c = 0; c < chunks; ++c) {
             const float* row = held + (c * in.count + r) * wide;
             fine += total(load(row + 2));
-            if (row[0] > top) top = row[0], best[r] = whole(row + 1);
+            if (row[0] > top) top = row[0], best[r] = load_int(row + 1);
         }
         if (fine != 0.0f) best[r] = -1;
     }
@@ -202,22 +202,22 @@ inline void rms_norm(const float* x, const float* w, Index width, float eps, flo
 // Row `row` of a matrix as floats (an embedding).
 inline void read_row(const Matrix& w, Index row, float* out) {
     const auto* halves = reinterpret_cast<const std::uint16_t*>(w.data) + row * w.cols;
-    if (w.kind == Kind::f32) std::memcpy(out, reinterpret_cast<const float*>(w.data) + row * w.cols, static_cast<std::size_t>(w.cols) * 4);
-    if (w.kind == Kind::bf16) for (Index c = 0; c < w.cols; ++c) out[c] = bfloat_to_float(halves[c]);
-    if (w.kind == Kind::f16) for (Index c = 0; c < w.cols; ++c) out[c] = half_to_float(halves[c]);
-    if (!w.quantised()) return;
+    if (w.kind == WeightType::f32) std::memcpy(out, reinterpret_cast<const float*>(w.data) + row * w.cols, static_cast<std::size_t>(w.cols) * 4);
+    if (w.kind == WeightType::bf16) for (Index c = 0; c < w.cols; ++c) out[c] = bfloat_to_float(halves[c]);
+    if (w.kind == WeightType::f16) for (Index c = 0; c < w.cols; ++c) out[c] = half_to_float(halves[c]);
+    if (!w.quantized()) return;
     const Index at = row / kLanes, lane = row % kLanes, groups = w.groups();
     const std::uint8_t* panel_at = w.data + at * w.panel_bytes();
     for (Index c = 0; c < w.cols; ++c) {
-        const Index mark = (at * groups + c / w.group) * kLanes + lane;
-        const float scale = half_to_float(w.scales[mark]);
-        if (w.kind == Kind::int8) {
+        const Index scale_at = (at * groups + c / w.group) * kLanes + lane;
+        const float scale = half_to_float(w.scales[scale_at]);
+        if (w.kind == WeightType::int8) {
             out[c] = scale * static_cast<float>(static_cast<int>(panel_at[c / 4 * 64 + lane * 4 + c % 4]) - 128);
         } else {
             const std::uint8_t byte = panel_at[c / 8 * 64 + lane * 4 + c % 4];
             const int code = c % 8 < 4 ? byte & 15 : byte >> 4;
-            out[c] = w.kind == Kind::int4 ? scale * static_cast<float>(code - 8)
-                                          : scale * static_cast<float>(code) + half_to_float(w.minimums[mark]);
+            out[c] = w.kind == WeightType::int4 ? scale * static_cast<float>(code - 8)
+                                          : scale * static_cast<float>(code) + half_to_float(w.minimums[scale_at]);
         }
     }
 }

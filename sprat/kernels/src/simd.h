@@ -21,8 +21,8 @@ namespace sprat {
 using Index = std::int64_t;
 constexpr int kLanes = 16;
 
-inline void soon(const void* at) { __builtin_prefetch(at, 0, 3); }
-inline void fetch(const void* from, Index bytes) {  // into the second-level cache
+inline void prefetch_l1(const void* at) { __builtin_prefetch(at, 0, 3); }
+inline void prefetch_l2(const void* from, Index bytes) {  // into the second-level cache
     for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }
 
@@ -105,7 +105,7 @@ inline Lane power_of_two(Lane whole) {
 }
 inline float total(Lane a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Lane a) { return _mm512_reduce_max_ps(a.v); }
-// Of 32 lanes, the first whose absolute value is x, cleared (none: nothing is); returns its place.
+// Of 32 lanes, the first whose absolute value is x, cleared (none: nothing is); returns its index.
 inline int clear_first(Lane& a, Lane& b, float x) {
     const __m512 to = _mm512_set1_ps(x);
     const unsigned low = _mm512_cmp_ps_mask(absolute(a).v, to, _CMP_EQ_OQ), high = _mm512_cmp_ps_mask(absolute(b).v, to, _CMP_EQ_OQ);
@@ -151,7 +151,7 @@ inline Ints dot(Ints sum, Bytes w, const std::int8_t* a) {
     return sum;
 }
 // Four sets of 16 tokens x 4 channels to four of 16 channels x 4 tokens.
-inline void turn_bytes(const std::uint8_t* p, Bytes* out) {
+inline void transpose_bytes(const std::uint8_t* p, Bytes* out) {
     const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i ab0 = _mm512_shuffle_i32x4(a, b, 0x44), ab1 = _mm512_shuffle_i32x4(a, b, 0xee);
@@ -446,7 +446,7 @@ inline Ints dot(const Ints& sum, const Bytes& w, const std::int8_t* four) {
 #endif
 
 #if !defined(__AVX512VNNI__)
-inline void turn_bytes(const std::uint8_t* p, Bytes* out) {
+inline void transpose_bytes(const std::uint8_t* p, Bytes* out) {
     for (int token = 0; token < 16; ++token) {
         auto* to = reinterpret_cast<std::uint8_t*>(&out[token / 4]) + token % 4;
         for (int channel = 0; channel < 16; ++channel) to[channel * 4] = p[channel / 4 * 64 + token * 4 + channel % 4];

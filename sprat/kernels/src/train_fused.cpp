@@ -33,31 +33,31 @@ void rms_backward(const float* __restrict g, const float* __restrict x, const fl
                   std::int64_t width) {
     for (std::int64_t n = 0; n < rows; ++n, g += width, x += width, gx += width) {
         const float s = scale[n];
-        float along = 0.0f;
+        float dot = 0.0f;
         for (std::int64_t d = 0; d < width; ++d) {
             const float product = g[d] * x[d] * s;
             gw[d] += product;
-            along += product * w[d];
+            dot += product * w[d];
         }
-        along /= static_cast<float>(width);
-        for (std::int64_t d = 0; d < width; ++d) gx[d] = s * (g[d] * w[d] - x[d] * s * along);
+        dot /= static_cast<float>(width);
+        for (std::int64_t d = 0; d < width; ++d) gx[d] = s * (g[d] * w[d] - x[d] * s * dot);
     }
 }
 
-// h = silu(gate) * up; a row of `both` holds gate and up, each `width` long.
-void swiglu_forward(const float* __restrict both, float* __restrict h, std::int64_t rows, std::int64_t width) {
-    for (std::int64_t n = 0; n < rows; ++n, both += 2 * width, h += width) {
-        for (std::int64_t d = 0; d < width; ++d) h[d] = both[d] * sigmoid(both[d]) * both[width + d];
+// h = silu(gate) * up; a row of `gate_up` holds gate and up, each `width` long.
+void swiglu_forward(const float* __restrict gate_up, float* __restrict h, std::int64_t rows, std::int64_t width) {
+    for (std::int64_t n = 0; n < rows; ++n, gate_up += 2 * width, h += width) {
+        for (std::int64_t d = 0; d < width; ++d) h[d] = gate_up[d] * sigmoid(gate_up[d]) * gate_up[width + d];
     }
 }
 
-void swiglu_backward(const float* __restrict both, const float* __restrict gh, float* __restrict gboth,
+void swiglu_backward(const float* __restrict gate_up, const float* __restrict gh, float* __restrict grad_gate_up,
                      std::int64_t rows, std::int64_t width) {
-    for (std::int64_t n = 0; n < rows; ++n, both += 2 * width, gh += width, gboth += 2 * width) {
+    for (std::int64_t n = 0; n < rows; ++n, gate_up += 2 * width, gh += width, grad_gate_up += 2 * width) {
         for (std::int64_t d = 0; d < width; ++d) {
-            const float s = sigmoid(both[d]), silu = both[d] * s;
-            gboth[d] = gh[d] * both[width + d] * (s + silu * (1.0f - s));
-            gboth[width + d] = gh[d] * silu;
+            const float s = sigmoid(gate_up[d]), silu = gate_up[d] * s;
+            grad_gate_up[d] = gh[d] * gate_up[width + d] * (s + silu * (1.0f - s));
+            grad_gate_up[width + d] = gh[d] * silu;
         }
     }
 }
@@ -77,8 +77,8 @@ double cross_entropy(float* __restrict logits, const std::int64_t* __restrict ta
             total += logits[v];
         }
         loss += static_cast<double>(std::log(total) - picked);
-        const float share = 1.0f / total;
-        for (std::int64_t v = 0; v < vocabulary; ++v) logits[v] *= share;
+        const float inv_total = 1.0f / total;
+        for (std::int64_t v = 0; v < vocabulary; ++v) logits[v] *= inv_total;
         logits[target[n]] -= 1.0f;
     }
     return loss;

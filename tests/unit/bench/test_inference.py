@@ -101,7 +101,7 @@ def test_falling_throughput_under_load_is_seen() -> None:
 
 
 def test_bytes_of_a_token_count_the_experts_at_work_and_one_row_of_the_embedding(tmp_path: Path) -> None:
-    model = quant.quantize(Transformer.create(size("pico", n_routed_experts=8, num_experts_per_tok=2), 0))
+    model = quant.quantize_model(Transformer.create(size("pico", n_routed_experts=8, num_experts_per_tok=2), 0))
     quant.save(model, tmp_path / "sprat")
     tensors = model.state_dict()
     experts = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)

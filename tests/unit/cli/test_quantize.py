@@ -45,14 +45,14 @@ def test_a_model_is_fitted_to_the_users_text_and_loads_again(model_folder: Path,
     assert told["rounding"] == "gptq" and told["calibration_tokens"] >= 2048
     assert told["size_bytes"] * 4 < told["dense_bytes"]
     model, tokenizer = sprat.load(out)
-    assert quant.recipe_of(model) == QuantConfig(rounding="gptq", group=64)
+    assert quant.quant_config_of(model) == QuantConfig(rounding="gptq", group=64)
     assert tokenizer.vocab_size <= model.config.vocab_size
 
 
 def test_without_text_it_rounds_to_the_nearest(model_folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(tmp_path / "small")])
     assert done.exit_code == 0 and "times smaller" in done.stdout, done.stderr
-    assert quant.recipe_of(quant.load(tmp_path / "small")) == QuantConfig()
+    assert quant.quant_config_of(quant.load(tmp_path / "small")) == QuantConfig()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_rounding_of_a_recipe_file_holds(
     done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(out), "--recipe", str(recipe), *more])
     if made:
         assert done.exit_code == 0, done.stderr
-        assert quant.recipe_of(quant.load(out)) == QuantConfig(rounding=made, group=128)
+        assert quant.quant_config_of(quant.load(out)) == QuantConfig(rounding=made, group=128)
     else:
         assert done.exit_code == 2 and not out.exists()
         assert all(word in done.stderr for word in ("gptq needs text", str(recipe), "--calibrate", "nearest"))

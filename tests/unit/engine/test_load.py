@@ -37,7 +37,7 @@ def test_a_saved_model_answers_as_before_also_from_a_run_folder(
 
 
 def test_an_int4_model_loads_from_the_same_call(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    small = quant.quantize(model)
+    small = quant.quantize_model(model)
     save(small, tokenizer, tmp_path)
     again, words = load(tmp_path)
     tokens = torch.arange(1, 30)[None]

@@ -1,4 +1,4 @@
-"""Quantised tensors come in as they are: bit for bit where our codes can hold them, within a stated error where not."""
+"""Quantized tensors come in as they are: bit for bit where our codes can hold them, within a stated error where not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sprat.gguf import blocks
-from sprat.gguf.header import KINDS
-from sprat.quant.int4 import Codes, dequantize_weight
+from sprat.gguf.header import GGML_TYPES
+from sprat.quant.int4 import QuantizedTensor, dequantize_tensor
 from tests.gguf_files import gguf, random_blocks
 
-KIND = {kind.name: kind for kind in KINDS.values()}
+KIND = {kind.name: kind for kind in GGML_TYPES.values()}
 EXACT, ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0"), ("Q4_K", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
 
 
@@ -25,10 +25,13 @@ def raw(kind: str) -> Any:
     return gguf.quants.quantize(np.random.default_rng(1).normal(size=(6, 512)).astype(np.float32), theirs)
 
 
-def codes(kind: str, rows: Any) -> Codes:
+def codes(kind: str, rows: Any) -> QuantizedTensor:
     """``rows`` as ``sprat.quant`` keeps them."""
-    parts = {name: torch.from_numpy(array) for name, array in blocks.parts(kind, rows, KIND[kind].bytes).items()}
-    return Codes(parts["codes"], parts["scales"], blocks.PACKED[kind], 32, 512, parts.get("minimums"))
+    parts = {
+        name: torch.from_numpy(array)
+        for name, array in blocks.quantized_parts(kind, rows, KIND[kind].block_bytes).items()
+    }
+    return QuantizedTensor(parts["codes"], parts["scales"], blocks.PACKED[kind], 32, 512, parts.get("minimums"))
 
 
 @pytest.mark.parametrize("kind", EXACT + ROUNDED)
@@ -38,19 +41,19 @@ def test_codes_stand_for_the_weights_of_the_file(kind: str) -> None:
     kept = codes(kind, rows)
     assert (kept.minimums is not None) == (kind in blocks.WITH_MINIMUMS)
     if kind in EXACT:
-        assert torch.equal(dequantize_weight(kept), theirs)
+        assert torch.equal(dequantize_tensor(kept), theirs)
     else:
         largest = theirs.abs().unflatten(1, (-1, 32)).amax(-1).repeat_interleave(32, 1)
-        assert ((dequantize_weight(kept) - theirs).abs() <= largest * (1.1e-3 if kind == "Q4_K" else 1 / 250)).all()
-    plain = torch.from_numpy(blocks.dense(kind, rows, KIND[kind].bytes))
-    assert torch.equal(plain, dequantize_weight(kept) if kind in (*EXACT, "Q4_K") else theirs)
+        assert ((dequantize_tensor(kept) - theirs).abs() <= largest * (1.1e-3 if kind == "Q4_K" else 1 / 250)).all()
+    plain = torch.from_numpy(blocks.dequantize(kind, rows, KIND[kind].block_bytes))
+    assert torch.equal(plain, dequantize_tensor(kept) if kind in (*EXACT, "Q4_K") else theirs)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_plain_numbers_come_in_exactly(kind: str) -> None:
     rows = raw(kind).view(np.uint8)
     theirs = gguf.quants.dequantize(raw(kind), gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(blocks.dense(kind, rows, KIND[kind].bytes), theirs)
+    assert np.array_equal(blocks.dequantize(kind, rows, KIND[kind].block_bytes), theirs)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.fuzz_headers import gguf_bytes
 from sprat.errors import CheckpointError
-from sprat.gguf.header import KINDS, read_header
+from sprat.gguf.header import GGML_TYPES, read_header
 from tests.gguf_files import gguf
 
 ROWS = {"a.weight": ((2, 64), 2, bytes(72)), "b": ((3,), 0, bytes(12))}
@@ -25,7 +25,7 @@ def put(tmp_path: Path, content: bytes) -> Path:
 def test_keys_and_tensors_are_those_that_were_written(tmp_path: Path) -> None:
     path = put(tmp_path, gguf_bytes(META, ROWS))
     header, foreign = read_header(path), gguf.GGUFReader(path)
-    assert header.meta == META
+    assert header.metadata == META
     for tensor in foreign.tensors:
         mine = header.tensors[tensor.name]
         assert mine.shape == tuple(reversed([int(size) for size in tensor.shape]))
@@ -37,9 +37,9 @@ def test_keys_and_tensors_are_those_that_were_written(tmp_path: Path) -> None:
 
 
 def test_blocks_have_the_sizes_that_the_format_gives_them() -> None:
-    for number, kind in KINDS.items():
+    for number, kind in GGML_TYPES.items():
         theirs = gguf.GGMLQuantizationType(number)
-        assert theirs.name == kind.name and gguf.GGML_QUANT_SIZES[theirs] == (kind.weights, kind.bytes)
+        assert theirs.name == kind.name and gguf.GGML_QUANT_SIZES[theirs] == (kind.block_weights, kind.block_bytes)
 
 
 def swap(old: bytes, new: bytes) -> bytes:

@@ -137,13 +137,13 @@ def test_the_ends_of_turns_and_messages_end_an_answer(tmp_path: Path) -> None:
 def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(model(), tmp_path / "model.gguf")
     whole = path.read_bytes()
-    planned = weights.Plan
+    planned = weights.LoadPlan
 
-    def cut(*args: Any) -> weights.Plan:
+    def cut(*args: Any) -> weights.LoadPlan:
         path.write_bytes(whole[:-1000])
         return planned(*args)
 
-    monkeypatch.setattr(weights, "Plan", cut)
+    monkeypatch.setattr(weights, "LoadPlan", cut)
     with pytest.raises(CheckpointError, match="the file ends within it"):
         sprat.load(path)
 
@@ -203,7 +203,7 @@ def test_a_loaded_model_is_saved_and_answers_as_before(kinds: dict[str, str], ti
     sprat.save(found, words, tmp_path / "saved")
     again, same = sprat.load(tmp_path / "saved")
     assert same.digest == words.digest
-    mine, theirs = quant.packed_tensors(found), quant.packed_tensors(again)
+    mine, theirs = quant.quantized_weights(found), quant.quantized_weights(again)
     assert mine.keys() == theirs.keys() and bool(mine) == ("F32" not in kinds.values() or len(kinds) > 1)
     tokens = torch.arange(30)[None]
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_experts_may_mix_types_and_are_saved_so(tmp_path: Path) -> None:
 
     made = Transformer.create(config, 1)
     found, words = sprat.load(write(made, tmp_path / "model.gguf", kind=kind))
-    assert {name.rpartition(".")[2]: packed.bits for name, packed in quant.packed_tensors(found).items()} == {
+    assert {name.rpartition(".")[2]: packed.bits for name, packed in quant.quantized_weights(found).items()} == {
         "weight": 4, "w_gate_EFD": 4, "w_up_EFD": 8, "w_down_EDF": 32,
     }  # fmt: skip
     assert torch.equal(found.moe_layers()[0].experts.w_down_EDF, made.moe_layers()[0].experts.w_down_EDF)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.kernels import fused, library
+from sprat.kernels import fused, native_library
 from sprat.model.moe import MLP, Experts
 from sprat.model.norm import rms_norm
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: torch does the work")
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler: torch does the work")
 sizes = given(rows=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
 some = settings(max_examples=40, deadline=None)
 
@@ -75,8 +75,8 @@ def test_layers_compute_the_same_with_and_without(monkeypatch: pytest.MonkeyPatc
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
     x, load = random(150, 12, seed=0, scale=1.0).requires_grad_(), torch.tensor([90, 0, 60])
     found = []
-    for choice in (library, lambda: None):
-        monkeypatch.setattr(fused, "library", choice)
+    for choice in (native_library, lambda: None):
+        monkeypatch.setattr(fused, "native_library", choice)
         outs = (mlp(x), experts(x, load))
         inputs = [x, *mlp.parameters(), *experts.parameters()]
         found.append([*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), inputs)])
@@ -85,9 +85,9 @@ def test_layers_compute_the_same_with_and_without(monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_plain_single_precision_tensors_are_taken() -> None:
-    assert fused.applies(torch.ones(1))
-    assert not fused.applies(torch.ones(1, dtype=torch.float64))
-    assert not fused.applies(torch.ones(1, device="meta"))
+    assert fused.is_supported(torch.ones(1))
+    assert not fused.is_supported(torch.ones(1, dtype=torch.float64))
+    assert not fused.is_supported(torch.ones(1, device="meta"))
 
 
 def test_gradients_may_come_in_any_layout() -> None:

@@ -17,19 +17,19 @@ from sprat.errors import MachineError
 def fresh() -> Iterator[None]:
     """The choice has not been made yet, and is made anew afterwards."""
     kernels.native.cache_clear()
-    kernels.library.cache_clear()
+    kernels.native_library.cache_clear()
     yield
     kernels.native.cache_clear()
-    kernels.library.cache_clear()
+    kernels.native_library.cache_clear()
 
 
-needs_kernels = pytest.mark.skipif(kernels.native() is None, reason=kernels.why_not())
+needs_kernels = pytest.mark.skipif(kernels.native() is None, reason=kernels.unavailable_reason())
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPRAT_NATIVE", "0")
-    assert kernels.native() is None and kernels.library() is None
-    assert "SPRAT_NATIVE" in kernels.why_not()
+    assert kernels.native() is None and kernels.native_library() is None
+    assert "SPRAT_NATIVE" in kernels.unavailable_reason()
 
 
 @needs_kernels
@@ -56,4 +56,4 @@ def test_without_built_modules_there_are_none(monkeypatch: pytest.MonkeyPatch) -
         raise ImportError(name)
 
     monkeypatch.setattr(kernels.importlib, "import_module", missing)
-    assert kernels.native() is None and "compiler" in kernels.why_not()
+    assert kernels.native() is None and "compiler" in kernels.unavailable_reason()

@@ -1,4 +1,4 @@
-"""Threads of a step beside a busy neighbour: who is held up gets no work, and comes back when the neighbour is gone."""
+"""Threads of a step beside a busy neighbor: who is held up gets no work, and comes back when the neighbor is gone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
 from sprat.engine.native import NativeBackend
-from sprat.kernels import native, why_not
+from sprat.kernels import native, unavailable_reason
 from sprat.model import Transformer
-from sprat.quant import quantize
+from sprat.quant import quantize_model
 
-pytestmark = [pytest.mark.skipif(native() is None, reason=why_not()), pytest.mark.slow]
+pytestmark = [pytest.mark.skipif(native() is None, reason=unavailable_reason()), pytest.mark.slow]
 STEPS, ROUNDS = 60, 5
 
 
@@ -38,11 +38,11 @@ def busy(core: int) -> Iterator[None]:
 
 
 def seconds(backend: NativeBackend, steps: int = STEPS) -> float:
-    whole = [np.array(array, np.int32) for array in ([0], [0], [0, 1], [[0]], [0])]
+    per_row = [np.array(array, np.int32) for array in ([0], [0], [0, 1], [[0]], [0])]
     began = time.perf_counter()
     for place in range(steps):
-        whole[1][0] = place % 64
-        backend.best(Batch(*whole), 200)
+        per_row[1][0] = place % 64
+        backend.best(Batch(*per_row), 200)
     return time.perf_counter() - began
 
 
@@ -56,7 +56,7 @@ def test_a_busy_neighbour_costs_no_more_than_its_core() -> None:
     """
     shape = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-    model = quantize(Transformer(ModelConfig.model_validate(shape | {"architecture": "llama"}), seed=1).eval())
+    model = quantize_model(Transformer(ModelConfig.model_validate(shape | {"architecture": "llama"}), seed=1).eval())
     before, cores = os.sched_getaffinity(0), sorted(os.sched_getaffinity(0))[:2]
     pairs: list[float] = []
     try:

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.engine.panels import Pages, plain, stack
-from sprat.kernels import native, reference, why_not
-from sprat.quant.int4 import dequantize_weight, quantize_weight
-from sprat.quant.layers import Packed
+from sprat.engine.panels import HugePages, plain, tile
+from sprat.kernels import native, reference, unavailable_reason
+from sprat.quant.int4 import dequantize_tensor, quantize_tensor
+from sprat.quant.layers import QuantizedWeight
 
-pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
+pytestmark = pytest.mark.skipif(native() is None, reason=unavailable_reason())
 ISAS = ("avx512", "avx2", "neon", "portable")
 
 
@@ -26,8 +26,8 @@ def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | No
     if bits > 8:
         kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
         return plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
-    codes = quantize_weight(weight, bits=bits, group=group)
-    return stack(Packed(codes, materialise=False), Pages(), bias)[0], dequantize_weight(codes)
+    codes = quantize_tensor(weight, bits=bits, group=group)
+    return tile(QuantizedWeight(codes, materialize=False), HugePages(), bias)[0], dequantize_tensor(codes)
 
 
 def product(matrix: object, rows: torch.Tensor, outputs: int, threads: int = 1) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_products_equal_their_reference(
     x = torch.randn(rows, inputs, generator=make) * 3
     bias = torch.randn(outputs, generator=make) if biased else None
     matrix, dense = weights(weight, bits, group, bias)
-    expected = reference.product(x, dense, quantised=bits <= 8, bias_O=bias)
+    expected = reference.product(x, dense, quantized=bits <= 8, bias_O=bias)
     got = product(matrix, x, outputs, threads)
     # Both round the same floats to the same codes; the sums differ by float32's rounding of their terms only.
     terms = x.abs() @ dense.abs().T + (0 if bias is None else bias.abs())

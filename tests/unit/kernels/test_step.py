@@ -14,13 +14,13 @@ from sprat.engine.backend import Batch
 from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import choose
 from sprat.errors import EngineError, MachineError
-from sprat.kernels import native, reference, why_not
+from sprat.kernels import native, reference, unavailable_reason
 from sprat.model import Transformer
-from sprat.quant import quantize
-from sprat.quant.layers import Packed, QuantLinear
+from sprat.quant import quantize_model
+from sprat.quant.layers import QuantizedWeight, QuantLinear
 from tests.unit.engine.mtp import worst_guess
 
-pytestmark = pytest.mark.skipif(native() is None, reason=why_not())
+pytestmark = pytest.mark.skipif(native() is None, reason=unavailable_reason())
 
 DENSE = {
     "vocab_size": 203,
@@ -104,17 +104,17 @@ def test_logits_equal_those_of_the_model(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "v3"])
 def test_a_row_depends_on_nothing_but_its_own_tokens(family: str, kv_format: str) -> None:
     """Cut into chunks, in other blocks, beside others, beyond one span of attention: the same bits."""
-    model = quantize(model_of(family))
+    model = quantize_model(model_of(family))
     backend = NativeBackend(model, threads=2, kv_format=kv_format)
     backend.reserve(40)
     tokens, others = tokens_of(700), [tokens_of(90, seed) for seed in (1, 2, 3)]
     tables = [list(range(30, 18, -1)), *([[31 + 2 * i, 32 + 2 * i] + [-1] * 10 for i in range(3)])]
-    whole = backend.run(batch_of((tokens, 0), *((other, 0) for other in others), tables=tables))[:700]
+    per_row = backend.run(batch_of((tokens, 0), *((other, 0) for other in others), tables=tables))[:700]
     parts, at = [], 0
     for count in (64, 1, 5, 30, 50, 1, 549):
         parts.append(backend.run(batch_of((tokens[at : at + count], at), tables=[list(range(12))])))
         at += count
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), per_row)
 
 
 @pytest.mark.parametrize("family", ["llama", "v3", "v2"])
@@ -131,19 +131,19 @@ def test_memory_in_halves_and_bytes_is_near(family: str) -> None:
 
 @pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (8, 32)])
 def test_quantised_weights_meet_rounded_rows(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native step of a quantised dense model is the model whose linear maps see rounded inputs."""
+    """The native step of a quantized dense model is the model whose linear maps see rounded inputs."""
     model = model_of("llama")
     with torch.no_grad():
         for layer in model.layers:  # one channel of each group is often far above the others, and often just not
             layer.mlp.up_proj.weight[5::32] *= 6
-    model = quantize(model, QuantConfig(bits=bits, group=group, head_bits=8))
+    model = quantize_model(model, QuantConfig(bits=bits, group=group, head_bits=8))
     backend = NativeBackend(model, threads=1, kv_format="f32")
     backend.reserve(2)
     plain = QuantLinear.forward
 
     def rounded(self: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-        whole = self.in_features != model.config.intermediate_size  # what comes out of the gate is rounded in pieces
-        return plain(self, reference.round_rows(x, whole=whole) if self.packed.bits < 16 else x)
+        per_row = self.in_features != model.config.intermediate_size  # what comes out of the gate is rounded in pieces
+        return plain(self, reference.fake_quantize_rows(x, per_row=per_row) if self.packed.bits < 16 else x)
 
     monkeypatch.setattr(QuantLinear, "forward", rounded)
     tokens = tokens_of(100)
@@ -159,7 +159,7 @@ def test_each_quantised_expert_has_its_own_scales() -> None:
     model = model_of("v3", scale=1.0)
     for layer in model.moe_layers():
         layer.experts.w_up_EFD.data.mul_(2.0 ** torch.arange(-4.0, 4.0)[:, None, None])
-    packed, tokens = quantize(model, QuantConfig(bits=8, head_bits=8)), tokens_of(60)
+    packed, tokens = quantize_model(model, QuantConfig(bits=8, head_bits=8)), tokens_of(60)
     backend = NativeBackend(packed, threads=1, kv_format="f32")
     backend.reserve(1)
     logits, expected = backend.run(batch_of((tokens, 0), tables=[[0]])), truth(packed, tokens)
@@ -179,13 +179,13 @@ def test_weights_that_change_are_seen_at_once() -> None:
     assert not torch.allclose(before, after) and torch.allclose(after, truth(model, tokens), atol=5e-5)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_the_likeliest_tokens_are_those_of_the_logits(rows: int, quantised: bool) -> None:
+def test_the_likeliest_tokens_are_those_of_the_logits(rows: int, quantized: bool) -> None:
     model = model_of("v3")
     with torch.no_grad():
         model.head.weight[150] = model.head.weight[70]  # equals: the first counts
-    backend = NativeBackend(quantize(model) if quantised else model, threads=2)
+    backend = NativeBackend(quantize_model(model) if quantized else model, threads=2)
     backend.reserve(1)
     for vocab in (203, 150, 17):
         for seed in range(20):
@@ -211,7 +211,7 @@ def test_no_token_is_likeliest_where_a_logit_is_not_finite(fault: float) -> None
 @pytest.mark.parametrize("family", ["qwen2", "v3"])
 def test_bits_do_not_depend_on_who_computes_what(family: str) -> None:
     """More threads than cores, and somebody else at work: chunks change hands, sums do not."""
-    model, tokens = quantize(model_of(family)), tokens_of(60)
+    model, tokens = quantize_model(model_of(family)), tokens_of(60)
     alone, many = NativeBackend(model, threads=1), NativeBackend(model, threads=7)
     stop = threading.Event()
 
@@ -237,7 +237,7 @@ def test_bits_do_not_depend_on_who_computes_what(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "v3"])
 def test_threads_that_share_the_keys_of_a_sequence_change_no_bit(family: str) -> None:
     """With few rows and many keys each thread takes spans of keys; one thread alone walks over all of them."""
-    model, tokens = quantize(model_of(family)), tokens_of(2640)
+    model, tokens = quantize_model(model_of(family)), tokens_of(2640)
     alone, many = (NativeBackend(model, threads=threads, kv_format="i8") for threads in (1, 3))
     for backend in (alone, many):
         backend.reserve(42)
@@ -270,15 +270,15 @@ def test_blocks_can_be_copied_kept_and_brought_back() -> None:
     model, tokens = model_of("v3"), tokens_of(70)
     backend = NativeBackend(model, threads=1, kv_format="i8")
     backend.reserve(4)
-    whole = backend.run(batch_of((tokens, 0), tables=[[0, 1]]))
+    per_row = backend.run(batch_of((tokens, 0), tables=[[0, 1]]))
     kept = backend.read(0)
     assert len(kept) == backend.block_bytes
     backend.copy(0, 2)
-    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 3]])), whole[64:])
+    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 3]])), per_row[64:])
     backend.run(batch_of((tokens_of(64, 5), 0), tables=[[2]]))
     backend.write(2, kept)
     backend.reserve(2000)  # grows, and keeps what it has
-    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 1999]])), whole[64:])
+    assert torch.equal(backend.run(batch_of((tokens[64:], 64), tables=[[2, 1999]])), per_row[64:])
     with pytest.raises(ValueError, match="another size"):
         backend.write(0, kept[:-1])
 
@@ -326,11 +326,11 @@ def test_memory_formats_are_chosen_by_name() -> None:
 
 
 def test_weights_that_are_handed_over_are_in_memory_once() -> None:
-    model, kept, tokens = quantize(model_of("v3")), quantize(model_of("v3")), tokens_of(20)
+    model, kept, tokens = quantize_model(model_of("v3")), quantize_model(model_of("v3")), tokens_of(20)
     took, shared = choose(model, consume=True), choose(kept)
     for backend in (took, shared):
         backend.reserve(1)
     one = batch_of((tokens, 0), tables=[[0]])
     assert torch.equal(took.run(one), shared.run(one))
-    assert sum(m.nbytes for m in model.modules() if isinstance(m, Packed)) == 0
-    assert all(m.nbytes > 0 for m in kept.modules() if isinstance(m, Packed))
+    assert sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedWeight)) == 0
+    assert all(m.nbytes > 0 for m in kept.modules() if isinstance(m, QuantizedWeight))

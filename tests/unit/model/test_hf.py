@@ -16,7 +16,7 @@ import sprat
 from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.model import Transformer, load_folder, save_folder
 from sprat.model.hf import resolve
-from sprat.quant import quantize
+from sprat.quant import quantize_model
 from sprat.tokens import Tokenizer
 
 from .conftest import tiny, tiny_dense
@@ -151,19 +151,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(small_disk: Path, quantised: bool) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(small_disk: Path, quantized: bool) -> None:
     tokenizer = Tokenizer.train(["12 + 13 = 25"], 460)
     model = Transformer.create(tiny_dense(vocab_size=460), 8)
-    sprat.save(quantize(model) if quantised else model, tokenizer, small_disk)
+    sprat.save(quantize_model(model) if quantized else model, tokenizer, small_disk)
     before = {file.name: file.read_bytes() for file in small_disk.iterdir()}
     larger = Transformer.create(tiny_dense(vocab_size=30_000), 9)
     with pytest.raises(MachineError, match="the disk is full"):
-        sprat.save(quantize(larger) if quantised else larger, tokenizer, small_disk)
+        sprat.save(quantize_model(larger) if quantized else larger, tokenizer, small_disk)
     assert {file.name: file.read_bytes() for file in small_disk.iterdir()} == before
     some = torch.arange(9)[None]
     with torch.no_grad():
-        assert torch.equal(sprat.load(small_disk)[0](some), (quantize(model) if quantised else model)(some))
+        assert torch.equal(sprat.load(small_disk)[0](some), (quantize_model(model) if quantized else model)(some))
 
 
 @pytest.mark.parametrize(

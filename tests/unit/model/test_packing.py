@@ -7,24 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sprat.kernels import library
-from sprat.model import Transformer, step
-from sprat.model.step import pair_segments
+from sprat.kernels import native_library
+from sprat.model import Transformer, forward_context
+from sprat.model.forward_context import mtp_segments
 
 from .conftest import tiny, tiny_dense
 
 LENGTHS = (7, 1, 5, 2, 4)  # the rest of a row of 24 is padding
 
 
-@pytest.fixture(params=["by document", "masked", "half-split", "gqa"])
+@pytest.fixture(params=["varlen", "masked", "half-split", "gqa"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """A model for each way to keep documents apart; two MTP modules where the family has them."""
     if request.param == "gqa":
         return Transformer.create(tiny_dense(), 1)
-    if request.param == "by document" and library() is None:
+    if request.param == "varlen" and native_library() is None:
         pytest.skip("no C++ compiler: attention is masked")
     if request.param == "masked":
-        monkeypatch.setattr(step, "cut", lambda *_: None)
+        monkeypatch.setattr(forward_context, "varlen_metadata", lambda *_: None)
     changes = {"num_nextn_predict_layers": 2, "rope_interleave": request.param != "half-split"}
     return Transformer.create(tiny(**changes), 1)
 
@@ -115,5 +115,5 @@ def test_a_number_used_twice_in_a_row_names_two_documents(model: Transformer) ->
 
 def test_pairs_across_a_border_belong_to_no_document() -> None:
     segments = torch.tensor([[1, 1, 1, 2, 2, 1, 0, 0]])
-    assert pair_segments(segments, 1).tolist() == [[1, 1, 0, 2, 0, 0, 0]]
-    assert pair_segments(segments, 2).tolist() == [[1, 0, 0, 0, 0, 0]]
+    assert mtp_segments(segments, 1).tolist() == [[1, 1, 0, 2, 0, 0, 0]]
+    assert mtp_segments(segments, 2).tolist() == [[1, 0, 0, 0, 0, 0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sprat.errors import ConfigError, EngineError
-from sprat.model import Cache, Transformer
+from sprat.model import KVCache, Transformer
 from sprat.model.mla import MLA
 
 from .conftest import tiny
@@ -50,7 +50,7 @@ def test_given_positions_match_the_default_ones(model: Transformer) -> None:
 @pytest.mark.parametrize("step", [1, 3, 12])
 def test_cached_decoding_equals_the_full_forward_pass(model: Transformer, step: int) -> None:
     some = tokens(2, 17)
-    cache = Cache.create(model.config, 2, 17)
+    cache = KVCache.create(model.config, 2, 17)
     parts = [model(some[:, :5], cache=cache)]
     for start in range(5, 17, step):
         parts.append(model(some[:, start : start + step], cache=cache))
@@ -60,7 +60,7 @@ def test_cached_decoding_equals_the_full_forward_pass(model: Transformer, step: 
 
 def test_ragged_prompts_decode_as_if_alone(model: Transformer) -> None:
     prompts, lengths = tokens(3, 6), torch.tensor([6, 2, 4])
-    cache = Cache.create(model.config, 3, 9)
+    cache = KVCache.create(model.config, 3, 9)
     valid = torch.arange(6) < lengths[:, None]
     model(prompts, cache=cache, valid_BT=valid)
     after = [model(tokens(3, 1, seed), cache=cache) for seed in (5, 6)]
@@ -71,7 +71,7 @@ def test_ragged_prompts_decode_as_if_alone(model: Transformer) -> None:
 
 
 def test_a_right_padded_row_at_the_brim_keeps_what_it_holds(model: Transformer) -> None:
-    cache = Cache.create(model.config, 2, 4)
+    cache = KVCache.create(model.config, 2, 4)
     model(tokens(2, 3), cache=cache)
     valid = torch.tensor([[True, False], [True, False]])
     model(tokens(2, 2, 3), cache=cache, valid_BT=valid)
@@ -82,7 +82,7 @@ def test_a_right_padded_row_at_the_brim_keeps_what_it_holds(model: Transformer) 
 
 def test_dropped_rows_leave_the_others_as_they_were(model: Transformer) -> None:
     some = tokens(3, 6)
-    cache = Cache.create(model.config, 3, 8)
+    cache = KVCache.create(model.config, 3, 8)
     model(some, cache=cache)
     cache.reorder(torch.tensor([2, 0]))
     after = model(tokens(3, 1, 4)[:2], cache=cache)[:, 0]
@@ -91,7 +91,7 @@ def test_dropped_rows_leave_the_others_as_they_were(model: Transformer) -> None:
 
 
 def test_a_cache_refuses_segments_and_other_batches(model: Transformer) -> None:
-    cache = Cache.create(model.config, 2, 8)
+    cache = KVCache.create(model.config, 2, 8)
     with pytest.raises(EngineError, match="positions"):
         model(tokens(2, 3), cache=cache, segments_BT=torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(EngineError, match="rows"):
@@ -106,7 +106,7 @@ def test_absorbed_attention_equals_the_naive_form(time: int) -> None:
         for module in model.modules():
             if isinstance(module, MLA):
                 module.absorb = absorb
-        cache = Cache.create(model.config, 2, 20)
+        cache = KVCache.create(model.config, 2, 20)
         prompt = model(tokens(2, 9), cache=cache)
         outputs.append(torch.cat((prompt, model(tokens(2, time, 1), cache=cache)), 1))
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4

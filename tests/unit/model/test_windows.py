@@ -8,13 +8,13 @@ import torch
 from sprat.config.model import ModelConfig
 from sprat.engine.native import NativeBackend
 from sprat.engine.torch_backend import TorchBackend
-from sprat.kernels import native, why_not
-from sprat.model import Cache, Transformer
-from sprat.quant import quantize
+from sprat.kernels import native, unavailable_reason
+from sprat.model import KVCache, Transformer
+from sprat.quant import quantize_model
 from tests.unit.kernels.test_step import batch_of, tokens_of, truth
 
 NEAR = {"rtol": 0, "atol": 1e-4}  # torch rounds by the number of rows
-needs_kernels = pytest.mark.skipif(native() is None, reason=why_not())
+needs_kernels = pytest.mark.skipif(native() is None, reason=unavailable_reason())
 
 
 def model_of(window: int | None, layers: int = 1, **changes: object) -> Transformer:
@@ -64,7 +64,7 @@ def test_packed_rows_cached_steps_and_padded_prompts_equal_single_texts() -> Non
     row, segments = torch.tensor([texts[0] + texts[1]]), torch.tensor([[1] * 9 + [2] * 14])
     packed = model(row, segments_BT=segments)[0]
     assert torch.allclose(packed, torch.cat(alone), **NEAR)
-    cache = Cache.create(model.config, 2, 40)
+    cache = KVCache.create(model.config, 2, 40)
     rows = torch.zeros(2, 14, dtype=torch.long)
     rows[0, :9], rows[1] = torch.tensor(texts[0]), torch.tensor(texts[1])
     valid = torch.arange(14) < torch.tensor([[9], [14]])
@@ -97,7 +97,7 @@ def test_every_back_end_computes_the_model_s_logits(window: int) -> None:
 @pytest.mark.parametrize("kv_format", ["f32", "i8"])
 def test_a_row_s_bits_depend_on_nothing_but_its_own_window(kv_format: str) -> None:
     """Rows whose windows begin in different spans share a tile; threads share the spans; one token comes alone."""
-    model, tokens = quantize(model_of(600, layers=2)), tokens_of(1700)
+    model, tokens = quantize_model(model_of(600, layers=2)), tokens_of(1700)
     backend = NativeBackend(model, threads=3, kv_format=kv_format)
     backend.reserve(60)
     whole = backend.run(
@@ -112,7 +112,7 @@ def test_a_row_s_bits_depend_on_nothing_but_its_own_window(kv_format: str) -> No
 
 @needs_kernels
 def test_threads_that_share_the_keys_of_a_window_change_no_bit() -> None:
-    model, tokens = quantize(model_of(3000)), tokens_of(3710)
+    model, tokens = quantize_model(model_of(3000)), tokens_of(3710)
     alone, many = (NativeBackend(model, threads=threads, kv_format="i8") for threads in (1, 3))
     for backend in (alone, many):
         backend.reserve(58)

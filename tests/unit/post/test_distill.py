@@ -19,11 +19,11 @@ from sprat.model import Transformer, balance_loss, flops_per_token
 from sprat.post.distill import distill, distillation, traces
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import batches
-from sprat.quant import dequantize_weight, quantize_weight
+from sprat.quant import dequantize_tensor, quantize_tensor
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.train.backward import backward
-from sprat.train.team import Team
+from sprat.train.thread_data_parallel import ThreadDataParallel
 from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
@@ -189,8 +189,8 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
         terms.append(kl_weight * kl + (1 - kl_weight) * F.cross_entropy(logits, targets[:, depth:][chosen]))
     parameters = list(student.parameters())
     wanted = torch.autograd.grad(terms[0] + 0.7 * (terms[1] + terms[2]) / 2, parameters, allow_unused=True)
-    with Team(1) as team:
-        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, team)
+    with ThreadDataParallel(1) as workers:
+        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, workers)
     assert len(loads) == len(student.moe_layers()) and metrics["mtp_loss"] > 0
     for (name, parameter), theirs in zip(student.named_parameters(), wanted, strict=True):
         assert parameter.grad is not None and theirs is not None, name
@@ -223,14 +223,14 @@ def test_the_last_steps_learn_with_rounded_weights(
 
     def watched(self: Transformer, *rest: Any, **more: Any) -> Any:
         if self is small:
-            codes = quantize_weight(table.detach(), bits=8, group=0)  # of what is on codes already they are exact
-            seen.append(torch.equal(dequantize_weight(codes), table))
+            codes = quantize_tensor(table.detach(), bits=8, group=0)  # of what is on codes already they are exact
+            seen.append(torch.equal(dequantize_tensor(codes), table))
         return hidden(self, *rest, **more)
 
     monkeypatch.setattr(Transformer, "hidden", watched)
     distill(small, guesser, source, config, open_stage("rounded", config), form)
     assert [step for step, exact in enumerate(seen) if exact] == rounds
-    assert not torch.equal(dequantize_weight(quantize_weight(table.detach(), bits=8, group=0)), table)
+    assert not torch.equal(dequantize_tensor(quantize_tensor(table.detach(), bits=8, group=0)), table)
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(0.0, 7), (0.1, 7), (0.5, 4), (1.0, None)])

@@ -113,7 +113,7 @@ class Noted:
     def __init__(self, model: Transformer) -> None:
         self.model, self.found, self.limits = model, list[dict[str, Tensor]](), list[float]()
 
-    def clip(self, limit: float) -> float:
+    def clip_grad_norm(self, limit: float) -> float:
         self.limits.append(limit)
         return 1.0
 
@@ -181,7 +181,7 @@ def test_the_rate_falls_over_the_last_share_of_the_steps(guesser: Transformer) -
     """Eight steps, half of them falling, ending one step after the last; without a fall all are whole."""
     for fall, expected in ((0.5, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (0.0, [1.0] * 8)):
         config, factors = RL.replace(steps=8, decay_fraction=fall), list[float]()
-        optimiser = SimpleNamespace(clip=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
+        optimiser = SimpleNamespace(clip_grad_norm=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
         for step in range(1, 9):
             rl._step(optimiser, config, step)  # type: ignore[arg-type]
         assert factors == pytest.approx(expected)

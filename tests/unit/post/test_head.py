@@ -19,7 +19,7 @@ from sprat.post import grpo
 from sprat.post.distill import distillation
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout
-from sprat.train import bits_per_byte, next_token, optim
+from sprat.train import bits_per_byte, next_token_loss, optim
 
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 
@@ -59,7 +59,7 @@ def test_all_losses_and_measures_see_it(swapped: Transformer) -> None:
     nats = F.cross_entropy(swapped(tokens[:, :-1])[0], tokens[0, 1:])
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 15, dtype=torch.long))
     assert bits_per_byte(swapped, packed, 15) == pytest.approx(nats.item() / torch.tensor(2.0).log().item(), rel=1e-5)
-    for loss_fn in (next_token, distillation(copy.deepcopy(swapped), DistillConfig(mode="both"))):
+    for loss_fn in (next_token_loss, distillation(copy.deepcopy(swapped), DistillConfig(mode="both"))):
         loss = loss_fn(swapped, batch, DistillConfig())
         assert loss.metrics["loss"] == pytest.approx(nats.item(), rel=1e-5)
         pulls = torch.autograd.grad(loss.total, list(swapped.head.parameters()))

@@ -45,10 +45,10 @@ def test_every_trainer_refuses_codes_and_says_what_it_moves(
 ) -> None:
     config, train = trainers(tokenizer, model, task)[name]
     whole = sum(weight.numel() for weight in model.parameters())
-    small = quant.quantize(model)
+    small = quant.quantize_model(model)
     with pytest.raises(TrainingError, match=rf"quantised: .* of {whole:,} parameters.*dequantize"):
         train(small, open_stage(f"{name}-small", config))
-    back = quant.dequantize(small)
+    back = quant.dequantize_model(small)
     run = open_stage(name, config)
     with caplog.at_level(logging.INFO, logger="sprat"):
         train(back, run)
@@ -73,12 +73,12 @@ def test_a_model_that_is_partly_frozen_is_said_aloud(
 def test_a_quantised_folder_comes_back_dense_when_asked(
     tied: bool, shape: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    small = quant.quantize(Transformer.create(shape.replace(tie_word_embeddings=tied), 3))
+    small = quant.quantize_model(Transformer.create(shape.replace(tie_word_embeddings=tied), 3))
     sprat.save(small, tokenizer, tmp_path)
     dense, _ = sprat.load(tmp_path, dequantize=True)
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(dense(tokens), small(tokens), rtol=1e-5, atol=1e-5)
-    assert not quant.packed_tensors(dense) and (dense.head.weight is dense.embed_tokens.weight) is tied
+    assert not quant.quantized_weights(dense) and (dense.head.weight is dense.embed_tokens.weight) is tied
     assert {weight.dtype for weight in dense.parameters()} == {torch.float32}
-    assert quant.packed_tensors(sprat.load(tmp_path)[0])
+    assert quant.quantized_weights(sprat.load(tmp_path)[0])

@@ -1,4 +1,4 @@
-"""Quantised models: they compute what their codes say, fit in what they promise, and survive the disk."""
+"""Quantized models: they compute what their codes say, fit in what they promise, and survive the disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sprat import quant
 from sprat.config import QuantConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, SpratError
-from sprat.model import Cache, Transformer
+from sprat.model import KVCache, Transformer
 from sprat.quant import formats
-from sprat.quant.layers import Packed, QuantLinear
+from sprat.quant.layers import QuantizedWeight, QuantLinear
 
 TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -36,10 +36,10 @@ def tiny(**changes: object) -> Transformer:
     ],
 )
 def test_a_saved_model_comes_back_bit_for_bit(recipe: QuantConfig, tied: bool, tmp_path: Path) -> None:
-    small = quant.quantize(tiny(tie_word_embeddings=tied), recipe)
+    small = quant.quantize_model(tiny(tie_word_embeddings=tied), recipe)
     quant.save(small, tmp_path)
-    again = quant.load(tmp_path, materialise=False)
-    assert quant.recipe_of(again) == recipe and quant.is_quantized(tmp_path)
+    again = quant.load(tmp_path, materialize=False)
+    assert quant.quant_config_of(again) == recipe and quant.is_quantized(tmp_path)
     mine, theirs = small.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_a_saved_model_comes_back_bit_for_bit(recipe: QuantConfig, tied: bool, t
 
 def test_the_quantised_model_is_the_dense_model_of_its_own_weights() -> None:
     dense = tiny()
-    small = quant.quantize(dense, materialise=False)
+    small = quant.quantize_model(dense, materialize=False)
     with torch.no_grad():
         for name, module in small.named_modules():
             if isinstance(module, QuantLinear):
@@ -61,7 +61,7 @@ def test_the_quantised_model_is_the_dense_model_of_its_own_weights() -> None:
                 getattr(mine.experts, weight).copy_(getattr(theirs.experts, weight))
         dense.embed_tokens.weight.copy_(small.embed_tokens.weight)
         torch.testing.assert_close(small(TOKENS), dense(TOKENS), atol=1e-6, rtol=1e-5)
-        cache = Cache.create(small.config, 2, 20)
+        cache = KVCache.create(small.config, 2, 20)
         stepped = torch.cat(
             [small(TOKENS[:, :13], cache=cache)] + [small(TOKENS[:, t : t + 1], cache=cache) for t in range(13, 20)], 1
         )
@@ -74,7 +74,7 @@ def test_the_answers_stay_near_and_the_original_stays_as_it_was() -> None:
     with torch.no_grad():
         exact = dense(TOKENS)
         errors = [
-            float((quant.quantize(dense, QuantConfig(bits=bits))(TOKENS) - exact).norm() / exact.norm())
+            float((quant.quantize_model(dense, QuantConfig(bits=bits))(TOKENS) - exact).norm() / exact.norm())
             for bits in (8, 4)
         ]
     assert errors[0] < 0.1 and 2 * errors[0] < errors[1] < 0.5, errors
@@ -83,8 +83,8 @@ def test_the_answers_stay_near_and_the_original_stays_as_it_was() -> None:
 
 def test_the_size_is_what_four_and_a_half_bits_promise(tmp_path: Path) -> None:
     dense = Transformer.create(size("pico", hidden_size=64, vocab_size=256), 0)
-    small = quant.quantize(dense)
-    packed = [part for part in small.modules() if isinstance(part, Packed)]
+    small = quant.quantize_model(dense)
+    packed = [part for part in small.modules() if isinstance(part, QuantizedWeight)]
     four = sum(part.nbytes for part in packed if part.bits == 4)
     weights = sum(part.codes.numel() * 2 for part in packed if part.bits == 4)
     assert four * 8 <= 4.6 * weights
@@ -95,7 +95,7 @@ def test_the_size_is_what_four_and_a_half_bits_promise(tmp_path: Path) -> None:
 
 
 def test_a_spoilt_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    quant.save(quant.quantize(tiny()), tmp_path / "good")
+    quant.save(quant.quantize_model(tiny()), tmp_path / "good")
 
     def spoil(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "good", tmp_path / name))
@@ -103,8 +103,10 @@ def test_a_spoilt_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
     whole = (spoil("torn") / formats.WEIGHTS).read_bytes()
     (tmp_path / "torn" / formats.WEIGHTS).write_bytes(whole[:-100])
     (spoil("gone") / formats.WEIGHTS).unlink()
-    (spoil("recipe") / formats.RECIPE).write_text(json.dumps({"method": "other", "version": 1}))
-    (spoil("group") / formats.RECIPE).write_text(json.dumps({"method": formats.METHOD, "version": 1, "group": 64}))
+    (spoil("recipe") / formats.QUANT_CONFIG).write_text(json.dumps({"method": "other", "version": 1}))
+    (spoil("group") / formats.QUANT_CONFIG).write_text(
+        json.dumps({"method": formats.METHOD, "version": 1, "group": 64})
+    )
     name = "layers.0.self_attn.o_proj.weight.scales"
     for spoilt in ("lost", "nan", "extra"):
         path = spoil(spoilt) / formats.WEIGHTS
@@ -126,4 +128,4 @@ def test_a_spoilt_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with torch.no_grad():
         sick.head.weight[0, 0] = torch.inf
     with pytest.raises(CheckpointError, match="not finite"):
-        quant.quantize(sick)
+        quant.quantize_model(sick)

@@ -14,9 +14,9 @@ from sprat.config import QuantConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Transformer
-from sprat.quant.gptq import calibrate, energy, fit
-from sprat.quant.int4 import Codes, dequantize_weight, quantize_weight
-from sprat.quant.layers import bits_of
+from sprat.quant.gptq import calibrate, gptq_quantize, hessian
+from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
+from sprat.quant.layers import bits_and_group
 
 GPTQ = QuantConfig(rounding="gptq")
 
@@ -43,60 +43,60 @@ def correlated(rows: int, width: int, seed: int) -> Tensor:
 def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(width: int) -> None:
     weight = torch.randn(48, width, generator=torch.Generator().manual_seed(0))
     inputs = correlated(900, width, 1)
-    fitted = fit(weight.unsqueeze(0), energy([inputs[:600]]), bits=4, group=32)
+    fitted = gptq_quantize(weight.unsqueeze(0), hessian([inputs[:600]]), bits=4, group=32)
     assert fitted.codes.shape == (1, 48, width // 2) and fitted.scales.shape == (1, 48, -(-width // 32))
 
     def error(of: Tensor) -> float:
         return float((inputs[600:] @ (of - weight).T).square().mean())
 
-    assert error(dequantize_weight(fitted)[0]) < 0.5 * error(dequantize_weight(quantize_weight(weight)))
+    assert error(dequantize_tensor(fitted)[0]) < 0.5 * error(dequantize_tensor(quantize_tensor(weight)))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_codes_are_those_of_the_papers_recursion(bits: int) -> None:
     """Hassibi and Stork's step, column by column, with the inverse updated by hand instead of a Cholesky factor."""
     weight = torch.randn(1, 24, 72, generator=torch.Generator().manual_seed(0))
-    hessian = energy([correlated(600, 72, 1) * torch.linspace(0.2, 3, 72)])
-    fitted = fit(weight, hessian, bits=bits, group=32)
+    hessian_EII = hessian([correlated(600, 72, 1) * torch.linspace(0.2, 3, 72)])
+    fitted = gptq_quantize(weight, hessian_EII, bits=bits, group=32)
     scales = fitted.scales[0].double().repeat_interleave(32, -1)[:, :72]
-    left, work = hessian[0].double(), weight[0].double().clone()
+    left, work = hessian_EII[0].double(), weight[0].double().clone()
     left += 0.01 * left.diagonal().mean() * torch.eye(72)
     inverse, expected = torch.linalg.inv(left), torch.zeros(24, 72).double()
     free = torch.ones(72, dtype=torch.bool)
-    for column in hessian[0].diagonal().argsort(descending=True).tolist():
+    for column in hessian_EII[0].diagonal().argsort(descending=True).tolist():
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         expected[:, column] = (work[:, column] / scales[:, column]).round().clamp(low, high) * scales[:, column]
         wrong = (work[:, column] - expected[:, column]) / inverse[column, column]
         free[column] = False
         work[:, free] -= wrong[:, None] * inverse[column, free]
         inverse -= torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    same = (dequantize_weight(fitted)[0] - expected).abs() < 1e-3 * scales.abs()
+    same = (dequantize_tensor(fitted)[0] - expected).abs() < 1e-3 * scales.abs()
     assert same.float().mean() > 0.98  # a code at a tie may fall otherwise in float32, and others follow it
 
 
 def test_without_correlation_it_is_plain_rounding() -> None:
     weight = torch.randn(2, 16, 72, generator=torch.Generator().manual_seed(0))
     few = [torch.randn(70, 72), torch.randn(0, 72)]  # rows too few to speak for text
-    fitted, plain = fit(weight, energy(few), bits=4, group=32), quantize_weight(weight)
+    fitted, plain = gptq_quantize(weight, hessian(few), bits=4, group=32), quantize_tensor(weight)
     assert torch.equal(fitted.codes, plain.codes) and torch.equal(fitted.scales, plain.scales)
 
 
 def test_experts_side_by_side_are_fitted_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-    hessian = energy([correlated(200, 40, seed) for seed in range(3)])
-    whole = fit(weight, hessian, bits=4, group=32)
-    monkeypatch.setattr("sprat.quant.gptq.LARGEST", 2 * 40 * 40)
-    parts = fit(weight, hessian, bits=4, group=32)
+    hessian_EII = hessian([correlated(200, 40, seed) for seed in range(3)])
+    whole = gptq_quantize(weight, hessian_EII, bits=4, group=32)
+    monkeypatch.setattr("sprat.quant.gptq.MAX_HESSIAN_ELEMENTS", 2 * 40 * 40)
+    parts = gptq_quantize(weight, hessian_EII, bits=4, group=32)
     assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scales, parts.scales)
     for expert in range(3):
-        alone = fit(weight[expert : expert + 1], hessian[expert : expert + 1], bits=4, group=32)
+        alone = gptq_quantize(weight[expert : expert + 1], hessian_EII[expert : expert + 1], bits=4, group=32)
         assert torch.equal(alone.codes[0], whole.codes[expert])
 
 
 def test_channels_that_are_always_zero_are_no_fault() -> None:
     weight, inputs = torch.randn(8, 64), correlated(200, 64, 0)
     inputs[:, 30:] = 0
-    back = dequantize_weight(fit(weight.unsqueeze(0), energy([inputs]), bits=4, group=32))[0]
+    back = dequantize_tensor(gptq_quantize(weight.unsqueeze(0), hessian([inputs]), bits=4, group=32))[0]
     assert torch.isfinite(back).all() and (back - weight).abs().max() < 0.5 * weight.abs().max()
 
 
@@ -104,18 +104,21 @@ def test_channels_that_are_always_zero_are_no_fault() -> None:
 def test_a_group_that_no_text_lights_is_rounded_to_the_nearest(bits: int) -> None:
     weight, inputs = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(0)), correlated(400, 128, 0)
     inputs[:, 32:96] = 0
-    fitted, plain = fit(weight, energy([inputs, inputs]), bits=bits, group=32), quantize_weight(weight, bits=bits)
+    fitted, plain = (
+        gptq_quantize(weight, hessian([inputs, inputs]), bits=bits, group=32),
+        quantize_tensor(weight, bits=bits),
+    )
     assert torch.equal(fitted.scales[..., 1:3], plain.scales[..., 1:3])
-    assert torch.equal(dequantize_weight(fitted)[..., 32:96], dequantize_weight(plain)[..., 32:96])
-    assert not torch.equal(dequantize_weight(fitted)[..., :32], dequantize_weight(plain)[..., :32])
+    assert torch.equal(dequantize_tensor(fitted)[..., 32:96], dequantize_tensor(plain)[..., 32:96])
+    assert not torch.equal(dequantize_tensor(fitted)[..., :32], dequantize_tensor(plain)[..., :32])
 
 
 def test_a_silent_channel_among_lit_ones_is_not_clipped_for_them() -> None:
     weight = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     inputs = torch.zeros(200, 32)
     inputs[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(1))
-    fitted = fit(weight, energy([inputs]), bits=4, group=32)
-    back, plain = (dequantize_weight(codes) for codes in (fitted, quantize_weight(weight)))
+    fitted = gptq_quantize(weight, hessian([inputs]), bits=4, group=32)
+    back, plain = (dequantize_tensor(codes) for codes in (fitted, quantize_tensor(weight)))
     silent = [float((each - weight)[..., 1:].square().mean()) for each in (back, plain)]
     assert silent[0] < 1.1 * silent[1]
 
@@ -133,19 +136,19 @@ def test_padding_and_neighbours_do_not_vote(experts: int, monkeypatch: pytest.Mo
         """``X^T X`` of each matrix; all are rounded alike, so that no rounding of a sum decides about a code."""
         found: list[Tensor] = []
 
-        def noted(weight: Tensor, hessian: Tensor, *, bits: int, group: int) -> Codes:
-            found.append(hessian.clone())
-            return quantize_weight(weight, bits=bits, group=group)
+        def noted(weight: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> QuantizedTensor:
+            found.append(hessian_EII.clone())
+            return quantize_tensor(weight, bits=bits, group=group)
 
-        monkeypatch.setattr("sprat.quant.gptq.fit", noted)
-        names = calibrate(model(**changes), tokens, lambda name: bits_of(GPTQ, name), segments_BT=segments)
-        return {name: hessian for name, hessian in zip(names, found, strict=True)}
+        monkeypatch.setattr("sprat.quant.gptq.gptq_quantize", noted)
+        names = calibrate(model(**changes), tokens, lambda name: bits_and_group(GPTQ, name), segments_BT=segments)
+        return {name: hessian_EII for name, hessian_EII in zip(names, found, strict=True)}
 
     apart, together, voted = sums(alone, None), sums(packed, segments), sums(packed, None)
     assert apart.keys() == together.keys() and len(apart) > 8
-    for name, hessian in apart.items():
-        assert (hessian - together[name]).norm() < 0.01 * hessian.norm(), name
-        assert (hessian - voted[name]).norm() > 0.1 * hessian.norm(), name
+    for name, hessian_EII in apart.items():
+        assert (hessian_EII - together[name]).norm() < 0.01 * hessian_EII.norm(), name
+        assert (hessian_EII - voted[name]).norm() > 0.1 * hessian_EII.norm(), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_routed_experts": 0}, {"tie_word_embeddings": True}])
@@ -159,37 +162,39 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_text_not_seen(changes: 
             return float((exact.exp() * (exact - of(unseen).log_softmax(-1))).sum(-1).mean())
 
         heard: list[tuple[int, int]] = []
-        fitted = quant.quantize(dense, GPTQ, calibration_BT=text(128, 1), told=lambda *now: heard.append(now))
-        assert divergence(fitted) < 0.8 * divergence(quant.quantize(dense))
-    assert quant.recipe_of(fitted) == GPTQ and heard[-1][0] == heard[-1][1] == len(set(heard))
+        fitted = quant.quantize_model(
+            dense, GPTQ, calibration_BT=text(128, 1), on_progress=lambda *now: heard.append(now)
+        )
+        assert divergence(fitted) < 0.8 * divergence(quant.quantize_model(dense))
+    assert quant.quant_config_of(fitted) == GPTQ and heard[-1][0] == heard[-1][1] == len(set(heard))
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
 
 def test_every_matrix_of_the_stack_is_fitted_and_none_runs_with_what_was() -> None:
     draft = model()
-    codes = calibrate(draft, text(128, 1), lambda name: bits_of(GPTQ, name))
-    wanted = set(quant.packed_tensors(quant.quantize(model()))) - {"embed_tokens.weight", "head.weight"}
+    codes = calibrate(draft, text(128, 1), lambda name: bits_and_group(GPTQ, name))
+    wanted = set(quant.quantized_weights(quant.quantize_model(model()))) - {"embed_tokens.weight", "head.weight"}
     assert set(codes) == wanted
     for name, weight in draft.named_parameters():
         if name in codes:
-            assert torch.equal(weight, dequantize_weight(codes[name])), name
+            assert torch.equal(weight, dequantize_tensor(codes[name])), name
 
 
 def test_the_folder_says_how_it_was_rounded_and_folders_of_before_still_load(tmp_path: Path) -> None:
-    small = quant.quantize(model(), GPTQ, calibration_BT=text(64, 1))
+    small = quant.quantize_model(model(), GPTQ, calibration_BT=text(64, 1))
     quant.save(small, tmp_path)
-    assert quant.recipe_of(quant.load(tmp_path)) == GPTQ
+    assert quant.quant_config_of(quant.load(tmp_path)) == GPTQ
     told = json.loads((tmp_path / "quant.json").read_text())
     assert told.pop("rounding") == "gptq"
     (tmp_path / "quant.json").write_text(json.dumps(told))
-    assert quant.recipe_of(quant.load(tmp_path)) == QuantConfig()
+    assert quant.quant_config_of(quant.load(tmp_path)) == QuantConfig()
 
 
 def test_no_text_or_a_sick_model_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="text"):
-        quant.quantize(model(), GPTQ)
+        quant.quantize_model(model(), GPTQ)
     sick = model()
     with torch.no_grad():
         sick.layers[1].input_layernorm.weight[0] = torch.nan  # type: ignore[union-attr,operator,index]
     with pytest.raises(CheckpointError, match="not finite"):
-        quant.quantize(sick, GPTQ, calibration_BT=text(64, 1))
+        quant.quantize_model(sick, GPTQ, calibration_BT=text(64, 1))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.quant.int4 import dequantize_weight, pack, quantize_weight, unpack
+from sprat.quant.int4 import dequantize_tensor, pack_int4, quantize_tensor, unpack_int4
 
 
 def plain(weight: Tensor, group: int) -> Tensor:
@@ -30,8 +30,8 @@ def test_no_group_is_worse_than_plain_rounding(width: int, rows: int, group: int
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator) * spread
     weight[0, 0] *= 8  # an outlier
-    codes = quantize_weight(weight, group=group)
-    back = dequantize_weight(codes)
+    codes = quantize_tensor(weight, group=group)
+    back = dequantize_tensor(codes)
     assert back.shape == weight.shape and codes.scales.shape == (rows, -(-width // group))
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == (rows, (width + 1) // 2)
 
@@ -50,22 +50,22 @@ def test_no_group_is_worse_than_plain_rounding(width: int, rows: int, group: int
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=65))
 def test_two_codes_share_a_byte_and_come_back(codes: list[int]) -> None:
     row = torch.tensor([codes, codes[::-1]], dtype=torch.int8)
-    packed = pack(row)
+    packed = pack_int4(row)
     assert packed.shape == (2, (len(codes) + 1) // 2)
-    assert torch.equal(unpack(packed, len(codes)), row)
+    assert torch.equal(unpack_int4(packed, len(codes)), row)
 
 
 def test_the_better_of_both_ends_takes_a_fifth_off_the_squared_error_of_gaussian_weights() -> None:
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
-    error = (dequantize_weight(quantize_weight(weight)) - weight).square().mean()
+    error = (dequantize_tensor(quantize_tensor(weight)) - weight).square().mean()
     assert error < 0.8 * (plain(weight, 32) - weight).square().mean()
 
 
 def test_no_weight_is_clipped_by_more_than_half_a_code() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
-    codes = quantize_weight(weight)
+    codes = quantize_tensor(weight)
     steps = codes.scales.float().abs().repeat_interleave(32, -1)
-    assert ((weight - dequantize_weight(codes)).abs() <= 1.0 * steps).all()
+    assert ((weight - dequantize_tensor(codes)).abs() <= 1.0 * steps).all()
 
 
 def test_values_that_the_codes_can_hold_come_back_exactly() -> None:
@@ -73,23 +73,23 @@ def test_values_that_the_codes_can_hold_come_back_exactly() -> None:
     codes[:, ::32] = -8
     for scale in (0.0, 0.125, -0.5):
         weight = codes.float() * scale
-        assert torch.equal(dequantize_weight(quantize_weight(weight)), weight)
+        assert torch.equal(dequantize_tensor(quantize_tensor(weight)), weight)
 
 
 def test_eight_bits_keep_a_row_within_half_a_step_and_sixteen_within_bfloat16() -> None:
     weight = torch.randn(9, 70, generator=torch.Generator().manual_seed(2))
-    eight = quantize_weight(weight, bits=8, group=0)
+    eight = quantize_tensor(weight, bits=8, group=0)
     assert eight.scales.shape == (9, 1) and eight.codes.dtype == torch.int8
     assert (
-        (dequantize_weight(eight) - weight).square().mean(-1) <= (weight.abs().amax(-1) / 127).square() / 12 * 1.3
+        (dequantize_tensor(eight) - weight).square().mean(-1) <= (weight.abs().amax(-1) / 127).square() / 12 * 1.3
     ).all()
-    sixteen = quantize_weight(weight, bits=16)
-    assert torch.equal(dequantize_weight(sixteen), weight.bfloat16().float())
+    sixteen = quantize_tensor(weight, bits=16)
+    assert torch.equal(dequantize_tensor(sixteen), weight.bfloat16().float())
 
 
 def test_large_matrices_in_chunks_are_what_small_ones_are() -> None:
     weight = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(3))
-    whole = quantize_weight(weight)
+    whole = quantize_tensor(weight)
     for expert in range(3):
-        alone = quantize_weight(weight[expert])
+        alone = quantize_tensor(weight[expert])
         assert torch.equal(alone.codes, whole.codes[expert]) and torch.equal(alone.scales, whole.scales[expert])

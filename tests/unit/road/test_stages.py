@@ -134,7 +134,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     assert run is not None and run.set_aside == folder.with_name("pretrain.old-1")
     for _ in range(2):  # the second is a start after a kill
         assert run is not None and run.identity["inputs"]["init_from"]["digest"] == wanted
-        found = checkpoint.source(init_from, run.folder, wanted)
+        found = checkpoint.find_start(init_from, run.folder, wanted)
         assert found.folder == folder.with_name("pretrain.old-1") / "checkpoints" / "step-00000040"
         checkpoint.save(run.checkpoints, 60, model, optim.build(model, OptimConfig()), {"n": 60})
         run = start()
@@ -144,7 +144,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     assert "1 inputs" in said and "not here" not in said, "what it started from is checked where it was set aside"
     assert start() is None and len(list(folder.parent.glob("*.old-*"))) == 1
     with pytest.raises(CheckpointError, match=r"there is \[20, 40\]"):
-        checkpoint.source(f"{folder}@30", folder)
+        checkpoint.find_start(f"{folder}@30", folder)
     shutil.rmtree(folder.with_name("pretrain.old-1"))
     assert start() is None, "also where what it started from was deleted"
     assert all(finding.ok for finding in verify(folder.parent))

@@ -12,8 +12,8 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch
 from sprat.model import Routing, Transformer
 from sprat.train.backward import backward
-from sprat.train.objective import next_token
-from sprat.train.team import Team
+from sprat.train.objective import next_token_loss
+from sprat.train.thread_data_parallel import ThreadDataParallel
 
 TIME = 24
 LENGTHS = ((24,), (3, 3, 2, 3), (9, 1), (2,))  # documents of each row; the rest is padding
@@ -75,12 +75,12 @@ def test_the_cut_does_not_matter_to_any_term(
     parameters = list(model.parameters())
     expected = published(model, batch, config)
     wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
-    with Team(threads) as team:
-        metrics, loads = backward(model, batch, config, next_token, parameters, team)
+    with ThreadDataParallel(threads) as workers:
+        metrics, loads = backward(model, batch, config, next_token_loss, parameters, workers)
     for parameter, theirs in zip(parameters, wanted, strict=True):
         assert theirs is not None and parameter.grad is not None
         assert (parameter.grad - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8
-    once = next_token(model, batch, config)
+    once = next_token_loss(model, batch, config)
     assert once.total.item() == pytest.approx(expected.item(), rel=1e-5)
     plain = F.cross_entropy(
         model(batch.tokens_BT, segments_BT=batch.segments_BT).flatten(0, 1), batch.targets_BT.flatten()
@@ -94,5 +94,5 @@ def test_the_cut_does_not_matter_to_any_term(
 
 def test_a_step_without_a_target_is_no_error(model: Transformer, batch: Batch, recipe: TrainConfig) -> None:
     silent = Batch(batch.tokens_BT, torch.full_like(batch.targets_BT, -100), batch.segments_BT)
-    loss = next_token(model, silent, recipe.replace(balance_weight=0.0))
+    loss = next_token_loss(model, silent, recipe.replace(balance_weight=0.0))
     assert loss.total.item() == 0.0 and loss.metrics == {"loss": 0.0, "mtp_loss": 0.0}

@@ -11,14 +11,14 @@ from sprat.train import balance
 
 def test_bias_rises_for_idle_and_falls_for_busy_experts(model: Transformer) -> None:
     load_E = torch.tensor([9, 7, 8, 8, 16, 0, 8, 8])
-    balance.update(model, [load_E], 0.01)
+    balance.update_bias(model, [load_E], 0.01)
     bias_E = model.moe_layers()[0].gate.e_score_correction_bias
     torch.testing.assert_close(bias_E, torch.tensor([-0.01, 0.01, 0, 0, -0.01, 0.01, 0, 0]))
     assert not model.moe_layers()[1].gate.e_score_correction_bias.any()
 
 
 def test_speed_zero_moves_nothing(model: Transformer) -> None:
-    balance.update(model, [torch.arange(8)], 0.0)
+    balance.update_bias(model, [torch.arange(8)], 0.0)
     assert not model.moe_layers()[0].gate.e_score_correction_bias.any()
 
 
@@ -36,7 +36,7 @@ def test_a_lopsided_router_evens_out(model: Transformer) -> None:
     layer.gate.e_score_correction_bias[0] = 1.0
     first = balance.max_violation([layer.gate(x_ND).load_E])
     for _ in range(200):
-        balance.update(model, [layer.gate(x_ND).load_E], 0.01)
+        balance.update_bias(model, [layer.gate(x_ND).load_E], 0.01)
     assert first > 2.5
     assert balance.max_violation([layer.gate(x_ND).load_E]) < 0.3
 
@@ -49,7 +49,7 @@ def test_padding_has_no_vote_in_the_balance(model: Transformer) -> None:
     valid_N = torch.arange(320) % 20 < 12
     x_ND[~valid_N] = x_ND[19].clone()
     for _ in range(200):
-        balance.update(model, [layer.gate(x_ND, valid_N).load_E], 0.01)
+        balance.update_bias(model, [layer.gate(x_ND, valid_N).load_E], 0.01)
     chosen = layer.gate(x_ND, valid_N).index_NK[valid_N].flatten().tolist()
     mean = len(chosen) / 8
     assert all(0.7 * mean < chosen.count(expert) < 1.3 * mean for expert in range(8))

@@ -16,25 +16,25 @@ from sprat.model import Transformer
 from sprat.train import checkpoint, optim
 
 
-def _moved(model: Transformer) -> optim.Optimiser:
-    optimiser = optim.build(model, OptimConfig())
+def _moved(model: Transformer) -> optim.Optimizer:
+    optimizer = optim.build(model, OptimConfig())
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimiser.step()
+    optimizer.step()
     model.moe_layers()[0].gate.e_score_correction_bias.add_(0.25)
-    return optimiser
+    return optimizer
 
 
 def test_everything_comes_back_to_the_bit(model: Transformer, shape: ModelConfig, tmp_path: Path) -> None:
-    optimiser = _moved(model)
-    checkpoint.save(tmp_path, 7, model, optimiser, {"sum": 0.1 + 0.2})
+    optimizer = _moved(model)
+    checkpoint.save(tmp_path, 7, model, optimizer, {"sum": 0.1 + 0.2})
     other = Transformer.create(shape, 1)
     fresh = optim.build(other, OptimConfig())
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 7 and found.extra == {"sum": 0.1 + 0.2}
     checkpoint.restore(found, other, fresh)
-    for mine, theirs in ((model.state_dict(), other.state_dict()), (optimiser.state(), fresh.state())):
+    for mine, theirs in ((model.state_dict(), other.state_dict()), (optimizer.state_dict(), fresh.state_dict())):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -51,9 +51,9 @@ def test_a_tied_head_stays_tied(shape: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_only_the_last_two_are_kept(model: Transformer, tmp_path: Path) -> None:
-    optimiser = _moved(model)
+    optimizer = _moved(model)
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, model, optimiser, {})
+        checkpoint.save(tmp_path, step, model, optimizer, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
@@ -79,9 +79,9 @@ def _half_state(folder: Path) -> None:
 
 @pytest.mark.parametrize("tear", [_cut, _flip, _no_state, _half_state])
 def test_a_torn_checkpoint_is_passed_over(model: Transformer, tmp_path: Path, tear: Callable[[Path], None]) -> None:
-    optimiser = _moved(model)
-    checkpoint.save(tmp_path, 1, model, optimiser, {})
-    tear(checkpoint.save(tmp_path, 2, model, optimiser, {}))
+    optimizer = _moved(model)
+    checkpoint.save(tmp_path, 1, model, optimizer, {})
+    tear(checkpoint.save(tmp_path, 2, model, optimizer, {}))
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 1
 
@@ -107,9 +107,9 @@ def test_a_checkpoint_of_another_model_is_refused(model: Transformer, shape: Mod
 def test_too_little_room_is_said_before_anything_is_written(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimiser = _moved(model)
-    checkpoint.save(tmp_path, 1, model, optimiser, {})
+    optimizer = _moved(model)
+    checkpoint.save(tmp_path, 1, model, optimizer, {})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
     with pytest.raises(MachineError, match="the disk is full"):
-        checkpoint.save(tmp_path, 2, model, optimiser, {})
+        checkpoint.save(tmp_path, 2, model, optimizer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -10,7 +10,7 @@ import torch
 from sprat.data.pack import Packed
 from sprat.errors import DataError
 from sprat.model import Transformer
-from sprat.train import bits_per_byte, by_domain
+from sprat.train import bits_per_byte, bits_per_byte_by_domain
 
 
 def test_a_model_that_knows_nothing_pays_the_full_alphabet(model: Transformer, packed: Packed) -> None:
@@ -28,7 +28,7 @@ def test_the_cut_into_batches_does_not_matter(model: Transformer, packed: Packed
 
 
 def test_domains_are_measured_apart(model: Transformer, packed: Packed) -> None:
-    found = by_domain(model, {"a": (packed, 100), "b": (packed, 200)})
+    found = bits_per_byte_by_domain(model, {"a": (packed, 100), "b": (packed, 200)})
     assert found["a"] == pytest.approx(2 * found["b"])
 
 

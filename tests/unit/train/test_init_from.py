@@ -15,7 +15,7 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch, MixedSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
-from sprat.train import Loss, checkpoint, next_token, optim, train
+from sprat.train import Loss, checkpoint, next_token_loss, optim, train
 from sprat.trust import Run
 
 NewRun = Callable[[str], Run]
@@ -29,7 +29,7 @@ def short(recipe: TrainConfig) -> TrainConfig:
 
 def _finish(run: Run) -> None:
     """What the road does at the end: the checkpoint at the full rate outlives the others."""
-    checkpoint.keep(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
+    checkpoint.copy_to_artefact(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
     run.finish()
 
 
@@ -86,8 +86,12 @@ def test_after_divergence_a_lower_rate_goes_on_from_the_step_that_the_advice_nam
 
     def breaks(model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None) -> Loss:
         calls.append(1)
-        loss = next_token(model, batch, config, whole)
-        return loss if len(calls) <= 7 else Loss(loss.total * math.nan, {**loss.metrics, "loss": math.nan}, loss.loads)
+        loss = next_token_loss(model, batch, config, whole)
+        return (
+            loss
+            if len(calls) <= 7
+            else Loss(loss.total * math.nan, {**loss.metrics, "loss": math.nan}, loss.expert_loads)
+        )
 
     run = new_run("broken")
     with pytest.raises(TrainingError) as caught:
@@ -126,4 +130,4 @@ def test_the_newest_of_more_than_nine_that_were_set_aside_is_started_from(
     for number in (2, 9, 10):
         folder = tmp_path / f"learn.old-{number}" / "checkpoints"
         checkpoint.save(folder, number, model, optim.build(model, short.optim), {})
-    assert checkpoint.source(str(tmp_path / "learn"), tmp_path / "learn").step == 10
+    assert checkpoint.find_start(str(tmp_path / "learn"), tmp_path / "learn").step == 10

@@ -15,7 +15,7 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch, MixedSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.train import Loss, next_token, train
+from sprat.train import Loss, next_token_loss, train
 from sprat.trust import Run
 
 NewRun = Callable[[str], Run]
@@ -135,7 +135,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
         assert torch.equal(mine.gate.e_score_correction_bias, theirs.gate.e_score_correction_bias)
 
 
-def test_a_team_of_two_repeats_itself_and_agrees_with_one(
+def test_two_threads_repeat_themselves_and_agree_with_one(
     shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     """The same bits for the same number of threads; another number only rounds differently."""
@@ -167,10 +167,10 @@ def test_a_loss_that_is_not_finite_moves_nothing(
     def poisoned(model: Transformer, batch: Batch, config: TrainConfig, whole: Batch | None = None) -> Loss:
         nonlocal calls
         calls += 1
-        loss = next_token(model, batch, config, whole)
+        loss = next_token_loss(model, batch, config, whole)
         if calls <= 4:
             return loss
-        return Loss(loss.total * float("nan"), {**loss.metrics, "loss": float("nan")}, loss.loads)
+        return Loss(loss.total * float("nan"), {**loss.metrics, "loss": float("nan")}, loss.expert_loads)
 
     model, run = Transformer.create(shape, 0), new_run("a")
     with pytest.raises(TrainingError, match="loss, grad_norm is not finite at step 5") as caught:

@@ -22,7 +22,7 @@ def fill():
         torch.zeros(9 << 20)  # 36 MB: above the most that glibc adapts to
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 plain = fill()
-assert machine.keep_pages()
+assert machine.raise_malloc_thresholds()
 fill()
 print(plain, fill())
 """
@@ -41,11 +41,11 @@ def test_large_temporaries_stop_costing_page_faults() -> None:
 
 def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert machine.keep_pages.__wrapped__() is False
+    assert machine.raise_malloc_thresholds.__wrapped__() is False
 
 
 def test_threads_are_set_and_told() -> None:
-    assert machine.tune(1) == 1 == torch.get_num_threads()
+    assert machine.tune_allocator(1) == 1 == torch.get_num_threads()
 
 
 def test_cpus_compute_in_float32() -> None:

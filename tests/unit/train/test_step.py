@@ -1,4 +1,4 @@
-"""A run of training beside the same run by torch's own optimiser, torch's clipping, and rates worked out by hand."""
+"""A run of training beside the same run by torch's own optimizer, torch's clipping, and rates worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sprat.config import OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.data.loader import MixedSource
 from sprat.model import Transformer
-from sprat.train import next_token, train
-from sprat.train.objective import looking_ahead
+from sprat.train import next_token_loss, train
+from sprat.train.objective import mtp_outputs
 from sprat.trust import Run
 
 LIMIT, RATE, DECAY, SPEED = 0.5, 0.01, 0.1, 0.002
@@ -30,7 +30,7 @@ def wanted_bias(model: Transformer, source: MixedSource, step: int) -> list[torc
     batch = source.batch(step)
     hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     routing = [(each, batch.segments_BT > 0) for each in hidden.routing]
-    for ahead, _ in looking_ahead(model, hidden, batch):
+    for ahead, _ in mtp_outputs(model, hidden, batch):
         inside_BT = (batch.segments_BT[:, 1:] == batch.segments_BT[:, :-1]) & (batch.segments_BT[:, 1:] > 0)
         routing += [(each, inside_BT) for each in ahead.routing]
     found = []
@@ -54,16 +54,16 @@ def test_training_is_what_its_recipe_says(
         {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=1.0, betas=OPTIM.betas)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=OPTIM.betas)
     norms = []
     for step, factor in enumerate(FACTORS):
         bias = wanted_bias(theirs, source, step)
-        optimiser.zero_grad()
-        next_token(theirs, source.batch(step), config).total.backward()
+        optimizer.zero_grad()
+        next_token_loss(theirs, source.batch(step), config).total.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), LIMIT)))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = RATE * factor
-        optimiser.step()
+        optimizer.step()
         for layer, moved in zip(theirs.moe_layers(), bias, strict=True):
             layer.gate.e_score_correction_bias.copy_(moved)
     assert min(norms) > LIMIT  # every step was clipped

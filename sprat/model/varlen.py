@@ -1,4 +1,4 @@
-"""Latent attention document by document, for training small models on a CPU.
+"""Variable-length latent attention, document by document, for training small models on a CPU.
 
 Packed rows hold several short documents, and a token attends inside its own. A masked product over whole rows
 spends most of its work on pairs that the mask then throws away: rows of 128 tokens with documents of 40 spend
@@ -24,24 +24,24 @@ from torch.autograd.function import once_differentiable
 
 from sprat.kernels import fused
 
-LONGEST = 1024  # tokens; for longer documents the stock operators are used
+MAX_SEQLEN = 1024  # tokens; for longer documents the stock operators are used
 
 
 @dataclass(frozen=True)
-class Documents:
-    """A batch cut into documents: where each starts among the tokens, how long it is (int64), and the turns.
+class VarlenMetadata:
+    """The documents of a batch: where each starts among the tokens, how long it is (int64), and the rotary table.
 
-    ``turn_Tr`` holds the complex turns of places 0 .. T - 1 of a row, contiguous.
+    ``freqs_cis_Tr`` holds the complex rotations of positions 0 .. T - 1 of a row, contiguous.
     """
 
     starts: Tensor
     lengths: Tensor
-    turn_Tr: Tensor
+    freqs_cis_Tr: Tensor
 
 
-def cut(segments_BT: Tensor | None, batch: int, time: int, turn_Tr: Tensor) -> Documents | None:
+def varlen_metadata(segments_BT: Tensor | None, batch: int, time: int, freqs_cis_Tr: Tensor) -> VarlenMetadata | None:
     """The documents of a batch: runs of equal segment in a row, or whole rows. None where stock operators serve."""
-    if not fused.applies(turn_Tr.real) or batch * time == 0:
+    if not fused.is_supported(freqs_cis_Tr.real) or batch * time == 0:
         return None
     if segments_BT is None:
         starts = torch.arange(batch) * time
@@ -50,27 +50,27 @@ def cut(segments_BT: Tensor | None, batch: int, time: int, turn_Tr: Tensor) -> D
         first[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
         starts = first.flatten().nonzero().flatten()
     lengths = torch.diff(starts, append=starts.new_tensor([batch * time]))
-    if int(lengths.max()) > LONGEST:
+    if int(lengths.max()) > MAX_SEQLEN:
         return None
-    return Documents(starts, lengths, turn_Tr.contiguous())
+    return VarlenMetadata(starts, lengths, freqs_cis_Tr.contiguous())
 
 
-def _arguments(documents: Documents, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, scale: float) -> list[Any]:
+def _native_args(varlen: VarlenMetadata, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, scale: float) -> list[Any]:
     """What both native functions take after their tensors."""
     heads, width = q_NHd.shape[1:]
     rope = k_rope_Nr.shape[1]
     nope = width - rope
-    sizes = (heads, nope, rope, kv_NHw.shape[2] - nope, len(documents.turn_Tr))
-    arrays = (torch.view_as_real(documents.turn_Tr), documents.starts, documents.lengths)
-    return [*map(fused.at, arrays), c_int64(len(documents.starts)), *map(c_int64, sizes), c_float(scale)]
+    sizes = (heads, nope, rope, kv_NHw.shape[2] - nope, len(varlen.freqs_cis_Tr))
+    arrays = (torch.view_as_real(varlen.freqs_cis_Tr), varlen.starts, varlen.lengths)
+    return [*map(fused.data_ptr, arrays), c_int64(len(varlen.starts)), *map(c_int64, sizes), c_float(scale)]
 
 
-class _DocumentAttention(torch.autograd.Function):
-    """See ``attend``."""
+class _VarlenAttention(torch.autograd.Function):
+    """See ``varlen_attention``."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, documents: Documents, scale: float
+        ctx: Any, q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, varlen: VarlenMetadata, scale: float
     ) -> Tensor:
         """Keeps the inputs and the logarithm of each row's sum."""
         tokens, heads = q_NHd.shape[:2]
@@ -78,10 +78,12 @@ class _DocumentAttention(torch.autograd.Function):
         value = kv_NHw.shape[2] - q_NHd.shape[2] + k_rope_Nr.shape[1]
         out_NHv, log_sum_NH = q_NHd.new_empty(tokens, heads, value), q_NHd.new_empty(tokens, heads)
         inputs = (q_NHd, kv_NHw, k_rope_Nr)
-        settings = _arguments(documents, *inputs, scale)
-        fused.native().attend_forward(*map(fused.at, inputs), *settings, fused.at(out_NHv), fused.at(log_sum_NH))
+        settings = _native_args(varlen, *inputs, scale)
+        fused.require_library().varlen_attention_forward(
+            *map(fused.data_ptr, inputs), *settings, fused.data_ptr(out_NHv), fused.data_ptr(log_sum_NH)
+        )
         ctx.save_for_backward(*inputs, log_sum_NH)
-        ctx.documents, ctx.scale = documents, scale
+        ctx.varlen, ctx.scale = varlen, scale
         return out_NHv
 
     @staticmethod
@@ -90,25 +92,27 @@ class _DocumentAttention(torch.autograd.Function):
         """Gradients of queries, keys-and-values and rotary keys."""
         q_NHd, kv_NHw, k_rope_Nr, log_sum_NH = ctx.saved_tensors
         inputs = (q_NHd, kv_NHw, k_rope_Nr)
-        grad_NHv, grads = grad_NHv.contiguous(), [torch.empty_like(one) for one in inputs]
-        settings = _arguments(ctx.documents, *inputs, ctx.scale)
-        results = map(fused.at, (log_sum_NH, *grads))
-        fused.native().attend_backward(fused.at(grad_NHv), *map(fused.at, inputs), *settings, *results)
+        grad_NHv, grads = grad_NHv.contiguous(), [torch.empty_like(tensor) for tensor in inputs]
+        settings = _native_args(ctx.varlen, *inputs, ctx.scale)
+        results = map(fused.data_ptr, (log_sum_NH, *grads))
+        fused.require_library().varlen_attention_backward(
+            fused.data_ptr(grad_NHv), *map(fused.data_ptr, inputs), *settings, *results
+        )
         return *grads, None, None
 
 
-def attend(q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, documents: Documents, scale: float) -> Tensor:
+def varlen_attention(q_NHd: Tensor, kv_NHw: Tensor, k_rope_Nr: Tensor, varlen: VarlenMetadata, scale: float) -> Tensor:
     """Causal attention inside each document.
 
     Args:
         q_NHd: queries before rotation, contiguous; the last r channels carry positions, in pairs.
         kv_NHw: for each head n key channels and v value channels, contiguous.
         k_rope_Nr: the rotary key that all heads share, before rotation.
-        documents: from ``cut``.
+        varlen: from ``varlen_metadata``.
         scale: factor on query-key products.
 
     Returns:
         [N, H, v].
     """
-    out: Tensor = _DocumentAttention.apply(q_NHd, kv_NHw, k_rope_Nr, documents, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _VarlenAttention.apply(q_NHd, kv_NHw, k_rope_Nr, varlen, scale)  # type: ignore[no-untyped-call]
     return out

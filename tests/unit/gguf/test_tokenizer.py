@@ -11,8 +11,8 @@ import pytest
 
 from sprat.errors import CheckpointError
 from sprat.gguf.header import Header
-from sprat.gguf.patterns import PATTERNS, WHOLE_FIRST
-from sprat.gguf.words import read_tokenizer
+from sprat.gguf.pretokenizers import IGNORE_MERGES, PRETOKENIZERS
+from sprat.gguf.tokenizer import read_tokenizer
 from sprat.tokens import Message, Tokenizer, render
 
 TEXTS = [
@@ -49,8 +49,8 @@ def trained(pre: str) -> Any:
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Foreign
 
-    found = Foreign(models.BPE(ignore_merges=pre in WHOLE_FIRST))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
+    found = Foreign(models.BPE(ignore_merges=pre in IGNORE_MERGES))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRETOKENIZERS[pre]]
     found.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
     found.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -72,7 +72,7 @@ def test_smollms_cut_is_the_one_of_its_own_tokenizer() -> None:
         assert ours.encode(text) == theirs.encode(text).ids and ours.decode(ours.encode(text)) == text
 
 
-@pytest.mark.parametrize("pre", sorted(PATTERNS))
+@pytest.mark.parametrize("pre", sorted(PRETOKENIZERS))
 def test_every_cut_comes_through(pre: str) -> None:
     theirs = trained(pre)
     ours = read_tokenizer(Header(Path("x.gguf"), meta_of(json.loads(theirs.to_str()), pre, *ENDS), {}))
@@ -87,8 +87,8 @@ def test_deepseeks_vocabulary_survives_the_way_through_metadata() -> None:
     file = Path(package.__file__).with_name("tokenizer.json")
     table = json.loads(file.read_text(encoding="utf-8"))
     theirs = Tokenizer.load(file)
-    meta = meta_of(table, "deepseek-v3", theirs.format.bos, theirs.format.eos)
-    ours = read_tokenizer(Header(Path("x.gguf"), meta, {}))
+    metadata = meta_of(table, "deepseek-v3", theirs.format.bos, theirs.format.eos)
+    ours = read_tokenizer(Header(Path("x.gguf"), metadata, {}))
     assert ours.format == theirs.format and ours.ids == theirs.ids
     for text in [*TEXTS, "<｜User｜>", "1234567 你好 ab  cd"]:
         assert ours.encode(text) == theirs.encode(text)

@@ -1,14 +1,14 @@
-"""Cores as a team: each takes its share of the rows through the whole model, and gradients are added up.
+"""Data parallelism over threads: each takes rows through the whole model, and gradients are added up.
 
 Torch's own way to use two cores is to split every operation. For a small model that is a poor bargain: an
 operation of 100 microseconds is split, joined, and the next one waits for the slower half, some 1,500 times a
-step; what cannot be split (sorting, gathering, Python itself) leaves a core idle; and where a neighbour takes a
+step; what cannot be split (sorting, gathering, Python itself) leaves a core idle; and where a neighbor takes a
 core away, every join waits for it. So the batch is split instead, once a step: each thread runs forward and
 backward on its rows with its own autograd graph, and only the finished gradients meet. Torch lets go of
 Python's lock inside operations and in the backward pass, so threads suffice and weights are shared for nothing.
 
-Gradients are added in the order of the members, so equal team sizes give equal bits. Left out: more than four
-members, since the lock is held long enough to make a fifth wait; cores beyond that split operations after all.
+Gradients are added in the order of the threads, so equal numbers give equal bits. Left out: more than four threads
+of this kind, since the lock is held long enough to make a fifth wait; cores beyond that split operations after all.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Self, TypeVar
 
 import torch
 
-MOST = 4
+MAX_WORKERS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Team:
+class ThreadDataParallel:
     """``size`` threads, of which the caller's is one; a context, in which the caller's torch uses its share only.
 
     Args:
-        threads: how many cores to use; None for torch's number. The team has at most ``MOST`` members, which
+        threads: how many cores to use; None for torch's number. There are at most ``MAX_WORKERS`` threads, which
             share the cores evenly.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or torch.get_num_threads()
-        self.size = min(MOST, self._threads)
+        self.size = min(MAX_WORKERS, self._threads)
         self._inner = max(1, self._threads // self.size)
         self._before = self._threads
         self._pool: ThreadPoolExecutor | None = None
@@ -45,7 +45,9 @@ class Team:
         self._before = torch.get_num_threads()
         if self.size > 1:
             inner = self._inner
-            self._pool = ThreadPoolExecutor(self.size - 1, "team", initializer=lambda: torch.set_num_threads(inner))
+            self._pool = ThreadPoolExecutor(
+                self.size - 1, "data-parallel", initializer=lambda: torch.set_num_threads(inner)
+            )
             torch.set_num_threads(inner)
         return self
 

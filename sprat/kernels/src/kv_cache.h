@@ -1,4 +1,4 @@
-// Zeroed pages that grow without being copied, and that the kernel may back with huge ones.
+// Memory of the KV cache: zeroed pages that grow without being copied, and that the kernel may back with huge ones.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,14 +8,14 @@
 
 namespace sprat {
 
-class Pages {
+class KVCacheBuffer {
 public:
-    Pages() = default;
-    ~Pages() {
+    KVCacheBuffer() = default;
+    ~KVCacheBuffer() {
         if (at_) munmap(at_, size_);
     }
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
+    KVCacheBuffer(const KVCacheBuffer&) = delete;
+    KVCacheBuffer& operator=(const KVCacheBuffer&) = delete;
 
     std::uint8_t* at() const { return at_; }
     std::size_t size() const { return size_; }

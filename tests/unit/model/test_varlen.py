@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sprat.kernels import fused, library
-from sprat.model import Transformer, documents
+from sprat.kernels import fused, native_library
+from sprat.model import Transformer, varlen
+from sprat.model.forward_context import forward_context
 from sprat.model.norm import rms_norm
-from sprat.model.step import plan
 
 from .conftest import tiny
 
@@ -21,30 +21,30 @@ def packings() -> dict[str, Tensor | None]:
     return {"whole rows": None, "ragged": ragged, "single tokens": torch.arange(60).view(3, 20)}
 
 
-native = pytest.mark.skipif(library() is None, reason="no C++ compiler: stock operators do the work")
+native = pytest.mark.skipif(native_library() is None, reason="no C++ compiler: stock operators do the work")
 
 
 @native
 @pytest.mark.parametrize("name", packings())
-def test_document_attention_equals_the_masked_form(name: str) -> None:
+def test_varlen_attention_equals_the_masked_form(name: str) -> None:
     model = Transformer.create(tiny(), 0)
     attention, segments = model.layers[0].self_attn, packings()[name]
     generator = torch.Generator().manual_seed(1)
     x_BTD = torch.randn(3, 20, 24, generator=generator).requires_grad_()
     pull = torch.randn(3, 20, 24, generator=generator)
     results = []
-    for by_document in (False, True):
-        step = plan(
+    for use_varlen in (False, True):
+        context = forward_context(
             model.rotary,
             torch.zeros(3, 20, dtype=torch.long),
             segments_BT=segments,
             positions_BT=None,
             cache=None,
             valid_BT=None,
-            by_document=by_document,
+            use_varlen=use_varlen,
         )
-        assert (step.documents is None) == (not by_document)
-        out = attention(x_BTD, step)
+        assert (context.varlen is None) == (not use_varlen)
+        out = attention(x_BTD, context)
         results.append((out, *torch.autograd.grad(out, [x_BTD, *attention.parameters()], pull)))
     for masked, fast in zip(*results, strict=True):
         assert (masked - fast).abs().max() < 1e-4
@@ -67,19 +67,19 @@ def test_any_shape_of_documents_equals_softmax_written_out(
     q = torch.randn(tokens, heads, nope + rope, generator=generator).requires_grad_()
     kv = torch.randn(tokens, heads, nope + value, generator=generator).requires_grad_()
     k_rope = torch.randn(tokens, rope, generator=generator).requires_grad_()
-    turns = torch.polar(torch.ones(tokens, half), torch.rand(tokens, half, generator=generator))
+    freqs_cis = torch.polar(torch.ones(tokens, half), torch.rand(tokens, half, generator=generator))
     segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    cut = documents.cut(segments[None], 1, tokens, turns)
-    assert cut is not None and cut.lengths.tolist() == lengths
-    fast = documents.attend(q, kv, k_rope, cut, 0.3)
+    metadata = varlen.varlen_metadata(segments[None], 1, tokens, freqs_cis)
+    assert metadata is not None and metadata.lengths.tolist() == lengths
+    fast = varlen.varlen_attention(q, kv, k_rope, metadata, 0.3)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         real, imaginary = x[..., 0::2], x[..., 1::2]
-        cosine, sine = turns.real[:, None], turns.imag[:, None]
+        cosine, sine = freqs_cis.real[:, None], freqs_cis.imag[:, None]
         return torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1).flatten(-2)
 
-    shared = turned(k_rope[:, None]).expand(tokens, heads, rope)
-    keys, queries = torch.cat((kv[..., :nope], shared), -1), torch.cat((q[..., :nope], turned(q[..., nope:])), -1)
+    shared = rotated(k_rope[:, None]).expand(tokens, heads, rope)
+    keys, queries = torch.cat((kv[..., :nope], shared), -1), torch.cat((q[..., :nope], rotated(q[..., nope:])), -1)
     scores = torch.einsum("ihd,jhd->hij", queries, keys) * 0.3
     hidden = (segments[:, None] != segments) | torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     plain = torch.einsum("hij,jhv->ihv", scores.masked_fill(hidden, float("-inf")).softmax(-1), kv[..., nope:])
@@ -92,11 +92,11 @@ def test_any_shape_of_documents_equals_softmax_written_out(
 
 
 def test_long_documents_are_left_to_stock_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = torch.ones(300, 2, dtype=torch.complex64)
-    monkeypatch.setattr(documents, "LONGEST", 280)
-    assert documents.cut((torch.arange(300) >= 281).long().expand(4, 300), 4, 300, turns) is None
-    monkeypatch.setattr(fused, "library", lambda: None)
-    assert documents.cut(None, 4, 8, turns[:8]) is None
+    freqs_cis = torch.ones(300, 2, dtype=torch.complex64)
+    monkeypatch.setattr(varlen, "MAX_SEQLEN", 280)
+    assert varlen.varlen_metadata((torch.arange(300) >= 281).long().expand(4, 300), 4, 300, freqs_cis) is None
+    monkeypatch.setattr(fused, "native_library", lambda: None)
+    assert varlen.varlen_metadata(None, 4, 8, freqs_cis[:8]) is None
 
 
 def test_norm_gradient_is_exact() -> None:

@@ -30,8 +30,8 @@ def loss(net: Transformer) -> torch.Tensor:
 @pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(bits=8, group=64, head_bits=4)], ids=["4", "8"])
 def test_what_is_computed_meanwhile_is_what_the_quantised_model_computes(kind: str, config: QuantConfig) -> None:
     net = model(kind)
-    kept = quant.dequantize(quant.quantize(net, config))
-    with quant.rounded(net, config):
+    kept = quant.dequantize_model(quant.quantize_model(net, config))
+    with quant.fake_quantize(net, config):
         assert all(torch.equal(value, kept.state_dict()[name]) for name, value in net.state_dict().items())
         total = loss(net)
         total.backward()
@@ -46,7 +46,7 @@ def test_what_is_computed_meanwhile_is_what_the_quantised_model_computes(kind: s
 def test_every_weight_is_again_what_it_was_also_after_a_fault() -> None:
     net = model("experts")
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(RuntimeError, match="stop"), quant.rounded(net, QuantConfig()):
+    with pytest.raises(RuntimeError, match="stop"), quant.fake_quantize(net, QuantConfig()):
         assert any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
         raise RuntimeError("stop")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -15,25 +15,25 @@ import torch
 
 from sprat.config import QuantConfig
 from sprat.model import Transformer
-from sprat.quant.int4 import dequantize_weight, quantize_weight
-from sprat.quant.layers import bits_of, matrices
+from sprat.quant.int4 import dequantize_tensor, quantize_tensor
+from sprat.quant.layers import bits_and_group, quantizable_weights
 
 
 @contextmanager
-def rounded(model: Transformer, config: QuantConfig) -> Iterator[None]:
+def fake_quantize(model: Transformer, config: QuantConfig) -> Iterator[None]:
     """While this lasts, every matrix that ``quantize`` would take holds what its nearest codes by ``config`` stand for.
 
     Then each has the float32 values again that it had before. The weights must not be moved meanwhile.
     """
-    held = {}
+    originals = {}
     with torch.no_grad():
-        for name, weight in matrices(model).items():
-            held[weight] = weight.clone()
-            bits, group = bits_of(config, name)
-            weight.copy_(dequantize_weight(quantize_weight(weight, bits=bits, group=group)))
+        for name, weight in quantizable_weights(model).items():
+            originals[weight] = weight.clone()
+            bits, group = bits_and_group(config, name)
+            weight.copy_(dequantize_tensor(quantize_tensor(weight, bits=bits, group=group)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, value in held.items():
+            for weight, value in originals.items():
                 weight.copy_(value)

@@ -33,7 +33,7 @@ _DEEPSEEK_V3 = [
 ]
 _DIGITS_FIRST = [r"\p{N}", _GPT2]
 
-PATTERNS: dict[str, list[str]] = {
+PRETOKENIZERS: dict[str, list[str]] = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "exaone4"), [_GPT2]),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_FIRST),
@@ -44,5 +44,5 @@ PATTERNS: dict[str, list[str]] = {
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK_V3,
 }
-WHOLE_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # a whole word is looked up
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # text is brought to Unicode's composed form first
+IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # a whole word is looked up
+NFC_NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # text is brought to Unicode's composed form first

@@ -17,7 +17,7 @@ from sprat.config.model import ModelConfig
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill all parameters of ``model`` in place; the same seed gives the same bits on every device."""
     residual = config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: one static block of memory for each layer.
+"""The KV cache: what each layer stores of the tokens it has read, as one static tensor.
 
 For multi-head latent attention a token leaves ``kv_lora_rank + qk_rope_head_dim`` numbers a layer (the latent
 that keys and values are rebuilt from, and the one shared rotary key); for grouped-query attention it leaves
@@ -16,13 +16,13 @@ from sprat.config.model import ModelConfig
 from sprat.errors import EngineError
 
 
-class Cache:
+class KVCache:
     """Stored tokens of a batch of rows. Slots at or beyond ``length_B`` hold rubbish and are never attended to."""
 
-    def __init__(self, layers: list[Tensor], length_B: Tensor, extent: int = 0) -> None:
+    def __init__(self, layers: list[Tensor], length_B: Tensor, max_length: int = 0) -> None:
         self.layers = layers  # each [B, C, W]
         self.length_B = length_B
-        self.extent = extent  # no row holds more than this; kept as an int so that no tensor has to be read
+        self.max_length = max_length  # no row holds more than this; kept as an int so that no tensor has to be read
 
     @classmethod
     def create(
@@ -32,7 +32,7 @@ class Cache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> Cache:
+    ) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
         width = cls.width(config)
         shape = (batch, capacity, width)
@@ -81,7 +81,7 @@ class Cache:
         Raises:
             EngineError: a row would overflow.
         """
-        if self.extent + count <= self.capacity:
+        if self.max_length + count <= self.capacity:
             return
         extra_B = count if valid_BT is None else valid_BT.sum(1)
         if int((self.length_B + extra_B).max()) > self.capacity:
@@ -94,12 +94,12 @@ class Cache:
     def advance(self, count: int, valid_BT: Tensor | None) -> None:
         """Count the tokens of the forward pass that has just been stored."""
         self.length_B = self.length_B + (count if valid_BT is None else valid_BT.sum(1))
-        self.extent = min(self.extent + count, self.capacity)
+        self.max_length = min(self.max_length + count, self.capacity)
         if valid_BT is not None:
-            self.extent = int(self.length_B.max())
+            self.max_length = int(self.length_B.max())
 
     def reorder(self, index: Tensor) -> None:
         """Keep only the rows ``index`` (long), in that order; a row may be named twice."""
         self.layers = [layer[index] for layer in self.layers]
         self.length_B = self.length_B[index]
-        self.extent = int(self.length_B.max()) if self.batch else 0
+        self.max_length = int(self.length_B.max()) if self.batch else 0

@@ -1,8 +1,8 @@
 """The vocabulary of a GGUF file as our tokenizer: its metadata become a tokenizer.json.
 
-Two kinds are read. ``gpt2`` is byte-level BPE: tokens, merges, and the name of the cut before them (``patterns``).
-``llama`` is SentencePiece BPE with byte fallback: tokens with scores; two neighbours merge where their join is a token,
-the best score first, which is the order that is laid down here as merges.
+Two kinds are read. ``gpt2`` is byte-level BPE: tokens, merges, and the name of the pre-tokenizer before them (see
+``pretokenizers``). ``llama`` is SentencePiece BPE with byte fallback: tokens with scores; two neighbors merge
+where their join is a token, the best score first, which is the order that is laid down here as merges.
 
 Token types say what a token is for: control and unknown tokens steer the model and are never made from a user's text,
 user-defined ones are cut out of the text before all else.
@@ -15,7 +15,7 @@ from typing import Any
 
 from sprat.errors import CheckpointError, DataError
 from sprat.gguf.header import Header
-from sprat.gguf.patterns import COMPOSED, PATTERNS, WHOLE_FIRST
+from sprat.gguf.pretokenizers import IGNORE_MERGES, NFC_NORMALIZED, PRETOKENIZERS
 from sprat.tokens import Tokenizer
 from sprat.tokens.folder import understood
 
@@ -32,10 +32,10 @@ def read_tokenizer(header: Header) -> Tokenizer:
         CheckpointError: the vocabulary is missing, of an unknown kind, or does not hold together.
     """
     tokens = _texts(header, "tokens")
-    types = header.meta.get(f"{_KEY}token_type")
+    types = header.metadata.get(f"{_KEY}token_type")
     if not isinstance(types, list) or len(types) != len(tokens):
         types = [1] * len(tokens)
-    kind, vocabulary = header.meta.get(f"{_KEY}model"), dict(reversed([(t, i) for i, t in enumerate(tokens)]))
+    kind, vocabulary = header.metadata.get(f"{_KEY}model"), dict(reversed([(t, i) for i, t in enumerate(tokens)]))
     if kind == "gpt2":
         table = _byte_level(header, vocabulary)
     elif kind == "llama":
@@ -56,8 +56,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
     }
     text, where = json.dumps(table, ensure_ascii=False), str(header.path)
     try:
-        said = understood(_generation(header), where)
-        return Tokenizer(text, config=_config(header, tokens), generation=said, where=where)
+        generation = understood(_generation(header), where)
+        return Tokenizer(text, config=_config(header, tokens), generation=generation, where=where)
     except DataError as error:
         raise CheckpointError(
             error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"
@@ -65,13 +65,15 @@ def read_tokenizer(header: Header) -> Tokenizer:
 
 
 def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """Normaliser, cut, model and decoder of byte-level BPE."""
-    pre = header.meta.get(f"{_KEY}pre", "default")
-    if not isinstance(pre, str) or pre not in PATTERNS:
-        raise _fault(header, "pre", f"the cut {str(pre)[:40]!r} is not known", f"it is one of {', '.join(PATTERNS)}")
+    """Normalizer, pre-tokenizer, model and decoder of byte-level BPE."""
+    pre = header.metadata.get(f"{_KEY}pre", "default")
+    if not isinstance(pre, str) or pre not in PRETOKENIZERS:
+        raise _fault(
+            header, "pre", f"the cut {str(pre)[:40]!r} is not known", f"it is one of {', '.join(PRETOKENIZERS)}"
+        )
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in PATTERNS[pre]
+        for pattern in PRETOKENIZERS[pre]
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     merges = []
@@ -81,28 +83,28 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
             raise _fault(header, "merges", f"{merge[:40]!r} is no pair")
         merges.append([left, right])
     return {
-        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
+        "normalizer": {"type": "NFC"} if pre in NFC_NORMALIZED else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "decoder": {**level, "use_regex": True},
-        "model": _bpe(vocabulary, merges, whole_first=pre in WHOLE_FIRST),
+        "model": _bpe(vocabulary, merges, whole_first=pre in IGNORE_MERGES),
     }
 
 
 def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str], types: list[Any]) -> dict[str, Any]:
-    """Normaliser, model and decoder of SentencePiece BPE."""
-    scores = header.meta.get(f"{_KEY}scores")
+    """Normalizer, model and decoder of SentencePiece BPE."""
+    scores = header.metadata.get(f"{_KEY}scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise _fault(header, "scores", f"there are not {len(tokens)} of them")
-    found: list[tuple[float, int, int, str, str]] = []
+    merges: list[tuple[float, int, int, str, str]] = []
     for index, token in enumerate(tokens):
         if types[index] in (_UNKNOWN, _CONTROL, _USER, _BYTE) or len(token) > _LONG:
             continue
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
+        for split in range(1, len(token)):
+            left, right = token[:split], token[split:]
             if left in vocabulary and right in vocabulary:
-                found.append((float(scores[index]), len(left), len(right), left, right))
-    found.sort(key=lambda row: row[:3], reverse=True)
-    prefix = header.meta.get(f"{_KEY}add_space_prefix", True) is not False
+                merges.append((float(scores[index]), len(left), len(right), left, right))
+    merges.sort(key=lambda row: row[:3], reverse=True)
+    prefix = header.metadata.get(f"{_KEY}add_space_prefix", True) is not False
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     plain = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
@@ -113,7 +115,7 @@ def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [plain, {"type": "ByteFallback"}, {"type": "Fuse"}, *end]},
         "model": {
-            **_bpe(vocabulary, [[left, right] for *_, left, right in found]),
+            **_bpe(vocabulary, [[left, right] for *_, left, right in merges]),
             "unk_token": unknown,
             "fuse_unk": True,
             "byte_fallback": True,
@@ -135,14 +137,14 @@ def _config(header: Header, tokens: list[str]) -> dict[str, Any]:
     """The tokenizer_config.json that goes with it."""
     table: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        index = header.meta.get(f"{_KEY}{key}_token_id")
+        index = header.metadata.get(f"{_KEY}{key}_token_id")
         if type(index) is int:
             if not 0 <= index < len(tokens):
                 raise _fault(header, f"{key}_token_id", f"{index} is no token of {len(tokens)}")
             table[name] = tokens[index]
-    spm = header.meta.get(f"{_KEY}model") == "llama"
-    table["add_bos_token"] = bool(header.meta.get(f"{_KEY}add_bos_token", spm))
-    template = header.meta.get("tokenizer.chat_template")
+    spm = header.metadata.get(f"{_KEY}model") == "llama"
+    table["add_bos_token"] = bool(header.metadata.get(f"{_KEY}add_bos_token", spm))
+    template = header.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         table["chat_template"] = template
     return table
@@ -151,7 +153,7 @@ def _config(header: Header, tokens: list[str]) -> dict[str, Any]:
 def _generation(header: Header) -> dict[str, Any]:
     """The ``general.sampling`` keys, which converters write since 2025, under the names of generation_config.json."""
     table: dict[str, Any] = {}
-    for key, value in header.meta.items():
+    for key, value in header.metadata.items():
         if key.startswith(_SAMPLING):
             name = key.removeprefix(_SAMPLING)
             # a 32-bit 0.95 in the file is meant as 0.95
@@ -161,7 +163,7 @@ def _generation(header: Header) -> dict[str, Any]:
 
 def _texts(header: Header, key: str) -> list[str]:
     """A list of strings of the metadata."""
-    value = header.meta.get(_KEY + key)
+    value = header.metadata.get(_KEY + key)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise _fault(header, key, "it is missing or holds no strings")
     return [str(text) for text in value]
