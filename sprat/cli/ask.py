@@ -81,7 +81,10 @@ def chat(
     from sprat.tokens.chat import Message
 
     kept = manners(model, turns)[1]
-    engine, bill = _engine(model), meter.Meter(meter.choose(meter.load(), prices or meter.DEFAULT))
+    engine, bill = (
+        _engine(model),
+        meter.Meter(meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES)),
+    )
     history: list[Message] = []
     told: list[dict[str, Any]] = []
     say("/think, /direct, /auto: how it thinks; /new: forget; /quit: end")
@@ -101,8 +104,10 @@ def chat(
             if output is None:
                 continue
             usage = output.usage
-            cost = bill.post(hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens)
-            say(f"({_tokens(output)}; ¥{cost.total / meter.NANO:.9f} at {bill.prices.name}; {output.finish_reason})")
+            cost = bill.record(hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens)
+            say(
+                f"({_tokens(output)}; ¥{cost.total / meter.NANO_PER_YUAN:.9f} at {bill.prices.name}; {output.finish_reason})"
+            )
             history += [Message("user", line), Message("assistant", output.text, output.reasoning or None)]
             told.append({**_row(line, output), "cost_nano_yuan": cost.total})
     return Result({"model": str(model), "turns": told, "cost_nano_yuan": bill.nano_yuan})
@@ -133,7 +138,7 @@ def serve(
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import meter, server
 
-    table = meter.choose(meter.load(), prices or meter.DEFAULT)
+    table = meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES)
     examples, kept = manners(model, turns)
     server.run(
         model,

@@ -39,7 +39,7 @@ def quickstart(
 
     chosen = named(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
     if serve:
-        server.take_port(HOST, port).close()  # a port in use is told now, not after the road
+        server.bind_socket(HOST, port).close()  # a port in use is told now, not after the road
     began, names = time.monotonic(), [stage.name for stage in stages(Road(out, chosen), text)]
     with board(out) as told:
         report = walk(out, chosen, text=text, told=told)

@@ -11,9 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from sprat.serve import create_app, take_port
-from sprat.serve.connections import HEAD_SECONDS, MOST, protocol
-from sprat.serve.server import address_of
+from sprat.serve import bind_socket, create_app
+from sprat.serve.connections import HEADER_TIMEOUT_SECONDS, MAX_CONNECTIONS, bounded_protocol
+from sprat.serve.server import socket_url
 from tests.unit.serve.scripted import within
 
 
@@ -30,23 +30,29 @@ class Prompt(uvicorn.Server):
 
 
 @contextmanager
-def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, **settings: Any) -> Iterator[str]:
+def live(
+    engine: Any,
+    *,
+    max_connections: int = MAX_CONNECTIONS,
+    header_timeout: float = HEADER_TIMEOUT_SECONDS,
+    **settings: Any,
+) -> Iterator[str]:
     """The address of a server around ``engine``."""
     app = create_app(engine, **settings)
-    taken = take_port("127.0.0.1", 0)
-    http = protocol(most, head_seconds)
+    listener = bind_socket("127.0.0.1", 0)
+    http = bounded_protocol(max_connections, header_timeout)
     config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
     server = Prompt(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert within(30, lambda: server.started)
     try:
-        yield address_of(taken)
+        yield socket_url(listener)
     finally:
-        app.state.traffic.close()
+        app.state.pool.close()
         server.should_exit = True
         thread.join(30)
-        taken.close()
+        listener.close()
 
 
 def tiny_model(folder: Path) -> None:
