@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sprat.engine.sequence import Delta
-from sprat.tokens.chat import Answer, settled
+from sprat.tokens.chat import Answer, resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
 WINDOW = 16  # tokens that are decoded together, at most
@@ -72,7 +72,7 @@ class Reader:
         self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = (), structured: bool = False
     ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        thinking = settled(tokenizer, thinking, structured=structured)
+        thinking = resolve_thinking(tokenizer, thinking, structured=structured)
         self._decoder = Decoder(tokenizer)
         tags = tokenizer.format.think_tokens
         self._tags = None if min(tokenizer.ids.think_open, tokenizer.ids.think_close) >= 0 else tags

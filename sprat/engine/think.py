@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence as Rows
 
-from sprat.tokens.chat import settled
+from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
 
@@ -43,7 +43,7 @@ class Thought:
         opening, ending = tokenizer.format.think_tokens
         self._open, self._close = opening.encode(), ending.encode()
         self.seen, self.tail = 0, b""
-        thinking = settled(tokenizer, thinking)
+        thinking = resolve_thinking(tokenizer, thinking)
         self.begin: int | None = 0 if thinking else None
         self.end: int | None = 0 if thinking is False else None
 

@@ -4,8 +4,8 @@ Ours reads ``<|bos|><|system|>S<|user|>Q<|assistant|><think>R</think>A<|eos|>``.
 tokens, so "thinking on" and "thinking off" are nothing but which of them the prompt already ends with:
 ``<think>`` makes the model think, ``<think></think>`` makes it answer at once, and nothing lets it choose.
 Other formats have habits: DeepSeek-R1's prompt always opens the reasoning, V3.1's closes it unless thinking is asked
-for, so saying nothing means that (``settled``). A model whose template knows no thinking cannot be asked to think.
-Reasoning of past turns is left out, as DeepSeek-R1 does: it is long, and its answer already stands there.
+for, so saying nothing means that (``resolve_thinking``). A model whose template knows no thinking cannot be asked to
+think. Reasoning of past turns is left out, as DeepSeek-R1 does: it is long, and its answer already stands there.
 What a message says is encoded as plain text; only this file writes role and think tokens.
 """
 
@@ -70,7 +70,7 @@ def _parts(
     return write(tokenizer.format, turns, thinking=thinking, generate=generate)
 
 
-def settled(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
+def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
     """How an answer begins that follows a prompt rendered with ``thinking``: in reasoning, in content, or either.
 
     ``structured``: its content has a form that was asked for, of which think tags that are ordinary text are no part.
@@ -105,7 +105,9 @@ def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: s
     return begin + ids, [0] * len(begin) + [1] * len(ids)
 
 
-def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, structured: bool = False) -> Answer:
+def split_reasoning(
+    tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, structured: bool = False
+) -> Answer:
     """Part generated ids, which follow a prompt rendered with ``thinking``, into reasoning and content.
 
     Everything from the first end token on is dropped. With ``thinking=None``, and no habit of the format, there is
@@ -113,7 +115,7 @@ def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, st
     those are dropped that a format puts around its think tags; a ``structured`` answer keeps all of its content.
     """
     opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
-    thinking = settled(tokenizer, thinking, structured=structured)
+    thinking = resolve_thinking(tokenizer, thinking, structured=structured)
     row = list(itertools.takewhile(lambda index: index not in tokenizer.end_ids, map(int, ids)))
     if closing < 0 or opening < 0:
         text = tokenizer.decode(row, skip_specials=True)
@@ -130,7 +132,7 @@ def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, st
 
 
 def _split_text(tokenizer: Tokenizer, text: str, *, thinking: bool | None, structured: bool) -> Answer:
-    """``split`` for tokenizers whose think tags are ordinary text."""
+    """``split_reasoning`` for tokenizers whose think tags are ordinary text."""
     opening, closing = tokenizer.format.think_tokens
     if thinking is None and text.lstrip().startswith(opening):
         thinking, text = True, text.lstrip().removeprefix(opening)

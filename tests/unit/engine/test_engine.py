@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import EngineError
 from sprat.model import Transformer
-from sprat.tokens import Message, Tokenizer, render, split
+from sprat.tokens import Message, Tokenizer, render, split_reasoning
 
 QUESTIONS = ["what is it?", "the cat", "12 + 13 = ", "is it a cat? the cat sat on the mat; it is a cat.", "é"]
 
@@ -82,7 +82,7 @@ def test_forced_thinking_never_ends_before_it_began(model: Transformer, tokenize
             assert not {close, end} & set(output.token_ids[:first])
     plain = Engine(model, tokenizer).generate(QUESTIONS * 4, Sampling(max_tokens=25, thinking=True))
     for output in plain:
-        answer = split(tokenizer, output.token_ids, thinking=True)
+        answer = split_reasoning(tokenizer, output.token_ids, thinking=True)
         assert (output.reasoning, output.text, output.closed) == (answer.reasoning, answer.content, answer.closed)
         said = output.token_ids
         inside = said[: said.index(close)] if close in said else said

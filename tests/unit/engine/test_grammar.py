@@ -21,7 +21,7 @@ from sprat.engine.sample import Sampler
 from sprat.engine.sampling import Response, Sampling
 from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
-from sprat.tokens import Tokenizer, split
+from sprat.tokens import Tokenizer, split_reasoning
 from tests.unit.engine.test_processors import plain_tags
 
 ALICE, BOB = Tenant("alice", b"secret of alice"), Tenant("bob", b"secret of bob")
@@ -102,7 +102,9 @@ def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars:
         ids = talk(either, grammars, sampling)
         if ids[-1] == either.ids.eos:
             ended += 1
-            Draft202012Validator(SCHEMAS[name]).validate(json.loads(split(either, ids, thinking=False).content))
+            Draft202012Validator(SCHEMAS[name]).validate(
+                json.loads(split_reasoning(either, ids, thinking=False).content)
+            )
     assert ended >= 9
 
 
@@ -142,7 +144,7 @@ def test_the_form_begins_where_the_reasoning_ends(either: Tokenizer, grammars: G
             logit_bias={index: 6.0 for text in ("</", "think", ">{", ">") for index in either.encode(text)[:1]},
         )
         ids = talk(either, grammars, sampling)
-        answer = split(either, ids, thinking=thinking)
+        answer = split_reasoning(either, ids, thinking=thinking)
         assert answer.content in ("ja", "nein") and answer.closed and ids[-1] == either.ids.eos
         thought += bool(answer.reasoning)
     assert thought > 10 if thinking else thought < 20

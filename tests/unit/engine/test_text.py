@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sprat.engine.sequence import Delta
 from sprat.engine.text import Decoder, Reader
-from sprat.tokens import Tokenizer, split
+from sprat.tokens import Tokenizer, split_reasoning
 from sprat.tokens.folder import Generation
 from tests.byte_fallback import byte_fallback
 
@@ -36,7 +36,7 @@ def test_pieces_join_to_what_split_gives_at_once(
     ids = data.draw(st.lists(token, max_size=150))
     ids = [i for i in ids if i != tokenizer.ids.eos]
     pieces = read(Reader(tokenizer, thinking=thinking), ids)
-    answer = split(tokenizer, ids, thinking=thinking)
+    answer = split_reasoning(tokenizer, ids, thinking=thinking)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (answer.reasoning, answer.content)
 
 
@@ -88,7 +88,7 @@ def test_line_breaks_go_at_the_think_tags_and_nowhere_else(
 ) -> None:
     tokenizer = THINKS if tags == "tokens" else BYTE_LEVEL
     ids = tokenizer.encode(said, specials=True)
-    whole = split(tokenizer, ids, thinking=thinking, structured=structured)
+    whole = split_reasoning(tokenizer, ids, thinking=thinking, structured=structured)
     pieces = read(Reader(tokenizer, thinking=thinking, structured=structured), ids)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (whole.reasoning, whole.content)
     reasoning, closing, content = "", "", said
@@ -119,7 +119,7 @@ def test_think_tags_that_are_ordinary_text_still_part_the_channels(thinking: boo
     said = "12+13 is < 26 </thin </think>it is 25"
     ids = foreign.encode(said if thinking else "<think>" + said)
     pieces = read(Reader(foreign, thinking=thinking), ids)
-    answer = split(foreign, ids, thinking=thinking)
+    answer = split_reasoning(foreign, ids, thinking=thinking)
     assert joined(pieces, "reasoning") == answer.reasoning == "12+13 is < 26 </thin "
     assert joined(pieces, "content") == answer.content == "it is 25"
 
@@ -184,7 +184,7 @@ def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> Non
     ids = [tool, *tokenizer.encode("cat"), end]
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<tool_call><|end|>"))
     assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
-    assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"
+    assert split_reasoning(tokenizer, ids, thinking=False).content == "<tool_call> cat"
     assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sprat.errors import DataError
-from sprat.tokens import Answer, Message, Tokenizer, demonstration, render, split
+from sprat.tokens import Answer, Message, Tokenizer, demonstration, render, split_reasoning
 
 TALK = [
     Message("system", "You add numbers."),
@@ -95,7 +95,7 @@ def test_a_demonstration_teaches_only_what_the_assistant_says(own: Tokenizer) ->
 def test_an_answer_is_parted_into_reasoning_and_content(
     own: Tokenizer, text: str, thinking: bool | None, answer: Answer
 ) -> None:
-    assert split(own, own.encode(text, specials=True), thinking=thinking) == answer
+    assert split_reasoning(own, own.encode(text, specials=True), thinking=thinking) == answer
 
 
 def test_deepseeks_own_format_is_spoken(deepseek: Tokenizer) -> None:
@@ -104,7 +104,7 @@ def test_deepseeks_own_format_is_spoken(deepseek: Tokenizer) -> None:
     assert deepseek.decode(render(deepseek, ask, thinking=True)) == text + "<think>"
     assert deepseek.decode(render(deepseek, ask, thinking=False)) == text + "</think>"
     ids = deepseek.encode("because</think>so<｜end▁of▁sentence｜>", specials=True)
-    assert split(deepseek, ids, thinking=True) == Answer("because", "so", True)
+    assert split_reasoning(deepseek, ids, thinking=True) == Answer("because", "so", True)
 
 
 def test_a_tokenizer_without_think_tokens_spells_them_out() -> None:
@@ -122,8 +122,8 @@ def test_a_tokenizer_without_think_tokens_spells_them_out() -> None:
     opening = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(render(tokenizer, ask, thinking=True)) == opening + "<think>\n"
     ids = tokenizer.encode("why\n</think>\n\n42<|im_end|>", specials=True)
-    assert split(tokenizer, ids, thinking=True) == Answer("why", "42", True)
-    assert split(tokenizer, tokenizer.encode("<think>\nwhy"), thinking=None) == Answer("why", "", False)
+    assert split_reasoning(tokenizer, ids, thinking=True) == Answer("why", "42", True)
+    assert split_reasoning(tokenizer, tokenizer.encode("<think>\nwhy"), thinking=None) == Answer("why", "", False)
 
 
 def test_a_broken_surrogate_does_not_stop_a_conversation(own: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sprat.errors import DataError
-from sprat.tokens import Answer, Message, Tokenizer, demonstration, render, split
+from sprat.tokens import Answer, Message, Tokenizer, demonstration, render, split_reasoning
 from tests.byte_fallback import byte_fallback
 
 MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<think>", "</think>")
@@ -144,7 +144,7 @@ def test_a_model_whose_template_knows_no_thinking_is_not_made_to_think() -> None
 def test_a_prompt_that_opens_the_reasoning_is_answered_with_reasoning() -> None:
     ours = tokenizer_of(TEMPLATES["sheds, line breaks only"])
     said = ours.encode("at</think>cat", specials=True)
-    assert split(ours, said, thinking=None) == Answer("at", "cat", True)
+    assert split_reasoning(ours, said, thinking=None) == Answer("at", "cat", True)
     ids, mask = demonstration(ours, "cat", "at", "cat")
     opened = theirs(ours, TEMPLATES["sheds, line breaks only"], [Message("user", "cat")])
     assert opened is not None and ids[: len(opened)] == opened and sum(mask) == len(ids) - len(opened)
