@@ -186,7 +186,7 @@ def _sampling(
 ) -> Sampling:
     """What the command line says, else what the model's folder says; greedy where neither says a temperature."""
     if temperature is None:
-        temperature = engine.tokenizer.generation.settings.get("temperature", 0.0)
+        temperature = engine.tokenizer.generation_config.default_sampling.get("temperature", 0.0)
     fit = max_tokens is None
     tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     return engine.sampling(temperature=temperature, max_tokens=tokens, fit=fit, seed=seed, thinking=think)

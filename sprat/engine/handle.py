@@ -139,7 +139,7 @@ class Handle:
 
     def _usage(self, reasoning: str) -> Usage:
         """Count tokens; the think tags are no reasoning."""
-        sequence, ids = self.sequence, self._tokenizer.ids
+        sequence, ids = self.sequence, self._tokenizer.special_ids
         said, thinking = sequence.token_ids, resolve_thinking(self._tokenizer, sequence.sampling.thinking)
         count = 0
         if min(ids.think_open, ids.think_close) < 0:
@@ -147,6 +147,6 @@ class Handle:
         elif thinking or (thinking is None and said[:1] == [ids.think_open]):
             opened = 0 if thinking else 1
             inside = said[opened : said.index(ids.think_close)] if ids.think_close in said else said[opened:]
-            count = sum(token not in self._tokenizer.end_ids for token in inside)
+            count = sum(token not in self._tokenizer.eos_token_ids for token in inside)
         prompt, hit = len(sequence.prompt), max(0, sequence.hit)
         return Usage(prompt, len(said), count, hit, prompt - hit)

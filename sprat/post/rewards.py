@@ -57,10 +57,10 @@ def parse_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool |
     """
     thinking = resolve_thinking(tokenizer, thinking)
     answer = split_reasoning(tokenizer, ids, thinking=thinking)
-    opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
+    opening, closing = tokenizer.special_ids.think_open, tokenizer.special_ids.think_close
     if opening < 0 or closing < 0:  # a tokenizer whose tags are ordinary text
-        text = tokenizer.decode(ids, skip_specials=True).strip()
-        expected_tags = list(tokenizer.format.think_tokens)
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        expected_tags = list(tokenizer.chat_format.think_tags)
         tags = re.findall("|".join(map(re.escape, expected_tags)), text)
         opens_with_think = text.startswith(expected_tags[0])
     else:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: demonstrations become packed, masked batches; the training loop does the rest.
 
-Only the assistant's tokens carry loss (``tokens.chat.demonstration`` sets the mask), because the model shall
+Only the assistant's tokens carry loss (``tokens.chat.encode_demonstration`` sets the mask), because the model shall
 learn to answer questions, not to write them. ``sample_demonstrations`` gives the tasks' own worked examples, as R1's
 cold start teaches a model to think before it answers (DeepSeek-R1, arXiv 2501.12948, section 2.3.1).
 
@@ -74,7 +74,7 @@ def pack_demonstrations(
     """
     if not demonstrations:
         raise DataError("no demonstrations", where="sft", todo="give at least one (question, reasoning, answer)")
-    sequences = [chat.demonstration(tokenizer, *demonstration) for demonstration in demonstrations]
+    sequences = [chat.encode_demonstration(tokenizer, *demonstration) for demonstration in demonstrations]
     fitting = [(ids, mask) for ids, mask in sequences if len(ids) <= seq_len + 1]
     if not fitting:
         shortest = min(len(ids) for ids, _ in sequences)

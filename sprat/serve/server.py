@@ -169,7 +169,7 @@ def run(
             turns=turns,
             max_tokens=max_tokens,
             max_requests=max_requests,
-            default_sampling=tokenizer.generation.settings,
+            default_sampling=tokenizer.generation_config.default_sampling,
             allowed_hosts=[*allowed_hosts, host],
             keys=keys,
         )

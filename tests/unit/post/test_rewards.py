@@ -37,14 +37,14 @@ def tokenizer() -> Tokenizer:
     ],
 )
 def test_format_pays_exactly_one_closed_think_and_an_answer(tokenizer: Tokenizer, text: str, formed: bool) -> None:
-    ids = [*tokenizer.encode(text, specials=True), tokenizer.ids.eos]
+    ids = [*tokenizer.encode(text, parse_special=True), tokenizer.special_ids.eos]
     response = parse_response(tokenizer, ids, thinking=None, finished=True)
     assert format_reward(PROBLEM, response) == float(formed)
 
 
 def test_an_answer_that_was_cut_off_has_no_form_but_may_be_right(tokenizer: Tokenizer) -> None:
     response = parse_response(
-        tokenizer, tokenizer.encode("<think></think>3", specials=True), thinking=None, finished=False
+        tokenizer, tokenizer.encode("<think></think>3", parse_special=True), thinking=None, finished=False
     )
     assert format_reward(PROBLEM, response) == 0.0
     assert accuracy_reward(Sums("sums"))(PROBLEM, response) == 1.0
@@ -52,7 +52,7 @@ def test_an_answer_that_was_cut_off_has_no_form_but_may_be_right(tokenizer: Toke
 
 @pytest.mark.parametrize(("thinking", "text"), [(True, "1 + 2 = 3</think>3"), (False, "3")])
 def test_tags_of_the_prompt_count_for_the_form(tokenizer: Tokenizer, thinking: bool, text: str) -> None:
-    ids = tokenizer.encode(text, specials=True)
+    ids = tokenizer.encode(text, parse_special=True)
     assert parse_response(tokenizer, ids, thinking=thinking, finished=True).well_formed
     assert not parse_response(tokenizer, ids, thinking=not thinking, finished=True).well_formed
 
@@ -61,7 +61,7 @@ def test_the_judge_reads_only_what_follows_the_think(tokenizer: Tokenizer) -> No
     judge = accuracy_reward(Sums("sums"))
     said = {"<think>9</think>3": 1.0, "<think>3</think>9": 0.0, "<think>3": 0.0, "<think>3</think>": 0.0}
     for text, score in said.items():
-        ids = tokenizer.encode(text, specials=True)
+        ids = tokenizer.encode(text, parse_special=True)
         assert judge(PROBLEM, parse_response(tokenizer, ids, thinking=None, finished=True)) == score
 
 

@@ -56,7 +56,7 @@ def test_what_is_longer_than_a_row_is_left_out_and_counted(
     row = config.seq_len + 1
     fits = (
         "q",
-        "1" * (row - len(tokenizer.encode("<|bos|><|user|>q<|assistant|><think></think>7", specials=True)) - 1),
+        "1" * (row - len(tokenizer.encode("<|bos|><|user|>q<|assistant|><think></think>7", parse_special=True)) - 1),
         "7",
     )
     run = open_stage("sft", config)

@@ -63,8 +63,9 @@ def tiny_model(folder: Path) -> None:
     from sprat.tokens import Tokenizer
 
     tokenizer = Tokenizer.train([f"what is {a} + {b}? the sum is {a + b}." for a in range(30) for b in range(30)], 512)
+    ids = tokenizer.special_ids
     config = size(
         "pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=128,
-        bos_token_id=tokenizer.ids.bos, eos_token_id=tokenizer.ids.eos, pad_token_id=tokenizer.ids.pad,
+        bos_token_id=ids.bos, eos_token_id=ids.eos, pad_token_id=ids.pad,
     )  # fmt: skip
     save(Transformer.create(config, seed=0), tokenizer, folder)
