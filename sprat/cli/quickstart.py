@@ -68,8 +68,8 @@ def quickstart(
 
 def _run_cost(run: Path) -> dict[str, Any]:
     """The digest and cost of a finished run."""
-    written = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
-        key: written[key]
+        key: record[key]
         for key in ("artefact_digest", "device_seconds", "wall_seconds", "nano_yuan", "flops", "tokens")
     }

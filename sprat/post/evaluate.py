@@ -142,7 +142,7 @@ def evaluate_many(
         max_tokens: limit on think and answer together.
         temperature: 0 is greedy.
         samples: how many full answers to keep of each task.
-        scorer: who says how right an answer is; the task's own judge if not given.
+        scorer: scores an answer from 0 to 1; the task's own judge if not given.
     """
     problems = [_select_problems(task, split, count) for task in tasks]
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking)

@@ -98,14 +98,14 @@ class Verifier:
 
     A verifier meets answers that its author never thought of. So one answer never ends a run: where the function
     raises, takes too long or returns what is no number, the answer abstains (it gets no advantage and no part in its
-    group's mean, whatever the scale of the rewards), and the fault is counted and told. A step in which nothing but
+    group's mean, whatever the scale of the rewards), and the fault is counted and logged. A step in which nothing but
     faults came back ends the run, because then the verifier is broken and not the answer.
 
     Numbers of any kind are taken (Python's, NumPy's and torch's scalars, booleans).
 
     Args:
         function: takes (problem, answer).
-        name: by which it is told of.
+        name: what the log calls it.
         timeout_seconds: for one answer. The limit is a timer of the process (SIGALRM), so it holds in the main thread
             only, and not against code that neither returns to Python nor checks for signals.
 

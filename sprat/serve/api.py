@@ -2,7 +2,7 @@
 
 A chat completion takes these steps: read the body within its bound, validate it (``protocol``), be
 admitted (``admission``), pass the deltas on as they come, and close with the usage and the cost that
-the meter has recorded. When the client goes away the engine is told to stop.
+the meter has recorded. When the client goes away the request is cancelled.
 
 Beside OpenAI's and DeepSeek's fields every answer carries one extension object, ``sprat``: the cost in
 nano-yuan, the seed (the same request with this seed gives the same tokens) and the seconds it took.
@@ -51,7 +51,7 @@ class AppState:
     max_tokens: int = 1024
     default_sampling: Mapping[str, Any] = field(default_factory=dict)  # where a request says nothing
     max_body_bytes: int = 1 << 20
-    requires_key: bool = False  # strangers ask here: none is told of the others
+    requires_key: bool = False  # strangers ask here: none learns of the others
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

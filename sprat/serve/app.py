@@ -1,4 +1,4 @@
-"""The application: an engine behind the routes, with its guards, as one ASGI object."""
+"""The application: an engine behind the routes, with its middleware, as one ASGI object."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def split_reasoning(
     """
     opening, closing = tokenizer.special_ids.think_open, tokenizer.special_ids.think_close
     thinking = resolve_thinking(tokenizer, thinking, structured=structured)
-    answer_ids = list(itertools.takewhile(lambda index: index not in tokenizer.eos_token_ids, map(int, ids)))
+    answer_ids = list(itertools.takewhile(lambda token_id: token_id not in tokenizer.eos_token_ids, map(int, ids)))
     if closing < 0 or opening < 0:
         text = tokenizer.decode(answer_ids, skip_special_tokens=True)
         return _split_text(tokenizer, text, thinking=thinking, structured=structured)

@@ -141,14 +141,14 @@ def _derive_format(base: ChatFormat, template: str, eos: str, probe_texts: _Prob
         _TemplateMismatch: they show no such table.
     """
     first, ending = probe_texts.segments("one question")
-    _, asked, answered, _ = probe_texts.segments("two questions")
-    before, after = _user_wrapping(probe_texts, eos, asked, answered, ending)
+    _, user_to_assistant, assistant_to_user, _ = probe_texts.segments("two questions")
+    before, after = _user_wrapping(probe_texts, eos, user_to_assistant, assistant_to_user, ending)
     chat_format = replace(
         base,
         name=base.name if base.marker_tokens else "template",
         first_user_prefix=first,
         user=(before, after),
-        assistant=(asked.removeprefix(after), answered.removesuffix(before)),
+        assistant=(user_to_assistant.removeprefix(after), assistant_to_user.removesuffix(before)),
         generation_prompt=ending.removeprefix(after),
         system=None,
         system_in_last_user=False,
@@ -162,11 +162,14 @@ def _derive_format(base: ChatFormat, template: str, eos: str, probe_texts: _Prob
     return replace(chat_format, strip_rules=strip_rules, past_reasoning=past_reasoning)
 
 
-def _user_wrapping(probe_texts: _ProbeTexts, eos: str, asked: str, answered: str, ending: str) -> tuple[str, str]:
+def _user_wrapping(
+    probe_texts: _ProbeTexts, eos: str, user_to_assistant: str, assistant_to_user: str, ending: str
+) -> tuple[str, str]:
     """What opens a later question and what closes one, told apart from what closes and opens an answer.
 
     Args:
-        asked, answered, ending: what stands between question and answer, answer and question, and at the end.
+        user_to_assistant, assistant_to_user: what stands between question and answer, answer and question.
+        ending: what stands at the end.
     """
     row = probe_texts.texts["two questions in a row"]
     between = None if row is None else probe_texts.segments("two questions in a row")[1]
@@ -174,16 +177,16 @@ def _user_wrapping(probe_texts: _ProbeTexts, eos: str, asked: str, answered: str
         (probe_texts.texts[probe] or "").rpartition(_MARKERS[name])[2]
         for probe, name in zip(_PROMPTLESS_PROBES, ("U1", "A1"), strict=True)
     )
-    shared = os.path.commonprefix([asked, ending] + ([] if between is None else [between]))
+    shared = os.path.commonprefix([user_to_assistant, ending] + ([] if between is None else [between]))
     for after in (user_end, user_end.removesuffix(eos), shared):
-        if not (asked.startswith(after) and ending.startswith(after)):
+        if not (user_to_assistant.startswith(after) and ending.startswith(after)):
             continue
         ends = (assistant_end, assistant_end.removesuffix(eos))
-        befores = [answered.removeprefix(end) for end in ends if answered.startswith(end)]
+        prefixes = [assistant_to_user.removeprefix(end) for end in ends if assistant_to_user.startswith(end)]
         if between is not None:
-            befores = [between.removeprefix(after)] if between.startswith(after) else []
-        for before in befores:
-            if answered.endswith(before):
+            prefixes = [between.removeprefix(after)] if between.startswith(after) else []
+        for before in prefixes:
+            if assistant_to_user.endswith(before):
                 return before, after
     raise _TemplateMismatch("the turns cannot be told apart")
 
@@ -194,8 +197,8 @@ def _with_system(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> ChatForma
     if text is None or _MARKERS["S"] not in text:
         return chat_format
     if text.index(_MARKERS["S"]) < text.index(_MARKERS["U1"]):
-        before, behind, _ = probe_texts.segments("a system message")
-        return replace(chat_format, system=(before, behind))
+        before, following, _ = probe_texts.segments("a system message")
+        return replace(chat_format, system=(before, following))
     start, _, rest = text.partition(_MARKERS["S"])
     prefix = start.rpartition(_MARKERS["A1"])[2]
     turn_start = chat_format.assistant[1] + chat_format.user[0]
@@ -207,7 +210,7 @@ def _with_system(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> ChatForma
 
 def _with_thinking(chat_format: ChatFormat, template: str, probe_texts: _ProbeTexts, after: str) -> ChatFormat:
     """``chat_format`` with what opens an answer that thinks, and one that does not."""
-    opened, closed = chat_format.think_tags
+    open_tag, close_tag = chat_format.think_tags
     generation_prompt = chat_format.generation_prompt
     if not _has_thinking(chat_format, template):
         return _without_thinking(chat_format)
@@ -215,14 +218,14 @@ def _with_thinking(chat_format: ChatFormat, template: str, probe_texts: _ProbeTe
         (probe_texts.texts[probe] or "").rpartition(_MARKERS["U1"])[2].removeprefix(after)
         for probe in ("thinking asked for", "thinking forbidden")
     )
-    opens_reasoning, closes_reasoning = generation_prompt.rstrip().endswith(opened), closed in generation_prompt
-    no_line_breaks = enabled.endswith(opened)  # tags stand without line breaks
-    think_delimiters = (opened, closed) if no_line_breaks else (f"{opened}\n", f"\n{closed}\n\n")
+    opens_reasoning, closes_reasoning = generation_prompt.rstrip().endswith(open_tag), close_tag in generation_prompt
+    no_line_breaks = enabled.endswith(open_tag)  # tags stand without line breaks
+    think_delimiters = (open_tag, close_tag) if no_line_breaks else (f"{open_tag}\n", f"\n{close_tag}\n\n")
     default_thinking = True if opens_reasoning else False if closes_reasoning else None
     thinking_prompt: str | None = enabled
-    if not enabled.rstrip().endswith(opened):
+    if not enabled.rstrip().endswith(open_tag):
         thinking_prompt = None if closes_reasoning else generation_prompt + think_delimiters[0]
-    if closed not in disabled:
+    if close_tag not in disabled:
         closing = think_delimiters[1] if opens_reasoning else "".join(think_delimiters)
         disabled = generation_prompt + ("" if closes_reasoning else closing)
     return replace(
@@ -248,19 +251,19 @@ def _without_thinking(chat_format: ChatFormat) -> ChatFormat:
 def _find_strip_rules(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> tuple[tuple[str, str], ...]:
     """Which ends of which text lose their blanks."""
     left, right = _BLANK.split("{}")
-    found: dict[str, str] = {}
+    strip_ends: dict[str, str] = {}
     plain = ("blanks around texts", {"user": "U1", "assistant": "A1"})
     first = "U2" if chat_format.system_in_last_user else "U1"
     system = ("blanks around texts, a system message", {"system": "S", "first": first})
     for probe, roles in (plain, system):
         text = probe_texts.texts[probe]
         for role, name in roles.items() if text is not None else ():
-            before, _, behind = str(text).partition(_MARKERS[name])
+            before, _, following = str(text).partition(_MARKERS[name])
             lines = before.endswith(left.lstrip("\n"))  # only line breaks went
-            found[role] = ("" if before.endswith(left) else "n" if lines else "l") + (
-                "" if behind.startswith(right) else "r"
+            strip_ends[role] = ("" if before.endswith(left) else "n" if lines else "l") + (
+                "" if following.startswith(right) else "r"
             )
-    return tuple((role, ends) for role, ends in found.items() if ends)
+    return tuple((role, ends) for role, ends in strip_ends.items() if ends)
 
 
 def _find_past_reasoning(probe_texts: _ProbeTexts) -> str:

@@ -73,8 +73,8 @@ class Tokenizer:
             declared = _declared_added_tokens(table, self._config)
             added: list[dict[str, Any]] = table["added_tokens"] + declared
             table["added_tokens"] = added
-            whole = json.dumps(table) if declared else text
-            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(whole)
+            full_json = json.dumps(table) if declared else text
+            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(full_json)
             self._full.no_padding()
             self._full.no_truncation()
             self._control = {token["content"]: int(token["id"]) for token in added if _is_control(token)}
@@ -82,12 +82,12 @@ class Tokenizer:
             self._strip_flags = {int(token["id"]): (bool(token["lstrip"]), bool(token["rstrip"])) for token in added}
             table["added_tokens"] = [token for token in added if token["content"] not in self._control]
             table.update(padding=None, truncation=None, post_processor=None)
-            plain = json.dumps(table)
-            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain)
+            plain_json = json.dumps(table)
+            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain_json)
             # the same for text that does not stand at the beginning
-            inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            mid_text_json = plain_json.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
             self._plain_mid_text: tokenizers.Tokenizer = (
-                self._plain if inner == plain else tokenizers.Tokenizer.from_str(inner)
+                self._plain if mid_text_json == plain_json else tokenizers.Tokenizer.from_str(mid_text_json)
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"not a tokenizer: {error}", where=where, todo="give an HF tokenizer.json") from None
@@ -180,8 +180,9 @@ class Tokenizer:
         pending = [_replace_surrogates(text) for text in texts]
         for start in range(0, len(pending), BATCH_SIZE):
             part = pending[start : start + BATCH_SIZE]
-            found = self._plain.encode_batch_fast(part, add_special_tokens=False)
-            rows.extend(self._without_control_ids(text, one.ids) for text, one in zip(part, found, strict=True))
+            encodings = self._plain.encode_batch_fast(part, add_special_tokens=False)
+            pairs = zip(part, encodings, strict=True)
+            rows.extend(self._without_control_ids(text, encoding.ids) for text, encoding in pairs)
         return rows
 
     def encode_parts(self, parts: Iterable[Part]) -> list[int]:
@@ -194,25 +195,26 @@ class Tokenizer:
         text, expected = "", []
         for part, is_template in _merge_parts(parts):
             spans = self._find_control_tokens(part, is_template)
-            expected += [(index, len(text) + start, len(text) + end) for index, start, end in spans]
+            expected += [(token_id, len(text) + start, len(text) + end) for token_id, start, end in spans]
             text += part
         encoding = self._full.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         control = self.control_ids
-        actual = [(index, *span) for index, span in zip(ids, encoding.offsets, strict=True) if index in control]
+        pairs = zip(ids, encoding.offsets, strict=True)
+        actual = [(token_id, *span) for token_id, span in pairs if token_id in control]
         if len(actual) == len(expected) and all(
             a[0] == b[0] and a[1] <= b[1] and b[2] <= a[2] for a, b in zip(actual, expected, strict=True)
         ):
             return ids
         ids, position, strip_next = [], 0, False
-        for index, start, end in [*expected, (-1, len(text), len(text))]:
-            strip_left, strip_right = self._strip_flags.get(index, (False, False))
+        for token_id, start, end in [*expected, (-1, len(text), len(text))]:
+            strip_left, strip_right = self._strip_flags.get(token_id, (False, False))
             run = text[position:start].lstrip() if strip_next else text[position:start]
             run = run.rstrip() if strip_left else run
             if run:
                 encoder = self._plain_mid_text if position else self._plain
                 ids += self._without_control_ids(run, encoder.encode(run, add_special_tokens=False).ids)
-            ids += [index] if index >= 0 else []
+            ids += [token_id] if token_id >= 0 else []
             position, strip_next = end, strip_right
         return ids
 
@@ -222,28 +224,28 @@ class Tokenizer:
         Of a run of byte tokens what is UTF-8 is read, as SentencePiece does; the library alone gives up the whole run
         for one stray byte, so that a character could vanish again that was read already.
         """
-        row = [int(index) for index in ids]
+        token_ids = [int(token_id) for token_id in ids]
         if skip_special_tokens:
             visible_ids = self._visible_ids
-            row = [index for index in row if index in visible_ids]
-        if self._byte_fallback and not self._byte_tokens.keys().isdisjoint(row):
-            text: str = self._full.decoder.decode(self._decode_byte_tokens(row))
+            token_ids = [token_id for token_id in token_ids if token_id in visible_ids]
+        if self._byte_fallback and not self._byte_tokens.keys().isdisjoint(token_ids):
+            text: str = self._full.decoder.decode(self._decode_byte_tokens(token_ids))
         else:
-            text = self._full.decode(row, skip_special_tokens=False)
+            text = self._full.decode(token_ids, skip_special_tokens=False)
         return text
 
-    def is_visible(self, index: int) -> bool:
-        """Whether token ``index`` adds anything to an answer: it is one, and not hidden."""
-        return index in self._visible_ids
+    def is_visible(self, token_id: int) -> bool:
+        """Whether token ``token_id`` adds anything to an answer: it is one, and not hidden."""
+        return token_id in self._visible_ids
 
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that token ``index`` adds to the text; empty for hidden tokens and unknown ids."""
-        return self._bytes_by_id[index] if 0 <= index < len(self._bytes_by_id) else b""
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that token ``token_id`` adds to the text; empty for hidden tokens and unknown ids."""
+        return self._bytes_by_id[token_id] if 0 <= token_id < len(self._bytes_by_id) else b""
 
     def byte_length(self, ids: Sequence[int]) -> int:
         """How many bytes of text ``ids`` stand for; hidden tokens count nothing."""
         table = self._bytes_by_id
-        return sum(len(table[index]) for index in ids)
+        return sum(len(table[token_id]) for token_id in ids)
 
     def encode_cached(self, text: str) -> tuple[int, ...]:
         """Ids of a string of the chat format (control tokens allowed), cached."""
@@ -264,31 +266,31 @@ class Tokenizer:
     @cached_property
     def _visible_ids(self) -> frozenset[int]:
         """Ids of tokens that are not empty and not hidden; asked for every token, so kept."""
-        return frozenset(index for token, index in self._full.get_vocab().items() if token) - self.hidden_ids
+        return frozenset(token_id for token, token_id in self._full.get_vocab().items() if token) - self.hidden_ids
 
     @cached_property
     def _byte_tokens(self) -> dict[int, int]:
         """The byte of each byte token, by id."""
-        found = ((index, _BYTE_TOKEN.fullmatch(token)) for token, index in self._vocab.items())
-        return {index: int(match[1], 16) for index, match in found if match}
+        matches = ((token_id, _BYTE_TOKEN.fullmatch(token)) for token, token_id in self._vocab.items())
+        return {token_id: int(match[1], 16) for token_id, match in matches if match}
 
-    def _decode_byte_tokens(self, row: list[int]) -> list[str]:
-        """The tokens of ``row``, with U+FFFD for bytes that are no UTF-8."""
+    def _decode_byte_tokens(self, token_ids: list[int]) -> list[str]:
+        """The tokens of ``token_ids``, with U+FFFD for bytes that are no UTF-8."""
         tokens: list[str] = []
         run = bytearray()
-        for index in [*row, -1]:
-            if index in self._byte_tokens:
-                run.append(self._byte_tokens[index])
+        for token_id in [*token_ids, -1]:
+            if token_id in self._byte_tokens:
+                run.append(self._byte_tokens[token_id])
                 continue
             while run:
-                good, bad = len(run), len(run)
+                valid_end, invalid_end = len(run), len(run)
                 try:
                     run.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    good, bad = error.start, error.end
-                tokens += [f"<0x{byte:02X}>" for byte in run[:good]] + ["\ufffd"] * (bad > good)
-                del run[:bad]
-            token = self._full.id_to_token(index) if index >= 0 else None
+                    valid_end, invalid_end = error.start, error.end
+                tokens += [f"<0x{byte:02X}>" for byte in run[:valid_end]] + ["\ufffd"] * (invalid_end > valid_end)
+                del run[:invalid_end]
+            token = self._full.id_to_token(token_id) if token_id >= 0 else None
             if token is not None:
                 tokens.append(token)
         return tokens
@@ -297,7 +299,7 @@ class Tokenizer:
         """Control tokens in a text of the chat format: id, start, end."""
         if not is_template or self._control_pattern is None:
             return []
-        return [(self._control[found[0]], *found.span()) for found in self._control_pattern.finditer(text)]
+        return [(self._control[match[0]], *match.span()) for match in self._control_pattern.finditer(text)]
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str] | None:
@@ -311,15 +313,15 @@ class Tokenizer:
         alphabet, hidden = _byte_alphabet(), self.hidden_ids
         table = [b""] * self.vocab_size
         added = {token.content for token in self._full.get_added_tokens_decoder().values()}
-        for token, index in self._vocab.items():
-            if index in hidden:
+        for token, token_id in self._vocab.items():
+            if token_id in hidden:
                 continue
             if self._byte_level and token not in added and all(char in alphabet for char in token):
-                table[index] = bytes(alphabet[char] for char in token)
+                table[token_id] = bytes(alphabet[char] for char in token)
             elif match := _BYTE_TOKEN.fullmatch(token):
-                table[index] = bytes([int(match[1], 16)])
+                table[token_id] = bytes([int(match[1], 16)])
             else:
-                table[index] = token.replace("▁", " ").encode("utf-8")
+                table[token_id] = token.replace("▁", " ").encode("utf-8")
         return table
 
     def _without_control_ids(self, text: str, ids: list[int]) -> list[int]:
@@ -329,7 +331,7 @@ class Tokenizer:
         names = [(re.escape(name[0]), re.escape(name[1:])) for name in self._control if len(name) > 1]
         pattern = "|".join(f"(?<={first})(?={rest})" for first, rest in names)
         parts = [self._plain.encode(part, add_special_tokens=False).ids for part in re.split(pattern, text) if part]
-        return [index for part in parts for index in part if index not in self.control_ids]
+        return [token_id for part in parts for token_id in part if token_id not in self.control_ids]
 
     def _build_chat_format(self, base: ChatFormat) -> ChatFormat:
         """The chat format: the template's, or ``base`` where there is none."""
@@ -347,15 +349,15 @@ class Tokenizer:
 
     def _warn_missing_tokens(self, where: str) -> None:
         """Warn of added tokens that the folder lists and tokenizer.json does not have."""
-        listed = self._config.get("added_tokens_decoder")
-        rows = listed.values() if isinstance(listed, dict) else ()
+        added_tokens_decoder = self._config.get("added_tokens_decoder")
+        rows = added_tokens_decoder.values() if isinstance(added_tokens_decoder, dict) else ()
         names = {str(row.get("content")) for row in rows if isinstance(row, dict)}
         if missing := sorted(names - self._vocab.keys()):
             log.warning("%s: tokens that are listed beside it and not in it: %s", where, ", ".join(missing[:5]))
 
     def _turn_end_ids(self) -> list[int]:
         """The control token that closes the assistant's turn."""
-        return [index for index, _, _ in self._find_control_tokens(self.chat_format.assistant[1], True)[:1]]
+        return [token_id for token_id, _, _ in self._find_control_tokens(self.chat_format.assistant[1], True)[:1]]
 
     def _config_eos_ids(self, where: str) -> list[int]:
         """The end tokens that the folder lists.
@@ -363,10 +365,10 @@ class Tokenizer:
         Raises:
             DataError: one is no token.
         """
-        for index in self.generation_config.eos_token_ids:
-            if not 0 <= index < self.vocab_size:
+        for token_id in self.generation_config.eos_token_ids:
+            if not 0 <= token_id < self.vocab_size:
                 todo = "correct eos_token_id of generation_config.json"
-                raise DataError(f"end token {index} is none of {self.vocab_size}", where=where, todo=todo)
+                raise DataError(f"end token {token_id} is none of {self.vocab_size}", where=where, todo=todo)
         return list(self.generation_config.eos_token_ids)
 
     def _find_special_ids(self, chat_format: ChatFormat, where: str) -> SpecialTokenIds:
@@ -380,19 +382,19 @@ class Tokenizer:
         if eos < 0:
             todo = "name eos_token in tokenizer_config.json"
             raise DataError("the tokenizer has no end token", where=where, todo=todo)
-        opened = {
+        role_openings = {
             "system": chat_format.system[0] if chat_format.system else "",
             "user": chat_format.user[0],
             "assistant": chat_format.generation_prompt,
         }
-        single = {role: control.get(text.removeprefix(chat_format.bos), -1) for role, text in opened.items()}
+        role_ids = {role: control.get(text.removeprefix(chat_format.bos), -1) for role, text in role_openings.items()}
         return SpecialTokenIds(
             bos=find(chat_format.bos, "bos_token") if chat_format.bos else -1,
             eos=eos,
             pad=find(chat_format.pad, "pad_token", default=eos),
             think_open=control.get(chat_format.think_tags[0], -1),
             think_close=control.get(chat_format.think_tags[1], -1),
-            **single,
+            **role_ids,
         )
 
 
@@ -407,14 +409,14 @@ def _declared_added_tokens(table: dict[str, Any], config: dict[str, Any]) -> lis
     vocabulary = table["model"].get("vocab")
     if not isinstance(vocabulary, dict):
         return []
-    listed = config.get("added_tokens_decoder")
+    added_tokens_decoder = config.get("added_tokens_decoder")
     names = {chat_formats.special_token(config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    rows = listed.values() if isinstance(listed, dict) else ()
+    rows = added_tokens_decoder.values() if isinstance(added_tokens_decoder, dict) else ()
     names |= {str(row.get("content")) for row in rows if isinstance(row, dict) and row.get("special")}
     names -= {token["content"] for token in table["added_tokens"]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    found = sorted((vocabulary[name], name) for name in names if type(vocabulary.get(name)) is int)
-    return [{"id": index, "content": name, "special": True, **flags} for index, name in found]
+    found_tokens = sorted((vocabulary[name], name) for name in names if type(vocabulary.get(name)) is int)
+    return [{"id": token_id, "content": name, "special": True, **flags} for token_id, name in found_tokens]
 
 
 def _is_control(token: dict[str, Any]) -> bool:
@@ -435,4 +437,4 @@ def _byte_alphabet() -> dict[str, int]:
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in shown} | {chr(256 + position): byte for position, byte in enumerate(hidden)}
