@@ -185,16 +185,16 @@ def _run_stage(
     from sprat.trust.lock import hold
 
     check_machine(out)
-    road = Road(out, named(recipe, tuple(overrides or ())))
-    first = next(stage for stage in stages(road, text) if stage.name.startswith(stage_name))
+    pipeline = Road(out, named(recipe, tuple(overrides or ())))
+    first = next(stage for stage in stages(pipeline, text) if stage.name.startswith(stage_name))
     with hold(out), stage_progress(out) as on_progress:
         run_all([replace(first, needs=())], 1, on_progress)
-    return _run_summary(road, first.name)
+    return _run_summary(pipeline, first.name)
 
 
-def _run_summary(road: Road, name: str) -> Result:
+def _run_summary(pipeline: Road, name: str) -> Result:
     """What ``run.json`` of the finished run ``name`` says, in short."""
-    folder = road.path(name)
+    folder = pipeline.path(name)
     record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = ("stage", "artefact_digest", "tokens", "flops", "device_seconds", "nano_yuan", "facts")
     human = (
