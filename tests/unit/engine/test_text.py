@@ -231,9 +231,9 @@ def test_streaming_costs_the_same_for_every_token(name: str, what: str, monkeypa
     ids = ids * (3000 // len(ids))
     decode, handed = Tokenizer.decode, []
 
-    def counted(self: Tokenizer, row: list[int], *, skip_specials: bool = False) -> str:
+    def counted(self: Tokenizer, row: list[int], *, skip_special_tokens: bool = False) -> str:
         handed.append(len(row))
-        return decode(self, row, skip_special_tokens=skip_specials)
+        return decode(self, row, skip_special_tokens=skip_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "decode", counted)
     decoder = Decoder(tokenizer)
