@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from sprat.serve.admission import AdmissionPool, StreamingRequest
 from sprat.serve.chat_page import load_chat_page
-from sprat.serve.meter import Meter, Prices
+from sprat.serve.meter import Prices
 from sprat.serve.protocol import ChatRequest, RequestError, parse
 
 if TYPE_CHECKING:
@@ -54,26 +54,21 @@ class AppState:
     requires_key: bool = False  # strangers ask here: none learns of the others
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def meter(self) -> Meter:
-        """The meter in which the pool records costs."""
-        return self.pool.meter
-
 
 class AnswerStream(StreamingResponse):
     """A streaming response that stops its answer however it ends."""
 
-    def __init__(self, streaming_request: StreamingRequest, chunks: AsyncIterator[str]) -> None:
+    def __init__(self, stream: StreamingRequest, chunks: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self.streaming_request = streaming_request
+        self.stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that went away cancels the answer."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.streaming_request.cancel()
+            self.stream.cancel()
 
 
 def error_response(error: RequestError) -> JSONResponse:
@@ -116,19 +111,16 @@ def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> S
     """
     from sprat.engine.sampling import Sampling
 
-    if chat_request.requested_max_tokens is not None and chat_request.requested_max_tokens > state.max_tokens:
-        field_name = chat_request.field_names["max_tokens"]
-        message = (
-            f"{field_name} is too large: this server gives at most {state.max_tokens} tokens; lower it or leave it out"
-        )
-        raise RequestError(400, message, param=field_name)
-    requested = chat_request.model_dump(
-        include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True
-    )
+    if (limit := chat_request.requested_max_tokens) is not None and limit > state.max_tokens:
+        name = chat_request.field_names["max_tokens"]
+        message = f"{name} is too large: this server gives at most {state.max_tokens} tokens; lower it or leave it out"
+        raise RequestError(400, message, param=name)
+    fields = {"temperature", "top_k", "top_p"}
+    requested = chat_request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
     return Sampling(
         **{**state.default_sampling, **requested},
-        max_tokens=state.max_tokens if chat_request.requested_max_tokens is None else chat_request.requested_max_tokens,
-        fit=chat_request.requested_max_tokens is None,
+        max_tokens=state.max_tokens if limit is None else limit,
+        fit=limit is None,
         seed=seed,
         stop=chat_request.stop_strings,
         thinking=chat_request.enable_thinking,
@@ -142,10 +134,10 @@ def _messages(chat_request: ChatRequest) -> list[Message]:
     return [Message("system" if m.role == "developer" else m.role, m.text) for m in chat_request.messages]
 
 
-def _extension(streaming_request: StreamingRequest, seed: int) -> dict[str, Any]:
+def _extension(stream: StreamingRequest, seed: int) -> dict[str, Any]:
     """The ``sprat`` object of a finished answer."""
-    cost = streaming_request.cost.to_dict() if streaming_request.cost is not None else None
-    return {"cost": cost, "seed": seed, "seconds": round(streaming_request.seconds, 4)}
+    cost = stream.cost.to_dict() if stream.cost is not None else None
+    return {"cost": cost, "seed": seed, "seconds": round(stream.seconds, 4)}
 
 
 async def _wait_for_disconnect(request: Request) -> None:
@@ -155,21 +147,21 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 async def full_response(
-    request: Request, state: AppState, streaming_request: StreamingRequest, request_id: str, seed: int
+    request: Request, state: AppState, stream: StreamingRequest, request_id: str, seed: int
 ) -> Response:
     """Wait for the whole answer and send it as one JSON object; a client that leaves ends it at once."""
     text: dict[str, list[str]] = {"reasoning": [], "content": []}
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
-    disconnect_task.add_done_callback(lambda _: streaming_request.cancel())
+    disconnect_task.add_done_callback(lambda _: stream.cancel())
     try:
-        async for delta in streaming_request.deltas(KEEP_ALIVE_SECONDS):
+        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
             if delta is not None and delta.kind in text:
                 text[delta.kind].append(delta.text)
         if disconnect_task.done():
             return Response(status_code=499)
     finally:
         disconnect_task.cancel()
-        streaming_request.cancel()
+        stream.cancel()
     message = {"role": "assistant", "content": "".join(text["content"])}
     if text["reasoning"]:
         message["reasoning_content"] = "".join(text["reasoning"])
@@ -179,18 +171,16 @@ async def full_response(
             "object": "chat.completion",
             "created": int(time.time()),
             "model": state.model_name,
-            "choices": [
-                {"index": 0, "message": message, "logprobs": None, "finish_reason": streaming_request.finish_reason}
-            ],
-            "usage": streaming_request.usage,
-            "sprat": _extension(streaming_request, seed),
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": stream.finish_reason}],
+            "usage": stream.usage,
+            "sprat": _extension(stream, seed),
         },
         headers={"Cache-Control": "no-store"},
     )
 
 
 async def stream_events(
-    chat_request: ChatRequest, state: AppState, streaming_request: StreamingRequest, request_id: str, seed: int
+    chat_request: ChatRequest, state: AppState, stream: StreamingRequest, request_id: str, seed: int
 ) -> AsyncIterator[str]:
     """The answer as server-sent events: role, deltas, finish reason, usage where asked for, ``[DONE]``."""
     with_usage = chat_request.stream_options is not None and bool(chat_request.stream_options.include_usage)
@@ -205,7 +195,7 @@ async def stream_events(
 
     yield event(choice({"role": "assistant", "content": ""}))
     try:
-        async for delta in streaming_request.deltas(KEEP_ALIVE_SECONDS):
+        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
             if delta is None:
                 yield ": keep-alive\n\n"
             elif delta.text and delta.kind in ("reasoning", "content"):
@@ -214,10 +204,10 @@ async def stream_events(
     except RequestError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
         return
-    last = {"sprat": _extension(streaming_request, seed)}
-    yield event(choice({}, streaming_request.finish_reason), **({} if with_usage else last))
+    last = {"sprat": _extension(stream, seed)}
+    yield event(choice({}, stream.finish_reason), **({} if with_usage else last))
     if with_usage:
-        yield event([], usage=streaming_request.usage, **last)
+        yield event([], usage=stream.usage, **last)
     yield "data: [DONE]\n\n"
 
 
@@ -232,26 +222,19 @@ async def chat_completion(request: Request, state: AppState) -> Response:
         raise RequestError(404, message, param="model", code="model_not_found")
     request_id = f"chatcmpl-{secrets.token_hex(16)}"
     seed = chat_request.seed if chat_request.seed is not None else secrets.randbits(31)
-    sampling = _sampling_params(chat_request, state, seed)
-    streaming_request = await state.pool.admit(
-        request_id, _messages(chat_request), sampling, request.state.tenant, chat_request.field_names
-    )
+    sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
+    stream = await state.pool.admit(request_id, _messages(chat_request), sampling, tenant, chat_request.field_names)
     if chat_request.stream:
-        return AnswerStream(streaming_request, stream_events(chat_request, state, streaming_request, request_id, seed))
-    return await full_response(request, state, streaming_request, request_id, seed)
+        return AnswerStream(stream, stream_events(chat_request, state, stream, request_id, seed))
+    return await full_response(request, state, stream, request_id, seed)
 
 
 def model_card(state: AppState) -> dict[str, Any]:
     """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know."""
     prices = state.prices.model_dump(mode="json")
     extension = {"examples": state.examples, "turns": state.turns, "max_tokens": state.max_tokens, "prices": prices}
-    return {
-        "id": state.model_name,
-        "object": "model",
-        "created": state.created,
-        "owned_by": "sprat",
-        "sprat": extension,
-    }
+    card = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "sprat"}
+    return {**card, "sprat": extension}
 
 
 def add_routes(app: FastAPI, state: AppState) -> None:
@@ -268,7 +251,7 @@ def add_routes(app: FastAPI, state: AppState) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
         """Alive, and, where everybody is one tenant, how busy."""
-        running, meter = len(state.pool.running), state.meter
+        running, meter = len(state.pool.running), state.pool.meter
         alive = {"status": "closing" if state.pool.closed else "ok", "model": state.model_name}
         busy = {"running": running, "answered": meter.requests, "nano_yuan": meter.nano_yuan}
         return alive if state.requires_key else {**alive, **busy}
@@ -295,10 +278,10 @@ def add_routes(app: FastAPI, state: AppState) -> None:
     @app.post("/v1/chat/completions/{name}/cancel", status_code=204)
     async def cancel(request: Request, name: str) -> Response:
         """End a running answer early; its stream still closes with usage and cost."""
-        streaming_request = state.pool.running.get(name)
-        if streaming_request is None or streaming_request.tenant != request.state.tenant:
+        stream = state.pool.running.get(name)
+        if stream is None or stream.tenant != request.state.tenant:
             raise RequestError(404, "no such answer is running", param="id", code="not_running")
-        streaming_request.cancel()
+        stream.cancel()
         return Response(status_code=204)
 
 
@@ -314,5 +297,4 @@ def _schema() -> dict[str, Any]:
             return {key: inline(value) for key, value in node.items()}
         return [inline(item) for item in node] if isinstance(node, list) else node
 
-    inlined: dict[str, Any] = inline(schema)
-    return inlined
+    return dict(inline(schema))

@@ -163,15 +163,8 @@ PLAIN = ChatFormat(
 FORMATS = (SPRAT, DEEPSEEK, CHATML, LLAMA3, PLAIN)
 
 SPRAT_SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|bos|>",
-    "<|eos|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<think>",
-    "</think>",
-)
+    "<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>",
+)  # fmt: skip
 
 # The Jinja twin of chat.render for our own format, for other programs that load the folder. We write
 # it and never run it; a test renders it with transformers and compares the ids.
@@ -196,12 +189,11 @@ SPRAT_TEMPLATE = (
 def detect_format(tokens: Iterable[str], config: Mapping[str, Any]) -> ChatFormat:
     """The format of a tokenizer without a template: its added tokens are ``tokens``, its settings ``config``."""
     known = set(tokens)
-    chat_format = next(chat_format for chat_format in FORMATS if known.issuperset(chat_format.marker_tokens))
+    chat_format = next(each for each in FORMATS if known.issuperset(each.marker_tokens))
     bos = special_token(config, "bos_token")
     if chat_format is PLAIN and config.get("add_bos_token") is True and bos:
-        return replace(
-            chat_format, bos=bos, first_user_prefix=bos + chat_format.first_user_prefix, system=(bos, "\n\nUser: ")
-        )
+        prefix = bos + chat_format.first_user_prefix
+        return replace(chat_format, bos=bos, first_user_prefix=prefix, system=(bos, "\n\nUser: "))
     return chat_format
 
 
@@ -243,17 +235,13 @@ def render_parts(
             before = prefix if role == "user" else prefix.removesuffix(chat_format.user[0]) + before
         parts.append((before, True))
         if index == last_user and system_inside and system is not None and chat_format.system is not None:
-            parts += [
-                (chat_format.system[0], True),
-                (_strip_blanks(chat_format, "system", system), False),
-                (chat_format.system[1], True),
-            ]
+            before_system, after_system = chat_format.system
+            system_text = _strip_blanks(chat_format, "system", system)
+            parts += [(before_system, True), (system_text, False), (after_system, True)]
         follows_system = system is not None and (index == last_user if system_inside else index == 0)
         key = "first" if role == "user" and follows_system else role
-        parts += [
-            (_strip_blanks(chat_format, key, _drop_past_reasoning(chat_format, role, content)), False),
-            (after, True),
-        ]
+        content = _strip_blanks(chat_format, key, _drop_past_reasoning(chat_format, role, content))
+        parts += [(content, False), (after, True)]
     if not other_turns:
         parts.append((prefix.removesuffix(chat_format.user[0]), True))
     if generate:
@@ -270,13 +258,9 @@ def select_generation_prompt(chat_format: ChatFormat, thinking: bool | None) -> 
     if thinking and chat_format.thinking_prompt is None:
         todo = "ask without thinking, or load a model whose chat template opens a think block"
         raise DataError("this model does not think: its chat template knows no <think>", where="thinking", todo=todo)
-    return (
-        chat_format.generation_prompt
-        if thinking is None
-        else str(chat_format.thinking_prompt)
-        if thinking
-        else chat_format.no_thinking_prompt
-    )
+    if thinking is None:
+        return chat_format.generation_prompt
+    return str(chat_format.thinking_prompt) if thinking else chat_format.no_thinking_prompt
 
 
 def _check_turns(chat_format: ChatFormat, system: str | None, other_turns: Sequence[tuple[str, str]]) -> None:

@@ -228,13 +228,8 @@ def _with_thinking(chat_format: ChatFormat, template: str, probe_texts: _ProbeTe
     if close_tag not in disabled:
         closing = think_delimiters[1] if opens_reasoning else "".join(think_delimiters)
         disabled = generation_prompt + ("" if closes_reasoning else closing)
-    return replace(
-        chat_format,
-        thinking_prompt=thinking_prompt,
-        no_thinking_prompt=disabled,
-        default_thinking=default_thinking,
-        think_delimiters=think_delimiters,
-    )
+    chat_format = replace(chat_format, thinking_prompt=thinking_prompt, no_thinking_prompt=disabled)
+    return replace(chat_format, default_thinking=default_thinking, think_delimiters=think_delimiters)
 
 
 def _has_thinking(chat_format: ChatFormat, template: str) -> bool:
