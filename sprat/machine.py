@@ -1,4 +1,4 @@
-"""What is under us: memory, within the bounds of every control group (a container's, a job's) above this process."""
+"""Memory of this machine, within the limits of every control group (a container's, a job's) above this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # of control groups, versions 2 and 1: folder below /sys/fs/cgroup, bound, in use, what of that can be dropped
-_GROUPS = (
+_CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
@@ -23,12 +23,12 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     Returns:
         None where nothing tells.
     """
-    found = [*_meminfo(root, "MemAvailable"), *(left for _, left in _groups(root))]
-    return max(0, min(found)) if found else None
+    candidates = [*_meminfo(root, "MemAvailable"), *(available for _, available in _cgroups(root))]
+    return max(0, min(candidates)) if candidates else None
 
 
 def total_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that this process could ever have: the least of the machine's memory and of every control group's bound.
+    """Bytes that this process could ever have: the least of the machine's memory and of every control group's limit.
 
     Args:
         root: see ``available_bytes``.
@@ -36,10 +36,10 @@ def total_bytes(root: Path = Path("/")) -> int | None:
     Returns:
         None where nothing tells.
     """
-    found = [*_meminfo(root, "MemTotal"), *(bound for bound, _ in _groups(root))]
-    if not found and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+    candidates = [*_meminfo(root, "MemTotal"), *(limit for limit, _ in _cgroups(root))]
+    if not candidates and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(found) if found else None
+    return min(candidates) if candidates else None
 
 
 def _meminfo(root: Path, name: str) -> Iterator[int]:
@@ -50,20 +50,21 @@ def _meminfo(root: Path, name: str) -> Iterator[int]:
                 yield int(line.split()[1]) << 10
 
 
-def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Of each group with a bound: the bound, and what it has left; pages of files that can be dropped count as free."""
-    own = ["/"]
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """Of each group with a limit: the limit, and what is available; pages that can be dropped count as free."""
+    own_cgroups = ["/"]
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
-            number, kinds, place = line.split(":", 2)
-            if number == "0" or "memory" in kinds.split(","):
-                own.append(place)
-    parts = {Path(place) for name in own for place in (Path(name), *Path(name).parents)}
-    for folder, bound, used, cached in _GROUPS:
-        for part in parts:
-            group = root / "sys/fs/cgroup" / folder / part.relative_to("/")
+            hierarchy_id, controllers, cgroup_path = line.split(":", 2)
+            if hierarchy_id == "0" or "memory" in controllers.split(","):
+                own_cgroups.append(cgroup_path)
+    cgroup_paths = {path for cgroup in own_cgroups for path in (Path(cgroup), *Path(cgroup).parents)}
+    for folder, limit_file, usage_file, cache_key in _CGROUP_FILES:
+        for path in cgroup_paths:
+            cgroup_folder = root / "sys/fs/cgroup" / folder / path.relative_to("/")
             with suppress(OSError, ValueError):  # no such group, or "max"
-                most = int((group / bound).read_text(encoding="ascii"))
-                left = most - int((group / used).read_text(encoding="ascii"))
-                stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-                yield most, left + int(stat.get(cached, 0))
+                limit = int((cgroup_folder / limit_file).read_text(encoding="ascii"))
+                available = limit - int((cgroup_folder / usage_file).read_text(encoding="ascii"))
+                lines = (cgroup_folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                stat = dict(line.split() for line in lines)
+                yield limit, available + int(stat.get(cache_key, 0))

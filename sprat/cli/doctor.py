@@ -33,7 +33,7 @@ CPU_FLAGS = {
 }
 
 # Package -> what is lost without it.
-OPTIONAL = {
+OPTIONAL_PACKAGES = {
     "reasoning-gym": "its procedural tasks (chain_sum, simple_equations, ...)",
     "pycosat": "reasoning-gym's logic puzzles; it compiles C",
     "pyarrow": "reading Parquet",
@@ -43,7 +43,7 @@ OPTIONAL = {
 }
 
 # Back end -> (how torch says that it is there, where Sprat's tests have run on it).
-TESTED = {
+BACKEND_TESTS = {
     "cpu": "x86-64 Linux: every test of every release",
     "cuda": "untested",
     "rocm": "untested",
@@ -94,14 +94,14 @@ def torch_facts() -> dict[str, Any]:
     """torch's version, threads, and each back end: present here? tested by us?"""
     import torch
 
-    def present(test: Callable[[], bool]) -> bool:
+    def present(check: Callable[[], bool]) -> bool:
         try:
-            return bool(test())
+            return bool(check())
         except (AttributeError, ImportError, RuntimeError):
             return False
 
     rocm = getattr(torch.version, "hip", None) is not None
-    found = {
+    available = {
         "cpu": True,
         "cuda": not rocm and present(torch.cuda.is_available),
         "rocm": rocm and present(torch.cuda.is_available),
@@ -114,18 +114,18 @@ def torch_facts() -> dict[str, Any]:
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "backends": {name: {"present": found[name], "tested": TESTED[name]} for name in TESTED},
+        "backends": {name: {"present": available[name], "tested": BACKEND_TESTS[name]} for name in BACKEND_TESTS},
     }
 
 
-def gather() -> dict[str, Any]:
+def collect_facts() -> dict[str, Any]:
     """All facts as one JSON-able object; ``problems`` stop the road, ``losses`` only narrow it."""
     python_ok = sys.version_info >= (3, 11)
     memory = memory_facts()
     free = shutil.disk_usage(Path.cwd()).free
     kernels = native()
     browser = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-    packages = {name: installed(name) for name in OPTIONAL}
+    packages = {name: installed(name) for name in OPTIONAL_PACKAGES}
     facts: dict[str, Any] = {
         "sprat": __version__,
         "system": platform.platform(),
@@ -148,10 +148,10 @@ def gather() -> dict[str, Any]:
         problems.append(f"{memory['available_bytes'] / GIB:.1f} GiB of memory are free; the quickstart needs up to 3")
     if free < NEEDED_DISK:
         problems.append(f"{free / GIB:.1f} GiB of disk are free here; the quickstart needs 2")
-    losses += [f"no {name}: {lost}" for name, lost in OPTIONAL.items() if packages[name] is None]
+    losses += [f"no {name}: {consequence}" for name, consequence in OPTIONAL_PACKAGES.items() if packages[name] is None]
     if kernels is None:
-        lost = "torch computes answers, several times slower, and trains at about three quarters of the speed"
-        losses.append(f"no native kernels ({unavailable_reason()}): {lost}")
+        consequence = "torch computes answers, several times slower, and trains at about three quarters of the speed"
+        losses.append(f"no native kernels ({unavailable_reason()}): {consequence}")
     if browser is None:
         losses.append("no chromium: the browser tests skip")
     if facts["apt"] is None:
@@ -159,7 +159,7 @@ def gather() -> dict[str, Any]:
     return {**facts, "problems": problems, "losses": losses, "ok": not problems}
 
 
-def table(facts: dict[str, Any]) -> Any:
+def facts_table(facts: dict[str, Any]) -> Any:
     """The facts as a rich table for a person."""
     from rich.table import Table
 
@@ -189,5 +189,5 @@ def table(facts: dict[str, Any]) -> Any:
 
 def doctor() -> Result:
     """Show what this machine has and lacks; exit code 9 if the quickstart could not run."""
-    facts = gather()
-    return Result(facts, table(facts), 0 if facts["ok"] else MachineError.exit_code)
+    facts = collect_facts()
+    return Result(facts, facts_table(facts), 0 if facts["ok"] else MachineError.exit_code)

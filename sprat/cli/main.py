@@ -1,4 +1,4 @@
-"""The command ``sprat``: its verbs in the order of the road."""
+"""The command ``sprat``: its verbs in the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import ask, doctor, fetch, proof, road, stations
-from sprat.cli.verb import explain, last_words, say, verb
+from sprat.cli import doctor, fetch, inference, quickstart, stages, verify
+from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
     name="sprat",
@@ -51,21 +51,21 @@ class Command(TyperCommand):
 
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
-    ("quickstart", road.quickstart, "The whole road in one command, then the chat page."),
+    ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
-    ("data", stations.data, "Text and tasks to tokenizer and packed rows."),
-    ("train", stations.train, "Pre-train on them."),
-    ("sft", stations.sft, "Fine-tune on demonstrations that show their thinking."),
-    ("rl", stations.rl, "Reinforcement learning with rule rewards."),
-    ("distill", stations.distill, "A small student from the teacher."),
-    ("quantize", stations.quantize, "The student, or any model, in INT4."),
-    ("eval", stations.evaluate, "Score a model on held-out problems."),
+    ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
+    ("train", stages.train, "Pre-train on them."),
+    ("sft", stages.sft, "Fine-tune on demonstrations that show their thinking."),
+    ("rl", stages.rl, "Reinforcement learning with rule rewards."),
+    ("distill", stages.distill, "A small student from the teacher."),
+    ("quantize", stages.quantize, "The student, or any model, in INT4."),
+    ("eval", stages.evaluate, "Score a model on held-out problems."),
     ("fetch", fetch.fetch, "Download a small real model."),
-    ("run", ask.run, "Ask a model once."),
-    ("chat", ask.chat, "Talk with a model."),
-    ("serve", ask.serve, "Serve a model and its chat page."),
-    ("report", proof.report, "Write a road's report.html."),
-    ("verify", proof.verify, "Prove a run or a whole road."),
+    ("run", inference.run, "Ask a model once."),
+    ("chat", inference.chat, "Talk with a model."),
+    ("serve", inference.serve, "Serve a model and its chat page."),
+    ("report", verify.report, "Write a road's report.html."),
+    ("verify", verify.verify, "Prove a run or a whole road."),
 )
 
 for _name, _function, _short in VERBS:
@@ -79,7 +79,7 @@ def main() -> None:
     except OSError as error:  # not of a verb: the help or the version could not be written
         if "--debug" in sys.argv:
             raise
-        sentence, code = explain(error)
-        say(f"sprat: {sentence}")
-        last_words()
+        message, code = describe_error(error)
+        print_err(f"sprat: {message}")
+        flush_stdout()
         sys.exit(code)

@@ -24,14 +24,14 @@ from sprat.errors import MachineError, SpratError
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-FAULT_OF_OURS = 70  # EX_SOFTWARE of sysexits.h: a bug, not bad input
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a bug, not bad input
 
 Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="A TOML file, or the name of a built-in recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as a.b=c; may be repeated.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same threads: same bytes.")]
-RoadFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
+PipelineFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
 ModelFolder = Annotated[
     Path,
     typer.Argument(metavar="MODEL", help="A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol."),
@@ -40,31 +40,31 @@ ModelFolder = Annotated[
 
 @dataclass(frozen=True)
 class Result:
-    """What a verb found.
+    """What a verb returns.
 
     Attributes:
         data: JSON-able facts, printed with ``--json``.
         human: a string or a rich renderable, printed without it; empty prints nothing.
         exit_code: 0, or the documented code of the fault that ``data`` tells of.
-        then: what goes on once the result is shown, such as serving until Ctrl-C.
+        after_output: what goes on once the result is shown, such as serving until Ctrl-C.
     """
 
     data: Mapping[str, Any]
     human: Any = ""
     exit_code: int = 0
-    then: Callable[[], None] | None = None
+    after_output: Callable[[], None] | None = None
 
 
-def say(text: str) -> None:
-    """Tell the person something on stderr, whatever the output mode."""
+def print_err(text: str) -> None:
+    """Print a line on stderr, whatever the output mode."""
     print(text, file=sys.stderr, flush=True)
 
 
 _as_json: ContextVar[bool] = ContextVar("as_json", default=False)
 
 
-def stage() -> TextIO:
-    """Where a verb that talks while it works puts what it is asked for: stdout, or stderr with ``--json``."""
+def output_stream() -> TextIO:
+    """Where a verb that prints while it works puts its output: stdout, or stderr with ``--json``."""
     return sys.stderr if _as_json.get() else sys.stdout
 
 
@@ -81,25 +81,25 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
         _as_json.set(as_json)
         try:
             result = function(**options)
-            show(result, as_json)
+            print_result(result, as_json)
             as_json = False  # the one object is out
-            if result.then is not None:
-                result.then()
+            if result.after_output is not None:
+                result.after_output()
         except (typer.Exit, typer.Abort):
             raise
         except BaseException as error:
             if debug:
                 raise
-            sentence, code = explain(error)
-            say(f"sprat: {sentence}")
-            fault = {"type": type(error).__name__, "message": sentence, "exit_code": code}
-            last_words(json.dumps({"error": fault}) + "\n" if as_json else "")
+            message, code = describe_error(error)
+            print_err(f"sprat: {message}")
+            fault = {"type": type(error).__name__, "message": message, "exit_code": code}
+            flush_stdout(json.dumps({"error": fault}) + "\n" if as_json else "")
             raise typer.Exit(code) from None
         if result.exit_code:
             raise typer.Exit(result.exit_code)
 
     signature = inspect.signature(function, eval_str=True)
-    added = [
+    extra_parameters = [
         inspect.Parameter(
             "as_json",
             inspect.Parameter.KEYWORD_ONLY,
@@ -113,13 +113,13 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
             annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")],
         ),
     ]
-    parameters = [*signature.parameters.values(), *added]
+    parameters = [*signature.parameters.values(), *extra_parameters]
     command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 
-def show(result: Result, as_json: bool) -> None:
+def print_result(result: Result, as_json: bool) -> None:
     """Print ``result`` on stdout: one JSON object, or the text for a person."""
     if as_json:
         print(json.dumps(result.data, ensure_ascii=False, default=str), flush=True)
@@ -132,7 +132,7 @@ def show(result: Result, as_json: bool) -> None:
         Console().print(result.human)
 
 
-def last_words(text: str = "") -> None:
+def flush_stdout(text: str = "") -> None:
     """Put ``text`` on stdout; one that takes nothing more (a full disk, a reader who left) is given up.
 
     Else Python would try again when it ends, and leave with a code of its own.
@@ -144,10 +144,10 @@ def last_words(text: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def describe_error(error: BaseException) -> tuple[str, int]:
     """One sentence for a person, and the exit code, for any fault.
 
-    >>> explain(MachineError("the disk is full", todo="free some space"))
+    >>> describe_error(MachineError("the disk is full", todo="free some space"))
     ('the disk is full; free some space.', 9)
     """
     if isinstance(error, SpratError):
@@ -162,7 +162,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "nobody reads the output any more.", BROKEN_PIPE
     from sprat.trust.atomic import machine_error
 
-    mended = machine_error(error, getattr(error, "filename", None) or "")
-    if mended is not None:
-        return str(mended), mended.exit_code
-    return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", FAULT_OF_OURS
+    converted = machine_error(error, getattr(error, "filename", None) or "")
+    if converted is not None:
+        return str(converted), converted.exit_code
+    return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", INTERNAL_ERROR

@@ -2,7 +2,7 @@
 
 ``load`` reads a recipe, applies ``a.b=c`` overrides and validates. An unknown key is an error that
 names the key that was meant, because a silently ignored key is the most expensive kind of typo; so is a key that
-an older version had and that never did anything.
+an older version had and that never did anything, or that has another name now.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ SAME = {
     **dict.fromkeys(("random_seed", "manual_seed"), ("seed", "seeds")),
     **dict.fromkeys(("num_threads", "workers", "num_workers", "threads"), ("jobs",)),
 }
+
+# Keys of older recipes -> what they are called now.
+RENAMED = {"normalise_std": "normalize_std"}
 
 
 def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
@@ -189,6 +192,9 @@ def _unknown(kind: type[BaseModel], path: tuple[int | str, ...], where: str) -> 
     key = ".".join(str(part) for part in path)
     if table is not None and name in getattr(table, "gone", {}):
         return ConfigError(f"the key {key!r} is gone: {table.gone[name]}", where=where, todo="remove it")
+    if table is not None and RENAMED.get(name) in table.model_fields:
+        renamed = ".".join([*map(str, place), RENAMED[name]])
+        return ConfigError(f"the key {key!r} is now called {renamed!r}", where=where, todo="rename it")
     near = _meant(name, [] if table is None else list(_leaves(table)))
     if near:
         return ConfigError(f"unknown key {key!r}", where=where, todo=f"did you mean {' or '.join(map(repr, near))}?")

@@ -107,7 +107,7 @@ class GRPOConfig(Config):
     format_weight: float = Field(0.1, ge=0, le=1e9)
     reward: str = ""  # the user's own verifier, "module:function" or "file.py:function", paid instead of the judges
     reward_timeout: float = Field(10.0, gt=0, le=1e6)  # seconds for one answer
-    normalise_std: bool = True
+    normalize_std: bool = True
     init_from: str = ""  # RUN or RUN@STEP: go on from that run's checkpoint
     checkpoint_every: Count = 5
     grad_clip: float = Field(1.0, gt=0, le=1e9)

@@ -114,7 +114,9 @@ class Engine:
 
         A ``Sampling`` that a caller makes is taken as it is; where none is given at all, this one is.
         """
-        return Sampling(**{**self.tokenizer.generation.settings, **{k: v for k, v in said.items() if v is not None}})
+        return Sampling(
+            **{**self.tokenizer.generation_config.default_sampling, **{k: v for k, v in said.items() if v is not None}}
+        )
 
     def step(self) -> list[Handle]:
         """Move every request on; the requests that finished thereby.

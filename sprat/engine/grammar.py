@@ -61,7 +61,7 @@ class Grammars:
         self._turns: dict[Tenant, threading.Lock] = {}
         self._places = threading.Semaphore(COMPILING)
         self._words: LLTokenizer | None = None
-        self._tag = b"" if tagged(tokenizer) else tokenizer.format.think_tokens[1].encode()
+        self._tag = b"" if tagged(tokenizer) else tokenizer.chat_format.think_tags[1].encode()
         self._over: list[tuple[int, bytes]] | None = None  # tokens that go on behind a byte that can end the tag
 
     def grammar(self, response: Response, thinking: bool | None, tenant: Tenant = NOBODY) -> Grammar:
@@ -87,7 +87,7 @@ class Grammars:
                 texts = enumerate(self._tokens())
                 self._over = [(index, text) for index, text in texts if self._tag[-1:] in text[:-1]]
             matcher = found.deep_copy()
-        thought, opening = Thought(self._tokenizer, thinking), self._tokenizer.ids.think_open
+        thought, opening = Thought(self._tokenizer, thinking), self._tokenizer.special_ids.think_open
         return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
 
     def close(self) -> None:

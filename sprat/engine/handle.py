@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from sprat.engine.sequence import Delta, FinishReason, Output, Sequence, Usage
 from sprat.engine.text import Reader
-from sprat.tokens.chat import settled, split
+from sprat.tokens.chat import resolve_thinking, split_reasoning
 from sprat.tokens.tokenizer import Tokenizer
 
 WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
@@ -110,7 +110,7 @@ class Handle:
         else:
             how = sequence.sampling
             shaped = how.response is not None
-            answer = split(self._tokenizer, sequence.token_ids, thinking=how.thinking, structured=shaped)
+            answer = split_reasoning(self._tokenizer, sequence.token_ids, thinking=how.thinking, structured=shaped)
         self._output = Output(
             text=answer.content,
             reasoning=answer.reasoning,
@@ -139,14 +139,14 @@ class Handle:
 
     def _usage(self, reasoning: str) -> Usage:
         """Count tokens; the think tags are no reasoning."""
-        sequence, ids = self.sequence, self._tokenizer.ids
-        said, thinking = sequence.token_ids, settled(self._tokenizer, sequence.sampling.thinking)
+        sequence, ids = self.sequence, self._tokenizer.special_ids
+        said, thinking = sequence.token_ids, resolve_thinking(self._tokenizer, sequence.sampling.thinking)
         count = 0
         if min(ids.think_open, ids.think_close) < 0:
             count = min(len(said), len(self._tokenizer.encode(reasoning)))
         elif thinking or (thinking is None and said[:1] == [ids.think_open]):
             opened = 0 if thinking else 1
             inside = said[opened : said.index(ids.think_close)] if ids.think_close in said else said[opened:]
-            count = sum(token not in self._tokenizer.end_ids for token in inside)
+            count = sum(token not in self._tokenizer.eos_token_ids for token in inside)
         prompt, hit = len(sequence.prompt), max(0, sequence.hit)
         return Usage(prompt, len(said), count, hit, prompt - hit)

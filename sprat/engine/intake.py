@@ -104,4 +104,4 @@ def ends(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end an answer: those of the tokenizer and its folder, and those of config.json that are control."""
     named = config.eos_token_id
     listed = {named} if isinstance(named, int) else set(named or ())
-    return tokenizer.end_ids | (listed & tokenizer.control_ids)
+    return tokenizer.eos_token_ids | (listed & tokenizer.control_ids)

@@ -22,7 +22,7 @@ from sprat.engine.sampling import Sampling
 from sprat.engine.sequence import NOBODY, Tenant
 from sprat.engine.think import Thought, closing
 from sprat.errors import EngineError
-from sprat.tokens.chat import settled
+from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
 NEVER = np.iinfo(np.int64).max  # the position at which nothing wakes
@@ -76,7 +76,7 @@ def build(
             fault = f"a processor cannot be made: {type(error).__name__}: {error}"
             raise EngineError(fault, where="processors", todo="mend it") from error
     if sampling.response is not None:
-        thinking = settled(tokenizer, sampling.thinking, structured=True)
+        thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
         made.append(grammars.grammar(sampling.response, thinking, tenant))
     return tuple(made)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sprat.engine.sequence import Delta
-from sprat.tokens.chat import Answer, settled
+from sprat.tokens.chat import Answer, resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
 WINDOW = 16  # tokens that are decoded together, at most
@@ -39,22 +39,22 @@ class Decoder:
 
         A character that is not whole yet is decoded as one U+FFFD at the end, so all before it is final.
         """
-        if not self._tokenizer.shows(token):
+        if not self._tokenizer.is_visible(token):
             return ""
         self._window.append(token)
-        text = self._tokenizer.decode(self._window, skip_specials=True)
+        text = self._tokenizer.decode(self._window, skip_special_tokens=True)
         whole = text.removesuffix("\ufffd")
         piece = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
         if len(self._window) > WINDOW:
             left = len(text) - self._shown
             self._window = self._window[-CHARACTER:]
-            self._shown = len(self._tokenizer.decode(self._window, skip_specials=True)) - left
+            self._shown = len(self._tokenizer.decode(self._window, skip_special_tokens=True)) - left
         return piece
 
     def flush(self) -> str:
         """What is left, with U+FFFD where a character never became whole."""
-        piece = self._tokenizer.decode(self._window, skip_specials=True)[self._shown :]
+        piece = self._tokenizer.decode(self._window, skip_special_tokens=True)[self._shown :]
         self._window, self._shown = [], 0
         return piece
 
@@ -72,16 +72,16 @@ class Reader:
         self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = (), structured: bool = False
     ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        thinking = settled(tokenizer, thinking, structured=structured)
+        thinking = resolve_thinking(tokenizer, thinking, structured=structured)
         self._decoder = Decoder(tokenizer)
-        tags = tokenizer.format.think_tokens
-        self._tags = None if min(tokenizer.ids.think_open, tokenizer.ids.think_close) >= 0 else tags
+        tags = tokenizer.chat_format.think_tags
+        self._tags = None if min(tokenizer.special_ids.think_open, tokenizer.special_ids.think_close) >= 0 else tags
         self._state: Literal["start", "reasoning", "content"] = (
             "start" if thinking is None else "reasoning" if thinking else "content"
         )
         self._structured = structured
         self._trims = {
-            "reasoning": "\n" in "".join(tokenizer.format.think),
+            "reasoning": "\n" in "".join(tokenizer.chat_format.think_delimiters),
             "content": False,
         }  # line breaks at the tags
         self._blanks: list[str] = []  # what stands before the first word, while it may be a tag
@@ -92,8 +92,8 @@ class Reader:
 
     def push(self, token: int) -> list[Delta]:
         """The pieces of text that ``token`` lets go."""
-        ids = self._tokenizer.ids
-        if token in self._tokenizer.end_ids or self.stopped:
+        ids = self._tokenizer.special_ids
+        if token in self._tokenizer.eos_token_ids or self.stopped:
             return []
         if self._tags is None:
             if self._state == "start":

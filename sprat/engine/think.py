@@ -10,19 +10,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence as Rows
 
-from sprat.tokens.chat import settled
+from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
 
 def closing(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that spell ``</think>``: one where it is a token, else several."""
-    close = tokenizer.ids.think_close
-    return (close,) if close >= 0 else tokenizer.piece(tokenizer.format.think_tokens[1])
+    close = tokenizer.special_ids.think_close
+    return (close,) if close >= 0 else tokenizer.encode_cached(tokenizer.chat_format.think_tags[1])
 
 
 def tagged(tokenizer: Tokenizer) -> bool:
     """Whether both think tags are tokens of their own."""
-    return min(tokenizer.ids.think_open, tokenizer.ids.think_close) >= 0
+    return min(tokenizer.special_ids.think_open, tokenizer.special_ids.think_close) >= 0
 
 
 class Thought:
@@ -40,10 +40,10 @@ class Thought:
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool | None) -> None:
         self._tokenizer, self._tagged = tokenizer, tagged(tokenizer)
-        opening, ending = tokenizer.format.think_tokens
+        opening, ending = tokenizer.chat_format.think_tags
         self._open, self._close = opening.encode(), ending.encode()
         self.seen, self.tail = 0, b""
-        thinking = settled(tokenizer, thinking)
+        thinking = resolve_thinking(tokenizer, thinking)
         self.begin: int | None = 0 if thinking else None
         self.end: int | None = 0 if thinking is False else None
 
@@ -69,7 +69,7 @@ class Thought:
         if self.end is not None:
             return
         if self._tagged:
-            ids = self._tokenizer.ids
+            ids = self._tokenizer.special_ids
             if self.begin is None:
                 self.begin, self.end = (1, None) if token == ids.think_open else (None, 0)
             elif token == ids.think_close:

@@ -17,7 +17,7 @@ from sprat.errors import CheckpointError, DataError
 from sprat.gguf.header import Header
 from sprat.gguf.pretokenizers import IGNORE_MERGES, NFC_NORMALIZED, PRETOKENIZERS
 from sprat.tokens import Tokenizer
-from sprat.tokens.folder import understood
+from sprat.tokens.hf_files import parse_generation_config
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
 _LONG = 256  # characters of a token beyond which its splits are not tried
@@ -56,8 +56,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
     }
     text, where = json.dumps(table, ensure_ascii=False), str(header.path)
     try:
-        generation = understood(_generation(header), where)
-        return Tokenizer(text, config=_config(header, tokens), generation=generation, where=where)
+        said = parse_generation_config(_generation(header), where)
+        return Tokenizer(text, config=_config(header, tokens), generation_config=said, where=where)
     except DataError as error:
         raise CheckpointError(
             error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"

@@ -14,11 +14,11 @@ from torch import Tensor
 from sprat.model import Transformer
 from sprat.post.rollout import Rollout
 
-_MICRO_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
+_MAX_MICRO_BATCH_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ResponseTokens:
     """The response tokens of some rollouts, ready for the head.
 
     Attributes:
@@ -36,35 +36,35 @@ class Tokens:
     importance_N: Tensor | None
 
 
-def gather(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor) -> Tokens:
+def forward_responses(model: Transformer, rollouts: Sequence[Rollout], advantage_B: Tensor) -> ResponseTokens:
     """Run ``model`` over whole rollouts and keep the positions that predict response tokens.
 
     Rows are padded on the right, where a causal model never looks, so no mask is needed.
     """
     width = max(rollout.length for rollout in rollouts)
     tokens_BT = torch.zeros(len(rollouts), width, dtype=torch.int64)
-    answer_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
+    is_response_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
-        answer_BT[row, len(rollout.prompt_ids) : rollout.length] = True
+        is_response_BT[row, len(rollout.prompt_ids) : rollout.length] = True
     device = model.norm.weight.device
     old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
-    advantage_N = advantage_B.repeat_interleave(answer_BT.sum(1)).to(device)
+    advantage_N = advantage_B.repeat_interleave(is_response_BT.sum(1)).to(device)
     importance_N = None
     if all(rollout.importance is not None for rollout in rollouts):
-        importance_N = torch.tensor([each for rollout in rollouts for each in rollout.importance or ()], device=device)
-    tokens_BT, chosen_BT = tokens_BT.to(device), answer_BT[:, 1:].to(device)
+        importance_N = torch.tensor([w for rollout in rollouts for w in rollout.importance or ()], device=device)
+    tokens_BT, selected_BT = tokens_BT.to(device), is_response_BT[:, 1:].to(device)
     x_BTD = model.hidden(tokens_BT[:, :-1]).x_BTD
-    return Tokens(x_BTD[chosen_BT], tokens_BT[:, 1:][chosen_BT], old_N, advantage_N, importance_N)
+    return ResponseTokens(x_BTD[selected_BT], tokens_BT[:, 1:][selected_BT], old_N, advantage_N, importance_N)
 
 
 def micro_batches(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[list[int]]:
     """``rows`` sorted by length and cut so that each part, padded, holds a bounded number of tokens."""
-    part: list[int] = []
+    batch: list[int] = []
     for row in sorted(rows, key=lambda row: (rollouts[row].length, row)):
-        if part and rollouts[row].length * (len(part) + 1) > _MICRO_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
+        if batch and rollouts[row].length * (len(batch) + 1) > _MAX_MICRO_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -29,9 +29,9 @@ from sprat.data.loader import IGNORED, Batch, Source
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.post.evaluate import ask, judge
+from sprat.post.evaluate import problem_messages, score_output
 from sprat.post.logprob import forward_kl
-from sprat.post.sft import Demonstration, draw
+from sprat.post.sft import Demonstration, sample_problems
 from sprat.quant import fake_quantize
 from sprat.tasks import Task, is_right
 from sprat.train import loop, objective
@@ -40,15 +40,15 @@ from sprat.trust.run import Run
 
 @dataclass(frozen=True)
 class Traces:
-    """What the teacher wrote and the judge kept; ``asked`` answers were sampled, ``tokens`` in all for ``flops``."""
+    """Demonstrations that count, of ``num_samples`` sampled answers; ``tokens`` in all, at a cost of ``flops``."""
 
-    kept: list[Demonstration]
-    asked: int
+    demonstrations: list[Demonstration]
+    num_samples: int
     tokens: int
     flops: float
 
 
-def traces(
+def sample_traces(
     engine: Engine,
     tasks: Sequence[Task],
     weights: Sequence[float],
@@ -71,24 +71,24 @@ def traces(
     Raises:
         TrainingError: not one answer counts.
     """
-    drawn = draw(tasks, weights, count, f"traces/{seed}/{thinking}")
+    problems = sample_problems(tasks, weights, count, f"traces/{seed}/{thinking}")
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=samples)
-    outputs = engine.generate([ask(problem) for _, problem in drawn], sampling)
-    kept: dict[Demonstration, None] = {}
-    for number, output in enumerate(outputs):
-        task, problem = drawn[number // samples]
-        if output.finish_reason == "stop" and (not verified or is_right(judge(task, problem, output))):
-            kept[Demonstration(problem.question, output.reasoning, output.text)] = None
-    if not kept:
+    outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
+    unique: dict[Demonstration, None] = {}
+    for row, output in enumerate(outputs):
+        task, problem = problems[row // samples]
+        if output.finish_reason == "stop" and (not verified or is_right(score_output(task, problem, output))):
+            unique[Demonstration(problem.question, output.reasoning, output.text)] = None
+    if not unique:
         what = f"the teacher answered none of {count} problems"
         raise TrainingError(what, where="traces", todo="train the teacher first or raise max_tokens")
     tokens = sum(len(output.token_ids) for output in outputs)
-    read = tokens + sum(output.usage.cache_miss_tokens for output in outputs)
-    length = read // len(outputs)
-    return Traces(list(kept), len(outputs), tokens, read * flops_per_token(engine.model.config, length))
+    processed_tokens = tokens + sum(output.usage.cache_miss_tokens for output in outputs)
+    length = processed_tokens // len(outputs)
+    return Traces(list(unique), len(outputs), tokens, processed_tokens * flops_per_token(engine.model.config, length))
 
 
-def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossFn:
+def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.LossFn:
     """The loss of ``config.mode`` as a function for ``train.loop.train``.
 
     ``traces`` is the plain next-token loss. ``logits`` is the forward KL to the teacher; ``both`` mixes it with the
@@ -100,27 +100,31 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
         return objective.next_token_loss
     kl_weight = 1.0 if config.mode == "logits" else config.logits_weight
 
-    def pull(x_BTD: Tensor, head_VD: Tensor, goal_BTE: Tensor, targets_BT: Tensor, over: int) -> tuple[Tensor, ...]:
+    def weighted_losses(
+        x_BTD: Tensor, head_VD: Tensor, teacher_x_BTE: Tensor, targets_BT: Tensor, num_targets: int
+    ) -> tuple[Tensor, ...]:
         """Sums of loss, KL and cross-entropy over the targets of a part, divided by how many the step has."""
-        chosen_BT = targets_BT != IGNORED
-        x_ND, goal_NE, targets_N = x_BTD[chosen_BT], goal_BTE[chosen_BT], targets_BT[chosen_BT]
+        selected_BT = targets_BT != IGNORED
+        x_ND, teacher_x_NE, targets_N = x_BTD[selected_BT], teacher_x_BTE[selected_BT], targets_BT[selected_BT]
         weights = {"kl_weight": kl_weight, "ce_weight": 1.0 - kl_weight, "temperature": config.temperature}
-        found = forward_kl(x_ND, head_VD, goal_NE, teacher.head.dense_weight(), targets_N, **weights)
-        return tuple(each * (len(targets_N) / max(over, 1)) for each in found)
+        losses = forward_kl(x_ND, head_VD, teacher_x_NE, teacher.head.dense_weight(), targets_N, **weights)
+        return tuple(each * (len(targets_N) / max(num_targets, 1)) for each in losses)
 
     def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
         whole, segments_BT = whole or batch, objective.attention_segments(batch.segments_BT)
         with torch.no_grad():
-            goal_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
+            teacher_x_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
         hidden, head_VD = model.hidden(batch.tokens_BT, segments_BT=segments_BT), model.head.dense_weight()
-        over = objective.num_targets(whole.targets_BT)
-        total, kl, ce = pull(hidden.x_BTD, head_VD, goal_BTE, batch.targets_BT, over)
+        num_targets = objective.num_targets(whole.targets_BT)
+        total, kl, ce = weighted_losses(hidden.x_BTD, head_VD, teacher_x_BTE, batch.targets_BT, num_targets)
         metrics, routing = {"loss": ce.item(), "kl": kl.item()}, list(hidden.routing)
         if model.mtp and settings.mtp_weight > 0:
             depths = []
             for depth, (ahead, targets_BT) in enumerate(objective.mtp_outputs(model, hidden, batch), 1):
-                over = objective.num_targets(objective.mtp_targets(whole, depth))
-                depths.append(torch.stack(pull(ahead.x_BTD, head_VD, goal_BTE[:, depth:], targets_BT, over)))
+                num_targets = objective.num_targets(objective.mtp_targets(whole, depth))
+                teacher_ahead_BTE = teacher_x_BTE[:, depth:]
+                losses = weighted_losses(ahead.x_BTD, head_VD, teacher_ahead_BTE, targets_BT, num_targets)
+                depths.append(torch.stack(losses))
                 routing += ahead.routing
             mtp, _, mtp_ce = torch.stack(depths).mean(0)
             total, metrics["mtp_loss"] = total + settings.mtp_weight * mtp, mtp_ce.item()
@@ -151,10 +155,12 @@ def distill(
     if sizes[0] != sizes[1]:
         what = f"the student has {sizes[0]} words, the teacher {sizes[1]}"
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
-    steps = round(config.qat_fraction * config.steps)
+    qat_steps = round(config.qat_fraction * config.steps)
     rounding = partial(fake_quantize, student, quant or QuantConfig())
-    final_phase = loop.FinalPhase(config.steps - steps, rounding) if steps else None
-    result = loop.train(student, source, config, run, loss_fn=distillation(teacher, config), final_phase=final_phase)
+    final_phase = loop.FinalPhase(config.steps - qat_steps, rounding) if qat_steps else None
+    result = loop.train(
+        student, source, config, run, loss_fn=distillation_loss(teacher, config), final_phase=final_phase
+    )
     if config.mode == "traces":
         return result
     length = result.tokens // max(1, result.steps * config.batch_rows)

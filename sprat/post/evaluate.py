@@ -3,7 +3,7 @@
 An accuracy from n problems is an estimate; here it never travels without its Wilson interval (Wilson
 1927; good also near 0 and 1, where the textbook interval fails). pass@k is the unbiased estimator of
 Chen et al. 2021 (arXiv 2107.03374, section 2.1): from n ≥ k samples with c right ones,
-``1 - C(n-c, k) / C(n, k)``. ``significant`` is the pooled two-proportion z-test. Both treat the problems as
+``1 - C(n-c, k) / C(n, k)``. ``two_proportion_p_value`` is the pooled two-proportion z-test. Both treat the problems as
 independent draws; for two models on the same problems the test is on the careful side.
 
 All problems of all tasks go to the engine in one call: a batch of 1,000 costs a small model little more
@@ -57,36 +57,38 @@ class Score:
         return {**asdict(self), "by_length": by_length, "accuracy": self.accuracy}
 
 
-def wilson(correct: int, count: int, z: float = _Z95) -> tuple[float, float]:
+def wilson_interval(correct: int, count: int, z: float = _Z95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
 
-    >>> [round(bound, 4) for bound in wilson(8, 10)]
+    >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
     [0.4902, 0.9433]
     """
     if not 0 <= correct <= count or count == 0:
         raise DataError(f"cannot score {correct} of {count}", where="wilson", todo="evaluate at least one problem")
-    share = correct / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    proportion = correct / count
+    center = (proportion + z * z / (2 * count)) / (1 + z * z / count)
+    half_width = (
+        z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
+    )
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def significant(a: Score, b: Score) -> float:
+def two_proportion_p_value(a: Score, b: Score) -> float:
     """Two-sided p-value that both scores have the same underlying accuracy (pooled z-test); 1.0 when equal."""
     pooled = (a.correct + b.correct) / (a.count + b.count)
-    spread = math.sqrt(pooled * (1 - pooled) * (1 / a.count + 1 / b.count))
-    return 1.0 if spread == 0 else math.erfc(abs(a.accuracy - b.accuracy) / spread / math.sqrt(2))
+    std_error = math.sqrt(pooled * (1 - pooled) * (1 / a.count + 1 / b.count))
+    return 1.0 if std_error == 0 else math.erfc(abs(a.accuracy - b.accuracy) / std_error / math.sqrt(2))
 
 
-Judge = Callable[[Task, Problem, Output], float]  # from 0 to 1
+Scorer = Callable[[Task, Problem, Output], float]  # from 0 to 1
 
 
-def ask(problem: Problem) -> list[Message]:
+def problem_messages(problem: Problem) -> list[Message]:
     """The conversation that puts one problem to the model."""
     return [Message("user", problem.question)]
 
 
-def judge(task: Task, problem: Problem, output: Output) -> float:
+def score_output(task: Task, problem: Problem, output: Output) -> float:
     """The task's score of what the user sees; no visible text, or a think that never closed, is no answer."""
     return float(task.score(problem, (output.text.strip() or None) if output.closed else None))
 
@@ -102,7 +104,7 @@ def evaluate(
     temperature: float = 0.0,
     split: Split = "test",
     samples: int = 8,
-    score: Judge = judge,
+    scorer: Scorer = score_output,
 ) -> Score:
     """Score ``count`` problems of one task; see ``evaluate_many``."""
     return evaluate_many(
@@ -115,7 +117,7 @@ def evaluate(
         temperature=temperature,
         split=split,
         samples=samples,
-        score=score,
+        scorer=scorer,
     )[0]
 
 
@@ -130,7 +132,7 @@ def evaluate_many(
     temperature: float = 0.0,
     split: Split = "test",
     samples: int = 8,
-    score: Judge = judge,
+    scorer: Scorer = score_output,
 ) -> list[Score]:
     """One Score for each task, all problems answered in one batch.
 
@@ -140,13 +142,13 @@ def evaluate_many(
         max_tokens: limit on think and answer together.
         temperature: 0 is greedy.
         samples: how many full answers to keep of each task.
-        score: who says how right an answer is; the task's own judge if not given.
+        scorer: scores an answer from 0 to 1; the task's own judge if not given.
     """
-    problems = [_problems(task, split, count) for task in tasks]
+    problems = [_select_problems(task, split, count) for task in tasks]
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking)
-    outputs = iter(engine.generate([ask(problem) for row in problems for problem in row], sampling))
-    answered = [(task, row, [next(outputs) for _ in row]) for task, row in zip(tasks, problems, strict=True)]
-    return [_score(task, row, found, samples, score) for task, row, found in answered]
+    outputs = iter(engine.generate([problem_messages(problem) for row in problems for problem in row], sampling))
+    task_outputs = [(task, row, [next(outputs) for _ in row]) for task, row in zip(tasks, problems, strict=True)]
+    return [_score_task(task, row, row_outputs, samples, scorer) for task, row, row_outputs in task_outputs]
 
 
 def estimate_pass_at_k(total: int, correct: int, k: int) -> float:
@@ -172,60 +174,60 @@ def pass_at_k(
     temperature: float = 1.0,
     seed: int = 0,
     split: Split = "test",
-    score: Judge = judge,
+    scorer: Scorer = score_output,
 ) -> float:
     """Mean unbiased pass@k over ``count`` problems with ``samples`` (default k) draws of each."""
-    draws = samples or k
-    problems = _problems(task, split, count)
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=draws)
-    outputs = engine.generate([ask(problem) for problem in problems], sampling)
-    right = [is_right(score(task, problems[row // draws], output)) for row, output in enumerate(outputs)]
-    counts = [sum(right[start : start + draws]) for start in range(0, len(right), draws)]
-    return sum(estimate_pass_at_k(draws, correct, k) for correct in counts) / len(counts)
+    num_samples = samples or k
+    problems = _select_problems(task, split, count)
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=num_samples)
+    outputs = engine.generate([problem_messages(problem) for problem in problems], sampling)
+    correct_flags = [is_right(scorer(task, problems[row // num_samples], output)) for row, output in enumerate(outputs)]
+    counts = [sum(correct_flags[start : start + num_samples]) for start in range(0, len(correct_flags), num_samples)]
+    return sum(estimate_pass_at_k(num_samples, correct, k) for correct in counts) / len(counts)
 
 
-def _problems(task: Task, split: Split, count: int) -> list[Problem]:
+def _select_problems(task: Task, split: Split, count: int) -> list[Problem]:
     """Distinct problems of a held-out split, or the first ones of the training split.
 
     Raises:
         DataError: there is none.
     """
-    own = split == "train"  # these are drawn as they are learned, again and again
-    problems = [task.problem(split, index) for index in range(count)] if own else held_out(task, count, split)
+    is_train = split == "train"  # these are drawn as they are learned, again and again
+    problems = [task.problem(split, index) for index in range(count)] if is_train else held_out(task, count, split)
     if not problems:
         raise DataError(f"no problem to evaluate of {count}", where=task.name, todo="ask for at least one")
     return problems
 
 
-def _score(task: Task, problems: list[Problem], outputs: list[Output], samples: int, score: Judge) -> Score:
+def _score_task(task: Task, problems: list[Problem], outputs: list[Output], samples: int, scorer: Scorer) -> Score:
     """Judge the answers of one task."""
-    marks = [score(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
-    right = [is_right(mark) for mark in marks]
+    scores = [scorer(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
+    correct_flags = [is_right(score) for score in scores]
     lengths: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for problem, ok in zip(problems, right, strict=True):
+    for problem, ok in zip(problems, correct_flags, strict=True):
         if "num_terms" in problem.meta:
             terms = int(problem.meta["num_terms"])
             lengths[terms] = (lengths[terms][0] + ok, lengths[terms][1] + 1)
-    kept = [
+    sample_rows = [
         {
             "question": problem.question,
             "expected": problem.answer,
             "reasoning": output.reasoning,
             "answer": output.text,
-            "score": mark,
+            "score": score,
         }
-        for problem, output, mark in list(zip(problems, outputs, marks, strict=True))[:samples]
+        for problem, output, score in list(zip(problems, outputs, scores, strict=True))[:samples]
     ]
-    low, high = wilson(sum(right), len(right))
+    low, high = wilson_interval(sum(correct_flags), len(correct_flags))
     return Score(
         task=task.name,
-        count=len(right),
-        correct=sum(right),
-        mean=sum(marks) / len(marks),
+        count=len(correct_flags),
+        correct=sum(correct_flags),
+        mean=sum(scores) / len(scores),
         low=low,
         high=high,
         mean_tokens=sum(len(output.token_ids) for output in outputs) / len(outputs),
         thought=sum(bool((output.reasoning or "").strip()) for output in outputs) / len(outputs),
         by_length=dict(sorted(lengths.items())),
-        samples=kept,
+        samples=sample_rows,
     )

@@ -21,7 +21,7 @@ Later corrections, and what became of them here:
   which also adds 1e-4): ours is longer by ``sqrt(G / (G - 1))``, 3 % at G = 16, and does not depend on the unit of
   the rewards.
 - *No division by the spread* (Dr. GRPO). Dividing makes questions that are almost always or almost never
-  solved weigh most. ``normalise_std = false`` turns it off; tiny groups learn faster with it.
+  solved weigh most. ``normalize_std = false`` turns it off; tiny groups learn faster with it.
 - *Clip higher* (DAPO, section 3.1): a rare token may rise by more than it may fall (0.28 against 0.2), else
   exploration dies: a token at 1 % could only reach 1.2 %.
 - *Groups without spread teach nothing* (DAPO, section 3.2) and are skipped, not sampled again: that
@@ -67,19 +67,19 @@ from sprat.config import GRPOConfig, OptimConfig, RLConfig
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.post.batch import gather, micro_batches
+from sprat.post.batch import forward_responses, micro_batches
 from sprat.post.logprob import policy_loss, token_logprob
-from sprat.post.readiness import readiness
 from sprat.post.rewards import Reward, Verifier
-from sprat.post.rollout import Rollout, sample_groups, summary
+from sprat.post.rl_gate import evaluate_gate
+from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine, optim, schedule, trainable
 from sprat.train.progress import progress_bar
 from sprat.trust.run import Run
 
-SPARED = 50  # of as many answers one may be far off by a router's near tie
-_ROUNDING = 4  # steps of the rewards' own precision that still count as equal
+ANSWERS_PER_OUTLIER = 50  # of as many answers one may be far off by a router's near tie
+_ROUNDING_STEPS = 4  # steps of the rewards' own precision that still count as equal
 
 
 @dataclass
@@ -93,7 +93,7 @@ class RLResult:
     accuracy: float = 0.0
 
 
-def advantages(reward_PG: Tensor, normalise_std: bool) -> Tensor:
+def advantages(reward_PG: Tensor, normalize_std: bool) -> Tensor:
     """Group-relative advantages [P, G] of float rewards [P, G]; groups without spread get exactly 0.
 
     Whatever the unit of the rewards and wherever their zero: two rewards are equal where they differ by no more than
@@ -102,28 +102,29 @@ def advantages(reward_PG: Tensor, normalise_std: bool) -> Tensor:
     >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), True).tolist()
     [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    paid_PG = ~reward_PG.isnan()
-    count_P1 = paid_PG.sum(1, keepdim=True).clamp(min=1)
-    value_PG = reward_PG.double().masked_fill(~paid_PG, 0.0)
-    high_P1 = value_PG.masked_fill(~paid_PG, -torch.inf).amax(1, keepdim=True)
-    spread_P1 = high_P1 - value_PG.masked_fill(~paid_PG, torch.inf).amin(1, keepdim=True)
-    noise_P1 = _ROUNDING * torch.finfo(reward_PG.dtype).eps * value_PG.abs().amax(1, keepdim=True)
-    live_PG = paid_PG & (spread_P1 > noise_P1)
-    centred_PG = value_PG - value_PG.sum(1, keepdim=True) / count_P1
-    if normalise_std:
-        centred_PG = (centred_PG / spread_P1).masked_fill(~live_PG, 0.0)  # its squares can be held, whatever the unit
-        centred_PG = centred_PG / (centred_PG.square().sum(1, keepdim=True) / count_P1).sqrt()
-    return torch.where(live_PG, centred_PG, 0.0).float()
+    valid_PG = ~reward_PG.isnan()
+    count_P1 = valid_PG.sum(1, keepdim=True).clamp(min=1)
+    value_PG = reward_PG.double().masked_fill(~valid_PG, 0.0)
+    high_P1 = value_PG.masked_fill(~valid_PG, -torch.inf).amax(1, keepdim=True)
+    spread_P1 = high_P1 - value_PG.masked_fill(~valid_PG, torch.inf).amin(1, keepdim=True)
+    noise_P1 = _ROUNDING_STEPS * torch.finfo(reward_PG.dtype).eps * value_PG.abs().amax(1, keepdim=True)
+    has_spread_PG = valid_PG & (spread_P1 > noise_P1)
+    centered_PG = value_PG - value_PG.sum(1, keepdim=True) / count_P1
+    if normalize_std:
+        # divided by the spread first: the squares can be held, whatever the unit
+        centered_PG = (centered_PG / spread_P1).masked_fill(~has_spread_PG, 0.0)
+        centered_PG = centered_PG / (centered_PG.square().sum(1, keepdim=True) / count_P1).sqrt()
+    return torch.where(has_spread_PG, centered_PG, 0.0).float()
 
 
-def rewards_of(rollouts: Sequence[Rollout], group_size: int) -> Tensor:
+def reward_tensor(rollouts: Sequence[Rollout], group_size: int) -> Tensor:
     """What the answers were paid [P, G], NaN where nobody paid; in float64, for rewards far from zero differ too."""
-    paid = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
-    return torch.tensor(paid, dtype=torch.float64).view(-1, group_size)
+    rewards = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
+    return torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)
 
 
 @dataclass
-class Clipped:
+class ClippedSurrogate:
     """The clipped surrogate with optional KL, elementwise in the new log-probability (see ``policy_loss``).
 
     Args:
@@ -150,14 +151,14 @@ class Clipped:
         advantage_C = self.advantage_N[rows]
         ratio_C = (logprob_C - self.old_N[rows]).exp()
         clipped_C = ratio_C.clamp(1 - self.low, 1 + self.high)
-        free_C = ratio_C * advantage_C <= clipped_C * advantage_C  # the minimum is the unclipped branch
-        loss_C = -torch.where(free_C, ratio_C, clipped_C) * advantage_C
-        slope_C = torch.where(free_C, -ratio_C * advantage_C, 0.0)
+        unclipped_C = ratio_C * advantage_C <= clipped_C * advantage_C  # the minimum is the unclipped branch
+        loss_C = -torch.where(unclipped_C, ratio_C, clipped_C) * advantage_C
+        slope_C = torch.where(unclipped_C, -ratio_C * advantage_C, 0.0)
         if self.importance_N is not None:
             loss_C, slope_C = loss_C * self.importance_N[rows], slope_C * self.importance_N[rows]
         if self.reference_N is not None:
-            back_C = self.reference_N[rows] - logprob_C
-            kl_C, kl_slope_C = back_C.exp() - 1 - back_C, 1 - back_C.exp()
+            log_ratio_ref_C = self.reference_N[rows] - logprob_C
+            kl_C, kl_slope_C = log_ratio_ref_C.exp() - 1 - log_ratio_ref_C, 1 - log_ratio_ref_C.exp()
             if self.kl_ratio:
                 kl_C, kl_slope_C = ratio_C * kl_C, ratio_C * (kl_C + kl_slope_C)
             loss_C = loss_C + self.kl_weight * kl_C
@@ -172,20 +173,20 @@ class Clipped:
 
 
 @dataclass
-class _Sums:
+class _TokenMetrics:
     """Sums over tokens, divided at the end of the step."""
 
     total: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, loss: Clipped, logprob_N: Tensor, entropy_N: Tensor) -> None:
+    def add(self, loss: ClippedSurrogate, logprob_N: Tensor, entropy_N: Tensor) -> None:
         gap_N = logprob_N - loss.old_N
         self.total["tokens"] += len(gap_N)
         self.total["entropy"] += float(entropy_N.sum())
         self.total["clip_fraction"] += float(loss.clipped(logprob_N).sum())
         self.total["kl"] += float((gap_N.exp() - 1 - gap_N).sum())
         if loss.reference_N is not None:
-            back_N = loss.reference_N - logprob_N
-            self.total["kl_reference"] += float((back_N.exp() - 1 - back_N).sum())
+            log_ratio_ref_N = loss.reference_N - logprob_N
+            self.total["kl_reference"] += float((log_ratio_ref_N.exp() - 1 - log_ratio_ref_N).sum())
 
     def means(self) -> dict[str, float]:
         tokens = max(self.total["tokens"], 1.0)
@@ -193,31 +194,34 @@ class _Sums:
 
 
 @dataclass
-class _Mismatch:
+class _LogprobMismatch:
     """How far the trainer's log-probabilities lie from those that were sampled with, before a weight moved.
 
     Where two experts are as good as equal, the last bit of a sum decides which is taken, and all that follows in that
     answer is another computation. That is one answer in thousands and no fault; so the bound is on the mean over the
-    answers but the worst of every ``SPARED``.
+    answers but the worst of every ``ANSWERS_PER_OUTLIER``.
     """
 
     largest: float = 0.0
     answers: list[tuple[float, int]] = field(default_factory=list)  # sum of gaps, tokens
 
-    def add(self, trained_N: Tensor, sampled_N: Tensor, sizes: Sequence[int]) -> None:
-        gap_N = (trained_N - sampled_N).abs()
+    def add(self, trainer_N: Tensor, sampler_N: Tensor, sizes: Sequence[int]) -> None:
+        gap_N = (trainer_N - sampler_N).abs()
         self.largest = max(self.largest, float(gap_N.max()))
         self.answers += [(float(part.sum()), len(part)) for part in gap_N.split(list(sizes))]
 
     def check(self, limit: float, step: int) -> dict[str, float]:
         """The two metrics. Raises: TrainingError: the mean is above ``limit``, or no number."""
-        ranked = sorted(self.answers, key=lambda one: -math.inf if math.isnan(one[0]) else -one[0] / one[1])
-        whole, most = _mean(ranked), _mean(ranked[math.ceil(len(ranked) / SPARED) if len(ranked) > 1 else 0 :])
-        if not most <= limit or math.isnan(whole):
-            what = f"in step {step} the trainer's log-probabilities are {most:.2g} nats from the sampler's (mean)"
+        ranked = sorted(self.answers, key=lambda a: -math.inf if math.isnan(a[0]) else -a[0] / a[1])
+        outliers = math.ceil(len(ranked) / ANSWERS_PER_OUTLIER) if len(ranked) > 1 else 0
+        mean, trimmed_mean = _mean(ranked), _mean(ranked[outliers:])
+        if not trimmed_mean <= limit or math.isnan(mean):
+            what = (
+                f"in step {step} the trainer's log-probabilities are {trimmed_mean:.2g} nats from the sampler's (mean)"
+            )
             todo = "train float32 weights, or raise rl.max_mismatch and correct for it by rl.importance_cap = 2"
             raise TrainingError(f"{what}, rl.max_mismatch is {limit:g}", where="rl", todo=todo)
-        return {"mismatch": self.largest, "mismatch_mean": whole}
+        return {"mismatch": self.largest, "mismatch_mean": mean}
 
 
 def _mean(answers: Sequence[tuple[float, int]]) -> float:
@@ -225,77 +229,82 @@ def _mean(answers: Sequence[tuple[float, int]]) -> float:
     return sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
 
 
-def _optimise(
+def _update_policy(
     model: Transformer,
-    optimiser: optim.Optimizer,
+    optimizer: optim.Optimizer,
     rollouts: Sequence[Rollout],
     advantage_B: Tensor,
     config: RLConfig,
     step: int,
     reference: Transformer | None,
 ) -> dict[str, float]:
-    """``epochs`` passes over the rollouts that have an advantage; one optimiser step for each minibatch."""
-    sums, norms, mismatch = _Sums(), list[float](), _Mismatch()
+    """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch."""
+    token_metrics, norms, mismatch = _TokenMetrics(), list[float](), _LogprobMismatch()
     if config.importance_cap is not None:
-        rollouts = _corrected(model, rollouts, config, mismatch)
+        rollouts = _with_importance(model, rollouts, config, mismatch)
         metrics = mismatch.check(config.max_mismatch, step)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
         shuffled = torch.randperm(len(rollouts), generator=generator)
-        for number, part in enumerate(shuffled.tensor_split(math.ceil(len(rollouts) / config.minibatch))):
-            rows = part.tolist()
+        for minibatch_index, minibatch in enumerate(shuffled.tensor_split(math.ceil(len(rollouts) / config.minibatch))):
+            rows = minibatch.tolist()
             weight = 1 / sum(len(rollouts[row].token_ids) for row in rows)
             for micro in micro_batches(rollouts, rows):
-                chosen = [rollouts[row] for row in micro]
-                tokens = gather(model, chosen, advantage_B[micro])
-                loss = Clipped(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
+                selected = [rollouts[row] for row in micro]
+                tokens = forward_responses(model, selected, advantage_B[micro])
+                loss = ClippedSurrogate(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
                 loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
                 if reference is not None:
-                    loss.kl_weight, loss.reference_N = config.kl_weight, _reference(reference, chosen, config)
-                head_VD, heat = model.head.dense_weight(), config.temperature
-                total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, heat)
+                    loss.kl_weight, loss.reference_N = (
+                        config.kl_weight,
+                        _reference_logprobs(reference, selected, config),
+                    )
+                head_VD, temperature = model.head.dense_weight(), config.temperature
+                total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, temperature)
                 total.backward()
-                sums.add(loss, logprob_N, entropy_N)
-                if epoch + number == 0 and config.importance_cap is None:
-                    mismatch.add(logprob_N, tokens.old_N, [len(one.token_ids) for one in chosen])
+                token_metrics.add(loss, logprob_N, entropy_N)
+                if epoch + minibatch_index == 0 and config.importance_cap is None:
+                    mismatch.add(logprob_N, tokens.old_N, [len(answer.token_ids) for answer in selected])
             if not norms and config.importance_cap is None:
                 metrics = mismatch.check(config.max_mismatch, step)
-            norms.append(_step(optimiser, config, step))
-    return {**sums.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
+            norms.append(_step(optimizer, config, step))
+    return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
 
 
 @torch.no_grad()
-def _corrected(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: _Mismatch) -> list[Rollout]:
+def _with_importance(
+    model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: _LogprobMismatch
+) -> list[Rollout]:
     """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
-    corrected = list(rollouts)
+    with_importance = list(rollouts)
     for micro in micro_batches(rollouts, range(len(rollouts))):
-        chosen = [rollouts[row] for row in micro]
-        tokens = gather(model, chosen, torch.zeros(len(chosen)))
-        trained_N = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)[0]
-        sizes = [len(rollout.token_ids) for rollout in chosen]
-        mismatch.add(trained_N, tokens.old_N, sizes)
-        importance_N = (trained_N - tokens.old_N).exp().clamp(max=config.importance_cap)
-        parts = zip(micro, trained_N.split(sizes), importance_N.split(sizes), strict=True)
-        for row, own_N, weight_N in parts:
-            corrected[row] = replace(rollouts[row], logprobs=own_N.tolist(), importance=weight_N.tolist())
-    return corrected
+        selected = [rollouts[row] for row in micro]
+        tokens = forward_responses(model, selected, torch.zeros(len(selected)))
+        trainer_N = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)[0]
+        sizes = [len(rollout.token_ids) for rollout in selected]
+        mismatch.add(trainer_N, tokens.old_N, sizes)
+        importance_N = (trainer_N - tokens.old_N).exp().clamp(max=config.importance_cap)
+        parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
+        for row, logprob_N, weight_N in parts:
+            with_importance[row] = replace(rollouts[row], logprobs=logprob_N.tolist(), importance=weight_N.tolist())
+    return with_importance
 
 
-def _reference(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
+def _reference_logprobs(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
     """Log-probabilities of the response tokens under the frozen start."""
     with torch.no_grad():
-        tokens = gather(reference, rollouts, torch.zeros(len(rollouts)))
+        tokens = forward_responses(reference, rollouts, torch.zeros(len(rollouts)))
         return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
-def _step(optimiser: optim.Optimizer, config: RLConfig, step: int) -> float:
+def _step(optimizer: optim.Optimizer, config: RLConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
-    norm = optimiser.clip_grad_norm(config.grad_clip)
+    norm = optimizer.clip_grad_norm(config.grad_clip)
     if not math.isfinite(norm):
         todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimiser.step(schedule.lr_factor(_rates(config), step - 1, config.steps))
-    optimiser.zero_grad()
+    optimizer.step(schedule.lr_factor(_optim_config(config), step - 1, config.steps))
+    optimizer.zero_grad()
     return norm
 
 
@@ -316,7 +325,7 @@ def grpo(
         weights: share of each task among the questions.
         reward: pays instead of the tasks' judges (see ``rewards.load_reward``); accuracy is measured anyway, and the
             gate asks it too. It may abstain by None, and a fault of its own abstains for it.
-        gate: check ``readiness`` first (a fresh start only).
+        gate: run ``evaluate_gate`` first (a fresh start only).
 
     Raises:
         TrainingError: the model is quantised, the policy is not ready for RL, the sampler's log-probabilities are not
@@ -325,52 +334,52 @@ def grpo(
     trainable.check(model, run)
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    optimiser = _optimiser(model, config)
-    result = _resume(model, optimiser, config, run)
+    optimizer = _build_optimizer(model, config)
+    result = _resume(model, optimizer, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if reward is not None and not isinstance(reward, Verifier):
-        reward = Verifier(reward, seconds=config.reward_timeout)
+        reward = Verifier(reward, timeout_seconds=config.reward_timeout)
     if gate and result.steps == 0:
-        readiness(engine, tasks, weights, config, reward).check()
+        evaluate_gate(engine, tasks, weights, config, reward).raise_if_failed()
     with progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
-            faults = {} if reward is None else {"reward_faults": reward.take_faults()}
-            run.log(step, **_learn(model, optimiser, rollouts, config, step, reference, result), **faults)
+            faults = {} if reward is None else {"reward_faults": reward.pop_faults()}
+            run.log(step, **_train_step(model, optimizer, rollouts, config, step, reference, result), **faults)
             extra = {"config": config.digest(), "result": vars(result)}
-            if step == schedule.stable_steps(_rates(config), config.steps):
-                checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimiser, extra)
+            if step == schedule.stable_steps(_optim_config(config), config.steps):
+                checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimizer, extra)
             if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
-                checkpoint.save(run.checkpoints, step, model, optimiser, extra)
+                checkpoint.save(run.checkpoints, step, model, optimizer, extra)
             if stop:
                 raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
     return result
 
 
-def _optimiser(model: Transformer, config: GRPOConfig) -> optim.Optimizer:
-    return optim.build(model, _rates(config))
+def _build_optimizer(model: Transformer, config: GRPOConfig) -> optim.Optimizer:
+    return optim.build(model, _optim_config(config))
 
 
-def _rates(config: GRPOConfig) -> OptimConfig:
+def _optim_config(config: GRPOConfig) -> OptimConfig:
     """One rate for all weights, without a warm-up."""
-    rate, fall = config.lr, config.decay_fraction
-    return OptimConfig(name=config.optim, muon_lr=rate, adam_lr=rate, warmup_steps=0, decay_fraction=fall)
+    lr, decay_fraction = config.lr, config.decay_fraction
+    return OptimConfig(name=config.optim, muon_lr=lr, adam_lr=lr, warmup_steps=0, decay_fraction=decay_fraction)
 
 
-def check_start(found: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:
+def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:
     """Refuse a checkpoint from which ``grpo`` could not start, before anything is set aside for it.
 
     Raises:
-        CheckpointError: it is not before the last step, or of another model or optimiser.
+        CheckpointError: it is not before the last step, or of another model or optimizer.
     """
-    loop.check_start_step(found, config.steps)
-    checkpoint.check_compatible(found, model, _optimiser(model, config))
+    loop.check_start_step(start, config.steps)
+    checkpoint.check_compatible(start, model, _build_optimizer(model, config))
 
 
-def _learn(
+def _train_step(
     model: Transformer,
-    optimiser: optim.Optimizer,
+    optimizer: optim.Optimizer,
     rollouts: list[Rollout],
     config: RLConfig,
     step: int,
@@ -378,34 +387,34 @@ def _learn(
     result: RLResult,
 ) -> dict[str, float]:
     """Turn the rewards of one step into advantages and learn from the groups with spread; returns the metrics."""
-    reward_PG = rewards_of(rollouts, config.group_size)
-    advantage_PG = advantages(reward_PG, config.normalise_std)
-    live_P = advantage_PG.any(1)
-    kept = (live_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
-    chosen = [rollouts[row] for row in kept]
-    metrics = {**summary(rollouts), "live_groups": float(live_P.float().mean())}
-    if chosen:
-        metrics |= _optimise(model, optimiser, chosen, advantage_PG.flatten()[kept], config, step, reference)
-    _account(result, model, rollouts, chosen, config, step)
+    reward_PG = reward_tensor(rollouts, config.group_size)
+    advantage_PG = advantages(reward_PG, config.normalize_std)
+    has_spread_P = advantage_PG.any(1)
+    rows = (has_spread_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
+    selected = [rollouts[row] for row in rows]
+    metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
+    if selected:
+        metrics |= _update_policy(model, optimizer, selected, advantage_PG.flatten()[rows], config, step, reference)
+    _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 
 
-def _resume(model: Transformer, optimiser: optim.Optimizer, config: RLConfig, run: Run) -> RLResult:
+def _resume(model: Transformer, optimizer: optim.Optimizer, config: RLConfig, run: Run) -> RLResult:
     """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
-    own = checkpoint.latest(run.checkpoints)
-    found = own or loop.load_start(config.init_from, config.steps, run)
-    if found is None:
+    own_checkpoint = checkpoint.latest(run.checkpoints)
+    start = own_checkpoint or loop.load_start(config.init_from, config.steps, run)
+    if start is None:
         run.rewind(0)
         return RLResult()
-    if own and found.extra.get("config") != config.digest():
+    if own_checkpoint and start.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"
-        raise CheckpointError("the checkpoint was made with another recipe", where=str(found.folder), todo=todo)
-    checkpoint.restore(found, model, optimiser)
-    run.rewind(found.step)
-    return RLResult(**found.extra["result"]) if own else RLResult(steps=found.step)
+        raise CheckpointError("the checkpoint was made with another recipe", where=str(start.folder), todo=todo)
+    checkpoint.restore(start, model, optimizer)
+    run.rewind(start.step)
+    return RLResult(**start.extra["result"]) if own_checkpoint else RLResult(steps=start.step)
 
 
-def _account(
+def _add_costs(
     result: RLResult, model: Transformer, rollouts: list[Rollout], trained: list[Rollout], config: RLConfig, step: int
 ) -> None:
     """Add one step's sampled tokens and FLOPs: a forward pass to sample, three to train, one for the reference."""
@@ -415,6 +424,6 @@ def _account(
     updated = passes * sum(rollout.length for rollout in trained)
     result.steps = step
     result.tokens += sampled
-    result.flops += forward * (sampled + sum(rollout.prefilled for rollout in rollouts) + updated)
-    means = summary(rollouts)
+    result.flops += forward * (sampled + sum(rollout.prefill_tokens for rollout in rollouts) + updated)
+    means = rollout_metrics(rollouts)
     result.reward, result.accuracy = means["reward"], means["accuracy"]

@@ -32,8 +32,8 @@ from torch import Tensor
 # (log-probabilities of a chunk, its rows) -> (loss of each row, derivative of it by the log-probability)
 Surrogate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
-_CHUNK_NUMBERS = 1 << 18  # logits of one chunk: 1 MiB of float32; measured best at 300 and at 2,048 words
-_CHUNK_NUMBERS_DEVICE = 1 << 26
+_CHUNK_ELEMENTS = 1 << 18  # logits of one chunk: 1 MiB of float32; measured best at 300 and at 2,048 words
+_CHUNK_ELEMENTS_DEVICE = 1 << 26
 
 
 def token_logprob(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def token_logprob(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature:
     x_ND, head_VD = x_ND.float(), head_VD.float()
     logprob_N = x_ND.new_empty(len(x_ND))
     entropy_N = torch.empty_like(logprob_N)
-    with torch.no_grad(), _exact(x_ND.device.type):
+    with torch.no_grad(), _without_autocast(x_ND.device.type):
         for rows in _chunks(x_ND, head_VD):
             logits_CV = (x_ND[rows] @ head_VD.T).div_(temperature)
             logprob_N[rows], entropy_N[rows], _ = _softmax_(logits_CV, targets_N[rows])
@@ -75,7 +75,7 @@ def policy_loss(
         scalar loss; logprob_N and entropy_N, both without gradient.
     """
     x_ND, head_VD = x_ND.float(), head_VD.float()
-    with _exact(x_ND.device.type):
+    with _without_autocast(x_ND.device.type):
         loss, logprob_N, entropy_N = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
             x_ND, head_VD, targets_N, surrogate, temperature
         )
@@ -106,7 +106,7 @@ def forward_kl(
         scalar loss; mean KL and mean cross-entropy in nats (unweighted, without gradient).
     """
     student, teacher = (x_ND.float(), head_VD.float()), (teacher_x_NE.float(), teacher_head_VE.float())
-    with _exact(x_ND.device.type):
+    with _without_autocast(x_ND.device.type):
         loss, kl, ce = _ForwardKL.apply(  # type: ignore[no-untyped-call]
             *student, *teacher, targets_N, kl_weight, ce_weight, temperature
         )
@@ -115,13 +115,13 @@ def forward_kl(
 
 def _chunks(x_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
     """Slices of rows whose logits fit the cache (on other devices than CPUs, a bounded memory)."""
-    numbers = _CHUNK_NUMBERS if x_ND.device.type == "cpu" else _CHUNK_NUMBERS_DEVICE
-    step = max(16, numbers // len(head_VD))
+    elements = _CHUNK_ELEMENTS if x_ND.device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
+    step = max(16, elements // len(head_VD))
     for start in range(0, len(x_ND), step):
         yield slice(start, min(start + step, len(x_ND)))
 
 
-def _exact(device: str) -> torch.autocast:
+def _without_autocast(device: str) -> torch.autocast:
     """No half precision inside: the callers hand over float32."""
     return torch.autocast(device, enabled=False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sprat.errors import ConfigError
 
 
-def sources(name: str) -> dict[str, Path]:
+def reward_files(name: str) -> dict[str, Path]:
     """The files of the reward ``name``: its own, and what it imports from its own folder, and so on.
 
     What lies elsewhere (installed packages, the folder above) is not listed, nor what is imported by a computed name.
@@ -21,10 +21,10 @@ def sources(name: str) -> dict[str, Path]:
     Raises:
         ConfigError: there is no such module or file.
     """
-    source, _ = parts(name)
+    source, _ = split_reward_name(name)
     if source.endswith(".py"):
-        first = Path(source)
-        if not first.is_file():
+        root_file = Path(source)
+        if not root_file.is_file():
             raise ConfigError(f"no such file {source!r}", where=f"reward {name}", todo="give the path of a Python file")
     else:
         try:
@@ -35,27 +35,27 @@ def sources(name: str) -> dict[str, Path]:
             raise ConfigError(f"no module {source!r}", where=f"reward {name}", todo="install it or give a Python file")
         if not spec.has_location or spec.origin is None:
             return {}  # built into the interpreter
-        first = Path(spec.origin)
-    folder, files, waiting = first.parent, {first: "reward"}, [first]
+        root_file = Path(spec.origin)
+    folder, files, queue = root_file.parent, {root_file: "reward"}, [root_file]
     package = _package(folder.resolve())
-    if package and first.name != "__init__.py":
-        waiting.append(folder / "__init__.py")
+    if package and root_file.name != "__init__.py":
+        queue.append(folder / "__init__.py")
         files[folder / "__init__.py"] = "reward/__init__.py"
-    while waiting:
-        for path in _imports(waiting.pop(), folder, package):
+    while queue:
+        for path in _imports(queue.pop(), folder, package):
             if path not in files:
                 files[path] = f"reward/{path.relative_to(folder).as_posix()}"
-                waiting.append(path)
+                queue.append(path)
     return {key: path for path, key in files.items()}
 
 
 def _package(folder: Path) -> str:
     """The dotted name of ``folder`` as a package; empty where it is none."""
-    steps: list[str] = []
+    segments: list[str] = []
     while (folder / "__init__.py").is_file():
-        steps.insert(0, folder.name)
+        segments.insert(0, folder.name)
         folder = folder.parent
-    return ".".join(steps)
+    return ".".join(segments)
 
 
 def _imports(path: Path, folder: Path, package: str) -> Iterator[Path]:
@@ -73,17 +73,18 @@ def _imports(path: Path, folder: Path, package: str) -> Iterator[Path]:
             start = folder if not node.level else path.parents[node.level - 1]
         else:
             continue
-        for each in names:
-            inner = each.removeprefix(package).lstrip(".") if package and f"{each}.".startswith(f"{package}.") else each
-            steps = [part for part in inner.split(".") if part]
-            for depth in range(1, len(steps) + 1):  # a package runs its __init__ before its modules
-                target = start.joinpath(*steps[:depth])
-                for found in (target.with_name(f"{target.name}.py"), target / "__init__.py"):
-                    if found.is_file() and found.is_relative_to(folder):
-                        yield found
+        for module_name in names:
+            in_package = package and f"{module_name}.".startswith(f"{package}.")
+            relative_name = module_name.removeprefix(package).lstrip(".") if in_package else module_name
+            segments = [segment for segment in relative_name.split(".") if segment]
+            for depth in range(1, len(segments) + 1):  # a package runs its __init__ before its modules
+                base_path = start.joinpath(*segments[:depth])
+                for candidate in (base_path.with_name(f"{base_path.name}.py"), base_path / "__init__.py"):
+                    if candidate.is_file() and candidate.is_relative_to(folder):
+                        yield candidate
 
 
-def parts(name: str) -> tuple[str, str]:
+def split_reward_name(name: str) -> tuple[str, str]:
     """Module or file, and function, of the reward ``name``.
 
     Raises:

@@ -23,15 +23,15 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from sprat.errors import ConfigError, TrainingError
-from sprat.post.reward_sources import parts
+from sprat.post.reward_sources import split_reward_name
 from sprat.tasks import Problem, Task
-from sprat.tokens import Answer, Tokenizer, split
-from sprat.tokens.chat import settled
+from sprat.tokens import Answer, Tokenizer, split_reasoning
+from sprat.tokens.chat import resolve_thinking
 
 log = logging.getLogger(__name__)
-SECONDS = 10.0  # for one answer, where nobody says otherwise
-_AGAIN = 1.0  # seconds at least from one ring to the next
-_SIGNATURE = "write it as: def function(problem, answer) -> float"
+DEFAULT_TIMEOUT_SECONDS = 10.0  # for one answer, where nobody says otherwise
+_ALARM_INTERVAL_SECONDS = 1.0  # at least, from one alarm to the next
+_EXPECTED_SIGNATURE = "write it as: def function(problem, answer) -> float"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Response(Answer):
 Reward = Callable[[Problem, Response], float | None]  # None abstains: the answer neither teaches nor counts
 
 
-def read_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, finished: bool) -> Response:
+def parse_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, finished: bool) -> Response:
     """Read generated ``ids``, which follow a prompt rendered with ``thinking``.
 
     Control tokens that are out of place do not show in decoded text, so the form is judged on ids.
@@ -55,35 +55,35 @@ def read_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | 
     Args:
         finished: the model ended by itself (not cut off at the limit).
     """
-    thinking = settled(tokenizer, thinking)
-    answer = split(tokenizer, ids, thinking=thinking)
-    opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
+    thinking = resolve_thinking(tokenizer, thinking)
+    answer = split_reasoning(tokenizer, ids, thinking=thinking)
+    opening, closing = tokenizer.special_ids.think_open, tokenizer.special_ids.think_close
     if opening < 0 or closing < 0:  # a tokenizer whose tags are ordinary text
-        text = tokenizer.decode(ids, skip_specials=True).strip()
-        want = list(tokenizer.format.think_tokens)
-        tags = re.findall("|".join(map(re.escape, want)), text)
-        first = text.startswith(want[0])
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        expected_tags = list(tokenizer.chat_format.think_tags)
+        tags = re.findall("|".join(map(re.escape, expected_tags)), text)
+        opens_with_think = text.startswith(expected_tags[0])
     else:
-        want = [str(opening), str(closing)]
+        expected_tags = [str(opening), str(closing)]
         tags = [str(index) for index in ids if index in (opening, closing)]
-        first = list(ids[:1]) == [opening]
-    given = 0 if thinking is None else 1 if thinking else 2  # tags that the prompt ends with
-    placed = tags == want[given:] and (first or given > 0)
-    formed = placed and finished and bool(answer.content.strip())
-    return Response(answer.reasoning, answer.content, answer.closed, formed)
+        opens_with_think = list(ids[:1]) == [opening]
+    tags_in_prompt = 0 if thinking is None else 1 if thinking else 2  # tags that the prompt ends with
+    tags_in_order = tags == expected_tags[tags_in_prompt:] and (opens_with_think or tags_in_prompt > 0)
+    well_formed = tags_in_order and finished and bool(answer.content.strip())
+    return Response(answer.reasoning, answer.content, answer.closed, well_formed)
 
 
-def visible(answer: Answer) -> str | None:
+def visible_text(answer: Answer) -> str | None:
     """What the judge may read: the text after the think; None when it is empty or the think never closed."""
     text = answer.content.strip()
     return text if answer.closed and text else None
 
 
-def accuracy(task: Task) -> Callable[[Problem, Response], float]:
+def accuracy_reward(task: Task) -> Callable[[Problem, Response], float]:
     """The task's own score (0 to 1) of the visible answer."""
 
     def reward(problem: Problem, answer: Response) -> float:
-        return float(task.score(problem, visible(answer)))
+        return float(task.score(problem, visible_text(answer)))
 
     return reward
 
@@ -98,37 +98,41 @@ class Verifier:
 
     A verifier meets answers that its author never thought of. So one answer never ends a run: where the function
     raises, takes too long or returns what is no number, the answer abstains (it gets no advantage and no part in its
-    group's mean, whatever the scale of the rewards), and the fault is counted and told. A step in which nothing but
+    group's mean, whatever the scale of the rewards), and the fault is counted and logged. A step in which nothing but
     faults came back ends the run, because then the verifier is broken and not the answer.
 
     Numbers of any kind are taken (Python's, NumPy's and torch's scalars, booleans).
 
     Args:
         function: takes (problem, answer).
-        name: by which it is told of.
-        seconds: for one answer. The limit is a timer of the process (SIGALRM), so it holds in the main thread only,
-            and not against code that neither returns to Python nor checks for signals.
+        name: what the log calls it.
+        timeout_seconds: for one answer. The limit is a timer of the process (SIGALRM), so it holds in the main thread
+            only, and not against code that neither returns to Python nor checks for signals.
 
     Attributes:
-        asked, faults: how often it was asked, and failed, since ``take_faults``.
+        num_calls, faults: how often it was called, and failed, since ``pop_faults``.
         last_fault: what happened the last time.
     """
 
     def __init__(
-        self, function: Callable[[Problem, Response], object], name: str = "", seconds: float = SECONDS
+        self,
+        function: Callable[[Problem, Response], object],
+        name: str = "",
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     ) -> None:
-        self.function, self.name, self.seconds = function, name or getattr(function, "__name__", "reward"), seconds
-        self.asked, self.faults, self.last_fault = 0, 0, ""
+        self.function, self.name = function, name or getattr(function, "__name__", "reward")
+        self.timeout_seconds = timeout_seconds
+        self.num_calls, self.faults, self.last_fault = 0, 0, ""
 
     def __call__(self, problem: Problem, answer: Response) -> float | None:
         """What the user's code pays ``answer``."""
-        self.asked += 1
+        self.num_calls += 1
         try:
-            with _limit(self.seconds):
+            with _time_limit(self.timeout_seconds):
                 value = self.function(problem, answer)
-            return None if value is None else _number(value)
+            return None if value is None else _finite_float(value)
         except _TimeUpError:
-            fault = f"took longer than {self.seconds:g} s"
+            fault = f"took longer than {self.timeout_seconds:g} s"
         except (Exception, SystemExit) as error:
             fault = f"raised {type(error).__name__}: {error}"
         if not self.faults:
@@ -136,42 +140,42 @@ class Verifier:
         self.faults, self.last_fault = self.faults + 1, fault
         return None
 
-    def take_faults(self) -> int:
+    def pop_faults(self) -> int:
         """The faults since the last call.
 
         Raises:
             TrainingError: every answer was a fault.
         """
-        asked, faults = self.asked, self.faults
-        self.asked = self.faults = 0
-        if asked and faults == asked:
-            what = f"the reward failed on each of {asked} answers; the last time it {self.last_fault}"
+        num_calls, faults = self.num_calls, self.faults
+        self.num_calls = self.faults = 0
+        if num_calls and faults == num_calls:
+            what = f"the reward failed on each of {num_calls} answers; the last time it {self.last_fault}"
             raise TrainingError(what, where=f"reward {self.name}", todo="mend the function")
         return faults
 
 
-def load_reward(name: str, seconds: float = SECONDS) -> Verifier:
+def load_reward(name: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Verifier:
     """The user's reward ``module:function`` or ``path/file.py:function``, checked and guarded.
 
     Raises:
         ConfigError: the name has no colon, the module or file cannot be loaded, there is no such
             function, or it does not take exactly (problem, answer).
     """
-    source, attribute = parts(name)
+    source, attribute = split_reward_name(name)
     where = f"reward {name}"
-    function = getattr(_module(source, name), attribute, None)
+    function = getattr(_import_module(source, name), attribute, None)
     if function is None:
-        raise ConfigError(f"{source!r} has no function {attribute!r}", where=where, todo=_SIGNATURE)
+        raise ConfigError(f"{source!r} has no function {attribute!r}", where=where, todo=_EXPECTED_SIGNATURE)
     if not callable(function):
-        raise ConfigError(f"{attribute!r} is not a function", where=where, todo=_SIGNATURE)
+        raise ConfigError(f"{attribute!r} is not a function", where=where, todo=_EXPECTED_SIGNATURE)
     try:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError):
-        raise ConfigError(f"{attribute!r} does not take two arguments", where=where, todo=_SIGNATURE) from None
-    return Verifier(function, name, seconds)
+        raise ConfigError(f"{attribute!r} does not take two arguments", where=where, todo=_EXPECTED_SIGNATURE) from None
+    return Verifier(function, name, timeout_seconds)
 
 
-def _module(source: str, name: str) -> ModuleType:
+def _import_module(source: str, name: str) -> ModuleType:
     """Import a dotted module or a Python file."""
     where = f"reward {name}"
     try:
@@ -199,7 +203,7 @@ def _module(source: str, name: str) -> ModuleType:
         raise ConfigError(what, where=where, todo="make the file importable on its own") from error
 
 
-def _number(value: object) -> float:
+def _finite_float(value: object) -> float:
     """``value`` as a finite float.
 
     Raises:
@@ -208,12 +212,12 @@ def _number(value: object) -> float:
     try:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError
-        number = float(value)  # type: ignore[arg-type]
+        result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{value!r} was returned, which is no number") from None
-    if not math.isfinite(number):
+    if not math.isfinite(result):
         raise ValueError(f"{value!r} was returned, which is not finite")
-    return number
+    return result
 
 
 class _TimeUpError(BaseException):
@@ -221,29 +225,29 @@ class _TimeUpError(BaseException):
 
 
 @contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    """Raise ``_TimeUpError`` in the block after ``seconds``, and again and again should it be swallowed.
+def _time_limit(timeout_seconds: float) -> Iterator[None]:
+    """Raise ``_TimeUpError`` in the block after ``timeout_seconds``, and again and again should it be swallowed.
 
-    A ring that comes just when the block ends must not leave the timer behind: it would end the process later.
+    An alarm that comes just when the block ends must not leave the timer behind: it would end the process later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    over: list[bool] = []
+    finished: list[bool] = []
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        if not over:
+    def on_alarm(signal_number: int, frame: FrameType | None) -> None:
+        if not finished:
             raise _TimeUpError
 
-    before = signal.signal(signal.SIGALRM, ring)
+    previous_handler = signal.signal(signal.SIGALRM, on_alarm)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, _AGAIN))
+        signal.setitimer(signal.ITIMER_REAL, timeout_seconds, max(timeout_seconds, _ALARM_INTERVAL_SECONDS))
         try:
             yield
         finally:
-            over.append(True)  # a ring at this very moment still comes to the outer end
+            finished.append(True)  # an alarm at this very moment still comes to the outer end
     finally:
-        over.append(True)
+        finished.append(True)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from sprat.config import RLConfig
 from sprat.engine import Engine, Output, Sampling
-from sprat.post.evaluate import ask
-from sprat.post.rewards import Response, Reward, accuracy, format_reward, read_response
-from sprat.post.sft import draw
+from sprat.post.evaluate import problem_messages
+from sprat.post.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
+from sprat.post.sft import sample_problems
 from sprat.tasks import Problem, Task, is_right
 from sprat.tokens import Tokenizer
 
@@ -36,7 +36,7 @@ class Rollout:
     response: Response
     reward: float | None
     score: float
-    prefilled: int  # prompt tokens that were computed for this row
+    prefill_tokens: int  # prompt tokens that were computed for this row
     importance: list[float] | None = None
 
     @property
@@ -58,7 +58,7 @@ def sample_groups(
     Args:
         reward: pays instead of the task's own judge; the format reward is added either way.
     """
-    drawn = draw(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
+    problems = sample_problems(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
     sampling = Sampling(
         temperature=config.temperature,
         max_tokens=config.max_tokens,
@@ -67,32 +67,34 @@ def sample_groups(
         logprobs=True,
         n=config.group_size,
     )
-    outputs = engine.generate([ask(problem) for _, problem in drawn], sampling)
-    owners = [pair for pair in drawn for _ in range(config.group_size)]
-    pairs = zip(owners, outputs, strict=True)
-    return [_pay(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs]
+    outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
+    sampled_problems = [pair for pair in problems for _ in range(config.group_size)]
+    pairs = zip(sampled_problems, outputs, strict=True)
+    return [
+        _score_rollout(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs
+    ]
 
 
-def _pay(
+def _score_rollout(
     tokenizer: Tokenizer, task: Task, problem: Problem, output: Output, config: RLConfig, reward: Reward | None
 ) -> Rollout:
     """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""
-    response = read_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
-    score = accuracy(task)(problem, response)
-    paid = score if reward is None else reward(problem, response)
+    response = parse_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
+    score = accuracy_reward(task)(problem, response)
+    task_reward = score if reward is None else reward(problem, response)
     return Rollout(
         task=task.name,
         prompt_ids=output.prompt_ids,
         token_ids=output.token_ids,
         logprobs=output.logprobs or [],
         response=response,
-        reward=None if paid is None else paid + config.format_weight * format_reward(problem, response),
+        reward=None if task_reward is None else task_reward + config.format_weight * format_reward(problem, response),
         score=score,
-        prefilled=output.usage.cache_miss_tokens,
+        prefill_tokens=output.usage.cache_miss_tokens,
     )
 
 
-def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Means over answers: reward, accuracy (also of each task), format, response length, think share.
 
     The reward is that of the answers that were paid (0 if none was), ``abstained`` the share of the others.
@@ -101,13 +103,13 @@ def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for rollout in rollouts:
         by_task[rollout.task].append(is_right(rollout.score))
     count = len(rollouts)
-    paid = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
-        "reward": sum(paid) / max(len(paid), 1),
-        "abstained": 1 - len(paid) / count,
+        "reward": sum(rewards) / max(len(rewards), 1),
+        "abstained": 1 - len(rewards) / count,
         "accuracy": sum(is_right(rollout.score) for rollout in rollouts) / count,
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,
-        **{f"accuracy/{task}": sum(marks) / len(marks) for task, marks in sorted(by_task.items())},
+        **{f"accuracy/{task}": sum(flags) / len(flags) for task, flags in sorted(by_task.items())},
     }

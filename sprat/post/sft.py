@@ -1,7 +1,7 @@
 """Supervised fine-tuning: demonstrations become packed, masked batches; the training loop does the rest.
 
-Only the assistant's tokens carry loss (``tokens.chat.demonstration`` sets the mask), because the model shall
-learn to answer questions, not to write them. ``draw_demonstrations`` gives the tasks' own worked examples, as R1's
+Only the assistant's tokens carry loss (``tokens.chat.encode_demonstration`` sets the mask), because the model shall
+learn to answer questions, not to write them. ``sample_demonstrations`` gives the tasks' own worked examples, as R1's
 cold start teaches a model to think before it answers (DeepSeek-R1, arXiv 2501.12948, section 2.3.1).
 
 A demonstration that is longer than a row is left out and counted: cut at its end it would teach half an answer, cut at
@@ -26,7 +26,7 @@ from sprat.train import loop
 from sprat.trust.run import Run
 
 log = logging.getLogger(__name__)
-_INDICES = 1 << 31
+_NUM_TRAIN_INDICES = 1 << 31
 
 
 class Demonstration(NamedTuple):
@@ -37,7 +37,9 @@ class Demonstration(NamedTuple):
     answer: str
 
 
-def draw(tasks: Sequence[Task], weights: Sequence[float], count: int, key: str) -> list[tuple[Task, Problem]]:
+def sample_problems(
+    tasks: Sequence[Task], weights: Sequence[float], count: int, key: str
+) -> list[tuple[Task, Problem]]:
     """``count`` training problems, tasks chosen by weight; a pure function of ``key``.
 
     Raises:
@@ -48,17 +50,17 @@ def draw(tasks: Sequence[Task], weights: Sequence[float], count: int, key: str) 
         raise DataError(what, where="tasks", todo="give each task one weight, at least one above 0")
     rng = random.Random(key)
     chosen = rng.choices(list(tasks), weights=list(weights), k=count)
-    return [(task, task.problem("train", rng.randrange(_INDICES))) for task in chosen]
+    return [(task, task.problem("train", rng.randrange(_NUM_TRAIN_INDICES))) for task in chosen]
 
 
-def draw_demonstrations(
+def sample_demonstrations(
     tasks: Sequence[Task], weights: Sequence[float], *, count: int, terse_fraction: float, seed: int
 ) -> list[Demonstration]:
     """Demonstrations by the tasks' own explanations; each is terse with chance ``terse_fraction``."""
     rng = random.Random(f"terse/{seed}")
     return [
         Demonstration(problem.question, "" if rng.random() < terse_fraction else task.explain(problem), problem.answer)
-        for task, problem in draw(tasks, weights, count, f"demonstrations/{seed}")
+        for task, problem in sample_problems(tasks, weights, count, f"demonstrations/{seed}")
     ]
 
 
@@ -72,19 +74,19 @@ def pack_demonstrations(
     """
     if not demonstrations:
         raise DataError("no demonstrations", where="sft", todo="give at least one (question, reasoning, answer)")
-    sequences = [chat.demonstration(tokenizer, *one) for one in demonstrations]
-    kept = [(ids, mask) for ids, mask in sequences if len(ids) <= seq_len + 1]
-    if not kept:
-        least = min(len(ids) for ids, _ in sequences)
-        what = f"the shortest of {len(sequences)} demonstrations has {least} tokens, a row holds {seq_len + 1}"
+    sequences = [chat.encode_demonstration(tokenizer, *demonstration) for demonstration in demonstrations]
+    fitting = [(ids, mask) for ids, mask in sequences if len(ids) <= seq_len + 1]
+    if not fitting:
+        shortest = min(len(ids) for ids, _ in sequences)
+        what = f"the shortest of {len(sequences)} demonstrations has {shortest} tokens, a row holds {seq_len + 1}"
         raise DataError(what, where="sft", todo="raise seq_len")
-    if left_out := len(sequences) - len(kept):
-        told = "%s of %s demonstrations are longer than a row of %s tokens and are left out"
-        log.warning(told, f"{left_out:,}", f"{len(sequences):,}", seq_len + 1)
-    return pack.pack(kept, seq_len), {"shown": len(kept), "too_long": left_out}
+    if num_too_long := len(sequences) - len(fitting):
+        message = "%s of %s demonstrations are longer than a row of %s tokens and are left out"
+        log.warning(message, f"{num_too_long:,}", f"{len(sequences):,}", seq_len + 1)
+    return pack.pack(fitting, seq_len), {"shown": len(fitting), "too_long": num_too_long}
 
 
-def batches(
+def build_source(
     tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], config: TrainConfig, run: Run | None = None
 ) -> loader.MixedSource:
     """The demonstrations as a resumable source of packed batches, rows of ``config.seq_len`` tokens.
@@ -115,5 +117,5 @@ def sft(
         DataError: see ``pack_demonstrations``.
         TrainingError: the loss is not finite.
     """
-    source = batches(tokenizer, demonstrations, config, run)
+    source = build_source(tokenizer, demonstrations, config, run)
     return loop.train(model, source, config.replace(bias_update_speed=0.0), run)

@@ -35,7 +35,7 @@ def rejection_sampling(road: Road) -> None:
     if opened is None:
         return
     run, (model, tokenizer, tasks) = opened
-    own = distill.traces(
+    own = distill.sample_traces(
         Engine(model, tokenizer, max_batch=road.recipe.eval.batch),
         *tasks,
         count=recipe.problems,
@@ -45,9 +45,12 @@ def rejection_sampling(road: Road) -> None:
         max_tokens=recipe.max_tokens,
         seed=road.recipe.seed,
     )
-    result = sft.sft(model, tokenizer, own.kept, recipe, run)
+    result = sft.sft(model, tokenizer, own.demonstrations, recipe, run)
     result = replace(result, flops=result.flops + own.flops)
-    facts = {"control_of": "rl", "traces": {"asked": own.asked, "kept": len(own.kept), "tokens": own.tokens}}
+    facts = {
+        "control_of": "rl",
+        "traces": {"asked": own.num_samples, "kept": len(own.demonstrations), "tokens": own.tokens},
+    }
     label = "Rejection-sampling fine-tuning"
     training.close(road, run, model, tokenizer, result, label, training.ALL_WAYS, facts, before=start)
 

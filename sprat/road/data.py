@@ -24,7 +24,7 @@ from sprat.road.recipe import DataRecipe, SplitRecipe
 from sprat.tasks import HELD_OUT, Problem, Task, held_out
 from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
-from sprat.tokens.chat import demonstration
+from sprat.tokens.chat import encode_demonstration
 from sprat.trust import atomic, record
 from sprat.trust.facts import HeldOutText
 
@@ -65,7 +65,7 @@ def data(road: Road, text: Path | None = None) -> None:
     tokenizer, train = made.tokenizer, made.parts.train
     tokenizer.save(run.artefact / "tokenizer")
     tokens = _pack_text(tokenizer, train, recipe.seq_len, run.artefact / "text")
-    rows = pack((demonstration(tokenizer, *example) for example in made.examples), recipe.seq_len)
+    rows = pack((encode_demonstration(tokenizer, *example) for example in made.examples), recipe.seq_len)
     rows.save(run.artefact / "tasks")
     scores = _hold_out(tokenizer, train, made.parts.held_out, recipe.seq_len, run.artefact / "heldout")
     for config, split, problems in made.problems:
@@ -139,7 +139,7 @@ def _corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.Corpu
 def _pack_text(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int, folder: Path) -> int:
     """Pack documents with their end-of-text tokens; return how many tokens there are."""
     ids = tokenizer.encode_batch([d.text for d in documents])
-    framed = [[tokenizer.ids.bos, *each, tokenizer.ids.eos] for each in ids]
+    framed = [[tokenizer.special_ids.bos, *each, tokenizer.special_ids.eos] for each in ids]
     rows = pack(((each, [1] * len(each)) for each in framed), seq_len)
     rows.save(folder)
     return sum(map(len, framed))

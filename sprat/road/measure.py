@@ -17,7 +17,7 @@ from sprat.engine import Engine, Sampling
 from sprat.engine.draft import Way
 from sprat.errors import ConfigError
 from sprat.model import Transformer
-from sprat.post.evaluate import Score, ask, evaluate_many, significant
+from sprat.post.evaluate import Score, evaluate_many, problem_messages, two_proportion_p_value
 from sprat.road.places import Road
 from sprat.tasks import is_right
 from sprat.tokens import Message, Tokenizer
@@ -53,7 +53,9 @@ def check(
         raise ConfigError(what, where="seq_len", todo=todo)
     asks = (*recipe.data.tasks, *(recipe.data.unseen if unseen else ()))
     problems = [road.artefacts.task(config, recipe.eval.split).kept for config in asks]
-    asked = max(len(render(tokenizer, ask(problem), thinking=False)) for kept in problems for problem in kept)
+    asked = max(
+        len(render(tokenizer, problem_messages(problem), thinking=False)) for kept in problems for problem in kept
+    )
     limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.rl.max_tokens"))
     if asked + limit > context:
         what = f"a question of {asked} tokens and an answer of {limit} exceed the model's context of {context}"
@@ -115,7 +117,7 @@ def gains(
             "task": row["task"],
             "before": old[row["task"]]["accuracy"],
             "after": row["accuracy"],
-            "p": significant(_score(old[row["task"]]), _score(row)),
+            "p": two_proportion_p_value(_score(old[row["task"]]), _score(row)),
         }
         for row in after
         if row["label"] == label and row["task"] in old
@@ -154,7 +156,7 @@ def _prompts(road: Road, count: int) -> list[list[Message]]:
     """Held-out questions, of one task after another."""
     kept = [road.artefacts.task(config, road.recipe.eval.split).kept for config in road.recipe.data.tasks]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*kept))
-    return [ask(problem) for problem in itertools.islice((one for one in turns if one is not None), count)]
+    return [problem_messages(problem) for problem in itertools.islice((one for one in turns if one is not None), count)]
 
 
 def _speed(engine: Engine, prompts: list[list[Message]]) -> float:

@@ -167,7 +167,11 @@ def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     Raises:
         ConfigError: it cannot be, or has fewer ids than the tokenizer.
     """
-    special = {"bos_token_id": tokenizer.ids.bos, "eos_token_id": tokenizer.ids.eos, "pad_token_id": tokenizer.ids.pad}
+    special = {
+        "bos_token_id": tokenizer.special_ids.bos,
+        "eos_token_id": tokenizer.special_ids.eos,
+        "pad_token_id": tokenizer.special_ids.pad,
+    }
     config = size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
     if config.vocab_size < tokenizer.vocab_size:
         what = f"{config.vocab_size} ids are fewer than the tokenizer's {tokenizer.vocab_size}"

@@ -24,7 +24,7 @@ from sprat.engine import Engine, Sampling, load, save
 from sprat.errors import CheckpointError, DataError
 from sprat.model import Transformer
 from sprat.post import sft
-from sprat.post.evaluate import ask
+from sprat.post.evaluate import problem_messages
 from sprat.quant import quantize_model, quantized_weights, size_bytes
 from sprat.road import measure
 from sprat.road.places import Road
@@ -87,10 +87,10 @@ def _heard(road: Road, student: Transformer, tokenizer: Tokenizer) -> tuple[Tens
     text = road.artefacts.packed("text")
     own = min(OWN, SHORT * road.recipe.distill.distill.problems)
     rows = max(4, own // text.seq_len)
-    drawn = sft.draw(*mix(road), own // SHORT, f"calibration/{road.recipe.seed}")
+    drawn = sft.sample_problems(*mix(road), own // SHORT, f"calibration/{road.recipe.seed}")
     engine = Engine(student, tokenizer, max_batch=road.recipe.eval.batch)
     sampling = Sampling(temperature=0.7, max_tokens=road.recipe.eval.max_tokens, seed=road.recipe.seed)
-    said = engine.generate([ask(problem) for _, problem in drawn], sampling)
+    said = engine.generate([problem_messages(problem) for _, problem in drawn], sampling)
     answers = pack(((output.prompt_ids + output.token_ids, None) for output in said), text.seq_len)
     few = rows // 4
     tokens = np.concatenate((answers.tokens[: rows - few], text.tokens[:few]))

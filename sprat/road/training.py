@@ -19,7 +19,7 @@ from sprat.data.pack import Packed
 from sprat.engine import Engine, load, save
 from sprat.model import Transformer, count_parameters
 from sprat.post import distill, grpo, reward_sources, rewards, sft
-from sprat.post.readiness import readiness
+from sprat.post.rl_gate import evaluate_gate
 from sprat.road import measure
 from sprat.road.places import Road, load_task, model_config
 from sprat.road.recipe import AskedRecipe, DataRecipe, DenseRecipe, DistillRecipe, ModelRecipe, PretrainRecipe
@@ -60,11 +60,11 @@ def fine_tune(road: Road) -> None:
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, list[sft.Demonstration]]:
         model, tokenizer = load(road.path("pretrain"))
-        shown = sft.draw_demonstrations(
+        shown = sft.sample_demonstrations(
             *mix(road), count=recipe.demonstrations, terse_fraction=recipe.terse_fraction, seed=road.recipe.seed
         )
         measure.check(road, model, tokenizer, rows=recipe.seq_len)
-        sft.batches(tokenizer, shown, recipe)
+        sft.build_source(tokenizer, shown, recipe)
         return model, tokenizer, shown
 
     inputs = {"model": road.path("pretrain"), **measured(road)}
@@ -88,7 +88,7 @@ def reinforce(road: Road, seed: int) -> None:
     ways = ALL_WAYS if first else ("greedy",)
     inputs = {"model": road.path(start), **measured(road), "asked": AskedRecipe(ways=ways, unseen=first)}
     if recipe.reward:
-        inputs |= reward_sources.sources(recipe.reward)
+        inputs |= reward_sources.reward_files(recipe.reward)
 
     def prepare(goes_on: bool) -> tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None]:
         reward = rewards.load_reward(recipe.reward, recipe.reward_timeout) if recipe.reward else None
@@ -97,7 +97,7 @@ def reinforce(road: Road, seed: int) -> None:
         tasks = mix(road)
         if recipe.gate and not goes_on and not recipe.init_from:
             engine = Engine(model, tokenizer, max_batch=recipe.prompts_per_step * recipe.group_size)
-            readiness(engine, *tasks, recipe, reward).check()
+            evaluate_gate(engine, *tasks, recipe, reward).raise_if_failed()
         return model, tokenizer, tasks, reward
 
     def suits(made: tuple[Transformer, Tokenizer, Mix, rewards.Verifier | None], found: checkpoint.Checkpoint) -> None:
@@ -132,7 +132,7 @@ def student(road: Road) -> None:
         return
     run, (model, teacher, tokenizer, tasks) = opened
     engine = Engine(teacher, tokenizer, max_batch=road.recipe.eval.batch)
-    taught = distill.traces(
+    taught = distill.sample_traces(
         engine,
         *tasks,
         count=recipe.distill.problems,
@@ -141,10 +141,12 @@ def student(road: Road) -> None:
         seed=road.recipe.seed,
         verified=recipe.verified,
     )
-    batches, counts = student_source(road, recipe, tokenizer, taught.kept)
+    batches, counts = student_source(road, recipe, tokenizer, taught.demonstrations)
     result = distill.distill(model, teacher, batches, recipe.distill, run, road.recipe.quant)
     result = replace(result, flops=result.flops + taught.flops)
-    facts = {"traces": {"asked": taught.asked, "kept": len(taught.kept), "tokens": taught.tokens, **counts}}
+    facts = {
+        "traces": {"asked": taught.num_samples, "kept": len(taught.demonstrations), "tokens": taught.tokens, **counts}
+    }
     close(road, run, model, tokenizer, result, "Distilled student", ALL_WAYS, facts, unseen=True)
 
 
@@ -207,7 +209,7 @@ def student_source(
     if examples:
         shown = road.artefacts.packed("tasks")
         if recipe.examples is not None:
-            few = sft.draw_demonstrations(*mix(road), count=recipe.examples, terse_fraction=0, seed=road.recipe.seed)
+            few = sft.sample_demonstrations(*mix(road), count=recipe.examples, terse_fraction=0, seed=road.recipe.seed)
             shown, _ = sft.pack_demonstrations(tokenizer, few, text.seq_len)
         parts.append((shown, examples))
     return MixedSource(parts, rows=recipe.distill.batch_rows, seed=road.recipe.seed), counts

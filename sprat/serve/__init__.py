@@ -7,6 +7,6 @@ and a machine without them gets one clear sentence.
 from __future__ import annotations
 
 from sprat.serve.app import create_app
-from sprat.serve.server import run, serve, take_port
+from sprat.serve.server import bind_socket, run, serve
 
-__all__ = ["create_app", "run", "serve", "take_port"]
+__all__ = ["bind_socket", "create_app", "run", "serve"]

@@ -1,8 +1,8 @@
 """The routes: models, chat completions, health, and the page.
 
-A chat completion is a walk through one room after another: read the body within its bound, validate
-it (``protocol``), get a place (``traffic``), pass the deltas on as they come, and close with the usage
-and the cost that the meter has posted. When the client goes away the engine is told to stop.
+A chat completion takes these steps: read the body within its bound, validate it (``protocol``), be
+admitted (``admission``), pass the deltas on as they come, and close with the usage and the cost that
+the meter has recorded. When the client goes away the request is cancelled.
 
 Beside OpenAI's and DeepSeek's fields every answer carries one extension object, ``sprat``: the cost in
 nano-yuan, the seed (the same request with this seed gives the same tokens) and the seconds it took.
@@ -24,10 +24,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from sprat.serve import page as page_file
-from sprat.serve.meter import Meter, Prices
+from sprat.serve.admission import AdmissionPool, StreamingRequest
+from sprat.serve.chat_page import load_chat_page
+from sprat.serve.meter import Prices
 from sprat.serve.protocol import ChatRequest, RequestError, parse
-from sprat.serve.traffic import Answering, Traffic
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,61 +35,56 @@ if TYPE_CHECKING:
     from sprat.engine.sampling import Sampling
     from sprat.tokens.chat import Message
 
-READ_SECONDS = 30.0  # for the whole request body
+BODY_TIMEOUT_SECONDS = 30.0  # for the whole request body
 KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 
 
 @dataclass
-class Desk:
+class AppState:
     """What the routes share."""
 
-    traffic: Traffic
-    name: str
+    pool: AdmissionPool
+    model_name: str
     prices: Prices
     examples: list[str] = field(default_factory=list)
     turns: int | None = None
     max_tokens: int = 1024
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of sampling, where a request says nothing
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)  # where a request says nothing
     max_body_bytes: int = 1 << 20
-    keyed: bool = False  # strangers ask here: none is told of the others
+    requires_key: bool = False  # strangers ask here: none learns of the others
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def meter(self) -> Meter:
-        """The meter that the traffic posts to."""
-        return self.traffic.meter
 
 
 class AnswerStream(StreamingResponse):
     """A streaming response that stops its answer however it ends."""
 
-    def __init__(self, answering: Answering, chunks: AsyncIterator[str]) -> None:
+    def __init__(self, stream: StreamingRequest, chunks: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self.answering = answering
+        self.stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that went away cancels the answer."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.answering.cancel()
+            self.stream.cancel()
 
 
-def refuse(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError) -> JSONResponse:
     """An error as its response, with ``Retry-After`` where trying again makes sense."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON body, read within ``limit`` bytes and ``READ_SECONDS``.
+    """The JSON body, read within ``limit`` bytes and ``BODY_TIMEOUT_SECONDS``.
 
     Raises:
         RequestError: 415 not JSON, 413 too large, 408 too slow.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json":
         message = "the body must be sent as Content-Type: application/json"
         raise RequestError(415, message, param="Content-Type", code="unsupported_media_type")
     too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
@@ -98,7 +93,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(READ_SECONDS):
+        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limit:
@@ -108,7 +103,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
+def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> Sampling:
     """The engine's sampling settings for a request: what it says, else what the model's folder says.
 
     Raises:
@@ -116,75 +111,80 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     """
     from sprat.engine.sampling import Sampling
 
-    if ask.limit is not None and ask.limit > desk.max_tokens:
-        name = ask.names["max_tokens"]
-        message = f"{name} is too large: this server gives at most {desk.max_tokens} tokens; lower it or leave it out"
+    if (limit := chat_request.requested_max_tokens) is not None and limit > state.max_tokens:
+        name = chat_request.field_names["max_tokens"]
+        message = f"{name} is too large: this server gives at most {state.max_tokens} tokens; lower it or leave it out"
         raise RequestError(400, message, param=name)
-    asked = ask.model_dump(include={"temperature", "top_k", "top_p"}, exclude_unset=True, exclude_none=True)
+    fields = {"temperature", "top_k", "top_p"}
+    requested = chat_request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
     return Sampling(
-        **{**desk.settings, **asked},
-        max_tokens=desk.max_tokens if ask.limit is None else ask.limit,
-        fit=ask.limit is None,
+        **{**state.default_sampling, **requested},
+        max_tokens=state.max_tokens if limit is None else limit,
+        fit=limit is None,
         seed=seed,
-        stop=ask.stops,
-        thinking=ask.thinks,
+        stop=chat_request.stop_strings,
+        thinking=chat_request.enable_thinking,
     )
 
 
-def _messages(ask: ChatRequest) -> list[Message]:
+def _messages(chat_request: ChatRequest) -> list[Message]:
     """The conversation as the chat format's own messages."""
     from sprat.tokens.chat import Message
 
-    return [Message("system" if one.role == "developer" else one.role, one.text) for one in ask.messages]
+    return [Message("system" if m.role == "developer" else m.role, m.text) for m in chat_request.messages]
 
 
-def _extension(answering: Answering, seed: int) -> dict[str, Any]:
+def _extension(stream: StreamingRequest, seed: int) -> dict[str, Any]:
     """The ``sprat`` object of a finished answer."""
-    cost = answering.cost.body() if answering.cost is not None else None
-    return {"cost": cost, "seed": seed, "seconds": round(answering.seconds, 4)}
+    cost = stream.cost.to_dict() if stream.cost is not None else None
+    return {"cost": cost, "seed": seed, "seconds": round(stream.seconds, 4)}
 
 
-async def _left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     """Wait until the client has gone; its request has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def whole(request: Request, desk: Desk, answering: Answering, name: str, seed: int) -> Response:
+async def full_response(
+    request: Request, state: AppState, stream: StreamingRequest, request_id: str, seed: int
+) -> Response:
     """Wait for the whole answer and send it as one JSON object; a client that leaves ends it at once."""
     text: dict[str, list[str]] = {"reasoning": [], "content": []}
-    leaving = asyncio.create_task(_left(request))
-    leaving.add_done_callback(lambda _: answering.cancel())
+    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
+    disconnect_task.add_done_callback(lambda _: stream.cancel())
     try:
-        async for delta in answering.deltas(KEEP_ALIVE_SECONDS):
+        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
             if delta is not None and delta.kind in text:
                 text[delta.kind].append(delta.text)
-        if leaving.done():
+        if disconnect_task.done():
             return Response(status_code=499)
     finally:
-        leaving.cancel()
-        answering.cancel()
+        disconnect_task.cancel()
+        stream.cancel()
     message = {"role": "assistant", "content": "".join(text["content"])}
     if text["reasoning"]:
         message["reasoning_content"] = "".join(text["reasoning"])
     return JSONResponse(
         {
-            "id": name,
+            "id": request_id,
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": desk.name,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": answering.finish_reason}],
-            "usage": answering.usage,
-            "sprat": _extension(answering, seed),
+            "model": state.model_name,
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": stream.finish_reason}],
+            "usage": stream.usage,
+            "sprat": _extension(stream, seed),
         },
         headers={"Cache-Control": "no-store"},
     )
 
 
-async def stream(ask: ChatRequest, desk: Desk, answering: Answering, name: str, seed: int) -> AsyncIterator[str]:
+async def stream_events(
+    chat_request: ChatRequest, state: AppState, stream: StreamingRequest, request_id: str, seed: int
+) -> AsyncIterator[str]:
     """The answer as server-sent events: role, deltas, finish reason, usage where asked for, ``[DONE]``."""
-    with_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
-    head = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": desk.name}
+    with_usage = chat_request.stream_options is not None and bool(chat_request.stream_options.include_usage)
+    head = {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": state.model_name}
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:
         body = {**head, "choices": choices, **({"usage": None} if with_usage else {}), **more}
@@ -195,7 +195,7 @@ async def stream(ask: ChatRequest, desk: Desk, answering: Answering, name: str, 
 
     yield event(choice({"role": "assistant", "content": ""}))
     try:
-        async for delta in answering.deltas(KEEP_ALIVE_SECONDS):
+        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
             if delta is None:
                 yield ": keep-alive\n\n"
             elif delta.text and delta.kind in ("reasoning", "content"):
@@ -204,45 +204,46 @@ async def stream(ask: ChatRequest, desk: Desk, answering: Answering, name: str, 
     except RequestError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
         return
-    last = {"sprat": _extension(answering, seed)}
-    yield event(choice({}, answering.finish_reason), **({} if with_usage else last))
+    last = {"sprat": _extension(stream, seed)}
+    yield event(choice({}, stream.finish_reason), **({} if with_usage else last))
     if with_usage:
-        yield event([], usage=answering.usage, **last)
+        yield event([], usage=stream.usage, **last)
     yield "data: [DONE]\n\n"
 
 
-async def complete(request: Request, desk: Desk) -> Response:
+async def chat_completion(request: Request, state: AppState) -> Response:
     """``POST /v1/chat/completions``."""
     try:
-        ask = parse(await read_body(request, desk.max_body_bytes))
+        chat_request = parse(await read_body(request, state.max_body_bytes))
     except ClientDisconnect:
         return Response(status_code=499)
-    if ask.model != desk.name:
-        message = f"no model {ask.model[:100]!r} here; this server has {desk.name!r}"
+    if chat_request.model != state.model_name:
+        message = f"no model {chat_request.model[:100]!r} here; this server has {state.model_name!r}"
         raise RequestError(404, message, param="model", code="model_not_found")
-    name = f"chatcmpl-{secrets.token_hex(16)}"
-    seed = ask.seed if ask.seed is not None else secrets.randbits(31)
-    sampling = _sampling(ask, desk, seed)
-    answering = await desk.traffic.admit(name, _messages(ask), sampling, request.state.tenant, ask.names)
-    if ask.stream:
-        return AnswerStream(answering, stream(ask, desk, answering, name, seed))
-    return await whole(request, desk, answering, name, seed)
+    request_id = f"chatcmpl-{secrets.token_hex(16)}"
+    seed = chat_request.seed if chat_request.seed is not None else secrets.randbits(31)
+    sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
+    stream = await state.pool.admit(request_id, _messages(chat_request), sampling, tenant, chat_request.field_names)
+    if chat_request.stream:
+        return AnswerStream(stream, stream_events(chat_request, state, stream, request_id, seed))
+    return await full_response(request, state, stream, request_id, seed)
 
 
-def model_card(desk: Desk) -> dict[str, Any]:
+def model_card(state: AppState) -> dict[str, Any]:
     """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know."""
-    prices = desk.prices.model_dump(mode="json")
-    extension = {"examples": desk.examples, "turns": desk.turns, "max_tokens": desk.max_tokens, "prices": prices}
-    return {"id": desk.name, "object": "model", "created": desk.created, "owned_by": "sprat", "sprat": extension}
+    prices = state.prices.model_dump(mode="json")
+    extension = {"examples": state.examples, "turns": state.turns, "max_tokens": state.max_tokens, "prices": prices}
+    card = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "sprat"}
+    return {**card, "sprat": extension}
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, state: AppState) -> None:
     """Register all routes on ``app``."""
-    page = page_file.read()
+    page = load_chat_page()
 
     @app.get("/", include_in_schema=False)
     async def chat_page(request: Request) -> Response:
-        headers = {"Content-Security-Policy": page.policy, "ETag": page.etag, "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": page.csp, "ETag": page.etag, "Cache-Control": "no-cache"}
         if request.headers.get("if-none-match") == page.etag:
             return Response(status_code=304, headers=headers)
         return Response(page.body, media_type="text/html; charset=utf-8", headers=headers)
@@ -250,37 +251,37 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
         """Alive, and, where everybody is one tenant, how busy."""
-        running, meter = len(desk.traffic.running), desk.meter
-        alive = {"status": "closing" if desk.traffic.closed else "ok", "model": desk.name}
+        running, meter = len(state.pool.running), state.pool.meter
+        alive = {"status": "closing" if state.pool.closed else "ok", "model": state.model_name}
         busy = {"running": running, "answered": meter.requests, "nano_yuan": meter.nano_yuan}
-        return alive if desk.keyed else {**alive, **busy}
+        return alive if state.requires_key else {**alive, **busy}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        return {"object": "list", "data": [model_card(desk)]}
+        return {"object": "list", "data": [model_card(state)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """The card of one model."""
-        if name != desk.name:
+        if name != state.model_name:
             raise RequestError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
-        return model_card(desk)
+        return model_card(state)
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}}
 
     @app.post("/v1/chat/completions", openapi_extra=schema)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
-        return await complete(request, desk)
+        return await chat_completion(request, state)
 
     @app.post("/v1/chat/completions/{name}/cancel", status_code=204)
     async def cancel(request: Request, name: str) -> Response:
         """End a running answer early; its stream still closes with usage and cost."""
-        answering = desk.traffic.running.get(name)
-        if answering is None or answering.tenant != request.state.tenant:
+        stream = state.pool.running.get(name)
+        if stream is None or stream.tenant != request.state.tenant:
             raise RequestError(404, "no such answer is running", param="id", code="not_running")
-        answering.cancel()
+        stream.cancel()
         return Response(status_code=204)
 
 
@@ -296,5 +297,4 @@ def _schema() -> dict[str, Any]:
             return {key: inline(value) for key, value in node.items()}
         return [inline(item) for item in node] if isinstance(node, list) else node
 
-    inlined: dict[str, Any] = inline(schema)
-    return inlined
+    return dict(inline(schema))

@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError
 from sprat.config.base import Config
 from sprat.errors import ServeError
 
-NANO = 1_000_000_000
-DEFAULT = "deepseek-r1"
-TABLE = Path(__file__).with_name("prices.toml")
+NANO_PER_YUAN = 1_000_000_000
+DEFAULT_PRICES = "deepseek-r1"
+PRICES_FILE = Path(__file__).with_name("prices.toml")
 
 
 class Prices(Config):
@@ -50,7 +50,7 @@ class Cost:
         """Nano-yuan in all."""
         return self.hit + self.miss + self.output
 
-    def body(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The ``sprat.cost`` object of an answer."""
         return {
             "unit": "nano_yuan",
@@ -62,7 +62,7 @@ class Cost:
         }
 
 
-def load(path: str | Path = TABLE) -> list[Prices]:
+def load_price_tables(path: str | Path = PRICES_FILE) -> list[Prices]:
     """The price tables of a TOML file with ``[[price]]`` entries.
 
     Raises:
@@ -85,25 +85,25 @@ def load(path: str | Path = TABLE) -> list[Prices]:
     return tables
 
 
-def choose(tables: Sequence[Prices], name: str = DEFAULT, *, on: date | None = None) -> Prices:
+def select_prices(tables: Sequence[Prices], name: str = DEFAULT_PRICES, *, on: date | None = None) -> Prices:
     """The table ``name`` that holds on the day ``on`` (today when None).
 
     Raises:
         ServeError: no table of that name holds on that day.
     """
     day = on or date.today()
-    holding = [table for table in tables if table.name == name and table.since <= day]
-    if not holding:
+    valid = [table for table in tables if table.name == name and table.since <= day]
+    if not valid:
         names = ", ".join(sorted({table.name for table in tables}))
         raise ServeError(f"no price table {name!r} on {day.isoformat()}", where="prices", todo=f"known tables: {names}")
-    return max(holding, key=lambda table: table.since)
+    return max(valid, key=lambda table: table.since)
 
 
-def cost(prices: Prices, *, hit: int, miss: int, output: int) -> Cost:
+def price_request(prices: Prices, *, hit: int, miss: int, output: int) -> Cost:
     """Price token counts exactly.
 
     >>> r1 = Prices(name="r1", since=date(2025, 1, 20), hit=1000, miss=4000, output=16000)
-    >>> cost(r1, hit=1_000_000, miss=1_000_000, output=1_000_000).total == 21 * NANO
+    >>> price_request(r1, hit=1_000_000, miss=1_000_000, output=1_000_000).total == 21 * NANO_PER_YUAN
     True
     """
     if min(hit, miss, output) < 0:
@@ -122,9 +122,9 @@ class Meter:
         self.requests = 0
         self.nano_yuan = 0
 
-    def post(self, *, hit: int, miss: int, output: int) -> Cost:
+    def record(self, *, hit: int, miss: int, output: int) -> Cost:
         """Price one finished request and add it to the totals. Call it once a request."""
-        posted = cost(self.prices, hit=hit, miss=miss, output=output)
+        cost = price_request(self.prices, hit=hit, miss=miss, output=output)
         self.requests += 1
-        self.nano_yuan += posted.total
-        return posted
+        self.nano_yuan += cost.total
+        return cost

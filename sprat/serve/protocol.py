@@ -4,7 +4,8 @@ Requests are validated strictly, because a silently ignored field is an answer t
 an unknown field, a wrong type or a feature that this server lacks is an HTTP 400 whose error object
 names the field. What asks for nothing is accepted, since clients send it by habit:
 ``null`` in every field of OpenAI's that may be left out and, in the fields of what this server lacks, the values
-that change nothing (``n: 1``, ``tools: []``, ``store: false``): see ``Unoffered`` and ``UnofferedTurn``.
+that change nothing (``n: 1``, ``tools: []``, ``store: false``): see
+``UnsupportedFields`` and ``UnsupportedMessageFields``.
 
 Whether the model thinks is said in one of two ways, and not at all when the model shall decide:
 DeepSeek's ``"thinking": {"type": "enabled" | "disabled"}``, or OpenAI's ``"reasoning_effort"``, of
@@ -19,8 +20,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MAX_MESSAGES = 256
-MAX_STOPS = 16
-_PLAIN = (
+MAX_STOP_STRINGS = 16
+_PLAIN_TEXT_ONLY = (
     "this server answers in plain text; leave it out, or ask from Python, where "
     "sprat.Sampling(response=sprat.engine.Response.json(schema)) keeps an answer to a form"
 )
@@ -71,7 +72,7 @@ class TextPart(_Strict):
     prompt_cache_breakpoint: None = None
 
 
-class UnofferedTurn(_Strict):
+class UnsupportedMessageFields(_Strict):
     """OpenAI's fields of a turn, of what this server lacks, with the values that ask for nothing."""
 
     tool_calls: list[Any] | None = Field(None, max_length=0)
@@ -82,7 +83,7 @@ class UnofferedTurn(_Strict):
     annotations: list[Any] | None = Field(None, max_length=0)
 
 
-class ChatMessage(UnofferedTurn):
+class ChatMessage(UnsupportedMessageFields):
     """One turn. ``reasoning_content`` of past turns is accepted and not shown to the model again.
 
     ``developer`` is OpenAI's newer name of ``system``.
@@ -120,7 +121,7 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
-class Unoffered(_Strict):
+class UnsupportedFields(_Strict):
     """OpenAI's fields of what this server lacks, with the values that ask for nothing."""
 
     n: Literal[1] | None = 1
@@ -147,7 +148,7 @@ class Unoffered(_Strict):
     verbosity: Literal["medium"] | None = None
 
 
-class ChatRequest(Unoffered):
+class ChatRequest(UnsupportedFields):
     """The body of ``POST /v1/chat/completions``."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -170,15 +171,15 @@ class ChatRequest(Unoffered):
 
     @field_validator("stop")
     @classmethod
-    def _stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MAX_STOPS or not all(0 < len(item) <= 256 for item in stops):
-            raise ValueError(f"give at most {MAX_STOPS} stop strings of 1 to 256 characters")
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stop_strings = [stop] if isinstance(stop, str) else stop or []
+        if len(stop_strings) > MAX_STOP_STRINGS or not all(0 < len(text) <= 256 for text in stop_strings):
+            raise ValueError(f"give at most {MAX_STOP_STRINGS} stop strings of 1 to 256 characters")
         return stop
 
     @field_validator("messages")
     @classmethod
-    def _turns(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+    def _check_roles(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
         for message in messages[1:]:
             if message.role in ("system", "developer"):
                 raise ValueError(f"only the first message may have the role {message.role!r}")
@@ -189,7 +190,7 @@ class ChatRequest(Unoffered):
         return messages
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
+    def _check_switches(self) -> ChatRequest:
         if self.thinking is not None and self.reasoning_effort is not None:
             raise ValueError("give either 'thinking' or 'reasoning_effort', not both")
         if self.stream_options is not None and not self.stream:
@@ -197,7 +198,7 @@ class ChatRequest(Unoffered):
         return self
 
     @property
-    def thinks(self) -> bool | None:
+    def enable_thinking(self) -> bool | None:
         """True: think; False: answer at once; None: the model decides."""
         if self.thinking is not None:
             return self.thinking.type == "enabled"
@@ -206,18 +207,18 @@ class ChatRequest(Unoffered):
         return None
 
     @property
-    def limit(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         """The most tokens the caller wants, thinking included; None when not said."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
-    def names(self) -> dict[str, str]:
+    def field_names(self) -> dict[str, str]:
         """The names by which the caller knows what the engine may refuse."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return {"max_tokens": limit, "thinking": "thinking" if self.reasoning_effort is None else "reasoning_effort"}
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -237,27 +238,28 @@ def parse(body: bytes) -> ChatRequest:
     except ValidationError as error:
         faults = error.errors(include_url=False)
         # A field of several types reports one fault for each; the deepest knows best what was meant.
-        worst = max((f for f in faults if f["loc"][:1] == faults[0]["loc"][:1]), key=lambda f: len(f["loc"]))
-        raise _refusal(worst["type"], worst["loc"], worst["msg"]) from None
+        deepest = max((f for f in faults if f["loc"][:1] == faults[0]["loc"][:1]), key=lambda f: len(f["loc"]))
+        raise _validation_error(deepest["type"], deepest["loc"], deepest["msg"]) from None
 
 
-def _refusal(kind: str, place: tuple[int | str, ...], message: str) -> RequestError:
+def _validation_error(error_type: str, loc: tuple[int | str, ...], message: str) -> RequestError:
     """One validation fault as the error that the caller sees."""
-    if kind == "json_invalid":
+    if error_type == "json_invalid":
         return RequestError(400, f"the body is not valid JSON: {message}", code="invalid_json")
-    if kind == "model_type" and not place:
+    if error_type == "model_type" and not loc:
         return RequestError(400, "the body must be a JSON object", code="invalid_json")
     # Union branches add their type's name to the path ("content.str"): the caller only knows real fields.
-    param = ".".join(str(part)[:64] for part in place if part != "str" and "[" not in str(part))
-    if "response_format" in place[:1]:
-        return RequestError(400, f"{param}: {_PLAIN}", param=param, code="not_offered")
-    if {*place[:1]} & Unoffered.model_fields.keys() or {*place[2:3]} & UnofferedTurn.model_fields.keys():
+    param = ".".join(str(part)[:64] for part in loc if part != "str" and "[" not in str(part))
+    if "response_format" in loc[:1]:
+        return RequestError(400, f"{param}: {_PLAIN_TEXT_ONLY}", param=param, code="not_offered")
+    if {*loc[:1]} & UnsupportedFields.model_fields.keys() or {*loc[2:3]} & UnsupportedMessageFields.model_fields.keys():
         return RequestError(
             400, f"{param}: this server does not offer it; leave it out", param=param, code="not_offered"
         )
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), list(ChatRequest.model_fields), n=1) if len(place) == 1 else []
-        advice = f"; did you mean {near[0]!r}?" if near else ""
+    if error_type == "extra_forbidden":
+        names = list(ChatRequest.model_fields) if len(loc) == 1 else []
+        close_matches = difflib.get_close_matches(str(loc[-1]), names, n=1)
+        advice = f"; did you mean {close_matches[0]!r}?" if close_matches else ""
         return RequestError(400, f"unknown field {param!r}{advice}", param=param, code="unknown_parameter")
     message = message.removeprefix("Value error, ")
     return RequestError(400, f"{param}: {message}" if param else message, param=param or None)

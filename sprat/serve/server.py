@@ -18,24 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import MachineError, ServeError
+from sprat.serve.api_keys import ApiKeys
 from sprat.serve.app import create_app
-from sprat.serve.connections import protocol
-from sprat.serve.keys import Keys
+from sprat.serve.connections import bounded_protocol
 from sprat.serve.meter import Prices
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-GRACE_SECONDS = 5
+SHUTDOWN_TIMEOUT_SECONDS = 5
 
 
-def take_port(host: str, port: int, *, keyed: bool = False) -> socket.socket:
+def bind_socket(host: str, port: int, *, requires_key: bool = False) -> socket.socket:
     """A socket that listens on ``host:port`` (port 0: any free one).
 
     It listens from now on: early callers wait in its queue until the server is up.
 
     Args:
-        keyed: whether whoever asks there will need a key; without one only loopback is taken.
+        requires_key: whether whoever asks there will need a key; without one only loopback is taken.
 
     Raises:
         ServeError: the port is in use or not allowed, the host is not ours, or others could reach it without a key.
@@ -44,42 +44,42 @@ def take_port(host: str, port: int, *, keyed: bool = False) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ServeError("no such port", where=where, todo="give a port from 0 to 65535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, sock_type, sock_proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise ServeError("no such host", where=host, todo="use 127.0.0.1, or an address of this machine") from None
-    if not keyed and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not requires_key and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         todo = "give a key with --api-key (or SPRAT_API_KEY), or listen on 127.0.0.1"
         raise ServeError("other machines could use this server without a key", where=where, todo=todo)
-    taken = socket.socket(family, kind, protocol)
+    listener = socket.socket(family, sock_type, sock_proto)
     try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-        taken.listen(128)
-        taken.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+        listener.setblocking(False)
     except PermissionError:
-        taken.close()
+        listener.close()
         raise ServeError("this port needs more rights", where=where, todo="use a port above 1023") from None
     except OSError as error:
-        taken.close()
+        listener.close()
         if error.errno == errno.EADDRINUSE:
             todo = "stop the other program or give another port (0 takes any free one)"
             raise ServeError("the port is already in use", where=where, todo=todo) from None
         raise ServeError(f"cannot listen: {error.strerror}", where=where, todo="use 127.0.0.1") from None
-    return taken
+    return listener
 
 
-def address_of(taken: socket.socket) -> str:
+def socket_url(listener: socket.socket) -> str:
     """The ``http://`` address of a listening socket."""
-    host, port = taken.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None] = print) -> None:
+def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], None] = print) -> None:
     """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
 
     Args:
         app: from ``create_app``.
-        taken: from ``take_port``.
+        listener: from ``bind_socket``.
         announce: called once with the address when requests are answered.
     """
     import uvicorn
@@ -90,38 +90,39 @@ def serve(app: FastAPI, taken: socket.socket, *, announce: Callable[[str], None]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                announce(address_of(taken))
+                announce(socket_url(listener))
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            app.state.traffic.close()
+            app.state.pool.close()
             await super().shutdown(sockets=sockets)
 
     config = uvicorn.Config(
         app,
-        http=protocol(),
+        http=bounded_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
         timeout_keep_alive=30,
         ws="none",
     )
-    before = _interrupted_by(signal.SIGTERM)  # uvicorn sends itself the signal again when it has shut down
+    # uvicorn sends itself the signal again when it has shut down
+    previous_handler = _handle_as_interrupt(signal.SIGTERM)
     try:
-        Server(config).run(sockets=[taken])
+        Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        taken.close()
+        if previous_handler is not None:
+            signal.signal(signal.SIGTERM, previous_handler)
+        listener.close()
 
 
-def _interrupted_by(number: int) -> Any:
+def _handle_as_interrupt(signal_number: int) -> Any:
     """Let a signal mean Ctrl-C; what it meant before, or None outside of the main thread, where nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    return signal.signal(number, signal.default_int_handler)
+    return signal.signal(signal_number, signal.default_int_handler)
 
 
 def run(
@@ -135,7 +136,7 @@ def run(
     turns: int | None = None,
     max_tokens: int = 1024,
     max_requests: int = 64,
-    hosts: Iterable[str] = (),
+    allowed_hosts: Iterable[str] = (),
     keys: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -153,8 +154,8 @@ def run(
         if importlib.util.find_spec(package) is None:
             todo = f"pip install {package}"
             raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
-    Keys(keys)  # a fault in one is told before the model is loaded
-    taken = take_port(host, port, keyed=bool(keys))
+    ApiKeys(keys)  # a fault in one is reported before the model is loaded
+    listener = bind_socket(host, port, requires_key=bool(keys))
     try:
         from sprat.engine import Engine
         from sprat.engine.load import load
@@ -168,10 +169,10 @@ def run(
             turns=turns,
             max_tokens=max_tokens,
             max_requests=max_requests,
-            settings=tokenizer.generation.settings,
-            hosts=[*hosts, host],
+            default_sampling=tokenizer.generation_config.default_sampling,
+            allowed_hosts=[*allowed_hosts, host],
             keys=keys,
         )
-        serve(app, taken, announce=announce)
+        serve(app, listener, announce=announce)
     finally:
-        taken.close()
+        listener.close()

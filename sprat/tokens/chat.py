@@ -3,9 +3,9 @@
 Ours reads ``<|bos|><|system|>S<|user|>Q<|assistant|><think>R</think>A<|eos|>``. The think tags are
 tokens, so "thinking on" and "thinking off" are nothing but which of them the prompt already ends with:
 ``<think>`` makes the model think, ``<think></think>`` makes it answer at once, and nothing lets it choose.
-Other formats have habits: DeepSeek-R1's prompt always opens the reasoning, V3.1's closes it unless thinking is asked
-for, so saying nothing means that (``settled``). A model whose template knows no thinking cannot be asked to think.
-Reasoning of past turns is left out, as DeepSeek-R1 does: it is long, and its answer already stands there.
+Other formats have defaults: DeepSeek-R1's prompt always opens the reasoning, V3.1's closes it unless thinking is asked
+for, so saying nothing means that (``resolve_thinking``). A model whose template knows no thinking cannot be asked to
+think. Reasoning of past turns is left out, as DeepSeek-R1 does: it is long, and its answer already stands there.
 What a message says is encoded as plain text; only this file writes role and think tokens.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sprat.errors import DataError
-from sprat.tokens.formats import Part, write
+from sprat.tokens.chat_formats import Part, render_parts
 from sprat.tokens.tokenizer import Tokenizer
 
 
@@ -57,32 +57,34 @@ def render(
         DataError: there is no message, a role is none of the three or stands where the format has no place for it, or
             the model shall think and does not know how.
     """
-    return tokenizer.encode_parts(_parts(tokenizer, messages, thinking=thinking, generate=generate))
+    return tokenizer.encode_parts(_render_messages(tokenizer, messages, thinking=thinking, generate=generate))
 
 
-def _parts(
+def _render_messages(
     tokenizer: Tokenizer, messages: Sequence[Message], *, thinking: bool | None = None, generate: bool = True
 ) -> list[Part]:
     """A conversation in parts of text."""
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
     turns = [(message.role, message.content) for message in messages]
-    return write(tokenizer.format, turns, thinking=thinking, generate=generate)
+    return render_parts(tokenizer.chat_format, turns, thinking=thinking, generate=generate)
 
 
-def settled(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
+def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
     """How an answer begins that follows a prompt rendered with ``thinking``: in reasoning, in content, or either.
 
     ``structured``: its content has a form that was asked for, of which think tags that are ordinary text are no part.
     """
     if thinking is None:
-        thinking = tokenizer.format.habit
-    if thinking is None and structured and min(tokenizer.ids.think_open, tokenizer.ids.think_close) < 0:
+        thinking = tokenizer.chat_format.default_thinking
+    if thinking is None and structured and min(tokenizer.special_ids.think_open, tokenizer.special_ids.think_close) < 0:
         return False
     return thinking
 
 
-def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: str) -> tuple[list[int], list[int]]:
+def encode_demonstration(
+    tokenizer: Tokenizer, question: str, reasoning: str, answer: str
+) -> tuple[list[int], list[int]]:
     """One worked example for supervised training; empty ``reasoning`` shows a terse answer.
 
     A model that does not think is shown no think tags with a terse answer, as its own template writes none.
@@ -90,59 +92,66 @@ def demonstration(tokenizer: Tokenizer, question: str, reasoning: str, answer: s
     Returns:
         ids, and a mask of the same length: 1 on what the assistant says (its end token included), else 0.
     """
-    form = tokenizer.format
-    asked = None if form.habit is None else bool(reasoning)
-    prompt = _parts(tokenizer, [Message("user", question)], thinking=asked)
-    said: list[Part] = []
+    chat_format = tokenizer.chat_format
+    thinking = None if chat_format.default_thinking is None else bool(reasoning)
+    prompt = _render_messages(tokenizer, [Message("user", question)], thinking=thinking)
+    response_parts: list[Part] = []
     if reasoning:
-        said += [(form.think[0] if asked is None else "", True), (reasoning, False), (form.think[1], True)]
-    elif asked is None:
-        said.append((form.direct.removeprefix(form.opening), True))
-    said.append((answer, False))
-    begin, whole = tokenizer.encode_parts(prompt), tokenizer.encode_parts(prompt + said)
-    ids = whole[len(begin) :] if whole[: len(begin)] == begin else tokenizer.encode_parts(said)
-    ids.append(tokenizer.ids.eos)
-    return begin + ids, [0] * len(begin) + [1] * len(ids)
+        response_parts += [
+            (chat_format.think_delimiters[0] if thinking is None else "", True),
+            (reasoning, False),
+            (chat_format.think_delimiters[1], True),
+        ]
+    elif thinking is None:
+        response_parts.append((chat_format.no_thinking_prompt.removeprefix(chat_format.generation_prompt), True))
+    response_parts.append((answer, False))
+    prompt_ids, all_ids = tokenizer.encode_parts(prompt), tokenizer.encode_parts(prompt + response_parts)
+    is_prefix = all_ids[: len(prompt_ids)] == prompt_ids
+    ids = all_ids[len(prompt_ids) :] if is_prefix else tokenizer.encode_parts(response_parts)
+    ids.append(tokenizer.special_ids.eos)
+    return prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids)
 
 
-def split(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, structured: bool = False) -> Answer:
+def split_reasoning(
+    tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, structured: bool = False
+) -> Answer:
     """Part generated ids, which follow a prompt rendered with ``thinking``, into reasoning and content.
 
-    Everything from the first end token on is dropped. With ``thinking=None``, and no habit of the format, there is
+    Everything from the first end token on is dropped. With ``thinking=None``, and no default of the format, there is
     reasoning only if the model opened it. Reasoning that is never closed leaves the content empty. Of line breaks only
     those are dropped that a format puts around its think tags; a ``structured`` answer keeps all of its content.
     """
-    opening, closing = tokenizer.ids.think_open, tokenizer.ids.think_close
-    thinking = settled(tokenizer, thinking, structured=structured)
-    row = list(itertools.takewhile(lambda index: index not in tokenizer.end_ids, map(int, ids)))
+    opening, closing = tokenizer.special_ids.think_open, tokenizer.special_ids.think_close
+    thinking = resolve_thinking(tokenizer, thinking, structured=structured)
+    answer_ids = list(itertools.takewhile(lambda token_id: token_id not in tokenizer.eos_token_ids, map(int, ids)))
     if closing < 0 or opening < 0:
-        text = tokenizer.decode(row, skip_specials=True)
+        text = tokenizer.decode(answer_ids, skip_special_tokens=True)
         return _split_text(tokenizer, text, thinking=thinking, structured=structured)
-    if thinking is None and row[:1] == [opening]:
-        thinking, row = True, row[1:]
+    if thinking is None and answer_ids[:1] == [opening]:
+        thinking, answer_ids = True, answer_ids[1:]
     if not thinking:
-        return Answer("", tokenizer.decode(row, skip_specials=True), closed=True)
-    closed = closing in row
-    cut = row.index(closing) if closed else len(row)
-    reasoning = tokenizer.decode(row[:cut], skip_specials=True)
-    content = tokenizer.decode(row[cut + 1 :], skip_specials=True)
-    return _trim(tokenizer, Answer(reasoning, content, closed), structured=structured)
+        return Answer("", tokenizer.decode(answer_ids, skip_special_tokens=True), closed=True)
+    closed = closing in answer_ids
+    cut = answer_ids.index(closing) if closed else len(answer_ids)
+    reasoning = tokenizer.decode(answer_ids[:cut], skip_special_tokens=True)
+    content = tokenizer.decode(answer_ids[cut + 1 :], skip_special_tokens=True)
+    return _strip_newlines(tokenizer, Answer(reasoning, content, closed), structured=structured)
 
 
 def _split_text(tokenizer: Tokenizer, text: str, *, thinking: bool | None, structured: bool) -> Answer:
-    """``split`` for tokenizers whose think tags are ordinary text."""
-    opening, closing = tokenizer.format.think_tokens
+    """``split_reasoning`` for tokenizers whose think tags are ordinary text."""
+    opening, closing = tokenizer.chat_format.think_tags
     if thinking is None and text.lstrip().startswith(opening):
         thinking, text = True, text.lstrip().removeprefix(opening)
     if not thinking:
         return Answer("", text, closed=True)
-    reasoning, mark, content = text.partition(closing)
-    return _trim(tokenizer, Answer(reasoning, content, bool(mark)), structured=structured)
+    reasoning, end_tag, content = text.partition(closing)
+    return _strip_newlines(tokenizer, Answer(reasoning, content, bool(end_tag)), structured=structured)
 
 
-def _trim(tokenizer: Tokenizer, answer: Answer, *, structured: bool) -> Answer:
+def _strip_newlines(tokenizer: Tokenizer, answer: Answer, *, structured: bool) -> Answer:
     """An answer that thought, without the line breaks that some formats put around the think tags."""
-    if "\n" not in "".join(tokenizer.format.think):
+    if "\n" not in "".join(tokenizer.chat_format.think_delimiters):
         return answer
     reasoning = answer.reasoning.strip("\n") if answer.closed else answer.reasoning.lstrip("\n")
     return Answer(reasoning, answer.content if structured else answer.content.lstrip("\n"), answer.closed)

@@ -26,17 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import DataError
-from sprat.tokens import folder as beside
-from sprat.tokens import formats, template
-from sprat.tokens.folder import Generation
-from sprat.tokens.formats import Format, Part, Specials
+from sprat.tokens import chat_formats, chat_template, hf_files
+from sprat.tokens.chat_formats import ChatFormat, Part, SpecialTokenIds
+from sprat.tokens.hf_files import GenerationConfig
 from sprat.trust import atomic
 
 if TYPE_CHECKING:
     import tokenizers
 
 log = logging.getLogger(__name__)
-BATCH = 1024  # texts that one call hands to the Rust side; bounds memory
+BATCH_SIZE = 1024  # texts that one call hands to the Rust side; bounds memory
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,10 +43,10 @@ class Tokenizer:
     """Text ↔ ids over one tokenizer.json (HF ``tokenizers``). Immutable; safe to share between threads.
 
     Attributes:
-        format: the chat format: as the folder's template writes it, else recognised by its special tokens.
+        chat_format: the chat format: as the folder's template writes it, else detected by its special tokens.
         ids: ids of the special tokens (-1 where there is none).
-        end_ids: ids that end an answer: the end token, what closes the assistant's turn, and what the folder lists.
-        generation: what the folder says of sampling.
+        eos_token_ids: ids that end an answer: the end token, what closes the assistant's turn, what the folder lists.
+        generation_config: what the folder says of sampling.
         vocab_size: number of ids, added tokens included.
         digest: SHA-256 (hex) of tokenizer.json.
     """
@@ -57,7 +56,7 @@ class Tokenizer:
         text: str,
         *,
         config: dict[str, Any] | None = None,
-        generation: Generation | None = None,
+        generation_config: GenerationConfig | None = None,
         where: str = "tokenizer.json",
     ) -> None:
         """Build from the text of a tokenizer.json, its tokenizer_config.json and its generation_config.json, if any.
@@ -71,40 +70,43 @@ class Tokenizer:
         try:
             table = json.loads(text)
             table["added_tokens"] = table["added_tokens"] or []
-            declared = _declared(table, self._config)
+            declared = _declared_added_tokens(table, self._config)
             added: list[dict[str, Any]] = table["added_tokens"] + declared
             table["added_tokens"] = added
-            whole = json.dumps(table) if declared else text
-            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(whole)
+            full_json = json.dumps(table) if declared else text
+            self._full: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(full_json)
             self._full.no_padding()
             self._full.no_truncation()
             self._control = {token["content"]: int(token["id"]) for token in added if _is_control(token)}
             self._special = {int(token["id"]) for token in added if token.get("special")}
-            self._strips = {int(token["id"]): (bool(token["lstrip"]), bool(token["rstrip"])) for token in added}
+            self._strip_flags = {int(token["id"]): (bool(token["lstrip"]), bool(token["rstrip"])) for token in added}
             table["added_tokens"] = [token for token in added if token["content"] not in self._control]
             table.update(padding=None, truncation=None, post_processor=None)
-            plain = json.dumps(table)
-            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain)
+            plain_json = json.dumps(table)
+            self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain_json)
             # the same for text that does not stand at the beginning
-            inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-            self._inner: tokenizers.Tokenizer = self._plain if inner == plain else tokenizers.Tokenizer.from_str(inner)
+            mid_text_json = plain_json.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            self._plain_mid_text: tokenizers.Tokenizer = (
+                self._plain if mid_text_json == plain_json else tokenizers.Tokenizer.from_str(mid_text_json)
+            )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"not a tokenizer: {error}", where=where, todo="give an HF tokenizer.json") from None
         except Exception as error:  # the Rust side raises bare Exception
             todo = "give the tokenizer.json of an HF fast tokenizer"
             raise DataError(f"the tokenizer cannot be read: {error}", where=where, todo=todo) from None
         decoder = json.dumps(table.get("decoder"))
-        self._byte_level, self._falls_back = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
-        self._pieces: dict[str, tuple[int, ...]] = {}
+        self._byte_level, self._byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+        self._encode_cache: dict[str, tuple[int, ...]] = {}
         self._vocab: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
         self.vocab_size: int = 1 + max(self._vocab.values(), default=-1)
         self.digest: str = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        self.generation = generation or Generation()
-        base = formats.recognise(self._control, self._config)
-        self.ids: Specials = self._specials(base, where)
-        self.format: Format = self._format(base)
-        self._name_missing(where)
-        self.end_ids: frozenset[int] = frozenset({self.ids.eos, *self._turn_end(), *self._listed_ends(where)})
+        self.generation_config = generation_config or GenerationConfig()
+        base = chat_formats.detect_format(self._control, self._config)
+        self.special_ids: SpecialTokenIds = self._find_special_ids(base, where)
+        self.chat_format: ChatFormat = self._build_chat_format(base)
+        self._warn_missing_tokens(where)
+        eos_token_ids = {self.special_ids.eos, *self._turn_end_ids(), *self._config_eos_ids(where)}
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, numbers: int = 200) -> Tokenizer:
@@ -113,9 +115,9 @@ class Tokenizer:
         Raises:
             ConfigError: ``vocab_size`` is too small.
         """
-        from sprat.tokens.training import train_json
+        from sprat.tokens.training import train_tokenizer_json
 
-        return cls(train_json(texts, vocab_size, numbers=numbers))
+        return cls(train_tokenizer_json(texts, vocab_size, numbers=numbers))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -133,7 +135,8 @@ class Tokenizer:
         except ValueError as error:
             raise DataError(f"not UTF-8: {error}", where=str(file), todo="copy the file again") from None
         folder = file.parent
-        return cls(text, config=beside.settings(folder), generation=beside.generation(folder), where=str(file))
+        config = hf_files.load_tokenizer_config(folder)
+        return cls(text, config=config, generation_config=hf_files.load_generation_config(folder), where=str(file))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
@@ -143,107 +146,112 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config, names = self._config, {}
-        if self.format is formats.OWN:
-            names = {"bos_token": self.format.bos, "eos_token": self.format.eos, "pad_token": self.format.pad}
+        if self.chat_format is chat_formats.SPRAT:
+            own = self.chat_format
+            names = {"bos_token": own.bos, "eos_token": own.eos, "pad_token": own.pad}
             config = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
                 "model_max_length": 1_000_000,
                 **names,
-                "chat_template": formats.OWN_TEMPLATE,
+                "chat_template": chat_formats.SPRAT_TEMPLATE,
             }
         atomic.write_text(folder / "tokenizer.json", self._json)
         if config:
             atomic.write_text(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
         if names:
             atomic.write_text(folder / "special_tokens_map.json", json.dumps(names, indent=2))
-        if self.generation.table:
-            text = json.dumps(self.generation.table, ensure_ascii=False, indent=2, sort_keys=True)
-            atomic.write_text(folder / beside.GENERATION, text + "\n")
+        if self.generation_config.raw:
+            text = json.dumps(self.generation_config.raw, ensure_ascii=False, indent=2, sort_keys=True)
+            atomic.write_text(folder / hf_files.GENERATION_CONFIG_FILE, text + "\n")
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of ``text``. Without ``specials`` no control token can come out, whatever the text says."""
-        if specials:
-            ids: list[int] = self._full.encode(_sound(text), add_special_tokens=False).ids
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Ids of ``text``. Without ``parse_special`` no control token can come out, whatever the text says."""
+        if parse_special:
+            ids: list[int] = self._full.encode(_replace_surrogates(text), add_special_tokens=False).ids
             return ids
-        return self._checked(text, self._plain.encode(_sound(text), add_special_tokens=False).ids)
+        return self._without_control_ids(
+            text, self._plain.encode(_replace_surrogates(text), add_special_tokens=False).ids
+        )
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as ``encode`` gives them, on all cores."""
         rows: list[list[int]] = []
-        waiting = [_sound(text) for text in texts]
-        for start in range(0, len(waiting), BATCH):
-            part = waiting[start : start + BATCH]
-            found = self._plain.encode_batch_fast(part, add_special_tokens=False)
-            rows.extend(self._checked(text, one.ids) for text, one in zip(part, found, strict=True))
+        pending = [_replace_surrogates(text) for text in texts]
+        for start in range(0, len(pending), BATCH_SIZE):
+            part = pending[start : start + BATCH_SIZE]
+            encodings = self._plain.encode_batch_fast(part, add_special_tokens=False)
+            pairs = zip(part, encodings, strict=True)
+            rows.extend(self._without_control_ids(text, encoding.ids) for text, encoding in pairs)
         return rows
 
     def encode_parts(self, parts: Iterable[Part]) -> list[int]:
         """Ids of a text of parts, encoded as a whole; control tokens come only out of those that are marked as ours.
 
-        Where no other part spells a control token, these are the ids of ``encode(text, specials=True)``: what
+        Where no other part spells a control token, these are the ids of ``encode(text, parse_special=True)``: what
         transformers makes of a rendered conversation. Where one does, the text between our control tokens is encoded
         run by run, as the tokenizer does it by itself, and what only looks like a control token is spelled out.
         """
         text, expected = "", []
-        for part, ours in _joined(parts):
-            expected += [(index, len(text) + start, len(text) + end) for index, start, end in self._marks(part, ours)]
+        for part, is_template in _merge_parts(parts):
+            spans = self._find_control_tokens(part, is_template)
+            expected += [(token_id, len(text) + start, len(text) + end) for token_id, start, end in spans]
             text += part
-        whole = self._full.encode(text, add_special_tokens=False)
-        ids: list[int] = whole.ids
+        encoding = self._full.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         control = self.control_ids
-        found = [(index, *span) for index, span in zip(ids, whole.offsets, strict=True) if index in control]
-        if len(found) == len(expected) and all(
-            one[0] == other[0] and one[1] <= other[1] and other[2] <= one[2]
-            for one, other in zip(found, expected, strict=True)
+        pairs = zip(ids, encoding.offsets, strict=True)
+        actual = [(token_id, *span) for token_id, span in pairs if token_id in control]
+        if len(actual) == len(expected) and all(
+            a[0] == b[0] and a[1] <= b[1] and b[2] <= a[2] for a, b in zip(actual, expected, strict=True)
         ):
             return ids
-        ids, at, cut = [], 0, False
-        for index, start, end in [*expected, (-1, len(text), len(text))]:
-            before, behind = self._strips.get(index, (False, False))
-            run = text[at:start].lstrip() if cut else text[at:start]
-            run = run.rstrip() if before else run
+        ids, position, strip_next = [], 0, False
+        for token_id, start, end in [*expected, (-1, len(text), len(text))]:
+            strip_left, strip_right = self._strip_flags.get(token_id, (False, False))
+            run = text[position:start].lstrip() if strip_next else text[position:start]
+            run = run.rstrip() if strip_left else run
             if run:
-                encoder = self._inner if at else self._plain
-                ids += self._checked(run, encoder.encode(run, add_special_tokens=False).ids)
-            ids += [index] if index >= 0 else []
-            at, cut = end, behind
+                encoder = self._plain_mid_text if position else self._plain
+                ids += self._without_control_ids(run, encoder.encode(run, add_special_tokens=False).ids)
+            ids += [token_id] if token_id >= 0 else []
+            position, strip_next = end, strip_right
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
-        """Text of ``ids``; bytes that are no UTF-8 come out as U+FFFD. ``skip_specials`` leaves out hidden tokens.
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 come out as U+FFFD. ``skip_special_tokens`` omits hidden tokens.
 
         Of a run of byte tokens what is UTF-8 is read, as SentencePiece does; the library alone gives up the whole run
         for one stray byte, so that a character could vanish again that was read already.
         """
-        row = [int(index) for index in ids]
-        if skip_specials:
-            shown = self._shown_ids
-            row = [index for index in row if index in shown]
-        if self._falls_back and not self._byte_tokens.keys().isdisjoint(row):
-            text: str = self._full.decoder.decode(self._mended(row))
+        token_ids = [int(token_id) for token_id in ids]
+        if skip_special_tokens:
+            visible_ids = self._visible_ids
+            token_ids = [token_id for token_id in token_ids if token_id in visible_ids]
+        if self._byte_fallback and not self._byte_tokens.keys().isdisjoint(token_ids):
+            text: str = self._full.decoder.decode(self._decode_byte_tokens(token_ids))
         else:
-            text = self._full.decode(row, skip_special_tokens=False)
+            text = self._full.decode(token_ids, skip_special_tokens=False)
         return text
 
-    def shows(self, index: int) -> bool:
-        """Whether token ``index`` adds anything to an answer: it is one, and not hidden."""
-        return index in self._shown_ids
+    def is_visible(self, token_id: int) -> bool:
+        """Whether token ``token_id`` adds anything to an answer: it is one, and not hidden."""
+        return token_id in self._visible_ids
 
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that token ``index`` adds to the text; empty for hidden tokens and unknown ids."""
-        return self._bytes[index] if 0 <= index < len(self._bytes) else b""
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that token ``token_id`` adds to the text; empty for hidden tokens and unknown ids."""
+        return self._bytes_by_id[token_id] if 0 <= token_id < len(self._bytes_by_id) else b""
 
     def byte_length(self, ids: Sequence[int]) -> int:
         """How many bytes of text ``ids`` stand for; hidden tokens count nothing."""
-        table = self._bytes
-        return sum(len(table[index]) for index in ids)
+        table = self._bytes_by_id
+        return sum(len(table[token_id]) for token_id in ids)
 
-    def piece(self, text: str) -> tuple[int, ...]:
-        """Ids of a string of the chat format (control tokens allowed), remembered."""
-        if text not in self._pieces:
-            self._pieces[text] = tuple(self.encode(text, specials=True)) if text else ()
-        return self._pieces[text]
+    def encode_cached(self, text: str) -> tuple[int, ...]:
+        """Ids of a string of the chat format (control tokens allowed), cached."""
+        if text not in self._encode_cache:
+            self._encode_cache[text] = tuple(self.encode(text, parse_special=True)) if text else ()
+        return self._encode_cache[text]
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -253,155 +261,162 @@ class Tokenizer:
     @cached_property
     def hidden_ids(self) -> frozenset[int]:
         """Ids that an answer never shows."""
-        return self.end_ids | self._special
+        return self.eos_token_ids | self._special
 
     @cached_property
-    def _shown_ids(self) -> frozenset[int]:
+    def _visible_ids(self) -> frozenset[int]:
         """Ids of tokens that are not empty and not hidden; asked for every token, so kept."""
-        return frozenset(index for token, index in self._full.get_vocab().items() if token) - self.hidden_ids
+        return frozenset(token_id for token, token_id in self._full.get_vocab().items() if token) - self.hidden_ids
 
     @cached_property
     def _byte_tokens(self) -> dict[int, int]:
         """The byte of each byte token, by id."""
-        found = ((index, _BYTE_TOKEN.fullmatch(token)) for token, index in self._vocab.items())
-        return {index: int(match[1], 16) for index, match in found if match}
+        matches = ((token_id, _BYTE_TOKEN.fullmatch(token)) for token, token_id in self._vocab.items())
+        return {token_id: int(match[1], 16) for token_id, match in matches if match}
 
-    def _mended(self, row: list[int]) -> list[str]:
-        """The tokens of ``row``, with U+FFFD for bytes that are no UTF-8."""
+    def _decode_byte_tokens(self, token_ids: list[int]) -> list[str]:
+        """The tokens of ``token_ids``, with U+FFFD for bytes that are no UTF-8."""
         tokens: list[str] = []
         run = bytearray()
-        for index in [*row, -1]:
-            if index in self._byte_tokens:
-                run.append(self._byte_tokens[index])
+        for token_id in [*token_ids, -1]:
+            if token_id in self._byte_tokens:
+                run.append(self._byte_tokens[token_id])
                 continue
             while run:
-                good, bad = len(run), len(run)
+                valid_end, invalid_end = len(run), len(run)
                 try:
                     run.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    good, bad = error.start, error.end
-                tokens += [f"<0x{byte:02X}>" for byte in run[:good]] + ["\ufffd"] * (bad > good)
-                del run[:bad]
-            token = self._full.id_to_token(index) if index >= 0 else None
+                    valid_end, invalid_end = error.start, error.end
+                tokens += [f"<0x{byte:02X}>" for byte in run[:valid_end]] + ["\ufffd"] * (invalid_end > valid_end)
+                del run[:invalid_end]
+            token = self._full.id_to_token(token_id) if token_id >= 0 else None
             if token is not None:
                 tokens.append(token)
         return tokens
 
-    def _marks(self, text: str, ours: bool) -> list[tuple[int, int, int]]:
-        """Control tokens in a text of ours: id, start, end."""
-        if not ours or self._names is None:
+    def _find_control_tokens(self, text: str, is_template: bool) -> list[tuple[int, int, int]]:
+        """Control tokens in a text of the chat format: id, start, end."""
+        if not is_template or self._control_pattern is None:
             return []
-        return [(self._control[found[0]], *found.span()) for found in self._names.finditer(text)]
+        return [(self._control[match[0]], *match.span()) for match in self._control_pattern.finditer(text)]
 
     @cached_property
-    def _names(self) -> re.Pattern[str] | None:
+    def _control_pattern(self) -> re.Pattern[str] | None:
         """All control tokens, the longest first, as the tokenizer finds them."""
         names = sorted(self._control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
     @cached_property
-    def _bytes(self) -> list[bytes]:
+    def _bytes_by_id(self) -> list[bytes]:
         """Bytes of every token, by id."""
         alphabet, hidden = _byte_alphabet(), self.hidden_ids
         table = [b""] * self.vocab_size
         added = {token.content for token in self._full.get_added_tokens_decoder().values()}
-        for token, index in self._vocab.items():
-            if index in hidden:
+        for token, token_id in self._vocab.items():
+            if token_id in hidden:
                 continue
             if self._byte_level and token not in added and all(char in alphabet for char in token):
-                table[index] = bytes(alphabet[char] for char in token)
+                table[token_id] = bytes(alphabet[char] for char in token)
             elif match := _BYTE_TOKEN.fullmatch(token):
-                table[index] = bytes([int(match[1], 16)])
+                table[token_id] = bytes([int(match[1], 16)])
             else:
-                table[index] = token.replace("▁", " ").encode("utf-8")
+                table[token_id] = token.replace("▁", " ").encode("utf-8")
         return table
 
-    def _checked(self, text: str, ids: list[int]) -> list[int]:
+    def _without_control_ids(self, text: str, ids: list[int]) -> list[int]:
         """``ids``, or the ids of ``text`` with every control string cut in two where one came out as a token."""
         if self.control_ids.isdisjoint(ids):
             return ids
         names = [(re.escape(name[0]), re.escape(name[1:])) for name in self._control if len(name) > 1]
         pattern = "|".join(f"(?<={first})(?={rest})" for first, rest in names)
         parts = [self._plain.encode(part, add_special_tokens=False).ids for part in re.split(pattern, text) if part]
-        return [index for part in parts for index in part if index not in self.control_ids]
+        return [token_id for part in parts for token_id in part if token_id not in self.control_ids]
 
-    def _format(self, base: Format) -> Format:
+    def _build_chat_format(self, base: ChatFormat) -> ChatFormat:
         """The chat format: the template's, or ``base`` where there is none."""
-        found = self._config.get("chat_template")
-        if isinstance(found, list):
-            named = {row.get("name"): row.get("template") for row in found if isinstance(row, dict)}
-            found = named.get("default")
-        if not isinstance(found, str) or not found or (base is formats.OWN and found == formats.OWN_TEMPLATE):
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
+            template = named.get("default")
+        if not isinstance(template, str) or not template:
             return base
-        tokens = {key: name for key in formats.TOKEN_NAMES if (name := formats.named(self._config, key))}
-        return template.fitted(base, found, tokens)
+        if base is chat_formats.SPRAT and template == chat_formats.SPRAT_TEMPLATE:
+            return base
+        keys = chat_formats.SPECIAL_TOKEN_KEYS
+        tokens = {key: name for key in keys if (name := chat_formats.special_token(self._config, key))}
+        return chat_template.format_from_template(base, template, tokens)
 
-    def _name_missing(self, where: str) -> None:
+    def _warn_missing_tokens(self, where: str) -> None:
         """Warn of added tokens that the folder lists and tokenizer.json does not have."""
-        listed = self._config.get("added_tokens_decoder")
-        rows = listed.values() if isinstance(listed, dict) else ()
+        added_tokens_decoder = self._config.get("added_tokens_decoder")
+        rows = added_tokens_decoder.values() if isinstance(added_tokens_decoder, dict) else ()
         names = {str(row.get("content")) for row in rows if isinstance(row, dict)}
         if missing := sorted(names - self._vocab.keys()):
             log.warning("%s: tokens that are listed beside it and not in it: %s", where, ", ".join(missing[:5]))
 
-    def _turn_end(self) -> list[int]:
+    def _turn_end_ids(self) -> list[int]:
         """The control token that closes the assistant's turn."""
-        return [index for index, _, _ in self._marks(self.format.assistant[1], True)[:1]]
+        return [token_id for token_id, _, _ in self._find_control_tokens(self.chat_format.assistant[1], True)[:1]]
 
-    def _listed_ends(self, where: str) -> list[int]:
+    def _config_eos_ids(self, where: str) -> list[int]:
         """The end tokens that the folder lists.
 
         Raises:
             DataError: one is no token.
         """
-        for index in self.generation.ends:
-            if not 0 <= index < self.vocab_size:
+        for token_id in self.generation_config.eos_token_ids:
+            if not 0 <= token_id < self.vocab_size:
                 todo = "correct eos_token_id of generation_config.json"
-                raise DataError(f"end token {index} is none of {self.vocab_size}", where=where, todo=todo)
-        return list(self.generation.ends)
+                raise DataError(f"end token {token_id} is none of {self.vocab_size}", where=where, todo=todo)
+        return list(self.generation_config.eos_token_ids)
 
-    def _specials(self, form: Format, where: str) -> Specials:
+    def _find_special_ids(self, chat_format: ChatFormat, where: str) -> SpecialTokenIds:
         """Find the special ids by the names of the format, else by tokenizer_config.json."""
         control = self._control
 
         def find(name: str, key: str, default: int = -1) -> int:
-            return control.get(name, control.get(formats.named(self._config, key), default))
+            return control.get(name, control.get(chat_formats.special_token(self._config, key), default))
 
-        eos = find(form.eos, "eos_token")
+        eos = find(chat_format.eos, "eos_token")
         if eos < 0:
             todo = "name eos_token in tokenizer_config.json"
             raise DataError("the tokenizer has no end token", where=where, todo=todo)
-        opened = {"system": form.system[0] if form.system else "", "user": form.user[0], "assistant": form.opening}
-        single = {role: control.get(text.removeprefix(form.bos), -1) for role, text in opened.items()}
-        return Specials(
-            bos=find(form.bos, "bos_token") if form.bos else -1,
+        role_openings = {
+            "system": chat_format.system[0] if chat_format.system else "",
+            "user": chat_format.user[0],
+            "assistant": chat_format.generation_prompt,
+        }
+        role_ids = {role: control.get(text.removeprefix(chat_format.bos), -1) for role, text in role_openings.items()}
+        return SpecialTokenIds(
+            bos=find(chat_format.bos, "bos_token") if chat_format.bos else -1,
             eos=eos,
-            pad=find(form.pad, "pad_token", default=eos),
-            think_open=control.get(form.think_tokens[0], -1),
-            think_close=control.get(form.think_tokens[1], -1),
-            **single,
+            pad=find(chat_format.pad, "pad_token", default=eos),
+            think_open=control.get(chat_format.think_tags[0], -1),
+            think_close=control.get(chat_format.think_tags[1], -1),
+            **role_ids,
         )
 
 
-def _joined(parts: Iterable[Part]) -> Iterable[Part]:
+def _merge_parts(parts: Iterable[Part]) -> Iterable[Part]:
     """``parts`` without lone surrogates, neighbours of one kind as one."""
-    for ours, same in itertools.groupby(parts, key=lambda part: part[1]):
-        yield "".join(_sound(text) for text, _ in same), ours
+    for is_template, same in itertools.groupby(parts, key=lambda part: part[1]):
+        yield "".join(_replace_surrogates(text) for text, _ in same), is_template
 
 
-def _declared(table: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:
+def _declared_added_tokens(table: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of added_tokens for what tokenizer_config.json calls special and only the vocabulary has."""
     vocabulary = table["model"].get("vocab")
     if not isinstance(vocabulary, dict):
         return []
-    listed = config.get("added_tokens_decoder")
-    names = {formats.named(config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    rows = listed.values() if isinstance(listed, dict) else ()
+    added_tokens_decoder = config.get("added_tokens_decoder")
+    names = {chat_formats.special_token(config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    rows = added_tokens_decoder.values() if isinstance(added_tokens_decoder, dict) else ()
     names |= {str(row.get("content")) for row in rows if isinstance(row, dict) and row.get("special")}
     names -= {token["content"] for token in table["added_tokens"]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    found = sorted((vocabulary[name], name) for name in names if type(vocabulary.get(name)) is int)
-    return [{"id": index, "content": name, "special": True, **flags} for index, name in found]
+    found_tokens = sorted((vocabulary[name], name) for name in names if type(vocabulary.get(name)) is int)
+    return [{"id": token_id, "content": name, "special": True, **flags} for token_id, name in found_tokens]
 
 
 def _is_control(token: dict[str, Any]) -> bool:
@@ -410,7 +425,7 @@ def _is_control(token: dict[str, Any]) -> bool:
     return bool(token.get("special")) or (len(content) > 1 and any(mark in content for mark in "<[|｜"))
 
 
-def _sound(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """``text`` with lone surrogates, which are no UTF-8, replaced by "?"."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
@@ -422,4 +437,4 @@ def _byte_alphabet() -> dict[str, int]:
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in shown} | {chr(256 + position): byte for position, byte in enumerate(hidden)}

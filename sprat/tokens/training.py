@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sprat.errors import ConfigError
-from sprat.tokens.formats import OWN_SPECIALS
+from sprat.tokens.chat_formats import SPRAT_SPECIAL_TOKENS
 
 NUMBER_PATTERN = r"\p{N}{1,3}"
 WORD_PATTERN = (
@@ -39,11 +39,11 @@ WORD_PATTERN = (
     r"|\s+(?!\S)|\s+"  # blanks; the last one before a word belongs to the word
 )
 _DIGITS = re.compile(r"[0-9]+")
-_SUMS = "0 + 0 - 0 * 0 / 0 = 0\n" * 20  # seen as often as a common word
-_PAGES = 1000
+_ARITHMETIC_LINES = "0 + 0 - 0 * 0 / 0 = 0\n" * 20  # seen as often as a common word
+_ARITHMETIC_REPEATS = 1000
 
 
-def train_json(texts: Iterable[str], vocab_size: int, *, numbers: int) -> str:
+def train_tokenizer_json(texts: Iterable[str], vocab_size: int, *, numbers: int) -> str:
     """The tokenizer.json (as text) of a byte-level BPE trained on ``texts``.
 
     Args:
@@ -58,11 +58,11 @@ def train_json(texts: Iterable[str], vocab_size: int, *, numbers: int) -> str:
 
     if not 0 <= numbers <= 1000:
         raise ConfigError(f"{numbers} numbers asked for", where="numbers", todo="choose 0 to 1000")
-    extra = max(0, numbers - 10)
-    least = len(OWN_SPECIALS) + 256 + extra
-    if vocab_size < least:
+    num_extra = max(0, numbers - 10)
+    min_vocab_size = len(SPRAT_SPECIAL_TOKENS) + 256 + num_extra
+    if vocab_size < min_vocab_size:
         what = f"a vocabulary of {vocab_size} is too small"
-        raise ConfigError(what, where="vocab_size", todo=f"give {least} or more")
+        raise ConfigError(what, where="vocab_size", todo=f"give {min_vocab_size} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -73,35 +73,35 @@ def train_json(texts: Iterable[str], vocab_size: int, *, numbers: int) -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - extra,
+        vocab_size=vocab_size - num_extra,
         min_frequency=2,
         show_progress=False,
-        special_tokens=list(OWN_SPECIALS),
+        special_tokens=list(SPRAT_SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_without_numbers(texts), trainer)
-    return json.dumps(_with_numbers(json.loads(tokenizer.to_str()), numbers), ensure_ascii=False)
+    tokenizer.train_from_iterator(_mask_numbers(texts), trainer)
+    return json.dumps(_add_number_tokens(json.loads(tokenizer.to_str()), numbers), ensure_ascii=False)
 
 
-def _without_numbers(texts: Iterable[str]) -> Iterator[str]:
+def _mask_numbers(texts: Iterable[str]) -> Iterator[str]:
     """``texts`` with each run of digits as one "0", lone surrogates replaced."""
-    for _ in range(_PAGES):
-        yield _SUMS
+    for _ in range(_ARITHMETIC_REPEATS):
+        yield _ARITHMETIC_LINES
     for text in texts:
         yield _DIGITS.sub("0", text.encode("utf-8", "replace").decode("utf-8"))
 
 
-def _with_numbers(table: dict[str, Any], numbers: int) -> dict[str, Any]:
+def _add_number_tokens(table: dict[str, Any], numbers: int) -> dict[str, Any]:
     """Lay the tokens and merges of 10 … numbers-1 into a trained tokenizer.json.
 
     The ids of the numbers follow those of the bytes in counting order; those learned from text come after.
     """
     model = table["model"]
     learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    base = len(OWN_SPECIALS) + 256
+    base = len(SPRAT_SPECIAL_TOKENS) + 256
     names = [str(number) for number in range(10, numbers)]
-    order = learned[:base] + names + learned[base:]
-    model["vocab"] = {token: index for index, token in enumerate(order)}
+    vocab_order = learned[:base] + names + learned[base:]
+    model["vocab"] = {token: index for index, token in enumerate(vocab_order)}
     merges = [[name[:-1], name[-1]] for name in names]
     merges += [[name[0], name[1:]] for name in names if len(name) == 3 and name[1] != "0"]
     model["merges"] = merges + model["merges"]

@@ -38,13 +38,13 @@ def idle():
     time.sleep(600)
 
 if __name__ == "__main__":
-    from sprat.cli.verb import explain
+    from sprat.cli.verb import describe_error
     from sprat.road.graph import Stage, run_all
     stages = [Stage("learn", learn, (Path(sys.argv[1]), 100_000)), Stage("idle", idle)][: int(sys.argv[2])]
     try:
         run_all(stages, len(stages), lambda stage, what, seconds: what == "runs" or print(stage, what, flush=True))
     except BaseException as error:
-        sentence, code = explain(error)
+        sentence, code = describe_error(error)
         print(sentence)
         sys.exit(code)
 """

@@ -95,7 +95,7 @@ def test_a_conversation_is_written_as_its_own_template_writes_it(loaded: Loaded,
     template = file.fields["tokenizer.chat_template"].contents()
     rows = [{"role": turn.role, "content": turn.content} for turn in turns]
     text = ImmutableSandboxedEnvironment().from_string(template).render(messages=rows, add_generation_prompt=True)
-    assert render(loaded[1], turns) == loaded[1].encode(text, specials=True)
+    assert render(loaded[1], turns) == loaded[1].encode(text, parse_special=True)
 
 
 def test_it_knows_the_capital_of_france(loaded: Loaded) -> None:

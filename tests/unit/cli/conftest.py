@@ -19,7 +19,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a pico model that was never trained."""
     folder = tmp_path_factory.mktemp("cli") / "model"
     tokenizer = Tokenizer.train(["State the sum of 3 + 4 + 5 = 12.", "one two three"], 600)
-    special = {"bos_token_id": tokenizer.ids.bos, "eos_token_id": tokenizer.ids.eos, "pad_token_id": tokenizer.ids.pad}
+    special = {
+        "bos_token_id": tokenizer.special_ids.bos,
+        "eos_token_id": tokenizer.special_ids.eos,
+        "pad_token_id": tokenizer.special_ids.pad,
+    }
     config = size("pico", vocab_size=tokenizer.vocab_size, **special)
     sprat.save(Transformer.create(config, seed=1), tokenizer, folder)
     return folder

@@ -28,7 +28,7 @@ def test_doctor_counts_memory_as_the_engine_does(monkeypatch: pytest.MonkeyPatch
     """A container of 2 GB, of which 1.5 are taken, on a large machine: the quickstart does not fit."""
     monkeypatch.setattr(doctor, "total_bytes", lambda: 2 << 30)
     monkeypatch.setattr(doctor, "available_bytes", lambda: 1 << 29)
-    facts = doctor.gather()
+    facts = doctor.collect_facts()
     assert facts["memory"] == {"total_bytes": 2 << 30, "available_bytes": 1 << 29}
     assert not facts["ok"] and any(problem.startswith("0.5 GiB of memory") for problem in facts["problems"])
 
@@ -42,7 +42,7 @@ def test_doctor_claims_no_back_end_that_was_not_tested() -> None:
 def test_doctor_names_what_is_missing_and_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(doctor, "native", lambda: None)
-    facts = doctor.gather()
+    facts = doctor.collect_facts()
     assert facts["kernels"] is None and facts["chromium"] is None and facts["apt"] is None
     assert any("kernels" in loss for loss in facts["losses"]) and any("--text" in loss for loss in facts["losses"])
 

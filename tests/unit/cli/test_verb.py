@@ -94,7 +94,7 @@ def test_exit_codes_are_documented_as_they_are() -> None:
     table = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
     written = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE)}
     assert written == {kind.__name__: kind.exit_code for kind in CLASSES}
-    assert all(f"| {code} |" in table for code in (verb.FAULT_OF_OURS, verb.INTERRUPTED, verb.BROKEN_PIPE))
+    assert all(f"| {code} |" in table for code in (verb.INTERNAL_ERROR, verb.INTERRUPTED, verb.BROKEN_PIPE))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

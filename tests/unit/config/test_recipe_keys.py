@@ -69,6 +69,11 @@ def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts
         named("tiny", (f"{key}=3",))
 
 
+def test_a_key_that_has_another_name_now_is_refused_with_that_name() -> None:
+    with pytest.raises(ConfigError, match="'rl.rl.normalise_std' is now called 'rl.rl.normalize_std' .*; rename it"):
+        named("tiny", ("rl.rl.normalise_std=false",))
+
+
 @pytest.mark.parametrize("key", ["weight", "distinct"])
 def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> None:
     with pytest.raises(ConfigError, match=f"the key 'data.unseen.0.{key}' is gone: a task that is only tested"):

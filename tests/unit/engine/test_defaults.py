@@ -10,7 +10,7 @@ from sprat.engine.intake import ends
 from sprat.errors import EngineError
 from sprat.model import Transformer
 from sprat.tokens import Message, Tokenizer
-from sprat.tokens.folder import Generation
+from sprat.tokens.hf_files import GenerationConfig
 from tests.byte_fallback import byte_fallback
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}[assistant]"
@@ -26,7 +26,9 @@ def thoughtless() -> tuple[Transformer, Tokenizer]:
 def test_every_end_that_the_folder_lists_ends_an_answer_and_is_not_shown() -> None:
     text = byte_fallback({"content": "<|end|>", "special": False})
     last = Tokenizer(text, config={"eos_token": "</s>"}).vocab_size - 1
-    tokenizer = Tokenizer(text, config={"eos_token": "</s>"}, generation=Generation(ends=(2, last)))
+    tokenizer = Tokenizer(
+        text, config={"eos_token": "</s>"}, generation_config=GenerationConfig(eos_token_ids=(2, last))
+    )
     model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=200), 3)
     assert ends(model.config, tokenizer) >= {2, last}
     engine = Engine(model, tokenizer)
@@ -35,9 +37,9 @@ def test_every_end_that_the_folder_lists_ends_an_answer_and_is_not_shown() -> No
 
 
 def test_settings_are_the_folders_where_the_caller_says_none(tokenizer: Tokenizer) -> None:
-    told = Generation(settings={"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.2})
+    told = GenerationConfig(default_sampling={"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.2})
     model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=300), 3)
-    engine = Engine(model, Tokenizer(tokenizer._json, generation=told))
+    engine = Engine(model, Tokenizer(tokenizer._json, generation_config=told))
     assert engine.sampling(top_k=3, top_p=None, max_tokens=9) == Sampling(
         temperature=0.0, top_k=3, repetition_penalty=1.2, max_tokens=9
     )
@@ -55,7 +57,7 @@ def test_a_model_that_does_not_think_refuses_to_and_answers_at_once_without_tags
     quiet, auto = (
         engine.generate(["cat"], Sampling(temperature=0, max_tokens=4, thinking=how))[0] for how in (False, None)
     )
-    assert quiet.prompt_ids == auto.prompt_ids == tokenizer.encode("[user]cat</s>[assistant]", specials=True)
+    assert quiet.prompt_ids == auto.prompt_ids == tokenizer.encode("[user]cat</s>[assistant]", parse_special=True)
     assert quiet.text == auto.text and quiet.reasoning == ""
 
 
@@ -84,4 +86,4 @@ def test_parts_of_an_answer_that_was_cut_join_to_the_whole() -> None:
     assert whole.text.strip("\n").count("\n") > 5
     for cut in range(1, 60):
         (part,) = engine.generate(["cat"], Sampling(max_tokens=cut, **many))
-        assert part.text == tokenizer.decode(whole.token_ids[:cut], skip_specials=True)
+        assert part.text == tokenizer.decode(whole.token_ids[:cut], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import EngineError
 from sprat.model import Transformer
-from sprat.tokens import Message, Tokenizer, render, split
+from sprat.tokens import Message, Tokenizer, render, split_reasoning
 
 QUESTIONS = ["what is it?", "the cat", "12 + 13 = ", "is it a cat? the cat sat on the mat; it is a cat.", "é"]
 
@@ -31,7 +31,7 @@ def test_greedy_answers_are_those_of_a_plain_argmax_loop(model: Transformer, tok
     for question, output in zip(QUESTIONS, outputs, strict=True):
         ids = render(tokenizer, [Message("user", question)])
         assert output.prompt_ids == ids
-        assert output.token_ids == greedy_naively(model, ids, 12, tokenizer.ids.eos, tokenizer.vocab_size)
+        assert output.token_ids == greedy_naively(model, ids, 12, tokenizer.special_ids.eos, tokenizer.vocab_size)
 
 
 def test_the_same_seed_says_the_same_alone_and_in_a_crowd(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -69,7 +69,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(model: Transformer, 
 
 
 def test_forced_thinking_never_ends_before_it_began(model: Transformer, tokenizer: Tokenizer) -> None:
-    close, end = tokenizer.ids.think_close, tokenizer.ids.eos
+    close, end = tokenizer.special_ids.think_close, tokenizer.special_ids.eos
     eager = Transformer.create(model.config, 3)
     with torch.no_grad():
         eager.head.weight.zero_()
@@ -82,7 +82,7 @@ def test_forced_thinking_never_ends_before_it_began(model: Transformer, tokenize
             assert not {close, end} & set(output.token_ids[:first])
     plain = Engine(model, tokenizer).generate(QUESTIONS * 4, Sampling(max_tokens=25, thinking=True))
     for output in plain:
-        answer = split(tokenizer, output.token_ids, thinking=True)
+        answer = split_reasoning(tokenizer, output.token_ids, thinking=True)
         assert (output.reasoning, output.text, output.closed) == (answer.reasoning, answer.content, answer.closed)
         said = output.token_ids
         inside = said[: said.index(close)] if close in said else said
@@ -182,12 +182,12 @@ def test_many_threads_share_one_running_engine(model: Transformer, tokenizer: To
 
 
 def test_a_prompt_longer_than_one_step_computes_still_runs(model: Transformer, tokenizer: Tokenizer) -> None:
-    long = [tokenizer.ids.bos, *tokenizer.encode("the cat sat on the mat; " * 9)]
+    long = [tokenizer.special_ids.bos, *tokenizer.encode("the cat sat on the mat; " * 9)]
     long = (long * 5)[:180]
     how = Sampling(temperature=0, max_tokens=None)
     output = Engine(model, tokenizer, step_tokens=8).generate([long, QUESTIONS[0]], how)[0]
     room = model.config.max_position_embeddings - len(long)
-    assert output.token_ids == greedy_naively(model, long, room, tokenizer.ids.eos, tokenizer.vocab_size)
+    assert output.token_ids == greedy_naively(model, long, room, tokenizer.special_ids.eos, tokenizer.vocab_size)
 
 
 def test_what_cannot_be_asked_is_one_clear_sentence(model: Transformer, tokenizer: Tokenizer) -> None:

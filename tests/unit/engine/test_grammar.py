@@ -21,7 +21,7 @@ from sprat.engine.sample import Sampler
 from sprat.engine.sampling import Response, Sampling
 from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
-from sprat.tokens import Tokenizer, split
+from sprat.tokens import Tokenizer, split_reasoning
 from tests.unit.engine.test_processors import plain_tags
 
 ALICE, BOB = Tenant("alice", b"secret of alice"), Tenant("bob", b"secret of bob")
@@ -71,19 +71,19 @@ def either(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 @pytest.fixture(scope="module")
 def grammars(either: Tokenizer) -> Iterator[Grammars]:
     """Compiled grammars over one of them."""
-    made = Grammars(either, frozenset({either.ids.eos}))
+    made = Grammars(either, frozenset({either.special_ids.eos}))
     yield made
     made.close()
 
 
 def talk(tokenizer: Tokenizer, grammars: Grammars, sampling: Sampling, limit: int = 300, drafted: int = 0) -> list[int]:
     """What a model says whose logits are noise; ``drafted`` tokens of nonsense are checked at each step."""
-    sampler = Sampler(tokenizer, 1, frozenset({tokenizer.ids.eos}))
+    sampler = Sampler(tokenizer, 1, frozenset({tokenizer.special_ids.eos}))
     sequence = Sequence(1, [1], sampling, limit, noise_key(sampling.seed, 0, [1]))
     sequence.processors = build(sampling, [1], tokenizer, grammars)
     sampler.open(0, sequence)
     rows = drafted + 1
-    while len(sequence.token_ids) < limit and sequence.token_ids[-1:] != [tokenizer.ids.eos]:
+    while len(sequence.token_ids) < limit and sequence.token_ids[-1:] != [tokenizer.special_ids.eos]:
         generator = torch.Generator().manual_seed(sampling.seed * 1000 + len(sequence.token_ids))
         logits = torch.randn(1, tokenizer.vocab_size + 3, generator=generator).expand(rows, -1) * 2
         drafts = np.random.default_rng(len(sequence.token_ids)).integers(0, tokenizer.vocab_size, drafted).tolist()
@@ -100,9 +100,11 @@ def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars:
     for seed in range(12):
         sampling = Sampling(temperature=2, seed=seed, thinking=False, response=Response.json(SCHEMAS[name]))
         ids = talk(either, grammars, sampling)
-        if ids[-1] == either.ids.eos:
+        if ids[-1] == either.special_ids.eos:
             ended += 1
-            Draft202012Validator(SCHEMAS[name]).validate(json.loads(split(either, ids, thinking=False).content))
+            Draft202012Validator(SCHEMAS[name]).validate(
+                json.loads(split_reasoning(either, ids, thinking=False).content)
+            )
     assert ended >= 9
 
 
@@ -113,18 +115,18 @@ def test_any_json_object_a_regex_and_a_choice(either: Tokenizer, grammars: Gramm
         ids = talk(
             either, grammars, Sampling(temperature=2, seed=seed, thinking=False, response=Response.json()), limit=40
         )
-        text = either.decode(ids, skip_specials=True)
-        assert text.startswith("{") and (ids[-1] != either.ids.eos or isinstance(json.loads(text), dict))
+        text = either.decode(ids, skip_special_tokens=True)
+        assert text.startswith("{") and (ids[-1] != either.special_ids.eos or isinstance(json.loads(text), dict))
         ids = talk(
             either,
             grammars,
             Sampling(temperature=2, seed=seed, thinking=False, response=Response.regex("(é|[0-9]{2}){1,4}-?x")),
         )
-        assert re.fullmatch("(é|[0-9]{2}){1,4}-?x", either.decode(ids, skip_specials=True))
+        assert re.fullmatch("(é|[0-9]{2}){1,4}-?x", either.decode(ids, skip_special_tokens=True))
         ids = talk(
             either, grammars, Sampling(temperature=2, seed=seed, thinking=False, response=Response.choice(options))
         )
-        said.add(either.decode(ids, skip_specials=True))
+        said.add(either.decode(ids, skip_special_tokens=True))
     assert len(said) > 1 and said <= set(options)
 
 
@@ -142,15 +144,15 @@ def test_the_form_begins_where_the_reasoning_ends(either: Tokenizer, grammars: G
             logit_bias={index: 6.0 for text in ("</", "think", ">{", ">") for index in either.encode(text)[:1]},
         )
         ids = talk(either, grammars, sampling)
-        answer = split(either, ids, thinking=thinking)
-        assert answer.content in ("ja", "nein") and answer.closed and ids[-1] == either.ids.eos
+        answer = split_reasoning(either, ids, thinking=thinking)
+        assert answer.content in ("ja", "nein") and answer.closed and ids[-1] == either.special_ids.eos
         thought += bool(answer.reasoning)
     assert thought > 10 if thinking else thought < 20
 
 
 def test_a_token_that_ends_the_reasoning_and_goes_on_cannot_smuggle_text_past_the_form() -> None:
     foreign = plain_tags()
-    grammars = Grammars(foreign, frozenset({foreign.ids.eos}))
+    grammars = Grammars(foreign, frozenset({foreign.special_ids.eos}))
     made = build(Sampling(thinking=True, response=Response.choice(["ja"])), [1], foreign, grammars)
     said = foreign.encode("so </think")
     logits = np.zeros(foreign.vocab_size, np.float32)
@@ -210,7 +212,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokenizer, name: str) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=1.0)
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}), deadline=1.0)
     start = time.monotonic()
     with pytest.raises(EngineError) as caught:
         grammars.grammar(HOSTILE[name], False)
@@ -221,7 +223,7 @@ def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokeniz
     with pytest.raises(EngineError):  # what was refused once costs nothing twice
         grammars.grammar(HOSTILE[name], False)
     assert time.monotonic() - start < 0.1
-    assert talk(tokenizer, grammars, Sampling(response=Response.choice(["ja"])))[-1] == tokenizer.ids.eos
+    assert talk(tokenizer, grammars, Sampling(response=Response.choice(["ja"])))[-1] == tokenizer.special_ids.eos
     grammars.close()
 
 
@@ -237,7 +239,7 @@ def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokeniz
     ],
 )
 def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(tokenizer: Tokenizer, pattern: str) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     made = grammars.grammar(Response.regex(pattern), False)
     rng, said, slowest = np.random.default_rng(0), list[int](), 0.0
     for _ in range(120):
@@ -246,7 +248,7 @@ def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(toke
         made.apply(logits, said, [])
         slowest = max(slowest, time.monotonic() - start)
         said.append(int(rng.choice(np.flatnonzero(logits == 0))))
-        if said[-1] == tokenizer.ids.eos:
+        if said[-1] == tokenizer.special_ids.eos:
             break
     assert slowest < 0.5
     grammars.close()
@@ -255,7 +257,7 @@ def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(toke
 def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     grammars.grammar(Response.choice(["a"]), False)
     process = grammars._idle[NOBODY].process
     assert process is not None
@@ -284,7 +286,7 @@ def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
 
 def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     for index in range(9):
         grammars.grammar(Response.choice([f"c{index}"]), False)
         grammars.grammar(Response.choice(["c0"]), False)
@@ -293,7 +295,7 @@ def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytes
 
 
 def test_nobody_waits_for_the_slow_grammars_of_another(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=8.0)
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}), deadline=8.0)
     known, new = Response.choice(["known"]), Response.choice(["new"])
     for tenant in (ALICE, BOB):
         grammars.grammar(known, False, tenant)
@@ -321,7 +323,7 @@ def test_nobody_waits_for_the_slow_grammars_of_another(tokenizer: Tokenizer) -> 
 
 
 def test_tenants_share_neither_process_nor_what_it_compiled(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     for tenant in (ALICE, BOB):
         grammars.grammar(Response.choice(["secret"]), False, tenant)
     pids = {compiler.process.pid for compiler in grammars._idle.values() if compiler.process}
@@ -336,7 +338,7 @@ def test_a_tenant_with_many_grammars_costs_nobody_else_theirs(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     grammars.grammar(Response.choice(["mine"]), False, BOB)
     for number in range(9):
         grammars.grammar(Response.choice([f"c{number}"]), False, ALICE)

@@ -62,7 +62,9 @@ def test_a_block_is_found_behind_its_own_text_only(model: Transformer, tokenizer
     asked = [*other, *shared, *shared, 7]
     output = engine.generate([asked], HOW, tenant=ALICE)[0]
     assert output.usage.cache_hit_tokens == 64, "the second block was computed behind another first one"
-    assert output.token_ids == oracle(asked, 5, model.config.vocab_size, tokenizer.vocab_size, tokenizer.ids.eos)
+    assert output.token_ids == oracle(
+        asked, 5, model.config.vocab_size, tokenizer.vocab_size, tokenizer.special_ids.eos
+    )
 
 
 def test_what_begins_as_another_tenants_prompt_does_is_not_borrowed(model: Transformer, tokenizer: Tokenizer) -> None:

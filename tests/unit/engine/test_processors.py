@@ -118,10 +118,12 @@ def either(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 def test_reasoning_ends_where_the_reader_says_it_ends(
     either: Tokenizer, data: st.DataObject, thinking: bool | None
 ) -> None:
-    tag = st.sampled_from([*either.piece("<think>"), *closing(either), *either.encode(" </thi<x"), *range(256, 262)])
+    tag = st.sampled_from(
+        [*either.encode_cached("<think>"), *closing(either), *either.encode(" </thi<x"), *range(256, 262)]
+    )
     ids = data.draw(st.lists(tag, max_size=60))
-    opening = [] if thinking is not None or data.draw(st.booleans()) else list(either.piece("<think>"))
-    ids = [index for index in opening + ids if index != either.ids.eos]
+    opening = [] if thinking is not None or data.draw(st.booleans()) else list(either.encode_cached("<think>"))
+    ids = [index for index in opening + ids if index != either.special_ids.eos]
     cut = data.draw(st.integers(0, len(ids)))
     thought, said, reader = Thought(either, thinking), [], Reader(either, thinking=thinking)
     for place, token in enumerate(ids):
@@ -135,7 +137,7 @@ def test_reasoning_ends_where_the_reader_says_it_ends(
 
 @pytest.mark.parametrize("thinking", [True, None])
 def test_thinking_is_closed_after_so_many_tokens(either: Tokenizer, thinking: bool | None) -> None:
-    opening = [] if thinking else list(either.piece("<think>"))
+    opening = [] if thinking else list(either.encode_cached("<think>"))
     made = ThinkBudget(either, thinking, 5)
     said = list(opening)
     tag = closing(either)
@@ -165,7 +167,7 @@ def test_thinking_that_ends_by_itself_is_left_alone(either: Tokenizer) -> None:
 
 
 def test_rules_come_in_their_order_and_plain_requests_carry_none(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = Grammars(tokenizer, frozenset({tokenizer.special_ids.eos}))
     assert build(Sampling(min_think_tokens=3, thinking=True, stop=("x",)), [1], tokenizer, grammars) == ()
     prompts = []
 

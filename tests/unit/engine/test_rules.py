@@ -83,7 +83,7 @@ def test_what_was_drafted_changes_nothing(model: Transformer, tokenizer: Tokeniz
 def test_thinking_ends_in_time_and_the_answer_follows(engine: Engine, tokenizer: Tokenizer) -> None:
     output = engine.generate(["what?"], Sampling(thinking=True, max_think_tokens=7, max_tokens=30, temperature=2))[0]
     assert output.closed and output.usage.reasoning_tokens <= 7
-    assert tokenizer.ids.think_close in output.token_ids[:8]
+    assert tokenizer.special_ids.think_close in output.token_ids[:8]
 
 
 def test_top_logprobs_are_the_models_own(engine: Engine, model: Transformer, tokenizer: Tokenizer) -> None:

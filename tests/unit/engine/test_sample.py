@@ -22,7 +22,7 @@ def sampler_of(
     tokenizer: Tokenizer, *samplings: Sampling, ban: int = 0, rules: Any = ()
 ) -> tuple[Sampler, list[Sequence]]:
     """A sampler whose slots hold one request each."""
-    sampler = Sampler(tokenizer, len(samplings), frozenset({tokenizer.ids.eos}))
+    sampler = Sampler(tokenizer, len(samplings), frozenset({tokenizer.special_ids.eos}))
     sequences = []
     for slot, sampling in enumerate(samplings):
         sequence = Sequence(slot, [1], sampling, 9, noise_key(sampling.seed, slot, [1]), ban=ban)
@@ -94,12 +94,12 @@ def test_logprobs_are_those_of_the_whole_distribution_whatever_was_cut(tokenizer
 
 def test_banned_and_padded_tokens_never_come_out(tokenizer: Tokenizer) -> None:
     logits = torch.zeros(60, tokenizer.vocab_size + 3)
-    logits[:, [tokenizer.ids.eos, tokenizer.ids.think_close]] = 50
+    logits[:, [tokenizer.special_ids.eos, tokenizer.special_ids.think_close]] = 50
     logits[:, -1] = 60
     for heat in (0.0, 1.0):
         sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat)] * 60, ban=2)
         slots = np.arange(60)
-        ends = {tokenizer.ids.eos, tokenizer.ids.think_close}
+        ends = {tokenizer.special_ids.eos, tokenizer.special_ids.think_close}
         for _ in range(2):
             tokens = sampler.sample(logits, slots).tokens_R
             assert not set(tokens.tolist()) & ends and tokens.max() < tokenizer.vocab_size

@@ -93,7 +93,7 @@ def test_the_youngest_of_the_most_served_tenant_makes_way_and_comes_back_first(
     # Five blocks. A's two requests and B's one hold one each until they have 64 tokens; then all need a second one. By
     # hand: A was served twice what B was, so B and A's older request get theirs, and A's younger one makes way.
     engine, _ = engine_of(drafter, tokenizer, cache_bytes=5 * Fake.block_bytes, max_batch=3)
-    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.ids.eos: -100})
+    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.special_ids.eos: -100})
     older, younger = (engine.add([5, number], how, tenant=A) for number in (1, 2))
     single = engine.add([6, 3], how, tenant=B)
     waits = engine.add([7, 4], how, tenant=A)
@@ -110,7 +110,7 @@ def test_the_youngest_of_the_most_served_tenant_makes_way_and_comes_back_first(
 
 def test_the_oldest_keeps_its_place_though_a_stranger_is_younger(drafter: Transformer, tokenizer: Tokenizer) -> None:
     engine, _ = engine_of(drafter, tokenizer, cache_bytes=3 * Fake.block_bytes)
-    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.ids.eos: -100})
+    how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.special_ids.eos: -100})
     served = engine.add([5 + place % 90 for place in range(60)], how, tenant=A)  # 60 tokens to B's 2
     stranger = engine.add([6, 3], how, tenant=B)
     while not engine.stats().preempted and engine.busy:
@@ -121,7 +121,7 @@ def test_the_oldest_keeps_its_place_though_a_stranger_is_younger(drafter: Transf
 
 def test_tenants_are_served_alike_and_absence_earns_nothing(model: Transformer, tokenizer: Tokenizer) -> None:
     engine, _ = engine_of(model, tokenizer, max_batch=1)
-    how = Sampling(temperature=0, max_tokens=4, logit_bias={tokenizer.ids.eos: -100})
+    how = Sampling(temperature=0, max_tokens=4, logit_bias={tokenizer.special_ids.eos: -100})
     short = Sampling(temperature=0, max_tokens=1)
     first = [engine.add([5, number], how, tenant=A) for number in range(6)]
     ended: list[int] = []
@@ -143,7 +143,7 @@ def test_tenants_are_served_alike_and_absence_earns_nothing(model: Transformer, 
 
 def test_what_is_answered_counts_as_what_is_asked(model: Transformer, tokenizer: Tokenizer) -> None:
     engine, _ = engine_of(model, tokenizer, max_batch=1)
-    bias = {tokenizer.ids.eos: -100}
+    bias = {tokenizer.special_ids.eos: -100}
     many, one = (Sampling(temperature=0, max_tokens=count, logit_bias=bias) for count in (40, 1))
     long = [engine.add([5, number], many, tenant=A) for number in range(2)]
     short = [engine.add([6, number], one, tenant=B) for number in range(9)]

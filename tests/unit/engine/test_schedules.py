@@ -54,11 +54,11 @@ def walk(model: Transformer, tokenizer: Tokenizer, seed: int) -> int:
     assert engine.check() == [] and engine.stats().blocks_held == 0
     for handle in handles:
         output = handle.result()
-        right = oracle(output.prompt_ids, 70, vocab, tokenizer.vocab_size, tokenizer.ids.eos)
+        right = oracle(output.prompt_ids, 70, vocab, tokenizer.vocab_size, tokenizer.special_ids.eos)
         assert output.token_ids == right[: len(output.token_ids)]
         if output.finish_reason == "length":
             assert len(output.token_ids) == handle.sequence.limit
-        assert output.finish_reason != "stop" or output.token_ids[-1] == tokenizer.ids.eos
+        assert output.finish_reason != "stop" or output.token_ids[-1] == tokenizer.special_ids.eos
     return engine.stats().preempted
 
 

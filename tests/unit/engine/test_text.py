@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sprat.engine.sequence import Delta
 from sprat.engine.text import Decoder, Reader
-from sprat.tokens import Tokenizer, split
-from sprat.tokens.folder import Generation
+from sprat.tokens import Tokenizer, split_reasoning
+from sprat.tokens.hf_files import GenerationConfig
 from tests.byte_fallback import byte_fallback
 
 
@@ -31,12 +31,12 @@ def joined(pieces: list[Delta], kind: str) -> str:
 def test_pieces_join_to_what_split_gives_at_once(
     tokenizer: Tokenizer, data: st.DataObject, thinking: bool | None
 ) -> None:
-    special = [tokenizer.ids.think_open, tokenizer.ids.think_close, tokenizer.ids.user]
+    special = [tokenizer.special_ids.think_open, tokenizer.special_ids.think_close, tokenizer.special_ids.user]
     token = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.sampled_from(special))
     ids = data.draw(st.lists(token, max_size=150))
-    ids = [i for i in ids if i != tokenizer.ids.eos]
+    ids = [i for i in ids if i != tokenizer.special_ids.eos]
     pieces = read(Reader(tokenizer, thinking=thinking), ids)
-    answer = split(tokenizer, ids, thinking=thinking)
+    answer = split_reasoning(tokenizer, ids, thinking=thinking)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (answer.reasoning, answer.content)
 
 
@@ -69,7 +69,7 @@ def test_a_stop_string_across_tokens_cuts_the_text_exactly_there(
 
 
 def test_stop_strings_are_not_sought_in_the_reasoning(tokenizer: Tokenizer) -> None:
-    ids = [*tokenizer.encode("a cat. b"), tokenizer.ids.think_close, *tokenizer.encode("a cat. b")]
+    ids = [*tokenizer.encode("a cat. b"), tokenizer.special_ids.think_close, *tokenizer.encode("a cat. b")]
     reader = Reader(tokenizer, thinking=True, stops=["."])
     pieces = read(reader, ids)
     assert joined(pieces, "reasoning") == "a cat. b" and joined(pieces, "content") == "a cat"
@@ -87,8 +87,8 @@ def test_line_breaks_go_at_the_think_tags_and_nowhere_else(
     tags: str, said: str, thinking: bool | None, structured: bool
 ) -> None:
     tokenizer = THINKS if tags == "tokens" else BYTE_LEVEL
-    ids = tokenizer.encode(said, specials=True)
-    whole = split(tokenizer, ids, thinking=thinking, structured=structured)
+    ids = tokenizer.encode(said, parse_special=True)
+    whole = split_reasoning(tokenizer, ids, thinking=thinking, structured=structured)
     pieces = read(Reader(tokenizer, thinking=thinking, structured=structured), ids)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (whole.reasoning, whole.content)
     reasoning, closing, content = "", "", said
@@ -115,11 +115,11 @@ def test_what_stands_before_a_stop_string_keeps_its_line_breaks(stop: str) -> No
 @pytest.mark.parametrize("thinking", [True, None])
 def test_think_tags_that_are_ordinary_text_still_part_the_channels(thinking: bool | None) -> None:
     foreign = Tokenizer(_without_think_tokens(), config={"eos_token": "<|endoftext|>"})
-    assert foreign.ids.think_close < 0
+    assert foreign.special_ids.think_close < 0
     said = "12+13 is < 26 </thin </think>it is 25"
     ids = foreign.encode(said if thinking else "<think>" + said)
     pieces = read(Reader(foreign, thinking=thinking), ids)
-    answer = split(foreign, ids, thinking=thinking)
+    answer = split_reasoning(foreign, ids, thinking=thinking)
     assert joined(pieces, "reasoning") == answer.reasoning == "12+13 is < 26 </thin "
     assert joined(pieces, "content") == answer.content == "it is 25"
 
@@ -159,7 +159,7 @@ IDS = st.one_of(BYTES, st.lists(st.integers(0, LLAMA_LIKE.vocab_size - 1).filter
 @given(st.lists(IDS, max_size=60).map(lambda rows: [i for row in rows for i in row]))
 def test_a_byte_fallback_vocabulary_streams_what_sentencepiece_reads(ids: list[int]) -> None:
     expected = sentence_piece(ids)
-    assert LLAMA_LIKE.decode(ids, skip_specials=True) == expected
+    assert LLAMA_LIKE.decode(ids, skip_special_tokens=True) == expected
     decoder = Decoder(LLAMA_LIKE)
     assert "".join(decoder.push(index) for index in ids) + decoder.flush() == expected
 
@@ -178,14 +178,16 @@ def test_a_stray_byte_takes_no_character_with_it() -> None:
 
 def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> None:
     told = {"content": "<tool_call>", "special": False}, {"content": "<|end|>", "special": False}
-    named = Generation(ends=(Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}).vocab_size - 1,))
-    tokenizer = Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}, generation=named)
-    tool, end = tokenizer.encode("<tool_call><|end|>", specials=True)
+    named = GenerationConfig(
+        eos_token_ids=(Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}).vocab_size - 1,)
+    )
+    tokenizer = Tokenizer(byte_fallback(*told), config={"eos_token": "</s>"}, generation_config=named)
+    tool, end = tokenizer.encode("<tool_call><|end|>", parse_special=True)
     ids = [tool, *tokenizer.encode("cat"), end]
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<tool_call><|end|>"))
     assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
-    assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"
-    assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"
+    assert split_reasoning(tokenizer, ids, thinking=False).content == "<tool_call> cat"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call> cat"
 
 
 _PLACE = {token_bytes: index for index in range(256) if len(token_bytes := BYTE_LEVEL.token_bytes(index)) == 1}
@@ -214,7 +216,7 @@ def test_any_bytes_stream_as_utf8_reads_them(name: str, data: bytes) -> None:
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_tokens_that_are_not_shown_part_no_character(name: str) -> None:
     tokenizer, place = VOCABULARIES[name]
-    ids = [index for byte in "a四😀".encode() for index in [place[byte], *[tokenizer.ids.eos] * 20]]
+    ids = [index for byte in "a四😀".encode() for index in [place[byte], *[tokenizer.special_ids.eos] * 20]]
     decoder = Decoder(tokenizer)
     assert "".join(decoder.push(index) for index in ids) + decoder.flush() == "a四😀"
 
@@ -224,14 +226,14 @@ def test_tokens_that_are_not_shown_part_no_character(name: str) -> None:
 def test_streaming_costs_the_same_for_every_token(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, place = VOCABULARIES[name]
     text = {"stray": b"\xff", "cut": b"\xe4\xba", "replaced": "\ufffd".encode(), "text": b"a"}.get(what, b"")
-    hidden, foreign = tokenizer.ids.eos, tokenizer.vocab_size + 5
+    hidden, foreign = tokenizer.special_ids.eos, tokenizer.vocab_size + 5
     ids = [place[byte] for byte in text] or [hidden if what == "hidden" else foreign]
     ids = ids * (3000 // len(ids))
     decode, handed = Tokenizer.decode, []
 
-    def counted(self: Tokenizer, row: list[int], *, skip_specials: bool = False) -> str:
+    def counted(self: Tokenizer, row: list[int], *, skip_special_tokens: bool = False) -> str:
         handed.append(len(row))
-        return decode(self, row, skip_specials=skip_specials)
+        return decode(self, row, skip_special_tokens=skip_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "decode", counted)
     decoder = Decoder(tokenizer)

@@ -79,7 +79,7 @@ def test_every_cut_comes_through(pre: str) -> None:
     for text in TEXTS[:4]:
         assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
-    assert ours.ids.eos not in ours.encode(TEXTS[4]) and ours.format.name == "chatml"
+    assert ours.special_ids.eos not in ours.encode(TEXTS[4]) and ours.chat_format.name == "chatml"
 
 
 def test_deepseeks_vocabulary_survives_the_way_through_metadata() -> None:
@@ -87,9 +87,9 @@ def test_deepseeks_vocabulary_survives_the_way_through_metadata() -> None:
     file = Path(package.__file__).with_name("tokenizer.json")
     table = json.loads(file.read_text(encoding="utf-8"))
     theirs = Tokenizer.load(file)
-    metadata = meta_of(table, "deepseek-v3", theirs.format.bos, theirs.format.eos)
+    metadata = meta_of(table, "deepseek-v3", theirs.chat_format.bos, theirs.chat_format.eos)
     ours = read_tokenizer(Header(Path("x.gguf"), metadata, {}))
-    assert ours.format == theirs.format and ours.ids == theirs.ids
+    assert ours.chat_format == theirs.chat_format and ours.special_ids == theirs.special_ids
     for text in [*TEXTS, "<｜User｜>", "1234567 你好 ab  cd"]:
         assert ours.encode(text) == theirs.encode(text)
     turns = [Message("system", "be kind"), Message("user", "hi"), Message("assistant", "ho"), Message("user", "1+1")]
@@ -135,7 +135,7 @@ def test_the_sampling_that_a_file_names_is_followed_and_the_rest_of_it_named(cap
     }  # fmt: skip
     found = read_tokenizer(Header(Path("x.gguf"), {**SPM, **said}, {}))
     expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}
-    assert found.generation.settings == expected
+    assert found.generation_config.default_sampling == expected
     assert "not followed: general.sampling.mirostat" in caplog.text
     with pytest.raises(CheckpointError, match="top_p cannot be 7"):
         read_tokenizer(Header(Path("x.gguf"), {**SPM, keys.SAMPLING_TOP_P: 7.0}, {}))

@@ -16,9 +16,9 @@ from sprat.config.model import ModelConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
 from sprat.model import Transformer, balance_loss, flops_per_token
-from sprat.post.distill import distill, distillation, traces
+from sprat.post.distill import distill, distillation_loss, sample_traces
 from sprat.post.logprob import forward_kl
-from sprat.post.sft import batches
+from sprat.post.sft import build_source
 from sprat.quant import dequantize_tensor, quantize_tensor
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
@@ -43,7 +43,7 @@ def small(shape: ModelConfig) -> Transformer:
 
 
 def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer, shown: list[Any]) -> float:
-    batch = batches(tokenizer, shown, ROWS).batch(0)
+    batch = build_source(tokenizer, shown, ROWS).batch(0)
     chosen = batch.targets_BT >= 0
     x, goal = (net.hidden(batch.tokens_BT, segments_BT=batch.segments_BT).x_BTD[chosen] for net in (student, teacher))
     with torch.no_grad():
@@ -52,8 +52,8 @@ def divergence(student: Transformer, teacher: Transformer, tokenizer: Tokenizer,
 
 def test_a_student_equal_to_its_teacher_is_left_alone(guesser: Transformer, tokenizer: Tokenizer, shown: Any) -> None:
     student = copy.deepcopy(guesser)
-    batch = batches(tokenizer, shown, ROWS).batch(0)
-    loss = distillation(guesser, CONFIG)(student, batch, CONFIG)
+    batch = build_source(tokenizer, shown, ROWS).batch(0)
+    loss = distillation_loss(guesser, CONFIG)(student, batch, CONFIG)
     assert loss.metrics["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_a_student_approaches_its_teacher(
     config = CONFIG.replace(mode=mode)
     before = divergence(small, guesser, tokenizer, shown)
     held = {name: value.clone() for name, value in guesser.state_dict().items()}
-    distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
+    distill(small, guesser, build_source(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert divergence(small, guesser, tokenizer, shown) < 0.25 * before
     assert all(torch.equal(value, guesser.state_dict()[name]) for name, value in held.items())
     assert all(weight.grad is None for weight in guesser.parameters())
@@ -77,8 +77,8 @@ def test_the_loss_is_hintons_mixture_and_so_is_its_gradient(
     config = CONFIG.replace(
         mode=mode, logits_weight=weight if mode == "both" else 0.5, temperature=2.0, balance_weight=0
     )
-    batch = batches(tokenizer, shown, ROWS).batch(0)
-    loss = distillation(guesser, config)(small, batch, config)
+    batch = build_source(tokenizer, shown, ROWS).batch(0)
+    loss = distillation_loss(guesser, config)(small, batch, config)
     loss.total.backward()
     found = {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
     small.zero_grad()
@@ -100,7 +100,7 @@ def test_traces_alone_are_next_token_training(
     small: Transformer, guesser: Transformer, tokenizer: Tokenizer, shown: Any, open_stage: Open
 ) -> None:
     config = CONFIG.replace(mode="traces", steps=20)
-    result = distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage("distill", config))
+    result = distill(small, guesser, build_source(tokenizer, shown, ROWS), config, open_stage("distill", config))
     assert result.steps == 20 and result.loss < 4
 
 
@@ -111,18 +111,19 @@ def test_the_teachers_forward_passes_are_part_of_the_cost(
     row = ROWS.seq_len
     for mode, teacher in (("traces", 0), ("logits", 1), ("both", 1)):
         config = CONFIG.replace(mode=mode, steps=2)
-        result = distill(small, guesser, batches(tokenizer, shown, ROWS), config, open_stage(mode, config))
+        result = distill(small, guesser, build_source(tokenizer, shown, ROWS), config, open_stage(mode, config))
         passes = 3 * flops_per_token(small.config, row) + teacher * flops_per_token(guesser.config, row)
         assert result.flops == pytest.approx(result.tokens * passes)
 
 
 def test_only_right_and_finished_answers_become_traces(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
     engine = Engine(guesser, tokenizer, max_batch=128)
-    found = traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
-    assert found.asked == 240 and 0 < len(found.kept) < 120
-    assert {one.answer for one in found.kept} == {"7"}
-    assert len(set(found.kept)) == len(found.kept)
-    assert found == traces(engine, [task], [1.0], count=60, samples=4, max_tokens=10, temperature=1.0, thinking=None)
+    how: dict[str, Any] = {"count": 60, "samples": 4, "max_tokens": 10, "temperature": 1.0, "thinking": None}
+    found = sample_traces(engine, [task], [1.0], **how)
+    assert found.num_samples == 240 and 0 < len(found.demonstrations) < 120
+    assert {one.answer for one in found.demonstrations} == {"7"}
+    assert len(set(found.demonstrations)) == len(found.demonstrations)
+    assert found == sample_traces(engine, [task], [1.0], **how)
 
 
 def answers(model: Transformer, said: Sequence[tuple[str, str]]) -> Any:
@@ -136,15 +137,15 @@ def answers(model: Transformer, said: Sequence[tuple[str, str]]) -> Any:
 
 
 def test_an_answer_that_was_cut_off_is_no_trace_even_if_it_is_right(model: Transformer, task: Any) -> None:
-    found = traces(answers(model, [("7", "stop"), ("7", "length")] * 2), [task], [1.0], count=4, max_tokens=4)
-    assert (found.asked, len(found.kept), found.tokens) == (4, 2, 4)
+    found = sample_traces(answers(model, [("7", "stop"), ("7", "length")] * 2), [task], [1.0], count=4, max_tokens=4)
+    assert (found.num_samples, len(found.demonstrations), found.tokens) == (4, 2, 4)
     assert found.flops == 4 * 6 * flops_per_token(model.config, 6)
 
 
 def test_what_nobody_can_judge_is_taught_as_it_comes_but_not_half(model: Transformer, task: Any) -> None:
     engine = answers(model, [("7", "stop"), ("8", "stop"), ("8", "length")])
-    found = [traces(engine, [task], [1.0], count=3, max_tokens=4, verified=one) for one in (True, False)]
-    assert [[shown.answer for shown in one.kept] for one in found] == [["7"], ["7", "8"]]
+    found = [sample_traces(engine, [task], [1.0], count=3, max_tokens=4, verified=one) for one in (True, False)]
+    assert [[shown.answer for shown in one.demonstrations] for one in found] == [["7"], ["7", "8"]]
 
 
 def test_a_teacher_that_is_never_right_is_refused(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
@@ -153,7 +154,7 @@ def test_a_teacher_that_is_never_right_is_refused(guesser: Transformer, tokenize
             return 0.0
 
     with pytest.raises(TrainingError, match="answered none"):
-        traces(Engine(guesser, tokenizer), [Hopeless()], [1.0], count=4, max_tokens=6)
+        sample_traces(Engine(guesser, tokenizer), [Hopeless()], [1.0], count=4, max_tokens=6)
 
 
 def test_different_vocabularies_are_refused(
@@ -161,7 +162,7 @@ def test_different_vocabularies_are_refused(
 ) -> None:
     other = Transformer.create(shape.replace(vocab_size=shape.vocab_size + 1), 0)
     with pytest.raises(TrainingError, match="same tokenizer"):
-        distill(other, guesser, batches(tokenizer, shown, ROWS), CONFIG, open_stage("distill", CONFIG))
+        distill(other, guesser, build_source(tokenizer, shown, ROWS), CONFIG, open_stage("distill", CONFIG))
 
 
 @pytest.mark.parametrize("mode", ["logits", "both"])
@@ -171,7 +172,7 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
     """Hinton's loss by torch's own operators, at each depth over its own targets; and however the rows are cut."""
     config = CONFIG.replace(mode=mode, mtp_weight=0.7, balance_weight=0.0, temperature=2.0, micro_batches=4)
     student = Transformer.create(shape.replace(num_nextn_predict_layers=2), 1)
-    batch = batches(tokenizer, shown, ROWS).batch(0)
+    batch = build_source(tokenizer, shown, ROWS).batch(0)
     tokens, segments, targets = batch.tokens_BT, batch.segments_BT, batch.targets_BT
     kl_weight = 1.0 if mode == "logits" else config.logits_weight
     with torch.no_grad():
@@ -190,7 +191,7 @@ def test_every_depth_of_the_student_learns_from_what_the_teacher_says_there(
     parameters = list(student.parameters())
     wanted = torch.autograd.grad(terms[0] + 0.7 * (terms[1] + terms[2]) / 2, parameters, allow_unused=True)
     with ThreadDataParallel(1) as workers:
-        metrics, loads = backward(student, batch, config, distillation(guesser, config), parameters, workers)
+        metrics, loads = backward(student, batch, config, distillation_loss(guesser, config), parameters, workers)
     assert len(loads) == len(student.moe_layers()) and metrics["mtp_loss"] > 0
     for (name, parameter), theirs in zip(student.named_parameters(), wanted, strict=True):
         assert parameter.grad is not None and theirs is not None, name
@@ -201,8 +202,8 @@ def test_the_students_router_is_kept_even_as_in_pretraining(
     shape: ModelConfig, guesser: Transformer, tokenizer: Tokenizer, shown: Any
 ) -> None:
     student = Transformer.create(shape.replace(first_k_dense_replace=0), 1)
-    batch = batches(tokenizer, shown, ROWS).batch(0)
-    loss_fn = distillation(guesser, CONFIG)
+    batch = build_source(tokenizer, shown, ROWS).batch(0)
+    loss_fn = distillation_loss(guesser, CONFIG)
     without, with_it = (
         loss_fn(student, batch, CONFIG.replace(balance_weight=weight)).total.item() for weight in (0.0, 2.0)
     )
@@ -218,7 +219,7 @@ def test_the_last_steps_learn_with_rounded_weights(
 ) -> None:  # fmt: skip
     config = CONFIG.replace(steps=5, qat_fraction=fraction)
     form, seen, table = QuantConfig(bits=8), list[bool](), small.embed_tokens.weight
-    source = batches(tokenizer, shown, ROWS)
+    source = build_source(tokenizer, shown, ROWS)
     hidden = Transformer.hidden
 
     def watched(self: Transformer, *rest: Any, **more: Any) -> Any:
@@ -241,6 +242,6 @@ def test_a_longer_run_goes_on_from_before_the_weights_are_rounded(
     optim = FAST.replace(warmup_steps=1, decay_fraction=0.25)
     config = CONFIG.replace(steps=8, qat_fraction=fraction, optim=optim.model_dump())
     run = open_stage("stable", config)
-    distill(small, guesser, batches(tokenizer, shown, ROWS), config, run)
+    distill(small, guesser, build_source(tokenizer, shown, ROWS), config, run)
     found = checkpoint.latest(run.checkpoints / checkpoint.STABLE)
     assert (None if found is None else found.step) == kept

@@ -17,17 +17,17 @@ from sprat.post.evaluate import (
     estimate_pass_at_k,
     evaluate,
     evaluate_many,
-    judge,
     pass_at_k,
-    significant,
-    wilson,
+    score_output,
+    two_proportion_p_value,
+    wilson_interval,
 )
-from sprat.post.readiness import Readiness
+from sprat.post.rl_gate import GateResult
 from sprat.tokens import Tokenizer
 
 
 def score(correct: int, count: int) -> Score:
-    return Score("t", count, correct, correct / count, *wilson(correct, count), 1.0)
+    return Score("t", count, correct, correct / count, *wilson_interval(correct, count), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -35,27 +35,27 @@ def score(correct: int, count: int) -> Score:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_interval_is_wilsons(correct: int, count: int, low: float, high: float) -> None:
-    assert wilson(correct, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_interval_covers_the_truth_about_95_times_in_100() -> None:
     from math import comb
 
     p, n = 0.9, 100
-    inside = [k for k in range(n + 1) if wilson(k, n)[0] <= p <= wilson(k, n)[1]]
+    inside = [k for k in range(n + 1) if wilson_interval(k, n)[0] <= p <= wilson_interval(k, n)[1]]
     assert sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in inside) == pytest.approx(0.95, abs=0.02)
 
 
 def test_nothing_evaluated_is_an_error_not_a_number() -> None:
     with pytest.raises(DataError, match="at least one"):
-        wilson(0, 0)
+        wilson_interval(0, 0)
 
 
 def test_two_scores_differ_significantly_only_when_they_do() -> None:
-    assert significant(score(50, 100), score(50, 100)) == 1.0
-    assert significant(score(100, 100), score(100, 100)) == 1.0
-    assert significant(score(60, 100), score(50, 100)) == pytest.approx(0.1552, abs=1e-4)
-    assert significant(score(60, 100), score(30, 100)) < 1e-4
+    assert two_proportion_p_value(score(50, 100), score(50, 100)) == 1.0
+    assert two_proportion_p_value(score(100, 100), score(100, 100)) == 1.0
+    assert two_proportion_p_value(score(60, 100), score(50, 100)) == pytest.approx(0.1552, abs=1e-4)
+    assert two_proportion_p_value(score(60, 100), score(30, 100)) < 1e-4
 
 
 def test_pass_at_k_is_unbiased() -> None:
@@ -108,7 +108,7 @@ def test_pass_at_k_rises_with_k(model: Transformer, tokenizer: Tokenizer, task: 
 )
 def test_an_answer_counts_only_after_a_think_that_ended(text: str, closed: bool, score: float, task: Any) -> None:
     said: Any = SimpleNamespace(text=text, closed=closed)
-    assert judge(task, task.problem("test", 0), said) == score
+    assert score_output(task, task.problem("test", 0), said) == score
 
 
 @pytest.mark.parametrize(
@@ -118,5 +118,5 @@ def test_an_answer_counts_only_after_a_think_that_ended(text: str, closed: bool,
 def test_thinking_must_help_by_more_than_a_little_and_more_than_chance(
     forced: float, direct: float, p_value: float, ready: bool
 ) -> None:
-    assert bool(Readiness(0.9, forced, direct, p_value, 0.5).fault) is not ready
-    assert "pass@8 is 40%" in Readiness(0.4, forced, direct, p_value, 0.5).fault
+    assert bool(GateResult(0.9, forced, direct, p_value, 0.5).failure) is not ready
+    assert "pass@8 is 40%" in GateResult(0.4, forced, direct, p_value, 0.5).failure

@@ -15,11 +15,11 @@ from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post import grpo as rl
 from sprat.post.batch import micro_batches
-from sprat.post.evaluate import evaluate, significant
-from sprat.post.grpo import Clipped, advantages, grpo
+from sprat.post.evaluate import evaluate, two_proportion_p_value
+from sprat.post.grpo import ClippedSurrogate, advantages, grpo
 from sprat.post.logprob import policy_loss, token_logprob
-from sprat.post.readiness import readiness
 from sprat.post.rewards import Response
+from sprat.post.rl_gate import evaluate_gate
 from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
@@ -46,20 +46,25 @@ def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
     old = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
     new = (torch.tensor([1.5, 1.5, 0.5, 0.5]) * 0.5).log().requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, slope = Clipped(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
+    loss, slope = ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
     expected = torch.tensor([-1.28, 1.5, -0.5, 0.8]) / 4  # -min(ratio A, clip(ratio, 0.8, 1.28) A)
     torch.testing.assert_close(loss.detach(), expected)
     ratio = (new - old).exp()
     plain = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum() / 4
     (wanted,) = torch.autograd.grad(plain, new)
     torch.testing.assert_close(slope.detach(), wanted)
-    assert Clipped(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [True, False, False, True]
+    assert ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_kl_to_the_start_is_k3_with_its_gradient() -> None:
     old, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     new = torch.tensor([-1.2, -2.1], requires_grad=True)
-    loss, slope = Clipped(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
+    loss, slope = ClippedSurrogate(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
     back = reference - new
     plain = 0.3 * (back.exp() - 1 - back)
     torch.testing.assert_close(loss, plain)
@@ -72,7 +77,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
     x, head = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator).requires_grad_()
     targets = torch.tensor([3, 1, 4, 1, 5, 9])
     before, _ = token_logprob(x, head.detach(), targets)
-    loss, _, _ = policy_loss(x, head, targets, Clipped(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
+    loss, _, _ = policy_loss(x, head, targets, ClippedSurrogate(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
     loss.backward()
     assert head.grad is not None
     after, _ = token_logprob(x, head.detach() - 0.1 * head.grad, targets)
@@ -82,7 +87,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
 def test_micro_batches_hold_every_row_once_and_bound_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     response = Response("", "", True)
     rows = [Rollout("t", [0] * (3 + n % 7), [1] * (1 + n % 11), [], response, 0.0, 0.0, 0) for n in range(40)]
-    monkeypatch.setattr("sprat.post.batch._MICRO_TOKENS", 64)
+    monkeypatch.setattr("sprat.post.batch._MAX_MICRO_BATCH_TOKENS", 64)
     parts = list(micro_batches(rows, range(40)))
     assert sorted(row for part in parts for row in part) == list(range(40))
     assert all(max(rows[row].length for row in part) * len(part) <= 64 for part in parts)
@@ -97,7 +102,7 @@ def test_rl_raises_the_reward_of_a_toy_task(
     run = open_stage("rl", RL)
     result = grpo(model, tokenizer, [task], [1.0], RL, run, gate=False)
     after = evaluate(engine, task, count=200, thinking=None, max_tokens=10, temperature=1.0)
-    assert after.accuracy > before.accuracy + 0.3 and significant(before, after) < 1e-6
+    assert after.accuracy > before.accuracy + 0.3 and two_proportion_p_value(before, after) < 1e-6
     rows = metrics(run.folder)
     assert [row["step"] for row in rows] == list(range(1, 13)) and result.steps == 12
     names = {"reward", "accuracy", "format", "response_length", "think_share", "entropy", "clip_fraction", "kl"}
@@ -214,7 +219,7 @@ def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [(task, task.problem("train", 1))] * 8
-    monkeypatch.setattr("sprat.post.rollout.draw", lambda *_: same)
+    monkeypatch.setattr("sprat.post.rollout.sample_problems", lambda *_: same)
     engine = Engine(guesser, tokenizer, max_batch=64)
 
     def drawn(step: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -230,10 +235,12 @@ def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
 
 def test_the_gate_asks_the_verifier_that_will_pay(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
     engine = Engine(guesser, tokenizer, max_batch=256)
-    assert readiness(engine, [task], [1.0], RL, count=64).fault  # the judge: it is not better for thinking
-    found = readiness(engine, [task], [1.0], RL, lambda p, a: float(bool(a.reasoning and a.content)), count=64)
-    assert not found.fault and found.forced > 0.9 and found.direct == 0.0 and found.pass_at_8 > 0.9
-    never = readiness(engine, [task], [1.0], RL, lambda p, a: None, count=64)
-    assert never.pass_at_8 == never.forced == never.direct == 0.0
+    assert evaluate_gate(engine, [task], [1.0], RL, count=64).failure  # the judge: it is not better for thinking
+    found = evaluate_gate(engine, [task], [1.0], RL, lambda p, a: float(bool(a.reasoning and a.content)), count=64)
+    assert (
+        not found.failure and found.thinking_accuracy > 0.9 and found.direct_accuracy == 0.0 and found.pass_at_8 > 0.9
+    )
+    never = evaluate_gate(engine, [task], [1.0], RL, lambda p, a: None, count=64)
+    assert never.pass_at_8 == never.thinking_accuracy == never.direct_accuracy == 0.0
     with pytest.raises(TrainingError, match="paid 5"):
-        readiness(engine, [task], [1.0], RL, lambda p, a: 5.0, count=64)
+        evaluate_gate(engine, [task], [1.0], RL, lambda p, a: 5.0, count=64)

@@ -17,9 +17,9 @@ from sprat.config import Config, RLConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post import grpo as rl
-from sprat.post.grpo import Clipped, advantages, grpo
+from sprat.post.grpo import ClippedSurrogate, advantages, grpo
 from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, sample_groups, summary
+from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tokens import Tokenizer
 from sprat.trust.record import metrics
 from sprat.trust.run import Run
@@ -82,7 +82,7 @@ def test_every_token_is_lost_and_moved_as_in_trl(corrected: bool) -> None:
     config = RL.replace(kl_weight=0.3, kl_bias_correction=corrected, clip_low=0.1, clip_high=0.4)
     logp.requires_grad_()
     wanted = trl_loss(logp, old, advantage, ref, importance, config)
-    surrogate = Clipped(old, advantage, 0.25, 0.1, 0.4, ref, 0.3, corrected, importance)
+    surrogate = ClippedSurrogate(old, advantage, 0.25, 0.1, 0.4, ref, 0.3, corrected, importance)
     loss, slope = surrogate(logp.detach(), slice(0, 200))
     torch.testing.assert_close(loss, 0.25 * wanted.detach())
     torch.testing.assert_close(slope, 0.25 * torch.autograd.grad(wanted.sum(), logp)[0])
@@ -95,7 +95,7 @@ def test_only_the_corrected_kl_has_the_gradient_of_policy_against_start() -> Non
     def expected(ratio: bool) -> Tensor:
         """The mean over all tokens, drawn by the policy, of the estimator's gradient."""
         logp = logits.log_softmax(0)
-        loss = Clipped(logp.detach(), torch.zeros(7), 1.0, 0.2, 0.2, start, 1.0, ratio)
+        loss = ClippedSurrogate(logp.detach(), torch.zeros(7), 1.0, 0.2, 0.2, start, 1.0, ratio)
         slope = loss(logp.detach(), slice(0, 7))[1]
         return torch.autograd.grad((logp.exp().detach() * slope * logp).sum(), logits)[0]
 
@@ -156,8 +156,8 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     config = RL.replace(kl_weight=0.2, max_mismatch=9.0, importance_cap=cap, clip_high=0.3, grad_clip=0.7)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
-    monkeypatch.setattr("sprat.post.batch._MICRO_TOKENS", 24)  # several parts of one minibatch
-    found = rl._optimise(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
+    monkeypatch.setattr("sprat.post.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
+    found = rl._update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
     model.zero_grad()
     total, gaps = torch.zeros(()), []
     for row, value in zip(rows, advantage, strict=True):
@@ -181,9 +181,9 @@ def test_the_rate_falls_over_the_last_share_of_the_steps(guesser: Transformer) -
     """Eight steps, half of them falling, ending one step after the last; without a fall all are whole."""
     for fall, expected in ((0.5, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (0.0, [1.0] * 8)):
         config, factors = RL.replace(steps=8, decay_fraction=fall), list[float]()
-        optimiser = SimpleNamespace(clip_grad_norm=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
+        optimizer = SimpleNamespace(clip_grad_norm=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
         for step in range(1, 9):
-            rl._step(optimiser, config, step)  # type: ignore[arg-type]
+            rl._step(optimizer, config, step)  # type: ignore[arg-type]
         assert factors == pytest.approx(expected)
 
 
@@ -219,7 +219,7 @@ def test_by_default_a_tenth_of_a_nat_is_far_too_much(
 
 @pytest.mark.parametrize(("flipped", "stops"), [(0, False), (2, False), (3, True), (100, True)])
 def test_a_router_that_tips_over_in_one_answer_of_fifty_does_not_stop_the_run(flipped: int, stops: bool) -> None:
-    sampled, found = torch.full((1000,), -1.0), rl._Mismatch()
+    sampled, found = torch.full((1000,), -1.0), rl._LogprobMismatch()
     trained = sampled.clone()
     trained[: 10 * flipped] += 0.5  # of a hundred answers of ten tokens
     found.add(trained, sampled, [10] * 100)
@@ -233,7 +233,7 @@ def test_a_router_that_tips_over_in_one_answer_of_fifty_does_not_stop_the_run(fl
 
 
 def test_a_mismatch_that_is_no_number_stops_the_run() -> None:
-    found = rl._Mismatch()
+    found = rl._LogprobMismatch()
     found.add(torch.tensor([0.0, math.nan, 0.0]), torch.zeros(3), [1, 1, 1])
     with pytest.raises(TrainingError):
         found.check(1e9, 1)
@@ -243,7 +243,7 @@ def test_partial_credit_is_no_right_answer_and_abstentions_have_no_reward() -> N
     rows = [
         Rollout("t", [1], [2], [0.0], SAID, reward, score, 0) for reward, score in [(0.5, 0.5), (1.0, 1.0), (None, 0)]
     ]
-    found = summary(rows)
+    found = rollout_metrics(rows)
     assert found["accuracy"] == found["accuracy/t"] == pytest.approx(1 / 3)
     assert found["reward"] == pytest.approx(0.75) and found["abstained"] == pytest.approx(1 / 3)
 
@@ -255,12 +255,12 @@ def test_only_paid_answers_of_groups_with_spread_are_learned_from(
     rows = [Rollout("t", [1], [2, number], [0.0, 0.0], SAID, each, 0.0, 1) for number, each in enumerate(paid)]
     heard: list[tuple[list[Rollout], list[float]]] = []
 
-    def noted(model: Any, optimiser: Any, chosen: list[Rollout], advantage: Tensor, *_: Any) -> dict[str, float]:
+    def noted(model: Any, optimizer: Any, chosen: list[Rollout], advantage: Tensor, *_: Any) -> dict[str, float]:
         heard.append((chosen, advantage.tolist()))
         return {}
 
-    monkeypatch.setattr(rl, "_optimise", noted)
-    found = rl._learn(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
+    monkeypatch.setattr(rl, "_update_policy", noted)
+    found = rl._train_step(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
     assert [row.token_ids[1] for row in heard[0][0]] == [0, 2, 3]
     assert heard[0][1] == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])
     assert found["live_groups"] == pytest.approx(1 / 3)

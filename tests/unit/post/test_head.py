@@ -16,7 +16,7 @@ from sprat.data.loader import Batch
 from sprat.data.pack import pack
 from sprat.model import Linear, Transformer
 from sprat.post import grpo
-from sprat.post.distill import distillation
+from sprat.post.distill import distillation_loss
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout
 from sprat.train import bits_per_byte, next_token_loss, optim
@@ -59,7 +59,7 @@ def test_all_losses_and_measures_see_it(swapped: Transformer) -> None:
     nats = F.cross_entropy(swapped(tokens[:, :-1])[0], tokens[0, 1:])
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 15, dtype=torch.long))
     assert bits_per_byte(swapped, packed, 15) == pytest.approx(nats.item() / torch.tensor(2.0).log().item(), rel=1e-5)
-    for loss_fn in (next_token_loss, distillation(copy.deepcopy(swapped), DistillConfig(mode="both"))):
+    for loss_fn in (next_token_loss, distillation_loss(copy.deepcopy(swapped), DistillConfig(mode="both"))):
         loss = loss_fn(swapped, batch, DistillConfig())
         assert loss.metrics["loss"] == pytest.approx(nats.item(), rel=1e-5)
         pulls = torch.autograd.grad(loss.total, list(swapped.head.parameters()))
@@ -72,10 +72,10 @@ def test_rl_learns_through_it(swapped: Transformer, cap: float | None) -> None:
         logprobs = swapped(torch.tensor([TEXT]))[0].log_softmax(-1)
     said = [float(logprobs[place - 1, TEXT[place]]) for place in range(4, len(TEXT))]
     rollouts = [Rollout("t", TEXT[:4], TEXT[4:], said, Response("", "", True), 1.0, 1.0, 0)]
-    optimiser = optim.build(swapped, OptimConfig())
+    optimizer = optim.build(swapped, OptimConfig())
     before = [value.detach().clone() for value in swapped.head.parameters()]
     reference = copy.deepcopy(swapped)
     config = RLConfig(kl_weight=0.1, minibatch=1, importance_cap=cap)
-    found: dict[str, Any] = grpo._optimise(swapped, optimiser, rollouts, torch.ones(1), config, 1, reference)
+    found: dict[str, Any] = grpo._update_policy(swapped, optimizer, rollouts, torch.ones(1), config, 1, reference)
     assert found["mismatch"] < 1e-5
     assert all((value != old).any() for value, old in zip(swapped.head.parameters(), before, strict=True))

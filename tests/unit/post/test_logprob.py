@@ -15,7 +15,7 @@ N, D, E, V = 53, 8, 12, 37
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 rows, so that the chunk loop and its ragged end are exercised."""
-    monkeypatch.setattr(logprob, "_CHUNK_NUMBERS", 16 * V)
+    monkeypatch.setattr(logprob, "_CHUNK_ELEMENTS", 16 * V)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

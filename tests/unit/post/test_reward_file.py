@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.post.grpo import advantages, rewards_of
+from sprat.post.grpo import advantages, reward_tensor
 from sprat.post.rewards import Response, Verifier, load_reward
 from sprat.post.rollout import Rollout
 from sprat.tasks import Problem
@@ -35,4 +35,4 @@ def test_a_reward_that_calls_exit_abstains() -> None:
 @pytest.mark.parametrize("zero", [0.0, 1e9, -1e12])
 def test_rewards_have_no_preferred_zero(zero: float) -> None:
     paid = [Rollout("sums", [1], [2], [0.0], ANSWER, zero + more, 0.0, 1) for more in (0, 1, 0, 1)]
-    assert advantages(rewards_of(paid, 4), True).tolist() == [[-1.0, 1.0, -1.0, 1.0]]
+    assert advantages(reward_tensor(paid, 4), True).tolist() == [[-1.0, 1.0, -1.0, 1.0]]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sprat.errors import ConfigError, TrainingError
-from sprat.post.reward_sources import sources
-from sprat.post.rewards import Response, Verifier, accuracy, format_reward, load_reward, read_response
+from sprat.post.reward_sources import reward_files
+from sprat.post.rewards import Response, Verifier, accuracy_reward, format_reward, load_reward, parse_response
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 
@@ -37,32 +37,32 @@ def tokenizer() -> Tokenizer:
     ],
 )
 def test_format_pays_exactly_one_closed_think_and_an_answer(tokenizer: Tokenizer, text: str, formed: bool) -> None:
-    ids = [*tokenizer.encode(text, specials=True), tokenizer.ids.eos]
-    response = read_response(tokenizer, ids, thinking=None, finished=True)
+    ids = [*tokenizer.encode(text, parse_special=True), tokenizer.special_ids.eos]
+    response = parse_response(tokenizer, ids, thinking=None, finished=True)
     assert format_reward(PROBLEM, response) == float(formed)
 
 
 def test_an_answer_that_was_cut_off_has_no_form_but_may_be_right(tokenizer: Tokenizer) -> None:
-    response = read_response(
-        tokenizer, tokenizer.encode("<think></think>3", specials=True), thinking=None, finished=False
+    response = parse_response(
+        tokenizer, tokenizer.encode("<think></think>3", parse_special=True), thinking=None, finished=False
     )
     assert format_reward(PROBLEM, response) == 0.0
-    assert accuracy(Sums("sums"))(PROBLEM, response) == 1.0
+    assert accuracy_reward(Sums("sums"))(PROBLEM, response) == 1.0
 
 
 @pytest.mark.parametrize(("thinking", "text"), [(True, "1 + 2 = 3</think>3"), (False, "3")])
 def test_tags_of_the_prompt_count_for_the_form(tokenizer: Tokenizer, thinking: bool, text: str) -> None:
-    ids = tokenizer.encode(text, specials=True)
-    assert read_response(tokenizer, ids, thinking=thinking, finished=True).well_formed
-    assert not read_response(tokenizer, ids, thinking=not thinking, finished=True).well_formed
+    ids = tokenizer.encode(text, parse_special=True)
+    assert parse_response(tokenizer, ids, thinking=thinking, finished=True).well_formed
+    assert not parse_response(tokenizer, ids, thinking=not thinking, finished=True).well_formed
 
 
 def test_the_judge_reads_only_what_follows_the_think(tokenizer: Tokenizer) -> None:
-    judge = accuracy(Sums("sums"))
+    judge = accuracy_reward(Sums("sums"))
     said = {"<think>9</think>3": 1.0, "<think>3</think>9": 0.0, "<think>3": 0.0, "<think>3</think>": 0.0}
     for text, score in said.items():
-        ids = tokenizer.encode(text, specials=True)
-        assert judge(PROBLEM, read_response(tokenizer, ids, thinking=None, finished=True)) == score
+        ids = tokenizer.encode(text, parse_special=True)
+        assert judge(PROBLEM, parse_response(tokenizer, ids, thinking=None, finished=True)) == score
 
 
 def test_a_users_reward_is_loaded_from_a_file_and_from_a_module(
@@ -117,7 +117,7 @@ def plug(tmp_path: Path, body: str, seconds: float = 10.0) -> Verifier:
 def test_a_number_of_any_kind_is_paid_and_none_abstains(tmp_path: Path, value: str, paid: float | None) -> None:
     reward = plug(tmp_path, f"return {value}")
     assert reward(PROBLEM, Response("", "3", True)) == paid
-    assert reward.take_faults() == 0
+    assert reward.pop_faults() == 0
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_a_fault_of_the_reward_abstains_is_counted_and_is_told(
     paid = [reward(PROBLEM, Response("", text, True)) for text in ("3", "4", "3", "5")]
     assert paid == [1.0, None, 1.0, None]
     assert fault in caplog.text and "plug.py:f" in caplog.text
-    assert reward.take_faults() == 2 and reward.take_faults() == 0
+    assert reward.pop_faults() == 2 and reward.pop_faults() == 0
     reward(PROBLEM, Response("", "4", True))
     with pytest.raises(TrainingError, match="failed on each of 1 .*plug.py:f"):
-        reward.take_faults()
+        reward.pop_faults()
 
 
 def test_ctrl_c_in_a_reward_is_not_its_fault(tmp_path: Path) -> None:
@@ -168,15 +168,15 @@ def test_a_reward_is_an_input_with_all_that_it_imports_from_its_folder(
     monkeypatch.syspath_prepend(tmp_path)
     files = ["mine.py", "__init__.py", "near.py", "other.py", "deep/__init__.py", "deep/far.py"]
     wanted = {"reward" if name == "mine.py" else f"reward/{name}": package / name for name in files}
-    assert sources("judges.mine:f") == wanted
+    assert reward_files("judges.mine:f") == wanted
     (tmp_path / "lone.py").write_text("import beside, absent, os\ndef f(problem, answer): return 1.0")
     (tmp_path / "beside.py").write_text("")
-    assert sources(f"{tmp_path}/lone.py:f") == {
+    assert reward_files(f"{tmp_path}/lone.py:f") == {
         "reward": tmp_path / "lone.py",
         "reward/beside.py": tmp_path / "beside.py",
     }
     with pytest.raises(ConfigError, match="no module"):
-        sources("no_such_package.module:f")
+        reward_files("no_such_package.module:f")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")

@@ -17,7 +17,7 @@ from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.distill import distill
 from sprat.post.grpo import grpo
-from sprat.post.sft import batches, sft
+from sprat.post.sft import build_source, sft
 from sprat.tokens import Tokenizer
 from sprat.train import loop
 from sprat.trust.run import Run
@@ -30,7 +30,7 @@ SHOWN = [("12 train", "1 2", "7")] * 4
 
 
 def trainers(tokenizer: Tokenizer, teacher: Transformer, task: Any) -> dict[str, tuple[Config, Any]]:
-    source = batches(tokenizer, SHOWN, SFT)
+    source = build_source(tokenizer, SHOWN, SFT)
     return {
         "loop": (SFT, lambda model, run: loop.train(model, source, SFT, run)),
         "sft": (SFT, lambda model, run: sft(model, tokenizer, SHOWN, SFT, run)),

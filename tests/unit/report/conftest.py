@@ -11,9 +11,9 @@ import pytest
 
 from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
 from sprat.data import corpus
-from sprat.post.evaluate import Score, wilson
+from sprat.post.evaluate import Score, wilson_interval
 from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, summary
+from sprat.post.rollout import Rollout, rollout_metrics
 from sprat.road import measure
 from sprat.trust import Ledger, open_run
 
@@ -37,7 +37,7 @@ def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, 
     """One row of ``facts["scores"]``, as the road's measure writes it."""
     count = 1000
     correct = round(count * min(0.99, max(0.01, level + rng.uniform(-0.05, 0.05))))
-    low, high = wilson(correct, count)
+    low, high = wilson_interval(correct, count)
     thinks = label == "thinking" or (label == "greedy" and level > 0.5)
     share = correct / count
     by_length = {n: (round(250 * share ** max(1, n - 3)), 250) for n in range(3, 8)} if task in TASKS[:2] else {}
@@ -74,11 +74,11 @@ def rollouts(step: int, rng: random.Random) -> dict[str, float]:
             response=Response("12 + 7 = 19", "38", True, True),
             reward=1.1 * right + rng.uniform(0, 0.08),
             score=float(rng.random() < right),
-            prefilled=0,
+            prefill_tokens=0,
         )
         for _ in range(8)
     ]
-    return summary(answers)
+    return rollout_metrics(answers)
 
 
 def finish(

@@ -115,7 +115,7 @@ RL: dict[str, Change] = {
     "format_weight": ("0.7", ("rl.start=sft", "sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
-    "normalise_std": ("false", ()),
+    "normalize_std": ("false", ()),
     "init_from": ("{road}/rl-seed0.before", ("rl.rl.steps=4",)),
     "checkpoint_every": ("1", ()),
     "grad_clip": ("0.01", ()),
@@ -313,7 +313,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch, 
         shown = [distill.Demonstration(f"What is {n} + 1?", f"{n} + 1 = {n + 1}", str(n + 1)) for n in numbers]
         return distill.Traces(shown if verified else shown[1:], count, 8 * count, 8e6 * count)
 
-    patched.setattr(distill, "traces", taught)
+    patched.setattr(distill, "sample_traces", taught)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("data", "pretrain", "sft", "rl-seed0", "distill", "rft", "pretrain-more"):
             _walk(_road(folder, folder / "road", ()), name, folder, patch)

@@ -11,7 +11,7 @@ import pytest
 
 from sprat.data.document import Document
 from sprat.errors import TrainingError
-from sprat.post.distill import traces
+from sprat.post.distill import sample_traces
 from sprat.post.evaluate import evaluate_many, pass_at_k
 from sprat.report.runs import _score
 from sprat.road import measure
@@ -62,7 +62,7 @@ def test_right_has_one_meaning_from_the_judge_to_the_report(said: str, mean: flo
     assert _score(row).accuracy == right
     if not right:
         with pytest.raises(TrainingError, match="answered none"):
-            traces(engine, [Almost("sums")], [1.0], count=3, max_tokens=4)
+            sample_traces(engine, [Almost("sums")], [1.0], count=3, max_tokens=4)
 
 
 def test_each_way_of_asking_is_asked_as_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_speed_is_measured_on_questions_of_every_task(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         "sprat.road.places.DataArtefact.task", lambda _, config, __: SimpleNamespace(kept=kept[config.title])
     )
-    monkeypatch.setattr(measure, "ask", lambda problem: problem)
+    monkeypatch.setattr(measure, "problem_messages", lambda problem: problem)
     assert measure._prompts(road, 3) == ["s1", "t1", "s2"]
     assert measure._prompts(road, 9) == ["s1", "t1", "s2", "s3"]
 

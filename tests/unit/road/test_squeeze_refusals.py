@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.cli.stations import quantize
+from sprat.cli.stages import quantize
 from sprat.config import QuantConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.road.squeeze import convert

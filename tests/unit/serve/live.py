@@ -11,9 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from sprat.serve import create_app, take_port
-from sprat.serve.connections import HEAD_SECONDS, MOST, protocol
-from sprat.serve.server import address_of
+from sprat.serve import bind_socket, create_app
+from sprat.serve.connections import HEADER_TIMEOUT_SECONDS, MAX_CONNECTIONS, bounded_protocol
+from sprat.serve.server import socket_url
 from tests.unit.serve.scripted import within
 
 
@@ -30,23 +30,29 @@ class Prompt(uvicorn.Server):
 
 
 @contextmanager
-def live(engine: Any, *, most: int = MOST, head_seconds: float = HEAD_SECONDS, **settings: Any) -> Iterator[str]:
+def live(
+    engine: Any,
+    *,
+    max_connections: int = MAX_CONNECTIONS,
+    header_timeout: float = HEADER_TIMEOUT_SECONDS,
+    **settings: Any,
+) -> Iterator[str]:
     """The address of a server around ``engine``."""
     app = create_app(engine, **settings)
-    taken = take_port("127.0.0.1", 0)
-    http = protocol(most, head_seconds)
+    listener = bind_socket("127.0.0.1", 0)
+    http = bounded_protocol(max_connections, header_timeout)
     config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
     server = Prompt(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert within(30, lambda: server.started)
     try:
-        yield address_of(taken)
+        yield socket_url(listener)
     finally:
-        app.state.traffic.close()
+        app.state.pool.close()
         server.should_exit = True
         thread.join(30)
-        taken.close()
+        listener.close()
 
 
 def tiny_model(folder: Path) -> None:
@@ -57,8 +63,9 @@ def tiny_model(folder: Path) -> None:
     from sprat.tokens import Tokenizer
 
     tokenizer = Tokenizer.train([f"what is {a} + {b}? the sum is {a + b}." for a in range(30) for b in range(30)], 512)
+    ids = tokenizer.special_ids
     config = size(
         "pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=128,
-        bos_token_id=tokenizer.ids.bos, eos_token_id=tokenizer.ids.eos, pad_token_id=tokenizer.ids.pad,
+        bos_token_id=ids.bos, eos_token_id=ids.eos, pad_token_id=ids.pad,
     )  # fmt: skip
     save(Transformer.create(config, seed=0), tokenizer, folder)

@@ -120,7 +120,7 @@ def test_an_answer_can_be_sent_back_as_the_openai_client_dumps_it(client: TestCl
 
 
 def test_null_leaves_the_folders_settings_in_force(engine: ScriptedEngine) -> None:
-    with client_of(engine, settings={"temperature": 0.25, "top_k": 9}) as client:
+    with client_of(engine, default_sampling={"temperature": 0.25, "top_k": 9}) as client:
         nothing = dict.fromkeys(("temperature", "top_k", "top_p", "stream", "n", "logprobs", "max_tokens"))
         assert client.post(CHAT, json={**ASK, **nothing}).json()["object"] == "chat.completion"
     sampling = engine.asked[-1][1]
@@ -202,7 +202,7 @@ def test_a_rebound_name_sees_nothing(client: TestClient, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:1", "[::1]:8000", "LOCALHOST", "box.lan"])
 def test_own_names_are_served(engine: ScriptedEngine, host: str) -> None:
-    with client_of(engine, hosts=["Box.lan"]) as client:
+    with client_of(engine, allowed_hosts=["Box.lan"]) as client:
         assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
@@ -295,7 +295,7 @@ def test_many_at_once_each_get_their_own_answer() -> None:
 
 
 def test_what_a_request_leaves_unsaid_the_models_folder_says(engine: ScriptedEngine) -> None:
-    with client_of(engine, settings={"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}) as client:
+    with client_of(engine, default_sampling={"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}) as client:
         client.post(CHAT, json=ASK)
         client.post(CHAT, json={**ASK, "temperature": 1.0, "top_k": 0})
     (_, silent), (_, said) = engine.asked

@@ -62,7 +62,7 @@ def put_out(caller: socket.socket) -> bool:
     ids=["nothing", "half a head", "half a body", "a request long ago"],
 )
 def test_silent_connections_shut_nobody_out(first: bytes) -> None:
-    with live(ScriptedEngine(), name="tiny", most=20) as address, crowd(address, 60, first) as callers:
+    with live(ScriptedEngine(), name="tiny", max_connections=20) as address, crowd(address, 60, first) as callers:
         for _ in range(3):
             answer = httpx.get(f"{address}/healthz", timeout=10)
             assert answer.status_code == 200 and answer.json()["status"] == "ok"
@@ -73,7 +73,7 @@ def test_who_waits_for_an_answer_is_not_put_out() -> None:
     engine = ScriptedEngine(hold=True)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4"}]}
     answers: list[httpx.Response] = []
-    with live(engine, name="tiny", most=20) as address:
+    with live(engine, name="tiny", max_connections=20) as address:
         asks = [
             threading.Thread(target=lambda: answers.append(httpx.post(address + CHAT, json=body, timeout=30)))
             for _ in range(5)
@@ -90,7 +90,7 @@ def test_who_waits_for_an_answer_is_not_put_out() -> None:
 
 @pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
 def test_a_head_that_drips_is_cut_off(before: bytes) -> None:
-    with live(ScriptedEngine(), name="tiny", head_seconds=0.3) as address, connect(address) as caller:
+    with live(ScriptedEngine(), name="tiny", header_timeout=0.3) as address, connect(address) as caller:
         caller.sendall(before)
         if before:  # a second request on a connection that was used properly
             time.sleep(0.1)
@@ -104,7 +104,7 @@ def test_a_head_that_drips_is_cut_off(before: bytes) -> None:
 
 
 def test_a_connection_that_is_used_properly_outlives_the_deadline() -> None:
-    with live(ScriptedEngine(pause=0.05), name="tiny", head_seconds=0.3) as address, connect(address) as silent:
+    with live(ScriptedEngine(pause=0.05), name="tiny", header_timeout=0.3) as address, connect(address) as silent:
         with httpx.Client(base_url=address, timeout=10) as client:
             body = {"model": "tiny", "messages": [{"role": "user", "content": "add 3"}]}
             for _ in range(2):
@@ -200,7 +200,7 @@ def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(caplog: pyte
 def test_where_all_connections_wait_for_answers_one_more_is_told_so() -> None:
     engine = ScriptedEngine(hold=True)
     ask = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4"}]}).encode()
-    with live(engine, name="tiny", most=3) as address, contextlib.ExitStack() as stack:
+    with live(engine, name="tiny", max_connections=3) as address, contextlib.ExitStack() as stack:
         callers = [stack.enter_context(connect(address)) for _ in range(3)]
         for caller in callers:
             caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)

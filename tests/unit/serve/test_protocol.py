@@ -96,7 +96,7 @@ def test_a_misspelt_field_is_told_its_right_name() -> None:
 def test_thinking_is_switched_in_deepseeks_or_openais_way_or_left_to_the_model(
     changes: dict[str, Any], thinks: bool | None
 ) -> None:
-    assert parse(body(**changes)).thinks is thinks
+    assert parse(body(**changes)).enable_thinking is thinks
 
 
 # The fields of CompletionCreateParams in the openai package 3.57.0, but for model and messages, and the rest.
@@ -114,7 +114,12 @@ OPENAI_TURN = ("annotations", "audio", "function_call", "name", "refusal", "tool
 @pytest.mark.parametrize("field", [*OPENAI, "top_k", "thinking"])
 def test_null_is_as_if_the_field_were_left_out(field: str) -> None:
     ask, plain = parse(body(**{field: None})), parse(body())
-    assert (ask.limit, ask.stops, ask.thinks, bool(ask.stream)) == (None, (), None, bool(plain.stream))
+    assert (ask.requested_max_tokens, ask.stop_strings, ask.enable_thinking, bool(ask.stream)) == (
+        None,
+        (),
+        None,
+        bool(plain.stream),
+    )
     asked = dict.fromkeys(("include_usage", "include_obfuscation"))
     assert parse(body(stream=True, stream_options=asked)).stream
 
@@ -215,8 +220,8 @@ def test_what_clients_send_by_habit_is_accepted() -> None:
             ],
         )
     )  # fmt: skip
-    assert ask.limit == 5
-    assert ask.stops == ("x",)
+    assert ask.requested_max_tokens == 5
+    assert ask.stop_strings == ("x",)
     assert [message.text for message in ask.messages] == ["s", "ab", "", "c"]
 
 

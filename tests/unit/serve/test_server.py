@@ -14,14 +14,14 @@ import httpx
 import pytest
 
 from sprat.errors import ServeError
-from sprat.serve.server import address_of, run, take_port
+from sprat.serve.server import bind_socket, run, socket_url
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import sys
-from sprat.serve import create_app, serve, take_port
+from sprat.serve import bind_socket, create_app, serve
 from tests.unit.serve.scripted import ScriptedEngine
-taken = take_port("127.0.0.1", 0)
+taken = bind_socket("127.0.0.1", 0)
 app = create_app(ScriptedEngine(pause=float(sys.argv[1])), name="tiny")
 serve(app, taken, announce=lambda at: print(at, flush=True))
 print("left", flush=True)
@@ -40,13 +40,13 @@ def test_a_busy_port_is_one_clear_sentence_before_the_model_is_loaded(tmp_path: 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("no.such.host.invalid", 0), ("192.0.2.1", 0)])
 def test_a_wrong_address_is_one_clear_sentence(host: str, port: int) -> None:
     with pytest.raises(ServeError, match="port|host|listen"):
-        take_port(host, port)
+        bind_socket(host, port)
 
 
 def test_port_0_takes_a_free_one_on_loopback() -> None:
-    with take_port("127.0.0.1", 0) as first, take_port("127.0.0.1", 0) as second:
-        assert address_of(first).startswith("http://127.0.0.1:")
-        assert address_of(first) != address_of(second)
+    with bind_socket("127.0.0.1", 0) as first, bind_socket("127.0.0.1", 0) as second:
+        assert socket_url(first).startswith("http://127.0.0.1:")
+        assert socket_url(first) != socket_url(second)
 
 
 def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:

@@ -16,7 +16,7 @@ from sprat.road.data import worked_examples
 from sprat.road.recipe import named
 from sprat.tasks import base, canonical
 from sprat.tokens import Tokenizer
-from sprat.tokens.chat import demonstration
+from sprat.tokens.chat import encode_demonstration
 
 RECIPE = named("quickstart").data
 ALL = (*RECIPE.tasks, *RECIPE.unseen)
@@ -86,7 +86,7 @@ def test_no_packed_row_has_a_question_that_is_held_out() -> None:
     pytest.importorskip("reasoning_gym")
     examples = list(worked_examples(RECIPE.replace(demonstrations=4000), seed=0))
     tokenizer = Tokenizer.train((" ".join(example) for example in examples[:500]), 600)
-    rows = pack((demonstration(tokenizer, *example) for example in examples), RECIPE.seq_len)
+    rows = pack((encode_demonstration(tokenizer, *example) for example in examples), RECIPE.seq_len)
     text = " ".join(tokenizer.decode(row) for row in rows.tokens.tolist())
     trained = {form(question) for question in re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text, re.S)}
     assert len(trained) > 2500 and {kind for kind, _ in trained} == {"sum", "equation", "gcd", "legs"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sprat.errors import ConfigError, DataError
 from sprat.tokens import Tokenizer
-from sprat.tokens.formats import OWN_SPECIALS
+from sprat.tokens.chat_formats import SPRAT_SPECIAL_TOKENS
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog; it's said that 12 foxes don't jump.\n\n    def f(x):\n        pass\n",
@@ -38,7 +38,7 @@ def deepseek(deepseek_file: Path) -> Tokenizer:
     return Tokenizer.load(deepseek_file)
 
 
-PIECES = [*OWN_SPECIALS, "12", " 199", "+ ", "\n  ", "é", "汉", "👩‍🚀", "'s", "\x00"]
+PIECES = [*SPRAT_SPECIAL_TOKENS, "12", " 199", "+ ", "\n  ", "é", "汉", "👩‍🚀", "'s", "\x00"]
 NASTY = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 
 
@@ -78,14 +78,14 @@ def test_a_vocabulary_that_spells_out_a_control_token_cannot_leak_it() -> None:
     raw.add_special_tokens([AddedToken("<s>")])
     tokenizer = Tokenizer(raw.to_str(), config={"eos_token": "<s>"})
     assert tokenizer.encode("a <s> a") == [3, 1, 2, 3]
-    assert tokenizer.encode("a <s> a", specials=True) == [3, 0, 3]
+    assert tokenizer.encode("a <s> a", parse_special=True) == [3, 0, 3]
 
 
 def test_our_own_format_reaches_its_special_tokens(own: Tokenizer) -> None:
-    ids = own.encode("<|bos|><think></think><|eos|>", specials=True)
-    assert ids == [own.ids.bos, own.ids.think_open, own.ids.think_close, own.ids.eos]
-    assert own.decode(ids, skip_specials=True) == ""
-    assert len({getattr(own.ids, name) for name in vars(own.ids)}) == 8
+    ids = own.encode("<|bos|><think></think><|eos|>", parse_special=True)
+    assert ids == [own.special_ids.bos, own.special_ids.think_open, own.special_ids.think_close, own.special_ids.eos]
+    assert own.decode(ids, skip_special_tokens=True) == ""
+    assert len({getattr(own.special_ids, name) for name in vars(own.special_ids)}) == 8
 
 
 def test_every_small_number_is_one_token_wherever_it_stands(own: Tokenizer) -> None:
@@ -118,7 +118,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(own: Tokenizer, tmp_path: Path)
     own.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert again.digest == own.digest
-    assert again.ids == own.ids
+    assert again.special_ids == own.special_ids
     assert again.vocab_size == own.vocab_size
     assert again.encode(TEXTS[0]) == own.encode(TEXTS[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -133,9 +133,13 @@ def test_transformers_reads_our_folder_and_agrees(own: Tokenizer, tmp_path: Path
     own.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == own.vocab_size
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (own.ids.bos, own.ids.eos, own.ids.pad)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        own.special_ids.bos,
+        own.special_ids.eos,
+        own.special_ids.pad,
+    )
     for text in [*TEXTS[:2], "1 + 23 = 124", "naïve 汉字 👩‍🚀\t\n", " <think>x</think>"]:
-        ids = own.encode(text, specials=True)
+        ids = own.encode(text, parse_special=True)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == text
 
@@ -154,8 +158,10 @@ def test_deepseeks_ids_are_deepseeks_own(deepseek: Tokenizer, deepseek_file: Pat
             "  " not in text
         ):  # the package's Python port parts an indent from its word in another way than its file says
             assert ids == list(ds_token.encode(text))
-    assert deepseek.decode([deepseek.ids.eos]) == "<｜end▁of▁sentence｜>"
-    assert min(vars(deepseek.ids)[name] for name in ("bos", "eos", "pad", "user", "assistant", "think_open")) >= 0
+    assert deepseek.decode([deepseek.special_ids.eos]) == "<｜end▁of▁sentence｜>"
+    assert (
+        min(vars(deepseek.special_ids)[name] for name in ("bos", "eos", "pad", "user", "assistant", "think_open")) >= 0
+    )
 
 
 @given(st.text(max_size=40))
@@ -163,7 +169,7 @@ def test_deepseeks_ids_are_deepseeks_own(deepseek: Tokenizer, deepseek_file: Pat
 def test_bytes_are_counted_exactly(own: Tokenizer, text: str) -> None:
     ids = own.encode(text)
     assert b"".join(own.token_bytes(index) for index in ids) == text.encode()
-    assert own.byte_length([own.ids.bos, *ids, own.ids.eos]) == len(text.encode())
+    assert own.byte_length([own.special_ids.bos, *ids, own.special_ids.eos]) == len(text.encode())
 
 
 def test_a_broken_surrogate_does_not_stop_a_request(own: Tokenizer) -> None:

@@ -31,17 +31,17 @@ def test_generation_config_gives_the_ends_and_the_settings(tmp_path: Path) -> No
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=said)
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     ours = Tokenizer.load(folder)
-    assert set(ours.end_ids) == set(theirs.eos_token_id)
+    assert set(ours.eos_token_ids) == set(theirs.eos_token_id)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    assert dict(ours.generation.settings) == {name: getattr(theirs, name) for name in names}
+    assert dict(ours.generation_config.default_sampling) == {name: getattr(theirs, name) for name in names}
     ours.save(tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").generation == ours.generation
+    assert Tokenizer.load(tmp_path / "again").generation_config == ours.generation_config
 
 
 def test_greedy_is_greedy(tmp_path: Path) -> None:
     said = {"do_sample": False, "temperature": 0.7, "eos_token_id": 2}
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=said)
-    assert Tokenizer.load(folder).generation.settings == {"temperature": 0.0}
+    assert Tokenizer.load(folder).generation_config.default_sampling == {"temperature": 0.0}
 
 
 def test_what_is_not_understood_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,19 +88,19 @@ def test_a_setting_that_no_request_could_have_is_refused_with_its_file(tmp_path:
 )
 def test_a_setting_that_the_folder_may_have_is_one_that_sampling_takes(tmp_path: Path, edge: dict[str, Any]) -> None:
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=edge)
-    sampling = Sampling(**Tokenizer.load(folder).generation.settings)
+    sampling = Sampling(**Tokenizer.load(folder).generation_config.default_sampling)
     assert {name: getattr(sampling, name) for name in edge} == edge
 
 
 def test_minus_one_keeps_all_tokens_as_in_vllm(tmp_path: Path) -> None:
     said = {"top_k": -1}
     folder = folder_of(tmp_path, tokenizer_config__json={"eos_token": "</s>"}, generation_config__json=said)
-    assert Tokenizer.load(folder).generation.settings == {"top_k": 0}
+    assert Tokenizer.load(folder).generation_config.default_sampling == {"top_k": 0}
 
 
 def test_special_tokens_of_older_folders_are_found(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, special_tokens_map__json={"eos_token": {"content": "</s>"}, "bos_token": "<s>"})
-    assert Tokenizer.load(folder).ids.eos == 2
+    assert Tokenizer.load(folder).special_ids.eos == 2
 
 
 def test_a_token_that_is_special_by_its_name_alone_is_special(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_token_that_is_special_by_its_name_alone_is_special(tmp_path: Path) ->
         tmp_path, tokenizer__json=table, tokenizer_config__json={"eos_token": "</s>", "bos_token": "<s>"}
     )
     ours = Tokenizer.load(folder)
-    assert ours.ids.eos == 2 and 2 not in ours.encode("a</s>") and ours.encode("<s>", specials=True) == [1]
+    assert ours.special_ids.eos == 2 and 2 not in ours.encode("a</s>") and ours.encode("<s>", parse_special=True) == [1]
 
 
 def test_a_template_in_its_own_file_goes_first(tmp_path: Path) -> None:

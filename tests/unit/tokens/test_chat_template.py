@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sprat.errors import DataError
-from sprat.tokens import Answer, Message, Tokenizer, demonstration, render, split
+from sprat.tokens import Answer, Message, Tokenizer, encode_demonstration, render, split_reasoning
 from tests.byte_fallback import byte_fallback
 
 MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<think>", "</think>")
@@ -120,7 +120,7 @@ def test_a_template_knows_the_special_tokens_that_the_folder_names(
 ) -> None:
     written, ask = write.format(f"{role}_token") + PLAIN, [Message("user", "cat")]
     ours = tokenizer_of(written, named=named)
-    assert ours.format.name == "template"
+    assert ours.chat_format.name == "template"
     assert render(ours, ask) == theirs(ours, written, ask, named=named)
 
 
@@ -137,15 +137,15 @@ def test_a_model_whose_template_knows_no_thinking_is_not_made_to_think() -> None
     with pytest.raises(DataError, match="does not think"):
         render(ours, ask, thinking=True)
     assert render(ours, ask, thinking=False) == render(ours, ask) == theirs(ours, PLAIN, ask)
-    terse, _ = demonstration(ours, "cat", "", "at")
-    assert {ours.ids.think_open, ours.ids.think_close}.isdisjoint(terse)
+    terse, _ = encode_demonstration(ours, "cat", "", "at")
+    assert {ours.special_ids.think_open, ours.special_ids.think_close}.isdisjoint(terse)
 
 
 def test_a_prompt_that_opens_the_reasoning_is_answered_with_reasoning() -> None:
     ours = tokenizer_of(TEMPLATES["sheds, line breaks only"])
-    said = ours.encode("at</think>cat", specials=True)
-    assert split(ours, said, thinking=None) == Answer("at", "cat", True)
-    ids, mask = demonstration(ours, "cat", "at", "cat")
+    said = ours.encode("at</think>cat", parse_special=True)
+    assert split_reasoning(ours, said, thinking=None) == Answer("at", "cat", True)
+    ids, mask = encode_demonstration(ours, "cat", "at", "cat")
     opened = theirs(ours, TEMPLATES["sheds, line breaks only"], [Message("user", "cat")])
     assert opened is not None and ids[: len(opened)] == opened and sum(mask) == len(ids) - len(opened)
 
@@ -163,7 +163,7 @@ def test_the_day_is_that_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
             return cls(2031, 2, 3)
 
     ours = tokenizer_of(TEMPLATES["the day"])
-    monkeypatch.setattr("sprat.tokens.formats.datetime", Later)
+    monkeypatch.setattr("sprat.tokens.chat_formats.datetime", Later)
     assert "It is 03 Feb 2031." in ours.decode(render(ours, [Message("user", "a")]))
 
 
@@ -193,11 +193,11 @@ def test_a_template_that_cannot_be_followed_is_named(template: str, why: str, ca
     with caplog.at_level(logging.WARNING):
         ours = tokenizer_of(template)
     assert "not followed" in caplog.text and why in caplog.text
-    assert ours.format.name == "plain"
+    assert ours.chat_format.name == "plain"
 
 
 def test_a_template_reaches_neither_files_nor_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sprat.tokens import template
+    from sprat.tokens import chat_template
 
     monkeypatch.setenv("SPRAT_SECRET", "swordfish")
     seen: dict[str, Any] = {}
@@ -206,7 +206,7 @@ def test_a_template_reaches_neither_files_nor_the_environment(monkeypatch: pytes
         seen.update(how)
         return original(*given, **how)
 
-    original = template.subprocess.run
-    monkeypatch.setattr(template.subprocess, "run", run)
+    original = chat_template.subprocess.run
+    monkeypatch.setattr(chat_template.subprocess, "run", run)
     tokenizer_of("{{ bos_token }}" + PLAIN)
     assert set(seen["env"]) == {"PATH"} and seen["timeout"] <= 30

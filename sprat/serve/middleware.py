@@ -1,4 +1,4 @@
-"""Who may knock: checks on every request before any route sees it.
+"""Checks on every request before any route sees it: host, origin, API key.
 
 A server on loopback is reachable from every web page that the user has open. Two checks keep such
 pages out. DNS rebinding: a hostile page points its own name at 127.0.0.1, so a ``Host`` that is
@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from sprat.serve.keys import Keys
+from sprat.serve.api_keys import ApiKeys
 from sprat.serve.protocol import RequestError
 
 Scope = MutableMapping[str, Any]
@@ -27,8 +27,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/healthz", "/openapi.json")  # what needs no key
-HEADERS = [
+PUBLIC_PATHS = ("/", "/healthz", "/openapi.json")  # what needs no key
+SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
@@ -37,10 +37,10 @@ HEADERS = [
 ]
 
 
-def host_name(host: str) -> str | None:
+def parse_hostname(host: str) -> str | None:
     """The name in a ``Host`` header without its port, lower case; None when it is malformed.
 
-    >>> host_name("LocalHost:8000"), host_name("[::1]:8000"), host_name("a@b")
+    >>> parse_hostname("LocalHost:8000"), parse_hostname("[::1]:8000"), parse_hostname("a@b")
     ('localhost', '::1', None)
     """
     if not host or set(host) & set("/?#@\\ \t"):
@@ -53,33 +53,33 @@ def host_name(host: str) -> str | None:
     return parts.hostname
 
 
-def may_enter(host: str, names: Iterable[str]) -> bool:
+def host_allowed(host: str, allowed_hosts: Iterable[str]) -> bool:
     """True when ``host`` (a ``Host`` header) cannot be a rebound DNS name.
 
-    >>> may_enter("127.0.0.1:8000", []), may_enter("evil.example", []), may_enter("box.lan", ["box.lan"])
+    >>> host_allowed("127.0.0.1:8000", []), host_allowed("evil.example", []), host_allowed("box.lan", ["box.lan"])
     (True, False, True)
     """
-    name = host_name(host)
-    if name is None:
+    hostname = parse_hostname(host)
+    if hostname is None:
         return False
-    if name == "localhost" or name in names:
+    if hostname == "localhost" or hostname in allowed_hosts:
         return True
     try:
-        ipaddress.ip_address(name)
+        ipaddress.ip_address(hostname)
     except ValueError:
         return False
     return True
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware: refuses foreign hosts, origins and keys, adds the security headers to every answer.
 
     Whose request it is stands in ``request.state.tenant`` from here on.
     """
 
-    def __init__(self, app: App, keys: Keys, names: Iterable[str] = ()) -> None:
-        self.app, self.keys = app, keys
-        self.names = frozenset(name.lower() for name in names)
+    def __init__(self, app: App, api_keys: ApiKeys, allowed_hosts: Iterable[str] = ()) -> None:
+        self.app, self.api_keys = app, api_keys
+        self.allowed_hosts = frozenset(name.lower() for name in allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -87,26 +87,26 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        async def sealed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *HEADERS]
+                message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is None:
-            await self.app(scope, receive, sealed)
+        error = self._check_request(scope)
+        if error is None:
+            await self.app(scope, receive, send_with_headers)
             return
-        body = json.dumps(refusal.body()).encode()
+        body = json.dumps(error.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refusal.status == 401:
+        if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        await sealed({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await sealed({"type": "http.response.body", "body": body})
+        await send_with_headers({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send_with_headers({"type": "http.response.body", "body": body})
 
-    def _refusal(self, scope: Scope) -> RequestError | None:
+    def _check_request(self, scope: Scope) -> RequestError | None:
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         host = headers.get(b"host", "")
-        if not may_enter(host, self.names):
+        if not host_allowed(host, self.allowed_hosts):
             message = f"the host {host[:100]!r} is not served here; use the address the server printed"
             return RequestError(403, message, param="Host", code="host_not_allowed")
         origin = headers.get(b"origin")
@@ -114,8 +114,8 @@ class Guard:
             parts = origin.split("://", 1)
             if len(parts) != 2 or parts[0] not in ("http", "https") or parts[1].lower() != host.lower():
                 return RequestError(403, "requests from other sites are refused", param="Origin", code="cross_site")
-        tenant = self.keys.tenant(headers.get(b"authorization", ""))
-        if tenant is None and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+        tenant = self.api_keys.tenant(headers.get(b"authorization", ""))
+        if tenant is None and scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC_PATHS:
             message = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
             return RequestError(401, message, param="Authorization", code="invalid_api_key")
         scope.setdefault("state", {})["tenant"] = tenant

@@ -1,13 +1,13 @@
 """Between the event loop and the engine: admission, waiting, cancelling, metering.
 
 An engine's handle is a blocking iterator; the web side is asynchronous. Each admitted request owns
-one thread of a bounded pool, which does nothing but wait for the handle and post each delta into
+one thread of a bounded pool, which does nothing but wait for the handle and hand each delta to
 the event loop. The bound is the admission rule: a request beyond it is refused at once (HTTP 429)
-and never queued out of sight. A place is given back when the *engine* has let go of the request, not
+and never queued out of sight. A slot is freed when the *engine* has let go of the request, not
 when the client has, so that clients who hang up cannot pile work on the engine.
 
 The last delta carries the usage. It is metered here, in the event loop, before anybody can send it:
-what a client was told it paid has been posted.
+the cost that a client reads has been recorded.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class EngineLike(Protocol):
         """End the background work."""
 
 
-class Answering:
+class StreamingRequest:
     """One admitted request, seen from the event loop. Iterate it with ``deltas``."""
 
     def __init__(
         self, engine: EngineLike, messages: Sequence[Message], sampling: Sampling, meter: Meter, tenant: Tenant
     ) -> None:
-        self.began, self.tenant = time.monotonic(), tenant
+        self.start_time, self.tenant = time.monotonic(), tenant
         self.usage: dict[str, Any] | None = None
         self.cost: Cost | None = None
         self.seconds = 0.0
@@ -71,49 +71,49 @@ class Answering:
         self._queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._handle: HandleLike | None = None
-        self._cancelled = False
-        self.ended = False
+        self._cancel_requested = False
+        self.finished = False
 
     def pump(self) -> None:
         """Submit and wait, in a thread of its own; every delta is handed to the event loop."""
         try:
             handle = self._engine.submit(self._messages, self._sampling, tenant=self.tenant)
-            self._post(self._on_start, handle)
+            self._call_in_loop(self._on_start, handle)
             for delta in handle:
-                self._post(self._on_delta, delta)
+                self._call_in_loop(self._on_delta, delta)
         except Exception as error:
-            self._post(self._on_error, error)
+            self._call_in_loop(self._on_error, error)
         finally:
-            self._post(self._on_end)
+            self._call_in_loop(self._on_end)
 
-    def _post(self, action: Any, *values: Any) -> None:
+    def _call_in_loop(self, callback: Any, *arguments: Any) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(action, *values)
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _on_start(self, handle: HandleLike) -> None:
         self._handle = handle
-        if self._cancelled:
+        if self._cancel_requested:
             handle.cancel()
         if not self._started.done():
             self._started.set_result(None)
 
     def _on_delta(self, delta: Delta) -> None:
         if delta.kind == "done" and self.usage is None:
-            self._settle(delta)
+            self._record_usage(delta)
         self._queue.put_nowait(delta)
 
-    def _settle(self, done: Delta) -> None:
+    def _record_usage(self, done: Delta) -> None:
         if done.output is None:
             raise RuntimeError("the engine finished without an output")
-        used = done.output.usage
-        self.seconds = time.monotonic() - self.began
+        usage = done.output.usage
+        self.seconds = time.monotonic() - self.start_time
         self.usage = usage_body(
-            used.prompt_tokens, used.completion_tokens, used.reasoning_tokens, used.cache_hit_tokens
+            usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens, usage.cache_hit_tokens
         )
-        self.cost = self._meter.post(
+        self.cost = self._meter.record(
             hit=self.usage["prompt_cache_hit_tokens"],
             miss=self.usage["prompt_cache_miss_tokens"],
-            output=used.completion_tokens,
+            output=usage.completion_tokens,
         )
         self.finish_reason = str(done.output.finish_reason)
         if self.finish_reason == "cancelled":  # by the caller: an early stop; by us: DeepSeek's word for it
@@ -127,10 +127,10 @@ class Answering:
         self._queue.put_nowait(error)
 
     def _on_end(self) -> None:
-        self.ended = True
+        self.finished = True
         self._queue.put_nowait(None)
 
-    async def started(self) -> None:
+    async def wait_started(self) -> None:
         """Wait until the engine has taken the request.
 
         Raises:
@@ -140,8 +140,8 @@ class Answering:
 
     def cancel(self) -> None:
         """Stop generating; the last delta still comes. Does nothing once the answer has ended."""
-        self._cancelled = True
-        if self._handle is not None and not self.ended:
+        self._cancel_requested = True
+        if self._handle is not None and not self.finished:
             self._handle.cancel()
 
     async def deltas(self, idle_seconds: float) -> AsyncIterator[Delta | None]:
@@ -163,25 +163,30 @@ class Answering:
                 return
 
 
-class Traffic:
+class AdmissionPool:
     """Admits at most ``max_requests`` at a time to ``engine``; knows all that run."""
 
     def __init__(self, engine: EngineLike, meter: Meter, *, max_requests: int) -> None:
         self.engine, self.meter, self.max_requests = engine, meter, max_requests
-        self.running: dict[str, Answering] = {}
+        self.running: dict[str, StreamingRequest] = {}
         self.closed = False
-        self._pool = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="sprat-answer")
+        self._executor = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="sprat-answer")
 
     async def admit(
-        self, name: str, messages: Sequence[Message], sampling: Sampling, tenant: Tenant, names: Mapping[str, str]
-    ) -> Answering:
-        """Hand a request of ``tenant`` to the engine under the unique ``name``.
+        self,
+        request_id: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        tenant: Tenant,
+        field_names: Mapping[str, str],
+    ) -> StreamingRequest:
+        """Hand a request of ``tenant`` to the engine under the unique ``request_id``.
 
         Args:
-            names: the engine's max_tokens and thinking → the fields of the request that said them.
+            field_names: the engine's max_tokens and thinking → the fields of the request that said them.
 
         Raises:
-            RequestError: 429 when all places are taken, 503 when closing, 400 when the engine refuses it.
+            RequestError: 429 when all slots are taken, 503 when closing, 400 when the engine refuses it.
         """
         if self.closed:
             raise RequestError(
@@ -195,28 +200,28 @@ class Traffic:
                 kind="rate_limit_error",
                 retry_after=1,
             )
-        answering = Answering(self.engine, messages, sampling, self.meter, tenant)
-        self.running[name] = answering
-        future = asyncio.get_running_loop().run_in_executor(self._pool, answering.pump)
-        future.add_done_callback(lambda _: self.running.pop(name, None))
+        streaming_request = StreamingRequest(self.engine, messages, sampling, self.meter, tenant)
+        self.running[request_id] = streaming_request
+        future = asyncio.get_running_loop().run_in_executor(self._executor, streaming_request.pump)
+        future.add_done_callback(lambda _: self.running.pop(request_id, None))
         try:
-            await answering.started()
+            await streaming_request.wait_started()
         except EngineError as error:
-            param = names.get(error.where, "messages")
-            told = str(EngineError(error.what, where=param, todo=error.todo))
-            message = told.replace("max_tokens", names["max_tokens"])
+            param = field_names.get(error.where, "messages")
+            text = str(EngineError(error.what, where=param, todo=error.todo))
+            message = text.replace("max_tokens", field_names["max_tokens"])
             raise RequestError(400, message, param=param, code="not_possible") from error
         except SpratError as error:
             raise RequestError(500, str(error), code="engine_error", kind="server_error") from error
         except asyncio.CancelledError:
-            answering.cancel()
+            streaming_request.cancel()
             raise
-        return answering
+        return streaming_request
 
     def close(self) -> None:
         """Admit nobody more and stop all that run; their streams end in good order."""
         self.closed = True
-        for answering in list(self.running.values()):
-            answering.shutting_down = True
-            answering.cancel()
-        self._pool.shutdown(wait=False)
+        for streaming_request in list(self.running.values()):
+            streaming_request.shutting_down = True
+            streaming_request.cancel()
+        self._executor.shutdown(wait=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from sprat.cli.verb import ModelFolder, Result, Seed, say, stage
+from sprat.cli.verb import ModelFolder, Result, Seed, output_stream, print_err
 from sprat.errors import DataError, EngineError
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Think = Annotated[
     bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
 ]
-TOKENS = 256  # of one answer, where nobody says
-_LARGEST = 2**31 - 1  # number of tokens that the engine takes
-_TOKENS = "Tokens of one answer, thinking included"
-_MOST = f"{_TOKENS}: the default, and the most that a request may ask for."
-MostTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=_LARGEST, help=_MOST)]
-_LEFT_OUT = f"{_TOKENS}; left out: {TOKENS}, or what the context still holds."
-FewTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=_LARGEST, help=_LEFT_OUT)]
+DEFAULT_MAX_TOKENS = 256  # of one answer, where nobody says
+_MAX_TOKENS_LIMIT = 2**31 - 1  # number of tokens that the engine takes
+_TOKENS_HELP = "Tokens of one answer, thinking included"
+_SERVE_HELP = f"{_TOKENS_HELP}: the default, and the most that a request may ask for."
+ServeMaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_SERVE_HELP)]
+_MAX_TOKENS_HELP = f"{_TOKENS_HELP}; left out: {DEFAULT_MAX_TOKENS}, or what the context still holds."
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_MAX_TOKENS_HELP)]
 Temperature = Annotated[
     float | None,
     typer.Option(
@@ -47,30 +47,30 @@ def run(
         list[str] | None, typer.Argument(metavar="QUESTION...", help="Lines of stdin if left out.")
     ] = None,
     think: Think = None,
-    max_tokens: FewTokens = None,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
 ) -> Result:
     """Answer questions: the answer on stdout, the thinking and the count of tokens on stderr."""
-    asked = prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not asked:
+    questions = prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not questions:
         raise DataError("no question was given", where="stdin", todo="write it after the model's folder")
-    engine = _engine(model)
-    outputs = engine.generate(asked, _sampling(engine, temperature, max_tokens, seed, think))
-    for question, output in zip(asked, outputs, strict=True):
-        if len(asked) > 1:
-            say(f"? {question}")
+    engine = _load_engine(model)
+    outputs = engine.generate(questions, _sampling(engine, temperature, max_tokens, seed, think))
+    for question, output in zip(questions, outputs, strict=True):
+        if len(questions) > 1:
+            print_err(f"? {question}")
         if output.reasoning:
-            say(f"<think>{output.reasoning}</think>")
-        say(f"({_tokens(output)}; {output.finish_reason})")
-    rows = [_row(question, output) for question, output in zip(asked, outputs, strict=True)]
+            print_err(f"<think>{output.reasoning}</think>")
+        print_err(f"({_usage_text(output)}; {output.finish_reason})")
+    rows = [_exchange_row(question, output) for question, output in zip(questions, outputs, strict=True)]
     return Result({"model": str(model), "outputs": rows}, "\n".join(output.text for output in outputs))
 
 
 def chat(
     model: ModelFolder,
     think: Think = None,
-    max_tokens: FewTokens = None,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
     turns: Turns = None,
@@ -80,32 +80,36 @@ def chat(
     from sprat.serve import meter
     from sprat.tokens.chat import Message
 
-    kept = manners(model, turns)[1]
-    engine, bill = _engine(model), meter.Meter(meter.choose(meter.load(), prices or meter.DEFAULT))
+    max_turns = chat_defaults(model, turns)[1]
+    engine = _load_engine(model)
+    cost_meter = meter.Meter(meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES))
     history: list[Message] = []
-    told: list[dict[str, Any]] = []
-    say("/think, /direct, /auto: how it thinks; /new: forget; /quit: end")
-    for line in _lines():
+    turn_rows: list[dict[str, Any]] = []
+    print_err("/think, /direct, /auto: how it thinks; /new: forget; /quit: end")
+    for line in _input_lines():
         if line == "/quit":
             break
         if line == "/new":
             history.clear()
-        elif line in _WAYS:
-            think = _WAYS[line]
+        elif line in _THINKING_COMMANDS:
+            think = _THINKING_COMMANDS[line]
         elif line.startswith("/"):
-            say(f"no such command: {line}")
+            print_err(f"no such command: {line}")
         elif line:
-            seen = history if kept is None else history[max(0, len(history) - 2 * kept) :]
+            context = history if max_turns is None else history[max(0, len(history) - 2 * max_turns) :]
             sampling = _sampling(engine, temperature, max_tokens, seed, think)
-            output = _stream(engine, [*seen, Message("user", line)], sampling, stage())
+            output = _stream(engine, [*context, Message("user", line)], sampling, output_stream())
             if output is None:
                 continue
             usage = output.usage
-            cost = bill.post(hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens)
-            say(f"({_tokens(output)}; ¥{cost.total / meter.NANO:.9f} at {bill.prices.name}; {output.finish_reason})")
+            cost = cost_meter.record(
+                hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens
+            )
+            cost_text = f"¥{cost.total / meter.NANO_PER_YUAN:.9f} at {cost_meter.prices.name}"
+            print_err(f"({_usage_text(output)}; {cost_text}; {output.finish_reason})")
             history += [Message("user", line), Message("assistant", output.text, output.reasoning or None)]
-            told.append({**_row(line, output), "cost_nano_yuan": cost.total})
-    return Result({"model": str(model), "turns": told, "cost_nano_yuan": bill.nano_yuan})
+            turn_rows.append({**_exchange_row(line, output), "cost_nano_yuan": cost.total})
+    return Result({"model": str(model), "turns": turn_rows, "cost_nano_yuan": cost_meter.nano_yuan})
 
 
 def serve(
@@ -117,7 +121,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option("--name", help="The model id of the API; the folder's name if left out.")
     ] = None,
-    max_tokens: MostTokens = 1024,
+    max_tokens: ServeMaxTokens = 1024,
     turns: Turns = None,
     prices: Prices = None,
     api_key: Annotated[
@@ -133,35 +137,35 @@ def serve(
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import meter, server
 
-    table = meter.choose(meter.load(), prices or meter.DEFAULT)
-    examples, kept = manners(model, turns)
+    price_table = meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES)
+    examples, max_turns = chat_defaults(model, turns)
     server.run(
         model,
         host,
         port,
         name=name,
-        prices=table,
+        prices=price_table,
         examples=examples,
-        turns=kept,
+        turns=max_turns,
         max_tokens=max_tokens,
         keys=api_key or (),
-        announce=say,
+        announce=print_err,
     )
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})
 
 
-_WAYS = {"/think": True, "/direct": False, "/auto": None}
+_THINKING_COMMANDS = {"/think": True, "/direct": False, "/auto": None}
 
 
-def manners(folder: Path, turns: int | None = None) -> tuple[list[str], int | None]:
-    """How to talk with the model in ``folder``: questions to offer, and how many past exchanges to send along.
+def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], int | None]:
+    """Chat settings for the model in ``folder``: questions to offer, and how many past exchanges to send along.
 
     A road's own model was taught single questions; its run names one of each task.
     """
-    written = folder / "run.json"
-    if not written.is_file():
+    run_file = folder / "run.json"
+    if not run_file.is_file():
         return [], turns
-    rows = json.loads(written.read_text(encoding="utf-8"))["facts"].get("scores", [])
+    rows = json.loads(run_file.read_text(encoding="utf-8"))["facts"].get("scores", [])
     questions: dict[str, str] = {}
     for row in rows:
         if row["trained"] and row["samples"]:
@@ -169,7 +173,7 @@ def manners(folder: Path, turns: int | None = None) -> tuple[list[str], int | No
     return list(questions.values()), 0 if turns is None else turns
 
 
-def _engine(folder: Path) -> Engine:
+def _load_engine(folder: Path) -> Engine:
     """The engine around the model in ``folder``."""
     from sprat.engine import Engine
     from sprat.engine.load import load
@@ -182,13 +186,13 @@ def _sampling(
 ) -> Sampling:
     """What the command line says, else what the model's folder says; greedy where neither says a temperature."""
     if temperature is None:
-        temperature = engine.tokenizer.generation.settings.get("temperature", 0.0)
+        temperature = engine.tokenizer.generation_config.default_sampling.get("temperature", 0.0)
     fit = max_tokens is None
-    tokens = TOKENS if max_tokens is None else max_tokens
+    tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     return engine.sampling(temperature=temperature, max_tokens=tokens, fit=fit, seed=seed, thinking=think)
 
 
-def _lines() -> Iterator[str]:
+def _input_lines() -> Iterator[str]:
     """What the person types, line by line; a prompt is shown on a terminal only."""
     while True:
         if sys.stdin.isatty():
@@ -199,33 +203,33 @@ def _lines() -> Iterator[str]:
         yield line.strip()
 
 
-def _stream(engine: Engine, messages: list[Message], sampling: Sampling, to: TextIO) -> Output | None:
-    """Write an answer to ``to`` as it comes, the thinking in grey on a terminal; None if it was stopped or refused."""
-    grey, plain = ("\033[2m", "\033[0m") if to.isatty() else ("", "")
+def _stream(engine: Engine, messages: list[Message], sampling: Sampling, stream: TextIO) -> Output | None:
+    """Write an answer to ``stream`` as it comes, thinking in grey on a terminal; None if it was stopped or refused."""
+    grey, reset = ("\033[2m", "\033[0m") if stream.isatty() else ("", "")
     kind, output = "", None
     try:
         for delta in engine.stream(messages, sampling):
             output = delta.output
             if delta.kind not in (kind, "done"):
-                print(f"{plain}\n" if kind else "", end="", file=to)
-                print(f"{grey}thinks: " if delta.kind == "reasoning" else "", end="", file=to)
+                print(f"{reset}\n" if kind else "", end="", file=stream)
+                print(f"{grey}thinks: " if delta.kind == "reasoning" else "", end="", file=stream)
                 kind = delta.kind
-            print(delta.text, end="", file=to, flush=True)
+            print(delta.text, end="", file=stream, flush=True)
     except KeyboardInterrupt:
         output = None
-        say("(stopped)")
+        print_err("(stopped)")
     except EngineError as error:
-        say(f"sprat: {error} /new starts afresh.")
-    print(plain, file=to, flush=True)
+        print_err(f"sprat: {error} /new starts afresh.")
+    print(reset, file=stream, flush=True)
     return output
 
 
-def _tokens(output: Output) -> str:
+def _usage_text(output: Output) -> str:
     usage = output.usage
     return f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out, {usage.reasoning_tokens} of them thinking"
 
 
-def _row(question: str, output: Output) -> dict[str, Any]:
+def _exchange_row(question: str, output: Output) -> dict[str, Any]:
     """One exchange as JSON."""
     return {
         "question": question,

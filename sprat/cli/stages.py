@@ -1,7 +1,7 @@
-"""One verb for each station of the road. Each works on a road folder and goes on where it was.
+"""One verb for each stage of the pipeline. Each works on the pipeline's folder and goes on where it was.
 
 The verbs run the very functions that ``sprat quickstart`` runs, one at a time: ``sprat data``, ``sprat train``,
-``sprat sft``, ``sprat rl``, ``sprat distill`` and ``sprat quantize`` on one ``--out`` are the road by hand.
+``sprat sft``, ``sprat rl``, ``sprat distill`` and ``sprat quantize`` on one ``--out`` are the pipeline by hand.
 ``sprat quantize MODEL`` squeezes any model.
 """
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sprat.cli.board import board, count
-from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder
+from sprat.cli.progress import progress_bar, stage_progress
+from sprat.cli.verb import ModelFolder, Overrides, PipelineFolder, Recipe, Result
 from sprat.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,54 +28,54 @@ InitFrom = Annotated[
     str | None,
     typer.Option("--init-from", metavar="RUN[@STEP]", help="Go on from the checkpoint that this run kept, or has."),
 ]
-_ROAD = Path("runs/quickstart")
+_DEFAULT_FOLDER = Path("runs/quickstart")
 
 
 def data(
-    out: RoadFolder = _ROAD, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = _DEFAULT_FOLDER, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Text and tasks become a tokenizer, packed rows and held-out sets."""
-    return _work("data", out, recipe, overrides, text)
+    return _run_stage("data", out, recipe, overrides, text)
 
 
 def train(
-    out: RoadFolder = _ROAD,
+    out: PipelineFolder = _DEFAULT_FOLDER,
     init_from: InitFrom = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
     """Pre-train the model on what `sprat data` made."""
-    return _work("pretrain", out, recipe, _started("pretrain.train", init_from, overrides))
+    return _run_stage("pretrain", out, recipe, _with_init_from("pretrain.train", init_from, overrides))
 
 
 def sft(
-    out: RoadFolder = _ROAD,
+    out: PipelineFolder = _DEFAULT_FOLDER,
     init_from: InitFrom = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
     """Fine-tune the pre-trained model on demonstrations that show their thinking."""
-    return _work("sft", out, recipe, _started("sft.sft", init_from, overrides))
+    return _run_stage("sft", out, recipe, _with_init_from("sft.sft", init_from, overrides))
 
 
 def rl(
-    out: RoadFolder = _ROAD,
+    out: PipelineFolder = _DEFAULT_FOLDER,
     init_from: InitFrom = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
     """Reinforcement learning with rule rewards (GRPO), with the first of the recipe's rl.seeds."""
-    return _work("rl", out, recipe, _started("rl.rl", init_from, overrides))
+    return _run_stage("rl", out, recipe, _with_init_from("rl.rl", init_from, overrides))
 
 
 def distill(
-    out: RoadFolder = _ROAD,
+    out: PipelineFolder = _DEFAULT_FOLDER,
     init_from: InitFrom = None,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
     """Teach a small student from the RL teacher's verified answers and its distributions."""
-    return _work("distill", out, recipe, _started("distill.distill", init_from, overrides))
+    return _run_stage("distill", out, recipe, _with_init_from("distill.distill", init_from, overrides))
 
 
 def quantize(
@@ -100,26 +100,27 @@ def quantize(
         if calibrate is not None:
             todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
             raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
-        return _work("quantize", out or _ROAD, recipe or "quickstart", overrides)
+        return _run_stage("quantize", out or _DEFAULT_FOLDER, recipe or "quickstart", overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override
     from sprat.road.recipe import named
     from sprat.road.squeeze import convert
 
-    how = named(recipe or "quickstart", tuple(overrides or ())).quant
-    said = override({}, overrides or ()).get("quant", {}).get("rounding")
-    if said == "nearest" and calibrate is not None:
+    quant_recipe = named(recipe or "quickstart", tuple(overrides or ())).quant
+    requested_rounding = override({}, overrides or ()).get("quant", {}).get("rounding")
+    if requested_rounding == "nearest" and calibrate is not None:
         todo = "leave out one of the two: --calibrate is for gptq"
         raise ConfigError("quant.rounding=nearest takes no text", where="--set", todo=todo)
-    if calibrate is None and how.rounding == "gptq" and (said or recipe):
+    if calibrate is None and quant_recipe.rounding == "gptq" and (requested_rounding or recipe):
         todo = "give --calibrate TEXT, or --set quant.rounding=nearest"
-        raise ConfigError("quant.rounding=gptq needs text", where="--set" if said else f"{recipe}", todo=todo)
-    how = how.replace(rounding="nearest" if calibrate is None else "gptq")
-    with count("quantise") as told:
-        facts = convert(model, out, how, calibrate, told=told)
+        where = "--set" if requested_rounding else f"{recipe}"
+        raise ConfigError("quant.rounding=gptq needs text", where=where, todo=todo)
+    quant_recipe = quant_recipe.replace(rounding="nearest" if calibrate is None else "gptq")
+    with progress_bar("quantise") as on_progress:
+        facts = convert(model, out, quant_recipe, calibrate, told=on_progress)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
-    return Result({"model": str(out), **how.model_dump(), **facts}, human)
+    return Result({"model": str(out), **quant_recipe.model_dump(), **facts}, human)
 
 
 def evaluate(
@@ -143,22 +144,22 @@ def evaluate(
     from sprat.road.recipe import named, title
     from sprat.tasks import Drawn, held_out
 
-    chosen = named(recipe, tuple(overrides or ()))
-    known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
+    pipeline_recipe = named(recipe, tuple(overrides or ()))
+    task_configs = {title(config): config for config in (*pipeline_recipe.data.tasks, *pipeline_recipe.data.unseen)}
     for name in task or ():
-        if name not in known:
-            raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
-    tasks, split = [], chosen.eval.split
-    for name in dict.fromkeys(task or known):
-        drawn, problems = load_task(known[name]), chosen.data.count(known[name], split)
-        tasks.append(Drawn(drawn, tuple(held_out(drawn, count or problems, split)), split))
+        if name not in task_configs:
+            raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(task_configs)}")
+    tasks, split = [], pipeline_recipe.eval.split
+    for name in dict.fromkeys(task or task_configs):
+        loaded_task, max_problems = load_task(task_configs[name]), pipeline_recipe.data.count(task_configs[name], split)
+        tasks.append(Drawn(loaded_task, tuple(held_out(loaded_task, count or max_problems, split)), split))
     scores = evaluate_many(
-        Engine(*load(model), max_batch=chosen.eval.batch),
+        Engine(*load(model), max_batch=pipeline_recipe.eval.batch),
         tasks,
-        count=max(len(one.kept) for one in tasks),
+        count=max(len(task.kept) for task in tasks),
         thinking=think,
-        max_tokens=chosen.eval.max_tokens,
-        samples=chosen.eval.samples,
+        max_tokens=pipeline_recipe.eval.max_tokens,
+        samples=pipeline_recipe.eval.samples,
         split=split,
     )
     lines = [
@@ -168,13 +169,15 @@ def evaluate(
     return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
 
 
-def _started(table: str, init_from: str | None, overrides: list[str] | None) -> list[str]:
-    """``overrides`` with ``--init-from`` said as a key of the recipe's ``table``."""
+def _with_init_from(table: str, init_from: str | None, overrides: list[str] | None) -> list[str]:
+    """``overrides`` with ``--init-from`` as a key of the recipe's ``table``."""
     return [*(overrides or ()), *([] if init_from is None else [f"{table}.init_from={json.dumps(init_from)}"])]
 
 
-def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None) -> Result:
-    """Run one station as the quickstart would: in a process of its own, with one thread, so that digests agree."""
+def _run_stage(
+    stage_name: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None
+) -> Result:
+    """Run one stage as the quickstart would: in a process of its own, with one thread, so that digests agree."""
     from sprat.road.graph import run_all
     from sprat.road.places import Road
     from sprat.road.quickstart import check_machine, stages
@@ -182,20 +185,20 @@ def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, tex
     from sprat.trust.lock import hold
 
     check_machine(out)
-    road = Road(out, named(recipe, tuple(overrides or ())))
-    first = next(stage for stage in stages(road, text) if stage.name.startswith(station))
-    with hold(out), board(out) as told:
-        run_all([replace(first, needs=())], 1, told)
-    return _told(road, first.name)
+    pipeline = Road(out, named(recipe, tuple(overrides or ())))
+    first = next(stage for stage in stages(pipeline, text) if stage.name.startswith(stage_name))
+    with hold(out), stage_progress(out) as on_progress:
+        run_all([replace(first, needs=())], 1, on_progress)
+    return _run_summary(pipeline, first.name)
 
 
-def _told(road: Road, name: str) -> Result:
+def _run_summary(pipeline: Road, name: str) -> Result:
     """What ``run.json`` of the finished run ``name`` says, in short."""
-    folder = road.path(name)
-    written: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    folder = pipeline.path(name)
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = ("stage", "artefact_digest", "tokens", "flops", "device_seconds", "nano_yuan", "facts")
     human = (
-        f"{folder}: {written['stage']} done, {written['tokens']:,} tokens, {written['device_seconds']:.0f} CPU-s, "
-        f"digest {written['artefact_digest'][:12]}"
+        f"{folder}: {record['stage']} done, {record['tokens']:,} tokens, {record['device_seconds']:.0f} CPU-s, "
+        f"digest {record['artefact_digest'][:12]}"
     )
-    return Result({"run": str(folder), **{fact: written[fact] for fact in facts}}, human)
+    return Result({"run": str(folder), **{fact: record[fact] for fact in facts}}, human)

@@ -15,8 +15,8 @@ import pytest
 from sprat.engine import Engine
 from sprat.errors import ServeError
 from sprat.model import Transformer
-from sprat.serve import take_port
-from sprat.serve.keys import Keys
+from sprat.serve import bind_socket
+from sprat.serve.api_keys import ApiKeys
 from sprat.serve.server import run
 from sprat.tokens import Tokenizer
 from tests.unit.engine.fake import Fake
@@ -123,7 +123,7 @@ def test_keys_and_what_stands_for_them_are_in_no_log(caplog: pytest.LogCaptureFi
     def broken(question: str, sampling: Any) -> tuple[str, str]:
         raise KeyError("oops")
 
-    tenant = Keys([ALICE]).tenant(f"Bearer {ALICE}")
+    tenant = ApiKeys([ALICE]).tenant(f"Bearer {ALICE}")
     assert tenant is not None and len(tenant.secret) == 32
     with caplog.at_level(logging.DEBUG), live(ScriptedEngine(broken), name="tiny", keys=[ALICE]) as address:
         assert ask(address, ALICE, "hello").status_code == 500
@@ -135,7 +135,7 @@ def test_keys_and_what_stands_for_them_are_in_no_log(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel", "tab\t", "line\n"])
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
     with pytest.raises(ServeError, match="API key"):
-        Keys([ALICE, key])
+        ApiKeys([ALICE, key])
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -143,8 +143,8 @@ def test_the_network_is_served_with_a_key_only(tmp_path: Path, host: str) -> Non
     with pytest.raises(ServeError, match=r"without a key .*give a key with --api-key"):
         run(tmp_path / "no-such-model", host, 0)
     with pytest.raises(ServeError, match="without a key"):
-        take_port(host, 0)
+        bind_socket(host, 0)
     try:
-        take_port(host, 0, keyed=True).close()
+        bind_socket(host, 0, requires_key=True).close()
     except ServeError as error:
         assert "cannot listen" in str(error), "this machine may have no IPv6"

@@ -1,4 +1,4 @@
-"""What a person sees while a road is walked: a bar for each stage that runs, and a line for each that is done."""
+"""Progress of a pipeline on stderr: a bar for each stage that runs, and a line for each that is done."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sprat.cli.verb import say
+from sprat.cli.verb import print_err
 
-Told = Callable[[str, str, float], None]
+ProgressCallback = Callable[[str, str, float], None]
 
 
 @contextmanager
-def board(road: Path) -> Iterator[Told]:
-    """Yield the listener of ``road.graph.run_all``: bars on a terminal, a line for each start and end elsewhere."""
+def stage_progress(folder: Path) -> Iterator[ProgressCallback]:
+    """Yield the callback of ``road.graph.run_all``: bars on a terminal, a line for each start and end elsewhere."""
     if not sys.stderr.isatty():
-        yield narrate
+        yield print_event
         return
     from rich import progress
     from rich.console import Console
@@ -31,12 +31,12 @@ def board(road: Path) -> Iterator[Told]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Bars(bars, road)
+        yield _StageBars(bars, folder)
 
 
 @contextmanager
-def count(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a listener of ``(done, of)``: a bar on a terminal, silence elsewhere."""
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for ``(done, total)``: a bar on a terminal, silence elsewhere."""
     from rich import progress
     from rich.console import Console
 
@@ -44,32 +44,32 @@ def count(title: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(title, total=None)
-        yield lambda done, of: bars.update(task, completed=done, total=of)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def narrate(stage: str, what: str, seconds: float) -> None:
-    """Say that ``stage`` starts, how long it took, or what it has to say itself."""
-    if what != "runs":
-        say(f"sprat: {stage} {what}" + (f" in {seconds:.0f} s" if seconds else ""))
+def print_event(stage: str, event: str, seconds: float) -> None:
+    """Print that ``stage`` starts, how long it took, or its own message."""
+    if event != "runs":
+        print_err(f"sprat: {stage} {event}" + (f" in {seconds:.0f} s" if seconds else ""))
 
 
-class _Bars:
+class _StageBars:
     """One bar for each stage that runs; how far it is, is read from its run folder."""
 
-    def __init__(self, bars: Any, road: Path) -> None:
-        self._bars, self._road = bars, road
+    def __init__(self, bars: Any, folder: Path) -> None:
+        self._bars, self._folder = bars, folder
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, stage: str, what: str, seconds: float) -> None:
+    def __call__(self, stage: str, event: str, seconds: float) -> None:
         from sprat.trust.record import pulse
 
-        if what == "starts":
+        if event == "starts":
             self._tasks[stage] = self._bars.add_task(stage, total=None)
-        elif what == "runs":
-            step, steps = pulse(self._road / stage)
+        elif event == "runs":
+            step, steps = pulse(self._folder / stage)
             self._bars.update(self._tasks[stage], completed=step, total=steps or None)
-        elif what == "done":
+        elif event == "done":
             self._bars.remove_task(self._tasks.pop(stage))
             self._bars.console.print(f"{stage} done in {seconds:.0f} s")
         else:
-            self._bars.console.print(f"{stage} {what}")
+            self._bars.console.print(f"{stage} {event}")

@@ -1,9 +1,9 @@
-"""Who asks: API keys, and the tenant that each one stands for.
+"""API keys, and the tenant that each one stands for.
 
 A key is kept as its SHA-256 only, and no message or log holds either. What a key decides is the *tenant*: whose turn it
 is in the engine, and the secret that takes part in the keys of cached blocks. Two keys therefore share nothing that was
 computed, in memory or on disk, and the count of cached tokens tells one nothing about the prompts of the other.
-Without keys everybody is one tenant, so such a server belongs on loopback (``server.take_port`` holds it there).
+Without keys everybody is one tenant, so such a server belongs on loopback (``server.bind_socket`` holds it there).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCHEME = "bearer"
 
 
-class Keys:
+class ApiKeys:
     """The keys that may ask; none: whoever reaches the server may.
 
     Raises:
@@ -30,7 +30,7 @@ class Keys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         from sprat.engine.sequence import NOBODY, Tenant
 
-        self._nobody = NOBODY
+        self._default_tenant = NOBODY
         self._tenants: dict[bytes, Tenant] = {}
         for key in keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
@@ -45,16 +45,16 @@ class Keys:
     def tenant(self, authorization: str) -> Tenant | None:
         """Whose request it is by its ``Authorization`` header; None: it may not ask.
 
-        >>> keys = Keys(["k1", "k2"])
+        >>> keys = ApiKeys(["k1", "k2"])
         >>> keys.tenant("Bearer k3") is keys.tenant("k1") is None, keys.tenant("Bearer k1") == keys.tenant("bearer k1 ")
         (True, True)
         """
         if not self._tenants:
-            return self._nobody
+            return self._default_tenant
         scheme, _, key = authorization.partition(" ")
         return self._tenants.get(_digest(b"key", key.strip())) if scheme.lower() == SCHEME else None
 
 
-def _digest(use: bytes, key: str) -> bytes:
+def _digest(purpose: bytes, key: str) -> bytes:
     """SHA-256 of a key for one use, so that what is known of one use says nothing of another."""
-    return hashlib.sha256(b"sprat." + use + b"\0" + key.encode()).digest()
+    return hashlib.sha256(b"sprat." + purpose + b"\0" + key.encode()).digest()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sprat.cli.ask import manners
+from sprat.cli.inference import chat_defaults
 from sprat.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,8 +80,8 @@ def test_a_roads_own_model_offers_its_questions(tmp_path: Path) -> None:
         {"task": t, "trained": t != "long", "samples": [{"question": f"{t}?"}]} for t in ("sums", "gcd", "long", "sums")
     ]
     (tmp_path / "run.json").write_text(json.dumps({"facts": {"scores": rows}}))
-    assert manners(tmp_path) == (["sums?", "gcd?"], 0)
-    assert manners(tmp_path, turns=3)[1] == 3 and manners(tmp_path / "elsewhere") == ([], None)
+    assert chat_defaults(tmp_path) == (["sums?", "gcd?"], 0)
+    assert chat_defaults(tmp_path, turns=3)[1] == 3 and chat_defaults(tmp_path / "elsewhere") == ([], None)
 
 
 def test_serve_says_that_the_port_is_taken(model_folder: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_seed_that_no_generator_takes_is_refused_by_every_verb(seed: str, mode
 @pytest.mark.parametrize(("option", "most"), [("--temperature", 100), ("--max-tokens", 2**31 - 1)])
 @pytest.mark.parametrize("verb", ["run", "chat"])
 def test_the_help_says_the_limits_that_hold(model_folder: Path, verb: str, option: str, most: int) -> None:
-    told = re.sub(r"\s+", "", CliRunner().invoke(app, [verb, "--help"]).stdout)
-    assert f"<=x<={most}" in told
+    help_text = re.sub(r"\s+", "", CliRunner().invoke(app, [verb, "--help"]).stdout)
+    assert f"<=x<={most}" in help_text
     refused = CliRunner().invoke(app, [verb, str(model_folder), option, str(most + 1)], input="cat\n")
     assert refused.exit_code == 2 and option in refused.stderr and f"{most}" in refused.stderr
     taken = [verb, str(model_folder), "--temperature", "100", "--max-tokens", "2"]

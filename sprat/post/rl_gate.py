@@ -17,45 +17,46 @@ from dataclasses import dataclass
 from sprat.config import RLConfig
 from sprat.engine import Engine, Output
 from sprat.errors import TrainingError
-from sprat.post.evaluate import Judge, Score, evaluate, judge, pass_at_k, significant
-from sprat.post.rewards import Reward, Verifier, read_response
+from sprat.post.evaluate import Score, Scorer, evaluate, pass_at_k, score_output, two_proportion_p_value
+from sprat.post.rewards import Reward, Verifier, parse_response
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
 
-MARGIN = 0.1  # forced thinking must be right this much more often than direct answers
-LEVEL = 0.05  # and the difference must not be chance
+MIN_THINKING_GAIN = 0.1  # forced thinking must be right this much more often than direct answers
+SIGNIFICANCE_LEVEL = 0.05  # and the difference must not be chance
 _SEED = 7919
 _NOT_READY = "the policy is not ready for RL"
 
 
 @dataclass(frozen=True)
-class Readiness:
+class GateResult:
     """What the gate saw, weighted over the mix: pass@8 as RL samples, accuracy with and without thinking."""
 
     pass_at_8: float
-    forced: float
-    direct: float
+    thinking_accuracy: float
+    direct_accuracy: float
     p_value: float
-    needed: float
+    min_pass_at_8: float
 
     @property
-    def fault(self) -> str:
+    def failure(self) -> str:
         """Why RL should not start; empty when it may."""
-        if self.pass_at_8 < self.needed:
-            return f"{_NOT_READY}: pass@8 is {self.pass_at_8:.0%}, the gate asks for {self.needed:.0%}"
-        if self.forced - self.direct < MARGIN or self.p_value > LEVEL:
-            found = f"made to think it is right in {self.forced:.0%}, at once in {self.direct:.0%}"
-            return f"{_NOT_READY}: {found}, so RL would teach it not to think"
+        if self.pass_at_8 < self.min_pass_at_8:
+            return f"{_NOT_READY}: pass@8 is {self.pass_at_8:.0%}, the gate asks for {self.min_pass_at_8:.0%}"
+        if self.thinking_accuracy - self.direct_accuracy < MIN_THINKING_GAIN or self.p_value > SIGNIFICANCE_LEVEL:
+            thinking, direct = f"{self.thinking_accuracy:.0%}", f"{self.direct_accuracy:.0%}"
+            comparison = f"made to think it is right in {thinking}, at once in {direct}"
+            return f"{_NOT_READY}: {comparison}, so RL would teach it not to think"
         return ""
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raises: TrainingError: the policy is not ready; says what to do."""
-        if self.fault:
+        if self.failure:
             todo = "pre-train longer on worked examples, show more demonstrations with reasoning, or ease the tasks"
-            raise TrainingError(self.fault, where="rl.gate_pass_at_8", todo=todo)
+            raise TrainingError(self.failure, where="rl.gate_pass_at_8", todo=todo)
 
 
-def readiness(
+def evaluate_gate(
     engine: Engine,
     tasks: Sequence[Task],
     weights: Sequence[float],
@@ -63,7 +64,7 @@ def readiness(
     reward: Reward | None = None,
     *,
     count: int = 256,
-) -> Readiness:
+) -> GateResult:
     """Measure a policy on about ``count`` training problems, shared out over the tasks by weight.
 
     Args:
@@ -74,11 +75,11 @@ def readiness(
             on every answer.
     """
     total = sum(weights)
-    parts = [(task, weight / total) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
-    passed, forced, direct = 0.0, _Pool(), _Pool()
-    for task, share in parts:
+    task_shares = [(task, weight / total) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
+    pass_at_8, thinking_pool, direct_pool = 0.0, _PooledScore(), _PooledScore()
+    for task, share in task_shares:
         problems = max(8, round(count * share))
-        passed += share * pass_at_k(
+        pass_at_8 += share * pass_at_k(
             engine,
             task,
             8,
@@ -87,38 +88,39 @@ def readiness(
             temperature=config.temperature,
             seed=config.seed + _SEED,
             split="train",
-            score=_judge(engine.tokenizer, reward, None),
+            scorer=_scorer(engine.tokenizer, reward, None),
         )
-        for pool, thinking in ((forced, True), (direct, False)):
-            limit, score = config.max_tokens, _judge(engine.tokenizer, reward, thinking)
-            found = evaluate(
-                engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", score=score
+        for pool, thinking in ((thinking_pool, True), (direct_pool, False)):
+            limit, scorer = config.max_tokens, _scorer(engine.tokenizer, reward, thinking)
+            result = evaluate(
+                engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", scorer=scorer
             )
-            pool.add(found)
+            pool.add(result)
     if isinstance(reward, Verifier):
-        reward.take_faults()
-    first, second = forced.score(), direct.score()
-    return Readiness(passed, first.accuracy, second.accuracy, significant(first, second), config.gate_pass_at_8)
+        reward.pop_faults()
+    with_thinking, direct = thinking_pool.score(), direct_pool.score()
+    p_value = two_proportion_p_value(with_thinking, direct)
+    return GateResult(pass_at_8, with_thinking.accuracy, direct.accuracy, p_value, config.gate_pass_at_8)
 
 
-def _judge(tokenizer: Tokenizer, reward: Reward | None, thinking: bool | None) -> Judge:
+def _scorer(tokenizer: Tokenizer, reward: Reward | None, thinking: bool | None) -> Scorer:
     """Who scores answers that were asked for with ``thinking``: ``reward``, or without one the task's own judge."""
-    return judge if reward is None else functools.partial(_verified, tokenizer, reward, thinking)
+    return score_output if reward is None else functools.partial(_verifier_score, tokenizer, reward, thinking)
 
 
-def _verified(
+def _verifier_score(
     tokenizer: Tokenizer, reward: Reward, thinking: bool | None, _: Task, problem: Problem, output: Output
 ) -> float:
     """What ``reward`` pays the answer, 0 where it abstains."""
     finished = output.finish_reason == "stop"
-    paid = reward(problem, read_response(tokenizer, output.token_ids, thinking=thinking, finished=finished)) or 0.0
-    if not 0 <= paid <= 1:
+    score = reward(problem, parse_response(tokenizer, output.token_ids, thinking=thinking, finished=finished)) or 0.0
+    if not 0 <= score <= 1:
         todo = "let the verifier pay from 0 to 1, where 1 is right, or leave the gate out (rl.gate = false)"
-        raise TrainingError(f"the verifier paid {paid:g}, so the gate cannot tell right", where="rl.gate", todo=todo)
-    return paid
+        raise TrainingError(f"the verifier paid {score:g}, so the gate cannot tell right", where="rl.gate", todo=todo)
+    return score
 
 
-class _Pool:
+class _PooledScore:
     """Adds up scores of several tasks."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from sprat.serve import create_app, page
+from sprat.serve import chat_page, create_app
 from tests.unit.serve.scripted import ScriptedEngine
 
 
@@ -25,7 +25,7 @@ def test_the_page_comes_with_a_policy_that_admits_only_its_own_code() -> None:
 
 
 def test_the_page_names_no_foreign_address_and_never_parses_text_as_html() -> None:
-    text = page.FILE.read_text(encoding="utf-8")
+    text = chat_page.PAGE_FILE.read_text(encoding="utf-8")
     addresses = set(re.findall(r"https?://[^\s'\"<>)]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}
     for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "style="):
@@ -37,4 +37,4 @@ def test_a_page_with_a_second_script_is_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "page.html"
     wrong.write_text("<style></style><script></script><script src='x'></script>")
     with pytest.raises(ValueError, match="exactly one plain <script>"):
-        page.read(wrong)
+        chat_page.load_chat_page(wrong)

@@ -13,19 +13,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = Path(__file__).with_name("chat.html")
+PAGE_FILE = Path(__file__).with_name("chat.html")
 
 
 @dataclass(frozen=True)
-class Page:
+class ChatPage:
     """The page's bytes and the headers that go with them."""
 
     body: bytes
-    policy: str
+    csp: str
     etag: str
 
 
-def read(path: Path = FILE) -> Page:
+def load_chat_page(path: Path = PAGE_FILE) -> ChatPage:
     """Read the page and derive its policy.
 
     Raises:
@@ -34,11 +34,11 @@ def read(path: Path = FILE) -> Page:
     text = path.read_text(encoding="utf-8")
     sources = {}
     for tag in ("style", "script"):
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
-        if len(found) != 1 or len(re.findall(rf"<{tag}\b", text)) != 1:
+        matches = re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
+        if len(matches) != 1 or len(re.findall(rf"<{tag}\b", text)) != 1:
             raise ValueError(f"{path.name} must hold exactly one plain <{tag}>")
-        sources[tag] = base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()
-    policy = "; ".join(
+        sources[tag] = base64.b64encode(hashlib.sha256(matches[0].encode()).digest()).decode()
+    csp = "; ".join(
         [
             "default-src 'none'",
             f"script-src 'sha256-{sources['script']}'",
@@ -52,4 +52,4 @@ def read(path: Path = FILE) -> Page:
         ]
     )
     body = text.encode()
-    return Page(body, policy, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    return ChatPage(body, csp, f'"{hashlib.sha256(body).hexdigest()[:32]}"')

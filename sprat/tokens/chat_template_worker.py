@@ -21,12 +21,12 @@ from typing import Any
 MEMORY_BYTES, CPU_SECONDS, TEXT_CHARS = 1 << 29, 3, 1 << 16
 
 
-def render(job: dict[str, Any]) -> list[dict[str, str]]:
+def render(request: dict[str, Any]) -> list[dict[str, str]]:
     """The texts of a template, ``{"text": …}`` or ``{"error": …}`` for each probe.
 
     Args:
-        job: ``template``, ``tokens`` (the special ones, by name), and ``probes``: keyword arguments of each rendering
-            (``messages`` and whatever else the template asks for).
+        request: ``template``, ``tokens`` (the special ones, by name), and ``probes``: keyword arguments of each
+            rendering (``messages`` and whatever else the template asks for).
     """
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -34,7 +34,7 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     class Generation(Extension):
@@ -55,31 +55,34 @@ def render(job: dict[str, Any]) -> list[dict[str, str]]:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    _confine()
-    found: list[dict[str, str]] = []
+    _limit_resources()
+    results: list[dict[str, str]] = []
     try:
         extensions = [loopcontrols, Generation]
-        surroundings = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        surroundings.filters["tojson"] = to_json
-        surroundings.globals |= {"raise_exception": refuse, "strftime_now": lambda how: f"\0{how}\0"}
-        compiled = surroundings.from_string(job["template"])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = to_json
+        environment.globals |= {
+            "raise_exception": raise_exception,
+            "strftime_now": lambda strftime_format: f"\0{strftime_format}\0",
+        }
+        compiled = environment.from_string(request["template"])
     except Exception as error:  # whatever a foreign template does is its fault
-        return [{"error": _said(error)}] * len(job["probes"])
-    for probe in job["probes"]:
+        return [{"error": _error_line(error)}] * len(request["probes"])
+    for probe in request["probes"]:
         try:
-            text = compiled.render(**job["tokens"], tools=None, documents=None, **probe)
-            found.append({"text": text} if len(text) <= TEXT_CHARS else {"error": "the text is too long"})
+            text = compiled.render(**request["tokens"], tools=None, documents=None, **probe)
+            results.append({"text": text} if len(text) <= TEXT_CHARS else {"error": "the text is too long"})
         except Exception as error:
-            found.append({"error": _said(error)})
-    return found
+            results.append({"error": _error_line(error)})
+    return results
 
 
-def _said(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _confine() -> None:
+def _limit_resources() -> None:
     """Bound what this process can take."""
     limits = {
         resource.RLIMIT_AS: MEMORY_BYTES,

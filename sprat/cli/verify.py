@@ -29,9 +29,9 @@ def verify(
     ] = "",
 ) -> Result:
     """Recompute every digest of a run and its ledger; exit code 8 if one differs."""
-    from sprat.trust.verify import verify as check
+    from sprat.trust.verify import verify as verify_run
 
-    findings = check(folder, expect_head=expect_head)
+    findings = verify_run(folder, expect_head=expect_head)
     faults = [finding for finding in findings if not finding.ok]
     lines = [f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.text}" for finding in findings]
     verdict = "proved" if not faults else f"{len(faults)} faults"

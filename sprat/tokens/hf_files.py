@@ -17,22 +17,30 @@ from typing import Any
 from sprat.errors import DataError
 
 log = logging.getLogger(__name__)
-GENERATION = "generation_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 # Keys of generation_config.json that become settings of ``Sampling``
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# What each may say, from the lowest on; those in OPEN not the lowest itself. -1 is vLLM's way to keep all tokens.
-RANGES = {
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What each may say, from the lowest on; those in OPEN_LOWER_BOUND not the lowest itself.
+# A top_k of -1 is vLLM's way to keep all tokens.
+SAMPLING_RANGES = {
     "temperature": (0, 100),
     "top_k": (0, 2**31 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0, 100),
 }
-OPEN = ("top_p", "repetition_penalty")
+OPEN_LOWER_BOUND = ("top_p", "repetition_penalty")
 # Keys that are read elsewhere (ids of special tokens, which the tokenizer knows), or say nothing about an answer
-SILENT = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "max_length")
+IGNORED_KEYS = (
+    "bos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "transformers_version",
+    "use_cache",
+    "max_length",
+)
 # What each further key says by default, and then asks for nothing (transformers' GenerationConfig)
-NEUTRAL: dict[str, Any] = {
+NEUTRAL_VALUES: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -50,21 +58,21 @@ NEUTRAL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationConfig:
     """What generation_config.json says.
 
     Attributes:
-        ends: ids that end an answer.
-        settings: settings of ``Sampling`` for a caller who says none.
-        table: the whole file, as it was.
+        eos_token_ids: ids that end an answer.
+        default_sampling: settings of ``Sampling`` for a caller who says none.
+        raw: the whole file, as it was.
     """
 
-    ends: tuple[int, ...] = ()
-    settings: Mapping[str, float] = field(default_factory=dict)
-    table: Mapping[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict)
 
 
-def generation(folder: Path) -> Generation:
+def load_generation_config(folder: Path) -> GenerationConfig:
     """Read the generation_config.json of ``folder``; what is not understood is named in a warning.
 
     ``do_sample: false`` means greedy, whatever else stands there, as in transformers.
@@ -72,35 +80,39 @@ def generation(folder: Path) -> Generation:
     Raises:
         DataError: it is no JSON object, or a value that we would use is no number, or out of range.
     """
-    file = folder / GENERATION
-    return understood(_table(file), str(file))
+    file = folder / GENERATION_CONFIG_FILE
+    return parse_generation_config(_read_json_object(file), str(file))
 
 
-def understood(table: Mapping[str, Any], where: str) -> Generation:
-    """What ``table`` says with the keys of generation_config.json; see ``generation``."""
-    ends = table.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    settings = {key: table[key] for key in SETTINGS if table.get(key) is not None}
-    if settings.get("top_k") == -1:
-        settings["top_k"] = 0
+def parse_generation_config(table: Mapping[str, Any], where: str) -> GenerationConfig:
+    """What ``raw`` says with the keys of generation_config.json; see ``load_generation_config``."""
+    eos_token_ids = table.get("eos_token_id")
+    eos_token_ids = (
+        eos_token_ids if isinstance(eos_token_ids, list) else [] if eos_token_ids is None else [eos_token_ids]
+    )
+    sampling = {key: table[key] for key in SAMPLING_KEYS if table.get(key) is not None}
+    if sampling.get("top_k") == -1:
+        sampling["top_k"] = 0
     if table.get("do_sample") is False:
-        settings |= {"temperature": 0.0}
-    for key, value in [("eos_token_id", one) for one in ends] + list(settings.items()):
-        kinds = int if key in ("eos_token_id", "top_k") else (int, float)
-        wrong = isinstance(value, bool) or not isinstance(value, kinds)
-        if not wrong and key in RANGES:
-            low, high = RANGES[key]
-            wrong = not low <= value <= high or (key in OPEN and value == low)
-        if wrong:
+        sampling |= {"temperature": 0.0}
+    for key, value in [("eos_token_id", token_id) for token_id in eos_token_ids] + list(sampling.items()):
+        types = int if key in ("eos_token_id", "top_k") else (int, float)
+        invalid = isinstance(value, bool) or not isinstance(value, types)
+        if not invalid and key in SAMPLING_RANGES:
+            low, high = SAMPLING_RANGES[key]
+            invalid = not low <= value <= high or (key in OPEN_LOWER_BOUND and value == low)
+        if invalid:
             raise DataError(f"{key} cannot be {value!r}", where=where, todo="correct it, or leave it out")
-    known = {"eos_token_id", "do_sample", *SETTINGS, *SILENT}
-    asked = {key for key, value in table.items() if value not in (None, False, NEUTRAL.get(key)) and key[0] != "_"}
-    if strange := sorted(asked - known):
-        log.warning("%s: not understood and not followed: %s", where, ", ".join(strange))
-    return Generation(tuple(ends), settings, table)
+    understood = {"eos_token_id", "do_sample", *SAMPLING_KEYS, *IGNORED_KEYS}
+    set_keys = {
+        key for key, value in table.items() if value not in (None, False, NEUTRAL_VALUES.get(key)) and key[0] != "_"
+    }
+    if unknown := sorted(set_keys - understood):
+        log.warning("%s: not understood and not followed: %s", where, ", ".join(unknown))
+    return GenerationConfig(tuple(eos_token_ids), sampling, table)
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def load_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The tokenizer_config.json of ``folder``, with what its neighbours add.
 
     A template in a file of its own goes before the one inside, as in transformers.
@@ -108,15 +120,15 @@ def settings(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: a file is no JSON object.
     """
-    table = _table(folder / "tokenizer_config.json")
-    for key, value in _table(folder / "special_tokens_map.json").items():
+    table = _read_json_object(folder / "tokenizer_config.json")
+    for key, value in _read_json_object(folder / "special_tokens_map.json").items():
         if table.get(key) is None:
             table[key] = value
-    added = _table(folder / "added_tokens.json")
+    added = _read_json_object(folder / "added_tokens.json")
     if added:
         listed = {str(index): {"content": content} for content, index in added.items()}
         table["added_tokens_decoder"] = {**listed, **(table.get("added_tokens_decoder") or {})}
-    template = _table(folder / "chat_template.json").get("chat_template")
+    template = _read_json_object(folder / "chat_template.json").get("chat_template")
     try:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -127,7 +139,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return table | ({"chat_template": template} if template else {})
 
 
-def _table(file: Path) -> dict[str, Any]:
+def _read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is missing."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
