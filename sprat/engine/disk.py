@@ -1,8 +1,8 @@
-"""Blocks that outlive their memory, and the process: a bounded folder of files, one for each block.
+"""Blocks that outlive the KV cache, and the process: a bounded folder of files, one for each block.
 
-A file is named after its block's key and holds a mark, the SHA-256 of what follows, and the block. It is written under
-another name and then renamed, so it is there wholly or not at all; and as disks lie, a file whose checksum does not
-hold is a miss and goes. Nothing here may ever fail or delay a request: writing is done by a thread that has a short
+A file is named after its block's key and holds magic bytes, the SHA-256 of what follows, and the block. It is written
+under another name and then renamed, so it is there wholly or not at all; and as disks lie, a file whose checksum does
+not hold is a miss and goes. Nothing here may ever fail or delay a request: writing is done by a thread that has a short
 queue (what does not fit into the queue is dropped), and a disk that refuses once, because it is full or closed to us,
 is not written to again by this process. What is least recently used goes first.
 
@@ -22,31 +22,31 @@ from pathlib import Path
 from sprat.errors import SpratError
 from sprat.trust import atomic
 
-MARK = b"sprat-kv"
-HEADER = len(MARK) + hashlib.sha256().digest_size
+MAGIC = b"sprat-kv"
+HEADER = len(MAGIC) + hashlib.sha256().digest_size
 SUFFIX = ".kv"
 QUEUE = 32  # blocks that wait to be written at most
 
 
-class Disk:
-    """The blocks in ``folder``, of ``limit`` bytes together at most.
+class DiskCache:
+    """The blocks in ``folder``, of ``max_bytes`` together at most.
 
     Attributes:
-        quiet: the disk refused, and nothing is written any more.
+        disabled: the disk refused, and nothing is written any more.
     """
 
-    def __init__(self, folder: str | Path, limit: int) -> None:
-        self.folder, self.limit, self.quiet = Path(folder), limit, False
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes, self.disabled = Path(folder), max_bytes, False
         self._sizes: OrderedDict[bytes, int] = OrderedDict()  # by key, least recently used first
         self._lock = threading.Lock()
         self._queue: queue.Queue[tuple[bytes, bytes]] = queue.Queue(QUEUE)
         self._queued: set[bytes] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._look()
+            self._scan()
         except OSError:
-            self.quiet = True
-        threading.Thread(target=self._work, name="sprat-disk", daemon=True).start()
+            self.disabled = True
+        threading.Thread(target=self._write_loop, name="sprat-disk", daemon=True).start()
 
     @property
     def nbytes(self) -> int:
@@ -54,10 +54,10 @@ class Disk:
         with self._lock:
             return sum(self._sizes.values())
 
-    def wants(self, key: bytes) -> bool:
+    def accepts(self, key: bytes) -> bool:
         """Whether ``write`` would do anything."""
         with self._lock:
-            return not self.quiet and key not in self._sizes and key not in self._queued
+            return not self.disabled and key not in self._sizes and key not in self._queued
 
     def write(self, key: bytes, data: bytes, *, wait: bool = False) -> None:
         """Store ``data``, soon; dropped if much is waiting already, unless ``wait``."""
@@ -82,37 +82,37 @@ class Disk:
         except OSError:
             content = b""
         data = content[HEADER:]
-        if content[:HEADER] == MARK + hashlib.sha256(data).digest():
+        if content[:HEADER] == MAGIC + hashlib.sha256(data).digest():
             return data
-        self._drop(key)
+        self._evict(key)
         return None
 
     def flush(self) -> None:
         """Wait until all that was handed over is written."""
         self._queue.join()
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         """Find what an earlier process left, oldest first, and clear away what it did not finish."""
-        found = []
+        existing = []
         for path in self.folder.iterdir():
             if path.suffix == SUFFIX:
                 with contextlib.suppress(ValueError):
                     status = path.stat()
-                    found.append((status.st_mtime_ns, bytes.fromhex(path.stem), status.st_size))
+                    existing.append((status.st_mtime_ns, bytes.fromhex(path.stem), status.st_size))
             elif path.name.startswith(".") and f"{SUFFIX}.tmp-" in path.name:
                 path.unlink(missing_ok=True)
-        self._sizes.update((key, size) for _, key, size in sorted(found))
+        self._sizes.update((key, size) for _, key, size in sorted(existing))
         self._trim()
 
-    def _work(self) -> None:
+    def _write_loop(self) -> None:
         """The writing thread."""
         while True:
             key, data = self._queue.get()
             try:
-                if not self.quiet and HEADER + len(data) <= self.limit:
-                    self._store(key, MARK + hashlib.sha256(data).digest() + data)
+                if not self.disabled and HEADER + len(data) <= self.max_bytes:
+                    self._store(key, MAGIC + hashlib.sha256(data).digest() + data)
             except (OSError, SpratError):
-                self.quiet = True
+                self.disabled = True
             finally:
                 with self._lock:
                     self._queued.discard(key)
@@ -127,12 +127,12 @@ class Disk:
 
     def _trim(self) -> None:
         """Remove what was not used for longest until the rest is within the limit."""
-        while self.nbytes > self.limit:
+        while self.nbytes > self.max_bytes:
             with self._lock:
                 key = next(iter(self._sizes))
-            self._drop(key)
+            self._evict(key)
 
-    def _drop(self, key: bytes) -> None:
+    def _evict(self, key: bytes) -> None:
         """Forget ``key`` and its file."""
         with self._lock:
             self._sizes.pop(key, None)

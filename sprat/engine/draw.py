@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from sprat.errors import EngineError
 from sprat.kernels import native
 
-BLOCK = 128
-HEADS = (2.0**-6, 2.0**-12)  # shares of the greatest weight above which a nucleus usually lies
-LEAST = np.float32(1e-45)  # the least float above 0
-GREATEST = np.finfo(np.float32).max
+VOCAB_BLOCK = 128
+NUCLEUS_FLOORS = (2.0**-6, 2.0**-12)  # shares of the greatest weight above which a nucleus usually lies
+SMALLEST = np.float32(1e-45)  # the least float above 0
+LARGEST = np.finfo(np.float32).max
 GOLDEN, MIX, MIX_AGAIN = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 ONE, S11, S27, S30, S31 = (np.uint64(x) for x in (1, 11, 27, 30, 31))
 
@@ -55,7 +55,7 @@ def uniform(key_R: NDArray[np.uint64], position_R: Integers) -> Doubles:
     return fraction
 
 
-def greatest(logits_RV: Floats, vocab: int) -> Integers:
+def argmax(logits_RV: Floats, vocab: int) -> Integers:
     """The likeliest of the first ``vocab`` tokens of each row, the first of equals; int64 [R].
 
     Raises:
@@ -68,81 +68,82 @@ def greatest(logits_RV: Floats, vocab: int) -> Integers:
 
 
 @dataclass(frozen=True)
-class Scale:
+class LogNormalizer:
     """What makes log-probabilities of a row's logits; see ``logprob``.
 
     Attributes:
-        top_R: float32, the greatest logit of the vocabulary.
-        sum_R: float32, the logarithm of the sum of exp((logit - top) / temperature) over the model's whole vocabulary.
+        max_R: float32, the greatest logit of the vocabulary.
+        log_sum_R: float32, the logarithm of the sum of exp((logit - max) / temperature) over the model's whole
+            vocabulary.
     """
 
-    top_R: Floats
-    sum_R: Floats
+    max_R: Floats
+    log_sum_R: Floats
 
 
 @dataclass(frozen=True)
-class Weights:
+class SoftmaxWeights:
     """exp((logits - the row's greatest) / temperature), with sums.
 
     Attributes:
-        weight_RKB: float32 [R, K, BLOCK]; ids behind the vocabulary weigh nothing.
+        weight_RKB: float32 [R, K, VOCAB_BLOCK]; ids behind the vocabulary weigh nothing.
         block_RK: float64, the sums of the blocks.
-        scale: of the same rows.
+        normalizer: of the same rows.
     """
 
     weight_RKB: Floats
     block_RK: Doubles
-    scale: Scale
+    normalizer: LogNormalizer
 
 
-def weigh(logits_RV: Floats, temperature_R: Floats, vocab: int) -> Weights:
+def softmax_weights(logits_RV: Floats, temperature_R: Floats, vocab: int) -> SoftmaxWeights:
     """Weights of the first ``vocab`` tokens of each row; ``temperature_R`` is above 0.
 
     The greatest logit is subtracted before anything is divided, so no temperature is too low. Ids behind the
-    vocabulary count in ``Scale.sum_R`` alone: however likely, they take nothing from what may be drawn.
+    vocabulary count in ``LogNormalizer.log_sum_R`` alone: however likely, they take nothing from what may be sampled.
 
     Raises:
         EngineError: a row's logits are not finite.
     """
-    weight_RV, top_R = _exponentials(logits_RV[:, :vocab], temperature_R)
-    weight_RKB = weight_RV.reshape(len(weight_RV), -1, BLOCK)
+    weight_RV, max_R = _exponentials(logits_RV[:, :vocab], temperature_R)
+    weight_RKB = weight_RV.reshape(len(weight_RV), -1, VOCAB_BLOCK)
     block_RK = np.einsum("rkb->rk", weight_RKB).astype(np.float64)
-    sum_R = np.log(block_RK.sum(1))
+    log_sum_R = np.log(block_RK.sum(1))
     if vocab < logits_RV.shape[1]:
-        rest_RV, high_R = _exponentials(np.maximum(logits_RV[:, vocab:], -GREATEST), temperature_R)
-        above_R = (high_R.astype(np.float64) - top_R) / temperature_R
-        sum_R = np.logaddexp(sum_R, np.log(rest_RV.sum(1, dtype=np.float64)) + above_R)
-    return Weights(weight_RKB, block_RK, Scale(top_R, np.minimum(sum_R, GREATEST).astype(np.float32)))
+        rest_RV, rest_max_R = _exponentials(np.maximum(logits_RV[:, vocab:], -LARGEST), temperature_R)
+        above_R = (rest_max_R.astype(np.float64) - max_R) / temperature_R
+        log_sum_R = np.logaddexp(log_sum_R, np.log(rest_RV.sum(1, dtype=np.float64)) + above_R)
+    return SoftmaxWeights(weight_RKB, block_RK, LogNormalizer(max_R, np.minimum(log_sum_R, LARGEST).astype(np.float32)))
 
 
 def _exponentials(logits_RV: Floats, temperature_R: Floats) -> tuple[Floats, Floats]:
-    """exp((logits - top) / temperature) in whole blocks, and top.
+    """exp((logits - max) / temperature) in whole blocks, and max.
 
     Raises:
         EngineError: a row's logits are not finite.
     """
     rows, width = logits_RV.shape
-    top_R = logits_RV.max(1)
-    if not np.isfinite(top_R).all():
+    max_R = logits_RV.max(1)
+    if not np.isfinite(max_R).all():
         raise not_finite()
-    weight_RV = np.empty((rows, width + -width % BLOCK), np.float32)
+    weight_RV = np.empty((rows, width + -width % VOCAB_BLOCK), np.float32)
     weight_RV[:, width:] = -np.inf
     inner_RV = weight_RV[:, :width]
     with np.errstate(over="ignore"):  # towards -inf, whose weight is 0
-        heat_R = np.minimum(1 / temperature_R.astype(np.float64), GREATEST).astype(np.float32)
-        np.subtract(logits_RV, top_R[:, None], out=inner_RV)
-        inner_RV *= heat_R[:, None]
+        inverse_R = np.minimum(1 / temperature_R.astype(np.float64), LARGEST).astype(np.float32)
+        np.subtract(logits_RV, max_R[:, None], out=inner_RV)
+        inner_RV *= inverse_R[:, None]
     torch.from_numpy(weight_RV).exp_()
-    return weight_RV, top_R
+    return weight_RV, max_R
 
 
-def logprob(logit_R: Floats, temperature_R: Floats, scale: Scale) -> Floats:
+def logprob(logit_R: Floats, temperature_R: Floats, normalizer: LogNormalizer) -> Floats:
     """Log-probabilities (nats) of logits at a temperature above 0, float32 [R], finite however low that is."""
-    exact_R = (logit_R.astype(np.float64) - scale.top_R) / temperature_R - scale.sum_R
-    return np.maximum(exact_R, -np.float64(GREATEST)).astype(np.float32)
+    exact_R = (logit_R.astype(np.float64) - normalizer.max_R) / temperature_R - normalizer.log_sum_R
+    return np.maximum(exact_R, -np.float64(LARGEST)).astype(np.float32)
 
 
-def draw(
+def sample(
     logits_RV: Floats,
     temperature_R: Floats,
     top_k_R: Integers,
@@ -150,15 +151,15 @@ def draw(
     min_p_R: Floats,
     noise_R: Doubles,
     vocab: int,
-) -> tuple[Integers, Scale]:
-    """Sample each row, natively where the kernels are; ``draw_here`` is their reference.
+) -> tuple[Integers, LogNormalizer]:
+    """Sample each row, natively where the kernels are; ``sample_numpy`` is their reference.
 
     Args:
         logits_RV: float32, rows contiguous; not modified.
         temperature_R: above 0.
         top_k_R: 0 keeps all. top_p_R: 1 keeps all. min_p_R: 0 keeps all.
         noise_R: one number of [0, 1) per row.
-        vocab: ids from here on are never drawn.
+        vocab: ids from here on are never sampled.
 
     Returns:
         tokens int64 [R], and what makes log-probabilities of the same logits.
@@ -168,15 +169,15 @@ def draw(
     """
     kernels, limits = native(), (top_k_R, top_p_R, min_p_R)
     if kernels is None:
-        return draw_here(logits_RV, temperature_R, *limits, noise_R, vocab)
+        return sample_numpy(logits_RV, temperature_R, *limits, noise_R, vocab)
     rows = len(noise_R)
-    tokens_R, top_R, sum_R = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, top_R, sum_R):
+    tokens_R, max_R, log_sum_R = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
+    if not kernels.pick(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, max_R, log_sum_R):
         raise not_finite()
-    return tokens_R, Scale(top_R, sum_R)
+    return tokens_R, LogNormalizer(max_R, log_sum_R)
 
 
-def draw_here(
+def sample_numpy(
     logits_RV: Floats,
     temperature_R: Floats,
     top_k_R: Integers,
@@ -184,22 +185,22 @@ def draw_here(
     min_p_R: Floats,
     noise_R: Doubles,
     vocab: int,
-) -> tuple[Integers, Scale]:
-    """``draw`` in numpy."""
-    weights = weigh(logits_RV, temperature_R, vocab)
-    cut = np.flatnonzero((top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)).tolist()
+) -> tuple[Integers, LogNormalizer]:
+    """``sample`` in numpy."""
+    weights = softmax_weights(logits_RV, temperature_R, vocab)
+    truncated = np.flatnonzero((top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)).tolist()
     rows = len(logits_RV)
-    tokens_R = inverse_cdf(weights, noise_R) if len(cut) < rows else np.empty(rows, np.int64)
-    for row in cut:
+    tokens_R = inverse_cdf(weights, noise_R) if len(truncated) < rows else np.empty(rows, np.int64)
+    for row in truncated:
         weight_V, total = weights.weight_RKB[row].reshape(-1), float(weights.block_RK[row].sum())
-        ids, kept = truncate(weight_V, total, int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row]))
-        reached = kept.cumsum(dtype=np.float64)
-        place = int(reached[:-1].searchsorted(noise_R[row] * reached[-1], side="right"))
-        tokens_R[row] = ids[place]
-    return tokens_R, weights.scale
+        ids, kept_weights = top_k_top_p(weight_V, total, int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row]))
+        cumulative = kept_weights.cumsum(dtype=np.float64)
+        index = int(cumulative[:-1].searchsorted(noise_R[row] * cumulative[-1], side="right"))
+        tokens_R[row] = ids[index]
+    return tokens_R, weights.normalizer
 
 
-def truncate(weight_V: Floats, total: float, top_k: int, top_p: float, min_p: float) -> tuple[Integers, Floats]:
+def top_k_top_p(weight_V: Floats, total: float, top_k: int, top_p: float, min_p: float) -> tuple[Integers, Floats]:
     """What top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) keep of one row.
 
     The likeliest token always stays; of equal weights the lower id goes before the higher.
@@ -212,15 +213,15 @@ def truncate(weight_V: Floats, total: float, top_k: int, top_p: float, min_p: fl
         ids in ascending order, and their weights; none is zero.
     """
     lowest = np.float32(min_p) * weight_V.max()
-    ids = _head(weight_V, total, top_k, top_p) if top_k > 0 or top_p < 1 else _above(weight_V, lowest)
-    kept = weight_V[ids]
+    ids = _top_k_top_p_ids(weight_V, total, top_k, top_p) if top_k > 0 or top_p < 1 else _ids_above(weight_V, lowest)
+    weights = weight_V[ids]
     if min_p > 0:
-        stays = kept >= lowest
-        ids, kept = ids[stays], kept[stays]
-    return ids, kept
+        likely = weights >= lowest
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights
 
 
-def _head(weight_V: Floats, total: float, top_k: int, top_p: float) -> Integers:
+def _top_k_top_p_ids(weight_V: Floats, total: float, top_k: int, top_p: float) -> Integers:
     """The ids that top-k, then top-p keep, ascending.
 
     The nucleus is the shortest beginning of the sorted weights that holds ``top_p`` of the mass. So every set
@@ -228,30 +229,30 @@ def _head(weight_V: Floats, total: float, top_k: int, top_p: float) -> Integers:
     """
     limited = 0 < top_k < len(weight_V)
     if limited:
-        head = _above(weight_V, np.partition(weight_V, -top_k)[-top_k])
+        candidates = _ids_above(weight_V, np.partition(weight_V, -top_k)[-top_k])
     else:
         top = weight_V.max()
-        for share in (*HEADS, 0.0):
-            head = _above(weight_V, np.float32(share) * top)
-            if float(weight_V[head].sum(dtype=np.float64)) >= top_p * total:
+        for floor in (*NUCLEUS_FLOORS, 0.0):
+            candidates = _ids_above(weight_V, np.float32(floor) * top)
+            if float(weight_V[candidates].sum(dtype=np.float64)) >= top_p * total:
                 break
-    order = head[np.argsort(-weight_V[head], kind="stable")]
+    order = candidates[np.argsort(-weight_V[candidates], kind="stable")]
     if limited:
         order = order[:top_k]
     if top_p < 1:
-        reached = weight_V[order].cumsum(dtype=np.float64)
-        goal = top_p * (float(reached[-1]) if limited else total)
-        order = order[: 1 + int(reached[:-1].searchsorted(goal))]
+        cumulative = weight_V[order].cumsum(dtype=np.float64)
+        target = top_p * (float(cumulative[-1]) if limited else total)
+        order = order[: 1 + int(cumulative[:-1].searchsorted(target))]
     order.sort()
     return order
 
 
-def _above(weight_V: Floats, floor: np.float32) -> Integers:
+def _ids_above(weight_V: Floats, floor: np.float32) -> Integers:
     """The ids whose weight is at least ``floor`` and not zero, ascending."""
-    return np.flatnonzero(weight_V >= max(floor, LEAST))
+    return np.flatnonzero(weight_V >= max(floor, SMALLEST))
 
 
-def inverse_cdf(weights: Weights, noise_R: Doubles) -> Integers:
+def inverse_cdf(weights: SoftmaxWeights, noise_R: Doubles) -> Integers:
     """The ids at which the cumulative weight first exceeds ``noise * total``, int64 [R].
 
     An entry of weight zero is never chosen. ``noise_R`` is of [0, 1).
@@ -259,13 +260,13 @@ def inverse_cdf(weights: Weights, noise_R: Doubles) -> Integers:
     every_R = np.arange(len(noise_R))
     outer_RK = weights.block_RK.cumsum(1)
     total_R = outer_RK[:, -1]
-    goal_R = np.minimum(noise_R * total_R, np.nextafter(total_R, 0))
-    block_R = (outer_RK <= goal_R[:, None]).sum(1)
+    target_R = np.minimum(noise_R * total_R, np.nextafter(total_R, 0))
+    block_R = (outer_RK <= target_R[:, None]).sum(1)
     start_R = outer_RK[every_R, block_R - 1] * (block_R > 0)
     inner_RB = weights.weight_RKB[every_R, block_R].cumsum(1, dtype=np.float64)
-    # The block's sum was rounded on its way, so the goal is held below what the block really holds.
-    rest_R = np.minimum(goal_R - start_R, np.nextafter(inner_RB[:, -1], 0))
-    tokens_R: Integers = block_R * BLOCK + (inner_RB <= rest_R[:, None]).sum(1)
+    # The block's sum was rounded on its way, so the target is held below what the block really holds.
+    rest_R = np.minimum(target_R - start_R, np.nextafter(inner_RB[:, -1], 0))
+    tokens_R: Integers = block_R * VOCAB_BLOCK + (inner_RB <= rest_R[:, None]).sum(1)
     return tokens_R
 
 

@@ -18,17 +18,17 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as GenericSequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.grammar_compiler import Compiler
+from sprat.engine.grammar_compiler import CompilerProcess
 from sprat.engine.grammar_source import prepare, refusal
-from sprat.engine.sampling import Response
-from sprat.engine.sequence import NOBODY, Tenant
-from sprat.engine.think import Thought, tagged
+from sprat.engine.reasoning import ReasoningTracker, has_think_tokens
+from sprat.engine.sampling_params import Response
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError, MachineError
 from sprat.tokens.tokenizer import Tokenizer
 
@@ -37,34 +37,36 @@ if TYPE_CHECKING:
 
 DEADLINE_SECONDS = 3.0
 CACHE_ENTRIES, CACHE_BYTES = 64, 256 << 20
-COMPILING = 8  # tenants that compile at one time; more wait for one of them
-IDLE = 4  # processes that are kept for the next grammar of their tenant
+MAX_COMPILING = 8  # tenants that compile at one time; more wait for one of them
+MAX_IDLE = 4  # processes that are kept for the next grammar of their tenant
 
-Known = tuple["LLMatcher | EngineError", int]  # a compiled grammar or why it cannot be used, and its bytes
+CachedGrammar = tuple["LLMatcher | EngineError", int]  # a compiled grammar or why it cannot be used, and its bytes
 
 
-class Grammars:
+class GrammarCache:
     """The compiled grammars of one engine; any thread may ask.
 
     Args:
-        ends: ids that end an answer; only they are allowed when the text is complete.
+        eos_token_ids: ids that end an answer; only they are allowed when the text is complete.
         deadline: seconds that one grammar may take to compile.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], *, deadline: float = DEADLINE_SECONDS) -> None:
-        self._tokenizer, self._ends, self._deadline = tokenizer, sorted(ends), deadline
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], *, deadline: float = DEADLINE_SECONDS
+    ) -> None:
+        self._tokenizer, self._eos_token_ids, self._deadline = tokenizer, sorted(eos_token_ids), deadline
         self._lock = threading.Lock()  # of what follows; never held while anything is compiled
-        self._known: OrderedDict[tuple[Tenant, Response], Known] = OrderedDict()
-        self._idle: OrderedDict[Tenant, Compiler] = OrderedDict()
-        self._working: dict[Tenant, Compiler] = {}
-        self._asking: Counter[Tenant] = Counter()
-        self._turns: dict[Tenant, threading.Lock] = {}
-        self._places = threading.Semaphore(COMPILING)
-        self._words: LLTokenizer | None = None
-        self._tag = b"" if tagged(tokenizer) else tokenizer.format.think_tokens[1].encode()
-        self._over: list[tuple[int, bytes]] | None = None  # tokens that go on behind a byte that can end the tag
+        self._cache: OrderedDict[tuple[Tenant, Response], CachedGrammar] = OrderedDict()
+        self._idle: OrderedDict[Tenant, CompilerProcess] = OrderedDict()
+        self._busy: dict[Tenant, CompilerProcess] = {}
+        self._num_waiting: Counter[Tenant] = Counter()
+        self._tenant_locks: dict[Tenant, threading.Lock] = {}
+        self._compile_slots = threading.Semaphore(MAX_COMPILING)
+        self._vocabulary: LLTokenizer | None = None
+        self._close_tag = b"" if has_think_tokens(tokenizer) else tokenizer.format.think_tokens[1].encode()
+        self._overlapping: list[tuple[int, bytes]] | None = None  # tokens that go on behind a byte that can end the tag
 
-    def grammar(self, response: Response, thinking: bool | None, tenant: Tenant = NOBODY) -> Grammar:
+    def grammar(self, response: Response, thinking: bool | None, tenant: Tenant = DEFAULT_TENANT) -> GrammarProcessor:
         """A grammar at its beginning, for one answer.
 
         Raises:
@@ -72,86 +74,90 @@ class Grammars:
             MachineError: llguidance is not installed.
         """
         key = tenant, response
-        known = self._find(key)
-        if known is None:
-            with self._turn(tenant):
-                known = self._find(key)  # a request of the same tenant may have compiled it meanwhile
-                if known is None:
-                    known = self._compile(response, tenant)
-                    self._keep(key, known)
-        found = known[0]
-        if isinstance(found, EngineError):
-            raise found
+        cached = self._lookup(key)
+        if cached is None:
+            with self._tenant_lock(tenant):
+                cached = self._lookup(key)  # a request of the same tenant may have compiled it meanwhile
+                if cached is None:
+                    cached = self._compile(response, tenant)
+                    self._store(key, cached)
+        result = cached[0]
+        if isinstance(result, EngineError):
+            raise result
         with self._lock:
-            if self._tag and self._over is None:
+            if self._close_tag and self._overlapping is None:
                 texts = enumerate(self._tokens())
-                self._over = [(index, text) for index, text in texts if self._tag[-1:] in text[:-1]]
-            matcher = found.deep_copy()
-        thought, opening = Thought(self._tokenizer, thinking), self._tokenizer.ids.think_open
-        return Grammar(matcher, thought, opening, self._ends, self._tag, self._over or [])
+                self._overlapping = [(index, text) for index, text in texts if self._close_tag[-1:] in text[:-1]]
+            matcher = result.deep_copy()
+        tracker, open_id = ReasoningTracker(self._tokenizer, thinking), self._tokenizer.ids.think_open
+        return GrammarProcessor(
+            matcher, tracker, open_id, self._eos_token_ids, self._close_tag, self._overlapping or []
+        )
 
     def close(self) -> None:
         """End the other processes; a later grammar starts one anew."""
         with self._lock:
-            for compiler in (*self._idle.values(), *self._working.values()):
-                compiler.end()
+            for compiler in (*self._idle.values(), *self._busy.values()):
+                compiler.kill()
             self._idle.clear()
 
-    def _find(self, key: tuple[Tenant, Response]) -> Known | None:
+    def _lookup(self, key: tuple[Tenant, Response]) -> CachedGrammar | None:
         """What is known of a grammar of one tenant."""
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
 
-    def _keep(self, key: tuple[Tenant, Response], known: Known) -> None:
-        """Remember a grammar; where there is no room, the tenant that has most gives up its oldest."""
+    def _store(self, key: tuple[Tenant, Response], cached: CachedGrammar) -> None:
+        """Keep a grammar; where there is no room, the tenant that has most gives up its oldest."""
         with self._lock:
-            self._known[key] = known
-            while len(self._known) > 1:
+            self._cache[key] = cached
+            while len(self._cache) > 1:
                 entries, nbytes = Counter[Tenant](), Counter[Tenant]()
-                for (tenant, _), (_, cost) in self._known.items():
+                for (tenant, _), (_, cost) in self._cache.items():
                     entries[tenant] += 1
                     nbytes[tenant] += cost
                 if entries.total() <= CACHE_ENTRIES and nbytes.total() <= CACHE_BYTES:
                     return
-                held = entries if entries.total() > CACHE_ENTRIES else nbytes
-                most = max(held, key=lambda tenant: held[tenant])
-                del self._known[next(one for one in self._known if one[0] == most)]
+                usage = entries if entries.total() > CACHE_ENTRIES else nbytes
+                tenant_with_most = max(usage, key=lambda tenant: usage[tenant])
+                del self._cache[next(key for key in self._cache if key[0] == tenant_with_most)]
 
     @contextlib.contextmanager
-    def _turn(self, tenant: Tenant) -> Iterator[None]:
+    def _tenant_lock(self, tenant: Tenant) -> Iterator[None]:
         """Wait for the other grammars of the same tenant, and for nobody else's."""
         with self._lock:
-            self._asking[tenant] += 1
-            turn = self._turns.setdefault(tenant, threading.Lock())
+            self._num_waiting[tenant] += 1
+            lock = self._tenant_locks.setdefault(tenant, threading.Lock())
         try:
-            with turn:
+            with lock:
                 yield
         finally:
             with self._lock:
-                self._asking[tenant] -= 1
-                if not self._asking[tenant]:
-                    del self._asking[tenant], self._turns[tenant]
+                self._num_waiting[tenant] -= 1
+                if not self._num_waiting[tenant]:
+                    del self._num_waiting[tenant], self._tenant_locks[tenant]
 
     @contextlib.contextmanager
-    def _compiler(self, tenant: Tenant) -> Iterator[Compiler]:
+    def _compiler(self, tenant: Tenant) -> Iterator[CompilerProcess]:
         """The process of one tenant, kept for its next grammar."""
-        with self._places:
+        with self._compile_slots:
             with self._lock:
-                compiler = self._idle.pop(tenant, None) or Compiler(self._tokens, self._ends, self._deadline)
-                self._working[tenant] = compiler
+                compiler = self._idle.pop(tenant, None) or CompilerProcess(
+                    self._tokens, self._eos_token_ids, self._deadline
+                )
+                self._busy[tenant] = compiler
             try:
                 yield compiler
             finally:
                 with self._lock:
-                    del self._working[tenant]
+                    del self._busy[tenant]
                     self._idle[tenant] = compiler
-                    spare = self._idle.popitem(last=False)[1] if len(self._idle) > IDLE else None
-                if spare is not None:
-                    spare.end()
+                    surplus = self._idle.popitem(last=False)[1] if len(self._idle) > MAX_IDLE else None
+                if surplus is not None:
+                    surplus.kill()
 
-    def _compile(self, response: Response, tenant: Tenant) -> Known:
+    def _compile(self, response: Response, tenant: Tenant) -> CachedGrammar:
         """The compiled grammar and its bytes, or the error that this grammar will always get."""
         try:
             from sprat.engine import grammar_worker
@@ -161,13 +167,13 @@ class Grammars:
         try:
             source = prepare(response)
             with self._compiler(tenant) as compiler:
-                answer = compiler.ask({"kind": response.kind, "source": source})
-            if "error" in answer:
-                return refusal(response, str(answer["error"])), 0
+                reply = compiler.ask({"kind": response.kind, "source": source})
+            if "error" in reply:
+                return refusal(response, str(reply["error"])), 0
             with self._lock:
-                if self._words is None:
-                    self._words = grammar_worker.vocabulary(self._tokens(), self._ends)
-            return grammar_worker.matcher(self._words, response.kind, source), int(answer["bytes"])
+                if self._vocabulary is None:
+                    self._vocabulary = grammar_worker.build_tokenizer(self._tokens(), self._eos_token_ids)
+            return grammar_worker.build_matcher(self._vocabulary, response.kind, source), int(reply["bytes"])
         except EngineError as error:
             return error, 0
         except ValueError as error:
@@ -178,48 +184,52 @@ class Grammars:
         return [self._tokenizer.token_bytes(index) for index in range(self._tokenizer.vocab_size)]
 
 
-class Grammar:
+class GrammarProcessor:
     """The grammar of one answer; see ``processors.Processor``.
 
     Args:
-        opening: the id of ``<think>``, which a model that may think can say first.
-        ends: ids that end an answer; not before it has its form.
-        tag, over: where ``</think>`` is text, its bytes, and the tokens that hold its last byte and more behind it.
+        open_id: the id of ``<think>``, which a model that may think can say first.
+        eos_token_ids: ids that end an answer; not before it has its form.
+        close_tag, overlapping: where ``</think>`` is text, its bytes, and the tokens that hold its last byte and more
+            behind it.
     """
 
-    wakes, speculates = 0, True
+    starts_at, supports_drafts = 0, True
 
     def __init__(
         self,
         matcher: LLMatcher,
-        thought: Thought,
-        opening: int,
-        ends: list[int],
-        tag: bytes,
-        over: list[tuple[int, bytes]],
+        tracker: ReasoningTracker,
+        open_id: int,
+        eos_token_ids: list[int],
+        close_tag: bytes,
+        overlapping: list[tuple[int, bytes]],
     ) -> None:
-        self._matcher, self._thought = matcher, thought
-        self._opening, self._ends, self._tag, self._over = opening, ends, tag, over
-        self._consumed = 0  # settled tokens that the matcher has seen, or that lie before the content
+        self._matcher, self._tracker = matcher, tracker
+        self._open_id, self._eos_token_ids = open_id, eos_token_ids
+        self._close_tag, self._overlapping = close_tag, overlapping
+        self._num_consumed = 0  # output tokens that the matcher has seen, or that lie before the content
 
-    def apply(self, logits_V: NDArray[np.float32], said: Rows[int], ahead: Rows[int]) -> None:
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
         """See ``Processor``.
 
         Raises:
             EngineError: the grammar went over its limits.
         """
-        thought = self._thought.follow(said, ahead)
-        if thought.reasons:
-            self._keep_apart(logits_V, thought.tail)
+        tracker = self._tracker.advance(output_ids, draft_ids)
+        if tracker.is_reasoning:
+            self._mask_while_reasoning(logits_V, tracker.tail)
             return
-        settled, matcher = self._thought.end, self._matcher
-        if settled is not None:
-            matcher.consume_tokens(list(said[max(self._consumed, settled) :]))
-            self._consumed = len(said)
-        drafted = [] if thought.end is None else list(ahead[max(thought.end - len(said), 0) :])
+        content_start, matcher = self._tracker.end, self._matcher
+        if content_start is not None:
+            matcher.consume_tokens(list(output_ids[max(self._num_consumed, content_start) :]))
+            self._num_consumed = len(output_ids)
+        drafted = [] if tracker.end is None else list(draft_ids[max(tracker.end - len(output_ids), 0) :])
         count = matcher.try_consume_tokens(drafted) if drafted else 0
         if count == len(drafted):
-            self._mask(logits_V, undecided=thought.end is None)
+            self._mask(logits_V, undecided=tracker.end is None)
         if count:
             matcher.rollback(count)
 
@@ -231,12 +241,12 @@ class Grammar:
             raise EngineError("the grammar became too complex while it was followed", where="response", todo=todo)
         allowed_V = np.unpackbits(mask, count=len(logits_V), bitorder="little")
         if undecided:
-            allowed_V[self._opening] = 1
+            allowed_V[self._open_id] = 1
         np.copyto(logits_V, -np.inf, where=allowed_V == 0)
 
-    def _keep_apart(self, logits_V: NDArray[np.float32], tail: bytes) -> None:
+    def _mask_while_reasoning(self, logits_V: NDArray[np.float32], tail: bytes) -> None:
         """While it reasons, rule out the end, and what ends the reasoning and goes on: that would escape the form."""
-        logits_V[self._ends] = -np.inf
-        for index, text in self._over:
-            if -1 < (tail + text).find(self._tag) < len(tail) + len(text) - len(self._tag):
+        logits_V[self._eos_token_ids] = -np.inf
+        for index, text in self._overlapping:
+            if -1 < (tail + text).find(self._close_tag) < len(tail) + len(text) - len(self._close_tag):
                 logits_V[index] = -np.inf

@@ -15,17 +15,17 @@ from sprat.errors import EngineError
 START_SECONDS = 30.0  # a new process reads the vocabulary first
 
 
-class Compiler:
+class CompilerProcess:
     """One process, started with the first grammar and again after one that it did not survive; one thread at a time.
 
     Args:
-        tokens: gives the bytes of every token of the vocabulary.
-        ends: ids that end an answer.
+        token_bytes: gives the bytes of every token of the vocabulary.
+        eos_token_ids: ids that end an answer.
         deadline: seconds that one grammar may take.
     """
 
-    def __init__(self, tokens: Callable[[], list[bytes]], ends: list[int], deadline: float) -> None:
-        self._tokens, self._ends, self._deadline = tokens, ends, deadline
+    def __init__(self, token_bytes: Callable[[], list[bytes]], eos_token_ids: list[int], deadline: float) -> None:
+        self._token_bytes, self._eos_token_ids, self._deadline = token_bytes, eos_token_ids, deadline
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, job: dict[str, str]) -> dict[str, Any]:
@@ -35,17 +35,17 @@ class Compiler:
             EngineError: it died or took too long; it is ended then.
         """
         if self.process is not None and self.process.poll() is not None:
-            self.end()
+            self.kill()
         try:
             process = self.process or self._start()
-            return _tell(process, job, self._deadline)
+            return _request(process, job, self._deadline)
         except (OSError, ValueError, TimeoutError) as error:
-            self.end()
-            slow = isinstance(error, TimeoutError)
-            fault = f"the grammar took over {self._deadline:g} s" if slow else "the grammar broke its compiler"
+            self.kill()
+            timed_out = isinstance(error, TimeoutError)
+            fault = f"the grammar took over {self._deadline:g} s" if timed_out else "the grammar broke its compiler"
             raise EngineError(fault, where="response", todo="make it smaller or simpler") from None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill the process, if there is one; any thread may."""
         process, self.process = self.process, None
         if process is None:
@@ -74,13 +74,13 @@ class Compiler:
             start_new_session=True,  # an interrupt at the terminal is not meant for it
         )
         assert process.stdin is not None
-        head = {"tokens": [text.hex() for text in self._tokens()], "ends": self._ends}
-        process.stdin.write(json.dumps(head) + "\n")
-        _tell(process, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
+        header = {"tokens": [text.hex() for text in self._token_bytes()], "ends": self._eos_token_ids}
+        process.stdin.write(json.dumps(header) + "\n")
+        _request(process, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
         return process
 
 
-def _tell(process: subprocess.Popen[str], job: dict[str, str], seconds: float) -> dict[str, Any]:
+def _request(process: subprocess.Popen[str], job: dict[str, str], seconds: float) -> dict[str, Any]:
     """Send a job and wait for its answer.
 
     Raises:
@@ -93,5 +93,5 @@ def _tell(process: subprocess.Popen[str], job: dict[str, str], seconds: float) -
         selector.register(process.stdout, selectors.EVENT_READ)
         if not selector.select(seconds):
             raise TimeoutError
-    answer: dict[str, Any] = json.loads(process.stdout.readline())
-    return answer
+    reply: dict[str, Any] = json.loads(process.stdout.readline())
+    return reply

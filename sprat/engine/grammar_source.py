@@ -26,7 +26,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
-from sprat.engine.sampling import Response
+from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
 
 MAX_SOURCE, MAX_DEPTH, MAX_NODES = 64 * 1024, 32, 8192

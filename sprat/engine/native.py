@@ -1,4 +1,4 @@
-"""The native back end: the model's weights handed to the compiled step, and paged memory beside them.
+"""The native back end: the model's weights handed to the compiled step, and a paged KV cache beside them.
 
 It is a second form of ``model``, never a second model: sizes come from its config, rotary turns from its table, weights
 from its own tensors. Float weights are used where they lie, so what a trainer changes is seen at once. Quantised
@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
-from sprat.engine.backend import BLOCK, Batch
-from sprat.engine.panels import GROUP, KINDS, Pages, floating, floats, give_back, plain, stack
+from sprat.engine.backend import BLOCK_SIZE, Batch
+from sprat.engine.panels import (
+    DTYPE_CODES,
+    GROUP,
+    HugePages,
+    as_float_weights,
+    float_vector,
+    float_weights,
+    pack_weights,
+    trim_heap,
+)
 from sprat.errors import MachineError
 from sprat.kernels import native, why_not
 from sprat.model import Linear, MoE, Transformer
@@ -25,7 +34,7 @@ from sprat.model.mla import MLA
 from sprat.model.moe import MLP
 from sprat.quant.layers import Packed, QuantEmbedding, QuantExperts, QuantLinear
 
-FORMATS = ("f32", "f16", "i8")  # of memory, in the order of the C++ side
+FORMATS = ("f32", "f16", "i8")  # of the KV cache, in the order of the C++ side
 
 
 class NativeBackend:
@@ -43,7 +52,7 @@ class NativeBackend:
         MachineError: the kernels are not built, or do not take this model (see ``accepts``).
     """
 
-    invariant = True
+    batch_invariant = True
 
     def __init__(
         self,
@@ -57,20 +66,25 @@ class NativeBackend:
         if reason is not None:
             raise MachineError(f"the native engine cannot run this: {reason}", where="engine", todo="let torch run it")
         self.model, config = model, model.config
-        self.vocab, self.depth = config.vocab_size, len(model.mtp)
-        self.kv_format = kv_format or ("f32" if isinstance(model.head, Linear) and _is_wide(model) else "f16")
+        self.vocab, self.num_mtp_modules = config.vocab_size, len(model.mtp)
+        self.kv_format = kv_format or ("f32" if isinstance(model.head, Linear) and _is_float32(model) else "f16")
         count = threads or torch.get_num_threads()
-        if self.kv_format == "i8" and not _fits_bytes(config):
+        if self.kv_format == "i8" and not _fits_i8(config):
             fault = "memory in bytes needs heads of a multiple of 16 channels (rotary parts: of 4)"
             raise MachineError(fault, where="kv_format", todo="use f16")
         self._packed: dict[int, Any] = {}
-        self._pages, self._consume = Pages(), consume
+        self._pages, self._consume = HugePages(), consume
         self._native = native()
         self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
         self._turns = 0
         embedding = self._matrix(model.embed_tokens)
         head = embedding if config.tie_word_embeddings else self._matrix(model.head)
-        ends = {"embedding": embedding, "head": head, "norm": floats(model.norm.weight), "turns": self._table(BLOCK)}
+        ends = {
+            "embedding": embedding,
+            "head": head,
+            "norm": float_vector(model.norm.weight),
+            "turns": self._table(BLOCK_SIZE),
+        }
         self._decoder.set_ends(ends)
         layers: list[Any] = list(model.layers)
         for layer in layers:
@@ -79,11 +93,11 @@ class NativeBackend:
         for module in modules:
             parts = self._layer(module.block)
             gains = {"norm_embedding": module.enorm, "norm_hidden": module.hnorm, "norm_last": module.shared_norm}
-            parts |= {name: floats(norm.weight) for name, norm in gains.items()}
+            parts |= {name: float_vector(norm.weight) for name, norm in gains.items()}
             self._decoder.add_drafter(parts | {"join": self._matrix(module.eh_proj)})
         self.block_bytes = int(self._decoder.block_bytes)
         if consume:
-            give_back()
+            trim_heap()
 
     @staticmethod
     def accepts(model: Transformer) -> str | None:
@@ -97,42 +111,42 @@ class NativeBackend:
             if isinstance(module, Packed) and module.bits < 16 and module.group % GROUP and module.group < module.width:
                 return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
             weight = getattr(module, "weight", None) if isinstance(module, Linear | nn.Embedding) else None
-            if weight is not None and weight.dtype not in KINDS:
+            if weight is not None and weight.dtype not in DTYPE_CODES:
                 return f"{name} is {weight.dtype}"
         return None
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Blocks that there is memory for."""
         return int(self._decoder.blocks)
 
-    def reserve(self, blocks: int) -> None:
+    def reserve(self, num_blocks: int) -> None:
         """See ``Backend``."""
         try:
-            self._decoder.reserve(blocks)
+            self._decoder.reserve(num_blocks)
         except MemoryError:
-            wanted = blocks * self.block_bytes / 2**30
-            fault = f"no memory for {blocks} blocks of keys ({wanted:.1f} GiB)"
+            size = num_blocks * self.block_bytes / 2**30
+            fault = f"no memory for {num_blocks} blocks of keys ({size:.1f} GiB)"
             todo = "give the engine fewer blocks or a smaller context"
             raise MachineError(fault, where="engine", todo=todo) from None
 
     def run(self, batch: Batch) -> Tensor:
         """See ``Backend``."""
-        logits_RV = np.empty((len(batch.wanted_R), self.vocab), np.float32)
+        logits_RV = np.empty((len(batch.logits_index_R), self.vocab), np.float32)
         self._call(self._decoder.run, batch, logits_RV)
         return torch.from_numpy(logits_RV)
 
-    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+    def argmax(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
-        found_R = np.empty(len(batch.wanted_R), np.int64)
-        self._call(self._decoder.best, batch, vocab, found_R)
-        return found_R
+        tokens_R = np.empty(len(batch.logits_index_R), np.int64)
+        self._call(self._decoder.best, batch, vocab, tokens_R)
+        return tokens_R
 
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
-        guesses_SD = np.empty((len(batch.starts_S) - 1, self.depth), np.int64)
-        self._call(self._decoder.draft, batch, next_T, vocab, guesses_SD)
-        return guesses_SD
+        drafts_SD = np.empty((len(batch.starts_S) - 1, self.num_mtp_modules), np.int64)
+        self._call(self._decoder.draft, batch, next_T, vocab, drafts_SD)
+        return drafts_SD
 
     def copy(self, source: int, target: int) -> None:
         """See ``Backend``."""
@@ -148,9 +162,9 @@ class NativeBackend:
 
     def _call(self, call: Any, batch: Batch, *more: Any) -> None:
         """One call with the arrays of a batch; the table of turns grows with the longest position."""
-        if batch.tables_SW.shape[1] * BLOCK > self._turns:
-            self._decoder.set_turns(self._table(batch.tables_SW.shape[1] * BLOCK))
-        call(batch.tokens_T, batch.positions_T, batch.starts_S, batch.tables_SW, batch.wanted_R, *more)
+        if batch.block_tables_SW.shape[1] * BLOCK_SIZE > self._turns:
+            self._decoder.set_turns(self._table(batch.block_tables_SW.shape[1] * BLOCK_SIZE))
+        call(batch.tokens_T, batch.positions_T, batch.starts_S, batch.block_tables_SW, batch.logits_index_R, *more)
 
     def _table(self, positions: int) -> Tensor:
         """Turns of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
@@ -160,22 +174,25 @@ class NativeBackend:
 
     def _layer(self, block: Any) -> dict[str, Any]:
         """What the step needs of one decoder layer, by the names of ``module.cpp``."""
-        parts: dict[str, Any] = {"norm_in": floats(block.input_layernorm.weight)}
-        parts["norm_out"] = floats(block.post_attention_layernorm.weight)
+        parts: dict[str, Any] = {"norm_in": float_vector(block.input_layernorm.weight)}
+        parts["norm_out"] = float_vector(block.post_attention_layernorm.weight)
         attention: Any = block.self_attn
         if isinstance(attention, MLA):
             parts["kv_down"] = self._matrix(attention.kv_a_proj_with_mqa)
-            parts["kv_up"] = floating(attention.kv_b_proj, self._consume)
-            parts["latent_norm"] = floats(attention.kv_a_layernorm.weight)
+            parts["kv_up"] = as_float_weights(attention.kv_b_proj, self._consume)
+            parts["latent_norm"] = float_vector(attention.kv_a_layernorm.weight)
             if attention.has_q_lora:
                 parts |= {"q_down": self._matrix(attention.q_a_proj), "q": self._matrix(attention.q_b_proj)}
-                parts["q_latent_norm"] = floats(attention.q_a_layernorm.weight)
+                parts["q_latent_norm"] = float_vector(attention.q_a_layernorm.weight)
             else:
                 parts["q"] = self._matrix(attention.q_proj)
         else:
             parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
             if attention.has_qk_norm:
-                parts |= {"q_norm": floats(attention.q_norm.weight), "k_norm": floats(attention.k_norm.weight)}
+                parts |= {
+                    "q_norm": float_vector(attention.q_norm.weight),
+                    "k_norm": float_vector(attention.k_norm.weight),
+                }
             if attention.window is not None:
                 parts["window"] = attention.window
         parts["o"] = self._matrix(attention.o_proj)
@@ -190,7 +207,7 @@ class NativeBackend:
         if mlp.shared_experts is not None:
             experts.append(self._expert(mlp.shared_experts))
         parts = {
-            "router": plain(mlp.gate.weight.float()),
+            "router": float_weights(mlp.gate.weight.float()),
             "chosen": config.num_experts_per_tok,
             "groups": config.n_group if config.limits_groups else 1,
             "top_groups": config.topk_group if config.limits_groups else 1,
@@ -200,7 +217,7 @@ class NativeBackend:
             "routed_scale": config.routed_scaling_factor,
         }
         if mlp.gate.has_bias:
-            parts["router_bias"] = floats(mlp.gate.e_score_correction_bias)
+            parts["router_bias"] = float_vector(mlp.gate.e_score_correction_bias)
         return parts | {"experts": experts, "shared": mlp.shared_experts is not None}
 
     def _expert(self, mlp: MLP) -> tuple[Any, Any, Any]:
@@ -210,27 +227,28 @@ class NativeBackend:
     def _experts(self, experts: Any) -> list[Any]:
         """Gate, up and down of each routed expert."""
         if isinstance(experts, QuantExperts):
-            stacks = [
-                stack(packed, self._pages, consume=self._consume) for packed in (experts.gate, experts.up, experts.down)
+            matrices = [
+                pack_weights(packed, self._pages, consume=self._consume)
+                for packed in (experts.gate, experts.up, experts.down)
             ]
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
-            stacks = [[plain(one) for one in weight.detach()] for weight in weights]
-        return list(zip(*stacks, strict=True))
+            matrices = [[float_weights(weight) for weight in weight.detach()] for weight in weights]
+        return list(zip(*matrices, strict=True))
 
     def _matrix(self, module: Any) -> Any:
         """A linear map or an embedding, in whatever form it is."""
         bias = getattr(module, "bias", None)
         if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
             if id(module.packed) not in self._packed or bias is not None:
-                self._packed[id(module.packed)] = stack(module.packed, self._pages, bias, self._consume)[0]
+                self._packed[id(module.packed)] = pack_weights(module.packed, self._pages, bias, self._consume)[0]
             return self._packed[id(module.packed)]
         weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
-        return plain(weight, bias)
+        return float_weights(weight, bias)
 
 
-def _fits_bytes(config: ModelConfig) -> bool:
-    """Whether memory in bytes takes heads of these widths."""
+def _fits_i8(config: ModelConfig) -> bool:
+    """Whether a KV cache in bytes takes heads of these widths."""
     if config.is_mla:
         return config.kv_lora_rank % 16 == 0 and config.qk_rope_head_dim % 4 == 0
     return config.attention_head_dim % 16 == 0
@@ -256,7 +274,7 @@ def _dims(model: Transformer) -> dict[str, Any]:
     }
 
 
-def _is_wide(model: Transformer) -> bool:
+def _is_float32(model: Transformer) -> bool:
     """Whether all matrices are float32."""
     return all(p.dtype == torch.float32 for p in model.parameters()) and not any(
         isinstance(module, Packed) for module in model.modules()

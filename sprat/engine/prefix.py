@@ -1,4 +1,4 @@
-"""When two requests may share memory: the keys of blocks.
+"""When two requests may share cached blocks: the keys of blocks.
 
 A block's content follows from the tokens in it, all tokens before it, the weights, and how numbers are stored. Its
 key is SHA-256 over exactly that, with the tenant's secret in front: who does not have the secret cannot find the
@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sprat.engine.backend import BLOCK
+from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.sequence import Sequence
 from sprat.model import Transformer
 
 
-class Keys:
+class BlockKeys:
     """Makes the keys of blocks for one model as one engine runs it.
 
     Args:
         model, adapter, tokenizer: their digests. ``adapter`` is empty where there is none, and ``model`` where keys
             never leave this engine.
-        kv_format: how the back end stores memory.
+        kv_format: how the back end stores keys and values.
     """
 
     def __init__(self, model: str, adapter: str, tokenizer: str, kv_format: str) -> None:
@@ -33,36 +33,36 @@ class Keys:
         self._common = b"".join(tagged(tag, text.encode()) for tag, text in parts.items())
 
     def extend(self, sequence: Sequence, tokens: int) -> None:
-        """Have ``sequence.keys`` name every full block of the first ``tokens`` tokens of prompt and answer."""
-        keys, wanted = sequence.keys, tokens // BLOCK
-        if len(keys) >= wanted:
+        """Have ``sequence.block_keys`` name every full block of the first ``tokens`` tokens of prompt and answer."""
+        keys, needed = sequence.block_keys, tokens // BLOCK_SIZE
+        if len(keys) >= needed:
             return
-        ids = sequence.span(len(keys) * BLOCK, wanted * BLOCK)
+        ids = sequence.ids_between(len(keys) * BLOCK_SIZE, needed * BLOCK_SIZE)
         head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
-        for at in range(0, len(ids), BLOCK):
-            keys.append(_behind(head, keys[-1] if keys else b"", ids[at : at + BLOCK]))
+        for start in range(0, len(ids), BLOCK_SIZE):
+            keys.append(_child_key(head, keys[-1] if keys else b"", ids[start : start + BLOCK_SIZE]))
 
-    def last(self, sequence: Sequence, tokens: int) -> bytes:
+    def partial(self, sequence: Sequence, tokens: int) -> bytes:
         """The key of the block, not full, that holds the last of the first ``tokens`` tokens."""
         head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
-        whole = tokens // BLOCK
-        return _behind(head, self.before(sequence, whole), sequence.span(whole * BLOCK, tokens))
+        full = tokens // BLOCK_SIZE
+        return _child_key(head, self.parent(sequence, full), sequence.ids_between(full * BLOCK_SIZE, tokens))
 
-    def before(self, sequence: Sequence, place: int) -> bytes:
-        """The key of the block before the one at ``place``; for the first block a name of the tenant's and model's."""
-        if place:
-            return sequence.keys[place - 1]
+    def parent(self, sequence: Sequence, index: int) -> bytes:
+        """The key of the block before the one at ``index``; for the first block a name of the tenant's and model's."""
+        if index:
+            return sequence.block_keys[index - 1]
         return hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common).digest()
 
 
-def _behind(head: hashlib._Hash, parent: bytes, tokens: NDArray[np.int32]) -> bytes:
+def _child_key(head: hashlib._Hash, parent: bytes, tokens: NDArray[np.int32]) -> bytes:
     """The key of a block behind the one of key ``parent``."""
     digest = head.copy()
     digest.update(tagged(b"parent", parent) + tagged(b"tokens", tokens.astype(np.dtype("<i4")).tobytes()))
     return digest.digest()
 
 
-def digest_of(model: Transformer) -> str:
+def model_digest(model: Transformer) -> str:
     """SHA-256 (hex) of shape and weights as they are in memory; about a second for two gigabytes."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -32,7 +32,7 @@ from sprat.serve.traffic import Answering, Traffic
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from sprat.engine.sampling import Sampling
+    from sprat.engine.sampling_params import Sampling
     from sprat.tokens.chat import Message
 
 READ_SECONDS = 30.0  # for the whole request body
@@ -114,7 +114,7 @@ def _sampling(ask: ChatRequest, desk: Desk, seed: int) -> Sampling:
     Raises:
         RequestError: 400; it asks for more tokens than this server gives.
     """
-    from sprat.engine.sampling import Sampling
+    from sprat.engine.sampling_params import Sampling
 
     if ask.limit is not None and ask.limit > desk.max_tokens:
         name = ask.names["max_tokens"]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sprat.engine import budget
+from sprat.engine import blocks
 from sprat.machine import available_bytes, total_bytes
 
 MIB = 1 << 20
@@ -69,6 +69,6 @@ def test_a_wide_bound_changes_nothing_and_a_full_group_has_nothing(tmp_path: Pat
 
 
 def test_the_cache_takes_half_of_what_the_bound_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(blocks, "available_bytes", lambda: 100 * MIB)
     backend = cast(Any, SimpleNamespace(block_bytes=MIB))
-    assert budget.choose(backend, 64 * 4096, 8, None, torch.device("cpu")) == 50
+    assert blocks.determine_num_blocks(backend, 64 * 4096, 8, None, torch.device("cpu")) == 50

@@ -6,7 +6,7 @@ import pytest
 
 from sprat.config.sizes import size
 from sprat.engine import Engine, Response, Sampling
-from sprat.engine.intake import ends
+from sprat.engine.request import eos_token_ids
 from sprat.errors import EngineError
 from sprat.model import Transformer
 from sprat.tokens import Message, Tokenizer
@@ -28,7 +28,7 @@ def test_every_end_that_the_folder_lists_ends_an_answer_and_is_not_shown() -> No
     last = Tokenizer(text, config={"eos_token": "</s>"}).vocab_size - 1
     tokenizer = Tokenizer(text, config={"eos_token": "</s>"}, generation=Generation(ends=(2, last)))
     model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=200), 3)
-    assert ends(model.config, tokenizer) >= {2, last}
+    assert eos_token_ids(model.config, tokenizer) >= {2, last}
     engine = Engine(model, tokenizer)
     (output,) = engine.generate(["cat"], Sampling(temperature=0, max_tokens=5, logit_bias={last: 100.0}))
     assert (output.token_ids, output.finish_reason, output.text) == ([last], "stop", "")

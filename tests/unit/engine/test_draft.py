@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sprat.engine import Engine, Output, Sampling, draft
+from sprat.engine import Engine, Output, Sampling, speculation
 from sprat.engine.backend import Batch
-from sprat.engine.draft import Lookup, Payoff, Way
 from sprat.engine.native import NativeBackend
+from sprat.engine.speculation import NgramTable, Payoff, SpeculationMode
 from sprat.engine.torch_backend import TorchBackend
 from sprat.errors import EngineError
 from sprat.kernels import native
@@ -25,24 +25,24 @@ from tests.unit.engine.fake import Fake, scores
 from tests.unit.engine.mtp import worst_guess
 
 REPEATS = [3, 4, 5, 6, 7, 8] * 6
-WITH_AND_WITHOUT: tuple[Way, Way] = ("mtp", "off")
+WITH_AND_WITHOUT: tuple[SpeculationMode, SpeculationMode] = ("mtp", "off")
 PROMPTS = [REPEATS, [9, *REPEATS[:20]], list(range(30, 130)), [11]]
 
 
-@pytest.mark.parametrize("way", ["ngram", "mtp"])
+@pytest.mark.parametrize("mode", ["ngram", "mtp"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafted_answers_are_the_plain_ones(
-    drafter: Transformer, tokenizer: Tokenizer, way: Way, temperature: float
+    drafter: Transformer, tokenizer: Tokenizer, mode: SpeculationMode, temperature: float
 ) -> None:
     how = [Sampling(temperature=temperature, max_tokens=90, seed=s, logprobs=True) for s in range(len(PROMPTS))]
     plain = Engine(drafter, tokenizer, speculate="off").generate(PROMPTS, how)
-    engine = Engine(drafter, tokenizer, backend=TorchBackend(drafter), speculate=way, step_tokens=50, max_batch=3)
+    engine = Engine(drafter, tokenizer, backend=TorchBackend(drafter), speculate=mode, step_tokens=50, max_batch=3)
     drafted = engine.generate(PROMPTS, how)
     assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
     for one, other in zip(drafted, plain, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     stats = engine.stats()
-    assert engine.check() == [] and (stats.drafted_tokens > 0 or (way, temperature) == ("ngram", 0.8))
+    assert engine.check() == [] and (stats.drafted_tokens > 0 or (mode, temperature) == ("ngram", 0.8))
     assert stats.sampled_tokens == sum(len(one.token_ids) for one in drafted)
 
 
@@ -62,13 +62,13 @@ def test_whatever_is_asked_drafts_change_no_bit(
     ]
     how = [Sampling(**{"temperature": temperature, "max_tokens": 75, "seed": 5} | ask) for ask in asks]
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(len(how))]
-    backends: list[list[Any]] = [[Fake(drafter.config.vocab_size, depth=1) for _ in WITH_AND_WITHOUT]]
+    backends: list[list[Any]] = [[Fake(drafter.config.vocab_size, num_mtp_modules=1) for _ in WITH_AND_WITHOUT]]
     if native() is not None:
         backends.append([NativeBackend(drafter, threads=1) for _ in WITH_AND_WITHOUT])
     for pair in backends:
         engines = [
-            Engine(drafter, tokenizer, backend=backend, speculate=way, max_batch=batch)
-            for backend, way in zip(pair, WITH_AND_WITHOUT, strict=True)
+            Engine(drafter, tokenizer, backend=backend, speculate=mode, max_batch=batch)
+            for backend, mode in zip(pair, WITH_AND_WITHOUT, strict=True)
         ]
         plain = engines[1].generate(prompts, how)
         if pair[0].draft.__func__ is NativeBackend.draft:
@@ -91,11 +91,11 @@ def guesses_from(outputs: list[Output], draft: Callable[..., NDArray[np.int64]])
 
 
 def test_a_module_that_is_not_finite_drafts_nothing(drafter: Transformer, tokenizer: Tokenizer) -> None:
-    fakes = [Fake(drafter.config.vocab_size, depth=1) for _ in range(2)]
+    fakes = [Fake(drafter.config.vocab_size, num_mtp_modules=1) for _ in range(2)]
     fakes[0].draft = lambda batch, next_T, vocab: np.full((len(batch.starts_S) - 1, 1), -1)  # type: ignore[method-assign]
     broken, plain = (
-        Engine(drafter, tokenizer, backend=fake, speculate=way)
-        for fake, way in zip(fakes, WITH_AND_WITHOUT, strict=True)
+        Engine(drafter, tokenizer, backend=fake, speculate=mode)
+        for fake, mode in zip(fakes, WITH_AND_WITHOUT, strict=True)
     )
     how = Sampling(temperature=0, max_tokens=20)
     assert broken.generate(PROMPTS, how) == plain.generate(PROMPTS, how) and broken.stats().drafted_tokens == 0
@@ -103,11 +103,11 @@ def test_a_module_that_is_not_finite_drafts_nothing(drafter: Transformer, tokeni
 
 def test_good_drafts_save_steps(model: Transformer, tokenizer: Tokenizer) -> None:
     how = Sampling(temperature=0, max_tokens=60)
-    fakes = {way: Fake(model.config.vocab_size, depth=1) for way in ("off", "mtp")}
+    fakes = {mode: Fake(model.config.vocab_size, num_mtp_modules=1) for mode in ("off", "mtp")}
     said = {}
-    for way, fake in fakes.items():
-        engine = Engine(model, tokenizer, backend=fake, speculate="mtp" if way == "mtp" else "off")
-        said[way] = engine.generate([[5] * 70], how)[0].token_ids
+    for mode, fake in fakes.items():
+        engine = Engine(model, tokenizer, backend=fake, speculate="mtp" if mode == "mtp" else "off")
+        said[mode] = engine.generate([[5] * 70], how)[0].token_ids
     count = len(said["off"])
     assert said["mtp"] == said["off"] and len(fakes["off"].batches) == count > 20
     assert len(fakes["mtp"].batches) == 1 + math.ceil((count - 1) / 2), "a step gives a token and a draft that holds"
@@ -123,12 +123,14 @@ def test_the_drafts_of_mtp_are_those_of_training(drafter: Transformer) -> None:
 def test_the_joint_distribution_of_drafted_tokens_is_the_models(
     model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draft, "MOST_ROWS", 400)
+    monkeypatch.setattr(speculation, "MAX_ROWS", 400)
     draws, kept, prompt = 20_000, 4, [5, 6, 7]
-    engine = Engine(model, tokenizer, backend=Fake(model.config.vocab_size, depth=1), max_batch=400, speculate="mtp")
+    engine = Engine(
+        model, tokenizer, backend=Fake(model.config.vocab_size, num_mtp_modules=1), max_batch=400, speculate="mtp"
+    )
     how = [Sampling(temperature=1.5, top_k=kept, max_tokens=4, seed=seed) for seed in range(draws)]
-    sequences = [engine._intake.sequence(prompt, one) for one in how]
-    handles = engine.core.enter(sequences, engine._drive, streams=False)
+    sequences = [engine._request_builder.build(prompt, one) for one in how]
+    handles = engine.core.add_requests(sequences, engine._step_unless_threaded, streams=False)
     seen = Counter(tuple(handle.result().token_ids) for handle in handles)
     stats = engine.stats()
     assert 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9, "both ways out of a draft are taken"
@@ -153,38 +155,38 @@ def test_the_joint_distribution_of_drafted_tokens_is_the_models(
     assert freedom > 50 and statistic < freedom + 3.5 * math.sqrt(2 * freedom), (statistic, freedom)
 
 
-def test_lookup_finds_what_followed_last_time() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 1, 2, 3, 6, 7], 100)
-    assert lookup.propose([], 4) == []
-    assert lookup.propose([1, 2, 3], 4) == [6, 7, 1, 2]
-    assert lookup.propose([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
-    assert Lookup([1], 100).propose([], 4) == []
+def test_an_ngram_table_finds_what_followed_last_time() -> None:
+    table = NgramTable([1, 2, 3, 4, 5, 1, 2, 3, 6, 7], 100)
+    assert table.propose([], 4) == []
+    assert table.propose([1, 2, 3], 4) == [6, 7, 1, 2]
+    assert table.propose([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert NgramTable([1], 100).propose([], 4) == []
 
 
 def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
     payoff = Payoff()
-    payoff.timed(1, 1.0)
+    payoff.record_step(1, 1.0)
     assert payoff.pays(1, 4), "nobody knows yet"
-    payoff.timed(5, 1.2)
-    payoff.checked(3.0)
+    payoff.record_step(5, 1.2)
+    payoff.record_accepted(3.0)
     assert payoff.pays(1, 4)
     for _ in range(60):
-        payoff.checked(0.0)
+        payoff.record_accepted(0.0)
     assert sum(payoff.pays(1, 4) for _ in range(680)) == 40
     for _ in range(60):
-        payoff.checked(4.0)
+        payoff.record_accepted(4.0)
     assert payoff.pays(1, 4)
     for _ in range(60):
-        payoff.timed(5, 6.0)
+        payoff.record_step(5, 6.0)
     assert not all(payoff.pays(1, 4) for _ in range(5))
 
 
 def test_automatic_speculation_says_the_same(model: Transformer, tokenizer: Tokenizer) -> None:
-    for depth, temperature in itertools.product((0, 1), (0.0, 1.0)):
+    for modules, temperature in itertools.product((0, 1), (0.0, 1.0)):
         how = Sampling(temperature=temperature, max_tokens=100, n=3)
         engines = [
-            Engine(model, tokenizer, backend=Fake(model.config.vocab_size, depth=depth), speculate=way)
-            for way in ("auto", "off")
+            Engine(model, tokenizer, backend=Fake(model.config.vocab_size, num_mtp_modules=modules), speculate=mode)
+            for mode in ("auto", "off")
         ]
         auto, plain = ([one.token_ids for one in engine.generate([REPEATS], how)] for engine in engines)
         assert auto == plain

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import BLOCK, Scale, Weights, draw, draw_here, greatest, inverse_cdf, logprob, truncate, uniform
+from sprat.engine.draw import (
+    VOCAB_BLOCK,
+    LogNormalizer,
+    SoftmaxWeights,
+    argmax,
+    inverse_cdf,
+    logprob,
+    sample,
+    sample_numpy,
+    top_k_top_p,
+    uniform,
+)
 from sprat.errors import EngineError
 
 
@@ -20,15 +31,15 @@ def drawn(
     logits: Tensor,
     noise: NDArray[np.float64],
     *,
-    heat: float = 1.0,
+    temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> NDArray[np.int64]:
     """Tokens of rows that share their settings."""
     rows = len(logits)
-    kinds = ((heat, np.float32), (top_k, np.int64), (top_p, np.float32), (min_p, np.float32))
-    return draw(logits.numpy(), *[np.full(rows, value, kind) for value, kind in kinds], noise, logits.shape[1])[0]  # type: ignore[arg-type]
+    kinds = ((temperature, np.float32), (top_k, np.int64), (top_p, np.float32), (min_p, np.float32))
+    return sample(logits.numpy(), *[np.full(rows, value, kind) for value, kind in kinds], noise, logits.shape[1])[0]  # type: ignore[arg-type]
 
 
 def chi_square(tokens: NDArray[np.int64], expected: NDArray[np.float64]) -> tuple[float, int]:
@@ -49,20 +60,20 @@ def test_noise_is_uniform_and_a_pure_function_of_key_and_position() -> None:
     assert abs(np.corrcoef(noise, uniform(key, position + 1))[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize("way", ["native", "numpy"])
+@pytest.mark.parametrize("implementation", ["native", "numpy"])
 @pytest.mark.parametrize(
     "cut", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9, "min_p": 0.02}]
 )
 def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(
-    cut: dict[str, float], way: str, monkeypatch: pytest.MonkeyPatch
+    cut: dict[str, float], implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "numpy":
+    if implementation == "numpy":
         monkeypatch.setattr("sprat.engine.draw.native", lambda: None)
     logits = torch.randn(1, 150, generator=torch.Generator().manual_seed(0)) * 2
-    rows, heat = 20_000, 1.3
+    rows, temperature = 20_000, 1.3
     noise = uniform(np.random.default_rng(1).integers(0, 2**63, rows).astype(np.uint64), np.zeros(rows, np.int64))
-    tokens = drawn(logits.expand(rows, -1).contiguous(), noise, heat=heat, **cut)  # type: ignore[arg-type]
-    weight = (logits[0] / heat).softmax(-1)
+    tokens = drawn(logits.expand(rows, -1).contiguous(), noise, temperature=temperature, **cut)  # type: ignore[arg-type]
+    weight = (logits[0] / temperature).softmax(-1)
     kept = kept_naively(weight, int(cut.get("top_k", 0)), float(np.float32(cut.get("top_p", 1))), cut.get("min_p", 0.0))
     share = np.array([float(weight[i]) if i in kept else 0.0 for i in range(150)])
     statistic, cells = chi_square(tokens, share / share.sum() * rows)
@@ -76,9 +87,9 @@ def test_a_token_of_weight_zero_is_never_chosen(vocab: int, seed: int, noise: fl
     rng = np.random.default_rng(seed)
     weight = rng.random((3, vocab), np.float32) * (rng.random((3, vocab)) < 0.3)
     weight[:, seed % vocab] = 1e-6
-    blocks = np.pad(weight, ((0, 0), (0, -vocab % BLOCK))).astype(np.float32).reshape(3, -1, BLOCK)
-    weights = Weights(
-        blocks, blocks.sum(-1).astype(np.float64), Scale(np.zeros(3, np.float32), np.zeros(3, np.float32))
+    blocks = np.pad(weight, ((0, 0), (0, -vocab % VOCAB_BLOCK))).astype(np.float32).reshape(3, -1, VOCAB_BLOCK)
+    weights = SoftmaxWeights(
+        blocks, blocks.sum(-1).astype(np.float64), LogNormalizer(np.zeros(3, np.float32), np.zeros(3, np.float32))
     )
     chosen = inverse_cdf(weights, np.full(3, noise))
     assert (weight[np.arange(3), chosen] > 0).all()
@@ -111,21 +122,21 @@ def test_truncation_keeps_what_the_definitions_say(
 ) -> None:
     logits = torch.randn(30, generator=torch.Generator().manual_seed(seed)).mul(spread)
     weight = (logits.round() if ties else logits).sub(logits.max()).exp()
-    ids, kept = truncate(weight.numpy(), float(weight.double().sum()), top_k, top_p, min_p)
+    ids, kept = top_k_top_p(weight.numpy(), float(weight.double().sum()), top_k, top_p, min_p)
     nothing = set((weight == 0).nonzero()[:, 0].tolist())
     assert set(ids.tolist()) == kept_naively(weight, top_k, top_p, min_p) - nothing
     assert (np.diff(ids) > 0).all() and (kept == weight.numpy()[ids]).all()
 
 
-WAYS = {"native": draw, "numpy": draw_here}
+IMPLEMENTATIONS = {"native": sample, "numpy": sample_numpy}
 DRAWS = int(os.environ.get("SPRAT_DRAWS", "400"))  # the whole fuzz is 20,000
 
 
 def oracle(
-    logits: NDArray[np.float32], heat: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, vocab: int
+    logits: NDArray[np.float32], temperature: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, vocab: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """In float64, from the definitions: the shares that may be drawn, and the log-probabilities of the whole row."""
-    scaled = (logits.astype(np.float64) - float(logits[:vocab].max())) / float(heat)
+    scaled = (logits.astype(np.float64) - float(logits[:vocab].max())) / float(temperature)
     most = scaled.max()
     whole = scaled - (most + np.log(np.exp(scaled - most).sum()))
     weight = np.exp(scaled[:vocab])
@@ -138,10 +149,10 @@ def oracle(
     return share / share.sum(), whole
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_extreme_settings_draw_what_float64_says(way: str) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_settings_draw_what_float64_says(implementation: str) -> None:
     chance = np.random.default_rng(5)
-    heats = [1e-45, 1e-40, 2.9e-39, 2.95e-39, 1e-38, 1e-30, 1e-12, 1e-6, 1e-3, 0.02, 0.3, 1.0, 1.7, 40.0, 100.0]
+    temperatures = [1e-45, 1e-40, 2.9e-39, 2.95e-39, 1e-38, 1e-30, 1e-12, 1e-6, 1e-3, 0.02, 0.3, 1.0, 1.7, 40.0, 100.0]
     tails = [0.0, 1e-45, 1e-30, 1e-7, 0.03, 0.5, 1.0]
     for number in range(DRAWS):
         vocab = int(chance.choice([1, 2, 5, 127, 128, 300]))
@@ -153,20 +164,20 @@ def test_extreme_settings_draw_what_float64_says(way: str) -> None:
             logits[0, int(chance.integers(vocab))] = np.float32(spread)
         if chance.random() < 0.2:
             logits[0, vocab:] = logits[0, :vocab].max() * np.float32(0.5) + np.float32(min(spread, 1e38))
-        heat, top_k = np.float32(chance.choice(heats)), int(chance.choice([0, 0, 1, 2, 40, 2**31 - 1]))
+        temperature, top_k = np.float32(chance.choice(temperatures)), int(chance.choice([0, 0, 1, 2, 40, 2**31 - 1]))
         top_p, min_p = np.float32(chance.choice([1e-45, 1e-7, 0.4, 0.999, 1, 1])), np.float32(chance.choice(tails))
-        if spread < heat / 100:  # all weights are nearly 1, and which is greatest is up to rounding
+        if spread < temperature / 100:  # all weights are nearly 1, and which is greatest is up to rounding
             top_k, top_p, min_p = 0, np.float32(1), np.float32(0)
         noise = float(chance.choice([0.0, 1e-12, 1 - 2.0**-53, *chance.random(4)]))
-        columns = (np.array([heat]), np.array([top_k]), np.array([top_p]), np.array([min_p]), np.array([noise]))
-        tokens, scale = WAYS[way](logits, *columns, vocab)
-        share, whole = oracle(logits[0], heat, top_k, top_p, min_p, vocab)
-        token, what = int(tokens[0]), (number, heat, spread, top_k, top_p, min_p, noise, vocab, width)
+        columns = (np.array([temperature]), np.array([top_k]), np.array([top_p]), np.array([min_p]), np.array([noise]))
+        tokens, normalizer = IMPLEMENTATIONS[implementation](logits, *columns, vocab)
+        share, whole = oracle(logits[0], temperature, top_k, top_p, min_p, vocab)
+        token, what = int(tokens[0]), (number, temperature, spread, top_k, top_p, min_p, noise, vocab, width)
         reached = share.cumsum()
         assert 0 <= token < vocab, what
         # What float32 rounds may move an edge of the interval of a token, or what a truncation keeps, by a little.
         assert reached[token] - share[token] - 1e-4 <= noise <= reached[token] + 1e-4 or edge(share, token), what
-        found = float(logprob(logits[0, [token]], columns[0], scale)[0])
+        found = float(logprob(logits[0, [token]], columns[0], normalizer)[0])
         right = max(float(whole[token]), -3.4028235e38)
         assert abs(found - right) <= 1e-5 + 1e-6 * abs(right), (*what, found, right)
 
@@ -176,18 +187,20 @@ def edge(share: NDArray[np.float64], token: int) -> bool:
     return bool(share[share > 0].min() < 1e-4 or abs(share[token] - share[share > 0].min()) < 1e-4)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_ids_behind_the_vocabulary_take_nothing_from_what_may_be_drawn(way: str) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ids_behind_the_vocabulary_take_nothing_from_what_may_be_drawn(implementation: str) -> None:
     rows = 4000
     logits = np.tile(np.array([[0.0, 1.0, 2.0, 500.0]], np.float32), (rows, 1))
     columns = [
         np.full(rows, value, kind) for value, kind in ((1, np.float32), (0, int), (1, np.float32), (0, np.float32))
     ]
-    tokens, scale = WAYS[way](logits, *columns, np.random.default_rng(0).random(rows), 3)  # type: ignore[arg-type]
+    tokens, normalizer = IMPLEMENTATIONS[implementation](logits, *columns, np.random.default_rng(0).random(rows), 3)  # type: ignore[arg-type]
     weight = np.exp(np.arange(3.0))
     statistic, cells = chi_square(tokens, weight / weight.sum() * rows)
     assert cells == 3 and statistic < 16.3  # 2 degrees of freedom, p = 0.0003
-    assert logprob(logits[:1, 2], columns[0][:1], Scale(scale.top_R[:1], scale.sum_R[:1])) == pytest.approx(-498)
+    assert logprob(
+        logits[:1, 2], columns[0][:1], LogNormalizer(normalizer.max_R[:1], normalizer.log_sum_R[:1])
+    ) == pytest.approx(-498)
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
@@ -206,4 +219,4 @@ def test_a_broken_model_is_named_and_not_sampled(bad: float) -> None:
     with pytest.raises(EngineError, match="not finite"):
         drawn(logits, np.zeros(2))
     with pytest.raises(EngineError, match="not finite"):
-        greatest(logits.numpy(), 9)
+        argmax(logits.numpy(), 9)

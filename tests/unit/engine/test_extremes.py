@@ -18,7 +18,10 @@ from tests.unit.engine.fake import Fake
 
 NEIGHBOR = Sampling(max_tokens=12, seed=4, logprobs=True)
 EXTREMES: list[dict[str, Any]] = [
-    *({"temperature": heat, "logprobs": True, "top_logprobs": 20} for heat in (1e-3, 1e-30, 2.9e-39, 1e-45, 1e-300)),
+    *(
+        {"temperature": temperature, "logprobs": True, "top_logprobs": 20}
+        for temperature in (1e-3, 1e-30, 2.9e-39, 1e-45, 1e-300)
+    ),
     {"temperature": 1e-44, "top_k": 2, "top_p": 1e-300, "min_p": 5e-324, "logprobs": True},
     {"temperature": 100.0, "top_k": 2**31 - 1, "min_p": 1.0, "logprobs": True},
     {"repetition_penalty": 1e-30, "logprobs": True},
@@ -62,11 +65,13 @@ def test_an_extreme_request_is_answered_or_fails_alone(drafter: Transformer, tok
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("heat", [1e-10, 2.95e-39, 2.9e-39, 1e-42, 1e-45])
-def test_without_heat_the_likeliest_token_is_certain(drafter: Transformer, tokenizer: Tokenizer, heat: float) -> None:
+@pytest.mark.parametrize("temperature", [1e-10, 2.95e-39, 2.9e-39, 1e-42, 1e-45])
+def test_without_heat_the_likeliest_token_is_certain(
+    drafter: Transformer, tokenizer: Tokenizer, temperature: float
+) -> None:
     engine = Engine(drafter, tokenizer, backend=Fake(drafter.config.vocab_size))
     greedy = engine.generate(["what is it?"], Sampling(temperature=0, max_tokens=12))[0]
-    cold = engine.generate(["what is it?"], Sampling(temperature=heat, max_tokens=12, logprobs=True))[0]
+    cold = engine.generate(["what is it?"], Sampling(temperature=temperature, max_tokens=12, logprobs=True))[0]
     assert cold.token_ids == greedy.token_ids and cold.logprobs == [0.0] * len(cold.token_ids)
 
 
@@ -84,25 +89,28 @@ class Spoils(Fake):
     def run(self, batch: Batch) -> torch.Tensor:
         logits_RV = super().run(batch)
         rows = np.repeat(np.arange(len(batch.starts_S) - 1), np.diff(batch.starts_S))
-        for row, index in enumerate(batch.wanted_R):
+        for row, index in enumerate(batch.logits_index_R):
             last = int(batch.positions_T[index])
-            table = batch.tables_SW[rows[index], : last // 64 + 1]
+            table = batch.block_tables_SW[rows[index], : last // 64 + 1]
             if 9 in self.text[0, table].reshape(-1)[: last + 1]:
                 logits_RV[row, 3] = torch.nan
         return logits_RV
 
 
-@pytest.mark.parametrize("heat", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("speculate", ["off", "ngram"])
 def test_logits_of_one_request_that_are_not_finite_fail_that_request_alone(
-    drafter: Transformer, tokenizer: Tokenizer, heat: float, speculate: Any
+    drafter: Transformer, tokenizer: Tokenizer, temperature: float, speculate: Any
 ) -> None:
-    vocab, how = drafter.config.vocab_size, Sampling(temperature=heat, max_tokens=20, seed=1, logit_bias={9: -100})
+    vocab, how = (
+        drafter.config.vocab_size,
+        Sampling(temperature=temperature, max_tokens=20, seed=1, logit_bias={9: -100}),
+    )
     prompts = [[5, 6, 7] * 9, [5, 9, 7] * 9, [8, 6, 7] * 9]
     plain = Engine(drafter, tokenizer, backend=Fake(vocab), speculate="off").generate([prompts[0], prompts[2]], how)
     engine = Engine(drafter, tokenizer, backend=Spoils(vocab), speculate=speculate)
     handles = [engine.submit(prompts[0], how)]
-    while len(handles[0].sequence.token_ids) < 5:
+    while len(handles[0].sequence.output_ids) < 5:
         engine.step()
     handles += [engine.submit(prompt, how) for prompt in prompts[1:]]
     with pytest.raises(EngineError, match="not finite"):
@@ -126,9 +134,9 @@ def test_a_running_answer_that_spoils_fails_alone(drafter: Transformer, tokenize
 class SaysNine:
     """A processor that makes the third token a 9."""
 
-    wakes, speculates = 2, True
+    starts_at, supports_drafts = 2, True
 
-    def apply(self, logits_V: Any, said: Any, ahead: Any) -> None:
+    def apply(self, logits_V: Any, output_ids: Any, draft_ids: Any) -> None:
         """See ``Processor``."""
-        if len(said) + len(ahead) == 2:
+        if len(output_ids) + len(draft_ids) == 2:
             logits_V[np.arange(len(logits_V)) != 9] = -np.inf

@@ -15,11 +15,11 @@ import torch
 from jsonschema import Draft202012Validator
 
 from sprat.engine import grammar, grammar_compiler
-from sprat.engine.grammar import Grammars
-from sprat.engine.processors import build
+from sprat.engine.grammar import GrammarCache
+from sprat.engine.processors import build_processors
 from sprat.engine.sample import Sampler
-from sprat.engine.sampling import Response, Sampling
-from sprat.engine.sequence import NOBODY, Sequence, Tenant, noise_key
+from sprat.engine.sampling_params import Response, Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
 from sprat.tokens import Tokenizer, split
 from tests.unit.engine.test_processors import plain_tags
@@ -69,33 +69,35 @@ def either(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def grammars(either: Tokenizer) -> Iterator[Grammars]:
+def grammars(either: Tokenizer) -> Iterator[GrammarCache]:
     """Compiled grammars over one of them."""
-    made = Grammars(either, frozenset({either.ids.eos}))
+    made = GrammarCache(either, frozenset({either.ids.eos}))
     yield made
     made.close()
 
 
-def talk(tokenizer: Tokenizer, grammars: Grammars, sampling: Sampling, limit: int = 300, drafted: int = 0) -> list[int]:
+def talk(
+    tokenizer: Tokenizer, grammars: GrammarCache, sampling: Sampling, limit: int = 300, drafted: int = 0
+) -> list[int]:
     """What a model says whose logits are noise; ``drafted`` tokens of nonsense are checked at each step."""
     sampler = Sampler(tokenizer, 1, frozenset({tokenizer.ids.eos}))
     sequence = Sequence(1, [1], sampling, limit, noise_key(sampling.seed, 0, [1]))
-    sequence.processors = build(sampling, [1], tokenizer, grammars)
-    sampler.open(0, sequence)
+    sequence.processors = build_processors(sampling, [1], tokenizer, grammars)
+    sampler.add(0, sequence)
     rows = drafted + 1
-    while len(sequence.token_ids) < limit and sequence.token_ids[-1:] != [tokenizer.ids.eos]:
-        generator = torch.Generator().manual_seed(sampling.seed * 1000 + len(sequence.token_ids))
+    while len(sequence.output_ids) < limit and sequence.output_ids[-1:] != [tokenizer.ids.eos]:
+        generator = torch.Generator().manual_seed(sampling.seed * 1000 + len(sequence.output_ids))
         logits = torch.randn(1, tokenizer.vocab_size + 3, generator=generator).expand(rows, -1) * 2
-        drafts = np.random.default_rng(len(sequence.token_ids)).integers(0, tokenizer.vocab_size, drafted).tolist()
+        drafts = np.random.default_rng(len(sequence.output_ids)).integers(0, tokenizer.vocab_size, drafted).tolist()
         found = sampler.sample(logits, np.zeros(rows, np.int64), np.arange(rows), {0: drafts})
-        assert not found.faults
-        sequence.token_ids.append(int(found.tokens_R[0]))
+        assert not found.errors
+        sequence.output_ids.append(int(found.tokens_R[0]))
         sampler.advance(np.array([0]))
-    return sequence.token_ids
+    return sequence.output_ids
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars: Grammars, name: str) -> None:
+def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars: GrammarCache, name: str) -> None:
     ended = 0
     for seed in range(12):
         sampling = Sampling(temperature=2, seed=seed, thinking=False, response=Response.json(SCHEMAS[name]))
@@ -106,7 +108,7 @@ def test_noise_becomes_json_that_the_schema_accepts(either: Tokenizer, grammars:
     assert ended >= 9
 
 
-def test_any_json_object_a_regex_and_a_choice(either: Tokenizer, grammars: Grammars) -> None:
+def test_any_json_object_a_regex_and_a_choice(either: Tokenizer, grammars: GrammarCache) -> None:
     options = ["ja", "nein", 'é "\n', "日本"]
     said = set()
     for seed in range(10):
@@ -129,7 +131,9 @@ def test_any_json_object_a_regex_and_a_choice(either: Tokenizer, grammars: Gramm
 
 
 @pytest.mark.parametrize("thinking", [True, None])
-def test_the_form_begins_where_the_reasoning_ends(either: Tokenizer, grammars: Grammars, thinking: bool | None) -> None:
+def test_the_form_begins_where_the_reasoning_ends(
+    either: Tokenizer, grammars: GrammarCache, thinking: bool | None
+) -> None:
     thought = 0
     for seed in range(20):
         sampling = Sampling(
@@ -150,8 +154,8 @@ def test_the_form_begins_where_the_reasoning_ends(either: Tokenizer, grammars: G
 
 def test_a_token_that_ends_the_reasoning_and_goes_on_cannot_smuggle_text_past_the_form() -> None:
     foreign = plain_tags()
-    grammars = Grammars(foreign, frozenset({foreign.ids.eos}))
-    made = build(Sampling(thinking=True, response=Response.choice(["ja"])), [1], foreign, grammars)
+    grammars = GrammarCache(foreign, frozenset({foreign.ids.eos}))
+    made = build_processors(Sampling(thinking=True, response=Response.choice(["ja"])), [1], foreign, grammars)
     said = foreign.encode("so </think")
     logits = np.zeros(foreign.vocab_size, np.float32)
     made[0].apply(logits, said, [])
@@ -160,7 +164,7 @@ def test_a_token_that_ends_the_reasoning_and_goes_on_cannot_smuggle_text_past_th
     grammars.close()
 
 
-def test_drafts_are_masked_as_settled_tokens_are_and_leave_no_trace(either: Tokenizer, grammars: Grammars) -> None:
+def test_drafts_are_masked_as_settled_tokens_are_and_leave_no_trace(either: Tokenizer, grammars: GrammarCache) -> None:
     for thinking in (False, True):
         sampling = Sampling(
             temperature=2, seed=4, thinking=thinking, max_think_tokens=12, response=Response.json(SCHEMAS["record"])
@@ -168,12 +172,12 @@ def test_drafts_are_masked_as_settled_tokens_are_and_leave_no_trace(either: Toke
         plain = talk(either, grammars, sampling)
         assert talk(either, grammars, sampling, drafted=3) == plain
         said, vocab = len(plain) // 2, either.vocab_size
-        at_once = build(sampling, [1], either, grammars)[-1]
-        drafted = build(sampling, [1], either, grammars)[-1]
-        for ahead in range(6):
+        at_once = build_processors(sampling, [1], either, grammars)[-1]
+        drafted = build_processors(sampling, [1], either, grammars)[-1]
+        for draft_ids in range(6):
             one, other = np.zeros(vocab, np.float32), np.zeros(vocab, np.float32)
-            at_once.apply(one, plain[: said + ahead], [])
-            drafted.apply(other, plain[:said], plain[said : said + ahead])
+            at_once.apply(one, plain[: said + draft_ids], [])
+            drafted.apply(other, plain[:said], plain[said : said + draft_ids])
             assert (one == other).all()
 
 
@@ -210,7 +214,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokenizer, name: str) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=1.0)
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}), deadline=1.0)
     start = time.monotonic()
     with pytest.raises(EngineError) as caught:
         grammars.grammar(HOSTILE[name], False)
@@ -237,7 +241,7 @@ def test_a_hostile_grammar_is_one_clear_error_in_bounded_time(tokenizer: Tokeniz
     ],
 )
 def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(tokenizer: Tokenizer, pattern: str) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}))
     made = grammars.grammar(Response.regex(pattern), False)
     rng, said, slowest = np.random.default_rng(0), list[int](), 0.0
     for _ in range(120):
@@ -255,9 +259,9 @@ def test_a_regex_that_kills_backtracking_engines_costs_little_at_each_token(toke
 def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}))
     grammars.grammar(Response.choice(["a"]), False)
-    process = grammars._idle[NOBODY].process
+    process = grammars._idle[DEFAULT_TENANT].process
     assert process is not None
     process.kill()
     process.wait()
@@ -277,23 +281,23 @@ def test_the_process_that_compiles_may_die_and_many_threads_may_ask(
     for thread in ask:
         thread.join()
     assert len({id(one) for one in found}) == 9
-    process = grammars._idle[NOBODY].process
+    process = grammars._idle[DEFAULT_TENANT].process
     grammars.close()
     assert process is not None and process.poll() is not None
 
 
 def test_only_so_many_grammars_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}))
     for index in range(9):
         grammars.grammar(Response.choice([f"c{index}"]), False)
         grammars.grammar(Response.choice(["c0"]), False)
-    assert len(grammars._known) == 4 and (NOBODY, Response.choice(["c0"])) in grammars._known
+    assert len(grammars._cache) == 4 and (DEFAULT_TENANT, Response.choice(["c0"])) in grammars._cache
     grammars.close()
 
 
 def test_nobody_waits_for_the_slow_grammars_of_another(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}), deadline=8.0)
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}), deadline=8.0)
     known, new = Response.choice(["known"]), Response.choice(["new"])
     for tenant in (ALICE, BOB):
         grammars.grammar(known, False, tenant)
@@ -321,14 +325,14 @@ def test_nobody_waits_for_the_slow_grammars_of_another(tokenizer: Tokenizer) -> 
 
 
 def test_tenants_share_neither_process_nor_what_it_compiled(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}))
     for tenant in (ALICE, BOB):
         grammars.grammar(Response.choice(["secret"]), False, tenant)
     pids = {compiler.process.pid for compiler in grammars._idle.values() if compiler.process}
-    assert len(pids) == 2 and len(grammars._known) == 2
-    for number in range(grammar.IDLE + 1):
+    assert len(pids) == 2 and len(grammars._cache) == 2
+    for number in range(grammar.MAX_IDLE + 1):
         grammars.grammar(Response.choice(["x"]), False, Tenant(f"t{number}"))
-    assert len(grammars._idle) == grammar.IDLE
+    assert len(grammars._idle) == grammar.MAX_IDLE
     grammars.close()
 
 
@@ -336,9 +340,9 @@ def test_a_tenant_with_many_grammars_costs_nobody_else_theirs(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar, "CACHE_ENTRIES", 4)
-    grammars = Grammars(tokenizer, frozenset({tokenizer.ids.eos}))
+    grammars = GrammarCache(tokenizer, frozenset({tokenizer.ids.eos}))
     grammars.grammar(Response.choice(["mine"]), False, BOB)
     for number in range(9):
         grammars.grammar(Response.choice([f"c{number}"]), False, ALICE)
-    assert (BOB, Response.choice(["mine"])) in grammars._known and len(grammars._known) == 4
+    assert (BOB, Response.choice(["mine"])) in grammars._cache and len(grammars._cache) == 4
     grammars.close()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
 from sprat.engine.grammar_source import prepare
-from sprat.engine.grammar_worker import matcher, vocabulary
-from sprat.engine.sampling import Response
+from sprat.engine.grammar_worker import build_matcher, build_tokenizer
+from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
 
 SEGMENTED = "\U0001fbf8"  # SEGMENTED DIGIT EIGHT, a digit of Unicode
@@ -88,12 +88,12 @@ console.log(JSON.stringify(patterns.map((p) => texts.map((t) => new RegExp(p, "u
 @pytest.fixture(scope="module")
 def words() -> LLTokenizer:
     """A vocabulary of the 256 bytes."""
-    return vocabulary([bytes([byte]) for byte in range(256)] + [b""], [256])
+    return build_tokenizer([bytes([byte]) for byte in range(256)] + [b""], [256])
 
 
 def accepts(words: LLTokenizer, response: Response, text: str) -> bool:
     """Whether an answer may be ``text``."""
-    found = matcher(words, response.kind, prepare(response))
+    found = build_matcher(words, response.kind, prepare(response))
     spelled = list(text.encode())
     return found.try_consume_tokens(spelled) == len(spelled) and found.is_accepting()
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sprat.engine import Engine, Sampling, Tenant
-from sprat.engine.disk import Disk
-from sprat.engine.prefix import Keys
+from sprat.engine.disk import DiskCache
+from sprat.engine.prefix import BlockKeys
 from sprat.engine.sequence import Sequence
 from sprat.errors import EngineError
 from sprat.model import Transformer
@@ -40,7 +40,7 @@ def test_a_tenant_finds_its_own_prompt_and_never_another_tenants(model: Transfor
     assert hits(engine, PROMPT, BOB) == 0
     assert hits(engine, PROMPT, Tenant("alice", b"stolen name")) == 0
     assert hits(engine, PROMPT, BOB) == 139
-    assert engine.stats().hit_tokens == 278 and engine.check() == []
+    assert engine.stats().cached_tokens == 278 and engine.check() == []
 
 
 def test_only_what_is_the_same_up_to_there_is_found(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -96,8 +96,8 @@ def test_a_cached_answer_is_the_computed_one(drafter: Transformer, tokenizer: To
 def test_a_key_depends_on_everything_that_the_content_depends_on() -> None:
     def key(*digests: str, secret: bytes = b"s", ids: list[int] = PROMPT[:64]) -> bytes:
         one = Sequence(1, ids, HOW, 5, 0, tenant=Tenant("t", secret))
-        Keys(*digests).extend(one, 64)
-        return one.keys[0]
+        BlockKeys(*digests).extend(one, 64)
+        return one.block_keys[0]
 
     plain = ("model", "adapter", "tokenizer", "f16")
     others = [key(*plain[:at], "other", *plain[at + 1 :]) for at in range(4)]
@@ -119,22 +119,22 @@ def test_memory_that_is_short_forgets_the_oldest_first(model: Transformer, token
 def test_blocks_on_disk_survive_a_restart_and_know_their_tenant(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    first = engine_of(model, tokenizer, disk=Disk(tmp_path, 1 << 20))
+    first = engine_of(model, tokenizer, disk=DiskCache(tmp_path, 1 << 20))
     plain = first.generate([PROMPT], HOW, tenant=ALICE)[0].token_ids
     first.stop()
-    again = engine_of(model, tokenizer, disk=Disk(tmp_path, 1 << 20))
+    again = engine_of(model, tokenizer, disk=DiskCache(tmp_path, 1 << 20))
     output = again.generate([PROMPT], HOW, tenant=ALICE)[0]
     assert output.usage.cache_hit_tokens == 128 and output.token_ids == plain
     assert hits(again, PROMPT, BOB) == 0
     assert again.check() == []
-    other = engine_of(Transformer.create(model.config, 9), tokenizer, disk=Disk(tmp_path, 1 << 20))
+    other = engine_of(Transformer.create(model.config, 9), tokenizer, disk=DiskCache(tmp_path, 1 << 20))
     assert hits(other, PROMPT) == 0
 
 
 def test_what_does_not_fit_into_memory_comes_back_from_disk(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    disk = Disk(tmp_path, 1 << 20)
+    disk = DiskCache(tmp_path, 1 << 20)
     engine = engine_of(model, tokenizer, disk=disk, cache_bytes=4 * Fake.block_bytes)
     hits(engine, PROMPT)
     hits(engine, [1, *PROMPT[1:]])
@@ -144,10 +144,10 @@ def test_what_does_not_fit_into_memory_comes_back_from_disk(
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone", "longer"])
 def test_a_torn_file_is_a_miss(model: Transformer, tokenizer: Tokenizer, tmp_path: Path, damage: str) -> None:
-    first = engine_of(model, tokenizer, disk=Disk(tmp_path, 1 << 20))
+    first = engine_of(model, tokenizer, disk=DiskCache(tmp_path, 1 << 20))
     plain = first.generate([PROMPT], HOW)[0].token_ids
     first.stop()
-    disk = Disk(tmp_path, 1 << 20)
+    disk = DiskCache(tmp_path, 1 << 20)
     assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
         content = path.read_bytes()
@@ -162,14 +162,14 @@ def test_a_torn_file_is_a_miss(model: Transformer, tokenizer: Tokenizer, tmp_pat
 
 def test_the_disk_tier_keeps_within_its_bytes_and_cleans_up(tmp_path: Path) -> None:
     (tmp_path / ".00.kv.tmp-1").write_bytes(b"half a block")
-    disk = Disk(tmp_path, 1000)
+    disk = DiskCache(tmp_path, 1000)
     for number in range(10):
         disk.write(bytes([number]) * 32, b"x" * 200, wait=True)
     disk.flush()
     kept = sorted(path.name[:2] for path in tmp_path.iterdir())
     assert kept == ["06", "07", "08", "09"] and disk.nbytes <= 1000
     assert disk.read(b"\x06" * 32) == b"x" * 200
-    smaller = Disk(tmp_path, 500)
+    smaller = DiskCache(tmp_path, 500)
     assert smaller.nbytes <= 500 and smaller.read(b"\x06" * 32) == b"x" * 200, "what was read last stays"
 
 
@@ -180,13 +180,13 @@ def test_a_disk_that_refuses_goes_quiet(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(atomic, "write_bytes", refuse)
-    engine = engine_of(model, tokenizer, disk=(disk := Disk(tmp_path, 1 << 20)))
+    engine = engine_of(model, tokenizer, disk=(disk := DiskCache(tmp_path, 1 << 20)))
     assert hits(engine, PROMPT) == 0
     engine.stop()
-    assert disk.quiet and hits(engine, PROMPT) == 139
-    assert Disk(tmp_path / "file", 1).quiet is False
+    assert disk.disabled and hits(engine, PROMPT) == 139
+    assert DiskCache(tmp_path / "file", 1).disabled is False
     (tmp_path / "plain").write_text("no folder")
-    assert Disk(tmp_path / "plain", 1).quiet
+    assert DiskCache(tmp_path / "plain", 1).disabled
 
 
 def test_a_full_disk_fails_no_request(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -196,11 +196,11 @@ def test_a_full_disk_fails_no_request(model: Transformer, tokenizer: Tokenizer, 
     if not mounted:
         pytest.skip("no right to mount a small disk")
     try:
-        engine = engine_of(model, tokenizer, disk=(disk := Disk(tmp_path, 1 << 20)))
+        engine = engine_of(model, tokenizer, disk=(disk := DiskCache(tmp_path, 1 << 20)))
         for number in range(4):
             assert hits(engine, [number, *PROMPT[1:]]) == 0
         engine.stop()
-        assert disk.quiet and engine.check() == [] and disk.nbytes <= 4096
+        assert disk.disabled and engine.check() == [] and disk.nbytes <= 4096
         assert hits(engine, [0, *PROMPT[1:]]) == 139
     finally:
         subprocess.check_call(["umount", str(tmp_path)])
@@ -210,4 +210,4 @@ def test_blocks_on_disk_need_a_model_that_does_not_change(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(EngineError, match="do not change"):
-        engine_of(model, tokenizer, frozen=False, disk=Disk(tmp_path, 1))
+        engine_of(model, tokenizer, frozen=False, disk=DiskCache(tmp_path, 1))

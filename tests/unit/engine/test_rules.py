@@ -36,9 +36,9 @@ def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
 class Broken:
     """Raises at the fourth token."""
 
-    wakes, speculates = 3, True
+    starts_at, supports_drafts = 3, True
 
-    def apply(self, logits_V: NDArray[np.float32], said: Sequence[int], ahead: Sequence[int]) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: Sequence[int], draft_ids: Sequence[int]) -> None:
         """Fail."""
         raise KeyError("lost")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as GenericSequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,18 @@ from sprat.tokens import Tokenizer
 
 
 def sampler_of(
-    tokenizer: Tokenizer, *samplings: Sampling, ban: int = 0, rules: Any = ()
+    tokenizer: Tokenizer, *samplings: Sampling, min_think_tokens: int = 0, rules: Any = ()
 ) -> tuple[Sampler, list[Sequence]]:
     """A sampler whose slots hold one request each."""
     sampler = Sampler(tokenizer, len(samplings), frozenset({tokenizer.ids.eos}))
     sequences = []
     for slot, sampling in enumerate(samplings):
-        sequence = Sequence(slot, [1], sampling, 9, noise_key(sampling.seed, slot, [1]), ban=ban)
+        sequence = Sequence(
+            slot, [1], sampling, 9, noise_key(sampling.seed, slot, [1]), min_think_tokens=min_think_tokens
+        )
         sequence.processors = tuple(rules)
         sequences.append(sequence)
-        sampler.open(slot, sequence)
+        sampler.add(slot, sequence)
     return sampler, sequences
 
 
@@ -40,27 +42,31 @@ def logits_of(rows: int, tokenizer: Tokenizer, seed: int = 0, more: int = 7) -> 
 class Only:
     """Allows one token."""
 
-    speculates = True
+    supports_drafts = True
 
-    def __init__(self, token: int, wakes: int = 0) -> None:
-        self.token, self.wakes = token, wakes
+    def __init__(self, token: int, starts_at: int = 0) -> None:
+        self.token, self.starts_at = token, starts_at
         self.seen: list[tuple[list[int], list[int]]] = []
 
-    def apply(self, logits_V: NDArray[np.float32], said: Rows[int], ahead: Rows[int]) -> None:
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
         """Ban the others."""
-        self.seen.append((list(said), list(ahead)))
+        self.seen.append((list(output_ids), list(draft_ids)))
         logits_V[np.arange(len(logits_V)) != self.token] = -np.inf
 
 
 class Broken:
     """Fails as foreign code can."""
 
-    wakes, speculates = 0, False
+    starts_at, supports_drafts = 0, False
 
     def __init__(self, fault: Any) -> None:
         self.fault = fault
 
-    def apply(self, logits_V: NDArray[np.float32], said: Rows[int], ahead: Rows[int]) -> None:
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
         """Raise, or leave nothing that can be sampled."""
         if isinstance(self.fault, Exception):
             raise self.fault
@@ -75,20 +81,22 @@ def test_logprobs_are_those_of_the_whole_distribution_whatever_was_cut(tokenizer
         Sampling(temperature=0, logprobs=True, top_logprobs=2),
         Sampling(temperature=1, min_p=0.2, logprobs=True),
     ]
-    heat = torch.tensor([0.6, 1.5, 1.0, 1.0])
-    whole = (logits / heat[:, None]).log_softmax(-1)
+    temperature = torch.tensor([0.6, 1.5, 1.0, 1.0])
+    whole = (logits / temperature[:, None]).log_softmax(-1)
     before = logits.clone()
-    for ban, rules in ((0, ()), (1, ()), (0, (Only(17),))):
-        sampler, _ = sampler_of(tokenizer, *samplings, ban=ban, rules=rules)
-        found = sampler.sample(logits, np.arange(4))
-        assert found.logprobs_R is not None and found.logprobs_R.dtype == np.float32
-        expected = whole.gather(1, torch.from_numpy(found.tokens_R)[:, None])[:, 0]
-        torch.testing.assert_close(torch.from_numpy(found.logprobs_R), expected, atol=2e-6, rtol=1e-6)
-        assert sorted(found.tops) == [1, 2] and not found.faults
+    for min_think_tokens, rules in ((0, ()), (1, ()), (0, (Only(17),))):
+        sampler, _ = sampler_of(tokenizer, *samplings, min_think_tokens=min_think_tokens, rules=rules)
+        samples = sampler.sample(logits, np.arange(4))
+        assert samples.logprobs_R is not None and samples.logprobs_R.dtype == np.float32
+        expected = whole.gather(1, torch.from_numpy(samples.tokens_R)[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(samples.logprobs_R), expected, atol=2e-6, rtol=1e-6)
+        assert sorted(samples.top_logprobs) == [1, 2] and not samples.errors
         for row, count in ((1, 20), (2, 2)):
             values, ids = whole[row].topk(count)
-            assert [index for index, _ in found.tops[row]] == ids.tolist()
-            torch.testing.assert_close(torch.tensor([p for _, p in found.tops[row]]), values, atol=2e-6, rtol=1e-6)
+            assert [index for index, _ in samples.top_logprobs[row]] == ids.tolist()
+            torch.testing.assert_close(
+                torch.tensor([p for _, p in samples.top_logprobs[row]]), values, atol=2e-6, rtol=1e-6
+            )
     assert torch.equal(logits, before)
 
 
@@ -96,8 +104,8 @@ def test_banned_and_padded_tokens_never_come_out(tokenizer: Tokenizer) -> None:
     logits = torch.zeros(60, tokenizer.vocab_size + 3)
     logits[:, [tokenizer.ids.eos, tokenizer.ids.think_close]] = 50
     logits[:, -1] = 60
-    for heat in (0.0, 1.0):
-        sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat)] * 60, ban=2)
+    for temperature in (0.0, 1.0):
+        sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=temperature)] * 60, min_think_tokens=2)
         slots = np.arange(60)
         ends = {tokenizer.ids.eos, tokenizer.ids.think_close}
         for _ in range(2):
@@ -137,16 +145,16 @@ def test_noise_depends_on_the_seed_the_prompt_and_which_of_its_answers_it_is(tok
 def test_noise_follows_the_answer_and_a_request_that_comes_back_goes_on_where_it_was(tokenizer: Tokenizer) -> None:
     sampler, sequences = sampler_of(tokenizer, *[Sampling(seed=3)] * 2)
     flat, slots = torch.zeros(1, tokenizer.vocab_size), np.array([0])
-    said = []
+    output_ids = []
     for _ in range(6):
-        said.append(int(sampler.sample(flat, slots).tokens_R[0]))
-        sequences[0].token_ids.append(said[-1])
+        output_ids.append(int(sampler.sample(flat, slots).tokens_R[0]))
+        sequences[0].output_ids.append(output_ids[-1])
         sampler.advance(slots)
-    assert len(set(said)) > 2
-    sequences[0].token_ids = said[:4]
-    sampler.close(0)
-    sampler.open(1, sequences[0])
-    assert sampler.sample(flat, np.array([1])).tokens_R[0] == said[4]
+    assert len(set(output_ids)) > 2
+    sequences[0].output_ids = output_ids[:4]
+    sampler.remove(0)
+    sampler.add(1, sequences[0])
+    assert sampler.sample(flat, np.array([1])).tokens_R[0] == output_ids[4]
 
 
 def test_rows_with_drafts_before_them_are_sampled_as_if_the_drafts_were_settled(tokenizer: Tokenizer) -> None:
@@ -161,61 +169,61 @@ def test_rows_with_drafts_before_them_are_sampled_as_if_the_drafts_were_settled(
     plain = []
     for row in range(5):
         plain.append(int(sampler.sample(logits[row : row + 1], np.array([0])).tokens_R[0]))
-        sequences[0].token_ids.append(plain[-1])
+        sequences[0].output_ids.append(plain[-1])
         sampler.advance(np.array([0]))
     sampler, sequences = fresh()
     for wrong in ([5, 5, 5, 5], plain[:4]):  # a refused draft leaves no trace
-        found = sampler.sample(logits, np.zeros(5, np.int64), np.arange(5), {0: wrong})
-    assert found.tokens_R.tolist() == plain
+        samples = sampler.sample(logits, np.zeros(5, np.int64), np.arange(5), {0: wrong})
+    assert samples.tokens_R.tolist() == plain
 
 
 def test_a_processor_sleeps_until_it_can_matter_and_sees_what_was_said(tokenizer: Tokenizer) -> None:
-    rule = Only(33, wakes=2)
+    rule = Only(33, starts_at=2)
     sampler, sequences = sampler_of(tokenizer, Sampling(temperature=0), rules=(rule,))
     logits, slots = logits_of(1, tokenizer), np.array([0])
     for token in (4, 5):
         assert sampler.sample(logits, slots).tokens_R[0] == int(logits[0, : tokenizer.vocab_size].argmax())
-        sequences[0].token_ids.append(token)
+        sequences[0].output_ids.append(token)
         sampler.advance(slots)
     assert not rule.seen
     assert sampler.sample(logits, slots).tokens_R[0] == 33 and rule.seen == [([4, 5], [])]
-    found = sampler.sample(logits.expand(3, -1), np.zeros(3, np.int64), np.arange(3), {0: [7, 8]})
-    assert rule.seen[1:] == [([4, 5], []), ([4, 5], [7]), ([4, 5], [7, 8])] and found.tokens_R.tolist() == [33] * 3
+    samples = sampler.sample(logits.expand(3, -1), np.zeros(3, np.int64), np.arange(3), {0: [7, 8]})
+    assert rule.seen[1:] == [([4, 5], []), ([4, 5], [7]), ([4, 5], [7, 8])] and samples.tokens_R.tolist() == [33] * 3
 
 
 @pytest.mark.parametrize(
     "fault", [ValueError("oops"), EngineError("too hard", where="response"), -np.inf, np.nan, np.inf]
 )
-@pytest.mark.parametrize("heat", [0.0, 1.0])
-def test_a_broken_rule_fails_its_own_request_alone(tokenizer: Tokenizer, heat: float, fault: Any) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_rule_fails_its_own_request_alone(tokenizer: Tokenizer, temperature: float, fault: Any) -> None:
     rules: tuple[Processor, ...] = (Broken(fault),)
-    sampler, _ = sampler_of(tokenizer, Sampling(temperature=heat), rules=rules)
-    assert not sampler.speculates[0]
-    assert list(sampler.sample(logits_of(1, tokenizer), np.array([0])).faults) == [0]
-    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat, seed=2)] * 3)
+    sampler, _ = sampler_of(tokenizer, Sampling(temperature=temperature), rules=rules)
+    assert not sampler.supports_drafts[0]
+    assert list(sampler.sample(logits_of(1, tokenizer), np.array([0])).errors) == [0]
+    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=temperature, seed=2)] * 3)
     logits = logits_of(3, tokenizer)
     plain = sampler.sample(logits, np.arange(3)).tokens_R
-    sequence = Sequence(9, [1], Sampling(temperature=heat), 9, 1)
+    sequence = Sequence(9, [1], Sampling(temperature=temperature), 9, 1)
     sequence.processors = rules
-    sampler.open(1, sequence)
-    found = sampler.sample(logits, np.arange(3))
-    assert list(found.faults) == [1] and isinstance(found.faults[1], EngineError)
-    assert found.tokens_R[[0, 2]].tolist() == plain[[0, 2]].tolist()
+    sampler.add(1, sequence)
+    samples = sampler.sample(logits, np.arange(3))
+    assert list(samples.errors) == [1] and isinstance(samples.errors[1], EngineError)
+    assert samples.tokens_R[[0, 2]].tolist() == plain[[0, 2]].tolist()
 
 
-@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rules", [(), (Only(3),)])
 def test_a_broken_model_is_named_and_not_sampled(
-    tokenizer: Tokenizer, heat: float, rules: tuple[Processor, ...]
+    tokenizer: Tokenizer, temperature: float, rules: tuple[Processor, ...]
 ) -> None:
     logits = logits_of(3, tokenizer)
-    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=heat, logprobs=True)] * 3, rules=rules)
+    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=temperature, logprobs=True)] * 3, rules=rules)
     plain = sampler.sample(logits, np.arange(3))
     logits[1, 3] = torch.nan
     with pytest.raises(EngineError, match="not finite"):
         sampler.sample(logits[1:2], np.arange(1, 2))
-    found = sampler.sample(logits, np.arange(3))
-    assert list(found.faults) == [1] and "not finite" in str(found.faults[1])
-    assert found.logprobs_R is not None and plain.logprobs_R is not None
+    samples = sampler.sample(logits, np.arange(3))
+    assert list(samples.errors) == [1] and "not finite" in str(samples.errors[1])
+    assert samples.logprobs_R is not None and plain.logprobs_R is not None
     for row in (0, 2):
-        assert (found.tokens[row], found.logprobs_R[row]) == (plain.tokens[row], plain.logprobs_R[row])
+        assert (samples.tokens[row], samples.logprobs_R[row]) == (plain.tokens[row], plain.logprobs_R[row])

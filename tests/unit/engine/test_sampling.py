@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sprat.engine.sampling import Response, Sampling
+from sprat.engine.sampling_params import Response, Sampling
 from sprat.errors import EngineError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sprat.engine import Engine, Sampling, Tenant
-from sprat.engine.backend import BLOCK
+from sprat.engine.backend import BLOCK_SIZE
 from sprat.errors import EngineError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -53,10 +53,10 @@ def test_answers_go_on_while_a_prompt_is_read(drafter: Transformer, tokenizer: T
     talking = engine.submit([5, 6, 7], Sampling(temperature=0, max_tokens=40))
     engine.step()
     engine.add([5 + place % 300 for place in range(1000)], Sampling(temperature=0, max_tokens=1))
-    before = len(talking.sequence.token_ids)
+    before = len(talking.sequence.output_ids)
     for _ in range(8):
         engine.step()
-    assert len(talking.sequence.token_ids) == before + 8
+    assert len(talking.sequence.output_ids) == before + 8
     assert all(len(batch.tokens_T) == 100 for batch in fake.batches[1:9])
 
 
@@ -83,7 +83,7 @@ def test_who_makes_way_says_the_same_in_the_end(drafter: Transformer, tokenizer:
     assert [one.token_ids for one in crowded] == [one.token_ids for one in free]
     for one, other in zip(crowded, free, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    assert roomy.stats().preempted == 0 < tight.stats().preempted
+    assert roomy.stats().preemptions == 0 < tight.stats().preemptions
     assert tight.stats().blocks <= 6 and tight.check() == []
 
 
@@ -97,11 +97,11 @@ def test_the_youngest_of_the_most_served_tenant_makes_way_and_comes_back_first(
     older, younger = (engine.add([5, number], how, tenant=A) for number in (1, 2))
     single = engine.add([6, 3], how, tenant=B)
     waits = engine.add([7, 4], how, tenant=A)
-    while not engine.stats().preempted:
+    while not engine.stats().preemptions:
         engine.step()
     scheduler = engine.core.scheduler
     assert sorted(sequence.id for sequence in scheduler.running) == [older, single]
-    assert [sequence.id for sequence in scheduler.tenants.waiting] == [younger, waits]
+    assert [sequence.id for sequence in scheduler.queue.waiting] == [younger, waits]
     order: list[int] = []
     while engine.busy:
         order += [handle.id for handle in engine.step()]
@@ -113,10 +113,10 @@ def test_the_oldest_keeps_its_place_though_a_stranger_is_younger(drafter: Transf
     how = Sampling(temperature=0, max_tokens=100, logit_bias={tokenizer.ids.eos: -100})
     served = engine.add([5 + place % 90 for place in range(60)], how, tenant=A)  # 60 tokens to B's 2
     stranger = engine.add([6, 3], how, tenant=B)
-    while not engine.stats().preempted and engine.busy:
+    while not engine.stats().preemptions and engine.busy:
         engine.step()
     assert [sequence.id for sequence in engine.core.scheduler.running] == [stranger]
-    assert [sequence.id for sequence in engine.core.scheduler.tenants.waiting] == [served]
+    assert [sequence.id for sequence in engine.core.scheduler.queue.waiting] == [served]
 
 
 def test_tenants_are_served_alike_and_absence_earns_nothing(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -158,7 +158,7 @@ def test_twins_compute_their_prompt_once_and_share_its_blocks(model: Transformer
     outputs = engine.generate([LONG, LONG[:64], LONG[:63]], Sampling(max_tokens=20, n=8))
     assert sum(len(batch.tokens_T) for batch in fake.batches[:1]) == 150 + 64 + 63
     assert len({tuple(output.token_ids) for output in outputs}) == 24
-    first = fake.batches[1].tables_SW
+    first = fake.batches[1].block_tables_SW
     assert len(set(first[:8, :2].ravel().tolist())) == 2 and len(set(first[:8, 2].tolist())) == 8
     assert len(set(first[8:16, 0].tolist())) == 1 and len(set(first[16:24, 0].tolist())) == 8
     assert engine.check() == []
@@ -170,16 +170,16 @@ def test_a_cancelled_request_frees_its_blocks_within_one_step(drafter: Transform
     answering, reading, waiting = (engine.add(prompt, how) for prompt in (LONG, LONG * 5, LONG * 4))
     engine.step()
     engine.step()
-    assert engine.stats().blocks_held >= 3
+    assert engine.stats().blocks_used >= 3
     for number in (answering, reading, waiting):
         assert engine.cancel(number)
     engine.step()
-    assert engine.stats().blocks_held == 0 and not engine.busy and engine.check() == []
+    assert engine.stats().blocks_used == 0 and not engine.busy and engine.check() == []
 
 
 def test_a_request_that_can_never_fit_is_refused_at_once(drafter: Transformer, tokenizer: Tokenizer) -> None:
     engine, fake = engine_of(drafter, tokenizer, cache_bytes=3 * Fake.block_bytes)
-    with pytest.raises(EngineError, match=f"exceed the memory for {3 * BLOCK}"):
+    with pytest.raises(EngineError, match=f"exceed the memory for {3 * BLOCK_SIZE}"):
         engine.submit(LONG, Sampling(max_tokens=50))
     assert engine.generate([LONG], Sampling(max_tokens=42))[0].token_ids
     with pytest.raises(EngineError, match="one block needs"):
@@ -188,7 +188,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once(drafter: Transformer, t
 
 
 def test_memory_that_turns_out_smaller_fails_only_what_cannot_run(drafter: Transformer, tokenizer: Tokenizer) -> None:
-    fake = Fake(drafter.config.vocab_size, memory=16)
+    fake = Fake(drafter.config.vocab_size, max_blocks=16)
     engine = Engine(drafter, tokenizer, backend=fake, speculate="off")
     large = engine.submit([5 + place % 300 for place in range(1200)], Sampling(max_tokens=5))
     small = [engine.submit(LONG, Sampling(max_tokens=40, seed=seed)) for seed in range(9)]
@@ -213,7 +213,7 @@ def test_a_step_that_fails_leaves_a_clean_engine(
     with pytest.raises(EngineError, match="out of luck|interrupted"):
         running.result()
     assert waiting.result().token_ids and engine.check() == [] and not engine.busy
-    assert engine.stats().blocks_held == 0
+    assert engine.stats().blocks_used == 0
 
 
 def test_an_interrupted_call_leaves_nothing_behind(model: Transformer, tokenizer: Tokenizer) -> None:

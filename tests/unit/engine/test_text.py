@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sprat.engine.detokenizer import Detokenizer, IncrementalDecoder
 from sprat.engine.sequence import Delta
-from sprat.engine.text import Decoder, Reader
 from sprat.tokens import Tokenizer, split
 from sprat.tokens.folder import Generation
 from tests.byte_fallback import byte_fallback
 
 
-def read(reader: Reader, ids: list[int]) -> list[Delta]:
+def read(detokenizer: Detokenizer, ids: list[int]) -> list[Delta]:
     """All pieces of ``ids``."""
-    return [piece for token in ids for piece in reader.push(token)] + reader.close()
+    return [piece for token in ids for piece in detokenizer.push(token)] + detokenizer.close()
 
 
 def joined(pieces: list[Delta], kind: str) -> str:
@@ -35,7 +35,7 @@ def test_pieces_join_to_what_split_gives_at_once(
     token = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.sampled_from(special))
     ids = data.draw(st.lists(token, max_size=150))
     ids = [i for i in ids if i != tokenizer.ids.eos]
-    pieces = read(Reader(tokenizer, thinking=thinking), ids)
+    pieces = read(Detokenizer(tokenizer, thinking=thinking), ids)
     answer = split(tokenizer, ids, thinking=thinking)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (answer.reasoning, answer.content)
 
@@ -48,7 +48,7 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: Tokenizer) -> None
         if tokenizer.token_bytes(token) == bytes([byte])
     ]
     assert len(ids) == 9
-    pieces = read(Reader(tokenizer, thinking=False), ids)
+    pieces = read(Detokenizer(tokenizer, thinking=False), ids)
     assert [piece.text for piece in pieces] == ["a", "€", "😀", "b"]
 
 
@@ -63,17 +63,17 @@ def test_a_stop_string_across_tokens_cuts_the_text_exactly_there(
     places = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text[: min(places)[1]] if places else text
     for ids in (tokenizer.encode(text), [i for char in text for i in tokenizer.encode(char)]):
-        reader = Reader(tokenizer, thinking=False, stops=stops)
-        assert joined(read(reader, ids), "content") == expected
-        assert reader.stopped == bool(places)
+        detokenizer = Detokenizer(tokenizer, thinking=False, stops=stops)
+        assert joined(read(detokenizer, ids), "content") == expected
+        assert detokenizer.stopped == bool(places)
 
 
 def test_stop_strings_are_not_sought_in_the_reasoning(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("a cat. b"), tokenizer.ids.think_close, *tokenizer.encode("a cat. b")]
-    reader = Reader(tokenizer, thinking=True, stops=["."])
-    pieces = read(reader, ids)
+    detokenizer = Detokenizer(tokenizer, thinking=True, stops=["."])
+    pieces = read(detokenizer, ids)
     assert joined(pieces, "reasoning") == "a cat. b" and joined(pieces, "content") == "a cat"
-    assert reader.stopped and reader.answer().closed
+    assert detokenizer.stopped and detokenizer.answer().closed
 
 
 @settings(max_examples=200, deadline=None)
@@ -89,27 +89,27 @@ def test_line_breaks_go_at_the_think_tags_and_nowhere_else(
     tokenizer = THINKS if tags == "tokens" else BYTE_LEVEL
     ids = tokenizer.encode(said, specials=True)
     whole = split(tokenizer, ids, thinking=thinking, structured=structured)
-    pieces = read(Reader(tokenizer, thinking=thinking, structured=structured), ids)
+    pieces = read(Detokenizer(tokenizer, thinking=thinking, structured=structured), ids)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (whole.reasoning, whole.content)
-    reasoning, closing, content = "", "", said
+    reasoning, tag, content = "", "", said
     opened = said.startswith("<think>")
     if tags == "text":  # no part of a form
         opened = said.lstrip().startswith("<think>") and not structured
     if thinking:
-        reasoning, closing, content = said.partition("</think>")
+        reasoning, tag, content = said.partition("</think>")
     elif thinking is None and opened:
-        reasoning, closing, content = said.partition("<think>")[2].partition("</think>")
+        reasoning, tag, content = said.partition("<think>")[2].partition("</think>")
     if tags == "tokens":  # those that part nothing are hidden
         reasoning, content = (re.sub("</?think>", "", text) for text in (reasoning, content))
-    assert whole.reasoning == (reasoning.strip("\n") if closing else reasoning.lstrip("\n"))
-    assert whole.content == (content.lstrip("\n") if closing and not structured else content)
+    assert whole.reasoning == (reasoning.strip("\n") if tag else reasoning.lstrip("\n"))
+    assert whole.content == (content.lstrip("\n") if tag and not structured else content)
 
 
 @pytest.mark.parametrize("stop", ["2.", "\n2"])
 def test_what_stands_before_a_stop_string_keeps_its_line_breaks(stop: str) -> None:
-    reader = Reader(BYTE_LEVEL, thinking=None, stops=[stop])
-    said = read(reader, BYTE_LEVEL.encode("\n1. 1\n2. 2\n"))
-    assert joined(said, "content") == "\n1. 1\n2. 2\n".partition(stop)[0] and reader.stopped
+    detokenizer = Detokenizer(BYTE_LEVEL, thinking=None, stops=[stop])
+    said = read(detokenizer, BYTE_LEVEL.encode("\n1. 1\n2. 2\n"))
+    assert joined(said, "content") == "\n1. 1\n2. 2\n".partition(stop)[0] and detokenizer.stopped
 
 
 @pytest.mark.parametrize("thinking", [True, None])
@@ -118,7 +118,7 @@ def test_think_tags_that_are_ordinary_text_still_part_the_channels(thinking: boo
     assert foreign.ids.think_close < 0
     said = "12+13 is < 26 </thin </think>it is 25"
     ids = foreign.encode(said if thinking else "<think>" + said)
-    pieces = read(Reader(foreign, thinking=thinking), ids)
+    pieces = read(Detokenizer(foreign, thinking=thinking), ids)
     answer = split(foreign, ids, thinking=thinking)
     assert joined(pieces, "reasoning") == answer.reasoning == "12+13 is < 26 </thin "
     assert joined(pieces, "content") == answer.content == "it is 25"
@@ -160,14 +160,14 @@ IDS = st.one_of(BYTES, st.lists(st.integers(0, LLAMA_LIKE.vocab_size - 1).filter
 def test_a_byte_fallback_vocabulary_streams_what_sentencepiece_reads(ids: list[int]) -> None:
     expected = sentence_piece(ids)
     assert LLAMA_LIKE.decode(ids, skip_specials=True) == expected
-    decoder = Decoder(LLAMA_LIKE)
+    decoder = IncrementalDecoder(LLAMA_LIKE)
     assert "".join(decoder.push(index) for index in ids) + decoder.flush() == expected
 
 
 @pytest.mark.parametrize("stops", [(), ("zz",)])
 def test_a_long_answer_of_byte_tokens_stays_whole(stops: tuple[str, ...]) -> None:
     ids = [3 + byte for byte in ("四" * 90).encode()]
-    pieces = read(Reader(LLAMA_LIKE, thinking=False, stops=stops), ids)
+    pieces = read(Detokenizer(LLAMA_LIKE, thinking=False, stops=stops), ids)
     assert [piece.text for piece in pieces] == ["四"] * 90
 
 
@@ -183,7 +183,7 @@ def test_what_a_model_says_in_its_own_markup_is_seen_and_its_end_is_not() -> Non
     tool, end = tokenizer.encode("<tool_call><|end|>", specials=True)
     ids = [tool, *tokenizer.encode("cat"), end]
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<tool_call><|end|>"))
-    assert joined(read(Reader(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
+    assert joined(read(Detokenizer(tokenizer, thinking=False), ids), "content") == "<tool_call> cat"
     assert split(tokenizer, ids, thinking=False).content == "<tool_call> cat"
     assert tokenizer.decode(ids, skip_specials=True) == "<tool_call> cat"
 
@@ -205,7 +205,7 @@ RAW = st.one_of(
 @given(data=st.lists(RAW, max_size=120).map(b"".join))
 def test_any_bytes_stream_as_utf8_reads_them(name: str, data: bytes) -> None:
     tokenizer, place = VOCABULARIES[name]
-    decoder = Decoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer)
     said = "".join(decoder.push(place[byte]) for byte in data) + decoder.flush()
     text = data.decode("utf-8", "replace")
     assert said == (text.removeprefix(" ") if name == "byte fallback" else text)  # SentencePiece's first space
@@ -215,7 +215,7 @@ def test_any_bytes_stream_as_utf8_reads_them(name: str, data: bytes) -> None:
 def test_tokens_that_are_not_shown_part_no_character(name: str) -> None:
     tokenizer, place = VOCABULARIES[name]
     ids = [index for byte in "a四😀".encode() for index in [place[byte], *[tokenizer.ids.eos] * 20]]
-    decoder = Decoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer)
     assert "".join(decoder.push(index) for index in ids) + decoder.flush() == "a四😀"
 
 
@@ -234,7 +234,7 @@ def test_streaming_costs_the_same_for_every_token(name: str, what: str, monkeypa
         return decode(self, row, skip_specials=skip_specials)
 
     monkeypatch.setattr(Tokenizer, "decode", counted)
-    decoder = Decoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer)
     pieces = [decoder.push(index) for index in ids] + [decoder.flush()]
     assert "".join(pieces) == (text * (3000 // max(1, len(text)))).decode("utf-8", "replace")
     assert sum(handed) <= 20 * len(ids)
@@ -245,8 +245,8 @@ def test_streaming_costs_the_same_for_every_token(name: str, what: str, monkeypa
 @pytest.mark.parametrize("said", ["<think>12</think>3", "\n<thin 3", "3"])
 def test_blanks_before_the_first_word_are_held_and_not_lost(said: str) -> None:
     ids = BYTE_LEVEL.encode(" \n" * 40 + said)
-    reader = Reader(BYTE_LEVEL, thinking=None)
-    pieces = read(reader, ids)
+    detokenizer = Detokenizer(BYTE_LEVEL, thinking=None)
+    pieces = read(detokenizer, ids)
     thought = said.startswith("<think>")
     assert joined(pieces, "content") == ("3" if thought else " \n" * 40 + said)
     assert joined(pieces, "reasoning") == ("12" if thought else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sprat.engine.processors import Processor
 
 TOP_LOGPROBS = 20
-MOST = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
+MAX_INT = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
 MAX_STOPS, MAX_BAD_WORDS, MAX_BIASES = 64, 1024, 4096
 
 
@@ -65,13 +65,13 @@ class Response:
         return cls("regex", pattern)
 
     @classmethod
-    def choice(cls, options: Rows[str]) -> Response:
+    def choice(cls, options: GenericSequence[str]) -> Response:
         """One of ``options``, word by word.
 
         Raises:
             EngineError: there is no option, or one is not text or is empty.
         """
-        if isinstance(options, str) or not options or not all(isinstance(one, str) and one for one in options):
+        if isinstance(options, str) or not options or not all(isinstance(item, str) and item for item in options):
             raise EngineError("a choice needs texts to choose from", where="response", todo="give a list of strings")
         return cls("choice", json.dumps(list(options)))
 
@@ -86,7 +86,7 @@ class Sampling:
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
         max_tokens: sampled tokens at most; None means as many as the context holds.
-        fit: whether ``max_tokens`` gives way where context or memory hold less, instead of the request being refused.
+        fit: whether ``max_tokens`` gives way where context or KV cache hold less, instead of the request being refused.
         seed: same seed, same prompt, same model: same tokens, whatever else is in the batch.
         stop: strings that end the answer; they are cut from the text and never sought in the reasoning.
         stop_token_ids: ids that end the answer, as the model's own end token does.
@@ -130,7 +130,7 @@ class Sampling:
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     response: Response | None = None
-    processors: tuple[Callable[[Rows[int]], Processor], ...] = ()
+    processors: tuple[Callable[[GenericSequence[int]], Processor], ...] = ()
     fit: bool = False
 
     def __post_init__(self) -> None:
@@ -142,17 +142,17 @@ class Sampling:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1)):
-            _integer(name, getattr(self, name), low, MOST)
+            _integer(name, getattr(self, name), low, MAX_INT)
         _integer("seed", self.seed, None)
         for name in ("max_tokens", "max_think_tokens"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1, MOST)
+                _integer(name, getattr(self, name), 1, MAX_INT)
         _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
         for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
-            object.__setattr__(self, name, _LISTS[name](getattr(self, name)))
-        self._agree()
+            object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))
+        self._check_consistency()
 
-    def _agree(self) -> None:
+    def _check_consistency(self) -> None:
         """Raise EngineError where settings that are fine alone contradict each other."""
         if self.thinking not in (True, False, None):
             raise EngineError(f"{self.thinking!r} is not a way to think", where="thinking", todo="true, false or null")
@@ -166,7 +166,7 @@ class Sampling:
             raise EngineError(fault, where="response", todo="use Response.json, Response.regex or Response.choice")
 
 
-def _stops(value: Any) -> tuple[str, ...]:
+def _stop_strings(value: Any) -> tuple[str, ...]:
     """Stop strings: one, several or none."""
     stops = (value,) if isinstance(value, str) else _tuple("stop", value)
     if not all(isinstance(text, str) and text for text in stops):
@@ -174,16 +174,16 @@ def _stops(value: Any) -> tuple[str, ...]:
     return _bounded("stop", stops, MAX_STOPS)
 
 
-def _words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """Bad words: non-empty strings or non-empty lists of ids."""
-    words = [one if isinstance(one, str) else _ids("bad_words", one) for one in _tuple("bad_words", value)]
+    words = [item if isinstance(item, str) else _ids("bad_words", item) for item in _tuple("bad_words", value)]
     if isinstance(value, str) or not all(words):
         todo = "give a list of non-empty strings or lists of ids"
         raise EngineError(f"bad_words cannot be {value!r:.80}", where="bad_words", todo=todo)
     return _bounded("bad_words", tuple(words), MAX_BAD_WORDS)
 
 
-def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     """Biases by id, in the order of the ids."""
     try:
         pairs = dict(value or {})
@@ -195,13 +195,13 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     return _bounded("logit_bias", tuple(sorted(pairs.items())), MAX_BIASES)
 
 
-def _makers(value: Any) -> tuple[Any, ...]:
+def _processor_factories(value: Any) -> tuple[Any, ...]:
     """What makes the processors of an answer."""
-    makers = _tuple("processors", value)
-    if not all(callable(make) for make in makers):
+    factories = _tuple("processors", value)
+    if not all(callable(factory) for factory in factories):
         todo = "give functions from the prompt's ids to a Processor"
         raise EngineError("a processor cannot be made", where="processors", todo=todo)
-    return makers
+    return factories
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
@@ -212,12 +212,12 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
-_LISTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
-    "stop": _stops,
-    "bad_words": _words,
+_CONVERTERS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "stop": _stop_strings,
+    "bad_words": _bad_words,
     "stop_token_ids": lambda value: _bounded("stop_token_ids", _ids("stop_token_ids", value), MAX_STOPS),
-    "logit_bias": _biases,
-    "processors": _makers,
+    "logit_bias": _logit_bias,
+    "processors": _processor_factories,
 }
 
 
@@ -229,17 +229,17 @@ def _tuple(name: str, value: Any) -> tuple[Any, ...]:
         raise EngineError(f"{name} cannot be {value!r:.80}", where=name, todo="give a list") from None
 
 
-def _bounded(name: str, values: tuple[Any, ...], most: int) -> tuple[Any, ...]:
+def _bounded(name: str, values: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
     """``values``, unless there are too many of them."""
-    if len(values) > most:
-        raise EngineError(f"{name} has {len(values)} entries", where=name, todo=f"give {most} at most")
+    if len(values) > limit:
+        raise EngineError(f"{name} has {len(values)} entries", where=name, todo=f"give {limit} at most")
     return values
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise EngineError unless ``value`` is a finite number of [low, high] (or of (low, high])."""
-    wrong = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong or not low <= value <= high or (open_low and value == low):
+    invalid = isinstance(value, bool) or not isinstance(value, int | float)
+    if invalid or not low <= value <= high or (open_low and value == low):
         bound = f"above {low:g}" if open_low else f"at least {low:g}"
         todo = f"give a number {bound} and at most {high:g}"
         raise EngineError(f"{name} cannot be {value!r}", where=name, todo=todo)
@@ -247,7 +247,7 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
 
 def _integer(name: str, value: Any, low: int | None, high: int | None = None) -> None:
     """Raise EngineError unless ``value`` is a whole number of at least ``low`` and at most ``high``."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or (low is not None and value < low) or (high is not None and value > high):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or (low is not None and value < low) or (high is not None and value > high):
         bounds = ("" if low is None else f" of at least {low}") + ("" if high is None else f" and at most {high}")
         raise EngineError(f"{name} cannot be {value!r}", where=name, todo=f"give a whole number{bounds}")
