@@ -31,7 +31,7 @@ import torch
 from sprat.config import QuantConfig
 from sprat.config.model import HF_CLASS, ModelConfig
 from sprat.engine.backend import BLOCK_SIZE, Batch
-from sprat.engine.native import NativeBackend
+from sprat.engine.backends.native import NativeBackend
 from sprat.kernels import native
 from sprat.model import Transformer, load_folder, save_folder
 from sprat.quant import load as load_quantised

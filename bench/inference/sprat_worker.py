@@ -53,7 +53,7 @@ class Sprat:
 
         import sprat
         from sprat import quant
-        from sprat.engine.torch_backend import select_backend
+        from sprat.engine.backends import select_backend
 
         torch.set_num_threads(threads)
         imported = memory()["now"]
@@ -152,7 +152,7 @@ class Sprat:
     @cached_property
     def _alone(self) -> Any:
         """A second back end, so that what is measured without the engine leaves the engine's blocks alone."""
-        from sprat.engine.torch_backend import select_backend
+        from sprat.engine.backends import select_backend
 
         return select_backend(self.model, self._kv_format)
 

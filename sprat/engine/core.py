@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sprat.engine.backend import Backend
-from sprat.engine.blocks import Blocks
-from sprat.engine.disk import DiskCache
+from sprat.engine.cache.blocks import Blocks
+from sprat.engine.cache.disk import DiskCache
+from sprat.engine.cache.prefix import BlockKeys
 from sprat.engine.postprocess import postprocess
-from sprat.engine.prefix import BlockKeys
 from sprat.engine.request import RequestHandle
 from sprat.engine.runner import Runner
-from sprat.engine.sample import Sampler
-from sprat.engine.scheduler import Scheduler
+from sprat.engine.sampling.sampler import Sampler
+from sprat.engine.scheduling.scheduler import Scheduler
 from sprat.engine.sequence import FinishReason, ScheduledStep, Sequence
 from sprat.engine.speculation import Speculation
 from sprat.errors import EngineError, SpratError

@@ -20,16 +20,16 @@ from collections.abc import Sequence as GenericSequence
 from typing import Any
 
 from sprat.engine.backend import BLOCK_SIZE, Backend
-from sprat.engine.blocks import blocks_for, determine_num_blocks
+from sprat.engine.backends import select_backend
+from sprat.engine.cache.blocks import blocks_for, determine_num_blocks
+from sprat.engine.cache.disk import DiskCache
+from sprat.engine.cache.prefix import BlockKeys, model_digest
 from sprat.engine.core import EngineCore, EngineLimits, Stats
-from sprat.engine.disk import DiskCache
-from sprat.engine.grammar import GrammarCache
-from sprat.engine.prefix import BlockKeys, model_digest
 from sprat.engine.request import Prompt, RequestBuilder, RequestHandle, eos_token_ids
+from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling_params import Sampling
 from sprat.engine.sequence import DEFAULT_TENANT, Delta, Output, Sequence, Tenant
 from sprat.engine.speculation import Speculation, SpeculationMode
-from sprat.engine.torch_backend import select_backend
 from sprat.errors import EngineError, SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer

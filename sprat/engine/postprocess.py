@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from sprat.engine.request import RequestHandle
 from sprat.engine.runner import Runner, StepResult
-from sprat.engine.sequence import ScheduledStep, Sequence, add_at
+from sprat.engine.sampling.ops import add_at
+from sprat.engine.sequence import ScheduledStep, Sequence
 
 
 def postprocess(

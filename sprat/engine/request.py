@@ -14,8 +14,8 @@ from collections.abc import Sequence as GenericSequence
 
 from sprat.config.model import ModelConfig
 from sprat.engine.detokenizer import Detokenizer
-from sprat.engine.grammar import GrammarCache
-from sprat.engine.processors import build_processors
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.processors import build_processors
 from sprat.engine.sampling_params import Sampling
 from sprat.engine.sequence import DEFAULT_TENANT, Delta, FinishReason, Output, Sequence, Tenant, Usage, noise_key
 from sprat.errors import DataError, EngineError

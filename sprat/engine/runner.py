@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
-from sprat.engine.draw import not_finite
-from sprat.engine.sample import Sampler, SamplerOutput
-from sprat.engine.scheduler import Scheduler
-from sprat.engine.sequence import ScheduledStep, Sequence, SlotIndex, add_at, put_at, row_index
+from sprat.engine.sampling.ops import add_at, not_finite, put_at, row_index
+from sprat.engine.sampling.sampler import Sampler, SamplerOutput
+from sprat.engine.scheduling.scheduler import Scheduler
+from sprat.engine.sequence import ScheduledStep, Sequence, SlotIndex
 
 
 @dataclass(slots=True)

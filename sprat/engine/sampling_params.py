@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sprat.errors import EngineError
-
-if TYPE_CHECKING:
-    from sprat.engine.processors import Processor
 
 TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
@@ -74,6 +74,30 @@ class Response:
         if isinstance(options, str) or not options or not all(isinstance(item, str) and item for item in options):
             raise EngineError("a choice needs texts to choose from", where="response", todo="give a list of strings")
         return cls("choice", json.dumps(list(options)))
+
+
+class Processor(Protocol):
+    """A rule of one answer; each answer has its own.
+
+    Attributes:
+        starts_at: it changes nothing while the output has fewer tokens than these; 0: from the first one on.
+        supports_drafts: whether ``draft_ids`` may hold anything; if not, nothing is drafted for its request.
+    """
+
+    starts_at: int
+    supports_drafts: bool
+
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
+        """Change ``logits_V`` in place, for the token that follows ``output_ids`` and ``draft_ids``.
+
+        Args:
+            logits_V: float32, one per id of the tokenizer; -inf is "never".
+            output_ids: sampled tokens of the answer; grows from call to call, and never changes otherwise.
+            draft_ids: drafted tokens behind them.
+        """
+        ...
 
 
 @dataclass(frozen=True)

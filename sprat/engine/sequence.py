@@ -11,15 +11,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.sampling_params import Sampling
-
-if TYPE_CHECKING:
-    from sprat.engine.processors import Processor
+from sprat.engine.sampling_params import Processor, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SMALL_BATCH = 16
@@ -157,32 +154,6 @@ class ScheduledStep:
     slot_index: SlotIndex
     chunks: list[PrefillChunk]
     drafts: dict[int, list[int]]
-
-
-def add_at(array_S: NDArray[Any], index: SlotIndex, by: int | list[int]) -> None:
-    """``array_S[index] += by``; few slots go one by one, see ``ScheduledStep``."""
-    if not isinstance(index, list):
-        array_S[index] += by
-    elif isinstance(by, int):
-        for slot in index:
-            array_S[slot] += by
-    else:
-        for slot, more in zip(index, by, strict=True):
-            array_S[slot] += more
-
-
-def put_at(array_S: NDArray[Any], index: SlotIndex, values: list[int]) -> None:
-    """``array_S[index] = values``."""
-    if isinstance(index, list):
-        for slot, value in zip(index, values, strict=True):
-            array_S[slot] = value
-    else:
-        array_S[index] = values
-
-
-def row_index(count: int) -> SlotIndex:
-    """The first ``count`` rows as an index."""
-    return list(range(count)) if count <= SMALL_BATCH else np.arange(count)
 
 
 def noise_key(seed: int, stream: int, prompt_ids: list[int]) -> int:

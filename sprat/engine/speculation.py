@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from sprat.engine.backend import Backend
 from sprat.engine.runner import StepResult
-from sprat.engine.sample import Sampler
-from sprat.engine.scheduler import Scheduler
+from sprat.engine.sampling.sampler import Sampler
+from sprat.engine.scheduling.scheduler import Scheduler
 from sprat.engine.sequence import ScheduledStep, Sequence
 from sprat.errors import EngineError
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
 from sprat.engine.backend import BLOCK_SIZE, Batch
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import TorchBackend, _groups
+from sprat.engine.backends.native import NativeBackend
+from sprat.engine.backends.torch import TorchBackend, _groups
 from sprat.kernels import native, why_not
 from sprat.model import Gate, Transformer
 from sprat.model.moe import Routing

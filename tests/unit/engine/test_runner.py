@@ -7,8 +7,8 @@ import torch
 
 from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
+from sprat.engine.backends.torch import TorchBackend
 from sprat.engine.speculation import SpeculationMode
-from sprat.engine.torch_backend import TorchBackend
 from sprat.errors import SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer

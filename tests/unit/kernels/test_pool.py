@@ -15,7 +15,7 @@ import pytest
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
+from sprat.engine.backends.native import NativeBackend
 from sprat.kernels import native, why_not
 from sprat.model import Transformer
 from sprat.quant import quantize

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.engine.panels import HugePages, float_weights, pack_weights
+from sprat.engine.backends.weights import HugePages, float_weights, pack_weights
 from sprat.kernels import native, reference, why_not
 from sprat.quant.int4 import dequantize_weight, quantize_weight
 from sprat.quant.layers import Packed

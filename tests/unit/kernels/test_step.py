@@ -11,8 +11,8 @@ import torch
 from sprat.config import QuantConfig
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import select_backend
+from sprat.engine.backends import select_backend
+from sprat.engine.backends.native import NativeBackend
 from sprat.errors import EngineError, MachineError
 from sprat.kernels import native, reference, why_not
 from sprat.model import Transformer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import (
+from sprat.engine.sampling.ops import (
     VOCAB_BLOCK,
     LogNormalizer,
     SoftmaxWeights,
@@ -68,7 +68,7 @@ def test_twenty_thousand_draws_follow_the_distribution_that_was_asked(
     cut: dict[str, float], implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if implementation == "numpy":
-        monkeypatch.setattr("sprat.engine.draw.native", lambda: None)
+        monkeypatch.setattr("sprat.engine.sampling.ops.native", lambda: None)
     logits = torch.randn(1, 150, generator=torch.Generator().manual_seed(0)) * 2
     rows, temperature = 20_000, 1.3
     noise = uniform(np.random.default_rng(1).integers(0, 2**63, rows).astype(np.uint64), np.zeros(rows, np.int64))

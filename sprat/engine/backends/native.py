@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK_SIZE, Batch
-from sprat.engine.panels import (
+from sprat.engine.backends.weights import (
     DTYPE_CODES,
     GROUP,
     HugePages,

@@ -14,15 +14,15 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from sprat.engine import grammar, grammar_compiler
-from sprat.engine.grammar import GrammarCache
-from sprat.engine.processors import build_processors
-from sprat.engine.sample import Sampler
+from sprat.engine.sampling import grammar, grammar_compiler
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.processors import build_processors
+from sprat.engine.sampling.sampler import Sampler
 from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import DEFAULT_TENANT, Sequence, Tenant, noise_key
 from sprat.errors import EngineError
 from sprat.tokens import Tokenizer, split
-from tests.unit.engine.test_processors import plain_tags
+from tests.unit.engine.sampling.test_processors import plain_tags
 
 ALICE, BOB = Tenant("alice", b"secret of alice"), Tenant("bob", b"secret of bob")
 SCHEMAS: dict[str, dict[str, Any]] = {

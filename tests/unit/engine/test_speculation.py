@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from sprat.engine import Engine, Output, Sampling, speculation
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
+from sprat.engine.backends.native import NativeBackend
+from sprat.engine.backends.torch import TorchBackend
 from sprat.engine.speculation import NgramTable, Payoff, SpeculationMode
-from sprat.engine.torch_backend import TorchBackend
 from sprat.errors import EngineError
 from sprat.kernels import native
 from sprat.model import Transformer
@@ -161,6 +161,30 @@ def test_an_ngram_table_finds_what_followed_last_time() -> None:
     assert table.propose([1, 2, 3], 4) == [6, 7, 1, 2]
     assert table.propose([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
     assert NgramTable([1], 100).propose([], 4) == []
+
+
+def test_a_request_that_leaves_takes_its_ngram_table_along(model: Transformer, tokenizer: Tokenizer) -> None:
+    fake = Fake(model.config.vocab_size, max_blocks=16)
+    engine = Engine(model, tokenizer, backend=fake, speculate="ngram")
+    how = Sampling(temperature=0, max_tokens=40, logit_bias={tokenizer.ids.eos: -100})
+    handles = [engine.submit([*REPEATS, number], how) for number in range(3)]
+    engine.step()
+    engine.step()
+    tables = engine.core.speculation.ngram_tables
+    assert set(tables) == {handle.id for handle in handles}
+    handles[0].cancel()
+    engine.step()
+    assert set(tables) == {handle.id for handle in handles[1:]}, "cancelled"
+    handles[1].result()
+    assert not tables, "finished"
+    engine.submit(REPEATS, how)
+    engine.step()
+    engine.step()
+    assert tables
+    fake.fails = RuntimeError("out of luck")
+    with pytest.raises(EngineError):
+        engine.step()
+    assert not tables and engine.check() == [], "failed"
 
 
 def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.processors import Processor
-from sprat.engine.sample import Sampler
+from sprat.engine.sampling.sampler import Sampler
+from sprat.engine.sampling_params import Processor
 from sprat.engine.sequence import Sampling, Sequence, noise_key
 from sprat.errors import EngineError
 from sprat.tokens import Tokenizer
@@ -159,7 +159,7 @@ def test_noise_follows_the_answer_and_a_request_that_comes_back_goes_on_where_it
 
 def test_rows_with_drafts_before_them_are_sampled_as_if_the_drafts_were_settled(tokenizer: Tokenizer) -> None:
     sampling = Sampling(seed=8, presence_penalty=2, frequency_penalty=1)
-    from sprat.engine.penalties import Penalties
+    from sprat.engine.sampling.penalties import Penalties
 
     def fresh() -> tuple[Sampler, list[Sequence]]:
         return sampler_of(tokenizer, sampling, rules=(Penalties(sampling, [1], tokenizer.vocab_size),))

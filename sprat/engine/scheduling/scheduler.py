@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK_SIZE
-from sprat.engine.blocks import Blocks
-from sprat.engine.fair_queue import Account, FairQueue
-from sprat.engine.prefix import BlockKeys
+from sprat.engine.cache.blocks import Blocks
+from sprat.engine.cache.prefix import BlockKeys
+from sprat.engine.scheduling.fair_queue import Account, FairQueue
 from sprat.engine.sequence import SMALL_BATCH, PrefillChunk, ScheduledStep, Sequence, SlotIndex
 
 

@@ -11,45 +11,18 @@ only the last one has the last word on what is possible at all.
 from __future__ import annotations
 
 from collections.abc import Sequence as GenericSequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.grammar import GrammarCache
-from sprat.engine.penalties import Penalties
 from sprat.engine.reasoning import ReasoningTracker, think_close_ids
-from sprat.engine.sampling_params import Sampling
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.penalties import Penalties
+from sprat.engine.sampling_params import Processor, Sampling
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError
 from sprat.tokens.chat import settled
 from sprat.tokens.tokenizer import Tokenizer
-
-NEVER = np.iinfo(np.int64).max  # the position at which no processor starts
-
-
-class Processor(Protocol):
-    """A rule of one answer; each answer has its own.
-
-    Attributes:
-        starts_at: it changes nothing while the output has fewer tokens than these; 0: from the first one on.
-        supports_drafts: whether ``draft_ids`` may hold anything; if not, nothing is drafted for its request.
-    """
-
-    starts_at: int
-    supports_drafts: bool
-
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
-        """Change ``logits_V`` in place, for the token that follows ``output_ids`` and ``draft_ids``.
-
-        Args:
-            logits_V: float32, one per id of the tokenizer; -inf is "never".
-            output_ids: sampled tokens of the answer; grows from call to call, and never changes otherwise.
-            draft_ids: drafted tokens behind them.
-        """
-        ...
 
 
 def build_processors(

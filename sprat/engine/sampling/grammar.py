@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.grammar_compiler import CompilerProcess
-from sprat.engine.grammar_source import prepare, refusal
 from sprat.engine.reasoning import ReasoningTracker, has_think_tokens
+from sprat.engine.sampling.grammar_compiler import CompilerProcess
+from sprat.engine.sampling.grammar_source import prepare, refusal
 from sprat.engine.sampling_params import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError, MachineError
@@ -160,7 +160,7 @@ class GrammarCache:
     def _compile(self, response: Response, tenant: Tenant) -> CachedGrammar:
         """The compiled grammar and its bytes, or the error that this grammar will always get."""
         try:
-            from sprat.engine import grammar_worker
+            from sprat.engine.sampling import grammar_worker
         except ImportError:
             todo = "pip install llguidance"
             raise MachineError("structured output needs llguidance", where="response", todo=todo) from None

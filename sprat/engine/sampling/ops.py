@@ -1,3 +1,4 @@
+# size: one noun: what a step does with arrays on the host, from slots to tokens
 """From logits to tokens, all rows at once, each row with its own settings and its own noise.
 
 The usual way, one ``torch.Generator`` per request and ``torch.multinomial`` row by row, costs some 20
@@ -17,7 +18,8 @@ model. What top-k, top-p and min-p keep is found by comparing, and only that is 
 
 All of it runs on the host, in C++ (``kernels/src/sample.h``) or, without that, in numpy: a torch operation costs 5
 to 10 microseconds before it does anything, and its argmax is 40 times slower. Only the exponential is torch's. Every
-row is summed in an order that does not depend on the other rows.
+row is summed in an order that does not depend on the other rows. For the few rows of most steps even numpy's way into
+an operation is long, so ``add_at`` and ``put_at`` go slot by slot there.
 
 R rows, V vocabulary, K blocks of the vocabulary.
 """
@@ -25,11 +27,13 @@ R rows, V vocabulary, K blocks of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sprat.engine.sequence import SMALL_BATCH, SlotIndex
 from sprat.errors import EngineError
 from sprat.kernels import native
 
@@ -43,6 +47,32 @@ ONE, S11, S27, S30, S31 = (np.uint64(x) for x in (1, 11, 27, 30, 31))
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+
+def add_at(array_S: NDArray[Any], index: SlotIndex, by: int | list[int]) -> None:
+    """``array_S[index] += by``; few slots go one by one, see ``ScheduledStep``."""
+    if not isinstance(index, list):
+        array_S[index] += by
+    elif isinstance(by, int):
+        for slot in index:
+            array_S[slot] += by
+    else:
+        for slot, more in zip(index, by, strict=True):
+            array_S[slot] += more
+
+
+def put_at(array_S: NDArray[Any], index: SlotIndex, values: list[int]) -> None:
+    """``array_S[index] = values``."""
+    if isinstance(index, list):
+        for slot, value in zip(index, values, strict=True):
+            array_S[slot] = value
+    else:
+        array_S[index] = values
+
+
+def row_index(count: int) -> SlotIndex:
+    """The first ``count`` rows as an index."""
+    return list(range(count)) if count <= SMALL_BATCH else np.arange(count)
 
 
 def uniform(key_R: NDArray[np.uint64], position_R: Integers) -> Doubles:

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK_SIZE, Backend
-from sprat.engine.disk import DiskCache
+from sprat.engine.cache.disk import DiskCache
 from sprat.errors import EngineError, MachineError
 from sprat.machine import available_bytes
 

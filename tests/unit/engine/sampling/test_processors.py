@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sprat.engine.detokenizer import Detokenizer
-from sprat.engine.grammar import GrammarCache
-from sprat.engine.processors import BadWords, Penalties, Processor, ThinkBudget, build_processors
 from sprat.engine.reasoning import ReasoningTracker, think_close_ids
-from sprat.engine.sampling_params import Sampling
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.processors import BadWords, Penalties, ThinkBudget, build_processors
+from sprat.engine.sampling_params import Processor, Sampling
 from sprat.errors import EngineError
 from sprat.tokens import Tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sprat.engine import blocks
+from sprat.engine.cache import blocks
 from sprat.machine import available_bytes, total_bytes
 
 MIB = 1 << 20

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sprat.engine import Engine, Sampling, Tenant
-from sprat.engine.disk import DiskCache
-from sprat.engine.prefix import BlockKeys
+from sprat.engine.cache.disk import DiskCache
+from sprat.engine.cache.prefix import BlockKeys
 from sprat.engine.sequence import Sequence
 from sprat.errors import EngineError
 from sprat.model import Transformer

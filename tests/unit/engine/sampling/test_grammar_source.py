@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
-from sprat.engine.grammar_source import prepare
-from sprat.engine.grammar_worker import build_matcher, build_tokenizer
+from sprat.engine.sampling.grammar_source import prepare
+from sprat.engine.sampling.grammar_worker import build_matcher, build_tokenizer
 from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sprat.engine import Engine, Sampling, draw
+from sprat.engine import Engine, Sampling
 from sprat.engine.backend import Batch
+from sprat.engine.sampling import ops
 from sprat.errors import EngineError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -39,7 +40,7 @@ EXTREMES: list[dict[str, Any]] = [
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both samplers."""
     if request.param == "numpy":
-        monkeypatch.setattr(draw, "native", lambda: None)
+        monkeypatch.setattr(ops, "native", lambda: None)
 
 
 @pytest.mark.usefixtures("way")

@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.draw import (
+from sprat.engine.reasoning import think_close_ids
+from sprat.engine.sampling.ops import (
     Floats,
     Integers,
     LogNormalizer,
     NotFinite,
+    add_at,
     argmax,
     logprob,
     not_finite,
@@ -33,12 +35,11 @@ from sprat.engine.draw import (
     softmax_weights,
     uniform,
 )
-from sprat.engine.processors import NEVER
-from sprat.engine.reasoning import think_close_ids
-from sprat.engine.sequence import Sequence, SlotIndex, add_at
+from sprat.engine.sequence import Sequence, SlotIndex
 from sprat.errors import EngineError, SpratError
 from sprat.tokens.tokenizer import Tokenizer
 
+NEVER = np.iinfo(np.int64).max  # the position at which no processor starts
 TopLogprobs = list[tuple[int, float]]  # likeliest tokens with their log-probabilities, best first
 
 
