@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from sprat.engine.reasoning import ReasoningTracker, has_think_tokens
 from sprat.engine.sampling.grammar_compiler import CompilerProcess
-from sprat.engine.sampling.grammar_source import prepare, refusal
+from sprat.engine.sampling.grammar_source import grammar_error, translate_source
 from sprat.engine.sampling_params import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError, MachineError
@@ -165,11 +165,11 @@ class GrammarCache:
             todo = "pip install llguidance"
             raise MachineError("structured output needs llguidance", where="response", todo=todo) from None
         try:
-            source = prepare(response)
+            source = translate_source(response)
             with self._compiler(tenant) as compiler:
                 reply = compiler.ask({"kind": response.kind, "source": source})
             if "error" in reply:
-                return refusal(response, str(reply["error"])), 0
+                return grammar_error(response, str(reply["error"])), 0
             with self._lock:
                 if self._vocabulary is None:
                     self._vocabulary = grammar_worker.build_tokenizer(self._tokens(), self._eos_token_ids)
@@ -177,7 +177,7 @@ class GrammarCache:
         except EngineError as error:
             return error, 0
         except ValueError as error:
-            return refusal(response, str(error)), 0
+            return grammar_error(response, str(error)), 0
 
     def _tokens(self) -> list[bytes]:
         """The bytes of every token."""

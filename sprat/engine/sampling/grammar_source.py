@@ -5,8 +5,8 @@ r"""What a caller writes as a form, made into what llguidance understands in the
 
 *Patterns.* JSON schemas write them in ECMA-262 (with the ``u`` flag), llguidance reads Rust's syntax. ``\d`` is
 ``[0-9]`` in the one and every digit of Unicode in the other, ``\s`` and ``.`` differ in single characters, and
-``[a&&b]``, ``\cA`` or ``\u0041`` mean something else or nothing. ``ecma`` says each in Rust's words. A regex that
-stands alone is in Rust's syntax, but its ``\d``, ``\w`` and ``\s`` are those of ECMA-262 as well.
+``[a&&b]``, ``\cA`` or ``\u0041`` mean something else or nothing. ``ecma_to_rust`` says each in Rust's words. A regex
+that stands alone is in Rust's syntax, but its ``\d``, ``\w`` and ``\s`` are those of ECMA-262 as well.
 
 *Numbers.* llguidance holds them as 64-bit floats. A bound or a value that such a float, or its shortest decimal form,
 does not hold exactly would be another one, so it is refused; so is a bound of 2^53 and more, from which a float cannot
@@ -53,7 +53,7 @@ DATA = (*NUMBERS, *VALUES, *NOTES)  # what holds no schema
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 
 
-def prepare(response: Response) -> str:
+def translate_source(response: Response) -> str:
     """The source as it is compiled.
 
     Raises:
@@ -64,25 +64,25 @@ def prepare(response: Response) -> str:
         todo = f"use {MAX_SOURCE // 1024} KiB at most"
         raise EngineError("the grammar is too long", where="response", todo=todo)
     if response.kind == "regex":
-        return shorthands(source)
+        return with_ecma_shorthands(source)
     try:
         tree = json.loads(source, parse_float=Decimal, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise refusal(response, str(error)) from None
+        raise grammar_error(response, str(error)) from None
     if not isinstance(tree, dict | bool if response.kind == "schema" else list):
-        raise refusal(response, "it is no JSON object")
-    _bounded(tree)
+        raise grammar_error(response, "it is no JSON object")
+    _check_size(tree)
     try:
-        made = tree
+        translated = tree
         if response.kind == "schema":
-            made = _schema(tree)
-            _apart(tree)
-        return json.dumps(made, default=float)
+            translated = _schema(tree)
+            _refuse_close_bounds(tree)
+        return json.dumps(translated, default=float)
     except ValueError as error:
-        raise refusal(response, str(error)) from None
+        raise grammar_error(response, str(error)) from None
 
 
-def refusal(response: Response, why: str) -> EngineError:
+def grammar_error(response: Response, why: str) -> EngineError:
     """The error of a grammar that cannot be used."""
     return EngineError(f"the {response.kind} cannot be used: {why}", where="response", todo="correct or simplify it")
 
@@ -92,7 +92,7 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def _bounded(tree: Any) -> None:
+def _check_size(tree: Any) -> None:
     """Raise EngineError where a tree is too deep or has too many nodes."""
     level, nodes = [tree], 0
     for _ in range(MAX_DEPTH):
@@ -115,72 +115,73 @@ def _schema(node: Any) -> Any:
         ValueError: a number of it cannot be held exactly, or a pattern cannot be said.
     """
     if isinstance(node, list):
-        return [_schema(one) for one in node]
+        return [_schema(schema) for schema in node]
     if not isinstance(node, dict):
         return node
-    made: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for key, value in node.items():
         if key in NUMBERS or key in VALUES:
-            _exact(key, value)
-            made[key] = value
+            _check_exact(key, value)
+            translated[key] = value
         elif key in NOTES:
-            made[key] = value
+            translated[key] = value
         elif key == "pattern" and isinstance(value, str):
-            made[key] = ecma(value)
+            translated[key] = ecma_to_rust(value)
         elif key in NAMED and isinstance(value, dict):
-            names = [ecma(name) if key == "patternProperties" else name for name in value]
+            names = [ecma_to_rust(name) if key == "patternProperties" else name for name in value]
             if len(set(names)) < len(names):
                 raise ValueError("two names of patternProperties are the same pattern")
-            made[key] = dict(zip(names, map(_schema, value.values()), strict=True))
+            translated[key] = dict(zip(names, map(_schema, value.values()), strict=True))
         else:
-            made[key] = _schema(value)
-    return made
+            translated[key] = _schema(value)
+    return translated
 
 
-def _apart(root: Any) -> None:
+def _refuse_close_bounds(root: Any) -> None:
     """Raise ValueError where a whole exclusive bound meets an opposite bound less than one away.
 
     Bounds meet where they hold for the same value, so what holds together is followed from the root: beside each other,
     through ``$ref``, ``allOf``, ``anyOf`` and ``oneOf``, and in properties and items of the same place.
     """
-    waiting: list[tuple[list[dict[str, Any]], list[Any]]] = [([], [root])]  # what holds, and what else holds with it
+    pending: list[tuple[list[dict[str, Any]], list[Any]]] = [([], [root])]  # what holds, and what else holds with it
     followed: set[frozenset[int]] = set()
     work = 0
-    while waiting:
-        before, more = waiting.pop()
-        added, branches = _together(root, more)
-        both = list({id(one): one for one in before + added}.values())
-        key = frozenset(map(id, both))
+    while pending:
+        before, more = pending.pop()
+        added, branches = _joined(root, more)
+        schemas = list({id(schema): schema for schema in before + added}.values())
+        key = frozenset(map(id, schemas))
         if key in followed:
             continue
         followed.add(key)
-        names, patterns = (sum(len(_dict(one, key)) for one in both) for key in NAMED[:2])
-        work += len(both) * (1 + len(branches) + names) + (1 + names) * patterns
+        names, patterns = (sum(len(_dict(schema, key)) for schema in schemas) for key in NAMED[:2])
+        work += len(schemas) * (1 + len(branches) + names) + (1 + names) * patterns
         if work > MAX_WORK:
             raise ValueError("too many of its parts hold for the same value")
-        if not any("integer" in _types(one) and "number" not in _types(one) for one in both):  # counted, not matched
-            _bounds_apart(both + _together(root, branches, wholly=True)[0])
-        waiting += [(both, [branch]) for branch in branches]
-        waiting += [([], place) for place in _places(both)]
+        counted = any("integer" in _types(schema) and "number" not in _types(schema) for schema in schemas)
+        if not counted:  # but matched
+            _check_bounds(schemas + _joined(root, branches, all_branches=True)[0])
+        pending += [(schemas, [branch]) for branch in branches]
+        pending += [([], together) for together in _subschemas(schemas)]
 
 
-def _together(root: Any, nodes: list[Any], *, wholly: bool = False) -> tuple[list[dict[str, Any]], list[Any]]:
-    """All schemas that hold where ``nodes`` hold, and the branches of which one holds; ``wholly``: all branches too."""
-    held: dict[int, dict[str, Any]] = {}
+def _joined(root: Any, nodes: list[Any], *, all_branches: bool = False) -> tuple[list[dict[str, Any]], list[Any]]:
+    """All schemas that hold where ``nodes`` hold (``all_branches``: branches too), and branches of which one holds."""
+    schemas: dict[int, dict[str, Any]] = {}
     branches: list[Any] = []
-    waiting = list(nodes)
-    while waiting:
-        one = waiting.pop()
-        if not isinstance(one, dict) or id(one) in held:
+    pending = list(nodes)
+    while pending:
+        schema = pending.pop()
+        if not isinstance(schema, dict) or id(schema) in schemas:
             continue
-        held[id(one)] = one
-        if one is not root and isinstance(one.get("$id"), str):
+        schemas[id(schema)] = schema
+        if schema is not root and isinstance(schema.get("$id"), str):
             raise ValueError("$id stands inside of the schema; leave it out, and refer to '#/$defs/NAME'")
-        if "$ref" in one:
-            waiting.append(_target(root, one["$ref"]))
-        waiting += _list(one, "allOf")
-        (waiting if wholly else branches).extend(_list(one, "anyOf") + _list(one, "oneOf"))
-    return list(held.values()), branches
+        if "$ref" in schema:
+            pending.append(_target(root, schema["$ref"]))
+        pending += _list(schema, "allOf")
+        (pending if all_branches else branches).extend(_list(schema, "anyOf") + _list(schema, "oneOf"))
+    return list(schemas.values()), branches
 
 
 def _target(root: Any, ref: Any) -> Any:
@@ -206,31 +207,32 @@ def _target(root: Any, ref: Any) -> Any:
     return node
 
 
-def _places(both: list[dict[str, Any]]) -> list[list[Any]]:
-    """For each property and item what ``both`` say of it together."""
-    found: list[list[Any]] = []
+def _subschemas(schemas: list[dict[str, Any]]) -> list[list[Any]]:
+    """For each property and item what ``schemas`` say of it together."""
+    subschemas: list[list[Any]] = []
     named = [
-        (_dict(one, "properties"), _dict(one, "patternProperties"), one.get("additionalProperties")) for one in both
+        (_dict(schema, "properties"), _dict(schema, "patternProperties"), schema.get("additionalProperties"))
+        for schema in schemas
     ]
     for name in {name for properties, _, _ in named for name in properties}:
-        place: list[Any] = []
+        together: list[Any] = []
         for properties, patterns, rest in named:
-            fitting = [value for pattern, value in patterns.items() if _fits(pattern, name)]
-            fitting += [properties[name]] if name in properties else []
-            place += fitting or [rest]
-        found.append(place)
+            matching = [value for pattern, value in patterns.items() if _may_match(pattern, name)]
+            matching += [properties[name]] if name in properties else []
+            together += matching or [rest]
+        subschemas.append(together)
     for pattern in {pattern for _, patterns, _ in named for pattern in patterns}:
-        found.append([patterns.get(pattern, rest) for _, patterns, rest in named])
-    found.append([rest for _, _, rest in named])
-    first = [_list(one, "prefixItems") or _list(one, "items") for one in both]
-    rest = [one.get("additionalItems") if _list(one, "items") else one.get("items") for one in both]
+        subschemas.append([patterns.get(pattern, rest) for _, patterns, rest in named])
+    subschemas.append([rest for _, _, rest in named])
+    first = [_list(schema, "prefixItems") or _list(schema, "items") for schema in schemas]
+    rest = [schema.get("additionalItems") if _list(schema, "items") else schema.get("items") for schema in schemas]
     for index in range(max(map(len, first), default=0)):
-        found.append([row[index] if index < len(row) else other for row, other in zip(first, rest, strict=True)])
-    found.append(rest)
-    return [place for place in found if any(isinstance(one, dict) for one in place)]
+        subschemas.append([row[index] if index < len(row) else other for row, other in zip(first, rest, strict=True)])
+    subschemas.append(rest)
+    return [together for together in subschemas if any(isinstance(schema, dict) for schema in together)]
 
 
-def _fits(pattern: str, name: str) -> bool:
+def _may_match(pattern: str, name: str) -> bool:
     """Whether a pattern may match a name. Only plain ones are looked at: a caller's pattern could run for ever."""
     plain = re.fullmatch(r"(\^?)([\w-]*)(\$?)", pattern, re.ASCII)
     if plain is None:
@@ -241,20 +243,20 @@ def _fits(pattern: str, name: str) -> bool:
     return name.startswith(text) if begins else name.endswith(text) if ends else text in name
 
 
-def _bounds_apart(both: list[dict[str, Any]]) -> None:
+def _check_bounds(schemas: list[dict[str, Any]]) -> None:
     """Raise ValueError where a whole exclusive bound is less than one away from an opposite bound."""
-    found = {
+    bounds = {
         key: {
-            Decimal(one[key])
-            for one in both
-            if isinstance(one.get(key), int | Decimal) and not isinstance(one[key], bool)
+            Decimal(schema[key])
+            for schema in schemas
+            if isinstance(schema.get(key), int | Decimal) and not isinstance(schema[key], bool)
         }
         for key in NUMBERS
     }
-    lows = sorted(found["minimum"] | found["exclusiveMinimum"])
-    highs = sorted(found["maximum"] | found["exclusiveMaximum"])
+    lows = sorted(bounds["minimum"] | bounds["exclusiveMinimum"])
+    highs = sorted(bounds["maximum"] | bounds["exclusiveMaximum"])
     for key, others, sign in (("exclusiveMinimum", highs, 1), ("exclusiveMaximum", lows, -1)):
-        for bound in found[key]:
+        for bound in bounds[key]:
             near = bisect_right(others, bound) if sign > 0 else bisect_left(others, bound) - 1
             other = others[near] if 0 <= near < len(others) else None
             if other is not None and abs(other - bound) < 1 and bound == bound.to_integral_value():
@@ -263,115 +265,115 @@ def _bounds_apart(both: list[dict[str, Any]]) -> None:
 
 def _types(node: dict[str, Any]) -> list[Any]:
     """The types that a schema allows, if it says any."""
-    found = node.get("type")
-    return found if isinstance(found, list) else [found]
+    value = node.get("type")
+    return value if isinstance(value, list) else [value]
 
 
 def _list(node: dict[str, Any], key: str) -> list[Any]:
     """The list under ``key``; an empty one where there is none."""
-    found = node.get(key)
-    return found if isinstance(found, list) else []
+    value = node.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _dict(node: dict[str, Any], key: str) -> dict[str, Any]:
     """The object under ``key``; an empty one where there is none."""
-    found = node.get(key)
-    return found if isinstance(found, dict) else {}
+    value = node.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def _exact(key: str, value: Any) -> None:
+def _check_exact(key: str, value: Any) -> None:
     """Raise ValueError at the first number in ``value`` that a 64-bit float does not hold."""
     if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            _exact(key, one)
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_exact(key, item)
     elif isinstance(value, int | Decimal) and not isinstance(value, bool):
         value = Decimal(value)
-        held = Decimal(repr(float(value)))
-        if held != value or (key in NUMBERS and abs(value) >= 2**53):  # exclusive bounds are counted from
+        exact = Decimal(repr(float(value)))
+        if exact != value or (key in NUMBERS and abs(value) >= 2**53):  # exclusive bounds are counted from
             raise ValueError(f"{key}: {value!s:.40} is not exact as a 64-bit float; write it as a string")
 
 
-def shorthands(pattern: str) -> str:
+def with_ecma_shorthands(pattern: str) -> str:
     r"""A regex in Rust's syntax whose ``\d``, ``\w`` and ``\s`` are those of ECMA-262.
 
-    >>> shorthands(r"\d+[^\d.]\\d")
+    >>> with_ecma_shorthands(r"\d+[^\d.]\\d")
     '[0-9]+[^0-9.]\\\\d'
     """
-    made, place, depth = [], 0, 0
-    while place < len(pattern):
-        char, pair = pattern[place], pattern[place : place + 2]
+    translated, position, depth = [], 0, 0
+    while position < len(pattern):
+        char, pair = pattern[position], pattern[position : position + 2]
         if char == "\\":
-            made.append(_shorthand(pair[1:], depth > 0) or pair)
-            place += 2
+            translated.append(_shorthand(pair[1:], depth > 0) or pair)
+            position += 2
             continue
         depth += (char == "[") - (char == "]" and depth > 0)
-        made.append(char)
-        place += 1
-    return "".join(made)
+        translated.append(char)
+        position += 1
+    return "".join(translated)
 
 
-def ecma(pattern: str) -> str:
+def ecma_to_rust(pattern: str) -> str:
     r"""An ECMA-262 pattern, with the ``u`` flag, in Rust's syntax.
 
     Raises:
         ValueError: an escape means nothing in ECMA-262, or a class does not end.
 
-    >>> ecma(r"^\d[&&x]\/\cA.$")
+    >>> ecma_to_rust(r"^\d[&&x]\/\cA.$")
     '^[0-9][\\x26\\x26\\x78]/\\x01[^\\n\\r\\x{2028}\\x{2029}]$'
     """
-    made, place = [], 0
-    while place < len(pattern):
-        char = pattern[place]
+    translated, position = [], 0
+    while position < len(pattern):
+        char = pattern[position]
         if char == "\\":
-            found = _escape(pattern, place)
-            made.append(_escaped(found, inside=False))
-            place = found.end()
+            match = _escape(pattern, position)
+            translated.append(_escaped(match, inside=False))
+            position = match.end()
         elif char == "[":
-            text, place = _class(pattern, place)
-            made.append(text)
+            text, position = _class(pattern, position)
+            translated.append(text)
         else:
-            made.append(DOT if char == "." else char)
-            place += 1
-    return "".join(made)
+            translated.append(DOT if char == "." else char)
+            position += 1
+    return "".join(translated)
 
 
 def _class(pattern: str, start: int) -> tuple[str, int]:
     """The class that begins at ``start``, and where it ends: single characters, ranges and shorthands, all escaped."""
     negated = pattern.startswith("[^", start)
-    place, parts = start + 1 + negated, list[str]()
+    position, parts = start + 1 + negated, list[str]()
     open_ = False  # whether the last part is a character that a dash may make the first of a range
-    while place < len(pattern) and pattern[place] != "]":
-        if open_ and pattern[place] == "-" and not WIDE.match(pattern, place + 1):
+    while position < len(pattern) and pattern[position] != "]":
+        if open_ and pattern[position] == "-" and not WIDE.match(pattern, position + 1):
             parts.append("-")
-            place, single = place + 1, False
+            position, single = position + 1, False
         else:
-            single = not WIDE.match(pattern, place)
-        if pattern[place] == "\\":
-            found = _escape(pattern, place)
-            parts.append(_escaped(found, inside=True))
-            place = found.end()
+            single = not WIDE.match(pattern, position)
+        if pattern[position] == "\\":
+            match = _escape(pattern, position)
+            parts.append(_escaped(match, inside=True))
+            position = match.end()
         else:
-            parts.append(_literal(ord(pattern[place])))
-            place += 1
+            parts.append(_literal(ord(pattern[position])))
+            position += 1
         open_ = single
-    if place == len(pattern):
+    if position == len(pattern):
         raise ValueError(f"the class at {start} of a pattern does not end")
     if not parts:
-        return ("(?s:.)" if negated else r"[^\s\S]"), place + 1
-    return f"[{'^' * negated}{''.join(parts)}]", place + 1
+        return ("(?s:.)" if negated else r"[^\s\S]"), position + 1
+    return f"[{'^' * negated}{''.join(parts)}]", position + 1
 
 
-def _escape(pattern: str, place: int) -> re.Match[str]:
-    """The escape at ``place``."""
-    found = ESCAPE.match(pattern, place)
-    if found is None:
+def _escape(pattern: str, position: int) -> re.Match[str]:
+    """The escape at ``position``."""
+    match = ESCAPE.match(pattern, position)
+    if match is None:
         raise ValueError("a pattern ends in a backslash")
-    return found
+    return match
 
 
-def _escaped(found: re.Match[str], *, inside: bool) -> str:
+def _escaped(match: re.Match[str], *, inside: bool) -> str:
     """One escape of ECMA-262 in Rust's syntax; ``inside`` a class or not."""
-    parts = found.groupdict()
+    parts = match.groupdict()
     if parts["high"]:
         return _literal(0x10000 + ((int(parts["high"], 16) & 0x3FF) << 10 | int(parts["low"], 16) & 0x3FF))
     for name in ("four", "braced", "two"):
@@ -380,18 +382,18 @@ def _escaped(found: re.Match[str], *, inside: bool) -> str:
     if parts["control"]:
         return _literal(ord(parts["control"]) % 32)
     if parts["property"]:
-        return found.group()
+        return match.group()
     if parts["short"]:
         return _shorthand(parts["short"], inside) or ""
     other = parts["other"]
-    if other in CONTROLS and not (other == "0" and found.string[found.end() : found.end() + 1].isdecimal()):
+    if other in CONTROLS and not (other == "0" and match.string[match.end() : match.end() + 1].isdecimal()):
         return CONTROLS[other]
     if inside and other == "b":
         return r"\x08"
     if other in SYNTAX or not (other.isalnum() or other == "_"):
         return _literal(ord(other))
     if not inside and other in "bB123456789k":
-        return found.group()  # llguidance refuses what looks around or back, by name
+        return match.group()  # llguidance refuses what looks around or back, by name
     raise ValueError(f"\\{other} is no escape of ECMA-262")
 
 

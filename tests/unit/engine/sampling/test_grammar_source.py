@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
-from sprat.engine.sampling.grammar_source import prepare
+from sprat.engine.sampling.grammar_source import translate_source
 from sprat.engine.sampling.grammar_worker import build_matcher, build_tokenizer
 from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
@@ -93,7 +93,7 @@ def words() -> LLTokenizer:
 
 def accepts(words: LLTokenizer, response: Response, text: str) -> bool:
     """Whether an answer may be ``text``."""
-    found = build_matcher(words, response.kind, prepare(response))
+    found = build_matcher(words, response.kind, translate_source(response))
     spelled = list(text.encode())
     return found.try_consume_tokens(spelled) == len(spelled) and found.is_accepting()
 
@@ -157,7 +157,7 @@ def test_shorthands_of_a_regex_are_those_of_javascript_and_the_rest_is_rusts(
 )
 def test_a_pattern_that_means_something_else_or_nothing_is_refused_by_name(pattern: str) -> None:
     with pytest.raises(EngineError, match="the schema cannot be used: .*(escape|class|backslash|character)"):
-        prepare(Response.json({"type": "string", "pattern": pattern}))
+        translate_source(Response.json({"type": "string", "pattern": pattern}))
 
 
 def test_what_only_looks_like_a_pattern_or_a_bound_is_left_alone() -> None:
@@ -167,7 +167,7 @@ def test_what_only_looks_like_a_pattern_or_a_bound_is_left_alone() -> None:
         "examples": [10**40, data],
         "required": ["pattern"],
     }
-    assert json.loads(prepare(Response.json(schema))) == schema
+    assert json.loads(translate_source(Response.json(schema))) == schema
 
 
 BOUNDS = st.one_of(
@@ -192,8 +192,8 @@ def test_an_integer_bound_that_is_taken_is_exact(words: LLTokenizer, key: str, b
 def test_a_bound_that_floats_cannot_count_from_is_refused() -> None:
     for bound in (2**53, -(2**53), 10**22):
         with pytest.raises(EngineError, match="exclusiveMinimum: .* is not exact"):
-            prepare(Response.json({"type": "integer", "exclusiveMinimum": bound}))
-    prepare(Response.json({"const": 10**22}))
+            translate_source(Response.json({"type": "integer", "exclusiveMinimum": bound}))
+    translate_source(Response.json({"const": 10**22}))
 
 
 @pytest.mark.parametrize("number", [2**53 + 1, -(2**53) - 1, 2**60, 2**63 - 1, 2**64 + 1, 2**70, 10**30 + 1, 10**400])
@@ -205,7 +205,7 @@ def test_an_integer_that_no_float_holds_is_refused_by_name(key: str, number: int
     schema = {"anyOf": [{"properties": {"x": place.get(key, {key: number})}}]}
     named = key if key != "nested" else "const"
     with pytest.raises(EngineError, match=f"{named}: {str(number)[:40]} is not exact"):
-        prepare(Response.json(schema))
+        translate_source(Response.json(schema))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_decimal_is_exact_or_refused(words: LLTokenizer, text: str, taken: boo
         response = Response("schema", f'{{"type": "number", "{key}": {text}}}')
         if not taken:
             with pytest.raises(EngineError, match="not exact|no number of JSON"):
-                prepare(response)
+                translate_source(response)
         elif key == "maximum" and abs(Decimal(text)) < 10**6:
             value = format(Decimal(text).normalize() + 0, "f")
             assert accepts(words, response, value)
@@ -239,7 +239,7 @@ def test_a_decimal_is_exact_or_refused(words: LLTokenizer, text: str, taken: boo
 )  # fmt: skip
 def test_an_exclusive_bound_that_would_let_itself_in_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="exclusiveM.*cannot be kept out"):
-        prepare(Response.json({"type": "number", **schema}))
+        translate_source(Response.json({"type": "number", **schema}))
 
 
 @pytest.mark.parametrize("low", ["0", "-1", "0.5", "-0.05", "2"])
@@ -250,7 +250,7 @@ def test_a_number_outside_of_two_bounds_is_never_taken(words: LLTokenizer, low: 
     names = keys.split()
     schema = {"type": "number"} | {name: float(bound) for name, bound in zip(names, bounds, strict=True)}
     try:
-        prepare(Response.json(schema))
+        translate_source(Response.json(schema))
     except EngineError:
         return
     outside = [bounds[0] - Decimal("0.01"), bounds[1] + Decimal("0.01")]
@@ -284,7 +284,7 @@ JOINED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", JOINED)
 def test_bounds_are_joined_wherever_they_stand(words: LLTokenizer, name: str) -> None:
     with pytest.raises(EngineError, match="exclusiveMinimum: 0 cannot be kept out beside the bound 0.5"):
-        prepare(Response.json(JOINED[name]))
+        translate_source(Response.json(JOINED[name]))
 
 
 TREE = {"type": "object", "properties": {"v": LOW, "next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}}}
@@ -306,7 +306,7 @@ KINDS = [{**A_LOW, "required": ["low"]}, {**A_HIGH, "required": ["high"]}]
 def test_what_refers_and_can_be_held_is_held(
     words: LLTokenizer, schema: dict[str, Any], right: list[str], wrong: list[str]
 ) -> None:
-    prepare(Response.json(schema))
+    translate_source(Response.json(schema))
     for text in right:
         assert accepts(words, Response.json(schema), text)
     for text in wrong:
@@ -318,7 +318,7 @@ def test_what_refers_and_can_be_held_is_held(
 
 def test_branches_of_one_choice_do_not_hold_together() -> None:
     schema = {"anyOf": [{"properties": {"a": LOW}}, {"properties": {"a": HIGH}}]}
-    assert json.loads(prepare(Response.json(schema))) == schema
+    assert json.loads(translate_source(Response.json(schema))) == schema
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_branches_of_one_choice_do_not_hold_together() -> None:
 )  # fmt: skip
 def test_a_reference_to_what_was_not_read_is_refused_by_name(schema: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match=r"the schema cannot be used: \$(ref|id)"):
-        prepare(Response.json(schema))
+        translate_source(Response.json(schema))
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,9 @@ def test_a_reference_to_what_was_not_read_is_refused_by_name(schema: dict[str, A
 )
 def test_a_schema_of_many_parts_is_refused_soon(wide: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="too many of its parts"):
-        prepare(Response.json(wide))
+        translate_source(Response.json(wide))
 
 
 def test_a_pattern_that_never_ends_is_not_tried_on_a_name() -> None:
     schema = {"properties": {"a" * 60 + "b": LOW}, "patternProperties": {"^(a+)+$": {"type": "string"}}}
-    assert json.loads(prepare(Response.json(schema))) == schema
+    assert json.loads(translate_source(Response.json(schema))) == schema
