@@ -121,8 +121,8 @@ class Sampling:
             (one at least).
         max_think_tokens: after this many tokens of reasoning ``</think>`` is forced; None never forces it.
         n: answers per prompt, each from its own stream of noise.
-        frequency_penalty: taken from a token's logit for each time that the answer said it, -2 … 2.
-        presence_penalty: taken once from the logit of each token that the answer said, -2 … 2.
+        frequency_penalty: taken from a token's logit for each time that the answer has it, -2 … 2.
+        presence_penalty: taken once from the logit of each token that the answer has, -2 … 2.
         repetition_penalty: logits of tokens of prompt and answer are divided by it where positive, multiplied
             where negative (Keskar et al. 2019, as in transformers); 1 changes nothing.
         logit_bias: id → -100 … 100, added to that token's logit; kept as sorted pairs.

@@ -65,7 +65,7 @@ def test_a_block_is_found_behind_its_own_text_only(model: Transformer, tokenizer
     assert output.token_ids == oracle(asked, 5, model.config.vocab_size, tokenizer.vocab_size, tokenizer.ids.eos)
 
 
-def test_what_begins_as_another_tenants_prompt_does_is_not_borrowed(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_what_begins_as_another_tenants_prompt_does_is_not_copied(model: Transformer, tokenizer: Tokenizer) -> None:
     engine = engine_of(model, tokenizer)
     hits(engine, PROMPT[:40], ALICE)
     assert [hits(engine, [*PROMPT[:30], 1, number], BOB) for number in (1, 2)] == [0, 31], "his own only"

@@ -153,7 +153,7 @@ def test_what_is_answered_counts_as_what_is_asked(model: Transformer, tokenizer:
     assert ended == [long[0], *short, long[1]]  # 2 + 39 tokens of A, then 9 times 2 of B
 
 
-def test_twins_compute_their_prompt_once_and_share_its_blocks(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_siblings_compute_their_prompt_once_and_share_its_blocks(model: Transformer, tokenizer: Tokenizer) -> None:
     engine, fake = engine_of(model, tokenizer, max_batch=32)
     outputs = engine.generate([LONG, LONG[:64], LONG[:63]], Sampling(max_tokens=20, n=8))
     assert sum(len(batch.tokens_T) for batch in fake.batches[:1]) == 150 + 64 + 63
