@@ -30,8 +30,8 @@ import torch
 
 from sprat.config import QuantConfig
 from sprat.config.model import HF_CLASS, ModelConfig
-from sprat.engine.backend import BLOCK, Batch
-from sprat.engine.native import NativeBackend
+from sprat.engine.backend import BLOCK_SIZE, Batch
+from sprat.engine.backends.native import NativeBackend
 from sprat.kernels import native
 from sprat.model import Transformer, load_folder, save_folder
 from sprat.quant import load as load_quantised
@@ -209,7 +209,7 @@ def native_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     import numpy as np
 
     backend, rows, time = NativeBackend(model, threads=1), *tokens.shape
-    blocks = -(-time // BLOCK)
+    blocks = -(-time // BLOCK_SIZE)
     backend.reserve(rows * blocks)
     tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
     parts = []

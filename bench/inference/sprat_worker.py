@@ -28,9 +28,9 @@ class Timed:
         """One step of the back end, timed."""
         return self._timed(self._backend.run, batch)
 
-    def best(self, batch: Any, vocab: int) -> Any:
+    def argmax(self, batch: Any, vocab: int) -> Any:
         """The same, where only the likeliest tokens are wanted."""
-        return self._timed(self._backend.best, batch, vocab)
+        return self._timed(self._backend.argmax, batch, vocab)
 
     def _timed(self, call: Any, *given: Any) -> Any:
         start = time.perf_counter()
@@ -53,14 +53,14 @@ class Sprat:
 
         import sprat
         from sprat import quant
-        from sprat.engine.torch_backend import choose
+        from sprat.engine.backends import select_backend
 
         torch.set_num_threads(threads)
         imported = memory()["now"]
         self.model, self.tokenizer = sprat.load(folder)
         self._weights = quant.size_bytes(self.model)
         self._kv_format = "i8" if "i8" in options else None
-        backend = choose(self.model, self._kv_format, consume="consume" in options)
+        backend = select_backend(self.model, self._kv_format, consume="consume" in options)
         self.timed = Timed(backend)
         # frozen weights let prefixes outlive a request; speculation would answer another question than llama.cpp's loop
         more: dict[str, Any] = {"backend": self.timed, "frozen": True, "speculate": "off"}
@@ -86,7 +86,7 @@ class Sprat:
             RuntimeError: a request ended before its time.
         """
         first = self.engine.core.handles[self._submit(prompts, steps + WARM)[0]].sequence
-        while len(first.token_ids) < WARM:
+        while len(first.output_ids) < WARM:
             self.engine.step()
         clock, inside, finished = Clock(), self.timed.inside, []
         while not finished:
@@ -147,14 +147,14 @@ class Sprat:
 
     def room(self) -> dict[str, float]:
         """Bytes of the weights as their file holds them, and of the cache that is reserved."""
-        return {"weights": self._weights, "cache": self.timed.blocks * self.timed.block_bytes}
+        return {"weights": self._weights, "cache": self.timed.num_blocks * self.timed.block_bytes}
 
     @cached_property
     def _alone(self) -> Any:
         """A second back end, so that what is measured without the engine leaves the engine's blocks alone."""
-        from sprat.engine.torch_backend import choose
+        from sprat.engine.backends import select_backend
 
-        return choose(self.model, self._kv_format)
+        return select_backend(self.model, self._kv_format)
 
     def _logits(self, tokens: list[int]) -> Any:
         """Logits of every position, float32 [T, V]."""
@@ -168,10 +168,10 @@ class Sprat:
         """Blocks for ``count`` sequences of ``length`` tokens."""
         import numpy as np
 
-        from sprat.engine.backend import BLOCK
+        from sprat.engine.backend import BLOCK_SIZE
 
-        each = -(-length // BLOCK)
-        if self._alone.blocks < count * each:
+        each = -(-length // BLOCK_SIZE)
+        if self._alone.num_blocks < count * each:
             self._alone.reserve(count * each)
         return np.arange(count * each, dtype=np.int32).reshape(count, each)
 

@@ -1,17 +1,17 @@
-"""How does it answer? Sequences, blocks, scheduler, runner, sampler; ``step`` = schedule → run → settle."""
+"""How does it answer? Sequences, blocks, scheduler, runner, sampler; ``step`` = schedule → run → postprocess."""
 
+from sprat.engine.core import Stats
 from sprat.engine.engine import Engine
-from sprat.engine.handle import Handle
 from sprat.engine.load import load, save
-from sprat.engine.sampling import Response, Sampling
+from sprat.engine.request import RequestHandle
+from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import Delta, Output, Tenant, Usage
-from sprat.engine.stats import Stats
 
 __all__ = [
     "Delta",
     "Engine",
-    "Handle",
     "Output",
+    "RequestHandle",
     "Response",
     "Sampling",
     "Stats",

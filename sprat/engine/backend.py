@@ -1,17 +1,17 @@
-"""What the engine asks of whatever computes: one call a step over paged memory.
+"""What the engine asks of whatever computes: one call a step over a paged KV cache.
 
 The engine knows sequences, blocks and tokens; a back end knows weights. Between them stands one ``Batch``: the new
 tokens of every sequence of this step, laid one after the other without padding, and for each sequence the table
-of blocks in which its memory lies. A prompt, a part of a prompt, one decoded token and a few drafted tokens to be
-checked are the same thing: so many new tokens at such positions.
+of blocks in which its keys and values lie. A prompt, a part of a prompt, one decoded token and a few drafted tokens to
+be checked are the same thing: so many new tokens at such positions.
 
 Invariants that every back end holds, and a test for each of them:
 
-- Token ``i`` of sequence ``s`` at position ``p`` is written to block ``tables[s, p // BLOCK]``, place ``p % BLOCK``,
-  and sees positions ``0 … p`` of its own sequence, nothing else. Writing a position again overwrites it, so a
-  rejected draft needs no cleaning up.
+- Token ``i`` of sequence ``s`` at position ``p`` is written to block ``block_tables[s, p // BLOCK_SIZE]``, slot
+  ``p % BLOCK_SIZE``, and sees positions ``0 … p`` of its own sequence, nothing else. Writing a position again
+  overwrites it, so a refused draft needs no cleaning up.
 - A row's logits depend on its own tokens alone, bit for bit: not on who else is in the batch, nor on how a prompt
-  was cut into steps, nor on which blocks hold it (``invariant`` tells whether that is promised).
+  was cut into steps, nor on which blocks hold it (``batch_invariant`` tells whether that is promised).
 - Blocks that no table names are not touched.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 64  # tokens of one block of memory
+BLOCK_SIZE = 64  # tokens of one block of the KV cache
 
 
 @dataclass(frozen=True)
@@ -37,48 +37,48 @@ class Batch:
         tokens_T: int32, the new tokens, sequence after sequence.
         positions_T: int32, their positions; consecutive within a sequence.
         starts_S: int32 [S + 1]; sequence ``s`` has tokens ``starts[s] … starts[s + 1] - 1``, one at least.
-        tables_SW: int32, C-contiguous; block numbers, -1 where a sequence has fewer than W.
-        wanted_R: int32, ascending; the indices of tokens (of 0 … T-1) whose logits are asked. May be empty.
+        block_tables_SW: int32, C-contiguous; block numbers, -1 where a sequence has fewer than W.
+        logits_index_R: int32, ascending; the indices of tokens (of 0 … T-1) whose logits are asked. May be empty.
     """
 
     tokens_T: NDArray[np.int32]
     positions_T: NDArray[np.int32]
     starts_S: NDArray[np.int32]
-    tables_SW: NDArray[np.int32]
-    wanted_R: NDArray[np.int32]
+    block_tables_SW: NDArray[np.int32]
+    logits_index_R: NDArray[np.int32]
 
 
 class Backend(Protocol):
-    """A model with its paged memory.
+    """A model with its paged KV cache.
 
     Attributes:
         vocab: V, rows of the head.
-        depth: MTP modules that ``draft`` can use; 0 if there are none.
-        kv_format: how the memory is stored: ``f32``, ``f16`` or ``i8``; part of a block's cache key.
+        num_mtp_modules: how many MTP modules there are for ``draft``; 0 if there are none.
+        kv_format: how keys and values are stored: ``f32``, ``f16`` or ``i8``; part of a block's cache key.
         block_bytes: bytes of one block, over all layers.
-        invariant: whether rows are bitwise independent of the batch.
+        batch_invariant: whether rows are bitwise independent of the batch.
     """
 
     vocab: int
-    depth: int
+    num_mtp_modules: int
     kv_format: str
     block_bytes: int
-    invariant: bool
+    batch_invariant: bool
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Blocks that there is memory for."""
         ...
 
-    def reserve(self, blocks: int) -> None:
-        """Have memory for ``blocks`` blocks; what is stored stays. Never shrinks. MachineError: no memory."""
+    def reserve(self, num_blocks: int) -> None:
+        """Have memory for ``num_blocks`` blocks; what is stored stays. Never shrinks. MachineError: no memory."""
         ...
 
     def run(self, batch: Batch) -> Tensor:
         """Compute the batch and store its keys; logits float32 [R, V], valid until the next call."""
         ...
 
-    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+    def argmax(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """``run``, but of each wanted row only the likeliest of the first ``vocab`` tokens, int64 [R].
 
         Of equals the first; -1 where a row's logits are not finite.
@@ -86,13 +86,15 @@ class Backend(Protocol):
         ...
 
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
-        """Let the MTP modules follow the last ``run`` or ``best`` of this ``batch``; their guesses, int64 [S, depth].
+        """Let the MTP modules follow the last ``run`` or ``argmax`` of this ``batch``.
+
+        Returns their drafts, int64 [S, num_mtp_modules].
 
         ``next_T`` is the token that came to stand behind each of the batch. A sequence holds up to its first token
-        whose follower in the batch is another one (a refused draft), and what is guessed is what follows there: some
+        whose follower in the batch is another one (a refused draft), and what is drafted is what follows there: some
         of the first ``vocab`` tokens, -1 where a module's logits are not finite. The first module joins the hidden
         state of ``run`` with the token one place further, the second that of the first with the token two places
-        further, and so on, their own guesses included. Keys go to the module's own layer of the same blocks; what it
+        further, and so on, their own drafts included. Keys go to the module's own layer of the same blocks; what it
         stores behind a refused draft means nothing and is overwritten like the draft itself.
         """
         ...

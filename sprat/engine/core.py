@@ -1,4 +1,4 @@
-"""The heart of the engine: ``step`` = schedule → run → settle, and the books of all requests in flight.
+"""The heart of the engine: ``step`` = schedule → run → postprocess, and the books of all requests in flight.
 
 A step that fails, for whatever reason and at whatever point, leaves books that nobody should trust. So they are not
 mended: the requests that ran fail with the reason, those that wait keep their place, and everything in between
@@ -13,70 +13,101 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sprat.engine.backend import Backend
-from sprat.engine.blocks import Blocks
-from sprat.engine.disk import Disk
-from sprat.engine.draft import Speculation
-from sprat.engine.handle import Handle
-from sprat.engine.plan import Plan
-from sprat.engine.prefix import Keys
+from sprat.engine.cache.blocks import Blocks
+from sprat.engine.cache.disk import DiskCache
+from sprat.engine.cache.prefix import BlockKeys
+from sprat.engine.postprocess import postprocess
+from sprat.engine.request import RequestHandle
 from sprat.engine.runner import Runner
-from sprat.engine.sample import Sampler
-from sprat.engine.scheduler import Scheduler
-from sprat.engine.sequence import FinishReason, Sequence
-from sprat.engine.settle import settle
-from sprat.engine.stats import Stats
+from sprat.engine.sampling.sampler import Sampler
+from sprat.engine.scheduling.scheduler import Scheduler
+from sprat.engine.sequence import FinishReason, ScheduledStep, Sequence
+from sprat.engine.speculation import Speculation
 from sprat.errors import EngineError, SpratError
 from sprat.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
-class Room:
+class EngineLimits:
     """How much there is of everything.
 
     Attributes:
-        slots: requests that run together at most.
+        max_batch: requests that run together at most.
         step_tokens: tokens of one step, about.
-        blocks: blocks of memory at most.
-        width: blocks of the longest table.
+        num_blocks: blocks of the KV cache at most.
+        max_blocks_per_sequence: blocks of the longest table.
         frozen: the weights never change, so blocks are kept while nobody asks.
     """
 
-    slots: int
+    max_batch: int
     step_tokens: int
-    blocks: int
-    width: int
+    num_blocks: int
+    max_blocks_per_sequence: int
     frozen: bool
 
 
-class Core:
+@dataclass(frozen=True)
+class Stats:
+    """What an engine has done and holds, for operators, benches and tests; counts are since it was made.
+
+    Attributes:
+        running, waiting: requests.
+        blocks, blocks_used, blocks_cached: that there is memory for, in use by requests, and kept for later ones.
+        block_bytes: bytes of one block.
+        steps: calls of the back end.
+        sampled_tokens: tokens of answers.
+        prompt_tokens, cached_tokens: of admitted requests, and how many of them were in the KV cache already.
+        preemptions: times that a request made way for another.
+        drafted_tokens, accepted_tokens: drafts checked, and those that were accepted.
+        model_seconds: time inside the back end.
+    """
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_used: int
+    blocks_cached: int
+    block_bytes: int
+    steps: int
+    sampled_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    model_seconds: float
+
+
+class EngineCore:
     """Requests in flight. One lock guards the books, another lets only one step run at a time.
 
     Args:
-        ends: ids that end any answer.
+        eos_token_ids: ids that end any answer.
     """
 
     def __init__(
         self,
         backend: Backend,
         tokenizer: Tokenizer,
-        keys: Keys,
-        ends: frozenset[int],
-        room: Room,
+        keys: BlockKeys,
+        eos_token_ids: frozenset[int],
+        limits: EngineLimits,
         speculation: Speculation,
-        disk: Disk | None,
+        disk: DiskCache | None,
     ) -> None:
         self.backend, self.speculation = backend, speculation
-        self._tokenizer, self._keys, self._ends, self._room, self._disk = tokenizer, keys, ends, room, disk
-        self.handles: dict[int, Handle] = {}
-        self.halts = threading.Event()
-        self._events: Counter[threading.Event] = Counter()
+        self._tokenizer, self._keys, self._eos_token_ids = tokenizer, keys, eos_token_ids
+        self._limits, self._disk = limits, disk
+        self.handles: dict[int, RequestHandle] = {}
+        self.cancellation = threading.Event()
+        self._cancel_events: Counter[threading.Event] = Counter()
         self._lock, self._stepping = threading.Lock(), threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
         self._steps = self._sampled = 0
         self._seconds = 0.0
-        self._build()
+        self._reset()
 
-    def step(self) -> list[Handle]:
+    def step(self) -> list[RequestHandle]:
         """Move every request on; the requests that finished thereby.
 
         Raises:
@@ -85,40 +116,45 @@ class Core:
         with self._stepping:
             try:
                 with self._lock:
-                    plan = self._schedule()
-                if plan.empty:
+                    step = self._schedule()
+                if not step.decoding and not step.chunks:
                     return []
-                result = self.runner.run(plan)
+                result = self.runner.run(step)
                 with self._lock:
-                    ended, accepted = settle(plan, result, self.runner, self.handles, self._ends)
+                    ended, accepted = postprocess(step, result, self.runner, self.handles, self._eos_token_ids)
                     self._steps += 1
-                    self._sampled += len(result.rows)
+                    self._sampled += len(result.sequences)
                     self._seconds += result.seconds
-                    done = self._let_go(ended) if ended else []
-                self.speculation.follow(plan, result, accepted)
-                return done
+                    finished = self._finish(ended) if ended else []
+                self.speculation.update(step, result, accepted)
+                return finished
             except BaseException as error:
-                reason = _clear(error)
-                self._fail(reason)
+                reason = _as_sprat_error(error)
+                self._fail_step(reason)
                 if isinstance(error, Exception) and reason is not error:
                     raise reason from error
                 raise
 
-    def enter(self, sequences: Iterable[Sequence], drive: Callable[[], bool], *, streams: bool) -> list[Handle]:
-        """Queue requests; no step comes between them, so that twins find each other."""
-        handles = [Handle(one, self._tokenizer, drive, self.halts, streams=streams) for one in sequences]
+    def add_requests(
+        self, sequences: Iterable[Sequence], step_engine: Callable[[], bool], *, streams: bool
+    ) -> list[RequestHandle]:
+        """Queue requests; no step comes between them, so that siblings find each other."""
+        handles = [
+            RequestHandle(sequence, self._tokenizer, step_engine, self.cancellation, streams=streams)
+            for sequence in sequences
+        ]
         with self._lock:
             for handle in handles:
                 self.handles[handle.id] = handle
                 self.scheduler.add(handle.sequence)
-                if handle.sequence.event is not None:
-                    self._events[handle.sequence.event] += 1
+                if handle.sequence.cancel_event is not None:
+                    self._cancel_events[handle.sequence.cancel_event] += 1
         return handles
 
-    def spill(self) -> None:
+    def flush(self) -> None:
         """Write what is known of prompts to the disk tier, if there is one."""
         with self._stepping, self._lock:
-            self.scheduler.blocks.spill()
+            self.scheduler.blocks.flush()
 
     def stats(self) -> Stats:
         """What was done so far, and what is held now."""
@@ -127,15 +163,15 @@ class Core:
             return Stats(
                 running=running,
                 waiting=len(self.handles) - running,
-                blocks=self.backend.blocks,
-                blocks_held=blocks.used,
+                blocks=self.backend.num_blocks,
+                blocks_used=blocks.used,
                 blocks_cached=blocks.cached,
                 block_bytes=self.backend.block_bytes,
                 steps=self._steps,
                 sampled_tokens=self._sampled + self.speculation.accepted,
-                prompt_tokens=self._counts["prompt"],
-                hit_tokens=self._counts["hit"],
-                preempted=self._counts["preempted"] + self.scheduler.preempted,
+                prompt_tokens=self._counters["prompt"],
+                cached_tokens=self._counters["cached"],
+                preemptions=self._counters["preemptions"] + self.scheduler.num_preemptions,
                 drafted_tokens=self.speculation.drafted,
                 accepted_tokens=self.speculation.accepted,
                 model_seconds=self._seconds,
@@ -144,77 +180,83 @@ class Core:
     def check(self) -> list[str]:
         """Faults of the books, none if all is well."""
         with self._stepping, self._lock:
-            known = [sequence.id for sequence in [*self.scheduler.running, *self.scheduler.tenants.waiting]]
+            known = [sequence.id for sequence in [*self.scheduler.running, *self.scheduler.queue.waiting]]
             faults = self.scheduler.check()
             if sorted(known) != sorted(self.handles):
                 faults.append(f"requests {sorted(set(known) ^ set(self.handles))} are lost or double")
+            if not set(self.speculation.ngram_tables) <= set(self.handles):
+                faults.append("n-gram tables of requests that left are still there")
             return faults
 
-    def _build(self) -> None:
-        """Make the rooms, empty."""
-        room = self._room
-        blocks = Blocks(self.backend, room.blocks, room.slots, room.width, self._disk)
-        self.scheduler = Scheduler(blocks, self._keys, room.slots, room.step_tokens, tails=room.frozen)
-        self.runner = Runner(self.backend, self.scheduler, Sampler(self._tokenizer, room.slots, self._ends))
+    def _reset(self) -> None:
+        """Make cache, scheduler and runner anew, empty."""
+        limits = self._limits
+        blocks = Blocks(self.backend, limits.num_blocks, limits.max_batch, limits.max_blocks_per_sequence, self._disk)
+        self.scheduler = Scheduler(
+            blocks, self._keys, limits.max_batch, limits.step_tokens, cache_partial_blocks=limits.frozen
+        )
+        sampler = Sampler(self._tokenizer, limits.max_batch, self._eos_token_ids)
+        self.runner = Runner(self.backend, self.scheduler, sampler)
 
-    def _schedule(self) -> Plan:
+    def _schedule(self) -> ScheduledStep:
         """Let cancelled requests go, and choose what the next step computes."""
         scheduler = self.scheduler
-        if self.halts.is_set() or (self._events and any(event.is_set() for event in self._events)):
-            self.halts.clear()
-            halted = [one for one in [*scheduler.running, *scheduler.tenants.waiting] if one.halted]
-            self._let_go(halted, "cancelled")
-        plan = scheduler.plan()
-        for sequence in scheduler.doomed():
-            fault = f"{sequence.length} tokens do not fit into the memory that there is"
+        if self.cancellation.is_set() or (self._cancel_events and any(event.is_set() for event in self._cancel_events)):
+            self.cancellation.clear()
+            cancelled = [s for s in [*scheduler.running, *scheduler.queue.waiting] if s.is_cancelled]
+            self._finish(cancelled, "cancelled")
+        step = scheduler.schedule()
+        for sequence in scheduler.take_unschedulable():
+            fault = f"{sequence.num_tokens} tokens do not fit into the memory that there is"
             error = EngineError(fault, where="KV cache", todo="shorten the prompt, or free memory")
-            self._forget(sequence).fail(error)
-        if plan.rows:
-            self.speculation.propose(plan, scheduler, self.runner.sampler)
-        return plan
+            self._pop_handle(sequence).fail(error)
+        if step.decoding:
+            self.speculation.propose(step, scheduler, self.runner.sampler)
+        return step
 
-    def _let_go(self, sequences: list[Sequence], reason: FinishReason | None = None) -> list[Handle]:
+    def _finish(self, sequences: list[Sequence], reason: FinishReason | None = None) -> list[RequestHandle]:
         """Finish requests (``reason``: instead of their own) and free what they hold; those that are not failed."""
-        done = []
+        finished = []
         for sequence in sequences:
             if sequence.slot >= 0:
-                self.runner.sampler.close(sequence.slot)
+                self.runner.sampler.remove(sequence.slot)
             self.scheduler.remove(sequence)
-            handle = self._forget(sequence)
+            handle = self._pop_handle(sequence)
             if not handle.finished.is_set():
                 handle.finish(reason or sequence.finish_reason or "stop")
-                done.append(handle)
-            self._counts["prompt"] += len(sequence.prompt) * (sequence.hit >= 0)
-            self._counts["hit"] += max(0, sequence.hit)
-        if not self.handles and not self._room.frozen:
-            self.scheduler.blocks.forget()
-        return done
+                finished.append(handle)
+            self._counters["prompt"] += len(sequence.prompt_ids) * (sequence.num_cached >= 0)
+            self._counters["cached"] += max(0, sequence.num_cached)
+        if not self.handles and not self._limits.frozen:
+            self.scheduler.blocks.clear_prefix_index()
+        return finished
 
-    def _forget(self, sequence: Sequence) -> Handle:
-        """The handle of a request that leaves."""
-        if sequence.event is not None:
-            self._events[sequence.event] -= 1
-            if not self._events[sequence.event]:
-                del self._events[sequence.event]
+    def _pop_handle(self, sequence: Sequence) -> RequestHandle:
+        """The handle of a request that leaves; nothing else is kept of it."""
+        self.speculation.drop(sequence)
+        if sequence.cancel_event is not None:
+            self._cancel_events[sequence.cancel_event] -= 1
+            if not self._cancel_events[sequence.cancel_event]:
+                del self._cancel_events[sequence.cancel_event]
         return self.handles.pop(sequence.id)
 
-    def _fail(self, reason: SpratError) -> None:
+    def _fail_step(self, reason: SpratError) -> None:
         """Give ``reason`` to all requests of the step, and begin anew with those that wait."""
         with self._lock:
-            waiting = {sequence.id: sequence for sequence in self.scheduler.tenants.waiting if sequence.slot < 0}
-            failed = [handle for number, handle in self.handles.items() if number not in waiting]
+            waiting = {sequence.id: sequence for sequence in self.scheduler.queue.waiting if sequence.slot < 0}
+            failed = [handle for request_id, handle in self.handles.items() if request_id not in waiting]
             if not failed:  # the fault is not in a running request, so it would come again
                 failed, waiting = list(self.handles.values()), {}
-            self._counts["preempted"] += self.scheduler.preempted
-            self._build()
+            self._counters["preemptions"] += self.scheduler.num_preemptions
+            self._reset()
             for handle in failed:
-                self._forget(handle.sequence)
+                self._pop_handle(handle.sequence)
                 handle.fail(reason)
-            for number in sorted(waiting):
-                self.scheduler.add(waiting[number])
+            for request_id in sorted(waiting):
+                self.scheduler.add(waiting[request_id])
 
 
-def _clear(error: BaseException) -> SpratError:
+def _as_sprat_error(error: BaseException) -> SpratError:
     """``error`` as one of ours."""
     if isinstance(error, SpratError):
         return error

@@ -1,7 +1,7 @@
 """The engine: requests in, answers out, and one step that moves them all.
 
-``step()`` is schedule → run → settle: the scheduler chooses what is computed and finds memory for it, the runner lets
-the back end compute it and samples, and what was sampled becomes part of the answers. docs/engine.md tells the
+``step()`` is schedule → run → postprocess: the scheduler chooses what is computed and finds blocks for it, the runner
+lets the back end compute it and samples, and what was sampled becomes part of the answers. docs/engine.md tells the
 life of a request in eight steps.
 
 Who steps? With ``start()`` a background thread does, and any thread may submit, read and cancel. Without
@@ -16,23 +16,20 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as GenericSequence
 from typing import Any
 
-from sprat.engine import budget
-from sprat.engine.backend import BLOCK, Backend
-from sprat.engine.blocks import blocks_for
-from sprat.engine.core import Core, Room
-from sprat.engine.disk import Disk
-from sprat.engine.draft import Speculation, Way
-from sprat.engine.grammar import Grammars
-from sprat.engine.handle import Handle
-from sprat.engine.intake import Intake, Prompt, ends
-from sprat.engine.prefix import Keys, digest_of
-from sprat.engine.sampling import Sampling
-from sprat.engine.sequence import NOBODY, Delta, Output, Sequence, Tenant
-from sprat.engine.stats import Stats
-from sprat.engine.torch_backend import choose
+from sprat.engine.backend import BLOCK_SIZE, Backend
+from sprat.engine.backends import select_backend
+from sprat.engine.cache.blocks import blocks_for, determine_num_blocks
+from sprat.engine.cache.disk import DiskCache
+from sprat.engine.cache.prefix import BlockKeys, model_digest
+from sprat.engine.core import EngineCore, EngineLimits, Stats
+from sprat.engine.request import Prompt, RequestBuilder, RequestHandle, eos_token_ids
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling_params import Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Delta, Output, Sequence, Tenant
+from sprat.engine.speculation import Speculation, SpeculationMode
 from sprat.errors import EngineError, SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -41,7 +38,7 @@ WAIT_SECONDS = 0.05  # how long an idle thread sleeps before it looks again
 
 
 class Engine:
-    """Batched generation over paged memory with a prefix cache; the same for scripts, rollouts and the server.
+    """Batched generation over a paged KV cache with a prefix index; the same for scripts, rollouts and the server.
 
     Args:
         model, tokenizer: from ``sprat.load``.
@@ -49,13 +46,13 @@ class Engine:
         max_batch: requests that run together at most.
         max_tokens_cap: sampled tokens of one request at most; None: what the context holds.
         step_tokens: tokens that one step computes, about: answers first, then pieces of prompts.
-        cache_bytes: memory for blocks at most; None: see ``budget.choose``.
+        cache_bytes: of the KV cache at most; None: see ``blocks.determine_num_blocks``.
         frozen: the weights will not change any more, so that what was computed is kept for later requests. Without it
             they may change between calls, and whatever is known of prompts is dropped as soon as nobody asks.
         adapter: digest of an adapter beside the weights.
-        disk: where blocks go that do not fit into memory; needs ``frozen``. The weights are digested once.
-        kv_format: of memory, where ``backend`` is None: ``f32``, ``f16`` or ``i8`` (for long contexts); None: f32 for
-            float32 models, so that they answer as they train, else f16.
+        disk: where blocks go that do not fit into the KV cache; needs ``frozen``. The weights are digested once.
+        kv_format: of keys and values, where ``backend`` is None: ``f32``, ``f16`` or ``i8`` (for long contexts); None:
+            f32 for float32 models, so that they answer as they train, else f16.
         consume: take quantised weights out of ``model``, which cannot compute any more then, instead of having them in
             memory twice.
         speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
@@ -76,8 +73,8 @@ class Engine:
         cache_bytes: int | None = None,
         frozen: bool = False,
         adapter: str = "",
-        disk: Disk | None = None,
-        speculate: Way = "auto",
+        disk: DiskCache | None = None,
+        speculate: SpeculationMode = "auto",
         kv_format: str | None = None,
         consume: bool = False,
     ) -> None:
@@ -89,36 +86,38 @@ class Engine:
         if disk is not None and not frozen:
             raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
         self.model, self.tokenizer = model, tokenizer
-        digest = digest_of(model) if disk is not None else ""
-        self.backend = choose(model, kv_format, consume=consume) if backend is None else backend
-        stops, context = ends(model.config, tokenizer), model.config.context
-        blocks = budget.choose(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
-        self._grammars = Grammars(tokenizer, stops)
-        self._intake = Intake(model.config, tokenizer, self._grammars, max_tokens_cap, blocks * BLOCK)
-        self.core = Core(
+        digest = model_digest(model) if disk is not None else ""
+        self.backend = select_backend(model, kv_format, consume=consume) if backend is None else backend
+        eos_ids, context = eos_token_ids(model.config, tokenizer), model.config.context
+        device = model.norm.weight.device
+        num_blocks = determine_num_blocks(self.backend, context, max_batch, cache_bytes, device)
+        self._grammars = GrammarCache(tokenizer, eos_ids)
+        self._request_builder = RequestBuilder(
+            model.config, tokenizer, self._grammars, max_tokens_cap, num_blocks * BLOCK_SIZE
+        )
+        self.core = EngineCore(
             self.backend,
             tokenizer,
-            Keys(digest, adapter, tokenizer.digest, self.backend.kv_format),
-            stops,
-            Room(max_batch, step_tokens, blocks, blocks_for(context) + 1, frozen),
+            BlockKeys(digest, adapter, tokenizer.digest, self.backend.kv_format),
+            eos_ids,
+            EngineLimits(max_batch, step_tokens, num_blocks, blocks_for(context) + 1, frozen),
             Speculation(speculate, self.backend, tokenizer.vocab_size),
             disk,
         )
-        self._shares = itertools.count(1)
+        self._prompt_groups = itertools.count(1)
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
 
-    def sampling(self, **said: Any) -> Sampling:
+    def sampling(self, **overrides: Any) -> Sampling:
         """Settings of a request: what is said (None says nothing), else what the model's folder says, else our own.
 
         A ``Sampling`` that a caller makes is taken as it is; where none is given at all, this one is.
         """
-        return Sampling(
-            **{**self.tokenizer.generation_config.default_sampling, **{k: v for k, v in said.items() if v is not None}}
-        )
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return Sampling(**{**self.tokenizer.generation_config.default_sampling, **given})
 
-    def step(self) -> list[Handle]:
+    def step(self) -> list[RequestHandle]:
         """Move every request on; the requests that finished thereby.
 
         Raises:
@@ -129,11 +128,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Rows[Prompt],
-        sampling: Sampling | Rows[Sampling] | None = None,
+        prompts: GenericSequence[Prompt],
+        sampling: Sampling | GenericSequence[Sampling] | None = None,
         *,
         cancel: threading.Event | None = None,
-        tenant: Tenant = NOBODY,
+        tenant: Tenant = DEFAULT_TENANT,
     ) -> list[Output]:
         """Answer all prompts; ``sampling.n`` answers each, those of one prompt side by side.
 
@@ -151,19 +150,20 @@ class Engine:
             fault = "prompts and settings differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
         seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
-        shares: dict[tuple[int, ...], int] = {}
+        groups: dict[tuple[int, ...], int] = {}
         sequences: list[Sequence] = []
-        for prompt, one in zip(prompts, settings, strict=True):
-            ids = self._intake.ids(prompt, one)
-            text = tuple(ids)
-            share = shares.setdefault(text, next(self._shares))
-            for _ in range(one.n):
-                stream = seen[one.seed, text]
-                sequences.append(
-                    self._intake.sequence(ids, one, stream=stream, share=share, event=cancel, tenant=tenant)
+        for prompt, params in zip(prompts, settings, strict=True):
+            ids = self._request_builder.tokenize(prompt, params)
+            key = tuple(ids)
+            group = groups.setdefault(key, next(self._prompt_groups))
+            for _ in range(params.n):
+                stream = seen[params.seed, key]
+                sequence = self._request_builder.build(
+                    ids, params, stream=stream, prompt_group=group, cancel_event=cancel, tenant=tenant
                 )
-                seen[one.seed, text] += 1
-        handles = self._enter(sequences, streams=False)
+                sequences.append(sequence)
+                seen[params.seed, key] += 1
+        handles = self._enqueue(sequences, streams=False)
         try:
             return [handle.result() for handle in handles]
         except BaseException:
@@ -177,7 +177,7 @@ class Engine:
         sampling: Sampling | None = None,
         cancel: threading.Event | None = None,
         *,
-        tenant: Tenant = NOBODY,
+        tenant: Tenant = DEFAULT_TENANT,
     ) -> Iterator[Delta]:
         """Pieces of one answer as they come; ends with a Delta of kind ``done``. Raises as ``submit``."""
         return iter(self.submit(prompt, sampling, cancel=cancel, tenant=tenant))
@@ -188,8 +188,8 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         cancel: threading.Event | None = None,
-        tenant: Tenant = NOBODY,
-    ) -> Handle:
+        tenant: Tenant = DEFAULT_TENANT,
+    ) -> RequestHandle:
         """Put one request in the queue; any thread may.
 
         Raises:
@@ -198,18 +198,20 @@ class Engine:
         sampling = sampling or self.sampling()
         if sampling.n != 1:
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        ids = self._intake.ids(prompt, sampling)
-        return self._enter([self._intake.sequence(ids, sampling, event=cancel, tenant=tenant)], streams=True)[0]
+        ids = self._request_builder.tokenize(prompt, sampling)
+        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
+        return self._enqueue([sequence], streams=True)[0]
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = NOBODY) -> int:
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT) -> int:
         """``submit``, for callers that step the engine and need only the request's number."""
         sampling = sampling or self.sampling()
-        sequence = self._intake.sequence(self._intake.ids(prompt, sampling), sampling, tenant=tenant)
-        return self._enter([sequence], streams=False)[0].id
+        ids = self._request_builder.tokenize(prompt, sampling)
+        sequence = self._request_builder.build(ids, sampling, tenant=tenant)
+        return self._enqueue([sequence], streams=False)[0].id
 
-    def cancel(self, number: int) -> bool:
-        """Stop request ``number``, whose memory is free after the next step; False if it is unknown or finished."""
-        handle = self.core.handles.get(number)
+    def cancel(self, request_id: int) -> bool:
+        """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
+        handle = self.core.handles.get(request_id)
         if handle is None:
             return False
         handle.cancel()
@@ -228,7 +230,7 @@ class Engine:
         """Step in a background thread from now on, until ``stop``."""
         if self._thread is None:
             self._stopping = False
-            self._thread = threading.Thread(target=self._loop, name="sprat-engine", daemon=True)
+            self._thread = threading.Thread(target=self._run_loop, name="sprat-engine", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -242,15 +244,15 @@ class Engine:
             for handle in list(self.core.handles.values()):
                 handle.cancel()
             while self.busy:
-                self._drive()
+                self._step_unless_threaded()
         self._grammars.close()
-        self.core.spill()
+        self.core.flush()
 
     def check(self) -> list[str]:
         """Faults of the engine's own books, none if all is well: leaked slots and blocks, wrong lengths or counts."""
         return self.core.check()
 
-    def _loop(self) -> None:
+    def _run_loop(self) -> None:
         """The background thread: step while there is work, sleep while there is none."""
         while not self._stopping:
             if not self.busy:
@@ -260,7 +262,7 @@ class Engine:
             with contextlib.suppress(Exception):  # whoever it concerns has it; the next ones deserve an engine
                 self.step()
 
-    def _drive(self) -> bool:
+    def _step_unless_threaded(self) -> bool:
         """Step once, unless a background thread does that; whether this thread stepped."""
         if self._thread is not None:
             return False
@@ -268,8 +270,8 @@ class Engine:
             self.step()
         return True
 
-    def _enter(self, sequences: list[Sequence], *, streams: bool) -> list[Handle]:
+    def _enqueue(self, sequences: list[Sequence], *, streams: bool) -> list[RequestHandle]:
         """Queue requests and wake the thread."""
-        handles = self.core.enter(sequences, self._drive, streams=streams)
+        handles = self.core.add_requests(sequences, self._step_unless_threaded, streams=streams)
         self._wake.set()
         return handles

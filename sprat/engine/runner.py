@@ -1,4 +1,4 @@
-"""One step of computing: a plan becomes one ``Batch``, the back end's logits become samples.
+"""One step of computing: a scheduled step becomes one ``Batch``, the back end's logits become samples.
 
 Whatever a sequence does in this step, it has so many new tokens at such positions: one for an answer that goes on, a
 few more where drafts are checked, many for a piece of a prompt. They are laid one behind the other by whole-array
@@ -19,202 +19,208 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
-from sprat.engine.draw import not_finite
-from sprat.engine.plan import At, Plan, add_at, places, put_at
-from sprat.engine.sample import Sampler, Samples
-from sprat.engine.scheduler import Scheduler
-from sprat.engine.sequence import Sequence
+from sprat.engine.sampling.ops import add_at, not_finite, put_at, row_index
+from sprat.engine.sampling.sampler import Sampler, SamplerOutput
+from sprat.engine.scheduling.scheduler import Scheduler
+from sprat.engine.sequence import ScheduledStep, Sequence, SlotIndex
 
 
 @dataclass(slots=True)
-class Result:
+class StepResult:
     """What a step gave: the sequences that got tokens, and the samples.
 
     Attributes:
-        rows: sequences in the order of their rows of ``samples``; one that had drafts has as many more rows.
-        at: their slots, as an index.
+        sequences: in the order of their rows of ``samples``; one that had drafts has as many more rows.
+        slot_index: their slots, as an index.
         seconds: that the back end took.
     """
 
-    rows: list[Sequence]
-    at: At
-    samples: Samples
+    sequences: list[Sequence]
+    slot_index: SlotIndex
+    samples: SamplerOutput
     batch: Batch
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """The part of a batch that answers have: A tokens of S sequences, all of them wanted.
+class DecodeInputs:
+    """The part of a batch that answers have: A tokens of S sequences; the logits of all are wanted.
 
     Attributes:
-        ahead_A: drafted tokens before each; None if there are none.
-        counts: tokens of each sequence; none where each has one.
+        draft_offset_A: drafted tokens before each; None if there are none.
+        row_counts: tokens of each sequence; empty where each has one.
     """
 
     tokens_A: NDArray[np.int32]
     positions_A: NDArray[np.int32]
     slots_A: NDArray[np.int64]
-    ahead_A: NDArray[np.int64] | None
-    counts: list[int]
+    draft_offset_A: NDArray[np.int64] | None
+    row_counts: list[int]
 
 
 @dataclass(slots=True)
-class Steady:
+class SteadyBatch:
     """The batch of a step without prompts, used again in place while the same answers go on with as many drafts.
 
     Attributes:
         slots_S, version: the slots, and the state of the tables, that it was made for.
         rows: all of its rows, as an index.
-        said: what the last step sampled.
+        sampled: what the last step sampled.
     """
 
     batch: Batch
-    answers: Answers
+    inputs: DecodeInputs
     slots_S: NDArray[np.int64]
     version: int
-    rows: At
-    said: list[int]
+    rows: SlotIndex
+    sampled: list[int]
 
 
 class Runner:
-    """Between the books and the back end."""
+    """Between the scheduler and the back end."""
 
     def __init__(self, backend: Backend, scheduler: Scheduler, sampler: Sampler) -> None:
         self.backend, self.scheduler, self.sampler = backend, scheduler, sampler
-        self._steady: Steady | None = None
+        self._steady: SteadyBatch | None = None
 
-    def run(self, plan: Plan) -> Result:
-        """Compute a plan and sample from it. Every row is booked with one token; drafts that hold add to that.
+    def run(self, step: ScheduledStep) -> StepResult:
+        """Compute a step and sample from it. Every row is booked with one token; drafts that are accepted add to that.
 
         Raises:
             EngineError: the model's logits are not finite.
         """
-        if not plan.chunks:
-            return self._run_answers(plan)
+        if not step.chunks:
+            return self._run_decode(step)
         self._steady = None
-        scheduler, answers = self.scheduler, self._answers(plan, self._counts(plan))
-        batch = self._compose(plan, answers)
-        logits_RV, seconds = self._compute(batch)
-        scheduler.stored[plan.slots_S] += 1
-        starting = scheduler.computed(plan.chunks)
+        scheduler, inputs = self.scheduler, self._decode_inputs(step, self._row_counts(step))
+        batch = self._build_batch(step, inputs)
+        logits_RV, seconds = self._forward(batch)
+        scheduler.num_computed[step.slots_S] += 1
+        starting = scheduler.commit_chunks(step.chunks)
         new = [sequence for group in starting for sequence in group]
         for sequence in new:
-            self.sampler.open(sequence.slot, sequence)
+            self.sampler.add(sequence.slot, sequence)
         slots_N = np.array([sequence.slot for sequence in new], np.int64)
-        samples = self._sample(plan, answers, logits_RV, [len(group) for group in starting], slots_N)
-        return Result(plan.rows + new, np.concatenate((plan.slots_S, slots_N)), samples, batch, seconds)
+        samples = self._sample(step, inputs, logits_RV, [len(group) for group in starting], slots_N)
+        return StepResult(step.decoding + new, np.concatenate((step.slots_S, slots_N)), samples, batch, seconds)
 
-    def _run_answers(self, plan: Plan) -> Result:
+    def _run_decode(self, step: ScheduledStep) -> StepResult:
         """``run`` for one token of each answer and its drafts: what almost every step is.
 
         The weights have washed this code and its objects out of the processor's caches since the last step, so what
         counts here is how much memory is touched: where the same answers go on, their batch is used again in place.
         """
-        sampler, steady = self.sampler, self._refill(plan)
-        answers = steady.answers
-        if sampler.plain(answers.slots_A):
-            began = time.perf_counter()
-            tokens_A = self.backend.best(steady.batch, sampler.vocab)
-            seconds, samples = time.perf_counter() - began, Samples(tokens_A)
+        sampler, steady = self.sampler, self._decode_batch(step)
+        inputs = steady.inputs
+        if sampler.only_argmax(inputs.slots_A):
+            start_time = time.perf_counter()
+            tokens_A = self.backend.argmax(steady.batch, sampler.vocab)
+            seconds, samples = time.perf_counter() - start_time, SamplerOutput(tokens_A)
             if min(samples.tokens) < 0:
                 if max(samples.tokens) < 0:
                     raise not_finite()
-                samples.faults = {row: not_finite() for row, token in enumerate(samples.tokens) if token < 0}
+                samples.errors = {row: not_finite() for row, token in enumerate(samples.tokens) if token < 0}
         else:
-            logits_RV, seconds = self._compute(steady.batch)
-            samples = sampler.sample(logits_RV, answers.slots_A, answers.ahead_A, plan.drafts)
-        add_at(self.scheduler.stored, plan.at, 1)
-        steady.said = samples.tokens
-        return Result(plan.rows, plan.at, samples, steady.batch, seconds)
+            logits_RV, seconds = self._forward(steady.batch)
+            samples = sampler.sample(logits_RV, inputs.slots_A, inputs.draft_offset_A, step.drafts)
+        add_at(self.scheduler.num_computed, step.slot_index, 1)
+        steady.sampled = samples.tokens
+        return StepResult(step.decoding, step.slot_index, samples, steady.batch, seconds)
 
-    def _refill(self, plan: Plan) -> Steady:
+    def _decode_batch(self, step: ScheduledStep) -> SteadyBatch:
         """The batch of all answers and their drafts."""
-        steady, version, counts = self._steady, self.scheduler.blocks.version, self._counts(plan)
+        steady, version, row_counts = self._steady, self.scheduler.blocks.version, self._row_counts(step)
         if (
             steady is None
-            or steady.slots_S is not plan.slots_S
+            or steady.slots_S is not step.slots_S
             or steady.version != version
-            or steady.answers.counts != counts
+            or steady.inputs.row_counts != row_counts
         ):
-            answers = self._answers(plan, counts)
-            rows = places(len(answers.tokens_A))
-            steady = self._steady = Steady(self._compose(plan, answers), answers, plan.slots_S, version, rows, [])
-        elif counts:
-            tokens, positions = _drafted(plan)
+            inputs = self._decode_inputs(step, row_counts)
+            rows = row_index(len(inputs.tokens_A))
+            steady = self._steady = SteadyBatch(
+                self._build_batch(step, inputs), inputs, step.slots_S, version, rows, []
+            )
+        elif row_counts:
+            tokens, positions = _draft_inputs(step)
             put_at(steady.batch.tokens_T, steady.rows, tokens)
             put_at(steady.batch.positions_T, steady.rows, positions)
         else:
-            put_at(steady.batch.tokens_T, steady.rows, steady.said)
+            put_at(steady.batch.tokens_T, steady.rows, steady.sampled)
             add_at(steady.batch.positions_T, steady.rows, 1)
         return steady
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, float]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, float]:
         """Logits, and how long they took."""
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         logits_RV = self.backend.run(batch)
-        return logits_RV, time.perf_counter() - began
+        return logits_RV, time.perf_counter() - start_time
 
-    def _counts(self, plan: Plan) -> list[int]:
-        """Tokens of each answer, see ``Answers``."""
-        drafts = plan.drafts
-        return [1 + len(drafts.get(sequence.slot, ())) for sequence in plan.rows] if drafts else []
+    def _row_counts(self, step: ScheduledStep) -> list[int]:
+        """Tokens of each answer, see ``DecodeInputs``."""
+        drafts = step.drafts
+        return [1 + len(drafts.get(sequence.slot, ())) for sequence in step.decoding] if drafts else []
 
-    def _answers(self, plan: Plan, counts: list[int]) -> Answers:
+    def _decode_inputs(self, step: ScheduledStep, row_counts: list[int]) -> DecodeInputs:
         """The tokens of all answers: the one that was sampled last, and its drafts."""
-        slots_S = plan.slots_S
-        if not counts:
-            last_S = np.array([sequence.token_ids[-1] for sequence in plan.rows], np.int32)
-            return Answers(last_S, self.scheduler.stored[slots_S], slots_S, None, counts)
-        tokens, positions = _drafted(plan)
-        ahead_A = np.array([ahead for count in counts for ahead in range(count)], np.int64)
-        last_A, place_A = np.array(tokens, np.int32), np.array(positions, np.int32)
-        return Answers(last_A, place_A, np.repeat(slots_S, counts), ahead_A, counts)
+        slots_S = step.slots_S
+        if not row_counts:
+            token_S = np.array([sequence.output_ids[-1] for sequence in step.decoding], np.int32)
+            return DecodeInputs(token_S, self.scheduler.num_computed[slots_S], slots_S, None, row_counts)
+        tokens, positions = _draft_inputs(step)
+        draft_offset_A = np.array([offset for count in row_counts for offset in range(count)], np.int64)
+        token_A, position_A = np.array(tokens, np.int32), np.array(positions, np.int32)
+        return DecodeInputs(token_A, position_A, np.repeat(slots_S, row_counts), draft_offset_A, row_counts)
 
-    def _compose(self, plan: Plan, answers: Answers) -> Batch:
+    def _build_batch(self, step: ScheduledStep, inputs: DecodeInputs) -> Batch:
         """The batch of answers, and behind them pieces of prompts."""
-        tokens, positions, slots = [answers.tokens_A], [answers.positions_A], plan.slots_S.tolist()
-        counts, wanted = answers.counts or [1] * len(slots), list(range(len(answers.tokens_A)))
-        end = len(wanted)
-        for chunk in plan.chunks:
+        tokens, positions, slots = [inputs.tokens_A], [inputs.positions_A], step.slots_S.tolist()
+        row_counts, logits_index = inputs.row_counts or [1] * len(slots), list(range(len(inputs.tokens_A)))
+        end = len(logits_index)
+        for chunk in step.chunks:
             stop, end = chunk.start + chunk.count, end + chunk.count
-            tokens.append(chunk.sequence.known[chunk.start : stop])
+            tokens.append(chunk.sequence.pending_ids[chunk.start : stop])
             positions.append(np.arange(chunk.start, stop, dtype=np.int32))
-            counts = [*counts, chunk.count]
+            row_counts = [*row_counts, chunk.count]
             slots.append(chunk.sequence.slot)
-            wanted += [end - 1] if chunk.last else []
+            logits_index += [end - 1] if chunk.is_last else []
         blocks = self.scheduler.blocks
         return Batch(
             tokens_T=np.concatenate(tokens),
             positions_T=np.concatenate(positions),
-            starts_S=np.cumsum([0, *counts], dtype=np.int32),
-            tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.held[slots].max(initial=0)]),
-            wanted_R=np.array(wanted, np.int32),
+            starts_S=np.cumsum([0, *row_counts], dtype=np.int32),
+            block_tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.blocks_per_slot[slots].max(initial=0)]),
+            logits_index_R=np.array(logits_index, np.int32),
         )
 
     def _sample(
-        self, plan: Plan, answers: Answers, logits_RV: Tensor, groups: list[int], slots_N: NDArray[np.int64]
-    ) -> Samples:
-        """Sample the rows of all answers, and for each prompt that is whole a token for each of its twins."""
-        rows, slots_R = len(answers.slots_A), np.concatenate((answers.slots_A, slots_N))
+        self,
+        step: ScheduledStep,
+        inputs: DecodeInputs,
+        logits_RV: Tensor,
+        group_sizes: list[int],
+        slots_N: NDArray[np.int64],
+    ) -> SamplerOutput:
+        """Sample the rows of all answers, and for each prompt that is whole a token for each of its siblings."""
+        rows, slots_R = len(inputs.slots_A), np.concatenate((inputs.slots_A, slots_N))
         if not len(slots_R):
-            return Samples(slots_R)
-        if len(slots_N) > len(groups):  # twins read the same row of logits
-            index_R = np.concatenate((np.arange(rows), rows + np.repeat(np.arange(len(groups)), groups)))
+            return SamplerOutput(slots_R)
+        if len(slots_N) > len(group_sizes):  # siblings read the same row of logits
+            index_R = np.concatenate((np.arange(rows), rows + np.repeat(np.arange(len(group_sizes)), group_sizes)))
             logits_RV = logits_RV[torch.from_numpy(index_R).to(logits_RV.device)]
-        if answers.ahead_A is None:
+        if inputs.draft_offset_A is None:
             return self.sampler.sample(logits_RV, slots_R)
-        ahead_R = np.concatenate((answers.ahead_A, np.zeros(len(slots_N), np.int64)))
-        return self.sampler.sample(logits_RV, slots_R, ahead_R, plan.drafts)
+        draft_offset_R = np.concatenate((inputs.draft_offset_A, np.zeros(len(slots_N), np.int64)))
+        return self.sampler.sample(logits_RV, slots_R, draft_offset_R, step.drafts)
 
 
-def _drafted(plan: Plan) -> tuple[list[int], list[int]]:
+def _draft_inputs(step: ScheduledStep) -> tuple[list[int], list[int]]:
     """Tokens of all answers with their drafts, and their positions; these rows are few, so lists are faster."""
     tokens: list[int] = []
     positions: list[int] = []
-    for sequence in plan.rows:
-        place = sequence.length - 1
-        new = [sequence.token_ids[-1], *plan.drafts.get(sequence.slot, ())]
+    for sequence in step.decoding:
+        position = sequence.num_tokens - 1
+        new = [sequence.output_ids[-1], *step.drafts.get(sequence.slot, ())]
         tokens += new
-        positions += range(place, place + len(new))
+        positions += range(position, position + len(new))
     return tokens, positions

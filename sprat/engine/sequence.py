@@ -1,6 +1,6 @@
-"""What a request is: what it was asked, what it has said so far, where it stands, and what comes back.
+"""A request: what it asks, its output so far, where it stands, and what comes back; and one step of many of them.
 
-``token_ids`` hold every sampled token, the closing end-of-sequence token included, because
+``output_ids`` hold every sampled token, the closing end-of-sequence token included, because
 reinforcement learning must also learn to stop. ``logprobs`` are those of the model's whole
 distribution at the request's temperature (at temperature 1 for greedy requests), before any ban,
 penalty, top-k, top-p or min-p: what a trainer recomputes from the raw logits.
@@ -11,18 +11,16 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.sampling import Sampling
-
-if TYPE_CHECKING:
-    from sprat.engine.draft import Lookup
-    from sprat.engine.processors import Processor
+from sprat.engine.sampling_params import Processor, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
+SMALL_BATCH = 16
+SlotIndex = list[int] | NDArray[np.int64]  # slots (or rows) as an index; a list where they are few
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Tenant:
     secret: bytes = b""
 
 
-NOBODY = Tenant()
+DEFAULT_TENANT = Tenant()
 
 
 @dataclass(frozen=True)
@@ -85,56 +83,85 @@ class Sequence:
     """The state of one request inside the engine: waiting (slot -1), running (slot >= 0) or finished."""
 
     id: int
-    prompt: list[int]
+    prompt_ids: list[int]
     sampling: Sampling
-    limit: int  # sampled tokens at most
-    key: int  # 64-bit key of its noise
-    share: int = 0  # requests of equal non-zero share have one prompt, and compute it once
-    tenant: Tenant = NOBODY
-    event: threading.Event | None = None  # once set, the request is cancelled
-    ban: int = 0  # first tokens for which the end of thinking is banned
+    max_tokens: int  # sampled tokens at most
+    noise_key: int  # 64-bit
+    prompt_group: int = 0  # requests of one non-zero group have one prompt, and compute it once
+    tenant: Tenant = DEFAULT_TENANT
+    cancel_event: threading.Event | None = None  # once set, the request is cancelled
+    min_think_tokens: int = 0  # first tokens in which the end of thinking is banned
     processors: tuple[Processor, ...] = ()  # rules that change its logits
-    token_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cancelled: bool = False
-    followed: bool = False  # its text is read token by token
+    detokenize: bool = False  # its text is made token by token
     # In the engine
     slot: int = -1
-    known: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # tokens to compute, if prefilling
-    stored: int = 0  # of those, how many are in memory; kept while prefilling only
-    leader: Sequence | None = None  # the twin that computes its prompt
-    twins: list[Sequence] = field(default_factory=list)  # those that wait for this one's prompt
-    keys: list[bytes] = field(default_factory=list)  # cache keys of its full blocks, as far as they are known
-    hit: int = -1  # prompt tokens whose memory was there already; -1 until it is admitted
-    drafts: list[int] = field(default_factory=list)  # MTP's guess of what follows, to be checked in the next step
-    lookup: Lookup | None = None  # where it said what before, for drafts
-    watched: bool = False  # settling its tokens takes more than appending them
+    pending_ids: NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )  # prompt and answer to prefill
+    num_computed: int = 0  # of those, how many are in the KV cache; while prefilling only
+    prompt_owner: Sequence | None = None  # the sibling that computes its prompt
+    siblings: list[Sequence] = field(default_factory=list)  # those that wait for this one's prompt
+    block_keys: list[bytes] = field(
+        default_factory=list
+    )  # prefix-cache keys of its full blocks, as far as they are made
+    num_cached: int = -1  # prompt tokens that were in the KV cache already; -1 until it is admitted
+    draft_ids: list[int] = field(default_factory=list)  # MTP's drafts, to be checked in the next step
+    needs_stop_check: bool = False  # its tokens must be looked at one by one, not only appended
 
     @property
-    def length(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of the prompt and the answer so far."""
-        return len(self.prompt) + len(self.token_ids)
+        return len(self.prompt_ids) + len(self.output_ids)
 
-    def span(self, start: int, stop: int) -> NDArray[np.int32]:
+    def ids_between(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens ``start`` … ``stop - 1`` of prompt and answer."""
-        prompt = len(self.prompt)
-        answer = self.token_ids[max(0, start - prompt) : max(0, stop - prompt)]
-        return np.array(self.prompt[start:stop] + answer, np.int32)
+        prompt = len(self.prompt_ids)
+        answer = self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        return np.array(self.prompt_ids[start:stop] + answer, np.int32)
 
     @property
-    def halted(self) -> bool:
-        """Whether its caller wants it no more."""
-        return self.cancelled or (self.event is not None and self.event.is_set())
+    def is_cancelled(self) -> bool:
+        """Whether its caller cancelled it."""
+        return self.cancelled or (self.cancel_event is not None and self.cancel_event.is_set())
 
 
-def noise_key(seed: int, stream: int, prompt: list[int]) -> int:
-    """The 64-bit key of a request's noise: a digest of (seed, stream, prompt).
+@dataclass(frozen=True)
+class PrefillChunk:
+    """``count`` tokens of a prompt from ``start`` on; ``is_last``: the prompt ends with them."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    is_last: bool
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """What one step computes: a token of each decoding sequence and its drafts (by slot), and pieces of prompts.
+
+    ``slots_S`` are the slots of ``decoding``, ``slot_index`` the same as an index. The weights of a step wash all else
+    out of the processor's caches, and then numpy's way into an operation on whole arrays takes 50 µs, a fiftieth of a
+    small model's step: few rows go one by one.
+    """
+
+    decoding: list[Sequence]
+    slots_S: NDArray[np.int64]
+    slot_index: SlotIndex
+    chunks: list[PrefillChunk]
+    drafts: dict[int, list[int]]
+
+
+def noise_key(seed: int, stream: int, prompt_ids: list[int]) -> int:
+    """The 64-bit key of a request's noise: a digest of (seed, stream, prompt_ids).
 
     The prompt takes part so that the rows of a batch that share one seed are not correlated, and the
     position in the batch takes none, so that a request alone samples what it samples in a crowd.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/".encode(), digest_size=8)
-    digest.update(np.asarray(prompt, dtype=np.int64).tobytes())
+    digest.update(np.asarray(prompt_ids, dtype=np.int64).tobytes())
     return int.from_bytes(digest.digest(), "little")

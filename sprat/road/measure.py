@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sprat.engine import Engine, Sampling
-from sprat.engine.draft import Way
+from sprat.engine.speculation import SpeculationMode
 from sprat.errors import ConfigError
 from sprat.model import Transformer
 from sprat.post.evaluate import Score, evaluate_many, problem_messages, two_proportion_p_value
@@ -143,7 +143,7 @@ def drafts(road: Road, model: Transformer, tokenizer: Tokenizer) -> dict[str, fl
     """
     if not model.mtp:
         return {}
-    ways: tuple[Way, Way] = ("off", "mtp")
+    ways: tuple[SpeculationMode, SpeculationMode] = ("off", "mtp")
     engines = [Engine(model, tokenizer, max_batch=1, speculate=way) for way in ways]
     prompts = _prompts(road, SPEED_BATCH)
     rounds = [[_speed(engine, prompts) for engine in engines] for _ in range(ROUNDS)]

@@ -24,7 +24,7 @@ from sprat.serve.meter import Cost, Meter
 from sprat.serve.protocol import RequestError, usage_body
 
 if TYPE_CHECKING:
-    from sprat.engine.sampling import Sampling
+    from sprat.engine.sampling_params import Sampling
     from sprat.engine.sequence import Delta, Tenant
     from sprat.tokens.chat import Message
 

@@ -32,7 +32,7 @@ from sprat.serve.protocol import ChatRequest, RequestError, parse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from sprat.engine.sampling import Sampling
+    from sprat.engine.sampling_params import Sampling
     from sprat.tokens.chat import Message
 
 BODY_TIMEOUT_SECONDS = 30.0  # for the whole request body
@@ -109,7 +109,7 @@ def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> S
     Raises:
         RequestError: 400; it asks for more tokens than this server gives.
     """
-    from sprat.engine.sampling import Sampling
+    from sprat.engine.sampling_params import Sampling
 
     if (limit := chat_request.requested_max_tokens) is not None and limit > state.max_tokens:
         name = chat_request.field_names["max_tokens"]

@@ -28,9 +28,9 @@ class ApiKeys:
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        from sprat.engine.sequence import NOBODY, Tenant
+        from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 
-        self._default_tenant = NOBODY
+        self._default_tenant = DEFAULT_TENANT
         self._tenants: dict[bytes, Tenant] = {}
         for key in keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:

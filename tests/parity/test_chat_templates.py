@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench.chat_oracles import WHERE
-from sprat.engine.text import Decoder
+from sprat.engine.detokenizer import IncrementalDecoder
 from sprat.errors import DataError
 from sprat.tokens import Message, Tokenizer, render
 
@@ -199,5 +199,5 @@ def test_llama_2_streams_what_its_tokenizer_reads_at_once() -> None:
     for _ in range(60):
         text = "".join(draw.choices(CHARS, k=draw.randrange(1, 120)))
         ids = raw.encode(text, add_special_tokens=False).ids
-        decoder = Decoder(ours)
+        decoder = IncrementalDecoder(ours)
         assert "".join(map(decoder.push, ids)) + decoder.flush() == raw.decode(ids)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
-from sprat.engine.backend import BLOCK, Batch
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import TorchBackend, _groups
+from sprat.engine.backend import BLOCK_SIZE, Batch
+from sprat.engine.backends.native import NativeBackend
+from sprat.engine.backends.torch import TorchBackend, _groups
 from sprat.kernels import native, unavailable_reason
 from sprat.model import Gate, Transformer
 from sprat.model.moe import Routing
@@ -126,11 +126,11 @@ def _record(engine: Engine) -> dict[tuple[int, ...], tuple[Tensor, list[Tensor]]
         for row in range(len(batch.starts_S) - 1):
             for index in range(batch.starts_S[row], batch.starts_S[row + 1]):
                 at = int(batch.positions_T[index])
-                text[int(batch.tables_SW[row, at // BLOCK]), at % BLOCK] = int(batch.tokens_T[index])
-                if index in batch.wanted_R:
-                    blocks = batch.tables_SW[row].tolist()
-                    prefix = tuple(text[blocks[place // BLOCK], place % BLOCK] for place in range(at + 1))
-                    number = batch.wanted_R.tolist().index(index)
+                text[int(batch.block_tables_SW[row, at // BLOCK_SIZE]), at % BLOCK_SIZE] = int(batch.tokens_T[index])
+                if index in batch.logits_index_R:
+                    blocks = batch.block_tables_SW[row].tolist()
+                    prefix = tuple(text[blocks[place // BLOCK_SIZE], place % BLOCK_SIZE] for place in range(at + 1))
+                    number = batch.logits_index_R.tolist().index(index)
                     seen[prefix] = logits_RV[number].clone(), experts[index]
         return logits_RV
 

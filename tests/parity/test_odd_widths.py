@@ -10,7 +10,7 @@ import torch
 
 from sprat import Engine, Sampling, kernels
 from sprat.config.model import ModelConfig
-from sprat.engine.torch_backend import TorchBackend
+from sprat.engine.backends.torch import TorchBackend
 from sprat.model import Transformer, save_folder
 from sprat.tokens import Tokenizer
 

@@ -11,8 +11,8 @@ import torch
 
 import sprat
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import TorchBackend
+from sprat.engine.backends.native import NativeBackend
+from sprat.engine.backends.torch import TorchBackend
 from sprat.kernels import native, unavailable_reason
 from sprat.model import Transformer, save_folder
 from sprat.quant import quantized_weights

@@ -1,4 +1,4 @@
-// From a row of logits to a token: the arithmetic of engine/draw.py (its reference) without its temporaries.
+// From a row of logits to a token: the arithmetic of engine/sampling/ops.py (its reference) without its temporaries.
 // One uniform number picks the token by the inverse of the cumulative weights; truncation is top-k, then top-p, then
 // min-p. Only what a truncation may keep is ever sorted.
 #pragma once

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sprat.engine.backend import BLOCK, Batch
+from sprat.engine.backend import BLOCK_SIZE, Batch
 from sprat.errors import MachineError
 
 NOTHING = -7
@@ -26,10 +26,10 @@ def scores(text: bytes, vocab: int) -> NDArray[np.float32]:
 
 def oracle(prompt: list[int], count: int, vocab: int, top: int, end: int) -> list[int]:
     """The greedy answer, without any engine."""
-    said: list[int] = []
-    while len(said) < count and end not in said:
-        said.append(int(scores(np.array(prompt + said, np.int32).tobytes(), vocab)[:top].argmax()))
-    return said
+    output_ids: list[int] = []
+    while len(output_ids) < count and end not in output_ids:
+        output_ids.append(int(scores(np.array(prompt + output_ids, np.int32).tobytes(), vocab)[:top].argmax()))
+    return output_ids
 
 
 class Fake:
@@ -40,21 +40,21 @@ class Fake:
         depth: 1 has an MTP module, which guesses right.
     """
 
-    kv_format, block_bytes, invariant = "f32", 8 * BLOCK, True
+    kv_format, block_bytes, batch_invariant = "f32", 8 * BLOCK_SIZE, True
 
-    def __init__(self, vocab: int, *, memory: int = 10**6, depth: int = 0) -> None:
-        self.vocab, self.depth, self.blocks, self._memory = vocab, depth, 0, memory
-        self.text = np.full((2, 0, BLOCK), NOTHING, np.int32)
+    def __init__(self, vocab: int, *, max_blocks: int = 10**6, num_mtp_modules: int = 0) -> None:
+        self.vocab, self.num_mtp_modules, self.num_blocks, self._max_blocks = vocab, num_mtp_modules, 0, max_blocks
+        self.text = np.full((2, 0, BLOCK_SIZE), NOTHING, np.int32)
         self.batches: list[Batch] = []
         self.fails: Exception | None = None
         self.drafted = 0
 
     def reserve(self, blocks: int) -> None:
-        if blocks > self._memory:
+        if blocks > self._max_blocks:
             raise MachineError("no memory", where="fake", todo="buy some")
-        grown = np.full((2, blocks, BLOCK), NOTHING, np.int32)
-        grown[:, : self.blocks] = self.text
-        self.text, self.blocks = grown, blocks
+        grown = np.full((2, blocks, BLOCK_SIZE), NOTHING, np.int32)
+        grown[:, : self.num_blocks] = self.text
+        self.text, self.num_blocks = grown, blocks
 
     def run(self, batch: Batch) -> Tensor:
         if self.fails is not None:
@@ -62,13 +62,13 @@ class Fake:
         self.batches.append(copy.deepcopy(batch))
         self._honest(batch)
         rows = self._write(0, batch)
-        out = [scores(self._read(0, batch, rows, index).tobytes(), self.vocab) for index in batch.wanted_R]
+        out = [scores(self._read(0, batch, rows, index).tobytes(), self.vocab) for index in batch.logits_index_R]
         return torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocab)
 
-    def best(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
+    def argmax(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         logits_RV = self.run(batch)[:, :vocab].numpy()
-        found_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
-        return found_R
+        tokens_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
+        return tokens_R
 
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         self.drafted += 1
@@ -81,7 +81,7 @@ class Fake:
             while index + 1 < stop and next_T[index] == batch.tokens_T[index + 1]:
                 index += 1
             text = self._read(1, batch, rows, index)  # at each place the token that follows it
-            begin = self.text[0, batch.tables_SW[rows[index], 0], :1]
+            begin = self.text[0, batch.block_tables_SW[rows[index], 0], :1]
             out.append([scores(begin.tobytes() + text.tobytes(), self.vocab)[:vocab].argmax()])
         return np.array(out, np.int64)
 
@@ -94,26 +94,26 @@ class Fake:
     def write(self, block: int, data: bytes) -> None:
         if len(data) != self.block_bytes:
             raise ValueError("another length")
-        self.text[:, block] = np.frombuffer(data, np.int32).reshape(2, BLOCK)
+        self.text[:, block] = np.frombuffer(data, np.int32).reshape(2, BLOCK_SIZE)
 
     def _honest(self, batch: Batch) -> None:
         """The form of a batch is what the contract says."""
         assert [a.dtype for a in vars(batch).values()] == [np.dtype(np.int32)] * 5
-        assert batch.tables_SW.flags.c_contiguous and batch.tables_SW.max(initial=-1) < self.blocks
+        assert batch.block_tables_SW.flags.c_contiguous and batch.block_tables_SW.max(initial=-1) < self.num_blocks
         counts = np.diff(batch.starts_S)
         assert batch.starts_S[0] == 0 and counts.min() > 0 and batch.starts_S[-1] == len(batch.tokens_T)
-        assert (np.diff(batch.wanted_R) > 0).all() and batch.wanted_R.max(initial=0) < len(batch.tokens_T)
+        assert (np.diff(batch.logits_index_R) > 0).all() and batch.logits_index_R.max(initial=0) < len(batch.tokens_T)
         inside = np.delete(np.diff(batch.positions_T), batch.starts_S[1:-1] - 1)
         assert (inside == 1).all()
 
     def _write(self, layer: int, batch: Batch) -> NDArray[np.int64]:
         rows = np.repeat(np.arange(len(batch.starts_S) - 1), np.diff(batch.starts_S))
-        blocks = batch.tables_SW[rows, batch.positions_T // BLOCK]
+        blocks = batch.block_tables_SW[rows, batch.positions_T // BLOCK_SIZE]
         assert (blocks >= 0).all()
-        self.text[layer, blocks, batch.positions_T % BLOCK] = batch.tokens_T
+        self.text[layer, blocks, batch.positions_T % BLOCK_SIZE] = batch.tokens_T
         return rows
 
     def _read(self, layer: int, batch: Batch, rows: NDArray[np.int64], index: int) -> NDArray[np.int32]:
         last = int(batch.positions_T[index])
-        table = batch.tables_SW[rows[index], : last // BLOCK + 1]
+        table = batch.block_tables_SW[rows[index], : last // BLOCK_SIZE + 1]
         return self.text[layer, table].reshape(-1)[: last + 1]

@@ -133,7 +133,7 @@ def test_requests_come_and_go_in_any_order_and_no_row_leaks(
     while engine.busy:
         finished |= {handle.id: handle.result() for handle in engine.step()}
     assert engine.check() == [] and set(alive) <= set(finished)
-    assert engine.stats().blocks_held == 0
+    assert engine.stats().blocks_used == 0
     assert not engine.cancel(10**6)
 
 

@@ -7,8 +7,8 @@ import torch
 
 from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
-from sprat.engine.draft import Way
-from sprat.engine.torch_backend import TorchBackend
+from sprat.engine.backends.torch import TorchBackend
+from sprat.engine.speculation import SpeculationMode
 from sprat.errors import SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -33,15 +33,15 @@ def test_an_answer_ends_with_the_reason_where_logits_cease_to_be_finite(temperat
         handle.result()
 
 
-@pytest.mark.parametrize("way", ["off", "mtp"])
-def test_logits_are_read_no_longer_than_a_ban_lasts(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["off", "mtp"])
+def test_logits_are_read_no_longer_than_a_ban_lasts(mode: SpeculationMode, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.train(["1 + 2 = 3 and so on.\n" * 5], 500)
     model = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, max_position_embeddings=256), 0)
-    fake, steps = Fake(tokenizer.vocab_size, depth=1), []
-    best = fake.best
-    monkeypatch.setattr(fake, "best", lambda *given: steps.append(given) or best(*given))
-    engine = Engine(model, tokenizer, max_batch=2, backend=fake, speculate=way)
+    fake, steps = Fake(tokenizer.vocab_size, num_mtp_modules=1), []
+    argmax = fake.argmax
+    monkeypatch.setattr(fake, "argmax", lambda *given: steps.append(given) or argmax(*given))
+    engine = Engine(model, tokenizer, max_batch=2, backend=fake, speculate=mode)
     how = Sampling(temperature=0, max_tokens=40, thinking=True, min_think_tokens=9)
     said = engine.generate([[5, 6, 7]], how)[0].token_ids
-    plain = {"off": 1, "mtp": 2}[way]  # tokens of a step
+    plain = {"off": 1, "mtp": 2}[mode]  # tokens of a step
     assert len(said) == 40 and len(said) - 12 <= plain * len(steps) <= len(said) - 8

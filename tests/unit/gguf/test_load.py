@@ -21,7 +21,7 @@ import sprat
 from sprat import quant
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine, Sampling
-from sprat.engine.intake import ends
+from sprat.engine.request import eos_token_ids
 from sprat.errors import CheckpointError
 from sprat.gguf import weights
 from sprat.gguf.decode import Job
@@ -131,7 +131,7 @@ def test_keys_that_ask_for_nothing_are_no_hindrance_and_unheard_of_ones_are_name
 def test_the_ends_of_turns_and_messages_end_an_answer(tmp_path: Path) -> None:
     keys = {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 1}
     loaded, words = sprat.load(write(model(), tmp_path / "model.gguf", keys=keys))
-    assert ends(loaded.config, words) == {0, 1}
+    assert eos_token_ids(loaded.config, words) == {0, 1}
 
 
 def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
+from sprat.engine.backends.native import NativeBackend
 from sprat.kernels import native, unavailable_reason
 from sprat.model import Transformer
 from sprat.quant import quantize_model
@@ -42,7 +42,7 @@ def seconds(backend: NativeBackend, steps: int = STEPS) -> float:
     began = time.perf_counter()
     for place in range(steps):
         per_row[1][0] = place % 64
-        backend.best(Batch(*per_row), 200)
+        backend.argmax(Batch(*per_row), 200)
     return time.perf_counter() - began
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.engine.panels import HugePages, plain, tile
+from sprat.engine.backends.weights import HugePages, float_weights, pack_weights
 from sprat.kernels import native, reference, unavailable_reason
 from sprat.quant.int4 import dequantize_tensor, quantize_tensor
 from sprat.quant.layers import QuantizedWeight
@@ -25,9 +25,9 @@ def weights(weight: torch.Tensor, bits: int, group: int, bias: torch.Tensor | No
     """The matrix as the kernels take it, and the floats that it stands for."""
     if bits > 8:
         kinds = {32: torch.float32, 16: torch.bfloat16, 17: torch.float16}
-        return plain(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
+        return float_weights(weight.to(kinds[bits]), bias), weight.to(kinds[bits]).float()
     codes = quantize_tensor(weight, bits=bits, group=group)
-    return tile(QuantizedWeight(codes, materialize=False), HugePages(), bias)[0], dequantize_tensor(codes)
+    return pack_weights(QuantizedWeight(codes, materialize=False), HugePages(), bias)[0], dequantize_tensor(codes)
 
 
 def product(matrix: object, rows: torch.Tensor, outputs: int, threads: int = 1) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from sprat.config import QuantConfig
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import Batch
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import choose
+from sprat.engine.backends import select_backend
+from sprat.engine.backends.native import NativeBackend
 from sprat.errors import EngineError, MachineError
 from sprat.kernels import native, reference, unavailable_reason
 from sprat.model import Transformer
@@ -191,9 +191,9 @@ def test_the_likeliest_tokens_are_those_of_the_logits(rows: int, quantized: bool
         for seed in range(20):
             batch = batch_of((tokens_of(rows, seed), 0), tables=[[0]])
             logits = backend.run(batch).numpy()[:, :vocab]
-            assert backend.best(batch, vocab).tolist() == logits.argmax(1).tolist()
+            assert backend.argmax(batch, vocab).tolist() == logits.argmax(1).tolist()
     with pytest.raises(ValueError):
-        backend.best(batch, 204)
+        backend.argmax(batch, 204)
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), float("-inf")])
@@ -204,8 +204,8 @@ def test_no_token_is_likeliest_where_a_logit_is_not_finite(fault: float) -> None
     backend = NativeBackend(model, threads=2)
     backend.reserve(1)
     batch = batch_of(([7, 8], 0), tables=[[0]])
-    assert backend.best(batch, 203).tolist() == [-1, -1]
-    assert min(backend.best(batch, 131).tolist()) >= 0, "nobody asked for that token"
+    assert backend.argmax(batch, 203).tolist() == [-1, -1]
+    assert min(backend.argmax(batch, 131).tolist()) >= 0, "nobody asked for that token"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "v3"])
@@ -315,19 +315,19 @@ def test_what_it_cannot_run_is_said() -> None:
 def test_memory_formats_are_chosen_by_name() -> None:
     model = model_of("v3")
     for kv_format in ("f32", "f16", "i8"):
-        assert choose(model, kv_format).kv_format == kv_format
+        assert select_backend(model, kv_format).kv_format == kv_format
     with pytest.raises(EngineError, match="no memory format"):
-        choose(model, "i3")
+        select_backend(model, "i3")
     with pytest.raises(EngineError, match="leave it out"):
-        choose(model_of("llama").to(torch.float64), "i8")
+        select_backend(model_of("llama").to(torch.float64), "i8")
     odd = Transformer(ModelConfig.model_validate(FAMILIES["v3"] | {"kv_lora_rank": 40}))
     with pytest.raises(MachineError, match="multiple of 16"):
-        choose(odd, "i8")
+        select_backend(odd, "i8")
 
 
 def test_weights_that_are_handed_over_are_in_memory_once() -> None:
     model, kept, tokens = quantize_model(model_of("v3")), quantize_model(model_of("v3")), tokens_of(20)
-    took, shared = choose(model, consume=True), choose(kept)
+    took, shared = select_backend(model, consume=True), select_backend(kept)
     for backend in (took, shared):
         backend.reserve(1)
     one = batch_of((tokens, 0), tables=[[0]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sprat.config.model import ModelConfig
-from sprat.engine.native import NativeBackend
-from sprat.engine.torch_backend import TorchBackend
+from sprat.engine.backends.native import NativeBackend
+from sprat.engine.backends.torch import TorchBackend
 from sprat.kernels import native, unavailable_reason
 from sprat.model import KVCache, Transformer
 from sprat.quant import quantize_model

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from sprat.engine.sampling import Sampling
-from sprat.engine.sequence import NOBODY, Delta, FinishReason, Output, Tenant, Usage
+from sprat.engine.sampling_params import Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Delta, FinishReason, Output, Tenant, Usage
 from sprat.errors import EngineError
 from sprat.tokens.chat import Message
 
@@ -88,7 +88,7 @@ class ScriptedEngine:
         self.running = False
 
     def submit(
-        self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant = NOBODY
+        self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT
     ) -> ScriptedHandle:
         if "too long" in prompt[-1].content:
             raise EngineError("the prompt has 9999 tokens, the context 128", where="prompt", todo="shorten it")

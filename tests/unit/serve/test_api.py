@@ -305,7 +305,7 @@ def test_what_a_request_leaves_unsaid_the_models_folder_says(engine: ScriptedEng
 
 def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
     from sprat.engine import Engine
-    from tests.unit.engine.test_defaults import thoughtless
+    from tests.unit.engine.test_request import thoughtless
 
     with client_of(Engine(*thoughtless()), name="tiny") as client:
         answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})

@@ -134,7 +134,7 @@ def test_a_client_that_leaves_while_tokens_flow_frees_its_blocks_within_a_second
         with connect(address) as caller:
             caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert within(10, lambda: engine.stats().sampled_tokens > 10)
-        assert within(1.0, lambda: engine.stats().running == 0 and engine.stats().blocks_held == 0)
+        assert within(1.0, lambda: engine.stats().running == 0 and engine.stats().blocks_used == 0)
         assert engine.stats().sampled_tokens < 120
         assert within(5, lambda: httpx.get(f"{address}/healthz", timeout=30).json()["answered"] == 1), (
             "and it is metered"

@@ -1,0 +1,261 @@
+"""A request before and beside the engine: from a prompt to a sequence that will fit, and the handle of its caller.
+
+Everything that can be wrong with a request is found here, in the caller's thread and before it costs anything, as one
+EngineError. Its caller then holds a handle: the text as it comes, the result, and the way to stop it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as GenericSequence
+
+from sprat.config.model import ModelConfig
+from sprat.engine.detokenizer import Detokenizer
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.processors import build_processors
+from sprat.engine.sampling_params import Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Delta, FinishReason, Output, Sequence, Tenant, Usage, noise_key
+from sprat.errors import DataError, EngineError
+from sprat.tokens import Message, Tokenizer, render
+from sprat.tokens.chat import resolve_thinking, split_reasoning
+
+WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
+
+Prompt = str | GenericSequence[Message] | GenericSequence[int]
+
+
+class RequestBuilder:
+    """Makes numbered requests for one model.
+
+    Args:
+        max_tokens_cap: sampled tokens of one request at most; None: what the context holds.
+        cache_tokens: tokens that the KV cache holds.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        grammars: GrammarCache,
+        max_tokens_cap: int | None,
+        cache_tokens: int,
+    ) -> None:
+        self._tokenizer, self._grammars, self._cache_tokens = tokenizer, grammars, cache_tokens
+        self._vocab, self.context = config.vocab_size, config.context
+        self.max_tokens_cap = max_tokens_cap or self.context
+        self._request_ids = itertools.count(1)
+
+    def tokenize(self, prompt: Prompt, sampling: Sampling) -> list[int]:
+        """The ids of a prompt: a question, a conversation, or ids as they are.
+
+        Raises:
+            EngineError: it is empty, or not of this vocabulary; a role is unknown or has no place in the chat format;
+                the model shall think and does not.
+        """
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, Message)]
+        if not prompt or (turns and not any(turn.content.strip() for turn in turns)):
+            raise EngineError("the prompt is empty", where="prompt", todo="ask something")
+        if isinstance(prompt, str) or len(turns) == len(prompt):
+            try:
+                return render(self._tokenizer, turns, thinking=sampling.thinking)
+            except DataError as error:
+                raise EngineError(error.what, where=error.where, todo=error.todo) from None
+        ids = [int(index) for index in prompt if isinstance(index, int)]
+        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab:
+            fault = "the prompt holds what is no token of this model"
+            raise EngineError(fault, where="prompt", todo=f"give ids of 0 … {self._vocab - 1}")
+        return ids
+
+    def build(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        stream: int = 0,
+        prompt_group: int = 0,
+        tenant: Tenant = DEFAULT_TENANT,
+        cancel_event: threading.Event | None = None,
+    ) -> Sequence:
+        """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
+
+        Raises:
+            EngineError: it asks for more tokens than the engine gives, or than the context or the KV cache holds; a
+                setting names what this vocabulary does not have; the form of its response cannot be followed.
+        """
+        available = self.context - len(ids)
+        cap, max_tokens = self.max_tokens_cap, sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = min(cap, max(available, 1))
+        if sampling.fit:
+            max_tokens = min(max_tokens, cap, max(1, min(available, self._cache_tokens - len(ids))))
+        if max_tokens > cap:
+            fault = f"max_tokens is {max_tokens}, and this engine gives {cap} at most"
+            raise EngineError(fault, where="max_tokens", todo="ask for less")
+        if max_tokens > available:
+            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {self.context}"
+            raise EngineError(fault, where="prompt", todo="shorten the prompt or lower max_tokens")
+        if len(ids) + max_tokens > self._cache_tokens:
+            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the memory for {self._cache_tokens}"
+            raise EngineError(fault, where="prompt", todo="ask for less, or give the engine more cache_bytes")
+        return Sequence(
+            id=next(self._request_ids),
+            prompt_ids=ids,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            noise_key=noise_key(sampling.seed, stream, ids),
+            prompt_group=prompt_group,
+            tenant=tenant,
+            cancel_event=cancel_event,
+            min_think_tokens=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
+            processors=build_processors(sampling, ids, self._tokenizer, self._grammars, tenant),
+        )
+
+
+class RequestHandle:
+    """One submitted request.
+
+    Iterate it for its ``Delta``s, from one thread; the last is of kind ``done``. Or ask for ``result()``.
+    Both wait for the engine's background thread or, where there is none, step the engine themselves.
+
+    Args:
+        step_engine: steps the engine, unless a background thread does; returns whether it stepped.
+        cancellation: set to tell the engine that somebody cancelled.
+        streams: whether pieces are wanted; without it the text is decoded once, at the end.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        step_engine: Callable[[], bool],
+        cancellation: threading.Event,
+        *,
+        streams: bool,
+    ) -> None:
+        self.sequence, self._cancellation = sequence, cancellation
+        self.finished = threading.Event()
+        self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._tokenizer, self._step_engine, self._streams = tokenizer, step_engine, streams
+        sampling = sequence.sampling
+        sequence.detokenize = streams or bool(sampling.stop)
+        sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
+        self._detokenizer: Detokenizer | None = None
+        if sequence.detokenize:
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                thinking=sampling.thinking,
+                stops=sampling.stop,
+                structured=sampling.response is not None,
+            )
+        self._output: Output | None = None
+        self._error: Exception | None = None
+
+    @property
+    def id(self) -> int:
+        """The engine's number of this request."""
+        return self.sequence.id
+
+    def cancel(self) -> None:
+        """Ask the engine to stop it; its output so far is kept, with finish_reason ``cancelled``."""
+        self.sequence.cancelled = True
+        self._cancellation.set()
+
+    def result(self) -> Output:
+        """Wait for the whole answer.
+
+        Raises:
+            SpratError: the engine failed while it answered, or could not go on with this request.
+        """
+        while not self.finished.is_set():
+            if not self._step_engine():
+                self.finished.wait(WAIT_SECONDS)
+        if self._error is not None:
+            raise self._error
+        if self._output is None:
+            raise RuntimeError("a finished request has no output")
+        return self._output
+
+    def __iter__(self) -> Iterator[Delta]:
+        """Pieces as they come, then one ``done``; closing the iterator early cancels the request."""
+        try:
+            while not (self.finished.is_set() and self.deltas.empty()):
+                try:
+                    waits = self.deltas.empty() and not self._step_engine()
+                    yield self.deltas.get(waits, WAIT_SECONDS)
+                except queue.Empty:
+                    continue
+            if self._error is not None:
+                raise self._error
+        finally:
+            if not self.finished.is_set():
+                self.cancel()
+
+    def push(self, token: int) -> bool:
+        """Engine only: follow one sampled token; True if a stop string is complete."""
+        if self._detokenizer is None:
+            return False
+        self._emit(self._detokenizer.push(token))
+        return self._detokenizer.stopped
+
+    def finish(self, reason: FinishReason) -> None:
+        """Engine only: the answer is whole."""
+        sequence, detokenizer = self.sequence, self._detokenizer
+        sequence.finish_reason = reason
+        if detokenizer is not None:
+            self._emit(detokenizer.close())
+            answer = detokenizer.answer()
+        else:
+            sampling = sequence.sampling
+            structured = sampling.response is not None
+            answer = split_reasoning(
+                self._tokenizer, sequence.output_ids, thinking=sampling.thinking, structured=structured
+            )
+        self._output = Output(
+            text=answer.content,
+            reasoning=answer.reasoning,
+            token_ids=sequence.output_ids,
+            logprobs=sequence.logprobs if sequence.sampling.logprobs else None,
+            usage=self._usage(answer.reasoning),
+            finish_reason=reason,
+            prompt_ids=sequence.prompt_ids,
+            closed=answer.closed,
+            top_logprobs=sequence.top_logprobs if sequence.sampling.top_logprobs else None,
+        )
+        if self._streams:
+            self.deltas.put(Delta("done", output=self._output))
+        self.finished.set()
+
+    def fail(self, error: Exception) -> None:
+        """Engine only: the request cannot be answered; ``result`` and the iteration raise ``error``."""
+        self._error = error
+        self.finished.set()
+
+    def _emit(self, deltas: list[Delta]) -> None:
+        """Hand pieces to the caller, if they are wanted."""
+        if self._streams:
+            for delta in deltas:
+                self.deltas.put(delta)
+
+    def _usage(self, reasoning: str) -> Usage:
+        """Count tokens; the think tags are no reasoning."""
+        sequence, ids = self.sequence, self._tokenizer.special_ids
+        output_ids, thinking = sequence.output_ids, resolve_thinking(self._tokenizer, sequence.sampling.thinking)
+        count = 0
+        if min(ids.think_open, ids.think_close) < 0:
+            count = min(len(output_ids), len(self._tokenizer.encode(reasoning)))
+        elif thinking or (thinking is None and output_ids[:1] == [ids.think_open]):
+            start = 0 if thinking else 1
+            stop = output_ids.index(ids.think_close) if ids.think_close in output_ids else None
+            count = sum(token not in self._tokenizer.eos_token_ids for token in output_ids[start:stop])
+        prompt, cached = len(sequence.prompt_ids), max(0, sequence.num_cached)
+        return Usage(prompt, len(output_ids), count, cached, prompt - cached)
+
+
+def eos_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: those of the tokenizer and its folder, and those of config.json that are control."""
+    eos = config.eos_token_id
+    listed = {eos} if isinstance(eos, int) else set(eos or ())
+    return tokenizer.eos_token_ids | (listed & tokenizer.control_ids)

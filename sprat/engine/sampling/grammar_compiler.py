@@ -1,0 +1,97 @@
+"""The other process: it tries a grammar before the engine builds it, within a deadline (``grammar_worker``)."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sprat.errors import EngineError
+
+START_SECONDS = 30.0  # a new process reads the vocabulary first
+
+
+class CompilerProcess:
+    """One process, started with the first grammar and again after one that it did not survive; one thread at a time.
+
+    Args:
+        token_bytes: gives the bytes of every token of the vocabulary.
+        eos_token_ids: ids that end an answer.
+        deadline: seconds that one grammar may take.
+    """
+
+    def __init__(self, token_bytes: Callable[[], list[bytes]], eos_token_ids: list[int], deadline: float) -> None:
+        self._token_bytes, self._eos_token_ids, self._deadline = token_bytes, eos_token_ids, deadline
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, job: dict[str, str]) -> dict[str, Any]:
+        """Let the process try a grammar.
+
+        Raises:
+            EngineError: it died or took too long; it is ended then.
+        """
+        if self.process is not None and self.process.poll() is not None:
+            self.kill()
+        try:
+            process = self.process or self._start()
+            return _request(process, job, self._deadline)
+        except (OSError, ValueError, TimeoutError) as error:
+            self.kill()
+            timed_out = isinstance(error, TimeoutError)
+            fault = f"the grammar took over {self._deadline:g} s" if timed_out else "the grammar broke its compiler"
+            raise EngineError(fault, where="response", todo="make it smaller or simpler") from None
+
+    def kill(self) -> None:
+        """Kill the process, if there is one; any thread may."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:
+                continue  # what was still to be written to a dead process
+
+    def _start(self) -> subprocess.Popen[str]:
+        """A new process that has read the vocabulary.
+
+        Raises:
+            TimeoutError, OSError, ValueError: it could not.
+        """
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("grammar_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # an interrupt at the terminal is not meant for it
+        )
+        assert process.stdin is not None
+        header = {"tokens": [text.hex() for text in self._token_bytes()], "ends": self._eos_token_ids}
+        process.stdin.write(json.dumps(header) + "\n")
+        _request(process, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
+        return process
+
+
+def _request(process: subprocess.Popen[str], job: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Send a job and wait for its answer.
+
+    Raises:
+        TimeoutError: there is none in time. OSError, ValueError: the process is dead.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            raise TimeoutError
+    reply: dict[str, Any] = json.loads(process.stdout.readline())
+    return reply

@@ -1,0 +1,144 @@
+"""What a request carries beyond numbers: small rules that change its own logits before anything is cut or sampled.
+
+A processor is a function of the tokens so far: output tokens, which only grow, and drafted ones, which may be refused.
+So nobody has to tell it that a token was accepted, that a draft was refused, or that the request was preempted and
+came back. It may remember what it worked out about output tokens, and must not remember drafts.
+
+The order is fixed: logit bias, penalties, bad words, the think budget, the caller's own, and the grammar last, because
+only the last one has the last word on what is possible at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as GenericSequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sprat.engine.reasoning import ReasoningTracker, think_close_ids
+from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.penalties import Penalties
+from sprat.engine.sampling_params import Processor, Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
+from sprat.errors import EngineError
+from sprat.tokens.chat import resolve_thinking
+from sprat.tokens.tokenizer import Tokenizer
+
+
+def build_processors(
+    sampling: Sampling,
+    prompt: GenericSequence[int],
+    tokenizer: Tokenizer,
+    grammars: GrammarCache,
+    tenant: Tenant = DEFAULT_TENANT,
+) -> tuple[Processor, ...]:
+    """The processors of one answer of ``tenant``, in their order.
+
+    Raises:
+        EngineError: an id is not of this vocabulary, the grammar cannot be used, or a factory failed.
+    """
+    processors: list[Processor] = []
+    vocab_size = tokenizer.vocab_size
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    if sampling.logit_bias:
+        processors.append(LogitBias(dict(sampling.logit_bias), vocab_size))
+    if (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) != (0, 0, 1):
+        processors.append(Penalties(sampling, prompt, vocab_size))
+    if sampling.bad_words:
+        processors.append(BadWords(sampling.bad_words, tokenizer))
+    if sampling.max_think_tokens is not None and sampling.thinking is not False:
+        processors.append(ThinkBudget(tokenizer, sampling.thinking, sampling.max_think_tokens))
+    for factory in sampling.processors:
+        try:
+            processors.append(factory(prompt))
+        except Exception as error:  # the caller's own code
+            fault = f"a processor cannot be made: {type(error).__name__}: {error}"
+            raise EngineError(fault, where="processors", todo="mend it") from error
+    if sampling.response is not None:
+        thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
+        processors.append(grammars.grammar(sampling.response, thinking, tenant))
+    return tuple(processors)
+
+
+class LogitBias:
+    """Adds to the logits of some tokens."""
+
+    starts_at, supports_drafts = 0, True
+
+    def __init__(self, biases: dict[int, float], vocab_size: int) -> None:
+        _check_ids("logit_bias", biases, vocab_size)
+        self._ids = np.fromiter(biases, np.int64)
+        self._biases = np.fromiter(biases.values(), np.float32)
+
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
+        """See ``Processor``."""
+        logits_V[self._ids] += self._biases
+
+
+class BadWords:
+    """Bans the last token of each word whose other tokens stand right before it.
+
+    A string is banned as the tokenizer spells it, both at the beginning of a text and after a space. A model can
+    spell it in other tokens; who must exclude a text in every spelling uses a regex or a stop string.
+    """
+
+    starts_at, supports_drafts = 0, True
+
+    def __init__(self, words: GenericSequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> None:
+        spellings: set[tuple[int, ...]] = set()
+        for word in words:
+            variants = (word, f" {word.lstrip()}") if isinstance(word, str) else ()
+            spellings.update(tuple(tokenizer.encode(text)) for text in variants)
+            spellings.update(() if isinstance(word, str) else (word,))
+        for spelling in spellings:
+            _check_ids("bad_words", spelling, tokenizer.vocab_size)
+        self._single = np.array(sorted(ids[0] for ids in spellings if len(ids) == 1), np.int64)
+        self._longer: dict[int, list[tuple[int, ...]]] = {}
+        for ids in sorted(ids for ids in spellings if len(ids) > 1):
+            self._longer.setdefault(ids[-2], []).append(ids)
+        self._reach = max((len(ids) - 1 for ids in spellings), default=0)
+
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
+        """See ``Processor``."""
+        logits_V[self._single] = -np.inf
+        if not self._longer:
+            return
+        tail = (*output_ids[-self._reach :], *draft_ids)
+        for ids in self._longer.get(tail[-1], ()) if tail else ():
+            if tail[1 - len(ids) :] == ids[:-1]:
+                logits_V[ids[-1]] = -np.inf
+
+
+class ThinkBudget:
+    """Forces ``</think>``, token by token, once the reasoning has ``limit`` tokens."""
+
+    supports_drafts = True
+
+    def __init__(self, tokenizer: Tokenizer, thinking: bool | None, limit: int) -> None:
+        self.starts_at = limit
+        self._limit, self._close_ids = limit, think_close_ids(tokenizer)
+        self._tracker = ReasoningTracker(tokenizer, thinking)
+
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
+        """See ``Processor``."""
+        tracker = self._tracker.advance(output_ids, draft_ids)
+        if tracker.end is not None or tracker.start is None:
+            return
+        excess = tracker.num_tokens - tracker.start - self._limit
+        if excess >= 0:
+            logits_V.fill(-np.inf)
+            logits_V[self._close_ids[excess % len(self._close_ids)]] = 0
+
+
+def _check_ids(name: str, ids: GenericSequence[int] | dict[int, float], vocab_size: int) -> None:
+    """Raise EngineError at the first id that the tokenizer does not have."""
+    for index in ids:
+        if index >= vocab_size:
+            fault = f"{name} names token {index}, and the tokenizer has {vocab_size}"
+            raise EngineError(fault, where=name, todo=f"give ids of 0 … {vocab_size - 1}")

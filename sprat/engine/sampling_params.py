@@ -1,0 +1,277 @@
+"""How one answer is sampled: every setting, checked once, when it is written down.
+
+What a setting does to the distribution, in this order: the model's logits → ``logit_bias`` → penalties →
+``bad_words`` → the think budget and the ban on ending the thinking → ``processors`` → the grammar of ``response``
+→ ``temperature`` → ``top_k`` → ``top_p`` → ``min_p`` → the token. Log-probabilities are read off before all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as GenericSequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sprat.errors import EngineError
+
+TOP_LOGPROBS = 20
+MAX_INT = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
+MAX_STOPS, MAX_BAD_WORDS, MAX_BIASES = 64, 1024, 4096
+
+
+@dataclass(frozen=True)
+class Response:
+    """The form that the content of an answer must have (the reasoning is free).
+
+    Attributes:
+        kind: which language ``source`` is written in.
+        source: a JSON schema as JSON text, a regular expression, or a JSON list of strings.
+    """
+
+    kind: Literal["schema", "regex", "choice"]
+    source: str
+
+    def __post_init__(self) -> None:
+        """Check the kind and that there is something to follow."""
+        if self.kind not in ("schema", "regex", "choice") or not isinstance(self.source, str) or not self.source:
+            fault = f"{self.kind!r} is no form of a response"
+            raise EngineError(fault, where="response", todo="use a JSON schema, a regex or a choice")
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any] | str | None = None) -> Response:
+        """A JSON value that ``schema`` describes; any JSON object without one.
+
+        Raises:
+            EngineError: ``schema`` cannot be written as JSON.
+        """
+        if isinstance(schema, str):
+            return cls("schema", schema)
+        try:
+            return cls("schema", json.dumps({"type": "object"} if schema is None else dict(schema)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EngineError(f"the schema is no JSON: {error}", where="response", todo="give a JSON schema") from None
+
+    @classmethod
+    def regex(cls, pattern: str) -> Response:
+        r"""Text that ``pattern`` matches as a whole.
+
+        Rust's syntax, without back-references and look-around; ``\d`` is ``[0-9]``, ``\w`` is ``[0-9A-Za-z_]``, and
+        ``\s`` is ECMA-262's.
+        """
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, options: GenericSequence[str]) -> Response:
+        """One of ``options``, word by word.
+
+        Raises:
+            EngineError: there is no option, or one is not text or is empty.
+        """
+        if isinstance(options, str) or not options or not all(isinstance(item, str) and item for item in options):
+            raise EngineError("a choice needs texts to choose from", where="response", todo="give a list of strings")
+        return cls("choice", json.dumps(list(options)))
+
+
+class Processor(Protocol):
+    """A rule of one answer; each answer has its own.
+
+    Attributes:
+        starts_at: it changes nothing while the output has fewer tokens than these; 0: from the first one on.
+        supports_drafts: whether ``draft_ids`` may hold anything; if not, nothing is drafted for its request.
+    """
+
+    starts_at: int
+    supports_drafts: bool
+
+    def apply(
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> None:
+        """Change ``logits_V`` in place, for the token that follows ``output_ids`` and ``draft_ids``.
+
+        Args:
+            logits_V: float32, one per id of the tokenizer; -inf is "never".
+            output_ids: sampled tokens of the answer; grows from call to call, and never changes otherwise.
+            draft_ids: drafted tokens behind them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled.
+
+    Args:
+        temperature: 0 (in float32) is greedy; otherwise the logits are divided by it, however small it is.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
+        min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
+        max_tokens: sampled tokens at most; None means as many as the context holds.
+        fit: whether ``max_tokens`` gives way where context or KV cache hold less, instead of the request being refused.
+        seed: same seed, same prompt, same model: same tokens, whatever else is in the batch.
+        stop: strings that end the answer; they are cut from the text and never sought in the reasoning.
+        stop_token_ids: ids that end the answer, as the model's own end token does.
+        thinking: True forces a think block, False forbids it, None lets the model decide.
+        logprobs: whether to return the log-probability of each sampled token (nats).
+        top_logprobs: so many likeliest tokens are returned at each place, 20 at most; needs ``logprobs``.
+        min_think_tokens: with thinking=True, ``</think>`` and the end are banned for this many tokens
+            (one at least).
+        max_think_tokens: after this many tokens of reasoning ``</think>`` is forced; None never forces it.
+        n: answers per prompt, each from its own stream of noise.
+        frequency_penalty: taken from a token's logit for each time that the answer has it, -2 … 2.
+        presence_penalty: taken once from the logit of each token that the answer has, -2 … 2.
+        repetition_penalty: logits of tokens of prompt and answer are divided by it where positive, multiplied
+            where negative (Keskar et al. 2019, as in transformers); 1 changes nothing.
+        logit_bias: id → -100 … 100, added to that token's logit; kept as sorted pairs.
+        bad_words: strings or lists of ids that never become complete, in that spelling.
+        response: the form that the content must have.
+        processors: called once per answer with the prompt's ids; each gives a ``Processor``.
+
+    Raises:
+        EngineError: a value is out of range or not a number.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = 256
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    thinking: bool | None = None
+    logprobs: bool = False
+    min_think_tokens: int = 0
+    n: int = 1
+    top_logprobs: int = 0
+    max_think_tokens: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    response: Response | None = None
+    processors: tuple[Callable[[GenericSequence[int]], Processor], ...] = ()
+    fit: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value; lists become tuples, so that settings cannot change behind the engine's back."""
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1)):
+            _integer(name, getattr(self, name), low, MAX_INT)
+        _integer("seed", self.seed, None)
+        for name in ("max_tokens", "max_think_tokens"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1, MAX_INT)
+        _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
+        for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
+            object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))
+        self._check_consistency()
+
+    def _check_consistency(self) -> None:
+        """Raise EngineError where settings that are fine alone contradict each other."""
+        if self.thinking not in (True, False, None):
+            raise EngineError(f"{self.thinking!r} is not a way to think", where="thinking", todo="true, false or null")
+        if self.top_logprobs and not self.logprobs:
+            raise EngineError("top_logprobs needs logprobs", where="top_logprobs", todo="set logprobs as well")
+        if self.max_think_tokens is not None and self.max_think_tokens < self.min_think_tokens:
+            fault = f"max_think_tokens is {self.max_think_tokens}, below min_think_tokens {self.min_think_tokens}"
+            raise EngineError(fault, where="max_think_tokens", todo="give at least min_think_tokens")
+        if self.response is not None and not isinstance(self.response, Response):
+            fault = f"{type(self.response).__name__} is no form of a response"
+            raise EngineError(fault, where="response", todo="use Response.json, Response.regex or Response.choice")
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    """Stop strings: one, several or none."""
+    stops = (value,) if isinstance(value, str) else _tuple("stop", value)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise EngineError(f"a stop string must be non-empty text, not {stops!r}", where="stop", todo="correct it")
+    return _bounded("stop", stops, MAX_STOPS)
+
+
+def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Bad words: non-empty strings or non-empty lists of ids."""
+    words = [item if isinstance(item, str) else _ids("bad_words", item) for item in _tuple("bad_words", value)]
+    if isinstance(value, str) or not all(words):
+        todo = "give a list of non-empty strings or lists of ids"
+        raise EngineError(f"bad_words cannot be {value!r:.80}", where="bad_words", todo=todo)
+    return _bounded("bad_words", tuple(words), MAX_BAD_WORDS)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Biases by id, in the order of the ids."""
+    try:
+        pairs = dict(value or {})
+    except (TypeError, ValueError):
+        raise EngineError("logit_bias is no table", where="logit_bias", todo="give id: bias pairs") from None
+    for index, bias in pairs.items():
+        _integer("logit_bias", index, 0)
+        _number("logit_bias", bias, -100.0, 100.0)
+    return _bounded("logit_bias", tuple(sorted(pairs.items())), MAX_BIASES)
+
+
+def _processor_factories(value: Any) -> tuple[Any, ...]:
+    """What makes the processors of an answer."""
+    factories = _tuple("processors", value)
+    if not all(callable(factory) for factory in factories):
+        todo = "give functions from the prompt's ids to a Processor"
+        raise EngineError("a processor cannot be made", where="processors", todo=todo)
+    return factories
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids, none below 0."""
+    ids = _tuple(name, value)
+    for index in ids:
+        _integer(name, index, 0)
+    return ids
+
+
+_CONVERTERS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "stop": _stop_strings,
+    "bad_words": _bad_words,
+    "stop_token_ids": lambda value: _bounded("stop_token_ids", _ids("stop_token_ids", value), MAX_STOPS),
+    "logit_bias": _logit_bias,
+    "processors": _processor_factories,
+}
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """``value`` as a tuple, None as an empty one."""
+    try:
+        return tuple(value or ())
+    except TypeError:
+        raise EngineError(f"{name} cannot be {value!r:.80}", where=name, todo="give a list") from None
+
+
+def _bounded(name: str, values: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+    """``values``, unless there are too many of them."""
+    if len(values) > limit:
+        raise EngineError(f"{name} has {len(values)} entries", where=name, todo=f"give {limit} at most")
+    return values
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise EngineError unless ``value`` is a finite number of [low, high] (or of (low, high])."""
+    invalid = isinstance(value, bool) or not isinstance(value, int | float)
+    if invalid or not low <= value <= high or (open_low and value == low):
+        bound = f"above {low:g}" if open_low else f"at least {low:g}"
+        todo = f"give a number {bound} and at most {high:g}"
+        raise EngineError(f"{name} cannot be {value!r}", where=name, todo=todo)
+
+
+def _integer(name: str, value: Any, low: int | None, high: int | None = None) -> None:
+    """Raise EngineError unless ``value`` is a whole number of at least ``low`` and at most ``high``."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or (low is not None and value < low) or (high is not None and value > high):
+        bounds = ("" if low is None else f" of at least {low}") + ("" if high is None else f" and at most {high}")
+        raise EngineError(f"{name} cannot be {value!r}", where=name, todo=f"give a whole number{bounds}")
