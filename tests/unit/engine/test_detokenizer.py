@@ -87,7 +87,7 @@ def test_line_breaks_go_at_the_think_tags_and_nowhere_else(
     tags: str, said: str, thinking: bool | None, structured: bool
 ) -> None:
     tokenizer = THINKS if tags == "tokens" else BYTE_LEVEL
-    ids = tokenizer.encode(said, specials=True)
+    ids = tokenizer.encode(said, parse_special=True)
     whole = split_reasoning(tokenizer, ids, thinking=thinking, structured=structured)
     pieces = read(Detokenizer(tokenizer, thinking=thinking, structured=structured), ids)
     assert (joined(pieces, "reasoning"), joined(pieces, "content")) == (whole.reasoning, whole.content)

@@ -71,7 +71,7 @@ def either(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
 @pytest.fixture(scope="module")
 def grammars(either: Tokenizer) -> Iterator[GrammarCache]:
     """Compiled grammars over one of them."""
-    made = GrammarCache(either, frozenset({either.ids.eos}))
+    made = GrammarCache(either, frozenset({either.special_ids.eos}))
     yield made
     made.close()
 
@@ -156,7 +156,7 @@ def test_the_form_begins_where_the_reasoning_ends(
 
 def test_a_token_that_ends_the_reasoning_and_goes_on_cannot_smuggle_text_past_the_form() -> None:
     foreign = plain_tags()
-    grammars = GrammarCache(foreign, frozenset({foreign.ids.eos}))
+    grammars = GrammarCache(foreign, frozenset({foreign.special_ids.eos}))
     made = build_processors(Sampling(thinking=True, response=Response.choice(["ja"])), [1], foreign, grammars)
     said = foreign.encode("so </think")
     logits = np.zeros(foreign.vocab_size, np.float32)
