@@ -15,9 +15,9 @@ def texts(share: int = 0) -> Iterator[str]:
     to text are fitted to another. Where the novels cannot be fetched, there are only the other two kinds.
     """
     from sprat.data import pythonlib
-    from sprat.data.debian import AUSTEN, fetch
+    from sprat.data.debian import AUSTEN, fetch_packages
 
-    chapters = [document.text for document in fetch([AUSTEN])[0].documents]
+    chapters = [document.text for document in fetch_packages([AUSTEN])[0].documents]
     topics = [document.text for document in pythonlib.topics()]
     modules = (document.text for document in itertools.islice(pythonlib.documents(), share, 400, 10))
     for group in itertools.zip_longest(chapters[share::7], topics[share::3], modules):

@@ -61,12 +61,12 @@ class _Bars:
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, stage: str, what: str, seconds: float) -> None:
-        from sprat.trust.record import pulse
+        from sprat.trust.run_record import read_progress
 
         if what == "starts":
             self._tasks[stage] = self._bars.add_task(stage, total=None)
         elif what == "runs":
-            step, steps = pulse(self._road / stage)
+            step, steps = read_progress(self._road / stage)
             self._bars.update(self._tasks[stage], completed=step, total=steps or None)
         elif what == "done":
             self._bars.remove_task(self._tasks.pop(stage))

@@ -30,21 +30,21 @@ def quickstart(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the chat page; 0 takes a free one.")] = 8000,
 ) -> Result:
     """Text and tasks to a served model that reasons: data, pre-train, SFT, RL, distil, INT4, report, chat page."""
-    from sprat.road.places import Road
-    from sprat.road.quickstart import SERVED, stages
-    from sprat.road.quickstart import quickstart as walk
-    from sprat.road.recipe import named
+    from sprat.pipeline.pipeline import Pipeline
+    from sprat.pipeline.quickstart import SERVED_RUN, stages
+    from sprat.pipeline.quickstart import quickstart as walk
+    from sprat.pipeline.recipe import load_recipe
     from sprat.serve import server
     from sprat.trust.ledger import Ledger
 
-    chosen = named(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
+    chosen = load_recipe(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
     if serve:
         server.take_port(HOST, port).close()  # a port in use is told now, not after the road
-    began, names = time.monotonic(), [stage.name for stage in stages(Road(out, chosen), text)]
+    began, names = time.monotonic(), [stage.name for stage in stages(Pipeline(out, chosen), text)]
     with board(out) as told:
-        report = walk(out, chosen, text=text, told=told)
+        report = walk(out, chosen, text=text, on_progress=told)
     runs = {name: _cost(out / name) for name in names}
-    model, seconds, head = out / SERVED, time.monotonic() - began, Ledger(out / "ledger.jsonl").head()
+    model, seconds, head = out / SERVED_RUN, time.monotonic() - began, Ledger(out / "ledger.jsonl").head_hash()
     yuan = sum(cost["nano_yuan"] for cost in runs.values()) / 1e9
     examples, turns = manners(model)
     lines = [

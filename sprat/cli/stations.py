@@ -19,7 +19,7 @@ from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result, RoadFolder
 from sprat.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sprat.road.places import Road
+    from sprat.pipeline.pipeline import Pipeline
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="DIR", help="Your own text: a folder, .jsonl or .parquet.")
@@ -104,10 +104,10 @@ def quantize(
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override
-    from sprat.road.recipe import named
-    from sprat.road.squeeze import convert
+    from sprat.pipeline.quantize import quantize_model
+    from sprat.pipeline.recipe import load_recipe
 
-    how = named(recipe or "quickstart", tuple(overrides or ())).quant
+    how = load_recipe(recipe or "quickstart", tuple(overrides or ())).quant
     said = override({}, overrides or ()).get("quant", {}).get("rounding")
     if said == "nearest" and calibrate is not None:
         todo = "leave out one of the two: --calibrate is for gptq"
@@ -117,7 +117,7 @@ def quantize(
         raise ConfigError("quant.rounding=gptq needs text", where="--set" if said else f"{recipe}", todo=todo)
     how = how.replace(rounding="nearest" if calibrate is None else "gptq")
     with count("quantise") as told:
-        facts = convert(model, out, how, calibrate, told=told)
+        facts = quantize_model(model, out, how, calibrate, on_progress=told)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     return Result({"model": str(out), **how.model_dump(), **facts}, human)
 
@@ -138,24 +138,24 @@ def evaluate(
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
     from sprat.engine.load import load
+    from sprat.pipeline.pipeline import load_task
+    from sprat.pipeline.recipe import load_recipe, task_title
     from sprat.post.evaluate import evaluate_many
-    from sprat.road.places import load_task
-    from sprat.road.recipe import named, title
-    from sprat.tasks import Drawn, held_out
+    from sprat.tasks import HeldOutTask, held_out_problems
 
-    chosen = named(recipe, tuple(overrides or ()))
-    known = {title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
+    chosen = load_recipe(recipe, tuple(overrides or ()))
+    known = {task_title(config): config for config in (*chosen.data.tasks, *chosen.data.unseen)}
     for name in task or ():
         if name not in known:
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(known)}")
     tasks, split = [], chosen.eval.split
     for name in dict.fromkeys(task or known):
         drawn, problems = load_task(known[name]), chosen.data.count(known[name], split)
-        tasks.append(Drawn(drawn, tuple(held_out(drawn, count or problems, split)), split))
+        tasks.append(HeldOutTask(drawn, tuple(held_out_problems(drawn, count or problems, split)), split))
     scores = evaluate_many(
         Engine(*load(model), max_batch=chosen.eval.batch),
         tasks,
-        count=max(len(one.kept) for one in tasks),
+        count=max(len(one.problems) for one in tasks),
         thinking=think,
         max_tokens=chosen.eval.max_tokens,
         samples=chosen.eval.samples,
@@ -175,23 +175,23 @@ def _started(table: str, init_from: str | None, overrides: list[str] | None) -> 
 
 def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None) -> Result:
     """Run one station as the quickstart would: in a process of its own, with one thread, so that digests agree."""
-    from sprat.road.graph import run_all
-    from sprat.road.places import Road
-    from sprat.road.quickstart import check_machine, stages
-    from sprat.road.recipe import named
-    from sprat.trust.lock import hold
+    from sprat.pipeline.graph import run_stages
+    from sprat.pipeline.pipeline import Pipeline
+    from sprat.pipeline.quickstart import check_disk, stages
+    from sprat.pipeline.recipe import load_recipe
+    from sprat.trust.lock import lock_folder
 
-    check_machine(out)
-    road = Road(out, named(recipe, tuple(overrides or ())))
+    check_disk(out)
+    road = Pipeline(out, load_recipe(recipe, tuple(overrides or ())))
     first = next(stage for stage in stages(road, text) if stage.name.startswith(station))
-    with hold(out), board(out) as told:
-        run_all([replace(first, needs=())], 1, told)
+    with lock_folder(out), board(out) as told:
+        run_stages([replace(first, depends_on=())], 1, told)
     return _told(road, first.name)
 
 
-def _told(road: Road, name: str) -> Result:
+def _told(road: Pipeline, name: str) -> Result:
     """What ``run.json`` of the finished run ``name`` says, in short."""
-    folder = road.path(name)
+    folder = road.run_folder(name)
     written: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = ("stage", "artefact_digest", "tokens", "flops", "device_seconds", "nano_yuan", "facts")
     human = (

@@ -160,9 +160,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more.", BROKEN_PIPE
-    from sprat.trust.atomic import machine_error
+    from sprat.trust.atomic import as_machine_error
 
-    mended = machine_error(error, getattr(error, "filename", None) or "")
+    mended = as_machine_error(error, getattr(error, "filename", None) or "")
     if mended is not None:
         return str(mended), mended.exit_code
     return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", FAULT_OF_OURS

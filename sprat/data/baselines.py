@@ -43,7 +43,7 @@ def baselines(train: bytes, tests: Mapping[str, bytes]) -> dict[str, dict[str, f
             raise DataError("an empty text has no bits per byte", where=name, todo="give some text")
     sizes = {"gzip": _gzip(train, tests), "xz": _xz(train, tests)}
     scores = {
-        name: {kind: 8 * found[name] / len(test) for kind, found in sizes.items() if name in found}
+        name: {kind: 8 * by_test[name] / len(test) for kind, by_test in sizes.items() if name in by_test}
         for name, test in tests.items()
     }
     for name, models in zip(tests, ngram.probabilities(train, list(tests.values())), strict=True):

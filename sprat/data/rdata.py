@@ -22,7 +22,7 @@ from sprat.errors import DataError
 NIL, REFERENCE, SYMBOL, PAIRS, CHARS = 254, 255, 1, 2, 9
 LOGICAL, INTEGER, REAL, STRINGS, LIST = 10, 13, 14, 16, 19
 HAS_ATTRIBUTES, HAS_TAG = 0x200, 0x400
-LARGEST = 1 << 28  # bytes; no text of ours comes near
+MAX_OBJECT_BYTES = 1 << 28  # bytes; no text of ours comes near
 
 
 def texts(database: Path) -> dict[str, list[str]]:
@@ -37,7 +37,7 @@ def texts(database: Path) -> dict[str, list[str]]:
         result: dict[str, list[str]] = {}
         for name, (offset, length) in sorted(index.items()):
             (size,) = struct.unpack_from(">I", content, offset)
-            if size > LARGEST:
+            if size > MAX_OBJECT_BYTES:
                 raise ValueError("an object is too large")
             stream = zlib.decompressobj()
             plain = stream.decompress(content[offset + 4 : offset + length], size + 1)
@@ -60,7 +60,7 @@ class _Reader:
         """Check the header: the letter X, a line end, format version 2 or 3, two R versions, an encoding name."""
         if content[:2] != b"X\n":
             raise ValueError("no XDR header")
-        self.content, self.place = content, 2
+        self.content, self.position = content, 2
         self.symbols: list[str] = []
         version, _, _ = (self._word() for _ in range(3))
         if version == 3:
@@ -125,8 +125,8 @@ class _Reader:
 
     def _bytes(self, count: int) -> bytes:
         """The next ``count`` bytes."""
-        found = self.content[self.place : self.place + count]
-        if count < 0 or len(found) != count:
+        chunk = self.content[self.position : self.position + count]
+        if count < 0 or len(chunk) != count:
             raise ValueError("the value is cut short")
-        self.place += count
-        return found
+        self.position += count
+        return chunk

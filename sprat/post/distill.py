@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sprat.config import DistillConfig, LoopConfig, QuantConfig
-from sprat.data.loader import IGNORED, Batch, Source
+from sprat.data.loader import IGNORE_INDEX, Batch, BatchSource
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.model import Transformer, flops_per_token
@@ -33,7 +33,7 @@ from sprat.post.evaluate import ask, judge
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, draw
 from sprat.quant import rounded
-from sprat.tasks import Task, is_right
+from sprat.tasks import Task, is_correct
 from sprat.train import loop, objective
 from sprat.trust.run import Run
 
@@ -77,7 +77,7 @@ def traces(
     kept: dict[Demonstration, None] = {}
     for number, output in enumerate(outputs):
         task, problem = drawn[number // samples]
-        if output.finish_reason == "stop" and (not verified or is_right(judge(task, problem, output))):
+        if output.finish_reason == "stop" and (not verified or is_correct(judge(task, problem, output))):
             kept[Demonstration(problem.question, output.reasoning, output.text)] = None
     if not kept:
         what = f"the teacher answered none of {count} problems"
@@ -102,7 +102,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
 
     def pull(x_BTD: Tensor, head_VD: Tensor, goal_BTE: Tensor, targets_BT: Tensor, over: int) -> tuple[Tensor, ...]:
         """Sums of loss, KL and cross-entropy over the targets of a part, divided by how many the step has."""
-        chosen_BT = targets_BT != IGNORED
+        chosen_BT = targets_BT != IGNORE_INDEX
         x_ND, goal_NE, targets_N = x_BTD[chosen_BT], goal_BTE[chosen_BT], targets_BT[chosen_BT]
         weights = {"kl_weight": kl_weight, "ce_weight": 1.0 - kl_weight, "temperature": config.temperature}
         found = forward_kl(x_ND, head_VD, goal_NE, teacher.head.dense_weight(), targets_N, **weights)
@@ -134,7 +134,7 @@ def distillation(teacher: Transformer, config: DistillConfig) -> objective.LossF
 def distill(
     student: Transformer,
     teacher: Transformer,
-    source: Source,
+    source: BatchSource,
     config: DistillConfig,
     run: Run,
     quant: QuantConfig | None = None,

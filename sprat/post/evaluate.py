@@ -20,7 +20,7 @@ from typing import Any
 
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
-from sprat.tasks import Problem, Split, Task, held_out, is_right
+from sprat.tasks import Problem, Split, Task, held_out_problems, is_correct
 from sprat.tokens import Message
 
 _Z95 = 1.959963984540054
@@ -179,7 +179,7 @@ def pass_at_k(
     problems = _problems(task, split, count)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=draws)
     outputs = engine.generate([ask(problem) for problem in problems], sampling)
-    right = [is_right(score(task, problems[row // draws], output)) for row, output in enumerate(outputs)]
+    right = [is_correct(score(task, problems[row // draws], output)) for row, output in enumerate(outputs)]
     counts = [sum(right[start : start + draws]) for start in range(0, len(right), draws)]
     return sum(estimate_pass_at_k(draws, correct, k) for correct in counts) / len(counts)
 
@@ -191,7 +191,7 @@ def _problems(task: Task, split: Split, count: int) -> list[Problem]:
         DataError: there is none.
     """
     own = split == "train"  # these are drawn as they are learned, again and again
-    problems = [task.problem(split, index) for index in range(count)] if own else held_out(task, count, split)
+    problems = [task.problem(split, index) for index in range(count)] if own else held_out_problems(task, count, split)
     if not problems:
         raise DataError(f"no problem to evaluate of {count}", where=task.name, todo="ask for at least one")
     return problems
@@ -200,7 +200,7 @@ def _problems(task: Task, split: Split, count: int) -> list[Problem]:
 def _score(task: Task, problems: list[Problem], outputs: list[Output], samples: int, score: Judge) -> Score:
     """Judge the answers of one task."""
     marks = [score(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
-    right = [is_right(mark) for mark in marks]
+    right = [is_correct(mark) for mark in marks]
     lengths: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for problem, ok in zip(problems, right, strict=True):
         if "num_terms" in problem.meta:

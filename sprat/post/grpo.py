@@ -395,13 +395,13 @@ def _resume(model: Transformer, optimiser: optim.Optimiser, config: RLConfig, ru
     own = checkpoint.latest(run.checkpoints)
     found = own or loop.begin_from(config.init_from, config.steps, run)
     if found is None:
-        run.rewind(0)
+        run.truncate_metrics(0)
         return RLResult()
     if own and found.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"
         raise CheckpointError("the checkpoint was made with another recipe", where=str(found.folder), todo=todo)
     checkpoint.restore(found, model, optimiser)
-    run.rewind(found.step)
+    run.truncate_metrics(found.step)
     return RLResult(**found.extra["result"]) if own else RLResult(steps=found.step)
 
 

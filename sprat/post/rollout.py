@@ -17,7 +17,7 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.post.evaluate import ask
 from sprat.post.rewards import Response, Reward, accuracy, format_reward, read_response
 from sprat.post.sft import draw
-from sprat.tasks import Problem, Task, is_right
+from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
 
 
@@ -99,13 +99,13 @@ def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
-        by_task[rollout.task].append(is_right(rollout.score))
+        by_task[rollout.task].append(is_correct(rollout.score))
     count = len(rollouts)
     paid = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward": sum(paid) / max(len(paid), 1),
         "abstained": 1 - len(paid) / count,
-        "accuracy": sum(is_right(rollout.score) for rollout in rollouts) / count,
+        "accuracy": sum(is_correct(rollout.score) for rollout in rollouts) / count,
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,

@@ -30,7 +30,7 @@ def terms(values: Iterable[int]) -> str:
     >>> terms([4, -1, 0, -7]), terms([5, 3, -5]) == terms([3])
     ('sum -1 -7 4', True)
     """
-    return f"sum {_words(_sum(values))}"
+    return f"sum {_format_terms(_sum(values))}"
 
 
 def expression(source: str) -> str:
@@ -44,7 +44,7 @@ def expression(source: str) -> str:
     >>> expression("3 * -2 + 5") == expression("5 + -2 * 3 * 1")
     True
     """
-    return f"sum {_words(_terms(ast.parse(source.strip(), mode='eval').body))}"
+    return f"sum {_format_terms(_terms(ast.parse(source.strip(), mode='eval').body))}"
 
 
 def equation(source: str) -> str:
@@ -57,7 +57,7 @@ def equation(source: str) -> str:
     """
     factor, shift, target = linear(source)
     sign = -1 if factor < 0 else 1
-    return f"equation {sign * factor} {_words(_sum([sign * shift, -sign * target]))}"
+    return f"equation {sign * factor} {_format_terms(_sum([sign * shift, -sign * target]))}"
 
 
 def linear(source: str) -> tuple[int, int, int]:
@@ -79,8 +79,8 @@ def divisor(numbers: Sequence[int]) -> str:
     >>> divisor([18, 12, 18, 0]), divisor([6, 6]), divisor([9, 1])
     ('gcd 12 18', 'gcd 6', 'gcd 1')
     """
-    found = {abs(number) for number in numbers} - {0}
-    return " ".join(["gcd", *map(str, [1] if 1 in found else sorted(found))])
+    magnitudes = {abs(number) for number in numbers} - {0}
+    return " ".join(["gcd", *map(str, [1] if 1 in magnitudes else sorted(magnitudes))])
 
 
 def legs(animals: Iterable[tuple[int, int]]) -> str:
@@ -105,9 +105,9 @@ def _side(source: str) -> tuple[int, int]:
     return factor, shift
 
 
-def _words(found: Terms) -> str:
+def _format_terms(sum_terms: Terms) -> str:
     """Signed terms, sorted, each as often as it is added."""
-    named = {("-" if count < 0 else "") + ("*".join(term) or "1"): abs(count) for term, count in found.items()}
+    named = {("-" if count < 0 else "") + ("*".join(term) or "1"): abs(count) for term, count in sum_terms.items()}
     return " ".join(name for name in sorted(named) for _ in range(named[name])) or "0"
 
 
@@ -117,10 +117,10 @@ def _number(value: int) -> Terms:
 
 
 def _sum(values: Iterable[int]) -> Terms:
-    found: Terms = {}
+    total: Terms = {}
     for value in values:
-        found = _added(found, _number(value))
-    return found
+        total = _added(total, _number(value))
+    return total
 
 
 def _added(left: Terms, right: Terms, sign: int = 1) -> Terms:
@@ -159,13 +159,13 @@ def _quotient(left: Terms, right: Terms) -> Terms:
     """Signs stay where they are: what is rounded down depends on them."""
     if not left or right in (_number(1), _number(-1)):
         return _added({}, left, right.get((), 1))
-    return {(f"({_words(left)} / {_words(right)})",): 1}
+    return {(f"({_format_terms(left)} / {_format_terms(right)})",): 1}
 
 
-def _factors(found: Terms) -> tuple[int, tuple[str, ...]]:
+def _factors(sum_terms: Terms) -> tuple[int, tuple[str, ...]]:
     """The sign and the factors of a single product; a sum is one factor, with the sign that makes it first by name."""
-    (term, count), *more = found.items()
+    (term, count), *more = sum_terms.items()
     if not more and abs(count) == 1:
         return count, term
-    words, sign = min((_words(_added({}, found, sign)), sign) for sign in (1, -1))
+    words, sign = min((_format_terms(_added({}, sum_terms, sign)), sign) for sign in (1, -1))
     return sign, (f"({words})",)

@@ -61,7 +61,7 @@ def backward(
     loads: list[Tensor] = []
     for start in range(0, rows, size):
         cuts = [start + size * member // members for member in range(members + 1)]
-        parts = [batch.rows(a, b).to(device) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [batch.slice_rows(a, b).to(device) for a, b in zip(cuts, cuts[1:], strict=False)]
         for found in team.map(share, parts):
             _add(parameters, found.grads)
             for name, value in found.metrics.items():

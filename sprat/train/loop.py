@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sprat.config import LoopConfig
-from sprat.data.loader import Source
+from sprat.data.loader import BatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
@@ -88,7 +88,7 @@ class _Window:
 
 def train(
     model: Transformer,
-    source: Source,
+    source: BatchSource,
     config: LoopConfig,
     run: Run,
     *,
@@ -203,7 +203,7 @@ def _resume(
     own = checkpoint.latest(run.checkpoints)
     found = own or begin_from(config.init_from, config.steps, run)
     if found is None:
-        run.rewind(0)
+        run.truncate_metrics(0)
         return 0, 0, [0, 0]
     extra: dict[str, Any] = found.extra
     if own and {name: extra.get(name) for name in identity} != identity:
@@ -211,7 +211,7 @@ def _resume(
         raise CheckpointError(what, where=str(found.folder), todo="remove the checkpoints or go back to that recipe")
     _check_kind(found)
     checkpoint.restore(found, model, optimiser)
-    run.rewind(found.step)
+    run.truncate_metrics(found.step)
     window.sums, window.steps = dict(extra["sums"]), int(extra["window"])
     window.last = math.nan if extra["last"] is None else float(extra["last"])
     tokens = int(extra["tokens"])

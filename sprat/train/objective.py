@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sprat.config import LoopConfig
-from sprat.data.loader import IGNORED, Batch
+from sprat.data.loader import IGNORE_INDEX, Batch
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.ops import linear_cross_entropy
 from sprat.model.step import pair_segments
@@ -78,7 +78,7 @@ def next_token(model: Transformer, batch: Batch, config: LoopConfig, whole: Batc
 
 def counted(targets_BT: Tensor) -> int:
     """How many of the targets carry loss."""
-    return int((targets_BT != IGNORED).sum())
+    return int((targets_BT != IGNORE_INDEX).sum())
 
 
 def balance(routing: list[Routing], batch: Batch, whole: Batch) -> Tensor:
@@ -100,7 +100,7 @@ def targets_ahead(batch: Batch, depth: int) -> Tensor:
 
     Place i then predicts what place i + depth predicts.
     """
-    return batch.targets_BT[:, depth:].masked_fill(pair_segments(batch.segments_BT, depth) == 0, IGNORED)
+    return batch.targets_BT[:, depth:].masked_fill(pair_segments(batch.segments_BT, depth) == 0, IGNORE_INDEX)
 
 
 def needed_segments(segments_BT: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A road folder of finished runs with plausible numbers, as the quickstart leaves it, made in a second."""
+"""A pipeline folder of finished runs with plausible numbers, as the quickstart leaves it, made in a second."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
 from sprat.data import corpus
+from sprat.pipeline import evaluation
 from sprat.post.evaluate import Score, wilson
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout, summary
-from sprat.road import measure
 from sprat.trust import Ledger, open_run
 
 TASKS = ("sums", "chain_sum", "products", "gcd", "letter_counting", "count_bits")
@@ -34,7 +34,7 @@ QUESTION = "What is 12 + 7 + 19? <b>Think</b> & answer."
 
 
 def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, Any]:
-    """One row of ``facts["scores"]``, as the road's measure writes it."""
+    """One row of ``facts["scores"]``, as the pipeline's measure writes it."""
     count = 1000
     correct = round(count * min(0.99, max(0.01, level + rng.uniform(-0.05, 0.05))))
     low, high = wilson(correct, count)
@@ -59,7 +59,7 @@ def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, 
         by_length=by_length,
         samples=[sample],
     )
-    return {**measure._facts(found), "label": label, "trained": task != TASKS[1]}
+    return {**evaluation._score_row(found), "label": label, "trained": task != TASKS[1]}
 
 
 def rollouts(step: int, rng: random.Random) -> dict[str, float]:
@@ -87,11 +87,11 @@ def finish(
     """One finished run."""
     seed = int(name[-1]) if name.startswith("rl-seed") else 0
     run = open_run(road / name, stage=name, recipe=recipe, inputs=inputs, seed=seed, ledger=road / "ledger.jsonl")
-    (run.artefact / "model.safetensors").write_bytes(name.encode())
+    (run.artifact / "model.safetensors").write_bytes(name.encode())
     for step, row in enumerate(rows):
         run.log(step * 10, **row)
     sum(range(3_000_000))  # some CPU time
-    run.note(**facts)
+    run.add_facts(**facts)
     run.finish(flops=3.4e12 if rows else 0, tokens=900_000)
 
 
@@ -109,14 +109,14 @@ def model_facts(name: str, rng: random.Random) -> dict[str, Any]:
 
 
 def make(road: Path) -> Path:
-    """Write the whole road."""
+    """Write the whole pipeline."""
     rng = random.Random(0)
     (road.parent / "mine").mkdir()
     (road.parent / "mine" / "a.md").write_text("A text of the user's own.\n" * 400)
     (road.parent / "mine" / "b.html").write_text("<p>")
-    made = corpus.from_text(road.parent / "mine", road / "corpus", budget_bytes=2000)
-    Ledger(road / "ledger.jsonl").root()
-    Ledger(road / "ledger.jsonl").enter(road / "corpus")
+    made = corpus.text_corpus(road.parent / "mine", road / "corpus", budget_bytes=2000)
+    Ledger(road / "ledger.jsonl").root_hash()
+    Ledger(road / "ledger.jsonl").add_file(road / "corpus")
     finish(road, "data", TrainConfig(), {"title": "Data", "sources": made.sources}, [])
     loss = [{"loss": 7 * math.exp(-step / 12) + 1.4 + rng.uniform(0, 0.1)} for step in range(60)]
     bits = {
@@ -170,7 +170,7 @@ def make(road: Path) -> Path:
             "student": {"size_bytes": 400_000, "tokens_per_second": 14_000.0},
             "int4": {"size_bytes": 120_000, "tokens_per_second": 16_700.0},
         },
-        "significance": [{**measure.gains([row], [row])[0], "after": 0.94, "p": 0.4}],
+        "significance": [{**evaluation.accuracy_changes([row], [row])[0], "after": 0.94, "p": 0.4}],
     }
     finish(road, "quantize", QuantConfig(), facts, [], model=road / "distill")
     return road
@@ -178,5 +178,5 @@ def make(road: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished road; tests do not change it."""
+    """A finished pipeline; tests do not change it."""
     return make(tmp_path_factory.mktemp("base") / "road")

@@ -1,4 +1,4 @@
-"""A road of a stranger: whatever its runs hold, the page is text of ours, or one sentence says what is wrong."""
+"""A pipeline of a stranger: whatever its runs hold, the page is text of ours, or one sentence says what is wrong."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def small(tmp_path: Path) -> Path:
     )
     left = {"why": "files", "count": 1, "bytes": 2, "names": ["x"]}
     row = {"task": "sums", "label": "greedy", "count": 9, "correct": 5, "low": 0.2, "high": 0.8, "mean_tokens": 3.0}
-    run.note(
+    run.add_facts(
         title="SFT",
         scores=[row, {**row, "label": "thinking"}],
         sources=[{"name": "a", "licence": "MIT", "documents": 1, "bytes": 9, "digest": "ab", "left_out": [left]}],

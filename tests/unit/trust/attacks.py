@@ -1,5 +1,5 @@
 # size: one list of attacks, each a few lines
-"""Ways to doctor a road, and an attacker's own ledger writer: hashlib and json, nothing of the code under test."""
+"""Ways to doctor a pipeline, and an attacker's own ledger writer: hashlib and json, nothing of the code under test."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def second_ledger(road: Path) -> None:
 
 
 def inner_ledger(road: Path) -> None:
-    """A run and a nearer ledger in a folder between it and the road."""
+    """A run and a nearer ledger in a folder between it and the pipeline."""
     (road / "deep").mkdir()
     shutil.move(road / "rl-seed1", road / "deep" / "rl-seed1")
     doctor(road, "deep/rl-seed1")
@@ -114,7 +114,7 @@ def swap_lines(road: Path, one: int, other: int) -> None:
 
 
 def rewrite_one(road: Path) -> None:
-    """Another recipe of the road, its entry made to agree; what follows still names the entry's old hash."""
+    """Another recipe of the pipeline, its entry made to agree; what follows still names the entry's old hash."""
     edit(road / "recipe.toml", "seed = 0", "seed = 7")
     found = entries(road)
     one = next(entry for entry in found if entry["body"].get("path") == "recipe.toml")
@@ -132,7 +132,7 @@ def renumber(road: Path) -> None:
 
 
 def aged(road: Path) -> None:
-    """The road as it was written before ledgers had a root."""
+    """The pipeline as it was written before ledgers had a root."""
     found = [entry for entry in entries(road) if entry["kind"] in ("run", "set-aside")]
     for entry in found:
         entry["body"].pop("digest", None)
@@ -171,7 +171,7 @@ def duplicate_key(path: Path) -> None:
 
 
 def replant(road: Path) -> None:
-    """A run of another road, with that road's entry for it copied into this ledger."""
+    """A run of another pipeline, with that pipeline's entry for it copied into this ledger."""
     other = road.parent / "other"
     shutil.move(road / "rl-seed1", road.parent / "gone")
     shutil.copytree(other / "rl-seed1", road / "rl-seed1")
@@ -206,7 +206,7 @@ def hide_as(road: Path, more: dict[str, Any]) -> None:
 
 
 def hide_linked(road: Path) -> Path:
-    """The same with a link in the folder, for which a road writes an empty digest; returns the link."""
+    """The same with a link in the folder, for which a pipeline writes an empty digest; returns the link."""
     link = road / "rl-seed1" / "link"
     link.symlink_to("/etc/hostname")
     hide_as(road, {"digest": ""})
@@ -363,7 +363,7 @@ SEEN: dict[str, Attack] = {
     "an input out of the road": lambda road: edit(road / "sft/run.json", '"path": "data"', '"path": "../other/data"'),
 }  # fmt: skip
 
-# The verdict is sound, for the road could be honest, but the findings name it.
+# The verdict is sound, for the pipeline could be honest, but the findings name it.
 TOLD: dict[str, tuple[Attack, str]] = {
     "a seed set aside and kept": (lambda road: hide(road, "rl-seed1.old-1", rename=True), "set aside: rl-seed1.old-1"),
     "a run set aside with a link in it": (

@@ -1,4 +1,4 @@
-"""A road of two runs."""
+"""A pipeline of two runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .runs import finished
 
 @pytest.fixture
 def road(tmp_path: Path) -> Path:
-    """A road of two runs, the second made from the first."""
+    """A pipeline of two runs, the second made from the first."""
     road = tmp_path / "road"
     finished(road, "pretrain")
     finished(road, "sft", b"tuned", model=road / "pretrain")

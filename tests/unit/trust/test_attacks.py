@@ -1,4 +1,4 @@
-"""Every way to doctor a road that we could think of is seen, told, or named in SECURITY.md as a witness's business."""
+"""Every way to doctor a pipeline we could think of is seen, told, or named in SECURITY.md as a witness's business."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ def run(road: Path, name: str, *, steps: int = 3, **inputs: Path) -> None:
     if made.done:
         return
     for file in ("model.bin", "more.bin"):
-        (made.artefact / file).write_bytes(f"{road.name} {name} {steps} {file}".encode())
+        (made.artifact / file).write_bytes(f"{road.name} {name} {steps} {file}".encode())
     made.log(1, loss=2.5)
-    made.note(title=name, scores=[{"task": "sums", "mean": 0.5}])
+    made.add_facts(title=name, scores=[{"task": "sums", "mean": 0.5}])
     made.finish(flops=1e6, tokens=100)
 
 
 def make(road: Path) -> Path:
-    """A road as the quickstart leaves it, in miniature: one stage was made again with another recipe."""
+    """A pipeline as the quickstart leaves it, in miniature: one stage was made again with another recipe."""
     road.mkdir()
     ledger = Ledger(road / "ledger.jsonl")
-    ledger.root()
+    ledger.root_hash()
     files = {"recipe.toml": "seed = 0\n", "corpus/documents.jsonl": "{}\n", "corpus/sources.json": "{}\n"}
     for name, content in files.items():
         (road / name).parent.mkdir(exist_ok=True)
         (road / name).write_text(content)
-    ledger.enter(road / "recipe.toml")
-    ledger.enter(road / "corpus")
+    ledger.add_file(road / "recipe.toml")
+    ledger.add_file(road / "corpus")
     run(road, "data")
     run(road, "sft", steps=2, data=road / "data")
     run(road, "sft", data=road / "data")
     run(road, "rl-seed0", model=road / "sft")
     run(road, "rl-seed1", model=road / "sft")
     (road / "report.html").write_text("<p>50 %</p>")
-    ledger.enter(road / "report.html")
+    ledger.add_file(road / "report.html")
     return road
 
 
 @pytest.fixture(scope="module")
 def roads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two roads side by side: ``road`` and ``other``."""
+    """Two pipelines side by side: ``pipeline`` and ``other``."""
     folder = tmp_path_factory.mktemp("roads")
     make(folder / "road")
     make(folder / "other")
@@ -63,7 +63,7 @@ def roads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def road(roads: Path, tmp_path: Path) -> Path:
-    """A road of this test's own, with another beside it that is only read."""
+    """A pipeline of this test's own, with another beside it that is only read."""
     shutil.copytree(roads / "road", tmp_path / "roads" / "road")
     (tmp_path / "roads" / "other").symlink_to(roads / "other")
     return tmp_path / "roads" / "road"

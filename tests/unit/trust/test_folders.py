@@ -42,7 +42,7 @@ def test_a_torn_line_longer_than_what_is_read_at_once_is_cut_off(tmp_path: Path)
         with open(ledger.path, "ab") as stream:
             stream.write(torn)
         ledger.append("note", {"text": "z" * 7000})
-        assert ledger.check() == []
+        assert ledger.find_errors() == []
     assert [entry["index"] for entry in ledger.entries()] == [0, 1]
 
 
@@ -51,7 +51,7 @@ def test_a_pipe_or_a_device_is_refused_not_waited_for(tmp_path: Path, road: Path
     os.mkfifo(tmp_path / "pipe")
     for odd in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(TrustError, match="a pipe or a device"):
-            digest.file(odd)
+            digest.of_file(odd)
         with pytest.raises(TrustError, match="a pipe or a device"):
             finished(road, "rl", text=odd)
     (road / "text").write_text("words")
@@ -78,11 +78,11 @@ def test_a_folder_of_the_users_may_hold_links_and_pipes(tmp_path: Path, road: Pa
 def test_names_that_would_forge_a_listing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a\nb").write_text("x")
     with pytest.raises(TrustError, match="no listing can hold"):
-        digest.tree(tmp_path)
+        digest.of_folder(tmp_path)
     (tmp_path / "a\nb").unlink()
     (tmp_path / os.fsdecode(b"caf\xe9")).write_text("x")
     with pytest.raises(TrustError, match="no listing can hold"):
-        digest.tree(tmp_path)
+        digest.of_folder(tmp_path)
 
 
 def test_a_run_that_was_deleted_is_made_again_and_that_is_told(road: Path) -> None:
