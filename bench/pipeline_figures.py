@@ -112,7 +112,7 @@ def mean_by_seed(results: Sequence[PipelineResult], values: Sequence[float]) -> 
     """A value for each seed: pipelines of one seed on two instruction sets share data and first weights: one value."""
     seeds = [result.name.partition("-")[0] for result in results]
     return [
-        statistics.mean(value for value, one in zip(values, seeds, strict=True) if one == seed)
+        statistics.mean(value for value, seed_of_value in zip(values, seeds, strict=True) if seed_of_value == seed)
         for seed in dict.fromkeys(seeds)
     ]
 
@@ -125,11 +125,11 @@ def check_criteria(result: PipelineResult) -> dict[str, tuple[float, bool]]:
         fourth = sorted((round(rl[task] - base[task], 9) for task in rl), reverse=True)[:4][-1]
         outcomes[RL] = (fourth, fourth >= 0.20)
     if thinking and rl:
-        kept = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
-        outcomes[KEPT] = (kept, kept >= 0.97)
-    student, twin = result.mean("distill"), result.mean("student-scratch")
-    if student is not None and twin is not None:
-        outcomes[STUDENT] = (student - twin, student > twin)
+        kept_share = min(rl[task] / max(thinking[task], 1e-9) for task in rl)
+        outcomes[KEPT] = (kept_share, kept_share >= 0.97)
+    student, without_teacher = result.mean("distill"), result.mean("student-scratch")
+    if student is not None and without_teacher is not None:
+        outcomes[STUDENT] = (student - without_teacher, student > without_teacher)
     if loss := result.fact("quantize", "relative_loss"):  # none where the student is never right
         outcomes[LOSS] = (statistics.mean(loss.values()), statistics.mean(loss.values()) <= 0.02)
         outcomes[WORST_LOSS] = (max(loss.values()), max(loss.values()) <= 0.05)
@@ -149,10 +149,10 @@ def check_criteria(result: PipelineResult) -> dict[str, tuple[float, bool]]:
 
 def judge_criteria(results: Sequence[PipelineResult]) -> dict[str, Criterion]:
     """Each bar that any of the pipelines has, and those that all must have."""
-    each, gains_by_name = [check_criteria(result) for result in results], gains(results)
+    outcomes_by_result, gains_by_name = [check_criteria(result) for result in results], gains(results)
     criteria = {}
-    for name in dict.fromkeys((*ALWAYS, *(name for one in each for name in one))):
-        figures = [one.get(name) for one in each]
+    for name in dict.fromkeys((*ALWAYS, *(name for outcomes in outcomes_by_result for name in outcomes))):
+        figures = [outcomes.get(name) for outcomes in outcomes_by_result]
         enough = sum(figure is not None and figure[1] for figure in figures) >= REQUIRED_SHARE * len(results)
         interval_ok, note = _check_interval(name, len(mean_by_seed(results, [0.0] * len(results))), gains_by_name)
         criteria[name] = Criterion(figures, enough and interval_ok, note)
@@ -166,8 +166,8 @@ def _check_interval(name: str, seeds: int, gains_by_name: dict[str, dict[str, fl
     if seeds < 2:
         return True, "one seed: no interval"
     if name == STUDENT:
-        least = gains_by_name.get("student over twin: mean", {}).get("lower", -math.inf)
-        return least > 0, f"lower 95 % end over seeds {100 * least:+.1f} points, > 0 is needed"
+        lower_end = gains_by_name.get("student over twin: mean", {}).get("lower", -math.inf)
+        return lower_end > 0, f"lower 95 % end over seeds {100 * lower_end:+.1f} points, > 0 is needed"
     over = {task: gain for task, gain in gains_of_pair(gains_by_name, "RL over base").items() if task != "mean"}
     num_sure = sum(round(gain["mean"], 9) >= 0.20 and gain["lower"] > 0 for gain in over.values())
     needed = min(4, max(1, len(over)))
@@ -179,8 +179,8 @@ def _check_interval(name: str, seeds: int, gains_by_name: dict[str, dict[str, fl
 
 def format_range(values: Sequence[float], form: str, ranges: bool) -> str:
     """Mean (least to most)."""
-    middle, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    return f"{middle} ({least} to {most})" if ranges and len(values) > 1 else middle
+    middle, minimum, maximum = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{middle} ({minimum} to {maximum})" if ranges and len(values) > 1 else middle
 
 
 def _cell(values: Sequence[float | None], form: str, ranges: bool, scale: float = 1) -> str:
@@ -221,10 +221,10 @@ def gains(results: Sequence[PipelineResult]) -> dict[str, dict[str, float]]:
     """Mean gain and its lower 95 % end over seeds, as ``pair: task``, for each task and their mean."""
     gains_by_name = {}
     for name, (after, how, before, how_before) in COMPARISONS.items():
-        each = [(result.scores(after, how), result.scores(before, how_before)) for result in results]
-        if not all(new and old for new, old in each):
+        score_pairs = [(result.scores(after, how), result.scores(before, how_before)) for result in results]
+        if not all(new and old for new, old in score_pairs):
             continue
-        changes = {task: [new[task] - old[task] for new, old in each] for task in each[0][0]}
+        changes = {task: [new[task] - old[task] for new, old in score_pairs] for task in score_pairs[0][0]}
         changes["mean"] = [statistics.mean(values) for values in zip(*changes.values(), strict=True)]
         for task, values in changes.items():
             gains_by_name[f"{name}: {task}"] = {
@@ -253,7 +253,10 @@ def cpu_second_ratios(results: Sequence[PipelineResult]) -> dict[str, list[float
     for run, other in EQUAL_CPU_CONTROLS.items():
         spent = [tuple(result.fact(one, "training_cpu_seconds") for one in (run, other)) for result in results]
         if any(run in result.runs for result in results):
-            ratios[f"{run} over {other}"] = [mine / its if mine and its else None for mine, its in spent]
+            ratios[f"{run} over {other}"] = [
+                control_seconds / reference_seconds if control_seconds and reference_seconds else None
+                for control_seconds, reference_seconds in spent
+            ]
     return ratios
 
 

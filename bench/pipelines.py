@@ -106,7 +106,7 @@ def check_folder(folder: Path, isa: str, recipe: PipelineRecipe, left_out: Seque
         raise refuse("its recipe.toml cannot be read") from None
     wanted_values = dict(flatten(tomllib.loads(recipe.to_toml())))
     for key in sorted(found_values.keys() | wanted_values.keys()):
-        ignored = any(key == one or key.startswith(f"{one}.") for one in (*IGNORED_KEYS, *left_out))
+        ignored = any(key == prefix or key.startswith(f"{prefix}.") for prefix in (*IGNORED_KEYS, *left_out))
         if not ignored and (
             key not in found_values or key not in wanted_values or found_values[key] != wanted_values[key]
         ):
@@ -157,17 +157,17 @@ def run_pipeline(
     command = [sys.executable, "-m", "sprat", "quickstart", "--out", str(folder), "--seed", str(seed), "--no-serve"]
     command += ["--recipe", recipe]
 
-    def go(*more: str) -> None:
-        words = [word for each in (*overrides, *more) for word in ("--set", each)]
-        subprocess.run([*command, *words], env=environment(isa), check=True, stdout=subprocess.DEVNULL)
+    def go(*extra: str) -> None:
+        flags = [word for override in (*overrides, *extra) for word in ("--set", override)]
+        subprocess.run([*command, *flags], env=environment(isa), check=True, stdout=subprocess.DEVNULL)
 
     if not is_finished(folder):
         in_one_go = not folder.exists() or not any(folder.iterdir())
         write_note(folder, "isa", isa)  # from here on the folder is not empty: a new start is told
-        began = time.monotonic()
+        started = time.monotonic()
         go()
         if in_one_go:
-            write_note(folder, minutes_file.name, f"{(time.monotonic() - began) / 60:.2f} {digest}")
+            write_note(folder, minutes_file.name, f"{(time.monotonic() - started) / 60:.2f} {digest}")
     if extra_controls and not all((folder / run / "run.json").is_file() for run in EXTRA_RUNS):
         go(*EXTRA_CONTROLS)
     noted = minutes_file.read_text(encoding="utf-8").split() if minutes_file.is_file() else []
@@ -176,7 +176,7 @@ def run_pipeline(
 
 def format_criterion(name: str, criterion: Criterion) -> str:
     """Figure, count of pipelines and verdict of a bar."""
-    present = [one for one in criterion.values if one is not None]
+    present = [outcome for outcome in criterion.values if outcome is not None]
     figure = format_range([value for value, _ in present], ".3g", True) if present else ""
     missing = f", missing on {len(criterion.values) - len(present)}" if len(present) < len(criterion.values) else ""
     count = f"{sum(fine for _, fine in present)} of {len(criterion.values)}{missing}"
@@ -187,8 +187,8 @@ def format_criterion(name: str, criterion: Criterion) -> str:
 def print_results(results: Sequence[PipelineResult], criteria: dict[str, Criterion]) -> None:
     """Print tables, gains, CPU seconds and bars."""
     print(table(results, ranges=False), table(results, ranges=True), sep="\n\n", end="\n\n")
-    for run, there in incomplete(results).items():
-        print(f"left out, since only {there} of {len(results)} roads have it: {run}")
+    for run, num_results in incomplete(results).items():
+        print(f"left out, since only {num_results} of {len(results)} roads have it: {run}")
     print("\nGains, intervals over training seeds, uncorrected:", format_gains(gains(results)), sep="\n", end="\n\n")
     print(format_cpu_second_ratios(cpu_second_ratios(results)), end="\n\n")
     print("\n".join(format_criterion(name, bar) for name, bar in criteria.items()))
@@ -216,7 +216,7 @@ def main() -> int:
     criteria = judge_criteria(results)
     if args.json:
         facts = {
-            "roads": [road.name for road in results], "bars": {name: bar.values for name, bar in criteria.items()},
+            "roads": [result.name for result in results], "bars": {name: bar.values for name, bar in criteria.items()},
             "good": {name: bar.passed for name, bar in criteria.items()},
             "notes": {name: bar.note for name, bar in criteria.items() if bar.note},
             "gains": gains(results), "cpu_seconds": cpu_second_ratios(results), "incomplete": incomplete(results),

@@ -126,8 +126,8 @@ def main() -> int:
         print(json.dumps(facts | {"gained": gained_tasks, "lost": lost, "skill": skill}))
         return 0 if skill else 1
     print(table(results, ranges=True), end="\n\n")
-    for run, there in incomplete(results).items():
-        print(f"left out, since only {there} of {len(results)} roads have it: {run}")
+    for run, num_results in incomplete(results).items():
+        print(f"left out, since only {num_results} of {len(results)} roads have it: {run}")
     print(
         *filter(None, (format_gains(gains_by_name), format_cpu_second_ratios(cpu_second_ratios(results)))),
         sep="\n\n",

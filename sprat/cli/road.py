@@ -31,7 +31,7 @@ def quickstart(
 ) -> Result:
     """Text and tasks to a served model that reasons: data, pre-train, SFT, RL, distil, INT4, report, chat page."""
     from sprat.pipeline.pipeline import Pipeline
-    from sprat.pipeline.quickstart import SERVED_RUN, stages
+    from sprat.pipeline.quickstart import SERVED_RUN, build_stages
     from sprat.pipeline.quickstart import quickstart as walk
     from sprat.pipeline.recipe import load_recipe
     from sprat.serve import server
@@ -40,7 +40,7 @@ def quickstart(
     chosen = load_recipe(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
     if serve:
         server.take_port(HOST, port).close()  # a port in use is told now, not after the road
-    began, names = time.monotonic(), [stage.name for stage in stages(Pipeline(out, chosen), text)]
+    began, names = time.monotonic(), [stage.name for stage in build_stages(Pipeline(out, chosen), text)]
     with board(out) as told:
         report = walk(out, chosen, text=text, on_progress=told)
     runs = {name: _cost(out / name) for name in names}

@@ -177,13 +177,13 @@ def _work(station: str, out: Path, recipe: str, overrides: list[str] | None, tex
     """Run one station as the quickstart would: in a process of its own, with one thread, so that digests agree."""
     from sprat.pipeline.graph import run_stages
     from sprat.pipeline.pipeline import Pipeline
-    from sprat.pipeline.quickstart import check_disk, stages
+    from sprat.pipeline.quickstart import build_stages, check_disk
     from sprat.pipeline.recipe import load_recipe
     from sprat.trust.lock import lock_folder
 
     check_disk(out)
     road = Pipeline(out, load_recipe(recipe, tuple(overrides or ())))
-    first = next(stage for stage in stages(road, text) if stage.name.startswith(station))
+    first = next(stage for stage in build_stages(road, text) if stage.name.startswith(station))
     with lock_folder(out), board(out) as told:
         run_stages([replace(first, depends_on=())], 1, told)
     return _told(road, first.name)

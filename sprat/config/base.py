@@ -175,12 +175,12 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
     try:
         return config_class.model_validate(table, context=LENIENT if lenient else None)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise _unknown_key_error(config_class, first["loc"], where) from None
+        first_error = error.errors()[0]
+        key = ".".join(str(part) for part in first_error["loc"])
+        if first_error["type"] == "extra_forbidden":
+            raise _unknown_key_error(config_class, first_error["loc"], where) from None
         raise ConfigError(
-            f"{key or config_class.__name__}: {first['msg']}", where=where, todo="correct the value"
+            f"{key or config_class.__name__}: {first_error['msg']}", where=where, todo="correct the value"
         ) from None
 
 

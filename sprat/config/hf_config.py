@@ -63,8 +63,8 @@ def check_keys(table: dict[str, Any], fields: Iterable[str], where: str) -> None
             raise ConfigError(
                 f"{key}={table[key]!r} is not supported", where=where, todo="convert the checkpoint to the plain form"
             )
-    known = {*fields, *_READ_KEYS, *_SUPPORTED_VALUES, *_IGNORED_KEYS}
-    unknown = [f"{k}={str(v)[:40]}" for k, v in sorted(table.items()) if k not in known and v not in (None, False)]
+    known_keys = {*fields, *_READ_KEYS, *_SUPPORTED_VALUES, *_IGNORED_KEYS}
+    unknown = [f"{k}={str(v)[:40]}" for k, v in sorted(table.items()) if k not in known_keys and v not in (None, False)]
     if unknown:
         warnings.warn(f"{where}: not understood and not used: {', '.join(unknown)}", stacklevel=4)
 
@@ -117,7 +117,7 @@ def parse_window(table: dict[str, Any], layers: int, where: str) -> WindowKeys:
         window = table.get("sliding_window", 4096)
         return {} if window is None else {"sliding_window": window}
     if types is not None and not (
-        isinstance(types, list) and len(types) == layers and all(one in (SLIDING, FULL) for one in types)
+        isinstance(types, list) and len(types) == layers and all(layer_type in (SLIDING, FULL) for layer_type in types)
     ):
         todo = f"give {layers} of {FULL} and {SLIDING}"
         raise ConfigError("layer_types does not describe the layers", where=where, todo=todo)

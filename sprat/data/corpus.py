@@ -68,7 +68,7 @@ class Corpus:
     @property
     def excluded(self) -> list[ExcludedText]:
         """What the user gave and the corpus does not hold; empty when all is there."""
-        return [left for source in self.sources for left in TextSource.from_dict(source).left_out]
+        return [excluded_text for source in self.sources for excluded_text in TextSource.from_dict(source).left_out]
 
 
 def default_corpus(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> Corpus:

@@ -195,8 +195,8 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise MachineError("Parquet needs the package pyarrow", where=str(file), todo=todo) from None
     try:
         with parquet.ParquetFile(file) as table:
-            known = {"text", "id", "source", "licence", "license", "domain"}
-            columns = [name for name in table.schema_arrow.names if name in known]
+            known_columns = {"text", "id", "source", "licence", "license", "domain"}
+            columns = [name for name in table.schema_arrow.names if name in known_columns]
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
     except (arrow.ArrowException, OSError) as error:

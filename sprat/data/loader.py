@@ -61,7 +61,7 @@ class BatchSource(Protocol):
 
 def gather_rows(packed: PackedDataset, index: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
     """The rows ``index`` of ``packed`` as a batch of T = packed.seq_len."""
-    return _batch(packed.tokens[index], packed.segments[index], packed.mask[index])
+    return _batch(packed.tokens[index], packed.segments[index], packed.loss_mask[index])
 
 
 def _batch(tokens: npt.NDArray[np.int32], segments: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Batch:
@@ -110,7 +110,7 @@ class MixedBatchSource:
         arrays_by_part = []
         for number, (packed, count) in enumerate(zip(self.parts, self.part_rows, strict=True)):
             index = self._index(number, packed.num_rows, step * count, count)
-            arrays_by_part.append((packed.tokens[index], packed.segments[index], packed.mask[index]))
+            arrays_by_part.append((packed.tokens[index], packed.segments[index], packed.loss_mask[index]))
         order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.part_rows))
         tokens, segments, mask = (np.concatenate(arrays)[order] for arrays in zip(*arrays_by_part, strict=True))
         return _batch(tokens, segments, mask)
@@ -120,9 +120,9 @@ class MixedBatchSource:
         pieces = []
         while count:
             epoch, position = divmod(start, rows)
-            taken = min(count, rows - position)
-            pieces.append(self._permutation(number, epoch, rows)[position : position + taken])
-            start, count = start + taken, count - taken
+            num_taken = min(count, rows - position)
+            pieces.append(self._permutation(number, epoch, rows)[position : position + num_taken])
+            start, count = start + num_taken, count - num_taken
         return np.concatenate(pieces)
 
     def _permutation(self, number: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:

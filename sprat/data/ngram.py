@@ -66,18 +66,18 @@ def probabilities(train: bytes, tests: Sequence[bytes]) -> list[dict[str, Floats
         plain = _Table(grams, occurrences)
         continued = plain if longer is None else _Table(grams, _left_contexts(grams, longer, order))
         for number, text in enumerate(test_arrays):
-            places = _grams(text, order)
-            counted = np.ones(len(places), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
+            positions_grams = _grams(text, order)
+            counted = np.ones(len(positions_grams), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
             if longer is not None:
                 counted[1:] = novel[number]
-            lookup = _TestLookup(plain, places)
+            lookup = _TestLookup(plain, positions_grams)
             novel[number] = lookup.is_new()
             models[number][PPM].shorten(*continued.terms(lookup, counted))
-            whole, rest = plain.terms(lookup), continued.terms(lookup)
-            for size in (one for one in ORDERS if min(one, longest) >= order):
-                models[number][_name(size)].shorten(*(whole if min(size, longest) == order else rest))
+            longest_terms, shorter_terms = plain.terms(lookup), continued.terms(lookup)
+            for size in (each_order for each_order in ORDERS if min(each_order, longest) >= order):
+                models[number][_name(size)].shorten(*(longest_terms if min(size, longest) == order else shorter_terms))
         longer = grams
-    return [{name: model.own + model.escape / 256 for name, model in each.items()} for each in models]
+    return [{name: model.own + model.escape / 256 for name, model in model_by_name.items()} for model_by_name in models]
 
 
 def _name(order: int) -> str:
@@ -116,26 +116,26 @@ class _Table:
             lookup: the n-grams [places], in the order of the text, looked up in a table of the same n-grams.
             counted: which of them the model counts as it goes on; None for a model that does not learn here.
         """
-        places, contexts = lookup.grams.queries, lookup.contexts.queries
+        queries, contexts = lookup.grams.queries, lookup.contexts.queries
         count = lookup.grams.values(self.counts)
         total, *kinds = (lookup.contexts.values(each) for each in (self.totals, *self.kinds))
         if counted is not None:
-            count = count + _before(places, [counted])[0]
+            count = count + _before(queries, [counted])[0]
             steps = [counted & (count == often) for often in (0, 1, 2)]  # a successor comes to be counted once, ...
-            more, once, twice, often = _before(contexts, [counted, *steps])
-            total, kinds = total + more, [kinds[0] + once - twice, kinds[1] + twice - often, kinds[2] + often]
-        known = np.maximum(total, 1)
-        escape_mass = sum((d * kind for d, kind in zip(self.discounts[1:], kinds, strict=True)), np.zeros(len(places)))
-        own = (count - self.discounts[np.minimum(count, 3)]) / known
-        return own, np.where(total > 0, escape_mass / known, 1.0)
+            added, once, twice, often = _before(contexts, [counted, *steps])
+            total, kinds = total + added, [kinds[0] + once - twice, kinds[1] + twice - often, kinds[2] + often]
+        nonzero_total = np.maximum(total, 1)
+        escape_mass = sum((d * kind for d, kind in zip(self.discounts[1:], kinds, strict=True)), np.zeros(len(queries)))
+        own = (count - self.discounts[np.minimum(count, 3)]) / nonzero_total
+        return own, np.where(total > 0, escape_mass / nonzero_total, 1.0)
 
 
 class _TestLookup:
     """N-grams of a test and their contexts, looked up once for all tables of the same n-grams."""
 
-    def __init__(self, table: _Table, places: Grams) -> None:
-        self.grams = _KeyLookup(table.grams, places)
-        self.contexts = _KeyLookup(table.contexts, places >> np.uint64(8))
+    def __init__(self, table: _Table, grams: Grams) -> None:
+        self.grams = _KeyLookup(table.grams, grams)
+        self.contexts = _KeyLookup(table.contexts, grams >> np.uint64(8))
 
     def is_new(self) -> npt.NDArray[np.bool_]:
         """Which n-grams occur for the first time, in the test and in the training text."""
@@ -201,6 +201,6 @@ def _grams(text: Grams, size: int) -> Grams:
     """Each run of ``size`` bytes as one number, the last byte lowest; none where the text is shorter."""
     count = max(len(text) - size + 1, 0)
     result = np.zeros(count, dtype=np.uint64)
-    for place in range(size):
-        result = (result << np.uint64(8)) | text[place : place + count]
+    for offset in range(size):
+        result = (result << np.uint64(8)) | text[offset : offset + count]
     return result

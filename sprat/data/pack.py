@@ -44,12 +44,12 @@ class PackedDataset:
     Attributes:
         tokens: [R, T+1] int32, 0 where nothing lies.
         segments: [R, T+1] int32, 1, 2, … within a row, 0 where nothing lies.
-        mask: [R, T+1] uint8, 1 on tokens that are to be learned.
+        loss_mask: [R, T+1] uint8, 1 on tokens that are to be learned.
     """
 
     tokens: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32]
-    mask: npt.NDArray[np.uint8]
+    loss_mask: npt.NDArray[np.uint8]
 
     @property
     def num_rows(self) -> int:
@@ -65,7 +65,7 @@ class PackedDataset:
     def num_targets(self) -> int:
         """How many tokens are predicted with loss in one pass over all rows."""
         same = (self.segments[:, 1:] == self.segments[:, :-1]) & (self.segments[:, 1:] > 0)
-        return int(np.count_nonzero(same & (self.mask[:, 1:] > 0)))
+        return int(np.count_nonzero(same & (self.loss_mask[:, 1:] > 0)))
 
     @property
     def fill_fraction(self) -> float:
@@ -76,7 +76,7 @@ class PackedDataset:
     def digest(self) -> str:
         """SHA-256 (hex) over the shape and the three arrays."""
         sha256 = hashlib.sha256(repr(self.tokens.shape).encode())
-        for array, kind in ((self.tokens, "<i4"), (self.segments, "<i4"), (self.mask, "|u1")):
+        for array, kind in ((self.tokens, "<i4"), (self.segments, "<i4"), (self.loss_mask, "|u1")):
             sha256.update(np.ascontiguousarray(array, dtype=kind).tobytes())
         return sha256.hexdigest()
 
@@ -86,7 +86,7 @@ class PackedDataset:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"tokens": self.tokens, "segments": self.segments, "mask": self.mask}
+        arrays = {"tokens": self.tokens, "segments": self.segments, "mask": self.loss_mask}
         atomic.write_bytes(folder / "packed.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
         facts = {"rows": self.num_rows, "seq_len": self.seq_len, "targets": self.num_targets, "digest": self.digest}
         atomic.write_json(folder / "dataset.json", facts)
@@ -161,12 +161,12 @@ def _cut_sequences(
     ones = itertools.repeat(1)
     masks = (itertools.islice(ones, len(ids)) if mask is None else mask for ids, mask in long_enough)
     learned = np.fromiter(itertools.chain.from_iterable(masks), dtype=np.uint8)
-    whole = np.array([len(ids) for ids, _ in long_enough], dtype=np.int64)
-    begin = np.cumsum(whole) - whole
-    pieces = -(-(whole - 1) // seq_len)
+    sequence_lengths = np.array([len(ids) for ids, _ in long_enough], dtype=np.int64)
+    begin = np.cumsum(sequence_lengths) - sequence_lengths
+    pieces = -(-(sequence_lengths - 1) // seq_len)
     number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(begin, pieces) + number * seq_len
-    lengths = np.minimum(seq_len + 1, np.repeat(begin + whole, pieces) - starts)
+    lengths = np.minimum(seq_len + 1, np.repeat(begin + sequence_lengths, pieces) - starts)
     return flat, learned, starts, lengths
 
 
@@ -188,10 +188,10 @@ def _best_fit(
         else:
             space, chosen_row, rows = width, rows, rows + 1
         row[index], offset[index] = chosen_row, width - space
-        left = space - length
-        if left > 1:
-            rows_by_space[left].append(chosen_row)
-            open_spaces |= 1 << left
+        space_left = space - length
+        if space_left > 1:
+            rows_by_space[space_left].append(chosen_row)
+            open_spaces |= 1 << space_left
     return row, offset, order, rows
 
 

@@ -71,7 +71,7 @@ def data(pipeline: Pipeline, text: Path | None = None) -> None:
     rows.save(run.artifact / "tasks")
     scores = _pack_held_out(tokenizer, train, data_inputs.text_split.held_out, recipe.seq_len, run.artifact / "heldout")
     for config, split, problems in data_inputs.problems:
-        write_problems(DataArtifact(run.artifact).problems(config, split), problems)
+        write_problems(DataArtifact(run.artifact).problems_file(config, split), problems)
     run.add_facts(
         title="Data",
         sources=data_inputs.source_corpus.sources,
@@ -88,13 +88,13 @@ def data(pipeline: Pipeline, text: Path | None = None) -> None:
 
 def _held_out_summary(text_split: TextSplit) -> str:
     """How much is held out, of how much, and the names of the first sources."""
-    held, whole = (
+    held_out_bytes, total_bytes = (
         sum(document.size for document in side)
         for side in (text_split.held_out, (*text_split.train, *text_split.held_out))
     )
     names = sorted({document.source for document in text_split.held_out})
-    more = ", …" if len(names) > 3 else ""
-    return f"{held:,} of {whole:,} bytes ({', '.join(names[:3])}{more})"
+    ellipsis = ", …" if len(names) > 3 else ""
+    return f"{held_out_bytes:,} of {total_bytes:,} bytes ({', '.join(names[:3])}{ellipsis})"
 
 
 def _read_inputs(pipeline: Pipeline, text: Path | None) -> _DataInputs:
@@ -121,17 +121,21 @@ def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, s
     The chain of each is left out, as in most text that is found, with chance ``recipe.terse_fraction``.
     """
     tasks: list[Task] = [load_task(config) for config in recipe.tasks]
-    rng, terse = random.Random(f"mix:{seed}"), random.Random(f"terse:{seed}")
+    rng, terse_rng = random.Random(f"mix:{seed}"), random.Random(f"terse:{seed}")
     examples_by_task: list[list[tuple[str, str, str]]] = [[] for _ in tasks]
     counts = [0] * len(tasks)
-    for which in rng.choices(range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations):
-        limit = recipe.tasks[which].distinct or recipe.demonstrations
-        if len(examples_by_task[which]) < limit:
-            problem = tasks[which].problem("train", counts[which])
-            examples_by_task[which].append((problem.question, tasks[which].chain_of_thought(problem), problem.answer))
-        question, chain, answer = examples_by_task[which][counts[which] % limit]
-        yield question, "" if terse.random() < recipe.terse_fraction else chain, answer
-        counts[which] += 1
+    for task_index in rng.choices(
+        range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations
+    ):
+        limit = recipe.tasks[task_index].distinct or recipe.demonstrations
+        if len(examples_by_task[task_index]) < limit:
+            problem = tasks[task_index].problem("train", counts[task_index])
+            examples_by_task[task_index].append(
+                (problem.question, tasks[task_index].chain_of_thought(problem), problem.answer)
+            )
+        question, chain, answer = examples_by_task[task_index][counts[task_index] % limit]
+        yield question, "" if terse_rng.random() < recipe.terse_fraction else chain, answer
+        counts[task_index] += 1
 
 
 def _load_corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.Corpus:
@@ -144,8 +148,8 @@ def _load_corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.
 def _pack_text(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int, folder: Path) -> int:
     """Pack documents with their end-of-text tokens; return how many tokens there are."""
     ids = tokenizer.encode_batch([d.text for d in documents])
-    framed = [[tokenizer.ids.bos, *each, tokenizer.ids.eos] for each in ids]
-    rows = pack(((each, [1] * len(each)) for each in framed), seq_len)
+    framed = [[tokenizer.ids.bos, *sequence, tokenizer.ids.eos] for sequence in ids]
+    rows = pack(((sequence, [1] * len(sequence)) for sequence in framed), seq_len)
     rows.save(folder)
     return sum(map(len, framed))
 
@@ -159,7 +163,7 @@ def _pack_held_out(
         _pack_text(tokenizer, documents, seq_len, folder / safe_name(name))
     sizes = {name: sum(len(d.text.encode()) for d in documents) for name, documents in domains.items()}
     atomic.write_text(folder / "bytes.json", json.dumps(sizes, sort_keys=True))
-    scores = baselines.baselines(
+    scores = baselines.baseline_scores(
         _join_texts(train), {name: _join_texts(documents) for name, documents in domains.items()}
     )
     return {name: HeldOutScores(sizes[name], scores[name]).to_dict() for name in domains}

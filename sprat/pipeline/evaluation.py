@@ -121,19 +121,19 @@ def _score_row(score: Score) -> dict[str, Any]:
 
 
 def accuracy_changes(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], label: str = "greedy"
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], mode: str = "greedy"
 ) -> list[dict[str, Any]]:
     """For each task the change of accuracy between two stages and its p-value (two proportions)."""
-    old = {row["task"]: row for row in before if row["label"] == label}
+    rows_before = {row["task"]: row for row in before if row["label"] == mode}
     return [
         {
             "task": row["task"],
-            "before": old[row["task"]]["accuracy"],
+            "before": rows_before[row["task"]]["accuracy"],
             "after": row["accuracy"],
-            "p": significant(_score_from_row(old[row["task"]]), _score_from_row(row)),
+            "p": significant(_score_from_row(rows_before[row["task"]]), _score_from_row(row)),
         }
         for row in after
-        if row["label"] == label and row["task"] in old
+        if row["label"] == mode and row["task"] in rows_before
     ]
 
 
@@ -157,7 +157,7 @@ def draft_speedup(pipeline: Pipeline, model: Transformer, tokenizer: Tokenizer) 
     if not model.mtp:
         return {}
     speculation: tuple[Way, Way] = ("off", "mtp")
-    engines = [Engine(model, tokenizer, max_batch=1, speculate=way) for way in speculation]
+    engines = [Engine(model, tokenizer, max_batch=1, speculate=draft_mode) for draft_mode in speculation]
     prompts = _prompts(pipeline, SPEED_BATCH)
     rounds = [[_generation_speed(engine, prompts) for engine in engines] for _ in range(DRAFT_ROUNDS)]
     without, drafted = (statistics.median(speeds) for speeds in zip(*rounds, strict=True))
@@ -172,11 +172,16 @@ def _prompts(pipeline: Pipeline, count: int) -> list[list[Message]]:
         for config in pipeline.recipe.data.tasks
     ]
     interleaved = itertools.chain.from_iterable(itertools.zip_longest(*problems))
-    return [ask(problem) for problem in itertools.islice((one for one in interleaved if one is not None), count)]
+    return [
+        ask(problem)
+        for problem in itertools.islice(
+            (problem_or_none for problem_or_none in interleaved if problem_or_none is not None), count
+        )
+    ]
 
 
 def _generation_speed(engine: Engine, prompts: list[list[Message]]) -> float:
     """Tokens a second of greedy answers with thinking."""
-    began = time.perf_counter()
+    started = time.perf_counter()
     outputs = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64, thinking=True))
-    return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)
+    return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - started)

@@ -158,13 +158,13 @@ class DataArtifact:
         sizes: dict[str, int] = json.loads((self.folder / "heldout" / "bytes.json").read_text(encoding="utf-8"))
         return sizes
 
-    def problems(self, config: TaskConfig, split: Split) -> Path:
+    def problems_file(self, config: TaskConfig, split: Split) -> Path:
         """Where the problems of a held-out split are kept."""
         return self.folder / "problems" / split / f"{safe_name(task_title(config))}.jsonl"
 
     def task(self, config: TaskConfig, split: Split = "test") -> HeldOutTask:
         """The task of ``config`` with the problems of a held-out ``split`` that the data stage kept."""
-        return HeldOutTask(load_task(config), tuple(read_problems(self.problems(config, split))), split)
+        return HeldOutTask(load_task(config), tuple(read_problems(self.problems_file(config, split))), split)
 
 
 def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:

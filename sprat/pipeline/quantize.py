@@ -105,9 +105,13 @@ def _student_calibration_rows(pipeline: Pipeline, student: Transformer, tokenize
 
 def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
     """For each task asked greedily, the share of the student's accuracy that INT4 lost (negative: gained)."""
-    old = {row["task"]: row["accuracy"] for row in before if row["label"] == "greedy"}
-    new = {row["task"]: row["accuracy"] for row in after if row["label"] == "greedy"}
-    return {task: (old[task] - new[task]) / old[task] for task in new if old.get(task)}
+    accuracy_before = {row["task"]: row["accuracy"] for row in before if row["label"] == "greedy"}
+    accuracy_after = {row["task"]: row["accuracy"] for row in after if row["label"] == "greedy"}
+    return {
+        task: (accuracy_before[task] - accuracy_after[task]) / accuracy_before[task]
+        for task in accuracy_after
+        if accuracy_before.get(task)
+    }
 
 
 def quantize_model(

@@ -23,7 +23,7 @@ from sprat.pipeline.graph import Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.pipeline.recipe import PipelineRecipe
 from sprat.post.rewards import load_reward
-from sprat.report import write
+from sprat.report import write_report
 from sprat.trust import atomic
 from sprat.trust.lock import lock_folder
 
@@ -32,24 +32,24 @@ MIN_FREE_BYTES = 300_000_000  # free disk that a pipeline wants
 SERVED_RUN = "quantize"  # the run whose model is served at the end
 
 
-def stages(pipeline: Pipeline, text: Path | None = None) -> list[Stage]:
+def build_stages(pipeline: Pipeline, text: Path | None = None) -> list[Stage]:
     """The stages of ``pipeline``, the critical path first."""
     recipe = pipeline.recipe
-    start, first = recipe.rl.start, f"rl-seed{recipe.rl.seeds[0]}"
-    tune = [Stage("sft", training.sft, (pipeline,), ("pretrain",))]
+    start, teacher = recipe.rl.start, f"rl-seed{recipe.rl.seeds[0]}"
+    sft_stage = [Stage("sft", training.sft, (pipeline,), ("pretrain",))]
     graph = [
         Stage("data", data.data, (pipeline, text)),
         Stage("pretrain", training.pretrain, (pipeline,), ("data",)),
-        *(tune if start == "sft" else ()),
-        Stage(first, training.rl, (pipeline, recipe.rl.seeds[0]), (start,)),
-        Stage("distill", training.distill, (pipeline,), (first,)),
+        *(sft_stage if start == "sft" else ()),
+        Stage(teacher, training.rl, (pipeline, recipe.rl.seeds[0]), (start,)),
+        Stage("distill", training.distill, (pipeline,), (teacher,)),
         Stage("quantize", quantize.quantize, (pipeline,), ("distill",)),
     ]
-    graph += [Stage(twin.run, training.pretrain, (pipeline, twin), ("data",)) for twin in recipe.dense]
+    graph += [Stage(dense.run, training.pretrain, (pipeline, dense), ("data",)) for dense in recipe.dense]
     graph.append(Stage("student-scratch", controls.student_scratch, (pipeline,), ("data",)))
     graph += [Stage(f"rl-seed{seed}", training.rl, (pipeline, seed), (start,)) for seed in recipe.rl.seeds[1:]]
     if recipe.controls is not None:
-        graph += tune if start == "pretrain" else ()
+        graph += sft_stage if start == "pretrain" else ()
         graph.append(Stage("rft", controls.rft, (pipeline,), (start,)))
         graph.append(Stage("pretrain-more", controls.pretrain_more, (pipeline,), (start,)))
         if recipe.controls.student_examples is not None:
@@ -77,8 +77,8 @@ def quickstart(
         pipeline = Pipeline(out, recipe)
         atomic.write_text(out / "recipe.toml", recipe.to_toml())
         pipeline.add_file("recipe.toml")
-        run_stages(stages(pipeline, text), recipe.jobs, on_progress)
-        return write(out)
+        run_stages(build_stages(pipeline, text), recipe.jobs, on_progress)
+        return write_report(out)
 
 
 def check_recipe(recipe: PipelineRecipe) -> None:
@@ -106,4 +106,4 @@ def check_disk(out: Path) -> None:
         raise MachineError(f"only {free // 1_000_000} MB of disk are free", where=str(out), todo=todo)
 
 
-__all__ = ["SERVED_RUN", "check_disk", "quickstart", "stages"]
+__all__ = ["SERVED_RUN", "check_disk", "quickstart", "build_stages"]

@@ -251,7 +251,7 @@ class PipelineRecipe(Config):
             ConfigError: one of them, or a model that cannot be.
         """
         lengths = {"data.seq_len": self.data.seq_len, "eval.max_tokens": self.eval.max_tokens + 1}  # and a question
-        more = {"sft.sft.seq_len": self.sft.sft.seq_len, "rl.rl.max_tokens": self.rl.rl.max_tokens + 1}
+        teacher_lengths = {"sft.sft.seq_len": self.sft.sft.seq_len, "rl.rl.max_tokens": self.rl.rl.max_tokens + 1}
         models = {"pretrain.model": self.pretrain.model, "distill.student": self.distill.student}
         models |= {f"dense.{index}": dense for index, dense in enumerate(self.dense)}
         for key, model in models.items():
@@ -259,7 +259,7 @@ class PipelineRecipe(Config):
             if config.vocab_size < self.data.vocab_size:
                 what = f"{config.vocab_size} ids are fewer than data.vocab_size ({self.data.vocab_size})"
                 raise ConfigError(what, where=f"{key}.changes.vocab_size", todo="leave it out")
-            for name, tokens in (lengths | (more if key == "pretrain.model" else {})).items():
+            for name, tokens in (lengths | (teacher_lengths if key == "pretrain.model" else {})).items():
                 if tokens > config.context:
                     what = f"{name} needs a context of {tokens} tokens, the model's is {config.context}"
                     todo = f"raise it, or lower {name}"

@@ -25,19 +25,20 @@ def before_after_rl(runs: PipelineRuns) -> str:
 
 def _pairs(before: StageRun, after: StageRun, task: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Samples of the same question."""
-    old, new = before.by_task().get(task), after.by_task().get(task)
-    if old is None or new is None:
+    score_before, score_after = before.by_task().get(task), after.by_task().get(task)
+    if score_before is None or score_after is None:
         return []
-    samples_before = {sample["question"]: sample for sample in old.samples}
-    pairs = [(task, samples_before[s["question"]], s) for s in new.samples if s["question"] in samples_before]
+    samples_before = {sample["question"]: sample for sample in score_before.samples}
+    pairs = [(task, samples_before[s["question"]], s) for s in score_after.samples if s["question"] in samples_before]
     return pairs[:_PAIRS_PER_TASK]
 
 
-def _pair(before: str, after: str, task: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _pair(before: str, after: str, task: str, sample_before: dict[str, Any], sample_after: dict[str, Any]) -> str:
     """One question with two answers."""
-    asked = f'<p class="ask"><span class="tag">{escape(task)}</span> {escape(new["question"])}'
-    asked += f" <small>expected {escape(new.get('answer', ''))}</small></p>"
-    return f'<div class="sample">{asked}<div class="two">{_answer(before, old)}{_answer(after, new)}</div></div>\n'
+    question = f'<p class="ask"><span class="tag">{escape(task)}</span> {escape(sample_after["question"])}'
+    question += f" <small>expected {escape(sample_after.get('answer', ''))}</small></p>"
+    answers = _answer(before, sample_before) + _answer(after, sample_after)
+    return f'<div class="sample">{question}<div class="two">{answers}</div></div>\n'
 
 
 def _answer(title: str, sample: dict[str, Any]) -> str:

@@ -28,9 +28,7 @@ def _panel(name: str, domain: str, models: list[StageRun], scores: HeldOutScores
     model_values = [(wrap_label(stage.title), _model_bits(stage, domain)) for stage in models]
     colors = [BLUE, ORANGE, *[BLUE] * len(models)]
     bars = [
-        (label, value, colour)
-        for (label, value), colour in zip(model_values, colors, strict=False)
-        if value is not None
+        (label, value, color) for (label, value), color in zip(model_values, colors, strict=False) if value is not None
     ]
     names = [baseline for baseline in dict.fromkeys((scores.best_baseline, "gzip")) if baseline in scores.baselines]
     bars += [(wrap_label(_baseline_name(baseline)), scores.baselines[baseline], GREY) for baseline in names]
@@ -38,9 +36,9 @@ def _panel(name: str, domain: str, models: list[StageRun], scores: HeldOutScores
 
     def draw(axes: Any) -> None:
         labels, values, shades = zip(*bars, strict=True)
-        drawn = axes.barh(range(len(bars)), values, color=shades, height=0.62)
+        drawn_bars = axes.barh(range(len(bars)), values, color=shades, height=0.62)
         axes.set_yticks(range(len(bars)), labels)
-        axes.bar_label(drawn, fmt="%.2f", padding=3)
+        axes.bar_label(drawn_bars, fmt="%.2f", padding=3)
         axes.set_xlim(0, max(values) * 1.15)
         axes.grid(False, axis="y")
         axes.set_xlabel("bits per byte (less is better)")
@@ -63,8 +61,8 @@ def table(runs: PipelineRuns) -> str:
             "–" if best is None else f"<b>{best:.3f}</b><small>{escape(_baseline_name(scores.best_baseline))}</small>"
         )
         cells.append(f"{scores.baselines['gzip']:.3f}" if "gzip" in scores.baselines else "–")
-        rest = sorted(set(scores.baselines) - {scores.best_baseline, "gzip"}, key=_sort_key)
-        others = ", ".join(f"{escape(_baseline_name(name))} {scores.baselines[name]:.2f}" for name in rest)
+        other_baselines = sorted(set(scores.baselines) - {scores.best_baseline, "gzip"}, key=_sort_key)
+        others = ", ".join(f"{escape(_baseline_name(name))} {scores.baselines[name]:.2f}" for name in other_baselines)
         rows.append([escape(domain), *cells, f"@wrap|<small>{others or '–'}</small>"])
     head = ["held-out text, bits per byte", *(escape(stage.title) for stage in models)]
     return tables.table([*head, "best baseline", "gzip -9", "the others"], rows) if rows else ""

@@ -29,7 +29,7 @@ def main_stages(stages: Sequence[StageRun], stage_index: Callable[[StageRun], in
     selected = [stage for stage in _ancestry(last, stages) if _same_inputs(stage, last, _EVAL_INPUTS)]
     names = {stage.name for stage in selected}
     for stage in candidates:
-        parents = {one.name for one in _parents(stage, stages)}
+        parents = {run.name for run in _parents(stage, stages)}
         if stage_index(stage) < 0 and parents & names and _same_inputs(stage, last, _EVAL_INPUTS):
             names.add(stage.name)
     return [stage for stage in stages if stage.name in names]
@@ -40,21 +40,21 @@ def is_comparable(control: StageRun, stage: StageRun) -> bool:
 
     A checkpoint to go on from is each run's own.
     """
-    shapes = [one.recipe["student"] for one in (control, stage) if "student" in one.recipe]
+    shapes = [run.recipe["student"] for run in (control, stage) if "student" in run.recipe]
     shared = (set(control.inputs) & set(stage.inputs)) - {"init_from"}
     return _same_inputs(control, stage, sorted(shared)) and all(shape == shapes[0] for shape in shapes)
 
 
-def differ_only_in_seed(one: StageRun, other: StageRun) -> bool:
+def differ_only_in_seed(run: StageRun, other: StageRun) -> bool:
     """Whether two runs differ in nothing but their seed, and in how much the first of several seeds is asked."""
-    recipes = [{name: value for name, value in stage.recipe.items() if name != "seed"} for stage in (one, other)]
-    inputs = [{name: value for name, value in _digests(stage).items() if name != "asked"} for stage in (one, other)]
+    recipes = [{name: value for name, value in stage.recipe.items() if name != "seed"} for stage in (run, other)]
+    inputs = [{name: value for name, value in _digests(stage).items() if name != "asked"} for stage in (run, other)]
     return recipes[0] == recipes[1] and inputs[0] == inputs[1]
 
 
-def _same_inputs(one: StageRun, other: StageRun, names: Sequence[str]) -> bool:
+def _same_inputs(run: StageRun, other: StageRun, names: Sequence[str]) -> bool:
     """Whether both read the same under each of ``names`` that both have."""
-    first, second = _digests(one), _digests(other)
+    first, second = _digests(run), _digests(other)
     return all(first[name] == second[name] for name in names if name in first and name in second)
 
 
@@ -66,8 +66,8 @@ def _parents(stage: StageRun, stages: Sequence[StageRun]) -> list[StageRun]:
     """The runs that ``stage`` was made from, as far as they are here; of two with one artefact that at its path."""
     parents = []
     for item in stage.inputs.values():
-        matches = [one for one in stages if one is not stage and one.digest and one.digest == item.get("digest")]
-        parents += sorted(matches, key=lambda one: bool(one.name != item.get("path")))[:1]
+        matches = [run for run in stages if run is not stage and run.digest and run.digest == item.get("digest")]
+        parents += sorted(matches, key=lambda run: bool(run.name != item.get("path")))[:1]
     return parents
 
 
@@ -75,8 +75,8 @@ def _ancestry(stage: StageRun, stages: Sequence[StageRun]) -> list[StageRun]:
     """``stage`` and all that it was made from."""
     ancestry, pending = {stage.name: stage}, [stage]
     while pending:
-        parents = [one for one in _parents(pending.pop(), stages) if one.name not in ancestry]
-        ancestry |= {one.name: one for one in parents}
+        parents = [run for run in _parents(pending.pop(), stages) if run.name not in ancestry]
+        ancestry |= {run.name: run for run in parents}
         pending += parents
     return list(ancestry.values())
 
@@ -84,11 +84,11 @@ def _ancestry(stage: StageRun, stages: Sequence[StageRun]) -> list[StageRun]:
 def _is_current(stage: StageRun, stages: Sequence[StageRun]) -> bool:
     """Whether all that ``stage`` was made from, as far as it is here, still stands and was judged as it was."""
     return all(
-        not _was_replaced(one, stages) and _same_inputs(one, stage, _EVAL_INPUTS) for one in _ancestry(stage, stages)
+        not _was_replaced(run, stages) and _same_inputs(run, stage, _EVAL_INPUTS) for run in _ancestry(stage, stages)
     )
 
 
 def _was_replaced(stage: StageRun, stages: Sequence[StageRun]) -> bool:
     """Whether in the place of a run that ``stage`` was made from another one stands now."""
-    names, digests = [one.name for one in stages], [one.digest for one in stages]
+    names, digests = [run.name for run in stages], [run.digest for run in stages]
     return any(item.get("path") in names and item.get("digest") not in digests for item in stage.inputs.values())

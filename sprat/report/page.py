@@ -38,7 +38,7 @@ _DISCLAIMERS = (
 )
 
 
-def write(pipeline_folder: str | Path) -> Path:
+def write_report(pipeline_folder: str | Path) -> Path:
     """Write ``report.html`` into the folder of a pipeline (or of one run), from its finished runs alone.
 
     The ledger of the pipeline is told the page's digest, so that ``verify`` sees an edited one.
@@ -54,7 +54,7 @@ def write(pipeline_folder: str | Path) -> Path:
     folder = Path(pipeline_folder)
     path = folder / "report.html"
     try:
-        content = page(read_runs(folder))
+        content = render_page(read_runs(folder))
     except _MALFORMED as error:
         what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
         raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
@@ -65,7 +65,7 @@ def write(pipeline_folder: str | Path) -> Path:
     return path
 
 
-def page(runs: PipelineRuns) -> str:
+def render_page(runs: PipelineRuns) -> str:
     """The whole page of ``runs``."""
     style = resources.files("sprat.report").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in (_head(runs), *_sections(runs), _foot(runs)) if part)
@@ -214,10 +214,10 @@ def _rates(runs: PipelineRuns) -> str:
 def _foot(runs: PipelineRuns) -> str:
     """What this is not, and what computed it."""
     versions = runs.stages[-1].record.get("versions") or {}
-    known = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
+    version_text = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
     items = "".join(f"<li>{escape(item)}</li>" for item in _DISCLAIMERS)
     other_runs = sorted(
         {stage.name for stage in runs.stages if stage.kind not in STAGE_TITLES and not stage.control_of}
     )
-    more = f" Other runs: {escape(', '.join(other_runs))}." if other_runs else ""
-    return f"<section><h2>What this is not</h2><ul>{items}</ul></section><footer>{known}.{more}</footer>"
+    other_text = f" Other runs: {escape(', '.join(other_runs))}." if other_runs else ""
+    return f"<section><h2>What this is not</h2><ul>{items}</ul></section><footer>{version_text}.{other_text}</footer>"

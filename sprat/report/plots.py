@@ -179,9 +179,9 @@ def pareto(runs: PipelineRuns) -> list[str]:
 def _scatter(name: str, title: str, points: list[tuple[StageRun, float, float]], less_is_better: bool) -> str:
     """One panel of ``pareto``: points that no other beats are filled and joined."""
 
-    def beats(one: tuple[StageRun, float, float], other: tuple[StageRun, float, float]) -> bool:
-        cheaper = one[1] <= other[1] if less_is_better else one[1] >= other[1]
-        return cheaper and one[2] >= other[2] and one[1:] != other[1:]
+    def beats(point: tuple[StageRun, float, float], other_point: tuple[StageRun, float, float]) -> bool:
+        cheaper = point[1] <= other_point[1] if less_is_better else point[1] >= other_point[1]
+        return cheaper and point[2] >= other_point[2] and point[1:] != other_point[1:]
 
     front = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p[1])
 

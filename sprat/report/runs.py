@@ -134,8 +134,10 @@ class PipelineRuns:
     @property
     def compared_stages(self) -> list[StageRun]:
         """All stages that are set against another: main ones, their other seeds, their controls."""
-        shown = [other for stage in self.main for other in (stage, *self.seed_runs(stage.kind), *self.controls(stage))]
-        names = {stage.name for stage in shown}
+        compared = [
+            other for stage in self.main for other in (stage, *self.seed_runs(stage.kind), *self.controls(stage))
+        ]
+        names = {stage.name for stage in compared}
         return [stage for stage in self.stages if stage.name in names]
 
     @property

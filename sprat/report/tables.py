@@ -61,8 +61,8 @@ def format_duration(seconds: float) -> str:
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes} min {remainder} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_yuan(nano: int) -> str:
@@ -101,8 +101,8 @@ def accuracy(runs: PipelineRuns) -> str:
     head = ["task"]
     for stage in columns:
         cost = stage.facts.get("training_cpu_seconds")
-        words = ["control"] * bool(stage.control_of) + ([f"{float(cost):.0f} s of training"] if cost else [])
-        mark = f"<small>{', '.join(words) or '&nbsp;'}</small>"
+        notes = ["control"] * bool(stage.control_of) + ([f"{float(cost):.0f} s of training"] if cost else [])
+        mark = f"<small>{', '.join(notes) or '&nbsp;'}</small>"
         head.append(f"@{'control' if stage.control_of else 'stage'}|{escape(stage.title)}{mark}")
     rows = []
     for task, trained in runs.tasks().items():
@@ -210,12 +210,12 @@ def cost(runs: PipelineRuns) -> str:
     rows = []
     names = ("flops", "tokens", "device_seconds", "wall_seconds", "energy_joules_estimated", "nano_yuan")
     total = dict.fromkeys(names, 0.0)
-    whole = max(sum(float(stage.record.get("device_seconds") or 0) for stage in runs.stages), 1e-9)
+    total_seconds = max(sum(float(stage.record.get("device_seconds") or 0) for stage in runs.stages), 1e-9)
     for stage in runs.stages:
         spent = {name: float(stage.record.get(name) or 0) for name in names}
         total = {name: total[name] + spent[name] for name in names}
         mark = ' <span class="tag">control</span>' if stage.control_of else ""
-        share = 100 * spent["device_seconds"] / whole
+        share = 100 * spent["device_seconds"] / total_seconds
         bar = f'<span class="bar"><i style="width:{share:.1f}%"></i></span>'
         rows.append([escape(stage.title) + mark, *_cost_cells(spent), bar])
     rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _cost_cells(total)), ""])

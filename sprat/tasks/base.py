@@ -83,8 +83,8 @@ def split_of(form: str) -> Split:
     >>> split_of("sum 1 2 3") in ("train", "dev", "test")
     True
     """
-    first = hashlib.sha256(f"{SPLIT_SALT}\n{form}".encode()).digest()[:8]
-    return _SPLITS[int.from_bytes(first, "big") % len(_SPLITS)]
+    hash_bytes = hashlib.sha256(f"{SPLIT_SALT}\n{form}".encode()).digest()[:8]
+    return _SPLITS[int.from_bytes(hash_bytes, "big") % len(_SPLITS)]
 
 
 def sample_problem(generate: Callable[[int], Problem], split: Split, index: int) -> Problem:

@@ -92,7 +92,9 @@ def legs(animals: Iterable[tuple[int, int]]) -> str:
     >>> legs([(3, 4), (2, 8), (5, 0), (0, 6)])
     'legs 2x8 3x4'
     """
-    return " ".join(["legs", *(f"{count}x{each}" for count, each in sorted(animals) if count and each)])
+    return " ".join(
+        ["legs", *(f"{count}x{legs_of_one}" for count, legs_of_one in sorted(animals) if count and legs_of_one)]
+    )
 
 
 def _side(source: str) -> tuple[int, int]:
@@ -148,11 +150,11 @@ def _terms(node: ast.expr) -> Terms:
 def _product(left: Terms, right: Terms) -> Terms:
     if not left or not right:
         return {}
-    for one, other in ((left, right), (right, left)):
-        if one in (_number(1), _number(-1)):
-            return _added({}, other, one[()])
-    (sign, factors), (again, more) = _factors(left), _factors(right)
-    return {tuple(sorted(factors + more)): sign * again}
+    for unit, other in ((left, right), (right, left)):
+        if unit in (_number(1), _number(-1)):
+            return _added({}, other, unit[()])
+    (sign, factors), (other_sign, other_factors) = _factors(left), _factors(right)
+    return {tuple(sorted(factors + other_factors)): sign * other_sign}
 
 
 def _quotient(left: Terms, right: Terms) -> Terms:
@@ -164,8 +166,8 @@ def _quotient(left: Terms, right: Terms) -> Terms:
 
 def _factors(sum_terms: Terms) -> tuple[int, tuple[str, ...]]:
     """The sign and the factors of a single product; a sum is one factor, with the sign that makes it first by name."""
-    (term, count), *more = sum_terms.items()
-    if not more and abs(count) == 1:
+    (term, count), *other_terms = sum_terms.items()
+    if not other_terms and abs(count) == 1:
         return count, term
-    words, sign = min((_format_terms(_added({}, sum_terms, sign)), sign) for sign in (1, -1))
-    return sign, (f"({words})",)
+    text_form, sign = min((_format_terms(_added({}, sum_terms, sign)), sign) for sign in (1, -1))
+    return sign, (f"({text_form})",)

@@ -205,8 +205,11 @@ def _line_error(line: str) -> str:
         claimed = entry.pop("hash")
         if claimed != digest.of_json(entry):
             return "does not match its own hash"
-        whole = {**entry, "hash": claimed}
-        if set(whole) != {"index", "kind", "time", "prev", "body", "hash"} or digest.canonical_json(whole) != line:
+        complete_entry = {**entry, "hash": claimed}
+        if (
+            set(complete_entry) != {"index", "kind", "time", "prev", "body", "hash"}
+            or digest.canonical_json(complete_entry) != line
+        ):
             return "is not written as an entry is"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "cannot be read"

@@ -72,7 +72,7 @@ class LedgerState:
         """The run ``name`` was renamed, or was gone."""
         was_finished = self.runs.pop(name, None) is not None
         # A report in the run's folder went with it, and is under the digest of the set-aside folder.
-        self.files = {path: known for path, known in self.files.items() if not path.startswith(f"{name}/")}
+        self.files = {path: file_digest for path, file_digest in self.files.items() if not path.startswith(f"{name}/")}
         if body["to"] is None:
             self.deleted.add(name)
             return ""

@@ -82,16 +82,16 @@ def run_folder_digest(folder: Path) -> str:
 
 def find_runs(pipeline_folder: str | Path) -> list[Path]:
     """The folders of finished runs under ``pipeline_folder`` in the order of their finish; set-aside ones left out."""
-    found: list[tuple[str, str, Path]] = []
+    runs: list[tuple[str, str, Path]] = []
     pending = [Path(pipeline_folder)]
     while pending:
         folder = pending.pop()
         if (folder / "run.json").is_file():
             record = read_json(folder / "run.json") or {}
-            found.append((str(record.get("finished")), str(folder), folder))
+            runs.append((str(record.get("finished")), str(folder), folder))
         elif not (folder / "open.json").is_file():
             pending += [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and ".old-" not in p.name]
-    return [path for _, _, path in sorted(found)]
+    return [path for _, _, path in sorted(runs)]
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

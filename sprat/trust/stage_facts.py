@@ -20,9 +20,9 @@ class ExcludedText:
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = ", …" if self.count > len(self.names) else ""
+        ellipsis = ", …" if self.count > len(self.names) else ""
         size = f", {self.bytes:,} bytes" if self.bytes else ""
-        return f"{self.count:,} {self.why} ({', '.join(self.names)}{more}{size})"
+        return f"{self.count:,} {self.why} ({', '.join(self.names)}{ellipsis}{size})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class TextSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "left_out": [{**asdict(one), "names": list(one.names)} for one in self.left_out]}
+        return {
+            **asdict(self),
+            "left_out": [{**asdict(excluded), "names": list(excluded.names)} for excluded in self.left_out],
+        }
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> TextSource:
@@ -62,12 +65,12 @@ class TextSource:
         licence, digest, fault, file, pinned = (
             str(row.get(key) or "") for key in ("licence", "digest", "fault", "file", "pinned")
         )
-        left = tuple(
-            ExcludedText(str(one["why"]), int(one["count"]), int(one["bytes"]), tuple(map(str, one["names"])))
-            for one in row.get("left_out") or ()
+        left_out = tuple(
+            ExcludedText(str(item["why"]), int(item["count"]), int(item["bytes"]), tuple(map(str, item["names"])))
+            for item in row.get("left_out") or ()
         )
         documents, size = (int(row.get(key) or 0) for key in ("documents", "bytes"))
-        return cls(str(row["name"]), licence, documents, size, digest, fault, file, pinned, left)
+        return cls(str(row["name"]), licence, documents, size, digest, fault, file, pinned, left_out)
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,8 @@ def _input_error(pipeline_folder: Path, name: str, item: dict[str, Any], state: 
         return None
     path, message = check_relative_path(item["path"]), ""
     moved = [
-        f"{aside}/{path.removeprefix(body['run'] + '/')}"
-        for aside, body in state.set_aside.items()
+        f"{set_aside_name}/{path.removeprefix(body['run'] + '/')}"
+        for set_aside_name, body in state.set_aside.items()
         if path.startswith(body["run"] + "/")
     ]
     for location in (path, *moved):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from sprat.pipeline.pipeline import Pipeline
-from sprat.pipeline.quickstart import stages
+from sprat.pipeline.quickstart import build_stages
 from sprat.pipeline.recipe import load_recipe
 from sprat.trust.verify import verify
 
 Sprat = Callable[..., subprocess.CompletedProcess[str]]
-NAMES = [stage.name for stage in stages(Pipeline(Path("anywhere"), load_recipe("tiny")))]
+NAMES = [stage.name for stage in build_stages(Pipeline(Path("anywhere"), load_recipe("tiny")))]
 
 
 def words(out: Path, *more: str) -> list[str]:
@@ -30,8 +30,8 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job would inherit it ignored
 
 
-def digests(road: Path) -> dict[str, str]:
-    records = {name: json.loads((road / name / "run.json").read_text()) for name in NAMES}
+def digests(pipeline: Path) -> dict[str, str]:
+    records = {name: json.loads((pipeline / name / "run.json").read_text()) for name in NAMES}
     return {name: record["artefact_digest"] for name, record in records.items()}
 
 

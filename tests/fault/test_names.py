@@ -78,17 +78,17 @@ def test_titles_and_domains_name_files_in_their_own_folder_and_different_ones_di
 
 
 def test_a_run_is_named_by_one_plain_part_or_refused(inside: Path, tmp_path: Path) -> None:
-    road = Pipeline(inside, load_recipe("tiny"))
+    pipeline = Pipeline(inside, load_recipe("tiny"))
     for name in _names(tmp_path / "outside"):
         try:
-            path = road.run_folder(name)
+            path = pipeline.run_folder(name)
         except ConfigError:
             continue
         assert path.parent == inside and path.name == name and name not in (".", "..")
-    assert road.run_folder("rl-seed-3") == inside / "rl-seed-3"
+    assert pipeline.run_folder("rl-seed-3") == inside / "rl-seed-3"
     for name in SURE:
         with pytest.raises(ConfigError):
-            road.run_folder(name)
+            pipeline.run_folder(name)
 
 
 def test_whatever_names_a_recipe_is_read_or_refused_in_one_sentence(inside: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_titles_of_a_recipe_reach_the_folder_of_problems_only(inside: Path, tmp_
         recipe = load_recipe("tiny").replace(data={"tasks": [{"name": "sums", "title": name}]})
         config = recipe.data.tasks[0]
         artefact = DataArtifact(inside)
-        write_problems(artefact.problems(config, "test"), [Problem("t", 7, "q", "a")])
+        write_problems(artefact.problems_file(config, "test"), [Problem("t", 7, "q", "a")])
         assert artefact.task(config).problems[0].index == 7
     assert {path for path in _tree(tmp_path / "outside") if not path.startswith("a/b/inside/problems/")} == {
         "a", "a/b", "a/b/inside", "a/b/inside/problems"

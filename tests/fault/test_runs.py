@@ -61,24 +61,24 @@ STAGE = textwrap.dedent("""
 """)
 
 
-def stage(road: Path, when: str = "") -> tuple[int, str]:
+def stage(pipeline: Path, when: str = "") -> tuple[int, str]:
     """Run the stage, killed at ``when``; its exit status and what it said."""
-    done = subprocess.run([sys.executable, "-c", STAGE, str(road), when], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STAGE, str(pipeline), when], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
-def read(road: Path) -> dict[str, object]:
+def read(pipeline: Path) -> dict[str, object]:
     """The run's record."""
-    found: dict[str, object] = json.loads((road / "a" / "run.json").read_text())
+    found: dict[str, object] = json.loads((pipeline / "a" / "run.json").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that was never interrupted."""
-    road = tmp_path_factory.mktemp("whole")
-    assert stage(road) == (0, "from 0\n")
-    return road
+    pipeline = tmp_path_factory.mktemp("whole")
+    assert stage(pipeline) == (0, "from 0\n")
+    return pipeline
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def scored(way: str, *right: int) -> list[dict[str, Any]]:
     return [{"task": t, "label": way, "correct": r, "count": 1000} for t, r in zip(TASKS, right, strict=True)]
 
 
-def road(name: str = "0-avx512", shift: int = 0) -> PipelineResult:
+def pipeline(name: str = "0-avx512", shift: int = 0) -> PipelineResult:
     """Every bar is met, and none by much."""
     base, thinking = (500, 500, 500, 500, 900, 900), (720, 720, 720, 720, 920, 920)
     reached = tuple(700 + shift if place < 4 else 900 for place in range(6))
@@ -51,7 +51,7 @@ def road(name: str = "0-avx512", shift: int = 0) -> PipelineResult:
 
 
 def test_each_bar_holds_where_it_is_met() -> None:
-    found = check_criteria(road())
+    found = check_criteria(pipeline())
     assert len(found) == 9 and all(good for _, good in found.values()), found
 
 
@@ -69,7 +69,7 @@ def test_each_bar_holds_where_it_is_met() -> None:
     ],
 )
 def test_each_bar_is_missed_by_itself(run: str, fact: str, value: Any, bar: str) -> None:
-    one = copy.deepcopy(road())
+    one = copy.deepcopy(pipeline())
     one.runs[run]["facts"][fact] = value
     missed = [name for name, (_, good) in check_criteria(one).items() if not good]
     assert len(missed) == 1 and bar in missed[0], missed
@@ -82,17 +82,23 @@ def test_the_interval_is_students() -> None:
 
 
 def test_roads_of_one_seed_count_once() -> None:
-    roads = [road("0-avx512"), road("0-avx2", 20), road("1-avx512", 10), road("1-avx2", 30), road("2-avx512", 20)]
-    found = gains(roads)["RL over base: a"]  # seeds: 0.21, 0.22, 0.22
+    pipelines = [
+        pipeline("0-avx512"),
+        pipeline("0-avx2", 20),
+        pipeline("1-avx512", 10),
+        pipeline("1-avx2", 30),
+        pipeline("2-avx512", 20),
+    ]
+    found = gains(pipelines)["RL over base: a"]  # seeds: 0.21, 0.22, 0.22
     assert found["mean"] == pytest.approx(0.216)
     assert found["lower"] == pytest.approx(0.65 / 3 - 4.303 * 0.0057735 / math.sqrt(3), abs=1e-5)
-    assert gains(roads)["RL over base: e"] == {"mean": 0, "lower": 0}
-    assert not any(name.startswith("RL over SFT") for name in gains(roads))  # a run that is not there
+    assert gains(pipelines)["RL over base: e"] == {"mean": 0, "lower": 0}
+    assert not any(name.startswith("RL over SFT") for name in gains(pipelines))  # a run that is not there
 
 
 def test_the_table_shows_means_and_ranges_in_per_cent() -> None:
-    roads = [road("0-avx512"), road("1-avx512", 20)]
-    short, wide = (table(roads, ranges=ranges).splitlines() for ranges in (False, True))
+    pipelines = [pipeline("0-avx512"), pipeline("1-avx512", 20)]
+    short, wide = (table(pipelines, ranges=ranges).splitlines() for ranges in (False, True))
     row = next(line for line in short if "after RL" in line)
     assert row == "| **after RL** | 71.0 | 71.0 | 71.0 | 71.0 | 90.0 | 90.0 | 77.3 (76.7 to 78.0) |  | 60 |"
     assert "71.0 (70.0 to 72.0)" in next(line for line in wide if "after RL" in line)
@@ -100,7 +106,7 @@ def test_the_table_shows_means_and_ranges_in_per_cent() -> None:
 
 
 def test_each_run_is_shown_left_to_itself_and_made_to_think() -> None:
-    one = road()
+    one = pipeline()
     one.runs["pretrain"]["flops"] = 9.4e12
     short, wide = (table([one], ranges=ranges).splitlines() for ranges in (False, True))
     assert short[0].endswith("| f | mean | made to think | CPU s |") and wide[0].endswith("| CPU s | FLOPs |")
@@ -112,7 +118,7 @@ def test_each_run_is_shown_left_to_itself_and_made_to_think() -> None:
 
 
 def test_gains_are_over_the_base_left_to_itself_made_to_think_and_sampled() -> None:
-    one = road()
+    one = pipeline()
     more = {"rft": ([600] * 6, [650] * 6), "pretrain-more": ([500] * 6, [620] * 6), "student-examples": ([490] * 6, [])}
     more["pretrain-dense"] = ([500] * 6, [700] * 6)
     for run, (greedy, thinking) in more.items():
@@ -134,16 +140,16 @@ def test_gains_are_over_the_base_left_to_itself_made_to_think_and_sampled() -> N
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_bar_that_a_road_says_nothing_of_is_not_held_there(place: int) -> None:
-    drafts, roads = "MTP: share of first drafts accepted >= 0.70", [road("0-avx512"), road("1-avx512", 20)]
-    assert judge_criteria(roads)[drafts].passed
-    del roads[place].runs["quantize"]["facts"]["drafts"]
-    bar = judge_criteria(roads)[drafts]
+    drafts, pipelines = "MTP: share of first drafts accepted >= 0.70", [pipeline("0-avx512"), pipeline("1-avx512", 20)]
+    assert judge_criteria(pipelines)[drafts].passed
+    del pipelines[place].runs["quantize"]["facts"]["drafts"]
+    bar = judge_criteria(pipelines)[drafts]
     assert bar.values[place] is None and bar.values[1 - place] is not None and not bar.passed
     assert "1 of 2, missing on 1: MISSED" in format_criterion(drafts, bar)
 
 
 def test_the_claims_do_not_vanish_where_no_road_has_their_runs() -> None:
-    one = road()
+    one = pipeline()
     for run in ("rl-seed0", "distill", "quantize"):
         del one.runs[run]
     judged = judge_criteria([one])
@@ -152,43 +158,43 @@ def test_the_claims_do_not_vanish_where_no_road_has_their_runs() -> None:
 
 
 def test_a_run_on_some_roads_only_is_named() -> None:
-    roads = [road("0-avx512"), road("1-avx512")]
-    roads[1].runs["sft"] = {"facts": {"scores": scored("greedy", *[600] * 6)}}
-    assert incomplete(roads) == {"sft": 1}
-    assert "SFT" not in table(roads, ranges=False) and not any("SFT" in name for name in gains(roads))
+    pipelines = [pipeline("0-avx512"), pipeline("1-avx512")]
+    pipelines[1].runs["sft"] = {"facts": {"scores": scored("greedy", *[600] * 6)}}
+    assert incomplete(pipelines) == {"sft": 1}
+    assert "SFT" not in table(pipelines, ranges=False) and not any("SFT" in name for name in gains(pipelines))
 
 
 def test_a_claim_of_learning_needs_the_lower_end_of_its_interval() -> None:
     # on each pipeline four tasks are up by 20 points or more, and yet task d may be luck: +82, +82 and +23 points
-    roads = [road(f"{seed}-avx512", 20 + seed) for seed in range(3)]
-    assert judge_criteria(roads)[RL].passed and "on 4 tasks, 4 are needed" in judge_criteria(roads)[RL].note
-    for one, right in zip(roads, (990, 990, 400), strict=True):
+    pipelines = [pipeline(f"{seed}-avx512", 20 + seed) for seed in range(3)]
+    assert judge_criteria(pipelines)[RL].passed and "on 4 tasks, 4 are needed" in judge_criteria(pipelines)[RL].note
+    for one, right in zip(pipelines, (990, 990, 400), strict=True):
         one.runs["pretrain"]["facts"]["scores"][3]["correct"] = 170
         one.runs["rl-seed0"]["facts"]["scores"][3]["correct"] = right
-    judged = judge_criteria(roads)[RL]
+    judged = judge_criteria(pipelines)[RL]
     assert all(found is not None and found[1] for found in judged.values)
     assert not judged.passed and "on 3 tasks, 4 are needed" in format_criterion(RL, judged)
 
 
 def test_the_student_needs_the_lower_end_too_and_one_seed_has_none() -> None:
-    roads = [road(f"{seed}-avx512", 20) for seed in range(3)]
-    for one, right in zip(roads, (501, 600, 501), strict=True):
+    pipelines = [pipeline(f"{seed}-avx512", 20) for seed in range(3)]
+    for one, right in zip(pipelines, (501, 600, 501), strict=True):
         one.runs["distill"]["facts"]["scores"] = scored("greedy", *[right] * 6)
-    judged = judge_criteria(roads)[STUDENT]
+    judged = judge_criteria(pipelines)[STUDENT]
     assert all(found is not None and found[1] for found in judged.values)
     assert not judged.passed and "lower 95 % end over seeds -10.8 points, > 0 is needed" in format_criterion(
         STUDENT, judged
     )
-    two_isas = judge_criteria([road("0-avx512"), road("0-avx2")])
+    two_isas = judge_criteria([pipeline("0-avx512"), pipeline("0-avx2")])
     assert two_isas[STUDENT].passed and two_isas[STUDENT].note == "one seed: no interval"
 
 
 def test_a_control_with_fewer_seconds_is_flagged() -> None:
-    roads = [road("0-avx512"), road("1-avx512")]
-    for one, sft, more in zip(roads, (40, 44), (60, 60), strict=True):  # of RL's 50
+    pipelines = [pipeline("0-avx512"), pipeline("1-avx512")]
+    for one, sft, more in zip(pipelines, (40, 44), (60, 60), strict=True):  # of RL's 50
         one.runs["sft"] = {"facts": {"training_cpu_seconds": sft}}
         one.runs["pretrain-more"] = {"facts": {"training_cpu_seconds": more}}
-    found = cpu_second_ratios(roads)
+    found = cpu_second_ratios(pipelines)
     assert found["sft over rl-seed0"] == pytest.approx([0.8, 0.88])
     lines = {line.split()[2]: line for line in format_cpu_second_ratios(found).splitlines()}
     assert "0.84 (0.80 to 0.88)  the control had LESS" in lines["sft"]

@@ -128,15 +128,15 @@ def test_the_data_stage_notes_it_and_says_it(tmp_path: Path, capfd: pytest.Captu
     (text / "table.csv").write_text("a,b")
     (text / "link.txt").symlink_to(text / "3.txt")
     small = ("data.text_bytes=20000", "data.demonstrations=40", "data.test_problems=10", "data.vocab_size=700")
-    road = Pipeline(tmp_path / "road", load_recipe("tiny", small))
-    data(road, text)
-    (source,) = json.loads((road.run_folder("data") / "run.json").read_text())["facts"]["sources"]
+    pipeline = Pipeline(tmp_path / "road", load_recipe("tiny", small))
+    data(pipeline, text)
+    (source,) = json.loads((pipeline.run_folder("data") / "run.json").read_text())["facts"]["sources"]
     told = {one["why"]: one["count"] for one in source["left_out"]}
     assert told.pop("files of other kinds than .txt, .md, .rst, .py, .jsonl, .parquet") == 3
     assert told.pop("documents that others say too") == 1
     assert source["documents"] + told.pop("documents beyond data.text_bytes=20000") == 40
     said = capfd.readouterr().err
     assert "not learned from: 3 files of other kinds than" in said and ", table.csv, " in said
-    assert all(finding.ok for finding in verify(road.folder))
-    (road.folder / "corpus" / "documents.jsonl").open("a").write("{}")
-    assert [finding.subject for finding in verify(road.folder) if not finding.ok] == ["corpus"]
+    assert all(finding.ok for finding in verify(pipeline.folder))
+    (pipeline.folder / "corpus" / "documents.jsonl").open("a").write("{}")
+    assert [finding.subject for finding in verify(pipeline.folder) if not finding.ok] == ["corpus"]

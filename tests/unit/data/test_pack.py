@@ -82,7 +82,7 @@ def test_a_saved_dataset_is_the_same_and_a_torn_one_is_refused(tmp_path: Path) -
     packed.save(tmp_path)
     again = PackedDataset.load(tmp_path)
     assert again.digest == packed.digest
-    assert np.array_equal(again.mask, packed.mask)
+    assert np.array_equal(again.loss_mask, packed.loss_mask)
     file = tmp_path / "packed.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-10])

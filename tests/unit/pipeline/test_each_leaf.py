@@ -77,7 +77,7 @@ LOOP: dict[str, Change] = {
     "steps": ("5", ()),
     "batch_rows": ("8", ()),
     "micro_batches": ("2", ()),
-    "init_from": ("{road}/{stage}.before", ()),
+    "init_from": ("{pipeline}/{stage}.before", ()),
     "checkpoint_every": ("3", ()),
     "log_every": ("3", ()),
     "mtp_weight": ("0.5", ()),
@@ -116,7 +116,7 @@ RL: dict[str, Change] = {
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
     "normalise_std": ("false", ()),
-    "init_from": ("{road}/rl-seed0.before", ("rl.rl.steps=4",)),
+    "init_from": ("{pipeline}/rl-seed0.before", ("rl.rl.steps=4",)),
     "checkpoint_every": ("1", ()),
     "grad_clip": ("0.01", ()),
     "gate": ("true", ()),
@@ -316,15 +316,15 @@ def base(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch, 
     patched.setattr(distill, "traces", taught)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("data", "pretrain", "sft", "rl-seed0", "distill", "rft", "pretrain-more"):
-            _walk(_road(folder, folder / "road", ()), name, folder, patch)
+            _walk(_pipeline(folder, folder / "road", ()), name, folder, patch)
     return folder
 
 
-def _road(base: Path, folder: Path, overrides: Sequence[str]) -> Pipeline:
+def _pipeline(base: Path, folder: Path, overrides: Sequence[str]) -> Pipeline:
     return Pipeline(folder, load_recipe("tiny", (*BASE, f"rl.rl.reward={base}/pays.py:pay", *overrides)))
 
 
-def _walk(road: Pipeline, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None:
+def _walk(pipeline: Pipeline, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None:
     """Run ``stage``; what only asks its model afterwards is left out, but where that is what is looked at."""
     if stage != "measured":
         patch.setattr(evaluation, "score_tasks", lambda *rest, **more: [])
@@ -332,18 +332,18 @@ def _walk(road: Pipeline, stage: str, base: Path, patch: pytest.MonkeyPatch) -> 
         patch.setattr(evaluation, "tokens_per_second", lambda *rest, **more: 1.0)
         patch.setattr(training, "_text_facts", lambda *rest, **more: {})
     work: dict[str, Callable[[], None]] = {
-        "data": lambda: data.data(road, base / "text"),
-        "pretrain": lambda: training.pretrain(road),
-        "measured": lambda: training.pretrain(road),
-        "pretrain-dense": lambda: training.pretrain(road, road.recipe.dense[0]),
-        "sft": lambda: training.sft(road),
-        "rft": lambda: controls.rft(road),
-        "pretrain-more": lambda: controls.pretrain_more(road),
-        "rl-seed0": lambda: training.rl(road, road.recipe.rl.seeds[0]),
-        "distill": lambda: training.distill(road),
-        "student-scratch": lambda: controls.student_scratch(road),
-        "student-examples": lambda: controls.student_examples(road),
-        "quantize": lambda: quantize.quantize(road),
+        "data": lambda: data.data(pipeline, base / "text"),
+        "pretrain": lambda: training.pretrain(pipeline),
+        "measured": lambda: training.pretrain(pipeline),
+        "pretrain-dense": lambda: training.pretrain(pipeline, pipeline.recipe.dense[0]),
+        "sft": lambda: training.sft(pipeline),
+        "rft": lambda: controls.rft(pipeline),
+        "pretrain-more": lambda: controls.pretrain_more(pipeline),
+        "rl-seed0": lambda: training.rl(pipeline, pipeline.recipe.rl.seeds[0]),
+        "distill": lambda: training.distill(pipeline),
+        "student-scratch": lambda: controls.student_scratch(pipeline),
+        "student-examples": lambda: controls.student_examples(pipeline),
+        "quantize": lambda: quantize.quantize(pipeline),
     }
     work[stage]()
 
@@ -378,19 +378,19 @@ def _left(base: Path, seen: Seen, stage: str, overrides: tuple[str, ...], change
         shutil.copytree(base / "road" / name, folder / name)
     if (base / "road" / run).exists() and "init_from" in changed:
         shutil.copytree(base / "road" / run, folder / f"{run}.before")
-    said = tuple(one.format(road=folder, base=base, stage=run) if "{road}" in one or "{base}" in one else one
+    said = tuple(one.format(pipeline=folder, base=base, stage=run) if "{pipeline}" in one or "{base}" in one else one
                  for one in (*overrides, *([changed] if changed else [])))  # fmt: skip
     seen.saved.clear(), seen.rows.clear(), seen.at_once.clear()
     left = Left()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            road = _road(base, folder, said)
+            pipeline = _pipeline(base, folder, said)
             for earlier in ("sft", "distill"):  # where what is said besides makes another one
                 if earlier != run and any(one.startswith(f"{earlier}.") for one in overrides):
                     shutil.rmtree(folder / earlier)
-                    _walk(road, earlier, base, patch)
-            _walk(road, stage, base, patch)
-        names = {"rl-seed0": f"rl-seed{road.recipe.rl.seeds[0]}", "pretrain-dense": road.recipe.dense[0].run}
+                    _walk(pipeline, earlier, base, patch)
+            _walk(pipeline, stage, base, patch)
+        names = {"rl-seed0": f"rl-seed{pipeline.recipe.rl.seeds[0]}", "pretrain-dense": pipeline.recipe.dense[0].run}
         name = names.get(stage, run)
         record = json.loads((folder / name / "run.json").read_text())
         outputs = {path: made for path, made in record["outputs"].items() if not path.endswith("state.json")}
@@ -454,7 +454,7 @@ def test_jobs_and_offline_reach_who_they_are_for(tmp_path: Path, monkeypatch: py
     """How many stages run side by side, and whether text is fetched: neither is a result of a stage."""
     asked: list[Any] = []
     monkeypatch.setattr(quickstart, "run_stages", lambda stages, jobs, on_progress: asked.append(jobs))
-    monkeypatch.setattr(quickstart, "write", lambda out: out)
+    monkeypatch.setattr(quickstart, "write_report", lambda out: out)
     for jobs in (1, 3):
         quickstart.quickstart(tmp_path / str(jobs), load_recipe("tiny", (*BASE, f"jobs={jobs}")))
     monkeypatch.setattr(corpus.debian, "fetch_packages", lambda: asked.append("fetched") or [])
@@ -484,9 +484,9 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
     shutil.copytree(base / "road", folder)
     table = {"pretrain": "pretrain.train", "sft": "sft.sft", "distill": "distill.distill", "rl-seed0": "rl.rl"}[stage]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    road = _road(base, folder, (*changed.split(), f"{table}.init_from={folder}/{stage}"))
+    pipeline = _pipeline(base, folder, (*changed.split(), f"{table}.init_from={folder}/{stage}"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=fault):
-        _walk(road, stage, base, patch)
+        _walk(pipeline, stage, base, patch)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -516,7 +516,7 @@ def test_what_the_model_cannot_hold_is_refused_before_the_finished_run_is_set_as
     shutil.copytree(base / "road", folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SpratError, match=fault):
-        _walk(_road(base, folder, changed.split()), stage, base, patch)
+        _walk(_pipeline(base, folder, changed.split()), stage, base, patch)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -545,7 +545,7 @@ def test_another_int4_is_another_student_only_where_it_learns_for_it(
     made = []
     with pytest.MonkeyPatch.context() as patch:
         for quant in ("rounding=gptq", change):
-            _walk(_road(base, folder, (learns, f"quant.{quant}")), "distill", base, patch)
+            _walk(_pipeline(base, folder, (learns, f"quant.{quant}")), "distill", base, patch)
             made.append(json.loads((folder / "distill" / "run.json").read_text())["artefact_digest"])
     assert (folder / "distill.old-1").exists() == another
     assert (made[0] != made[1]) == another
@@ -557,7 +557,7 @@ def test_the_first_seed_is_asked_more_whichever_it_is(base: Path, tmp_path: Path
         patch.setattr(evaluation, "score_tasks", lambda *rest, **more: [])
         patch.setattr(evaluation, "accuracy_changes", lambda *rest, **more: [])
         for seeds in ("[0, 1]", "[0, 1]", "[1, 0]"):
-            training.rl(_road(base, folder, (f"rl.seeds={seeds}",)), 1)
+            training.rl(_pipeline(base, folder, (f"rl.seeds={seeds}",)), 1)
             assert (folder / "rl-seed1.old-1").exists() == (seeds == "[1, 0]")
 
 
@@ -574,11 +574,11 @@ def test_another_split_is_another_input_of_the_data(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _beside(base, tmp_path, "distill")
-    data.data(_road(base, folder, ()), base / "text")
+    data.data(_pipeline(base, folder, ()), base / "text")
     assert not (folder / "data.old-1").exists()
     monkeypatch.setattr(SplitRecipe.model_fields["salt"], "default", "another")
     SplitRecipe.model_rebuild(force=True)
-    data.data(_road(base, folder, ()), base / "text")
+    data.data(_pipeline(base, folder, ()), base / "text")
     assert (folder / "data.old-1").exists()
     monkeypatch.undo()
     SplitRecipe.model_rebuild(force=True)

@@ -99,13 +99,13 @@ class Drawing(Almost):
 def test_speed_is_measured_on_questions_of_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"sums": ("s1", "s2", "s3"), "sums_of_3": ("t1",)}
     tasks = 'data.tasks=[{name="sums",title="sums"},{name="sums",title="sums_of_3"}]'
-    road = Pipeline(tmp_path, load_recipe("tiny", (tasks, "data.unseen=[]")))
+    pipeline = Pipeline(tmp_path, load_recipe("tiny", (tasks, "data.unseen=[]")))
     monkeypatch.setattr(
         "sprat.pipeline.pipeline.DataArtifact.task", lambda _, config, __: SimpleNamespace(problems=kept[config.title])
     )
     monkeypatch.setattr(evaluation, "ask", lambda problem: problem)
-    assert evaluation._prompts(road, 3) == ["s1", "t1", "s2"]
-    assert evaluation._prompts(road, 9) == ["s1", "t1", "s2", "s3"]
+    assert evaluation._prompts(pipeline, 3) == ["s1", "t1", "s2"]
+    assert evaluation._prompts(pipeline, 9) == ["s1", "t1", "s2", "s3"]
 
 
 def test_no_excerpt_hears_its_neighbour_in_calibration() -> None:

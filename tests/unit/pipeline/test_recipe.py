@@ -12,7 +12,7 @@ from sprat.config.sizes import size
 from sprat.errors import ConfigError, MachineError
 from sprat.model.counts import count_parameters
 from sprat.pipeline.pipeline import Pipeline
-from sprat.pipeline.quickstart import check_disk, stages
+from sprat.pipeline.quickstart import build_stages, check_disk
 from sprat.pipeline.recipe import RECIPE_FOLDER, ModelRecipe, load_recipe
 
 
@@ -56,7 +56,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_costs() -> None:
 
 
 def test_every_stage_needs_only_stages_that_exist(tmp_path: Path) -> None:
-    found = stages(Pipeline(tmp_path, load_recipe("quickstart")))
+    found = build_stages(Pipeline(tmp_path, load_recipe("quickstart")))
     names = {stage.name for stage in found}
     assert all(set(stage.depends_on) <= names for stage in found) and len(names) == len(found)
 

@@ -32,9 +32,9 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(training, "load", lambda path: (None, None))
     monkeypatch.setattr(training.evaluation, "check_context", lambda *_, **__: None)
     monkeypatch.setattr(training.grpo, "grpo", lambda *_, reward, **__: heard.append(reward))
-    monkeypatch.setattr(training, "finish_run", lambda road, run, *_, **__: run.finish())
+    monkeypatch.setattr(training, "finish_run", lambda pipeline, run, *_, **__: run.finish())
     for name in ("data", "pretrain"):
-        opened = road_of(tmp_path, "verdicts.mine:f").open_run(
+        opened = pipeline_of(tmp_path, "verdicts.mine:f").open_run(
             name, name, load_recipe("tiny").data, {}, 0, lambda goes_on: None
         )
         assert opened is not None
@@ -42,7 +42,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return heard
 
 
-def road_of(tmp_path: Path, reward: str) -> Pipeline:
+def pipeline_of(tmp_path: Path, reward: str) -> Pipeline:
     return Pipeline(tmp_path / "road", load_recipe("tiny", (f'rl.rl.reward="{reward}"', "rl.rl.gate=false")))
 
 
@@ -50,17 +50,17 @@ def road_of(tmp_path: Path, reward: str) -> Pipeline:
 def test_a_changed_reward_trains_again_and_a_mistyped_one_touches_nothing(
     form: str, trained: list[Any], tmp_path: Path
 ) -> None:
-    road = road_of(tmp_path, form.format(folder=tmp_path))
-    run = road.run_folder("rl-seed0")
-    training.rl(road, 0)
-    training.rl(road, 0)
+    pipeline = pipeline_of(tmp_path, form.format(folder=tmp_path))
+    run = pipeline.run_folder("rl-seed0")
+    training.rl(pipeline, 0)
+    training.rl(pipeline, 0)
     assert len(trained) == 1
     inputs = json.loads((run / "run.json").read_text())["inputs"]
     for key, name in (("reward", "mine.py"), ("reward/near.py", "near.py")):
         assert inputs[key]["digest"] == hashlib.sha256((tmp_path / "verdicts" / name).read_bytes()).hexdigest()
     with pytest.raises(ConfigError, match="no function 'g'"):
-        training.rl(road_of(tmp_path, form.format(folder=tmp_path).replace(":f", ":g")), 0)
-    assert (run / "run.json").is_file() and not list(road.folder.glob("*.old-*"))
+        training.rl(pipeline_of(tmp_path, form.format(folder=tmp_path).replace(":f", ":g")), 0)
+    assert (run / "run.json").is_file() and not list(pipeline.folder.glob("*.old-*"))
     (tmp_path / "verdicts" / "near.py").write_text("FULL = 0.5\n")
-    training.rl(road, 0)
-    assert len(trained) == 2 and len(list(road.folder.glob("rl-seed0.old-*"))) == 1
+    training.rl(pipeline, 0)
+    assert len(trained) == 2 and len(list(pipeline.folder.glob("rl-seed0.old-*"))) == 1

@@ -44,7 +44,7 @@ Form = tuple[int, ...]
 WORK: dict[str, Callable[[Pipeline], None]] = {
     "pretrain": training.pretrain,
     "sft": training.sft,
-    "rl-seed0": lambda road: training.rl(road, 0),
+    "rl-seed0": lambda pipeline: training.rl(pipeline, 0),
     "rft": controls.rft,
     "pretrain-more": controls.pretrain_more,
     "student-scratch": controls.student_scratch,
@@ -85,12 +85,12 @@ def walked(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     (folder / "text").mkdir()
     for name in "abcd":
         (folder / "text" / f"{name}.txt").write_text("a small fish in a wide sea. " * 300)
-    road = Pipeline(folder / "road", load_recipe("tiny", (*SMALL, f"eval.split={request.param}")))
+    pipeline = Pipeline(folder / "road", load_recipe("tiny", (*SMALL, f"eval.split={request.param}")))
     hidden, generate, scores = Transformer.hidden, Engine.generate, evaluation.score_tasks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)  # no power fails here
-        data.data(road, folder / "text")
-        tokenizer = road.data_artifact.tokenizer()
+        data.data(pipeline, folder / "text")
+        tokenizer = pipeline.data_artifact.tokenizer()
 
         def learning(self: Transformer, tokens_BT: torch.Tensor, **more: Any) -> Any:
             if torch.is_grad_enabled():
@@ -125,25 +125,25 @@ def walked(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
             patch.setattr(kind, "score", lambda self, problem, said: crc32(f"{problem.question}{said}".encode()) % 2.0)
         for stage, work in WORK.items():
             watch.stage = stage
-            work(road)
-        yield road, watch
+            work(pipeline)
+        yield pipeline, watch
 
 
-def facts(road: Pipeline, run: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((road.run_folder(run) / "run.json").read_text())["facts"]
+def facts(pipeline: Pipeline, run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((pipeline.run_folder(run) / "run.json").read_text())["facts"]
     return found
 
 
-def kept(road: Pipeline, split: str) -> set[Form]:
+def kept(pipeline: Pipeline, split: str) -> set[Form]:
     """The held-out problems of ``split``, read from the files that the data stage left."""
-    files = sorted((road.run_folder("data") / "artefact" / "problems" / split).glob("*.jsonl"))
+    files = sorted((pipeline.run_folder("data") / "artefact" / "problems" / split).glob("*.jsonl"))
     assert len(files) == 3
     return {form(json.loads(line)["question"]) for file in files for line in file.read_text().splitlines()}
 
 
 def test_no_stage_learns_from_a_problem_of_dev_or_test(walked: tuple[Pipeline, Watch]) -> None:
-    road, watch = walked
-    held = kept(road, "test") | kept(road, "dev")
+    pipeline, watch = walked
+    held = kept(pipeline, "test") | kept(pipeline, "dev")
     assert len(held) > 60
     for stage in ("pretrain", "sft", "rft", "pretrain-more", "student-scratch", "distill", "rl-seed0"):
         assert watch.learned[stage] and not watch.learned[stage] & held, stage
@@ -151,31 +151,31 @@ def test_no_stage_learns_from_a_problem_of_dev_or_test(walked: tuple[Pipeline, W
 
 
 def test_no_score_comes_from_a_problem_of_another_split(walked: tuple[Pipeline, Watch]) -> None:
-    road, watch = walked
-    split, other = ("test", "dev") if road.recipe.eval.split == "test" else ("dev", "test")
+    pipeline, watch = walked
+    split, other = ("test", "dev") if pipeline.recipe.eval.split == "test" else ("dev", "test")
     assert watch.asked.keys() == WORK.keys()
     for stage, asked in watch.asked.items():
-        assert asked and asked <= kept(road, split), stage
-        assert not asked & (kept(road, other) | watch.learned["pretrain"]), stage
+        assert asked and asked <= kept(pipeline, split), stage
+        assert not asked & (kept(pipeline, other) | watch.learned["pretrain"]), stage
 
 
 def test_each_score_is_of_the_stages_own_model(walked: tuple[Pipeline, Watch]) -> None:
-    road, watch = walked
-    own = {stage: known_by(load(road.run_folder(stage))[0]) for stage in WORK}
+    pipeline, watch = walked
+    own = {stage: known_by(load(pipeline.run_folder(stage))[0]) for stage in WORK}
     assert len(set(own.values())) >= len(WORK) - 2  # RL had nothing to learn here; INT4 keeps the student's norms
     assert {stage: watch.scored[stage] for stage in WORK} == {stage: {own[stage]} for stage in WORK}
 
 
 def test_answers_are_drawn_from_the_model_that_is_said_to_give_them(walked: tuple[Pipeline, Watch]) -> None:
-    road, watch = walked
-    base, student = (known_by(load(road.run_folder(name))[0]) for name in ("pretrain", "distill"))
+    pipeline, watch = walked
+    base, student = (known_by(load(pipeline.run_folder(name))[0]) for name in ("pretrain", "distill"))
     assert watch.drawn_by["rft"] == {base} and base in watch.drawn_by["rl-seed0"]
-    assert watch.drawn_by["distill"] == {known_by(load(road.run_folder("rl-seed0"))[0])}
+    assert watch.drawn_by["distill"] == {known_by(load(pipeline.run_folder("rl-seed0"))[0])}
     assert watch.first["quantize"] == student  # for what GPTQ hears
 
 
 def test_students_learn_from_their_teachers_answers_and_the_twin_does_not(walked: tuple[Pipeline, Watch]) -> None:
-    road, watch = walked
+    pipeline, watch = walked
     for stage in ("rft", "distill"):
         heard = [f">{said}<" for said in watch.said[stage] if len(said) > 3]
         found = sum(said in watch.text[stage] for said in heard)
@@ -202,12 +202,12 @@ def test_text_has_its_share_of_the_rows(walked: tuple[Pipeline, Watch]) -> None:
 
 def test_p_values_and_losses_follow_from_the_counts(walked: tuple[Pipeline, Watch]) -> None:
     """Two proportions with a pooled deviation, from the normal distribution of the standard library."""
-    road, _ = walked
+    pipeline, _ = walked
     chance = set[float]()
     before = {"sft": "pretrain", "rl-seed0": "pretrain", "rft": "pretrain", "pretrain-more": "pretrain"}
     for stage, start in {**before, "quantize": "distill"}.items():
-        told = {row["task"]: row for row in facts(road, stage)["significance"]}
-        pairs = zip(greedy(road, start), greedy(road, stage), strict=False)
+        told = {row["task"]: row for row in facts(pipeline, stage)["significance"]}
+        pairs = zip(greedy(pipeline, start), greedy(pipeline, stage), strict=False)
         for old, new in pairs:
             row, n = told[new["task"]], old["count"]
             assert old["task"] == new["task"] and n == new["count"]
@@ -218,48 +218,49 @@ def test_p_values_and_losses_follow_from_the_counts(walked: tuple[Pipeline, Watc
             assert row["p"] == pytest.approx(2 * NormalDist().cdf(-z))
             chance.add(row["p"])
     assert len(chance) > 3
-    for old, new in zip(greedy(road, "distill"), greedy(road, "quantize"), strict=False):
-        lost = facts(road, "quantize")["relative_loss"][new["task"]]
+    for old, new in zip(greedy(pipeline, "distill"), greedy(pipeline, "quantize"), strict=False):
+        lost = facts(pipeline, "quantize")["relative_loss"][new["task"]]
         assert old["correct"] and lost == pytest.approx(1 - new["correct"] / old["correct"])
-    assert any(facts(road, "quantize")["relative_loss"].values())
+    assert any(facts(pipeline, "quantize")["relative_loss"].values())
 
 
-def greedy(road: Pipeline, run: str) -> list[dict[str, Any]]:
-    return [row for row in facts(road, run)["scores"] if row["label"] == "greedy"]
+def greedy(pipeline: Pipeline, run: str) -> list[dict[str, Any]]:
+    return [row for row in facts(pipeline, run)["scores"] if row["label"] == "greedy"]
 
 
 def test_what_was_never_trained_is_not_counted_as_trained(walked: tuple[Pipeline, Watch]) -> None:
-    road, _ = walked
-    assert [(row["task"], row["trained"]) for row in greedy(road, "rl-seed0")] == [
+    pipeline, _ = walked
+    assert [(row["task"], row["trained"]) for row in greedy(pipeline, "rl-seed0")] == [
         ("sums", True), ("chain_sum", True), ("longer", False)
     ]  # fmt: skip
 
 
 def test_bits_per_byte_are_those_of_the_text_that_is_held_out(walked: tuple[Pipeline, Watch]) -> None:
     """Log-probabilities of the pre-trained model, row by row, over the bytes of the held-out documents."""
-    road, _ = walked
-    model, _ = load(road.run_folder("pretrain"))
-    ((domain, told),) = facts(road, "pretrain")["bits_per_byte"].items()
-    rows, bits = road.data_artifact.held_out(domain), 0.0
-    for tokens, mask, segments in zip(rows.tokens, rows.mask, rows.segments, strict=True):
+    pipeline, _ = walked
+    model, _ = load(pipeline.run_folder("pretrain"))
+    ((domain, told),) = facts(pipeline, "pretrain")["bits_per_byte"].items()
+    rows, bits = pipeline.data_artifact.held_out(domain), 0.0
+    for tokens, mask, segments in zip(rows.tokens, rows.loss_mask, rows.segments, strict=True):
         ids = torch.from_numpy(tokens).long()
         with torch.no_grad():
             logits = model(ids[None, :-1], segments_BT=torch.from_numpy(segments).long()[None, :-1])[0].double()
         place = torch.arange(len(ids) - 1)
         found = -logits.log_softmax(-1)[place, ids[1:]] / math.log(2)
         bits += float(found[torch.from_numpy(mask[1:]).bool()].sum())
-    held = json.loads((road.run_folder("data") / "artefact" / "heldout" / "bytes.json").read_text())[domain]
+    held = json.loads((pipeline.run_folder("data") / "artefact" / "heldout" / "bytes.json").read_text())[domain]
     assert told["model"] == pytest.approx(bits / held, rel=1e-4)
     assert 200 < held < 1000  # what the data stage says that it holds out of 8,400 bytes
 
 
 def test_the_cost_of_a_student_has_its_teachers_in_it(walked: tuple[Pipeline, Watch]) -> None:
-    road, _ = walked
+    pipeline, _ = walked
     spent = {
-        run: json.loads((road.run_folder(run) / "run.json").read_text())["flops"] for run in ("distill", "rft", "sft")
+        run: json.loads((pipeline.run_folder(run) / "run.json").read_text())["flops"]
+        for run in ("distill", "rft", "sft")
     }
-    teacher = facts(road, "distill")["traces"]["tokens"]
+    teacher = facts(pipeline, "distill")["traces"]["tokens"]
     assert teacher > 0 and spent["distill"] > 0 and spent["rft"] > spent["sft"] * 0.5
     for run in ("pretrain", "sft", "rl-seed0", "rft", "pretrain-more", "distill", "student-scratch"):
-        whole = json.loads((road.run_folder(run) / "run.json").read_text())["device_seconds"]
-        assert 0 < facts(road, run)["training_cpu_seconds"] < whole, run
+        whole = json.loads((pipeline.run_folder(run) / "run.json").read_text())["device_seconds"]
+        assert 0 < facts(pipeline, run)["training_cpu_seconds"] < whole, run

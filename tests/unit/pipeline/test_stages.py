@@ -49,23 +49,23 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _bad_row(road: Pipeline) -> None:
-    text = road.folder.parent / "text.jsonl"
+def _bad_row(pipeline: Pipeline) -> None:
+    text = pipeline.folder.parent / "text.jsonl"
     text.write_text(json.dumps({"text": "a good row. " * 100}) + "\n" + json.dumps({"txt": "a slip"}) + "\n")
-    data.data(road, text)
+    data.data(pipeline, text)
 
 
-def _one_row(road: Pipeline) -> None:
-    text = road.folder.parent / "text.txt"
+def _one_row(pipeline: Pipeline) -> None:
+    text = pipeline.folder.parent / "text.txt"
     text.write_text("x")
-    data.data(road, text)
+    data.data(pipeline, text)
 
 
 @pytest.mark.parametrize(
     ("overrides", "work", "fault"),
     [
-        (("rl.rl.reward=my_rewards.py:pay",), lambda road: training.rl(road, 0), ConfigError),
-        (("rl.rl.reward=no colon",), lambda road: training.rl(road, 0), ConfigError),
+        (("rl.rl.reward=my_rewards.py:pay",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
+        (("rl.rl.reward=no colon",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
         ((), _bad_row, DataError),
         ((), _one_row, DataError),
         (('data.tasks=[{name="summs"}]',), data.data, DataError),
@@ -89,19 +89,19 @@ def test_what_fails_leaves_the_finished_run_where_it_was(
 def test_a_run_that_is_set_aside_is_named_with_its_new_place(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    road = Pipeline(finished, load_recipe("tiny"))
+    pipeline = Pipeline(finished, load_recipe("tiny"))
     asked: list[bool] = []
 
     def prepare(goes_on: bool) -> str:
         asked.append((finished / "pretrain" / "run.json").exists() and not goes_on)
         return "ready"
 
-    opened = road.open_run("pretrain", "pretrain", road.recipe.pretrain, {}, 0, prepare)
+    opened = pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, 0, prepare)
     assert opened is not None and opened[1] == "ready" and asked == [True]
     assert str(finished / "pretrain.old-1") in capsys.readouterr().err
     assert (finished / "pretrain.old-1" / "run.json").exists()
     opened[0].finish()
-    assert road.open_run("pretrain", "pretrain", road.recipe.pretrain, {}, 0, prepare) is None
+    assert pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, 0, prepare) is None
     assert asked == [True] and capsys.readouterr().err == ""
 
 
@@ -180,7 +180,7 @@ WORK: dict[str, Callable[[Pipeline], None]] = {
     "data": data.data,
     "pretrain": training.pretrain,
     "sft": training.sft,
-    "rl-seed0": lambda road: training.rl(road, 0),
+    "rl-seed0": lambda pipeline: training.rl(pipeline, 0),
     "distill": training.distill,
     "quantize": quantize.quantize,
     "rft": controls.rft,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sprat.config import TrainConfig
-from sprat.report import held_out_text, write
+from sprat.report import held_out_text, write_report
 from sprat.report.runs import PipelineRuns, read_runs
 from sprat.trust import open_run
 from sprat.trust.run_record import Input
@@ -28,14 +28,14 @@ def pretrained(folder: Path, bits: dict[str, Any], data: dict[str, Any] | None =
     return read_runs(folder)
 
 
-def rows(road: PipelineRuns) -> list[list[str]]:
+def rows(pipeline: PipelineRuns) -> list[list[str]]:
     """The cells of the table's body, as HTML."""
-    body = held_out_text.table(road).split("<tbody>")[1]
+    body = held_out_text.table(pipeline).split("<tbody>")[1]
     return [re.findall(r"<td[^>]*>.*?</td>", row) for row in body.split("<tr>")[1:]]
 
 
-def test_the_table_names_the_best_baseline_and_says_who_wins(road: Path) -> None:
-    docstring, prose = rows(read_runs(road))
+def test_the_table_names_the_best_baseline_and_says_who_wins(pipeline: Path) -> None:
+    docstring, prose = rows(read_runs(pipeline))
     assert prose[:3] == ["<td>prose</td>", '<td class="bad">2.210</td>', '<td class="bad">2.330</td>']  # and the twin
     assert prose[3:5] == ["<td><b>1.870</b><small>PPM</small></td>", "<td>3.050</td>"]
     assert "xz -9 2.36, byte 3-gram 2.62, byte 6-gram 2.14" in prose[5]
@@ -44,8 +44,8 @@ def test_the_table_names_the_best_baseline_and_says_who_wins(road: Path) -> None
     assert "xz -9 2.55, byte 3-gram 2.95" in docstring[5]
 
 
-def test_a_plot_holds_the_models_the_best_baseline_and_gzip_and_no_more(road: Path) -> None:
-    docstring, prose = held_out_text.plots(read_runs(road))
+def test_a_plot_holds_the_models_the_best_baseline_and_gzip_and_no_more(pipeline: Path) -> None:
+    docstring, prose = held_out_text.plots(read_runs(pipeline))
     assert all(word in prose for word in ("PPM", "gzip -9", "1.87", "2.21", "3.05"))
     assert not any(word in prose for word in ("xz -9", "-gram", "2.36"))
     assert "byte 6-gram" in docstring and "gzip -9" in docstring and "xz -9" not in docstring
@@ -55,17 +55,17 @@ def test_a_plot_holds_the_models_the_best_baseline_and_gzip_and_no_more(road: Pa
 def test_a_road_made_before_shows_what_was_measured_then(tmp_path: Path, beside: str) -> None:
     old = {"gzip": 2.92, "trigram": 2.86, "bytes": 74_227}
     row = {"model": 2.08} | (old if beside == "model" else {})
-    road = pretrained(tmp_path, {"prose": row}, {"prose": old})
-    ((_, model, best, gzip, others),) = rows(road)
+    pipeline = pretrained(tmp_path, {"prose": row}, {"prose": old})
+    ((_, model, best, gzip, others),) = rows(pipeline)
     assert model == '<td class="good">2.080</td>'
     assert best == "<td><b>2.860</b><small>byte 3-gram</small></td>" and gzip == "<td>2.920</td>" and "–" in others
-    assert "byte 3-gram" in write(tmp_path).read_text(encoding="utf-8")
+    assert "byte 3-gram" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_gzip_stands_once_where_it_is_the_best(tmp_path: Path) -> None:
-    road = pretrained(tmp_path, {"code": {"model": 2.4, "gzip": 2.27, "trigram": 3.04}})
-    assert held_out_text.plots(road)[0].count("gzip -9") == 1
-    ((_, model, best, _, others),) = rows(road)
+    pipeline = pretrained(tmp_path, {"code": {"model": 2.4, "gzip": 2.27, "trigram": 3.04}})
+    assert held_out_text.plots(pipeline)[0].count("gzip -9") == 1
+    ((_, model, best, _, others),) = rows(pipeline)
     assert model == '<td class="bad">2.400</td>' and "2.270" in best and "byte 3-gram 3.04" in others
 
 
@@ -81,7 +81,7 @@ def test_a_model_without_baselines_is_shown_alone_and_nothing_without_a_model(tm
 def test_a_baseline_of_a_foreign_road_is_text(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>@bad|"
     pretrained(tmp_path, {"prose": {"model": 2.5, name: 2.0, "gzip": 2.9, f"{name}2": 2.4}})
-    page = write(tmp_path).read_text(encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;&#64;bad|2 2.40" in page
 
 

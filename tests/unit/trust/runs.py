@@ -10,10 +10,15 @@ from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
 
-def finished(road: Path, stage: str, content: bytes = b"weights", **inputs: run_record.Input) -> Run:
+def finished(pipeline: Path, stage: str, content: bytes = b"weights", **inputs: run_record.Input) -> Run:
     """A small finished run of ``stage`` in ``pipeline``."""
     run = open_run(
-        road / stage, stage=stage, recipe=TrainConfig(steps=3), inputs=inputs, seed=1, ledger=road / "ledger.jsonl"
+        pipeline / stage,
+        stage=stage,
+        recipe=TrainConfig(steps=3),
+        inputs=inputs,
+        seed=1,
+        ledger=pipeline / "ledger.jsonl",
     )
     if not run.done:
         (run.artifact / "deep").mkdir()

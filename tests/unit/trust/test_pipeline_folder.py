@@ -13,9 +13,14 @@ from sprat.trust.lock import lock_folder
 from sprat.trust.verify import verify
 
 
-def made(road: Path, watts: float) -> Path:
+def made(pipeline: Path, watts: float) -> Path:
     run = open_run(
-        road / "a", stage="a", recipe=MoneyConfig(watts_per_core=watts), inputs={}, seed=0, ledger=road / "ledger.jsonl"
+        pipeline / "a",
+        stage="a",
+        recipe=MoneyConfig(watts_per_core=watts),
+        inputs={},
+        seed=0,
+        ledger=pipeline / "ledger.jsonl",
     )
     (run.artifact / "x").write_text("x")
     run.finish()

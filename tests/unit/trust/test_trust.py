@@ -115,18 +115,18 @@ def test_a_second_process_in_the_folder_is_told_who_is_at_work(tmp_path: Path) -
     assert other() == "free\n"
 
 
-def test_a_run_says_what_it_read_made_and_cost(road: Path) -> None:
-    written = run_record.read_json(road / "sft" / "run.json")
+def test_a_run_says_what_it_read_made_and_cost(pipeline: Path) -> None:
+    written = run_record.read_json(pipeline / "sft" / "run.json")
     assert written is not None
     assert written["inputs"]["model"]["path"] == "pretrain"
-    assert written["inputs"]["model"]["digest"] == digest.of_folder(road / "pretrain" / "artefact")
+    assert written["inputs"]["model"]["digest"] == digest.of_folder(pipeline / "pretrain" / "artefact")
     assert written["outputs"] == {"deep/model.bin": digest.of_bytes(b"tuned")}
-    assert written["artefact_digest"] == digest.of_folder(road / "sft" / "artefact")
+    assert written["artefact_digest"] == digest.of_folder(pipeline / "sft" / "artefact")
     assert written["recipe_digest"] == TrainConfig(steps=3).digest()
     assert (written["tokens"], written["flops"], written["seed"]) == (100, 1e6, 1)
     assert written["facts"] == {"title": "sft"}
-    assert str(road) not in (road / "sft" / "run.json").read_text()
-    assert sorted(path.name for path in (road / "sft").iterdir()) == [
+    assert str(pipeline) not in (pipeline / "sft" / "run.json").read_text()
+    assert sorted(path.name for path in (pipeline / "sft").iterdir()) == [
         "artefact", "metrics.jsonl", "recipe.toml", "run.json",
     ]  # fmt: skip
 
@@ -138,25 +138,25 @@ def test_money_is_whole_nano_yuan_of_the_stated_price() -> None:
     assert run_record.energy_joules(10.0, money) == 50.0
 
 
-def test_the_same_call_finds_the_run_done_and_another_recipe_sets_it_aside(road: Path) -> None:
-    assert finished(road, "pretrain").done
+def test_the_same_call_finds_the_run_done_and_another_recipe_sets_it_aside(pipeline: Path) -> None:
+    assert finished(pipeline, "pretrain").done
     again = open_run(
-        road / "pretrain",
+        pipeline / "pretrain",
         stage="pretrain",
         recipe=TrainConfig(steps=4),
         inputs={},
         seed=1,
-        ledger=road / "ledger.jsonl",
+        ledger=pipeline / "ledger.jsonl",
     )
     assert not again.done
     assert not any(again.artifact.iterdir())
-    assert (road / "pretrain.old-1" / "run.json").is_file()
+    assert (pipeline / "pretrain.old-1" / "run.json").is_file()
     (again.artifact / "model.bin").write_bytes(b"other")
     again.finish()
-    assert any("now holds something else" in fault for fault in faults(road))
-    assert finished(road, "sft", b"tuned", model=road / "pretrain").done
-    assert (road / "sft.old-1").is_dir()
-    assert faults(road) == []
+    assert any("now holds something else" in fault for fault in faults(pipeline))
+    assert finished(pipeline, "sft", b"tuned", model=pipeline / "pretrain").done
+    assert (pipeline / "sft.old-1").is_dir()
+    assert faults(pipeline) == []
 
 
 def test_another_seed_or_a_half_done_run_of_another_recipe_is_never_continued(tmp_path: Path) -> None:
@@ -177,15 +177,15 @@ def test_another_seed_or_a_half_done_run_of_another_recipe_is_never_continued(tm
     assert (tmp_path / "a.old-2").is_dir()
 
 
-def test_a_damaged_or_doctored_run_is_made_again_not_blessed(road: Path) -> None:
-    (road / "sft" / "artefact" / "deep" / "model.bin").write_bytes(b"TUNED")
-    assert finished(road, "sft", b"tuned", model=road / "pretrain").done
-    assert (road / "sft.old-1").is_dir()
-    path = road / "pretrain" / "run.json"
+def test_a_damaged_or_doctored_run_is_made_again_not_blessed(pipeline: Path) -> None:
+    (pipeline / "sft" / "artefact" / "deep" / "model.bin").write_bytes(b"TUNED")
+    assert finished(pipeline, "sft", b"tuned", model=pipeline / "pretrain").done
+    assert (pipeline / "sft.old-1").is_dir()
+    path = pipeline / "pretrain" / "run.json"
     path.write_text(path.read_text().replace('"title": "pretrain"', '"title": "doctored"'))
-    finished(road, "pretrain")
-    assert (road / "pretrain.old-1").is_dir()
-    assert faults(road) == []
+    finished(pipeline, "pretrain")
+    assert (pipeline / "pretrain.old-1").is_dir()
+    assert faults(pipeline) == []
 
 
 def test_foreign_files_are_never_taken_for_a_run(tmp_path: Path) -> None:
@@ -207,9 +207,9 @@ def test_rewind_drops_the_rows_after_the_checkpoint_and_a_number_may_be_infinite
     assert [(row["step"], row["loss"]) for row in run_record.read_metrics(run.folder)] == [(0, 0), (1, None), (2, 2)]
 
 
-def test_a_road_that_was_moved_still_verifies_whole_and_run_by_run(road: Path, tmp_path: Path) -> None:
+def test_a_road_that_was_moved_still_verifies_whole_and_run_by_run(pipeline: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "deep"
-    shutil.move(road, moved)
+    shutil.move(pipeline, moved)
     assert faults(moved) == []
     assert faults(moved / "sft") == []
     assert all(finding.ok for finding in verify(moved)) and len(verify(moved)) == 3
@@ -217,34 +217,34 @@ def test_a_road_that_was_moved_still_verifies_whole_and_run_by_run(road: Path, t
         verify(tmp_path / "elsewhere" / "nothing")
 
 
-def test_no_byte_of_a_road_can_be_flipped_unseen(road: Path) -> None:
-    assert faults(road) == []
-    files = [path for path in road.rglob("*") if path.is_file()]
+def test_no_byte_of_a_road_can_be_flipped_unseen(pipeline: Path) -> None:
+    assert faults(pipeline) == []
+    files = [path for path in pipeline.rglob("*") if path.is_file()]
     assert len(files) == 9
     for path in files:
         whole = path.read_bytes()
         step = max(1, len(whole) // 40)
         for place in {*range(0, len(whole), step), len(whole) - 1}:
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            assert faults(road), f"{path.relative_to(road)}: byte {place} flipped unseen"
+            assert faults(pipeline), f"{path.relative_to(pipeline)}: byte {place} flipped unseen"
         path.write_bytes(whole)
-    assert faults(road) == []
+    assert faults(pipeline) == []
 
 
-def test_a_file_added_or_taken_away_is_seen(road: Path) -> None:
-    for path in [path for path in road.rglob("*") if path.is_file()]:
+def test_a_file_added_or_taken_away_is_seen(pipeline: Path) -> None:
+    for path in [path for path in pipeline.rglob("*") if path.is_file()]:
         whole = path.read_bytes()
         path.unlink()
-        assert faults(road), f"{path.relative_to(road)} taken away unseen"
+        assert faults(pipeline), f"{path.relative_to(pipeline)} taken away unseen"
         path.write_bytes(whole)
-    (road / "sft" / "artefact" / "extra.bin").write_bytes(b"")
-    assert faults(road) == ["sft: artefact/extra.bin was added after the run"]
-    shutil.rmtree(road / "sft")
-    assert any("is not there" in fault for fault in faults(road))
+    (pipeline / "sft" / "artefact" / "extra.bin").write_bytes(b"")
+    assert faults(pipeline) == ["sft: artefact/extra.bin was added after the run"]
+    shutil.rmtree(pipeline / "sft")
+    assert any("is not there" in fault for fault in faults(pipeline))
 
 
-def test_an_altered_input_cannot_be_built_upon(road: Path) -> None:
-    (road / "pretrain" / "artefact" / "deep" / "model.bin").write_bytes(b"poison")
-    assert any(fault.startswith("sft: input 'model'") for fault in faults(road))
+def test_an_altered_input_cannot_be_built_upon(pipeline: Path) -> None:
+    (pipeline / "pretrain" / "artefact" / "deep" / "model.bin").write_bytes(b"poison")
+    assert any(fault.startswith("sft: input 'model'") for fault in faults(pipeline))
     with pytest.raises(TrustError, match="altered"):
-        finished(road, "rl", model=road / "pretrain")
+        finished(pipeline, "rl", model=pipeline / "pretrain")
