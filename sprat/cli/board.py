@@ -15,7 +15,7 @@ Told = Callable[[str, str, float], None]
 
 @contextmanager
 def board(road: Path) -> Iterator[Told]:
-    """Yield the listener of ``road.graph.run_all``: bars on a terminal, a line for each start and end elsewhere."""
+    """Yield the listener of ``graph.run_stages``: bars on a terminal, a line for each start and end elsewhere."""
     if not sys.stderr.isatty():
         yield narrate
         return

@@ -88,7 +88,7 @@ def split_of(form: str) -> Split:
 
 
 def sample_problem(generate: Callable[[int], Problem], split: Split, index: int) -> Problem:
-    """The first of ``generate(index * ATTEMPTS + k)``, k = 0, 1, …, that lies in ``split``.
+    """The first of ``generate(index * MAX_ATTEMPTS + k)``, k = 0, 1, …, that lies in ``split``.
 
     Raises:
         DataError: none of ``MAX_ATTEMPTS`` draws does; the task has too few distinct questions.

@@ -13,7 +13,7 @@ from sprat.trust.run import Run
 
 @contextmanager
 def bar(run: Run, steps: int, done: int = 0, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
-    """Yields ``advance(done, note)`` for the ``steps`` of ``run``; other processes see them in ``record.pulse``."""
+    """Yields ``advance(done, note)`` for the ``steps`` of ``run``; others see them by ``run_record.read_progress``."""
     run.start_progress(steps, done)
     console = Console(stderr=True)
     columns = (

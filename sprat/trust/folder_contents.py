@@ -57,7 +57,7 @@ def scan_folder(folder: Path, state: LedgerState) -> FolderContents:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a write that was cut off (see ``atomic.replacing``)."""
+    """Whether a file of this name is a write that was cut off (see ``atomic.replace_file``)."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 

@@ -9,7 +9,7 @@ root, holds a number drawn at random; every run writes the root's hash into its 
 one pipeline cannot be entered in the ledger of another. What the entries mean is in ``history``.
 
 A chain alone cannot show that its last entries were cut off with the files they speak of, or that all of it
-was written anew. For that someone must have kept its ``head``: see SECURITY.md.
+was written anew. For that someone must have kept its ``head_hash``: see SECURITY.md.
 
 A line without its newline was never acknowledged (the process died in the write): the next append
 cuts it off and goes on. To append, only the last line is read, however long the ledger is.
@@ -100,7 +100,7 @@ class Ledger:
         return None
 
     def entries(self) -> list[dict[str, Any]]:
-        """All acknowledged entries that can be read, in order; damage is told by ``check``."""
+        """All acknowledged entries that can be read, in order; damage is told by ``find_errors``."""
         return [json.loads(line) for line in self._read()[0] if not _line_error(line)]
 
     def find_errors(self) -> list[str]:

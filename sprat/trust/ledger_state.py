@@ -1,6 +1,6 @@
 """What the entries of a pipeline's ledger say together, and which of them do not fit.
 
-pipeline       the root: first entry, once; ledgers from before it have none, and are ``old``
+road       the root (named so in the file): first entry, once; ledgers from before it have none, and are legacy
 run        a run is finished; the same run again only after it was set aside
 set-aside  a run's folder was renamed to ``to``, or (``to`` is null) was gone when the run was made again
 files      the digest of a file or folder of the pipeline that belongs to no run: recipe, corpus, report

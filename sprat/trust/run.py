@@ -52,7 +52,7 @@ class Run:
         stage, seed: as given to ``open_run``.
         done: finished earlier with the same recipe and inputs, outputs intact; nothing is left to do.
         set_aside: where the run of another recipe that lay in this folder is now; None where there was none.
-        facts: what ``add_facts`` was told, also of a finished run.
+        facts: what ``add_facts`` was given, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
     """
 
@@ -201,7 +201,7 @@ def open_run(
 ) -> Run:
     """Open the run in ``folder``: done already, to go on with, or fresh (see the module's text).
 
-    ``artefact`` is empty when the run is not done; ``checkpoints`` holds what an earlier session left. With no
+    ``artifact`` is empty when the run is not done; ``checkpoints`` holds what an earlier session left. With no
     checkpoint the metrics and facts of that session are dropped.
 
     Args:
