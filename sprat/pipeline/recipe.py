@@ -115,7 +115,7 @@ class EvalRecipe(Config):
 class EvalScopeRecipe(Config):
     """What one stage is asked, where not all are asked alike: an input of its run."""
 
-    ways: tuple[str, ...]
+    ways: tuple[str, ...]  # evaluation modes, under the key that run.json has for them
     unseen: bool  # the tasks that are never trained, too
 
 
