@@ -101,7 +101,7 @@ def default_corpus(folder: str | Path, *, budget_bytes: int, offline: bool = Fal
     library = [document for document in chosen if document.source.startswith("python/")]
     version = "{}.{}.{}".format(*sys.version_info[:3])
     entry = TextSource(
-        f"python {version} library", pythonlib.LICENCE, *_count_and_bytes(library), digest=_digest(library)
+        f"python {version} library", pythonlib.LICENSE, *_count_and_bytes(library), digest=_digest(library)
     )
     sources.append(entry.to_dict())
     return _save(folder, request, chosen, sources)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sprat.data.document import Document
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 # Tests, foreign packages, tables rather than text, and what we read in another way.
 EXCLUDED_FOLDERS = {
     "test",
@@ -60,7 +60,7 @@ def topics(root: Path | None = None) -> Iterator[Document]:
                 name, text = getattr(key, "value", None), getattr(value, "value", None)
                 if isinstance(name, str) and isinstance(text, str):
                     source = f"python/topics/{name}"
-                    yield Document(source, text, source, LICENCE, "prose")
+                    yield Document(source, text, source, LICENSE, "prose")
 
 
 def _files(root: Path) -> list[Path]:
@@ -90,10 +90,10 @@ def _read(file: Path, name: str) -> Iterator[Document]:
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or first.lineno) - first.lineno + 1)
     if docstrings:
-        yield Document(f"{source}#docstrings", "\n".join(docstrings), source, LICENCE, "docstring")
+        yield Document(f"{source}#docstrings", "\n".join(docstrings), source, LICENSE, "docstring")
     code = re.sub(r"\n\s*\n\s*\n+", "\n\n", "\n".join(lines)).strip("\n")
     if code.strip():
-        yield Document(f"{source}#code", code + "\n", source, LICENCE, "code")
+        yield Document(f"{source}#code", code + "\n", source, LICENSE, "code")
 
 
 def _walk(

@@ -7,7 +7,7 @@ from typing import Any
 
 from sprat.report import tables
 from sprat.report.runs import PipelineRuns, StageRun
-from sprat.report.svg import BLUE, GREY, ORANGE, label_width, svg, wrap_label
+from sprat.report.svg import BLUE, GRAY, ORANGE, label_width, svg, wrap_label
 from sprat.report.tables import escape
 from sprat.trust.stage_facts import HeldOutScores
 
@@ -31,7 +31,7 @@ def _panel(name: str, domain: str, models: list[StageRun], scores: HeldOutScores
         (label, value, color) for (label, value), color in zip(model_values, colors, strict=False) if value is not None
     ]
     names = [baseline for baseline in dict.fromkeys((scores.best_baseline, "gzip")) if baseline in scores.baselines]
-    bars += [(wrap_label(_baseline_name(baseline)), scores.baselines[baseline], GREY) for baseline in names]
+    bars += [(wrap_label(_baseline_name(baseline)), scores.baselines[baseline], GRAY) for baseline in names]
     bars.reverse()  # the first bar is drawn lowest
 
     def draw(axes: Any) -> None:

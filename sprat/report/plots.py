@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sprat.report.runs import PipelineRuns, StageRun, wilson_interval
-from sprat.report.svg import BLUE, COLORS, GREEN, GREY, color_map_to, label_width, percent_axis, svg, wrap_label
+from sprat.report.svg import BLUE, COLORS, GREEN, GRAY, color_map_to, label_width, percent_axis, svg, wrap_label
 
 _RL = (
     ("Mean reward", "reward"),
@@ -82,7 +82,7 @@ def _by_length(name: str, task: str, scores_by_stage: list[tuple[str, Any]]) -> 
     def draw(axes: Any) -> None:
         for number, length in enumerate(untrained_lengths):
             label = "never trained" if number == 0 else None
-            axes.axvspan(length - 0.5, length + 0.5, color=GREY, alpha=0.16, linewidth=0, label=label)
+            axes.axvspan(length - 0.5, length + 0.5, color=GRAY, alpha=0.16, linewidth=0, label=label)
         for number, (title, score) in enumerate(scores_by_stage):
             color = COLORS[number % len(COLORS)]
             x = list(score.by_length)
@@ -188,7 +188,7 @@ def _scatter(name: str, title: str, points: list[tuple[StageRun, float, float]],
     def draw(axes: Any) -> None:
         axes.plot([p[1] for p in front], [p[2] for p in front], color=GREEN, linewidth=1, alpha=0.6, linestyle="--")
         for number, (stage, x, y) in enumerate(sorted(points, key=lambda p: p[1])):
-            axes.plot([x], [y], "o", color=GREEN if any(stage is p[0] for p in front) else GREY, markersize=7)
+            axes.plot([x], [y], "o", color=GREEN if any(stage is p[0] for p in front) else GRAY, markersize=7)
             up = bool(number % 2)
             annotation = {
                 "xytext": (0, 7 if up else -7),

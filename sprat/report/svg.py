@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 INK = "#010203"  # becomes currentColor
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b82c4", "#d9822b", "#2f9e77", "#c8505a", "#8b6bbf", "#8a8f98"
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
+BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = "#3b82c4", "#d9822b", "#2f9e77", "#c8505a", "#8b6bbf", "#8a8f98"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GRAY)
 
 _RC_PARAMS: Any = {
     "svg.fonttype": "none",
