@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sprat.report.runs import PipelineRuns, StageRun, wilson_interval
-from sprat.report.svg import BLUE, COLORS, GREEN, GRAY, color_map_to, label_width, percent_axis, svg, wrap_label
+from sprat.report.svg import BLUE, COLORS, GRAY, GREEN, color_map_to, label_width, percent_axis, svg, wrap_label
 
 _RL = (
     ("Mean reward", "reward"),
