@@ -1,4 +1,4 @@
-"""Takes the README's pictures of a finished road: the chat page answering, and the top of the report.
+"""Takes the README's pictures of a finished pipeline: the chat page answering, and the top of the report.
 
     python -m bench.pictures runs/quickstart [--model RUN] [--out docs]
 

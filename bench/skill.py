@@ -19,10 +19,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.road_figures import Road, gain_lines, gains, incomplete, of_pair, read, seconds, seconds_lines, table
-from bench.roads import ISAS, check, environment, note
+from bench.pipeline_figures import (
+    PipelineResult,
+    cpu_second_ratios,
+    format_cpu_second_ratios,
+    format_gains,
+    gains,
+    gains_of_pair,
+    incomplete,
+    read_result,
+    table,
+)
+from bench.pipelines import ISAS, check_folder, environment, write_note
 from sprat.errors import ConfigError
-from sprat.road.recipe import named
+from sprat.pipeline.recipe import load_recipe
 
 RECIPE = (
     "data.terse_fraction=0.0", "pretrain.train.steps=450", "rl.seeds=[0]", "rl.rl.gate=false",
@@ -37,7 +47,7 @@ QUICK = (
     "controls.rft.steps=120",
     "controls.more.steps=180",
 )
-LEAST, MOST_LOST = 0.05, 0.02  # of accuracy: what is a gain on a task, and what no task may lose
+MIN_GAIN, MAX_LOSS = 0.05, 0.02  # of accuracy: what is a gain on a task, and what no task may lose
 
 
 def overrides(seed: int, split: str, quick: bool) -> tuple[str, ...]:
@@ -45,46 +55,46 @@ def overrides(seed: int, split: str, quick: bool) -> tuple[str, ...]:
     return (*RECIPE, f"seed={seed}", f"eval.split={split}", *(QUICK if quick else ()))
 
 
-def walk(folder: Path, changes: tuple[str, ...], controlled: bool) -> None:
+def run_stages(folder: Path, changes: tuple[str, ...], controlled: bool) -> None:
     """Run the stages that are not done."""
     import torch
 
-    from sprat.road import controls, data, training
-    from sprat.road.places import Road as Folder
+    from sprat.pipeline import controls, data, training
+    from sprat.pipeline.pipeline import Pipeline
     from sprat.trust import atomic
 
     torch.set_num_threads(1)
-    road = Folder(folder, named("quickstart", changes))
-    atomic.write_text(folder / "recipe.toml", road.recipe.to_toml())
-    road.enter("recipe.toml")
-    data.data(road)
-    training.pretrain(road)
-    training.reinforce(road, 0)
+    pipeline = Pipeline(folder, load_recipe("quickstart", changes))
+    atomic.write_text(folder / "recipe.toml", pipeline.recipe.to_toml())
+    pipeline.add_file("recipe.toml")
+    data.data(pipeline)
+    training.pretrain(pipeline)
+    training.rl(pipeline, 0)
     if controlled:
-        training.fine_tune(road)
-        controls.rejection_sampling(road)
-        controls.more_pretraining(road)
+        training.sft(pipeline)
+        controls.rft(pipeline)
+        controls.pretrain_more(pipeline)
 
 
-def one(folder: Path, seed: int, isa: str, asked: argparse.Namespace) -> Road:
+def run_seed(folder: Path, seed: int, isa: str, args: argparse.Namespace) -> PipelineResult:
     """Walk one seed in a process of its instruction set, and read it.
 
     Raises:
-        ConfigError: another road is in the folder.
+        ConfigError: another pipeline is in the folder.
     """
-    check(folder, isa, named("quickstart", overrides(seed, asked.split, asked.quick)))
-    note(folder, "isa", isa)
-    flags = ["--split", asked.split, *(["--controls"] if asked.controls else []), *(["--quick"] if asked.quick else [])]
+    check_folder(folder, isa, load_recipe("quickstart", overrides(seed, args.split, args.quick)))
+    write_note(folder, "isa", isa)
+    flags = ["--split", args.split, *(["--controls"] if args.controls else []), *(["--quick"] if args.quick else [])]
     command = [sys.executable, "-m", "bench.skill", str(folder), "--walk", str(seed), *flags]
     subprocess.run(command, env=environment(isa) | {"OMP_NUM_THREADS": "1"}, check=True)
-    return read(folder, f"{seed}-{isa}")
+    return read_result(folder, f"{seed}-{isa}")
 
 
-def judge(gained: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
+def judge(gains_by_name: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
     """Tasks on which RL is surely up over the base by 5 points, and those on which it is down by more than 2."""
-    tasks = {task: gain for task, gain in of_pair(gained, "RL over base").items() if task != "mean"}
-    up = [task for task, gain in tasks.items() if gain["mean"] >= LEAST and gain["lower"] > 0]
-    return up, [task for task, gain in tasks.items() if gain["mean"] < -MOST_LOST]
+    tasks = {task: gain for task, gain in gains_of_pair(gains_by_name, "RL over base").items() if task != "mean"}
+    up = [task for task, gain in tasks.items() if gain["mean"] >= MIN_GAIN and gain["lower"] > 0]
+    return up, [task for task, gain in tasks.items() if gain["mean"] < -MAX_LOSS]
 
 
 def main() -> int:
@@ -98,28 +108,34 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--walk", type=int, help=argparse.SUPPRESS)  # one seed, in a process of one instruction set
-    asked = parser.parse_args()
-    if asked.walk is not None:
-        walk(asked.out, overrides(asked.walk, asked.split, asked.quick), asked.controls)
+    args = parser.parse_args()
+    if args.walk is not None:
+        run_stages(args.out, overrides(args.walk, args.split, args.quick), args.controls)
         return 0
-    kinds = [(seed, isa) for seed in asked.seeds[: 1 if asked.quick else None] for isa in asked.isa]
+    kinds = [(seed, isa) for seed in args.seeds[: 1 if args.quick else None] for isa in args.isa]
     try:
-        roads = [one(asked.out / f"seed{seed}-{isa}", seed, isa, asked) for seed, isa in kinds]
+        results = [run_seed(args.out / f"seed{seed}-{isa}", seed, isa, args) for seed, isa in kinds]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    found = gains(roads)
-    gained, lost = judge(found)
-    skill = len(gained) >= 2 and not lost
-    if asked.json:
-        facts = {"gains": found, "cpu_seconds": seconds(roads), "incomplete": incomplete(roads)}
-        print(json.dumps(facts | {"gained": gained, "lost": lost, "skill": skill}))
+    gains_by_name = gains(results)
+    gained_tasks, lost = judge(gains_by_name)
+    skill = len(gained_tasks) >= 2 and not lost
+    if args.json:
+        facts = {"gains": gains_by_name, "cpu_seconds": cpu_second_ratios(results), "incomplete": incomplete(results)}
+        print(json.dumps(facts | {"gained": gained_tasks, "lost": lost, "skill": skill}))
         return 0 if skill else 1
-    print(table(roads, ranges=True), end="\n\n")
-    for run, there in incomplete(roads).items():
-        print(f"left out, since only {there} of {len(roads)} roads have it: {run}")
-    print(*filter(None, (gain_lines(found), seconds_lines(seconds(roads)))), sep="\n\n", end="\n\n")
-    print(f"up by 5 points or more: {', '.join(gained) or 'none'}; down by more than 2: {', '.join(lost) or 'none'}")
+    print(table(results, ranges=True), end="\n\n")
+    for run, num_results in incomplete(results).items():
+        print(f"left out, since only {num_results} of {len(results)} roads have it: {run}")
+    print(
+        *filter(None, (format_gains(gains_by_name), format_cpu_second_ratios(cpu_second_ratios(results)))),
+        sep="\n\n",
+        end="\n\n",
+    )
+    print(
+        f"up by 5 points or more: {', '.join(gained_tasks) or 'none'}; down by more than 2: {', '.join(lost) or 'none'}"
+    )
     print("a gain of skill" if skill else "no gain of skill")
     return 0 if skill else 1
 

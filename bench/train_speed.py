@@ -54,9 +54,9 @@ class _Clock:
     """A source that notes when each batch was asked for, which is when a step begins."""
 
     def __init__(self, packed: Any) -> None:
-        from sprat.data.loader import MixedSource
+        from sprat.data.loader import MixedBatchSource
 
-        self._source = MixedSource([(packed, 1.0)], ROWS, 0)
+        self._source = MixedBatchSource([(packed, 1.0)], ROWS, 0)
         self.digest = self._source.digest
         self.times: list[float] = []
 
@@ -76,13 +76,13 @@ def ours(config: Any, optimiser: str, tokens: Any) -> Callable[[int], list[float
     import numpy as np
 
     from sprat.config import OptimConfig, TrainConfig
-    from sprat.data.pack import Packed
+    from sprat.data.pack import PackedDataset
     from sprat.model import Transformer
     from sprat.train import train
     from sprat.trust import open_run
 
     model = Transformer.create(config, 0)
-    packed = Packed(tokens, np.ones_like(tokens), np.ones_like(tokens, dtype=np.uint8))
+    packed = PackedDataset(tokens, np.ones_like(tokens), np.ones_like(tokens, dtype=np.uint8))
 
     def measure(steps: int) -> list[float]:
         recipe = TrainConfig(

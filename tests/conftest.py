@@ -1,4 +1,4 @@
-"""What tests share: one thread a process, no network, the browser's path, and one tiny road for all of them."""
+"""What tests share: one thread a process, no network, the browser's path, and one tiny pipeline for all of them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def chromium() -> str:
 def sprat(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command ``sprat`` in this process, which has torch already; the stages of a road get theirs as ever.
+    """The command ``sprat`` in this process, which has torch already; the stages of a pipeline get theirs as ever.
 
-    That it starts as a program of its own is seen wherever ``tiny_road`` and the README's examples are.
+    That it starts as a program of its own is seen wherever ``tiny_pipeline`` and the README's examples are.
     """
     from sprat.cli.main import main
 
@@ -68,8 +68,8 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str) -> tuple[Path, Pat
 
 
 @pytest.fixture(scope="session")
-def tiny_road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole road, walked once by the command itself with the tiny recipe; read it, never write to it."""
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline, walked once by the command itself with the tiny recipe; read it, never write to it."""
     folder, lock = once(tmp_path_factory, "tiny-road")
     with lock.open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sprat.data.fetch import fetch
+from sprat.data.download import download_model
 from sprat.errors import SpratError
 
 
 def smol() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
     try:
-        return fetch("smol")
+        return download_model("smol")
     except SpratError as error:
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")

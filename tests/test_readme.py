@@ -77,9 +77,9 @@ def test_every_paper_that_the_code_names_is_listed() -> None:
 
 
 @pytest.fixture
-def newcomer(tiny_road: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+def newcomer(tiny_pipeline: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A folder with a finished road at runs/quickstart and ``sprat`` on the PATH, as after ``make quickstart``."""
-    shutil.copytree(tiny_road, tmp_path / "runs" / "quickstart")
+    shutil.copytree(tiny_pipeline, tmp_path / "runs" / "quickstart")
     command = tmp_path / "bin" / "sprat"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sprat "$@"\n')

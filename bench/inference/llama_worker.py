@@ -99,7 +99,7 @@ class Llama:
         """Greedy tokens of all ``prompts`` at once; only the ``steps`` after ``warm`` are timed."""
         count, length = len(prompts), len(prompts[0])
         context = self.fresh(setting, count, length + warm + steps)
-        tokens = self.fill(context, prompts)
+        tokens = self.fill_fraction(context, prompts)
         for step in range(warm + steps):
             if step == warm:
                 clock = Clock()
@@ -111,7 +111,7 @@ class Llama:
         """The first token after ``prompt``."""
         context = self.fresh(setting, 1, len(prompt))
         clock = Clock()
-        self.fill(context, [prompt])
+        self.fill_fraction(context, [prompt])
         return clock.read(len(prompt))
 
     def divergence(self, setting: list[Any], reference: str, tokens: list[int]) -> dict[str, float]:

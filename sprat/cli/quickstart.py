@@ -30,21 +30,24 @@ def quickstart(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the chat page; 0 takes a free one.")] = 8000,
 ) -> Result:
     """Text and tasks to a served model that reasons: data, pre-train, SFT, RL, distil, INT4, report, chat page."""
-    from sprat.road.places import Road
-    from sprat.road.quickstart import SERVED, stages
-    from sprat.road.quickstart import quickstart as run_pipeline
-    from sprat.road.recipe import named
+    from sprat.pipeline.pipeline import Pipeline
+    from sprat.pipeline.quickstart import SERVED_RUN, build_stages
+    from sprat.pipeline.quickstart import quickstart as run_pipeline
+    from sprat.pipeline.recipe import load_recipe
     from sprat.serve import server
     from sprat.trust.ledger import Ledger
 
-    pipeline_recipe = named(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
+    pipeline_recipe = load_recipe(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
     if serve:
         server.bind_socket(HOST, port).close()  # a port in use is reported now, not after the pipeline
-    start_time, stage_names = time.monotonic(), [stage.name for stage in stages(Road(out, pipeline_recipe), text)]
+    start_time, stage_names = (
+        time.monotonic(),
+        [stage.name for stage in build_stages(Pipeline(out, pipeline_recipe), text)],
+    )
     with stage_progress(out) as on_progress:
-        report = run_pipeline(out, pipeline_recipe, text=text, told=on_progress)
+        report = run_pipeline(out, pipeline_recipe, text=text, on_progress=on_progress)
     run_costs = {name: _run_cost(out / name) for name in stage_names}
-    model, seconds, head = out / SERVED, time.monotonic() - start_time, Ledger(out / "ledger.jsonl").head()
+    model, seconds, head = out / SERVED_RUN, time.monotonic() - start_time, Ledger(out / "ledger.jsonl").head_hash()
     cost_yuan = sum(cost["nano_yuan"] for cost in run_costs.values()) / 1e9
     examples, turns = chat_defaults(model)
     cpu_seconds = sum(cost["device_seconds"] for cost in run_costs.values())

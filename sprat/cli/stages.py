@@ -19,7 +19,7 @@ from sprat.cli.verb import ModelFolder, Overrides, PipelineFolder, Recipe, Resul
 from sprat.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sprat.road.places import Road
+    from sprat.pipeline.pipeline import Pipeline
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="DIR", help="Your own text: a folder, .jsonl or .parquet.")
@@ -104,10 +104,10 @@ def quantize(
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override
-    from sprat.road.recipe import named
-    from sprat.road.squeeze import convert
+    from sprat.pipeline.quantize import quantize_model
+    from sprat.pipeline.recipe import load_recipe
 
-    quant_recipe = named(recipe or "quickstart", tuple(overrides or ())).quant
+    quant_recipe = load_recipe(recipe or "quickstart", tuple(overrides or ())).quant
     requested_rounding = override({}, overrides or ()).get("quant", {}).get("rounding")
     if requested_rounding == "nearest" and calibrate is not None:
         todo = "leave out one of the two: --calibrate is for gptq"
@@ -118,7 +118,7 @@ def quantize(
         raise ConfigError("quant.rounding=gptq needs text", where=where, todo=todo)
     quant_recipe = quant_recipe.replace(rounding="nearest" if calibrate is None else "gptq")
     with progress_bar("quantise") as on_progress:
-        facts = convert(model, out, quant_recipe, calibrate, told=on_progress)
+        facts = quantize_model(model, out, quant_recipe, calibrate, on_progress=on_progress)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     return Result({"model": str(out), **quant_recipe.model_dump(), **facts}, human)
 
@@ -139,24 +139,28 @@ def evaluate(
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
     from sprat.engine.load import load
+    from sprat.pipeline.pipeline import load_task
+    from sprat.pipeline.recipe import load_recipe, task_title
     from sprat.post.evaluate import evaluate_many
-    from sprat.road.places import load_task
-    from sprat.road.recipe import named, title
-    from sprat.tasks import Drawn, held_out
+    from sprat.tasks import HeldOutTask, held_out_problems
 
-    pipeline_recipe = named(recipe, tuple(overrides or ()))
-    task_configs = {title(config): config for config in (*pipeline_recipe.data.tasks, *pipeline_recipe.data.unseen)}
+    pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
+    task_configs = {
+        task_title(config): config for config in (*pipeline_recipe.data.tasks, *pipeline_recipe.data.unseen)
+    }
     for name in task or ():
         if name not in task_configs:
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(task_configs)}")
     tasks, split = [], pipeline_recipe.eval.split
     for name in dict.fromkeys(task or task_configs):
         loaded_task, max_problems = load_task(task_configs[name]), pipeline_recipe.data.count(task_configs[name], split)
-        tasks.append(Drawn(loaded_task, tuple(held_out(loaded_task, count or max_problems, split)), split))
+        tasks.append(
+            HeldOutTask(loaded_task, tuple(held_out_problems(loaded_task, count or max_problems, split)), split)
+        )
     scores = evaluate_many(
         Engine(*load(model), max_batch=pipeline_recipe.eval.batch),
         tasks,
-        count=max(len(task.kept) for task in tasks),
+        count=max(len(task.problems) for task in tasks),
         thinking=think,
         max_tokens=pipeline_recipe.eval.max_tokens,
         samples=pipeline_recipe.eval.samples,
@@ -178,23 +182,23 @@ def _run_stage(
     stage_name: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None
 ) -> Result:
     """Run one stage as the quickstart would: in a process of its own, with one thread, so that digests agree."""
-    from sprat.road.graph import run_all
-    from sprat.road.places import Road
-    from sprat.road.quickstart import check_machine, stages
-    from sprat.road.recipe import named
-    from sprat.trust.lock import hold
+    from sprat.pipeline.graph import run_stages
+    from sprat.pipeline.pipeline import Pipeline
+    from sprat.pipeline.quickstart import build_stages, check_disk
+    from sprat.pipeline.recipe import load_recipe
+    from sprat.trust.lock import lock_folder
 
-    check_machine(out)
-    pipeline = Road(out, named(recipe, tuple(overrides or ())))
-    first = next(stage for stage in stages(pipeline, text) if stage.name.startswith(stage_name))
-    with hold(out), stage_progress(out) as on_progress:
-        run_all([replace(first, needs=())], 1, on_progress)
+    check_disk(out)
+    pipeline = Pipeline(out, load_recipe(recipe, tuple(overrides or ())))
+    first = next(stage for stage in build_stages(pipeline, text) if stage.name.startswith(stage_name))
+    with lock_folder(out), stage_progress(out) as on_progress:
+        run_stages([replace(first, depends_on=())], 1, on_progress)
     return _run_summary(pipeline, first.name)
 
 
-def _run_summary(pipeline: Road, name: str) -> Result:
+def _run_summary(pipeline: Pipeline, name: str) -> Result:
     """What ``run.json`` of the finished run ``name`` says, in short."""
-    folder = pipeline.path(name)
+    folder = pipeline.run_folder(name)
     record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts = ("stage", "artefact_digest", "tokens", "flops", "device_seconds", "nano_yuan", "facts")
     human = (

@@ -160,9 +160,9 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more.", BROKEN_PIPE
-    from sprat.trust.atomic import machine_error
+    from sprat.trust.atomic import as_machine_error
 
-    converted = machine_error(error, getattr(error, "filename", None) or "")
+    converted = as_machine_error(error, getattr(error, "filename", None) or "")
     if converted is not None:
         return str(converted), converted.exit_code
     return f"a fault of Sprat's own: {type(error).__name__}: {error}; --debug shows where.", INTERNAL_ERROR

@@ -16,9 +16,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or
 
 def report(folder: RunFolder = Path("runs/quickstart")) -> Result:
     """Write report.html of a road: gains, costs, curves and samples in one file."""
-    from sprat.report import write
+    from sprat.report import write_report
 
-    path = write(folder)
+    path = write_report(folder)
     return Result({"report": str(path), "bytes": path.stat().st_size}, str(path))
 
 

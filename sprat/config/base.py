@@ -35,21 +35,21 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    gone: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
+    removed_keys: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _is_of_its_kind(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _check_type(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Refuse a text or a truth value where a number is asked for, and the reverse; ``parse`` may allow it."""
         result = read(value)
         if info.context is LENIENT:
             return result
         pairs = zip(value, result, strict=True) if isinstance(result, tuple) else [(value, result)]
-        for given, taken in pairs:
-            flag = isinstance(taken, bool)
-            if isinstance(taken, (int, float)) and (isinstance(given, str) or isinstance(given, bool) != flag):
-                kind = "true or false" if flag else "a number"
-                raise ValueError(f"{kind} is asked for, not {json.dumps(given, default=repr)}")
+        for raw, parsed in pairs:
+            is_bool = isinstance(parsed, bool)
+            if isinstance(parsed, (int, float)) and (isinstance(raw, str) or isinstance(raw, bool) != is_bool):
+                expected = "true or false" if is_bool else "a number"
+                raise ValueError(f"{expected} is asked for, not {json.dumps(raw, default=repr)}")
         return result
 
     def digest(self) -> str:
@@ -71,7 +71,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 # What other trainers call a key -> what it is called here.
-SAME = {
+SYNONYMS = {
     "lr": ("muon_lr", "adam_lr"),
     **dict.fromkeys(("learning_rate", "rate", "max_lr", "peak_lr"), ("muon_lr", "adam_lr", "lr")),
     **dict.fromkeys(("batch_size", "bs", "per_device_train_batch_size"), ("batch_rows", "prompts_per_step")),
@@ -96,8 +96,8 @@ SAME = {
 RENAMED = {"normalise_std": "normalize_std"}
 
 
-def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
-    """Read a TOML recipe of type ``kind`` and apply ``a.b=value`` overrides.
+def load(config_class: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Read a TOML recipe of type ``config_class`` and apply ``a.b=value`` overrides.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, or a value does not fit.
@@ -114,7 +114,7 @@ def load(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     except (OSError, ValueError, RecursionError) as error:  # a name that no file can have, no right to read it
         what = f"cannot read the recipe: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(what, where=ascii(str(path))[:200], todo="give the path of a TOML file") from None
-    return parse(kind, override(table, overrides), where=str(path))
+    return parse(config_class, override(table, overrides), where=str(path))
 
 
 def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -141,33 +141,33 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             todo = "give each key a --set of its own"
             raise ConfigError(f"an override of more than one key: {item!r}", where="--set", todo=todo)
         *parents, last = key.strip().split(".")
-        place: dict[str, Any] | list[Any] = result
+        table_or_list: dict[str, Any] | list[Any] = result
         for parent, below in zip(parents, [*parents, last][1:], strict=True):
-            if isinstance(place, dict) and parent not in place:
+            if isinstance(table_or_list, dict) and parent not in table_or_list:
                 if below.isdigit():
                     what, todo = f"there is no list {parent!r} in the recipe", f"give the whole of it: {parent}=[...]"
                     raise ConfigError(what, where=f"--set {item}", todo=todo)
-                place[parent] = {}
-            place = place[_part(place, parent, item)]
-            if not isinstance(place, dict | list):
+                table_or_list[parent] = {}
+            table_or_list = table_or_list[_key_of(table_or_list, parent, item)]
+            if not isinstance(table_or_list, dict | list):
                 raise ConfigError(f"{parent!r} is a value, not a table", where=f"--set {item}", todo="name a table")
-        place[_part(place, last, item)] = read["v"]
+        table_or_list[_key_of(table_or_list, last, item)] = read["v"]
     return result
 
 
-def _part(place: dict[str, Any] | list[Any], key: str, item: str) -> Any:
-    """What ``place`` knows its part ``key`` by."""
-    if isinstance(place, dict):
+def _key_of(table_or_list: dict[str, Any] | list[Any], key: str, item: str) -> Any:
+    """What ``table_or_list`` knows its part ``key`` by."""
+    if isinstance(table_or_list, dict):
         return key
-    numbers = [str(number) for number in range(len(place))]
+    numbers = [str(number) for number in range(len(table_or_list))]
     if key not in numbers:
-        what, todo = f"{key!r} is no entry of a list of {len(place)}", "name an entry by its number, from 0"
+        what, todo = f"{key!r} is no entry of a list of {len(table_or_list)}", "name an entry by its number, from 0"
         raise ConfigError(what, where=f"--set {item}", todo=todo)
     return numbers.index(key)
 
 
-def parse(kind: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:
-    """Validate ``table`` as ``kind``; the first fault becomes one sentence.
+def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:
+    """Validate ``table`` as ``config_class``; the first fault becomes one sentence.
 
     Args:
         lenient: whether "5" may be a number, and 1 a truth value, as other people's files have it.
@@ -176,63 +176,67 @@ def parse(kind: type[C], table: dict[str, Any], *, where: str, lenient: bool = F
         ConfigError: see ``load``.
     """
     try:
-        return kind.model_validate(table, context=LENIENT if lenient else None)
+        return config_class.model_validate(table, context=LENIENT if lenient else None)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise _unknown(kind, first["loc"], where) from None
-        raise ConfigError(f"{key or kind.__name__}: {first['msg']}", where=where, todo="correct the value") from None
+        first_error = error.errors()[0]
+        key = ".".join(str(part) for part in first_error["loc"])
+        if first_error["type"] == "extra_forbidden":
+            raise _unknown_key_error(config_class, first_error["loc"], where) from None
+        raise ConfigError(
+            f"{key or config_class.__name__}: {first_error['msg']}", where=where, todo="correct the value"
+        ) from None
 
 
-def _unknown(kind: type[BaseModel], path: tuple[int | str, ...], where: str) -> ConfigError:
+def _unknown_key_error(config_class: type[BaseModel], path: tuple[int | str, ...], where: str) -> ConfigError:
     """The fault of an unknown key, with what it was meant to be: a key of its table, or of one below it."""
-    *place, name = path
-    name, table = str(name), _table(kind, tuple(place))
+    *parents, name = path
+    name, table = str(name), _table_class(config_class, tuple(parents))
     key = ".".join(str(part) for part in path)
-    if table is not None and name in getattr(table, "gone", {}):
-        return ConfigError(f"the key {key!r} is gone: {table.gone[name]}", where=where, todo="remove it")
+    if table is not None and name in getattr(table, "removed_keys", {}):
+        return ConfigError(f"the key {key!r} is gone: {table.removed_keys[name]}", where=where, todo="remove it")
     if table is not None and RENAMED.get(name) in table.model_fields:
-        renamed = ".".join([*map(str, place), RENAMED[name]])
+        renamed = ".".join([*map(str, parents), RENAMED[name]])
         return ConfigError(f"the key {key!r} is now called {renamed!r}", where=where, todo="rename it")
-    near = _meant(name, [] if table is None else list(_leaves(table)))
-    if near:
-        return ConfigError(f"unknown key {key!r}", where=where, todo=f"did you mean {' or '.join(map(repr, near))}?")
+    suggestions = _suggest_keys(name, [] if table is None else list(_dotted_keys(table)))
+    if suggestions:
+        return ConfigError(
+            f"unknown key {key!r}", where=where, todo=f"did you mean {' or '.join(map(repr, suggestions))}?"
+        )
     todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
     return ConfigError(f"unknown key {key!r}", where=where, todo=todo)
 
 
-def _meant(name: str, keys: list[str]) -> list[str]:
+def _suggest_keys(name: str, keys: list[str]) -> list[str]:
     """Which dotted ``keys`` are called ``name`` or mean the same, else which look most like it: at most three."""
-    words = {name, *SAME.get(name.lower().replace("-", "_"), ())}
-    alike = [key for key in keys if key.rpartition(".")[2] in words]
-    if not alike:
-        last = {key.rpartition(".")[2] for key in keys}
-        close = difflib.get_close_matches(name, sorted(last), n=1, cutoff=0.7)
-        alike = [key for key in keys if key.rpartition(".")[2] in close]
-    return sorted(alike, key=lambda key: key.count("."))[:3]
+    names = {name, *SYNONYMS.get(name.lower().replace("-", "_"), ())}
+    matches = [key for key in keys if key.rpartition(".")[2] in names]
+    if not matches:
+        key_names = {key.rpartition(".")[2] for key in keys}
+        close = difflib.get_close_matches(name, sorted(key_names), n=1, cutoff=0.7)
+        matches = [key for key in keys if key.rpartition(".")[2] in close]
+    return sorted(matches, key=lambda key: key.count("."))[:3]
 
 
-def _leaves(kind: type[BaseModel], before: str = "") -> Iterator[str]:
-    """The keys of ``kind`` and, dotted, those of the tables in it."""
-    for name in kind.model_fields:
-        yield f"{before}{name}"
-        below = _table(kind, (name,))
-        if below is not None:
-            yield from _leaves(below, f"{before}{name}.")
+def _dotted_keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The keys of ``config_class`` and, dotted, those of the tables in it."""
+    for name in config_class.model_fields:
+        yield f"{prefix}{name}"
+        nested = _table_class(config_class, (name,))
+        if nested is not None:
+            yield from _dotted_keys(nested, f"{prefix}{name}.")
 
 
-def _table(kind: type[BaseModel], path: tuple[int | str, ...]) -> Any:
-    """The class of the table at ``path`` inside ``kind``; None where a value stands."""
+def _table_class(config_class: type[BaseModel], path: tuple[int | str, ...]) -> Any:
+    """The class of the table at ``path`` inside ``config_class``; None where a value stands."""
     for part in path:
         if isinstance(part, int):
             continue
-        if part not in kind.model_fields:
+        if part not in config_class.model_fields:
             return None
-        annotation = kind.model_fields[part].annotation
+        annotation = config_class.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if not nested:
             return None
-        kind = nested[0]
-    return kind
+        config_class = nested[0]
+    return config_class

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sprat.config.base import Config, parse
-from sprat.config.folder import SLIDING, check_keys, rope_of, window_keys, window_of
+from sprat.config.hf_config import SLIDING, check_keys, parse_rope, parse_window, window_to_hf
 from sprat.errors import ConfigError
 
 Architecture = Literal["deepseek_v3", "deepseek_v2", "llama", "mistral", "qwen2", "qwen3"]
@@ -191,24 +191,24 @@ class ModelConfig(Config):
         dense = kind in ("llama", "mistral", "qwen2", "qwen3")
         fields = [*_SHARED, "head_dim", *(() if dense else _DEEPSEEK)]
         check_keys(table, fields, where)
-        known = {key: table[key] for key in fields if table.get(key) is not None}
+        known_fields = {key: table[key] for key in fields if table.get(key) is not None}
         if "num_mtp_layers" in table and not dense:
-            known.setdefault("num_nextn_predict_layers", table["num_mtp_layers"])
-        theta, scaling = rope_of(table, where)
-        known |= {"architecture": kind, "rope_theta": theta, "rope_scaling": scaling}
+            known_fields.setdefault("num_nextn_predict_layers", table["num_mtp_layers"])
+        theta, scaling = parse_rope(table, where)
+        known_fields |= {"architecture": kind, "rope_theta": theta, "rope_scaling": scaling}
         if kind in ("qwen2", "mistral"):  # always, and never
-            known["attention_bias"] = kind == "qwen2"
+            known_fields["attention_bias"] = kind == "qwen2"
         if type(layers := table.get("num_hidden_layers")) is int:
-            known |= window_of(table, layers, where)
+            known_fields |= parse_window(table, layers, where)
         if not dense:
             for key in ("num_key_value_heads", "head_dim"):
-                known.pop(key, None)
-            known.setdefault("q_lora_rank", None)
+                known_fields.pop(key, None)
+            known_fields.setdefault("q_lora_rank", None)
         if kind == "deepseek_v2":
-            known.setdefault("scoring_func", "softmax")
-            known.setdefault("topk_method", "greedy")
-            known.setdefault("norm_topk_prob", False)
-        return parse(cls, known, where=where, lenient=True)
+            known_fields.setdefault("scoring_func", "softmax")
+            known_fields.setdefault("topk_method", "greedy")
+            known_fields.setdefault("norm_topk_prob", False)
+        return parse(cls, known_fields, where=where, lenient=True)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads."""
@@ -231,4 +231,4 @@ class ModelConfig(Config):
             table["first_k_dense_replace"] = self.num_hidden_layers
         if self.architecture in ("qwen2", "mistral"):
             del table["attention_bias"]
-        return table | window_keys(self.architecture, self.sliding_window, self.layer_types, self.num_hidden_layers)
+        return table | window_to_hf(self.architecture, self.sliding_window, self.layer_types, self.num_hidden_layers)

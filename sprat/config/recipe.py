@@ -1,4 +1,4 @@
-"""What a run is: one frozen config for each station of the road.
+"""What a run is: one frozen config for each station of the pipeline.
 
 Units are in the names or the comments; a rate without a unit is per step. Defaults are those that
 the quickstart measured (docs/log.md), so that an empty recipe already works.
@@ -37,7 +37,7 @@ class OptimConfig(Config):
 class LoopConfig(Config):
     """One training loop: ``steps`` batches of ``batch_rows`` rows; how long a row is, its source decides."""
 
-    gone: ClassVar[Mapping[str, str]] = {
+    removed_keys: ClassVar[Mapping[str, str]] = {
         "compile": "it never did anything",
         "seq_len": "rows are as long as the data's (data.seq_len)",
         "seed": "the seed of the whole recipe counts (seed)",
@@ -58,7 +58,7 @@ class LoopConfig(Config):
 class TrainConfig(LoopConfig):
     """A training loop that makes its rows itself: ``seq_len`` tokens each, in an order by ``seed``."""
 
-    gone: ClassVar[Mapping[str, str]] = {"compile": "it never did anything"}
+    removed_keys: ClassVar[Mapping[str, str]] = {"compile": "it never did anything"}
 
     seq_len: int = Field(128, ge=8, lt=2**31)
     seed: Seed = 0
@@ -86,7 +86,7 @@ class RFTConfig(TrainConfig):
 class GRPOConfig(Config):
     """GRPO with rule rewards (DeepSeekMath, arXiv 2402.03300, section 4.1), whatever the seed."""
 
-    gone: ClassVar[Mapping[str, str]] = {"seed": "each of rl.seeds is a run of its own (rl.seeds)"}
+    removed_keys: ClassVar[Mapping[str, str]] = {"seed": "each of rl.seeds is a run of its own (rl.seeds)"}
 
     steps: Count = 20
     prompts_per_step: Count = 32
@@ -118,7 +118,7 @@ class GRPOConfig(Config):
 class RLConfig(GRPOConfig):
     """GRPO with its seed."""
 
-    gone: ClassVar[Mapping[str, str]] = {}
+    removed_keys: ClassVar[Mapping[str, str]] = {}
 
     seed: Seed = 0
 
@@ -148,7 +148,7 @@ class QuantConfig(Config):
 class TaskConfig(Config):
     """One task: ``source:name`` with its generator's settings."""
 
-    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    removed_keys: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("weight", "distinct"), "a task that is only tested has no share of what is trained (data.tasks)"
     )
 
@@ -161,7 +161,7 @@ class TaskConfig(Config):
 class MixTaskConfig(TaskConfig):
     """One task of the mix that is trained."""
 
-    gone: ClassVar[Mapping[str, str]] = {}
+    removed_keys: ClassVar[Mapping[str, str]] = {}
 
     weight: float = Field(1.0, ge=0, le=1e9)
     distinct: Count | None = None  # worked examples drawn before they repeat; for slow generators

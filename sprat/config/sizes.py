@@ -15,7 +15,7 @@ from sprat.config.model import ModelConfig
 from sprat.errors import ConfigError
 
 
-def _tiny(hidden: int, layers: int, heads: int, experts: int, chosen: int, width: int) -> dict[str, Any]:
+def _small_shape(hidden: int, layers: int, heads: int, experts: int, chosen: int, width: int) -> dict[str, Any]:
     """A DeepSeek-V3 shape for CPUs; ``width`` is ``moe_intermediate_size``."""
     return {
         "architecture": "deepseek_v3",
@@ -39,7 +39,7 @@ def _tiny(hidden: int, layers: int, heads: int, experts: int, chosen: int, width
     }
 
 
-_MOST = 2**31  # of any number of a model that a recipe makes
+_MAX_VALUE = 2**31  # of any number of a model that a recipe makes
 _YARN = {
     "rope_type": "yarn",
     "factor": 40,
@@ -65,11 +65,11 @@ _V2 = {
     "eos_token_id": 100001,
 }
 _SIZES: dict[str, dict[str, Any]] = {
-    "pico": _tiny(64, 2, 2, 8, 2, 64),
-    "nano": _tiny(96, 3, 3, 16, 2, 96),
-    "micro": _tiny(128, 4, 4, 16, 4, 96),
-    "mini": _tiny(256, 6, 8, 32, 4, 160),
-    "small": _tiny(512, 12, 16, 64, 6, 256),
+    "pico": _small_shape(64, 2, 2, 8, 2, 64),
+    "nano": _small_shape(96, 3, 3, 16, 2, 96),
+    "micro": _small_shape(128, 4, 4, 16, 4, 96),
+    "mini": _small_shape(256, 6, 8, 32, 4, 160),
+    "small": _small_shape(512, 12, 16, 64, 6, 256),
     "v2-lite": {
         **_V2,
         "hidden_size": 2048,
@@ -125,10 +125,10 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def names() -> list[str]:
+def size_names() -> list[str]:
     """The names of the dial, smallest first.
 
-    >>> names()[0], names()[-1]
+    >>> size_names()[0], size_names()[-1]
     ('pico', 'v3')
     """
     return list(_SIZES)
@@ -144,15 +144,20 @@ def size(name: str, /, *, dense: bool = False, **changes: Any) -> ModelConfig:
         ConfigError: the name is not on the dial, or the changes do not hold together.
     """
     if name not in _SIZES:
-        raise ConfigError(f"no size is called {name!r}", where="size", todo=f"use one of {', '.join(names())}")
+        raise ConfigError(f"no size is called {name!r}", where="size", todo=f"use one of {', '.join(size_names())}")
     if not isinstance(dense, bool):
         raise ConfigError(f"dense is {dense!r}", where=f"size {name}", todo="give true or false")
     for key, value in changes.items():
-        if isinstance(value, (int, float)) and not abs(value) < _MOST:
-            raise ConfigError(f"{key} is {value}", where=f"size {name}", todo=f"give less than {_MOST}")
+        if isinstance(value, (int, float)) and not abs(value) < _MAX_VALUE:
+            raise ConfigError(f"{key} is {value}", where=f"size {name}", todo=f"give less than {_MAX_VALUE}")
     table = {**_SIZES[name], **changes}
     if dense:
         active = (table["num_experts_per_tok"] + table["n_shared_experts"]) * table["moe_intermediate_size"]
-        gone = {"n_routed_experts": 0, "n_shared_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
-        table |= {**gone, "n_group": 1, "topk_group": 1, "intermediate_size": active}
+        no_experts = {
+            "n_routed_experts": 0,
+            "n_shared_experts": 0,
+            "num_experts_per_tok": 0,
+            "moe_intermediate_size": 0,
+        }
+        table |= {**no_experts, "n_group": 1, "topk_group": 1, "intermediate_size": active}
     return parse(ModelConfig, table, where=f"size {name}")

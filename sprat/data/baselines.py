@@ -27,7 +27,7 @@ DEFLATE_WINDOW = 1 << 15  # bytes
 LZMA_WINDOWS = (1 << 12, 3 << 29)  # least and most, bytes
 
 
-def baselines(train: bytes, tests: Mapping[str, bytes]) -> dict[str, dict[str, float]]:
+def baseline_scores(train: bytes, tests: Mapping[str, bytes]) -> dict[str, dict[str, float]]:
     """Bits per byte of each test text under each baseline that knows ``train``.
 
     Several tests share the work on ``train``, which is nearly all of it; they learn nothing from each other.
@@ -43,11 +43,11 @@ def baselines(train: bytes, tests: Mapping[str, bytes]) -> dict[str, dict[str, f
             raise DataError("an empty text has no bits per byte", where=name, todo="give some text")
     sizes = {"gzip": _gzip(train, tests), "xz": _xz(train, tests)}
     scores = {
-        name: {kind: 8 * found[name] / len(test) for kind, found in sizes.items() if name in found}
+        name: {kind: 8 * by_test[name] / len(test) for kind, by_test in sizes.items() if name in by_test}
         for name, test in tests.items()
     }
     for name, models in zip(tests, ngram.probabilities(train, list(tests.values())), strict=True):
-        scores[name] |= {kind: float(-np.log2(given).mean()) for kind, given in models.items()}
+        scores[name] |= {kind: float(-np.log2(probabilities).mean()) for kind, probabilities in models.items()}
     return scores
 
 
@@ -67,12 +67,12 @@ def _xz(train: bytes, tests: Mapping[str, bytes]) -> dict[str, int]:
         import lzma
     except ImportError:
         return {}
-    least, most = LZMA_WINDOWS
-    window = min(max(least, len(train) + max(map(len, tests.values()), default=0)), most)
+    min_window, max_window = LZMA_WINDOWS
+    window = min(max(min_window, len(train) + max(map(len, tests.values()), default=0)), max_window)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": window}]
 
     def size(text: bytes) -> int:
         return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=filters))
 
-    known = size(train)
-    return {name: max(1, min(size(test), size(train + test) - known)) for name, test in tests.items()}
+    train_size = size(train)
+    return {name: max(1, min(size(test), size(train + test) - train_size)) for name, test in tests.items()}

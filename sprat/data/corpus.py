@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprat.data import debian, dedup, document, ingest, pythonlib
-from sprat.data.document import Document
-from sprat.data.split import Split, own_held_out, source_held_out, split
+from sprat.data import debian, dedup, ingest, pythonlib
+from sprat.data.document import Document, read_documents, write_documents
+from sprat.data.text_split import TextSplit, held_out_sources, is_held_out_source, split_documents
 from sprat.errors import DataError
 from sprat.trust import atomic
-from sprat.trust.facts import LeftOut, Source
+from sprat.trust.stage_facts import ExcludedText, TextSource
 
 VERSION = 2
 TEXT_VERSION = 2  # of a corpus of the user's text: its held-out side depends on sizes
-SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
-LIBRARY = ("docstring", "code")  # domains that the Python library fills
+DOMAIN_SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
+LIBRARY_DOMAINS = ("docstring", "code")  # domains that the Python library fills
 HELD_OUT_SHARE = 0.025  # of the budget, for each domain, beside the budget
-HELD_OUT_LEAST = 60_000  # bytes
-HELD_OUT_DOCUMENT = 8_000  # bytes; longer ones are cut, so that no single file decides the test
-LEAST = 1000  # bytes of the user's text
-OFFLINE = "offline: no package was fetched"
+MIN_HELD_OUT_BYTES = 60_000  # bytes
+MAX_HELD_OUT_DOCUMENT_BYTES = 8_000  # bytes; longer ones are cut, so that no single file decides the test
+MIN_TEXT_BYTES = 1000  # bytes of the user's text
+OFFLINE_FAULT = "offline: no package was fetched"
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Corpus:
 
     def read(self) -> list[Document]:
         """The documents, in the order of the file."""
-        return list(document.read(self.documents))
+        return list(read_documents(self.documents))
 
-    def split(self) -> Split:
+    def split(self) -> TextSplit:
         """The training and the held-out documents."""
-        return split(self.read(), source_held_out if self.held_out is None else self.held_out.__contains__)
+        return split_documents(self.read(), is_held_out_source if self.held_out is None else self.held_out.__contains__)
 
     @property
     def faults(self) -> list[str]:
@@ -66,12 +66,12 @@ class Corpus:
         return [str(source["fault"]) for source in self.sources if source.get("fault")]
 
     @property
-    def left_out(self) -> list[LeftOut]:
+    def excluded(self) -> list[ExcludedText]:
         """What the user gave and the corpus does not hold; empty when all is there."""
-        return [left for source in self.sources for left in Source.of(source).left_out]
+        return [excluded_text for source in self.sources for excluded_text in TextSource.from_dict(source).left_out]
 
 
-def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> Corpus:
+def default_corpus(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> Corpus:
     """The default corpus, made once and then read from ``folder``.
 
     Args:
@@ -84,68 +84,72 @@ def default(folder: str | Path, *, budget_bytes: int, offline: bool = False) -> 
         DataError: the machine has no text at all, or the folder is torn.
     """
     folder, request = Path(folder), {"version": VERSION, "kind": "default", "budget_bytes": budget_bytes}
-    kept = _kept(folder, request)
-    if kept is not None and (offline or OFFLINE not in kept.faults):
-        return kept
-    fetched = [] if offline else debian.fetch()
-    found = [document for one in fetched for document in one.documents]
-    sources: list[dict[str, Any]] = [_package_entry(one) for one in fetched]
-    if not found:
-        found = list(pythonlib.topics())
+    saved = _load_saved(folder, request)
+    if saved is not None and (offline or OFFLINE_FAULT not in saved.faults):
+        return saved
+    fetched = [] if offline else debian.fetch_packages()
+    documents = [document for package in fetched for document in package.documents]
+    sources: list[dict[str, Any]] = [_package_entry(package) for package in fetched]
+    if not documents:
+        documents = list(pythonlib.topics())
         if offline:
-            sources.append(Source("debian packages", fault=OFFLINE).to_dict())
-    found += _library(budget_bytes)
-    chosen = _choose(list(dedup.exact(found)), budget_bytes, SHARES, source_held_out)
+            sources.append(TextSource("debian packages", fault=OFFLINE_FAULT).to_dict())
+    documents += _library(budget_bytes)
+    chosen = _sample_domains(list(dedup.exact_dedup(documents)), budget_bytes, DOMAIN_SHARES, is_held_out_source)
     if not chosen:
         raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
-    library = [one for one in chosen if one.source.startswith("python/")]
+    library = [document for document in chosen if document.source.startswith("python/")]
     version = "{}.{}.{}".format(*sys.version_info[:3])
-    entry = Source(f"python {version} library", pythonlib.LICENCE, *_extent(library), digest=_digest(library))
+    entry = TextSource(
+        f"python {version} library", pythonlib.LICENSE, *_count_and_bytes(library), digest=_digest(library)
+    )
     sources.append(entry.to_dict())
-    return _keep(folder, request, chosen, sources)
+    return _save(folder, request, chosen, sources)
 
 
-def from_text(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Corpus:
-    """A corpus of the user's own text (see ``ingest.read``), made once and then read from ``folder``.
+def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Corpus:
+    """A corpus of the user's own text (see ``ingest.read_texts``), made once and then read from ``folder``.
 
-    What is left out stands in the source's ``left_out``: what ``ingest.read`` leaves out, copies, and what is
+    What is left out stands in the source's ``left_out``: what ``ingest.read_texts`` leaves out, copies, and what is
     beyond ``budget_bytes`` (documents are taken in the order of the hash of their names until it is full).
 
     Raises:
         DataError: the text is missing, empty, binary or too little.
     """
-    tally = ingest.Tally()
-    folder, found = Path(folder), list(ingest.read(path, tally))
-    text = _digest(found)
+    tally = ingest.ExclusionTally()
+    folder, documents = Path(folder), list(ingest.read_texts(path, tally))
+    text = _digest(documents)
     request = {"version": TEXT_VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
     request["left_out"] = str(tally)
-    kept = _kept(folder, request)
-    if kept is not None:
-        return kept
-    size = sum(one.size for one in found)
-    if size < LEAST:
+    saved = _load_saved(folder, request)
+    if saved is not None:
+        return saved
+    size = sum(document.size for document in documents)
+    if size < MIN_TEXT_BYTES:
         what = f"{size} bytes of text are too little to learn from"
-        raise DataError(what, where=str(path), todo=f"give at least {LEAST} bytes")
-    unlike = list(dedup.exact(found))
-    held = own_held_out(unlike)
-    chosen = _choose(unlike, budget_bytes, {}, held.__contains__)
-    split(chosen, held.__contains__).both(path)
-    _tell(tally, "documents that others say too", found, unlike)
-    _tell(tally, f"documents beyond data.text_bytes={budget_bytes}", unlike, chosen)
-    licence = ", ".join(sorted({one.licence for one in found}))
-    entry = Source(Path(path).name, licence, *_extent(chosen), digest=text, left_out=tally.left_out())
-    return _keep(folder, request, chosen, [entry.to_dict()], held)
+        raise DataError(what, where=str(path), todo=f"give at least {MIN_TEXT_BYTES} bytes")
+    unique = list(dedup.exact_dedup(documents))
+    held_out = held_out_sources(unique)
+    chosen = _sample_domains(unique, budget_bytes, {}, held_out.__contains__)
+    split_documents(chosen, held_out.__contains__).require_both_sides(path)
+    _count_excluded(tally, "documents that others say too", documents, unique)
+    _count_excluded(tally, f"documents beyond data.text_bytes={budget_bytes}", unique, chosen)
+    licence = ", ".join(sorted({document.licence for document in documents}))
+    entry = TextSource(Path(path).name, licence, *_count_and_bytes(chosen), digest=text, left_out=tally.excluded())
+    return _save(folder, request, chosen, [entry.to_dict()], held_out)
 
 
-def _tell(tally: ingest.Tally, why: str, before: Sequence[Document], after: Sequence[Document]) -> None:
+def _count_excluded(
+    tally: ingest.ExclusionTally, why: str, before: Sequence[Document], after: Sequence[Document]
+) -> None:
     """Count the documents of ``before`` that are not in ``after``, or only in part."""
-    here = {one.id: one.size for one in after}
-    for one in before:
-        size = one.size - here.get(one.id, 0)
-        if one.id not in here:
-            tally.add(why, one.id, size)
+    sizes_after = {document.id: document.size for document in after}
+    for document in before:
+        size = document.size - sizes_after.get(document.id, 0)
+        if document.id not in sizes_after:
+            tally.add(why, document.id, size)
         elif size:
-            tally.add(f"parts of {why}", one.id, size)
+            tally.add(f"parts of {why}", document.id, size)
 
 
 def _library(budget: int) -> list[Document]:
@@ -153,25 +157,28 @@ def _library(budget: int) -> list[Document]:
 
     A fifth more is read for training, because dedup takes some away.
     """
-    found = []
-    for side, of in ((False, lambda source: not source_held_out(source)), (True, source_held_out)):
-        largest = HELD_OUT_DOCUMENT if side else sys.maxsize
-        left = {name: _held_out_bytes(budget) if side else round(1.2 * SHARES[name] * budget) for name in LIBRARY}
-        for one in pythonlib.documents(of=of):
-            if left[one.domain] > 0:
-                left[one.domain] -= min(one.size, largest)
-                found.append(one)
-            if max(left.values()) <= 0:
+    documents = []
+    for side, accept in ((False, lambda source: not is_held_out_source(source)), (True, is_held_out_source)):
+        largest = MAX_HELD_OUT_DOCUMENT_BYTES if side else sys.maxsize
+        remaining = {
+            name: _held_out_bytes(budget) if side else round(1.2 * DOMAIN_SHARES[name] * budget)
+            for name in LIBRARY_DOMAINS
+        }
+        for document in pythonlib.documents(accept=accept):
+            if remaining[document.domain] > 0:
+                remaining[document.domain] -= min(document.size, largest)
+                documents.append(document)
+            if max(remaining.values()) <= 0:
                 break
-    return found
+    return documents
 
 
 def _held_out_bytes(budget: int) -> int:
     """How much text of one domain is held out beside ``budget``."""
-    return max(HELD_OUT_LEAST, round(HELD_OUT_SHARE * budget))
+    return max(MIN_HELD_OUT_BYTES, round(HELD_OUT_SHARE * budget))
 
 
-def _choose(
+def _sample_domains(
     documents: Sequence[Document], budget: int, shares: Mapping[str, float], is_held_out: Callable[[str], bool]
 ) -> list[Document]:
     """A sample of about ``budget`` bytes to train on, with what is held out beside it, sorted by id.
@@ -181,41 +188,47 @@ def _choose(
     domains = shares or {"": 1.0}
     chosen: list[Document] = []
     for domain, share in domains.items():
-        pool = [one for one in documents if not shares or one.domain == domain]
-        test = [_cut(one, HELD_OUT_DOCUMENT) if shares else one for one in pool if is_held_out(one.source)]
-        chosen += _sample([one for one in pool if not is_held_out(one.source)], round(share * budget))
+        pool = [document for document in documents if not shares or document.domain == domain]
+        test = [
+            _truncate(document, MAX_HELD_OUT_DOCUMENT_BYTES) if shares else document
+            for document in pool
+            if is_held_out(document.source)
+        ]
+        chosen += _sample([document for document in pool if not is_held_out(document.source)], round(share * budget))
         chosen += _sample(test, _held_out_bytes(budget))
-    return sorted(chosen, key=lambda one: one.id)
+    return sorted(chosen, key=lambda document: document.id)
 
 
 def _sample(documents: Sequence[Document], limit: int) -> list[Document]:
     """Documents in the order of the hash of their id until ``limit`` bytes; the last one is cut at a line's end."""
     chosen: list[Document] = []
-    for one in sorted(documents, key=lambda one: hashlib.sha256(one.id.encode("utf-8", "replace")).digest()):
-        size = one.size
+    for document in sorted(
+        documents, key=lambda document: hashlib.sha256(document.id.encode("utf-8", "replace")).digest()
+    ):
+        size = document.size
         if size > limit:
-            last = _cut(one, limit)
+            last = _truncate(document, limit)
             return [*chosen, last] if last.text.strip() else chosen
-        chosen.append(one)
+        chosen.append(document)
         limit -= size
     return chosen
 
 
-def _cut(one: Document, limit: int) -> Document:
-    """``one`` with its text up to the last line that ends within ``limit`` bytes."""
-    if one.size <= limit:
-        return one
-    text = one.text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
-    return one.with_text(text[: text.rfind("\n") + 1] or text)
+def _truncate(document: Document, limit: int) -> Document:
+    """``document`` with its text up to the last line that ends within ``limit`` bytes."""
+    if document.size <= limit:
+        return document
+    text = document.text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+    return document.with_text(text[: text.rfind("\n") + 1] or text)
 
 
-def _package_entry(fetched: debian.Fetched) -> dict[str, Any]:
+def _package_entry(fetched: debian.FetchedPackage) -> dict[str, Any]:
     """What sources.json says of a package; ``pinned`` is the digest that its reader was written for."""
     package = fetched.package
-    return Source(
+    return TextSource(
         f"debian {package.name}",
         package.licence,
-        *_extent(fetched.documents),
+        *_count_and_bytes(fetched.documents),
         digest=fetched.sha256,
         fault=fetched.fault,
         file=fetched.file,
@@ -223,21 +236,21 @@ def _package_entry(fetched: debian.Fetched) -> dict[str, Any]:
     ).to_dict()
 
 
-def _extent(documents: Iterable[Document]) -> tuple[int, int]:
+def _count_and_bytes(documents: Iterable[Document]) -> tuple[int, int]:
     """How many documents, and how many bytes."""
-    sizes = [one.size for one in documents]
+    sizes = [document.size for document in documents]
     return len(sizes), sum(sizes)
 
 
 def _digest(documents: Iterable[Document]) -> str:
     """SHA-256 (hex) over ids and texts."""
-    found = hashlib.sha256()
-    for one in documents:
-        found.update(json.dumps([one.id, one.text]).encode())
-    return found.hexdigest()
+    sha256 = hashlib.sha256()
+    for document in documents:
+        sha256.update(json.dumps([document.id, document.text]).encode())
+    return sha256.hexdigest()
 
 
-def _keep(
+def _save(
     folder: Path,
     request: dict[str, Any],
     chosen: list[Document],
@@ -247,17 +260,17 @@ def _keep(
     """Write the corpus; sources.json last, so that a half-written one is never taken for whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sources.json").unlink(missing_ok=True)
-    document.write(folder / "documents.jsonl", chosen)
+    write_documents(folder / "documents.jsonl", chosen)
     digest = hashlib.sha256((folder / "documents.jsonl").read_bytes()).hexdigest()
     facts: dict[str, Any] = {"request": request, "digest": digest, "sources": sources}
     if held_out is not None:
-        held_out &= {one.source for one in chosen}
+        held_out &= {document.source for document in chosen}
         facts["held_out"] = sorted(held_out)
     atomic.write_json(folder / "sources.json", facts)
     return Corpus(folder / "documents.jsonl", sources, digest, held_out)
 
 
-def _kept(folder: Path, request: dict[str, Any]) -> Corpus | None:
+def _load_saved(folder: Path, request: dict[str, Any]) -> Corpus | None:
     """The corpus in ``folder`` if it answers ``request`` and is whole, else None."""
     try:
         facts = json.loads((folder / "sources.json").read_text(encoding="utf-8"))

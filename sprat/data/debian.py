@@ -22,13 +22,13 @@ from sprat.data import pod
 from sprat.data.document import Document
 from sprat.errors import DataError
 
-SECONDS = 20.0  # for each of the two commands
+TIMEOUT_SECONDS = 20.0  # for each of the two commands
 PERL_LICENCE = "Artistic or GPL-1+"
 PERL_LEFT_OUT = {"perltoc", "perlhist", "perlcn", "perljp", "perlko", "perltw"}  # lists, and what is not in English
 
 
 @dataclass(frozen=True)
-class Package:
+class DebianPackage:
     """A Debian package with text in it.
 
     Attributes:
@@ -45,10 +45,10 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedPackage:
     """What came of one package: its documents, or why there are none."""
 
-    package: Package
+    package: DebianPackage
     file: str
     sha256: str
     documents: tuple[Document, ...]
@@ -71,7 +71,7 @@ def perl_pages(folder: Path) -> Iterator[Document]:
                 yield Document(f"{source}#{number}", text, source, PERL_LICENCE, "prose")
 
 
-PERL = Package(
+PERL = DebianPackage(
     name="perl-doc",
     sha256="f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8",
     licence=PERL_LICENCE,
@@ -80,33 +80,33 @@ PERL = Package(
 PACKAGES = (PERL,)
 
 
-def fetch(packages: Sequence[Package] = PACKAGES) -> list[Fetched]:
+def fetch_packages(packages: Sequence[DebianPackage] = PACKAGES) -> list[FetchedPackage]:
     """Fetch and read ``packages``, all at once; each has 20 s for the download and 20 s to unpack."""
     with ThreadPoolExecutor(max_workers=max(1, len(packages))) as pool:
-        return list(pool.map(_fetch, packages))
+        return list(pool.map(_fetch_package, packages))
 
 
-def _fetch(package: Package) -> Fetched:
+def _fetch_package(package: DebianPackage) -> FetchedPackage:
     """One package; whatever goes wrong is told in ``fault``."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            return Fetched(package, "", "", (), f"this machine has no {tool}")
+            return FetchedPackage(package, "", "", (), f"this machine has no {tool}")
     with tempfile.TemporaryDirectory(prefix="sprat-deb-") as name:
         folder = Path(name)
         file, digest = "", ""
         try:
-            _command(["apt-get", "-q", "download", package.name], folder)
+            _run_command(["apt-get", "-q", "download", package.name], folder)
             deb = next(iter(sorted(folder.glob("*.deb"))), None)
             if deb is None:
-                return Fetched(package, "", "", (), "apt-get download left no package")
+                return FetchedPackage(package, "", "", (), "apt-get download left no package")
             file, digest = deb.name, hashlib.sha256(deb.read_bytes()).hexdigest()
-            _command(["dpkg-deb", "-x", str(deb), str(folder / "tree")], folder)
-            return Fetched(package, file, digest, tuple(package.read(folder / "tree")), "")
+            _run_command(["dpkg-deb", "-x", str(deb), str(folder / "tree")], folder)
+            return FetchedPackage(package, file, digest, tuple(package.read(folder / "tree")), "")
         except (DataError, OSError) as error:
-            return Fetched(package, file, digest, (), str(error))
+            return FetchedPackage(package, file, digest, (), str(error))
 
 
-def _command(words: list[str], folder: Path) -> None:
+def _run_command(command: list[str], folder: Path) -> None:
     """Run a command in ``folder``; past its time it is ended with all that it started.
 
     Raises:
@@ -114,7 +114,7 @@ def _command(words: list[str], folder: Path) -> None:
     """
     settings = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     with subprocess.Popen(
-        words,
+        command,
         cwd=folder,
         env=settings,
         stdin=subprocess.DEVNULL,
@@ -123,17 +123,17 @@ def _command(words: list[str], folder: Path) -> None:
         start_new_session=True,
     ) as process:
         try:
-            _, said = process.communicate(timeout=SECONDS)
+            _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                what = f"{words[0]} took more than {SECONDS:g} s"
-                raise DataError(what, where=words[-1], todo="try again later") from None
+                what = f"{command[0]} took more than {TIMEOUT_SECONDS:g} s"
+                raise DataError(what, where=command[-1], todo="try again later") from None
             raise
     if process.returncode:
-        reasons = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+        reasons = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
         reason = next(
             (line for line in reasons if line.startswith("E:")), reasons[-1] if reasons else "no reason given"
         )
-        raise DataError(f"{words[0]} failed: {reason.removeprefix('E:').strip()}", where=words[-1])
+        raise DataError(f"{command[0]} failed: {reason.removeprefix('E:').strip()}", where=command[-1])

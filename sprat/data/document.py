@@ -12,7 +12,7 @@ from pathlib import Path
 from sprat.errors import DataError
 from sprat.trust import atomic
 
-LONGEST = 60  # characters of a label
+MAX_LABEL_CHARS = 60  # characters of a label
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
 
 
@@ -25,7 +25,7 @@ class Document:
         text: what it says.
         source: the file, book or page it was taken from; documents of one source are never split apart.
         licence: SPDX identifier or "public domain"; "unspecified" where nobody said.
-        domain: "prose", "docstring" or "code", or what the user's rows say: a ``label``, never a path.
+        domain: "prose", "docstring" or "code", or what the user's rows say: see ``printable_label``, never a path.
     """
 
     id: str
@@ -44,14 +44,14 @@ class Document:
         return replace(self, text=text)
 
 
-def label(text: str) -> str:
+def printable_label(text: str) -> str:
     """``text`` as it is shown in tables and figures: its printable characters on one line, 60 at most.
 
-    >>> label("News \\n of\\ttoday"), label("../etc"), label("\\x00 ")
+    >>> printable_label("News \\n of\\ttoday"), printable_label("../etc"), printable_label("\\x00 ")
     ('News of today', '../etc', 'unnamed')
     """
     line = " ".join(text.split())
-    return "".join(character for character in line if character.isprintable())[:LONGEST].strip() or "unnamed"
+    return "".join(character for character in line if character.isprintable())[:MAX_LABEL_CHARS].strip() or "unnamed"
 
 
 def safe_name(name: str) -> str:
@@ -67,14 +67,14 @@ def safe_name(name: str) -> str:
     return "_" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def write(path: Path, documents: Iterable[Document]) -> None:
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """Write documents.jsonl at once, one document a line."""
     lines = [json.dumps(asdict(document), ensure_ascii=False, sort_keys=True) + "\n" for document in documents]
     atomic.write_bytes(path, "".join(lines).encode("utf-8", "replace"))
 
 
-def read(path: Path) -> Iterator[Document]:
-    """Read what ``write`` wrote.
+def read_documents(path: Path) -> Iterator[Document]:
+    """Read what ``write_documents`` wrote.
 
     Raises:
         DataError: the file is missing or torn.

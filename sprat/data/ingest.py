@@ -19,22 +19,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sprat.data.document import Document, label
+from sprat.data.document import Document, printable_label
 from sprat.errors import DataError, MachineError
 from sprat.trust import digest
-from sprat.trust.facts import LeftOut
+from sprat.trust.stage_facts import ExcludedText
 
-__all__ = ["Document", "Tally", "read"]
+__all__ = ["Document", "ExclusionTally", "read_texts"]
 
-TEXT = (".txt", ".md", ".rst", ".py")
-TABLES = (".jsonl", ".parquet")
-KNOWN = ", ".join((*TEXT, *TABLES))
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+KNOWN_SUFFIXES = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
 UNSPECIFIED = "unspecified"
 NOT_TEXT = "binary data, not UTF-8 text"
-_NAMED = 3  # names that a tally keeps of each reason
+_NAMES_PER_REASON = 3  # names that a tally keeps of each reason
 
 
-class Tally:
+class ExclusionTally:
     """Counts what is left out, by reason."""
 
     def __init__(self) -> None:
@@ -46,20 +46,20 @@ class Tally:
         """``size`` bytes of ``name`` are left out because of ``why``, which reads well after a number."""
         self._counts[why] = self._counts.get(why, 0) + 1
         self._sizes[why] = self._sizes.get(why, 0) + size
-        if self._counts[why] <= _NAMED:
+        if self._counts[why] <= _NAMES_PER_REASON:
             self._names.setdefault(why, []).append(name)
 
-    def left_out(self) -> tuple[LeftOut, ...]:
+    def excluded(self) -> tuple[ExcludedText, ...]:
         """One entry for each reason, in the order in which they came up."""
         return tuple(
-            LeftOut(why, count, self._sizes[why], tuple(self._names[why])) for why, count in self._counts.items()
+            ExcludedText(why, count, self._sizes[why], tuple(self._names[why])) for why, count in self._counts.items()
         )
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.left_out()))
+        return "; ".join(map(str, self.excluded()))
 
 
-def read(path: str | Path, tally: Tally | None = None) -> Iterator[Document]:
+def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterator[Document]:
     """The documents under ``path``, in the order of their file names; see the module's text for what is read.
 
     A plain text file is one document; a JSONL line or Parquet row is one document with a ``text`` field and, if it
@@ -74,56 +74,58 @@ def read(path: str | Path, tally: Tally | None = None) -> Iterator[Document]:
         MachineError: a Parquet file, and pyarrow is not installed.
     """
     path = Path(path)
-    tally = tally or Tally()
+    tally = tally or ExclusionTally()
     if not path.exists():
         raise DataError("no such folder or file", where=str(path), todo="give a folder with text in it")
     if path.is_dir():
         root, files = path, list(_files(path, tally))
         if not files:
-            what = "no text files in the folder" + (f": {tally}" if tally.left_out() else "")
-            raise DataError(what, where=str(path), todo=f"put {KNOWN} files there")
+            what = "no text files in the folder" + (f": {tally}" if tally.excluded() else "")
+            raise DataError(what, where=str(path), todo=f"put {KNOWN_SUFFIXES} files there")
     else:
         root, files = path.parent, [path]
         if not path.is_file():
             raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
-        if path.suffix.lower() not in TEXT + TABLES:
-            raise DataError("no text file by its name", where=str(path), todo=f"give {KNOWN}; .txt is learned as it is")
-    found = False
+        if path.suffix.lower() not in TEXT_SUFFIXES + TABLE_SUFFIXES:
+            raise DataError(
+                "no text file by its name", where=str(path), todo=f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
+            )
+    has_text = False
     for file in files:
         name = file.relative_to(root).as_posix()
         for document in _read_file(file, name, tally if path.is_dir() else None):
             if document.text.strip():
-                found = True
+                has_text = True
                 yield document
             else:
                 tally.add("blank documents", document.id)
-    if not found:
-        what = "the text is empty" + (f": {tally}" if tally.left_out() else "")
+    if not has_text:
+        what = "the text is empty" + (f": {tally}" if tally.excluded() else "")
         raise DataError(what, where=str(path), todo="give files with text in them")
 
 
-def _files(folder: Path, tally: Tally) -> Iterator[Path]:
+def _files(folder: Path, tally: ExclusionTally) -> Iterator[Path]:
     """Files of a known kind below ``folder``, sorted; links to folders are not followed."""
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         for name in sorted(folders + names):
-            path = Path(place, name)
-            shown = path.relative_to(folder).as_posix()
+            path = Path(parent, name)
+            relative_name = path.relative_to(folder).as_posix()
             if name.startswith("."):
-                tally.add("hidden files and folders", shown)
+                tally.add("hidden files and folders", relative_name)
             elif path.is_symlink() and not path.is_file():
-                tally.add("links that lead to no file", shown)
+                tally.add("links that lead to no file", relative_name)
             elif path.is_dir():
                 continue
             elif not path.is_file():
-                tally.add("pipes and devices", shown)
-            elif path.suffix.lower() not in TEXT + TABLES:
-                tally.add(f"files of other kinds than {KNOWN}", shown)
+                tally.add("pipes and devices", relative_name)
+            elif path.suffix.lower() not in TEXT_SUFFIXES + TABLE_SUFFIXES:
+                tally.add(f"files of other kinds than {KNOWN_SUFFIXES}", relative_name)
             else:
                 yield path
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
-def _read_file(file: Path, name: str, tally: Tally | None) -> Iterator[Document]:
+def _read_file(file: Path, name: str, tally: ExclusionTally | None) -> Iterator[Document]:
     """The documents of one file; ``name`` is its path below the folder that was given.
 
     Args:
@@ -131,9 +133,9 @@ def _read_file(file: Path, name: str, tally: Tally | None) -> Iterator[Document]
     """
     kind = file.suffix.lower()
     if kind == ".parquet":
-        yield from (_row(row, name, number) for number, row in enumerate(_parquet(file)))
+        yield from (_row_document(row, name, number) for number, row in enumerate(_parquet(file)))
         return
-    text = _text(file)
+    text = _decode_file(file)
     if text is None:
         if tally is None:
             raise DataError(NOT_TEXT, where=str(file), todo="remove the file or save it as UTF-8")
@@ -146,15 +148,15 @@ def _read_file(file: Path, name: str, tally: Tally | None) -> Iterator[Document]
                 except (ValueError, RecursionError) as error:
                     where = f"{file}, line {number + 1}"
                     raise DataError(f"not JSON: {error}", where=where, todo="write one object a line") from None
-                yield _row(row, name, number)
+                yield _row_document(row, name, number)
     else:
-        yield Document(name, text, _utf8(name), UNSPECIFIED, "code" if kind == ".py" else "prose")
+        yield Document(name, text, _replace_undecodable(name), UNSPECIFIED, "code" if kind == ".py" else "prose")
 
 
-def _text(file: Path) -> str | None:
-    """The text of ``file``, with line ends as \\n; None where it is not UTF-8 or holds a zero byte."""
+def _decode_file(file: Path) -> str | None:
+    """The text of ``of_file``, with line ends as \\n; None where it is not UTF-8 or holds a zero byte."""
     try:
-        with digest.plain(file) as stream:
+        with digest.open_regular_file(file) as stream:
             text = stream.read().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(file), todo="check it") from None
@@ -163,7 +165,7 @@ def _text(file: Path) -> str | None:
     return None if "\x00" in text else text.replace("\r\n", "\n")
 
 
-def _row(row: Any, name: str, number: int) -> Document:
+def _row_document(row: Any, name: str, number: int) -> Document:
     """One JSONL or Parquet row as a document."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
@@ -172,13 +174,13 @@ def _row(row: Any, name: str, number: int) -> Document:
     return Document(
         id=f"{identity}:{row['id']}" if row.get("id") is not None else identity,
         text=text,
-        source=_utf8(str(row.get("source") or identity)),
+        source=_replace_undecodable(str(row.get("source") or identity)),
         licence=str(row.get("licence") or row.get("license") or UNSPECIFIED),
-        domain=label(str(row.get("domain") or "prose")),
+        domain=printable_label(str(row.get("domain") or "prose")),
     )
 
 
-def _utf8(name: str) -> str:
+def _replace_undecodable(name: str) -> str:
     """``name`` as a file of UTF-8 holds it, which a name on an old disk may not be."""
     return name.encode("utf-8", "replace").decode()
 
@@ -193,8 +195,8 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise MachineError("Parquet needs the package pyarrow", where=str(file), todo=todo) from None
     try:
         with parquet.ParquetFile(file) as table:
-            known = {"text", "id", "source", "licence", "license", "domain"}
-            columns = [name for name in table.schema_arrow.names if name in known]
+            known_columns = {"text", "id", "source", "licence", "license", "domain"}
+            columns = [name for name in table.schema_arrow.names if name in known_columns]
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
     except (arrow.ArrowException, OSError) as error:

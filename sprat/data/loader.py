@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sprat.data.pack import Packed
+from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
 
-IGNORED = -100  # the target of a place that carries no loss
+IGNORE_INDEX = -100  # the target of a place that carries no loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Batch:
     targets_BT: Tensor
     segments_BT: Tensor
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def slice_rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` to before ``stop``: one micro-batch."""
         return Batch(self.tokens_BT[start:stop], self.targets_BT[start:stop], self.segments_BT[start:stop])
 
@@ -49,7 +49,7 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.targets_BT.to(device), self.segments_BT.to(device))
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where a training loop gets its batches: ``batch`` is a pure function of the step."""
 
     digest: str
@@ -59,31 +59,31 @@ class Source(Protocol):
         ...
 
 
-def gather(packed: Packed, index: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
+def gather_rows(packed: PackedDataset, index: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
     """The rows ``index`` of ``packed`` as a batch of T = packed.seq_len."""
-    return _batch(packed.tokens[index], packed.segments[index], packed.mask[index])
+    return _batch(packed.tokens[index], packed.segments[index], packed.loss_mask[index])
 
 
 def _batch(tokens: npt.NDArray[np.int32], segments: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Batch:
     """Shift rows of T+1 tokens into inputs and targets."""
     learned = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & (mask[:, 1:] > 0)
-    targets = np.where(learned, tokens[:, 1:], IGNORED)
+    targets = np.where(learned, tokens[:, 1:], IGNORE_INDEX)
     parts = (tokens[:, :-1], targets, segments[:, :-1])
     return Batch(*(torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in parts))
 
 
-class MixedSource:
-    """Several packed parts mixed in fixed shares; implements ``Source``.
+class MixedBatchSource:
+    """Several packed parts mixed in fixed shares; implements ``BatchSource``.
 
     Each batch holds the same number of rows of each part (largest remainder over the weights, at least
     one row of every part that has weight), in a random order.
 
     Attributes:
-        quotas: rows of each part in one batch.
+        part_rows: rows of each part in one batch.
         digest: SHA-256 (hex) over the parts' digests, the quotas and the seed.
     """
 
-    def __init__(self, parts: Sequence[tuple[Packed, float]], rows: int, seed: int) -> None:
+    def __init__(self, parts: Sequence[tuple[PackedDataset, float]], rows: int, seed: int) -> None:
         """Mix ``parts`` (dataset, weight) into batches of ``rows`` rows.
 
         Raises:
@@ -100,44 +100,44 @@ class MixedSource:
             what = f"{len(self.parts)} parts cannot share batches of {rows} rows"
             raise DataError(what, where="mix", todo="give larger batches or fewer parts")
         self.seed = seed
-        self.quotas = quotas(weights, rows)
+        self.part_rows = rows_per_part(weights, rows)
         self._passes: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
-        identity = [[packed.digest for packed in self.parts], self.quotas, seed]
+        identity = [[packed.digest for packed in self.parts], self.part_rows, seed]
         self.digest: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
         """The batch of ``step`` (from 0); the same for the same seed, whatever was asked before."""
-        drawn = []
-        for number, (packed, quota) in enumerate(zip(self.parts, self.quotas, strict=True)):
-            index = self._index(number, packed.rows, step * quota, quota)
-            drawn.append((packed.tokens[index], packed.segments[index], packed.mask[index]))
-        order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.quotas))
-        tokens, segments, mask = (np.concatenate(arrays)[order] for arrays in zip(*drawn, strict=True))
+        arrays_by_part = []
+        for number, (packed, count) in enumerate(zip(self.parts, self.part_rows, strict=True)):
+            index = self._index(number, packed.num_rows, step * count, count)
+            arrays_by_part.append((packed.tokens[index], packed.segments[index], packed.loss_mask[index]))
+        order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.part_rows))
+        tokens, segments, mask = (np.concatenate(arrays)[order] for arrays in zip(*arrays_by_part, strict=True))
         return _batch(tokens, segments, mask)
 
     def _index(self, number: int, rows: int, start: int, count: int) -> npt.NDArray[np.int64]:
         """The rows number ``start`` to before ``start + count`` of part ``number``'s endless row of passes."""
-        found = []
+        pieces = []
         while count:
-            epoch, place = divmod(start, rows)
-            taken = min(count, rows - place)
-            found.append(self._permutation(number, epoch, rows)[place : place + taken])
-            start, count = start + taken, count - taken
-        return np.concatenate(found)
+            epoch, position = divmod(start, rows)
+            num_taken = min(count, rows - position)
+            pieces.append(self._permutation(number, epoch, rows)[position : position + num_taken])
+            start, count = start + num_taken, count - num_taken
+        return np.concatenate(pieces)
 
     def _permutation(self, number: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
         """The order of part ``number`` in pass ``epoch``; the last one is remembered."""
-        held = self._passes.get(number)
-        if held is None or held[0] != epoch:
-            held = (epoch, np.random.default_rng([self.seed, 0, number, epoch]).permutation(rows))
-            self._passes[number] = held
-        return held[1]
+        cached = self._passes.get(number)
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, np.random.default_rng([self.seed, 0, number, epoch]).permutation(rows))
+            self._passes[number] = cached
+        return cached[1]
 
 
-def quotas(weights: Sequence[float], rows: int) -> list[int]:
+def rows_per_part(weights: Sequence[float], rows: int) -> list[int]:
     """Share ``rows`` out by ``weights``: largest remainder, but at least one each.
 
-    >>> quotas([0.7, 0.29, 0.01], 10)
+    >>> rows_per_part([0.7, 0.29, 0.01], 10)
     [6, 3, 1]
     """
     spare, total = rows - len(weights), sum(weights)

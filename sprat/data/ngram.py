@@ -56,28 +56,28 @@ def probabilities(train: bytes, tests: Sequence[bytes]) -> list[dict[str, Floats
     """
     if not train or not all(tests):
         raise DataError("an empty text has no n-grams", where="baselines", todo="give some text")
-    learned, asked = _bytes(train), [_bytes(test) for test in tests]
+    train_array, test_arrays = _bytes(train), [_bytes(test) for test in tests]
     models = [{name: _Model(len(test)) for name in (*map(_name, ORDERS), PPM)} for test in tests]
     longest = min(ORDERS[-1], len(train))
     longer: Grams | None = None
     novel = [np.ones(0, dtype=np.bool_) for _ in tests]  # where the n-gram one byte longer has never been before
     for order in range(longest, 0, -1):
-        grams, occurrences = np.unique(_grams(learned, order), return_counts=True)
+        grams, occurrences = np.unique(_grams(train_array, order), return_counts=True)
         plain = _Table(grams, occurrences)
         continued = plain if longer is None else _Table(grams, _left_contexts(grams, longer, order))
-        for number, text in enumerate(asked):
-            places = _grams(text, order)
-            counted = np.ones(len(places), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
+        for number, text in enumerate(test_arrays):
+            positions_grams = _grams(text, order)
+            counted = np.ones(len(positions_grams), dtype=np.bool_)  # where PPM counts the n-gram once it has seen it
             if longer is not None:
                 counted[1:] = novel[number]
-            found = _Asked(plain, places)
-            novel[number] = found.is_new()
-            models[number][PPM].shorten(*continued.terms(found, counted))
-            whole, rest = plain.terms(found), continued.terms(found)
-            for size in (one for one in ORDERS if min(one, longest) >= order):
-                models[number][_name(size)].shorten(*(whole if min(size, longest) == order else rest))
+            lookup = _TestLookup(plain, positions_grams)
+            novel[number] = lookup.is_new()
+            models[number][PPM].shorten(*continued.terms(lookup, counted))
+            longest_terms, shorter_terms = plain.terms(lookup), continued.terms(lookup)
+            for size in (each_order for each_order in ORDERS if min(each_order, longest) >= order):
+                models[number][_name(size)].shorten(*(longest_terms if min(size, longest) == order else shorter_terms))
         longer = grams
-    return [{name: model.own + model.escape / 256 for name, model in each.items()} for each in models]
+    return [{name: model.own + model.escape / 256 for name, model in model_by_name.items()} for model_by_name in models]
 
 
 def _name(order: int) -> str:
@@ -109,53 +109,53 @@ class _Table:
         self.kinds = [np.add.reduceat((np.minimum(counts, 3) == often).astype(np.int64), first) for often in (1, 2, 3)]
         self.discounts = _discounts(counts)
 
-    def terms(self, asked: _Asked, counted: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
+    def terms(self, lookup: _TestLookup, counted: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
         """What the order itself says of each n-gram of a test, and the weight of the shorter context.
 
         Args:
-            asked: the n-grams [places], in the order of the text, looked up in a table of the same n-grams.
+            lookup: the n-grams [places], in the order of the text, looked up in a table of the same n-grams.
             counted: which of them the model counts as it goes on; None for a model that does not learn here.
         """
-        places, contexts = asked.grams.asked, asked.contexts.asked
-        count = asked.grams.values(self.counts)
-        total, *kinds = (asked.contexts.values(each) for each in (self.totals, *self.kinds))
+        queries, contexts = lookup.grams.queries, lookup.contexts.queries
+        count = lookup.grams.values(self.counts)
+        total, *kinds = (lookup.contexts.values(each) for each in (self.totals, *self.kinds))
         if counted is not None:
-            count = count + _before(places, [counted])[0]
+            count = count + _before(queries, [counted])[0]
             steps = [counted & (count == often) for often in (0, 1, 2)]  # a successor comes to be counted once, ...
-            more, once, twice, often = _before(contexts, [counted, *steps])
-            total, kinds = total + more, [kinds[0] + once - twice, kinds[1] + twice - often, kinds[2] + often]
-        known = np.maximum(total, 1)
-        left = sum((d * kind for d, kind in zip(self.discounts[1:], kinds, strict=True)), np.zeros(len(places)))
-        own = (count - self.discounts[np.minimum(count, 3)]) / known
-        return own, np.where(total > 0, left / known, 1.0)
+            added, once, twice, often = _before(contexts, [counted, *steps])
+            total, kinds = total + added, [kinds[0] + once - twice, kinds[1] + twice - often, kinds[2] + often]
+        nonzero_total = np.maximum(total, 1)
+        escape_mass = sum((d * kind for d, kind in zip(self.discounts[1:], kinds, strict=True)), np.zeros(len(queries)))
+        own = (count - self.discounts[np.minimum(count, 3)]) / nonzero_total
+        return own, np.where(total > 0, escape_mass / nonzero_total, 1.0)
 
 
-class _Asked:
+class _TestLookup:
     """N-grams of a test and their contexts, looked up once for all tables of the same n-grams."""
 
-    def __init__(self, table: _Table, places: Grams) -> None:
-        self.grams = _Found(table.grams, places)
-        self.contexts = _Found(table.contexts, places >> np.uint64(8))
+    def __init__(self, table: _Table, grams: Grams) -> None:
+        self.grams = _KeyLookup(table.grams, grams)
+        self.contexts = _KeyLookup(table.contexts, grams >> np.uint64(8))
 
     def is_new(self) -> npt.NDArray[np.bool_]:
         """Which n-grams occur for the first time, in the test and in the training text."""
-        first = np.zeros(len(self.grams.asked), dtype=np.bool_)
-        first[np.unique(self.grams.asked, return_index=True)[1]] = True
+        first = np.zeros(len(self.grams.queries), dtype=np.bool_)
+        first[np.unique(self.grams.queries, return_index=True)[1]] = True
         first &= ~self.grams.known
         return first
 
 
-class _Found:
+class _KeyLookup:
     """Where each asked key stands among ``keys``, which are sorted."""
 
-    def __init__(self, keys: Grams, asked: Grams) -> None:
-        self.asked = asked
-        self.place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-        self.known: npt.NDArray[np.bool_] = keys[self.place] == asked
+    def __init__(self, keys: Grams, queries: Grams) -> None:
+        self.queries = queries
+        self.position = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+        self.known: npt.NDArray[np.bool_] = keys[self.position] == queries
 
     def values(self, values: Ints) -> Ints:
         """The value of each asked key, 0 where it is none of the keys."""
-        return np.where(self.known, values[self.place], 0)
+        return np.where(self.known, values[self.position], 0)
 
 
 def _discounts(counts: Ints) -> Floats:
@@ -164,9 +164,9 @@ def _discounts(counts: Ints) -> Floats:
     if not (n1 and n2 and n3):
         return np.array(FALLBACK)
     y = n1 / (n1 + 2 * n2)
-    found = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-    sound = all(0 < discount <= often for often, discount in enumerate(found) if often)
-    return np.array(found if sound else FALLBACK)
+    discounts = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+    sound = all(0 < discount <= often for often, discount in enumerate(discounts) if often)
+    return np.array(discounts if sound else FALLBACK)
 
 
 def _left_contexts(grams: Grams, longer: Grams, order: int) -> Ints:
@@ -201,6 +201,6 @@ def _grams(text: Grams, size: int) -> Grams:
     """Each run of ``size`` bytes as one number, the last byte lowest; none where the text is shorter."""
     count = max(len(text) - size + 1, 0)
     result = np.zeros(count, dtype=np.uint64)
-    for place in range(size):
-        result = (result << np.uint64(8)) | text[place : place + count]
+    for offset in range(size):
+        result = (result << np.uint64(8)) | text[offset : offset + count]
     return result

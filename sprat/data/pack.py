@@ -34,25 +34,25 @@ import numpy.typing as npt
 from sprat.errors import DataError
 from sprat.trust import atomic
 
-Sequenced = tuple[Sequence[int], Sequence[int] | None]
+MaskedSequence = tuple[Sequence[int], Sequence[int] | None]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedDataset:
     """Packed rows, R rows of T+1 tokens.
 
     Attributes:
         tokens: [R, T+1] int32, 0 where nothing lies.
         segments: [R, T+1] int32, 1, 2, … within a row, 0 where nothing lies.
-        mask: [R, T+1] uint8, 1 on tokens that are to be learned.
+        loss_mask: [R, T+1] uint8, 1 on tokens that are to be learned.
     """
 
     tokens: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32]
-    mask: npt.NDArray[np.uint8]
+    loss_mask: npt.NDArray[np.uint8]
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """Number of rows R."""
         return int(self.tokens.shape[0])
 
@@ -62,23 +62,23 @@ class Packed:
         return int(self.tokens.shape[1]) - 1
 
     @cached_property
-    def targets(self) -> int:
+    def num_targets(self) -> int:
         """How many tokens are predicted with loss in one pass over all rows."""
         same = (self.segments[:, 1:] == self.segments[:, :-1]) & (self.segments[:, 1:] > 0)
-        return int(np.count_nonzero(same & (self.mask[:, 1:] > 0)))
+        return int(np.count_nonzero(same & (self.loss_mask[:, 1:] > 0)))
 
     @property
-    def fill(self) -> float:
+    def fill_fraction(self) -> float:
         """Share of the places that hold a token."""
         return float(np.count_nonzero(self.segments)) / max(1, self.segments.size)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over the shape and the three arrays."""
-        found = hashlib.sha256(repr(self.tokens.shape).encode())
-        for array, kind in ((self.tokens, "<i4"), (self.segments, "<i4"), (self.mask, "|u1")):
-            found.update(np.ascontiguousarray(array, dtype=kind).tobytes())
-        return found.hexdigest()
+        sha256 = hashlib.sha256(repr(self.tokens.shape).encode())
+        for array, kind in ((self.tokens, "<i4"), (self.segments, "<i4"), (self.loss_mask, "|u1")):
+            sha256.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+        return sha256.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write packed.safetensors, then dataset.json (shape, counts, digest), each at once."""
@@ -86,13 +86,13 @@ class Packed:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"tokens": self.tokens, "segments": self.segments, "mask": self.mask}
+        arrays = {"tokens": self.tokens, "segments": self.segments, "mask": self.loss_mask}
         atomic.write_bytes(folder / "packed.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
-        facts = {"rows": self.rows, "seq_len": self.seq_len, "targets": self.targets, "digest": self.digest}
+        facts = {"rows": self.num_rows, "seq_len": self.seq_len, "targets": self.num_targets, "digest": self.digest}
         atomic.write_json(folder / "dataset.json", facts)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Packed:
+    def load(cls, folder: str | Path) -> PackedDataset:
         """Read what ``save`` wrote.
 
         Raises:
@@ -115,7 +115,7 @@ class Packed:
         return packed
 
 
-def pack(sequences: Iterable[Sequenced], seq_len: int) -> Packed:
+def pack(sequences: Iterable[MaskedSequence], seq_len: int) -> PackedDataset:
     """Lay sequences into rows of ``seq_len + 1`` tokens; see the module's docstring.
 
     Args:
@@ -132,11 +132,11 @@ def pack(sequences: Iterable[Sequenced], seq_len: int) -> Packed:
     """
     if seq_len < 1:
         raise DataError(f"a row of {seq_len} tokens", where="seq_len", todo="give at least 1")
-    ids, mask, starts, lengths = _cut(sequences, seq_len)
+    ids, mask, starts, lengths = _cut_sequences(sequences, seq_len)
     if not len(lengths):
         raise DataError("nothing to pack", where="sequences", todo="give at least one of two or more tokens")
     width = seq_len + 1
-    row, offset, order, rows = _place(lengths, width)
+    row, offset, order, rows = _best_fit(lengths, width)
     starts, lengths = starts[order], lengths[order]
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     source = np.repeat(starts, lengths) + within
@@ -147,51 +147,51 @@ def pack(sequences: Iterable[Sequenced], seq_len: int) -> Packed:
     tokens[target], learned[target] = ids[source], mask[source]
     segments[target] = np.repeat(_segment_numbers(row), lengths)
     shape = (rows, width)
-    return Packed(tokens.reshape(shape), segments.reshape(shape), learned.reshape(shape))
+    return PackedDataset(tokens.reshape(shape), segments.reshape(shape), learned.reshape(shape))
 
 
-def _cut(
-    sequences: Iterable[Sequenced], seq_len: int
+def _cut_sequences(
+    sequences: Iterable[MaskedSequence], seq_len: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """All ids and masks end to end, and where each piece of at most seq_len + 1 tokens starts and how long it is."""
-    kept = [(ids, mask) for ids, mask in sequences if len(ids) > 1]
-    if any(mask is not None and len(mask) != len(ids) for ids, mask in kept):
+    long_enough = [(ids, mask) for ids, mask in sequences if len(ids) > 1]
+    if any(mask is not None and len(mask) != len(ids) for ids, mask in long_enough):
         raise DataError("a mask is not as long as its ids", where="sequences", todo="give one mask value per token")
-    flat = np.fromiter(itertools.chain.from_iterable(ids for ids, _ in kept), dtype=np.int32)
+    flat = np.fromiter(itertools.chain.from_iterable(ids for ids, _ in long_enough), dtype=np.int32)
     ones = itertools.repeat(1)
-    masks = (itertools.islice(ones, len(ids)) if mask is None else mask for ids, mask in kept)
+    masks = (itertools.islice(ones, len(ids)) if mask is None else mask for ids, mask in long_enough)
     learned = np.fromiter(itertools.chain.from_iterable(masks), dtype=np.uint8)
-    whole = np.array([len(ids) for ids, _ in kept], dtype=np.int64)
-    begin = np.cumsum(whole) - whole
-    pieces = -(-(whole - 1) // seq_len)
+    sequence_lengths = np.array([len(ids) for ids, _ in long_enough], dtype=np.int64)
+    begin = np.cumsum(sequence_lengths) - sequence_lengths
+    pieces = -(-(sequence_lengths - 1) // seq_len)
     number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(begin, pieces) + number * seq_len
-    lengths = np.minimum(seq_len + 1, np.repeat(begin + whole, pieces) - starts)
+    lengths = np.minimum(seq_len + 1, np.repeat(begin + sequence_lengths, pieces) - starts)
     return flat, learned, starts, lengths
 
 
-def _place(
+def _best_fit(
     lengths: npt.NDArray[np.int64], width: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
     """Best-fit decreasing: row and offset of each piece in the order of placing, that order, and how many rows."""
     order = np.argsort(-lengths, kind="stable")
     row, offset = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
-    waiting: list[list[int]] = [[] for _ in range(width + 1)]
+    rows_by_space: list[list[int]] = [[] for _ in range(width + 1)]
     open_spaces, rows = 0, 0
-    for place, length in enumerate(lengths[order].tolist()):
+    for index, length in enumerate(lengths[order].tolist()):
         fitting = open_spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
-            where = waiting[space].pop()
-            if not waiting[space]:
+            chosen_row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
                 open_spaces &= ~(1 << space)
         else:
-            space, where, rows = width, rows, rows + 1
-        row[place], offset[place] = where, width - space
-        left = space - length
-        if left > 1:
-            waiting[left].append(where)
-            open_spaces |= 1 << left
+            space, chosen_row, rows = width, rows, rows + 1
+        row[index], offset[index] = chosen_row, width - space
+        space_left = space - length
+        if space_left > 1:
+            rows_by_space[space_left].append(chosen_row)
+            open_spaces |= 1 << space_left
     return row, offset, order, rows
 
 

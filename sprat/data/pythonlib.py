@@ -16,24 +16,33 @@ from pathlib import Path
 
 from sprat.data.document import Document
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 # Tests, foreign packages, tables rather than text, and what we read in another way.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"}
-LARGEST = 400_000  # bytes; larger files are tables
+EXCLUDED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+}
+MAX_FILE_BYTES = 400_000  # bytes; larger files are tables
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def documents(root: Path | None = None, *, of: Callable[[str], bool] = lambda source: True) -> Iterator[Document]:
+def documents(root: Path | None = None, *, accept: Callable[[str], bool] = lambda source: True) -> Iterator[Document]:
     """Docstrings and code of the library's modules, file by file in an order that mixes its folders.
 
     Args:
         root: the library's folder; that of the running Python if not given.
-        of: only files whose source ("python/json/decoder.py") it likes are opened.
+        accept: only files whose source ("python/json/decoder.py") it likes are opened.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     for file in _files(root):
         name = file.relative_to(root).as_posix()
-        if of(f"python/{name}"):
+        if accept(f"python/{name}"):
             yield from _read(file, name)
 
 
@@ -51,18 +60,18 @@ def topics(root: Path | None = None) -> Iterator[Document]:
                 name, text = getattr(key, "value", None), getattr(value, "value", None)
                 if isinstance(name, str) and isinstance(text, str):
                     source = f"python/topics/{name}"
-                    yield Document(source, text, source, LICENCE, "prose")
+                    yield Document(source, text, source, LICENSE, "prose")
 
 
 def _files(root: Path) -> list[Path]:
     """The library's modules in an order that only their names decide."""
-    found = []
-    for place, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]
-        for file in (Path(place, name) for name in names if name.endswith(".py")):
-            if file.is_file() and file.stat().st_size <= LARGEST:
-                found.append((hashlib.sha256(file.relative_to(root).as_posix().encode()).digest(), file))
-    return [file for _, file in sorted(found)]
+    files = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        for file in (Path(parent, name) for name in names if name.endswith(".py")):
+            if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES:
+                files.append((hashlib.sha256(file.relative_to(root).as_posix().encode()).digest(), file))
+    return [file for _, file in sorted(files)]
 
 
 def _read(file: Path, name: str) -> Iterator[Document]:
@@ -73,18 +82,18 @@ def _read(file: Path, name: str) -> Iterator[Document]:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return
     source = f"python/{name}"
-    spoken, lines = [], text.split("\n")
+    docstrings, lines = [], text.split("\n")
     for title, node in _walk(tree, name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")):
-        said = ast.get_docstring(node, clean=True)
-        if said and len(said) > 20:
-            spoken.append(f"{title}\n\n{said}\n")
+        docstring = ast.get_docstring(node, clean=True)
+        if docstring and len(docstring) > 20:
+            docstrings.append(f"{title}\n\n{docstring}\n")
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or first.lineno) - first.lineno + 1)
-    if spoken:
-        yield Document(f"{source}#docstrings", "\n".join(spoken), source, LICENCE, "docstring")
+    if docstrings:
+        yield Document(f"{source}#docstrings", "\n".join(docstrings), source, LICENSE, "docstring")
     code = re.sub(r"\n\s*\n\s*\n+", "\n\n", "\n".join(lines)).strip("\n")
     if code.strip():
-        yield Document(f"{source}#code", code + "\n", source, LICENCE, "code")
+        yield Document(f"{source}#code", code + "\n", source, LICENSE, "code")
 
 
 def _walk(

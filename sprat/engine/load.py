@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sprat import gguf, quant
-from sprat.data import fetch
+from sprat.data import download
 from sprat.errors import CheckpointError
 from sprat.model import Transformer, hf
 from sprat.tokens import Tokenizer
@@ -36,8 +36,8 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
-    if str(path) in fetch.CATALOGUE and not Path(path).exists():
-        path = fetch.fetch(str(path))
+    if str(path) in download.CATALOG and not Path(path).exists():
+        path = download.download_model(str(path))
     path = Path(path)
     if path.suffix == ".gguf" or gguf.is_gguf(path):
         model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sprat.config import DistillConfig, LoopConfig, QuantConfig
-from sprat.data.loader import IGNORED, Batch, Source
+from sprat.data.loader import IGNORE_INDEX, Batch, BatchSource
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.model import Transformer, flops_per_token
@@ -33,7 +33,7 @@ from sprat.post.evaluate import problem_messages, score_output
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, sample_problems
 from sprat.quant import fake_quantize
-from sprat.tasks import Task, is_right
+from sprat.tasks import Task, is_correct
 from sprat.train import loop, objective
 from sprat.trust.run import Run
 
@@ -77,7 +77,7 @@ def sample_traces(
     unique: dict[Demonstration, None] = {}
     for row, output in enumerate(outputs):
         task, problem = problems[row // samples]
-        if output.finish_reason == "stop" and (not verified or is_right(score_output(task, problem, output))):
+        if output.finish_reason == "stop" and (not verified or is_correct(score_output(task, problem, output))):
             unique[Demonstration(problem.question, output.reasoning, output.text)] = None
     if not unique:
         what = f"the teacher answered none of {count} problems"
@@ -104,7 +104,7 @@ def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.
         x_BTD: Tensor, head_VD: Tensor, teacher_x_BTE: Tensor, targets_BT: Tensor, num_targets: int
     ) -> tuple[Tensor, ...]:
         """Sums of loss, KL and cross-entropy over the targets of a part, divided by how many the step has."""
-        selected_BT = targets_BT != IGNORED
+        selected_BT = targets_BT != IGNORE_INDEX
         x_ND, teacher_x_NE, targets_N = x_BTD[selected_BT], teacher_x_BTE[selected_BT], targets_BT[selected_BT]
         weights = {"kl_weight": kl_weight, "ce_weight": 1.0 - kl_weight, "temperature": config.temperature}
         losses = forward_kl(x_ND, head_VD, teacher_x_NE, teacher.head.dense_weight(), targets_N, **weights)
@@ -138,7 +138,7 @@ def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.
 def distill(
     student: Transformer,
     teacher: Transformer,
-    source: Source,
+    source: BatchSource,
     config: DistillConfig,
     run: Run,
     quant: QuantConfig | None = None,

@@ -20,7 +20,7 @@ from typing import Any
 
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
-from sprat.tasks import Problem, Split, Task, held_out, is_right
+from sprat.tasks import Problem, Split, Task, held_out_problems, is_correct
 from sprat.tokens import Message
 
 _Z95 = 1.959963984540054
@@ -181,7 +181,9 @@ def pass_at_k(
     problems = _select_problems(task, split, count)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, thinking=thinking, n=num_samples)
     outputs = engine.generate([problem_messages(problem) for problem in problems], sampling)
-    correct_flags = [is_right(scorer(task, problems[row // num_samples], output)) for row, output in enumerate(outputs)]
+    correct_flags = [
+        is_correct(scorer(task, problems[row // num_samples], output)) for row, output in enumerate(outputs)
+    ]
     counts = [sum(correct_flags[start : start + num_samples]) for start in range(0, len(correct_flags), num_samples)]
     return sum(estimate_pass_at_k(num_samples, correct, k) for correct in counts) / len(counts)
 
@@ -193,7 +195,9 @@ def _select_problems(task: Task, split: Split, count: int) -> list[Problem]:
         DataError: there is none.
     """
     is_train = split == "train"  # these are drawn as they are learned, again and again
-    problems = [task.problem(split, index) for index in range(count)] if is_train else held_out(task, count, split)
+    problems = (
+        [task.problem(split, index) for index in range(count)] if is_train else held_out_problems(task, count, split)
+    )
     if not problems:
         raise DataError(f"no problem to evaluate of {count}", where=task.name, todo="ask for at least one")
     return problems
@@ -202,7 +206,7 @@ def _select_problems(task: Task, split: Split, count: int) -> list[Problem]:
 def _score_task(task: Task, problems: list[Problem], outputs: list[Output], samples: int, scorer: Scorer) -> Score:
     """Judge the answers of one task."""
     scores = [scorer(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
-    correct_flags = [is_right(score) for score in scores]
+    correct_flags = [is_correct(score) for score in scores]
     lengths: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for problem, ok in zip(problems, correct_flags, strict=True):
         if "num_terms" in problem.meta:

@@ -404,13 +404,13 @@ def _resume(model: Transformer, optimizer: optim.Optimizer, config: RLConfig, ru
     own_checkpoint = checkpoint.latest(run.checkpoints)
     start = own_checkpoint or loop.load_start(config.init_from, config.steps, run)
     if start is None:
-        run.rewind(0)
+        run.truncate_metrics(0)
         return RLResult()
     if own_checkpoint and start.extra.get("config") != config.digest():
         todo = "remove the checkpoints or go back to that recipe"
         raise CheckpointError("the checkpoint was made with another recipe", where=str(start.folder), todo=todo)
     checkpoint.restore(start, model, optimizer)
-    run.rewind(start.step)
+    run.truncate_metrics(start.step)
     return RLResult(**start.extra["result"]) if own_checkpoint else RLResult(steps=start.step)
 
 

@@ -17,7 +17,7 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.post.evaluate import problem_messages
 from sprat.post.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
 from sprat.post.sft import sample_problems
-from sprat.tasks import Problem, Task, is_right
+from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
 
 
@@ -101,13 +101,13 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
-        by_task[rollout.task].append(is_right(rollout.score))
+        by_task[rollout.task].append(is_correct(rollout.score))
     count = len(rollouts)
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward": sum(rewards) / max(len(rewards), 1),
         "abstained": 1 - len(rewards) / count,
-        "accuracy": sum(is_right(rollout.score) for rollout in rollouts) / count,
+        "accuracy": sum(is_correct(rollout.score) for rollout in rollouts) / count,
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,

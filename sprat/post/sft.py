@@ -59,14 +59,16 @@ def sample_demonstrations(
     """Demonstrations by the tasks' own explanations; each is terse with chance ``terse_fraction``."""
     rng = random.Random(f"terse/{seed}")
     return [
-        Demonstration(problem.question, "" if rng.random() < terse_fraction else task.explain(problem), problem.answer)
+        Demonstration(
+            problem.question, "" if rng.random() < terse_fraction else task.chain_of_thought(problem), problem.answer
+        )
         for task, problem in sample_problems(tasks, weights, count, f"demonstrations/{seed}")
     ]
 
 
 def pack_demonstrations(
     tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], seq_len: int
-) -> tuple[pack.Packed, dict[str, int]]:
+) -> tuple[pack.PackedDataset, dict[str, int]]:
     """The demonstrations as packed rows of ``seq_len`` tokens, and the numbers of ``shown`` and ``too_long`` ones.
 
     Raises:
@@ -88,7 +90,7 @@ def pack_demonstrations(
 
 def build_source(
     tokenizer: Tokenizer, demonstrations: Sequence[tuple[str, str, str]], config: TrainConfig, run: Run | None = None
-) -> loader.MixedSource:
+) -> loader.MixedBatchSource:
     """The demonstrations as a resumable source of packed batches, rows of ``config.seq_len`` tokens.
 
     ``run`` notes as its fact ``demonstrations`` what was shown and what was left out.
@@ -98,8 +100,8 @@ def build_source(
     """
     packed, counts = pack_demonstrations(tokenizer, demonstrations, config.seq_len)
     if run is not None:
-        run.note(demonstrations=counts)
-    return loader.MixedSource([(packed, 1.0)], rows=config.batch_rows, seed=config.seed)
+        run.add_facts(demonstrations=counts)
+    return loader.MixedBatchSource([(packed, 1.0)], rows=config.batch_rows, seed=config.seed)
 
 
 def sft(

@@ -73,7 +73,7 @@ def save(model: Transformer, folder: str | Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
     named = {} if quant_config is None else quant_config.model_dump()
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
-    with atomic.replacing(folder / WEIGHTS) as temporary:
+    with atomic.replace_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
     atomic.write_json(folder / "config.json", table)
     atomic.write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})

@@ -1,4 +1,4 @@
-"""The page: sections in the order of the road, each there only when a run has something for it.
+"""The page: sections in the order of the pipeline, each there only when a run has something for it.
 
 No script, no font, no picture from elsewhere; the same runs give the same bytes.
 """
@@ -9,14 +9,22 @@ from importlib import resources
 from pathlib import Path
 
 from sprat.errors import TrustError
-from sprat.report import heldout, plots, samples, tables
-from sprat.report.runs import FAMILIES, Road, p_value, read
-from sprat.report.tables import LEVEL, duration, number, percent, points, text, yuan
+from sprat.report import completions, held_out_text, plots, tables
+from sprat.report.runs import STAGE_TITLES, PipelineRuns, p_value, read_runs
+from sprat.report.tables import (
+    SIGNIFICANCE_LEVEL,
+    escape,
+    format_duration,
+    format_number,
+    format_percent,
+    format_points,
+    format_yuan,
+)
 from sprat.trust import atomic
-from sprat.trust.ledger import of
+from sprat.trust.ledger import find_ledger
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_NOT = (
+_DISCLAIMERS = (
     "Not a general assistant: a tiny model answers only what it was taught.",
     "Not proof that RL teaches arithmetic: here it elicits the thinking that pre-training put there; "
     "a control fine-tuned on labels, where one ran, stands beside it, also where it wins.",
@@ -30,10 +38,10 @@ _NOT = (
 )
 
 
-def write(road_folder: str | Path) -> Path:
-    """Write ``report.html`` into the folder of a road (or of one run), from its finished runs alone.
+def write_report(pipeline_folder: str | Path) -> Path:
+    """Write ``report.html`` into the folder of a pipeline (or of one run), from its finished runs alone.
 
-    The ledger of the road is told the page's digest, so that ``verify`` sees an edited one.
+    The ledger of the pipeline is told the page's digest, so that ``verify`` sees an edited one.
 
     Returns:
         The path of the page, which needs no other file and no network.
@@ -43,24 +51,24 @@ def write(road_folder: str | Path) -> Path:
         TrustError: one cannot be read, or the ledger's end is damaged.
         MachineError: the disk is full or closed to us.
     """
-    folder = Path(road_folder)
+    folder = Path(pipeline_folder)
     path = folder / "report.html"
     try:
-        content = page(read(folder))
+        content = render_page(read_runs(folder))
     except _MALFORMED as error:
         what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
         raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
     atomic.write_text(path, content)
-    ledger = of(folder)
+    ledger = find_ledger(folder)
     if ledger is not None:
-        ledger.enter(path)
+        ledger.add_file(path)
     return path
 
 
-def page(road: Road) -> str:
-    """The whole page of ``road``."""
+def render_page(runs: PipelineRuns) -> str:
+    """The whole page of ``runs``."""
     style = resources.files("sprat.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = "\n".join(part for part in (_head(road), *_sections(road), _foot(road)) if part)
+    body = "\n".join(part for part in (_head(runs), *_sections(runs), _foot(runs)) if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -69,113 +77,116 @@ def page(road: Road) -> str:
     )
 
 
-def _head(road: Road) -> str:
+def _head(runs: PipelineRuns) -> str:
     """Title, sums and a card for each scored stage."""
-    spent = [stage.record for stage in road.stages]
+    spent = [stage.record for stage in runs.stages]
     seconds = sum(float(item.get("device_seconds") or 0) for item in spent)
     joules = sum(float(item.get("energy_joules_estimated") or 0) for item in spent)
     money = sum(int(item.get("nano_yuan") or 0) for item in spent)
     finished = max(str(item.get("finished") or "") for item in spent)[:10]
-    runs, energy = f"{len(road.stages)} runs", f"{number(joules, 'J')} (estimated)"
-    lead = f"{runs}, {duration(seconds)} of one CPU core, {yuan(money)}, {energy}"
-    cards = "".join(_card(road, place) for place in range(len(road.scored)))
+    runs_text, energy = f"{len(runs.stages)} runs", f"{format_number(joules, 'J')} (estimated)"
+    lead = f"{runs_text}, {format_duration(seconds)} of one CPU core, {format_yuan(money)}, {energy}"
+    cards = "".join(_card(runs, index) for index in range(len(runs.scored)))
     return (
-        f'<h1>The road, and what each stage gained</h1><p class="lead">{lead}; finished {text(finished)}.</p>'
-        f'{_left_out(road)}<div class="road">{cards}</div>'
+        f'<h1>The road, and what each stage gained</h1><p class="lead">{lead}; finished {escape(finished)}.</p>'
+        f'{_excluded_note(runs)}<div class="road">{cards}</div>'
     )
 
 
-def _left_out(road: Road) -> str:
-    """A sentence on the runs that lie here but do not belong to the road."""
-    names = [text(stage.name) for stage in road.left_out]
-    words = ("have", "are") if len(names) > 1 else ("has", "is")
-    told = f"{', '.join(names)} {words[0]} another recipe or start and {words[1]} not compared."
-    return f'<p class="note">{told}</p>' if names else ""
+def _excluded_note(runs: PipelineRuns) -> str:
+    """A sentence on the runs that lie here but do not belong to the pipeline."""
+    names = [escape(stage.name) for stage in runs.excluded]
+    verbs = ("have", "are") if len(names) > 1 else ("has", "is")
+    sentence = f"{', '.join(names)} {verbs[0]} another recipe or start and {verbs[1]} not compared."
+    return f'<p class="note">{sentence}</p>' if names else ""
 
 
-def _card(road: Road, place: int) -> str:
+def _card(runs: PipelineRuns, index: int) -> str:
     """One stage: mean accuracy, change since the stage before (coloured when significant), control, cost."""
-    stage = road.scored[place]
-    quality = stage.quality()
+    stage = runs.scored[index]
+    quality = stage.mean_accuracy()
     if quality is None:
         return ""
-    before = road.scored[place - 1] if place else None
-    start = before.quality() if before else None
+    before = runs.scored[index - 1] if index else None
+    start = before.mean_accuracy() if before else None
     gain = "&nbsp;"
     if before is not None and start is not None:
-        scores = [[s for s in held.by_task().values() if s.trained] for held in (before, stage)]
-        word = "quiet" if p_value(scores[0], scores[1]) >= LEVEL else "good" if quality > start else "bad"
-        gain = f'<span class="{word}">{points(quality - start)} points</span>'
+        scores = [[s for s in run.by_task().values() if s.trained] for run in (before, stage)]
+        word = "quiet" if p_value(scores[0], scores[1]) >= SIGNIFICANCE_LEVEL else "good" if quality > start else "bad"
+        gain = f'<span class="{word}">{format_points(quality - start)} points</span>'
     seconds, nano = float(stage.record.get("device_seconds") or 0), int(stage.record.get("nano_yuan") or 0)
-    spent = f"{duration(seconds)} CPU, {yuan(nano)}"
-    held = [(control.title, control.quality()) for control in road.controls(stage)]
-    controls = "".join(
-        f"<small>control, {text(title)}: {percent(mean)}</small>" for title, mean in held if mean is not None
+    spent = f"{format_duration(seconds)} CPU, {format_yuan(nano)}"
+    controls = [(control.title, control.mean_accuracy()) for control in runs.controls(stage)]
+    control_lines = "".join(
+        f"<small>control, {escape(title)}: {format_percent(mean)}</small>"
+        for title, mean in controls
+        if mean is not None
     )
     return (
-        f'<div class="card"><div class="name">{text(stage.title)}</div><div class="big">{percent(quality)}</div>'
+        f'<div class="card"><div class="name">{escape(stage.title)}</div>'
+        f'<div class="big">{format_percent(quality)}</div>'
         f'<div class="meter"><i style="width:{100 * quality:.1f}%"></i></div><div class="gain">{gain}</div>'
-        f"{controls}<small>{spent}</small></div>\n"
+        f"{control_lines}<small>{spent}</small></div>\n"
     )
 
 
-def _sections(road: Road) -> list[str]:
+def _sections(runs: PipelineRuns) -> list[str]:
     """All sections that have content."""
-    counts = sorted({score.count for stage in road.scored for score in stage.scores})
+    counts = sorted({score.count for stage in runs.scored for score in stage.scores})
     several = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}" if counts else ""
     return [
         _section(
             "Accuracy after each stage",
             f"Greedy answers to {several} held-out problems for each task, with 95 % intervals.",
-            tables.accuracy(road),
+            tables.accuracy(runs),
         ),
         _section(
             "Gains and their controls",
-            f"Each stage against the one before it on the same problems; significant means p &lt; {LEVEL}, two-sided, "
-            "over problems. What another seed gives only other roads show. Controls had the time of "
-            "training that stands below their names.",
-            tables.gains(road),
+            "Each stage against the one before it on the same problems; significant means "
+            f"p &lt; {SIGNIFICANCE_LEVEL}, two-sided, over problems. What another seed gives only other roads show. "
+            "Controls had the time of training that stands below their names.",
+            tables.gains(runs),
         ),
         _section(
             "Thinking on and off",
             "The same model left to itself, made to think, and made to answer at once.",
-            tables.thinking(road),
+            tables.thinking(runs),
         ),
-        _section("Learning curves", "What training saw, step by step.", _panels(plots.loss(road))),
+        _section("Learning curves", "What training saw, step by step.", _panels(plots.loss_curves(runs))),
         _section(
             "Reinforcement learning",
             "GRPO with rule rewards, a line for each seed, all from the same start.",
-            _panels(plots.rl(road)) + tables.seeds(road),
+            _panels(plots.rl_curves(runs)) + tables.seeds(runs),
         ),
         _section(
             "Accuracy by length",
             "Greedy accuracy by the number of terms, with 95 % intervals; shaded lengths were never trained.",
-            _panels(plots.lengths(road)),
+            _panels(plots.accuracy_by_length(runs)),
         ),
         _section(
             "Thinking before and after RL",
             "The first held-out questions of each task, not chosen by hand or by result.",
-            samples.before_after(road),
+            completions.before_after_rl(runs),
         ),
         _section(
             "Real text",
             "Documents that were held out of training. Fewer bits per byte mean better prediction. A model is compared "
             "with the best of the baselines, which learn from the same text; PPM goes on to learn from the test.",
-            _panels(heldout.plots(road)) + heldout.table(road),
+            _panels(held_out_text.plots(runs)) + held_out_text.table(runs),
         ),
         _section(
-            "Experts", "How often each expert was chosen, relative to an even load.", _panels(plots.experts(road))
+            "Experts", "How often each expert was chosen, relative to an even load.", _panels(plots.expert_loads(runs))
         ),
         _section(
             "Quality, size and speed",
             "Joined points are those that no other model beats on both.",
-            _panels(plots.pareto(road)) + tables.sizes(road),
+            _panels(plots.pareto(runs)) + tables.sizes(runs),
         ),
-        _section("Cost", _rates(road), tables.cost(road)),
+        _section("Cost", _rates(runs), tables.cost(runs)),
         _section(
             "Where it comes from",
             "Recomputed by <code>sprat verify</code>; the whole digest shows on hover.",
-            tables.provenance(road) + tables.sources(road),
+            tables.provenance(runs) + tables.sources(runs),
         ),
     ]
 
@@ -185,24 +196,28 @@ def _section(title: str, lead: str, content: str) -> str:
     return f'<section><h2>{title}</h2><p class="note">{lead}</p>\n{content}</section>' if content else ""
 
 
-def _panels(found: list[str]) -> str:
-    return f'<div class="panels">{"".join(f"<figure>{svg}</figure>" for svg in found)}</div>' if found else ""
+def _panels(panels: list[str]) -> str:
+    return f'<div class="panels">{"".join(f"<figure>{svg}</figure>" for svg in panels)}</div>' if panels else ""
 
 
-def _rates(road: Road) -> str:
+def _rates(runs: PipelineRuns) -> str:
     """At which price and power the cost was computed."""
     rates = {
-        (m.get("yuan_per_core_hour"), m.get("watts_per_core")) for s in road.stages if (m := s.record.get("money"))
+        (m.get("yuan_per_core_hour"), m.get("watts_per_core")) for s in runs.stages if (m := s.record.get("money"))
     }
-    told = " and ".join(f"¥{price:g} per core-hour and {watts:g} W per core" for price, watts in sorted(rates))
-    return f"At {text(told)}, as stated in the recipe. CPU time counts every core, interrupted sessions included."
+    rates_text = " and ".join(f"¥{price:g} per core-hour and {watts:g} W per core" for price, watts in sorted(rates))
+    return (
+        f"At {escape(rates_text)}, as stated in the recipe. CPU time counts every core, interrupted sessions included."
+    )
 
 
-def _foot(road: Road) -> str:
+def _foot(runs: PipelineRuns) -> str:
     """What this is not, and what computed it."""
-    versions = road.stages[-1].record.get("versions") or {}
-    known = ", ".join(f"{text(name)} {text(version)}" for name, version in sorted(versions.items()))
-    items = "".join(f"<li>{text(item)}</li>" for item in _NOT)
-    strangers = sorted({stage.name for stage in road.stages if stage.family not in FAMILIES and not stage.control_of})
-    more = f" Other runs: {text(', '.join(strangers))}." if strangers else ""
-    return f"<section><h2>What this is not</h2><ul>{items}</ul></section><footer>{known}.{more}</footer>"
+    versions = runs.stages[-1].record.get("versions") or {}
+    version_text = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
+    items = "".join(f"<li>{escape(item)}</li>" for item in _DISCLAIMERS)
+    other_runs = sorted(
+        {stage.name for stage in runs.stages if stage.kind not in STAGE_TITLES and not stage.control_of}
+    )
+    other_text = f" Other runs: {escape(', '.join(other_runs))}." if other_runs else ""
+    return f"<section><h2>What this is not</h2><ul>{items}</ul></section><footer>{version_text}.{other_text}</footer>"

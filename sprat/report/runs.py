@@ -1,4 +1,4 @@
-"""The runs of a road as the report sees them: main stages in the order of the road, controls beside them."""
+"""The runs of a pipeline as the report sees them: main stages in the order of the pipeline, controls beside them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import CheckpointError, TrustError
-from sprat.report import kin
-from sprat.trust import record
+from sprat.report import lineage
+from sprat.trust import run_record
 
-FAMILIES = {
+STAGE_TITLES = {
     "data": "Data",
     "pretrain": "Pre-train",
     "sft": "SFT on worked examples",
@@ -22,24 +22,24 @@ FAMILIES = {
     "quantize": "INT4",
 }
 _CONTROLS = {"student-scratch": "distill"} | dict.fromkeys(("sft-labels", "rft", "pretrain-more"), "rl")
-_MEASURED_AS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
+_MODEL_KEYS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
 _Z95 = 1.959964
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of a stage on one task asked in one way (``label``), with its 95 % interval."""
+    """Accuracy of a stage on one task asked in one ``mode``, with its 95 % interval."""
 
     task: str
-    label: str
+    mode: str
     count: int
     correct: int
     low: float
     high: float
     mean_tokens: float | None
     by_length: dict[int, tuple[int, int]]
-    unseen: frozenset[int]  # lengths that were never trained
+    untrained_lengths: frozenset[int]  # lengths that were never trained
     trained: bool
     samples: list[dict[str, Any]]
 
@@ -50,15 +50,15 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One finished run: ``name`` is its folder on the road, ``family`` its station."""
+class StageRun:
+    """One finished run: ``name`` is its folder in the pipeline, ``kind`` its stage there."""
 
     name: str
-    family: str
+    kind: str
     title: str
     control_of: str
     record: dict[str, Any]
-    rows: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     scores: list[Score] = field(default_factory=list)
 
     @property
@@ -84,130 +84,134 @@ class Stage:
         """The digest of what it made."""
         return self.record.get("artefact_digest")
 
-    def by_task(self, label: str = "greedy") -> dict[str, Score]:
-        """The scores asked in the way ``label``; where a stage has none of it, those of its first way."""
-        labels = [score.label for score in self.scores]
-        chosen = label if label in labels or not labels else labels[0]
-        return {score.task: score for score in self.scores if score.label == chosen}
+    def by_task(self, mode: str = "greedy") -> dict[str, Score]:
+        """The scores asked in ``mode``; where a stage has none of it, those of its first mode."""
+        modes = [score.mode for score in self.scores]
+        chosen_mode = mode if mode in modes or not modes else modes[0]
+        return {score.task: score for score in self.scores if score.mode == chosen_mode}
 
-    def quality(self) -> float | None:
+    def mean_accuracy(self) -> float | None:
         """Mean greedy accuracy over the trained tasks, or None without scores."""
-        means = [score.accuracy for score in self.by_task().values() if score.trained]
-        return sum(means) / len(means) if means else None
+        accuracies = [score.accuracy for score in self.by_task().values() if score.trained]
+        return sum(accuracies) / len(accuracies) if accuracies else None
 
 
 @dataclass(frozen=True)
-class Road:
-    """All finished runs, and those of ``main``: each made from the one before it, what is shown as the road."""
+class PipelineRuns:
+    """All finished runs, and those of ``main``: each made from the one before it, what is shown as the pipeline."""
 
-    stages: list[Stage]
-    main: list[Stage]
+    stages: list[StageRun]
+    main: list[StageRun]
 
     @property
-    def scored(self) -> list[Stage]:
+    def scored(self) -> list[StageRun]:
         """Main stages that were scored."""
         return [stage for stage in self.main if stage.scores]
 
-    def controls(self, stage: Stage) -> list[Stage]:
+    def controls(self, stage: StageRun) -> list[StageRun]:
         """The controls of ``stage`` that had its start."""
-        return [other for other in self.stages if _stands_beside(other, stage) and kin.alike(other, stage)]
+        return [other for other in self.stages if _is_control_of(other, stage) and lineage.is_comparable(other, stage)]
 
-    def measured(self, stage: Stage, fact: str) -> float | None:
+    def model_fact(self, stage: StageRun, fact: str) -> float | None:
         """A fact (``size_bytes``, ``tokens_per_second``) of a stage's model, measured there or side by side later.
 
         Side by side is ``facts["models"]`` of a main stage: the same facts for ``teacher``, ``student`` and ``int4``.
         """
-        together = [other.facts["models"] for other in self.main if other.facts.get("models")]
-        name = _MEASURED_AS.get(stage.family, "")
-        if together and name in together[-1] and stage in self.main:
-            return float(together[-1][name][fact]) if together[-1][name].get(fact) else None
+        model_tables = [other.facts["models"] for other in self.main if other.facts.get("models")]
+        name = _MODEL_KEYS.get(stage.kind, "")
+        if model_tables and name in model_tables[-1] and stage in self.main:
+            return float(model_tables[-1][name][fact]) if model_tables[-1][name].get(fact) else None
         return float(stage.facts[fact]) if stage.facts.get(fact) else None
 
-    def seeds(self, family: str) -> list[Stage]:
-        """The main stage of a family, and those that differ from it in nothing but their seed."""
-        own = [stage for stage in self.stages if stage.family == family and not stage.control_of]
-        first = [stage for stage in self.main if stage.family == family][:1]
-        return [stage for stage in own if first and (stage in first or kin.same_but_for_seed(stage, first[0]))]
+    def seed_runs(self, kind: str) -> list[StageRun]:
+        """The main stage of a ``kind``, and those that differ from it in nothing but their seed."""
+        candidates = [stage for stage in self.stages if stage.kind == kind and not stage.control_of]
+        main = [stage for stage in self.main if stage.kind == kind][:1]
+        return [
+            stage for stage in candidates if main and (stage in main or lineage.differ_only_in_seed(stage, main[0]))
+        ]
 
     @property
-    def compared(self) -> list[Stage]:
+    def compared_stages(self) -> list[StageRun]:
         """All stages that are set against another: main ones, their other seeds, their controls."""
-        shown = [other for stage in self.main for other in (stage, *self.seeds(stage.family), *self.controls(stage))]
-        names = {stage.name for stage in shown}
+        compared = [
+            other for stage in self.main for other in (stage, *self.seed_runs(stage.kind), *self.controls(stage))
+        ]
+        names = {stage.name for stage in compared}
         return [stage for stage in self.stages if stage.name in names]
 
     @property
-    def left_out(self) -> list[Stage]:
-        """Stages that would stand in a place of the road, but do not belong to what stands there."""
-        kept = self.compared
-        beside = [stage for stage in self.stages if any(_stands_beside(stage, other) for other in self.main)]
+    def excluded(self) -> list[StageRun]:
+        """Stages that would stand in a place of the pipeline, but do not belong to what stands there."""
+        compared = self.compared_stages
+        controls = [stage for stage in self.stages if any(_is_control_of(stage, other) for other in self.main)]
         return [
             stage
             for stage in self.stages
-            if stage not in kept and (stage in beside if stage.control_of else stage.family in FAMILIES)
+            if stage not in compared and (stage in controls if stage.control_of else stage.kind in STAGE_TITLES)
         ]
 
     def tasks(self) -> dict[str, bool]:
         """Each task that any compared stage was scored on, and whether it was trained, trained ones first."""
-        found = {score.task: score.trained for stage in self.compared for score in stage.scores}
-        return dict(sorted(found.items(), key=lambda item: not item[1]))
+        trained_by_task = {score.task: score.trained for stage in self.compared_stages for score in stage.scores}
+        return dict(sorted(trained_by_task.items(), key=lambda item: not item[1]))
 
 
-def read(folder: Path) -> Road:
+def read_runs(folder: Path) -> PipelineRuns:
     """The finished runs under ``folder``.
 
     Raises:
         CheckpointError: there is none.
         TrustError: a ``run.json`` cannot be read.
     """
-    found = record.find(folder) if folder.is_dir() else []
-    if not found:
+    run_folders = run_record.find_runs(folder) if folder.is_dir() else []
+    if not run_folders:
         todo = f"run `sprat quickstart --out {folder}` first, or give the folder of a road"
         raise CheckpointError("no finished run to report on", where=str(folder), todo=todo)
-    stages = sorted((_stage(path, folder) for path in found), key=_place)
-    road = kin.chain(stages, _station)
-    names, families = {stage.name for stage in road}, {stage.family for stage in road}
+    stages = sorted((_read_stage(path, folder) for path in run_folders), key=_sort_key)
+    main = lineage.main_stages(stages, _stage_index)
+    names, kinds = {stage.name for stage in main}, {stage.kind for stage in main}
     for number, stage in enumerate(stages):
         if stage.name in names:  # a control of an earlier walk may be part of this one
             stages[number] = replace(stage, control_of="")
-        elif stage.family == "sft" and "rl" in families:  # and the other way round
+        elif stage.kind == "sft" and "rl" in kinds:  # and the other way round
             stages[number] = replace(stage, control_of=stage.control_of or "rl")
-    stages.sort(key=_place)
-    return Road(stages, [stage for stage in stages if stage.name in names])
+    stages.sort(key=_sort_key)
+    return PipelineRuns(stages, [stage for stage in stages if stage.name in names])
 
 
-def _station(stage: Stage) -> int:
-    """The place of a stage on the road, -1 for one that has none."""
-    return list(FAMILIES).index(stage.family) if stage.family in FAMILIES else -1
+def _stage_index(stage: StageRun) -> int:
+    """The place of a stage on the pipeline, -1 for one that has none."""
+    return list(STAGE_TITLES).index(stage.kind) if stage.kind in STAGE_TITLES else -1
 
 
-def _stands_beside(control: Stage, stage: Stage) -> bool:
+def _is_control_of(control: StageRun, stage: StageRun) -> bool:
     """Whether ``control`` says that it is one of ``stage``."""
-    return bool(control.control_of) and control.control_of in (stage.family, stage.name)
+    return bool(control.control_of) and control.control_of in (stage.kind, stage.name)
 
 
-def _place(stage: Stage) -> tuple[int, int, str, str]:
-    """Stations in the order of the road, strangers last in the order of their finish, controls after stages."""
-    station = stage.control_of.partition("-")[0] or stage.family
-    order = list(FAMILIES)
-    number = order.index(station) if station in order else len(order)
-    finished = "" if station in order else str(stage.record.get("finished"))
-    return number, bool(stage.control_of), finished, stage.name
+def _sort_key(stage: StageRun) -> tuple[int, int, str, str]:
+    """Stages in the order of the pipeline, others last in the order of their finish, controls after stages."""
+    kind = stage.control_of.partition("-")[0] or stage.kind
+    order = list(STAGE_TITLES)
+    index = order.index(kind) if kind in order else len(order)
+    finished = "" if kind in order else str(stage.record.get("finished"))
+    return index, bool(stage.control_of), finished, stage.name
 
 
-def _stage(path: Path, road: Path) -> Stage:
+def _read_stage(path: Path, folder: Path) -> StageRun:
     """The run in ``path`` as a stage."""
-    written = record.read_json(path / "run.json")
-    if written is None:
+    record = run_record.read_json(path / "run.json")
+    if record is None:
         raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
-    written = _printable(written)
-    name = path.name if path == road else path.relative_to(road).as_posix()
-    facts = written.get("facts") or {}
-    family = next((f for f in FAMILIES if name == f or name.startswith(f"{f}-")), str(written.get("stage", name)))
-    title = str(facts.get("title") or FAMILIES.get(name, name))
+    record = _printable(record)
+    name = path.name if path == folder else path.relative_to(folder).as_posix()
+    facts = record.get("facts") or {}
+    kind = next((f for f in STAGE_TITLES if name == f or name.startswith(f"{f}-")), str(record.get("stage", name)))
+    title = str(facts.get("title") or STAGE_TITLES.get(name, name))
     control_of = str(facts.get("control_of") or _CONTROLS.get(name, ""))
-    scores = [_score(row) for row in facts.get("scores") or []]
-    return Stage(name, family, title, control_of, written, record.metrics(path), scores)
+    scores = [_read_score(row) for row in facts.get("scores") or []]
+    return StageRun(name, kind, title, control_of, record, run_record.read_metrics(path), scores)
 
 
 def _printable(value: Any) -> Any:
@@ -217,51 +221,51 @@ def _printable(value: Any) -> Any:
     if isinstance(value, list):
         return [_printable(item) for item in value]
     if isinstance(value, str):
-        return _UNSHOWN.sub("\ufffd", value)
+        return _UNPRINTABLE.sub("\ufffd", value)
     return value
 
 
-def _score(row: dict[str, Any]) -> Score:
+def _read_score(row: dict[str, Any]) -> Score:
     """A row of ``facts["scores"]``; what is missing follows from the counts."""
     count, correct = int(row["count"]), int(row["correct"])
-    low, high = wilson(correct, count)
+    low, high = wilson_interval(correct, count)
     by_length = {int(length): (int(c), int(n)) for length, (c, n) in (row.get("by_length") or {}).items()}
     trained = bool(row.get("trained", True))
     tokens = row.get("mean_tokens")
     return Score(
         task=str(row["task"]),
-        label=str(row.get("label", "greedy")),
+        mode=str(row.get("label", "greedy")),
         count=count,
         correct=correct,
         low=float(row.get("low", low)),
         high=float(row.get("high", high)),
         mean_tokens=None if tokens is None else float(tokens),
         by_length=dict(sorted(by_length.items())),
-        unseen=frozenset(() if trained else by_length),
+        untrained_lengths=frozenset(() if trained else by_length),
         trained=trained,
         samples=list(row.get("samples") or []),
     )
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927).
 
-    >>> [round(bound, 3) for bound in wilson(95, 100)]
+    >>> [round(bound, 3) for bound in wilson_interval(95, 100)]
     [0.888, 0.978]
     """
     if not count:
         return 0.0, 1.0
-    share, z2 = correct / count, _Z95**2 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    half = _Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
+    share, z_squared = correct / count, _Z95**2 / count
+    middle = (share + z_squared / 2) / (1 + z_squared)
+    half = _Z95 * math.sqrt(share * (1 - share) / count + z_squared / (4 * count)) / (1 + z_squared)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def p_value(before: Sequence[Score], after: Sequence[Score]) -> float:
     """Two-sided p of equal shares of all problems of these scores, by the pooled two-proportion z test."""
-    right = [sum(score.correct for score in scores) for scores in (before, after)]
+    correct = [sum(score.correct for score in scores) for scores in (before, after)]
     count = [max(1, sum(score.count for score in scores)) for scores in (before, after)]
-    share = sum(right) / sum(count)
-    spread = math.sqrt(share * (1 - share) * (1 / count[0] + 1 / count[1]))
-    gap = abs(right[1] / count[1] - right[0] / count[0])
-    return math.erfc(gap / spread / math.sqrt(2)) if spread else 1.0
+    share = sum(correct) / sum(count)
+    standard_error = math.sqrt(share * (1 - share) * (1 / count[0] + 1 / count[1]))
+    gap = abs(correct[1] / count[1] - correct[0] / count[0])
+    return math.erfc(gap / standard_error / math.sqrt(2)) if standard_error else 1.0

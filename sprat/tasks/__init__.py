@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from sprat.config import TaskConfig
 from sprat.errors import DataError
-from sprat.tasks.base import HELD_OUT, Drawn, Problem, Split, Task, held_out, is_right, split_of
+from sprat.tasks.base import HELD_OUT_SPLITS, HeldOutTask, Problem, Split, Task, held_out_problems, is_correct, split_of
 from sprat.tasks.gym import GymTask
 from sprat.tasks.sums import Sums
 
 __all__ = [
-    "HELD_OUT",
-    "Drawn",
+    "HELD_OUT_SPLITS",
+    "HeldOutTask",
     "GymTask",
     "Problem",
     "Split",
     "Sums",
     "Task",
-    "held_out",
-    "is_right",
+    "held_out_problems",
+    "is_correct",
     "load",
     "split_of",
 ]

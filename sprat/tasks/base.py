@@ -16,12 +16,12 @@ from sprat.errors import DataError
 from sprat.tasks import canonical
 
 Split = Literal["train", "dev", "test"]
-HELD_OUT: tuple[Split, ...] = ("test", "dev")
-RIGHT = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
-SHARES: dict[Split, int] = {"test": 2, "dev": 1, "train": 7}  # of ten problems
-_SPLITS = [split for split, share in SHARES.items() for _ in range(share)]
-SALT = "3"  # another whenever forms change, so that dev and test are problems that nobody has scored
-ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
+HELD_OUT_SPLITS: tuple[Split, ...] = ("test", "dev")
+CORRECT_SCORE = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
+SPLIT_SHARES: dict[Split, int] = {"test": 2, "dev": 1, "train": 7}  # of ten problems
+_SPLITS = [split for split, share in SPLIT_SHARES.items() for _ in range(share)]
+SPLIT_SALT = "2"  # another whenever forms change, so that dev and test are problems that nobody has scored
+MAX_ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
 
 
 @dataclass(frozen=True)
@@ -63,63 +63,65 @@ class Task(Protocol):
         """How right ``answer`` is, from 0 to 1."""
         ...
 
-    def explain(self, problem: Problem) -> str:
+    def chain_of_thought(self, problem: Problem) -> str:
         """A chain of thought that leads to the answer."""
         ...
 
 
-def is_right(score: float) -> bool:
+def is_correct(score: float) -> bool:
     """Whether ``score`` (0 to 1) means a right answer; partial credit does not.
 
-    >>> is_right(0.1 * 3 + 0.7), is_right(0.99)
+    >>> is_correct(0.1 * 3 + 0.7), is_correct(0.99)
     (True, False)
     """
-    return score >= RIGHT
+    return score >= CORRECT_SCORE
 
 
 def split_of(form: str) -> Split:
-    """The split of the problem whose canonical form is ``form``, by the SHA-256 of ``SALT`` and form.
+    """The split of the problem whose canonical form is ``form``, by the SHA-256 of ``SPLIT_SALT`` and form.
 
     >>> split_of("sum 1 2 3") in ("train", "dev", "test")
     True
     """
-    first = hashlib.sha256(f"{SALT}\n{form}".encode()).digest()[:8]
-    return _SPLITS[int.from_bytes(first, "big") % len(_SPLITS)]
+    hash_bytes = hashlib.sha256(f"{SPLIT_SALT}\n{form}".encode()).digest()[:8]
+    return _SPLITS[int.from_bytes(hash_bytes, "big") % len(_SPLITS)]
 
 
-def draw(generate: Callable[[int], Problem], split: Split, index: int) -> Problem:
-    """The first of ``generate(index * ATTEMPTS + k)``, k = 0, 1, …, that lies in ``split``.
+def sample_problem(generate: Callable[[int], Problem], split: Split, index: int) -> Problem:
+    """The first of ``generate(index * MAX_ATTEMPTS + k)``, k = 0, 1, …, that lies in ``split``.
 
     Raises:
-        DataError: none of ``ATTEMPTS`` draws does; the task has too few distinct questions.
+        DataError: none of ``MAX_ATTEMPTS`` draws does; the task has too few distinct questions.
     """
-    for attempt in range(ATTEMPTS):
-        problem = generate(index * ATTEMPTS + attempt)
+    for attempt in range(MAX_ATTEMPTS):
+        problem = generate(index * MAX_ATTEMPTS + attempt)
         if split_of(problem.canonical) == split:
             return problem
-    raise DataError(f"no {split} question in {ATTEMPTS} draws", where="task settings", todo="widen the task's settings")
+    raise DataError(
+        f"no {split} question in {MAX_ATTEMPTS} draws", where="task settings", todo="widen the task's settings"
+    )
 
 
-def held_out(task: Task, count: int, split: Split = "test") -> list[Problem]:
+def held_out_problems(task: Task, count: int, split: Split = "test") -> list[Problem]:
     """``count`` problems of ``split``, no two of one canonical form.
 
     A task with fewer distinct problems there gives all that ``20 * count`` draws find.
     """
-    found: dict[str, Problem] = {}
+    by_form: dict[str, Problem] = {}
     for index in range(20 * count):
-        if len(found) == count:
+        if len(by_form) == count:
             break
         problem = task.problem(split, index)
-        found.setdefault(problem.canonical, problem)
-    return list(found.values())
+        by_form.setdefault(problem.canonical, problem)
+    return list(by_form.values())
 
 
 @dataclass(frozen=True)
-class Drawn:
+class HeldOutTask:
     """A task whose problems of one held-out split were drawn before and kept; all others are drawn anew."""
 
     task: Task
-    kept: tuple[Problem, ...]
+    problems: tuple[Problem, ...]
     split: Split = "test"
 
     @property
@@ -129,12 +131,12 @@ class Drawn:
 
     def problem(self, split: Split, index: int) -> Problem:
         """Kept problem ``index`` (around and around), or a fresh one of another split."""
-        return self.kept[index % len(self.kept)] if split == self.split else self.task.problem(split, index)
+        return self.problems[index % len(self.problems)] if split == self.split else self.task.problem(split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """The task's own judgement."""
         return self.task.score(problem, answer)
 
-    def explain(self, problem: Problem) -> str:
+    def chain_of_thought(self, problem: Problem) -> str:
         """The task's own explanation."""
-        return self.task.explain(problem)
+        return self.task.chain_of_thought(problem)

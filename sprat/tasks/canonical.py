@@ -30,7 +30,7 @@ def terms(values: Iterable[int]) -> str:
     >>> terms([4, -1, 0, -7]), terms([5, 3, -5]) == terms([3])
     ('sum -1 -7 4', True)
     """
-    return f"sum {_words(_sum(values))}"
+    return f"sum {_format_terms(_sum(values))}"
 
 
 def expression(source: str) -> str:
@@ -44,7 +44,7 @@ def expression(source: str) -> str:
     >>> expression("3 * -2 + 5") == expression("5 + -2 * 3 * 1")
     True
     """
-    return f"sum {_words(_terms(ast.parse(source.strip(), mode='eval').body))}"
+    return f"sum {_format_terms(_terms(ast.parse(source.strip(), mode='eval').body))}"
 
 
 def equation(source: str) -> str:
@@ -57,7 +57,7 @@ def equation(source: str) -> str:
     """
     factor, shift, target = linear(source)
     sign = -1 if factor < 0 else 1
-    return f"equation {sign * factor} {_words(_sum([sign * shift, -sign * target]))}"
+    return f"equation {sign * factor} {_format_terms(_sum([sign * shift, -sign * target]))}"
 
 
 def linear(source: str) -> tuple[int, int, int]:
@@ -79,8 +79,8 @@ def divisor(numbers: Sequence[int]) -> str:
     >>> divisor([18, 12, 18, 0]), divisor([6, 6]), divisor([9, 1])
     ('gcd 12 18', 'gcd 6', 'gcd 1')
     """
-    found = {abs(number) for number in numbers} - {0}
-    return " ".join(["gcd", *map(str, [1] if 1 in found else sorted(found))])
+    magnitudes = {abs(number) for number in numbers} - {0}
+    return " ".join(["gcd", *map(str, [1] if 1 in magnitudes else sorted(magnitudes))])
 
 
 def legs(animals: Iterable[tuple[int, int]]) -> str:
@@ -92,7 +92,9 @@ def legs(animals: Iterable[tuple[int, int]]) -> str:
     >>> legs([(3, 4), (2, 8), (5, 0), (0, 6)])
     'legs 2x8 3x4'
     """
-    return " ".join(["legs", *(f"{count}x{each}" for count, each in sorted(animals) if count and each)])
+    return " ".join(
+        ["legs", *(f"{count}x{legs_of_one}" for count, legs_of_one in sorted(animals) if count and legs_of_one)]
+    )
 
 
 def _side(source: str) -> tuple[int, int]:
@@ -105,9 +107,9 @@ def _side(source: str) -> tuple[int, int]:
     return factor, shift
 
 
-def _words(found: Terms) -> str:
+def _format_terms(sum_terms: Terms) -> str:
     """Signed terms, sorted, each as often as it is added."""
-    named = {("-" if count < 0 else "") + ("*".join(term) or "1"): abs(count) for term, count in found.items()}
+    named = {("-" if count < 0 else "") + ("*".join(term) or "1"): abs(count) for term, count in sum_terms.items()}
     return " ".join(name for name in sorted(named) for _ in range(named[name])) or "0"
 
 
@@ -117,10 +119,10 @@ def _number(value: int) -> Terms:
 
 
 def _sum(values: Iterable[int]) -> Terms:
-    found: Terms = {}
+    total: Terms = {}
     for value in values:
-        found = _added(found, _number(value))
-    return found
+        total = _added(total, _number(value))
+    return total
 
 
 def _added(left: Terms, right: Terms, sign: int = 1) -> Terms:
@@ -148,24 +150,24 @@ def _terms(node: ast.expr) -> Terms:
 def _product(left: Terms, right: Terms) -> Terms:
     if not left or not right:
         return {}
-    for one, other in ((left, right), (right, left)):
-        if one in (_number(1), _number(-1)):
-            return _added({}, other, one[()])
-    (sign, factors), (again, more) = _factors(left), _factors(right)
-    return {tuple(sorted(factors + more)): sign * again}
+    for unit, other in ((left, right), (right, left)):
+        if unit in (_number(1), _number(-1)):
+            return _added({}, other, unit[()])
+    (sign, factors), (other_sign, other_factors) = _factors(left), _factors(right)
+    return {tuple(sorted(factors + other_factors)): sign * other_sign}
 
 
 def _quotient(left: Terms, right: Terms) -> Terms:
     """Signs stay where they are: what is rounded down depends on them."""
     if not left or right in (_number(1), _number(-1)):
         return _added({}, left, right.get((), 1))
-    return {(f"({_words(left)} / {_words(right)})",): 1}
+    return {(f"({_format_terms(left)} / {_format_terms(right)})",): 1}
 
 
-def _factors(found: Terms) -> tuple[int, tuple[str, ...]]:
+def _factors(sum_terms: Terms) -> tuple[int, tuple[str, ...]]:
     """The sign and the factors of a single product; a sum is one factor, with the sign that makes it first by name."""
-    (term, count), *more = found.items()
-    if not more and abs(count) == 1:
+    (term, count), *other_terms = sum_terms.items()
+    if not other_terms and abs(count) == 1:
         return count, term
-    words, sign = min((_words(_added({}, found, sign)), sign) for sign in (1, -1))
-    return sign, (f"({words})",)
+    text_form, sign = min((_format_terms(_added({}, sum_terms, sign)), sign) for sign in (1, -1))
+    return sign, (f"({text_form})",)

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sprat.errors import DataError, MachineError
-from sprat.tasks import canonical, explain
-from sprat.tasks.base import Problem, Split, draw, is_right
+from sprat.tasks import canonical, chain_of_thought
+from sprat.tasks.base import Problem, Split, is_correct, sample_problem
 
-WHOLE = re.compile(r"-?\d+")
-OPTIONAL_NATIVE = ("pycosat",)  # C extensions that reasoning-gym imports for families that are not ours
+INTEGER = re.compile(r"-?\d+")
+OPTIONAL_EXTENSIONS = ("pycosat",)  # C extensions that reasoning-gym imports for families that are not ours
 
 
 class GymTask:
@@ -46,26 +46,26 @@ class GymTask:
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem ``index`` of ``split``."""
-        return draw(self._generate, split, index)
+        return sample_problem(self._generate, split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """1.0 for an answer that the family gives full marks, a whole number as it is written; else 0.0."""
         if answer is None:
             return 0.0
-        if WHOLE.fullmatch(problem.answer):
+        if INTEGER.fullmatch(problem.answer):
             return float(answer.strip() == problem.answer)
-        return float(is_right(float(self._dataset.score_answer(answer, problem.meta["entry"]))))
+        return float(is_correct(float(self._dataset.score_answer(answer, problem.meta["entry"]))))
 
-    def explain(self, problem: Problem) -> str:
+    def chain_of_thought(self, problem: Problem) -> str:
         """The chain of thought of this family.
 
         Raises:
             DataError: nobody wrote a chain for this family yet.
         """
-        if self.family not in CHAINS:
-            todo = f"families with chains: {', '.join(sorted(CHAINS))}"
+        if self.family not in CHAINS_OF_THOUGHT:
+            todo = f"families with chains: {', '.join(sorted(CHAINS_OF_THOUGHT))}"
             raise DataError(f"no chain of thought for {self.family}", where=self.name, todo=todo)
-        return CHAINS[self.family](problem.meta["entry"]["metadata"])
+        return CHAINS_OF_THOUGHT[self.family](problem.meta["entry"]["metadata"])
 
     def _generate(self, key: int) -> Problem:
         try:
@@ -76,7 +76,7 @@ class GymTask:
         meta: dict[str, Any] = {"entry": entry}
         if "num_terms" in entry["metadata"]:
             meta["num_terms"] = entry["metadata"]["num_terms"]
-        form = FORMS[self.family](entry["metadata"]) if self.family in FORMS else ""
+        form = CANONICAL_FORMS[self.family](entry["metadata"]) if self.family in CANONICAL_FORMS else ""
         return Problem(self.name, key, entry["question"].strip(), entry["answer"], meta, form)
 
 
@@ -87,14 +87,14 @@ def _animals(meta: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 # By the metadata of an entry: its chain of thought, and its canonical form.
-CHAINS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "basic_arithmetic": lambda meta: explain.arithmetic(meta["expression"]),
-    "chain_sum": lambda meta: explain.chain_sum(meta["expression"]),
-    "gcd": lambda meta: explain.euclid(meta["numbers"]),
-    "leg_counting": lambda meta: explain.legs(_animals(meta)),
-    "simple_equations": lambda meta: explain.equation(meta["equation"]),
+CHAINS_OF_THOUGHT: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "basic_arithmetic": lambda meta: chain_of_thought.arithmetic(meta["expression"]),
+    "chain_sum": lambda meta: chain_of_thought.chain_sum(meta["expression"]),
+    "gcd": lambda meta: chain_of_thought.euclid(meta["numbers"]),
+    "leg_counting": lambda meta: chain_of_thought.legs(_animals(meta)),
+    "simple_equations": lambda meta: chain_of_thought.equation(meta["equation"]),
 }
-FORMS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+CANONICAL_FORMS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "basic_arithmetic": lambda meta: canonical.expression(meta["expression"]),
     "chain_sum": lambda meta: canonical.expression(meta["expression"]),
     "gcd": lambda meta: canonical.divisor(meta["numbers"]),
@@ -109,7 +109,7 @@ def _import_gym() -> Any:
     Raises:
         MachineError: the package is not installed.
     """
-    for name in OPTIONAL_NATIVE:
+    for name in OPTIONAL_EXTENSIONS:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
     try:

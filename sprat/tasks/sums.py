@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sprat.errors import DataError
 from sprat.tasks import canonical
-from sprat.tasks.base import Problem, Split, draw
-from sprat.tasks.explain import running_total
+from sprat.tasks.base import Problem, Split, sample_problem
+from sprat.tasks.chain_of_thought import running_total
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Sums:
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem ``index`` of ``split``."""
-        return draw(self._generate, split, index)
+        return sample_problem(self._generate, split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """1.0 for the right integer, else 0.0."""
         return float(answer is not None and answer.strip() == problem.answer)
 
-    def explain(self, problem: Problem) -> str:
+    def chain_of_thought(self, problem: Problem) -> str:
         """The running total, a line a step."""
         return running_total(problem.meta["terms"])
 

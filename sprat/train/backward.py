@@ -61,7 +61,7 @@ def backward(
     expert_loads: list[Tensor] = []
     for start in range(0, rows, size):
         bounds = [start + size * worker // num_workers for worker in range(num_workers + 1)]
-        parts = [batch.rows(a, b).to(device) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [batch.slice_rows(a, b).to(device) for a, b in zip(bounds, bounds[1:], strict=False)]
         for result in workers.map(compute_share, parts):
             _accumulate(parameters, result.grads)
             for name, value in result.metrics.items():

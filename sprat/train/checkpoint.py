@@ -68,18 +68,18 @@ def save(folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer, 
         _check_disk_space(folder, _size(model, optimizer))
         save_file(_tensors(model), hidden / _FILES[0])
         save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, hidden / _FILES[1])
-        digests = {name: digest.file(hidden / name) for name in _FILES}
+        digests = {name: digest.of_file(hidden / name) for name in _FILES}
         state = {"format": _FORMAT, "step": step, "files": digests, "extra": dict(extra)}
         (hidden / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
         for path in (*hidden.iterdir(), hidden):
-            atomic.sync(path)
+            atomic.fsync(path)
         if target.exists():
             shutil.rmtree(target)
         os.replace(hidden, target)
-        atomic.sync(folder)
+        atomic.fsync(folder)
     except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        mended = atomic.machine_error(error, folder)
+        mended = atomic.as_machine_error(error, folder)
         if mended is None and isinstance(error, SafetensorError):
             mended = MachineError(f"a checkpoint cannot be written: {error}", where=str(folder), todo="check the disk")
         if mended is not None:
@@ -101,7 +101,7 @@ def _valid_checkpoints(*folders: Path) -> Iterator[Checkpoint]:
         try:
             state = json.loads((candidate / "state.json").read_text())
             if state["format"] == _FORMAT and state["files"] == {
-                name: digest.file(candidate / name) for name in _FILES
+                name: digest.of_file(candidate / name) for name in _FILES
             }:
                 yield Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
         except (OSError, ValueError, KeyError, TypeError, TrustError):
@@ -125,7 +125,7 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
 
     Args:
         run: the folder of the run that starts; where it is RUN itself, what was set aside from there is looked at too.
-        expected_digest: the digest that its folder must have (``sprat.trust.digest.tree``); empty for any.
+        expected_digest: the digest that its folder must have (``sprat.trust.digest.of_folder``); empty for any.
 
     Raises:
         CheckpointError: there is none.
@@ -145,7 +145,7 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
         for candidate in _valid_checkpoints(
             run_folder / "artefact" / ARTEFACT_FOLDER, checkpoints / STABLE, checkpoints
         ):
-            if step in (None, candidate.step) and expected_digest in ("", digest.tree(candidate.folder)):
+            if step in (None, candidate.step) and expected_digest in ("", digest.of_folder(candidate.folder)):
                 return candidate
             seen.add(candidate.step)
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
@@ -168,7 +168,7 @@ def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
         state["extra"] = {name: value for name, value in checkpoint.extra.items() if name not in ("config", "data")}
         (target / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
     except (OSError, shutil.Error) as error:
-        raise (atomic.machine_error(error, target) or error) from None
+        raise (atomic.as_machine_error(error, target) or error) from None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:

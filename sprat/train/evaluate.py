@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from sprat.data.loader import gather
-from sprat.data.pack import Packed
+from sprat.data.loader import gather_rows
+from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
 from sprat.model import Transformer
 from sprat.model.ops import linear_cross_entropy
@@ -18,7 +18,7 @@ from sprat.train.machine import precision
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows: int = 32) -> float:
+def bits_per_byte(model: Transformer, packed: PackedDataset, bytes_total: int, *, rows: int = 32) -> float:
     """Bits that the model needs for each byte of the packed text: sum of -log2 p(token) / bytes.
 
     Tokens that nothing predicts (the first of each document) cost nothing here, and their bytes count, so leave
@@ -38,8 +38,8 @@ def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows:
     training = model.training
     model.eval()
     nats, head_VD = 0.0, model.head.dense_weight()
-    for start in range(0, packed.rows, rows):
-        batch = gather(packed, range(start, min(start + rows, packed.rows))).to(device)
+    for start in range(0, packed.num_rows, rows):
+        batch = gather_rows(packed, range(start, min(start + rows, packed.num_rows))).to(device)
         with precision(device):
             hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
         nats += float(
@@ -50,7 +50,7 @@ def bits_per_byte(model: Transformer, packed: Packed, bytes_total: int, *, rows:
 
 
 def bits_per_byte_by_domain(
-    model: Transformer, domains: Mapping[str, tuple[Packed, int]], *, rows: int = 32
+    model: Transformer, domains: Mapping[str, tuple[PackedDataset, int]], *, rows: int = 32
 ) -> dict[str, float]:
     """``bits_per_byte`` of each domain: name -> (packed text, its bytes)."""
     return {name: bits_per_byte(model, packed, size, rows=rows) for name, (packed, size) in domains.items()}

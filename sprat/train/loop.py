@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sprat.config import LoopConfig
-from sprat.data.loader import Source
+from sprat.data.loader import BatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
@@ -88,7 +88,7 @@ class _MetricsWindow:
 
 def train(
     model: Transformer,
-    source: Source,
+    source: BatchSource,
     config: LoopConfig,
     run: Run,
     *,
@@ -204,7 +204,7 @@ def _resume(
     own = checkpoint.latest(run.checkpoints)
     start = own or load_start(config.init_from, config.steps, run)
     if start is None:
-        run.rewind(0)
+        run.truncate_metrics(0)
         return 0, 0, [0, 0]
     extra: dict[str, Any] = start.extra
     if own and {name: extra.get(name) for name in identity} != identity:
@@ -212,7 +212,7 @@ def _resume(
         raise CheckpointError(what, where=str(start.folder), todo="remove the checkpoints or go back to that recipe")
     _check_kind(start)
     checkpoint.restore(start, model, optimizer)
-    run.rewind(start.step)
+    run.truncate_metrics(start.step)
     window.sums, window.steps = dict(extra["sums"]), int(extra["window"])
     window.last = math.nan if extra["last"] is None else float(extra["last"])
     tokens = int(extra["tokens"])

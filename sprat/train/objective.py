@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sprat.config import LoopConfig
-from sprat.data.loader import IGNORED, Batch
+from sprat.data.loader import IGNORE_INDEX, Batch
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.forward_context import mtp_segments
 from sprat.model.ops import linear_cross_entropy
@@ -82,7 +82,7 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
 
 def num_targets(targets_BT: Tensor) -> int:
     """How many of the targets carry loss."""
-    return int((targets_BT != IGNORED).sum())
+    return int((targets_BT != IGNORE_INDEX).sum())
 
 
 def balance_term(routing: list[Routing], batch: Batch, step_batch: Batch) -> Tensor:
@@ -104,7 +104,7 @@ def mtp_targets(batch: Batch, depth: int) -> Tensor:
 
     Place i then predicts what place i + depth predicts.
     """
-    return batch.targets_BT[:, depth:].masked_fill(mtp_segments(batch.segments_BT, depth) == 0, IGNORED)
+    return batch.targets_BT[:, depth:].masked_fill(mtp_segments(batch.segments_BT, depth) == 0, IGNORE_INDEX)
 
 
 def attention_segments(segments_BT: Tensor) -> Tensor | None:

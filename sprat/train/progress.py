@@ -14,7 +14,7 @@ from sprat.trust.run import Run
 @contextmanager
 def progress_bar(run: Run, steps: int, done: int = 0, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Yields ``advance(done, note)`` for the ``steps`` of ``run``; other processes see them in ``record.pulse``."""
-    run.expect(steps, done)
+    run.start_progress(steps, done)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

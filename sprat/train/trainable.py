@@ -33,6 +33,6 @@ def check(model: nn.Module, run: Run) -> None:
         raise TrainingError(what, where=run.stage, todo=todo)
     if not trainable:
         raise TrainingError("no parameter wants a gradient", where=run.stage, todo="unfreeze what is to be trained")
-    run.note(trained={"trainable": trainable, "total": total})
+    run.add_facts(trained={"trainable": trainable, "total": total})
     level = logging.INFO if trainable == total else logging.WARNING
     log.log(level, "%s trains %s of %s parameters", run.stage, f"{trainable:,}", f"{total:,}")

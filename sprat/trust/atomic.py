@@ -18,14 +18,14 @@ from typing import Any
 from sprat.errors import MachineError
 
 # How libraries say it that give no number: safetensors, tokenizers and shutil; a limit on sizes; NumPy.
-_TOLD = re.compile(r"No space left on device|File too large|\d+ requested and \d+ written")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_MESSAGE = re.compile(r"No space left on device|File too large|\d+ requested and \d+ written")
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def machine_error(error: BaseException, path: str | Path) -> MachineError | None:
+def as_machine_error(error: BaseException, path: str | Path) -> MachineError | None:
     """``error`` as a sentence about this machine where it means a full or closed disk, else None."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL or _TOLD.search(str(error)):
+    if number in _DISK_FULL_ERRNOS or _DISK_FULL_MESSAGE.search(str(error)):
         return MachineError("the disk is full", where=str(path), todo="free some space and start again")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MachineError("cannot write here", where=str(path), todo="choose a folder that you may write to")
@@ -33,7 +33,7 @@ def machine_error(error: BaseException, path: str | Path) -> MachineError | None
 
 
 @contextmanager
-def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+def replace_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder; when the block ends well it takes the place of ``path``.
 
     For writers that want a path of their own (safetensors). Missing folders are made.
@@ -50,19 +50,19 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if durable:
-            sync(temporary)
+            fsync(temporary)
         os.replace(temporary, path)
         if durable:
-            sync(path.parent)
+            fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        mended = machine_error(error, path)
-        if mended is not None:
-            raise mended from None
+        machine_error = as_machine_error(error, path)
+        if machine_error is not None:
+            raise machine_error from None
         raise
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """fsync the file or folder at ``path``."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -75,9 +75,9 @@ def write_bytes(path: str | Path, content: bytes, *, durable: bool = True) -> No
     """Write ``content`` to ``path`` wholly or not at all.
 
     Raises:
-        MachineError: see ``replacing``.
+        MachineError: see ``replace_file``.
     """
-    with replacing(path, durable=durable) as temporary:
+    with replace_file(path, durable=durable) as temporary:
         temporary.write_bytes(content)
 
 
@@ -113,7 +113,7 @@ def append_line(path: str | Path, line: str, *, durable: bool = True) -> None:
                 os.ftruncate(stream.fileno(), size)
                 raise
     except OSError as error:
-        mended = machine_error(error, path)
-        if mended is not None:
-            raise mended from None
+        machine_error = as_machine_error(error, path)
+        if machine_error is not None:
+            raise machine_error from None
         raise

@@ -19,26 +19,26 @@ from typing import Any
 from sprat.errors import TrustError
 
 
-def data(content: bytes) -> str:
+def of_bytes(content: bytes) -> str:
     """SHA-256 (hex) of ``content``."""
     return hashlib.sha256(content).hexdigest()
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """The one JSON text of ``value``: sorted keys, no spaces.
 
-    >>> canonical({"b": 1, "a": [True, None]})
+    >>> canonical_json({"b": 1, "a": [True, None]})
     '{"a":[true,null],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def value(content: Any) -> str:
-    """SHA-256 (hex) of the canonical JSON of ``content``."""
-    return data(canonical(content).encode())
+def of_json(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``value``."""
+    return of_bytes(canonical_json(value).encode())
 
 
-def plain(path: str | Path) -> io.BufferedReader:
+def open_regular_file(path: str | Path) -> io.BufferedReader:
     """The file at ``path``, opened for reading.
 
     Raises:
@@ -58,20 +58,20 @@ def plain(path: str | Path) -> io.BufferedReader:
     raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="put a file in its place")
 
 
-def file(path: str | Path) -> str:
+def of_file(path: str | Path) -> str:
     """SHA-256 (hex) of the file at ``path``.
 
     Raises:
         TrustError: there is no such file, or it is a pipe or a device.
     """
     try:
-        with plain(path) as stream:
+        with open_regular_file(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise TrustError("cannot digest a file that is not there", where=str(path), todo="make it again") from None
 
 
-def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
+def of_files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
     """SHA-256 of each file under ``folder`` by its relative path with forward slashes, in sorted order.
 
     Args:
@@ -85,7 +85,7 @@ def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise TrustError("cannot digest a folder that is not there", where=str(folder), todo="make it again")
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not follow:
             raise TrustError("a digested folder may hold no links", where=str(path), todo="copy the file in its place")
@@ -95,26 +95,26 @@ def files(folder: str | Path, *, follow: bool = False) -> dict[str, str]:
                 if not follow:
                     raise TrustError("a file name that no listing can hold", where=repr(str(path)), todo="rename it")
                 name = json.dumps(name)
-            found[name] = file(path)
+            digests[name] = of_file(path)
         elif not follow and not path.is_dir():
             raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="take it out")
-    return dict(sorted(found.items()))
+    return dict(sorted(digests.items()))
 
 
-def listing(found: dict[str, str]) -> str:
-    """The digest of a folder whose files have the digests ``found`` (see ``files``)."""
-    return data("".join(f"{found[name]}  {name}\n" for name in sorted(found)).encode())
+def of_listing(digests: dict[str, str]) -> str:
+    """The digest of a folder whose files have the digests ``digests`` (see ``of_files``)."""
+    return of_bytes("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode())
 
 
-def tree(folder: str | Path, *, follow: bool = False) -> str:
+def of_folder(folder: str | Path, *, follow: bool = False) -> str:
     """SHA-256 (hex) of all files under ``folder``, names included.
 
     Raises:
-        TrustError: see ``files``.
+        TrustError: see ``of_files``.
     """
-    return listing(files(folder, follow=follow))
+    return of_listing(of_files(folder, follow=follow))
 
 
-def content(path: Path) -> str:
-    """SHA-256 (hex) of the folder (see ``tree``) or file at ``path``."""
-    return tree(path) if path.is_dir() else file(path)
+def of_path(path: Path) -> str:
+    """SHA-256 (hex) of the folder (see ``of_folder``) or file at ``path``."""
+    return of_folder(path) if path.is_dir() else of_file(path)

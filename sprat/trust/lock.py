@@ -1,4 +1,4 @@
-"""One process at a time may work in a road folder.
+"""One process at a time may work in a pipeline folder.
 
 ``flock`` on ``.lock`` inside the folder: the kernel frees it when the process ends, however it ends, so
 a stale lock cannot exist. Forked children drop their copy, lest an orphan hold the folder.
@@ -15,30 +15,30 @@ from pathlib import Path
 from sprat.errors import MachineError
 from sprat.trust import atomic
 
-NAME = ".lock"
-_SIZE = 32  # bytes
-_held: set[int] = set()
+LOCK_NAME = ".lock"
+_MAX_BYTES = 32  # bytes
+_open_handles: set[int] = set()
 
 
 def is_lock(path: Path) -> bool:
-    """Whether ``path`` is what ``hold`` leaves behind, a file with a process number, and hides nothing else."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > _SIZE:
+    """Whether ``path`` is what ``lock_folder`` leaves behind, a file with a process number, and hides nothing else."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return False
     content = path.read_bytes().strip()
     return not content or content.isdigit()
 
 
-def _drop() -> None:
-    for handle in _held:
+def _close_handles() -> None:
+    for handle in _open_handles:
         os.close(handle)
-    _held.clear()
+    _open_handles.clear()
 
 
-os.register_at_fork(after_in_child=_drop)
+os.register_at_fork(after_in_child=_close_handles)
 
 
 @contextmanager
-def hold(folder: str | Path) -> Iterator[None]:
+def lock_folder(folder: str | Path) -> Iterator[None]:
     """Hold ``folder`` (made if missing) for this process while the block runs.
 
     Raises:
@@ -47,26 +47,26 @@ def hold(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except FileExistsError:
         raise MachineError("the folder is a file", where=str(folder), todo="give another folder") from None
     except OSError as error:
-        raise (atomic.machine_error(error, folder) or error) from None
+        raise (atomic.as_machine_error(error, folder) or error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.read(handle, _SIZE).decode("ascii", "replace").strip() or "unknown"
+        pid = os.read(handle, _MAX_BYTES).decode("ascii", "replace").strip() or "unknown"
         os.close(handle)
         raise MachineError(
             f"another sprat is at work in this folder (pid {pid})",
             where=str(folder),
             todo="wait until it ends, or give another folder",
         ) from None
-    _held.add(handle)
+    _open_handles.add(handle)
     try:
-        os.pwrite(handle, f"{os.getpid():<{_SIZE - 1}}\n".encode(), 0)
+        os.pwrite(handle, f"{os.getpid():<{_MAX_BYTES - 1}}\n".encode(), 0)
         yield
     finally:
-        if handle in _held:
-            _held.discard(handle)
+        if handle in _open_handles:
+            _open_handles.discard(handle)
             os.close(handle)

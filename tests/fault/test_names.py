@@ -13,8 +13,8 @@ import pytest
 
 from sprat.data.document import safe_name
 from sprat.errors import ConfigError, SpratError
-from sprat.road.places import DataArtefact, Road, read_problems, write_problems
-from sprat.road.recipe import named
+from sprat.pipeline.pipeline import DataArtifact, Pipeline, read_problems, write_problems
+from sprat.pipeline.recipe import load_recipe
 from sprat.tasks import Problem
 
 COUNT = int(os.environ.get("SPRAT_FUZZ", "300"))
@@ -78,17 +78,17 @@ def test_titles_and_domains_name_files_in_their_own_folder_and_different_ones_di
 
 
 def test_a_run_is_named_by_one_plain_part_or_refused(inside: Path, tmp_path: Path) -> None:
-    road = Road(inside, named("tiny"))
+    pipeline = Pipeline(inside, load_recipe("tiny"))
     for name in _names(tmp_path / "outside"):
         try:
-            path = road.path(name)
+            path = pipeline.run_folder(name)
         except ConfigError:
             continue
         assert path.parent == inside and path.name == name and name not in (".", "..")
-    assert road.path("rl-seed-3") == inside / "rl-seed-3"
+    assert pipeline.run_folder("rl-seed-3") == inside / "rl-seed-3"
     for name in SURE:
         with pytest.raises(ConfigError):
-            road.path(name)
+            pipeline.run_folder(name)
 
 
 def test_whatever_names_a_recipe_is_read_or_refused_in_one_sentence(inside: Path, tmp_path: Path) -> None:
@@ -98,18 +98,18 @@ def test_whatever_names_a_recipe_is_read_or_refused_in_one_sentence(inside: Path
     before = _tree(tmp_path)
     for name in names:
         with pytest.raises(SpratError) as caught:
-            named(name)
+            load_recipe(name)
         assert isinstance(caught.value, ConfigError), name
     assert _tree(tmp_path) == before
 
 
 def test_titles_of_a_recipe_reach_the_folder_of_problems_only(inside: Path, tmp_path: Path) -> None:
     for name in [name for name in _names(tmp_path / "outside")[: 3 * len(SURE)] if name and "\udcff" not in name]:
-        recipe = named("tiny").replace(data={"tasks": [{"name": "sums", "title": name}]})
+        recipe = load_recipe("tiny").replace(data={"tasks": [{"name": "sums", "title": name}]})
         config = recipe.data.tasks[0]
-        artefact = DataArtefact(inside)
-        write_problems(artefact.problems(config, "test"), [Problem("t", 7, "q", "a")])
-        assert artefact.task(config).kept[0].index == 7
+        artefact = DataArtifact(inside)
+        write_problems(artefact.problems_file(config, "test"), [Problem("t", 7, "q", "a")])
+        assert artefact.task(config).problems[0].index == 7
     assert {path for path in _tree(tmp_path / "outside") if not path.startswith("a/b/inside/problems/")} == {
         "a", "a/b", "a/b/inside", "a/b/inside/problems"
     }  # fmt: skip
@@ -117,4 +117,4 @@ def test_titles_of_a_recipe_reach_the_folder_of_problems_only(inside: Path, tmp_
 
 def test_two_tasks_of_one_title_are_refused() -> None:
     with pytest.raises(ConfigError, match="two tasks are called 'sums'"):
-        named("tiny", ('data.unseen=[{name="sums"}]',))
+        load_recipe("tiny", ('data.unseen=[{name="sums"}]',))

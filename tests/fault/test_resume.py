@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from sprat.config import OptimConfig, TrainConfig
 from sprat.config.sizes import size
-from sprat.data.loader import MixedSource
+from sprat.data.loader import MixedBatchSource
 from sprat.data.pack import pack
 from sprat.model import Transformer
 from sprat.train import train
@@ -35,7 +35,7 @@ shape = size("pico", vocab_size=128, hidden_size=32, intermediate_size=48, moe_i
 def work(folder):
     run = open_run(folder / "run", stage="pretrain", recipe=recipe, inputs={}, seed=0, ledger=folder / "ledger.jsonl")
     model = Transformer.create(shape, 0)
-    train(model, MixedSource([(packed, 1.0)], 4, 0), recipe, run)
+    train(model, MixedBatchSource([(packed, 1.0)], 4, 0), recipe, run)
     save_file(model.state_dict(), folder / "weights.safetensors")
 
 def attempt(folder):
@@ -48,7 +48,7 @@ def attempt(folder):
 
 def ended(folder):
     assert os.waitpid(attempt(folder), 0)[1] == 0
-    return [digest.file(folder / "weights.safetensors"), digest.file(folder / "run" / "metrics.jsonl")]
+    return [digest.of_file(folder / "weights.safetensors"), digest.of_file(folder / "run" / "metrics.jsonl")]
 """
 _KILL = """
 def newest(folder):

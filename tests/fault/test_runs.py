@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.trust import Ledger, record
+from sprat.trust import Ledger, run_record
 from sprat.trust.verify import verify
 
 # A stage in miniature: a state that each step moves, a checkpoint at every fifth step, an artefact at the end.
@@ -21,7 +21,7 @@ STAGE = textwrap.dedent("""
     import json, os, signal, sys
     from pathlib import Path
     from sprat.config import TrainConfig
-    from sprat.trust import atomic, open_run, record
+    from sprat.trust import atomic, open_run, run_record
     import sprat.trust.ledger as ledger
 
     road, when = Path(sys.argv[1]), sys.argv[2]
@@ -38,7 +38,7 @@ STAGE = textwrap.dedent("""
     saved = run.checkpoints / "state.json"
     if saved.exists():
         state, step = json.loads(saved.read_text())
-        run.rewind(step)
+        run.truncate_metrics(step)
     print("from", step)
     die("start")
     while step < 20:
@@ -49,9 +49,9 @@ STAGE = textwrap.dedent("""
         if step % 5 == 0:
             atomic.write_json(saved, [state, step])
         die(f"step {step}")
-    (run.artefact / "half.bin").write_bytes(b"x" * step)
+    (run.artifact / "half.bin").write_bytes(b"x" * step)
     die("artefact")
-    (run.artefact / "state.json").write_text(str(state))
+    (run.artifact / "state.json").write_text(str(state))
     if when == "ledger":
         ledger.Ledger.append = lambda *rest: die("ledger")
     if when == "clean":
@@ -61,24 +61,24 @@ STAGE = textwrap.dedent("""
 """)
 
 
-def stage(road: Path, when: str = "") -> tuple[int, str]:
+def stage(pipeline: Path, when: str = "") -> tuple[int, str]:
     """Run the stage, killed at ``when``; its exit status and what it said."""
-    done = subprocess.run([sys.executable, "-c", STAGE, str(road), when], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STAGE, str(pipeline), when], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
-def read(road: Path) -> dict[str, object]:
+def read(pipeline: Path) -> dict[str, object]:
     """The run's record."""
-    found: dict[str, object] = json.loads((road / "a" / "run.json").read_text())
+    found: dict[str, object] = json.loads((pipeline / "a" / "run.json").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A road that was never interrupted."""
-    road = tmp_path_factory.mktemp("whole")
-    assert stage(road) == (0, "from 0\n")
-    return road
+    """A pipeline that was never interrupted."""
+    pipeline = tmp_path_factory.mktemp("whole")
+    assert stage(pipeline) == (0, "from 0\n")
+    return pipeline
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_killed_anywhere_the_run_goes_on_to_the_same_digests(
     assert stage(tmp_path) == (0, goes_on + "\n")
     assert stage(tmp_path) == (0, "done\n")
     assert read(tmp_path)["artefact_digest"] == read(whole)["artefact_digest"]
-    assert record.metrics(tmp_path / "a") == record.metrics(whole / "a")
+    assert run_record.read_metrics(tmp_path / "a") == run_record.read_metrics(whole / "a")
     assert all(finding.ok for finding in verify(tmp_path))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(p.name for p in (whole / "a").iterdir())
     assert [entry["kind"] for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == ["road", "run"]

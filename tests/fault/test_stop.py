@@ -21,7 +21,7 @@ from pathlib import Path
 def learn(base, steps):
     from sprat.config import LoopConfig, OptimConfig
     from sprat.config.sizes import size
-    from sprat.data.loader import MixedSource
+    from sprat.data.loader import MixedBatchSource
     from sprat.data.pack import pack
     from sprat.model import Transformer
     from sprat.train import train
@@ -32,17 +32,17 @@ def learn(base, steps):
     recipe = LoopConfig(steps=steps, batch_rows=2, checkpoint_every=5000, log_every=1, optim=optim)
     shape = size("pico", vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16)
     run = open_run(base / "learn", stage="a", recipe=recipe, inputs={}, seed=0, ledger=base / "ledger.jsonl")
-    train(Transformer.create(shape, 0), MixedSource([(packed, 1.0)], 2, 0), recipe, run)
+    train(Transformer.create(shape, 0), MixedBatchSource([(packed, 1.0)], 2, 0), recipe, run)
 
 def idle():
     time.sleep(600)
 
 if __name__ == "__main__":
     from sprat.cli.verb import describe_error
-    from sprat.road.graph import Stage, run_all
+    from sprat.pipeline.graph import Stage, run_all
     stages = [Stage("learn", learn, (Path(sys.argv[1]), 100_000)), Stage("idle", idle)][: int(sys.argv[2])]
     try:
-        run_all(stages, len(stages), lambda stage, what, seconds: what == "runs" or print(stage, what, flush=True))
+        run_stages(stages, len(stages), lambda stage, what, seconds: what == "runs" or print(stage, what, flush=True))
     except BaseException as error:
         sentence, code = describe_error(error)
         print(sentence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sprat.config.sizes import names, size
+from sprat.config.sizes import size, size_names
 from sprat.model import KVCache, count_parameters, flops_per_token
 
 
@@ -23,7 +23,7 @@ def test_v3_prediction_module_adds_what_deepseek_publishes() -> None:
     assert count_parameters(size("v3")).mtp + shared == pytest.approx(14e9, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not name.startswith("v")])
+@pytest.mark.parametrize("name", [name for name in size_names() if not name.startswith("v")])
 def test_a_dense_twin_costs_what_its_sparse_sibling_costs(name: str) -> None:
     sparse, dense = flops_per_token(size(name), 128), flops_per_token(size(name, dense=True), 128)
     assert dense == pytest.approx(sparse, rel=0.02)

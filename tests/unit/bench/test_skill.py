@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench.skill import judge, one, overrides
+from bench.skill import judge, overrides, run_seed
 from sprat.errors import ConfigError
-from sprat.road.recipe import named
+from sprat.pipeline.recipe import load_recipe
 
 
 def test_a_gain_is_over_the_base_left_to_itself() -> None:
@@ -32,18 +32,18 @@ def test_the_folder_of_another_experiment_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(subprocess, "run", run)
     asked = argparse.Namespace(split="test", controls=False, quick=False)
     folder = tmp_path / "seed0-avx512"
-    assert one(folder, 0, "avx512", asked).runs == {} and (folder / "isa").read_text() == "avx512"
-    recipe = named("quickstart", overrides(0, "test", quick=False))
+    assert run_seed(folder, 0, "avx512", asked).runs == {} and (folder / "isa").read_text() == "avx512"
+    recipe = load_recipe("quickstart", overrides(0, "test", quick=False))
     assert recipe.rl.rl.temperature == 0.6
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    one(folder, 0, "avx512", asked)
+    run_seed(folder, 0, "avx512", asked)
     assert len(ran) == 2
     with pytest.raises(ConfigError, match="eval.split is test there and dev here"):
-        one(folder, 0, "avx512", argparse.Namespace(split="dev", controls=False, quick=False))
+        run_seed(folder, 0, "avx512", argparse.Namespace(split="dev", controls=False, quick=False))
     with pytest.raises(ConfigError, match="controls.more.steps is 1800 there and 180 here"):
-        one(folder, 0, "avx512", argparse.Namespace(split="test", controls=False, quick=True))
+        run_seed(folder, 0, "avx512", argparse.Namespace(split="test", controls=False, quick=True))
     with pytest.raises(ConfigError, match="seed is 0 there and 1 here"):
-        one(folder, 1, "avx512", asked)
+        run_seed(folder, 1, "avx512", asked)
     with pytest.raises(ConfigError, match="isa is avx512 there and avx2 here"):
-        one(folder, 0, "avx2", asked)
+        run_seed(folder, 0, "avx2", asked)
     assert len(ran) == 2

@@ -40,7 +40,7 @@ def finished_run(tmp_path: Path) -> Path:
         seed=0,
         ledger=tmp_path / "road" / "ledger.jsonl",
     )
-    (run.artefact / "text.txt").write_text("the sprat is a small fish", encoding="utf-8")
-    run.note(title="Data", scores=[])
+    (run.artifact / "text.txt").write_text("the sprat is a small fish", encoding="utf-8")
+    run.add_facts(title="Data", scores=[])
     run.finish(tokens=7)
     return run.folder

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sprat.config.model import ModelConfig
-from sprat.config.sizes import names, size
+from sprat.config.sizes import size, size_names
 from sprat.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", size_names())
 def test_every_size_survives_the_way_through_config_json(name: str) -> None:
     config = size(name)
     assert ModelConfig.from_hf(config.to_hf()) == config
@@ -135,5 +135,5 @@ def test_keys_that_say_something_unknown_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ModelConfig.from_hf(QWEN)
-        for name in names():
+        for name in size_names():
             ModelConfig.from_hf(size(name).to_hf())

@@ -8,7 +8,7 @@ import pytest
 
 from sprat.config import base
 from sprat.errors import ConfigError
-from sprat.road.recipe import RoadRecipe, named
+from sprat.pipeline.recipe import PipelineRecipe, load_recipe
 
 
 @pytest.mark.parametrize(
@@ -33,24 +33,24 @@ from sprat.road.recipe import RoadRecipe, named
 )
 def test_an_unknown_key_leads_to_the_one_that_was_meant(slip: str, meant: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        named("tiny", (f"{slip}=1",))
+        load_recipe("tiny", (f"{slip}=1",))
     assert repr(slip) in caught.value.what
     assert caught.value.todo == f"did you mean {' or '.join(map(repr, meant))}?"
 
 
 def test_where_nothing_is_near_the_keys_are_listed() -> None:
     with pytest.raises(ConfigError) as caught:
-        named("tiny", ("rl.temperatur_schedule_kind=1",))
+        load_recipe("tiny", ("rl.temperatur_schedule_kind=1",))
     assert caught.value.todo == "there are rl, start, seeds"
     with pytest.raises(ConfigError) as caught:
-        named("tiny", ("eval.qqq=1",))
+        load_recipe("tiny", ("eval.qqq=1",))
     assert caught.value.todo == "there are split, max_tokens, batch, side_problems, samples"
 
 
 def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:
-    there = {key.rpartition(".")[2] for key in base._leaves(RoadRecipe)}
-    assert {key for keys in base.SAME.values() for key in keys} <= there
-    assert there & base.SAME.keys() == {"lr"}  # RL's only rate; where two optimisers work it is one of two
+    there = {key.rpartition(".")[2] for key in base._dotted_keys(PipelineRecipe)}
+    assert {key for keys in base.SYNONYMS.values() for key in keys} <= there
+    assert there & base.SYNONYMS.keys() == {"lr"}  # RL's only rate; where two optimisers work it is one of two
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:
 )
 def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts(key: str) -> None:
     with pytest.raises(ConfigError, match=f"the key '{key}' is gone: .*; remove it"):
-        named("tiny", (f"{key}=3",))
+        load_recipe("tiny", (f"{key}=3",))
 
 
 def test_a_key_that_has_another_name_now_is_refused_with_that_name() -> None:
     with pytest.raises(ConfigError, match="'rl.rl.normalise_std' is now called 'rl.rl.normalize_std' .*; rename it"):
-        named("tiny", ("rl.rl.normalise_std=false",))
+        load_recipe("tiny", ("rl.rl.normalise_std=false",))
 
 
 @pytest.mark.parametrize("key", ["weight", "distinct"])
 def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> None:
     with pytest.raises(ConfigError, match=f"the key 'data.unseen.0.{key}' is gone: a task that is only tested"):
-        named("tiny", (f'data.unseen=[{{name="sums",title="others",{key}=3}}]',))
+        load_recipe("tiny", (f'data.unseen=[{{name="sums",title="others",{key}=3}}]',))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> No
     ],
 )
 def test_an_entry_of_a_list_goes_by_its_number(said: str, fault: str) -> None:
-    recipe = named("tiny", ("data.tasks.0.title=other", "data.tasks.0.settings.max_value=7"))
+    recipe = load_recipe("tiny", ("data.tasks.0.title=other", "data.tasks.0.settings.max_value=7"))
     assert recipe.data.tasks[0].title == "other" and recipe.data.tasks[0].settings["max_value"] == 7
     with pytest.raises(ConfigError, match=re.escape(fault)):
-        named("tiny", (said,))
+        load_recipe("tiny", (said,))

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from sprat.config import ModelConfig
 from sprat.config.sizes import size
 from sprat.errors import ConfigError, DataError
-from sprat.road.quickstart import check_recipe
-from sprat.road.recipe import RoadRecipe, named
+from sprat.pipeline.quickstart import check_recipe
+from sprat.pipeline.recipe import PipelineRecipe, load_recipe
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ from sprat.road.recipe import RoadRecipe, named
 )
 def test_infinite_and_impossible_numbers_are_refused(value: str) -> None:
     with pytest.raises(ConfigError):
-        named("tiny", (value,))
+        load_recipe("tiny", (value,))
 
 
 def test_a_date_in_a_recipe_is_a_value_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("seed = 2024-01-01\n")
     with pytest.raises(ConfigError, match="seed"):
-        named(str(tmp_path / "r.toml"))
+        load_recipe(str(tmp_path / "r.toml"))
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_a_date_in_a_recipe_is_a_value_that_does_not_fit(tmp_path: Path) -> None
 )
 def test_a_value_of_another_kind_is_refused_and_not_converted(value: str, key: str) -> None:
     with pytest.raises(ConfigError, match="is asked for") as caught:
-        check_recipe(named("tiny", (value,)))
+        check_recipe(load_recipe("tiny", (value,)))
     assert str(caught.value).startswith(f"{key}: ")
 
 
 def test_a_whole_number_may_stand_where_a_fraction_is_asked_for() -> None:
-    recipe = named("tiny", ("pretrain.train.optim.muon_lr=1", "pretrain.train.steps=1e3"))
+    recipe = load_recipe("tiny", ("pretrain.train.optim.muon_lr=1", "pretrain.train.steps=1e3"))
     assert recipe.pretrain.train.optim.muon_lr == 1.0 and recipe.pretrain.train.steps == 1000
 
 
@@ -74,10 +74,10 @@ def test_published_configs_are_read_as_before() -> None:
 def test_a_seed_that_no_generator_takes_is_refused(bad: int, key: str) -> None:
     value = f"[{bad}]" if key == "rl.seeds" else str(bad)
     with pytest.raises(ConfigError) as caught:
-        named("tiny", (f"{key}={value}",))
+        load_recipe("tiny", (f"{key}={value}",))
     assert str(caught.value).startswith(key)
     good = f"[{2**63 - 1}]" if key == "rl.seeds" else str(2**63 - 1)
-    named("tiny", (f"{key}={good}",))
+    load_recipe("tiny", (f"{key}={good}",))
 
 
 def _numbers(kind: type[BaseModel], before: str = "") -> Iterator[str]:
@@ -89,12 +89,12 @@ def _numbers(kind: type[BaseModel], before: str = "") -> Iterator[str]:
             yield f"{before}{name}"
 
 
-@pytest.mark.parametrize("key", list(_numbers(RoadRecipe)))
+@pytest.mark.parametrize("key", list(_numbers(PipelineRecipe)))
 def test_every_number_of_a_recipe_has_bounds(key: str) -> None:
     """Beyond them torch, NumPy and the clock raise errors of their own."""
     for bad in ("-1e300", "1e300", "-99999999999999999999", "99999999999999999999"):
         with pytest.raises(ConfigError) as caught:
-            named("tiny", (f"{key}={bad}",))
+            load_recipe("tiny", (f"{key}={bad}",))
         assert key in str(caught.value)
 
 
@@ -110,4 +110,4 @@ def test_every_number_of_a_recipe_has_bounds(key: str) -> None:
 )
 def test_a_task_that_cannot_be_drawn_from_is_refused(task: str) -> None:
     with pytest.raises((ConfigError, DataError)):
-        check_recipe(named("tiny", (f"data.tasks=[{task}]",)))
+        check_recipe(load_recipe("tiny", (f"data.tasks=[{task}]",)))

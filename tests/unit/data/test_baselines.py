@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprat.data import ngram
-from sprat.data.baselines import baselines
+from sprat.data.baselines import baseline_scores
 from sprat.errors import DataError
 
 ENGLISH = Path(json.__file__).read_bytes()
@@ -26,7 +26,7 @@ LONGEST = 8
 
 
 def bits(train: bytes, test: bytes) -> dict[str, float]:
-    return baselines(train, {"test": test})["test"]
+    return baseline_scores(train, {"test": test})["test"]
 
 
 def last(train: bytes, tests: list[bytes]) -> dict[str, list[float]]:
@@ -191,7 +191,7 @@ def test_ppm_needs_at_most_three_per_cent_more_than_ppmd(
 
 def test_several_tests_learn_nothing_from_each_other() -> None:
     texts = {"a": ENGLISH[:1_000], "b": ENGLISH[:1_000] + b"!", "c": NOISE[:500]}
-    together = baselines(ENGLISH[2_000:6_000], texts)
+    together = baseline_scores(ENGLISH[2_000:6_000], texts)
     assert together == {name: bits(ENGLISH[2_000:6_000], text) for name, text in texts.items()}
     assert set(together["a"]) == {"gzip", "xz", "ppm", *(f"ngram{order}" for order in range(2, 9))}
     assert together["a"]["ppm"] < together["a"]["ngram2"] < 8 < together["c"]["ngram2"]
@@ -199,8 +199,8 @@ def test_several_tests_learn_nothing_from_each_other() -> None:
 
 def test_an_empty_text_is_refused_by_its_name() -> None:
     with pytest.raises(DataError, match=r"empty text .*\(prose\)"):
-        baselines(b"a", {"prose": b""})
+        baseline_scores(b"a", {"prose": b""})
     with pytest.raises(DataError, match=r"empty text .*\(train\)"):
-        baselines(b"", {"prose": b"a"})
+        baseline_scores(b"", {"prose": b"a"})
     with pytest.raises(DataError, match="empty"):
         ngram.probabilities(b"a", [b"b", b""])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sprat.data import corpus, debian, ingest, pod, pythonlib
-from sprat.data.split import source_held_out
+from sprat.data.text_split import is_held_out_source
 from sprat.errors import DataError
 
 BUDGET = 60_000
@@ -107,7 +107,7 @@ def test_docstrings_and_code_are_parted_and_both_keep_their_source(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> corpus.Corpus:
-    return corpus.default(tmp_path_factory.mktemp("corpus"), budget_bytes=BUDGET, offline=True)
+    return corpus.default_corpus(tmp_path_factory.mktemp("corpus"), budget_bytes=BUDGET, offline=True)
 
 
 def test_without_packages_the_python_library_serves_and_says_so(offline: corpus.Corpus) -> None:
@@ -124,12 +124,12 @@ def test_without_packages_the_python_library_serves_and_says_so(offline: corpus.
 
 
 def test_the_same_machine_gives_the_same_corpus(offline: corpus.Corpus, tmp_path: Path) -> None:
-    again = corpus.default(tmp_path, budget_bytes=BUDGET, offline=True)
+    again = corpus.default_corpus(tmp_path, budget_bytes=BUDGET, offline=True)
     assert again.digest == offline.digest == hashlib.sha256(again.documents.read_bytes()).hexdigest()
 
 
 def test_the_corpus_is_read_by_the_door_for_the_users_text(offline: corpus.Corpus) -> None:
-    found = list(ingest.read(offline.documents))
+    found = list(ingest.read_texts(offline.documents))
     assert [(one.text, one.source, one.domain) for one in found] == [
         (one.text, one.source, one.domain) for one in offline.read()
     ]
@@ -147,8 +147,8 @@ def fake_tools(folder: Path, monkeypatch: pytest.MonkeyPatch, apt: str, dpkg: st
 
 
 NAMES = [f"perl{number}" for number in range(64)]
-KEPT = [name for name in NAMES if source_held_out(f"perl/{name}")][0]
-LEARNED = [name for name in NAMES if not source_held_out(f"perl/{name}")][0]
+KEPT = [name for name in NAMES if is_held_out_source(f"perl/{name}")][0]
+LEARNED = [name for name in NAMES if not is_held_out_source(f"perl/{name}")][0]
 
 
 def test_pages_from_a_package_are_used_and_one_in_sixteen_is_held_out_whole(
@@ -158,7 +158,7 @@ def test_pages_from_a_package_are_used_and_one_in_sixteen_is_held_out_whole(
     write_pages(tmp_path / "made", {LEARNED: PAGE, KEPT: PAGE.replace("dark", "light"), **changes})
     apt, dpkg = 'echo fake > "$3_1.deb"', f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"'
     fake_tools(tmp_path / "bin", monkeypatch, apt, dpkg)
-    found = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    found = corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET)
     assert found.faults == []
     package = found.sources[0]
     assert package["digest"] == hashlib.sha256(b"fake\n").hexdigest() != package["pinned"]
@@ -171,7 +171,7 @@ def test_pages_from_a_package_are_used_and_one_in_sixteen_is_held_out_whole(
     assert "light" in prose["held_out"][0]
     # what was fetched once is kept, whatever becomes of the net
     monkeypatch.setenv("PATH", "")
-    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == found.digest
+    assert corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET).digest == found.digest
 
 
 def test_what_was_made_offline_is_made_anew_for_who_goes_online(
@@ -179,19 +179,21 @@ def test_what_was_made_offline_is_made_anew_for_who_goes_online(
 ) -> None:
     write_pages(tmp_path / "made", {LEARNED: PAGE, KEPT: PAGE.replace("dark", "light")})
     fake_tools(tmp_path / "bin", monkeypatch, "exit 100", f'mkdir -p "$3"; cp -r {tmp_path}/made "$3"')
-    alone = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
-    tried = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    alone = corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    tried = corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET)
     assert tried.digest == alone.digest
     assert tried.faults and not any("offline" in fault for fault in tried.faults)
     (tmp_path / "bin" / "apt-get").write_text('#!/bin/sh\necho fake > "$3_1.deb"\n')
-    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET).digest == alone.digest, "tried once, then kept"
+    assert corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET).digest == alone.digest, (
+        "tried once, then kept"
+    )
     shutil.rmtree(tmp_path / "corpus")
-    corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
-    fetched = corpus.default(tmp_path / "corpus", budget_bytes=BUDGET)
+    corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET, offline=True)
+    fetched = corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET)
     assert fetched.faults == [] and f"perl/{LEARNED}" in {one.source for one in fetched.split().train}
     # and back: nothing is fetched, what is there stays
     monkeypatch.setenv("PATH", "")
-    assert corpus.default(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
+    assert corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
 
 
 @pytest.mark.parametrize(
@@ -207,12 +209,12 @@ def test_what_was_made_offline_is_made_anew_for_who_goes_online(
 def test_a_package_that_cannot_be_had_is_told_not_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apt: str | None, said: str
 ) -> None:
-    monkeypatch.setattr(debian, "SECONDS", 0.5)
+    monkeypatch.setattr(debian, "TIMEOUT_SECONDS", 0.5)
     if apt is None:
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         fake_tools(tmp_path / "bin", monkeypatch, apt, 'mkdir -p "$3"')
-    (found,) = debian.fetch()
+    (found,) = debian.fetch_packages()
     assert said in found.fault
     assert found.documents == ()
 
@@ -222,15 +224,15 @@ def test_the_users_own_text_becomes_a_corpus_once(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(30):
         (folder / f"{number}.txt").write_text(f"File {number} says something of its own.\n" * 4)
-    made = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET)
+    made = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET)
     assert len(made.read()) == 30
     assert made.sources[0]["name"] == "mine"
     stamp = made.documents.stat().st_mtime_ns
-    assert corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest == made.digest
+    assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest == made.digest
     assert made.documents.stat().st_mtime_ns == stamp
     (folder / "31.txt").write_text("A new file with news.")
-    assert corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest != made.digest
-    small = corpus.from_text(folder, tmp_path / "small", budget_bytes=1000)
+    assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest != made.digest
+    small = corpus.text_corpus(folder, tmp_path / "small", budget_bytes=1000)
     assert sum(one.size for one in small.split().train) <= 1000
 
 
@@ -242,8 +244,8 @@ def test_of_two_files_the_large_one_is_learned_from_whatever_they_are_called(tmp
     (folder / "notes.txt").write_text("A few notes.\n" * 100)
     whole = sum(path.stat().st_size for path in folder.iterdir())
     for budget in (BUDGET, whole):
-        made = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=budget)
-        again = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=budget)  # as kept
+        made = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=budget)
+        again = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=budget)  # as kept
         for parts in (made.split(), again.split()):
             assert {one.source for one in parts.train} == {name}
             assert {one.source for one in parts.held_out} == {"notes.txt"}
@@ -257,7 +259,7 @@ def test_what_was_held_out_of_the_whole_text_is_held_out_of_its_sample(tmp_path:
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"{number} says so.\n" * (60 if number % 2 else 12_000))
     held = {
-        budget: {one.source for one in corpus.from_text(folder, tmp_path / "c", budget_bytes=budget).split().held_out}
+        budget: {one.source for one in corpus.text_corpus(folder, tmp_path / "c", budget_bytes=budget).split().held_out}
         for budget in (1000, 50_000, 10_000_000)
     }
     assert held[1000] == held[50_000] == held[10_000_000]
@@ -269,14 +271,14 @@ def test_a_file_whose_name_is_no_utf_8_stays_on_its_side(tmp_path: Path) -> None
     for name in (b"caf\xe9.txt", b"na\xefve.txt"):
         (folder / os.fsdecode(name)).write_text(f"{name!r} says something of its own.\n" * 40)
     for _ in range(2):
-        parts = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=BUDGET).split()
+        parts = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).split()
         assert len(parts.train) == len(parts.held_out) == 1
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(DataError, match="5 bytes"):
-        corpus.from_text(tmp_path, tmp_path / "corpus", budget_bytes=BUDGET)
+        corpus.text_corpus(tmp_path, tmp_path / "corpus", budget_bytes=BUDGET)
     assert not (tmp_path / "corpus").exists()
 
 
@@ -284,7 +286,7 @@ def test_a_corpus_that_was_tampered_with_is_made_anew(offline: corpus.Corpus, tm
     shutil.copytree(offline.documents.parent, tmp_path / "c")
     file = tmp_path / "c" / "documents.jsonl"
     file.write_text(file.read_text()[:-40])
-    again = corpus.default(tmp_path / "c", budget_bytes=BUDGET, offline=True)
+    again = corpus.default_corpus(tmp_path / "c", budget_bytes=BUDGET, offline=True)
     assert again.digest == offline.digest
     facts = json.loads((tmp_path / "c" / "sources.json").read_text())
     assert facts["digest"] == offline.digest
@@ -293,10 +295,10 @@ def test_a_corpus_that_was_tampered_with_is_made_anew(offline: corpus.Corpus, tm
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("apt-get") is None, reason="needs apt-get")
 def test_debians_package_holds_perls_manual() -> None:
-    (found,) = debian.fetch()
+    (found,) = debian.fetch_packages()
     if found.fault:
         pytest.skip(found.fault)
     sources = {one.source for one in found.documents}
     assert {"perl/perlretut", "perl/perlfaq4"} <= sources and len(sources) > 100
     assert sum(one.size for one in found.documents) > 3_500_000
-    assert sum(source_held_out(one.source) for one in found.documents) > 20
+    assert sum(is_held_out_source(one.source) for one in found.documents) > 20

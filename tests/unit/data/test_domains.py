@@ -13,8 +13,8 @@ import pytest
 
 from sprat.data import ingest
 from sprat.data.document import Document, safe_name
-from sprat.road.data import _hold_out
-from sprat.road.places import DataArtefact
+from sprat.pipeline.data import _pack_held_out
+from sprat.pipeline.pipeline import DataArtifact
 from sprat.tokens import Tokenizer
 from sprat.trust import atomic
 
@@ -98,14 +98,14 @@ def read_all(folder: Path) -> list[Document]:
     """The same hostile rows as JSONL and, where a string column can hold them, as Parquet."""
     rows = rows_of(domains(COUNT))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = list(ingest.read(folder / "rows.jsonl"))
+    documents = list(ingest.read_texts(folder / "rows.jsonl"))
     assert len(documents) == COUNT
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     words = [row for row in rows if isinstance(row["domain"], str) and "\ud800" not in row["domain"]]
     parquet.write_table(arrow.Table.from_pylist(words), folder / "rows.parquet")
-    return documents + list(ingest.read(folder / "rows.parquet"))
+    return documents + list(ingest.read_texts(folder / "rows.parquet"))
 
 
 def test_no_domain_writes_outside_of_its_folder_and_no_two_share_one(tmp_path: Path) -> None:
@@ -132,11 +132,11 @@ def test_the_default_domains_keep_their_folders() -> None:
 
 def test_the_data_stage_holds_out_hostile_domains_each_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(HOSTILE)))
-    found = list(ingest.read(tmp_path / "rows.jsonl"))
+    found = list(ingest.read_texts(tmp_path / "rows.jsonl"))
     tokenizer = Tokenizer.train(["text 0 1 2 3 4 5 6 7 8 9 " * 20], 460)
     folder = tmp_path / "road" / "artefact"
-    scores = _hold_out(tokenizer, found[:4], found, 32, folder / "heldout")
-    artefact = DataArtefact(folder)
+    scores = _pack_held_out(tokenizer, found[:4], found, 32, folder / "heldout")
+    artefact = DataArtifact(folder)
     sizes = artefact.held_out_domains()
     assert set(sizes) == set(scores) == {one.domain for one in found}
     for domain in sizes:

@@ -11,22 +11,22 @@ import pytest
 
 from sprat.data import corpus, ingest
 from sprat.errors import DataError
-from sprat.road.data import data
-from sprat.road.places import Road
-from sprat.road.recipe import named
+from sprat.pipeline.data import data
+from sprat.pipeline.pipeline import Pipeline
+from sprat.pipeline.recipe import load_recipe
 from sprat.trust.verify import verify
 
 
 def left(path: Path, budget: int, folder: Path) -> dict[str, tuple[int, int, tuple[str, ...]]]:
     """By reason: how many, how many bytes, names."""
-    made = corpus.from_text(path, folder, budget_bytes=budget)
-    return {one.why: (one.count, one.bytes, one.names) for one in made.left_out}
+    made = corpus.text_corpus(path, folder, budget_bytes=budget)
+    return {one.why: (one.count, one.bytes, one.names) for one in made.excluded}
 
 
 def reasons(path: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
-    tally = ingest.Tally()
-    list(ingest.read(path, tally))
-    return {one.why.partition(" than")[0]: (one.count, one.names) for one in tally.left_out()}
+    tally = ingest.ExclusionTally()
+    list(ingest.read_texts(path, tally))
+    return {one.why.partition(" than")[0]: (one.count, one.names) for one in tally.excluded()}
 
 
 def test_documents_beyond_the_budget_are_counted_to_the_byte(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_documents_beyond_the_budget_are_counted_to_the_byte(tmp_path: Path) -> 
     for number in range(124):
         (folder / f"{number}.txt").write_text(f"{number} " + "x" * 30_000)
     told = left(folder, 100_000, tmp_path / "corpus")
-    kept = corpus.from_text(folder, tmp_path / "corpus", budget_bytes=100_000).read()
+    kept = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=100_000).read()
     whole = sum(path.stat().st_size for path in folder.iterdir())
     assert sum(count for why, (count, _, _) in told.items() if not why.startswith("parts")) == 124 - len(kept) > 100
     assert sum(size for _, size, _ in told.values()) == whole - sum(len(one.text) for one in kept)
@@ -48,7 +48,7 @@ def test_the_rest_of_one_long_document_is_counted_too(tmp_path: Path) -> None:
     ((why, (count, size, names)),) = told.items()
     assert why.startswith("parts of documents beyond") and (count, names) == (1, ("book.txt",))
     assert size == 1_000_000 - len(
-        corpus.from_text(tmp_path / "book.txt", tmp_path / "c", budget_bytes=100_000).read()[0].text
+        corpus.text_corpus(tmp_path / "book.txt", tmp_path / "c", budget_bytes=100_000).read()[0].text
     )
 
 
@@ -81,7 +81,7 @@ def test_every_kind_of_file_that_is_not_read_is_counted_and_named(tmp_path: Path
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     (folder / "folder").symlink_to(away)
     os.mkfifo(folder / "pipe.txt")
-    assert [one.text for one in ingest.read(folder)] == ["plain", "by a link"]
+    assert [one.text for one in ingest.read_texts(folder)] == ["plain", "by a link"]
     assert reasons(folder) == {
         "hidden files and folders": (1, (".git",)),
         "links that lead to no file": (3, ("broken.txt", "folder", "loop.txt")),
@@ -102,20 +102,20 @@ def test_a_single_file_is_read_or_refused_in_one_sentence(tmp_path: Path) -> Non
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=said):
-            list(ingest.read(tmp_path / name))
+            list(ingest.read_texts(tmp_path / name))
     os.mkfifo(tmp_path / "pipe.txt")
     for odd in (tmp_path / "pipe.txt", Path("/dev/zero")):
         with pytest.raises(DataError, match="a pipe or a device"):
-            list(ingest.read(odd))
+            list(ingest.read_texts(odd))
 
 
 def test_a_folder_with_nothing_to_read_says_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("x")
     with pytest.raises(DataError, match="no text files .*1 files of other kinds .*page.html"):
-        list(ingest.read(tmp_path))
+        list(ingest.read_texts(tmp_path))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="the text is empty.*not UTF-8 text .latin.txt"):
-        list(ingest.read(tmp_path))
+        list(ingest.read_texts(tmp_path))
 
 
 def test_the_data_stage_notes_it_and_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -128,15 +128,15 @@ def test_the_data_stage_notes_it_and_says_it(tmp_path: Path, capfd: pytest.Captu
     (text / "table.csv").write_text("a,b")
     (text / "link.txt").symlink_to(text / "3.txt")
     small = ("data.text_bytes=20000", "data.demonstrations=40", "data.test_problems=10", "data.vocab_size=700")
-    road = Road(tmp_path / "road", named("tiny", small))
-    data(road, text)
-    (source,) = json.loads((road.path("data") / "run.json").read_text())["facts"]["sources"]
+    pipeline = Pipeline(tmp_path / "road", load_recipe("tiny", small))
+    data(pipeline, text)
+    (source,) = json.loads((pipeline.run_folder("data") / "run.json").read_text())["facts"]["sources"]
     told = {one["why"]: one["count"] for one in source["left_out"]}
     assert told.pop("files of other kinds than .txt, .md, .rst, .py, .jsonl, .parquet") == 3
     assert told.pop("documents that others say too") == 1
     assert source["documents"] + told.pop("documents beyond data.text_bytes=20000") == 40
     said = capfd.readouterr().err
     assert "not learned from: 3 files of other kinds than" in said and ", table.csv, " in said
-    assert all(finding.ok for finding in verify(road.folder))
-    (road.folder / "corpus" / "documents.jsonl").open("a").write("{}")
-    assert [finding.subject for finding in verify(road.folder) if not finding.ok] == ["corpus"]
+    assert all(finding.ok for finding in verify(pipeline.folder))
+    (pipeline.folder / "corpus" / "documents.jsonl").open("a").write("{}")
+    assert [finding.subject for finding in verify(pipeline.folder) if not finding.ok] == ["corpus"]

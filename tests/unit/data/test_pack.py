@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.data.loader import IGNORED, Batch, MixedSource, gather, quotas
-from sprat.data.pack import Packed, pack
+from sprat.data.loader import IGNORE_INDEX, Batch, MixedBatchSource, gather_rows, rows_per_part
+from sprat.data.pack import PackedDataset, pack
 from sprat.errors import DataError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 5), max_size=30), min_size=1, max_size=40).filter(
@@ -21,8 +21,8 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 5), max_size=30), min_size=1, max_s
 )
 
 
-def whole(packed: Packed) -> Batch:
-    return gather(packed, np.arange(packed.rows))
+def whole(packed: PackedDataset) -> Batch:
+    return gather_rows(packed, np.arange(packed.num_rows))
 
 
 @given(SEQUENCES, st.integers(1, 12))
@@ -35,10 +35,10 @@ def test_every_next_token_is_learned_exactly_once(sequences: list[list[int]], se
         start += len(row)
     packed = pack([(row, None) for row in unique], seq_len)
     batch = whole(packed)
-    taught = batch.targets_BT != IGNORED
+    taught = batch.targets_BT != IGNORE_INDEX
     pairs = Counter(zip(batch.tokens_BT[taught].tolist(), batch.targets_BT[taught].tolist(), strict=True))
     assert pairs == Counter((row[i], row[i + 1]) for row in unique for i in range(len(row) - 1))
-    assert packed.targets == sum(pairs.values())
+    assert packed.num_targets == sum(pairs.values())
 
 
 @given(SEQUENCES, st.integers(1, 12))
@@ -46,7 +46,7 @@ def test_every_next_token_is_learned_exactly_once(sequences: list[list[int]], se
 def test_only_masked_tokens_are_targets(sequences: list[list[int]], seq_len: int) -> None:
     masked = [(row, [token % 2 for token in row]) for row in sequences]
     batch = whole(pack(masked, seq_len))
-    targets = batch.targets_BT[batch.targets_BT != IGNORED]
+    targets = batch.targets_BT[batch.targets_BT != IGNORE_INDEX]
     assert bool((targets % 2 == 1).all())
     assert len(targets) == sum(sum(mask[1:]) for _, mask in masked)
 
@@ -66,7 +66,7 @@ def test_short_sequences_fill_the_rows_and_fast() -> None:
     start = time.process_time()
     packed = pack(sequences, 128)
     assert time.process_time() - start < 10
-    assert packed.fill > 0.98
+    assert packed.fill_fraction > 0.98
 
 
 @pytest.mark.parametrize("sequences", [[], [([1], None)]])
@@ -80,36 +80,36 @@ def test_nothing_to_pack_is_said(sequences: list[tuple[list[int], None]]) -> Non
 def test_a_saved_dataset_is_the_same_and_a_torn_one_is_refused(tmp_path: Path) -> None:
     packed = pack([(list(range(50)), None), ([1, 2], [0, 1])], 16)
     packed.save(tmp_path)
-    again = Packed.load(tmp_path)
+    again = PackedDataset.load(tmp_path)
     assert again.digest == packed.digest
-    assert np.array_equal(again.mask, packed.mask)
+    assert np.array_equal(again.loss_mask, packed.loss_mask)
     file = tmp_path / "packed.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-10])
     with pytest.raises(DataError, match="torn"):
-        Packed.load(tmp_path)
+        PackedDataset.load(tmp_path)
     file.write_bytes(content[:-1] + b"\x01")
     with pytest.raises(DataError, match="digest"):
-        Packed.load(tmp_path)
+        PackedDataset.load(tmp_path)
     with pytest.raises(DataError, match="no packed dataset"):
-        Packed.load(tmp_path / "nowhere")
+        PackedDataset.load(tmp_path / "nowhere")
 
 
-def numbered(rows: int, first: int, seq_len: int = 4) -> Packed:
+def numbered(rows: int, first: int, seq_len: int = 4) -> PackedDataset:
     """A dataset whose row r holds only the token first + r."""
     return pack([([first + row] * (seq_len + 1), None) for row in range(rows)], seq_len)
 
 
 def test_every_batch_has_the_same_mixture() -> None:
-    source = MixedSource([(numbered(10, 0), 0.75), (numbered(6, 100), 0.25)], rows=8, seed=0)
-    assert source.quotas == [6, 2]
+    source = MixedBatchSource([(numbered(10, 0), 0.75), (numbered(6, 100), 0.25)], rows=8, seed=0)
+    assert source.part_rows == [6, 2]
     for step in range(10):
         first = source.batch(step).tokens_BT[:, 0]
         assert int((first >= 100).sum()) == 2
 
 
 def test_each_pass_shows_every_row_once_in_a_new_order() -> None:
-    source = MixedSource([(numbered(12, 0), 1.0)], rows=5, seed=3)
+    source = MixedBatchSource([(numbered(12, 0), 1.0)], rows=5, seed=3)
     seen = torch.cat([source.batch(step).tokens_BT[:, 0] for step in range(12)]).tolist()
     passes = [sorted(source._index(0, 12, epoch * 12, 12).tolist()) for epoch in range(5)]
     assert passes == [list(range(12))] * 5
@@ -120,65 +120,65 @@ def test_each_pass_shows_every_row_once_in_a_new_order() -> None:
 
 def test_a_resumed_run_gets_the_batches_it_would_have_had() -> None:
     parts = [(numbered(7, 0), 0.6), (numbered(9, 100), 0.4)]
-    steady = MixedSource(parts, rows=6, seed=1)
+    steady = MixedBatchSource(parts, rows=6, seed=1)
     expected = [steady.batch(step).tokens_BT for step in range(20)]
-    resumed = MixedSource(parts, rows=6, seed=1)
+    resumed = MixedBatchSource(parts, rows=6, seed=1)
     for step in (19, 3, 11, 0):
         assert torch.equal(resumed.batch(step).tokens_BT, expected[step])
     assert resumed.digest == steady.digest
-    other = MixedSource(parts, rows=6, seed=2)
+    other = MixedBatchSource(parts, rows=6, seed=2)
     assert other.digest != steady.digest
     assert any(not torch.equal(other.batch(step).tokens_BT, expected[step]) for step in range(20))
 
 
-def drawn(source: MixedSource, steps: int = 3) -> list[list[int]]:
+def drawn(source: MixedBatchSource, steps: int = 3) -> list[list[int]]:
     """For each step which rows of the parts it holds, in ascending order."""
     return [sorted(source.batch(step).tokens_BT[:, 0].tolist()) for step in range(steps)]
 
 
 def test_another_seed_draws_other_rows_and_not_only_in_another_order() -> None:
-    one, other = (drawn(MixedSource([(numbered(40, 0), 1.0)], rows=6, seed=seed)) for seed in (1, 2))
+    one, other = (drawn(MixedBatchSource([(numbered(40, 0), 1.0)], rows=6, seed=seed)) for seed in (1, 2))
     assert one != other
 
 
 def test_parts_of_one_size_are_shuffled_each_in_its_own_way() -> None:
-    source = MixedSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
-    assert source.quotas == [6, 6]
+    source = MixedBatchSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
+    assert source.part_rows == [6, 6]
     for rows in drawn(source):
         assert rows[:6] != [row - 100 for row in rows[6:]]
 
 
 def test_rows_of_the_parts_stand_mixed_in_a_batch() -> None:
-    source = MixedSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
+    source = MixedBatchSource([(numbered(40, 0), 0.5), (numbered(40, 100), 0.5)], rows=12, seed=0)
     second = [(source.batch(step).tokens_BT[:, 0] >= 100).tolist() for step in range(3)]
     assert all(rows != sorted(rows) for rows in second), "a micro-batch would hold one part alone"
     assert second[0] != second[1]
 
 
 def test_shares_go_to_the_largest_remainders() -> None:
-    assert quotas([0.6, 0.3, 0.1], 10) == [6, 3, 1]
-    assert quotas([1.0, 1.0, 6.0], 9) == [1, 1, 7], "1.125, 1.125 and 6.75 rows"
-    assert quotas([0.24, 0.76], 10) == [2, 8], "2.4 and 7.6 rows: the second has the larger remainder"
+    assert rows_per_part([0.6, 0.3, 0.1], 10) == [6, 3, 1]
+    assert rows_per_part([1.0, 1.0, 6.0], 9) == [1, 1, 7], "1.125, 1.125 and 6.75 rows"
+    assert rows_per_part([0.24, 0.76], 10) == [2, 8], "2.4 and 7.6 rows: the second has the larger remainder"
 
 
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=8), st.integers(8, 64))
 @settings(max_examples=200, deadline=None)
 def test_shares_fill_the_batch_and_forget_no_part(weights: list[float], rows: int) -> None:
-    found = quotas(weights, rows)
+    found = rows_per_part(weights, rows)
     assert sum(found) == rows
     assert min(found) >= 1
 
 
 def test_parts_that_cannot_be_mixed_are_refused() -> None:
     with pytest.raises(DataError, match="no data"):
-        MixedSource([(numbered(3, 0), 0.0)], rows=4, seed=0)
+        MixedBatchSource([(numbered(3, 0), 0.0)], rows=4, seed=0)
     with pytest.raises(DataError, match="seq_len"):
-        MixedSource([(numbered(3, 0), 1.0), (numbered(3, 0, seq_len=5), 1.0)], rows=4, seed=0)
+        MixedBatchSource([(numbered(3, 0), 1.0), (numbered(3, 0, seq_len=5), 1.0)], rows=4, seed=0)
     with pytest.raises(DataError, match="3 parts"):
-        MixedSource([(numbered(3, 0), 1.0)] * 3, rows=2, seed=0)
+        MixedBatchSource([(numbered(3, 0), 1.0)] * 3, rows=2, seed=0)
 
 
 def test_a_micro_batch_is_a_slice() -> None:
-    batch = gather(numbered(4, 0), [0, 1, 2, 3])
-    assert batch.rows(1, 3).tokens_BT[:, 0].tolist() == [1, 2]
+    batch = gather_rows(numbered(4, 0), [0, 1, 2, 3])
+    assert batch.slice_rows(1, 3).tokens_BT[:, 0].tolist() == [1, 2]
     assert batch.to("cpu").targets_BT.shape == (4, 4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sprat.data import dedup, ingest
 from sprat.data.document import Document
-from sprat.data.split import own_held_out, source_held_out, split
+from sprat.data.text_split import held_out_sources, is_held_out_source, split_documents
 from sprat.errors import DataError, MachineError, SpratError
 
 
@@ -28,13 +28,13 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\x00")
     (tmp_path / ".git" / "secret.txt").write_text("hidden")
-    found = list(ingest.read(tmp_path))
+    found = list(ingest.read_texts(tmp_path))
     assert [(one.id, one.text, one.domain) for one in found] == [
         ("a.txt", "first", "prose"),
         ("b.md", "second\nline", "prose"),
         ("sub/c.py", "x = 1", "code"),
     ]
-    assert [one.text for one in ingest.read(tmp_path / "a.txt")] == ["first"]
+    assert [one.text for one in ingest.read_texts(tmp_path / "a.txt")] == ["first"]
 
 
 ROWS = [{"text": "one", "id": 7, "source": "book", "license": "CC0-1.0"}, {"text": "two", "domain": "code"}]
@@ -46,7 +46,7 @@ def test_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
 
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
     parquet.write_table(arrow.Table.from_pylist(ROWS, schema=_schema(arrow)), tmp_path / "t.parquet")
-    lines, rows = (list(ingest.read(tmp_path / name)) for name in ("t.jsonl", "t.parquet"))
+    lines, rows = (list(ingest.read_texts(tmp_path / name)) for name in ("t.jsonl", "t.parquet"))
     assert [(one.text, one.licence, one.domain) for one in lines] == [
         ("one", "CC0-1.0", "prose"),
         ("two", "unspecified", "code"),
@@ -77,14 +77,14 @@ def _schema(arrow: object) -> object:
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SpratError, match=said) as caught:
-        list(ingest.read(tmp_path))
+        list(ingest.read_texts(tmp_path))
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, (DataError, MachineError))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
-        list(ingest.read(tmp_path / "nowhere"))
+        list(ingest.read_texts(tmp_path / "nowhere"))
 
 
 LONG = "A paragraph that is long enough to be recognised when somebody pastes it a second time into a page. " * 2
@@ -92,7 +92,7 @@ LONG = "A paragraph that is long enough to be recognised when somebody pastes it
 
 def test_copies_of_documents_and_of_long_paragraphs_are_left_out() -> None:
     found = list(
-        dedup.exact(
+        dedup.exact_dedup(
             [
                 doc("1", f"Title\n\n{LONG}\n\nend"),
                 doc("2", f"TITLE\n\n{LONG.upper()}\n\n  END"),
@@ -111,34 +111,36 @@ def test_copies_of_documents_and_of_long_paragraphs_are_left_out() -> None:
 @given(st.lists(st.text(alphabet="ab \n", max_size=300), max_size=8))
 @settings(max_examples=100, deadline=None)
 def test_dedup_of_clean_text_changes_nothing(texts: list[str]) -> None:
-    once = list(dedup.exact(doc(str(number), text) for number, text in enumerate(texts)))
-    assert list(dedup.exact(once)) == once
+    once = list(dedup.exact_dedup(doc(str(number), text) for number, text in enumerate(texts)))
+    assert list(dedup.exact_dedup(once)) == once
 
 
 def test_held_out_and_training_share_no_source() -> None:
     documents = [doc(f"{number}", source=f"file{number % 200}") for number in range(1000)]
-    found = split(documents)
+    found = split_documents(documents)
     assert {one.source for one in found.train}.isdisjoint(one.source for one in found.held_out)
     assert len(found.train) + len(found.held_out) == len(documents)
     assert 20 < len(found.held_out) < 130
 
 
 def test_a_little_text_is_split_too() -> None:
-    none = [name for name in map(str, range(50)) if not source_held_out(name)][:2]
+    none = [name for name in map(str, range(50)) if not is_held_out_source(name)][:2]
     two = [doc(name) for name in none]
-    assert len(split(two, own_held_out(two).__contains__).held_out) == 1
+    assert len(split_documents(two, held_out_sources(two).__contains__).held_out) == 1
     rows = [doc(str(number), source=none[0]) for number in range(40)]
-    many = split(rows, own_held_out(rows).__contains__)
+    many = split_documents(rows, held_out_sources(rows).__contains__)
     assert [one.id for one in many.held_out] == ["38", "39"]
     whole = doc("one", "\n\n".join(f"paragraph {number}" for number in range(100)))
-    alone = split([whole], own_held_out([whole]).__contains__)
+    alone = split_documents([whole], held_out_sources([whole]).__contains__)
     assert alone.train[0].text + alone.held_out[0].text == whole.text
     assert alone.held_out[0].text.startswith("paragraph")
 
 
 def test_of_one_source_a_last_document_that_is_most_of_it_is_not_held_out_whole() -> None:
     rows = [doc(str(number), "a short row. ", source="rows") for number in range(20)]
-    parts = split([*rows, doc("20", "a long row. " * 2000, source="rows")], own_held_out(rows).__contains__)
+    parts = split_documents(
+        [*rows, doc("20", "a long row. " * 2000, source="rows")], held_out_sources(rows).__contains__
+    )
     assert len(parts.train) == 21
     assert sum(one.size for one in parts.held_out) < 2000 < 20_000 < sum(one.size for one in parts.train)
 
@@ -149,7 +151,7 @@ def test_never_more_than_half_of_the_users_bytes_is_held_out_and_never_a_part_of
     rows: list[tuple[int, int]],
 ) -> None:
     documents = [doc(str(n), "x" * size, source=f"{source}.txt") for n, (source, size) in enumerate(rows)]
-    held = own_held_out(documents)
+    held = held_out_sources(documents)
     size = sum(size for source, size in rows if f"{source}.txt" in held)
     assert size * 2 <= sum(size for _, size in rows)
     assert bool(held) == (len({source for source, _ in rows}) > 1), "a side of each, where there are two sources"

@@ -34,7 +34,7 @@ class Lucky:
         """1.0 for 7."""
         return float(answer is not None and answer.strip() == problem.answer)
 
-    def explain(self, problem: Problem) -> str:
+    def chain_of_thought(self, problem: Problem) -> str:
         """The chain of thought."""
         return f"{problem.question} 7"
 

@@ -23,8 +23,8 @@ from sprat.post.rl_gate import evaluate_gate
 from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
-from sprat.trust.record import metrics
 from sprat.trust.run import Run
+from sprat.trust.run_record import read_metrics
 
 Open = Callable[[str, Config], Run]
 RL = RLConfig(steps=12, prompts_per_step=8, group_size=8, max_tokens=10, lr=3e-3, format_weight=0.0, checkpoint_every=2)
@@ -103,7 +103,7 @@ def test_rl_raises_the_reward_of_a_toy_task(
     result = grpo(model, tokenizer, [task], [1.0], RL, run, gate=False)
     after = evaluate(engine, task, count=200, thinking=None, max_tokens=10, temperature=1.0)
     assert after.accuracy > before.accuracy + 0.3 and two_proportion_p_value(before, after) < 1e-6
-    rows = metrics(run.folder)
+    rows = read_metrics(run.folder)
     assert [row["step"] for row in rows] == list(range(1, 13)) and result.steps == 12
     names = {"reward", "accuracy", "format", "response_length", "think_share", "entropy", "clip_fraction", "kl"}
     assert all(names <= set(row) for row in rows)
@@ -115,7 +115,7 @@ def test_the_trainer_sees_the_probabilities_that_the_engine_sampled_with(
 ) -> None:
     run = open_stage("rl", RL.replace(steps=2, temperature=0.8))
     grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], RL.replace(steps=2, temperature=0.8), run, gate=False)
-    assert all(row["mismatch"] < 1e-4 for row in metrics(run.folder))
+    assert all(row["mismatch"] < 1e-4 for row in read_metrics(run.folder))
 
 
 def test_the_routers_bias_stays_where_pretraining_left_it(
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     result = grpo(model, tokenizer, [task], [1.0], config, run, gate=False)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
     assert result == expected
-    assert metrics(run.folder) == metrics(run.folder.parent / "whole")
+    assert read_metrics(run.folder) == read_metrics(run.folder.parent / "whole")
 
 
 def test_a_users_reward_replaces_the_judge(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
@@ -181,7 +181,7 @@ def test_nothing_to_learn_leaves_the_weights_alone(
     run = open_stage("rl", config)
     grpo(model, tokenizer, [task], [1.0], config, run, gate=False, reward=lambda problem, answer: 1.0)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in guesser.state_dict().items())
-    assert metrics(run.folder)[0]["live_groups"] == 0.0
+    assert read_metrics(run.folder)[0]["live_groups"] == 0.0
 
 
 def test_what_abstains_or_fails_is_left_out_and_counted(
@@ -199,7 +199,7 @@ def test_what_abstains_or_fails_is_left_out_and_counted(
         return strict(problem, answer)
 
     grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, run, gate=False, reward=reward)
-    (row,) = metrics(run.folder)
+    (row,) = read_metrics(run.folder)
     paid = [float(digit == "7") for digit in seen if digit not in ("3", "5")]
     assert "3" in seen and "5" in seen
     assert row["reward_faults"] == seen.count("5")

@@ -21,8 +21,8 @@ from sprat.post.grpo import ClippedSurrogate, advantages, grpo
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tokens import Tokenizer
-from sprat.trust.record import metrics
 from sprat.trust.run import Run
+from sprat.trust.run_record import read_metrics
 
 Open = Callable[[str, Config], Run]
 RL = RLConfig(steps=1, prompts_per_step=4, group_size=4, max_tokens=8, format_weight=0.0, temperature=0.8, gate=False)
@@ -193,7 +193,7 @@ def test_a_policy_that_was_not_sampled_from_stops_the_run_before_a_weight_moves(
     strict = RL.replace(max_mismatch=3e-5)  # between float32's noise and bfloat16's rounding, whatever the processor
     run = open_stage("exact", strict)
     grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], strict, run, gate=False)
-    assert metrics(run.folder)[0]["mismatch_mean"] < 3e-5
+    assert read_metrics(run.folder)[0]["mismatch_mean"] < 3e-5
     half = copy.deepcopy(guesser).bfloat16()
     before = {name: value.clone() for name, value in half.state_dict().items()}
     with pytest.raises(TrainingError, match=r"nats from the sampler's .*rl\.max_mismatch.*importance_cap"):
@@ -202,7 +202,7 @@ def test_a_policy_that_was_not_sampled_from_stops_the_run_before_a_weight_moves(
     allowed = RL.replace(max_mismatch=1.0, importance_cap=2.0)
     run = open_stage("corrected", allowed)
     grpo(half, tokenizer, [task], [1.0], allowed, run, gate=False)
-    (row,) = metrics(run.folder)
+    (row,) = read_metrics(run.folder)
     assert 3e-5 < row["mismatch_mean"] < row["mismatch"]
 
 

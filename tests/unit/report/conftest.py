@@ -1,4 +1,4 @@
-"""A road folder of finished runs with plausible numbers, as the quickstart leaves it, made in a second."""
+"""A pipeline folder of finished runs with plausible numbers, as the quickstart leaves it, made in a second."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
 from sprat.data import corpus
+from sprat.pipeline import evaluation
 from sprat.post.evaluate import Score, wilson_interval
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout, rollout_metrics
-from sprat.road import measure
 from sprat.trust import Ledger, open_run
 
 TASKS = ("sums", "chain_sum", "products", "gcd", "letter_counting", "count_bits")
@@ -34,7 +34,7 @@ QUESTION = "What is 12 + 7 + 19? <b>Think</b> & answer."
 
 
 def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, Any]:
-    """One row of ``facts["scores"]``, as the road's measure writes it."""
+    """One row of ``facts["scores"]``, as the pipeline's measure writes it."""
     count = 1000
     correct = round(count * min(0.99, max(0.01, level + rng.uniform(-0.05, 0.05))))
     low, high = wilson_interval(correct, count)
@@ -59,7 +59,7 @@ def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, 
         by_length=by_length,
         samples=[sample],
     )
-    return {**measure._facts(found), "label": label, "trained": task != TASKS[1]}
+    return {**evaluation._score_row(found), "label": label, "trained": task != TASKS[1]}
 
 
 def rollouts(step: int, rng: random.Random) -> dict[str, float]:
@@ -82,16 +82,18 @@ def rollouts(step: int, rng: random.Random) -> dict[str, float]:
 
 
 def finish(
-    road: Path, name: str, recipe: Config, facts: dict[str, Any], rows: list[dict[str, float]], **inputs: Path | str
+    pipeline: Path, name: str, recipe: Config, facts: dict[str, Any], rows: list[dict[str, float]], **inputs: Path | str
 ) -> None:
     """One finished run."""
     seed = int(name[-1]) if name.startswith("rl-seed") else 0
-    run = open_run(road / name, stage=name, recipe=recipe, inputs=inputs, seed=seed, ledger=road / "ledger.jsonl")
-    (run.artefact / "model.safetensors").write_bytes(name.encode())
+    run = open_run(
+        pipeline / name, stage=name, recipe=recipe, inputs=inputs, seed=seed, ledger=pipeline / "ledger.jsonl"
+    )
+    (run.artifact / "model.safetensors").write_bytes(name.encode())
     for step, row in enumerate(rows):
         run.log(step * 10, **row)
     sum(range(3_000_000))  # some CPU time
-    run.note(**facts)
+    run.add_facts(**facts)
     run.finish(flops=3.4e12 if rows else 0, tokens=900_000)
 
 
@@ -108,16 +110,16 @@ def model_facts(name: str, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def make(road: Path) -> Path:
-    """Write the whole road."""
+def make(pipeline: Path) -> Path:
+    """Write the whole pipeline."""
     rng = random.Random(0)
-    (road.parent / "mine").mkdir()
-    (road.parent / "mine" / "a.md").write_text("A text of the user's own.\n" * 400)
-    (road.parent / "mine" / "b.html").write_text("<p>")
-    made = corpus.from_text(road.parent / "mine", road / "corpus", budget_bytes=2000)
-    Ledger(road / "ledger.jsonl").root()
-    Ledger(road / "ledger.jsonl").enter(road / "corpus")
-    finish(road, "data", TrainConfig(), {"title": "Data", "sources": made.sources}, [])
+    (pipeline.parent / "mine").mkdir()
+    (pipeline.parent / "mine" / "a.md").write_text("A text of the user's own.\n" * 400)
+    (pipeline.parent / "mine" / "b.html").write_text("<p>")
+    made = corpus.text_corpus(pipeline.parent / "mine", pipeline / "corpus", budget_bytes=2000)
+    Ledger(pipeline / "ledger.jsonl").root_hash()
+    Ledger(pipeline / "ledger.jsonl").add_file(pipeline / "corpus")
+    finish(pipeline, "data", TrainConfig(), {"title": "Data", "sources": made.sources}, [])
     loss = [{"loss": 7 * math.exp(-step / 12) + 1.4 + rng.uniform(0, 0.1)} for step in range(60)]
     bits = {
         "prose": {
@@ -136,32 +138,32 @@ def make(road: Path) -> Path:
         "expert_load": [[rng.uniform(0.6, 1.5) for _ in range(16)] for _ in range(3)],
         "expert_domain": {d: [[rng.uniform(0, 3) for _ in range(16)]] for d in ("prose", "docstring", "sums")},
     }
-    finish(road, "pretrain", TrainConfig(), facts, loss, data=road / "data")
+    finish(pipeline, "pretrain", TrainConfig(), facts, loss, data=pipeline / "data")
     dense = {domain: {**row, "model": row["model"] + 0.12} for domain, row in bits.items()}
     facts = model_facts("pretrain-dense", rng) | {
         "control_of": "pretrain",
         "title": "Pre-training, dense twin at equal FLOPs",
         "bits_per_byte": dense,
     }
-    finish(road, "pretrain-dense", TrainConfig(), facts, [{"loss": row["loss"] + 0.15} for row in loss])
-    finish(road, "sft", TrainConfig(), model_facts("sft", rng), loss[10:40], model=road / "pretrain")
+    finish(pipeline, "pretrain-dense", TrainConfig(), facts, [{"loss": row["loss"] + 0.15} for row in loss])
+    finish(pipeline, "sft", TrainConfig(), model_facts("sft", rng), loss[10:40], model=pipeline / "pretrain")
     for seed in range(3):
         curve = [rollouts(step, rng) for step in range(26)]
         name = f"rl-seed{seed}"
         title = {"title": f"RL, seed {seed}"} if seed else {"title": "RL"}
-        finish(road, name, RLConfig(seed=seed), model_facts(name, rng) | title, curve, model=road / "sft")
+        finish(pipeline, name, RLConfig(seed=seed), model_facts(name, rng) | title, curve, model=pipeline / "sft")
     facts = model_facts("sft-labels", rng) | {"control_of": "rl", "title": "SFT on labels"}
-    finish(road, "sft-labels", TrainConfig(), facts, loss[:30], model=road / "sft")
+    finish(pipeline, "sft-labels", TrainConfig(), facts, loss[:30], model=pipeline / "sft")
     finish(
-        road,
+        pipeline,
         "distill",
         TrainConfig(),
         model_facts("distill", rng) | {"title": "Student"},
         loss,
-        teacher=road / "rl-seed0",
+        teacher=pipeline / "rl-seed0",
     )
     facts = model_facts("student-scratch", rng) | {"control_of": "distill", "title": "Student from scratch"}
-    finish(road, "student-scratch", TrainConfig(), facts, loss, data=road / "data")
+    finish(pipeline, "student-scratch", TrainConfig(), facts, loss, data=pipeline / "data")
     row = score("sums", 0.95, "greedy", rng)
     facts = model_facts("quantize", rng) | {
         "title": "INT4 student",
@@ -170,13 +172,13 @@ def make(road: Path) -> Path:
             "student": {"size_bytes": 400_000, "tokens_per_second": 14_000.0},
             "int4": {"size_bytes": 120_000, "tokens_per_second": 16_700.0},
         },
-        "significance": [{**measure.gains([row], [row])[0], "after": 0.94, "p": 0.4}],
+        "significance": [{**evaluation.accuracy_changes([row], [row])[0], "after": 0.94, "p": 0.4}],
     }
-    finish(road, "quantize", QuantConfig(), facts, [], model=road / "distill")
-    return road
+    finish(pipeline, "quantize", QuantConfig(), facts, [], model=pipeline / "distill")
+    return pipeline
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished road; tests do not change it."""
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pipeline; tests do not change it."""
     return make(tmp_path_factory.mktemp("base") / "road")

@@ -1,4 +1,4 @@
-"""A road of a stranger: whatever its runs hold, the page is text of ours, or one sentence says what is wrong."""
+"""A pipeline of a stranger: whatever its runs hold, the page is text of ours, or one sentence says what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from sprat.config import TrainConfig
 from sprat.errors import TrustError
-from sprat.report import write
+from sprat.report import write_report
 from sprat.trust import open_run
 from sprat.trust.verify import verify
 
@@ -33,14 +33,14 @@ def changed(value: Any, key: str = "") -> Any:
     return BAD + value if isinstance(value, str) and key not in KEPT else value
 
 
-def test_hostile_text_in_every_field_of_a_whole_road_stays_text(road: Path, tmp_path: Path) -> None:
+def test_hostile_text_in_every_field_of_a_whole_road_stays_text(pipeline: Path, tmp_path: Path) -> None:
     copy = tmp_path / "road"
-    shutil.copytree(road, copy)
+    shutil.copytree(pipeline, copy)
     for path in copy.glob("*/run.json"):
         written = json.loads(path.read_text())
         written = {name: written[name] if name == "stage" else changed(item, name) for name, item in written.items()}
         path.write_text(json.dumps({**written, "seed": BAD}))
-    text = write(copy).read_text(encoding="utf-8")
+    text = write_report(copy).read_text(encoding="utf-8")
     page = Page(text)  # refuses a script
     assert page.open == [] and "<img" not in text and "\x00" not in text
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
@@ -63,7 +63,7 @@ def small(tmp_path: Path) -> Path:
     )
     left = {"why": "files", "count": 1, "bytes": 2, "names": ["x"]}
     row = {"task": "sums", "label": "greedy", "count": 9, "correct": 5, "low": 0.2, "high": 0.8, "mean_tokens": 3.0}
-    run.note(
+    run.add_facts(
         title="SFT",
         scores=[row, {**row, "label": "thinking"}],
         sources=[{"name": "a", "licence": "MIT", "documents": 1, "bytes": 9, "digest": "ab", "left_out": [left]}],
@@ -95,7 +95,7 @@ def test_a_value_of_any_kind_in_any_field_gives_a_page_or_one_sentence(small: Pa
         list(leaves(written, lambda new: None))[number](next(kinds))
         path.write_text(json.dumps(written))
         try:
-            page = Page(write(small).read_text(encoding="utf-8"))
+            page = Page(write_report(small).read_text(encoding="utf-8"))
         except TrustError as error:
             assert "see verify" in str(error)
         else:

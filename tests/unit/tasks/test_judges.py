@@ -8,9 +8,9 @@ import pytest
 
 from sprat import tasks
 from sprat.config import TaskConfig
-from sprat.road.recipe import named
+from sprat.pipeline.recipe import load_recipe
 
-RECIPE = named("quickstart").data
+RECIPE = load_recipe("quickstart").data
 ALL = (*RECIPE.tasks, *RECIPE.unseen)
 
 
@@ -30,7 +30,7 @@ def wrong(answer: str) -> Iterator[str]:
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.title)
 def test_two_hundred_wrong_answers_earn_nothing(config: TaskConfig) -> None:
     task, tried = tasks.load(config), 0
-    for problem in tasks.held_out(task, 10, "dev"):
+    for problem in tasks.held_out_problems(task, 10, "dev"):
         assert task.score(problem, problem.answer) == task.score(problem, f" {problem.answer}\n") == 1.0
         for answer in {*wrong(problem.answer)} - {problem.answer}:
             assert task.score(problem, answer) == 0.0, (problem.question, problem.answer, answer)

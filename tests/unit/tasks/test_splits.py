@@ -12,13 +12,13 @@ import pytest
 from sprat import tasks
 from sprat.config import TaskConfig
 from sprat.data.pack import pack
-from sprat.road.data import worked_examples
-from sprat.road.recipe import named
+from sprat.pipeline.data import worked_examples
+from sprat.pipeline.recipe import load_recipe
 from sprat.tasks import base, canonical
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import encode_demonstration
 
-RECIPE = named("quickstart").data
+RECIPE = load_recipe("quickstart").data
 ALL = (*RECIPE.tasks, *RECIPE.unseen)
 Form = tuple[str, frozenset[object]]
 
@@ -91,16 +91,16 @@ def test_no_packed_row_has_a_question_that_is_held_out() -> None:
     trained = {form(question) for question in re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text, re.S)}
     assert len(trained) > 2500 and {kind for kind, _ in trained} == {"sum", "equation", "gcd", "legs"}
     for config in ALL:
-        for split in tasks.HELD_OUT:
-            held = {form(problem.question) for problem in tasks.held_out(tasks.load(config), 300, split)}
+        for split in tasks.HELD_OUT_SPLITS:
+            held = {form(problem.question) for problem in tasks.held_out_problems(tasks.load(config), 300, split)}
             assert len(held) == 300 and not held & trained, (config.title, split)
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.title)
 def test_two_held_out_problems_are_never_the_same_in_other_words(config: TaskConfig) -> None:
     task = tasks.load(config)
-    for split in tasks.HELD_OUT:
-        problems = tasks.held_out(task, 150, split)
+    for split in tasks.HELD_OUT_SPLITS:
+        problems = tasks.held_out_problems(task, 150, split)
         assert len(problems) == 150 == len({form(problem.question) for problem in problems})
 
 
@@ -108,7 +108,7 @@ def test_two_held_out_problems_are_never_the_same_in_other_words(config: TaskCon
 @pytest.mark.parametrize("config", RECIPE.tasks, ids=lambda config: config.title)
 def test_a_task_has_a_thousand_test_problems(config: TaskConfig) -> None:
     task = tasks.load(config)
-    assert len(tasks.held_out(task, 1000)) == 1000 and len(tasks.held_out(task, 500, "dev")) == 500
+    assert len(tasks.held_out_problems(task, 1000)) == 1000 and len(tasks.held_out_problems(task, 500, "dev")) == 500
 
 
 def test_the_splits_have_their_shares() -> None:
@@ -119,7 +119,7 @@ def test_the_splits_have_their_shares() -> None:
 
 def test_another_salt_is_another_split(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [tasks.split_of(f"sum {number}") for number in range(1000)]
-    monkeypatch.setattr(base, "SALT", "another")
+    monkeypatch.setattr(base, "SPLIT_SALT", "another")
     after = [tasks.split_of(f"sum {number}") for number in range(1000)]
     held = [new for old, new in zip(before, after, strict=True) if old == "test"]
     assert 0.6 < held.count("train") / len(held) < 0.8

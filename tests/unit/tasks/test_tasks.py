@@ -9,9 +9,9 @@ import pytest
 from sprat import tasks
 from sprat.config import TaskConfig
 from sprat.errors import DataError
-from sprat.road.recipe import named
+from sprat.pipeline.recipe import load_recipe
 
-ALL = [pytest.param(config, id=config.title) for config in named("quickstart").data.tasks]
+ALL = [pytest.param(config, id=config.title) for config in load_recipe("quickstart").data.tasks]
 FACT = re.compile(r"(-?\d+)([-+*/%])(-?\d+)=(-?\d+)")
 
 
@@ -30,7 +30,7 @@ def test_every_step_of_an_explanation_is_a_true_fact_and_leads_to_the_answer(con
     task = tasks.load(config)
     for index in range(100):
         problem = task.problem("train", index)
-        lines = task.explain(problem).splitlines()
+        lines = task.chain_of_thought(problem).splitlines()
         for line in lines:
             fact = FACT.fullmatch(line)
             if fact:
@@ -51,11 +51,13 @@ def test_problems_are_a_function_of_split_and_index() -> None:
 @pytest.mark.parametrize("split, other", [("test", "dev"), ("dev", "test")])
 def test_drawn_keeps_its_problems_and_trains_on_others(split: tasks.Split, other: tasks.Split) -> None:
     task = tasks.load(TaskConfig(name="sums"))
-    kept = tuple(tasks.held_out(task, 5, split))
-    drawn = tasks.Drawn(task, kept, split)
-    assert tasks.held_out(drawn, 5, split) == list(kept) != tasks.held_out(drawn, 5, other)
+    kept = tuple(tasks.held_out_problems(task, 5, split))
+    drawn = tasks.HeldOutTask(task, kept, split)
+    assert tasks.held_out_problems(drawn, 5, split) == list(kept) != tasks.held_out_problems(drawn, 5, other)
     assert drawn.problem("train", 1) == task.problem("train", 1)
-    assert drawn.score(kept[0], kept[0].answer) == 1.0 and drawn.explain(kept[0]) == task.explain(kept[0])
+    assert drawn.score(kept[0], kept[0].answer) == 1.0 and drawn.chain_of_thought(kept[0]) == task.chain_of_thought(
+        kept[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,4 +85,4 @@ def test_a_task_without_a_question_in_a_split_says_so() -> None:
 def test_a_family_without_a_chain_says_which_have_one() -> None:
     task = tasks.load(TaskConfig(name="reasoning-gym/count_bits"))
     with pytest.raises(DataError, match="chain_sum"):
-        task.explain(task.problem("train", 0))
+        task.chain_of_thought(task.problem("train", 0))

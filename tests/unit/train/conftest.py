@@ -12,8 +12,8 @@ import torch
 from sprat.config import OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.config.sizes import size
-from sprat.data.loader import MixedSource
-from sprat.data.pack import Packed, pack
+from sprat.data.loader import MixedBatchSource
+from sprat.data.pack import PackedDataset, pack
 from sprat.model import Transformer
 from sprat.trust import Run, open_run
 
@@ -47,7 +47,7 @@ def model(shape: ModelConfig) -> Transformer:
 
 
 @pytest.fixture
-def packed() -> Packed:
+def packed() -> PackedDataset:
     """The text in documents of 10 to 40 bytes, several to a row of 32."""
     rng = np.random.default_rng(0)
     cuts = np.cumsum(rng.integers(10, 40, 30)).tolist()
@@ -55,9 +55,9 @@ def packed() -> Packed:
 
 
 @pytest.fixture
-def source(packed: Packed) -> MixedSource:
+def source(packed: PackedDataset) -> MixedBatchSource:
     """Four rows a batch."""
-    return MixedSource([(packed, 1.0)], 4, 0)
+    return MixedBatchSource([(packed, 1.0)], 4, 0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 from sprat.config import LoopConfig, OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
-from sprat.data.loader import Batch, MixedSource
+from sprat.data.loader import Batch, MixedBatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
 from sprat.train import Loss, checkpoint, next_token_loss, optim, train
@@ -29,7 +29,7 @@ def short(recipe: TrainConfig) -> TrainConfig:
 
 def _finish(run: Run) -> None:
     """What the road does at the end: the checkpoint at the full rate outlives the others."""
-    checkpoint.copy_to_artefact(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artefact)
+    checkpoint.copy_to_artefact(checkpoint.latest(run.checkpoints / checkpoint.STABLE), run.artifact)
     run.finish()
 
 
@@ -38,7 +38,7 @@ def _rows(run: Run) -> list[dict[str, float]]:
 
 
 def test_more_steps_end_with_the_bits_of_a_run_that_was_longer_from_the_start(
-    shape: ModelConfig, source: MixedSource, short: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, short: TrainConfig, new_run: NewRun
 ) -> None:
     first, whole, more = new_run("first"), new_run("whole"), new_run("more")
     train(Transformer.create(shape, 0), source, short, first)
@@ -57,9 +57,9 @@ def test_more_steps_end_with_the_bits_of_a_run_that_was_longer_from_the_start(
 
 @pytest.mark.parametrize("at", [8, 11])
 def test_an_extension_that_is_interrupted_goes_on_exactly(
-    shape: ModelConfig, source: MixedSource, short: TrainConfig, new_run: NewRun, at: int
+    shape: ModelConfig, source: MixedBatchSource, short: TrainConfig, new_run: NewRun, at: int
 ) -> None:
-    class Stops(MixedSource):
+    class Stops(MixedBatchSource):
         def batch(self, step: int) -> Batch:
             if step == at:
                 raise InterruptedError
@@ -80,7 +80,7 @@ def test_an_extension_that_is_interrupted_goes_on_exactly(
 
 
 def test_after_divergence_a_lower_rate_goes_on_from_the_step_that_the_advice_names(
-    shape: ModelConfig, source: MixedSource, short: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, short: TrainConfig, new_run: NewRun
 ) -> None:
     calls: list[int] = []
 
@@ -105,7 +105,7 @@ def test_after_divergence_a_lower_rate_goes_on_from_the_step_that_the_advice_nam
 
 
 def test_what_cannot_be_started_from_is_one_sentence(
-    shape: ModelConfig, source: MixedSource, short: TrainConfig, new_run: NewRun, tmp_path: Path
+    shape: ModelConfig, source: MixedBatchSource, short: TrainConfig, new_run: NewRun, tmp_path: Path
 ) -> None:
     first = new_run("first")
     train(Transformer.create(shape, 0), source, short, first)

@@ -12,7 +12,7 @@ import torch
 
 from sprat.config import OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
-from sprat.data.loader import Batch, MixedSource
+from sprat.data.loader import Batch, MixedBatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.train import Loss, next_token_loss, train
@@ -24,7 +24,7 @@ NewRun = Callable[[str], Run]
 class _Stops:
     """A source that calls ``act`` when batch ``at`` is asked for."""
 
-    def __init__(self, source: MixedSource, at: int, act: Callable[[], Any]) -> None:
+    def __init__(self, source: MixedBatchSource, at: int, act: Callable[[], Any]) -> None:
         self._source, self._at, self._act, self.digest = source, at, act, source.digest
 
     def batch(self, step: int) -> Batch:
@@ -51,7 +51,7 @@ def _same(one: Transformer, other: Transformer) -> bool:
 
 
 def test_loss_falls_and_every_window_is_logged(
-    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     run = new_run("a")
     result = train(model, source, recipe.replace(steps=30, log_every=10), run)
@@ -65,7 +65,7 @@ def test_loss_falls_and_every_window_is_logged(
 
 
 def test_a_row_says_the_mean_of_its_window(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     rows = {}
     for every in (1, 4):
@@ -78,7 +78,7 @@ def test_a_row_says_the_mean_of_its_window(
 
 
 def test_same_seed_twice_gives_the_same_bits(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     models, runs = [Transformer.create(shape, 0) for _ in range(2)], [new_run("a"), new_run("b")]
     for model, run in zip(models, runs, strict=True):
@@ -90,7 +90,7 @@ def test_same_seed_twice_gives_the_same_bits(
 
 @pytest.mark.parametrize("at", [1, 3, 4, 7])
 def test_an_interrupted_run_ends_with_the_same_bits_and_rows(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun, at: int
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun, at: int
 ) -> None:
     whole, broken = Transformer.create(shape, 0), Transformer.create(shape, 0)
     straight = new_run("whole")
@@ -107,7 +107,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_and_rows(
 
 
 def test_ctrl_c_keeps_the_step_it_interrupts(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     model, run = Transformer.create(shape, 0), new_run("a")
@@ -122,7 +122,7 @@ def test_ctrl_c_keeps_the_step_it_interrupts(
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     """Uneven numbers of targets included, and the router bias moves by the loads of all of them."""
     recipe = recipe.replace(steps=1, balance_weight=0.1, mtp_weight=0.5)
@@ -136,7 +136,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
 
 
 def test_two_threads_repeat_themselves_and_agree_with_one(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     """The same bits for the same number of threads; another number only rounds differently."""
     recipe = recipe.replace(
@@ -153,14 +153,14 @@ def test_two_threads_repeat_themselves_and_agree_with_one(
 
 
 def test_rows_that_cannot_be_cut_evenly_are_one_sentence(
-    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     with pytest.raises(TrainingError, match="4 rows cannot be cut into 3"):
         train(model, source, recipe.replace(micro_batches=3), new_run("a"))
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     calls = 0
 
@@ -181,16 +181,16 @@ def test_a_loss_that_is_not_finite_moves_nothing(
 
 
 def test_a_checkpoint_of_other_data_is_refused(
-    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     train(model, source, recipe, new_run("a"))
-    other = MixedSource([(source.parts[0], 1.0)], 4, 1)
+    other = MixedBatchSource([(source.parts[0], 1.0)], 4, 1)
     with pytest.raises(CheckpointError, match="another recipe or other data"):
         train(model, other, recipe, new_run("a"))
 
 
 def test_a_finished_training_is_not_done_twice(
-    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     first = train(model, source, recipe, new_run("a"))
     again = train(model, _Stops(source, 0, _kill), recipe, new_run("a"))
@@ -198,7 +198,11 @@ def test_a_finished_training_is_not_done_twice(
 
 
 def test_nothing_is_printed_when_not_at_a_terminal(
-    model: Transformer, source: MixedSource, recipe: TrainConfig, new_run: NewRun, capfd: pytest.CaptureFixture[str]
+    model: Transformer,
+    source: MixedBatchSource,
+    recipe: TrainConfig,
+    new_run: NewRun,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     train(model, source, recipe, new_run("a"))
     assert capfd.readouterr() == ("", "")

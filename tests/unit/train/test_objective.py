@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from sprat.config import TrainConfig
-from sprat.data.loader import Batch, MixedSource
+from sprat.data.loader import Batch, MixedBatchSource
 from sprat.model import Transformer
 from sprat.train.objective import next_token_loss
 
 
 def test_loss_is_cross_entropy_of_the_models_own_logits(
-    model: Transformer, source: MixedSource, recipe: TrainConfig
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig
 ) -> None:
     batch = source.batch(0)
     loss = next_token_loss(model, batch, recipe.replace(mtp_weight=0.0, balance_weight=0.0))
@@ -23,7 +23,9 @@ def test_loss_is_cross_entropy_of_the_models_own_logits(
     assert loss.metrics == {"loss": pytest.approx(expected.item(), rel=1e-5)}
 
 
-def test_loads_count_every_choice_of_a_token_once(model: Transformer, source: MixedSource, recipe: TrainConfig) -> None:
+def test_loads_count_every_choice_of_a_token_once(
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig
+) -> None:
     """Padding has no vote; in MTP a pair is one token's, and a pair across a border is nobody's."""
     batch, chosen = source.batch(0), model.config.num_experts_per_tok
     loss = next_token_loss(model, batch, recipe)
@@ -64,7 +66,9 @@ def test_mtp_does_not_look_across_documents(model: Transformer, recipe: TrainCon
     assert mine == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_balance_term_is_one_for_an_even_router(model: Transformer, source: MixedSource, recipe: TrainConfig) -> None:
+def test_balance_term_is_one_for_an_even_router(
+    model: Transformer, source: MixedBatchSource, recipe: TrainConfig
+) -> None:
     base = recipe.replace(mtp_weight=0.0, balance_weight=0.0)
     plain = next_token_loss(model, source.batch(0), base).total.item()
     weighted = next_token_loss(model, source.batch(0), base.replace(balance_weight=1.0)).total.item()

@@ -10,7 +10,7 @@ import torch
 
 from sprat.config import OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
-from sprat.data.loader import MixedSource
+from sprat.data.loader import MixedBatchSource
 from sprat.model import Transformer
 from sprat.train import next_token_loss, train
 from sprat.train.objective import mtp_outputs
@@ -25,7 +25,7 @@ OPTIM = OptimConfig(
 
 
 @torch.no_grad()
-def wanted_bias(model: Transformer, source: MixedSource, step: int) -> list[torch.Tensor]:
+def wanted_bias(model: Transformer, source: MixedBatchSource, step: int) -> list[torch.Tensor]:
     """Where each router's bias must stand after the step: idle experts up, busy ones down (arXiv 2408.15664)."""
     batch = source.batch(step)
     hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
@@ -43,7 +43,7 @@ def wanted_bias(model: Transformer, source: MixedSource, step: int) -> list[torc
 
 
 def test_training_is_what_its_recipe_says(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig, new_run: Callable[[str], Run]
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: Callable[[str], Run]
 ) -> None:
     config = recipe.replace(steps=6, log_every=1, checkpoint_every=99, optim=OPTIM, bias_update_speed=SPEED)
     ours, theirs = Transformer.create(shape, 0), Transformer.create(shape, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sprat.config import ModelConfig, TrainConfig
-from sprat.data.loader import MixedSource
+from sprat.data.loader import MixedBatchSource
 from sprat.model import Transformer
 from sprat.train import optim
 from sprat.train.backward import backward
@@ -57,7 +57,7 @@ def test_one_thread_is_the_caller() -> None:
 
 
 def test_gradients_own_their_memory_so_that_clipping_scales_each_of_them_once(
-    shape: ModelConfig, source: MixedSource, recipe: TrainConfig
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig
 ) -> None:
     batch, model, twin = source.batch(0), Transformer.create(shape, 0), Transformer.create(shape, 0)
     optimizer = optim.build(model, recipe.optim)

@@ -1,5 +1,5 @@
 # size: one list of attacks, each a few lines
-"""Ways to doctor a road, and an attacker's own ledger writer: hashlib and json, nothing of the code under test."""
+"""Ways to doctor a pipeline, and an attacker's own ledger writer: hashlib and json, nothing of the code under test."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def chained(entries: list[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
-def entries(road: Path, name: str = "ledger.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (road / name).read_text().splitlines()]
+def entries(pipeline: Path, name: str = "ledger.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (pipeline / name).read_text().splitlines()]
 
 
-def rewrite(road: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]] | None]) -> None:
+def rewrite(pipeline: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]] | None]) -> None:
     """Write the whole ledger anew after ``change``, every hash recomputed."""
-    found = entries(road)
-    (road / "ledger.jsonl").write_text(chained(change(found) or found))
+    found = entries(pipeline)
+    (pipeline / "ledger.jsonl").write_text(chained(change(found) or found))
 
 
-def append(road: Path, kind: str, body: dict[str, Any]) -> None:
+def append(pipeline: Path, kind: str, body: dict[str, Any]) -> None:
     """Add an entry that the chain itself cannot object to."""
-    rewrite(road, lambda found: [*found, {"kind": kind, "time": found[-1]["time"], "body": body}])
+    rewrite(pipeline, lambda found: [*found, {"kind": kind, "time": found[-1]["time"], "body": body}])
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -59,47 +59,47 @@ def tree(folder: Path) -> str:
     return sha("".join(f"{sha((folder / name).read_bytes())}  {name}\n" for name in names).encode())
 
 
-def body_of(road: Path, run: str) -> dict[str, Any]:
+def body_of(pipeline: Path, run: str) -> dict[str, Any]:
     """What the ledger would say of ``run`` as it is now."""
-    content = (road / run / "run.json").read_bytes()
-    known = next(e["body"] for e in entries(road) if e["kind"] == "run" and e["body"]["run"] == run)
+    content = (pipeline / run / "run.json").read_bytes()
+    known = next(e["body"] for e in entries(pipeline) if e["kind"] == "run" and e["body"]["run"] == run)
     return {**known, "record_digest": sha(content)}
 
 
-def doctor(road: Path, run: str = "rl-seed1") -> None:
+def doctor(pipeline: Path, run: str = "rl-seed1") -> None:
     """Better scores, in run.json alone."""
-    edit(road / run / "run.json", '"mean": 0.5', '"mean": 0.9')
+    edit(pipeline / run / "run.json", '"mean": 0.5', '"mean": 0.9')
 
 
-def second_ledger(road: Path) -> None:
+def second_ledger(pipeline: Path) -> None:
     """Doctored scores, with a ledger beside the true one that the run names as its own."""
-    edit(road / "rl-seed1" / "run.json", '"ledger_root"', '"ledger": "../ledger2.jsonl",\n "ledger_root"')
-    doctor(road)
-    found = entries(road)
+    edit(pipeline / "rl-seed1" / "run.json", '"ledger_root"', '"ledger": "../ledger2.jsonl",\n "ledger_root"')
+    doctor(pipeline)
+    found = entries(pipeline)
     for entry in found:
         if entry["body"].get("run") == "rl-seed1":
-            entry["body"] = body_of(road, "rl-seed1")
-    (road / "ledger2.jsonl").write_text(chained(found))
+            entry["body"] = body_of(pipeline, "rl-seed1")
+    (pipeline / "ledger2.jsonl").write_text(chained(found))
 
 
-def inner_ledger(road: Path) -> None:
-    """A run and a nearer ledger in a folder between it and the road."""
-    (road / "deep").mkdir()
-    shutil.move(road / "rl-seed1", road / "deep" / "rl-seed1")
-    doctor(road, "deep/rl-seed1")
-    shutil.copy(road / "ledger.jsonl", road / "deep" / "ledger.jsonl")
+def inner_ledger(pipeline: Path) -> None:
+    """A run and a nearer ledger in a folder between it and the pipeline."""
+    (pipeline / "deep").mkdir()
+    shutil.move(pipeline / "rl-seed1", pipeline / "deep" / "rl-seed1")
+    doctor(pipeline, "deep/rl-seed1")
+    shutil.copy(pipeline / "ledger.jsonl", pipeline / "deep" / "ledger.jsonl")
 
 
-def swap(road: Path, one: str, other: str) -> None:
+def swap(pipeline: Path, one: str, other: str) -> None:
     for source, target in ((one, "x"), (other, one), ("x", other)):
-        (road / source).rename(road / target)
+        (pipeline / source).rename(pipeline / target)
 
 
-def link(road: Path, name: str) -> None:
+def link(pipeline: Path, name: str) -> None:
     """The same bytes, by a link to somewhere else."""
-    away = road.parent / "away"
-    (road / name).rename(away)
-    (road / name).symlink_to(away)
+    away = pipeline.parent / "away"
+    (pipeline / name).rename(away)
+    (pipeline / name).symlink_to(away)
 
 
 def pipe(path: Path) -> None:
@@ -107,36 +107,36 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def swap_lines(road: Path, one: int, other: int) -> None:
-    lines = (road / "ledger.jsonl").read_text().splitlines(keepends=True)
+def swap_lines(pipeline: Path, one: int, other: int) -> None:
+    lines = (pipeline / "ledger.jsonl").read_text().splitlines(keepends=True)
     lines[one], lines[other] = lines[other], lines[one]
-    (road / "ledger.jsonl").write_text("".join(lines))
+    (pipeline / "ledger.jsonl").write_text("".join(lines))
 
 
-def rewrite_one(road: Path) -> None:
-    """Another recipe of the road, its entry made to agree; what follows still names the entry's old hash."""
-    edit(road / "recipe.toml", "seed = 0", "seed = 7")
-    found = entries(road)
+def rewrite_one(pipeline: Path) -> None:
+    """Another recipe of the pipeline, its entry made to agree; what follows still names the entry's old hash."""
+    edit(pipeline / "recipe.toml", "seed = 0", "seed = 7")
+    found = entries(pipeline)
     one = next(entry for entry in found if entry["body"].get("path") == "recipe.toml")
-    one["body"]["digest"] = sha((road / "recipe.toml").read_bytes())
+    one["body"]["digest"] = sha((pipeline / "recipe.toml").read_bytes())
     one["hash"] = sha(canonical({key: item for key, item in one.items() if key != "hash"}).encode())
-    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in found))
+    (pipeline / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in found))
 
 
-def renumber(road: Path) -> None:
+def renumber(pipeline: Path) -> None:
     """The last line says that it is entry 99, and is chained."""
-    *found, last = entries(road)
+    *found, last = entries(pipeline)
     last = {**{key: item for key, item in last.items() if key != "hash"}, "index": 99}
     last["hash"] = sha(canonical(last).encode())
-    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in [*found, last]))
+    (pipeline / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in [*found, last]))
 
 
-def aged(road: Path) -> None:
-    """The road as it was written before ledgers had a root."""
-    found = [entry for entry in entries(road) if entry["kind"] in ("run", "set-aside")]
+def aged(pipeline: Path) -> None:
+    """The pipeline as it was written before ledgers had a root."""
+    found = [entry for entry in entries(pipeline) if entry["kind"] in ("run", "set-aside")]
     for entry in found:
         entry["body"].pop("digest", None)
-    for path in road.glob("*/run.json"):
+    for path in pipeline.glob("*/run.json"):
         written = json.loads(path.read_text())
         written["ledger"] = "../ledger.jsonl"
         del written["ledger_root"]
@@ -144,19 +144,19 @@ def aged(road: Path) -> None:
         last = [e for e in found if e["kind"] == "run" and e["body"]["run"] == path.parent.name]
         for entry in last[-1:]:
             entry["body"]["record_digest"] = sha(path.read_bytes())
-    (road / "ledger.jsonl").write_text(chained(found))
+    (pipeline / "ledger.jsonl").write_text(chained(found))
 
 
-def drop_run(road: Path, run: str) -> None:
+def drop_run(pipeline: Path, run: str) -> None:
     """Take away a run and its line, nothing recomputed."""
-    shutil.rmtree(road / run)
-    kept = [entry for entry in entries(road) if entry["body"].get("run") != run]
-    (road / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in kept))
+    shutil.rmtree(pipeline / run)
+    kept = [entry for entry in entries(pipeline) if entry["body"].get("run") != run]
+    (pipeline / "ledger.jsonl").write_text("".join(canonical(entry) + "\n" for entry in kept))
 
 
-def collide(road: Path) -> None:
+def collide(pipeline: Path) -> None:
     """One file whose name makes the folder's listing that of the two files before."""
-    folder = road / "sft" / "artefact"
+    folder = pipeline / "sft" / "artefact"
     first, second = sorted(path for path in folder.iterdir() if path.is_file())
     line = f"{first.name}\n{sha(second.read_bytes())}  {second.name}"
     content = first.read_bytes()
@@ -170,11 +170,11 @@ def duplicate_key(path: Path) -> None:
     edit(path, "{", '{"seed": 99,')
 
 
-def replant(road: Path) -> None:
-    """A run of another road, with that road's entry for it copied into this ledger."""
-    other = road.parent / "other"
-    shutil.move(road / "rl-seed1", road.parent / "gone")
-    shutil.copytree(other / "rl-seed1", road / "rl-seed1")
+def replant(pipeline: Path) -> None:
+    """A run of another pipeline, with that pipeline's entry for it copied into this ledger."""
+    other = pipeline.parent / "other"
+    shutil.move(pipeline / "rl-seed1", pipeline.parent / "gone")
+    shutil.copytree(other / "rl-seed1", pipeline / "rl-seed1")
     taken = next(e for e in entries(other) if e["body"].get("run") == "rl-seed1")
 
     def put(found: list[dict[str, Any]]) -> None:
@@ -182,82 +182,82 @@ def replant(road: Path) -> None:
             if entry["body"].get("run") == "rl-seed1":
                 entry["body"] = taken["body"]
 
-    rewrite(road, put)
+    rewrite(pipeline, put)
 
 
-def drop_entry(road: Path, kind: str) -> None:
-    rewrite(road, lambda found: [entry for entry in found if entry["kind"] != kind])
+def drop_entry(pipeline: Path, kind: str) -> None:
+    rewrite(pipeline, lambda found: [entry for entry in found if entry["kind"] != kind])
 
 
-def hide(road: Path, where: str | None, *, rename: bool) -> None:
+def hide(pipeline: Path, where: str | None, *, rename: bool) -> None:
     """An appended set-aside entry that takes a seed out of sight."""
-    digest = tree(road / "rl-seed1") if rename else None
+    digest = tree(pipeline / "rl-seed1") if rename else None
     if rename:
-        (road / "rl-seed1").rename(road / str(where))
+        (pipeline / "rl-seed1").rename(pipeline / str(where))
     else:
-        shutil.rmtree(road / "rl-seed1")
-    append(road, "set-aside", {"run": "rl-seed1", "to": where, "digest": digest})
+        shutil.rmtree(pipeline / "rl-seed1")
+    append(pipeline, "set-aside", {"run": "rl-seed1", "to": where, "digest": digest})
 
 
-def hide_as(road: Path, more: dict[str, Any]) -> None:
+def hide_as(pipeline: Path, more: dict[str, Any]) -> None:
     """A seed out of sight, its folder kept, under an entry that binds nothing."""
-    (road / "rl-seed1").rename(road / "rl-seed1.old-1")
-    append(road, "set-aside", {"run": "rl-seed1", "to": "rl-seed1.old-1", **more})
+    (pipeline / "rl-seed1").rename(pipeline / "rl-seed1.old-1")
+    append(pipeline, "set-aside", {"run": "rl-seed1", "to": "rl-seed1.old-1", **more})
 
 
-def hide_linked(road: Path) -> Path:
-    """The same with a link in the folder, for which a road writes an empty digest; returns the link."""
-    link = road / "rl-seed1" / "link"
+def hide_linked(pipeline: Path) -> Path:
+    """The same with a link in the folder, for which a pipeline writes an empty digest; returns the link."""
+    link = pipeline / "rl-seed1" / "link"
     link.symlink_to("/etc/hostname")
-    hide_as(road, {"digest": ""})
-    return road / "rl-seed1.old-1" / "link"
+    hide_as(pipeline, {"digest": ""})
+    return pipeline / "rl-seed1.old-1" / "link"
 
 
-def bless(road: Path) -> None:
+def bless(pipeline: Path) -> None:
     """Doctored scores, and a second entry for the run that agrees with them."""
-    doctor(road)
-    append(road, "run", body_of(road, "rl-seed1"))
+    doctor(pipeline)
+    append(pipeline, "run", body_of(pipeline, "rl-seed1"))
 
 
-def recompute(road: Path) -> None:
+def recompute(pipeline: Path) -> None:
     """Doctored scores, and the whole ledger written anew to suit them."""
-    doctor(road)
-    new = body_of(road, "rl-seed1")
-    rewrite(road, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
+    doctor(pipeline)
+    new = body_of(pipeline, "rl-seed1")
+    rewrite(pipeline, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
 
 
-def cheapen(road: Path, key: str) -> None:
+def cheapen(pipeline: Path, key: str) -> None:
     """Energy or money that does not follow from the CPU time, and the whole ledger written anew to suit it."""
-    path = road / "rl-seed1" / "run.json"
+    path = pipeline / "rl-seed1" / "run.json"
     written = json.loads(path.read_text())
     written[key] += 7
     path.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
-    new = {**body_of(road, "rl-seed1"), "nano_yuan": written["nano_yuan"]}
-    rewrite(road, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
+    new = {**body_of(pipeline, "rl-seed1"), "nano_yuan": written["nano_yuan"]}
+    rewrite(pipeline, lambda found: [{**e, "body": new} if e["body"].get("run") == "rl-seed1" else e for e in found])
 
 
-def edited_report(road: Path) -> None:
+def edited_report(pipeline: Path) -> None:
     """Another report, and an entry appended for it."""
-    edit(road / "report.html", "50", "90")
-    append(road, "files", {"path": "report.html", "digest": sha((road / "report.html").read_bytes())})
+    edit(pipeline / "report.html", "50", "90")
+    append(pipeline, "files", {"path": "report.html", "digest": sha((pipeline / "report.html").read_bytes())})
 
 
-def cut_tail(road: Path) -> None:
+def cut_tail(pipeline: Path) -> None:
     """The last run, the report after it, and their lines."""
-    shutil.rmtree(road / "rl-seed1")
-    (road / "report.html").unlink()
-    whole = (road / "ledger.jsonl").read_text().splitlines(keepends=True)
-    place = next(n for n, e in enumerate(entries(road)) if e["body"].get("run") == "rl-seed1")
-    (road / "ledger.jsonl").write_text("".join(whole[:place]))
+    shutil.rmtree(pipeline / "rl-seed1")
+    (pipeline / "report.html").unlink()
+    whole = (pipeline / "ledger.jsonl").read_text().splitlines(keepends=True)
+    place = next(n for n, e in enumerate(entries(pipeline)) if e["body"].get("run") == "rl-seed1")
+    (pipeline / "ledger.jsonl").write_text("".join(whole[:place]))
 
 
-def remake_aside(road: Path) -> None:
+def remake_aside(pipeline: Path) -> None:
     """A worse run is set aside by an honest entry, kept where the entry says, and a doctored one takes its place."""
-    shutil.copytree(road / "rl-seed1", road / "copy")
-    hide(road, "rl-seed1.old-1", rename=True)
-    (road / "copy").rename(road / "rl-seed1")
-    doctor(road)
-    append(road, "run", body_of(road, "rl-seed1"))
+    shutil.copytree(pipeline / "rl-seed1", pipeline / "copy")
+    hide(pipeline, "rl-seed1.old-1", rename=True)
+    (pipeline / "copy").rename(pipeline / "rl-seed1")
+    doctor(pipeline)
+    append(pipeline, "run", body_of(pipeline, "rl-seed1"))
 
 
 RUN_FILES = ("run.json", "recipe.toml", "metrics.jsonl", "artefact/model.bin", "artefact/more.bin")
@@ -265,22 +265,22 @@ ROAD_FILES = ("ledger.jsonl", "recipe.toml", "report.html", "corpus/documents.js
 
 
 def byte(name: str) -> Attack:
-    def change(road: Path) -> None:
-        whole = bytearray((road / name).read_bytes())
+    def change(pipeline: Path) -> None:
+        whole = bytearray((pipeline / name).read_bytes())
         whole[len(whole) // 2] ^= 1
-        (road / name).write_bytes(bytes(whole))
+        (pipeline / name).write_bytes(bytes(whole))
 
     return change
 
 
 def removed(name: str) -> Attack:
-    return lambda road: (road / name).unlink()
+    return lambda pipeline: (pipeline / name).unlink()
 
 
 def added(name: str) -> Attack:
-    def put(road: Path) -> None:
-        (road / name).parent.mkdir(parents=True, exist_ok=True)
-        (road / name).write_text("{}")
+    def put(pipeline: Path) -> None:
+        (pipeline / name).parent.mkdir(parents=True, exist_ok=True)
+        (pipeline / name).write_text("{}")
 
     return put
 
@@ -291,9 +291,9 @@ SEEN: dict[str, Attack] = {
     "a byte of a set-aside run": byte("sft.old-1/run.json"),
     **{f"no {name}": removed(f"sft/{name}") for name in RUN_FILES},
     **{f"no {name} of the road": removed(name) for name in ROAD_FILES},
-    "no set-aside run": lambda road: shutil.rmtree(road / "sft.old-1"),
-    "no corpus": lambda road: shutil.rmtree(road / "corpus"),
-    "no input": lambda road: shutil.rmtree(road / "data"),
+    "no set-aside run": lambda pipeline: shutil.rmtree(pipeline / "sft.old-1"),
+    "no corpus": lambda pipeline: shutil.rmtree(pipeline / "corpus"),
+    "no input": lambda pipeline: shutil.rmtree(pipeline / "data"),
     "a file in the artefact": added("sft/artefact/extra.bin"),
     "a file in the run": added("sft/notes.txt"),
     "a folder in the run": added("sft/checkpoints/step-1"),
@@ -302,70 +302,79 @@ SEEN: dict[str, Attack] = {
     "a file in the road": added("notes.txt"),
     "a hidden file in the road": added(".notes"),
     "a file in a new folder": added("more/report.html"),
-    "a link taken out of a set-aside run without a digest": lambda road: hide_linked(road).unlink(),
-    "a set-aside entry without a digest": lambda road: hide_as(road, {}),
-    "a set-aside entry whose digest is null": lambda road: hide_as(road, {"digest": None}),
-    "a set-aside entry whose digest is empty": lambda road: hide_as(road, {"digest": ""}),
+    "a link taken out of a set-aside run without a digest": lambda pipeline: hide_linked(pipeline).unlink(),
+    "a set-aside entry without a digest": lambda pipeline: hide_as(pipeline, {}),
+    "a set-aside entry whose digest is null": lambda pipeline: hide_as(pipeline, {"digest": None}),
+    "a set-aside entry whose digest is empty": lambda pipeline: hide_as(pipeline, {"digest": ""}),
     "a second set-aside folder": added("sft.old-2/run.json"),
-    "a run that the ledger does not know": lambda road: shutil.copytree(road / "sft", road / "sft2"),
-    "a renamed file": lambda road: (road / "sft/artefact/model.bin").rename(road / "sft/artefact/model2.bin"),
-    "a renamed run": lambda road: (road / "rl-seed1").rename(road / "rl-seed2"),
+    "a run that the ledger does not know": lambda pipeline: shutil.copytree(pipeline / "sft", pipeline / "sft2"),
+    "a renamed file": lambda pipeline: (pipeline / "sft/artefact/model.bin").rename(
+        pipeline / "sft/artefact/model2.bin"
+    ),
+    "a renamed run": lambda pipeline: (pipeline / "rl-seed1").rename(pipeline / "rl-seed2"),
     "a file name that forges the listing": collide,
-    "a file that is a link": lambda road: link(road, "sft/artefact/model.bin"),
-    "run.json that is a link": lambda road: link(road, "sft/run.json"),
-    "the ledger that is a link": lambda road: link(road, "ledger.jsonl"),
-    "the report that is a link": lambda road: link(road, "report.html"),
-    "a run that is a link": lambda road: link(road, "rl-seed1"),
-    "a pipe in the artefact": lambda road: pipe(road / "sft/artefact/more"),
-    "a pipe for run.json": lambda road: pipe(road / "rl-seed1/run.json"),
-    "a pipe for the metrics": lambda road: pipe(road / "rl-seed1/metrics.jsonl"),
-    "a pipe for the ledger": lambda road: pipe(road / "ledger.jsonl"),
-    "a pipe for the report": lambda road: pipe(road / "report.html"),
+    "a file that is a link": lambda pipeline: link(pipeline, "sft/artefact/model.bin"),
+    "run.json that is a link": lambda pipeline: link(pipeline, "sft/run.json"),
+    "the ledger that is a link": lambda pipeline: link(pipeline, "ledger.jsonl"),
+    "the report that is a link": lambda pipeline: link(pipeline, "report.html"),
+    "a run that is a link": lambda pipeline: link(pipeline, "rl-seed1"),
+    "a pipe in the artefact": lambda pipeline: pipe(pipeline / "sft/artefact/more"),
+    "a pipe for run.json": lambda pipeline: pipe(pipeline / "rl-seed1/run.json"),
+    "a pipe for the metrics": lambda pipeline: pipe(pipeline / "rl-seed1/metrics.jsonl"),
+    "a pipe for the ledger": lambda pipeline: pipe(pipeline / "ledger.jsonl"),
+    "a pipe for the report": lambda pipeline: pipe(pipeline / "report.html"),
     "doctored scores": doctor,
-    "doctored scores, recipe and all, in a swapped run": lambda road: swap(road, "rl-seed0", "rl-seed1"),
-    "two artefacts swapped": lambda road: swap(road, "rl-seed0/artefact", "rl-seed1/artefact"),
+    "doctored scores, recipe and all, in a swapped run": lambda pipeline: swap(pipeline, "rl-seed0", "rl-seed1"),
+    "two artefacts swapped": lambda pipeline: swap(pipeline, "rl-seed0/artefact", "rl-seed1/artefact"),
     "another ledger that the run names": second_ledger,
     "another ledger between run and road": inner_ledger,
     "a run of another road and its entry": replant,
-    "the ledger of another road": lambda road: shutil.copy(road.parent / "other/ledger.jsonl", road / "ledger.jsonl"),
-    "no ledger": lambda road: (road / "ledger.jsonl").unlink(),
-    "an empty ledger": lambda road: (road / "ledger.jsonl").write_text(""),
-    "a second root": lambda road: append(road, "road", {"format": 2, "nonce": "0" * 32}),
-    "no root, all recomputed": lambda road: drop_entry(road, "road"),
-    "no entry of files, all recomputed": lambda road: drop_entry(road, "files"),
-    "no entry of what was set aside, all recomputed": lambda road: drop_entry(road, "set-aside"),
-    "an entry of no known kind": lambda road: append(road, "blessed", {"run": "rl-seed1"}),
-    "an entry without its keys": lambda road: append(road, "run", {"stage": "rl"}),
-    "an entry that is no object": lambda road: append(road, "run", [1]),  # type: ignore[arg-type]
-    "an entry with a path out of the road": lambda road: append(road, "files", {"path": "../x", "digest": "0"}),
+    "the ledger of another road": lambda pipeline: shutil.copy(
+        pipeline.parent / "other/ledger.jsonl", pipeline / "ledger.jsonl"
+    ),
+    "no ledger": lambda pipeline: (pipeline / "ledger.jsonl").unlink(),
+    "an empty ledger": lambda pipeline: (pipeline / "ledger.jsonl").write_text(""),
+    "a second root": lambda pipeline: append(pipeline, "road", {"format": 2, "nonce": "0" * 32}),
+    "no root, all recomputed": lambda pipeline: drop_entry(pipeline, "road"),
+    "no entry of files, all recomputed": lambda pipeline: drop_entry(pipeline, "files"),
+    "no entry of what was set aside, all recomputed": lambda pipeline: drop_entry(pipeline, "set-aside"),
+    "an entry of no known kind": lambda pipeline: append(pipeline, "blessed", {"run": "rl-seed1"}),
+    "an entry without its keys": lambda pipeline: append(pipeline, "run", {"stage": "rl"}),
+    "an entry that is no object": lambda pipeline: append(pipeline, "run", [1]),  # type: ignore[arg-type]
+    "an entry with a path out of the road": lambda pipeline: append(pipeline, "files", {"path": "../x", "digest": "0"}),
     "an entry rewritten with its own hash, the later ones left": rewrite_one,
     "entries numbered from another number": renumber,
-    "two lines swapped": lambda road: swap_lines(road, 1, 2),
-    "a line twice": lambda road: (road / "ledger.jsonl").write_text(
-        (road / "ledger.jsonl").read_text() + (road / "ledger.jsonl").read_text().splitlines(keepends=True)[-1]
+    "two lines swapped": lambda pipeline: swap_lines(pipeline, 1, 2),
+    "a line twice": lambda pipeline: (pipeline / "ledger.jsonl").write_text(
+        (pipeline / "ledger.jsonl").read_text() + (pipeline / "ledger.jsonl").read_text().splitlines(keepends=True)[-1]
     ),
-    "a torn line at the end": lambda road: (road / "ledger.jsonl").open("a").write('{"body":'),
-    "blanks in a line": lambda road: edit(road / "ledger.jsonl", '","index":1', '", "index":1'),
-    "a key twice in the ledger": lambda road: edit(road / "ledger.jsonl", '{"body":', '{"kind":"x","body":'),
-    "a key twice in run.json": lambda road: duplicate_key(road / "sft/run.json"),
-    "a run deleted, its line left": lambda road: shutil.rmtree(road / "rl-seed1"),
-    "a run and its line deleted": lambda road: drop_run(road, "rl-seed0"),
-    "the last run and its line deleted": lambda road: drop_run(road, "rl-seed1"),
-    "a seed hidden by an entry, its folder deleted": lambda road: hide(road, "rl-seed1.old-1", rename=False),
-    "a seed hidden by an entry to nowhere": lambda road: hide(road, None, rename=False),
+    "a torn line at the end": lambda pipeline: (pipeline / "ledger.jsonl").open("a").write('{"body":'),
+    "blanks in a line": lambda pipeline: edit(pipeline / "ledger.jsonl", '","index":1', '", "index":1'),
+    "a key twice in the ledger": lambda pipeline: edit(pipeline / "ledger.jsonl", '{"body":', '{"kind":"x","body":'),
+    "a key twice in run.json": lambda pipeline: duplicate_key(pipeline / "sft/run.json"),
+    "a run deleted, its line left": lambda pipeline: shutil.rmtree(pipeline / "rl-seed1"),
+    "a run and its line deleted": lambda pipeline: drop_run(pipeline, "rl-seed0"),
+    "the last run and its line deleted": lambda pipeline: drop_run(pipeline, "rl-seed1"),
+    "a seed hidden by an entry, its folder deleted": lambda pipeline: hide(pipeline, "rl-seed1.old-1", rename=False),
+    "a seed hidden by an entry to nowhere": lambda pipeline: hide(pipeline, None, rename=False),
     "a second entry that blesses doctored scores": bless,
-    "run.json of hopeless depth": lambda road: (road / "sft/run.json").write_text("[" * 100_000),
-    "run.json with a cost that is no number": lambda road: edit(
-        road / "sft/run.json", '"device_seconds"', '"device_seconds": 1e999, "old"'
+    "run.json of hopeless depth": lambda pipeline: (pipeline / "sft/run.json").write_text("[" * 100_000),
+    "run.json with a cost that is no number": lambda pipeline: edit(
+        pipeline / "sft/run.json", '"device_seconds"', '"device_seconds": 1e999, "old"'
     ),
-    "energy that does not follow, all recomputed": lambda road: cheapen(road, "energy_joules_estimated"),
-    "money that does not follow, all recomputed": lambda road: cheapen(road, "nano_yuan"),
-    "an input out of the road": lambda road: edit(road / "sft/run.json", '"path": "data"', '"path": "../other/data"'),
+    "energy that does not follow, all recomputed": lambda pipeline: cheapen(pipeline, "energy_joules_estimated"),
+    "money that does not follow, all recomputed": lambda pipeline: cheapen(pipeline, "nano_yuan"),
+    "an input out of the road": lambda pipeline: edit(
+        pipeline / "sft/run.json", '"path": "data"', '"path": "../other/data"'
+    ),
 }  # fmt: skip
 
-# The verdict is sound, for the road could be honest, but the findings name it.
+# The verdict is sound, for the pipeline could be honest, but the findings name it.
 TOLD: dict[str, tuple[Attack, str]] = {
-    "a seed set aside and kept": (lambda road: hide(road, "rl-seed1.old-1", rename=True), "set aside: rl-seed1.old-1"),
+    "a seed set aside and kept": (
+        lambda pipeline: hide(pipeline, "rl-seed1.old-1", rename=True),
+        "set aside: rl-seed1.old-1",
+    ),
     "a run set aside with a link in it": (
         hide_linked,
         "not proved: rl-seed1.old-1 (it was set aside without a digest, because it holds a link",
@@ -385,9 +394,12 @@ WITNESS: dict[str, tuple[Attack, str]] = {
 # Does not count: the content is the same.
 SAME: dict[str, tuple[Attack, str]] = {
     "other times": (
-        lambda road: os.utime(road / "sft/run.json", (1, 1)),
+        lambda pipeline: os.utime(pipeline / "sft/run.json", (1, 1)),
         "Times, access rights and empty folders do not count",
     ),
-    "other rights": (lambda road: (road / "sft/run.json").chmod(0o600), "access rights and empty folders do not count"),
-    "an empty folder": (lambda road: (road / "sft/artefact/none").mkdir(), "empty folders do not count"),
+    "other rights": (
+        lambda pipeline: (pipeline / "sft/run.json").chmod(0o600),
+        "access rights and empty folders do not count",
+    ),
+    "an empty folder": (lambda pipeline: (pipeline / "sft/artefact/none").mkdir(), "empty folders do not count"),
 }

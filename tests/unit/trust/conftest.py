@@ -1,4 +1,4 @@
-"""A road of two runs."""
+"""A pipeline of two runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .runs import finished
 
 
 @pytest.fixture
-def road(tmp_path: Path) -> Path:
-    """A road of two runs, the second made from the first."""
-    road = tmp_path / "road"
-    finished(road, "pretrain")
-    finished(road, "sft", b"tuned", model=road / "pretrain")
-    return road
+def pipeline(tmp_path: Path) -> Path:
+    """A pipeline of two runs, the second made from the first."""
+    pipeline = tmp_path / "road"
+    finished(pipeline, "pretrain")
+    finished(pipeline, "sft", b"tuned", model=pipeline / "pretrain")
+    return pipeline

@@ -1,0 +1,189 @@
+"""The last stage: the student in INT4, and what size and speed each model of the pipeline has. Or any model, in INT4.
+
+Where the recipe's rounding is GPTQ, it needs text: a pipeline gives its student's own answers and text, any other
+model the user's text, or what the quickstart learns from.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sprat import quant
+from sprat.config import QuantConfig
+from sprat.data import corpus, ingest
+from sprat.data.document import Document
+from sprat.data.pack import pack
+from sprat.engine import Engine, Sampling, load, save
+from sprat.errors import CheckpointError, DataError
+from sprat.model import Transformer
+from sprat.pipeline import evaluation
+from sprat.pipeline.pipeline import Pipeline
+from sprat.pipeline.training import evaluation_inputs, finished_record, task_mix
+from sprat.post import sft as post_sft
+from sprat.post.evaluate import problem_messages
+from sprat.tokens import Tokenizer
+
+CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights
+# Tokens of a pipeline's own at most: its student is small, and gains by them (docs/log.md).
+STUDENT_CALIBRATION_TOKENS = 12 * CALIBRATION_TOKENS
+SHORT_EXAMPLE_TOKENS = 25  # tokens of a short question and answer: as many are drawn as fill the rows
+CALIBRATION_WINDOW = 512  # tokens of a row of any other model's text
+EXCERPT_CHARS = 2000  # characters of one document, so that many are heard
+CALIBRATION_CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
+
+
+def quantize(pipeline: Pipeline) -> None:
+    """Quantise the distilled student and measure size, speed and loss of accuracy."""
+    recipe, teacher = pipeline.recipe.quant, pipeline.run_folder(f"rl-seed{pipeline.recipe.rl.seeds[0]}")
+
+    def prepare(resuming: bool) -> tuple[Transformer, Tokenizer]:
+        pipeline.require_finished(teacher)
+        student, tokenizer = load(pipeline.run_folder("distill"))
+        evaluation.check_context(pipeline, student, tokenizer)
+        return student, tokenizer
+
+    inputs = {"model": pipeline.run_folder("distill"), **evaluation_inputs(pipeline)}
+    opened = pipeline.open_run("quantize", "quantize", recipe, inputs, 0, prepare)
+    if opened is None:
+        return
+    run, (student, tokenizer) = opened
+    tokens_BT, segments_BT = (
+        _student_calibration_rows(pipeline, student, tokenizer) if recipe.rounding == "gptq" else (None, None)
+    )
+    quantized = quant.quantize_model(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
+    save(quantized, tokenizer, run.artifact)
+    rows = evaluation.score_tasks(pipeline, quantized, tokenizer, ("greedy", "thinking", "direct"))
+    before = finished_record(pipeline, "distill")["facts"]["scores"]
+    models = {}
+    for name, folder in (("teacher", teacher), ("student", pipeline.run_folder("distill")), ("int4", run.folder)):
+        model, _ = load(folder)
+        models[name] = {
+            "size_bytes": sum(path.stat().st_size for path in (folder / "artefact").glob("*.safetensors")),
+            "tokens_per_second": evaluation.tokens_per_second(pipeline, model, tokenizer),
+        }
+    run.add_facts(
+        title="Student in INT4",
+        scores=rows,
+        significance=evaluation.accuracy_changes(before, rows),
+        relative_loss=relative_loss(before, rows),
+        models=models,
+        parameters=finished_record(pipeline, "distill")["facts"]["parameters"],
+        drafts=evaluation.draft_speedup(pipeline, quantized, tokenizer),
+        **models["int4"],
+    )
+    run.finish()
+
+
+def _student_calibration_rows(pipeline: Pipeline, student: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] of what the student will say, tokens and segments: its own answers, and a quarter of text.
+
+    It is asked no more questions than it was taught by.
+    """
+    text = pipeline.data_artifact.packed("text")
+    num_tokens = min(STUDENT_CALIBRATION_TOKENS, SHORT_EXAMPLE_TOKENS * pipeline.recipe.distill.distill.problems)
+    rows = max(4, num_tokens // text.seq_len)
+    problems = post_sft.sample_problems(
+        *task_mix(pipeline), num_tokens // SHORT_EXAMPLE_TOKENS, f"calibration/{pipeline.recipe.seed}"
+    )
+    engine = Engine(student, tokenizer, max_batch=pipeline.recipe.eval.batch)
+    sampling = Sampling(temperature=0.7, max_tokens=pipeline.recipe.eval.max_tokens, seed=pipeline.recipe.seed)
+    outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
+    answers = pack(((output.prompt_ids + output.token_ids, None) for output in outputs), text.seq_len)
+    text_rows = rows // 4
+    tokens = np.concatenate((answers.tokens[: rows - text_rows], text.tokens[:text_rows]))
+    segments = np.concatenate((answers.segments[: rows - text_rows], text.segments[:text_rows]))
+    return torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(segments[:, :-1]).long()
+
+
+def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
+    """For each task asked greedily, the share of the student's accuracy that INT4 lost (negative: gained)."""
+    accuracy_before = {row["task"]: row["accuracy"] for row in before if row["label"] == "greedy"}
+    accuracy_after = {row["task"]: row["accuracy"] for row in after if row["label"] == "greedy"}
+    return {
+        task: (accuracy_before[task] - accuracy_after[task]) / accuracy_before[task]
+        for task in accuracy_after
+        if accuracy_before.get(task)
+    }
+
+
+def quantize_model(
+    model: Path,
+    folder: Path,
+    recipe: QuantConfig,
+    text: Path | None,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Quantise the model at ``model`` into ``folder``; returns its sizes.
+
+    Args:
+        model: whatever ``sprat.load`` takes.
+        text: what to calibrate on, if the recipe does; None is the quickstart's corpus.
+        on_progress: hears how many matrices are done, of how many.
+
+    Raises:
+        CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
+        DataError: the text is missing, binary or too short.
+    """
+    if folder.resolve() == model.resolve():
+        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if (parent / "run.json").is_file():
+            raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
+    dense, tokenizer = load(model)
+    if quant.quantized_weights(dense):
+        todo = "give the model that it was made from"
+        raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
+    rows_BT = segments_BT = None
+    if recipe.rounding == "gptq":
+        with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as folder_name:
+            documents: Iterable[Document]
+            if text is None:
+                documents = corpus.default_corpus(folder_name, budget_bytes=CALIBRATION_CORPUS_BYTES).split().train
+            else:
+                documents = ingest.read_texts(text)
+            window = min(CALIBRATION_WINDOW, dense.config.max_position_embeddings)
+            rows_BT, segments_BT = calibration_rows(documents, tokenizer, window)
+    quantized = quant.quantize_model(
+        dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress
+    )
+    save(quantized, tokenizer, folder)
+    tokens = 0 if rows_BT is None else rows_BT.numel()
+    return {
+        "size_bytes": quant.size_bytes(quantized),
+        "dense_bytes": quant.size_bytes(dense),
+        "calibration_tokens": tokens,
+    }
+
+
+def calibration_rows(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, window] (long) of excerpts of many documents, and their segments.
+
+    ``CALIBRATION_TOKENS`` tokens, or what there is.
+
+    Raises:
+        DataError: there is not one row of text.
+    """
+    chosen = list(documents)
+    random.Random(0).shuffle(chosen)
+    ids: list[int] = []
+    segment_ids: list[int] = []
+    for number, document in enumerate(chosen, 1):
+        ids += tokenizer.encode(document.text[:EXCERPT_CHARS])
+        segment_ids += [number] * (len(ids) - len(segment_ids))
+        if len(ids) >= CALIBRATION_TOKENS:
+            break
+    rows = min(len(ids), CALIBRATION_TOKENS) // window
+    if not rows:
+        what = f"{len(ids)} tokens of text are too few to calibrate on"
+        raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {CALIBRATION_TOKENS}")
+    tokens, segments = (torch.tensor(values[: rows * window]).view(rows, window) for values in (ids, segment_ids))
+    return tokens, segments

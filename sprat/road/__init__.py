@@ -1,1 +1,0 @@
-"""The road in one command: data → pre-train → SFT → RL → distil → INT4, each stage a run."""

@@ -1,0 +1,109 @@
+"""Facts that one stage notes and the report reads: one class for who writes and who reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExcludedText:
+    """Text that is not learned from: why, how many documents or files, and the names of the first few.
+
+    ``bytes`` is how much text that is, 0 where nobody opened the files.
+    """
+
+    why: str
+    count: int
+    bytes: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ellipsis = ", …" if self.count > len(self.names) else ""
+        size = f", {self.bytes:,} bytes" if self.bytes else ""
+        return f"{self.count:,} {self.why} ({', '.join(self.names)}{ellipsis}{size})"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A source of text.
+
+    Attributes:
+        name, licence: what it is and on what terms.
+        documents, bytes: how much of it is in the corpus.
+        digest: SHA-256 (hex): of a package's file, else over ids and texts.
+        fault: why it is missing; empty where it is there.
+        file, pinned: a package's file, and the digest that its reader was written for.
+        left_out: what there was and is not in the corpus.
+    """
+
+    name: str
+    licence: str = ""
+    documents: int = 0
+    bytes: int = 0
+    digest: str = ""
+    fault: str = ""
+    file: str = ""
+    pinned: str = ""
+    left_out: tuple[ExcludedText, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            **asdict(self),
+            "left_out": [{**asdict(excluded), "names": list(excluded.names)} for excluded in self.left_out],
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> TextSource:
+        """Read ``to_dict``, also from before all of its keys were written.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what ``to_dict`` writes.
+        """
+        licence, digest, fault, file, pinned = (
+            str(row.get(key) or "") for key in ("licence", "digest", "fault", "file", "pinned")
+        )
+        left_out = tuple(
+            ExcludedText(str(item["why"]), int(item["count"]), int(item["bytes"]), tuple(map(str, item["names"])))
+            for item in row.get("left_out") or ()
+        )
+        documents, size = (int(row.get(key) or 0) for key in ("documents", "bytes"))
+        return cls(str(row["name"]), licence, documents, size, digest, fault, file, pinned, left_out)
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """How well one held-out text is predicted, in bits per byte.
+
+    Attributes:
+        bytes: UTF-8 bytes of the text.
+        baselines: by name, as ``sprat.data.baselines`` measures them; runs made before hold "trigram" and "gzip".
+        model: of a trained model; None where there is none yet.
+    """
+
+    bytes: int
+    baselines: Mapping[str, float]
+    model: float | None = None
+
+    @property
+    def best_baseline(self) -> str:
+        """The name of the baseline that predicts best; empty where there is none."""
+        return min(self.baselines, key=self.baselines.__getitem__, default="")
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON values."""
+        model = {} if self.model is None else {"model": self.model}
+        return {**self.baselines, "bytes": self.bytes, **model}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> HeldOutScores:
+        """Read ``to_dict``, also from before all of its baselines were measured.
+
+        Raises:
+            TypeError, ValueError: it is not what ``to_dict`` writes.
+        """
+        baselines = {str(name): float(value) for name, value in row.items() if name not in ("bytes", "model")}
+        model = row.get("model")
+        return cls(int(row.get("bytes") or 0), baselines, None if model is None else float(model))
