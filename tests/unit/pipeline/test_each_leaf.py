@@ -115,7 +115,7 @@ RL: dict[str, Change] = {
     "format_weight": ("0.7", ("rl.start=sft", "sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
-    "normalise_std": ("false", ()),
+    "normalize_std": ("false", ()),
     "init_from": ("{pipeline}/rl-seed0.before", ("rl.rl.steps=4",)),
     "checkpoint_every": ("1", ()),
     "grad_clip": ("0.01", ()),

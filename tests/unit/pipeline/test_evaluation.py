@@ -103,7 +103,7 @@ def test_speed_is_measured_on_questions_of_every_task(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         "sprat.pipeline.pipeline.DataArtifact.task", lambda _, config, __: SimpleNamespace(problems=kept[config.title])
     )
-    monkeypatch.setattr(evaluation, "ask", lambda problem: problem)
+    monkeypatch.setattr(evaluation, "problem_messages", lambda problem: problem)
     assert evaluation._prompts(pipeline, 3) == ["s1", "t1", "s2"]
     assert evaluation._prompts(pipeline, 9) == ["s1", "t1", "s2", "s3"]
 
