@@ -33,7 +33,7 @@ from sprat.post import distill
 from sprat.train import checkpoint
 
 BASE = (
-    'data.tasks=[{name="sums",title="sums",settings={min_terms=2,max_terms=2,max_value=6}},'
+    'data.tasks=[{name="sums",title="sums",settings={min_terms=2,max_terms=2,max_value=12}},'
     '{name="sums",title="sums_of_3",settings={min_terms=3,max_terms=3,max_value=6}}]',
     'data.unseen=[{name="sums",title="sums_of_4",settings={min_terms=4,max_terms=4,max_value=6}}]',
     "data.vocab_size=320", "data.numbers=20", "data.seq_len=48", "data.demonstrations=60", "data.test_problems=10",
@@ -207,7 +207,7 @@ STAGES: dict[str, dict[str, Change]] = {
         "data.dev_problems": ("12", ()),
         "data.tasks.name": ("no-such-task", ()),
         "data.tasks.title": ("another", ()),
-        "data.tasks.settings": ("{min_terms=2,max_terms=2,max_value=5}", ()),
+        "data.tasks.settings": ("{min_terms=2,max_terms=2,max_value=11}", ()),
         "data.tasks.test_problems": ("2", ()),
         "data.tasks.weight": ("5.0", ()),
         "data.tasks.distinct": ("3", ()),
