@@ -123,7 +123,10 @@ def _random() -> tuple[Any, Any]:
     from sprat.tokens import Tokenizer
 
     tokenizer = Tokenizer.train(["7 train test 1 2 3\n"] * 4, 300, numbers=10)
-    return quant.quantize_model(Transformer.create(size("small", **MOE), 0), materialize=False), tokenizer
+    model = Transformer.create(size("small", **MOE), 0)
+    if hasattr(quant, "quantize_model"):
+        return quant.quantize_model(model, materialize=False), tokenizer
+    return quant.quantize(model, materialise=False), tokenizer  # an older checkout
 
 
 def worker(threads: int) -> None:
