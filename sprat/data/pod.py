@@ -48,17 +48,15 @@ def plain(text: str) -> str:
 def _plain(text: str, at: int, closing: str) -> tuple[str, int]:
     """What stands from ``at`` on, up to ``closing``, and where that ends."""
     found: list[str] = []
-    while at < len(text):
-        if closing and text.startswith(closing, at):
-            return "".join(found), at + len(closing)
-        if opening := _OPENING.match(text, at):
-            code, bracket = opening.groups()
-            inner, at = _plain(text, opening.end(), " " + ">" * (len(bracket) - 1) if len(bracket) > 1 else ">")
-            found.append(_shown(code, inner))
-        else:
-            found.append(text[at])
-            at += 1
-    return "".join(found), at
+    mark = re.compile(f"{re.escape(closing)}|{_OPENING.pattern}" if closing else _OPENING.pattern)
+    while next_mark := mark.search(text, at):
+        found.append(text[at : next_mark.start()])
+        code, bracket = next_mark.groups()
+        if code is None:
+            return "".join(found), next_mark.end()
+        inner, at = _plain(text, next_mark.end(), " " + ">" * (len(bracket) - 1) if len(bracket) > 1 else ">")
+        found.append(_shown(code, inner))
+    return "".join(found) + text[at:], len(text)
 
 
 def _shown(code: str, inner: str) -> str:
