@@ -52,7 +52,7 @@ def native() -> Any:
 
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
-    """The same module as a plain library: what training calls with addresses (see ``fused.py``), or None."""
+    """The same module as a plain library: what training calls with addresses (see ``ops.py``), or None."""
     module = native()
     if module is None:
         return None

@@ -3,6 +3,7 @@
 Where there is no compiler torch multiplies dequantized floats instead, which loses nothing but time.
 
 Attention, routing, norms and the rest of a step need no page of their own: their reference is ``sprat.model``.
+Training's operations stand in ``ops.py``, each beside its torch form.
 """
 
 # K rows, I inputs, O outputs

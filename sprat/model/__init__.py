@@ -3,9 +3,8 @@
 from sprat.model.counts import Counts, count_parameters, flops_per_token
 from sprat.model.hf import load_folder, save_folder
 from sprat.model.kv_cache import KVCache
-from sprat.model.linear import Embedding, Linear
+from sprat.model.layers import Embedding, Linear, RMSNorm
 from sprat.model.moe import MLP, Experts, Gate, MoE, Routing, balance_loss
-from sprat.model.norm import RMSNorm
 from sprat.model.transformer import Block, Hidden, Transformer
 
 __all__ = [

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sprat.errors import EngineError
+from sprat.kernels import ops
 from sprat.model.kv_cache import KVCache
 from sprat.model.rope import RotaryTable
-from sprat.model.varlen import VarlenMetadata, varlen_metadata
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ForwardContext:
     cache_position_BT: Tensor | None
     valid_BT: Tensor | None
     cache: KVCache | None
-    varlen: VarlenMetadata | None
+    varlen: ops.VarlenMetadata | None
     num_keys: int
     no_past: bool
 
@@ -76,7 +76,7 @@ def forward_context(
         else:
             freqs_cis_BTr = rotary.freqs_cis(int(positions_BT.max()) + 1, device)[positions_BT]
         if use_varlen and positions_BT is None:
-            varlen = varlen_metadata(segments_BT, batch, time, freqs_cis_BTr[0])
+            varlen = ops.varlen_metadata(segments_BT, batch, time, freqs_cis_BTr[0])
             if varlen is not None:
                 return ForwardContext(freqs_cis_BTr, None, None, None, valid_BT, None, varlen, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)

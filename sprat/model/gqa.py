@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.model.forward_context import ForwardContext
-from sprat.model.linear import Linear
-from sprat.model.norm import RMSNorm
+from sprat.model.layers import Linear, RMSNorm
 from sprat.model.rope import apply_rotary_emb, attention_scale
 
 

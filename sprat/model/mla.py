@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.kernels import ops
 from sprat.model.forward_context import ForwardContext
-from sprat.model.linear import Linear
-from sprat.model.norm import RMSNorm
+from sprat.model.layers import Linear, RMSNorm
 from sprat.model.rope import apply_rotary_emb, attention_scale
-from sprat.model.varlen import varlen_attention
 
 LATENT_NORM_EPS = 1e-6
 ABSORB_UP_TO = 8  # new tokens a row; above it rebuilding keys and values costs less than wide scores
@@ -70,7 +69,7 @@ class MLA(nn.Module):
         if context.varlen is not None:
             kv = self.kv_b_proj(latent).view(batch * time, self.heads, -1)
             queries = raw.view(batch * time, self.heads, -1)
-            out = varlen_attention(queries, kv, k_rope.flatten(0, 1), context.varlen, self.scale)
+            out = ops.varlen_attention(queries, kv, k_rope.flatten(0, 1), context.varlen, self.scale)
             return self._project(out.reshape(batch, time, -1))
         q_rope = apply_rotary_emb(q_rope, context.freqs_cis_BTr, self.interleave)
         k_rope = apply_rotary_emb(k_rope.unsqueeze(2), context.freqs_cis_BTr, self.interleave).squeeze(2)

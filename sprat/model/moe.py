@@ -28,10 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
-from sprat.kernels import fused
-from sprat.model.linear import Linear
-
-MIN_ROWS_PER_EXPERT = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
+from sprat.kernels import ops
+from sprat.model.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        if self._can_fuse(x):
-            gate_up = F.linear(x.flatten(0, -2), torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-            hidden = fused.swiglu(gate_up).view(*x.shape[:-1], -1)
+        if type(self.gate_proj) is Linear and type(self.up_proj) is Linear:
+            hidden = ops.swiglu(x, self.gate_proj.weight, self.up_proj.weight)
         else:
             hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
         out: Tensor = self.down_proj(hidden)
         return out
-
-    def _can_fuse(self, x: Tensor) -> bool:
-        """Whether gate and up may be one product: both plain, and rows enough to pay for laying them side by side."""
-        plain = type(self.gate_proj) is Linear and type(self.up_proj) is Linear
-        return plain and x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and fused.is_supported(x)
 
 
 class Gate(nn.Module):
@@ -125,18 +117,6 @@ class Gate(nn.Module):
         return limited_NE
 
 
-def _grouped(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows sorted by expert, each times its expert's matrix -> [M, O]; the rows of expert ``e`` end at ``ends_E[e]``.
-
-    Torch's grouped product takes rows of whole 16 bytes only (4 channels in float32, 8 in bfloat16), of input and,
-    for the gradient, of output, and no float64; what it does not take gets one product for each expert.
-    """
-    if x_MI.element_size() < 8 and all(width * x_MI.element_size() % 16 == 0 for width in weight_EOI.shape[1:]):
-        return torch._grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
-    parts = x_MI.tensor_split(ends_E[:-1].tolist())
-    return torch.cat([part_RI @ weight_OI.T for part_RI, weight_OI in zip(parts, weight_EOI, strict=True)])
-
-
 class Experts(nn.Module):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
@@ -152,13 +132,8 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, rows_E: Tensor) -> Tensor:
         """``x_MD`` sorted by expert, ``rows_E[e]`` rows for expert ``e`` -> [M, D]."""
         ends_E = rows_E.cumsum(0).to(torch.int32)
-        if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(rows_E) and fused.is_supported(x_MD):
-            gate_up_E2FD = torch.cat((self.w_gate_EFD, self.w_up_EFD), 1)
-            hidden_MF = fused.swiglu(_grouped(x_MD, gate_up_E2FD, ends_E))
-        else:
-            gate_MF, up_MF = (_grouped(x_MD, weight, ends_E) for weight in (self.w_gate_EFD, self.w_up_EFD))
-            hidden_MF = F.silu(gate_MF) * up_MF
-        return _grouped(hidden_MF, self.w_down_EDF, ends_E)
+        hidden_MF = ops.grouped_swiglu(x_MD, self.w_gate_EFD, self.w_up_EFD, ends_E)
+        return ops.grouped_mm(hidden_MF, self.w_down_EDF, ends_E)
 
     def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts -> [N, D]."""

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.model.forward_context import ForwardContext
-from sprat.model.linear import Linear
+from sprat.model.layers import Linear, RMSNorm
 from sprat.model.moe import Routing
-from sprat.model.norm import RMSNorm
 
 
 class MTP(nn.Module):

@@ -20,11 +20,10 @@ from sprat.model.forward_context import ForwardContext, forward_context, mtp_seg
 from sprat.model.gqa import GQA
 from sprat.model.initialize import initialize
 from sprat.model.kv_cache import KVCache
-from sprat.model.linear import Embedding, Linear
+from sprat.model.layers import Embedding, Linear, RMSNorm
 from sprat.model.mla import MLA
 from sprat.model.moe import MLP, MoE, Routing
 from sprat.model.mtp import MTP
-from sprat.model.norm import RMSNorm
 from sprat.model.rope import RotaryTable
 
 

@@ -12,8 +12,8 @@ import torch
 from sprat.data.loader import gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
+from sprat.kernels.ops import linear_cross_entropy
 from sprat.model import Transformer
-from sprat.model.ops import linear_cross_entropy
 from sprat.train.machine import precision
 
 

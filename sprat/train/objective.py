@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sprat.config import LoopConfig
 from sprat.data.loader import IGNORE_INDEX, Batch
+from sprat.kernels.ops import linear_cross_entropy
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.forward_context import mtp_segments
-from sprat.model.ops import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 // Latent attention document by document: what a token may not see is never computed, and no score goes to memory.
 // For each document and head, queries and keys are rotated and laid out once; then eight queries at a time meet the keys
 // before them. Backwards, probabilities are computed again from one number a row (FlashAttention, arXiv 2205.14135).
-// C++17 with GCC's vectors, float32, one thread. The bindings are in sprat/model/varlen.py, the torch form is the
+// C++17 with GCC's vectors, float32, one thread. The bindings are in sprat/kernels/ops.py, the torch form is the
 // masked one of sprat/model/mla.py.
 #include <algorithm>
 #include <cmath>

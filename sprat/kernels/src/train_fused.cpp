@@ -1,6 +1,6 @@
 // The walks over activations that stock operators make many of, each in one function that reads its input once.
 // C++17, float32, contiguous rows, one thread (the trainer splits rows between threads). The bindings are in
-// sprat/kernels/fused.py; the torch form of each stands beside its call: norm.py, moe.py and ops.py of sprat/model.
+// sprat/kernels/ops.py, beside the torch form of each.
 #include <cmath>
 #include <cstdint>
 

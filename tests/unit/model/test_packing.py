@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sprat.kernels import native_library
-from sprat.model import Transformer, forward_context
+from sprat.kernels import native_library, ops
+from sprat.model import Transformer
 from sprat.model.forward_context import mtp_segments
 
 from .conftest import tiny, tiny_dense
@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tr
     if request.param == "varlen" and native_library() is None:
         pytest.skip("no C++ compiler: attention is masked")
     if request.param == "masked":
-        monkeypatch.setattr(forward_context, "varlen_metadata", lambda *_: None)
+        monkeypatch.setattr(ops, "varlen_metadata", lambda *_: None)
     changes = {"num_nextn_predict_layers": 2, "rope_interleave": request.param != "half-split"}
     return Transformer.create(tiny(**changes), 1)
 

@@ -1,10 +1,12 @@
-"""The precision seam: every matrix of the model is one of these, so that another format can take its place."""
+"""The smallest modules. Every matrix of the model is a ``Linear``, so that another format can take its place."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sprat.kernels import ops
 
 
 class Linear(nn.Module):
@@ -43,3 +45,16 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` [...] long -> [..., hidden]."""
         return F.embedding(tokens, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """``rms_norm`` with a learned gain ``weight`` [dim], set to one."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., dim] -> same shape and dtype."""
+        return ops.rms_norm(x, self.weight, self.eps)
