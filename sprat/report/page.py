@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from sprat.errors import TrustError
+from sprat.files import atomic
 from sprat.report import completions, held_out_text, plots, tables
 from sprat.report.runs import STAGE_TITLES, PipelineRuns, p_value, read_runs
 from sprat.report.tables import (
@@ -20,7 +21,6 @@ from sprat.report.tables import (
     format_points,
     format_yuan,
 )
-from sprat.trust import atomic
 from sprat.trust.ledger import find_ledger
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import CheckpointError, TrustError
+from sprat.files.json import read_json
 from sprat.report import lineage
 from sprat.trust import run_record
 
@@ -201,7 +202,7 @@ def _sort_key(stage: StageRun) -> tuple[int, int, str, str]:
 
 def _read_stage(path: Path, folder: Path) -> StageRun:
     """The run in ``path`` as a stage."""
-    record = run_record.read_json(path / "run.json")
+    record = read_json(path / "run.json")
     if record is None:
         raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
     record = _printable(record)
