@@ -139,9 +139,9 @@ def evaluate(
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
     from sprat.engine.load import load
+    from sprat.eval.tasks import evaluate_many
     from sprat.pipeline.pipeline import load_task
     from sprat.pipeline.recipe import load_recipe, task_title
-    from sprat.post.evaluate import evaluate_many
     from sprat.tasks import HeldOutTask, held_out_problems
 
     pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))

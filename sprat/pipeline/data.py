@@ -19,6 +19,7 @@ from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
 from sprat.data.text_split import TextSplit
 from sprat.errors import DataError
+from sprat.eval.score import HeldOutScores
 from sprat.files import atomic
 from sprat.pipeline.pipeline import DataArtifact, Pipeline, load_task, write_problems
 from sprat.pipeline.recipe import DataRecipe, SplitRecipe
@@ -27,7 +28,6 @@ from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import encode_demonstration
 from sprat.trust import run_record
-from sprat.trust.stage_facts import HeldOutScores
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
 

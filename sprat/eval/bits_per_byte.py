@@ -13,8 +13,8 @@ from sprat.data.loader import gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
 from sprat.model import Transformer
+from sprat.model.forward_context import precision
 from sprat.model.ops import linear_cross_entropy
-from sprat.train.machine import precision
 
 
 @torch.no_grad()
