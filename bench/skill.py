@@ -59,9 +59,9 @@ def run_stages(folder: Path, changes: tuple[str, ...], controlled: bool) -> None
     """Run the stages that are not done."""
     import torch
 
+    from sprat.files import atomic
     from sprat.pipeline import controls, data, training
     from sprat.pipeline.pipeline import Pipeline
-    from sprat.trust import atomic
 
     torch.set_num_threads(1)
     pipeline = Pipeline(folder, load_recipe("quickstart", changes))

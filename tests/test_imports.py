@@ -71,6 +71,10 @@ def test_help_never_imports_torch(root: Path) -> None:
     assert run_python(root, code).split() == ["False", "False"]
 
 
+def test_scores_and_the_report_take_no_torch(root: Path) -> None:
+    assert run_python(root, "import sys, sprat.eval.score, sprat.report; print('torch' in sys.modules)") == "False\n"
+
+
 def test_a_wrong_name_says_what_there_is(root: Path) -> None:
     import sprat
 

@@ -139,9 +139,9 @@ def evaluate(
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
     from sprat.engine.load import load
+    from sprat.eval.tasks import evaluate_many
     from sprat.pipeline.pipeline import load_task
     from sprat.pipeline.recipe import load_recipe, task_title
-    from sprat.post.evaluate import evaluate_many
     from sprat.tasks import HeldOutTask, held_out_problems
 
     pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
@@ -182,11 +182,11 @@ def _run_stage(
     stage_name: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None
 ) -> Result:
     """Run one stage as the quickstart would: in a process of its own, with one thread, so that digests agree."""
+    from sprat.files.lock import lock_folder
     from sprat.pipeline.graph import run_stages
     from sprat.pipeline.pipeline import Pipeline
     from sprat.pipeline.quickstart import build_stages, check_disk
     from sprat.pipeline.recipe import load_recipe
-    from sprat.trust.lock import lock_folder
 
     check_disk(out)
     pipeline = Pipeline(out, load_recipe(recipe, tuple(overrides or ())))

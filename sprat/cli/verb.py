@@ -160,7 +160,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"the package {error.name!r} is not installed; pip install it.", MachineError.exit_code
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more.", BROKEN_PIPE
-    from sprat.trust.atomic import as_machine_error
+    from sprat.files.atomic import as_machine_error
 
     converted = as_machine_error(error, getattr(error, "filename", None) or "")
     if converted is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from pydantic import (
 )
 
 from sprat.errors import ConfigError
+from sprat.files import digest
 
 LENIENT = {"lenient": True}  # the context of a validation that takes "5" for 5, as pydantic does
 
@@ -54,8 +54,7 @@ class Config(BaseModel):
 
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of this config."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest.of_json(self.model_dump(mode="json"))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated again."""

@@ -21,7 +21,7 @@ from sprat.data import debian, dedup, ingest, pythonlib
 from sprat.data.document import Document, read_documents, write_documents
 from sprat.data.text_split import TextSplit, held_out_sources, is_held_out_source, split_documents
 from sprat.errors import DataError
-from sprat.trust import atomic
+from sprat.files.json import write_json
 from sprat.trust.stage_facts import ExcludedText, TextSource
 
 VERSION = 2
@@ -266,7 +266,7 @@ def _save(
     if held_out is not None:
         held_out &= {document.source for document in chosen}
         facts["held_out"] = sorted(held_out)
-    atomic.write_json(folder / "sources.json", facts)
+    write_json(folder / "sources.json", facts)
     return Corpus(folder / "documents.jsonl", sources, digest, held_out)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sprat.errors import DataError
-from sprat.trust import atomic
+from sprat.files import atomic
 
 MAX_LABEL_CHARS = 60  # characters of a label
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")

@@ -23,7 +23,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from sprat.errors import MachineError, TrustError
-from sprat.trust import atomic
+from sprat.files import atomic
 
 _TIMEOUT_MINUTES = 30  # a download may take
 _CHUNK = 1 << 20

@@ -21,7 +21,7 @@ from typing import Any
 
 from sprat.data.document import Document, printable_label
 from sprat.errors import DataError, MachineError
-from sprat.trust import digest
+from sprat.files.regular_file import open_regular_file
 from sprat.trust.stage_facts import ExcludedText
 
 __all__ = ["Document", "ExclusionTally", "read_texts"]
@@ -156,7 +156,7 @@ def _read_file(file: Path, name: str, tally: ExclusionTally | None) -> Iterator[
 def _decode_file(file: Path) -> str | None:
     """The text of ``of_file``, with line ends as \\n; None where it is not UTF-8 or holds a zero byte."""
     try:
-        with digest.open_regular_file(file) as stream:
+        with open_regular_file(file) as stream:
             text = stream.read().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(file), todo="check it") from None

@@ -32,7 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sprat.errors import DataError
-from sprat.trust import atomic
+from sprat.files import atomic
+from sprat.files.json import write_json
 
 MaskedSequence = tuple[Sequence[int], Sequence[int] | None]
 
@@ -89,7 +90,7 @@ class PackedDataset:
         arrays = {"tokens": self.tokens, "segments": self.segments, "mask": self.loss_mask}
         atomic.write_bytes(folder / "packed.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
         facts = {"rows": self.num_rows, "seq_len": self.seq_len, "targets": self.num_targets, "digest": self.digest}
-        atomic.write_json(folder / "dataset.json", facts)
+        write_json(folder / "dataset.json", facts)
 
     @classmethod
     def load(cls, folder: str | Path) -> PackedDataset:

@@ -1,9 +1,11 @@
-"""What all layers of one forward pass share: rotary table, masks, and where the cache stands. Built once a pass."""
+"""What all layers of one forward pass share: rotary table, masks, where the cache stands, and precision."""
 
 # B batch, T new tokens, S keys, r rotary width
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +143,15 @@ def _sliding_window_mask(
     hidden_BTS = (back_BTS < 0) | (back_BTS >= window)
     mask = torch.zeros(hidden_BTS.shape, device=position_BT.device).masked_fill_(hidden_BTS, float("-inf")).unsqueeze(1)
     return mask if mask_B1TS is None else mask + mask_B1TS
+
+
+@contextlib.contextmanager
+def precision(device: str | torch.device) -> Iterator[None]:
+    """The autocast context of a forward pass on ``device``: nothing on CPUs (bfloat16 ran at 0.6 times the
+    speed without AMX tiles), bfloat16 elsewhere."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        yield
+        return
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        yield

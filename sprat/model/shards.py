@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sprat.errors import CheckpointError
+from sprat.files.json import reject_duplicate_keys
 from sprat.model.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
@@ -162,15 +163,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _parse(text: bytes, file: Path) -> dict[str, Any]:
     """The JSON object of the header; a name that stands twice is refused."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a name stands in it twice")
-        return table
-
     try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise _corrupt(file, f"its header is no JSON: {error}") from None
     if not isinstance(table, dict):

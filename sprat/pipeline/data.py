@@ -19,14 +19,15 @@ from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
 from sprat.data.text_split import TextSplit
 from sprat.errors import DataError
+from sprat.eval.score import HeldOutScores
+from sprat.files import atomic
 from sprat.pipeline.pipeline import DataArtifact, Pipeline, load_task, write_problems
 from sprat.pipeline.recipe import DataRecipe, SplitRecipe
 from sprat.tasks import HELD_OUT_SPLITS, Problem, Task, held_out_problems
 from sprat.tasks import Split as Part
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import encode_demonstration
-from sprat.trust import atomic, run_record
-from sprat.trust.stage_facts import HeldOutScores
+from sprat.trust import run_record
 
 TOKENIZER_EXAMPLES = 4000  # worked examples that the tokenizer sees
 

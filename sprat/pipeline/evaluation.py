@@ -16,9 +16,10 @@ from typing import Any
 from sprat.engine import Engine, Sampling
 from sprat.engine.speculation import SpeculationMode
 from sprat.errors import ConfigError
+from sprat.eval.score import Score, StageScore, two_proportion_p_value
+from sprat.eval.tasks import evaluate_many, problem_messages
 from sprat.model import Transformer
 from sprat.pipeline.pipeline import Pipeline
-from sprat.post.evaluate import Score, evaluate_many, problem_messages, two_proportion_p_value
 from sprat.tasks import is_correct
 from sprat.tokens import Message, Tokenizer
 from sprat.tokens.chat import render
@@ -101,11 +102,11 @@ def score_tasks(
             split=recipe.eval.split,
         )
         for score, (_, trained) in zip(scores, configs, strict=True):
-            rows.append({**_score_row(score), "label": mode, "trained": trained})
+            rows.append(_score_row(score, mode, trained))
     return rows
 
 
-def _score_row(score: Score) -> dict[str, Any]:
+def _score_row(score: Score, mode: str, trained: bool) -> dict[str, Any]:
     """A score as the report reads it."""
     samples = [
         {
@@ -117,7 +118,7 @@ def _score_row(score: Score) -> dict[str, Any]:
         }
         for sample in score.samples
     ]
-    return {**score.to_dict(), "samples": samples}
+    return StageScore(**{**vars(score), "samples": samples}, mode=mode, trained=trained).to_dict()
 
 
 def accuracy_changes(
@@ -130,16 +131,11 @@ def accuracy_changes(
             "task": row["task"],
             "before": rows_before[row["task"]]["accuracy"],
             "after": row["accuracy"],
-            "p": two_proportion_p_value(_score_from_row(rows_before[row["task"]]), _score_from_row(row)),
+            "p": two_proportion_p_value(StageScore.from_dict(rows_before[row["task"]]), StageScore.from_dict(row)),
         }
         for row in after
         if row["label"] == mode and row["task"] in rows_before
     ]
-
-
-def _score_from_row(row: dict[str, Any]) -> Score:
-    names = ("task", "count", "correct", "mean", "low", "high", "mean_tokens")
-    return Score(**{name: row[name] for name in names})
 
 
 def tokens_per_second(pipeline: Pipeline, model: Transformer, tokenizer: Tokenizer) -> float:

@@ -13,12 +13,14 @@ from sprat.config.sizes import size
 from sprat.data.document import safe_name
 from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError, DataError
+from sprat.files import atomic
+from sprat.files.json import read_json
 from sprat.pipeline.graph import notify
 from sprat.pipeline.recipe import ModelRecipe, PipelineRecipe, task_title
 from sprat.tasks import HeldOutTask, Problem, Split, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
-from sprat.trust import atomic, run_record
+from sprat.trust import run_record
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
@@ -119,7 +121,7 @@ class Pipeline:
         if not init_from:
             return {}
         folder = self.run_folder(name)
-        for record in (run_record.read_json(folder / "run.json"), run_record.read_json(folder / "open.json")):
+        for record in (read_json(folder / "run.json"), read_json(folder / "open.json")):
             if record is not None and record.get("recipe_digest") == recipe.digest():
                 recorded_input = record.get("inputs", {}).get("init_from")
                 if recorded_input and checkpoint.parse_init_from(init_from)[0].resolve() == folder.resolve():

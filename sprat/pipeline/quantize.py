@@ -23,12 +23,12 @@ from sprat.data.document import Document
 from sprat.data.pack import pack
 from sprat.engine import Engine, Sampling, load, save
 from sprat.errors import CheckpointError, DataError
+from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline
 from sprat.pipeline.training import evaluation_inputs, finished_record, task_mix
 from sprat.post import sft as post_sft
-from sprat.post.evaluate import problem_messages
 from sprat.tokens import Tokenizer
 
 CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights

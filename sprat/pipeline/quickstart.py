@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sprat.errors import MachineError
+from sprat.files import atomic
+from sprat.files.lock import lock_folder
 from sprat.pipeline import controls, data, quantize, training
 from sprat.pipeline.graph import Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.pipeline.recipe import PipelineRecipe
 from sprat.post.rewards import load_reward
 from sprat.report import write_report
-from sprat.trust import atomic
-from sprat.trust.lock import lock_folder
 
 OnProgress = Callable[[str, str, float], None]
 MIN_FREE_BYTES = 300_000_000  # free disk that a pipeline wants

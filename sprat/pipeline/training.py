@@ -17,6 +17,8 @@ from sprat.config import LoopConfig, RLConfig
 from sprat.data.loader import MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.engine import Engine, load, save
+from sprat.eval.bits_per_byte import bits_per_byte
+from sprat.eval.score import HeldOutScores
 from sprat.model import Transformer, count_parameters
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline, load_task, model_config
@@ -27,10 +29,9 @@ from sprat.post import sft as post_sft
 from sprat.post.rl_gate import evaluate_gate
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, evaluate, loop
+from sprat.train import checkpoint, loop
 from sprat.trust import run_record
 from sprat.trust.run import Run
-from sprat.trust.stage_facts import HeldOutScores
 
 ALL_MODES = ("greedy", "sampled", "thinking", "direct")
 TaskMix = tuple[list[Task], list[float]]  # tasks and their weights
@@ -250,7 +251,7 @@ def _text_facts(pipeline: Pipeline, model: Transformer) -> dict[str, Any]:
     for domain, size_bytes in data.held_out_domains().items():
         dataset = data.held_out(domain)
         scores = HeldOutScores.from_dict(baselines[domain])
-        table[domain] = replace(scores, model=evaluate.bits_per_byte(model, dataset, size_bytes)).to_dict()
+        table[domain] = replace(scores, model=bits_per_byte(model, dataset, size_bytes)).to_dict()
         by_domain[domain] = _expert_loads(model, dataset)
     by_domain["tasks"] = _expert_loads(model, data.packed("tasks"))
     facts: dict[str, Any] = {"bits_per_byte": table}

@@ -28,8 +28,8 @@ from sprat.config import DistillConfig, LoopConfig, QuantConfig
 from sprat.data.loader import IGNORE_INDEX, Batch, BatchSource
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
+from sprat.eval.tasks import problem_messages, score_output
 from sprat.model import Transformer, flops_per_token
-from sprat.post.evaluate import problem_messages, score_output
 from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, sample_problems
 from sprat.quant import fake_quantize

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from sprat.config import RLConfig
 from sprat.engine import Engine, Output
 from sprat.errors import TrainingError
-from sprat.post.evaluate import Score, Scorer, evaluate, pass_at_k, score_output, two_proportion_p_value
+from sprat.eval.score import SIGNIFICANCE_LEVEL, Score, pool_scores, two_proportion_p_value
+from sprat.eval.tasks import Scorer, evaluate, pass_at_k, score_output
 from sprat.post.rewards import Reward, Verifier, parse_response
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
 
-MIN_THINKING_GAIN = 0.1  # forced thinking must be right this much more often than direct answers
-SIGNIFICANCE_LEVEL = 0.05  # and the difference must not be chance
+MIN_THINKING_GAIN = 0.1  # forced thinking must be right this much more often than direct answers, and not by chance
 _SEED = 7919
 _NOT_READY = "the policy is not ready for RL"
 
@@ -76,7 +76,8 @@ def evaluate_gate(
     """
     total = sum(weights)
     task_shares = [(task, weight / total) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
-    pass_at_8, thinking_pool, direct_pool = 0.0, _PooledScore(), _PooledScore()
+    pass_at_8 = 0.0
+    scores: dict[bool, list[Score]] = {True: [], False: []}
     for task, share in task_shares:
         problems = max(8, round(count * share))
         pass_at_8 += share * pass_at_k(
@@ -90,15 +91,15 @@ def evaluate_gate(
             split="train",
             scorer=_scorer(engine.tokenizer, reward, None),
         )
-        for pool, thinking in ((thinking_pool, True), (direct_pool, False)):
+        for thinking in scores:
             limit, scorer = config.max_tokens, _scorer(engine.tokenizer, reward, thinking)
             result = evaluate(
                 engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", scorer=scorer
             )
-            pool.add(result)
+            scores[thinking].append(result)
     if isinstance(reward, Verifier):
         reward.pop_faults()
-    with_thinking, direct = thinking_pool.score(), direct_pool.score()
+    with_thinking, direct = pool_scores(scores[True]), pool_scores(scores[False])
     p_value = two_proportion_p_value(with_thinking, direct)
     return GateResult(pass_at_8, with_thinking.accuracy, direct.accuracy, p_value, config.gate_pass_at_8)
 
@@ -118,17 +119,3 @@ def _verifier_score(
         todo = "let the verifier pay from 0 to 1, where 1 is right, or leave the gate out (rl.gate = false)"
         raise TrainingError(f"the verifier paid {score:g}, so the gate cannot tell right", where="rl.gate", todo=todo)
     return score
-
-
-class _PooledScore:
-    """Adds up scores of several tasks."""
-
-    def __init__(self) -> None:
-        self.correct = self.count = 0
-
-    def add(self, score: Score) -> None:
-        self.correct, self.count = self.correct + score.correct, self.count + score.count
-
-    def score(self) -> Score:
-        share = self.correct / self.count
-        return Score("mix", self.count, self.correct, share, share, share, 0.0)

@@ -22,13 +22,14 @@ from sprat.config import Config, QuantConfig, Rounding
 from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
+from sprat.files import atomic
+from sprat.files.json import write_json
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.memory import check_available_memory
 from sprat.model.shards import Shards
 from sprat.model.weights import meta_model
 from sprat.quant.int4 import QuantizedTensor
 from sprat.quant.layers import QuantizedWeight, bits_and_group, quant_config_of, quantized_weights, replace_linears
-from sprat.trust import atomic
 
 WEIGHTS, QUANT_CONFIG, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
 _KIND = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
@@ -75,8 +76,8 @@ def save(model: Transformer, folder: str | Path) -> None:
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replace_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
-    atomic.write_json(folder / "config.json", table)
-    atomic.write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
+    write_json(folder / "config.json", table)
+    write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
 
 
 def _format_of(packed: QuantizedWeight) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sprat.eval.score import HeldOutScores
 from sprat.report import tables
 from sprat.report.runs import PipelineRuns, StageRun
 from sprat.report.svg import BLUE, GRAY, ORANGE, label_width, svg, wrap_label
 from sprat.report.tables import escape
-from sprat.trust.stage_facts import HeldOutScores
 
 _NAMES = {"gzip": "gzip -9", "xz": "xz -9", "ppm": "PPM", "trigram": "byte 3-gram"}
 

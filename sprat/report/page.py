@@ -8,11 +8,12 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from sprat.errors import TrustError
+from sprat.errors import DataError, TrustError
+from sprat.eval.score import SIGNIFICANCE_LEVEL, pool_scores, two_proportion_p_value
+from sprat.files import atomic
 from sprat.report import completions, held_out_text, plots, tables
-from sprat.report.runs import STAGE_TITLES, PipelineRuns, p_value, read_runs
+from sprat.report.runs import STAGE_TITLES, PipelineRuns, read_runs
 from sprat.report.tables import (
-    SIGNIFICANCE_LEVEL,
     escape,
     format_duration,
     format_number,
@@ -20,10 +21,9 @@ from sprat.report.tables import (
     format_points,
     format_yuan,
 )
-from sprat.trust import atomic
 from sprat.trust.ledger import find_ledger
 
-_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MALFORMED = (ArithmeticError, AttributeError, DataError, LookupError, RecursionError, TypeError, ValueError)
 _DISCLAIMERS = (
     "Not a general assistant: a tiny model answers only what it was taught.",
     "Not proof that RL teaches arithmetic: here it elicits the thinking that pre-training put there; "
@@ -111,8 +111,9 @@ def _card(runs: PipelineRuns, index: int) -> str:
     start = before.mean_accuracy() if before else None
     gain = "&nbsp;"
     if before is not None and start is not None:
-        scores = [[s for s in run.by_task().values() if s.trained] for run in (before, stage)]
-        word = "quiet" if p_value(scores[0], scores[1]) >= SIGNIFICANCE_LEVEL else "good" if quality > start else "bad"
+        scores = [pool_scores([s for s in run.by_task().values() if s.trained]) for run in (before, stage)]
+        p = two_proportion_p_value(*scores)
+        word = "quiet" if p >= SIGNIFICANCE_LEVEL else "good" if quality > start else "bad"
         gain = f'<span class="{word}">{format_points(quality - start)} points</span>'
     seconds, nano = float(stage.record.get("device_seconds") or 0), int(stage.record.get("nano_yuan") or 0)
     spent = f"{format_duration(seconds)} CPU, {format_yuan(nano)}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sprat.report.runs import PipelineRuns, StageRun, wilson_interval
+from sprat.eval.score import wilson_interval
+from sprat.report.runs import PipelineRuns, StageRun
 from sprat.report.svg import BLUE, COLORS, GRAY, GREEN, color_map_to, label_width, percent_axis, svg, wrap_label
 
 _RL = (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sprat.errors import CheckpointError, TrustError
+from sprat.eval.score import StageScore
+from sprat.files.json import read_json
 from sprat.report import lineage
 from sprat.trust import run_record
 
@@ -23,30 +23,7 @@ STAGE_TITLES = {
 }
 _CONTROLS = {"student-scratch": "distill"} | dict.fromkeys(("sft-labels", "rft", "pretrain-more"), "rl")
 _MODEL_KEYS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
-_Z95 = 1.959964
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy of a stage on one task asked in one ``mode``, with its 95 % interval."""
-
-    task: str
-    mode: str
-    count: int
-    correct: int
-    low: float
-    high: float
-    mean_tokens: float | None
-    by_length: dict[int, tuple[int, int]]
-    untrained_lengths: frozenset[int]  # lengths that were never trained
-    trained: bool
-    samples: list[dict[str, Any]]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers; a judge's partial credit is not in it."""
-        return self.correct / max(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +36,7 @@ class StageRun:
     control_of: str
     record: dict[str, Any]
     metrics: list[dict[str, Any]]
-    scores: list[Score] = field(default_factory=list)
+    scores: list[StageScore] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -84,7 +61,7 @@ class StageRun:
         """The digest of what it made."""
         return self.record.get("artefact_digest")
 
-    def by_task(self, mode: str = "greedy") -> dict[str, Score]:
+    def by_task(self, mode: str = "greedy") -> dict[str, StageScore]:
         """The scores asked in ``mode``; where a stage has none of it, those of its first mode."""
         modes = [score.mode for score in self.scores]
         chosen_mode = mode if mode in modes or not modes else modes[0]
@@ -201,7 +178,7 @@ def _sort_key(stage: StageRun) -> tuple[int, int, str, str]:
 
 def _read_stage(path: Path, folder: Path) -> StageRun:
     """The run in ``path`` as a stage."""
-    record = run_record.read_json(path / "run.json")
+    record = read_json(path / "run.json")
     if record is None:
         raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
     record = _printable(record)
@@ -210,7 +187,7 @@ def _read_stage(path: Path, folder: Path) -> StageRun:
     kind = next((f for f in STAGE_TITLES if name == f or name.startswith(f"{f}-")), str(record.get("stage", name)))
     title = str(facts.get("title") or STAGE_TITLES.get(name, name))
     control_of = str(facts.get("control_of") or _CONTROLS.get(name, ""))
-    scores = [_read_score(row) for row in facts.get("scores") or []]
+    scores = [StageScore.from_dict(row) for row in facts.get("scores") or []]
     return StageRun(name, kind, title, control_of, record, run_record.read_metrics(path), scores)
 
 
@@ -223,49 +200,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     return value
-
-
-def _read_score(row: dict[str, Any]) -> Score:
-    """A row of ``facts["scores"]``; what is missing follows from the counts."""
-    count, correct = int(row["count"]), int(row["correct"])
-    low, high = wilson_interval(correct, count)
-    by_length = {int(length): (int(c), int(n)) for length, (c, n) in (row.get("by_length") or {}).items()}
-    trained = bool(row.get("trained", True))
-    tokens = row.get("mean_tokens")
-    return Score(
-        task=str(row["task"]),
-        mode=str(row.get("label", "greedy")),
-        count=count,
-        correct=correct,
-        low=float(row.get("low", low)),
-        high=float(row.get("high", high)),
-        mean_tokens=None if tokens is None else float(tokens),
-        by_length=dict(sorted(by_length.items())),
-        untrained_lengths=frozenset(() if trained else by_length),
-        trained=trained,
-        samples=list(row.get("samples") or []),
-    )
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927).
-
-    >>> [round(bound, 3) for bound in wilson_interval(95, 100)]
-    [0.888, 0.978]
-    """
-    if not count:
-        return 0.0, 1.0
-    share, z_squared = correct / count, _Z95**2 / count
-    middle = (share + z_squared / 2) / (1 + z_squared)
-    half = _Z95 * math.sqrt(share * (1 - share) / count + z_squared / (4 * count)) / (1 + z_squared)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def p_value(before: Sequence[Score], after: Sequence[Score]) -> float:
-    """Two-sided p of equal shares of all problems of these scores, by the pooled two-proportion z test."""
-    correct = [sum(score.correct for score in scores) for scores in (before, after)]
-    count = [max(1, sum(score.count for score in scores)) for scores in (before, after)]
-    share = sum(correct) / sum(count)
-    standard_error = math.sqrt(share * (1 - share) * (1 / count[0] + 1 / count[1]))
-    gap = abs(correct[1] / count[1] - correct[0] / count[0])
-    return math.erfc(gap / standard_error / math.sqrt(2)) if standard_error else 1.0

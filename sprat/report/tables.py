@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from sprat.report.runs import PipelineRuns, Score, StageRun, p_value
+from sprat.eval.score import SIGNIFICANCE_LEVEL, StageScore, two_proportion_p_value
+from sprat.report.runs import PipelineRuns, StageRun
 from sprat.trust.stage_facts import TextSource
 
-SIGNIFICANCE_LEVEL = 0.05
 _MODE_TITLES = {  # ways of asking, as the page heads them
     "greedy": "left to itself",
     "sampled": "drawn at temperature 1",
@@ -117,7 +117,7 @@ def accuracy(runs: PipelineRuns) -> str:
     return table(head, rows, "accuracy")
 
 
-def _accuracy_cell(stage: StageRun, score: Score | None) -> str:
+def _accuracy_cell(stage: StageRun, score: StageScore | None) -> str:
     """One accuracy with its interval, tinted by height."""
     if score is None:
         return "–"
@@ -139,7 +139,7 @@ def gains(runs: PipelineRuns) -> str:
                 continue
             start = float(row["before"]) if row else scores_before[task].accuracy
             end = float(row["after"]) if row else after.accuracy
-            p = float(row["p"]) if row else p_value([scores_before[task]], [after])
+            p = float(row["p"]) if row else two_proportion_p_value(scores_before[task], after)
             controls = _control_cell(runs, stage, task)
             name = f"<b>{escape(stage.title)}</b>" if is_first_row else ""
             rows.append(
@@ -194,7 +194,7 @@ def thinking(runs: PipelineRuns) -> str:
             if not scores:
                 cells.append("–")
                 continue
-            lengths = [s.mean_tokens for s in scores if s.mean_tokens is not None]
+            lengths = [s.mean_tokens for s in scores if s.mean_tokens]
             size = f"<small>{sum(lengths) / len(lengths):.0f} tokens</small>" if lengths else ""
             cells.append(f"<b>{format_percent(sum(s.accuracy for s in scores) / len(scores))}</b>{size}")
         rows.append([escape(stage.title), *cells])

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import DataError
+from sprat.files import atomic
 from sprat.tokens import chat_formats, chat_template, hf_files
 from sprat.tokens.chat_formats import ChatFormat, Part, SpecialTokenIds
 from sprat.tokens.hf_files import GenerationConfig
-from sprat.trust import atomic
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,7 @@ from sprat.config import LoopConfig
 from sprat.data.loader import Batch
 from sprat.errors import TrainingError
 from sprat.model import Transformer
-from sprat.train import machine
+from sprat.model.forward_context import precision
 from sprat.train.objective import LossFn
 from sprat.train.thread_data_parallel import ThreadDataParallel
 
@@ -50,7 +50,7 @@ def backward(
     num_workers = min(workers.size, size) if device.type == "cpu" else 1
 
     def compute_share(part: Batch) -> _WorkerResult:
-        with torch.enable_grad(), machine.precision(device):
+        with torch.enable_grad(), precision(device):
             loss = loss_fn(model, part, config, batch)
         raw_grads = torch.autograd.grad(loss.total, parameters, allow_unused=True)
         # Hand-written backward passes may return views of one buffer; what is clipped in place must own its memory.

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sprat.errors import CheckpointError, MachineError, TrustError
+from sprat.files import atomic, digest
 from sprat.train.optim import Optimizer
-from sprat.trust import atomic, digest
 
 MAX_CHECKPOINTS = 2
 STABLE = "stable"  # in the run's checkpoints
@@ -125,7 +125,7 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
 
     Args:
         run: the folder of the run that starts; where it is RUN itself, what was set aside from there is looked at too.
-        expected_digest: the digest that its folder must have (``sprat.trust.digest.of_folder``); empty for any.
+        expected_digest: the digest that its folder must have (``sprat.files.digest.of_folder``); empty for any.
 
     Raises:
         CheckpointError: there is none.

@@ -3,18 +3,14 @@
 glibc gives every large tensor (above 128 KB at first, above 32 MB once its threshold has adapted) fresh pages from
 the kernel and hands them back when it is freed, so each temporary of a step is paid for in page faults: a
 [4096, 2048] float tensor cost 40 ms to fill here. ``tune_allocator`` tells the allocator to keep what it has.
-
-Precision: float32 on CPUs (bfloat16 ran at 0.6 times the speed without AMX tiles), bfloat16 autocast elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -54,14 +50,3 @@ def raise_malloc_thresholds() -> bool:
         return False
     wanted = ((_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_TOP_PAD, _PAD_BYTES))
     return all([mallopt(name, value) == 1 for name, value in (*wanted, (_M_ARENA_MAX, 1))])
-
-
-@contextlib.contextmanager
-def precision(device: str | torch.device) -> Iterator[None]:
-    """The autocast context of a forward pass on ``device``: nothing on CPUs, bfloat16 elsewhere."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        yield
-        return
-    with torch.autocast(kind, dtype=torch.bfloat16):
-        yield

@@ -1,4 +1,4 @@
-"""Can we prove it? Run folders, digests, a hash-chained ledger, and the check of all three."""
+"""Can we prove it? Run folders, a hash-chained ledger, and the check of all three."""
 
 from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run

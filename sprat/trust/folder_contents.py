@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sprat.errors import TrustError
-from sprat.trust import digest, lock, run_record
+from sprat.files import digest, lock
+from sprat.files.atomic import is_temporary
+from sprat.files.json import read_json
+from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.ledger_state import LedgerState
 
 _SET_ASIDE_WITHOUT_DIGEST = "it was set aside without a digest, because it holds a link or another thing that has none"
-_TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+")
 
 
 @dataclass
@@ -44,7 +45,7 @@ def scan_folder(folder: Path, state: LedgerState) -> FolderContents:
             is_own = name == LEDGER_NAME or (name == lock.LOCK_NAME and lock.is_lock(path))
             if not is_own and _classify(path, name, state, contents):
                 pending.append(path)
-    contents.runs.sort(key=lambda run: (str((run_record.read_json(run / "run.json") or {}).get("finished")), str(run)))
+    contents.runs.sort(key=lambda run: (str((read_json(run / "run.json") or {}).get("finished")), str(run)))
     contents.errors += [
         (name, "it was set aside as a finished run and is not there")
         for name, body in sorted(state.set_aside.items())
@@ -54,11 +55,6 @@ def scan_folder(folder: Path, state: LedgerState) -> FolderContents:
     missing = [name for name in state.files if not name.startswith(in_runs) and not (folder / name).exists()]
     contents.errors += [(name, "it is not there") for name in sorted(missing)]
     return contents
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a write that was cut off (see ``atomic.replace_file``)."""
-    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def _classify(path: Path, name: str, state: LedgerState, contents: FolderContents) -> bool:

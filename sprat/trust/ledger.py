@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import TrustError
-from sprat.trust import atomic, digest
+from sprat.files import atomic, digest
+from sprat.files.json import canonical_json
+from sprat.files.regular_file import open_regular_file, read_bytes
 
 LEDGER_NAME = "ledger.jsonl"
 KIND_ROOT, KIND_RUN, KIND_SET_ASIDE, KIND_FILE = "road", "run", "set-aside", "files"
@@ -88,7 +90,7 @@ class Ledger:
     def last_entry(self, key: str, value: str) -> dict[str, Any] | None:
         """The last entry whose body has ``value`` under ``key``; only lines that hold such a pair are parsed."""
         pair = f"{json.dumps(key)}:{json.dumps(value)}".encode()
-        content = self._read_bytes()
+        content = read_bytes(self.path)
         end = content.rfind(b"\n") + 1
         while (position := content.rfind(pair, 0, end)) >= 0:
             end = content.rfind(b"\n", 0, position) + 1
@@ -137,22 +139,14 @@ class Ledger:
             prev, index = last_entry["hash"], last_entry["index"] + 1
         entry = {"index": index, "kind": kind, "time": utc_now(), "prev": prev, "body": body}
         entry["hash"] = digest.of_json(entry)
-        atomic.append_line(self.path, digest.canonical_json(entry))
+        atomic.append_line(self.path, canonical_json(entry))
         return entry
 
     def _read(self) -> tuple[list[str], bytes]:
         """The whole lines as text, and the unfinished tail."""
         # Latin-1 keeps one character per byte, and unlike UTF-8 it cannot fail on damage.
-        *lines, torn = self._read_bytes().split(b"\n")
+        *lines, torn = read_bytes(self.path).split(b"\n")
         return [line.decode("latin-1") for line in lines], torn
-
-    def _read_bytes(self) -> bytes:
-        """All of the file; empty where there is none."""
-        try:
-            with digest.open_regular_file(self.path) as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return b""
 
     def _truncate_torn_line(self) -> str:
         """Cut off an unfinished tail; returns the last whole line, empty where there is none. Reads the end only."""
@@ -173,7 +167,7 @@ class Ledger:
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            digest.open_regular_file(self.path).close()
+            open_regular_file(self.path).close()
         with open(self.path, "ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
@@ -208,7 +202,7 @@ def _line_error(line: str) -> str:
         complete_entry = {**entry, "hash": claimed}
         if (
             set(complete_entry) != {"index", "kind", "time", "prev", "body", "hash"}
-            or digest.canonical_json(complete_entry) != line
+            or canonical_json(complete_entry) != line
         ):
             return "is not written as an entry is"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

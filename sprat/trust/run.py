@@ -37,7 +37,9 @@ from typing import Any
 
 from sprat.config import Config, MoneyConfig
 from sprat.errors import TrustError
-from sprat.trust import atomic, digest, run_record
+from sprat.files import atomic, digest
+from sprat.files.json import read_json, to_json_value, write_json
+from sprat.trust import run_record
 from sprat.trust.ledger import KIND_RUN, KIND_SET_ASIDE, LEDGER_NAME, Ledger, utc_now
 
 _OPEN_FILES = ("open.json", "spent.json", "facts.json")
@@ -78,7 +80,7 @@ class Run:
     def log(self, step: int, **metrics: float | int | str | None) -> None:
         """Append a row to ``metrics.jsonl``; a number that is not finite is written as null."""
         self._check_open()
-        row = {"step": int(step), **{name: run_record.to_json_value(value) for name, value in metrics.items()}}
+        row = {"step": int(step), **{name: to_json_value(value) for name, value in metrics.items()}}
         atomic.append_line(self.folder / "metrics.jsonl", json.dumps(row, allow_nan=False), durable=False)
         self._step = int(step)
         self.write_progress()
@@ -86,7 +88,7 @@ class Run:
     def write_progress(self) -> None:
         """Note what was spent and reached so far: a kill does not make it free, and others can watch."""
         state = {**self._cost(), "step": self._step, "steps": self._steps}
-        atomic.write_json(self.folder / "spent.json", state, durable=False)
+        write_json(self.folder / "spent.json", state, durable=False)
 
     @property
     def cpu_seconds(self) -> float:
@@ -103,8 +105,8 @@ class Run:
     def add_facts(self, **facts: Any) -> None:
         """Add facts (JSON values, tuples, NumPy and torch scalars) for ``run.json``; kept over an interruption."""
         self._check_open()
-        self.facts.update({name: run_record.to_json_value(value) for name, value in facts.items()})
-        atomic.write_json(self.folder / "facts.json", self.facts, durable=False)
+        self.facts.update({name: to_json_value(value) for name, value in facts.items()})
+        write_json(self.folder / "facts.json", self.facts, durable=False)
 
     def finish(self, *, flops: float = 0, tokens: int = 0) -> None:
         """Digest the artefact, write ``run.json``, tell the ledger, and remove the checkpoints.
@@ -138,7 +140,7 @@ class Run:
             "started": spent["started"],
             "finished": utc_now(),
         }
-        atomic.write_json(self.folder / "run.json", self.record)
+        write_json(self.folder / "run.json", self.record)
         self._finalize()
 
     def _finalize(self) -> None:
@@ -167,17 +169,17 @@ class Run:
         if _finished_entry(self.ledger, name) is not None:  # its folder was deleted by hand
             self.ledger.append(KIND_SET_ASIDE, {"run": name, "to": None, "digest": None})
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(self.folder / "open.json", self.identity)
+        write_json(self.folder / "open.json", self.identity)
         atomic.write_text(self.folder / "recipe.toml", self.recipe.to_toml())
         # What an interrupted stage had begun to write is not trusted; its checkpoints are (they are atomic).
         shutil.rmtree(self.artifact, ignore_errors=True)
         self.artifact.mkdir()
         self.checkpoints.mkdir(exist_ok=True)
-        spent = run_record.read_json(self.folder / "spent.json") or {}
+        spent = read_json(self.folder / "spent.json") or {}
         self._started = str(spent.get("started") or self._started)
         self._spent = {name: float(spent.get(name, 0.0)) for name in self._spent}
         if any(self.checkpoints.iterdir()):
-            self.facts = run_record.read_json(self.folder / "facts.json") or {}
+            self.facts = read_json(self.folder / "facts.json") or {}
             self.truncate_metrics(sys.maxsize)
         else:
             self.truncate_metrics(-1)
@@ -233,15 +235,13 @@ def open_run(
     is_other_run = False
     if folder.exists():
         _check_folder(folder)
-        record = run_record.read_json(folder / "run.json")
+        record = read_json(folder / "run.json")
         if record is not None and _same_identity(record, identity) and _is_intact(folder, record, run_ledger):
             run.record, run.facts = record, record["facts"]
             run._finalize()
             return run
         is_other_run = (folder / "run.json").exists()
-        is_other_run = is_other_run or not _same_identity(
-            run_record.read_json(folder / "open.json") or identity, identity
-        )
+        is_other_run = is_other_run or not _same_identity(read_json(folder / "open.json") or identity, identity)
     if prepare is not None:
         prepare(not is_other_run and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
     if is_other_run:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sprat.config import Config, MoneyConfig
 from sprat.errors import TrustError
-from sprat.trust import digest
+from sprat.files import digest
+from sprat.files.json import read_json
+from sprat.files.regular_file import read_bytes
 
 RECORD_FILES = ("recipe.toml", "metrics.jsonl")
 Input = Path | str | Config  # a run folder, another folder, a file; a bare SHA-256 in hex; settings
@@ -96,12 +96,7 @@ def find_runs(pipeline_folder: str | Path) -> list[Path]:
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``; a torn last line is left out."""
-    try:
-        with digest.open_regular_file(Path(folder) / "metrics.jsonl") as stream:
-            content = stream.read()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in content.split(b"\n")[:-1]]
+    return [json.loads(line) for line in read_bytes(Path(folder) / "metrics.jsonl").split(b"\n")[:-1]]
 
 
 def energy_joules(device_seconds: float, money: MoneyConfig) -> float:
@@ -129,36 +124,3 @@ def versions() -> dict[str, str]:
     if "torch" in sys.modules:
         result["threads"] = str(sys.modules["torch"].get_num_threads())
     return result
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object at ``path``; None where there is none or it cannot be read, or says a key twice."""
-    try:
-        with digest.open_regular_file(path) as stream:
-            content = json.loads(stream.read(), object_pairs_hook=_reject_duplicate_keys)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, TrustError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different: of two alike, readers would choose differently."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def to_json_value(value: Any) -> Any:
-    """``value`` as JSON has it: keys as text, tuples as lists, array scalars as numbers, no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): to_json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json_value(item) for item in value]
-    if hasattr(value, "tolist"):
-        return to_json_value(value.tolist())
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

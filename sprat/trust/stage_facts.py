@@ -71,39 +71,3 @@ class TextSource:
         )
         documents, size = (int(row.get(key) or 0) for key in ("documents", "bytes"))
         return cls(str(row["name"]), licence, documents, size, digest, fault, file, pinned, left_out)
-
-
-@dataclass(frozen=True)
-class HeldOutScores:
-    """How well one held-out text is predicted, in bits per byte.
-
-    Attributes:
-        bytes: UTF-8 bytes of the text.
-        baselines: by name, as ``sprat.data.baselines`` measures them; runs made before hold "trigram" and "gzip".
-        model: of a trained model; None where there is none yet.
-    """
-
-    bytes: int
-    baselines: Mapping[str, float]
-    model: float | None = None
-
-    @property
-    def best_baseline(self) -> str:
-        """The name of the baseline that predicts best; empty where there is none."""
-        return min(self.baselines, key=self.baselines.__getitem__, default="")
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain JSON values."""
-        model = {} if self.model is None else {"model": self.model}
-        return {**self.baselines, "bytes": self.bytes, **model}
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> HeldOutScores:
-        """Read ``to_dict``, also from before all of its baselines were measured.
-
-        Raises:
-            TypeError, ValueError: it is not what ``to_dict`` writes.
-        """
-        baselines = {str(name): float(value) for name, value in row.items() if name not in ("bytes", "model")}
-        model = row.get("model")
-        return cls(int(row.get("bytes") or 0), baselines, None if model is None else float(model))

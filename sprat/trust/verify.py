@@ -19,8 +19,11 @@ from typing import Any
 
 from sprat.config import MoneyConfig
 from sprat.errors import TrustError
-from sprat.trust import digest, run_record
-from sprat.trust.folder_contents import FolderContents, is_temporary, scan_folder
+from sprat.files import digest
+from sprat.files.atomic import is_temporary
+from sprat.files.json import read_json
+from sprat.trust import run_record
+from sprat.trust.folder_contents import FolderContents, scan_folder
 from sprat.trust.ledger import LEDGER_NAME, Ledger, find_ledger_above
 from sprat.trust.ledger_state import LedgerState, check_relative_path
 
@@ -115,7 +118,7 @@ def _head_errors(entries: list[dict[str, Any]], head: str) -> list[str]:
 def _verify_run(folder: Path, pipeline_folder: Path, state: LedgerState) -> list[Finding]:
     """All findings of one run."""
     subject = run_record.run_name(folder, pipeline_folder)
-    record = run_record.read_json(folder / "run.json")
+    record = read_json(folder / "run.json")
     if record is None:
         return [Finding(False, subject, "run.json cannot be read")]
     try:

@@ -20,9 +20,10 @@ from sprat.config import OptimConfig, TrainConfig
 from sprat.config.sizes import size
 from sprat.data.loader import MixedBatchSource
 from sprat.data.pack import pack
+from sprat.files import digest
 from sprat.model import Transformer
 from sprat.train import train
-from sprat.trust import digest, open_run
+from sprat.trust import open_run
 
 torch.set_num_threads(1)
 base = Path(sys.argv[1])

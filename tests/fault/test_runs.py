@@ -21,7 +21,8 @@ STAGE = textwrap.dedent("""
     import json, os, signal, sys
     from pathlib import Path
     from sprat.config import TrainConfig
-    from sprat.trust import atomic, open_run, run_record
+    from sprat.files.json import write_json
+    from sprat.trust import open_run, run_record
     import sprat.trust.ledger as ledger
 
     road, when = Path(sys.argv[1]), sys.argv[2]
@@ -47,7 +48,7 @@ STAGE = textwrap.dedent("""
         sum(range(300000))  # some CPU time
         run.log(step, state=state % 1000)
         if step % 5 == 0:
-            atomic.write_json(saved, [state, step])
+            write_json(saved, [state, step])
         die(f"step {step}")
     (run.artifact / "half.bin").write_bytes(b"x" * step)
     die("artefact")

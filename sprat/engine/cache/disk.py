@@ -20,7 +20,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from sprat.errors import SpratError
-from sprat.trust import atomic
+from sprat.files import atomic
 
 MAGIC = b"sprat-kv"
 HEADER = len(MAGIC) + hashlib.sha256().digest_size

@@ -13,10 +13,10 @@ import pytest
 
 from sprat.data import ingest
 from sprat.data.document import Document, safe_name
+from sprat.files import atomic
 from sprat.pipeline.data import _pack_held_out
 from sprat.pipeline.pipeline import DataArtifact
 from sprat.tokens import Tokenizer
-from sprat.trust import atomic
 
 COUNT = int(os.environ.get("SPRAT_FUZZ_DOMAINS", "400"))  # 5,000 and more: set it
 HOSTILE = [

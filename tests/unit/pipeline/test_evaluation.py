@@ -11,13 +11,13 @@ import pytest
 
 from sprat.data.document import Document
 from sprat.errors import TrainingError
+from sprat.eval.score import StageScore
+from sprat.eval.tasks import evaluate_many, pass_at_k
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline
 from sprat.pipeline.quantize import calibration_rows, relative_loss
 from sprat.pipeline.recipe import load_recipe
 from sprat.post.distill import sample_traces
-from sprat.post.evaluate import evaluate_many, pass_at_k
-from sprat.report.runs import _read_score
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 
@@ -54,7 +54,7 @@ def test_right_has_one_meaning_from_the_judge_to_the_report(said: str, mean: flo
     (score,) = evaluate_many(engine, [Almost("sums")], count=6, thinking=None, max_tokens=4)
     assert (score.correct, score.accuracy) == (6 * right, right) and score.mean == pytest.approx(mean)
     assert pass_at_k(engine, Almost("sums"), 2, 4) == right
-    row = {**evaluation._score_row(score), "label": "greedy", "trained": True}
+    row = evaluation._score_row(score, "greedy", True)
     assert row["mean"] == pytest.approx(mean) and row["accuracy"] == right
     assert [sample["correct"] for sample in row["samples"]] == [bool(right)] * 6
     assert (
@@ -63,7 +63,7 @@ def test_right_has_one_meaning_from_the_judge_to_the_report(said: str, mean: flo
         == right
     )
     assert relative_loss([{**row, "accuracy": 0.5}], [row]) == {"sums": pytest.approx(1 - 2 * right)}
-    assert _read_score(row).accuracy == right
+    assert StageScore.from_dict(row).accuracy == right
     if not right:
         with pytest.raises(TrainingError, match="answered none"):
             sample_traces(engine, [Almost("sums")], [1.0], count=3, max_tokens=4)

@@ -12,6 +12,7 @@ import pytest
 from sprat.config import MoneyConfig, OptimConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError, DataError, SpratError
+from sprat.files import digest
 from sprat.model import Transformer
 from sprat.pipeline import controls, data, quantize, training
 from sprat.pipeline.pipeline import Pipeline
@@ -19,7 +20,7 @@ from sprat.pipeline.quickstart import quickstart
 from sprat.pipeline.recipe import load_recipe
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, optim
-from sprat.trust import Run, digest, open_run
+from sprat.trust import Run, open_run
 from sprat.trust.verify import verify
 
 NAMES = ("data", "pretrain", "sft", "rl-seed0", "distill")

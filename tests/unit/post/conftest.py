@@ -11,32 +11,13 @@ import torch
 
 from sprat.config import Config, OptimConfig, SFTConfig
 from sprat.config.model import ModelConfig
-from sprat.config.sizes import size
 from sprat.model import Transformer
 from sprat.post.sft import sft
-from sprat.tasks import Problem, Split
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run, open_run
+from tests.lucky import Lucky, lucky_shape, lucky_tokenizer
 
 FAST = OptimConfig(muon_lr=0.02, adam_lr=0.01, warmup_steps=5)
-
-
-class Lucky:
-    """Whatever the question, the answer is 7: the smallest thing that a policy can learn from rewards."""
-
-    name = "lucky"
-
-    def problem(self, split: Split, index: int) -> Problem:
-        """Question ``index``; the number of terms is 1 or 2."""
-        return Problem(self.name, index, f"{index % 100} {split}", "7", {"num_terms": 1 + index % 2})
-
-    def score(self, problem: Problem, answer: str | None) -> float:
-        """1.0 for 7."""
-        return float(answer is not None and answer.strip() == problem.answer)
-
-    def chain_of_thought(self, problem: Problem) -> str:
-        """The chain of thought."""
-        return f"{problem.question} 7"
 
 
 @pytest.fixture(autouse=True)
@@ -54,25 +35,13 @@ def task() -> Lucky:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """Bytes, digits and the special tokens, and next to no merges."""
-    return Tokenizer.train(["7 train test 1 2 3\n"] * 4, 300, numbers=10)
+    return lucky_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def shape(tokenizer: Tokenizer) -> ModelConfig:
     """A mixture of experts of some 40,000 parameters."""
-    return size(
-        "pico",
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=1,
-        first_k_dense_replace=0,
-        num_attention_heads=2,
-        n_routed_experts=4,
-        moe_intermediate_size=32,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        num_nextn_predict_layers=0,
-    )
+    return lucky_shape(tokenizer)
 
 
 @pytest.fixture

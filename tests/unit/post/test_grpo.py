@@ -12,10 +12,11 @@ import torch
 from sprat.config import Config, RLConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
+from sprat.eval.score import two_proportion_p_value
+from sprat.eval.tasks import evaluate
 from sprat.model import Transformer
 from sprat.post import grpo as rl
 from sprat.post.batch import micro_batches
-from sprat.post.evaluate import evaluate, two_proportion_p_value
 from sprat.post.grpo import ClippedSurrogate, advantages, grpo
 from sprat.post.logprob import policy_loss, token_logprob
 from sprat.post.rewards import Response

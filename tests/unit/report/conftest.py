@@ -11,8 +11,8 @@ import pytest
 
 from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
 from sprat.data import corpus
+from sprat.eval.score import Score, wilson_interval
 from sprat.pipeline import evaluation
-from sprat.post.evaluate import Score, wilson_interval
 from sprat.post.rewards import Response
 from sprat.post.rollout import Rollout, rollout_metrics
 from sprat.trust import Ledger, open_run
@@ -59,7 +59,7 @@ def score(task: str, level: float, label: str, rng: random.Random) -> dict[str, 
         by_length=by_length,
         samples=[sample],
     )
-    return {**evaluation._score_row(found), "label": label, "trained": task != TASKS[1]}
+    return evaluation._score_row(found, label, task != TASKS[1])
 
 
 def rollouts(step: int, rng: random.Random) -> dict[str, float]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sprat.config import TrainConfig
+from sprat.eval.score import HeldOutScores
 from sprat.report import held_out_text, write_report
 from sprat.report.runs import PipelineRuns, read_runs
 from sprat.trust import open_run
 from sprat.trust.run_record import Input
-from sprat.trust.stage_facts import HeldOutScores
 
 
 def pretrained(folder: Path, bits: dict[str, Any], data: dict[str, Any] | None = None) -> PipelineRuns:

@@ -13,8 +13,9 @@ import pytest
 
 from sprat.config import TrainConfig
 from sprat.errors import CheckpointError
+from sprat.eval.score import two_proportion_p_value
 from sprat.report import write_report
-from sprat.report.runs import p_value, read_runs
+from sprat.report.runs import read_runs
 from sprat.report.tables import cost, gains, table
 from sprat.report.tables import escape as text_of
 from sprat.trust import open_run
@@ -163,8 +164,8 @@ def test_gains_losses_and_their_significance_are_those_of_the_pooled_z_test(tmp_
     pipeline = read_runs(small(tmp_path))
     before, after = (stage.by_task() for stage in pipeline.scored)
     # by hand: z = 0.2 / sqrt(0.6 * 0.4 * 2/100) = 2.8868 and 0.02 / sqrt(0.11 * 0.89 * 2/100) = 0.4520
-    assert p_value([before["up"]], [after["up"]]) == pytest.approx(0.003892, abs=1e-6)
-    assert p_value([before["never"]], [after["never"]]) == pytest.approx(0.65128, abs=1e-5)
+    assert two_proportion_p_value(before["up"], after["up"]) == pytest.approx(0.003892, abs=1e-6)
+    assert two_proportion_p_value(before["never"], after["never"]) == pytest.approx(0.65128, abs=1e-5)
     words = {
         row.split("<td>")[2][:-5]: re.findall(r"significant \w+|not significant", row)[-1]
         for row in gains(pipeline).split("<tr>")[2:]

@@ -46,9 +46,3 @@ def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_are_set_and_told() -> None:
     assert machine.tune_allocator(1) == 1 == torch.get_num_threads()
-
-
-def test_cpus_compute_in_float32() -> None:
-    a = torch.ones(2, 2)
-    with machine.precision("cpu"):
-        assert (a @ a).dtype == torch.float32

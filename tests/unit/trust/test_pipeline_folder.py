@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sprat.config import MoneyConfig
+from sprat.files.lock import lock_folder
 from sprat.trust import open_run
 from sprat.trust.ledger import Ledger
-from sprat.trust.lock import lock_folder
 from sprat.trust.verify import verify
 
 

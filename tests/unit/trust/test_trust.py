@@ -1,70 +1,21 @@
-"""What the trust package promises: digests, atomic writes, the ledger, the lock and the verdict."""
+"""What the trust package promises: runs, the ledger and the verdict."""
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sprat.config import MoneyConfig, QuantConfig, TrainConfig
-from sprat.errors import MachineError, TrustError
-from sprat.trust import Ledger, atomic, digest, lock, open_run, run_record
+from sprat.errors import TrustError
+from sprat.files import digest
+from sprat.files.json import read_json
+from sprat.trust import Ledger, open_run, run_record
 from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
 from .runs import faults, finished
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: the kernel refuses as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_copied_folder_has_the_same_digest_and_a_renamed_file_another(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "x.txt").write_text("one")
-    shutil.copytree(tmp_path / "a", tmp_path / "c")
-    assert digest.of_folder(tmp_path / "a") == digest.of_folder(tmp_path / "c")
-    (tmp_path / "c" / "b" / "x.txt").rename(tmp_path / "c" / "b" / "y.txt")
-    assert digest.of_folder(tmp_path / "a") != digest.of_folder(tmp_path / "c")
-
-
-def test_a_digest_is_plain_sha256_so_that_sha256sum_agrees(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert digest.of_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    with pytest.raises(TrustError, match="not there"):
-        digest.of_file(tmp_path / "y")
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    target = tmp_path / "state.json"
-    atomic.write_text(target, "old")
-    with small_disk(1000), pytest.raises(MachineError, match="the disk is full"):
-        atomic.write_bytes(target, b"x" * 5000)
-    assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
-
-
-def test_a_line_that_does_not_fit_on_the_disk_is_not_half_written(tmp_path: Path) -> None:
-    target = tmp_path / "metrics.jsonl"
-    atomic.append_line(target, "a" * 900)
-    with small_disk(1000), pytest.raises(MachineError, match="the disk is full"):
-        atomic.append_line(target, "b" * 900)
-    assert target.read_text() == "a" * 900 + "\n"
 
 
 def test_the_ledger_goes_on_after_a_torn_last_line(tmp_path: Path) -> None:
@@ -94,29 +45,8 @@ def test_no_line_of_the_ledger_can_be_altered_dropped_or_moved_unseen(tmp_path: 
         assert ledger.find_errors()
 
 
-def test_a_second_process_in_the_folder_is_told_who_is_at_work(tmp_path: Path) -> None:
-    code = textwrap.dedent("""
-        import sys
-        from sprat.errors import MachineError
-        from sprat.trust import lock
-        try:
-            with lock.lock_folder(sys.argv[1]):
-                print("free")
-        except MachineError as error:
-            print(error)
-    """)
-
-    def other() -> str:
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    with lock.lock_folder(tmp_path):
-        assert f"another sprat is at work in this folder (pid {os.getpid()})" in other()
-    assert other() == "free\n"
-
-
 def test_a_run_says_what_it_read_made_and_cost(pipeline: Path) -> None:
-    written = run_record.read_json(pipeline / "sft" / "run.json")
+    written = read_json(pipeline / "sft" / "run.json")
     assert written is not None
     assert written["inputs"]["model"]["path"] == "pretrain"
     assert written["inputs"]["model"]["digest"] == digest.of_folder(pipeline / "pretrain" / "artefact")

@@ -15,9 +15,9 @@ from sprat.engine.cache.disk import DiskCache
 from sprat.engine.cache.prefix import BlockKeys
 from sprat.engine.sequence import Sequence
 from sprat.errors import EngineError
+from sprat.files import atomic
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
-from sprat.trust import atomic
 from tests.unit.engine.fake import Fake, oracle
 
 HOW = Sampling(temperature=0, max_tokens=5)

@@ -1,10 +1,4 @@
-"""How good is it, and how sure are we? Accuracy with its interval, pass@k, and a test of two scores.
-
-An accuracy from n problems is an estimate; here it never travels without its Wilson interval (Wilson
-1927; good also near 0 and 1, where the textbook interval fails). pass@k is the unbiased estimator of
-Chen et al. 2021 (arXiv 2107.03374, section 2.1): from n ≥ k samples with c right ones,
-``1 - C(n-c, k) / C(n, k)``. ``two_proportion_p_value`` is the pooled two-proportion z-test. Both treat the problems as
-independent draws; for two models on the same problems the test is on the careful side.
+"""Problems asked of an engine and its answers scored: accuracy and pass@k on the tasks.
 
 All problems of all tasks go to the engine in one call: a batch of 1,000 costs a small model little more
 than a batch of 10.
@@ -12,73 +6,14 @@ than a batch of 10.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
+from sprat.eval.score import Score, estimate_pass_at_k, wilson_interval
 from sprat.tasks import Problem, Split, Task, held_out_problems, is_correct
 from sprat.tokens import Message
-
-_Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy on one task: ``correct`` of ``count`` problems fully right, with its 95 % interval.
-
-    ``mean`` is the mean of the judge's scores (which may be partial); ``low`` and ``high`` bound ``accuracy``;
-    ``mean_tokens`` counts what the model wrote, thinking included; ``by_length`` maps the number of terms
-    (where the task states one) to (correct, count); ``thought`` is the share of answers with a non-empty think.
-    """
-
-    task: str
-    count: int
-    correct: int
-    mean: float
-    low: float
-    high: float
-    mean_tokens: float
-    thought: float = 0.0
-    by_length: dict[int, tuple[int, int]] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def accuracy(self) -> float:
-        """``correct / count``."""
-        return self.correct / self.count
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (keys of ``by_length`` become strings)."""
-        by_length = {str(length): list(pair) for length, pair in self.by_length.items()}
-        return {**asdict(self), "by_length": by_length, "accuracy": self.accuracy}
-
-
-def wilson_interval(correct: int, count: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson score interval of a proportion.
-
-    >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
-    [0.4902, 0.9433]
-    """
-    if not 0 <= correct <= count or count == 0:
-        raise DataError(f"cannot score {correct} of {count}", where="wilson", todo="evaluate at least one problem")
-    proportion = correct / count
-    center = (proportion + z * z / (2 * count)) / (1 + z * z / count)
-    half_width = (
-        z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
-    )
-    return max(0.0, center - half_width), min(1.0, center + half_width)
-
-
-def two_proportion_p_value(a: Score, b: Score) -> float:
-    """Two-sided p-value that both scores have the same underlying accuracy (pooled z-test); 1.0 when equal."""
-    pooled = (a.correct + b.correct) / (a.count + b.count)
-    std_error = math.sqrt(pooled * (1 - pooled) * (1 / a.count + 1 / b.count))
-    return 1.0 if std_error == 0 else math.erfc(abs(a.accuracy - b.accuracy) / std_error / math.sqrt(2))
-
 
 Scorer = Callable[[Task, Problem, Output], float]  # from 0 to 1
 
@@ -149,17 +84,6 @@ def evaluate_many(
     outputs = iter(engine.generate([problem_messages(problem) for row in problems for problem in row], sampling))
     task_outputs = [(task, row, [next(outputs) for _ in row]) for task, row in zip(tasks, problems, strict=True)]
     return [_score_task(task, row, row_outputs, samples, scorer) for task, row, row_outputs in task_outputs]
-
-
-def estimate_pass_at_k(total: int, correct: int, k: int) -> float:
-    """Unbiased pass@k from ``total`` samples of one problem.
-
-    >>> estimate_pass_at_k(4, 1, 2)
-    0.5
-    """
-    if not 1 <= k <= total:
-        raise DataError(f"pass@{k} needs at least {k} samples, got {total}", where="pass_at_k", todo="sample more")
-    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)
 
 
 def pass_at_k(

@@ -9,14 +9,13 @@ to read a pipe or a device may never end, and proves nothing.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from sprat.errors import TrustError
+from sprat.files.json import canonical_json
+from sprat.files.regular_file import open_regular_file
 
 
 def of_bytes(content: bytes) -> str:
@@ -24,38 +23,9 @@ def of_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def canonical_json(value: Any) -> str:
-    """The one JSON text of ``value``: sorted keys, no spaces.
-
-    >>> canonical_json({"b": 1, "a": [True, None]})
-    '{"a":[true,null],"b":1}'
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def of_json(value: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of ``value``."""
     return of_bytes(canonical_json(value).encode())
-
-
-def open_regular_file(path: str | Path) -> io.BufferedReader:
-    """The file at ``path``, opened for reading.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file.
-        TrustError: it is a pipe, a device or a socket.
-    """
-    if stat.S_ISDIR(os.stat(path).st_mode):
-        raise IsADirectoryError(str(path))
-    if stat.S_ISREG(os.stat(path).st_mode):
-        # Should a pipe take its place just now, O_NONBLOCK keeps us from waiting for its writer.
-        stream: io.BufferedReader = io.BufferedReader(
-            io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        )
-        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            return stream
-        stream.close()
-    raise TrustError("not a plain file but a pipe or a device", where=str(path), todo="put a file in its place")
 
 
 def of_file(path: str | Path) -> str:

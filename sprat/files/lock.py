@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sprat.errors import MachineError
-from sprat.trust import atomic
+from sprat.files import atomic
 
 LOCK_NAME = ".lock"
 _MAX_BYTES = 32  # bytes

@@ -7,19 +7,18 @@ one sentence, and the temporary file is removed.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sprat.errors import MachineError
 
 # How libraries say it that give no number: safetensors, tokenizers and shutil; a limit on sizes; NumPy.
 _DISK_FULL_MESSAGE = re.compile(r"No space left on device|File too large|\d+ requested and \d+ written")
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+")
 
 
 def as_machine_error(error: BaseException, path: str | Path) -> MachineError | None:
@@ -62,6 +61,11 @@ def replace_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         raise
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is a write that was cut off (see ``replace_file``)."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
 def fsync(path: Path) -> None:
     """fsync the file or folder at ``path``."""
     handle = os.open(path, os.O_RDONLY)
@@ -84,13 +88,6 @@ def write_bytes(path: str | Path, content: bytes, *, durable: bool = True) -> No
 def write_text(path: str | Path, content: str, *, durable: bool = True) -> None:
     """Write ``content`` as UTF-8, newlines kept; see ``write_bytes``."""
     write_bytes(path, content.encode("utf-8"), durable=durable)
-
-
-def write_json(path: str | Path, content: Any, *, durable: bool = True) -> None:
-    """Write ``content`` as indented JSON with sorted keys; see ``write_bytes``."""
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    # Half a surrogate pair (a file name that is no UTF-8) has no bytes, but JSON has an escape for it.
-    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def append_line(path: str | Path, line: str, *, durable: bool = True) -> None:

@@ -14,7 +14,7 @@ from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
 from sprat.kernels.ops import linear_cross_entropy
 from sprat.model import Transformer
-from sprat.train.machine import precision
+from sprat.model.forward_context import precision
 
 
 @torch.no_grad()
