@@ -138,7 +138,7 @@ def evaluate(
 ) -> Result:
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
-    from sprat.engine.load import load
+    from sprat.formats.load import load
     from sprat.pipeline.pipeline import load_task
     from sprat.pipeline.recipe import load_recipe, task_title
     from sprat.post.evaluate import evaluate_many

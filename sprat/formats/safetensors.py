@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sprat.errors import CheckpointError
-from sprat.model.memory import explain_out_of_memory
+from sprat.formats.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
 _RANK, _DIMENSION = 8, 1 << 40
