@@ -90,7 +90,7 @@ def seeds() -> list[Sound]:
     import torch
     from safetensors.torch import save
 
-    from sprat.gguf.names import file_name
+    from sprat.formats.gguf.names import file_name
     from sprat.model import Transformer
 
     letters = [chr(97 + n) for n in range(20)]
@@ -203,11 +203,11 @@ def read(kind: str, path: Path) -> None:
     """Read ``path`` as ``sprat.load`` does, up to the tensors."""
     import torch
 
-    from sprat.gguf import weights
-    from sprat.gguf.config import read_config
-    from sprat.gguf.header import read_header
-    from sprat.gguf.tokenizer import read_tokenizer
-    from sprat.model.shards import Shards
+    from sprat.formats.gguf import weights
+    from sprat.formats.gguf.config import read_config
+    from sprat.formats.gguf.header import read_header
+    from sprat.formats.gguf.tokenizer import read_tokenizer
+    from sprat.formats.safetensors import Shards
 
     if kind == "safetensors":
         shards = Shards([path])

@@ -32,11 +32,11 @@ from sprat.config import QuantConfig
 from sprat.config.model import HF_CLASS, ModelConfig
 from sprat.engine.backend import BLOCK_SIZE, Batch
 from sprat.engine.backends.native import NativeBackend
+from sprat.formats import quantized
+from sprat.formats.hf import load_folder, save_folder
 from sprat.kernels import native
-from sprat.model import Transformer, load_folder, save_folder
-from sprat.quant import load as load_quantised
+from sprat.model import Transformer
 from sprat.quant import quantize_model
-from sprat.quant import save as save_quantised
 
 BAR = 1e-4  # largest difference of logits
 INT_BAR = 0.25  # of a native step whose inputs are rounded to eight bits: a step that is wrong is far beyond
@@ -195,8 +195,8 @@ def try_engine(model: Transformer, tokens: torch.Tensor, seed: int) -> None:
         near("the native engine", native_logits(model, tokens), model(tokens))
     small = quantize_model(model, QuantConfig(bits=4 if seed % 2 else 8))
     with tempfile.TemporaryDirectory() as folder:
-        save_quantised(small, folder)
-        again = load_quantised(folder)
+        quantized.save(small, folder)
+        again = quantized.load(folder)
     if not torch.equal(small(tokens), again(tokens)):
         raise Disagreement("a quantised folder does not come back to the bit")
     if native() is not None and not model.moe_layers():  # rounded inputs may choose another expert

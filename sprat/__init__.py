@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sprat.engine import Engine, Sampling
-    from sprat.engine.load import load, save
+    from sprat.formats.load import load, save
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Sampling", "__version__", "load", "save"]
@@ -24,8 +24,8 @@ __all__ = ["Engine", "Sampling", "__version__", "load", "save"]
 _HOME = {
     "Engine": "sprat.engine",
     "Sampling": "sprat.engine",
-    "load": "sprat.engine.load",
-    "save": "sprat.engine.load",
+    "load": "sprat.formats.load",
+    "save": "sprat.formats.load",
 }
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sprat.formats.hf import disk_names
 from sprat.model import Transformer
-from sprat.model.hf import disk_names
 
 gguf: Any = pytest.importorskip("gguf")
 Kind = Callable[[str], str]

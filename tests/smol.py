@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sprat.data.download import download_model
 from sprat.errors import SpratError
+from sprat.formats.fetch import download_model
 
 
 def smol() -> Path:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bench.inference import gguf_out
 from bench.inference.text import texts
 from bench.oracles import ROOT, make_llama
-from sprat.data.download import download_model
+from sprat.formats.fetch import download_model
 
 WHERE = ROOT / "runs" / "bench" / "inference"
 CLASSES = {"dense": ("Q4_0", "Q4_1", "Q4_K_M"), "moe": ("Q4_0",)}
@@ -59,10 +59,10 @@ def bytes_per_token(folder: Path, context: int) -> int:
     """
     import math
 
-    from sprat import quant
+    from sprat.formats import quantized
     from sprat.model.kv_cache import KVCache
 
-    model = quant.load(folder / "sprat", materialize=False)
+    model = quantized.load(folder / "sprat", materialize=False)
     config, total = model.config, 0.0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith("head.") and config.tie_word_embeddings:
@@ -120,14 +120,14 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
     """Every form of ``model``, and the text in its ids."""
     from sprat import quant
     from sprat.config.recipe import QuantConfig
-    from sprat.model import hf
+    from sprat.formats import hf, quantized
 
     end = vocabulary["eos"]
     model.config = model.config.replace(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     tokenizer = _tokenizer(vocabulary)
     hf.save_folder(model, folder / "hf")
     tokenizer.save(folder / "hf")
-    quant.save(quant.quantize_model(model, materialize=False), folder / "sprat")
+    quantized.save(quant.quantize_model(model, materialize=False), folder / "sprat")
     tokenizer.save(folder / "sprat")
     gguf_out.write(model, vocabulary, folder / "f32.gguf")
     python = make_llama()
@@ -146,7 +146,7 @@ def _write(model: Any, vocabulary: dict[str, Any], folder: Path, classes: tuple[
 
         text_BT = torch.from_numpy(_windows(tokenizer, FITTED_ON, share=1)).long()
         form = QuantConfig(rounding="gptq")
-        quant.save(quant.quantize_model(model, form, calibration_BT=text_BT, materialize=False), folder / "fitted")
+        quantized.save(quant.quantize_model(model, form, calibration_BT=text_BT, materialize=False), folder / "fitted")
         tokenizer.save(folder / "fitted")
 
 

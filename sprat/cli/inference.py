@@ -176,7 +176,7 @@ def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], in
 def _load_engine(folder: Path) -> Engine:
     """The engine around the model in ``folder``."""
     from sprat.engine import Engine
-    from sprat.engine.load import load
+    from sprat.formats.load import load
 
     return Engine(*load(folder), frozen=True, consume=True)
 

@@ -138,8 +138,8 @@ def evaluate(
 ) -> Result:
     """Score a model on held-out problems, greedily, with 95 % intervals."""
     from sprat.engine import Engine
-    from sprat.engine.load import load
     from sprat.eval.tasks import evaluate_many
+    from sprat.formats.load import load
     from sprat.pipeline.pipeline import load_task
     from sprat.pipeline.recipe import load_recipe, task_title
     from sprat.tasks import HeldOutTask, held_out_problems

@@ -2,7 +2,6 @@
 
 from sprat.engine.core import Stats
 from sprat.engine.engine import Engine
-from sprat.engine.load import load, save
 from sprat.engine.request import RequestHandle
 from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import Delta, Output, Tenant, Usage
@@ -17,6 +16,4 @@ __all__ = [
     "Stats",
     "Tenant",
     "Usage",
-    "load",
-    "save",
 ]

@@ -1,7 +1,6 @@
 """What computes: MLA, DeepSeekMoE, MTP and dense decoders, on one device."""
 
 from sprat.model.counts import Counts, count_parameters, flops_per_token
-from sprat.model.hf import load_folder, save_folder
 from sprat.model.kv_cache import KVCache
 from sprat.model.layers import Embedding, Linear, RMSNorm
 from sprat.model.moe import MLP, Experts, Gate, MoE, Routing, balance_loss
@@ -24,6 +23,4 @@ __all__ = [
     "balance_loss",
     "count_parameters",
     "flops_per_token",
-    "load_folder",
-    "save_folder",
 ]

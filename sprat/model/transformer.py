@@ -8,14 +8,16 @@ head. What all layers share in a pass (rotary table, mask, cache position) is bu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
-from sprat.errors import ConfigError
+from sprat.errors import CheckpointError, ConfigError
 from sprat.model.forward_context import ForwardContext, forward_context, mtp_segments
 from sprat.model.gqa import GQA
 from sprat.model.initialize import initialize
@@ -190,3 +192,31 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """All expert layers, MTP's included, in order of depth."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+
+def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
+    """The model of ``config`` on the meta device, which costs nothing, if files with such ``shapes`` can fill it.
+
+    Raises:
+        CheckpointError: the config (a few foreign numbers) announces more layers, experts or channels than there are.
+    """
+    advice = "check that config.json and the weights belong together"
+    most = max((size for shape in shapes for size in shape), default=0)
+    claims = {
+        "num_hidden_layers": (config.num_hidden_layers, len(shapes)),
+        "num_nextn_predict_layers": (config.num_nextn_predict_layers, len(shapes)),
+        "n_routed_experts": (config.n_routed_experts, max(most, len(shapes))),
+        "qk_rope_head_dim" if config.is_mla else "head_dim": (
+            config.qk_rope_head_dim if config.is_mla else config.attention_head_dim,
+            most,
+        ),
+    }
+    for key, (claimed, bound) in claims.items():
+        if claimed > bound:
+            raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=advice)
+    try:
+        with torch.device("meta"):
+            return Transformer(config, seed=None)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no computer can count
+        what = f"no model has such sizes: {str(error).splitlines()[0]}"
+        raise CheckpointError(what, where=str(where), todo=advice) from None

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from sprat.config import LoopConfig
 from sprat.data.loader import MixedBatchSource
-from sprat.engine import Engine, load
+from sprat.engine import Engine
+from sprat.formats.load import load
 from sprat.model import Transformer
 from sprat.pipeline import evaluation, training
 from sprat.pipeline.pipeline import Pipeline, model_config

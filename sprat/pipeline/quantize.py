@@ -21,9 +21,10 @@ from sprat.config import QuantConfig
 from sprat.data import corpus, ingest
 from sprat.data.document import Document
 from sprat.data.pack import pack
-from sprat.engine import Engine, Sampling, load, save
+from sprat.engine import Engine, Sampling
 from sprat.errors import CheckpointError, DataError
 from sprat.eval.tasks import problem_messages
+from sprat.formats.load import load, save
 from sprat.model import Transformer
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline

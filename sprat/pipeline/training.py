@@ -16,9 +16,10 @@ import torch
 from sprat.config import LoopConfig, RLConfig
 from sprat.data.loader import MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
-from sprat.engine import Engine, load, save
+from sprat.engine import Engine
 from sprat.eval.bits_per_byte import bits_per_byte
 from sprat.eval.score import HeldOutScores
+from sprat.formats.load import load, save
 from sprat.model import Transformer, count_parameters
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline, load_task, model_config

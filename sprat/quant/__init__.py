@@ -1,6 +1,5 @@
-"""How small? INT4 and INT8 round-to-nearest weights, and their files."""
+"""How small? INT4 and INT8 round-to-nearest weights."""
 
-from sprat.quant.formats import is_quantized, load, save
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
 from sprat.quant.layers import (
     QuantEmbedding,
@@ -21,13 +20,10 @@ __all__ = [
     "QuantLinear",
     "dequantize_tensor",
     "dequantize_model",
-    "is_quantized",
     "quantized_weights",
-    "load",
     "quantize_tensor",
     "quantize_model",
     "quant_config_of",
     "fake_quantize",
-    "save",
     "size_bytes",
 ]

@@ -158,7 +158,7 @@ def run(
     listener = bind_socket(host, port, requires_key=bool(keys))
     try:
         from sprat.engine import Engine
-        from sprat.engine.load import load
+        from sprat.formats.load import load
 
         model, tokenizer = load(model_folder)
         app = create_app(

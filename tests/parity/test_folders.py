@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import EngineError
-from sprat.model import Transformer, load_folder, save_folder
+from sprat.formats.hf import load_folder, save_folder
+from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 from tests.unit.model.conftest import tiny_dense
 

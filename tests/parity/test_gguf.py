@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 import sprat
 from sprat import quant
 from sprat.config.model import HF_CLASS, ModelConfig
-from sprat.gguf import decode, weights
-from sprat.model import Transformer, save_folder
+from sprat.formats.gguf import decode, weights
+from sprat.formats.hf import save_folder
+from sprat.model import Transformer
 from tests.gguf_files import Reader, gguf, torch_of, write
 from tests.parity.test_transformers import FAMILY, LLAMA3, disturb
 
@@ -174,7 +175,7 @@ def put_back(model: Transformer, path: Path) -> None:
         tensor.name: torch_of(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         for tensor in Reader(path).tensors
     }
-    from sprat.gguf.names import file_name
+    from sprat.formats.gguf.names import file_name
 
     for name, tensor in own.items():
         there = file_name(name, config)
@@ -186,7 +187,7 @@ def put_back(model: Transformer, path: Path) -> None:
 
 
 def test_prediction_modules_come_along(tmp_path: Path) -> None:
-    from sprat.gguf.names import file_name
+    from sprat.formats.gguf.names import file_name
 
     config = ModelConfig(
         vocab_size=40, hidden_size=32, intermediate_size=24, moe_intermediate_size=16, num_hidden_layers=2,

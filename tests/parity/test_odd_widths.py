@@ -11,7 +11,8 @@ import torch
 from sprat import Engine, Sampling, kernels
 from sprat.config.model import ModelConfig
 from sprat.engine.backends.torch import TorchBackend
-from sprat.model import Transformer, save_folder
+from sprat.formats.hf import save_folder
+from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -13,8 +13,9 @@ import sprat
 from sprat.engine.backend import Batch
 from sprat.engine.backends.native import NativeBackend
 from sprat.engine.backends.torch import TorchBackend
+from sprat.formats.hf import save_folder
 from sprat.kernels import native, unavailable_reason
-from sprat.model import Transformer, save_folder
+from sprat.model import Transformer
 from sprat.quant import quantized_weights
 from sprat.tokens import Message, Tokenizer, render
 from tests.gguf_files import Reader, gguf
@@ -45,7 +46,7 @@ def theirs(loaded: Loaded, file: Any, tmp_path_factory: pytest.TempPathFactory) 
     model, _ = loaded
     dense = Transformer(model.config, seed=None)
     held = {tensor.name: tensor for tensor in file.tensors}
-    from sprat.gguf.names import file_name
+    from sprat.formats.gguf.names import file_name
 
     with torch.no_grad():
         for name, weight in dense.named_parameters():

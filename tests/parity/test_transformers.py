@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sprat.config.model import HF_CLASS, ModelConfig
-from sprat.model import Transformer, load_folder, save_folder
+from sprat.formats.hf import load_folder, save_folder
+from sprat.model import Transformer
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -19,6 +19,7 @@ from bench.inference.models import bytes_per_token
 from bench.oracles import ROOT, python_of
 from sprat import quant
 from sprat.config.sizes import size
+from sprat.formats import quantized
 from sprat.model import Transformer
 
 QUIET, BUSY = {"stolen": 0.0, "others": 0.0}, {"stolen": 0.1, "others": 0.2}
@@ -102,7 +103,7 @@ def test_falling_throughput_under_load_is_seen() -> None:
 
 def test_bytes_of_a_token_count_the_experts_at_work_and_one_row_of_the_embedding(tmp_path: Path) -> None:
     model = quant.quantize_model(Transformer.create(size("pico", n_routed_experts=8, num_experts_per_tok=2), 0))
-    quant.save(model, tmp_path / "sprat")
+    quantized.save(model, tmp_path / "sprat")
     tensors = model.state_dict()
     experts = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
     table = sum(t.nbytes for name, t in tensors.items() if name.startswith("embed_tokens."))

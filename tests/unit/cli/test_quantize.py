@@ -12,6 +12,7 @@ import sprat
 from sprat import quant
 from sprat.cli.main import app
 from sprat.config import QuantConfig
+from sprat.formats import quantized
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_model_is_fitted_to_the_users_text_and_loads_again(model_folder: Path,
 def test_without_text_it_rounds_to_the_nearest(model_folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(tmp_path / "small")])
     assert done.exit_code == 0 and "times smaller" in done.stdout, done.stderr
-    assert quant.quant_config_of(quant.load(tmp_path / "small")) == QuantConfig()
+    assert quant.quant_config_of(quantized.load(tmp_path / "small")) == QuantConfig()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_the_rounding_of_a_recipe_file_holds(
     done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(out), "--recipe", str(recipe), *more])
     if made:
         assert done.exit_code == 0, done.stderr
-        assert quant.quant_config_of(quant.load(out)) == QuantConfig(rounding=made, group=128)
+        assert quant.quant_config_of(quantized.load(out)) == QuantConfig(rounding=made, group=128)
     else:
         assert done.exit_code == 2 and not out.exists()
         assert all(word in done.stderr for word in ("gptq needs text", str(recipe), "--calibrate", "nearest"))

@@ -20,7 +20,8 @@ from zlib import crc32
 import pytest
 import torch
 
-from sprat.engine import Engine, load
+from sprat.engine import Engine
+from sprat.formats.load import load
 from sprat.model import Transformer
 from sprat.pipeline import controls, data, evaluation, quantize, training
 from sprat.pipeline.pipeline import Pipeline

@@ -13,6 +13,7 @@ from sprat import quant
 from sprat.config import QuantConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
+from sprat.formats import quantized
 from sprat.model import Transformer
 from sprat.quant.gptq import calibrate, gptq_quantize, hessian
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
@@ -182,12 +183,12 @@ def test_every_matrix_of_the_stack_is_fitted_and_none_runs_with_what_was() -> No
 
 def test_the_folder_says_how_it_was_rounded_and_folders_of_before_still_load(tmp_path: Path) -> None:
     small = quant.quantize_model(model(), GPTQ, calibration_BT=text(64, 1))
-    quant.save(small, tmp_path)
-    assert quant.quant_config_of(quant.load(tmp_path)) == GPTQ
+    quantized.save(small, tmp_path)
+    assert quant.quant_config_of(quantized.load(tmp_path)) == GPTQ
     told = json.loads((tmp_path / "quant.json").read_text())
     assert told.pop("rounding") == "gptq"
     (tmp_path / "quant.json").write_text(json.dumps(told))
-    assert quant.quant_config_of(quant.load(tmp_path)) == QuantConfig()
+    assert quant.quant_config_of(quantized.load(tmp_path)) == QuantConfig()
 
 
 def test_no_text_or_a_sick_model_is_one_sentence() -> None:

@@ -58,7 +58,7 @@ def live(
 def tiny_model(folder: Path) -> None:
     """Save a random model and a tokenizer of a few lines into ``folder``: real in all but what it knows."""
     from sprat.config.sizes import size
-    from sprat.engine.load import save
+    from sprat.formats.load import save
     from sprat.model import Transformer
     from sprat.tokens import Tokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from sprat.engine import Engine, load
+from sprat.engine import Engine
+from sprat.formats.load import load
 from tests.unit.serve.live import live, tiny_model
 from tests.unit.serve.scripted import within
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.fuzz_headers import gguf_bytes
 from sprat.errors import CheckpointError
-from sprat.gguf.header import GGML_TYPES, read_header
+from sprat.formats.gguf.header import GGML_TYPES, read_header
 from tests.gguf_files import gguf
 
 ROWS = {"a.weight": ((2, 64), 2, bytes(72)), "b": ((3,), 0, bytes(12))}

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import sprat
 from sprat.errors import CheckpointError, ConfigError, MachineError
-from sprat.model import Transformer, load_folder, save_folder
-from sprat.model.hf import resolve
+from sprat.formats.hf import load_folder, resolve, save_folder
+from sprat.model import Transformer
 from sprat.quant import quantize_model
 from sprat.tokens import Tokenizer
-
-from .conftest import tiny, tiny_dense
+from tests.unit.model.conftest import tiny, tiny_dense
 
 
 @pytest.fixture

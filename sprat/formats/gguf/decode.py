@@ -1,8 +1,8 @@
 """The process that touches foreign tensors: raw blocks in from one descriptor, plain arrays out to another.
 
-Run as ``python -m sprat.gguf.decode IN OUT MEMORY SECONDS``: two open descriptors, and bounds in bytes of address
-space and CPU seconds that the process puts upon itself before it reads a byte. The jobs come as JSON on stdin, were
-made by the parent from a checked header, and hold nothing but numbers and names of types. The answer is one JSON
+Run as ``python -m sprat.formats.gguf.decode IN OUT MEMORY SECONDS``: two open descriptors, and bounds in bytes of
+address space and CPU seconds that the process puts upon itself before it reads a byte. The jobs come as JSON on stdin,
+were made by the parent from a checked header, and hold nothing but numbers and names of types. The answer is one JSON
 object on stdout: ``{}``, or the tensor and what was wrong with it. Nothing else leaves the process.
 
 Rows are decoded some millions of weights at a time, so memory does not grow with the tensor.
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sprat.gguf import blocks
-from sprat.gguf.blocks import Array
+from sprat.formats.gguf import blocks
+from sprat.formats.gguf.blocks import Array
 
 CHUNK = 4 << 20  # weights that are decoded at a time
 

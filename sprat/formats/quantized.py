@@ -24,10 +24,10 @@ from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
 from sprat.files import atomic
 from sprat.files.json import write_json
+from sprat.formats.memory import check_available_memory
+from sprat.formats.safetensors import Shards
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_available_memory
-from sprat.model.shards import Shards
-from sprat.model.weights import meta_model
+from sprat.model.transformer import meta_model
 from sprat.quant.int4 import QuantizedTensor
 from sprat.quant.layers import QuantizedWeight, bits_and_group, quant_config_of, quantized_weights, replace_linears
 

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
-from sprat.gguf import names
-from sprat.gguf.blocks import GROUP, PACKED, WITH_MINIMUMS
-from sprat.gguf.decode import Job
-from sprat.gguf.header import Header, TensorInfo
-from sprat.gguf.names import Source
+from sprat.formats.gguf import names
+from sprat.formats.gguf.blocks import GROUP, PACKED, WITH_MINIMUMS
+from sprat.formats.gguf.decode import Job
+from sprat.formats.gguf.header import Header, TensorInfo
+from sprat.formats.gguf.names import Source
+from sprat.formats.memory import check_available_memory
 from sprat.model import Embedding, Experts, Linear, Transformer
-from sprat.model.memory import check_available_memory
-from sprat.model.weights import meta_model
+from sprat.model.transformer import meta_model
 from sprat.quant.int4 import QuantizedTensor
 from sprat.quant.layers import replace_linears
 
@@ -247,7 +247,7 @@ def _decode_in_subprocess(plan: LoadPlan) -> mmap.mmap:
         ends = (source.fileno(), target.fileno())
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "sprat.gguf.decode", *map(str, ends), str(MEMORY), str(seconds)],
+                [sys.executable, "-m", "sprat.formats.gguf.decode", *map(str, ends), str(MEMORY), str(seconds)],
                 input=json.dumps([asdict(job) for job in plan.jobs]),
                 capture_output=True, text=True, pass_fds=ends, env=environment, timeout=10 * seconds,
             )  # fmt: skip

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sprat.errors import CheckpointError
-from sprat.gguf.header import Header
-from sprat.gguf.pretokenizers import IGNORE_MERGES, PRETOKENIZERS
-from sprat.gguf.tokenizer import read_tokenizer
+from sprat.formats.gguf.header import Header
+from sprat.formats.gguf.pretokenizers import IGNORE_MERGES, PRETOKENIZERS
+from sprat.formats.gguf.tokenizer import read_tokenizer
 from sprat.tokens import Message, Tokenizer, render
 
 TEXTS = [

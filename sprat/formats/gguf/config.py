@@ -20,8 +20,8 @@ from typing import Any
 from sprat.config.base import parse
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
-from sprat.gguf.header import Header
-from sprat.gguf.keys import Keys, check_keys
+from sprat.formats.gguf.header import Header
+from sprat.formats.gguf.keys import Keys, check_keys
 
 _SOFTMAX, _SIGMOID = 1, 2
 _BIAS = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.bias")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
-from sprat.model.memory import check_available_memory, explain_out_of_memory
+from sprat.formats.memory import check_available_memory, explain_out_of_memory
+from sprat.formats.safetensors import Shards, TensorInfo
 from sprat.model.rope import inverse_frequencies
-from sprat.model.shards import Shards, TensorInfo
-from sprat.model.transformer import Transformer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # on disk
 _COPY = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight")
@@ -23,33 +22,6 @@ SCALE_SUFFIX = "_scale_inv"  # suffix of the factors of an FP8 matrix
 _FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ADVICE = "check that config.json and the weights belong together"
-
-
-def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:
-    """The model of ``config`` on the meta device, which costs nothing, if files with such ``shapes`` can fill it.
-
-    Raises:
-        CheckpointError: the config (a few foreign numbers) announces more layers, experts or channels than there are.
-    """
-    most = max((size for shape in shapes for size in shape), default=0)
-    claims = {
-        "num_hidden_layers": (config.num_hidden_layers, len(shapes)),
-        "num_nextn_predict_layers": (config.num_nextn_predict_layers, len(shapes)),
-        "n_routed_experts": (config.n_routed_experts, max(most, len(shapes))),
-        "qk_rope_head_dim" if config.is_mla else "head_dim": (
-            config.qk_rope_head_dim if config.is_mla else config.attention_head_dim,
-            most,
-        ),
-    }
-    for key, (claimed, bound) in claims.items():
-        if claimed > bound:
-            raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=_ADVICE)
-    try:
-        with torch.device("meta"):
-            return Transformer(config, seed=None)
-    except (RuntimeError, OverflowError) as error:  # sizes whose product no computer can count
-        what = f"no model has such sizes: {str(error).splitlines()[0]}"
-        raise CheckpointError(what, where=str(where), todo=_ADVICE) from None
 
 
 def redundant_tensors(config: ModelConfig, shards: Shards) -> dict[str, Callable[[], bool]]:

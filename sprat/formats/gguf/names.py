@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 from sprat.config.model import ModelConfig
-from sprat.gguf.header import Header
+from sprat.formats.gguf.header import Header
 
 _TOP = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
 # fmt: off

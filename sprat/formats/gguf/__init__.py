@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_gguf(path: str | Path) -> bool:
     """Whether ``path`` is a file that begins as GGUF files do."""
-    from sprat.gguf.header import MAGIC
+    from sprat.formats.gguf.header import MAGIC
 
     try:
         with open(path, "rb") as stream:
@@ -42,10 +42,10 @@ def load(
     """
     import torch
 
-    from sprat.gguf import weights
-    from sprat.gguf.config import read_config
-    from sprat.gguf.header import read_header
-    from sprat.gguf.tokenizer import read_tokenizer
+    from sprat.formats.gguf import weights
+    from sprat.formats.gguf.config import read_config
+    from sprat.formats.gguf.header import read_header
+    from sprat.formats.gguf.tokenizer import read_tokenizer
 
     header = read_header(path)
     config = read_config(header)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from sprat import gguf, quant
-from sprat.data import download
 from sprat.errors import CheckpointError
-from sprat.model import Transformer, hf
+from sprat.formats import fetch, gguf, hf, quantized
+from sprat.model import Transformer
+from sprat.quant import dequantize_model, quantized_weights
 from sprat.tokens import Tokenizer
 
 DtypeName = Literal["float32", "bfloat16", "auto"]
@@ -36,16 +36,16 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
-    if str(path) in download.CATALOG and not Path(path).exists():
-        path = download.download_model(str(path))
+    if str(path) in fetch.CATALOG and not Path(path).exists():
+        path = fetch.download_model(str(path))
     path = Path(path)
     if path.suffix == ".gguf" or gguf.is_gguf(path):
         model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])
         folder = path
     else:
         folder = _folder(path)
-        if quant.is_quantized(folder):
-            model = quant.load(folder)
+        if quantized.is_quantized(folder):
+            model = quantized.load(folder)
         else:
             model, _ = hf.load_folder(folder, dtype=_DTYPES[dtype])
             _refuse_nan(model, folder)
@@ -53,7 +53,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     if tokenizer.vocab_size > model.config.vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
-    return quant.dequantize_model(model) if dequantize else model, tokenizer
+    return dequantize_model(model) if dequantize else model, tokenizer
 
 
 def _folder(path: Path) -> Path:
@@ -73,8 +73,8 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     Raises:
         MachineError: the disk is full or closed to us; no file is half-written.
     """
-    if quant.quantized_weights(model):
-        quant.save(model, path)
+    if quantized_weights(model):
+        quantized.save(model, path)
     else:
         hf.save_folder(model, path)
     tokenizer.save(path)

@@ -23,12 +23,12 @@ from sprat.config.model import ModelConfig
 from sprat.engine import Engine, Sampling
 from sprat.engine.request import eos_token_ids
 from sprat.errors import CheckpointError
-from sprat.gguf import weights
-from sprat.gguf.decode import Job
+from sprat.formats.gguf import weights
+from sprat.formats.gguf.decode import Job
 from sprat.model import Transformer
 from tests.gguf_files import vocabulary, write
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SMALL = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -167,7 +167,7 @@ def test_the_reading_process_stops_itself_when_its_seconds_are_used(tmp_path: Pa
         job = Job("x", "Q6_K", 256, 210, 0, rows, width, out={"codes": 0, "scales": 0})
         ends = (source.fileno(), nowhere.fileno())
         done = subprocess.run(
-            [sys.executable, "-m", "sprat.gguf.decode", *map(str, ends), str(1 << 30), "1"],
+            [sys.executable, "-m", "sprat.formats.gguf.decode", *map(str, ends), str(1 << 30), "1"],
             input=json.dumps([asdict(job)]), text=True, pass_fds=ends, timeout=120, cwd=ROOT,
         )  # fmt: skip
     assert -done.returncode in (signal.SIGXCPU, signal.SIGKILL)
@@ -177,12 +177,12 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(model(), tmp_path / "model.gguf")
-    monkeypatch.setattr("sprat.model.memory.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("sprat.formats.memory.available_bytes", lambda: 1 << 20)
     with pytest.raises(CheckpointError, match="GB of memory") as caught:
         sprat.load(path)
     assert caught.value.where == str(path)
     sprat.save(*loaded_elsewhere(monkeypatch, path), tmp_path / "folder")
-    monkeypatch.setattr("sprat.model.memory.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("sprat.formats.memory.available_bytes", lambda: 1 << 20)
     with pytest.raises(CheckpointError, match="GB of memory"):
         sprat.load(tmp_path / "folder")
 

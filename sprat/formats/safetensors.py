@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sprat.errors import CheckpointError
 from sprat.files.json import reject_duplicate_keys
-from sprat.model.memory import explain_out_of_memory
+from sprat.formats.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
 _RANK, _DIMENSION = 8, 1 << 40

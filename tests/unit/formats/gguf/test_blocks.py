@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sprat.gguf import blocks
-from sprat.gguf.header import GGML_TYPES
+from sprat.formats.gguf import blocks
+from sprat.formats.gguf.header import GGML_TYPES
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor
 from tests.gguf_files import gguf, random_blocks
 

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError, MachineError
-from sprat.model.shards import Shards
-from sprat.model.transformer import Transformer
-from sprat.model.weights import EMBEDDING, HEAD, StateDictReader, meta_model, redundant_tensors
+from sprat.formats.safetensors import Shards
+from sprat.formats.state_dict import EMBEDDING, HEAD, StateDictReader, redundant_tensors
+from sprat.model.transformer import Transformer, meta_model
 
 Dtype = torch.dtype | Literal["auto"]
 _FULL = ("No space left on device", "File too large", "Disk quota exceeded")

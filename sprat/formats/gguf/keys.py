@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 from sprat.errors import CheckpointError
-from sprat.gguf.header import Header
+from sprat.formats.gguf.header import Header
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 # fmt: off

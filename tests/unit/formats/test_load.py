@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sprat import quant
-from sprat.engine import Engine, Sampling, load, save
+from sprat.engine import Engine, Sampling
 from sprat.errors import CheckpointError, SpratError
+from sprat.formats.load import load, save
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 

@@ -14,8 +14,8 @@ import json
 from typing import Any
 
 from sprat.errors import CheckpointError, DataError
-from sprat.gguf.header import Header
-from sprat.gguf.pretokenizers import IGNORE_MERGES, NFC_NORMALIZED, PRETOKENIZERS
+from sprat.formats.gguf.header import Header
+from sprat.formats.gguf.pretokenizers import IGNORE_MERGES, NFC_NORMALIZED, PRETOKENIZERS
 from sprat.tokens import Tokenizer
 from sprat.tokens.hf_files import parse_generation_config
 
