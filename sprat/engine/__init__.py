@@ -6,14 +6,4 @@ from sprat.engine.request import RequestHandle
 from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import Delta, Output, Tenant, Usage
 
-__all__ = [
-    "Delta",
-    "Engine",
-    "Output",
-    "RequestHandle",
-    "Response",
-    "Sampling",
-    "Stats",
-    "Tenant",
-    "Usage",
-]
+__all__ = ["Delta", "Engine", "Output", "RequestHandle", "Response", "Sampling", "Stats", "Tenant", "Usage"]

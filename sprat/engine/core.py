@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sprat.engine.backend import Backend
@@ -21,29 +20,10 @@ from sprat.engine.request import RequestHandle
 from sprat.engine.runner import Runner
 from sprat.engine.sampling.sampler import Sampler
 from sprat.engine.scheduling.scheduler import Scheduler
-from sprat.engine.sequence import FinishReason, ScheduledStep, Sequence
+from sprat.engine.sequence import EngineLimits, FinishReason, ScheduledStep, Sequence
 from sprat.engine.speculation import Speculation
 from sprat.errors import EngineError, SpratError
 from sprat.tokens import Tokenizer
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much there is of everything.
-
-    Attributes:
-        max_batch: requests that run together at most.
-        step_tokens: tokens of one step, about.
-        num_blocks: blocks of the KV cache at most.
-        max_blocks_per_sequence: blocks of the longest table.
-        frozen: the weights never change, so blocks are kept while nobody asks.
-    """
-
-    max_batch: int
-    step_tokens: int
-    num_blocks: int
-    max_blocks_per_sequence: int
-    frozen: bool
 
 
 @dataclass(frozen=True)
@@ -135,21 +115,14 @@ class EngineCore:
                     raise reason from error
                 raise
 
-    def add_requests(
-        self, sequences: Iterable[Sequence], step_engine: Callable[[], bool], *, streams: bool
-    ) -> list[RequestHandle]:
+    def add_requests(self, handles: list[RequestHandle]) -> None:
         """Queue requests; no step comes between them, so that siblings find each other."""
-        handles = [
-            RequestHandle(sequence, self._tokenizer, step_engine, self.cancellation, streams=streams)
-            for sequence in sequences
-        ]
         with self._lock:
             for handle in handles:
                 self.handles[handle.id] = handle
                 self.scheduler.add(handle.sequence)
                 if handle.sequence.cancel_event is not None:
                     self._cancel_events[handle.sequence.cancel_event] += 1
-        return handles
 
     def flush(self) -> None:
         """Write what is known of prompts to the disk tier, if there is one."""
@@ -190,12 +163,8 @@ class EngineCore:
 
     def _reset(self) -> None:
         """Make cache, scheduler and runner anew, empty."""
-        limits = self._limits
-        blocks = Blocks(self.backend, limits.num_blocks, limits.max_batch, limits.max_blocks_per_sequence, self._disk)
-        self.scheduler = Scheduler(
-            blocks, self._keys, limits.max_batch, limits.step_tokens, cache_partial_blocks=limits.frozen
-        )
-        sampler = Sampler(self._tokenizer, limits.max_batch, self._eos_token_ids)
+        self.scheduler = Scheduler(Blocks(self.backend, self._limits, self._disk), self._keys, self._limits)
+        sampler = Sampler(self._tokenizer, self._limits.max_batch, self._eos_token_ids)
         self.runner = Runner(self.backend, self.scheduler, sampler)
 
     def _schedule(self) -> ScheduledStep:
@@ -233,7 +202,7 @@ class EngineCore:
 
     def _pop_handle(self, sequence: Sequence) -> RequestHandle:
         """The handle of a request that leaves; nothing else is kept of it."""
-        self.speculation.drop(sequence)
+        self.speculation.ngram_tables.pop(sequence.id, None)
         if sequence.cancel_event is not None:
             self._cancel_events[sequence.cancel_event] -= 1
             if not self._cancel_events[sequence.cancel_event]:

@@ -17,6 +17,8 @@ from sprat.engine.sequence import Delta
 from sprat.tokens.chat import Answer, resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
+Kind = Literal["reasoning", "content"]
+
 WINDOW = 16  # tokens that are decoded together, at most
 CHARACTER_TOKENS = 4  # tokens that one character may be spread over: UTF-8 writes it in four bytes at most
 
@@ -76,14 +78,10 @@ class Detokenizer:
         self._decoder = IncrementalDecoder(tokenizer)
         tags = tokenizer.chat_format.think_tags
         self._tags = None if min(tokenizer.special_ids.think_open, tokenizer.special_ids.think_close) >= 0 else tags
-        self._state: Literal["start", "reasoning", "content"] = (
-            "start" if thinking is None else "reasoning" if thinking else "content"
-        )
+        self._state: Kind | Literal["start"] = "start" if thinking is None else "reasoning" if thinking else "content"
         self._structured = structured
-        self._trims_newlines = {
-            "reasoning": "\n" in "".join(tokenizer.chat_format.think_delimiters),
-            "content": False,
-        }  # line breaks at the tags
+        # Line breaks at the tags
+        self._trims_newlines = {"reasoning": "\n" in "".join(tokenizer.chat_format.think_delimiters), "content": False}
         self._leading_blanks: list[str] = []  # what stands before the first word, while it may be a tag
         self._buffer = ""  # decoded, may be the beginning of a delimiter
         self._pending_newlines = 0  # line breaks that go if the reasoning is closed here
@@ -122,10 +120,10 @@ class Detokenizer:
 
     def _end_reasoning(self) -> None:
         """Leave the reasoning."""
-        self._state, self._buffer, self._pending_newlines = "content", "", 0
+        self._state, self._pending_newlines = "content", 0
         self._trims_newlines["content"] = self._trims_newlines["reasoning"] and not self._structured
 
-    def _emit(self, kind: Literal["reasoning", "content"], text: str, deltas: list[Delta]) -> None:
+    def _emit(self, kind: Kind, text: str, deltas: list[Delta]) -> None:
         """Give out ``text``."""
         if text:
             self._emitted[kind].append(text)
@@ -142,9 +140,7 @@ class Detokenizer:
             delimiter = self._release("reasoning", delimiters, deltas, is_last)
             if not delimiter:
                 return deltas
-            buffer = self._buffer
             self._end_reasoning()
-            self._buffer = buffer
         if self._release("content", self._stops, deltas, is_last):
             self.stopped = True
         return deltas
@@ -161,9 +157,7 @@ class Detokenizer:
             self._state, self._buffer = "content", "".join([*self._leading_blanks, stripped])
         return self._state != "start"
 
-    def _release(
-        self, kind: Literal["reasoning", "content"], delimiters: Sequence[str], deltas: list[Delta], is_last: bool
-    ) -> bool:
+    def _release(self, kind: Kind, delimiters: Sequence[str], deltas: list[Delta], is_last: bool) -> bool:
         """Let go what of the buffer cannot belong to a delimiter; True if one came (it is cut out).
 
         Of several delimiters the one that is complete first counts, so that the cut does not depend on the tokens.
@@ -180,11 +174,9 @@ class Detokenizer:
             text = text.lstrip("\n")
         if self._trims_newlines[kind] and kind == "reasoning":
             stripped = text.rstrip("\n")
-            newlines = len(text) - len(stripped)
-            pending = self._pending_newlines
-            text, self._pending_newlines = (
-                ("\n" * pending + stripped, newlines) if stripped else ("", pending + newlines)
-            )
+            newlines, pending = len(text) - len(stripped), self._pending_newlines
+            text = "\n" * pending + stripped if stripped else ""
+            self._pending_newlines = newlines if stripped else pending + newlines
         self._emit(kind, text, deltas)
         return bool(delimiter)
 
@@ -195,10 +187,5 @@ def _overlap(text: str, delimiters: Sequence[str]) -> int:
     >>> _overlap("abc<", ["</x>"]), _overlap("abc", ["</x>"])
     (1, 0)
     """
-    longest = 0
-    for delimiter in delimiters:
-        for size in range(min(len(delimiter) - 1, len(text)), longest, -1):
-            if text.endswith(delimiter[:size]):
-                longest = size
-                break
-    return longest
+    sizes = (n for tag in delimiters for n in range(1, min(len(tag), len(text) + 1)) if text.endswith(tag[:n]))
+    return max(sizes, default=0)

@@ -19,16 +19,16 @@ from collections.abc import Iterator
 from collections.abc import Sequence as GenericSequence
 from typing import Any
 
-from sprat.engine.backend import BLOCK_SIZE, Backend
+from sprat.engine.backend import Backend
 from sprat.engine.backends import select_backend
-from sprat.engine.cache.blocks import blocks_for, determine_num_blocks
+from sprat.engine.cache.blocks import determine_num_blocks
 from sprat.engine.cache.disk import DiskCache
 from sprat.engine.cache.prefix import BlockKeys, model_digest
-from sprat.engine.core import EngineCore, EngineLimits, Stats
+from sprat.engine.core import EngineCore, Stats
 from sprat.engine.request import Prompt, RequestBuilder, RequestHandle, eos_token_ids
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling_params import Sampling
-from sprat.engine.sequence import DEFAULT_TENANT, Delta, Output, Sequence, Tenant
+from sprat.engine.sequence import DEFAULT_TENANT, Delta, EngineLimits, Output, Sequence, Tenant
 from sprat.engine.speculation import Speculation, SpeculationMode
 from sprat.errors import EngineError, SpratError
 from sprat.model import Transformer
@@ -89,21 +89,13 @@ class Engine:
         digest = model_digest(model) if disk is not None else ""
         self.backend = select_backend(model, kv_format, consume=consume) if backend is None else backend
         eos_ids, context = eos_token_ids(model.config, tokenizer), model.config.context
-        device = model.norm.weight.device
-        num_blocks = determine_num_blocks(self.backend, context, max_batch, cache_bytes, device)
+        num_blocks = determine_num_blocks(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
+        limits = EngineLimits(max_batch, step_tokens, num_blocks, context, max_tokens_cap or context, frozen)
         self._grammars = GrammarCache(tokenizer, eos_ids)
-        self._request_builder = RequestBuilder(
-            model.config, tokenizer, self._grammars, max_tokens_cap, num_blocks * BLOCK_SIZE
-        )
-        self.core = EngineCore(
-            self.backend,
-            tokenizer,
-            BlockKeys(digest, adapter, tokenizer.digest, self.backend.kv_format),
-            eos_ids,
-            EngineLimits(max_batch, step_tokens, num_blocks, blocks_for(context) + 1, frozen),
-            Speculation(speculate, self.backend, tokenizer.vocab_size),
-            disk,
-        )
+        self._request_builder = RequestBuilder(model.config.vocab_size, tokenizer, self._grammars, limits)
+        keys = BlockKeys(digest, adapter, tokenizer.digest, self.backend.kv_format)
+        speculation = Speculation(speculate, self.backend, tokenizer.vocab_size)
+        self.core = EngineCore(self.backend, tokenizer, keys, eos_ids, limits, speculation, disk)
         self._prompt_groups = itertools.count(1)
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -143,24 +135,21 @@ class Engine:
         Raises:
             EngineError: a prompt is empty or too long, or the settings do not match the prompts.
         """
-        if sampling is None:
-            sampling = self.sampling()
+        sampling = self.sampling() if sampling is None else sampling
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if isinstance(prompts, str) or len(settings) != len(prompts):
             fault = "prompts and settings differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
         seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
         groups: dict[tuple[int, ...], int] = {}
-        sequences: list[Sequence] = []
+        build, sequences = self._request_builder.build, list[Sequence]()
         for prompt, params in zip(prompts, settings, strict=True):
             ids = self._request_builder.tokenize(prompt, params)
             key = tuple(ids)
             group = groups.setdefault(key, next(self._prompt_groups))
             for _ in range(params.n):
                 stream = seen[params.seed, key]
-                sequence = self._request_builder.build(
-                    ids, params, stream=stream, prompt_group=group, cancel_event=cancel, tenant=tenant
-                )
+                sequence = build(ids, params, stream=stream, prompt_group=group, cancel_event=cancel, tenant=tenant)
                 sequences.append(sequence)
                 seen[params.seed, key] += 1
         handles = self._enqueue(sequences, streams=False)
@@ -211,11 +200,9 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
-        handle = self.core.handles.get(request_id)
-        if handle is None:
-            return False
-        handle.cancel()
-        return True
+        if (handle := self.core.handles.get(request_id)) is not None:
+            handle.cancel()
+        return handle is not None
 
     @property
     def busy(self) -> bool:
@@ -272,6 +259,8 @@ class Engine:
 
     def _enqueue(self, sequences: list[Sequence], *, streams: bool) -> list[RequestHandle]:
         """Queue requests and wake the thread."""
-        handles = self.core.add_requests(sequences, self._step_unless_threaded, streams=streams)
+        step, cancellation = self._step_unless_threaded, self.core.cancellation
+        handles = [RequestHandle(s, self.tokenizer, step, cancellation, streams=streams) for s in sequences]
+        self.core.add_requests(handles)
         self._wake.set()
         return handles

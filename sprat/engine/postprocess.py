@@ -6,8 +6,6 @@ must not wait for it. Whatever else there is (text that is made along, drafts, e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sprat.engine.request import RequestHandle
 from sprat.engine.runner import Runner, StepResult
 from sprat.engine.sampling.ops import add_at
@@ -15,22 +13,18 @@ from sprat.engine.sequence import ScheduledStep, Sequence
 
 
 def postprocess(
-    step: ScheduledStep,
-    result: StepResult,
-    runner: Runner,
-    handles: Mapping[int, RequestHandle],
-    eos_token_ids: frozenset[int],
+    step: ScheduledStep, result: StepResult, runner: Runner, handles: dict[int, RequestHandle], eos_ids: frozenset[int]
 ) -> tuple[list[Sequence], dict[int, int]]:
     """Give each row its token, or tokens.
 
     Args:
-        eos_token_ids: ids that end any answer.
+        eos_ids: ids that end any answer.
 
     Returns:
         the sequences that have come to their end or have failed, and by slot how many drafts were accepted.
     """
     if step.drafts or result.samples.errors:
-        return _postprocess_general(step, result, runner, handles, eos_token_ids)
+        return _postprocess_general(step, result, runner, handles, eos_ids)
     rows, samples = result.sequences, result.samples
     if samples.logprobs_R is not None:
         for row, logprob in enumerate(samples.logprobs_R.tolist()):
@@ -39,9 +33,8 @@ def postprocess(
     for sequence, token in zip(rows, samples.tokens, strict=True):
         output_ids = sequence.output_ids
         output_ids.append(token)
-        if (
-            sequence.needs_stop_check or token in eos_token_ids or len(output_ids) >= sequence.max_tokens
-        ) and _check_stop(sequence, token, handles[sequence.id], eos_token_ids):
+        may_stop = sequence.needs_stop_check or token in eos_ids or len(output_ids) >= sequence.max_tokens
+        if may_stop and _check_stop(sequence, token, handles[sequence.id], eos_ids):
             ended.append(sequence)
     runner.sampler.advance(result.slot_index)
     runner.scheduler.commit(result.slot_index)
@@ -49,11 +42,7 @@ def postprocess(
 
 
 def _postprocess_general(
-    step: ScheduledStep,
-    result: StepResult,
-    runner: Runner,
-    handles: Mapping[int, RequestHandle],
-    eos_token_ids: frozenset[int],
+    step: ScheduledStep, result: StepResult, runner: Runner, handles: dict[int, RequestHandle], eos_ids: frozenset[int]
 ) -> tuple[list[Sequence], dict[int, int]]:
     """``postprocess`` where rows have drafts, or have failed."""
     samples = result.samples
@@ -75,9 +64,8 @@ def _postprocess_general(
             count += 1
             if logprobs:
                 _record_logprobs(sequence, row, logprobs[row], result)
-            done = (
-                sequence.needs_stop_check or token in eos_token_ids or len(output_ids) >= sequence.max_tokens
-            ) and _check_stop(sequence, token, handles[sequence.id], eos_token_ids)
+            may_stop = sequence.needs_stop_check or token in eos_ids or len(output_ids) >= sequence.max_tokens
+            done = may_stop and _check_stop(sequence, token, handles[sequence.id], eos_ids)
             if done or offset == len(drafts) or drafts[offset] != tokens[row]:
                 break
         if drafts:
@@ -100,10 +88,10 @@ def _record_logprobs(sequence: Sequence, row: int, logprob: float, result: StepR
             sequence.top_logprobs.append(result.samples.top_logprobs[row])
 
 
-def _check_stop(sequence: Sequence, token: int, handle: RequestHandle, eos_token_ids: frozenset[int]) -> bool:
+def _check_stop(sequence: Sequence, token: int, handle: RequestHandle, eos_ids: frozenset[int]) -> bool:
     """Follow a token that was just appended; whether the answer ends with it, and then why."""
     stopped = sequence.detokenize and handle.push(token)
-    if stopped or token in eos_token_ids or token in sequence.sampling.stop_token_ids:
+    if stopped or token in eos_ids or token in sequence.sampling.stop_token_ids:
         sequence.finish_reason = "stop"
     elif len(sequence.output_ids) >= sequence.max_tokens:
         sequence.finish_reason = "length"

@@ -8,8 +8,8 @@ line for what the user reads; a test holds the two together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence as GenericSequence
 
+from sprat.engine.sampling_params import TokenIds
 from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ class ReasoningTracker:
         """Whether the next token belongs to the reasoning (or ends it)."""
         return self.start is not None and self.end is None
 
-    def advance(self, output_ids: GenericSequence[int], draft_ids: GenericSequence[int] = ()) -> ReasoningTracker:
+    def advance(self, output_ids: TokenIds, draft_ids: TokenIds = ()) -> ReasoningTracker:
         """The state after output and drafts; only ``output_ids``, which may grow but not change, are remembered."""
         for token in output_ids[self.num_tokens :] if self.end is None else ():
             self._push(token)

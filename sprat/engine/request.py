@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import queue
-import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as GenericSequence
+from threading import Event
 
 from sprat.config.model import ModelConfig
+from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.detokenizer import Detokenizer
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.processors import build_processors
 from sprat.engine.sampling_params import Sampling
-from sprat.engine.sequence import DEFAULT_TENANT, Delta, FinishReason, Output, Sequence, Tenant, Usage, noise_key
+from sprat.engine.sequence import Delta, EngineLimits, FinishReason, Output, Sequence, Tenant, Usage, noise_key
 from sprat.errors import DataError, EngineError
 from sprat.tokens import Message, Tokenizer, render
 from sprat.tokens.chat import resolve_thinking, split_reasoning
@@ -31,21 +32,11 @@ class RequestBuilder:
     """Makes numbered requests for one model.
 
     Args:
-        max_tokens_cap: sampled tokens of one request at most; None: what the context holds.
-        cache_tokens: tokens that the KV cache holds.
+        vocab: ids that the model has.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        grammars: GrammarCache,
-        max_tokens_cap: int | None,
-        cache_tokens: int,
-    ) -> None:
-        self._tokenizer, self._grammars, self._cache_tokens = tokenizer, grammars, cache_tokens
-        self._vocab, self.context = config.vocab_size, config.context
-        self.max_tokens_cap = max_tokens_cap or self.context
+    def __init__(self, vocab: int, tokenizer: Tokenizer, grammars: GrammarCache, limits: EngineLimits) -> None:
+        self._vocab, self._tokenizer, self._grammars, self._limits = vocab, tokenizer, grammars, limits
         self._request_ids = itertools.count(1)
 
     def tokenize(self, prompt: Prompt, sampling: Sampling) -> list[int]:
@@ -74,10 +65,10 @@ class RequestBuilder:
         ids: list[int],
         sampling: Sampling,
         *,
+        tenant: Tenant,
         stream: int = 0,
         prompt_group: int = 0,
-        tenant: Tenant = DEFAULT_TENANT,
-        cancel_event: threading.Event | None = None,
+        cancel_event: Event | None = None,
     ) -> Sequence:
         """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
 
@@ -85,20 +76,21 @@ class RequestBuilder:
             EngineError: it asks for more tokens than the engine gives, or than the context or the KV cache holds; a
                 setting names what this vocabulary does not have; the form of its response cannot be followed.
         """
-        available = self.context - len(ids)
-        cap, max_tokens = self.max_tokens_cap, sampling.max_tokens
+        limits, max_tokens = self._limits, sampling.max_tokens
+        context, cap, cache_tokens = limits.context, limits.max_tokens_cap, limits.num_blocks * BLOCK_SIZE
+        available = context - len(ids)
         if max_tokens is None:
             max_tokens = min(cap, max(available, 1))
         if sampling.fit:
-            max_tokens = min(max_tokens, cap, max(1, min(available, self._cache_tokens - len(ids))))
+            max_tokens = min(max_tokens, cap, max(1, min(available, cache_tokens - len(ids))))
         if max_tokens > cap:
             fault = f"max_tokens is {max_tokens}, and this engine gives {cap} at most"
             raise EngineError(fault, where="max_tokens", todo="ask for less")
         if max_tokens > available:
-            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {self.context}"
+            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the context of {context}"
             raise EngineError(fault, where="prompt", todo="shorten the prompt or lower max_tokens")
-        if len(ids) + max_tokens > self._cache_tokens:
-            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the memory for {self._cache_tokens}"
+        if len(ids) + max_tokens > cache_tokens:
+            fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the memory for {cache_tokens}"
             raise EngineError(fault, where="prompt", todo="ask for less, or give the engine more cache_bytes")
         return Sequence(
             id=next(self._request_ids),
@@ -121,35 +113,25 @@ class RequestHandle:
     Both wait for the engine's background thread or, where there is none, step the engine themselves.
 
     Args:
-        step_engine: steps the engine, unless a background thread does; returns whether it stepped.
+        step: steps the engine, unless a background thread does; returns whether it stepped.
         cancellation: set to tell the engine that somebody cancelled.
         streams: whether pieces are wanted; without it the text is decoded once, at the end.
     """
 
     def __init__(
-        self,
-        sequence: Sequence,
-        tokenizer: Tokenizer,
-        step_engine: Callable[[], bool],
-        cancellation: threading.Event,
-        *,
-        streams: bool,
+        self, sequence: Sequence, tokenizer: Tokenizer, step: Callable[[], bool], cancellation: Event, *, streams: bool
     ) -> None:
         self.sequence, self._cancellation = sequence, cancellation
-        self.finished = threading.Event()
+        self.finished = Event()
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self._tokenizer, self._step_engine, self._streams = tokenizer, step_engine, streams
+        self._tokenizer, self._step, self._streams = tokenizer, step, streams
         sampling = sequence.sampling
         sequence.detokenize = streams or bool(sampling.stop)
         sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
         self._detokenizer: Detokenizer | None = None
         if sequence.detokenize:
-            self._detokenizer = Detokenizer(
-                tokenizer,
-                thinking=sampling.thinking,
-                stops=sampling.stop,
-                structured=sampling.response is not None,
-            )
+            thinking, structured = sampling.thinking, sampling.response is not None
+            self._detokenizer = Detokenizer(tokenizer, thinking=thinking, stops=sampling.stop, structured=structured)
         self._output: Output | None = None
         self._error: Exception | None = None
 
@@ -170,7 +152,7 @@ class RequestHandle:
             SpratError: the engine failed while it answered, or could not go on with this request.
         """
         while not self.finished.is_set():
-            if not self._step_engine():
+            if not self._step():
                 self.finished.wait(WAIT_SECONDS)
         if self._error is not None:
             raise self._error
@@ -183,7 +165,7 @@ class RequestHandle:
         try:
             while not (self.finished.is_set() and self.deltas.empty()):
                 try:
-                    waits = self.deltas.empty() and not self._step_engine()
+                    waits = self.deltas.empty() and not self._step()
                     yield self.deltas.get(waits, WAIT_SECONDS)
                 except queue.Empty:
                     continue
@@ -202,27 +184,24 @@ class RequestHandle:
 
     def finish(self, reason: FinishReason) -> None:
         """Engine only: the answer is whole."""
-        sequence, detokenizer = self.sequence, self._detokenizer
+        sequence, sampling, detokenizer = self.sequence, self.sequence.sampling, self._detokenizer
         sequence.finish_reason = reason
         if detokenizer is not None:
             self._emit(detokenizer.close())
             answer = detokenizer.answer()
         else:
-            sampling = sequence.sampling
-            structured = sampling.response is not None
-            answer = split_reasoning(
-                self._tokenizer, sequence.output_ids, thinking=sampling.thinking, structured=structured
-            )
+            thinking, structured = sampling.thinking, sampling.response is not None
+            answer = split_reasoning(self._tokenizer, sequence.output_ids, thinking=thinking, structured=structured)
         self._output = Output(
             text=answer.content,
             reasoning=answer.reasoning,
             token_ids=sequence.output_ids,
-            logprobs=sequence.logprobs if sequence.sampling.logprobs else None,
+            logprobs=sequence.logprobs if sampling.logprobs else None,
             usage=self._usage(answer.reasoning),
             finish_reason=reason,
             prompt_ids=sequence.prompt_ids,
             closed=answer.closed,
-            top_logprobs=sequence.top_logprobs if sequence.sampling.top_logprobs else None,
+            top_logprobs=sequence.top_logprobs if sampling.top_logprobs else None,
         )
         if self._streams:
             self.deltas.put(Delta("done", output=self._output))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
-from sprat.engine.sampling.ops import add_at, not_finite, put_at, row_index
+from sprat.engine.sampling.ops import Integers, add_at, not_finite, put_at, row_index
 from sprat.engine.sampling.sampler import Sampler, SamplerOutput
 from sprat.engine.scheduling.scheduler import Scheduler
 from sprat.engine.sequence import ScheduledStep, Sequence, SlotIndex
@@ -53,8 +53,8 @@ class DecodeInputs:
 
     tokens_A: NDArray[np.int32]
     positions_A: NDArray[np.int32]
-    slots_A: NDArray[np.int64]
-    draft_offset_A: NDArray[np.int64] | None
+    slots_A: Integers
+    draft_offset_A: Integers | None
     row_counts: list[int]
 
 
@@ -63,15 +63,15 @@ class SteadyBatch:
     """The batch of a step without prompts, used again in place while the same answers go on with as many drafts.
 
     Attributes:
-        slots_S, version: the slots, and the state of the tables, that it was made for.
+        slots_S, key: the slots, and the state of the tables and tokens of each sequence, that it was made for.
         rows: all of its rows, as an index.
         sampled: what the last step sampled.
     """
 
     batch: Batch
     inputs: DecodeInputs
-    slots_S: NDArray[np.int64]
-    version: int
+    slots_S: Integers
+    key: tuple[int, list[int]]
     rows: SlotIndex
     sampled: list[int]
 
@@ -129,18 +129,12 @@ class Runner:
 
     def _decode_batch(self, step: ScheduledStep) -> SteadyBatch:
         """The batch of all answers and their drafts."""
-        steady, version, row_counts = self._steady, self.scheduler.blocks.version, self._row_counts(step)
-        if (
-            steady is None
-            or steady.slots_S is not step.slots_S
-            or steady.version != version
-            or steady.inputs.row_counts != row_counts
-        ):
+        steady, row_counts = self._steady, self._row_counts(step)
+        key = self.scheduler.blocks.version, row_counts
+        if steady is None or steady.slots_S is not step.slots_S or steady.key != key:
             inputs = self._decode_inputs(step, row_counts)
-            rows = row_index(len(inputs.tokens_A))
-            steady = self._steady = SteadyBatch(
-                self._build_batch(step, inputs), inputs, step.slots_S, version, rows, []
-            )
+            batch, rows = self._build_batch(step, inputs), row_index(len(inputs.tokens_A))
+            steady = self._steady = SteadyBatch(batch, inputs, step.slots_S, key, rows, [])
         elif row_counts:
             tokens, positions = _draft_inputs(step)
             put_at(steady.batch.tokens_T, steady.rows, tokens)
@@ -194,12 +188,7 @@ class Runner:
         )
 
     def _sample(
-        self,
-        step: ScheduledStep,
-        inputs: DecodeInputs,
-        logits_RV: Tensor,
-        group_sizes: list[int],
-        slots_N: NDArray[np.int64],
+        self, step: ScheduledStep, inputs: DecodeInputs, logits_RV: Tensor, group_sizes: list[int], slots_N: Integers
     ) -> SamplerOutput:
         """Sample the rows of all answers, and for each prompt that is whole a token for each of its siblings."""
         rows, slots_R = len(inputs.slots_A), np.concatenate((inputs.slots_A, slots_N))

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from sprat.errors import EngineError
 
+TokenIds = GenericSequence[int]
+
 TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
 MAX_STOPS, MAX_BAD_WORDS, MAX_BIASES = 64, 1024, 4096
@@ -87,9 +89,7 @@ class Processor(Protocol):
     starts_at: int
     supports_drafts: bool
 
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """Change ``logits_V`` in place, for the token that follows ``output_ids`` and ``draft_ids``.
 
         Args:
@@ -154,7 +154,7 @@ class Sampling:
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     response: Response | None = None
-    processors: tuple[Callable[[GenericSequence[int]], Processor], ...] = ()
+    processors: tuple[Callable[[TokenIds], Processor], ...] = ()
     fit: bool = False
 
     def __post_init__(self) -> None:

@@ -41,6 +41,27 @@ DEFAULT_TENANT = Tenant()
 
 
 @dataclass(frozen=True)
+class EngineLimits:
+    """How much there is of everything.
+
+    Attributes:
+        max_batch: requests that run together at most.
+        step_tokens: tokens of one step, about; pieces of prompts get one block of it at least.
+        num_blocks: blocks of the KV cache at most.
+        context: tokens of one request at most.
+        max_tokens_cap: sampled tokens of one request at most.
+        frozen: the weights never change, so blocks are kept while nobody asks, begun ones of requests that leave too.
+    """
+
+    max_batch: int
+    step_tokens: int
+    num_blocks: int
+    context: int
+    max_tokens_cap: int
+    frozen: bool
+
+
+@dataclass(frozen=True)
 class Usage:
     """Tokens of one request; ``cache_hit_tokens + cache_miss_tokens == prompt_tokens``."""
 
@@ -100,15 +121,12 @@ class Sequence:
     detokenize: bool = False  # its text is made token by token
     # In the engine
     slot: int = -1
-    pending_ids: NDArray[np.int32] = field(
-        default_factory=lambda: np.zeros(0, np.int32)
-    )  # prompt and answer to prefill
+    # Prompt and answer to prefill
+    pending_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     num_computed: int = 0  # of those, how many are in the KV cache; while prefilling only
     prompt_owner: Sequence | None = None  # the sibling that computes its prompt
     siblings: list[Sequence] = field(default_factory=list)  # those that wait for this one's prompt
-    block_keys: list[bytes] = field(
-        default_factory=list
-    )  # prefix-cache keys of its full blocks, as far as they are made
+    block_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of its full blocks, as far as made
     num_cached: int = -1  # prompt tokens that were in the KV cache already; -1 until it is admitted
     draft_ids: list[int] = field(default_factory=list)  # MTP's drafts, to be checked in the next step
     needs_stop_check: bool = False  # its tokens must be looked at one by one, not only appended

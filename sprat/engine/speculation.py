@@ -21,7 +21,6 @@ where the back end is invariant, since an answer must not depend on a stop-watch
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as GenericSequence
 from typing import Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from sprat.engine.backend import Backend
 from sprat.engine.runner import StepResult
 from sprat.engine.sampling.sampler import Sampler
+from sprat.engine.sampling_params import TokenIds
 from sprat.engine.scheduling.scheduler import Scheduler
 from sprat.engine.sequence import ScheduledStep, Sequence
 from sprat.errors import EngineError
@@ -45,12 +45,12 @@ EMA_WEIGHT = 0.1  # weight of the newest figure in a moving average
 class NgramTable:
     """What followed every three tokens of one prompt and its answer, the latest place counting."""
 
-    def __init__(self, prompt_ids: GenericSequence[int], vocab: int) -> None:
+    def __init__(self, prompt_ids: TokenIds, vocab: int) -> None:
         self._vocab, self._tokens, self._prompt = vocab, list(prompt_ids), len(prompt_ids)
         self._positions: dict[int, int] = {}
         self._num_indexed = NGRAM  # positions before this one are in the table
 
-    def propose(self, output_ids: GenericSequence[int], count: int) -> list[int]:
+    def propose(self, output_ids: TokenIds, count: int) -> list[int]:
         """Up to ``count`` tokens that may follow prompt and output, which only grows; none if nothing is known."""
         tokens = self._tokens
         tokens.extend(output_ids[len(tokens) - self._prompt :])
@@ -166,17 +166,10 @@ class Speculation:
         if self._auto and not step.chunks and (step.drafts or not guesses):
             self._payoff.record_step(len(result.batch.tokens_T), result.seconds + time.perf_counter() - start_time)
 
-    def drop(self, sequence: Sequence) -> None:
-        """Forget a request that leaves the engine."""
-        self.ngram_tables.pop(sequence.id, None)
-
     def _draft_mtp(self, step: ScheduledStep, result: StepResult) -> None:
         """Let the MTP modules follow the step; what they guess are the drafts of the next one."""
         sequences = [*step.decoding, *(chunk.sequence for chunk in step.chunks)] if step.chunks else step.decoding
-        for sequence in sequences:
-            if sequence.slot >= 0 and len(sequence.output_ids) + 1 < sequence.max_tokens:
-                break
-        else:
+        if not any(s.slot >= 0 and len(s.output_ids) + 1 < s.max_tokens for s in sequences):
             return  # nobody will check a draft
         next_T = result.samples.tokens_R if not step.chunks else _next_tokens(step, result)
         drafts_SD = self._backend.draft(result.batch, next_T, self._vocab)
@@ -185,10 +178,9 @@ class Speculation:
 
     def _draft_ngram(self, sequence: Sequence, count: int) -> list[int]:
         """Tokens that followed the last ones before."""
-        table = self.ngram_tables.get(sequence.id)
-        if table is None:
-            table = self.ngram_tables[sequence.id] = NgramTable(sequence.prompt_ids, self._vocab)
-        return table.propose(sequence.output_ids, count)
+        if sequence.id not in self.ngram_tables:
+            self.ngram_tables[sequence.id] = NgramTable(sequence.prompt_ids, self._vocab)
+        return self.ngram_tables[sequence.id].propose(sequence.output_ids, count)
 
 
 def _next_tokens(step: ScheduledStep, result: StepResult) -> NDArray[np.int64]:

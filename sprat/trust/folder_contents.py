@@ -8,7 +8,6 @@ from pathlib import Path
 from sprat.errors import TrustError
 from sprat.files import digest, lock
 from sprat.files.atomic import is_temporary
-from sprat.files.json import read_json
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.ledger_state import LedgerState
@@ -45,12 +44,10 @@ def scan_folder(folder: Path, state: LedgerState) -> FolderContents:
             is_own = name == LEDGER_NAME or (name == lock.LOCK_NAME and lock.is_lock(path))
             if not is_own and _classify(path, name, state, contents):
                 pending.append(path)
-    contents.runs.sort(key=lambda run: (str((read_json(run / "run.json") or {}).get("finished")), str(run)))
-    contents.errors += [
-        (name, "it was set aside as a finished run and is not there")
-        for name, body in sorted(state.set_aside.items())
-        if body["finished"] and not (folder / name).is_dir()
-    ]
+    contents.runs.sort(key=run_record.finish_order)
+    for name, body in sorted(state.set_aside.items()):
+        if body["finished"] and not (folder / name).is_dir():
+            contents.errors.append((name, "it was set aside as a finished run and is not there"))
     in_runs = tuple(f"{name}/" for name in state.runs)
     missing = [name for name in state.files if not name.startswith(in_runs) and not (folder / name).exists()]
     contents.errors += [(name, "it is not there") for name in sorted(missing)]

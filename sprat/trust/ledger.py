@@ -66,8 +66,7 @@ class Ledger:
                 return str(self._append(KIND_ROOT, {"format": _FORMAT_VERSION, "nonce": secrets.token_hex(16)})["hash"])
             with open(self.path, "rb") as stream:
                 line = stream.readline().rstrip(b"\n").decode("latin-1")
-        error = _line_error(line)
-        if error:
+        if error := _line_error(line):
             raise TrustError(f"the ledger's first entry {error}", where=f"{self.path}:1", todo="see verify")
         return str(json.loads(line)["hash"])
 
@@ -113,8 +112,7 @@ class Ledger:
         errors = []
         prev = _NO_PREVIOUS_HASH
         for index, line in enumerate(lines):
-            error = _line_error(line)
-            if error:
+            if error := _line_error(line):
                 errors.append(f"line {index + 1} {error}")
                 prev = ""
                 continue
@@ -132,8 +130,7 @@ class Ledger:
         """``append``, for who holds the lock."""
         last, prev, index = self._truncate_torn_line(), _NO_PREVIOUS_HASH, 0
         if last:
-            error = _line_error(last)
-            if error:
+            if error := _line_error(last):
                 raise TrustError(f"the ledger's last entry {error}", where=str(self.path), todo="see verify")
             last_entry = json.loads(last)
             prev, index = last_entry["hash"], last_entry["index"] + 1
@@ -175,9 +172,8 @@ class Ledger:
 
 def find_ledger_above(folder: Path) -> Ledger | None:
     """The ledger of the pipeline that ``folder`` lies in: the nearest ``ledger.jsonl`` in a folder above it."""
-    return next(
-        (Ledger(parent / LEDGER_NAME) for parent in folder.resolve().parents if (parent / LEDGER_NAME).is_file()), None
-    )
+    paths = (parent / LEDGER_NAME for parent in folder.resolve().parents)
+    return next((Ledger(path) for path in paths if path.is_file()), None)
 
 
 def find_ledger(folder: Path) -> Ledger | None:
@@ -199,11 +195,8 @@ def _line_error(line: str) -> str:
         claimed = entry.pop("hash")
         if claimed != digest.of_json(entry):
             return "does not match its own hash"
-        complete_entry = {**entry, "hash": claimed}
-        if (
-            set(complete_entry) != {"index", "kind", "time", "prev", "body", "hash"}
-            or canonical_json(complete_entry) != line
-        ):
+        fields = {"index", "kind", "time", "prev", "body"}
+        if set(entry) != fields or canonical_json({**entry, "hash": claimed}) != line:
             return "is not written as an entry is"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "cannot be read"

@@ -25,6 +25,7 @@ nano-yuan at the user's stated price.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -225,12 +226,8 @@ def open_run(
     if run_ledger.path.name != LEDGER_NAME or not folder.resolve().is_relative_to(pipeline_folder.resolve()):
         what = f"a run's ledger is the {LEDGER_NAME} of a folder above it"  # where verify looks for it
         raise TrustError(what, where=str(run_ledger.path), todo=f"give {folder.parent / LEDGER_NAME}")
-    identity = {
-        "stage": stage,
-        "recipe_digest": recipe.digest(),
-        "inputs": {name: run_record.describe_input(path, pipeline_folder) for name, path in sorted(inputs.items())},
-        "seed": int(seed),
-    }
+    described = {name: run_record.describe_input(path, pipeline_folder) for name, path in sorted(inputs.items())}
+    identity = {"stage": stage, "recipe_digest": recipe.digest(), "inputs": described, "seed": int(seed)}
     run = Run(folder, run_ledger, identity, recipe, money or MoneyConfig())
     is_other_run = False
     if folder.exists():
@@ -299,12 +296,11 @@ def _set_aside(folder: Path, ledger: Ledger) -> Path:
         if not target.exists():
             os.replace(folder, target)
             return target
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists() or ledger.last_entry(
-        "to", run_record.run_name(target, ledger.path.parent)
-    ):
-        number += 1
-    to = run_record.run_name(target, ledger.path.parent)
+    for number in itertools.count(1):
+        target = folder.with_name(f"{folder.name}.old-{number}")
+        to = run_record.run_name(target, ledger.path.parent)
+        if not target.exists() and not ledger.last_entry("to", to):
+            break
     # In this order: a run that is renamed and not entered would be missed for ever.
     ledger.append(KIND_SET_ASIDE, {"run": name, "to": to, "digest": folder_digest})
     os.replace(folder, target)

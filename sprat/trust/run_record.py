@@ -82,16 +82,20 @@ def run_folder_digest(folder: Path) -> str:
 
 def find_runs(pipeline_folder: str | Path) -> list[Path]:
     """The folders of finished runs under ``pipeline_folder`` in the order of their finish; set-aside ones left out."""
-    runs: list[tuple[str, str, Path]] = []
+    runs: list[Path] = []
     pending = [Path(pipeline_folder)]
     while pending:
         folder = pending.pop()
         if (folder / "run.json").is_file():
-            record = read_json(folder / "run.json") or {}
-            runs.append((str(record.get("finished")), str(folder), folder))
+            runs.append(folder)
         elif not (folder / "open.json").is_file():
             pending += [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and ".old-" not in p.name]
-    return [path for _, _, path in sorted(runs)]
+    return sorted(runs, key=finish_order)
+
+
+def finish_order(folder: Path) -> tuple[str, str]:
+    """By what finished runs are sorted: the time of their finish, then the folder."""
+    return str((read_json(folder / "run.json") or {}).get("finished")), str(folder)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

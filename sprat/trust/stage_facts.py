@@ -50,10 +50,8 @@ class TextSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            **asdict(self),
-            "left_out": [{**asdict(excluded), "names": list(excluded.names)} for excluded in self.left_out],
-        }
+        left_out = [{**asdict(excluded), "names": list(excluded.names)} for excluded in self.left_out]
+        return {**asdict(self), "left_out": left_out}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> TextSource:
@@ -62,12 +60,10 @@ class TextSource:
         Raises:
             KeyError, TypeError, ValueError: it is not what ``to_dict`` writes.
         """
-        licence, digest, fault, file, pinned = (
-            str(row.get(key) or "") for key in ("licence", "digest", "fault", "file", "pinned")
-        )
+        texts = {key: str(row.get(key) or "") for key in ("licence", "digest", "fault", "file", "pinned")}
         left_out = tuple(
             ExcludedText(str(item["why"]), int(item["count"]), int(item["bytes"]), tuple(map(str, item["names"])))
             for item in row.get("left_out") or ()
         )
         documents, size = (int(row.get(key) or 0) for key in ("documents", "bytes"))
-        return cls(str(row["name"]), licence, documents, size, digest, fault, file, pinned, left_out)
+        return cls(str(row["name"]), documents=documents, bytes=size, left_out=left_out, **texts)

@@ -65,9 +65,8 @@ def verify(path: str | Path, *, expect_head: str = "") -> list[Finding]:
         return _verify_run(path, ledger.path.parent, state) + [Finding(False, LEDGER_NAME, error) for error in errors]
     ledger = Ledger(path / LEDGER_NAME)
     if not ledger.path.is_file() and not (path.is_dir() and run_record.find_runs(path)):
-        raise TrustError(
-            "no run to verify here", where=str(path), todo="give a run folder or the folder that holds runs"
-        )
+        todo = "give a run folder or the folder that holds runs"
+        raise TrustError("no run to verify here", where=str(path), todo=todo)
     return _verify_pipeline(path, ledger, expect_head)
 
 
@@ -93,14 +92,13 @@ def _summary(entries: list[dict[str, Any]], state: LedgerState, contents: Folder
     parts = [f"{len(entries)} entries, head {head}, chain whole, no run missing"]
     if state.is_legacy:
         parts.append("made before ledgers had a root: it binds runs, not recipe, corpus and report; make the road anew")
-    for what, names in (
-        ("set aside", contents.set_aside),
-        ("deleted and made again", sorted(state.deleted)),
-        ("not finished", contents.unfinished),
-        ("not proved", sorted(contents.unverified)),
-    ):
-        if names:
-            parts.append(f"{what}: {', '.join(names)}")
+    lists = {
+        "set aside": contents.set_aside,
+        "deleted and made again": sorted(state.deleted),
+        "not finished": contents.unfinished,
+        "not proved": sorted(contents.unverified),
+    }
+    parts += [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     return "; ".join(parts)
 
 
@@ -122,17 +120,11 @@ def _verify_run(folder: Path, pipeline_folder: Path, state: LedgerState) -> list
     if record is None:
         return [Finding(False, subject, "run.json cannot be read")]
     try:
-        errors = (
-            _unexpected_files(folder, subject, state)
-            + _artifact_errors(folder, record)
-            + _recipe_errors(folder, record)
-        )
+        errors = _unexpected_files(folder, subject, state)
+        errors += _artifact_errors(folder, record) + _recipe_errors(folder, record)
         inputs = {name: _input_error(pipeline_folder, name, item, state) for name, item in record["inputs"].items()}
-        errors += (
-            _cost_errors(record)
-            + [*filter(None, inputs.values())]
-            + _ledger_errors(folder, pipeline_folder, record, state)
-        )
+        errors += _cost_errors(record) + [*filter(None, inputs.values())]
+        errors += _ledger_errors(folder, pipeline_folder, record, state)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, OverflowError, RecursionError) as error:
         return [Finding(False, subject, f"run.json is not what a run writes ({type(error).__name__}: {error})")]
     if errors:
@@ -222,17 +214,13 @@ def _input_error(pipeline_folder: Path, name: str, item: dict[str, Any], state: 
     A checkpoint in a run's folder goes with it when that is set aside; one of an open run may be gone.
     """
     if "settings" in item:
-        return (
-            "" if digest.of_json(item["settings"]) == item["digest"] else f"input {name!r}: not the settings recorded"
-        )
+        is_same = digest.of_json(item["settings"]) == item["digest"]
+        return "" if is_same else f"input {name!r}: not the settings recorded"
     if "path" not in item:
         return None
     path, message = check_relative_path(item["path"]), ""
-    moved = [
-        f"{set_aside_name}/{path.removeprefix(body['run'] + '/')}"
-        for set_aside_name, body in state.set_aside.items()
-        if path.startswith(body["run"] + "/")
-    ]
+    runs = {to: f"{body['run']}/" for to, body in state.set_aside.items()}
+    moved = [f"{to}/{path.removeprefix(run)}" for to, run in runs.items() if path.startswith(run)]
     for location in (path, *moved):
         try:
             if run_record.describe_input(pipeline_folder / location, pipeline_folder)["digest"] == item["digest"]:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from sprat.engine.backend import BLOCK_SIZE, Backend
 from sprat.engine.cache.disk import DiskCache
+from sprat.engine.sequence import EngineLimits
 from sprat.errors import EngineError, MachineError
 from sprat.machine import available_bytes
 
@@ -49,28 +50,19 @@ class Blocks:
     """The ledger of one back end's KV cache.
 
     Args:
-        max_blocks: blocks at most.
-        max_batch: slots: requests that run together at most.
-        max_blocks_per_sequence: blocks of the longest table.
         disk: where evicted blocks go; None forgets them.
 
     Attributes:
-        tables: int32 [max_batch, max_blocks_per_sequence], -1 where there is no block.
+        max_blocks: blocks at most.
+        tables: int32 [max_batch, blocks of the longest table], -1 where there is no block.
         blocks_per_slot: int32 [max_batch], how many blocks each table has.
         version: counts changes of any table.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        max_blocks: int,
-        max_batch: int,
-        max_blocks_per_sequence: int,
-        disk: DiskCache | None = None,
-    ) -> None:
-        self.backend, self.max_blocks, self.disk = backend, max(max_blocks, backend.num_blocks), disk
-        self.tables = np.full((max_batch, max_blocks_per_sequence), -1, np.int32)
-        self.blocks_per_slot = np.zeros(max_batch, np.int32)
+    def __init__(self, backend: Backend, limits: EngineLimits, disk: DiskCache | None) -> None:
+        self.backend, self.max_blocks, self.disk = backend, max(limits.num_blocks, backend.num_blocks), disk
+        self.tables = np.full((limits.max_batch, blocks_for(limits.context) + 1), -1, np.int32)
+        self.blocks_per_slot = np.zeros(limits.max_batch, np.int32)
         self.version = 0
         self._free = list(range(backend.num_blocks - 1, -1, -1))
         self._references = [0] * backend.num_blocks
@@ -161,11 +153,10 @@ class Blocks:
         count = int(self.blocks_per_slot[slot])
         for block in self.tables[slot, :count].tolist()[::-1]:
             self._references[block] -= 1
-            if self._references[block] == 0:
-                if block in self._keys:
-                    self._cached[block] = None
-                else:
-                    self._free.append(block)
+            if self._references[block] == 0 and block in self._keys:
+                self._cached[block] = None
+            elif self._references[block] == 0:
+                self._free.append(block)
         self.tables[slot, :count] = -1
         self.blocks_per_slot[slot] = 0
 

@@ -18,7 +18,7 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from collections.abc import Sequence as GenericSequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sprat.engine.reasoning import ReasoningTracker, has_think_tokens
 from sprat.engine.sampling.grammar_compiler import CompilerProcess
 from sprat.engine.sampling.grammar_source import grammar_error, translate_source
-from sprat.engine.sampling_params import Response
+from sprat.engine.sampling_params import Response, TokenIds
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError, MachineError
 from sprat.tokens.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from sprat.tokens.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-DEADLINE_SECONDS = 3.0
+DEADLINE = 3.0  # seconds
 CACHE_ENTRIES, CACHE_BYTES = 64, 256 << 20
 MAX_COMPILING = 8  # tenants that compile at one time; more wait for one of them
 MAX_IDLE = 4  # processes that are kept for the next grammar of their tenant
@@ -51,9 +51,7 @@ class GrammarCache:
         deadline: seconds that one grammar may take to compile.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], *, deadline: float = DEADLINE_SECONDS
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], *, deadline: float = DEADLINE) -> None:
         self._tokenizer, self._eos_token_ids, self._deadline = tokenizer, sorted(eos_token_ids), deadline
         self._lock = threading.Lock()  # of what follows; never held while anything is compiled
         self._cache: OrderedDict[tuple[Tenant, Response], CachedGrammar] = OrderedDict()
@@ -88,11 +86,9 @@ class GrammarCache:
             if self._close_tag and self._overlapping is None:
                 texts = enumerate(self._tokens())
                 self._overlapping = [(index, text) for index, text in texts if self._close_tag[-1:] in text[:-1]]
-            matcher = result.deep_copy()
+            matcher, overlapping = result.deep_copy(), self._overlapping or []
         tracker, open_id = ReasoningTracker(self._tokenizer, thinking), self._tokenizer.special_ids.think_open
-        return GrammarProcessor(
-            matcher, tracker, open_id, self._eos_token_ids, self._close_tag, self._overlapping or []
-        )
+        return GrammarProcessor(matcher, tracker, open_id, self._eos_token_ids, self._close_tag, overlapping)
 
     def close(self) -> None:
         """End the other processes; a later grammar starts one anew."""
@@ -143,9 +139,8 @@ class GrammarCache:
         """The process of one tenant, kept for its next grammar."""
         with self._compile_slots:
             with self._lock:
-                compiler = self._idle.pop(tenant, None) or CompilerProcess(
-                    self._tokens, self._eos_token_ids, self._deadline
-                )
+                idle = self._idle.pop(tenant, None)
+                compiler = idle or CompilerProcess(self._tokens, self._eos_token_ids, self._deadline)
                 self._busy[tenant] = compiler
             try:
                 yield compiler
@@ -184,48 +179,41 @@ class GrammarCache:
         return [self._tokenizer.token_bytes(index) for index in range(self._tokenizer.vocab_size)]
 
 
+@dataclass(eq=False)
 class GrammarProcessor:
     """The grammar of one answer; see ``processors.Processor``.
 
-    Args:
+    Attributes:
         open_id: the id of ``<think>``, which a model that may think can say first.
         eos_token_ids: ids that end an answer; not before it has its form.
         close_tag, overlapping: where ``</think>`` is text, its bytes, and the tokens that hold its last byte and more
             behind it.
+        num_consumed: output tokens that the matcher has seen, or that lie before the content.
     """
 
+    matcher: LLMatcher
+    tracker: ReasoningTracker
+    open_id: int
+    eos_token_ids: list[int]
+    close_tag: bytes
+    overlapping: list[tuple[int, bytes]]
+    num_consumed: int = 0
     starts_at, supports_drafts = 0, True
 
-    def __init__(
-        self,
-        matcher: LLMatcher,
-        tracker: ReasoningTracker,
-        open_id: int,
-        eos_token_ids: list[int],
-        close_tag: bytes,
-        overlapping: list[tuple[int, bytes]],
-    ) -> None:
-        self._matcher, self._tracker = matcher, tracker
-        self._open_id, self._eos_token_ids = open_id, eos_token_ids
-        self._close_tag, self._overlapping = close_tag, overlapping
-        self._num_consumed = 0  # output tokens that the matcher has seen, or that lie before the content
-
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """See ``Processor``.
 
         Raises:
             EngineError: the grammar went over its limits.
         """
-        tracker = self._tracker.advance(output_ids, draft_ids)
+        tracker = self.tracker.advance(output_ids, draft_ids)
         if tracker.is_reasoning:
             self._mask_while_reasoning(logits_V, tracker.tail)
             return
-        content_start, matcher = self._tracker.end, self._matcher
+        content_start, matcher = self.tracker.end, self.matcher
         if content_start is not None:
-            matcher.consume_tokens(list(output_ids[max(self._num_consumed, content_start) :]))
-            self._num_consumed = len(output_ids)
+            matcher.consume_tokens(list(output_ids[max(self.num_consumed, content_start) :]))
+            self.num_consumed = len(output_ids)
         drafted = [] if tracker.end is None else list(draft_ids[max(tracker.end - len(output_ids), 0) :])
         count = matcher.try_consume_tokens(drafted) if drafted else 0
         if count == len(drafted):
@@ -235,18 +223,18 @@ class GrammarProcessor:
 
     def _mask(self, logits_V: NDArray[np.float32], *, undecided: bool) -> None:
         """Rule out what the grammar does not allow; ``undecided``: reasoning may still be opened."""
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+        mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        if self.matcher.is_error():
             todo = "make the grammar simpler"
             raise EngineError("the grammar became too complex while it was followed", where="response", todo=todo)
         allowed_V = np.unpackbits(mask, count=len(logits_V), bitorder="little")
         if undecided:
-            allowed_V[self._open_id] = 1
+            allowed_V[self.open_id] = 1
         np.copyto(logits_V, -np.inf, where=allowed_V == 0)
 
     def _mask_while_reasoning(self, logits_V: NDArray[np.float32], tail: bytes) -> None:
         """While it reasons, rule out the end, and what ends the reasoning and goes on: that would escape the form."""
-        logits_V[self._eos_token_ids] = -np.inf
-        for index, text in self._overlapping:
-            if -1 < (tail + text).find(self._close_tag) < len(tail) + len(text) - len(self._close_tag):
+        logits_V[self.eos_token_ids] = -np.inf
+        for index, text in self.overlapping:
+            if -1 < (tail + text).find(self.close_tag) < len(tail) + len(text) - len(self.close_tag):
                 logits_V[index] = -np.inf

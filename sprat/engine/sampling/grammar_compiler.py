@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import subprocess
@@ -53,11 +54,9 @@ class CompilerProcess:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # what was still to be written to a dead process
                 if pipe is not None:
                     pipe.close()
-            except OSError:
-                continue  # what was still to be written to a dead process
 
     def _start(self) -> subprocess.Popen[str]:
         """A new process that has read the vocabulary.

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
@@ -96,16 +97,16 @@ def _check_size(tree: Any) -> None:
     """Raise EngineError where a tree is too deep or has too many nodes."""
     level, nodes = [tree], 0
     for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
+        level = [child for node in level for child in _children(node)]
         nodes += len(level)
     if level or nodes > MAX_NODES:
         todo = f"nest {MAX_DEPTH} levels at most and {MAX_NODES} values in all"
         raise EngineError("the grammar is too large", where="response", todo=todo)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """The values of an object or a list; none of anything else."""
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def _schema(node: Any) -> Any:
@@ -120,10 +121,9 @@ def _schema(node: Any) -> Any:
         return node
     translated: dict[str, Any] = {}
     for key, value in node.items():
-        if key in NUMBERS or key in VALUES:
-            _check_exact(key, value)
-            translated[key] = value
-        elif key in NOTES:
+        if key in DATA:
+            if key not in NOTES:
+                _check_exact(key, value)
             translated[key] = value
         elif key == "pattern" and isinstance(value, str):
             translated[key] = ecma_to_rust(value)
@@ -210,10 +210,7 @@ def _target(root: Any, ref: Any) -> Any:
 def _subschemas(schemas: list[dict[str, Any]]) -> list[list[Any]]:
     """For each property and item what ``schemas`` say of it together."""
     subschemas: list[list[Any]] = []
-    named = [
-        (_dict(schema, "properties"), _dict(schema, "patternProperties"), schema.get("additionalProperties"))
-        for schema in schemas
-    ]
+    named = [(_dict(s, "properties"), _dict(s, "patternProperties"), s.get("additionalProperties")) for s in schemas]
     for name in {name for properties, _, _ in named for name in properties}:
         together: list[Any] = []
         for properties, patterns, rest in named:
@@ -245,14 +242,7 @@ def _may_match(pattern: str, name: str) -> bool:
 
 def _check_bounds(schemas: list[dict[str, Any]]) -> None:
     """Raise ValueError where a whole exclusive bound is less than one away from an opposite bound."""
-    bounds = {
-        key: {
-            Decimal(schema[key])
-            for schema in schemas
-            if isinstance(schema.get(key), int | Decimal) and not isinstance(schema[key], bool)
-        }
-        for key in NUMBERS
-    }
+    bounds = {key: {Decimal(schema[key]) for schema in schemas if _is_number(schema.get(key))} for key in NUMBERS}
     lows = sorted(bounds["minimum"] | bounds["exclusiveMinimum"])
     highs = sorted(bounds["maximum"] | bounds["exclusiveMaximum"])
     for key, others, sign in (("exclusiveMinimum", highs, 1), ("exclusiveMaximum", lows, -1)):
@@ -261,6 +251,11 @@ def _check_bounds(schemas: list[dict[str, Any]]) -> None:
             other = others[near] if 0 <= near < len(others) else None
             if other is not None and abs(other - bound) < 1 and bound == bound.to_integral_value():
                 raise ValueError(f"{key}: {bound} cannot be kept out beside the bound {other}; use other units")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number of JSON."""
+    return isinstance(value, int | Decimal) and not isinstance(value, bool)
 
 
 def _types(node: dict[str, Any]) -> list[Any]:
@@ -283,10 +278,9 @@ def _dict(node: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _check_exact(key: str, value: Any) -> None:
     """Raise ValueError at the first number in ``value`` that a 64-bit float does not hold."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_exact(key, item)
-    elif isinstance(value, int | Decimal) and not isinstance(value, bool):
+    for item in _children(value):
+        _check_exact(key, item)
+    if _is_number(value):
         value = Decimal(value)
         exact = Decimal(repr(float(value)))
         if exact != value or (key in NUMBERS and abs(value) >= 2**53):  # exclusive bounds are counted from
@@ -299,16 +293,13 @@ def with_ecma_shorthands(pattern: str) -> str:
     >>> with_ecma_shorthands(r"\d+[^\d.]\\d")
     '[0-9]+[^0-9.]\\\\d'
     """
-    translated, position, depth = [], 0, 0
-    while position < len(pattern):
-        char, pair = pattern[position], pattern[position : position + 2]
-        if char == "\\":
-            translated.append(_shorthand(pair[1:], depth > 0) or pair)
-            position += 2
-            continue
-        depth += (char == "[") - (char == "]" and depth > 0)
-        translated.append(char)
-        position += 1
+    translated, depth = list[str](), 0
+    for text in re.findall(r"\\.|.", pattern, re.DOTALL):
+        if text.startswith("\\"):
+            translated.append(_shorthand(text[1:], depth > 0) or text)
+        else:
+            depth += (text == "[") - (text == "]" and depth > 0)
+            translated.append(text)
     return "".join(translated)
 
 

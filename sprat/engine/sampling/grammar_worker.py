@@ -7,6 +7,7 @@ object a line: first the vocabulary, then a grammar each, and an answer each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -45,9 +46,8 @@ class _Vocabulary:
 
 def build_tokenizer(tokens: Sequence[bytes], eos_token_ids: Sequence[int]) -> LLTokenizer:
     """The tokenizer of llguidance for these tokens; empty ones are control tokens."""
-    return LLTokenizer(
-        TokenizerWrapper(_Vocabulary(tokens, eos_token_ids)), n_vocab=len(tokens), eos_token=list(eos_token_ids)
-    )
+    wrapper = TokenizerWrapper(_Vocabulary(tokens, eos_token_ids))
+    return LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(eos_token_ids))
 
 
 def build_matcher(tokenizer: LLTokenizer, kind: str, source: str) -> LLMatcher:
@@ -77,13 +77,13 @@ def error_of(matcher: LLMatcher) -> str:
     return " ".join(line for line in lines if line and set(line) != {"^"})[:300]
 
 
-def walk(matcher: LLMatcher, steps: int = WALK_STEPS) -> None:
+def walk(matcher: LLMatcher) -> None:
     """Follow a grammar for a few tokens, a different branch at each.
 
     Raises:
         ValueError: nothing matches, or a step goes over the limits.
     """
-    for step in range(steps):
+    for step in range(WALK_STEPS):
         mask = matcher.compute_logit_bias()  # a byte a token, 0 where it is not allowed
         if matcher.is_error():
             raise ValueError(error_of(matcher))
@@ -109,8 +109,7 @@ def _try_grammar(tokenizer: LLTokenizer, job: dict[str, Any]) -> dict[str, Any]:
     """What became of one grammar: its cost in bytes, or why it cannot be used."""
     before = _resident()
     try:
-        matcher = build_matcher(tokenizer, job["kind"], job["source"])
-        walk(matcher)
+        walk(build_matcher(tokenizer, job["kind"], job["source"]))
     except (ValueError, MemoryError, RecursionError) as error:
         return {"error": str(error) or type(error).__name__}
     return {"bytes": max(_resident() - before, 0)}
@@ -120,11 +119,9 @@ def main() -> None:
     """Serve until the input ends."""
     header = json.loads(sys.stdin.readline())
     tokenizer = build_tokenizer([bytes.fromhex(text) for text in header["tokens"]], header["ends"])
-    try:
+    with contextlib.suppress(ValueError, OSError):  # not every system can; the deadline still holds
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ValueError, OSError):
-        pass  # not every system can; the deadline still holds
     for line in sys.stdin:
         signal.alarm(ALARM_SECONDS)  # nobody may be left to end us
         answer = _try_grammar(tokenizer, json.loads(line))

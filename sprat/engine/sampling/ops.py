@@ -27,7 +27,7 @@ R rows, V vocabulary, K blocks of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,18 @@ class LogNormalizer:
     log_sum_R: Floats
 
 
+class Truncation(NamedTuple):
+    """How much of each row's distribution is kept; see ``top_k_top_p``.
+
+    Attributes:
+        top_k_R: 0 keeps all. top_p_R: 1 keeps all. min_p_R: 0 keeps all.
+    """
+
+    top_k_R: Integers
+    top_p_R: Floats
+    min_p_R: Floats
+
+
 @dataclass(frozen=True)
 class SoftmaxWeights:
     """exp((logits - the row's greatest) / temperature), with sums.
@@ -174,20 +186,13 @@ def logprob(logit_R: Floats, temperature_R: Floats, normalizer: LogNormalizer) -
 
 
 def sample(
-    logits_RV: Floats,
-    temperature_R: Floats,
-    top_k_R: Integers,
-    top_p_R: Floats,
-    min_p_R: Floats,
-    noise_R: Doubles,
-    vocab: int,
+    logits_RV: Floats, temperature_R: Floats, truncation: Truncation, noise_R: Doubles, vocab: int
 ) -> tuple[Integers, LogNormalizer]:
     """Sample each row, natively where the kernels are; ``sample_numpy`` is their reference.
 
     Args:
         logits_RV: float32, rows contiguous; not modified.
         temperature_R: above 0.
-        top_k_R: 0 keeps all. top_p_R: 1 keeps all. min_p_R: 0 keeps all.
         noise_R: one number of [0, 1) per row.
         vocab: ids from here on are never sampled.
 
@@ -197,27 +202,22 @@ def sample(
     Raises:
         EngineError: a row's logits are not finite.
     """
-    kernels, limits = native(), (top_k_R, top_p_R, min_p_R)
+    kernels = native()
     if kernels is None:
-        return sample_numpy(logits_RV, temperature_R, *limits, noise_R, vocab)
+        return sample_numpy(logits_RV, temperature_R, truncation, noise_R, vocab)
     rows = len(noise_R)
     tokens_R, max_R, log_sum_R = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
-    if not kernels.sample(logits_RV, vocab, temperature_R, *limits, noise_R, tokens_R, max_R, log_sum_R):
+    if not kernels.sample(logits_RV, vocab, temperature_R, *truncation, noise_R, tokens_R, max_R, log_sum_R):
         raise not_finite()
     return tokens_R, LogNormalizer(max_R, log_sum_R)
 
 
 def sample_numpy(
-    logits_RV: Floats,
-    temperature_R: Floats,
-    top_k_R: Integers,
-    top_p_R: Floats,
-    min_p_R: Floats,
-    noise_R: Doubles,
-    vocab: int,
+    logits_RV: Floats, temperature_R: Floats, truncation: Truncation, noise_R: Doubles, vocab: int
 ) -> tuple[Integers, LogNormalizer]:
     """``sample`` in numpy."""
     weights = softmax_weights(logits_RV, temperature_R, vocab)
+    top_k_R, top_p_R, min_p_R = truncation
     truncated = np.flatnonzero((top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)).tolist()
     rows = len(logits_RV)
     tokens_R = inverse_cdf(weights, noise_R) if len(truncated) < rows else np.empty(rows, np.int64)

@@ -6,12 +6,10 @@ answer alone and subtract. Repetition goes first, as in vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as GenericSequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from sprat.engine.sampling_params import Sampling
+from sprat.engine.sampling_params import Sampling, TokenIds
 
 
 class Penalties:
@@ -19,7 +17,7 @@ class Penalties:
 
     starts_at, supports_drafts = 0, True
 
-    def __init__(self, sampling: Sampling, prompt_ids: GenericSequence[int], vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: TokenIds, vocab_size: int) -> None:
         self._repetition = np.float32(sampling.repetition_penalty)
         self._frequency = np.float32(sampling.frequency_penalty)
         self._presence = np.float32(sampling.presence_penalty)
@@ -28,9 +26,7 @@ class Penalties:
         self._total_count_V[[index for index in prompt_ids if index < vocab_size]] = 1
         self._num_counted = 0
 
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """See ``Processor``."""
         self._count(output_ids[self._num_counted :], 1)
         self._num_counted = len(output_ids)
@@ -45,7 +41,7 @@ class Penalties:
             logits_V[ids] -= self._frequency * self._count_V[ids].astype(np.float32) + self._presence
         self._count(draft_ids, -1)
 
-    def _count(self, tokens: GenericSequence[int], by: int) -> None:
+    def _count(self, tokens: TokenIds, by: int) -> None:
         """Add ``by`` to the counts of ``tokens``."""
         for token in tokens:
             self._count_V[token] += by

@@ -10,15 +10,13 @@ only the last one has the last word on what is possible at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as GenericSequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from sprat.engine.reasoning import ReasoningTracker, think_close_ids
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.penalties import Penalties
-from sprat.engine.sampling_params import Processor, Sampling
+from sprat.engine.sampling_params import Processor, Sampling, TokenIds
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError
 from sprat.tokens.chat import resolve_thinking
@@ -26,11 +24,7 @@ from sprat.tokens.tokenizer import Tokenizer
 
 
 def build_processors(
-    sampling: Sampling,
-    prompt: GenericSequence[int],
-    tokenizer: Tokenizer,
-    grammars: GrammarCache,
-    tenant: Tenant = DEFAULT_TENANT,
+    sampling: Sampling, prompt: TokenIds, tokenizer: Tokenizer, grammars: GrammarCache, tenant: Tenant = DEFAULT_TENANT
 ) -> tuple[Processor, ...]:
     """The processors of one answer of ``tenant``, in their order.
 
@@ -70,9 +64,7 @@ class LogitBias:
         self._ids = np.fromiter(biases, np.int64)
         self._biases = np.fromiter(biases.values(), np.float32)
 
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """See ``Processor``."""
         logits_V[self._ids] += self._biases
 
@@ -86,7 +78,7 @@ class BadWords:
 
     starts_at, supports_drafts = 0, True
 
-    def __init__(self, words: GenericSequence[str | tuple[int, ...]], tokenizer: Tokenizer) -> None:
+    def __init__(self, words: tuple[str | tuple[int, ...], ...], tokenizer: Tokenizer) -> None:
         spellings: set[tuple[int, ...]] = set()
         for word in words:
             variants = (word, f" {word.lstrip()}") if isinstance(word, str) else ()
@@ -100,9 +92,7 @@ class BadWords:
             self._longer.setdefault(ids[-2], []).append(ids)
         self._reach = max((len(ids) - 1 for ids in spellings), default=0)
 
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """See ``Processor``."""
         logits_V[self._single] = -np.inf
         if not self._longer:
@@ -123,9 +113,7 @@ class ThinkBudget:
         self._limit, self._close_ids = limit, think_close_ids(tokenizer)
         self._tracker = ReasoningTracker(tokenizer, thinking)
 
-    def apply(
-        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
-    ) -> None:
+    def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """See ``Processor``."""
         tracker = self._tracker.advance(output_ids, draft_ids)
         if tracker.end is not None or tracker.start is None:
@@ -136,7 +124,7 @@ class ThinkBudget:
             logits_V[self._close_ids[excess % len(self._close_ids)]] = 0
 
 
-def _check_ids(name: str, ids: GenericSequence[int] | dict[int, float], vocab_size: int) -> None:
+def _check_ids(name: str, ids: TokenIds | dict[int, float], vocab_size: int) -> None:
     """Raise EngineError at the first id that the tokenizer does not have."""
     for index in ids:
         if index >= vocab_size:

@@ -14,7 +14,6 @@ R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,25 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.reasoning import think_close_ids
-from sprat.engine.sampling.ops import (
-    Floats,
-    Integers,
-    LogNormalizer,
-    NotFinite,
-    add_at,
-    argmax,
-    logprob,
-    not_finite,
-    sample,
-    softmax_weights,
-    uniform,
-)
+from sprat.engine.sampling import ops
+from sprat.engine.sampling.ops import Floats, Integers, LogNormalizer, NotFinite, Truncation, not_finite
+from sprat.engine.sampling_params import TokenIds
 from sprat.engine.sequence import Sequence, SlotIndex
 from sprat.errors import EngineError, SpratError
 from sprat.tokens.tokenizer import Tokenizer
 
 NEVER = np.iinfo(np.int64).max  # the position at which no processor starts
 TopLogprobs = list[tuple[int, float]]  # likeliest tokens with their log-probabilities, best first
+Drafts = Mapping[int, TokenIds]  # slot → its drafted tokens
 
 
 @dataclass(slots=True)
@@ -73,7 +63,7 @@ class _SamplingMetadata:
     slots_R: Integers
     greedy_R: NDArray[np.bool_]
     temperature_R: Floats  # 1 for greedy rows
-    truncation: tuple[Integers, Floats, Floats]
+    truncation: Truncation
     key_R: NDArray[np.uint64]
     min_think_R: Integers
     starts_at_R: Integers
@@ -130,7 +120,7 @@ class Sampler:
 
     def advance(self, slot_index: SlotIndex, by: int | list[int] = 1) -> None:
         """So many sampled tokens of each of these (different) slots now stand in its ``output_ids``."""
-        add_at(self._position, slot_index, by)
+        ops.add_at(self._position, slot_index, by)
 
     def only_argmax(self, slots_R: Integers) -> bool:
         """Whether all that these rows need is their likeliest token: then nobody has to see their logits."""
@@ -138,11 +128,7 @@ class Sampler:
         return metadata.greedy and not metadata.processed and not metadata.logprobs
 
     def sample(
-        self,
-        logits: Tensor,
-        slots_R: Integers,
-        draft_offset_R: Integers | None = None,
-        drafts: Mapping[int, GenericSequence[int]] | None = None,
+        self, logits: Tensor, slots_R: Integers, draft_offset_R: Integers | None = None, drafts: Drafts | None = None
     ) -> SamplerOutput:
         """Sample one token for each row.
 
@@ -156,57 +142,45 @@ class Sampler:
             EngineError: no row has logits that are finite; where only some have not, it is an error of those.
         """
         logits_RV = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
+        position_R = self._position[slots_R] if draft_offset_R is None else self._position[slots_R] + draft_offset_R
         try:
-            return self._sample(logits_RV, slots_R, draft_offset_R, drafts)
+            return self._sample(logits_RV, slots_R, position_R, drafts or {})
         except NotFinite:
             fine_R = np.isfinite(logits_RV.max(1))
             if not fine_R.any():
                 raise
-        samples = self._sample(np.where(fine_R[:, None], logits_RV, np.float32(0)), slots_R, draft_offset_R, drafts)
+        samples = self._sample(np.where(fine_R[:, None], logits_RV, np.float32(0)), slots_R, position_R, drafts or {})
         samples.errors.update({row: not_finite() for row in np.flatnonzero(~fine_R).tolist()})
         return samples
 
-    def _sample(
-        self,
-        logits_RV: Floats,
-        slots_R: Integers,
-        draft_offset_R: Integers | None,
-        drafts: Mapping[int, GenericSequence[int]] | None,
-    ) -> SamplerOutput:
+    def _sample(self, logits_RV: Floats, slots_R: Integers, position_R: Integers, drafts: Drafts) -> SamplerOutput:
         """``sample``, where all rows are finite or none is sampled."""
-        metadata = self._metadata(slots_R)
-        position_R = self._position[slots_R] if draft_offset_R is None else self._position[slots_R] + draft_offset_R
+        metadata, vocab = self._metadata(slots_R), self.vocab
         errors: dict[int, SpratError] = {}
         processed_RV = logits_RV
         if metadata.processed:
-            processed_RV = self._process_logits(logits_RV, metadata, position_R, draft_offset_R, drafts or {}, errors)
-        normalizer = None
+            processed_RV, errors = self._process_logits(logits_RV, metadata, position_R, drafts)
+        normalizer, temperature_R = None, metadata.temperature_R
         if metadata.greedy:
-            tokens_R = argmax(processed_RV, self.vocab)
+            tokens_R = ops.argmax(processed_RV, vocab)
         else:
-            noise_R = uniform(metadata.key_R, position_R)
-            tokens_R, normalizer = sample(
-                processed_RV, metadata.temperature_R, *metadata.truncation, noise_R, self.vocab
-            )
+            noise_R = ops.uniform(metadata.key_R, position_R)
+            tokens_R, normalizer = ops.sample(processed_RV, temperature_R, metadata.truncation, noise_R, vocab)
             if metadata.mixed:
-                tokens_R[metadata.greedy_R] = argmax(processed_RV[metadata.greedy_R], self.vocab)
+                tokens_R[metadata.greedy_R] = ops.argmax(processed_RV[metadata.greedy_R], vocab)
         if not metadata.logprobs:
             return SamplerOutput(tokens_R, errors=errors)
         if normalizer is None or processed_RV is not logits_RV:
-            normalizer = softmax_weights(logits_RV, metadata.temperature_R, self.vocab).normalizer
-        logprobs_R = logprob(logits_RV[np.arange(len(tokens_R)), tokens_R], metadata.temperature_R, normalizer)
-        top_logprobs = {
-            row: self._likeliest(logits_RV[row], int(slots_R[row]), row, metadata.temperature_R, normalizer)
-            for row in metadata.top_logprobs
-        }
+            normalizer = ops.softmax_weights(logits_RV, temperature_R, vocab).normalizer
+        logprobs_R = ops.logprob(logits_RV[np.arange(len(tokens_R)), tokens_R], temperature_R, normalizer)
+        top_logprobs = {row: self._top(row, logits_RV, metadata, normalizer) for row in metadata.top_logprobs}
         return SamplerOutput(tokens_R, logprobs_R, top_logprobs, errors)
 
     def _metadata(self, slots_R: Integers) -> _SamplingMetadata:
         """The settings of these rows; the same array again means the same rows."""
-        metadata = self._last_metadata
-        if metadata is None or metadata.slots_R is not slots_R:
-            metadata = self._last_metadata = self._gather(slots_R)
-        return metadata
+        if self._last_metadata is None or self._last_metadata.slots_R is not slots_R:
+            self._last_metadata = self._gather(slots_R)
+        return self._last_metadata
 
     def _gather(self, slots_R: Integers) -> _SamplingMetadata:
         """The settings of these rows."""
@@ -218,7 +192,7 @@ class Sampler:
             slots_R=slots_R,
             greedy_R=greedy_R,
             temperature_R=temperature_R,
-            truncation=(self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R]),
+            truncation=Truncation(self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R]),
             key_R=self._noise_key[slots_R],
             min_think_R=min_think_R,
             starts_at_R=starts_at_R,
@@ -230,21 +204,19 @@ class Sampler:
         )
 
     def _process_logits(
-        self,
-        logits_RV: Floats,
-        metadata: _SamplingMetadata,
-        position_R: Integers,
-        draft_offset_R: Integers | None,
-        drafts: Mapping[int, GenericSequence[int]],
-        errors: dict[int, SpratError],
-    ) -> Floats:
-        """The logits after bans and processors: ``logits_RV`` itself where no row has any now, else a copy."""
+        self, logits_RV: Floats, metadata: _SamplingMetadata, position_R: Integers, drafts: Drafts
+    ) -> tuple[Floats, dict[int, SpratError]]:
+        """The logits after bans and processors, and by row the errors of these.
+
+        They are ``logits_RV`` itself where no row has any now, else a copy.
+        """
+        errors: dict[int, SpratError] = {}
         banned_R = position_R < metadata.min_think_R
         acting = np.flatnonzero(position_R >= metadata.starts_at_R).tolist()
         if not acting and not banned_R.any():
             if metadata.starts_at_R.min() == NEVER:  # all bans have ended: these rows need no processing any more
                 self._last_metadata = None
-            return logits_RV
+            return logits_RV, errors
         processed_RV = logits_RV.copy()
         if banned_R.any():
             processed_RV[np.flatnonzero(banned_R)[:, None], self._banned] = -np.inf
@@ -253,27 +225,24 @@ class Sampler:
             sequence = self._sequences[slot]
             if sequence is None:
                 raise RuntimeError(f"slot {slot} is not open")
-            draft_ids = (
-                drafts[slot][: int(draft_offset_R[row])] if draft_offset_R is not None and slot in drafts else ()
-            )
+            draft_ids = drafts.get(slot, ())[: int(position_R[row] - self._position[slot])]
             error = _apply_processors(sequence, processed_RV[row, : self.vocab], draft_ids)
             if error is not None:
                 errors[row] = error
                 processed_RV[row] = 0
-        return processed_RV
+        return processed_RV, errors
 
-    def _likeliest(
-        self, logits_V: Floats, slot: int, row: int, temperature_R: Floats, normalizer: LogNormalizer
-    ) -> TopLogprobs:
+    def _top(self, row: int, logits_RV: Floats, metadata: _SamplingMetadata, normalizer: LogNormalizer) -> TopLogprobs:
         """The likeliest tokens of one row, as many as its request asked."""
-        count = min(int(self._top_logprobs[slot]), len(logits_V))
+        logits_V, temperature = logits_RV[row], metadata.temperature_R[row]
+        count = min(int(self._top_logprobs[metadata.slots_R[row]]), len(logits_V))
         ids = np.flatnonzero(logits_V >= np.partition(logits_V, -count)[-count])
         ids = ids[np.argsort(-logits_V[ids], kind="stable")][:count]
         of_row = LogNormalizer(normalizer.max_R[row], normalizer.log_sum_R[row])
-        return list(zip(ids.tolist(), logprob(logits_V[ids], temperature_R[row], of_row).tolist(), strict=True))
+        return list(zip(ids.tolist(), ops.logprob(logits_V[ids], temperature, of_row).tolist(), strict=True))
 
 
-def _apply_processors(sequence: Sequence, logits_V: Floats, draft_ids: GenericSequence[int]) -> SpratError | None:
+def _apply_processors(sequence: Sequence, logits_V: Floats, draft_ids: TokenIds) -> SpratError | None:
     """Apply the processors of one request to its row, in place; the error that ends the request, if any.
 
     Raises:

@@ -27,16 +27,11 @@ from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.cache.blocks import Blocks
 from sprat.engine.cache.prefix import BlockKeys
 from sprat.engine.scheduling.fair_queue import Account, FairQueue
-from sprat.engine.sequence import SMALL_BATCH, PrefillChunk, ScheduledStep, Sequence, SlotIndex
+from sprat.engine.sequence import SMALL_BATCH, EngineLimits, PrefillChunk, ScheduledStep, Sequence, SlotIndex
 
 
 class Scheduler:
     """Queues, slots, and the blocks behind them.
-
-    Args:
-        max_batch: slots: requests that run together at most.
-        step_tokens: tokens of one step, about; pieces of prompts get one block of it at least.
-        cache_partial_blocks: whether the begun blocks of requests that leave are kept for those that continue them.
 
     Attributes:
         slots: the request in each slot, None in a free one.
@@ -44,11 +39,8 @@ class Scheduler:
         num_preemptions: how often a request had to make way.
     """
 
-    def __init__(
-        self, blocks: Blocks, keys: BlockKeys, max_batch: int, step_tokens: int, *, cache_partial_blocks: bool = True
-    ) -> None:
-        self.blocks, self.keys, self.step_tokens = blocks, keys, step_tokens
-        self.cache_partial_blocks = cache_partial_blocks
+    def __init__(self, blocks: Blocks, keys: BlockKeys, limits: EngineLimits) -> None:
+        self.blocks, self.keys, self.limits, max_batch = blocks, keys, limits, limits.max_batch
         self.slots: list[Sequence | None] = [None] * max_batch
         self.num_computed = np.zeros(max_batch, np.int32)
         self.queue, self.num_preemptions = FairQueue(), 0
@@ -79,7 +71,7 @@ class Scheduler:
         self._allocate_next_tokens()
         decoding, slots_S, slot_index = self._decoding_rows()
         idle = not any(account.prefilling or (account.waiting and self._free_slots) for account in self.queue)
-        chunks = [] if idle else self._schedule_prefill(max(self.step_tokens - len(decoding), BLOCK_SIZE))
+        chunks = [] if idle else self._schedule_prefill(max(self.limits.step_tokens - len(decoding), BLOCK_SIZE))
         if len(self.queue) > 1:
             for sequence in decoding:
                 self.queue.account(sequence).served_tokens += 1
@@ -111,9 +103,8 @@ class Scheduler:
 
     def allocate_drafts(self, slot: int, drafts: int) -> bool:
         """Have blocks for the next token of the answer in ``slot`` and its drafts; False if there are none."""
-        return self._steps_until_block_full > drafts or self.blocks.allocate(
-            slot, int(self.num_computed[slot]) + 1 + drafts
-        )
+        tokens = int(self.num_computed[slot]) + 1 + drafts
+        return self._steps_until_block_full > drafts or self.blocks.allocate(slot, tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a request out, wherever it is; its siblings go back to the queue."""
@@ -184,8 +175,7 @@ class Scheduler:
     def _preempt(self) -> None:
         """Send the youngest request of the most served tenant back to the front of its queue."""
         victim = max(self.running, key=self._by_service)
-        self._free(victim)
-        self.queue.requeue(victim)
+        self._requeue(victim)
         self.num_preemptions += 1
 
     def _schedule_prefill(self, budget: int) -> list[PrefillChunk]:
@@ -225,16 +215,14 @@ class Scheduler:
             return None
         sequence = account.waiting[0]
         self.keys.extend(sequence, tokens := sequence.num_tokens)
-        keys = sequence.block_keys[
-            : (tokens - 1) // BLOCK_SIZE
-        ]  # the last token is always computed: its logits are needed
+        # The last token is always computed: its logits are needed.
+        keys = sequence.block_keys[: (tokens - 1) // BLOCK_SIZE]
         if not self.blocks.can_allocate(keys, tokens + 1):
             return None
         slot = self._assign_slot(account)
         shared = self.blocks.share_prefix(slot, keys)
         if not self.blocks.allocate(slot, tokens + 1):
-            self._free(sequence)
-            self.queue.requeue(sequence)
+            self._requeue(sequence)
             return None
         sequence.pending_ids = sequence.ids_between(0, tokens)
         rest = sequence.pending_ids[shared * BLOCK_SIZE : tokens - 1]
@@ -254,8 +242,7 @@ class Scheduler:
             if owner is None:
                 return
             if not self.blocks.allocate(self._assign_slot(account), 1):
-                self._free(sibling)
-                self.queue.requeue(sibling)
+                self._requeue(sibling)
                 return
             sibling.prompt_owner, sibling.num_cached = owner, len(sibling.prompt_ids)
             owner.siblings.append(sibling)
@@ -291,11 +278,16 @@ class Scheduler:
             self.blocks.register(slot, index, key, parent, tokens)
         self._num_registered[slot] = full
 
+    def _requeue(self, sequence: Sequence) -> None:
+        """Take slot and blocks from ``sequence`` and put it back to the front of its queue."""
+        self._free(sequence)
+        self.queue.requeue(sequence)
+
     def _free(self, sequence: Sequence) -> None:
         """Take slot and blocks from ``sequence``; siblings that wait for it go back to the queue."""
         account, slot = self.queue.account(sequence), sequence.slot
         computed = int(self.num_computed[slot]) if slot in self._decoding else sequence.num_computed
-        if self.cache_partial_blocks and computed % BLOCK_SIZE and sequence.prompt_owner is None:
+        if self.limits.frozen and computed % BLOCK_SIZE and sequence.prompt_owner is None:
             self._register_blocks(sequence, computed)
             tokens, index = sequence.ids_between(computed - computed % BLOCK_SIZE, computed), computed // BLOCK_SIZE
             key, parent = self.keys.partial(sequence, computed), self.keys.parent(sequence, index)
@@ -316,5 +308,4 @@ class Scheduler:
         siblings, sequence.siblings = sequence.siblings, []
         for sibling in reversed(siblings):
             sibling.prompt_owner = None
-            self._free(sibling)
-            self.queue.requeue(sibling)
+            self._requeue(sibling)

@@ -16,6 +16,7 @@ from sprat.engine import Engine, Output, Sampling, speculation
 from sprat.engine.backend import Batch
 from sprat.engine.backends.native import NativeBackend
 from sprat.engine.backends.torch import TorchBackend
+from sprat.engine.sequence import DEFAULT_TENANT
 from sprat.engine.speculation import NgramTable, Payoff, SpeculationMode
 from sprat.errors import EngineError
 from sprat.kernels import native
@@ -129,8 +130,8 @@ def test_the_joint_distribution_of_drafted_tokens_is_the_models(
         model, tokenizer, backend=Fake(model.config.vocab_size, num_mtp_modules=1), max_batch=400, speculate="mtp"
     )
     how = [Sampling(temperature=1.5, top_k=kept, max_tokens=4, seed=seed) for seed in range(draws)]
-    sequences = [engine._request_builder.build(prompt, one) for one in how]
-    handles = engine.core.add_requests(sequences, engine._step_unless_threaded, streams=False)
+    sequences = [engine._request_builder.build(prompt, one, tenant=DEFAULT_TENANT) for one in how]
+    handles = engine._enqueue(sequences, streams=False)
     seen = Counter(tuple(handle.result().token_ids) for handle in handles)
     stats = engine.stats()
     assert 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9, "both ways out of a draft are taken"

@@ -16,6 +16,7 @@ from sprat.engine.sampling.ops import (
     VOCAB_BLOCK,
     LogNormalizer,
     SoftmaxWeights,
+    Truncation,
     argmax,
     inverse_cdf,
     logprob,
@@ -38,8 +39,9 @@ def drawn(
 ) -> NDArray[np.int64]:
     """Tokens of rows that share their settings."""
     rows = len(logits)
-    kinds = ((temperature, np.float32), (top_k, np.int64), (top_p, np.float32), (min_p, np.float32))
-    return sample(logits.numpy(), *[np.full(rows, value, kind) for value, kind in kinds], noise, logits.shape[1])[0]  # type: ignore[arg-type]
+    kinds = ((top_k, np.int64), (top_p, np.float32), (min_p, np.float32))
+    truncation = Truncation(*[np.full(rows, value, kind) for value, kind in kinds])  # type: ignore[arg-type]
+    return sample(logits.numpy(), np.full(rows, temperature, np.float32), truncation, noise, logits.shape[1])[0]
 
 
 def chi_square(tokens: NDArray[np.int64], expected: NDArray[np.float64]) -> tuple[float, int]:
@@ -169,15 +171,20 @@ def test_extreme_settings_draw_what_float64_says(implementation: str) -> None:
         if spread < temperature / 100:  # all weights are nearly 1, and which is greatest is up to rounding
             top_k, top_p, min_p = 0, np.float32(1), np.float32(0)
         noise = float(chance.choice([0.0, 1e-12, 1 - 2.0**-53, *chance.random(4)]))
-        columns = (np.array([temperature]), np.array([top_k]), np.array([top_p]), np.array([min_p]), np.array([noise]))
-        tokens, normalizer = IMPLEMENTATIONS[implementation](logits, *columns, vocab)
+        temperature_R, truncation = (
+            np.array([temperature]),
+            Truncation(np.array([top_k]), np.array([top_p]), np.array([min_p])),
+        )
+        tokens, normalizer = IMPLEMENTATIONS[implementation](
+            logits, temperature_R, truncation, np.array([noise]), vocab
+        )
         share, whole = oracle(logits[0], temperature, top_k, top_p, min_p, vocab)
         token, what = int(tokens[0]), (number, temperature, spread, top_k, top_p, min_p, noise, vocab, width)
         reached = share.cumsum()
         assert 0 <= token < vocab, what
         # What float32 rounds may move an edge of the interval of a token, or what a truncation keeps, by a little.
         assert reached[token] - share[token] - 1e-4 <= noise <= reached[token] + 1e-4 or edge(share, token), what
-        found = float(logprob(logits[0, [token]], columns[0], normalizer)[0])
+        found = float(logprob(logits[0, [token]], temperature_R, normalizer)[0])
         right = max(float(whole[token]), -3.4028235e38)
         assert abs(found - right) <= 1e-5 + 1e-6 * abs(right), (*what, found, right)
 
@@ -191,15 +198,14 @@ def edge(share: NDArray[np.float64], token: int) -> bool:
 def test_ids_behind_the_vocabulary_take_nothing_from_what_may_be_drawn(implementation: str) -> None:
     rows = 4000
     logits = np.tile(np.array([[0.0, 1.0, 2.0, 500.0]], np.float32), (rows, 1))
-    columns = [
-        np.full(rows, value, kind) for value, kind in ((1, np.float32), (0, int), (1, np.float32), (0, np.float32))
-    ]
-    tokens, normalizer = IMPLEMENTATIONS[implementation](logits, *columns, np.random.default_rng(0).random(rows), 3)  # type: ignore[arg-type]
+    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+    truncation, noise = Truncation(np.zeros(rows, np.int64), ones, zeros), np.random.default_rng(0).random(rows)
+    tokens, normalizer = IMPLEMENTATIONS[implementation](logits, ones, truncation, noise, 3)
     weight = np.exp(np.arange(3.0))
     statistic, cells = chi_square(tokens, weight / weight.sum() * rows)
     assert cells == 3 and statistic < 16.3  # 2 degrees of freedom, p = 0.0003
     assert logprob(
-        logits[:1, 2], columns[0][:1], LogNormalizer(normalizer.max_R[:1], normalizer.log_sum_R[:1])
+        logits[:1, 2], ones[:1], LogNormalizer(normalizer.max_R[:1], normalizer.log_sum_R[:1])
     ) == pytest.approx(-498)
 
 

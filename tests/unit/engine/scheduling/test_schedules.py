@@ -74,7 +74,7 @@ def ask(engine: Engine, chance: random.Random) -> list[RequestHandle]:
         engine._request_builder.build(prompt, how, prompt_group=group, tenant=tenant)
         for _ in range(chance.choice((1, 3)))
     ]
-    return engine.core.add_requests(sequences, engine._step_unless_threaded, streams=False)
+    return engine._enqueue(sequences, streams=False)
 
 
 @pytest.mark.timeout(0 if SCHEDULES > 1000 else 900)
