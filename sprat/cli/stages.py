@@ -179,6 +179,7 @@ def _run_stage(
 ) -> Result:
     """Run one stage as the quickstart would: in a process of its own, with one thread, so that digests agree."""
     from sprat.files.lock import lock_folder
+    from sprat.pipeline.executor import LocalExecutor
     from sprat.pipeline.graph import run_stages
     from sprat.pipeline.pipeline import Pipeline
     from sprat.pipeline.quickstart import build_stages, check_folder
@@ -188,8 +189,8 @@ def _run_stage(
     start = () if init_from is None else (f"{stage_name}.init_from={json.dumps(init_from)}",)
     pipeline = Pipeline(out, load_recipe(recipe, (*(overrides or ()), *start)))
     first = next(stage for stage in build_stages(pipeline, text) if stage.name.startswith(stage_name))
-    with lock_folder(out), stage_progress(out) as on_progress:
-        run_stages([replace(first, depends_on=())], 1, on_progress)
+    with lock_folder(out), stage_progress(out) as on_progress, LocalExecutor(1) as executor:
+        run_stages([replace(first, depends_on=())], executor, 1, on_progress)
     return _run_summary(pipeline, first.name)
 
 

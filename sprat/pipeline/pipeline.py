@@ -16,7 +16,7 @@ from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.files import atomic
 from sprat.files.json import read_json
-from sprat.pipeline.graph import notify
+from sprat.pipeline.executor import notify
 from sprat.tasks import HeldOutTask, Problem, Split, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint

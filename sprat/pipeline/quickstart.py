@@ -23,6 +23,7 @@ from sprat.errors import ConfigError, MachineError
 from sprat.files import atomic
 from sprat.files.lock import lock_folder
 from sprat.pipeline import controls, data, quantize, training
+from sprat.pipeline.executor import LocalExecutor
 from sprat.pipeline.graph import Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.post.rewards import load_reward
@@ -79,7 +80,10 @@ def quickstart(
         pipeline = Pipeline(out, recipe)
         atomic.write_text(out / "recipe.toml", recipe.to_toml())
         pipeline.add_file("recipe.toml")
-        run_stages(build_stages(pipeline, text), recipe.jobs, on_progress)
+        stages = build_stages(pipeline, text)
+        jobs = min(recipe.jobs, len(stages))
+        with LocalExecutor(jobs) as executor:
+            run_stages(stages, executor, jobs, on_progress)
         return write_report(out)
 
 

@@ -454,7 +454,7 @@ def test_every_leaf_of_the_recipe_is_changed_here() -> None:
 def test_jobs_and_offline_reach_who_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many stages run side by side, and whether text is fetched: neither is a result of a stage."""
     asked: list[Any] = []
-    monkeypatch.setattr(quickstart, "run_stages", lambda stages, jobs, on_progress: asked.append(jobs))
+    monkeypatch.setattr(quickstart, "run_stages", lambda stages, executor, jobs, on_progress: asked.append(jobs))
     monkeypatch.setattr(quickstart, "write_report", lambda out: out)
     for jobs in (1, 3):
         quickstart.quickstart(tmp_path / str(jobs), load_recipe("tiny", (*BASE, f"jobs={jobs}")))
