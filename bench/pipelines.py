@@ -46,8 +46,9 @@ from bench.pipeline_figures import (
     read_result,
     table,
 )
+from sprat.config.recipe import PipelineRecipe
 from sprat.errors import ConfigError
-from sprat.pipeline.recipe import PipelineRecipe, load_recipe
+from sprat.pipeline.recipe import load_recipe
 from sprat.trust.ledger import Ledger
 
 ISAS = {
@@ -65,10 +66,11 @@ EXTRA_CONTROLS = (
         _DENSE_CONTROL.format(equal="CPU seconds", more="steps=2100", width=288),
         _DENSE_CONTROL.format(equal="parameters", more="steps=1600", width=864),  # those of all experts
     )) + "]",
-    "controls.student_examples=12000",  # as many worked examples as the teacher answers: distill.distill.problems
+    "controls.student_examples=12000",  # as many worked examples as the teacher answers: distill.problems
 )  # fmt: skip
 EXTRA_RUNS = ("pretrain-dense-parameters", "student-examples")
 IGNORED_KEYS = ("jobs", "money")  # keys of a recipe that change no result
+NESTED_TABLES = ("pretrain.train", "sft.sft", "rl.rl", "distill.distill")  # of recipes before tables were flat
 EXTRA_KEYS = ("dense", "controls.student_examples")
 
 
@@ -104,6 +106,9 @@ def check_folder(folder: Path, isa: str, recipe: PipelineRecipe, left_out: Seque
         found_values = dict(flatten(tomllib.loads(recipe_file.read_text(encoding="utf-8"))))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         raise refuse("its recipe.toml cannot be read") from None
+    for nested in NESTED_TABLES:
+        if any(key.startswith(f"{nested}.") for key in found_values):
+            raise refuse(f"its recipe has the table [{nested}], as before tables were flat")
     wanted_values = dict(flatten(tomllib.loads(recipe.to_toml())))
     for key in sorted(found_values.keys() | wanted_values.keys()):
         ignored = any(key == prefix or key.startswith(f"{prefix}.") for prefix in (*IGNORED_KEYS, *left_out))

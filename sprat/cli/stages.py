@@ -45,7 +45,7 @@ def train(
     overrides: Overrides = None,
 ) -> Result:
     """Pre-train the model on what `sprat data` made."""
-    return _run_stage("pretrain", out, recipe, _with_init_from("pretrain.train", init_from, overrides))
+    return _run_stage("pretrain", out, recipe, overrides, init_from=init_from)
 
 
 def sft(
@@ -55,7 +55,7 @@ def sft(
     overrides: Overrides = None,
 ) -> Result:
     """Fine-tune the pre-trained model on demonstrations that show their thinking."""
-    return _run_stage("sft", out, recipe, _with_init_from("sft.sft", init_from, overrides))
+    return _run_stage("sft", out, recipe, overrides, init_from=init_from)
 
 
 def rl(
@@ -65,7 +65,7 @@ def rl(
     overrides: Overrides = None,
 ) -> Result:
     """Reinforcement learning with rule rewards (GRPO), with the first of the recipe's rl.seeds."""
-    return _run_stage("rl", out, recipe, _with_init_from("rl.rl", init_from, overrides))
+    return _run_stage("rl", out, recipe, overrides, init_from=init_from)
 
 
 def distill(
@@ -75,7 +75,7 @@ def distill(
     overrides: Overrides = None,
 ) -> Result:
     """Teach a small student from the RL teacher's verified answers and its distributions."""
-    return _run_stage("distill", out, recipe, _with_init_from("distill.distill", init_from, overrides))
+    return _run_stage("distill", out, recipe, overrides, init_from=init_from)
 
 
 def quantize(
@@ -137,11 +137,12 @@ def evaluate(
     overrides: Overrides = None,
 ) -> Result:
     """Score a model on held-out problems, greedily, with 95 % intervals."""
+    from sprat.config.recipe import task_title
     from sprat.engine import Engine
     from sprat.eval.tasks import evaluate_many
     from sprat.formats.load import load
     from sprat.pipeline.pipeline import load_task
-    from sprat.pipeline.recipe import load_recipe, task_title
+    from sprat.pipeline.recipe import load_recipe
     from sprat.tasks import HeldOutTask, held_out_problems
 
     pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
@@ -173,26 +174,23 @@ def evaluate(
     return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
 
 
-def _with_init_from(table: str, init_from: str | None, overrides: list[str] | None) -> list[str]:
-    """``overrides`` with ``--init-from`` as a key of the recipe's ``table``."""
-    return [*(overrides or ()), *([] if init_from is None else [f"{table}.init_from={json.dumps(init_from)}"])]
-
-
 def _run_stage(
-    stage_name: str, out: Path, recipe: str, overrides: list[str] | None, text: Path | None = None
+    stage_name: str, out: Path, recipe: str, overrides: Overrides, text: Text = None, init_from: InitFrom = None
 ) -> Result:
     """Run one stage as the quickstart would: in a process of its own, with one thread, so that digests agree."""
     from sprat.files.lock import lock_folder
+    from sprat.pipeline.executor import LocalExecutor
     from sprat.pipeline.graph import run_stages
     from sprat.pipeline.pipeline import Pipeline
-    from sprat.pipeline.quickstart import build_stages, check_disk
+    from sprat.pipeline.quickstart import build_stages, check_folder
     from sprat.pipeline.recipe import load_recipe
 
-    check_disk(out)
-    pipeline = Pipeline(out, load_recipe(recipe, tuple(overrides or ())))
+    check_folder(out)
+    start = () if init_from is None else (f"{stage_name}.init_from={json.dumps(init_from)}",)
+    pipeline = Pipeline(out, load_recipe(recipe, (*(overrides or ()), *start)))
     first = next(stage for stage in build_stages(pipeline, text) if stage.name.startswith(stage_name))
-    with lock_folder(out), stage_progress(out) as on_progress:
-        run_stages([replace(first, depends_on=())], 1, on_progress)
+    with lock_folder(out), stage_progress(out) as on_progress, LocalExecutor(1) as executor:
+        run_stages([replace(first, depends_on=())], executor, 1, on_progress)
     return _run_summary(pipeline, first.name)
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sprat.config import LoopConfig
+from sprat.config.recipe import ControlsRecipe, DistillRecipe
 from sprat.data.loader import MixedBatchSource
 from sprat.engine import Engine
 from sprat.formats.load import load
 from sprat.model import Transformer
 from sprat.pipeline import evaluation, training
 from sprat.pipeline.pipeline import Pipeline, model_config
-from sprat.pipeline.recipe import ControlsRecipe, DistillRecipe
 from sprat.post import distill as post_distill
 from sprat.post import sft as post_sft
 from sprat.tokens import Tokenizer
@@ -62,7 +61,7 @@ def rft(pipeline: Pipeline) -> None:
 def pretrain_more(pipeline: Pipeline) -> None:
     """Pre-training that goes on: the same text and worked examples, from RL's start."""
     recipe, start = _recipe(pipeline).more, pipeline.recipe.rl.start
-    pretrain_recipe = pipeline.recipe.pretrain.replace(train=recipe.model_dump())
+    pretrain_recipe = pipeline.recipe.pretrain.replace(**recipe.model_dump())
 
     def prepare(resuming: bool) -> tuple[Transformer, Tokenizer, MixedBatchSource]:
         model, tokenizer = load(pipeline.run_folder(start))
@@ -97,8 +96,6 @@ def student_examples(pipeline: Pipeline) -> None:
 
 def _pretrain_student(pipeline: Pipeline, name: str, recipe: DistillRecipe, label: str) -> None:
     """Pre-train the student's size as run ``name``, on worked examples and text in ``recipe``'s shares."""
-    steps = {"steps": recipe.scratch_steps or recipe.distill.steps, "init_from": ""}
-    train = LoopConfig(**{name: getattr(recipe.distill, name) for name in LoopConfig.model_fields} | steps)
 
     def prepare(resuming: bool) -> tuple[Transformer, Tokenizer, MixedBatchSource]:
         tokenizer = pipeline.data_artifact.tokenizer()
@@ -112,7 +109,7 @@ def _pretrain_student(pipeline: Pipeline, name: str, recipe: DistillRecipe, labe
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
-    result = loop.train(model, batches, train, run)
+    result = loop.train(model, batches, recipe.replace(steps=recipe.scratch_steps or recipe.steps, init_from=""), run)
     training.finish_run(
         pipeline, run, model, tokenizer, result, label, ("greedy", "thinking"), {"control_of": "distill"}
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sprat.config import TaskConfig
+from sprat.config.recipe import DataRecipe, SplitRecipe
 from sprat.data import baselines, corpus
 from sprat.data.document import Document, safe_name
 from sprat.data.pack import pack
@@ -22,9 +23,9 @@ from sprat.errors import DataError
 from sprat.eval.score import HeldOutScores
 from sprat.files import atomic
 from sprat.pipeline.pipeline import DataArtifact, Pipeline, load_task, write_problems
-from sprat.pipeline.recipe import DataRecipe, SplitRecipe
 from sprat.tasks import HELD_OUT_SPLITS, Problem, Task, held_out_problems
 from sprat.tasks import Split as Part
+from sprat.tasks.base import SPLIT_SALT
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import encode_demonstration
 from sprat.trust import run_record
@@ -52,7 +53,7 @@ def data(pipeline: Pipeline, text: Path | None = None) -> None:
     recipe = pipeline.recipe.data
     if text is not None and not (text.is_file() or text.is_dir()):
         raise DataError("no such text", where=str(text), todo="give a folder of text, a .jsonl or a .parquet file")
-    inputs: dict[str, run_record.Input] = {"split": SplitRecipe()}
+    inputs: dict[str, run_record.Input] = {"split": SplitRecipe(salt=SPLIT_SALT)}
     if text is not None:
         inputs["text"] = text
     opened = pipeline.open_run(

@@ -63,7 +63,7 @@ def check_context(
     question_tokens = max(
         len(render(tokenizer, problem_messages(problem), thinking=False)) for of_task in problems for problem in of_task
     )
-    limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.rl.max_tokens"))
+    limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.max_tokens"))
     if question_tokens + limit > context:
         what = (
             f"a question of {question_tokens} tokens and an answer of {limit} exceed the model's context of {context}"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sprat.config import Config, ModelConfig, TaskConfig
+from sprat.config.recipe import ModelRecipe, PipelineRecipe, task_title
 from sprat.config.sizes import size
 from sprat.data.document import safe_name
 from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.files import atomic
 from sprat.files.json import read_json
-from sprat.pipeline.graph import notify
-from sprat.pipeline.recipe import ModelRecipe, PipelineRecipe, task_title
+from sprat.pipeline.executor import notify
 from sprat.tasks import HeldOutTask, Problem, Split, Task, load
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint

@@ -89,7 +89,7 @@ def _student_calibration_rows(pipeline: Pipeline, student: Transformer, tokenize
     It is asked no more questions than it was taught by.
     """
     text = pipeline.data_artifact.packed("text")
-    num_tokens = min(STUDENT_CALIBRATION_TOKENS, SHORT_EXAMPLE_TOKENS * pipeline.recipe.distill.distill.problems)
+    num_tokens = min(STUDENT_CALIBRATION_TOKENS, SHORT_EXAMPLE_TOKENS * pipeline.recipe.distill.problems)
     rows = max(4, num_tokens // text.seq_len)
     problems = post_sft.sample_problems(
         *task_mix(pipeline), num_tokens // SHORT_EXAMPLE_TOKENS, f"calibration/{pipeline.recipe.seed}"

@@ -13,21 +13,24 @@ pipeline again goes on where it was.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from sprat.errors import MachineError
+from sprat.config.recipe import PipelineRecipe
+from sprat.errors import ConfigError, MachineError
 from sprat.files import atomic
 from sprat.files.lock import lock_folder
 from sprat.pipeline import controls, data, quantize, training
+from sprat.pipeline.executor import LocalExecutor
 from sprat.pipeline.graph import Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
-from sprat.pipeline.recipe import PipelineRecipe
 from sprat.post.rewards import load_reward
 from sprat.report import write_report
 
 OnProgress = Callable[[str, str, float], None]
+NESTED_TABLE = re.compile(r"^\[(train|distill)\]$", re.MULTILINE)  # of runs before tables were flat
 MIN_FREE_BYTES = 300_000_000  # free disk that a pipeline wants
 SERVED_RUN = "quantize"  # the run whose model is served at the end
 
@@ -71,13 +74,16 @@ def quickstart(
     Raises:
         SpratError: bad input, a full disk, a second quickstart in the same folder, a stage that failed.
     """
-    check_disk(out)
+    check_folder(out)
     check_recipe(recipe)
     with lock_folder(out):
         pipeline = Pipeline(out, recipe)
         atomic.write_text(out / "recipe.toml", recipe.to_toml())
         pipeline.add_file("recipe.toml")
-        run_stages(build_stages(pipeline, text), recipe.jobs, on_progress)
+        stages = build_stages(pipeline, text)
+        jobs = min(recipe.jobs, len(stages))
+        with LocalExecutor(jobs) as executor:
+            run_stages(stages, executor, jobs, on_progress)
         return write_report(out)
 
 
@@ -89,12 +95,17 @@ def check_recipe(recipe: PipelineRecipe) -> None:
     """
     for config in (*recipe.data.tasks, *recipe.data.unseen):
         load_task(config)
-    if recipe.rl.rl.reward:
-        load_reward(recipe.rl.rl.reward)
+    if recipe.rl.reward:
+        load_reward(recipe.rl.reward)
 
 
-def check_disk(out: Path) -> None:
-    """Raise MachineError where the disk is too full or ``out`` is a file, before anything is written."""
+def check_folder(out: Path) -> None:
+    """Refuse a folder in which no stage can run or go on, before anything is written.
+
+    Raises:
+        MachineError: the disk is too full, or ``out`` is a file.
+        ConfigError: a run in it has its recipe in nested tables, as they were: it would be set aside and made anew.
+    """
     existing = out
     while not existing.exists():
         existing = existing.parent
@@ -104,6 +115,8 @@ def check_disk(out: Path) -> None:
     if free < MIN_FREE_BYTES:
         todo = f"free {MIN_FREE_BYTES // 1_000_000} MB or give another folder"
         raise MachineError(f"only {free // 1_000_000} MB of disk are free", where=str(out), todo=todo)
-
-
-__all__ = ["SERVED_RUN", "check_disk", "quickstart", "build_stages"]
+    for path in sorted(out.glob("*/recipe.toml")):
+        nested = NESTED_TABLE.search(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+        if nested and ".old-" not in path.parent.name:
+            what = f"the recipe of this run has the table {nested[0]}, as before tables were flat"
+            raise ConfigError(what, where=str(path), todo="give another --out")

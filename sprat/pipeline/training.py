@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sprat.config import LoopConfig, RLConfig
+from sprat.config import LoopConfig
+from sprat.config.recipe import DataRecipe, DenseRecipe, DistillRecipe, EvalScopeRecipe, PretrainRecipe
 from sprat.data.loader import MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.engine import Engine
@@ -23,7 +24,6 @@ from sprat.formats.load import load, save
 from sprat.model import Transformer, count_parameters
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline, load_task, model_config
-from sprat.pipeline.recipe import DataRecipe, DenseRecipe, DistillRecipe, EvalScopeRecipe, ModelRecipe, PretrainRecipe
 from sprat.post import distill as post_distill
 from sprat.post import grpo, reward_sources, rewards
 from sprat.post import sft as post_sft
@@ -44,14 +44,24 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None) -> None:
     """Pre-train the teacher, or its ``dense`` counterpart (a control), on text and worked examples."""
     recipe = pipeline.recipe.pretrain
     if dense is not None:
-        train = recipe.train.replace(init_from="", steps=dense.steps or recipe.train.steps)
-        shape = ModelRecipe(size=dense.size, changes=dense.changes)
-        recipe = recipe.replace(model=shape.model_dump(), train=train.model_dump())
-    opened = open_pretraining(pipeline, dense.run if dense else "pretrain", recipe, pipeline.recipe.seed)
+        shape, steps = {"size": dense.size, "changes": dense.changes}, dense.steps or recipe.steps
+        recipe = recipe.replace(model=shape, steps=steps, init_from="")
+
+    def prepare(resuming: bool) -> tuple[Transformer, Tokenizer, MixedBatchSource]:
+        tokenizer = pipeline.data_artifact.tokenizer()
+        model = Transformer.create(model_config(recipe.model, tokenizer), pipeline.recipe.seed)
+        batches = pretraining_source(pipeline, recipe)
+        evaluation.check_context(pipeline, model, tokenizer, rows=batches.parts[0].seq_len)
+        return model, tokenizer, batches
+
+    name, inputs, check_start = dense.run if dense else "pretrain", evaluation_inputs(pipeline), start_checker(recipe)
+    opened = pipeline.open_run(
+        name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, check_start
+    )
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
-    result = loop.train(model, batches, recipe.train, run)
+    result = loop.train(model, batches, recipe, run)
     modes = ALL_MODES if dense is None else ("greedy", "thinking")
     facts = _text_facts(pipeline, model) | ({} if dense is None else {"control_of": "pretrain"})
     label = "Pre-training" if dense is None else f"Pre-training, dense twin at equal {dense.equal}"
@@ -60,7 +70,7 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None) -> None:
 
 def sft(pipeline: Pipeline) -> None:
     """SFT on demonstrations that show their thinking: RL starts from it, or is measured against it."""
-    recipe = pipeline.recipe.sft.sft
+    recipe = pipeline.recipe.sft
 
     def prepare(resuming: bool) -> tuple[Transformer, Tokenizer, list[post_sft.Demonstration]]:
         model, tokenizer = load(pipeline.run_folder("pretrain"))
@@ -92,7 +102,7 @@ def rl(pipeline: Pipeline, seed: int) -> None:
     Another seed of the pipeline is another one of RL too.
     """
     rl_seed = (seed + SEED_STRIDE * pipeline.recipe.seed) % 2**63
-    recipe, start = RLConfig(**pipeline.recipe.rl.rl.model_dump(), seed=rl_seed), pipeline.recipe.rl.start
+    recipe, start = pipeline.recipe.rl.with_seed(rl_seed), pipeline.recipe.rl.start
     is_first_seed = seed == pipeline.recipe.rl.seeds[0]
     modes = ALL_MODES if is_first_seed else ("greedy",)
     inputs = {
@@ -141,11 +151,10 @@ def distill(pipeline: Pipeline) -> None:
         return model, teacher, tokenizer, task_mix(pipeline)
 
     inputs = {"teacher": pipeline.run_folder(teacher_name), **evaluation_inputs(pipeline)}
-    if round(recipe.distill.qat_fraction * recipe.distill.steps):  # it learns with nearest codes, however they are made
+    if round(recipe.qat_fraction * recipe.steps):  # it learns with nearest codes, however they are made
         inputs["quant"] = pipeline.recipe.quant.replace(rounding="nearest")
-    init_from, check_start = recipe.distill.init_from, start_checker(recipe.distill)
     opened = pipeline.open_run(
-        "distill", "distill", recipe, inputs, pipeline.recipe.seed, prepare, init_from, check_start
+        "distill", "distill", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, start_checker(recipe)
     )
     if opened is None:
         return
@@ -154,37 +163,19 @@ def distill(pipeline: Pipeline) -> None:
     traces = post_distill.sample_traces(
         engine,
         *tasks,
-        count=recipe.distill.problems,
+        count=recipe.problems,
         thinking=None,
         max_tokens=pipeline.recipe.eval.max_tokens,
         seed=pipeline.recipe.seed,
         verified=recipe.verified,
     )
     batches, counts = student_source(pipeline, recipe, tokenizer, traces.demonstrations)
-    result = post_distill.distill(model, teacher, batches, recipe.distill, run, pipeline.recipe.quant)
+    result = post_distill.distill(model, teacher, batches, recipe, run, pipeline.recipe.quant)
     result = replace(result, flops=result.flops + traces.flops)
     facts = {
         "traces": {"asked": traces.num_samples, "kept": len(traces.demonstrations), "tokens": traces.tokens, **counts}
     }
     finish_run(pipeline, run, model, tokenizer, result, "Distilled student", ALL_MODES, facts, unseen=True)
-
-
-def open_pretraining(
-    pipeline: Pipeline, name: str, recipe: PretrainRecipe, weights_seed: int
-) -> tuple[Run, tuple[Transformer, Tokenizer, MixedBatchSource]] | None:
-    """A run of pre-training with its model, tokenizer and batches; None where it is done."""
-
-    def prepare(resuming: bool) -> tuple[Transformer, Tokenizer, MixedBatchSource]:
-        tokenizer = pipeline.data_artifact.tokenizer()
-        model = Transformer.create(model_config(recipe.model, tokenizer), weights_seed)
-        batches = pretraining_source(pipeline, recipe)
-        evaluation.check_context(pipeline, model, tokenizer, rows=batches.parts[0].seq_len)
-        return model, tokenizer, batches
-
-    start, check_start = recipe.train.init_from, start_checker(recipe.train)
-    return pipeline.open_run(
-        name, "pretrain", recipe, evaluation_inputs(pipeline), pipeline.recipe.seed, prepare, start, check_start
-    )
 
 
 def start_checker(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], checkpoint.Checkpoint], None]:
@@ -211,7 +202,7 @@ def pretraining_source(pipeline: Pipeline, recipe: PretrainRecipe, seed: int | N
     """Text and worked examples in the recipe's shares, in an order by ``seed`` (the pipeline's)."""
     data = pipeline.data_artifact
     parts = [(data.packed("text"), recipe.text_share), (data.packed("tasks"), 1 - recipe.text_share)]
-    return MixedBatchSource(parts, rows=recipe.train.batch_rows, seed=pipeline.recipe.seed if seed is None else seed)
+    return MixedBatchSource(parts, rows=recipe.batch_rows, seed=pipeline.recipe.seed if seed is None else seed)
 
 
 def student_source(
@@ -235,7 +226,7 @@ def student_source(
             )
             demonstrations, _ = post_sft.pack_demonstrations(tokenizer, examples, text.seq_len)
         parts.append((demonstrations, task_share))
-    return MixedBatchSource(parts, rows=recipe.distill.batch_rows, seed=pipeline.recipe.seed), counts
+    return MixedBatchSource(parts, rows=recipe.batch_rows, seed=pipeline.recipe.seed), counts
 
 
 def finished_record(pipeline: Pipeline, name: str) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_quietly_and_a_second_quickstart_is_refused_in_one_sentenc
     "more, code, word",
     [
         (("--text", "no/such/folder"), 3, "no/such/folder"),
-        (("--set", "pretrain.train.stepz=1"), 2, "steps"),
+        (("--set", "pretrain.stepz=1"), 2, "steps"),
         (("--set", "data.tasks=[]"), 2, "task"),
     ],
 )

@@ -39,10 +39,14 @@ def idle():
 
 if __name__ == "__main__":
     from sprat.cli.verb import describe_error
+    from sprat.pipeline.executor import LocalExecutor
     from sprat.pipeline.graph import Stage, run_stages
     stages = [Stage("learn", learn, (Path(sys.argv[1]), 100_000)), Stage("idle", idle)][: int(sys.argv[2])]
     try:
-        run_stages(stages, len(stages), lambda stage, what, seconds: what == "runs" or print(stage, what, flush=True))
+        with LocalExecutor(len(stages)) as executor:
+            run_stages(
+                stages, executor, len(stages), lambda stage, what, _: what == "runs" or print(stage, what, flush=True)
+            )
     except BaseException as error:
         sentence, code = describe_error(error)
         print(sentence)

@@ -48,10 +48,8 @@ def test_a_finished_road_is_read_if_it_is_the_one_that_is_asked(walked: tuple[Pa
     ledger = (folder / "ledger.jsonl").read_text()
     assert '"isa"' in ledger and '"minutes"' in ledger  # else ``sprat verify`` would find two files that nobody wrote
     assert go("jobs=1", "money.watts_per_core=5.0").name == "0-avx512" and len(ran) == 1
-    with pytest.raises(
-        ConfigError, match=r"sft.sft.steps is 680 there and 9 here \(.*seed0-avx512\); give another OUT"
-    ):
-        go("sft.sft.steps=9")
+    with pytest.raises(ConfigError, match=r"sft.steps is 680 there and 9 here \(.*seed0-avx512\); give another OUT"):
+        go("sft.steps=9")
     with pytest.raises(ConfigError, match="eval.split is test there and dev here"):
         go("eval.split=dev")
     with pytest.raises(ConfigError, match="isa is avx512 there and avx2 here"):
@@ -70,6 +68,14 @@ def test_without_a_note_the_folders_name_must_say_the_instruction_set(tmp_path: 
     for name, isa in (("seed0-avx512", "avx2"), ("road", "avx512")):
         with pytest.raises(ConfigError, match="isa is noted nowhere"):
             check_folder(tmp_path / name, isa, recipe)
+
+
+def test_a_road_with_the_nested_tables_of_before_is_refused_for_them(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ("seed=0",))
+    text = (Path(__file__).parents[1] / "config" / "nested_quickstart.toml").read_text(encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"has the table \[pretrain.train\], .*; give another OUT"):
+        check_folder(tmp_path, "avx512", recipe)
 
 
 @pytest.mark.parametrize("text", [None, "seed = ", "seed = 0"])
@@ -116,8 +122,8 @@ def test_twins_are_walked_once(walked: tuple[Path, Walk, list[list[str]]]) -> No
     assert len(ran) == 2 and all(word in ran[1] for word in EXTRA_CONTROLS)
     with pytest.raises(ConfigError, match="controls.student_examples is 12000 there and not set here"):
         go()
-    with pytest.raises(ConfigError, match="sft.sft.steps"):
-        go("sft.sft.steps=9", twins=True)
+    with pytest.raises(ConfigError, match="sft.steps"):
+        go("sft.steps=9", twins=True)
 
 
 def test_one_twin_that_is_missing_is_walked(walked: tuple[Path, Walk, list[list[str]]]) -> None:

@@ -34,7 +34,7 @@ def test_the_folder_of_another_experiment_is_refused(tmp_path: Path, monkeypatch
     folder = tmp_path / "seed0-avx512"
     assert run_seed(folder, 0, "avx512", asked).runs == {} and (folder / "isa").read_text() == "avx512"
     recipe = load_recipe("quickstart", overrides(0, "test", quick=False))
-    assert recipe.rl.rl.temperature == 0.6
+    assert recipe.rl.temperature == 0.6
     (folder / "recipe.toml").write_text(recipe.to_toml())
     run_seed(folder, 0, "avx512", asked)
     assert len(ran) == 2

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from sprat.config import base
+from sprat.config.recipe import PipelineRecipe
 from sprat.errors import ConfigError
-from sprat.pipeline.recipe import PipelineRecipe, load_recipe
+from sprat.pipeline.recipe import load_recipe
 
 
 @pytest.mark.parametrize(
     ("slip", "meant"),
     [
-        ("pretrain.train.lr", ["optim.muon_lr", "optim.adam_lr"]),
-        ("pretrain.train.learning_rate", ["optim.muon_lr", "optim.adam_lr"]),
-        ("pretrain.train.muon_lr", ["optim.muon_lr"]),  # the right key in the wrong table
-        ("pretrain.train.optim.lr", ["muon_lr", "adam_lr"]),
-        ("pretrain.train.batch_size", ["batch_rows"]),
-        ("pretrain.train.max_steps", ["steps"]),
-        ("pretrain.train.gradient_accumulation_steps", ["micro_batches"]),
-        ("pretrain.train.optim.warmup", ["warmup_steps"]),
-        ("pretrain.train.optim.max_grad_norm", ["grad_clip"]),
-        ("rl.rl.num_generations", ["group_size"]),
-        ("rl.rl.beta", ["kl_weight"]),
-        ("rl.rl.learning_rate", ["lr"]),
-        ("rl.steps", ["rl.steps"]),
-        ("sft.sft.stepz", ["steps"]),
+        ("pretrain.lr", ["optim.muon_lr", "optim.adam_lr"]),
+        ("pretrain.learning_rate", ["optim.muon_lr", "optim.adam_lr"]),
+        ("pretrain.muon_lr", ["optim.muon_lr"]),  # the right key in the wrong table
+        ("pretrain.optim.lr", ["muon_lr", "adam_lr"]),
+        ("pretrain.batch_size", ["batch_rows"]),
+        ("pretrain.max_steps", ["steps"]),
+        ("pretrain.gradient_accumulation_steps", ["micro_batches"]),
+        ("pretrain.optim.warmup", ["warmup_steps"]),
+        ("pretrain.optim.max_grad_norm", ["grad_clip"]),
+        ("rl.num_generations", ["group_size"]),
+        ("rl.beta", ["kl_weight"]),
+        ("rl.learning_rate", ["lr"]),
+        ("controls.samples", ["rft.samples"]),  # a table too high
+        ("sft.stepz", ["steps"]),
         ("eval.max_tokns", ["max_tokens"]),
     ],
 )
@@ -40,8 +42,8 @@ def test_an_unknown_key_leads_to_the_one_that_was_meant(slip: str, meant: list[s
 
 def test_where_nothing_is_near_the_keys_are_listed() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_recipe("tiny", ("rl.temperatur_schedule_kind=1",))
-    assert caught.value.todo == "there are rl, start, seeds"
+        load_recipe("tiny", ("controls.temperatur_schedule_kind=1",))
+    assert caught.value.todo == "there are rft, more, student_examples"
     with pytest.raises(ConfigError) as caught:
         load_recipe("tiny", ("eval.qqq=1",))
     assert caught.value.todo == "there are split, max_tokens, batch, side_problems, samples"
@@ -56,11 +58,11 @@ def test_every_word_of_others_leads_to_a_key_that_there_is() -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "pretrain.train.seed",
-        "pretrain.train.compile",
-        "pretrain.train.seq_len",
-        "distill.distill.seed",
-        "rl.rl.seed",
+        "pretrain.seed",
+        "pretrain.compile",
+        "pretrain.seq_len",
+        "distill.seed",
+        "rl.seed",
         "name",
     ],
 )
@@ -70,8 +72,41 @@ def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts
 
 
 def test_a_key_that_has_another_name_now_is_refused_with_that_name() -> None:
-    with pytest.raises(ConfigError, match="'rl.rl.normalise_std' is now called 'rl.rl.normalize_std' .*; rename it"):
-        load_recipe("tiny", ("rl.rl.normalise_std=false",))
+    with pytest.raises(ConfigError, match="'rl.normalise_std' is now called 'rl.normalize_std' .*; rename it"):
+        load_recipe("tiny", ("rl.normalise_std=false",))
+
+
+# The table that stood inside a station's, and where its keys stand now.
+FLAT = {"pretrain.train": "pretrain", "sft.sft": "sft", "rl.rl": "rl", "distill.distill": "distill"}
+
+
+def test_a_recipe_with_the_nested_tables_of_before_is_mended_by_what_it_is_told(tmp_path: Path) -> None:
+    """The quickstart's recipe as it was, word for word; as often as it is refused, what the sentence says is done."""
+    path, refusals = tmp_path / "mine.toml", []
+    text = (Path(__file__).parent / "nested_quickstart.toml").read_text(encoding="utf-8")
+    for _ in FLAT:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(str(path))
+        told = re.fullmatch(r"the key '(\S+)' is gone: write its keys into \[(\w+)\]", caught.value.what)
+        assert told and caught.value.where == str(path)
+        nested, flat = told.groups()
+        refusals.append((nested, flat))
+        text = text.replace(f"[{nested}]\n", "" if f"\n[{flat}]\n" in text else f"[{flat}]\n")
+        text = text.replace(f"[{nested}.", f"[{flat}.")
+    assert dict(refusals) == FLAT
+    path.write_text(text, encoding="utf-8")
+    assert load_recipe(str(path)) == load_recipe("quickstart")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["rl.rl.lr=1e-5", "sft.sft.steps=9", "distill.distill.problems=9", "pretrain.train.optim.muon_lr=0.1", "rl.rl={}"],
+)
+def test_an_override_of_a_nested_table_is_refused_with_the_flat_one(override: str) -> None:
+    nested = next(table for table in FLAT if override.startswith(table))
+    with pytest.raises(ConfigError, match=re.escape(f"'{nested}' is gone: write its keys into [{FLAT[nested]}]")):
+        load_recipe("tiny", (override,))
 
 
 @pytest.mark.parametrize("key", ["weight", "distinct"])
@@ -91,8 +126,8 @@ def test_a_task_that_is_only_tested_has_no_share_of_the_training(key: str) -> No
         (f"data.tasks.{'9' * 5000}.weight=1", "is no entry of a list of 1"),
         ("data.tasks.\u00b2.weight=1", "is no entry of a list of 1"),
         ("dense.0.steps=400", "there is no list 'dense' in the recipe"),
-        ("pretrain.train.optim.betas.0=0.5", "there is no list 'betas' in the recipe"),
-        ("rl.rl.steps=20\nrl.rl.lr=7", "an override of more than one key"),
+        ("pretrain.optim.betas.0=0.5", "there is no list 'betas' in the recipe"),
+        ("rl.steps=20\nrl.lr=7", "an override of more than one key"),
     ],
 )
 def test_an_entry_of_a_list_goes_by_its_number(said: str, fault: str) -> None:

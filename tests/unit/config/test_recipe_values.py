@@ -9,10 +9,11 @@ import pytest
 from pydantic import BaseModel
 
 from sprat.config import ModelConfig
+from sprat.config.recipe import PipelineRecipe
 from sprat.config.sizes import size
 from sprat.errors import ConfigError, DataError
 from sprat.pipeline.quickstart import check_recipe
-from sprat.pipeline.recipe import PipelineRecipe, load_recipe
+from sprat.pipeline.recipe import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -20,8 +21,8 @@ from sprat.pipeline.recipe import PipelineRecipe, load_recipe
     [
         "money.yuan_per_core_hour=inf",
         "money.watts_per_core=inf",
-        "pretrain.train.optim.muon_lr=inf",
-        "pretrain.train.optim.betas=[0.9, 1.5]",
+        "pretrain.optim.muon_lr=inf",
+        "pretrain.optim.betas=[0.9, 1.5]",
         'data.tasks=[{name="sums", weight=inf}]',
     ],
 )
@@ -39,15 +40,15 @@ def test_a_date_in_a_recipe_is_a_value_that_does_not_fit(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "key"),
     [
-        ("pretrain.train.steps=true", "pretrain.train.steps"),
-        ('pretrain.train.steps="5"', "pretrain.train.steps"),
-        ('sft.sft.terse_fraction="0.5"', "sft.sft.terse_fraction"),
+        ("pretrain.steps=true", "pretrain.steps"),
+        ('pretrain.steps="5"', "pretrain.steps"),
+        ('sft.terse_fraction="0.5"', "sft.terse_fraction"),
         ("pretrain.text_share=false", "pretrain.text_share"),
-        ("rl.rl.importance_cap=true", "rl.rl.importance_cap"),
+        ("rl.importance_cap=true", "rl.importance_cap"),
         ("rl.seeds=[true]", "rl.seeds"),
-        ('pretrain.train.optim.betas=["0.9", 0.95]', "pretrain.train.optim.betas"),
-        ("rl.rl.gate=1", "rl.rl.gate"),
-        ("rl.rl.gate=no", "rl.rl.gate"),
+        ('pretrain.optim.betas=["0.9", 0.95]', "pretrain.optim.betas"),
+        ("rl.gate=1", "rl.gate"),
+        ("rl.gate=no", "rl.gate"),
         ('data.tasks=[{name="sums", distinct="5"}]', "data.tasks.0.distinct"),
         ("pretrain.model.changes.hidden_size=true", "hidden_size"),
         ('distill.student.changes.rope_theta="1e4"', "rope_theta"),
@@ -60,8 +61,8 @@ def test_a_value_of_another_kind_is_refused_and_not_converted(value: str, key: s
 
 
 def test_a_whole_number_may_stand_where_a_fraction_is_asked_for() -> None:
-    recipe = load_recipe("tiny", ("pretrain.train.optim.muon_lr=1", "pretrain.train.steps=1e3"))
-    assert recipe.pretrain.train.optim.muon_lr == 1.0 and recipe.pretrain.train.steps == 1000
+    recipe = load_recipe("tiny", ("pretrain.optim.muon_lr=1", "pretrain.steps=1e3"))
+    assert recipe.pretrain.optim.muon_lr == 1.0 and recipe.pretrain.steps == 1000
 
 
 def test_published_configs_are_read_as_before() -> None:
@@ -70,7 +71,7 @@ def test_published_configs_are_read_as_before() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 2**63, 99999999999999999999])
-@pytest.mark.parametrize("key", ["seed", "rl.seeds", "sft.sft.seed"])
+@pytest.mark.parametrize("key", ["seed", "rl.seeds", "sft.seed"])
 def test_a_seed_that_no_generator_takes_is_refused(bad: int, key: str) -> None:
     value = f"[{bad}]" if key == "rl.seeds" else str(bad)
     with pytest.raises(ConfigError) as caught:

@@ -22,13 +22,14 @@ import torch
 from safetensors.numpy import load_file
 
 from sprat.config.base import Config, _dotted_keys, _table_class
+from sprat.config.recipe import PipelineRecipe
 from sprat.data import corpus
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, SpratError
 from sprat.model import Transformer
 from sprat.pipeline import controls, data, evaluation, quantize, quickstart, training
 from sprat.pipeline.pipeline import Pipeline
-from sprat.pipeline.recipe import PipelineRecipe, SplitRecipe, load_recipe
+from sprat.pipeline.recipe import load_recipe
 from sprat.post import distill
 from sprat.train import checkpoint
 
@@ -41,24 +42,24 @@ BASE = (
     "data.text_bytes=20000",
     'pretrain.model={size="pico",changes={hidden_size=16,kv_lora_rank=16,moe_intermediate_size=16,intermediate_size=32,'
     "num_hidden_layers=1,first_k_dense_replace=0,num_nextn_predict_layers=1}}",
-    "pretrain.train.steps=6", "pretrain.train.batch_rows=4", "pretrain.train.checkpoint_every=2",
-    "pretrain.train.log_every=2", "pretrain.train.optim.warmup_steps=2", "pretrain.train.optim.decay_fraction=0.5",
-    "sft.sft.steps=6", "sft.sft.batch_rows=4", "sft.sft.seq_len=48", "sft.sft.demonstrations=40",
-    "sft.sft.checkpoint_every=2", "sft.sft.log_every=2", "sft.sft.terse_fraction=0.5",
-    "sft.sft.optim.warmup_steps=2", "sft.sft.optim.decay_fraction=0.5",
-    "sft.sft.optim.muon_lr=0.02", "sft.sft.optim.adam_lr=0.01",
-    "rl.rl.steps=3", "rl.rl.prompts_per_step=2", "rl.rl.group_size=4", "rl.rl.max_tokens=4", "rl.rl.kl_weight=0.1",
-    "rl.rl.epochs=2", "rl.rl.minibatch=4", "rl.rl.lr=0.02", "rl.rl.checkpoint_every=2", "rl.rl.gate=false",
-    "rl.rl.clip_low=0.05", "rl.rl.clip_high=0.05",
+    "pretrain.steps=6", "pretrain.batch_rows=4", "pretrain.checkpoint_every=2",
+    "pretrain.log_every=2", "pretrain.optim.warmup_steps=2", "pretrain.optim.decay_fraction=0.5",
+    "sft.steps=6", "sft.batch_rows=4", "sft.seq_len=48", "sft.demonstrations=40",
+    "sft.checkpoint_every=2", "sft.log_every=2", "sft.terse_fraction=0.5",
+    "sft.optim.warmup_steps=2", "sft.optim.decay_fraction=0.5",
+    "sft.optim.muon_lr=0.02", "sft.optim.adam_lr=0.01",
+    "rl.steps=3", "rl.prompts_per_step=2", "rl.group_size=4", "rl.max_tokens=4", "rl.kl_weight=0.1",
+    "rl.epochs=2", "rl.minibatch=4", "rl.lr=0.02", "rl.checkpoint_every=2", "rl.gate=false",
+    "rl.clip_low=0.05", "rl.clip_high=0.05",
     'distill.student={size="pico",changes={hidden_size=16,kv_lora_rank=16,moe_intermediate_size=8,intermediate_size=16,'
     "num_hidden_layers=1,first_k_dense_replace=0,num_nextn_predict_layers=1}}",
     *(f"controls.{one}" for control in ("rft", "more") for one in (
         f"{control}.steps=6", f"{control}.batch_rows=4", f"{control}.checkpoint_every=2", f"{control}.log_every=2",
         f"{control}.optim.warmup_steps=2", f"{control}.optim.decay_fraction=0.5")),
     "controls.rft.seq_len=48", "controls.rft.problems=12", "controls.rft.samples=2", "controls.rft.max_tokens=4",
-    "distill.distill.steps=6", "distill.distill.batch_rows=4", "distill.distill.problems=20",
-    "distill.distill.checkpoint_every=2", "distill.distill.log_every=2", "distill.text_share=0.25",
-    "distill.distill.optim.warmup_steps=2", "distill.distill.optim.decay_fraction=0.5",
+    "distill.steps=6", "distill.batch_rows=4", "distill.problems=20",
+    "distill.checkpoint_every=2", "distill.log_every=2", "distill.text_share=0.25",
+    "distill.optim.warmup_steps=2", "distill.optim.decay_fraction=0.5",
     "eval.max_tokens=3", "eval.side_problems=4", "eval.samples=1", "rl.seeds=[0]",
     'dense=[{equal="CPU seconds",size="pico",changes={dense=true,hidden_size=16,num_hidden_layers=1}}]',
 )  # fmt: skip
@@ -112,15 +113,15 @@ RL: dict[str, Change] = {
     "importance_cap": ("0.5", ()),
     "epochs": ("1", ()),
     "minibatch": ("8", ()),
-    "format_weight": ("0.7", ("rl.start=sft", "sft.sft.steps=80", "sft.sft.terse_fraction=1.0", "rl.rl.max_tokens=16")),
+    "format_weight": ("0.7", ("rl.start=sft", "sft.steps=80", "sft.terse_fraction=1.0", "rl.max_tokens=16")),
     "reward": ("{base}/pays.py:pay_otherwise", ()),
     "reward_timeout": ("1e-3", ()),
     "normalize_std": ("false", ()),
-    "init_from": ("{pipeline}/rl-seed0.before", ("rl.rl.steps=4",)),
+    "init_from": ("{pipeline}/rl-seed0.before", ("rl.steps=4",)),
     "checkpoint_every": ("1", ()),
     "grad_clip": ("0.01", ()),
     "gate": ("true", ()),
-    "gate_pass_at_8": ("0.9", ("rl.rl.gate=true", "rl.rl.reward=")),
+    "gate_pass_at_8": ("0.9", ("rl.gate=true", "rl.reward=")),
 }
 SFT: dict[str, Change] = {
     **LOOP,
@@ -149,7 +150,7 @@ DISTILL: dict[str, Change] = {
 }
 STAGES: dict[str, dict[str, Change]] = {
     "pretrain": {
-        **{f"pretrain.train.{leaf}": change for leaf, change in LOOP.items()},
+        **{f"pretrain.{leaf}": change for leaf, change in LOOP.items()},
         "pretrain.model.size": ("nano", ()),
         "pretrain.model.changes": ("{hidden_size=24}", ()),
         "pretrain.text_share": ("0.6", ()),
@@ -157,9 +158,9 @@ STAGES: dict[str, dict[str, Change]] = {
         "money.yuan_per_core_hour": ("7", ()),
         "money.watts_per_core": ("7", ()),
     },
-    "sft": {f"sft.sft.{leaf}": change for leaf, change in SFT.items()},
+    "sft": {f"sft.{leaf}": change for leaf, change in SFT.items()},
     "rl-seed0": {
-        **{f"rl.rl.{leaf}": change for leaf, change in RL.items()},
+        **{f"rl.{leaf}": change for leaf, change in RL.items()},
         "rl.seeds": (f"[{2**63 - 1}]", ()),
         "rl.start": ("sft", ()),
         "seed": ("1", ()),
@@ -167,7 +168,7 @@ STAGES: dict[str, dict[str, Change]] = {
     "rft": {f"controls.rft.{leaf}": change for leaf, change in RFT.items()},
     "pretrain-more": {f"controls.more.{leaf}": change for leaf, change in LOOP.items()},
     "distill": {
-        **{f"distill.distill.{leaf}": change for leaf, change in DISTILL.items()},
+        **{f"distill.{leaf}": change for leaf, change in DISTILL.items()},
         "distill.student.size": ("nano", ()),
         "distill.student.changes": ("{hidden_size=24}", ()),
         "distill.text_share": ("0.5", ()),
@@ -321,7 +322,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch, 
 
 
 def _pipeline(base: Path, folder: Path, overrides: Sequence[str]) -> Pipeline:
-    return Pipeline(folder, load_recipe("tiny", (*BASE, f"rl.rl.reward={base}/pays.py:pay", *overrides)))
+    return Pipeline(folder, load_recipe("tiny", (*BASE, f"rl.reward={base}/pays.py:pay", *overrides)))
 
 
 def _walk(pipeline: Pipeline, stage: str, base: Path, patch: pytest.MonkeyPatch) -> None:
@@ -453,7 +454,7 @@ def test_every_leaf_of_the_recipe_is_changed_here() -> None:
 def test_jobs_and_offline_reach_who_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many stages run side by side, and whether text is fetched: neither is a result of a stage."""
     asked: list[Any] = []
-    monkeypatch.setattr(quickstart, "run_stages", lambda stages, jobs, on_progress: asked.append(jobs))
+    monkeypatch.setattr(quickstart, "run_stages", lambda stages, executor, jobs, on_progress: asked.append(jobs))
     monkeypatch.setattr(quickstart, "write_report", lambda out: out)
     for jobs in (1, 3):
         quickstart.quickstart(tmp_path / str(jobs), load_recipe("tiny", (*BASE, f"jobs={jobs}")))
@@ -468,13 +469,13 @@ def test_jobs_and_offline_reach_who_they_are_for(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("stage", "changed", "fault"),
     [
-        ("pretrain", "pretrain.train.steps=3", "the recipe ends at step 3"),
+        ("pretrain", "pretrain.steps=3", "the recipe ends at step 3"),
         ("pretrain", "pretrain.model.changes.hidden_size=24", "another model"),
-        ("pretrain", "pretrain.train.optim.name=adamw", "another optimiser"),
-        ("sft", "sft.sft.optim.name=adamw", "another optimiser"),
+        ("pretrain", "pretrain.optim.name=adamw", "another optimiser"),
+        ("sft", "sft.optim.name=adamw", "another optimiser"),
         ("distill", "distill.student.changes.hidden_size=24", "another model"),
-        ("rl-seed0", "rl.rl.steps=2", "the recipe ends at step 2"),
-        ("rl-seed0", "rl.rl.steps=4 rl.rl.optim=muon", "another optimiser"),
+        ("rl-seed0", "rl.steps=2", "the recipe ends at step 2"),
+        ("rl-seed0", "rl.steps=4 rl.optim=muon", "another optimiser"),
     ],
 )
 def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
@@ -482,7 +483,7 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
 ) -> None:
     folder = tmp_path / "road"
     shutil.copytree(base / "road", folder)
-    table = {"pretrain": "pretrain.train", "sft": "sft.sft", "distill": "distill.distill", "rl-seed0": "rl.rl"}[stage]
+    table = {"rl-seed0": "rl"}.get(stage, stage)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pipeline = _pipeline(base, folder, (*changed.split(), f"{table}.init_from={folder}/{stage}"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=fault):
@@ -498,15 +499,15 @@ def test_a_start_that_does_not_fit_leaves_the_finished_run_where_it_was(
         ("distill", "distill.student.changes.max_position_embeddings=50 eval.max_tokens=45", "context of 50"),
         (
             "pretrain",
-            "pretrain.model.changes.max_position_embeddings=40 data.seq_len=32 sft.sft.seq_len=32",
+            "pretrain.model.changes.max_position_embeddings=40 data.seq_len=32 sft.seq_len=32",
             "rows of 48 tokens",
         ),
         ("sft", "eval.max_tokens=2040", "context of 2048"),
-        ("rl-seed0", "rl.rl.max_tokens=2040", "context of 2048"),
+        ("rl-seed0", "rl.max_tokens=2040", "context of 2048"),
         ("quantize", "eval.max_tokens=2040", "context of 2048"),
         ("pretrain", "pretrain.model.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
         ("distill", "distill.student.changes.vocab_size=300 data.vocab_size=300", "300 ids are fewer"),
-        ("sft", 'sft.sft.steps=5 data.tasks=[{name="sums",title="new"}]', "no held-out problems"),
+        ("sft", 'sft.steps=5 data.tasks=[{name="sums",title="new"}]', "no held-out problems"),
     ],
 )
 def test_what_the_model_cannot_hold_is_refused_before_the_finished_run_is_set_aside(
@@ -541,7 +542,7 @@ def _beside(base: Path, tmp_path: Path, stage: str) -> Path:
 def test_another_int4_is_another_student_only_where_it_learns_for_it(
     base: Path, tmp_path: Path, fraction: float, change: str, another: bool
 ) -> None:
-    folder, learns = _beside(base, tmp_path, "distill"), f"distill.distill.qat_fraction={fraction}"
+    folder, learns = _beside(base, tmp_path, "distill"), f"distill.qat_fraction={fraction}"
     made = []
     with pytest.MonkeyPatch.context() as patch:
         for quant in ("rounding=gptq", change):
@@ -576,9 +577,6 @@ def test_another_split_is_another_input_of_the_data(
     folder = _beside(base, tmp_path, "distill")
     data.data(_pipeline(base, folder, ()), base / "text")
     assert not (folder / "data.old-1").exists()
-    monkeypatch.setattr(SplitRecipe.model_fields["salt"], "default", "another")
-    SplitRecipe.model_rebuild(force=True)
+    monkeypatch.setattr(data, "SPLIT_SALT", "another")
     data.data(_pipeline(base, folder, ()), base / "text")
     assert (folder / "data.old-1").exists()
-    monkeypatch.undo()
-    SplitRecipe.model_rebuild(force=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench.pipelines import EXTRA_CONTROLS
+from sprat.config.recipe import ModelRecipe
 from sprat.config.sizes import size
 from sprat.errors import ConfigError, MachineError
 from sprat.model.counts import count_parameters
 from sprat.pipeline.pipeline import Pipeline
-from sprat.pipeline.quickstart import build_stages, check_disk
-from sprat.pipeline.recipe import RECIPE_FOLDER, ModelRecipe, load_recipe
+from sprat.pipeline.quickstart import build_stages, check_folder, quickstart
+from sprat.pipeline.recipe import RECIPE_FOLDER, load_recipe
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml")))
@@ -25,14 +26,14 @@ def test_every_packaged_recipe_is_valid_and_survives_a_round_trip(name: str, tmp
 
 def test_an_unknown_key_names_the_nearest_valid_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'steps'"):
-        load_recipe("quickstart", ("pretrain.train.stepz=3",))
+        load_recipe("quickstart", ("pretrain.stepz=3",))
 
 
 def test_overrides_reach_the_recipe_and_bad_values_are_refused() -> None:
-    changed = load_recipe("tiny", ("rl.rl.steps=7",)).rl.rl
+    changed = load_recipe("tiny", ("rl.steps=7",)).rl
     assert changed.steps == 7 and changed.max_tokens == 24  # what the recipe says beside it stays
     with pytest.raises(ConfigError, match="greater than or equal to 1"):
-        load_recipe("tiny", ("rl.rl.steps=0",))
+        load_recipe("tiny", ("rl.steps=0",))
     with pytest.raises(ConfigError, match="no such recipe"):
         load_recipe("no-such-recipe")
 
@@ -64,7 +65,35 @@ def test_every_stage_needs_only_stages_that_exist(tmp_path: Path) -> None:
 def test_an_output_that_is_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="is a file"):
-        check_disk(tmp_path / "file")
+        check_folder(tmp_path / "file")
+
+
+NESTED_RUN = """text_share = 0.125
+
+[model]
+size = "pico"
+
+[train]
+steps = 60
+
+[train.optim]
+name = "muon"
+"""  # what a run of pre-training kept before tables were flat
+
+
+def test_a_road_of_nested_recipes_is_not_gone_on_with_and_stays_as_it_is(tmp_path: Path) -> None:
+    """Its runs would be set aside one by one and made anew, as if their recipe were another."""
+    file = tmp_path / "road" / "pretrain" / "recipe.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(NESTED_RUN)
+    with pytest.raises(ConfigError, match=r"has the table \[train\], .*pretrain/recipe.toml\); give another"):
+        quickstart(tmp_path / "road", load_recipe("tiny"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == NESTED_RUN
+    file.parent.rename(tmp_path / "road" / "pretrain.old-1")
+    for stage in ("pretrain", "sft", "rl", "distill"):
+        (tmp_path / "road" / stage).mkdir()
+        (tmp_path / "road" / stage / "recipe.toml").write_text(getattr(load_recipe("tiny"), stage).to_toml())
+    check_folder(tmp_path / "road")  # what was set aside before is no hindrance, and flat recipes are none
 
 
 def test_a_student_without_its_teacher_is_refused() -> None:

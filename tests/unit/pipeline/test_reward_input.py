@@ -43,7 +43,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def pipeline_of(tmp_path: Path, reward: str) -> Pipeline:
-    return Pipeline(tmp_path / "road", load_recipe("tiny", (f'rl.rl.reward="{reward}"', "rl.rl.gate=false")))
+    return Pipeline(tmp_path / "road", load_recipe("tiny", (f'rl.reward="{reward}"', "rl.gate=false")))
 
 
 @pytest.mark.parametrize("form", ["verdicts.mine:f", "{folder}/verdicts/mine.py:f"])

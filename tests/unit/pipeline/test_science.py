@@ -34,12 +34,12 @@ SMALL = (
     '{name="reasoning-gym/chain_sum",title="chain_sum",settings={min_terms=2,max_terms=3,min_digits=1,max_digits=1}}]',
     'data.unseen=[{name="sums",title="longer",settings={min_terms=4,max_terms=4,max_value=9}}]',
     "data.demonstrations=1500", "data.vocab_size=400", "data.test_problems=20", "data.dev_problems=20",
-    "data.text_bytes=20000", "pretrain.train.steps=24", "pretrain.text_share=0.125",
+    "data.text_bytes=20000", "pretrain.steps=24", "pretrain.text_share=0.125",
     'pretrain.model={size="pico",changes={hidden_size=16,kv_lora_rank=16,moe_intermediate_size=16,intermediate_size=32,'
     "num_hidden_layers=1,first_k_dense_replace=0}}",
-    "rl.rl.steps=2", "rl.rl.format_weight=1.0", "rl.rl.max_tokens=8", "controls.rft.max_tokens=8", "eval.max_tokens=16",
+    "rl.steps=2", "rl.format_weight=1.0", "rl.max_tokens=8", "controls.rft.max_tokens=8", "eval.max_tokens=16",
     "eval.side_problems=5", "quant.head_bits=4", "distill.examples=40", "distill.task_share=0.25",
-    "distill.distill.steps=20",
+    "distill.steps=20",
 )  # fmt: skip
 Form = tuple[int, ...]
 WORK: dict[str, Callable[[Pipeline], None]] = {

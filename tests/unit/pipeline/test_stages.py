@@ -65,14 +65,14 @@ def _one_row(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("overrides", "work", "fault"),
     [
-        (("rl.rl.reward=my_rewards.py:pay",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
-        (("rl.rl.reward=no colon",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
+        (("rl.reward=my_rewards.py:pay",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
+        (("rl.reward=no colon",), lambda pipeline: training.rl(pipeline, 0), ConfigError),
         ((), _bad_row, DataError),
         ((), _one_row, DataError),
         (('data.tasks=[{name="summs"}]',), data.data, DataError),
         (('data.unseen=[{name="sums", title="t", settings={min_term=1}}]',), data.data, DataError),
         (("pretrain.model.changes.hiden_size=32",), training.pretrain, ConfigError),
-        (("pretrain.train.init_from=runs/no-such",), training.pretrain, SpratError),
+        (("pretrain.init_from=runs/no-such",), training.pretrain, SpratError),
         ((), training.sft, SpratError),  # its input is a run without a model
         ((), training.distill, SpratError),
     ],
@@ -128,7 +128,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     wanted = digest.of_folder(folder / "checkpoints" / "step-00000040")
 
     init_from = str(folder)
-    again = Pipeline(tmp_path / "road", load_recipe("tiny", (f"pretrain.train.init_from={init_from}",)))
+    again = Pipeline(tmp_path / "road", load_recipe("tiny", (f"pretrain.init_from={init_from}",)))
 
     def start() -> Run | None:
         found = again.open_run("pretrain", "pretrain", again.recipe.pretrain, {}, 0, bool, init_from)
@@ -155,7 +155,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_a_late_stage_would_refuse_is_refused_before_the_first(tmp_path: Path) -> None:
-    for slip in ("rl.rl.reward=pays.py:pay", 'data.tasks=[{name="summs"}]', "distill.student.size=picoo"):
+    for slip in ("rl.reward=pays.py:pay", 'data.tasks=[{name="summs"}]', "distill.student.size=picoo"):
         with pytest.raises(SpratError):
             quickstart(tmp_path / "road", load_recipe("tiny", (slip,)))
     assert not (tmp_path / "road").exists()
@@ -163,8 +163,8 @@ def test_a_recipe_that_a_late_stage_would_refuse_is_refused_before_the_first(tmp
 
 @pytest.mark.parametrize(
     "slip",
-    ["pretrain.train.micro_batches=3", "pretrain.train.batch_rows=1", "distill.distill.batch_rows=1", "rl.seeds=[]",
-     "rl.seeds=[0, 0]", "data.tasks=[{name='sums', weight=0}]", "sft.sft.micro_batches=4"],
+    ["pretrain.micro_batches=3", "pretrain.batch_rows=1", "distill.batch_rows=1", "rl.seeds=[]",
+     "rl.seeds=[0, 0]", "data.tasks=[{name='sums', weight=0}]", "sft.micro_batches=4"],
 )  # fmt: skip
 def test_what_does_not_hold_together_is_refused_by_the_recipe(slip: str) -> None:
     with pytest.raises(ConfigError):
@@ -173,8 +173,8 @@ def test_what_does_not_hold_together_is_refused_by_the_recipe(slip: str) -> None
 
 def test_one_checkpoint_cannot_start_three_seeds() -> None:
     with pytest.raises(ConfigError, match="give one seed"):
-        load_recipe("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[0, 1]"))
-    assert load_recipe("tiny", ("rl.rl.init_from=runs/a/rl-seed0", "rl.seeds=[1]")).rl.rl.init_from
+        load_recipe("tiny", ("rl.init_from=runs/a/rl-seed0", "rl.seeds=[0, 1]"))
+    assert load_recipe("tiny", ("rl.init_from=runs/a/rl-seed0", "rl.seeds=[1]")).rl.init_from
 
 
 WORK: dict[str, Callable[[Pipeline], None]] = {
@@ -237,8 +237,8 @@ def test_a_stage_on_an_unfinished_one_names_the_verb_that_ends_it(finished: Path
         ),
         ("dense=[{equal='CPU seconds',changes={dense=true,vocab_size=10}}]", "dense.0.changes.vocab_size"),
         ("data.seq_len=4096", "data.seq_len"),
-        ("sft.sft.seq_len=4096", "sft.sft.seq_len"),
-        ("rl.rl.max_tokens=2048", "rl.rl.max_tokens"),
+        ("sft.seq_len=4096", "sft.seq_len"),
+        ("rl.max_tokens=2048", "rl.max_tokens"),
         ("eval.max_tokens=2048", "eval.max_tokens"),
         ("pretrain.model.changes.hidden_size=99999999999999999999", "hidden_size"),
         ("pretrain.model.changes.name=x", "name"),
