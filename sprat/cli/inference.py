@@ -146,9 +146,9 @@ def serve(
         prices=meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES),
         max_tokens=max_tokens,
         examples=tuple(examples),
-        turns=max_turns,
+        max_history_turns=max_turns,
     )
-    server.run(model, config, announce=print_err)
+    server.run(model, config, on_ready=print_err)
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})
 
 

@@ -63,7 +63,7 @@ def quickstart(
 
     def serve_chat_page() -> None:
         print_err("the chat page, until Ctrl-C:")
-        run(model, serve_config.replace(examples=examples, turns=turns), announce=print_err)
+        run(model, serve_config.replace(examples=examples, max_history_turns=turns), on_ready=print_err)
 
     return Result(data, "\n".join(lines), after_output=serve_chat_page if serve else None)
 

@@ -19,7 +19,13 @@ from sprat.data import dedup, ingest
 from sprat.data.document import Document, count_and_bytes, digest_documents, read_documents, write_documents
 from sprat.data.sources import SOURCES
 from sprat.data.sources.source import OFFLINE_FAULT, SourceRequest, SourceText
-from sprat.data.text_split import TextSplit, held_out_sources, is_held_out_source, split_documents
+from sprat.data.text_split import (
+    MAX_HELD_OUT_DOCUMENT_BYTES,
+    TextSplit,
+    held_out_sources,
+    is_held_out_source,
+    split_documents,
+)
 from sprat.errors import DataError
 from sprat.files.json import read_json, write_json
 from sprat.trust.stage_facts import ExcludedText, TextSource
@@ -30,7 +36,6 @@ DOMAIN_SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
 READ_MARGIN = 1.2  # read for training, of what is wanted of a domain: dedup takes some away
 HELD_OUT_SHARE = 0.025  # of the budget, for each domain, beside the budget
 MIN_HELD_OUT_BYTES = 60_000  # bytes
-MAX_HELD_OUT_DOCUMENT_BYTES = 8_000  # bytes; longer ones are cut, so that no single file decides the test
 MIN_TEXT_BYTES = 1000  # bytes of the user's text
 
 
@@ -39,21 +44,21 @@ class Corpus:
     """Documents on disk.
 
     Attributes:
-        documents: the file documents.jsonl; sources.json lies beside it.
+        documents_path: the file documents.jsonl; sources.json lies beside it.
         sources: one entry for each source of text, as ``Source.to_dict`` writes it.
         digest: SHA-256 (hex) of documents.jsonl.
         held_out: of the user's own text, the names of the documents' sources that are held out, chosen before the
             text was cut to the budget; None for the default corpus, where the name of a source decides.
     """
 
-    documents: Path
+    documents_path: Path
     sources: list[dict[str, Any]]
     digest: str
     held_out: frozenset[str] | None = None
 
     def read(self) -> list[Document]:
         """The documents, in the order of the file."""
-        return list(read_documents(self.documents))
+        return list(read_documents(self.documents_path))
 
     def split(self) -> TextSplit:
         """The training and the held-out documents."""
@@ -86,26 +91,19 @@ def default_corpus(folder: str | Path, *, budget_bytes: int, offline: bool = Fal
     saved = _load_saved(folder, request)
     if saved is not None and (offline or OFFLINE_FAULT not in saved.faults):
         return saved
-    documents: list[Document] = []
     texts: list[SourceText] = []
     for source in SOURCES:
-        covered = {document.domain for document in documents}
-        train_bytes = {
-            name: round(READ_MARGIN * share * budget_bytes)
-            for name, share in DOMAIN_SHARES.items()
-            if name not in covered
-        }
-        texts.append(
-            source(SourceRequest(train_bytes, _held_out_bytes(budget_bytes), MAX_HELD_OUT_DOCUMENT_BYTES, offline))
-        )
-        documents += texts[-1].documents
-    chosen = _sample_domains(list(dedup.exact_dedup(documents)), budget_bytes, DOMAIN_SHARES, is_held_out_source)
+        covered = {document.domain for text in texts for document in text.documents}
+        shares = {domain: share for domain, share in DOMAIN_SHARES.items() if domain not in covered}
+        train_bytes = {domain: round(READ_MARGIN * share * budget_bytes) for domain, share in shares.items()}
+        texts.append(source(SourceRequest(train_bytes, _held_out_bytes(budget_bytes), offline)))
+    documents = dedup.exact_dedup(document for text in texts for document in text.documents)
+    chosen = _sample_domains(list(documents), budget_bytes, DOMAIN_SHARES, is_held_out_source)
     if not chosen:
         raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
-    records = []
-    for text in texts:
-        ids = {document.id for document in text.documents}
-        records.append(text.record([document for document in chosen if document.id in ids]).to_dict())
+    ids = [{document.id for document in text.documents} for text in texts]
+    samples = [[document for document in chosen if document.id in own_ids] for own_ids in ids]
+    records = [text.record(sample).to_dict() for text, sample in zip(texts, samples, strict=True)]
     return _save(folder, request, chosen, records)
 
 

@@ -21,8 +21,8 @@ from starlette.responses import Response
 from sprat.serve.admission import AdmissionPool
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
-from sprat.serve.protocol import ChatRequest, RequestError, parse
-from sprat.serve.responses import AnswerStream, full_response, stream_events
+from sprat.serve.protocol import ChatRequest, RequestError, parse_chat_request
+from sprat.serve.responses import EventStreamResponse, full_response, stream_events
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,13 +39,9 @@ class AppState:
 
     pool: AdmissionPool
     config: ServeConfig
+    model_name: str
     default_sampling: Mapping[str, Any]  # where a request says nothing
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def model_name(self) -> str:
-        """The model id that requests must give."""
-        return self.config.served_model_name or "sprat"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -109,7 +105,7 @@ def _messages(chat_request: ChatRequest) -> list[Message]:
 async def chat_completion(request: Request, state: AppState) -> Response:
     """``POST /v1/chat/completions``."""
     try:
-        chat_request = parse(await read_body(request, state.config.max_body_bytes))
+        chat_request = parse_chat_request(await read_body(request, state.config.max_body_bytes))
     except ClientDisconnect:
         return Response(status_code=499)
     if chat_request.model != state.model_name:
@@ -120,21 +116,16 @@ async def chat_completion(request: Request, state: AppState) -> Response:
     sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
     stream = await state.pool.admit(request_id, _messages(chat_request), sampling, tenant, chat_request.field_names)
     if chat_request.stream:
-        return AnswerStream(stream, stream_events(chat_request, state.model_name, stream, request_id, seed))
+        return EventStreamResponse(stream, stream_events(chat_request, state.model_name, stream, request_id, seed))
     return await full_response(request, state.model_name, stream, request_id, seed)
 
 
 def model_card(state: AppState) -> dict[str, Any]:
     """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know."""
-    prices = state.config.prices.model_dump(mode="json")
-    extension = {
-        "examples": state.config.examples,
-        "turns": state.config.turns,
-        "max_tokens": state.config.max_tokens,
-        "prices": prices,
-    }
+    config = state.config
     card = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "sprat"}
-    return {**card, "sprat": extension}
+    page = {"examples": config.examples, "turns": config.max_history_turns, "max_tokens": config.max_tokens}
+    return {**card, "sprat": {**page, "prices": config.prices.model_dump(mode="json")}}
 
 
 def add_routes(app: FastAPI, state: AppState) -> None:

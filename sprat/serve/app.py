@@ -31,7 +31,7 @@ def create_app(
     from sprat.serve.middleware import SecurityMiddleware
 
     pool = AdmissionPool(engine, meter.Meter(config.prices), max_concurrent_requests=config.max_concurrent_requests)
-    state = AppState(pool, config, default_sampling or {})
+    state = AppState(pool, config, config.served_model_name or "sprat", default_sampling or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

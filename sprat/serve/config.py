@@ -30,8 +30,8 @@ class ServeConfig(Config):
         max_connections: connections at a time; one more takes the place of the longest idle one, else gets a 503.
         header_timeout_seconds: for the head of a request, from its connection or its first byte on.
         examples: questions that the page offers.
-        turns: how many past exchanges the page sends along; 0 for a model that was taught single questions, None for
-            no limit. Requests made otherwise are not touched.
+        max_history_turns: how many past exchanges the page sends along; 0 for a model that was taught single questions,
+            None for no limit. Requests made otherwise are not touched.
 
     Raises:
         ServeError: a setting is unknown or out of its bounds, or a key cannot stand in a header.
@@ -53,7 +53,7 @@ class ServeConfig(Config):
     max_connections: int = Field(512, ge=1)
     header_timeout_seconds: float = Field(10.0, gt=0)
     examples: tuple[str, ...] = ()
-    turns: int | None = Field(None, ge=0)
+    max_history_turns: int | None = Field(None, ge=0)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -64,10 +64,8 @@ class ServeConfig(Config):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            if first["type"] == "extra_forbidden":
-                todo = f"there are {', '.join(cls.model_fields)}"
-                raise ServeError(f"unknown setting {key!r}", where=cls.__name__, todo=todo) from None
-            raise ServeError(f"{key}: {first['msg']}", where=cls.__name__, todo="correct it") from None
+            todo = f"there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else "correct it"
+            raise ServeError(f"{key}: {first['msg']}", where=cls.__name__, todo=todo) from None
 
     @field_validator("api_keys")
     @classmethod

@@ -23,7 +23,7 @@ from sprat.serve.protocol import ChatRequest, RequestError
 KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 
 
-class AnswerStream(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """A streaming response that stops its answer however it ends."""
 
     def __init__(self, stream: StreamingRequest, chunks: AsyncIterator[str]) -> None:

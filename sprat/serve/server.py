@@ -68,13 +68,13 @@ def socket_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], None] = print) -> None:
+def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], None] = print) -> None:
     """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
 
     Args:
         app: from ``create_app``.
         listener: from ``bind_socket``.
-        announce: called once with the address when requests are answered.
+        on_ready: called once with the address when requests are answered.
     """
     import uvicorn
 
@@ -86,7 +86,7 @@ def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], No
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                announce(socket_url(listener))
+                on_ready(socket_url(listener))
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.pool.close()
@@ -121,13 +121,13 @@ def _handle_as_interrupt(signal_number: int) -> Any:
     return signal.signal(signal_number, signal.default_int_handler)
 
 
-def run(model_folder: str | Path, config: ServeConfig, *, announce: Callable[[str], None] = print) -> None:
+def run(model_folder: str | Path, config: ServeConfig, *, on_ready: Callable[[str], None] = print) -> None:
     """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
 
     Args:
         model_folder: its name is the served model's where ``config`` gives none.
         config: see ``ServeConfig``.
-        announce: called once with the address when requests are answered.
+        on_ready: called once with the address when requests are answered.
 
     Raises:
         ServeError: the port cannot be had, or the network is asked for without a key.
@@ -149,6 +149,6 @@ def run(model_folder: str | Path, config: ServeConfig, *, announce: Callable[[st
             config.replace(served_model_name=config.served_model_name or Path(model_folder).resolve().name),
             default_sampling=tokenizer.generation_config.default_sampling,
         )
-        serve(app, listener, announce=announce)
+        serve(app, listener, on_ready=on_ready)
     finally:
         listener.close()

@@ -213,7 +213,7 @@ def test_chats_are_kept_reopened_and_deleted(visit: Any) -> None:
 
 
 def test_a_model_of_single_questions_gets_each_one_alone(visit: Any) -> None:
-    here = visit(turns=0)
+    here = visit(max_history_turns=0)
     for question in ("add 3 and 4", "add 5 and 6"):
         here.ask(question)
         here.settled()

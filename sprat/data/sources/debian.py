@@ -63,7 +63,7 @@ class DebianPackage:
                 return self._text(file=file, digest=digest, fault=str(error))
 
     def _text(
-        self, documents: Sequence[Document] = (), *, file: str = "", digest: str = "", fault: str = ""
+        self, documents: Sequence[Document] = (), file: str = "", digest: str = "", fault: str = ""
     ) -> SourceText:
         """``documents``, and the package's record, which counts all of them."""
         name, counts = f"debian {self.name}", count_and_bytes(documents)

@@ -17,23 +17,16 @@ from pathlib import Path
 
 from sprat.data.document import Document, count_and_bytes, digest_documents
 from sprat.data.sources.source import SourceRequest, SourceText
-from sprat.data.text_split import is_held_out_source
+from sprat.data.text_split import MAX_HELD_OUT_DOCUMENT_BYTES, is_held_out_source
 from sprat.trust.stage_facts import TextSource
 
 LICENSE = "PSF-2.0"
 # Tests, foreign packages, tables rather than text, and what we read in another way.
-EXCLUDED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-    "ensurepip",
-}
-MAX_FILE_BYTES = 400_000  # bytes; larger files are tables
+EXCLUDED_FOLDERS = frozenset(
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"]
+)
 DOMAINS = ("docstring", "code")  # of what ``documents`` yields
+MAX_FILE_BYTES = 400_000  # bytes; larger files are tables
 
 
 def read(request: SourceRequest) -> SourceText:
@@ -42,13 +35,10 @@ def read(request: SourceRequest) -> SourceText:
     The library has no file of its own to digest: its record is about what the corpus takes.
     """
     chosen = list(topics()) if "prose" in request.train_bytes else []
+    train_bytes = {name: request.train_bytes[name] for name in DOMAINS if name in request.train_bytes}
     for side, accept in ((False, lambda source: not is_held_out_source(source)), (True, is_held_out_source)):
-        largest = request.max_held_out_document_bytes if side else sys.maxsize
-        remaining = {
-            name: request.held_out_bytes if side else request.train_bytes[name]
-            for name in DOMAINS
-            if name in request.train_bytes
-        }
+        largest = MAX_HELD_OUT_DOCUMENT_BYTES if side else sys.maxsize
+        remaining = {name: request.held_out_bytes if side else size for name, size in train_bytes.items()}
         for document in documents(accept=accept):
             if remaining.get(document.domain, 0) > 0:
                 remaining[document.domain] -= min(document.size, largest)

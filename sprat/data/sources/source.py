@@ -18,13 +18,11 @@ class SourceRequest:
     Attributes:
         train_bytes: domain -> UTF-8 bytes to train on; without the domains of which an earlier source has text.
         held_out_bytes: UTF-8 bytes to hold out of each domain, beside those.
-        max_held_out_document_bytes: as much of one document is held out at most.
         offline: nothing may be fetched.
     """
 
     train_bytes: Mapping[str, int] = field(default_factory=dict)
     held_out_bytes: int = 0
-    max_held_out_document_bytes: int = 0
     offline: bool = False
 
 

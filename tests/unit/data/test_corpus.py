@@ -64,11 +64,11 @@ def test_a_source_of_another_kind_is_one_more_entry(
 
 def test_the_same_machine_gives_the_same_corpus(offline: corpus.Corpus, tmp_path: Path) -> None:
     again = corpus.default_corpus(tmp_path, budget_bytes=BUDGET, offline=True)
-    assert again.digest == offline.digest == hashlib.sha256(again.documents.read_bytes()).hexdigest()
+    assert again.digest == offline.digest == hashlib.sha256(again.documents_path.read_bytes()).hexdigest()
 
 
 def test_the_corpus_is_read_by_the_door_for_the_users_text(offline: corpus.Corpus) -> None:
-    found = list(ingest.read_texts(offline.documents))
+    found = list(ingest.read_texts(offline.documents_path))
     assert [(one.text, one.source, one.domain) for one in found] == [
         (one.text, one.source, one.domain) for one in offline.read()
     ]
@@ -132,9 +132,9 @@ def test_the_users_own_text_becomes_a_corpus_once(tmp_path: Path) -> None:
     made = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET)
     assert len(made.read()) == 30
     assert made.sources[0]["name"] == "mine"
-    stamp = made.documents.stat().st_mtime_ns
+    stamp = made.documents_path.stat().st_mtime_ns
     assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest == made.digest
-    assert made.documents.stat().st_mtime_ns == stamp
+    assert made.documents_path.stat().st_mtime_ns == stamp
     (folder / "31.txt").write_text("A new file with news.")
     assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest != made.digest
     small = corpus.text_corpus(folder, tmp_path / "small", budget_bytes=1000)
@@ -188,7 +188,7 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_was_tampered_with_is_made_anew(offline: corpus.Corpus, tmp_path: Path) -> None:
-    shutil.copytree(offline.documents.parent, tmp_path / "c")
+    shutil.copytree(offline.documents_path.parent, tmp_path / "c")
     file = tmp_path / "c" / "documents.jsonl"
     file.write_text(file.read_text()[:-40])
     again = corpus.default_corpus(tmp_path / "c", budget_bytes=BUDGET, offline=True)

@@ -20,9 +20,9 @@ from sprat.serve import ServeConfig
         ({"port": 65536}, "^port: .*65535 .*correct it"),
         ({"port": "8000"}, "^port: .*number is asked for"),
         ({"max_concurrent_requests": 0}, "^max_concurrent_requests: "),
-        ({"turns": -1}, "^turns: "),
+        ({"max_history_turns": -1}, "^max_history_turns: "),
         ({"examples": [3]}, "^examples.0: "),
-        ({"prots": 1}, "^unknown setting 'prots' .*there are host, port"),
+        ({"prots": 1}, "^prots: .*not permitted .*there are host, port"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_that_names_the_setting(settings: dict[str, Any], message: str) -> None:

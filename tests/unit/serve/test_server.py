@@ -25,7 +25,7 @@ from tests.unit.serve.scripted import ScriptedEngine
 config = ServeConfig(port=0, served_model_name="tiny")
 taken = bind_socket(config)
 app = create_app(ScriptedEngine(pause=float(sys.argv[1])), config)
-serve(app, taken, announce=lambda at: print(at, flush=True))
+serve(app, taken, on_ready=lambda at: print(at, flush=True))
 print("left", flush=True)
 """
 
