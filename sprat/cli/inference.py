@@ -146,22 +146,20 @@ def serve(
     ] = None,
 ) -> Result:
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
-    from sprat.serve import meter, server
+    from sprat.serve import ServeConfig, meter, server
 
-    price_table = meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES)
     examples, max_turns = chat_defaults(model, turns)
-    server.run(
-        model,
-        host,
-        port,
-        name=name,
-        prices=price_table,
-        examples=examples,
-        turns=max_turns,
+    config = ServeConfig(
+        host=host,
+        port=port,
+        served_model_name=name,
+        api_keys=tuple(api_key or ()),
+        prices=meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES),
         max_tokens=max_tokens,
-        keys=api_key or (),
-        announce=print_err,
+        examples=tuple(examples),
+        max_history_turns=max_turns,
     )
+    server.run(model, config, on_ready=print_err)
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})
 
 

@@ -14,8 +14,6 @@ from sprat.cli.progress import stage_progress
 from sprat.cli.stages import Text
 from sprat.cli.verb import Overrides, PipelineFolder, Recipe, Result, print_err
 
-HOST = "127.0.0.1"
-
 
 def quickstart(
     out: PipelineFolder = Path("runs/quickstart"),
@@ -34,12 +32,13 @@ def quickstart(
     from sprat.pipeline.quickstart import SERVED_RUN, build_stages
     from sprat.pipeline.quickstart import quickstart as run_pipeline
     from sprat.pipeline.recipe import load_recipe
-    from sprat.serve import server
+    from sprat.serve import ServeConfig, bind_socket, run
     from sprat.trust.ledger import Ledger
 
     pipeline_recipe = load_recipe(recipe, (*(overrides or ()), *(() if seed is None else (f"seed={seed}",))))
+    serve_config = ServeConfig(port=port, served_model_name="sprat")
     if serve:
-        server.bind_socket(HOST, port).close()  # a port in use is reported now, not after the pipeline
+        bind_socket(serve_config).close()  # a port in use is reported now, not after the pipeline
     start_time, stage_names = (
         time.monotonic(),
         [stage.name for stage in build_stages(Pipeline(out, pipeline_recipe), text)],
@@ -64,7 +63,7 @@ def quickstart(
 
     def serve_chat_page() -> None:
         print_err("the chat page, until Ctrl-C:")
-        server.run(model, HOST, port, name="sprat", examples=examples, turns=turns, announce=print_err)
+        run(model, serve_config.replace(examples=examples, max_history_turns=turns), on_ready=print_err)
 
     return Result(data, "\n".join(lines), after_output=serve_chat_page if serve else None)
 

@@ -10,29 +10,33 @@ offline is made anew for who asks for more.
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprat.data import debian, dedup, ingest, pythonlib
-from sprat.data.document import Document, read_documents, write_documents
-from sprat.data.text_split import TextSplit, held_out_sources, is_held_out_source, split_documents
+from sprat.data import dedup, ingest
+from sprat.data.document import Document, count_and_bytes, digest_documents, read_documents, write_documents
+from sprat.data.sources import SOURCES
+from sprat.data.sources.source import OFFLINE_FAULT, SourceRequest, SourceText
+from sprat.data.text_split import (
+    MAX_HELD_OUT_DOCUMENT_BYTES,
+    TextSplit,
+    held_out_sources,
+    is_held_out_source,
+    split_documents,
+)
 from sprat.errors import DataError
-from sprat.files.json import write_json
+from sprat.files.json import read_json, write_json
 from sprat.trust.stage_facts import ExcludedText, TextSource
 
 VERSION = 2
 TEXT_VERSION = 2  # of a corpus of the user's text: its held-out side depends on sizes
 DOMAIN_SHARES = {"prose": 0.55, "docstring": 0.25, "code": 0.20}
-LIBRARY_DOMAINS = ("docstring", "code")  # domains that the Python library fills
+READ_MARGIN = 1.2  # read for training, of what is wanted of a domain: dedup takes some away
 HELD_OUT_SHARE = 0.025  # of the budget, for each domain, beside the budget
 MIN_HELD_OUT_BYTES = 60_000  # bytes
-MAX_HELD_OUT_DOCUMENT_BYTES = 8_000  # bytes; longer ones are cut, so that no single file decides the test
 MIN_TEXT_BYTES = 1000  # bytes of the user's text
-OFFLINE_FAULT = "offline: no package was fetched"
 
 
 @dataclass(frozen=True)
@@ -40,21 +44,21 @@ class Corpus:
     """Documents on disk.
 
     Attributes:
-        documents: the file documents.jsonl; sources.json lies beside it.
+        documents_path: the file documents.jsonl; sources.json lies beside it.
         sources: one entry for each source of text, as ``Source.to_dict`` writes it.
         digest: SHA-256 (hex) of documents.jsonl.
         held_out: of the user's own text, the names of the documents' sources that are held out, chosen before the
             text was cut to the budget; None for the default corpus, where the name of a source decides.
     """
 
-    documents: Path
+    documents_path: Path
     sources: list[dict[str, Any]]
     digest: str
     held_out: frozenset[str] | None = None
 
     def read(self) -> list[Document]:
         """The documents, in the order of the file."""
-        return list(read_documents(self.documents))
+        return list(read_documents(self.documents_path))
 
     def split(self) -> TextSplit:
         """The training and the held-out documents."""
@@ -87,24 +91,20 @@ def default_corpus(folder: str | Path, *, budget_bytes: int, offline: bool = Fal
     saved = _load_saved(folder, request)
     if saved is not None and (offline or OFFLINE_FAULT not in saved.faults):
         return saved
-    fetched = [] if offline else debian.fetch_packages()
-    documents = [document for package in fetched for document in package.documents]
-    sources: list[dict[str, Any]] = [_package_entry(package) for package in fetched]
-    if not documents:
-        documents = list(pythonlib.topics())
-        if offline:
-            sources.append(TextSource("debian packages", fault=OFFLINE_FAULT).to_dict())
-    documents += _library(budget_bytes)
-    chosen = _sample_domains(list(dedup.exact_dedup(documents)), budget_bytes, DOMAIN_SHARES, is_held_out_source)
+    texts: list[SourceText] = []
+    for source in SOURCES:
+        covered = {document.domain for text in texts for document in text.documents}
+        shares = {domain: share for domain, share in DOMAIN_SHARES.items() if domain not in covered}
+        train_bytes = {domain: round(READ_MARGIN * share * budget_bytes) for domain, share in shares.items()}
+        texts.append(source(SourceRequest(train_bytes, _held_out_bytes(budget_bytes), offline)))
+    documents = dedup.exact_dedup(document for text in texts for document in text.documents)
+    chosen = _sample_domains(list(documents), budget_bytes, DOMAIN_SHARES, is_held_out_source)
     if not chosen:
         raise DataError("this machine has no text to learn from", where=str(folder), todo="give your own: --text DIR")
-    library = [document for document in chosen if document.source.startswith("python/")]
-    version = "{}.{}.{}".format(*sys.version_info[:3])
-    entry = TextSource(
-        f"python {version} library", pythonlib.LICENSE, *_count_and_bytes(library), digest=_digest(library)
-    )
-    sources.append(entry.to_dict())
-    return _save(folder, request, chosen, sources)
+    ids = [{document.id for document in text.documents} for text in texts]
+    samples = [[document for document in chosen if document.id in own_ids] for own_ids in ids]
+    records = [text.record(sample).to_dict() for text, sample in zip(texts, samples, strict=True)]
+    return _save(folder, request, chosen, records)
 
 
 def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> Corpus:
@@ -118,7 +118,7 @@ def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> C
     """
     tally = ingest.ExclusionTally()
     folder, documents = Path(folder), list(ingest.read_texts(path, tally))
-    text = _digest(documents)
+    text = digest_documents(documents)
     request = {"version": TEXT_VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
     request["left_out"] = str(tally)
     saved = _load_saved(folder, request)
@@ -135,7 +135,7 @@ def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> C
     _count_excluded(tally, "documents that others say too", documents, unique)
     _count_excluded(tally, f"documents beyond data.text_bytes={budget_bytes}", unique, chosen)
     licence = ", ".join(sorted({document.licence for document in documents}))
-    entry = TextSource(Path(path).name, licence, *_count_and_bytes(chosen), digest=text, left_out=tally.excluded())
+    entry = TextSource(Path(path).name, licence, *count_and_bytes(chosen), digest=text, left_out=tally.excluded())
     return _save(folder, request, chosen, [entry.to_dict()], held_out)
 
 
@@ -150,27 +150,6 @@ def _count_excluded(
             tally.add(why, document.id, size)
         elif size:
             tally.add(f"parts of {why}", document.id, size)
-
-
-def _library(budget: int) -> list[Document]:
-    """As many docstrings and as much code of the Python library as both sides of the split need.
-
-    A fifth more is read for training, because dedup takes some away.
-    """
-    documents = []
-    for side, accept in ((False, lambda source: not is_held_out_source(source)), (True, is_held_out_source)):
-        largest = MAX_HELD_OUT_DOCUMENT_BYTES if side else sys.maxsize
-        remaining = {
-            name: _held_out_bytes(budget) if side else round(1.2 * DOMAIN_SHARES[name] * budget)
-            for name in LIBRARY_DOMAINS
-        }
-        for document in pythonlib.documents(accept=accept):
-            if remaining[document.domain] > 0:
-                remaining[document.domain] -= min(document.size, largest)
-                documents.append(document)
-            if max(remaining.values()) <= 0:
-                break
-    return documents
 
 
 def _held_out_bytes(budget: int) -> int:
@@ -222,34 +201,6 @@ def _truncate(document: Document, limit: int) -> Document:
     return document.with_text(text[: text.rfind("\n") + 1] or text)
 
 
-def _package_entry(fetched: debian.FetchedPackage) -> dict[str, Any]:
-    """What sources.json says of a package; ``pinned`` is the digest that its reader was written for."""
-    package = fetched.package
-    return TextSource(
-        f"debian {package.name}",
-        package.licence,
-        *_count_and_bytes(fetched.documents),
-        digest=fetched.sha256,
-        fault=fetched.fault,
-        file=fetched.file,
-        pinned=package.sha256,
-    ).to_dict()
-
-
-def _count_and_bytes(documents: Iterable[Document]) -> tuple[int, int]:
-    """How many documents, and how many bytes."""
-    sizes = [document.size for document in documents]
-    return len(sizes), sum(sizes)
-
-
-def _digest(documents: Iterable[Document]) -> str:
-    """SHA-256 (hex) over ids and texts."""
-    sha256 = hashlib.sha256()
-    for document in documents:
-        sha256.update(json.dumps([document.id, document.text]).encode())
-    return sha256.hexdigest()
-
-
 def _save(
     folder: Path,
     request: dict[str, Any],
@@ -273,12 +224,12 @@ def _save(
 def _load_saved(folder: Path, request: dict[str, Any]) -> Corpus | None:
     """The corpus in ``folder`` if it answers ``request`` and is whole, else None."""
     try:
-        facts = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "sources.json")
         content = (folder / "documents.jsonl").read_bytes()
-    except (OSError, ValueError):
+    except OSError:
         return None
     digest = hashlib.sha256(content).hexdigest()
-    if not isinstance(facts, dict) or facts.get("request") != request or facts.get("digest") != digest:
+    if facts is None or facts.get("request") != request or facts.get("digest") != digest:
         return None
     held_out = None if request["kind"] == "default" else frozenset(facts["held_out"])
     return Corpus(folder / "documents.jsonl", facts["sources"], digest, held_out)

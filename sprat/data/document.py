@@ -89,3 +89,17 @@ def read_documents(path: Path) -> Iterator[Document]:
                     raise DataError("the corpus is torn", where=f"{path}, line {number}", todo=todo) from None
     except FileNotFoundError:
         raise DataError("no corpus", where=str(path), todo="build it first") from None
+
+
+def count_and_bytes(documents: Iterable[Document]) -> tuple[int, int]:
+    """How many documents, and how many bytes."""
+    sizes = [document.size for document in documents]
+    return len(sizes), sum(sizes)
+
+
+def digest_documents(documents: Iterable[Document]) -> str:
+    """SHA-256 (hex) over ids and texts."""
+    sha256 = hashlib.sha256()
+    for document in documents:
+        sha256.update(json.dumps([document.id, document.text]).encode())
+    return sha256.hexdigest()

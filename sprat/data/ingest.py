@@ -24,8 +24,6 @@ from sprat.errors import DataError, MachineError
 from sprat.files.regular_file import open_regular_file
 from sprat.trust.stage_facts import ExcludedText
 
-__all__ = ["Document", "ExclusionTally", "read_texts"]
-
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 KNOWN_SUFFIXES = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))

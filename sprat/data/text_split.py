@@ -17,6 +17,7 @@ from sprat.data.document import Document
 from sprat.errors import DataError
 
 HELD_OUT_ONE_IN = 16  # sources held out by hash
+MAX_HELD_OUT_DOCUMENT_BYTES = 8_000  # bytes, of the default corpus; longer ones are cut, so that none decides the test
 END_FRACTION = 0.05  # of the text, where there is only one source
 
 

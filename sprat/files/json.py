@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sprat.errors import TrustError
+from sprat.errors import SpratError, TrustError
 from sprat.files import atomic
 from sprat.files.regular_file import open_regular_file
 
@@ -37,6 +37,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, TrustError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def load_json_object(path: Path, error_type: type[SpratError], *, problem: str, todo: str) -> dict[str, Any]:
+    """The JSON object at ``path``, where other programs write; of a key that stands twice the last one counts.
+
+    Args:
+        error_type: of the error where it cannot be read as one.
+        problem: how its sentence begins, before the reason.
+        todo: how its sentence ends.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SpratError: of ``error_type``; it is no JSON, or no object, or cannot be read at all.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_type(f"{problem}: {error}", where=str(path), todo=todo) from None
+    if not isinstance(content, dict):
+        raise error_type("not a JSON object", where=str(path), todo=todo)
+    return content
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

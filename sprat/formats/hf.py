@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError, MachineError
-from sprat.formats.safetensors import Shards
+from sprat.formats.safetensors import Shards, read_json_object
 from sprat.formats.state_dict import EMBEDDING, HEAD, StateDictReader, redundant_tensors
 from sprat.model.transformer import Transformer, meta_model
 
@@ -187,7 +187,7 @@ def _own_names(model: Transformer) -> list[str]:
 
 def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]:
     """The config, and rows and columns of an FP8 block where the file announces FP8 weights."""
-    table = _read_json(path)
+    table = read_json_object(path)
     how = table.get("quantization_config")
     blocks = None
     if isinstance(how, dict) and how.get("quant_method") == "fp8":
@@ -210,7 +210,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         files = {folder / WEIGHTS}
     else:
-        table = _read_json(folder / INDEX).get("weight_map")
+        table = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
             raise CheckpointError("the index has no weight_map", where=str(folder / INDEX), todo="fetch it again")
         files = {folder / Path(file).name for file in table.values()}
@@ -218,19 +218,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError("a weight file is missing", where=str(file), todo="fetch or save the model again")
     return sorted(files)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("a file is missing", where=str(path), todo="give the folder of a model") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"not readable as JSON: {error}", where=str(path), todo="fetch it again") from None
-    if not isinstance(table, dict):
-        raise CheckpointError("not a JSON object", where=str(path), todo="fetch it again")
-    return table
 
 
 def _json(table: dict[str, Any]) -> Callable[[Path], object]:

@@ -9,7 +9,6 @@ holds bits and group of each tensor, and tensors that it does not name are dense
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from sprat.errors import CheckpointError
 from sprat.files import atomic
 from sprat.files.json import write_json
 from sprat.formats.memory import check_available_memory
-from sprat.formats.safetensors import Shards
+from sprat.formats.safetensors import Shards, read_json_object
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.transformer import meta_model
 from sprat.quant.int4 import QuantizedTensor
@@ -97,7 +96,7 @@ def load(folder: str | Path, *, materialize: bool = True) -> Transformer:
         ConfigError: config.json or quant.json does not hold.
     """
     folder = Path(folder)
-    table, quant_table = _json(folder / "config.json"), _json(folder / QUANT_CONFIG)
+    table, quant_table = read_json_object(folder / "config.json"), read_json_object(folder / QUANT_CONFIG)
     table.pop("quantization_config", None)
     config = ModelConfig.from_hf(table, where=str(folder / "config.json"))
     formats = _formats(quant_table, str(folder / QUANT_CONFIG))
@@ -197,17 +196,4 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in inside and not (tied and name.startswith("head.")):
             table[name] = tensor
-    return table
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("a file is missing", where=str(path), todo="give the folder of a model") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"not readable as JSON: {error}", where=str(path), todo="fetch it again") from None
-    if not isinstance(table, dict):
-        raise CheckpointError("not a JSON object", where=str(path), todo="fetch it again")
     return table

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sprat.errors import CheckpointError
-from sprat.files.json import reject_duplicate_keys
+from sprat.files.json import load_json_object, reject_duplicate_keys
 from sprat.formats.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
@@ -124,6 +124,18 @@ class Shards:
                     num_read += count
         except OSError as error:
             raise _corrupt(entry.file, str(error.strerror or error)) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object at ``path``, a file of a model's folder.
+
+    Raises:
+        CheckpointError: the file is missing, or holds none.
+    """
+    try:
+        return load_json_object(path, CheckpointError, problem="not readable as JSON", todo="fetch it again")
+    except FileNotFoundError:
+        raise CheckpointError("a file is missing", where=str(path), todo="give the folder of a model") from None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -7,6 +7,7 @@ and a machine without them gets one clear sentence.
 from __future__ import annotations
 
 from sprat.serve.app import create_app
+from sprat.serve.config import ServeConfig
 from sprat.serve.server import bind_socket, run, serve
 
-__all__ = ["bind_socket", "create_app", "run", "serve"]
+__all__ = ["ServeConfig", "bind_socket", "create_app", "run", "serve"]

@@ -164,13 +164,13 @@ class StreamingRequest:
 
 
 class AdmissionPool:
-    """Admits at most ``max_requests`` at a time to ``engine``; knows all that run."""
+    """Admits at most ``max_concurrent_requests`` at a time to ``engine``; knows all that run."""
 
-    def __init__(self, engine: EngineLike, meter: Meter, *, max_requests: int) -> None:
-        self.engine, self.meter, self.max_requests = engine, meter, max_requests
+    def __init__(self, engine: EngineLike, meter: Meter, *, max_concurrent_requests: int) -> None:
+        self.engine, self.meter, self.max_concurrent_requests = engine, meter, max_concurrent_requests
         self.running: dict[str, StreamingRequest] = {}
         self.closed = False
-        self._executor = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="sprat-answer")
+        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests, thread_name_prefix="sprat-answer")
 
     async def admit(
         self,
@@ -192,10 +192,10 @@ class AdmissionPool:
             raise RequestError(
                 503, "the server is shutting down", code="shutting_down", kind="server_error", retry_after=5
             )
-        if len(self.running) >= self.max_requests:
+        if len(self.running) >= self.max_concurrent_requests:
             raise RequestError(
                 429,
-                f"all {self.max_requests} places are taken; try again in a moment",
+                f"all {self.max_concurrent_requests} places are taken; try again in a moment",
                 code="too_many_requests",
                 kind="rate_limit_error",
                 retry_after=1,

@@ -2,32 +2,27 @@
 
 A chat completion takes these steps: read the body within its bound, validate it (``protocol``), be
 admitted (``admission``), pass the deltas on as they come, and close with the usage and the cost that
-the meter has recorded. When the client goes away the request is cancelled.
-
-Beside OpenAI's and DeepSeek's fields every answer carries one extension object, ``sprat``: the cost in
-nano-yuan, the seed (the same request with this seed gives the same tokens) and the seconds it took.
-In a stream it rides on the last chunk. ``POST /v1/chat/completions/{id}/cancel`` ends a stream early and
+the meter has recorded (``responses``). ``POST /v1/chat/completions/{id}/cancel`` ends a stream early and
 in good order, so that the client still learns what it cost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
-from sprat.serve.admission import AdmissionPool, StreamingRequest
+from sprat.serve.admission import AdmissionPool
 from sprat.serve.chat_page import load_chat_page
-from sprat.serve.meter import Prices
-from sprat.serve.protocol import ChatRequest, RequestError, parse
+from sprat.serve.config import ServeConfig
+from sprat.serve.protocol import ChatRequest, RequestError, parse_chat_request
+from sprat.serve.responses import EventStreamResponse, full_response, stream_events
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
     from sprat.tokens.chat import Message
 
 BODY_TIMEOUT_SECONDS = 30.0  # for the whole request body
-KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 
 
 @dataclass
@@ -44,37 +38,10 @@ class AppState:
     """What the routes share."""
 
     pool: AdmissionPool
+    config: ServeConfig
     model_name: str
-    prices: Prices
-    examples: list[str] = field(default_factory=list)
-    turns: int | None = None
-    max_tokens: int = 1024
-    default_sampling: Mapping[str, Any] = field(default_factory=dict)  # where a request says nothing
-    max_body_bytes: int = 1 << 20
-    requires_key: bool = False  # strangers ask here: none learns of the others
+    default_sampling: Mapping[str, Any]  # where a request says nothing
     created: int = field(default_factory=lambda: int(time.time()))
-
-
-class AnswerStream(StreamingResponse):
-    """A streaming response that stops its answer however it ends."""
-
-    def __init__(self, stream: StreamingRequest, chunks: AsyncIterator[str]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self.stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; a client that went away cancels the answer."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.stream.cancel()
-
-
-def error_response(error: RequestError) -> JSONResponse:
-    """An error as its response, with ``Retry-After`` where trying again makes sense."""
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -111,15 +78,16 @@ def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> S
     """
     from sprat.engine.sampling_params import Sampling
 
-    if (limit := chat_request.requested_max_tokens) is not None and limit > state.max_tokens:
+    most = state.config.max_tokens
+    if (limit := chat_request.requested_max_tokens) is not None and limit > most:
         name = chat_request.field_names["max_tokens"]
-        message = f"{name} is too large: this server gives at most {state.max_tokens} tokens; lower it or leave it out"
+        message = f"{name} is too large: this server gives at most {most} tokens; lower it or leave it out"
         raise RequestError(400, message, param=name)
     fields = {"temperature", "top_k", "top_p"}
     requested = chat_request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
     return Sampling(
         **{**state.default_sampling, **requested},
-        max_tokens=state.max_tokens if limit is None else limit,
+        max_tokens=most if limit is None else limit,
         fit=limit is None,
         seed=seed,
         stop=chat_request.stop_strings,
@@ -134,87 +102,10 @@ def _messages(chat_request: ChatRequest) -> list[Message]:
     return [Message("system" if m.role == "developer" else m.role, m.text) for m in chat_request.messages]
 
 
-def _extension(stream: StreamingRequest, seed: int) -> dict[str, Any]:
-    """The ``sprat`` object of a finished answer."""
-    cost = stream.cost.to_dict() if stream.cost is not None else None
-    return {"cost": cost, "seed": seed, "seconds": round(stream.seconds, 4)}
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    """Wait until the client has gone; its request has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def full_response(
-    request: Request, state: AppState, stream: StreamingRequest, request_id: str, seed: int
-) -> Response:
-    """Wait for the whole answer and send it as one JSON object; a client that leaves ends it at once."""
-    text: dict[str, list[str]] = {"reasoning": [], "content": []}
-    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
-    disconnect_task.add_done_callback(lambda _: stream.cancel())
-    try:
-        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
-            if delta is not None and delta.kind in text:
-                text[delta.kind].append(delta.text)
-        if disconnect_task.done():
-            return Response(status_code=499)
-    finally:
-        disconnect_task.cancel()
-        stream.cancel()
-    message = {"role": "assistant", "content": "".join(text["content"])}
-    if text["reasoning"]:
-        message["reasoning_content"] = "".join(text["reasoning"])
-    return JSONResponse(
-        {
-            "id": request_id,
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": state.model_name,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": stream.finish_reason}],
-            "usage": stream.usage,
-            "sprat": _extension(stream, seed),
-        },
-        headers={"Cache-Control": "no-store"},
-    )
-
-
-async def stream_events(
-    chat_request: ChatRequest, state: AppState, stream: StreamingRequest, request_id: str, seed: int
-) -> AsyncIterator[str]:
-    """The answer as server-sent events: role, deltas, finish reason, usage where asked for, ``[DONE]``."""
-    with_usage = chat_request.stream_options is not None and bool(chat_request.stream_options.include_usage)
-    head = {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": state.model_name}
-
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {**head, "choices": choices, **({"usage": None} if with_usage else {}), **more}
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-    def choice(delta: dict[str, Any], finish: str | None = None) -> list[dict[str, Any]]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-
-    yield event(choice({"role": "assistant", "content": ""}))
-    try:
-        async for delta in stream.deltas(KEEP_ALIVE_SECONDS):
-            if delta is None:
-                yield ": keep-alive\n\n"
-            elif delta.text and delta.kind in ("reasoning", "content"):
-                field_name = "reasoning_content" if delta.kind == "reasoning" else "content"
-                yield event(choice({field_name: delta.text}))
-    except RequestError as error:
-        yield f"data: {json.dumps(error.body())}\n\n"
-        return
-    last = {"sprat": _extension(stream, seed)}
-    yield event(choice({}, stream.finish_reason), **({} if with_usage else last))
-    if with_usage:
-        yield event([], usage=stream.usage, **last)
-    yield "data: [DONE]\n\n"
-
-
 async def chat_completion(request: Request, state: AppState) -> Response:
     """``POST /v1/chat/completions``."""
     try:
-        chat_request = parse(await read_body(request, state.max_body_bytes))
+        chat_request = parse_chat_request(await read_body(request, state.config.max_body_bytes))
     except ClientDisconnect:
         return Response(status_code=499)
     if chat_request.model != state.model_name:
@@ -225,16 +116,16 @@ async def chat_completion(request: Request, state: AppState) -> Response:
     sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
     stream = await state.pool.admit(request_id, _messages(chat_request), sampling, tenant, chat_request.field_names)
     if chat_request.stream:
-        return AnswerStream(stream, stream_events(chat_request, state, stream, request_id, seed))
-    return await full_response(request, state, stream, request_id, seed)
+        return EventStreamResponse(stream, stream_events(chat_request, state.model_name, stream, request_id, seed))
+    return await full_response(request, state.model_name, stream, request_id, seed)
 
 
 def model_card(state: AppState) -> dict[str, Any]:
     """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know."""
-    prices = state.prices.model_dump(mode="json")
-    extension = {"examples": state.examples, "turns": state.turns, "max_tokens": state.max_tokens, "prices": prices}
+    config = state.config
     card = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "sprat"}
-    return {**card, "sprat": extension}
+    page = {"examples": config.examples, "turns": config.max_history_turns, "max_tokens": config.max_tokens}
+    return {**card, "sprat": {**page, "prices": config.prices.model_dump(mode="json")}}
 
 
 def add_routes(app: FastAPI, state: AppState) -> None:
@@ -254,7 +145,7 @@ def add_routes(app: FastAPI, state: AppState) -> None:
         running, meter = len(state.pool.running), state.pool.meter
         alive = {"status": "closing" if state.pool.closed else "ok", "model": state.model_name}
         busy = {"running": running, "answered": meter.requests, "nano_yuan": meter.nano_yuan}
-        return alive if state.requires_key else {**alive, **busy}
+        return alive if state.config.api_keys else {**alive, **busy}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

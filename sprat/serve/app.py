@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from sprat.serve import meter
 from sprat.serve.admission import AdmissionPool, EngineLike
-from sprat.serve.meter import Prices
+from sprat.serve.config import ServeConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
 def create_app(
-    engine: EngineLike,
-    *,
-    name: str = "sprat",
-    prices: Prices | None = None,
-    examples: Sequence[str] = (),
-    turns: int | None = None,
-    max_tokens: int = 1024,
-    max_requests: int = 64,
-    max_body_bytes: int = 1 << 20,
-    default_sampling: Mapping[str, float] | None = None,
-    allowed_hosts: Iterable[str] = (),
-    keys: Iterable[str] = (),
+    engine: EngineLike, config: ServeConfig, *, default_sampling: Mapping[str, float] | None = None
 ) -> FastAPI:
     """The chat server around ``engine``, ready for any ASGI server.
 
     Args:
         engine: takes requests from any thread; it is started and stopped with the app.
-        name: the model id that requests must give.
-        prices: nano-yuan per token; today's default table when None.
-        examples: questions that the page offers.
-        turns: how many past exchanges the page sends along; 0 for a model that was taught single
-            questions, None for no limit. Requests made otherwise are not touched.
-        max_tokens: the most tokens of one answer, thinking included; also the default. A request for more is refused
-            with 400.
-        max_requests: answers at a time; one more is refused with 429.
-        max_body_bytes: bound of a request body; a larger one is refused with 413.
+        config: see ``ServeConfig``; the address is not bound here.
         default_sampling: settings of ``Sampling`` for requests that say none: what the model's folder says.
-        allowed_hosts: names, beside ``localhost`` and IP addresses, that a ``Host`` header may give.
-        keys: API keys, each a tenant of its own; without any everybody may ask, as one tenant.
     """
     from fastapi import FastAPI
 
@@ -51,13 +30,8 @@ def create_app(
     from sprat.serve.api_keys import ApiKeys
     from sprat.serve.middleware import SecurityMiddleware
 
-    api_keys = ApiKeys(keys)
-    prices = prices if prices is not None else meter.select_prices(meter.load_price_tables())
-    pool = AdmissionPool(engine, meter.Meter(prices), max_requests=max_requests)
-    state = AppState(
-        pool, name, prices, list(examples), turns=turns, max_tokens=max_tokens, default_sampling=default_sampling or {},
-        max_body_bytes=max_body_bytes, requires_key=bool(api_keys),
-    )  # fmt: skip
+    pool = AdmissionPool(engine, meter.Meter(config.prices), max_concurrent_requests=config.max_concurrent_requests)
+    state = AppState(pool, config, config.served_model_name or "sprat", default_sampling or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,8 +42,10 @@ def create_app(
 
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
-    app.state.pool = pool
-    app.add_middleware(SecurityMiddleware, api_keys=api_keys, allowed_hosts=allowed_hosts)
+    app.state.pool, app.state.config = pool, config
+    app.add_middleware(
+        SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=(*config.allowed_hosts, config.host)
+    )
     add_routes(app, state)
 
     _add_error_handlers(app)
@@ -82,8 +58,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    from sprat.serve.api import error_response
     from sprat.serve.protocol import RequestError
+    from sprat.serve.responses import error_response
 
     async def on_refusal(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)

@@ -223,13 +223,13 @@ class ChatRequest(UnsupportedFields):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-def parse(body: bytes) -> ChatRequest:
+def parse_chat_request(body: bytes) -> ChatRequest:
     """Read a request body.
 
     Raises:
         RequestError: status 400; names the first field at fault.
 
-    >>> parse(b'{"model": "m", "messages": [{"role": "user", "content": "1 + 1"}], "temprature": 0}')
+    >>> parse_chat_request(b'{"model": "m", "messages": [{"role": "user", "content": "1 + 1"}], "temprature": 0}')
     Traceback (most recent call last):
     sprat.serve.protocol.RequestError: unknown field 'temprature'; did you mean 'temperature'?
     """

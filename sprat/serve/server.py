@@ -13,15 +13,13 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import MachineError, ServeError
-from sprat.serve.api_keys import ApiKeys
 from sprat.serve.app import create_app
-from sprat.serve.connections import bounded_protocol
-from sprat.serve.meter import Prices
+from sprat.serve.config import ServeConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,25 +27,21 @@ if TYPE_CHECKING:
 SHUTDOWN_TIMEOUT_SECONDS = 5
 
 
-def bind_socket(host: str, port: int, *, requires_key: bool = False) -> socket.socket:
-    """A socket that listens on ``host:port`` (port 0: any free one).
+def bind_socket(config: ServeConfig) -> socket.socket:
+    """A socket that listens on ``config.host`` and ``config.port``.
 
     It listens from now on: early callers wait in its queue until the server is up.
-
-    Args:
-        requires_key: whether whoever asks there will need a key; without one only loopback is taken.
 
     Raises:
         ServeError: the port is in use or not allowed, the host is not ours, or others could reach it without a key.
     """
+    host, port = config.host, config.port
     where = f"{host}:{port}"
-    if not 0 <= port <= 65535:
-        raise ServeError("no such port", where=where, todo="give a port from 0 to 65535")
     try:
         family, sock_type, sock_proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise ServeError("no such host", where=host, todo="use 127.0.0.1, or an address of this machine") from None
-    if not requires_key and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not config.api_keys and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         todo = "give a key with --api-key (or SPRAT_API_KEY), or listen on 127.0.0.1"
         raise ServeError("other machines could use this server without a key", where=where, todo=todo)
     listener = socket.socket(family, sock_type, sock_proto)
@@ -74,15 +68,17 @@ def socket_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], None] = print) -> None:
+def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], None] = print) -> None:
     """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
 
     Args:
         app: from ``create_app``.
         listener: from ``bind_socket``.
-        announce: called once with the address when requests are answered.
+        on_ready: called once with the address when requests are answered.
     """
     import uvicorn
+
+    from sprat.serve.connections import bounded_protocol
 
     class Server(uvicorn.Server):
         """Says when it is up, and stops running answers before it waits for them."""
@@ -90,7 +86,7 @@ def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], No
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                announce(socket_url(listener))
+                on_ready(socket_url(listener))
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.pool.close()
@@ -98,7 +94,7 @@ def serve(app: FastAPI, listener: socket.socket, *, announce: Callable[[str], No
 
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(),
+        http=bounded_protocol(app.state.config),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -125,28 +121,16 @@ def _handle_as_interrupt(signal_number: int) -> Any:
     return signal.signal(signal_number, signal.default_int_handler)
 
 
-def run(
-    model_folder: str | Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    *,
-    name: str | None = None,
-    prices: Prices | None = None,
-    examples: Sequence[str] = (),
-    turns: int | None = None,
-    max_tokens: int = 1024,
-    max_requests: int = 64,
-    allowed_hosts: Iterable[str] = (),
-    keys: Sequence[str] = (),
-    announce: Callable[[str], None] = print,
-) -> None:
+def run(model_folder: str | Path, config: ServeConfig, *, on_ready: Callable[[str], None] = print) -> None:
     """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
 
-    Loopback by default; any other ``host`` opens the server to the network and needs ``keys``. The other
-    arguments are those of ``create_app``; ``name`` defaults to the folder's name.
+    Args:
+        model_folder: its name is the served model's where ``config`` gives none.
+        config: see ``ServeConfig``.
+        on_ready: called once with the address when requests are answered.
 
     Raises:
-        ServeError: the port cannot be had, a key cannot be used, or the network is asked for without a key.
+        ServeError: the port cannot be had, or the network is asked for without a key.
         MachineError: FastAPI or uvicorn is missing.
         CheckpointError: the folder holds no model.
     """
@@ -154,8 +138,7 @@ def run(
         if importlib.util.find_spec(package) is None:
             todo = f"pip install {package}"
             raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
-    ApiKeys(keys)  # a fault in one is reported before the model is loaded
-    listener = bind_socket(host, port, requires_key=bool(keys))
+    listener = bind_socket(config)
     try:
         from sprat.engine import Engine
         from sprat.formats.load import load
@@ -163,16 +146,9 @@ def run(
         model, tokenizer = load(model_folder)
         app = create_app(
             Engine(model, tokenizer, frozen=True, consume=True),
-            name=name or Path(model_folder).resolve().name,
-            prices=prices,
-            examples=examples,
-            turns=turns,
-            max_tokens=max_tokens,
-            max_requests=max_requests,
+            config.replace(served_model_name=config.served_model_name or Path(model_folder).resolve().name),
             default_sampling=tokenizer.generation_config.default_sampling,
-            allowed_hosts=[*allowed_hosts, host],
-            keys=keys,
         )
-        serve(app, listener, announce=announce)
+        serve(app, listener, on_ready=on_ready)
     finally:
         listener.close()

@@ -44,30 +44,26 @@ def render(
     messages: Sequence[Message],
     *,
     thinking: bool | None = None,
-    generate: bool = True,
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """Ids of a conversation, ready for the model to go on.
 
     Args:
         messages: the turns in order.
         thinking: True opens the reasoning, False opens and closes it, None leaves it to the model.
-        generate: end with the assistant's opening; without it only the given turns are rendered.
+        add_generation_prompt: end with the assistant's opening; without it only the given turns are rendered.
 
     Raises:
         DataError: there is no message, a role is none of the three or stands where the format has no place for it, or
             the model shall think and does not know how.
     """
-    return tokenizer.encode_parts(_render_messages(tokenizer, messages, thinking=thinking, generate=generate))
-
-
-def _render_messages(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, thinking: bool | None = None, generate: bool = True
-) -> list[Part]:
-    """A conversation in parts of text."""
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
     turns = [(message.role, message.content) for message in messages]
-    return render_parts(tokenizer.chat_format, turns, thinking=thinking, generate=generate)
+    chat_format = tokenizer.chat_format
+    return tokenizer.encode_parts(
+        render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
+    )
 
 
 def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
@@ -94,7 +90,7 @@ def encode_demonstration(
     """
     chat_format = tokenizer.chat_format
     thinking = None if chat_format.default_thinking is None else bool(reasoning)
-    prompt = _render_messages(tokenizer, [Message("user", question)], thinking=thinking)
+    prompt = render_parts(chat_format, [("user", question)], thinking=thinking, add_generation_prompt=True)
     response_parts: list[Part] = []
     if reasoning:
         response_parts += [

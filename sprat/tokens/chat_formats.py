@@ -209,7 +209,7 @@ def special_token(config: Mapping[str, Any], key: str) -> str:
 
 
 def render_parts(
-    chat_format: ChatFormat, turns: Sequence[tuple[str, str]], *, thinking: bool | None, generate: bool
+    chat_format: ChatFormat, turns: Sequence[tuple[str, str]], *, thinking: bool | None, add_generation_prompt: bool
 ) -> list[Part]:
     """A conversation as text, in parts.
 
@@ -244,7 +244,7 @@ def render_parts(
         parts += [(content, False), (after, True)]
     if not other_turns:
         parts.append((prefix.removesuffix(chat_format.user[0]), True))
-    if generate:
+    if add_generation_prompt:
         parts.append((select_generation_prompt(chat_format, thinking), True))
     return [(fill_dates(text) if is_template else text, is_template) for text, is_template in parts]
 

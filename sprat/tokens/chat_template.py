@@ -277,7 +277,7 @@ def _compare(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> None:
         if thinking is not None or probe in _PROMPTLESS_PROBES:
             continue
         try:
-            parts = render_parts(chat_format, turns, thinking=None, generate=True)
+            parts = render_parts(chat_format, turns, thinking=None, add_generation_prompt=True)
             ours: str | None = "".join(text for text, _ in parts)
         except DataError:
             ours = None

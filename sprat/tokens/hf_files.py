@@ -7,7 +7,6 @@ not, and would change an answer, is named in a warning.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import DataError
+from sprat.files.json import load_json_object
 
 log = logging.getLogger(__name__)
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -142,11 +142,6 @@ def load_tokenizer_config(folder: Path) -> dict[str, Any]:
 def _read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is missing."""
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        return load_json_object(file, DataError, problem="not JSON", todo="copy the file again")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}", where=str(file), todo="copy the file again") from None
-    if not isinstance(table, dict):
-        raise DataError("not a JSON object", where=str(file), todo="copy the file again")
-    return table

@@ -52,7 +52,7 @@ class Visit:
         self, browser: Any, engine: Any, stack: ExitStack, *, settings: dict[str, Any], look: dict[str, Any]
     ) -> None:
         self.engine = engine
-        self.address = stack.enter_context(live(engine, name="tiny", **settings))
+        self.address = stack.enter_context(live(engine, **settings))
         context = browser.new_context(**look)
         stack.callback(context.close)
         context.set_default_timeout(30_000)
@@ -213,7 +213,7 @@ def test_chats_are_kept_reopened_and_deleted(visit: Any) -> None:
 
 
 def test_a_model_of_single_questions_gets_each_one_alone(visit: Any) -> None:
-    here = visit(turns=0)
+    here = visit(max_history_turns=0)
     for question in ("add 3 and 4", "add 5 and 6"):
         here.ask(question)
         here.settled()
@@ -257,7 +257,10 @@ def test_leaving_a_running_answer_frees_the_engine(visit: Any) -> None:
 
 def test_a_real_model_answers_through_the_real_command(browser: Any, tmp_path: Path) -> None:
     tiny_model(tmp_path)
-    program = f"from sprat.serve import run; run({str(tmp_path)!r}, port=0, name='tiny', max_tokens=16)"
+    program = (
+        "from sprat.serve import ServeConfig, run; "
+        f"run({str(tmp_path)!r}, ServeConfig(port=0, served_model_name='tiny', max_tokens=16))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, stdout=subprocess.PIPE)
     try:

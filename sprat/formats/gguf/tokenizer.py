@@ -56,8 +56,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
     }
     text, where = json.dumps(table, ensure_ascii=False), str(header.path)
     try:
-        said = parse_generation_config(_generation(header), where)
-        return Tokenizer(text, config=_config(header, tokens), generation_config=said, where=where)
+        generation_config = parse_generation_config(_generation(header), where)
+        return Tokenizer(text, config=_config(header, tokens), generation_config=generation_config, where=where)
     except DataError as error:
         raise CheckpointError(
             error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"

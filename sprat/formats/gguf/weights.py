@@ -200,13 +200,13 @@ def _expert_weights(name: str) -> list[str]:
 
 def _quantizable_weights(model: Transformer) -> set[str]:
     """Names of the tensors that may stay quantized."""
-    found = {"embed_tokens.weight"}
+    names = {"embed_tokens.weight"}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            found.add(f"{name}.weight")
+            names.add(f"{name}.weight")
         elif isinstance(module, Experts):
-            found.update(_expert_weights(f"{name}.w"))
-    return found
+            names.update(_expert_weights(f"{name}.w"))
+    return names
 
 
 def _decode_job(source: Source, entry: TensorInfo, dense: str, out: dict[str, int]) -> Job:
@@ -233,8 +233,8 @@ def _decode_in_subprocess(plan: LoadPlan) -> mmap.mmap:
     """
     path = plan.header.path
     root = str(Path(__file__).resolve().parents[2])
-    found = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OPENBLAS_NUM_THREADS": "1"}
+    python_path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path), "OPENBLAS_NUM_THREADS": "1"}
     seconds = _SECONDS + sum(entry.nbytes for entry in plan.header.tensors.values()) // _BYTES_A_SECOND
     with _memory_file() as target, open(path, "rb", buffering=0) as source:
         try:

@@ -2,107 +2,24 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from sprat.data import corpus, debian, ingest, pod, pythonlib
+from sprat.data import corpus, ingest
+from sprat.data.document import Document
+from sprat.data.sources import python_library
+from sprat.data.sources.source import SourceRequest, SourceText
 from sprat.data.text_split import is_held_out_source
 from sprat.errors import DataError
+from sprat.trust.stage_facts import TextSource
+from tests.unit.data.packages import PAGE, fake_tools, write_pages
 
 BUDGET = 60_000
-
-
-PAGE = """=encoding utf8
-
-=head1 NAME
-
-perlfake - a page
-
-=head1 DESCRIPTION
-
-It was a B<dark> and C<< stormy->night >>; the rain fell in
-torrents, as L<perlrain> and L<the sky|perlsky/Clouds> tell,
-see L<perlrain/"How it falls">, L</Torrents>, L<https://example.org/>.
-
-    my $code = "is left out";
-
-=over 4
-
-=item One
-
-One E<lt> two, F<one.txt>X<index>.
-
-=item Name
-
-Its I<meaning, B<bold>>.
-
-=back
-
-=begin html
-
-<p>no prose</p>
-
-=end html
-
-=cut
-
-sub code { 1 }
-
-=head2 Torrents
-
-Words behind it.
-"""
-
-
-def test_prose_of_a_manual_page_is_what_perl_reads_in_it() -> None:
-    """``Pod::Simple::TextContent`` of Perl itself is the oracle, but for verbatim paragraphs, which are no prose."""
-    found = pod.prose(PAGE)
-    assert found.split("\n\n")[:3] == ["NAME", "perlfake - a page", "DESCRIPTION"]
-    assert "code" not in found and "no prose" not in found
-    perl = shutil.which("perl")
-    if perl is None or subprocess.run([perl, "-MPod::Simple::TextContent", "-e1"], check=False).returncode:
-        pytest.skip("needs Perl with Pod::Simple")
-    script = "Pod::Simple::TextContent->filter(\\*STDIN)"
-    plain = PAGE.replace('    my $code = "is left out";\n\n', "")
-    told = subprocess.run(
-        [perl, "-CSD", "-MPod::Simple::TextContent", "-e", script],
-        input=plain,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.split() == told.stdout.split()
-
-
-def write_pages(folder: Path, pages: dict[str, str]) -> None:
-    """Pages where perl-doc has them."""
-    (place := folder / "usr" / "share" / "perl" / "5.36.0" / "pod").mkdir(parents=True)
-    for name, page in pages.items():
-        (place / f"{name}.pod").write_text(page)
-
-
-def test_docstrings_and_code_are_parted_and_both_keep_their_source(tmp_path: Path) -> None:
-    (tmp_path / "pkg").mkdir()
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "no.py").write_text('"""Tests are left out of the corpus."""')
-    (tmp_path / "broken.py").write_text("def (")
-    text = '"""What this module is for."""\n\ndef f(a, *b, c=1):\n    """Say what f does with a."""\n    return a\n'
-    (tmp_path / "pkg" / "mod.py").write_text(text)
-    found = list(pythonlib.documents(tmp_path))
-    said, code = found
-    assert said.text == "pkg.mod\n\nWhat this module is for.\n\nf(a, *b, c)\n\nSay what f does with a.\n"
-    assert "Say what" not in code.text
-    assert ast.parse(code.text).body[-1].name == "f"  # type: ignore[attr-defined]
-    assert said.source == code.source == "python/pkg/mod.py"
-    assert said.licence == "PSF-2.0"
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +40,38 @@ def test_without_packages_the_python_library_serves_and_says_so(offline: corpus.
     assert len(library["digest"]) == 64
 
 
+def test_a_source_of_another_kind_is_one_more_entry(
+    offline: corpus.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked first, and the library gives no topics where there is prose, and the same modules as ever."""
+    poems = [Document(f"poem {n}", f"Poem {n} rhymes.\n" * 300, f"poem {n}", "CC0-1.0", "prose") for n in range(64)]
+    asked: list[SourceRequest] = []
+
+    def read(request: SourceRequest) -> SourceText:
+        asked.append(request)
+        return SourceText(poems, lambda sample: TextSource("poems", "CC0-1.0", len(sample)))
+
+    monkeypatch.setattr(corpus, "SOURCES", (read, python_library.read))
+    made = corpus.default_corpus(tmp_path, budget_bytes=BUDGET, offline=True)
+    assert [(one.offline, set(one.train_bytes)) for one in asked] == [(True, {"prose", "docstring", "code"})]
+    prose = [one.source for one in made.read() if one.domain == "prose"]
+    assert prose and all(source.startswith("poem") for source in prose)
+    assert [source["name"] for source in made.sources] == ["poems", offline.sources[-1]["name"]]
+    assert made.sources[0]["documents"] == len(prose)
+    modules = [[one for one in each.read() if one.domain != "prose"] for each in (made, offline)]
+    assert modules[0] == modules[1]
+
+
 def test_the_same_machine_gives_the_same_corpus(offline: corpus.Corpus, tmp_path: Path) -> None:
     again = corpus.default_corpus(tmp_path, budget_bytes=BUDGET, offline=True)
-    assert again.digest == offline.digest == hashlib.sha256(again.documents.read_bytes()).hexdigest()
+    assert again.digest == offline.digest == hashlib.sha256(again.documents_path.read_bytes()).hexdigest()
 
 
 def test_the_corpus_is_read_by_the_door_for_the_users_text(offline: corpus.Corpus) -> None:
-    found = list(ingest.read_texts(offline.documents))
+    found = list(ingest.read_texts(offline.documents_path))
     assert [(one.text, one.source, one.domain) for one in found] == [
         (one.text, one.source, one.domain) for one in offline.read()
     ]
-
-
-def fake_tools(folder: Path, monkeypatch: pytest.MonkeyPatch, apt: str, dpkg: str = "") -> None:
-    """Put an apt-get and a dpkg-deb of our own on the path, in place of all others but the shell."""
-    folder.mkdir()
-    for name, script in (("apt-get", apt), ("dpkg-deb", dpkg)):
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    for name in ("sleep", "cp", "mkdir"):
-        (folder / name).symlink_to(str(shutil.which(name)))
-    monkeypatch.setenv("PATH", str(folder))
 
 
 NAMES = [f"perl{number}" for number in range(64)]
@@ -196,29 +124,6 @@ def test_what_was_made_offline_is_made_anew_for_who_goes_online(
     assert corpus.default_corpus(tmp_path / "corpus", budget_bytes=BUDGET, offline=True).digest == fetched.digest
 
 
-@pytest.mark.parametrize(
-    ("apt", "said"),
-    [
-        ("echo 'E: Unable to locate package x' >&2; exit 100", "Unable to locate package x"),
-        ("sleep 60", "took more than 0.5 s"),
-        ("exit 0", "left no package"),
-        ("echo x > a.deb", "no texts"),
-        (None, "no apt-get"),
-    ],
-)
-def test_a_package_that_cannot_be_had_is_told_not_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apt: str | None, said: str
-) -> None:
-    monkeypatch.setattr(debian, "TIMEOUT_SECONDS", 0.5)
-    if apt is None:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
-        fake_tools(tmp_path / "bin", monkeypatch, apt, 'mkdir -p "$3"')
-    (found,) = debian.fetch_packages()
-    assert said in found.fault
-    assert found.documents == ()
-
-
 def test_the_users_own_text_becomes_a_corpus_once(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -227,9 +132,9 @@ def test_the_users_own_text_becomes_a_corpus_once(tmp_path: Path) -> None:
     made = corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET)
     assert len(made.read()) == 30
     assert made.sources[0]["name"] == "mine"
-    stamp = made.documents.stat().st_mtime_ns
+    stamp = made.documents_path.stat().st_mtime_ns
     assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest == made.digest
-    assert made.documents.stat().st_mtime_ns == stamp
+    assert made.documents_path.stat().st_mtime_ns == stamp
     (folder / "31.txt").write_text("A new file with news.")
     assert corpus.text_corpus(folder, tmp_path / "corpus", budget_bytes=BUDGET).digest != made.digest
     small = corpus.text_corpus(folder, tmp_path / "small", budget_bytes=1000)
@@ -283,22 +188,10 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_was_tampered_with_is_made_anew(offline: corpus.Corpus, tmp_path: Path) -> None:
-    shutil.copytree(offline.documents.parent, tmp_path / "c")
+    shutil.copytree(offline.documents_path.parent, tmp_path / "c")
     file = tmp_path / "c" / "documents.jsonl"
     file.write_text(file.read_text()[:-40])
     again = corpus.default_corpus(tmp_path / "c", budget_bytes=BUDGET, offline=True)
     assert again.digest == offline.digest
     facts = json.loads((tmp_path / "c" / "sources.json").read_text())
     assert facts["digest"] == offline.digest
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("apt-get") is None, reason="needs apt-get")
-def test_debians_package_holds_perls_manual() -> None:
-    (found,) = debian.fetch_packages()
-    if found.fault:
-        pytest.skip(found.fault)
-    sources = {one.source for one in found.documents}
-    assert {"perl/perlretut", "perl/perlfaq4"} <= sources and len(sources) > 100
-    assert sum(one.size for one in found.documents) > 3_500_000
-    assert sum(is_held_out_source(one.source) for one in found.documents) > 20

@@ -24,6 +24,8 @@ from safetensors.numpy import load_file
 from sprat.config.base import Config, _dotted_keys, _table_class
 from sprat.config.recipe import PipelineRecipe
 from sprat.data import corpus
+from sprat.data.sources import python_library
+from sprat.data.sources.source import SourceRequest, SourceText
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, SpratError
 from sprat.model import Transformer
@@ -32,6 +34,7 @@ from sprat.pipeline.pipeline import Pipeline
 from sprat.pipeline.recipe import load_recipe
 from sprat.post import distill
 from sprat.train import checkpoint
+from sprat.trust.stage_facts import TextSource
 
 BASE = (
     'data.tasks=[{name="sums",title="sums",settings={min_terms=2,max_terms=2,max_value=12}},'
@@ -458,7 +461,13 @@ def test_jobs_and_offline_reach_who_they_are_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(quickstart, "write_report", lambda out: out)
     for jobs in (1, 3):
         quickstart.quickstart(tmp_path / str(jobs), load_recipe("tiny", (*BASE, f"jobs={jobs}")))
-    monkeypatch.setattr(corpus.debian, "fetch_packages", lambda: asked.append("fetched") or [])
+
+    def fetched(request: SourceRequest) -> SourceText:
+        if not request.offline:
+            asked.append("fetched")
+        return SourceText((), lambda _: TextSource("fetched"))
+
+    monkeypatch.setattr(corpus, "SOURCES", (fetched, python_library.read))
     for offline in ("true", "false"):
         recipe = load_recipe("tiny", (*BASE, f"data.offline={offline}"))
         data._load_corpus(tmp_path / offline, recipe.data, None)

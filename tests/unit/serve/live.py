@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from sprat.serve import bind_socket, create_app
-from sprat.serve.connections import HEADER_TIMEOUT_SECONDS, MAX_CONNECTIONS, bounded_protocol
+from sprat.serve import ServeConfig, bind_socket, create_app
+from sprat.serve.connections import bounded_protocol
 from sprat.serve.server import socket_url
 from tests.unit.serve.scripted import within
 
@@ -32,15 +32,13 @@ class Prompt(uvicorn.Server):
 @contextmanager
 def live(
     engine: Any,
-    *,
-    max_connections: int = MAX_CONNECTIONS,
-    header_timeout: float = HEADER_TIMEOUT_SECONDS,
     **settings: Any,
 ) -> Iterator[str]:
-    """The address of a server around ``engine``."""
-    app = create_app(engine, **settings)
-    listener = bind_socket("127.0.0.1", 0)
-    http = bounded_protocol(max_connections, header_timeout)
+    """The address of a server around ``engine``, by the name of tiny; ``settings`` are those of ``ServeConfig``."""
+    serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", **settings})
+    app = create_app(engine, serve_config)
+    listener = bind_socket(serve_config)
+    http = bounded_protocol(serve_config)
     config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
     server = Prompt(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

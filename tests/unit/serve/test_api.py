@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from sprat.serve import create_app
+from sprat.serve import ServeConfig, create_app
 from tests.unit.serve.live import live
 from tests.unit.serve.scripted import ScriptedEngine, within
 
@@ -19,9 +19,12 @@ ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content":
 CHAT = "/v1/chat/completions"
 
 
-def client_of(engine: Any, **settings: Any) -> TestClient:
-    settings = {"name": "tiny", "examples": ["3+4="], **settings}
-    return TestClient(create_app(engine, **settings), base_url="http://127.0.0.1:8000")
+TINY = ServeConfig(served_model_name="tiny", examples=("3+4=",))
+
+
+def client_of(engine: Any, *, default_sampling: dict[str, float] | None = None, **settings: Any) -> TestClient:
+    app = create_app(engine, TINY.replace(**settings), default_sampling=default_sampling)
+    return TestClient(app, base_url="http://127.0.0.1:8000")
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def test_a_crash_tells_no_secrets() -> None:
     def broken(question: str, sampling: Any) -> tuple[str, str]:
         raise KeyError("secret place")
 
-    app = create_app(ScriptedEngine(broken), name="tiny")
+    app = create_app(ScriptedEngine(broken), TINY)
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         answer = client.post(CHAT, json=ASK)
     assert answer.status_code == 500
@@ -235,7 +238,7 @@ def test_health_counts_what_was_answered_and_earned(client: TestClient) -> None:
 
 def test_one_too_many_is_told_when_to_come_back() -> None:
     engine = ScriptedEngine(hold=True)
-    with live(engine, name="tiny", max_requests=1) as address, httpx.Client(base_url=address, timeout=30) as client:
+    with live(engine, max_concurrent_requests=1) as address, httpx.Client(base_url=address, timeout=30) as client:
         with client.stream("POST", CHAT, json={**ASK, "stream": True}) as first:
             lines = first.iter_lines()
             next(lines)
@@ -251,7 +254,7 @@ def test_one_too_many_is_told_when_to_come_back() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_the_engine_and_is_metered(stream: bool) -> None:
     engine = ScriptedEngine(hold=True)
-    with live(engine, name="tiny") as address:
+    with live(engine) as address:
         with httpx.Client(base_url=address, timeout=0.7) as client, pytest.raises(httpx.TimeoutException):
             client.post(CHAT, json={**ASK, "stream": stream})
         assert within(20, lambda: bool(engine.handles) and engine.handles[0].ended.is_set())
@@ -264,7 +267,7 @@ def test_a_client_that_hangs_up_stops_the_engine_and_is_metered(stream: bool) ->
 
 def test_a_stopped_stream_ends_in_good_order_with_its_cost() -> None:
     engine = ScriptedEngine(hold=True)
-    with live(engine, name="tiny") as address, httpx.Client(base_url=address, timeout=30) as client:
+    with live(engine) as address, httpx.Client(base_url=address, timeout=30) as client:
         with client.stream("POST", CHAT, json={**ASK, "stream": True}) as answer:
             lines = (line for line in answer.iter_lines() if line)
             name = json.loads(next(lines).removeprefix("data: "))["id"]
@@ -278,7 +281,7 @@ def test_a_stopped_stream_ends_in_good_order_with_its_cost() -> None:
 
 
 def test_many_at_once_each_get_their_own_answer() -> None:
-    with live(ScriptedEngine(pause=0.001), name="tiny") as address:
+    with live(ScriptedEngine(pause=0.001)) as address:
         answers: dict[int, str] = {}
 
         def ask(number: int) -> None:
@@ -307,7 +310,7 @@ def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
     from sprat.engine import Engine
     from tests.unit.engine.test_request import thoughtless
 
-    with client_of(Engine(*thoughtless()), name="tiny") as client:
+    with client_of(Engine(*thoughtless())) as client:
         answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})
         quiet = client.post(CHAT, json={**ASK, "thinking": {"type": "disabled"}, "max_tokens": 2})
         other = client.post(CHAT, json={**ASK, "reasoning_effort": "low"})

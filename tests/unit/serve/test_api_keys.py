@@ -15,7 +15,7 @@ import pytest
 from sprat.engine import Engine
 from sprat.errors import ServeError
 from sprat.model import Transformer
-from sprat.serve import bind_socket
+from sprat.serve import ServeConfig, bind_socket
 from sprat.serve.api_keys import ApiKeys
 from sprat.serve.server import run
 from sprat.tokens import Tokenizer
@@ -55,7 +55,7 @@ def test_cached_tokens_tell_one_key_nothing_of_what_another_asked(
 ) -> None:
     seen = []
     for strangers in (0, 1):
-        with live(engine_of(parts), name="tiny", keys=[ALICE, BOB]) as address:
+        with live(engine_of(parts), api_keys=[ALICE, BOB]) as address:
             for _ in range(strangers):
                 assert hits(address, ALICE, SECRET) == 0
                 assert hits(address, ALICE, SECRET) > 20, "her own prompt is still found"
@@ -64,7 +64,7 @@ def test_cached_tokens_tell_one_key_nothing_of_what_another_asked(
 
 
 def test_without_keys_everybody_is_one_tenant(parts: tuple[Transformer, Tokenizer]) -> None:
-    with live(engine_of(parts), name="tiny") as address:
+    with live(engine_of(parts)) as address:
         assert hits(address, None, SECRET) == 0
         assert hits(address, "anything", SECRET) > 20
 
@@ -76,7 +76,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def address(engine: ScriptedEngine) -> Iterator[str]:
-    with live(engine, name="tiny", keys=[ALICE, BOB]) as address:
+    with live(engine, api_keys=[ALICE, BOB]) as address:
         yield address
 
 
@@ -125,7 +125,7 @@ def test_keys_and_what_stands_for_them_are_in_no_log(caplog: pytest.LogCaptureFi
 
     tenant = ApiKeys([ALICE]).tenant(f"Bearer {ALICE}")
     assert tenant is not None and len(tenant.secret) == 32
-    with caplog.at_level(logging.DEBUG), live(ScriptedEngine(broken), name="tiny", keys=[ALICE]) as address:
+    with caplog.at_level(logging.DEBUG), live(ScriptedEngine(broken), api_keys=[ALICE]) as address:
         assert ask(address, ALICE, "hello").status_code == 500
         assert ask(address, "sk-wrong-key", "hello").status_code == 401
     for secret in (ALICE, "sk-wrong-key", tenant.name, tenant.secret.hex(), repr(tenant.secret)):
@@ -135,16 +135,16 @@ def test_keys_and_what_stands_for_them_are_in_no_log(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel", "tab\t", "line\n"])
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
     with pytest.raises(ServeError, match="API key"):
-        ApiKeys([ALICE, key])
+        ServeConfig(api_keys=(ALICE, key))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_the_network_is_served_with_a_key_only(tmp_path: Path, host: str) -> None:
     with pytest.raises(ServeError, match=r"without a key .*give a key with --api-key"):
-        run(tmp_path / "no-such-model", host, 0)
+        run(tmp_path / "no-such-model", ServeConfig(host=host, port=0))
     with pytest.raises(ServeError, match="without a key"):
-        bind_socket(host, 0)
+        bind_socket(ServeConfig(host=host, port=0))
     try:
-        bind_socket(host, 0, requires_key=True).close()
+        bind_socket(ServeConfig(host=host, port=0, api_keys=(ALICE,))).close()
     except ServeError as error:
         assert "cannot listen" in str(error), "this machine may have no IPv6"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from sprat.serve import chat_page, create_app
+from sprat.serve import ServeConfig, chat_page, create_app
 from tests.unit.serve.scripted import ScriptedEngine
 
 
 def test_the_page_comes_with_a_policy_that_admits_only_its_own_code() -> None:
-    client = TestClient(create_app(ScriptedEngine()), base_url="http://127.0.0.1")
+    client = TestClient(create_app(ScriptedEngine(), ServeConfig()), base_url="http://127.0.0.1")
     answer = client.get("/")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = answer.headers["content-security-policy"]

@@ -62,7 +62,7 @@ def put_out(caller: socket.socket) -> bool:
     ids=["nothing", "half a head", "half a body", "a request long ago"],
 )
 def test_silent_connections_shut_nobody_out(first: bytes) -> None:
-    with live(ScriptedEngine(), name="tiny", max_connections=20) as address, crowd(address, 60, first) as callers:
+    with live(ScriptedEngine(), max_connections=20) as address, crowd(address, 60, first) as callers:
         for _ in range(3):
             answer = httpx.get(f"{address}/healthz", timeout=10)
             assert answer.status_code == 200 and answer.json()["status"] == "ok"
@@ -73,7 +73,7 @@ def test_who_waits_for_an_answer_is_not_put_out() -> None:
     engine = ScriptedEngine(hold=True)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4"}]}
     answers: list[httpx.Response] = []
-    with live(engine, name="tiny", max_connections=20) as address:
+    with live(engine, max_connections=20) as address:
         asks = [
             threading.Thread(target=lambda: answers.append(httpx.post(address + CHAT, json=body, timeout=30)))
             for _ in range(5)
@@ -90,7 +90,7 @@ def test_who_waits_for_an_answer_is_not_put_out() -> None:
 
 @pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
 def test_a_head_that_drips_is_cut_off(before: bytes) -> None:
-    with live(ScriptedEngine(), name="tiny", header_timeout=0.3) as address, connect(address) as caller:
+    with live(ScriptedEngine(), header_timeout_seconds=0.3) as address, connect(address) as caller:
         caller.sendall(before)
         if before:  # a second request on a connection that was used properly
             time.sleep(0.1)
@@ -104,7 +104,7 @@ def test_a_head_that_drips_is_cut_off(before: bytes) -> None:
 
 
 def test_a_connection_that_is_used_properly_outlives_the_deadline() -> None:
-    with live(ScriptedEngine(pause=0.05), name="tiny", header_timeout=0.3) as address, connect(address) as silent:
+    with live(ScriptedEngine(pause=0.05), header_timeout_seconds=0.3) as address, connect(address) as silent:
         with httpx.Client(base_url=address, timeout=10) as client:
             body = {"model": "tiny", "messages": [{"role": "user", "content": "add 3"}]}
             for _ in range(2):
@@ -130,7 +130,7 @@ def test_a_client_that_leaves_while_tokens_flow_frees_its_blocks_within_a_second
     engine = Engine(model, tokenizer, backend=Slow(model.config.vocab_size), frozen=True, speculate="off")
     ask = {"model": "tiny", "messages": [{"role": "user", "content": "tell me all"}], "max_tokens": 900}
     body = json.dumps({**ask, "stream": stream, "temperature": 2, "seed": 1}).encode()
-    with live(engine, name="tiny") as address:
+    with live(engine) as address:
         with connect(address) as caller:
             caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert within(10, lambda: engine.stats().sampled_tokens > 10)
@@ -165,7 +165,7 @@ def answered(caller: socket.socket) -> tuple[http.client.HTTPResponse, Any]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """One server for all that is no HTTP: it has to answer the next caller after each of them."""
-    with live(ScriptedEngine(), name="tiny") as address:
+    with live(ScriptedEngine()) as address:
         yield address
 
 
@@ -188,7 +188,7 @@ def test_what_is_no_http_is_answered_as_any_other_error(served: str, name: str, 
 
 def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(caplog: pytest.LogCaptureFixture) -> None:
     wrong = POST.replace(b"application/json", b"text/plain") + b"Transfer-Encoding: chunked\r\n\r\n"
-    with live(ScriptedEngine(), name="tiny") as address, connect(address) as caller:
+    with live(ScriptedEngine()) as address, connect(address) as caller:
         caller.sendall(wrong)
         answer, body = answered(caller)
         assert answer.status == 415 and body["error"]["param"] == "Content-Type"
@@ -200,7 +200,7 @@ def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(caplog: pyte
 def test_where_all_connections_wait_for_answers_one_more_is_told_so() -> None:
     engine = ScriptedEngine(hold=True)
     ask = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4"}]}).encode()
-    with live(engine, name="tiny", max_connections=3) as address, contextlib.ExitStack() as stack:
+    with live(engine, max_connections=3) as address, contextlib.ExitStack() as stack:
         callers = [stack.enter_context(connect(address)) for _ in range(3)]
         for caller in callers:
             caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprat.serve.protocol import RequestError, parse, usage_body
+from sprat.serve.protocol import RequestError, parse_chat_request, usage_body
 
 GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "1 + 1"}]}
 
@@ -59,7 +59,7 @@ def body(**changes: Any) -> bytes:
 )
 def test_a_wrong_field_is_named(changes: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(body(**changes))
+        parse_chat_request(body(**changes))
     assert caught.value.status == 400
     assert caught.value.body()["error"]["param"] == param
     assert set(caught.value.body()["error"]) == {"message", "type", "param", "code"}
@@ -68,18 +68,18 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'"\\ud800"'])
 def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(raw)
+        parse_chat_request(raw)
     assert caught.value.status == 400
 
 
 def test_half_a_character_is_refused_and_not_a_crash() -> None:
     with pytest.raises(RequestError):
-        parse(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}')
+        parse_chat_request(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}')
 
 
 def test_a_misspelt_field_is_told_its_right_name() -> None:
     with pytest.raises(RequestError, match="did you mean 'temperature'"):
-        parse(body(temprature=0))
+        parse_chat_request(body(temprature=0))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_misspelt_field_is_told_its_right_name() -> None:
 def test_thinking_is_switched_in_deepseeks_or_openais_way_or_left_to_the_model(
     changes: dict[str, Any], thinks: bool | None
 ) -> None:
-    assert parse(body(**changes)).enable_thinking is thinks
+    assert parse_chat_request(body(**changes)).enable_thinking is thinks
 
 
 # The fields of CompletionCreateParams in the openai package 3.57.0, but for model and messages, and the rest.
@@ -113,7 +113,7 @@ OPENAI_TURN = ("annotations", "audio", "function_call", "name", "refusal", "tool
 
 @pytest.mark.parametrize("field", [*OPENAI, "top_k", "thinking"])
 def test_null_is_as_if_the_field_were_left_out(field: str) -> None:
-    ask, plain = parse(body(**{field: None})), parse(body())
+    ask, plain = parse_chat_request(body(**{field: None})), parse_chat_request(body())
     assert (ask.requested_max_tokens, ask.stop_strings, ask.enable_thinking, bool(ask.stream)) == (
         None,
         (),
@@ -121,14 +121,14 @@ def test_null_is_as_if_the_field_were_left_out(field: str) -> None:
         bool(plain.stream),
     )
     asked = dict.fromkeys(("include_usage", "include_obfuscation"))
-    assert parse(body(stream=True, stream_options=asked)).stream
+    assert parse_chat_request(body(stream=True, stream_options=asked)).stream
 
 
 @pytest.mark.parametrize("field", [*OPENAI_TURN, "reasoning_content"])
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 def test_null_in_a_turn_is_as_if_the_field_were_left_out(role: str, field: str) -> None:
     turn = {"role": role, "content": "a", field: None}
-    ask = parse(body(messages=[turn, *GOOD["messages"]]))
+    ask = parse_chat_request(body(messages=[turn, *GOOD["messages"]]))
     assert [message.text for message in ask.messages] == ["a", "1 + 1"]
 
 
@@ -145,7 +145,7 @@ def test_null_in_a_turn_is_as_if_the_field_were_left_out(role: str, field: str) 
     ],
 )  # fmt: skip
 def test_values_that_ask_for_nothing_are_accepted(changes: dict[str, Any]) -> None:
-    assert parse(body(**changes)).messages[-1].text == "1 + 1"
+    assert parse_chat_request(body(**changes)).messages[-1].text == "1 + 1"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_values_that_ask_for_nothing_are_accepted(changes: dict[str, Any]) -> No
 )
 def test_what_is_not_offered_is_refused_as_that(changes: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError, match="does not offer it; leave it out") as caught:
-        parse(body(**changes))
+        parse_chat_request(body(**changes))
     error = caught.value.body()["error"]
     assert (error["code"], error["param"]) == ("not_offered", param)
 
@@ -189,7 +189,7 @@ def test_what_is_not_offered_is_refused_as_that(changes: dict[str, Any], param: 
 )
 def test_who_asks_for_a_form_is_told_where_there_is_one(form: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(body(response_format=form))
+        parse_chat_request(body(response_format=form))
     assert caught.value.status == 400 and str(caught.value.param).startswith("response_format")
     import sprat.engine
 
@@ -201,11 +201,11 @@ def test_who_asks_for_a_form_is_told_where_there_is_one(form: Any) -> None:
 
 def test_contradicting_switches_are_refused() -> None:
     with pytest.raises(RequestError, match="not both"):
-        parse(body(thinking={"type": "enabled"}, reasoning_effort="none"))
+        parse_chat_request(body(thinking={"type": "enabled"}, reasoning_effort="none"))
 
 
 def test_what_clients_send_by_habit_is_accepted() -> None:
-    ask = parse(
+    ask = parse_chat_request(
         body(
             n=1, frequency_penalty=0, presence_penalty=0.0, logprobs=False, tools=[], user="u", seed=7, temperature=0,
             stop="x", max_tokens=3, max_completion_tokens=5, response_format={"type": "text"}, stream=True,
@@ -236,7 +236,7 @@ def test_what_clients_send_by_habit_is_accepted() -> None:
 )
 def test_any_json_is_either_understood_or_refused(value: Any, field: str) -> None:
     try:
-        ask = parse(json.dumps({**GOOD, field: value}).encode())
+        ask = parse_chat_request(json.dumps({**GOOD, field: value}).encode())
     except RequestError as error:
         assert error.status == 400
     else:

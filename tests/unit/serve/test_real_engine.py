@@ -23,7 +23,7 @@ ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content":
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("model")
     tiny_model(folder)
-    with live(Engine(*load(folder)), name="tiny") as address, httpx.Client(base_url=address, timeout=30) as client:
+    with live(Engine(*load(folder))) as address, httpx.Client(base_url=address, timeout=30) as client:
         yield client
 
 

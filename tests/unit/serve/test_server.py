@@ -14,16 +14,18 @@ import httpx
 import pytest
 
 from sprat.errors import ServeError
+from sprat.serve import ServeConfig
 from sprat.serve.server import bind_socket, run, socket_url
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import sys
-from sprat.serve import bind_socket, create_app, serve
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
 from tests.unit.serve.scripted import ScriptedEngine
-taken = bind_socket("127.0.0.1", 0)
-app = create_app(ScriptedEngine(pause=float(sys.argv[1])), name="tiny")
-serve(app, taken, announce=lambda at: print(at, flush=True))
+config = ServeConfig(port=0, served_model_name="tiny")
+taken = bind_socket(config)
+app = create_app(ScriptedEngine(pause=float(sys.argv[1])), config)
+serve(app, taken, on_ready=lambda at: print(at, flush=True))
 print("left", flush=True)
 """
 
@@ -34,17 +36,18 @@ def test_a_busy_port_is_one_clear_sentence_before_the_model_is_loaded(tmp_path: 
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServeError, match=f"already in use \\(127.0.0.1:{port}\\)"):
-            run(tmp_path / "no-such-model", port=port)
+            run(tmp_path / "no-such-model", ServeConfig(port=port))
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("no.such.host.invalid", 0), ("192.0.2.1", 0)])
 def test_a_wrong_address_is_one_clear_sentence(host: str, port: int) -> None:
     with pytest.raises(ServeError, match="port|host|listen"):
-        bind_socket(host, port)
+        bind_socket(ServeConfig(host=host, port=port))
 
 
 def test_port_0_takes_a_free_one_on_loopback() -> None:
-    with bind_socket("127.0.0.1", 0) as first, bind_socket("127.0.0.1", 0) as second:
+    config = ServeConfig(port=0)
+    with bind_socket(config) as first, bind_socket(config) as second:
         assert socket_url(first).startswith("http://127.0.0.1:")
         assert socket_url(first) != socket_url(second)
 

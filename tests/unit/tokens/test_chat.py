@@ -38,7 +38,7 @@ def test_the_prompt_is_as_documented(own: Tokenizer) -> None:
     assert own.decode(render(own, ask)) == start
     assert own.decode(render(own, ask, thinking=True)) == start + "<think>"
     assert own.decode(render(own, ask, thinking=False)) == start + "<think></think>"
-    assert own.decode(render(own, ask, generate=False)) == "<|bos|><|user|>2+2"
+    assert own.decode(render(own, ask, add_generation_prompt=False)) == "<|bos|><|user|>2+2"
 
 
 @pytest.mark.parametrize(("thinking", "generate"), list(itertools.product([None, True, False], [True, False])))
@@ -52,9 +52,9 @@ def test_our_template_in_transformers_gives_the_same_ids(
     for turns in range(1, len(TALK) + 1):
         options = {"add_generation_prompt": generate, "thinking": thinking, "tokenize": True, "return_dict": False}
         found = theirs.apply_chat_template(talk[:turns], **options)
-        assert render(own, TALK[:turns], thinking=thinking, generate=generate) == found
+        assert render(own, TALK[:turns], thinking=thinking, add_generation_prompt=generate) == found
         text = theirs.apply_chat_template(talk[:turns], add_generation_prompt=generate, tokenize=False)
-        assert render(own, TALK[:turns], generate=generate) == own.encode(text, parse_special=True)
+        assert render(own, TALK[:turns], add_generation_prompt=generate) == own.encode(text, parse_special=True)
 
 
 def test_past_reasoning_is_left_out(own: Tokenizer) -> None:

@@ -10,26 +10,48 @@ import ast
 import hashlib
 import os
 import re
+import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sprat.data.document import Document
+from sprat.data.document import Document, count_and_bytes, digest_documents
+from sprat.data.sources.source import SourceRequest, SourceText
+from sprat.data.text_split import MAX_HELD_OUT_DOCUMENT_BYTES, is_held_out_source
+from sprat.trust.stage_facts import TextSource
 
 LICENSE = "PSF-2.0"
 # Tests, foreign packages, tables rather than text, and what we read in another way.
-EXCLUDED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-    "ensurepip",
-}
+EXCLUDED_FOLDERS = frozenset(
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"]
+)
+DOMAINS = ("docstring", "code")  # of what ``documents`` yields
 MAX_FILE_BYTES = 400_000  # bytes; larger files are tables
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def read(request: SourceRequest) -> SourceText:
+    """As many docstrings and as much code as both sides of the split need; all topics where prose is asked for.
+
+    The library has no file of its own to digest: its record is about what the corpus takes.
+    """
+    chosen = list(topics()) if "prose" in request.train_bytes else []
+    train_bytes = {name: request.train_bytes[name] for name in DOMAINS if name in request.train_bytes}
+    for side, accept in ((False, lambda source: not is_held_out_source(source)), (True, is_held_out_source)):
+        largest = MAX_HELD_OUT_DOCUMENT_BYTES if side else sys.maxsize
+        remaining = {name: request.held_out_bytes if side else size for name, size in train_bytes.items()}
+        for document in documents(accept=accept):
+            if remaining.get(document.domain, 0) > 0:
+                remaining[document.domain] -= min(document.size, largest)
+                chosen.append(document)
+            if max(remaining.values(), default=0) <= 0:
+                break
+    return SourceText(chosen, _record)
+
+
+def _record(sample: Sequence[Document]) -> TextSource:
+    """What sources.json says of ``sample``, documents of the library."""
+    name = "python {}.{}.{} library".format(*sys.version_info[:3])
+    return TextSource(name, LICENSE, *count_and_bytes(sample), digest=digest_documents(sample))
 
 
 def documents(root: Path | None = None, *, accept: Callable[[str], bool] = lambda source: True) -> Iterator[Document]:
@@ -40,10 +62,10 @@ def documents(root: Path | None = None, *, accept: Callable[[str], bool] = lambd
         accept: only files whose source ("python/json/decoder.py") it likes are opened.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    for file in _files(root):
+    for file in _modules(root):
         name = file.relative_to(root).as_posix()
         if accept(f"python/{name}"):
-            yield from _read(file, name)
+            yield from _read_module(file, name)
 
 
 def topics(root: Path | None = None) -> Iterator[Document]:
@@ -63,7 +85,7 @@ def topics(root: Path | None = None) -> Iterator[Document]:
                     yield Document(source, text, source, LICENSE, "prose")
 
 
-def _files(root: Path) -> list[Path]:
+def _modules(root: Path) -> list[Path]:
     """The library's modules in an order that only their names decide."""
     files = []
     for parent, folders, names in os.walk(root):
@@ -74,7 +96,7 @@ def _files(root: Path) -> list[Path]:
     return [file for _, file in sorted(files)]
 
 
-def _read(file: Path, name: str) -> Iterator[Document]:
+def _read_module(file: Path, name: str) -> Iterator[Document]:
     """The docstring document and the code document of one module; nothing if it is no Python."""
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")

@@ -1,0 +1,78 @@
+"""How a server is set up: where it listens, who may ask, how much they get, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
+
+from sprat.config.base import Config
+from sprat.errors import ServeError
+from sprat.serve import meter
+from sprat.serve.meter import Prices
+
+
+class ServeConfig(Config):
+    """The settings of one server; checked when it is made.
+
+    Attributes:
+        host: address or name to listen on. All but loopback opens the server to the network and needs ``api_keys``.
+        port: 0 takes any free one.
+        served_model_name: the model id that requests must give; None: the name of the model's folder, or "sprat" where
+            an app is made without one.
+        api_keys: each a tenant of its own; without any everybody may ask, as one tenant.
+        allowed_hosts: names, beside ``host``, ``localhost`` and IP addresses, that a ``Host`` header may give.
+        prices: nano-yuan per token; by default the table that holds today.
+        max_tokens: the most tokens of one answer, thinking included; also the default. A request for more is refused
+            with 400.
+        max_concurrent_requests: answers at a time; one more is refused with 429.
+        max_body_bytes: bound of a request body; a larger one is refused with 413.
+        max_connections: connections at a time; one more takes the place of the longest idle one, else gets a 503.
+        header_timeout_seconds: for the head of a request, from its connection or its first byte on.
+        examples: questions that the page offers.
+        max_history_turns: how many past exchanges the page sends along; 0 for a model that was taught single questions,
+            None for no limit. Requests made otherwise are not touched.
+
+    Raises:
+        ServeError: a setting is unknown or out of its bounds, or a key cannot stand in a header.
+
+    >>> ServeConfig(port=70000)
+    Traceback (most recent call last):
+    sprat.errors.ServeError: port: Input should be less than or equal to 65535 (ServeConfig); correct it.
+    """
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(8000, ge=0, le=65535)
+    served_model_name: str | None = None
+    api_keys: tuple[str, ...] = Field((), repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    prices: Prices = Field(default_factory=lambda: meter.select_prices(meter.load_price_tables()))
+    max_tokens: int = Field(1024, ge=1, lt=2**31)
+    max_concurrent_requests: int = Field(64, ge=1)
+    max_body_bytes: int = Field(1 << 20, ge=1)
+    max_connections: int = Field(512, ge=1)
+    header_timeout_seconds: float = Field(10.0, gt=0)
+    examples: tuple[str, ...] = ()
+    max_history_turns: int | None = Field(None, ge=0)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_fault(cls, settings: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Make the first fault one sentence of ours."""
+        try:
+            return validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            todo = f"there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else "correct it"
+            raise ServeError(f"{key}: {first['msg']}", where=cls.__name__, todo=todo) from None
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_api_keys(cls, api_keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what cannot stand in an ``Authorization`` header."""
+        for key in api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                todo = "use letters, digits and punctuation, for example of: openssl rand -hex 32"
+                raise ServeError("an API key is empty or holds blanks", where="--api-key", todo=todo)
+        return api_keys
