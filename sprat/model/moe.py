@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.kernels import ops
-from sprat.model.layers import Linear
+from sprat.model.layers import Linear, LinearBase
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ class Gate(nn.Module):
         return limited_NE
 
 
-class Experts(nn.Module):
+class Experts(LinearBase):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
     A replacement (INT4) offers the same three weights, or overrides ``forward``.
     """
+
+    weight_names = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
