@@ -25,10 +25,17 @@ from sprat.files import atomic
 from sprat.files.json import write_json
 from sprat.formats.memory import check_available_memory
 from sprat.formats.safetensors import Shards, read_json_object
-from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model import Embedding, Transformer
+from sprat.model.layers import matrix_names
 from sprat.model.transformer import meta_model
 from sprat.quant.int4 import QuantizedTensor
-from sprat.quant.layers import QuantizedWeight, bits_and_group, quant_config_of, quantized_weights, replace_linears
+from sprat.quant.layers import (
+    QuantizedWeight,
+    bits_and_group,
+    quant_config_of,
+    quantized_weights,
+    replace_with_quantized,
+)
 
 WEIGHTS, QUANT_CONFIG, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
 _KIND = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
@@ -161,29 +168,19 @@ def _build(
         minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if tensor_format.minimums else None
         return QuantizedTensor(codes, scales, tensor_format.bits, size, width, minimums, tensor_format.rounding)
 
-    # Names that stay dense are taken first: ``replace_linears`` keeps a Linear's bias as it finds it.
+    # Names that stay dense are taken first: ``replace_with_quantized`` keeps a Linear's bias as it finds it.
     tied = "head.weight" if config.tie_word_embeddings else ""
-    dense = _dense_names(model) | {name for name in shapes if formats(name) is None}
-    state = {name: read_tensor(name, shapes[name]) for name in sorted(dense - {tied})}
+    matrices = set(matrix_names(model))
+    dense = [name for name in shapes if name != tied and (name not in matrices or formats(name) is None)]
+    state = {name: read_tensor(name, shapes[name]) for name in sorted(dense)}
     model.load_state_dict(state, strict=False, assign=True)
-    replace_linears(model, pack, materialize=materialize)
+    replace_with_quantized(model, pack, materialize=materialize)
     if tied and isinstance(model.embed_tokens, Embedding):
         model.head.weight = model.embed_tokens.weight
     if unused:
         fault = f"tensor {min(unused)!r} is not part of this model"
         raise CheckpointError(fault, where=where, todo="check that config.json and the weights belong together")
     return model
-
-
-def _dense_names(model: Transformer) -> set[str]:
-    """State-dict names that stay dense when ``model`` (not quantized yet) is quantized."""
-    packed = {"embed_tokens.weight"}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            packed.add(f"{name}.weight")
-        elif isinstance(module, Experts):
-            packed |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
-    return set(model.state_dict()) - packed
 
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ some forty times a step. A kernel does in one walk over memory what takes stock 
 one thread and without Python's lock, so threads of data-parallel training run side by side.
 
 ``_is_native`` is the one place where the choice is made: float32, on a CPU, with a compiled library at hand. Attention
-is chosen once a pass (``varlen_metadata``), since its torch form, the masked one of ``model/mla.py``, wants a mask.
+is chosen once a pass (``varlen_metadata``), since its torch form, that of ``model/attention.py``, wants a mask.
 """
 
 # N tokens (rows), D hidden, F width of a gate, V vocabulary, C rows of one chunk, E experts, M rows of all experts,

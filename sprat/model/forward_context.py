@@ -46,6 +46,15 @@ class ForwardContext:
         """The mask of a layer: its window's, if it has one that hides anything."""
         return self.window_mask_B1TS if sliding and self.window_mask_B1TS is not None else self.mask_B1TS
 
+    def update_cache(self, layer: int, new_BTW: Tensor) -> Tensor:
+        """Store what the new tokens leave in ``layer`` -> all that is to be attended to [B, S, W], in their dtype."""
+        if self.cache is not None:
+            assert self.cache_position_BT is not None
+            self.cache.write(layer, new_BTW, self.cache_position_BT, self.valid_BT)
+            if not self.no_past:
+                return self.cache.read(layer, self.num_keys, new_BTW.dtype)
+        return new_BTW
+
 
 def forward_context(
     rotary: RotaryTable,

@@ -8,10 +8,10 @@ Layers of Mistral (arXiv 2310.06825, section 2) and some of Qwen's see the last 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.model.attention import attend
 from sprat.model.forward_context import ForwardContext
 from sprat.model.layers import Linear, RMSNorm
 from sprat.model.rope import apply_rotary_emb, attention_scale
@@ -47,22 +47,9 @@ class GQA(nn.Module):
         q_BTHd = apply_rotary_emb(q_BTHd, context.freqs_cis_BTr, interleave=False)
         k_BTGd = apply_rotary_emb(k_BTGd, context.freqs_cis_BTr, interleave=False)
         if context.cache is not None:
-            assert context.cache_position_BT is not None
-            new_BTW = torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), -1)
-            context.cache.write(self.layer, new_BTW, context.cache_position_BT, context.valid_BT)
+            stored_BSW = context.update_cache(self.layer, torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), -1))
             if not context.no_past:
-                stored_BSW = context.cache.read(self.layer, context.num_keys, x_BTD.dtype)
-                k_BTGd, v_BTGd = stored_BSW.view(batch, context.num_keys, 2, self.kv_heads, self.dim).unbind(2)
-        mask = context.mask(self.window is not None)
-        mask = None if mask is None else mask.to(x_BTD.dtype)
-        out_BHTd = F.scaled_dot_product_attention(
-            q_BTHd.transpose(1, 2),
-            k_BTGd.transpose(1, 2),
-            v_BTGd.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        out: Tensor = self.o_proj(out_BHTd.transpose(1, 2).flatten(2))
+                k_BTGd, v_BTGd = stored_BSW.view(batch, -1, 2, self.kv_heads, self.dim).unbind(2)
+        out_BTHd = attend(q_BTHd, k_BTGd, v_BTGd, context, self.scale, sliding=self.window is not None)
+        out: Tensor = self.o_proj(out_BTHd.flatten(2))
         return out

@@ -1,6 +1,9 @@
-"""The smallest modules. Every matrix of the model is a ``Linear``, so that another format can take its place."""
+"""The smallest modules, and the walk that puts another format (INT4, FP8, LoRA) in the place of their matrices."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,13 @@ from torch import Tensor, nn
 from sprat.kernels import ops
 
 
-class Linear(nn.Module):
+class LinearBase(nn.Module):
+    """What holds matrices that another format may hold in its place: linears, the embedding, stacked experts."""
+
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+
+
+class Linear(LinearBase):
     """``y = x W^T + b`` with ``weight`` [out, in] and an optional ``bias`` [out].
 
     A replacement (INT4, FP8, LoRA) offers the same ``forward``, ``dense_weight``, ``in_features`` and
@@ -35,7 +44,7 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
 
-class Embedding(nn.Module):
+class Embedding(LinearBase):
     """Rows of ``weight`` [vocabulary, hidden], looked up by token."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
@@ -58,3 +67,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., dim] -> same shape and dtype."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:
+    """Every module of ``model`` that holds matrices, with its name, in whatever format it is."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LinearBase))
+
+
+def matrix_names(model: nn.Module) -> list[str]:
+    """The matrices of a dense ``model`` by their names in the state dict, a tied head's included."""
+    return [f"{name}.{leaf}" for name, linear in linears(model) for leaf in linear.weight_names]
+
+
+def replace_linears(model: nn.Module, make: Callable[[str, LinearBase], nn.Module | None]) -> None:
+    """Put what ``make(name, linear)`` gives in the place of each of ``linears(model)``; None leaves it as it is.
+
+    They come in the order of ``model.named_modules()``; what is put in is not walked through itself.
+    """
+    for name, linear in list(linears(model)):
+        replacement = make(name, linear)
+        if replacement is not None:
+            model.set_submodule(name, replacement)

@@ -22,11 +22,11 @@ epsilon of 1e-6 whatever the config says, as the published code does. Left out: 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.kernels import ops
+from sprat.model.attention import attend
 from sprat.model.forward_context import ForwardContext
 from sprat.model.layers import Linear, RMSNorm
 from sprat.model.rope import apply_rotary_emb, attention_scale
@@ -73,24 +73,14 @@ class MLA(nn.Module):
             return self._project(out.reshape(batch, time, -1))
         q_rope = apply_rotary_emb(q_rope, context.freqs_cis_BTr, self.interleave)
         k_rope = apply_rotary_emb(k_rope.unsqueeze(2), context.freqs_cis_BTr, self.interleave).squeeze(2)
-        if context.cache is not None:
-            assert context.cache_position_BT is not None
-            context.cache.write(
-                self.layer, torch.cat((latent, k_rope), -1), context.cache_position_BT, context.valid_BT
-            )
         absorb = self.absorb if self.absorb is not None else not context.no_past and time <= ABSORB_UP_TO
-        if context.cache is not None and (absorb or not context.no_past):
-            keys_BSw = context.cache.read(
-                self.layer, context.num_keys, x_BTD.dtype
-            )  # both parts side by side, as they lie
-            latent, k_rope = keys_BSw.split((self.rank, self.rope), -1)
-        elif absorb:
-            keys_BSw = torch.cat((latent, k_rope), -1)
+        if absorb or context.cache is not None:  # both parts side by side, as they lie in the cache
+            keys_BSw = context.update_cache(self.layer, torch.cat((latent, k_rope), -1))
         if absorb:
-            out_BTHv = self._absorbed(q_nope, q_rope, keys_BSw, context)
-        else:
-            out_BTHv = self._naive(q_nope, q_rope, latent, k_rope, context)
-        return self._project(out_BTHv.flatten(2))
+            return self._project(self._absorbed(q_nope, q_rope, keys_BSw, context).flatten(2))
+        if not context.no_past:
+            latent, k_rope = keys_BSw.split((self.rank, self.rope), -1)
+        return self._project(self._naive(q_nope, q_rope, latent, k_rope, context).flatten(2))
 
     def _project(self, mixed_BTM: Tensor) -> Tensor:
         """Heads side by side -> [B, T, D]."""
@@ -103,27 +93,14 @@ class MLA(nn.Module):
         """Rebuild keys and values of each head, then attend. -> [B, T, H, v]."""
         batch, keys, _ = latent_BSR.shape
         k_nope, value = self.kv_b_proj(latent_BSR).view(batch, keys, self.heads, -1).split((self.nope, self.value), -1)
-        q_BHTd = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
         shared = k_rope_BSr.unsqueeze(2).expand(batch, keys, self.heads, self.rope)
-        k_BHSd = torch.cat((k_nope, shared), -1).transpose(1, 2)
-        mask = None if context.mask_B1TS is None else context.mask_B1TS.to(q_nope.dtype)
-        out_BHTv = F.scaled_dot_product_attention(
-            q_BHTd, k_BHSd, value.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
-        return out_BHTv.transpose(1, 2)
+        q_BTHd, k_BSHd = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, shared), -1)
+        return attend(q_BTHd, k_BSHd, value, context, self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, k_BSw: Tensor, context: ForwardContext) -> Tensor:
         """Attend on the latents: one shared key head of width R + r. -> [B, T, H, v]."""
-        batch, time = q_nope.shape[:2]
         up_HmR = self.kv_b_proj.dense_weight().view(self.heads, self.nope + self.value, self.rank)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, up_HmR[:, : self.nope])
-        q_BUw = torch.cat((q_latent, q_rope), -1).flatten(1, 2)  # U = T * H queries share each row's keys
-        latent_BSR = k_BSw[..., : self.rank]
-        scores = torch.bmm(q_BUw, k_BSw.transpose(1, 2)).mul_(self.scale).view(batch, time, self.heads, -1)
-        if context.mask_B1TS is not None:
-            scores = scores + context.mask_B1TS.transpose(1, 2)
-        elif time > 1:
-            scores = scores + scores.new_full((time, time), float("-inf")).triu(1).unsqueeze(1)
-        weights = scores.float().softmax(-1).to(latent_BSR.dtype).flatten(1, 2)
-        mixed_BTHR = torch.bmm(weights, latent_BSR).view(batch, time, self.heads, self.rank)
+        q_BTHw = torch.cat((q_latent, q_rope), -1)
+        mixed_BTHR = attend(q_BTHw, k_BSw, k_BSw[..., : self.rank], context, self.scale)
         return torch.einsum("bthr,hvr->bthv", mixed_BTHR, up_HmR[:, self.nope :])

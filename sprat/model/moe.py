@@ -12,9 +12,9 @@ limited: V3 (``noaux_tc``) ranks a group by its two best experts, V2's ``group_l
 the published modeling_deepseek.py; DeepseekV2TopkRouter of transformers). V2's ``norm_topk_prob`` is not read, as in
 transformers; no published V2 sets it.
 
-Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side, and three
-grouped matrix products serve all experts. The results are added back weighted. No token is dropped and no slot
-is padded. Left out: expert parallelism (it belongs to ``parallel``).
+Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side (``dispatch``), and
+three grouped matrix products serve all experts (``Experts``). The results are added back weighted (``combine``). No
+token is dropped and no slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.kernels import ops
-from sprat.model.layers import Linear
+from sprat.model.layers import Linear, LinearBase
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ class Gate(nn.Module):
         return limited_NE
 
 
-class Experts(nn.Module):
+class Experts(LinearBase):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
-    A replacement (INT4) offers the same three weights, or overrides ``combine``.
+    A replacement (INT4) offers the same three weights, or overrides ``forward``.
     """
+
+    weight_names = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -135,14 +137,21 @@ class Experts(nn.Module):
         hidden_MF = ops.grouped_swiglu(x_MD, self.w_gate_EFD, self.w_up_EFD, ends_E)
         return ops.grouped_mm(hidden_MF, self.w_down_EDF, ends_E)
 
-    def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of each token's experts -> [N, D]."""
-        chosen = routing.index_NK.shape[1]
-        order_M = routing.index_NK.flatten().argsort(stable=True)
-        token_M = order_M.div(chosen, rounding_mode="floor")
-        weight_M = routing.weight_NK.flatten().index_select(0, order_M)
-        y_MD = self(x_ND.index_select(0, token_M), routing.rows_E) * weight_M.unsqueeze(1).to(x_ND.dtype)
-        return torch.zeros_like(x_ND).index_add(0, token_M, y_MD)
+
+def dispatch(x_ND: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort token-expert pairs by expert -> (their inputs [M, D], the token of each pair, its weight).
+
+    ``x_ND`` may be any tensor with a row for each token; ``routing.rows_E`` says where an expert's pairs end.
+    """
+    order_M = routing.index_NK.flatten().argsort(stable=True)
+    token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
+    return x_ND.index_select(0, token_M), token_M, routing.weight_NK.flatten().index_select(0, order_M)
+
+
+def combine(y_MD: Tensor, token_M: Tensor, weight_M: Tensor, like_ND: Tensor) -> Tensor:
+    """The weighted sum of what each token's experts gave, in shape and dtype of ``like_ND`` [N, D]."""
+    weighted_MD = y_MD * weight_M.unsqueeze(1).to(like_ND.dtype)
+    return torch.zeros_like(like_ND).index_add(0, token_M, weighted_MD)
 
 
 class MoE(nn.Module):
@@ -160,7 +169,8 @@ class MoE(nn.Module):
         """(output [B, T, D], what the router decided); ``valid_BT`` is False on padding, which is not counted."""
         x_ND = x_BTD.flatten(0, 1)
         routing: Routing = self.gate(x_ND, None if valid_BT is None else valid_BT.flatten())
-        out_ND = self.experts.combine(x_ND, routing)
+        x_MD, token_M, weight_M = dispatch(x_ND, routing)
+        out_ND = combine(self.experts(x_MD, routing.rows_E), token_M, weight_M, x_ND)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         return out_ND.view_as(x_BTD), routing

@@ -31,9 +31,12 @@ class MTP(nn.Module):
         self.shared_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, embedded_BTD: Tensor, context: ForwardContext, routing: list[Routing]
-    ) -> Tensor:
-        """(normed hidden of the depth before, embedding of the next tokens) -> raw output [B, T, D]."""
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Routing | None]:
+        """(Normed hidden of the depth before, embedding of the next tokens) -> [B, T, D], ready for the head.
+
+        Beside it what the block's router decided, if it has one.
+        """
         pair = torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), -1)
-        out: Tensor = self.block(self.eh_proj(pair), context, routing)
-        return out
+        out_BTD, routing = self.block(self.eh_proj(pair), context)
+        return self.shared_norm(out_BTD), routing

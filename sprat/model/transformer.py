@@ -2,16 +2,23 @@
 
 Pre-norm blocks (attention, then a dense or an expert feed-forward) on a residual stream, a last norm and a
 head. What all layers share in a pass (rotary table, mask, cache position) is built once, as a ``ForwardContext``.
+A pass is ``context``, ``embed_tokens``, ``run_layers``, ``norm`` and ``logits``, each of which stands by itself.
+
+Initial weights are normal with ``initializer_range``. Matrices that write into the residual stream (``o_proj`` and all
+``down`` matrices) are divided by ``sqrt(2 * layers)``, so that the stream's size does not depend on depth (GPT-2). Norm
+gains are one, biases and the router's correction bias zero. Each tensor draws from its own generator, seeded by
+(seed, name): adding a module does not change the others.
 """
 
-# B batch, T time, D hidden, V vocabulary, N = B * T
+# B batch, T time, D hidden, V vocabulary
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +27,6 @@ from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model.forward_context import ForwardContext, forward_context, mtp_segments
 from sprat.model.gqa import GQA
-from sprat.model.initialize import initialize
 from sprat.model.kv_cache import KVCache
 from sprat.model.layers import Embedding, Linear, RMSNorm
 from sprat.model.mla import MLA
@@ -31,10 +37,9 @@ from sprat.model.rope import RotaryTable
 
 @dataclass(frozen=True)
 class Hidden:
-    """Output of the stack: ``x_BTD`` is normed, ready for the head, ``x_raw_BTD`` is not; one routing a MoE layer."""
+    """Output of the stack: ``x_BTD`` is normed, ready for the head; ``routing`` is what each MoE layer decided."""
 
     x_BTD: Tensor
-    x_raw_BTD: Tensor
     routing: list[Routing]
 
 
@@ -49,17 +54,15 @@ class Block(nn.Module):
         dense = not config.is_moe(layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x_BTD: Tensor, context: ForwardContext, routing: list[Routing]) -> Tensor:
-        """``x_BTD`` -> [B, T, D]; a MoE layer appends what its router decided to ``routing``."""
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing | None]:
+        """``x_BTD`` -> [B, T, D], and what the router decided; None for a dense layer."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+        normed_BTD, routing = self.post_attention_layernorm(x_BTD), None
         if isinstance(self.mlp, MoE):
-            out_BTD, layer_routing = self.mlp(normed_BTD, context.valid_BT)
-            routing.append(layer_routing)
+            out_BTD, routing = self.mlp(normed_BTD, context.valid_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
-        total: Tensor = x_BTD + out_BTD
-        return total
+        return x_BTD + out_BTD, routing
 
 
 class Transformer(nn.Module):
@@ -85,7 +88,7 @@ class Transformer(nn.Module):
             MTP(config, Block(config, last + depth)) for depth in range(config.num_nextn_predict_layers)
         )
         if seed is not None and not self.embed_tokens.weight.is_meta:
-            initialize(self, config, seed)
+            self._initialize(seed)
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int) -> Self:
@@ -103,8 +106,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] in float32; see ``hidden`` for the arguments."""
         out = self.hidden(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, valid_BT=valid_BT)
-        logits: Tensor = self.head(out.x_BTD)
-        return logits.float()
+        return self.logits(out.x_BTD)
 
     def hidden(
         self,
@@ -128,23 +130,49 @@ class Transformer(nn.Module):
         Raises:
             EngineError: the cache does not fit the call.
         """
-        context = forward_context(
+        context = self.context(
+            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, valid_BT=valid_BT
+        )
+        x_BTD, routing = self.run_layers(self.embed_tokens(tokens_BT), context)
+        return Hidden(self.norm(x_BTD), routing)
+
+    def context(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> ForwardContext:
+        """What the layers share in a pass over ``tokens_BT``; see ``hidden`` for the arguments and errors."""
+        return forward_context(
             self.rotary,
             tokens_BT,
             segments_BT=segments_BT,
             positions_BT=positions_BT,
             cache=cache,
             valid_BT=valid_BT,
-            use_varlen=self._supports_varlen(),
+            # latent attention in float32; ``varlen_metadata`` looks at the rest
+            use_varlen=self.config.is_mla and self.config.rope_interleave and self.norm.weight.dtype == torch.float32,
             window=self.config.sliding_window,
         )
+
+    def run_layers(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, list[Routing]]:
+        """The decoder layers over ``x_BTD``, then the cache moves on -> ([B, T, D], a routing for each MoE layer)."""
         routing: list[Routing] = []
-        x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, context, routing)
-        if cache is not None:
-            cache.advance(tokens_BT.shape[1], valid_BT)
-        return Hidden(self.norm(x_BTD), x_BTD, routing)
+            x_BTD, layer_routing = layer(x_BTD, context)
+            if layer_routing is not None:
+                routing.append(layer_routing)
+        if context.cache is not None:
+            context.cache.advance(x_BTD.shape[1], context.valid_BT)
+        return x_BTD, routing
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The head of normed ``x_BTD`` [..., D] -> [..., V], in float32."""
+        logits: Tensor = self.head(x_BTD)
+        return logits.float()
 
     def mtp_hidden(
         self, hidden: Hidden, tokens_BT: Tensor, *, segments_BT: Tensor | None = None, depth: int = 1
@@ -171,27 +199,27 @@ class Transformer(nn.Module):
                 f"no MTP module of depth {depth}", where="num_nextn_predict_layers", todo="raise it in the model config"
             )
         joined_BT = tokens_BT[:, depth:]
-        context = forward_context(
-            self.rotary,
-            joined_BT,
-            segments_BT=None if segments_BT is None else mtp_segments(segments_BT, depth),
-            positions_BT=None,
-            cache=None,
-            valid_BT=None,
-            use_varlen=self._supports_varlen(),
-        )
-        routing: list[Routing] = []
-        module = cast(MTP, self.mtp[depth - 1])
-        raw_BTD = module(hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), context, routing)
-        return Hidden(module.shared_norm(raw_BTD), raw_BTD, routing)
-
-    def _supports_varlen(self) -> bool:
-        """Whether varlen attention may be used: latent attention in float32; ``varlen_metadata`` looks at the rest."""
-        return self.config.is_mla and self.config.rope_interleave and self.norm.weight.dtype == torch.float32
+        segments_BT = None if segments_BT is None else mtp_segments(segments_BT, depth)
+        context = self.context(joined_BT, segments_BT=segments_BT)
+        x_BTD, routing = self.mtp[depth - 1](hidden.x_BTD[:, :-1], self.embed_tokens(joined_BT), context)
+        return Hidden(x_BTD, [] if routing is None else [routing])
 
     def moe_layers(self) -> list[MoE]:
         """All expert layers, MTP's included, in order of depth."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    @torch.no_grad()
+    def _initialize(self, seed: int) -> None:
+        """Fill all parameters in place; the same seed gives the same bits on every device."""
+        residual = self.config.initializer_range * (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            std = residual if "o_proj" in name or "down" in name else self.config.initializer_range
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
 
 
 def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: Path) -> Transformer:

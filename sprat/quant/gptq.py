@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError
 from sprat.model import MLP, Experts, Gate, Linear, Routing, Transformer
+from sprat.model.moe import dispatch
 from sprat.quant.int4 import (
     EXTREME_DIVISORS,
     QuantizedTensor,
@@ -120,7 +121,7 @@ class _CalibrationHooks:
     def __init__(self, format_of: FormatOf, on_quantized: Callable[[str], None]) -> None:
         self.codes: dict[str, QuantizedTensor] = {}
         self.valid_BT: Tensor | None = None
-        self._token_M = torch.empty(0, dtype=torch.int64)
+        self._valid_M = torch.empty(0, dtype=torch.bool)
         self._format_of, self._on_quantized = format_of, on_quantized
         self._last: tuple[object, Tensor] = (None, torch.empty(0))
 
@@ -139,9 +140,9 @@ class _CalibrationHooks:
         return hook
 
     def routed(self, _: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
-        """A hook for a router: which token each row of its experts is."""
-        order_M = routing.index_NK.flatten().argsort(stable=True)  # as ``Experts.combine`` sorts them
-        self._token_M = order_M.div(routing.index_NK.shape[1], rounding_mode="floor")
+        """A hook for a router: which rows of its experts count."""
+        if self.valid_BT is not None:
+            self._valid_M = dispatch(self.valid_BT.flatten(), routing)[0]
 
     def experts(self, name: str, module: Experts) -> Hook:
         """A hook for the stacked experts ``name``; their inputs lie sorted by expert."""
@@ -151,7 +152,7 @@ class _CalibrationHooks:
                 return
             rows: Sequence[Tensor] = inputs[0].split(inputs[1].tolist())
             if self.valid_BT is not None:
-                counts = self.valid_BT.flatten()[self._token_M].split(inputs[1].tolist())
+                counts = self._valid_M.split(inputs[1].tolist())
                 rows = [x_MD[valid_M] for x_MD, valid_M in zip(rows, counts, strict=True)]
             hessian_EDD = hessian(rows)
             self._quantize(f"{name}.w_gate_EFD", module.w_gate_EFD, hessian_EDD)

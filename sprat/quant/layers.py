@@ -1,4 +1,4 @@
-"""Quantized stand-ins for the model's matrices, and the walk that puts them into a model.
+"""Quantized stand-ins for the model's matrices, and what puts them into a model.
 
 A ``QuantizedWeight`` holds codes and scales as buffers; ``QuantLinear``, ``QuantEmbedding`` and ``QuantExperts`` keep
 the interface of what they replace, the dense weight included (as a property that dequantizes).
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from sprat.config import QuantConfig
 from sprat.errors import CheckpointError, ConfigError
-from sprat.model import Experts, Linear, Transformer
+from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model.layers import LinearBase, linears, matrix_names, replace_linears
 from sprat.quant.gptq import calibrate
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
-
-_EXPERT_WEIGHTS = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
 
 class QuantizedWeight(nn.Module):
@@ -64,7 +63,7 @@ class QuantizedWeight(nn.Module):
         return self.codes.nbytes + self.scales.nbytes + (0 if self.minimums is None else self.minimums.nbytes)
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(LinearBase):
     """``y = x W^T + b`` with a quantized ``W`` [out, in]; stands where a ``Linear`` stood."""
 
     def __init__(self, packed: QuantizedWeight, bias: nn.Parameter | None) -> None:
@@ -86,7 +85,7 @@ class QuantLinear(nn.Module):
         return self.dense_weight()
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(LinearBase):
     """A quantized table [V, D], one row a token; looks up codes and dequantizes those rows only."""
 
     def __init__(self, packed: QuantizedWeight) -> None:
@@ -179,17 +178,13 @@ def quantize_model(
         dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
         format_of = functools.partial(bits_and_group, config)
         fitted = calibrate(dense, calibration_BT, format_of, segments_BT=segments_BT, on_quantized=on_quantized)
-    return replace_linears(copy.deepcopy(model), pack, materialize=materialize)
+    return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
 
 
 def quantizable_weights(model: Transformer) -> dict[str, nn.Parameter]:
     """The weights of a dense ``model`` that are quantized, by name; a tied head is left out."""
-    weights = {"embed_tokens.weight": model.embed_tokens.weight}
-    for name, module in model.named_modules():
-        leaves = ("weight",) if isinstance(module, Linear) else _EXPERT_WEIGHTS if isinstance(module, Experts) else ()
-        if not (name == "head" and model.config.tie_word_embeddings):
-            weights |= {f"{name}.{leaf}": getattr(module, leaf) for leaf in leaves}
-    return weights
+    shared = {"head.weight"} if model.config.tie_word_embeddings else set[str]()
+    return {name: model.get_parameter(name) for name in matrix_names(model) if name not in shared}
 
 
 def bits_and_group(config: QuantConfig, name: str) -> tuple[int, int]:
@@ -199,35 +194,32 @@ def bits_and_group(config: QuantConfig, name: str) -> tuple[int, int]:
     return config.bits, config.group
 
 
-def replace_linears(
-    model: Transformer, tensor_of: Callable[[str], QuantizedTensor | None], *, materialize: bool
+def replace_with_quantized(
+    model: Transformer, codes_of: Callable[[str], QuantizedTensor | None], *, materialize: bool
 ) -> Transformer:
     """Replace the matrices of ``model`` in place.
 
     Args:
-        tensor_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
+        codes_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
             tied head is asked for as the embedding.
         materialize: see ``quantize_model``.
     """
     tied = model.config.tie_word_embeddings
-    embedding = tensor_of("embed_tokens.weight")
-    table = None if embedding is None else QuantizedWeight(embedding, materialize=materialize and tied)
-    for name, module in list(model.named_modules()):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, Linear):
-            shared = name == "head" and tied
-            codes = None if shared else tensor_of(f"{name}.weight")
-            packed = table if shared else None if codes is None else QuantizedWeight(codes, materialize=materialize)
-            if packed is not None:
-                setattr(owner, leaf, QuantLinear(packed, module.bias))
-        elif isinstance(module, Experts):
-            parts = [tensor_of(f"{name}.{weight}") for weight in _EXPERT_WEIGHTS]
-            experts = [QuantizedWeight(part, materialize=materialize) for part in parts if part is not None]
-            if experts:
-                setattr(owner, leaf, QuantExperts(*experts))
-    if table is not None:
-        model.add_module("embed_tokens", QuantEmbedding(table))
+
+    def make(name: str, linear: LinearBase) -> LinearBase | None:
+        if tied and name == "head":  # the embedding has come before it
+            table: nn.Module = model.embed_tokens
+            return QuantLinear(table.packed, None) if isinstance(table, QuantEmbedding) else None
+        keep = materialize and (tied or not isinstance(linear, Embedding))
+        codes = [codes_of(f"{name}.{leaf}") for leaf in linear.weight_names]
+        packed = [QuantizedWeight(each, materialize=keep) for each in codes if each is not None]
+        if not packed:
+            return None
+        if isinstance(linear, Experts):
+            return QuantExperts(*packed)
+        return QuantLinear(packed[0], linear.bias) if isinstance(linear, Linear) else QuantEmbedding(packed[0])
+
+    replace_linears(model, make)
     return model
 
 
@@ -251,13 +243,12 @@ def dequantize_model(model: Transformer) -> Transformer:
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """Every quantized matrix of ``model`` under the name of the weight that it stands for; a tied head is left out."""
-    inner = {"gate": "w_gate_EFD", "up": "w_up_EFD", "down": "w_down_EDF", "packed": "weight"}
-    table: dict[str, QuantizedWeight] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
-            for leaf, packed in module.named_children():
-                if isinstance(packed, QuantizedWeight):
-                    table[f"{name}.{inner[leaf]}"] = packed
+    table = {
+        f"{name}.{leaf}": packed
+        for name, linear in linears(model)
+        for leaf, packed in zip(linear.weight_names, linear.children(), strict=False)
+        if isinstance(packed, QuantizedWeight)
+    }
     if table.get("head.weight") is not None and table["head.weight"] is table.get("embed_tokens.weight"):
         del table["head.weight"]
     return table

@@ -23,9 +23,6 @@ from torch import Tensor
 from sprat.engine.backend import BLOCK_SIZE, Batch
 from sprat.errors import EngineError, MachineError
 from sprat.model import KVCache, Transformer
-from sprat.model.forward_context import forward_context
-from sprat.model.moe import Routing
-from sprat.model.mtp import MTP
 
 DTYPE_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -212,16 +209,12 @@ class TorchBackend:
 
     def _run_mtp_module(self, further: Batch, before_TD: Tensor, depth: int) -> Tensor:
         """Hidden states of one MTP module over those of the model, or of the module before it."""
-        module, out_TD = self.model.mtp[depth], None
-        assert isinstance(module, MTP)
+        out_TD = None
         for group in _groups(further):
             cache, tokens_GN, valid_GN = self._open(further, group)
-            context = forward_context(
-                self.model.rotary, tokens_GN, segments_BT=None, positions_BT=None, cache=cache, valid_BT=valid_GN
-            )
-            routing: list[Routing] = []
+            context = self.model.context(tokens_GN, cache=cache, valid_BT=valid_GN)
             pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
-            out_GND = module.shared_norm(module(*pair, context, routing))
+            out_GND, _ = self.model.mtp[depth](*pair, context)
             out_TD = self._scatter(out_TD, out_GND, further, group)
         assert out_TD is not None
         return out_TD
@@ -232,8 +225,7 @@ class TorchBackend:
             return torch.empty(0, self.vocab)
         if len(batch.logits_index_R) < len(hidden_TD):
             hidden_TD = hidden_TD[self._index(batch.logits_index_R)]
-        logits: Tensor = self.model.head(hidden_TD).float()
-        return logits
+        return self.model.logits(hidden_TD)
 
 
 def _argmax(logits_RV: Tensor, vocab: int) -> NDArray[np.int64]:

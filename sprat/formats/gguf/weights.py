@@ -31,10 +31,11 @@ from sprat.formats.gguf.decode import Job
 from sprat.formats.gguf.header import Header, TensorInfo
 from sprat.formats.gguf.names import Source
 from sprat.formats.memory import check_available_memory
-from sprat.model import Embedding, Experts, Linear, Transformer
+from sprat.model import Embedding, Experts, Transformer
+from sprat.model.layers import matrix_names
 from sprat.model.transformer import meta_model
 from sprat.quant.int4 import QuantizedTensor
-from sprat.quant.layers import replace_linears
+from sprat.quant.layers import replace_with_quantized
 
 MEMORY = 1 << 30  # address space of the reading process, whatever the file's size
 _SECONDS, _BYTES_A_SECOND = 60, 4 << 20  # its CPU time: so much, and more for large files
@@ -58,12 +59,12 @@ class LoadPlan:
         self.kinds: dict[str, str] = {}
         tied = model.config.tie_word_embeddings
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == "head.weight")}
-        quantizable = _quantizable_weights(model)
+        matrices = set(matrix_names(model))
         sources_of = {name: names.sources(name, shape, header, self.config) for name, shape in self.shapes.items()}
         sources_of |= {name: [] for name, sources in sources_of.items() if _is_zero(sources, header)}
         self._check(sources_of)
         for name, sources in sources_of.items():
-            self._add(name, sources, name in quantizable)
+            self._add(name, sources, name in matrices)
 
     def _check(self, sources_of: dict[str, list[Source]]) -> None:
         """Compare names and shapes with those of the file."""
@@ -186,7 +187,7 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialize
     plain = {name: kind for name, kind in plan.kinds.items() if kind in dtypes}
     state = {name: view(name, "dense", dtypes[kind], plan.shapes[name]) for name, kind in plain.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    replace_linears(model, quantized_tensor, materialize=materialize)
+    replace_with_quantized(model, quantized_tensor, materialize=materialize)
     if config.tie_word_embeddings and isinstance(model.embed_tokens, Embedding):
         model.head.weight = model.embed_tokens.weight
     return model
@@ -195,18 +196,7 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialize
 def _expert_weights(name: str) -> list[str]:
     """The three weights of the experts that ``name`` belongs to."""
     stem = name.rpartition(".")[0]
-    return [f"{stem}.{leaf}" for leaf in ("w_gate_EFD", "w_up_EFD", "w_down_EDF")]
-
-
-def _quantizable_weights(model: Transformer) -> set[str]:
-    """Names of the tensors that may stay quantized."""
-    names = {"embed_tokens.weight"}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            names.add(f"{name}.weight")
-        elif isinstance(module, Experts):
-            names.update(_expert_weights(f"{name}.w"))
-    return names
+    return [f"{stem}.{leaf}" for leaf in Experts.weight_names]
 
 
 def _decode_job(source: Source, entry: TensorInfo, dense: str, out: dict[str, int]) -> Job:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sprat.model import MoE, Routing, Transformer, balance_loss
+from sprat.model import Experts, MoE, Routing, Transformer, balance_loss
+from sprat.model.moe import combine, dispatch
 
 from .conftest import tiny
 
@@ -53,6 +54,23 @@ def test_no_token_is_dropped_and_gradients_are_those_of_single_tokens(name: str,
     for mine, other in zip(ours, theirs, strict=True):
         assert mine is not None and other is not None
         assert (mine - other).abs().max() < 1e-4
+
+
+def test_experts_in_two_places_give_what_they_give_in_one() -> None:
+    """Pairs travel to where their expert lives, between dispatch and combine, and their results come back."""
+    moe = layer(n_shared_experts=0)
+    x_ND = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    routing = moe.gate(x_ND)
+    halves = [Experts(4, 24, 8), Experts(4, 24, 8)]
+    for half, first in zip(halves, (0, 4), strict=True):
+        half.load_state_dict({name: weight[first : first + 4] for name, weight in moe.experts.state_dict().items()})
+    x_MD, token_M, weight_M = dispatch(x_ND, routing)
+    rows = routing.rows_E.split(4)
+    sent = x_MD.split([int(each.sum()) for each in rows])
+    back = torch.cat([half(part, count) for half, part, count in zip(halves, sent, rows, strict=True)])
+    out_ND = combine(back, token_M, weight_M, x_ND)
+    assert (out_ND - by_hand(moe, x_ND, routing)).abs().max() < 1e-5
+    assert torch.equal(token_M[: int(routing.rows_E[0])], (routing.index_NK == 0).any(1).nonzero().flatten())
 
 
 def test_the_correction_bias_moves_the_choice_and_never_the_weight() -> None:

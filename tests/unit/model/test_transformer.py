@@ -1,6 +1,8 @@
-"""What users get: packed documents that cannot see each other, and decoding equal to the forward pass."""
+"""What users get: documents that cannot see each other, decoding equal to the forward pass, sound initial weights."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -45,6 +47,21 @@ def test_given_positions_match_the_default_ones(model: Transformer) -> None:
     shifted = model(some, positions_BT=torch.arange(9).expand(2, 9) + 5)
     assert (given - model(some)).abs().max() < 1e-5
     assert (shifted - model(some)).abs().max() < 1e-4  # only differences of positions count
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_cut_between_two_layers_computes_what_it_does_whole(model: Transformer, cached: bool) -> None:
+    some, parts = tokens(2, 9), [copy.deepcopy(model), copy.deepcopy(model)]
+    parts[0].layers, parts[1].layers = parts[0].layers[:1], parts[1].layers[1:]
+    caches = [KVCache.create(model.config, 2, 9) if cached else None for _ in range(3)]
+    x, routing = parts[0].embed_tokens(some), []
+    for part, cache in zip(parts, caches, strict=False):
+        x, of_part = part.run_layers(x, part.context(some, cache=cache))
+        routing += of_part
+    whole = model.hidden(some, cache=caches[2])
+    assert torch.equal(parts[1].logits(parts[1].norm(x)), model.head(whole.x_BTD))
+    assert [each.load_E.tolist() for each in routing] == [each.load_E.tolist() for each in whole.routing]
+    assert all(cache.length_B.tolist() == [9, 9] for cache in caches if cache is not None)
 
 
 @pytest.mark.parametrize("step", [1, 3, 12])
@@ -136,3 +153,23 @@ def test_prediction_module_looks_one_token_further() -> None:
     assert change[:4].max() < 1e-4 and change[4] > 1e-2  # place 4 has seen token 5
     with pytest.raises(ConfigError, match="depth 2"):
         model.mtp_hidden(model.hidden(some), some, depth=2)
+
+
+def test_spread_is_that_of_gpt2_with_the_residual_stream_kept_even() -> None:
+    """0.02 everywhere, and 0.02 / sqrt(2 * layers) for what writes into the stream; gains one, correction zero."""
+    model = Transformer.create(tiny(hidden_size=64, moe_intermediate_size=32, initializer_range=0.02), 3)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 1:
+            assert (tensor == ("norm" in name)).all(), name
+        elif tensor.numel() > 2000:
+            wanted = 0.02 / 4**0.5 if "o_proj" in name or "down" in name else 0.02
+            assert tensor.std().item() == pytest.approx(wanted, rel=0.08), name
+            assert abs(tensor.mean().item()) < 0.1 * wanted, name
+
+
+def test_no_two_tensors_start_alike() -> None:
+    model = Transformer.create(tiny(), 0)
+    firsts = [tuple(tensor.flatten()[:4].tolist()) for tensor in model.parameters() if tensor.dim() > 1]
+    assert len(set(firsts)) == len(firsts)
+    first, second = model.moe_layers()[0].experts.w_up_EFD[:2]
+    assert not torch.equal(first, second)

@@ -16,6 +16,7 @@ from sprat.data.loader import Batch
 from sprat.data.pack import pack
 from sprat.eval.bits_per_byte import bits_per_byte
 from sprat.model import Linear, Transformer
+from sprat.model.layers import replace_linears
 from sprat.post import grpo
 from sprat.post.distill import distillation_loss
 from sprat.post.rewards import Response
@@ -50,7 +51,7 @@ class LowRank(nn.Module):
 def swapped(shape: ModelConfig) -> Transformer:
     """A model with such a head."""
     model = Transformer.create(shape.replace(num_nextn_predict_layers=1), 0)
-    model.head = LowRank(model.head)  # type: ignore[assignment]
+    replace_linears(model, lambda name, linear: LowRank(linear) if name == "head" else None)  # type: ignore[arg-type]
     return model
 
 
