@@ -180,5 +180,5 @@ def test_parts_that_cannot_be_mixed_are_refused() -> None:
 
 def test_a_micro_batch_is_a_slice() -> None:
     batch = gather_rows(numbered(4, 0), [0, 1, 2, 3])
-    assert batch.slice_rows(1, 3).tokens_BT[:, 0].tolist() == [1, 2]
+    assert batch[1:3].tokens_BT[:, 0].tolist() == [1, 2]
     assert batch.to("cpu").targets_BT.shape == (4, 4)

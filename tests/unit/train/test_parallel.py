@@ -12,8 +12,8 @@ from sprat.data.loader import MixedBatchSource
 from sprat.model import Transformer
 from sprat.train import optim
 from sprat.train.backward import backward
-from sprat.train.objective import next_token_loss
-from sprat.train.thread_data_parallel import ThreadDataParallel
+from sprat.train.losses import next_token_loss
+from sprat.train.parallel import ThreadDataParallel
 
 
 def test_results_come_in_order_and_from_several_threads() -> None:
