@@ -55,8 +55,8 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None, *, eval_every
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
-    evaluate = partial(_held_out_bits, pipeline)
-    result = loop.train(model, batches, recipe.train, run, evaluate=evaluate, eval_every=eval_every)
+    scores = partial(_held_out_bits, pipeline)
+    result = loop.train(model, batches, recipe.train, run, evaluate=scores, eval_every=eval_every)
     modes = ALL_MODES if dense is None else ("greedy", "thinking")
     facts = _text_facts(pipeline, model) | ({} if dense is None else {"control_of": "pretrain"})
     label = "Pre-training" if dense is None else f"Pre-training, dense twin at equal {dense.equal}"

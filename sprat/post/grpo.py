@@ -333,7 +333,7 @@ def grpo(
     optim.check_trainable(model, run)
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    optimizer = _build_optimizer(model, config)
+    optimizer = optim.build(model, _optim_config(config))
     result = _resume(model, optimizer, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if reward is not None and not isinstance(reward, Verifier):
@@ -356,10 +356,6 @@ def grpo(
     return result
 
 
-def _build_optimizer(model: Transformer, config: GRPOConfig) -> optim.OptimizersContainer:
-    return optim.build(model, _optim_config(config))
-
-
 def _optim_config(config: GRPOConfig) -> OptimConfig:
     """One rate for all weights, without a warm-up."""
     lr, decay_fraction = config.lr, config.decay_fraction
@@ -373,7 +369,7 @@ def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOCo
         CheckpointError: it is not before the last step, or of another model or optimizer.
     """
     loop.check_start_step(start, config.steps)
-    checkpoint.check_compatible(start, model, _build_optimizer(model, config))
+    checkpoint.check_compatible(start, model, optim.build(model, _optim_config(config)))
 
 
 def _train_step(

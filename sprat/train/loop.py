@@ -145,9 +145,8 @@ def train(
         deferred_interrupt() as interrupted,
     ):
         while done < config.steps:
-            batch = step_batch = source.batch(done)
-            if parallel.world > 1:
-                batch = source.batch(done, parallel.rank, parallel.world)
+            step_batch = source.batch(done)
+            batch = step_batch if parallel.world == 1 else source.batch(done, parallel.rank, parallel.world)
             with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
                 parameters = optimizer.parameters
                 metrics, expert_loads = backward(model, batch, config, loss_fn, parameters, parallel, step_batch)

@@ -30,11 +30,11 @@ Left out: bfloat16 iterations on CPUs, and distributing the iteration over ranks
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ _ITERATIONS = 5
 _ADAM_EPS = 1e-8
 
 
+@torch.no_grad()  # of its own: it runs in threads, where the caller's does not reach
 def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     """Each matrix of the batch with its singular values pushed towards 1 (Newton-Schulz, see above).
 
@@ -73,18 +74,16 @@ def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     return work.to(x_Gmn.dtype)
 
 
-@torch.no_grad()
-def _orthogonalize_no_grad(x_Gmn: Tensor) -> Tensor:
-    """``orthogonalize`` for a thread of its own, where the caller's no_grad does not reach."""
-    return orthogonalize(x_Gmn)
+class _Stack(NamedTuple):
+    """All matrices of one shape, the short side first. A parameter [..., rows, columns] owns a slice of them."""
+
+    momentum_Gmn: Tensor
+    members: list[tuple[nn.Parameter, slice, bool]]  # parameter, its matrices, whether they lie on their side
 
 
-@dataclass
-class _Stack:
-    """All matrices of one shape. A parameter [..., rows, columns] owns ``count`` of them from ``start``."""
-
-    members: list[tuple[nn.Parameter, int, int, bool]] = field(default_factory=list)  # parameter, start, count, flip
-    momentum_Gmn: Tensor = field(default_factory=lambda: torch.empty(0))
+def _stand(x_Gmn: Tensor, flip: bool, shape: torch.Size) -> Tensor:
+    """The matrices of one parameter out of a stack, in its own ``shape``."""
+    return (x_Gmn.transpose(1, 2) if flip else x_Gmn).reshape(shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -109,21 +108,19 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See ``torch.optim.Optimizer``; the momenta of the group are laid out."""
         super().add_param_group(param_group)
-        stacks = dict[str, _Stack]()
-        slots = defaultdict[str, int](int)
+        by_shape = defaultdict[tuple[int, int], list[nn.Parameter]](list)
         for parameter in self.param_groups[-1]["params"]:
-            rows, columns = parameter.shape[-2:]
-            shape, count = f"{min(rows, columns)}x{max(rows, columns)}", parameter.numel() // (rows * columns)
-            stack = stacks.setdefault(shape, _Stack())
-            stack.members.append((parameter, slots[shape], count, rows > columns))
-            slots[shape] += count
-        for shape, stack in stacks.items():
-            m, n = (int(side) for side in shape.split("x"))
-            stack.momentum_Gmn = torch.zeros(slots[shape], m, n, device=stack.members[0][0].device)
-            for parameter, start, count, flip in stack.members:
-                momentum = stack.momentum_Gmn[start : start + count]
-                momentum = (momentum.transpose(1, 2) if flip else momentum).view(parameter.shape)
-                self.state[parameter]["momentum_buffer"] = momentum
+            by_shape[min(parameter.shape[-2:]), max(parameter.shape[-2:])].append(parameter)
+        stacks = {}
+        for (m, n), parameters in by_shape.items():
+            ends = [0, *itertools.accumulate(p.numel() // (m * n) for p in parameters)]
+            slots = [slice(start, end) for start, end in itertools.pairwise(ends)]
+            stack = _Stack(torch.zeros(ends[-1], m, n, device=parameters[0].device), [])
+            for parameter, own in zip(parameters, slots, strict=True):
+                flip = parameter.shape[-2] > parameter.shape[-1]
+                stack.members.append((parameter, own, flip))
+                self.state[parameter]["momentum_buffer"] = _stand(stack.momentum_Gmn[own], flip, parameter.shape)
+            stacks[f"{m}x{n}"] = stack
         self.stacks.append(stacks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,25 +136,24 @@ class Muon(torch.optim.Optimizer):
         """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero."""
         for options, stacks in zip(self.param_groups, self.stacks, strict=True):
             lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
-            for stack in stacks.values():
-                grad_Gmn = torch.zeros_like(stack.momentum_Gmn)
-                for parameter, start, count, flip in stack.members:
+            for momentum_Gmn, members in stacks.values():
+                grad_Gmn = torch.zeros_like(momentum_Gmn)
+                for parameter, own, flip in members:
                     if parameter.grad is not None:
-                        grad = parameter.grad.view(count, *parameter.shape[-2:])
-                        grad_Gmn[start : start + count] = grad.transpose(1, 2) if flip else grad
-                stack.momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
-                update_Gmn = self._orthogonalize(grad_Gmn.lerp_(stack.momentum_Gmn, momentum))
-                for parameter, start, count, flip in stack.members:
-                    update = update_Gmn[start : start + count]
+                        grad = parameter.grad.view(-1, *parameter.shape[-2:])
+                        grad_Gmn[own] = grad.transpose(1, 2) if flip else grad
+                momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
+                update_Gmn = self._orthogonalize(grad_Gmn.lerp_(momentum_Gmn, momentum))
+                for parameter, own, flip in members:
                     rows, columns = parameter.shape[-2:]
                     if weight_decay:
                         parameter.mul_(1 - lr * weight_decay)
-                    moved = (update.transpose(1, 2) if flip else update).reshape(parameter.shape)
+                    moved = _stand(update_Gmn[own], flip, parameter.shape)
                     parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _orthogonalize(self, x_Gmn: Tensor) -> Tensor:
         """``orthogonalize``, a part of the batch by each who works at once."""
-        parts = self._parallel.map(_orthogonalize_no_grad, self._parallel.split(x_Gmn))
+        parts = self._parallel.map(orthogonalize, self._parallel.split(x_Gmn))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

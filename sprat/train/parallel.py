@@ -18,30 +18,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from sprat.data.loader import Batch
+
 MAX_WORKERS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Rows(Protocol):
-    """What can be cut along its first dimension: a batch, a tensor."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Self: ...
-
-
-R = TypeVar("R", bound=Rows)
+Rows = TypeVar("Rows", Batch, Tensor)
 
 
 @dataclass
@@ -69,7 +61,7 @@ class Share:
         return self
 
 
-class Parallel(Protocol):
+class Parallel(AbstractContextManager["Parallel"], Protocol):
     """Who does a step together.
 
     ``world`` processes each draw the rows of their ``rank``, cut them into parts by ``split``, work on the parts at
@@ -80,23 +72,14 @@ class Parallel(Protocol):
     rank: int
     world: int
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None, /
-    ) -> None: ...
-
-    def split(self, rows: R) -> list[R]:
+    def split(self, rows: Rows) -> list[Rows]:
         """The parts of ``rows`` that are worked on at once in this process; at least one row each."""
-        ...
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """``work`` of each item, in order. An error of any is raised."""
-        ...
 
     def sum(self, shares: Iterable[Share]) -> Share:
         """What ``shares`` and those of the other processes add up to."""
-        ...
 
 
 class ThreadDataParallel:
@@ -113,7 +96,6 @@ class ThreadDataParallel:
         self._threads = threads or torch.get_num_threads()
         self.size = min(MAX_WORKERS, self._threads)
         self._inner = max(1, self._threads // self.size)
-        self._before = self._threads
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -126,13 +108,13 @@ class ThreadDataParallel:
             torch.set_num_threads(inner)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
             torch.set_num_threads(self._before)
 
-    def split(self, rows: R) -> list[R]:
+    def split(self, rows: Rows) -> list[Rows]:
         """One part for each thread, as even as can be, the later ones larger; fewer where there are fewer rows."""
         parts = min(self.size, len(rows))
         return [rows[a:b] for a, b in pairwise(len(rows) * part // parts for part in range(parts + 1))]
