@@ -201,17 +201,17 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
     parts = (
-        (_tensors(model), "the checkpoint is of another model"),
-        (optimizer.state_dict(), "the checkpoint is of another optimiser"),
+        ([_tensors(model)], "the checkpoint is of another model"),
+        (optimizer.layouts(), "the checkpoint is of another optimiser"),
     )
-    for name, (own, what) in zip(_FILES, parts, strict=True):
+    for name, (layouts, what) in zip(_FILES, parts, strict=True):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
                 stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             fault = f"a checkpoint cannot be read: {error}"
             raise CheckpointError(fault, where=str(checkpoint.folder), todo="name another one") from None
-        if {key: tuple(value.shape) for key, value in own.items()} != stored:
+        if stored not in [{key: tuple(value.shape) for key, value in layout.items()} for layout in layouts]:
             raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
 
 

@@ -110,6 +110,7 @@ class Muon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         by_shape = defaultdict[tuple[int, int], list[nn.Parameter]](list)
         for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter] = {}
             by_shape[min(parameter.shape[-2:]), max(parameter.shape[-2:])].append(parameter)
         stacks = {}
         for (m, n), parameters in by_shape.items():
@@ -211,11 +212,19 @@ class OptimizersContainer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a later step depends on, by name; the tensors are the live ones."""
-        state = {f"muon.{shape}": stack.momentum_Gmn for shape, stack in self._muon.stacks[0].items()}
+        """All that a later step depends on, by the parameters' names; the tensors are the live ones."""
+        return self.layouts()[0]
+
+    def layouts(self) -> list[dict[str, Tensor]]:
+        """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
+        shape, in the order of the model's parameters."""
+        state = {"adamw.count": self._counts[0]}
         for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
             state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
-        return {**state, "adamw.count": self._counts[0]}
+        named = zip(self.muon_names, self._muon.state.values(), strict=True)
+        momenta = {f"muon.momentum.{name}": own["momentum_buffer"] for name, own in named}
+        stacks = {f"muon.{shape}": stack.momentum_Gmn for shape, stack in self._muon.stacks[0].items()}
+        return [state | momenta, state | stacks]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
@@ -223,11 +232,12 @@ class OptimizersContainer:
         Raises:
             CheckpointError: names or shapes differ, so the state is of another model or optimizer.
         """
-        current = self.state_dict()
-        if {k: v.shape for k, v in current.items()} != {k: v.shape for k, v in state.items()}:
+        shapes = {name: value.shape for name, value in state.items()}
+        fitting = [each for each in self.layouts() if {name: value.shape for name, value in each.items()} == shapes]
+        if not fitting:
             what = "the optimiser state is of another model or optimiser"
             raise CheckpointError(what, where="optimiser state", todo="start from an empty checkpoint folder")
-        for name, value in current.items():
+        for name, value in fitting[0].items():
             value.copy_(state[name])
         self._counts.fill_(self._counts[0])
 
