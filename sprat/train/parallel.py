@@ -116,7 +116,8 @@ class ThreadDataParallel:
 
     def split(self, rows: Rows) -> list[Rows]:
         """One part for each thread, as even as can be, the later ones larger; fewer where there are fewer rows."""
-        parts = min(self.size, len(rows))
+        if (parts := min(self.size, len(rows))) == 1:
+            return [rows]
         return [rows[a:b] for a, b in pairwise(len(rows) * part // parts for part in range(parts + 1))]
 
     def sum(self, shares: Iterable[Share]) -> Share:
