@@ -1,5 +1,5 @@
 # B batch rows, T time (tokens), R rows of a packed part
-"""Batches as a pure function of (seed, step): to resume is to ask for the next step.
+"""Batches as a pure function of (seed, step, rank): to resume is to ask for the next step.
 
 There is no iterator whose state could be lost. Part p owes q_p rows to every batch, so before step s it
 has given s·q_p rows; the next ones are found by their place in that count: which pass over the part it is
@@ -28,7 +28,7 @@ IGNORE_INDEX = -100  # the target of a place that carries no loss
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch.
+    """One batch; ``len(batch)`` is B, and ``batch[a:b]`` its rows from a to before b.
 
     Attributes:
         tokens_BT: int64 inputs.
@@ -40,9 +40,11 @@ class Batch:
     targets_BT: Tensor
     segments_BT: Tensor
 
-    def slice_rows(self, start: int, stop: int) -> Batch:
-        """The rows from ``start`` to before ``stop``: one micro-batch."""
-        return Batch(self.tokens_BT[start:stop], self.targets_BT[start:stop], self.segments_BT[start:stop])
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.tokens_BT[rows], self.targets_BT[rows], self.segments_BT[rows])
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on ``device``."""
@@ -50,12 +52,15 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Where a training loop gets its batches: ``batch`` is a pure function of the step."""
+    """Where a training loop gets its batches: ``batch`` is a pure function of the step, and of who asks."""
 
     digest: str
 
-    def batch(self, step: int) -> Batch:
-        """The batch of ``step`` (from 0)."""
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of the batch of ``step`` (from 0) that fall to ``rank`` (from 0) of ``world`` processes.
+
+        The rows of all ranks, one after another, are the batch of a world of one.
+        """
         ...
 
 
@@ -105,14 +110,22 @@ class MixedBatchSource:
         identity = [[packed.digest for packed in self.parts], self.part_rows, seed]
         self.digest: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def batch(self, step: int) -> Batch:
-        """The batch of ``step`` (from 0); the same for the same seed, whatever was asked before."""
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """See ``BatchSource``; the same for the same seed, whatever was asked before.
+
+        Raises:
+            DataError: there are fewer rows than processes.
+        """
+        order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.part_rows))
+        if (rows := len(order)) < world:
+            what = f"a batch of {rows} rows cannot be shared out over {world} processes"
+            raise DataError(what, where="mix", todo="give larger batches or fewer processes")
         arrays_by_part = []
         for number, (packed, count) in enumerate(zip(self.parts, self.part_rows, strict=True)):
             index = self._index(number, packed.num_rows, step * count, count)
             arrays_by_part.append((packed.tokens[index], packed.segments[index], packed.loss_mask[index]))
-        order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.part_rows))
-        tokens, segments, mask = (np.concatenate(arrays)[order] for arrays in zip(*arrays_by_part, strict=True))
+        own = order[rows * rank // world : rows * (rank + 1) // world]
+        tokens, segments, mask = (np.concatenate(arrays)[own] for arrays in zip(*arrays_by_part, strict=True))
         return _batch(tokens, segments, mask)
 
     def _index(self, number: int, rows: int, start: int, count: int) -> npt.NDArray[np.int64]:

@@ -151,6 +151,19 @@ def pack(sequences: Iterable[MaskedSequence], seq_len: int) -> PackedDataset:
     return PackedDataset(tokens.reshape(shape), segments.reshape(shape), learned.reshape(shape))
 
 
+def document_ids(lengths: Sequence[int], seq_len: int) -> npt.NDArray[np.int64]:
+    """Which sequence each token of packed rows came from, [R, T+1] int64: its index in ``lengths``, -1 for none.
+
+    Where a sequence lies depends on the lengths alone, so this can be asked long after ``pack`` made the rows of
+    sequences of ``lengths`` tokens, and nobody has to keep it.
+
+    >>> document_ids([3, 2], seq_len=5).tolist()
+    [[0, 0, 0, 1, 1, -1]]
+    """
+    packed = pack((([number] * length, None) for number, length in enumerate(lengths)), seq_len)
+    return np.where(packed.segments > 0, packed.tokens, -1).astype(np.int64)
+
+
 def _cut_sequences(
     sequences: Iterable[MaskedSequence], seq_len: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

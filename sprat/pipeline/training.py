@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sprat.config.recipe import DataRecipe, DenseRecipe, DistillRecipe, EvalScop
 from sprat.data.loader import MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.engine import Engine
-from sprat.eval.bits_per_byte import bits_per_byte
+from sprat.eval.bits_per_byte import bits_per_byte, bits_per_byte_by_domain
 from sprat.eval.score import HeldOutScores
 from sprat.formats.load import load, save
 from sprat.model import Transformer, count_parameters
@@ -40,8 +41,11 @@ SEED_STRIDE = 1_000_003  # between the seeds of RL of one pipeline and those of 
 EXPERT_LOAD_ROWS = 64  # packed rows on which expert loads are measured
 
 
-def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None) -> None:
-    """Pre-train the teacher, or its ``dense`` counterpart (a control), on text and worked examples."""
+def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None, *, eval_every: int = 0) -> None:
+    """Pre-train the teacher, or its ``dense`` counterpart (a control), on text and worked examples.
+
+    Bits per byte of the held-out text are logged after every ``eval_every`` steps (0: never).
+    """
     recipe = pipeline.recipe.pretrain
     if dense is not None:
         shape, steps = {"size": dense.size, "changes": dense.changes}, dense.steps or recipe.steps
@@ -61,7 +65,8 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None) -> None:
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened
-    result = loop.train(model, batches, recipe, run)
+    scores = partial(_held_out_bits, pipeline)
+    result = loop.train(model, batches, recipe, run, evaluate=scores, eval_every=eval_every)
     modes = ALL_MODES if dense is None else ("greedy", "thinking")
     facts = _text_facts(pipeline, model) | ({} if dense is None else {"control_of": "pretrain"})
     label = "Pre-training" if dense is None else f"Pre-training, dense twin at equal {dense.equal}"
@@ -233,6 +238,13 @@ def finished_record(pipeline: Pipeline, name: str) -> dict[str, Any]:
     """``run.json`` of the finished run ``name``."""
     record: dict[str, Any] = json.loads((pipeline.run_folder(name) / "run.json").read_text(encoding="utf-8"))
     return record
+
+
+def _held_out_bits(pipeline: Pipeline, model: Transformer) -> dict[str, float]:
+    """Bits per byte of the held-out text of each domain, as scores for the log."""
+    data = pipeline.data_artifact
+    domains = {name: (data.held_out(name), size_bytes) for name, size_bytes in data.held_out_domains().items()}
+    return {f"bits_per_byte.{name}": bits for name, bits in bits_per_byte_by_domain(model, domains).items()}
 
 
 def _text_facts(pipeline: Pipeline, model: Transformer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ others could have, and that is most of what a token can teach. At equal tokens t
 kept 35 % by traces and 54 % by logits; both together keep the text exact and the doubts right.
 
 The two [N, V] distributions are made, compared and turned into gradients chunk by chunk, and only at
-positions that carry loss (``logprob.forward_kl``). Teacher and student must share a tokenizer.
+positions that carry loss (``losses.forward_kl``). Teacher and student must share a tokenizer.
 
 Dims: B rows, T positions, N positions with loss, D student's hidden, E teacher's hidden, V vocabulary.
 """
@@ -30,11 +30,10 @@ from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.eval.tasks import problem_messages, score_output
 from sprat.model import Transformer, flops_per_token
-from sprat.post.logprob import forward_kl
 from sprat.post.sft import Demonstration, sample_problems
 from sprat.quant import fake_quantize
 from sprat.tasks import Task, is_correct
-from sprat.train import loop, objective
+from sprat.train import loop, losses
 from sprat.trust.run import Run
 
 
@@ -88,7 +87,7 @@ def sample_traces(
     return Traces(list(unique), len(outputs), tokens, processed_tokens * flops_per_token(engine.model.config, length))
 
 
-def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.LossFn:
+def distillation_loss(teacher: Transformer, config: DistillConfig) -> losses.LossFn:
     """The loss of ``config.mode`` as a function for ``train.loop.train``.
 
     ``traces`` is the plain next-token loss. ``logits`` is the forward KL to the teacher; ``both`` mixes it with the
@@ -97,7 +96,7 @@ def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.
     pre-training. The logged ``loss`` and ``mtp_loss`` are cross-entropies in all modes.
     """
     if config.mode == "traces":
-        return objective.next_token_loss
+        return losses.next_token_loss
     kl_weight = 1.0 if config.mode == "logits" else config.logits_weight
 
     def weighted_losses(
@@ -107,30 +106,30 @@ def distillation_loss(teacher: Transformer, config: DistillConfig) -> objective.
         selected_BT = targets_BT != IGNORE_INDEX
         x_ND, teacher_x_NE, targets_N = x_BTD[selected_BT], teacher_x_BTE[selected_BT], targets_BT[selected_BT]
         weights = {"kl_weight": kl_weight, "ce_weight": 1.0 - kl_weight, "temperature": config.temperature}
-        losses = forward_kl(x_ND, head_VD, teacher_x_NE, teacher.head.dense_weight(), targets_N, **weights)
-        return tuple(each * (len(targets_N) / max(num_targets, 1)) for each in losses)
+        means = losses.forward_kl(x_ND, head_VD, teacher_x_NE, teacher.head.dense_weight(), targets_N, **weights)
+        return tuple(each * (len(targets_N) / max(num_targets, 1)) for each in means)
 
-    def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> objective.Loss:
-        whole, segments_BT = whole or batch, objective.attention_segments(batch.segments_BT)
+    def loss(model: Transformer, batch: Batch, settings: LoopConfig, whole: Batch | None = None) -> losses.Loss:
+        whole, segments_BT = whole or batch, losses.attention_segments(batch.segments_BT)
         with torch.no_grad():
             teacher_x_BTE = teacher.hidden(batch.tokens_BT, segments_BT=segments_BT).x_BTD
         hidden, head_VD = model.hidden(batch.tokens_BT, segments_BT=segments_BT), model.head.dense_weight()
-        num_targets = objective.num_targets(whole.targets_BT)
+        num_targets = losses.num_targets(whole.targets_BT)
         total, kl, ce = weighted_losses(hidden.x_BTD, head_VD, teacher_x_BTE, batch.targets_BT, num_targets)
         metrics, routing = {"loss": ce.item(), "kl": kl.item()}, list(hidden.routing)
         if model.mtp and settings.mtp_weight > 0:
             depths = []
-            for depth, (ahead, targets_BT) in enumerate(objective.mtp_outputs(model, hidden, batch), 1):
-                num_targets = objective.num_targets(objective.mtp_targets(whole, depth))
+            for depth, (ahead, targets_BT) in enumerate(losses.mtp_outputs(model, hidden, batch), 1):
+                num_targets = losses.num_targets(losses.mtp_targets(whole, depth))
                 teacher_ahead_BTE = teacher_x_BTE[:, depth:]
-                losses = weighted_losses(ahead.x_BTD, head_VD, teacher_ahead_BTE, targets_BT, num_targets)
-                depths.append(torch.stack(losses))
+                shares = weighted_losses(ahead.x_BTD, head_VD, teacher_ahead_BTE, targets_BT, num_targets)
+                depths.append(torch.stack(shares))
                 routing += ahead.routing
             mtp, _, mtp_ce = torch.stack(depths).mean(0)
             total, metrics["mtp_loss"] = total + settings.mtp_weight * mtp, mtp_ce.item()
         if settings.balance_weight > 0 and hidden.routing:
-            total = total + settings.balance_weight * objective.balance_term(hidden.routing, batch, whole)
-        return objective.Loss(total, metrics, [each.load_E for each in routing])
+            total = total + settings.balance_weight * losses.balance_term(hidden.routing, batch, whole)
+        return losses.Loss(total, metrics, [each.load_E for each in routing])
 
     return loss
 

@@ -68,14 +68,13 @@ from sprat.engine import Engine
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
 from sprat.post.batch import forward_responses, micro_batches
-from sprat.post.logprob import policy_loss, token_logprob
 from sprat.post.rewards import Reward, Verifier
 from sprat.post.rl_gate import evaluate_gate
 from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, loop, machine, optim, schedule, trainable
-from sprat.train.progress import progress_bar
+from sprat.train import checkpoint, loop, machine, optim, schedule
+from sprat.train.losses import policy_loss, token_logprob
 from sprat.trust.run import Run
 
 ANSWERS_PER_OUTLIER = 50  # of as many answers one may be far off by a router's near tie
@@ -231,7 +230,7 @@ def _mean(answers: Sequence[tuple[float, int]]) -> float:
 
 def _update_policy(
     model: Transformer,
-    optimizer: optim.Optimizer,
+    optimizer: optim.OptimizersContainer,
     rollouts: Sequence[Rollout],
     advantage_B: Tensor,
     config: RLConfig,
@@ -297,7 +296,7 @@ def _reference_logprobs(reference: Transformer, rollouts: Sequence[Rollout], con
         return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
 
 
-def _step(optimizer: optim.Optimizer, config: RLConfig, step: int) -> float:
+def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
     norm = optimizer.clip_grad_norm(config.grad_clip)
     if not math.isfinite(norm):
@@ -331,17 +330,17 @@ def grpo(
         TrainingError: the model is quantised, the policy is not ready for RL, the sampler's log-probabilities are not
             the trainer's, ``reward`` fails on every answer of a step, or the gradient is not finite.
     """
-    trainable.check(model, run)
+    optim.check_trainable(model, run)
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    optimizer = _build_optimizer(model, config)
+    optimizer = optim.build(model, _optim_config(config))
     result = _resume(model, optimizer, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if reward is not None and not isinstance(reward, Verifier):
         reward = Verifier(reward, timeout_seconds=config.reward_timeout)
     if gate and result.steps == 0:
         evaluate_gate(engine, tasks, weights, config, reward).raise_if_failed()
-    with progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
+    with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
             rollouts = sample_groups(engine, tasks, weights, config, step, reward)
             faults = {} if reward is None else {"reward_faults": reward.pop_faults()}
@@ -357,10 +356,6 @@ def grpo(
     return result
 
 
-def _build_optimizer(model: Transformer, config: GRPOConfig) -> optim.Optimizer:
-    return optim.build(model, _optim_config(config))
-
-
 def _optim_config(config: GRPOConfig) -> OptimConfig:
     """One rate for all weights, without a warm-up."""
     lr, decay_fraction = config.lr, config.decay_fraction
@@ -374,12 +369,12 @@ def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOCo
         CheckpointError: it is not before the last step, or of another model or optimizer.
     """
     loop.check_start_step(start, config.steps)
-    checkpoint.check_compatible(start, model, _build_optimizer(model, config))
+    checkpoint.check_compatible(start, model, optim.build(model, _optim_config(config)))
 
 
 def _train_step(
     model: Transformer,
-    optimizer: optim.Optimizer,
+    optimizer: optim.OptimizersContainer,
     rollouts: list[Rollout],
     config: RLConfig,
     step: int,
@@ -399,7 +394,7 @@ def _train_step(
     return metrics
 
 
-def _resume(model: Transformer, optimizer: optim.Optimizer, config: RLConfig, run: Run) -> RLResult:
+def _resume(model: Transformer, optimizer: optim.OptimizersContainer, config: RLConfig, run: Run) -> RLResult:
     """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
     own_checkpoint = checkpoint.latest(run.checkpoints)
     start = own_checkpoint or loop.load_start(config.init_from, config.steps, run)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError, MachineError, TrustError
 from sprat.files import atomic, digest
-from sprat.train.optim import Optimizer
+from sprat.train.optim import OptimizersContainer
 
 MAX_CHECKPOINTS = 2
 STABLE = "stable"  # in the run's checkpoints
@@ -49,7 +49,9 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
+def save(
+    folder: str | Path, step: int, model: nn.Module, optimizer: OptimizersContainer, extra: Mapping[str, Any]
+) -> Path:
     """Write the checkpoint of ``step`` finished steps, then remove all but the last two.
 
     Args:
@@ -171,7 +173,7 @@ def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
         raise (atomic.as_machine_error(error, target) or error) from None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersContainer) -> None:
     """Put weights, buffers and optimizer state back, in place.
 
     Raises:
@@ -191,7 +193,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
             value.copy_(weights[name])
 
 
-def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersContainer) -> None:
     """Refuse a checkpoint of another model or optimizer; only names and shapes are read.
 
     Raises:
@@ -199,17 +201,17 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
     parts = (
-        (_tensors(model), "the checkpoint is of another model"),
-        (optimizer.state_dict(), "the checkpoint is of another optimiser"),
+        ([_tensors(model)], "the checkpoint is of another model"),
+        (optimizer.layouts(), "the checkpoint is of another optimiser"),
     )
-    for name, (own, what) in zip(_FILES, parts, strict=True):
+    for name, (layouts, what) in zip(_FILES, parts, strict=True):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
                 stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             fault = f"a checkpoint cannot be read: {error}"
             raise CheckpointError(fault, where=str(checkpoint.folder), todo="name another one") from None
-        if {key: tuple(value.shape) for key, value in own.items()} != stored:
+        if stored not in [{key: tuple(value.shape) for key, value in layout.items()} for layout in layouts]:
             raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
 
 
@@ -224,7 +226,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _size(model: nn.Module, optimizer: Optimizer) -> int:
+def _size(model: nn.Module, optimizer: OptimizersContainer) -> int:
     """Bytes that a checkpoint takes, nearly."""
     return sum(value.nbytes for value in (*_tensors(model).values(), *optimizer.state_dict().values()))
 

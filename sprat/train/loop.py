@@ -1,3 +1,4 @@
+# size: to step, to go on, to stop and to say how far it is are one loop
 """One step, one loop.
 
 A step draws its batch by number, adds up the gradients of its micro-batches, clips, moves the weights, and
@@ -13,25 +14,29 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sprat.config import LoopConfig
 from sprat.data.loader import BatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.train import balance, checkpoint, machine, optim, schedule, trainable
+from sprat.train import balance, checkpoint, machine, optim, schedule
 from sprat.train.backward import backward
-from sprat.train.objective import LossFn, next_token_loss
-from sprat.train.progress import progress_bar
-from sprat.train.thread_data_parallel import ThreadDataParallel
+from sprat.train.losses import LossFn, next_token_loss
+from sprat.train.parallel import Parallel, ThreadDataParallel
 from sprat.trust import Run
+
+Evaluate = Callable[[Transformer], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -94,19 +99,25 @@ def train(
     *,
     loss_fn: LossFn = next_token_loss,
     final_phase: FinalPhase | None = None,
+    parallel: Parallel | None = None,
+    evaluate: Evaluate | None = None,
+    eval_every: int = 0,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
-    and at the row: tokens so far and lr_factor. The caller saves the artefact and finishes the run.
+    and at the row: tokens so far, lr_factor, and what ``evaluate`` gives, which has a row of its own between windows.
+    The caller saves the artefact and finishes the run.
 
     Args:
         model: on the device to train on.
-        source: ``batch(step)`` gives ``config.batch_rows`` rows.
+        source: ``batch(step)`` gives ``config.batch_rows`` rows; each process draws those of its rank.
         run: its ``checkpoints`` folder and metrics are used.
         loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
         final_phase: the last steps of the run, whose gradients are computed at other weights.
+        parallel: who does a step together; None for threads of this process (on a GPU: one).
+        evaluate: is asked for named scores after every ``eval_every`` steps (0: never); the run is the same without.
         progress: show a bar, if this is a terminal.
 
     Raises:
@@ -115,10 +126,11 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
-    trainable.check(model, run)
+    optim.check_trainable(model, run)
     machine.tune_allocator()
     model.train()
-    optimizer, workers = optim.build(model, config.optim), ThreadDataParallel()
+    parallel = parallel or ThreadDataParallel(None if model.norm.weight.device.type == "cpu" else 1)
+    optimizer = optim.build(model, config.optim, parallel)
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
     first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
@@ -127,16 +139,25 @@ def train(
         state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
         checkpoint.save(folder, done, model, optimizer, {**identity, **state, "start": start})
 
-    with workers, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as interrupted:
+    with (
+        parallel,
+        progress_bar(run, config.steps, done, shown=progress) as advance,
+        deferred_interrupt() as interrupted,
+    ):
         while done < config.steps:
-            batch = source.batch(done)
+            step_batch = source.batch(done)
+            batch = step_batch if parallel.world == 1 else source.batch(done, parallel.rank, parallel.world)
             with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
-                metrics, expert_loads = backward(model, batch, config, loss_fn, optimizer.parameters, workers)
-            _step(model, config, optimizer, metrics, expert_loads, done, workers, run)
-            done, tokens = done + 1, tokens + batch.tokens_BT.numel()
+                parameters = optimizer.parameters
+                metrics, expert_loads = backward(model, batch, config, loss_fn, parameters, parallel, step_batch)
+            _step(model, config, optimizer, metrics, expert_loads, done, run)
+            done, tokens = done + 1, tokens + step_batch.tokens_BT.numel()
             window.add(metrics)
+            row = _scores(model, evaluate) if evaluate is not None and eval_every and done % eval_every == 0 else {}
             if done % config.log_every == 0 or done == config.steps:
-                run.log(done, **window.close(), tokens=tokens, lr_factor=_lr_factor(config, done - 1))
+                row |= window.close() | {"tokens": tokens, "lr_factor": _lr_factor(config, done - 1)}
+            if row:
+                run.log(done, **row)
             speed = (tokens - first_tokens) / (time.monotonic() - began)
             advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
             if done == stable:
@@ -146,6 +167,15 @@ def train(
             if stop:
                 raise KeyboardInterrupt
     return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
+
+
+def _scores(model: Transformer, evaluate: Evaluate) -> dict[str, float]:
+    """What ``evaluate`` finds; random state and the mode of the model are afterwards as before."""
+    device = model.norm.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        scores = dict(evaluate(model))
+    model.train()
+    return scores
 
 
 def _stable_steps(config: LoopConfig, final_phase: FinalPhase | None) -> int:
@@ -168,11 +198,10 @@ def _lr_factor(config: LoopConfig, step: int) -> float:
 def _step(
     model: Transformer,
     config: LoopConfig,
-    optimizer: optim.Optimizer,
+    optimizer: optim.OptimizersContainer,
     metrics: dict[str, float],
     expert_loads: list[Tensor],
     done: int,
-    workers: ThreadDataParallel,
     run: Run,
 ) -> None:
     """Move the weights by their gradient and add to ``metrics``. Nothing is moved when a number is not finite."""
@@ -184,7 +213,7 @@ def _step(
         if (latest := checkpoint.latest(run.checkpoints)) is not None:
             todo += f" and go on from the last checkpoint: --init-from {run.folder}@{latest.step}"
         raise TrainingError(f"{broken} is not finite at step {done + 1}", where=f"step {done + 1}", todo=todo)
-    optimizer.step(_lr_factor(config, done), workers)
+    optimizer.step(_lr_factor(config, done))
     optimizer.zero_grad()
     balance.update_bias(model, expert_loads, config.bias_update_speed)
     if expert_loads:
@@ -193,7 +222,7 @@ def _step(
 
 def _resume(
     model: Transformer,
-    optimizer: optim.Optimizer,
+    optimizer: optim.OptimizersContainer,
     config: LoopConfig,
     run: Run,
     identity: dict[str, str],
@@ -264,6 +293,26 @@ def _check_kind(start: checkpoint.Checkpoint) -> None:
 def _plain(value: float) -> float | None:
     """A float as JSON can hold it."""
     return value if math.isfinite(value) else None
+
+
+@contextmanager
+def progress_bar(run: Run, steps: int, done: int = 0, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Yields ``advance(done, note)`` for the ``steps`` of ``run``; other processes see them by ``read_progress``.
+
+    The bar, with rate and time left, is shown where there is a terminal.
+    """
+    run.start_progress(steps, done)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(run.stage, total=steps, completed=done, note="")
+        yield lambda now, note: progress.update(task, completed=now, note=note)
 
 
 @contextmanager

@@ -30,21 +30,30 @@ Left out: bfloat16 iterations on CPUs, and distributing the iteration over ranks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from sprat.config import OptimConfig
-from sprat.errors import CheckpointError
-from sprat.train.thread_data_parallel import ThreadDataParallel
+from sprat.errors import CheckpointError, TrainingError
+from sprat.quant import quantized_weights
+from sprat.train.parallel import Parallel, ThreadDataParallel
+from sprat.trust.run import Run
+
+log = logging.getLogger(__name__)
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAM_EPS = 1e-8
 
 
+@torch.no_grad()  # of its own: it runs in threads, where the caller's does not reach
 def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     """Each matrix of the batch with its singular values pushed towards 1 (Newton-Schulz, see above).
 
@@ -65,133 +74,121 @@ def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     return work.to(x_Gmn.dtype)
 
 
-@torch.no_grad()
-def _orthogonalize_no_grad(x_Gmn: Tensor) -> Tensor:
-    """``orthogonalize`` for a thread of its own, where the caller's no_grad does not reach."""
-    return orthogonalize(x_Gmn)
+class _Stack(NamedTuple):
+    """All matrices of one shape, the short side first. A parameter [..., rows, columns] owns a slice of them."""
+
+    momentum_Gmn: Tensor
+    members: list[tuple[nn.Parameter, slice, bool]]  # parameter, its matrices, whether they lie on their side
 
 
-def _orthogonalize_parallel(x_Gmn: Tensor, workers: ThreadDataParallel | None) -> Tensor:
-    """``orthogonalize``, a part of the batch by each thread of ``workers``."""
-    if workers is None or workers.size == 1 or len(x_Gmn) < 2:
-        return orthogonalize(x_Gmn)
-    return torch.cat(workers.map(_orthogonalize_no_grad, x_Gmn.chunk(workers.size)))
+def _stand(x_Gmn: Tensor, flip: bool, shape: torch.Size) -> Tensor:
+    """The matrices of one parameter out of a stack, in its own ``shape``."""
+    return (x_Gmn.transpose(1, 2) if flip else x_Gmn).reshape(shape)
 
 
-@dataclass
-class _ShapeGroup:
-    """All matrices of one shape. A parameter [..., rows, columns] owns ``count`` slots from ``start``."""
-
-    members: list[tuple[nn.Parameter, int, int, bool]] = field(default_factory=list)  # parameter, start, count, flip
-    slots: int = 0
-    momentum_Gmn: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
+    The state of a parameter is its ``momentum_buffer``, of its shape: a view of the stack of its shape.
+
     Args:
-        parameters: by name; each [rows, columns] or a stack [E, rows, columns].
+        params: as torch's optimizers take them; each is [rows, columns] or a stack [E, rows, columns].
         momentum: decay of the momentum.
         weight_decay: decoupled, times the learning rate.
+        parallel: shares out the matrices of a shape; None leaves all to the caller.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], momentum: float, weight_decay: float) -> None:
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.shapes: dict[str, _ShapeGroup] = {}
-        for parameter in parameters.values():
-            rows, columns = parameter.shape[-2:]
-            flip = rows > columns
-            group = self.shapes.setdefault(f"{min(rows, columns)}x{max(rows, columns)}", _ShapeGroup())
-            count = parameter.numel() // (rows * columns)
-            group.members.append((parameter, group.slots, count, flip))
-            group.slots += count
-        for name, group in self.shapes.items():
-            m, n = (int(side) for side in name.split("x"))
-            group.momentum_Gmn = torch.zeros(group.slots, m, n, device=group.members[0][0].device)
+    def __init__(
+        self, params: ParamsT, lr: float, momentum: float, weight_decay: float, parallel: Parallel | None = None
+    ) -> None:
+        self.stacks: list[dict[str, _Stack]] = []  # of each group of parameters, by shape
+        self._parallel = parallel or ThreadDataParallel(1)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See ``torch.optim.Optimizer``; the momenta of the group are laid out."""
+        super().add_param_group(param_group)
+        by_shape = defaultdict[tuple[int, int], list[nn.Parameter]](list)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter] = {}
+            by_shape[min(parameter.shape[-2:]), max(parameter.shape[-2:])].append(parameter)
+        stacks = {}
+        for (m, n), parameters in by_shape.items():
+            ends = [0, *itertools.accumulate(p.numel() // (m * n) for p in parameters)]
+            slots = [slice(start, end) for start, end in itertools.pairwise(ends)]
+            stack = _Stack(torch.zeros(ends[-1], m, n, device=parameters[0].device), [])
+            for parameter, own in zip(parameters, slots, strict=True):
+                flip = parameter.shape[-2] > parameter.shape[-1]
+                stack.members.append((parameter, own, flip))
+                self.state[parameter]["momentum_buffer"] = _stand(stack.momentum_Gmn[own], flip, parameter.shape)
+            stacks[f"{m}x{n}"] = stack
+        self.stacks.append(stacks)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``torch.optim.Optimizer``."""
+        live = dict(self.state)
+        super().load_state_dict(state_dict)
+        for parameter, state in live.items():
+            state["momentum_buffer"].copy_(self.state[parameter]["momentum_buffer"])
+            self.state[parameter] = state
 
     @torch.no_grad()
-    def step(self, lr: float, workers: ThreadDataParallel | None = None) -> None:
-        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero.
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero."""
+        for options, stacks in zip(self.param_groups, self.stacks, strict=True):
+            lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
+            for momentum_Gmn, members in stacks.values():
+                grad_Gmn = torch.zeros_like(momentum_Gmn)
+                for parameter, own, flip in members:
+                    if parameter.grad is not None:
+                        grad = parameter.grad.view(-1, *parameter.shape[-2:])
+                        grad_Gmn[own] = grad.transpose(1, 2) if flip else grad
+                momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
+                update_Gmn = self._orthogonalize(grad_Gmn.lerp_(momentum_Gmn, momentum))
+                for parameter, own, flip in members:
+                    rows, columns = parameter.shape[-2:]
+                    if weight_decay:
+                        parameter.mul_(1 - lr * weight_decay)
+                    moved = _stand(update_Gmn[own], flip, parameter.shape)
+                    parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
-        ``workers`` share out the matrices of a shape.
-        """
-        for group in self.shapes.values():
-            grad_Gmn = torch.zeros_like(group.momentum_Gmn)
-            for parameter, start, count, flip in group.members:
-                if parameter.grad is not None:
-                    grad = parameter.grad.view(count, *parameter.shape[-2:])
-                    grad_Gmn[start : start + count] = grad.transpose(1, 2) if flip else grad
-            group.momentum_Gmn.lerp_(grad_Gmn, 1 - self.momentum)
-            update_Gmn = _orthogonalize_parallel(grad_Gmn.lerp_(group.momentum_Gmn, self.momentum), workers)
-            for parameter, start, count, flip in group.members:
-                update = update_Gmn[start : start + count]
-                rows, columns = parameter.shape[-2:]
-                if self.weight_decay:
-                    parameter.mul_(1 - lr * self.weight_decay)
-                moved = (update.transpose(1, 2) if flip else update).reshape(parameter.shape)
-                parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The momenta, by name."""
-        return {f"muon.{name}": group.momentum_Gmn for name, group in self.shapes.items()}
-
-
-class AdamW:
-    """AdamW, fused: one call for all parameters."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], betas: tuple[float, float], weight_decay: float) -> None:
-        self.parameters, self.betas, self.weight_decay = dict(parameters), betas, weight_decay
-        self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.count = torch.zeros((), dtype=torch.float32)
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move every parameter; gains and biases are not decayed, and one without a gradient stays."""
-        self.count += 1
-        for decayed in (True, False):
-            names = [n for n, p in self.parameters.items() if p.grad is not None and (p.ndim > 1) == decayed]
-            if not names:
-                continue
-            count = self.count.to(self.parameters[names[0]].device)
-            torch._fused_adamw_(
-                [self.parameters[name] for name in names],
-                [grad for name in names if (grad := self.parameters[name].grad) is not None],
-                [self.mean[name] for name in names],
-                [self.square[name] for name in names],
-                [],
-                [count] * len(names),
-                lr=lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=self.weight_decay if decayed else 0.0,
-                eps=_ADAM_EPS,
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Both moments by parameter name, and the count of steps."""
-        moments = {f"adamw.mean.{name}": value for name, value in self.mean.items()}
-        moments |= {f"adamw.square.{name}": value for name, value in self.square.items()}
-        return {**moments, "adamw.count": self.count}
+    def _orthogonalize(self, x_Gmn: Tensor) -> Tensor:
+        """``orthogonalize``, a part of the batch by each who works at once."""
+        parts = self._parallel.map(orthogonalize, self._parallel.split(x_Gmn))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class Optimizer:
-    """Muon and AdamW with their learning rates; ``build`` makes it.
+class OptimizersContainer:
+    """Muon, and torch's own AdamW for everything else, as one optimizer; ``build`` makes it.
 
     Attributes:
         muon_names, adamw_names: which parameter is whose.
         parameters: all of them, Muon's first.
     """
 
-    def __init__(self, matrices: dict[str, nn.Parameter], rest: dict[str, nn.Parameter], config: OptimConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        matrices: dict[str, nn.Parameter],
+        rest: dict[str, nn.Parameter],
+        config: OptimConfig,
+        parallel: Parallel | None = None,
+    ) -> None:
         self.muon_names, self.adamw_names = list(matrices), list(rest)
         self.parameters = [*matrices.values(), *rest.values()]
-        self._muon = Muon(matrices, config.momentum, config.weight_decay)
-        self._adamw = AdamW(rest, config.betas, config.weight_decay)
+
+        def group(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
+            return {"params": list(parameters), "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+
+        muon = [group(matrices.values(), config.muon_lr, config.weight_decay)]
+        decayed = group((p for p in rest.values() if p.ndim > 1), config.adam_lr, config.weight_decay)
+        plain = group((p for p in rest.values() if p.ndim <= 1), config.adam_lr, 0.0)
+        self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel)
+        self._adamw = torch.optim.AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
+        # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
+        self._counts = torch.zeros(max(1, len(rest)), device=self.parameters[0].device)
+        for parameter, count in zip(rest.values(), self._counts, strict=False):
+            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            self._adamw.state[parameter] = {"step": count, **moments}
 
     def clip_grad_norm(self, limit: float) -> float:
         """Scale all gradients so that their joint norm is at most ``limit``; returns the norm before."""
@@ -201,10 +198,13 @@ class Optimizer:
             torch._foreach_mul_(grads, limit / (norm + 1e-6))
         return norm
 
-    def step(self, factor: float = 1.0, workers: ThreadDataParallel | None = None) -> None:
-        """One step at ``factor`` times the configured rates; ``workers`` share the work."""
-        self._muon.step(self.config.muon_lr * factor, workers)
-        self._adamw.step(self.config.adam_lr * factor)
+    def step(self, factor: float = 1.0) -> None:
+        """One step at ``factor`` times the configured rates; AdamW leaves what has no gradient, Muon takes it for 0."""
+        for optimizer in (self._muon, self._adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+        self._counts.fill_(self._counts.max())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -212,8 +212,19 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a later step depends on, by name; the tensors are the live ones."""
-        return self._muon.state_dict() | self._adamw.state_dict()
+        """All that a later step depends on, by the parameters' names; the tensors are the live ones."""
+        return self.layouts()[0]
+
+    def layouts(self) -> list[dict[str, Tensor]]:
+        """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
+        shape, in the order of the model's parameters."""
+        state = {"adamw.count": self._counts[0]}
+        for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
+            state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
+        named = zip(self.muon_names, self._muon.state.values(), strict=True)
+        momenta = {f"muon.momentum.{name}": own["momentum_buffer"] for name, own in named}
+        stacks = {f"muon.{shape}": stack.momentum_Gmn for shape, stack in self._muon.stacks[0].items()}
+        return [state | momenta, state | stacks]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
@@ -221,19 +232,21 @@ class Optimizer:
         Raises:
             CheckpointError: names or shapes differ, so the state is of another model or optimizer.
         """
-        current = self.state_dict()
-        if {k: v.shape for k, v in current.items()} != {k: v.shape for k, v in state.items()}:
+        shapes = {name: value.shape for name, value in state.items()}
+        fitting = [each for each in self.layouts() if {name: value.shape for name, value in each.items()} == shapes]
+        if not fitting:
             what = "the optimiser state is of another model or optimiser"
             raise CheckpointError(what, where="optimiser state", todo="start from an empty checkpoint folder")
-        for name, value in current.items():
+        for name, value in fitting[0].items():
             value.copy_(state[name])
+        self._counts.fill_(self._counts[0])
 
 
-def build(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = None) -> OptimizersContainer:
     """The optimizer of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
 
     Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
-    modules called ``gate`` (routers). Parameters that want no gradient are left out.
+    modules called ``gate`` (routers). Parameters that want no gradient are left out. ``parallel`` shares Muon's work.
     """
     apart = {
         id(parameter)
@@ -243,4 +256,28 @@ def build(model: nn.Module, config: OptimConfig) -> Optimizer:
     }
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in named.items() if p.ndim in (2, 3) and id(p) not in apart and config.name == "muon"}
-    return Optimizer(matrices, {n: p for n, p in named.items() if n not in matrices}, config)
+    return OptimizersContainer(matrices, {n: p for n, p in named.items() if n not in matrices}, config, parallel)
+
+
+def check_trainable(model: nn.Module, run: Run) -> None:
+    """Note as the run's fact ``trained`` how many parameters of how many want a gradient, and log it.
+
+    The codes of a quantized matrix are whole numbers without a gradient. A loop over such a model would run, and its
+    loss would even fall, but only the gains of the norms would move.
+
+    Raises:
+        TrainingError: matrices of the model are quantized, or nothing of it wants a gradient.
+    """
+    parameters = list(model.parameters())
+    trainable, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    packed = quantized_weights(model)
+    if packed:
+        frozen = sum(part.width * part.codes.numel() // part.codes.shape[-1] for part in packed.values())
+        what = f"{len(packed)} matrices are quantised: {trainable:,} of {total + frozen:,} parameters could be trained"
+        todo = "train a dense model: sprat.load(path, dequantize=True), or sprat.quant.dequantize_model(model)"
+        raise TrainingError(what, where=run.stage, todo=todo)
+    if not trainable:
+        raise TrainingError("no parameter wants a gradient", where=run.stage, todo="unfreeze what is to be trained")
+    run.add_facts(trained={"trainable": trainable, "total": total})
+    level = logging.INFO if trainable == total else logging.WARNING
+    log.log(level, "%s trains %s of %s parameters", run.stage, f"{trainable:,}", f"{total:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprat.data.loader import IGNORE_INDEX, Batch, MixedBatchSource, gather_rows, rows_per_part
-from sprat.data.pack import PackedDataset, pack
+from sprat.data.pack import PackedDataset, document_ids, pack
 from sprat.errors import DataError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 5), max_size=30), min_size=1, max_size=40).filter(
@@ -39,6 +40,19 @@ def test_every_next_token_is_learned_exactly_once(sequences: list[list[int]], se
     pairs = Counter(zip(batch.tokens_BT[taught].tolist(), batch.targets_BT[taught].tolist(), strict=True))
     assert pairs == Counter((row[i], row[i + 1]) for row in unique for i in range(len(row) - 1))
     assert packed.num_targets == sum(pairs.values())
+
+
+@given(SEQUENCES, st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_every_token_of_a_row_knows_its_document(sequences: list[list[int]], seq_len: int) -> None:
+    """Ids are made unique, so that a token names its document; long ones are cut, short ones left out."""
+    first = np.cumsum([0, *map(len, sequences)])
+    packed = pack([(list(range(a, b)), None) for a, b in pairwise(first.tolist())], seq_len)
+    documents = document_ids([len(row) for row in sequences], seq_len)
+    wanted = np.searchsorted(first, packed.tokens, side="right") - 1
+    assert np.array_equal(documents, np.where(packed.segments > 0, wanted, -1))
+    for row, segments in zip(documents, packed.segments, strict=True):
+        assert all(len(set(row[segments == each])) == 1 for each in set(segments))
 
 
 @given(SEQUENCES, st.integers(1, 12))
@@ -131,6 +145,25 @@ def test_a_resumed_run_gets_the_batches_it_would_have_had() -> None:
     assert any(not torch.equal(other.batch(step).tokens_BT, expected[step]) for step in range(20))
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("parts", [[(7, 1.0)], [(7, 0.6), (9, 0.4)]])
+def test_the_rows_of_all_ranks_are_the_batch_of_one_process(parts: list[tuple[int, float]], world: int) -> None:
+    """Also where they cannot be shared out evenly; each rank asks a source of its own, of its own steps first."""
+    mix = [(numbered(rows, 100 * number), weight) for number, (rows, weight) in enumerate(parts)]
+    whole_source = MixedBatchSource(mix, rows=6, seed=1)
+    ranks = [MixedBatchSource(mix, rows=6, seed=1) for _ in range(world)]
+    shares = [[ranks[rank].batch(step, rank, world) for step in (5, 2, 0)] for rank in range(world)]
+    for number, step in enumerate((5, 2, 0)):
+        batch = whole_source.batch(step)
+        for name in ("tokens_BT", "targets_BT", "segments_BT"):
+            union = torch.cat([getattr(share[number], name) for share in shares])
+            assert torch.equal(union, getattr(batch, name))
+    sizes = [len(share[0]) for share in shares]
+    assert sum(sizes) == 6 and max(sizes) - min(sizes) <= 1
+    with pytest.raises(DataError, match="6 rows cannot be shared out over 7 processes"):
+        whole_source.batch(0, 0, 7)
+
+
 def drawn(source: MixedBatchSource, steps: int = 3) -> list[list[int]]:
     """For each step which rows of the parts it holds, in ascending order."""
     return [sorted(source.batch(step).tokens_BT[:, 0].tolist()) for step in range(steps)]
@@ -180,5 +213,5 @@ def test_parts_that_cannot_be_mixed_are_refused() -> None:
 
 def test_a_micro_batch_is_a_slice() -> None:
     batch = gather_rows(numbered(4, 0), [0, 1, 2, 3])
-    assert batch.slice_rows(1, 3).tokens_BT[:, 0].tolist() == [1, 2]
+    assert batch[1:3].tokens_BT[:, 0].tolist() == [1, 2]
     assert batch.to("cpu").targets_BT.shape == (4, 4)

@@ -13,6 +13,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 from zlib import crc32
@@ -273,3 +274,24 @@ def test_the_cost_of_a_student_has_its_teachers_in_it(walked: tuple[Pipeline, Wa
     for run in ("pretrain", "sft", "rl-seed0", "rft", "pretrain-more", "distill", "student-scratch"):
         whole = json.loads((pipeline.run_folder(run) / "run.json").read_text())["device_seconds"]
         assert 0 < facts(pipeline, run)["training_cpu_seconds"] < whole, run
+
+
+def test_held_out_text_may_be_scored_during_pretraining_which_changes_nothing(tmp_path: Path) -> None:
+    """The last score is what the finished model is said to have; the artefact is that of a run without scores."""
+    recipe = load_recipe("tiny", (*SMALL, "pretrain.train.steps=6", "pretrain.train.batch_rows=4"))
+    records, rows = [], []
+    for name, every in (("scored", 3), ("plain", 0)):
+        pipeline = Pipeline(tmp_path / name, recipe)
+        data.data(pipeline)
+        training.pretrain(pipeline, eval_every=every)
+        folder = pipeline.run_folder("pretrain")
+        records.append(json.loads((folder / "run.json").read_text()))
+        rows.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert records[0]["artefact_digest"] == records[1]["artefact_digest"]
+    known = records[0]["facts"]["bits_per_byte"]
+    assert known == records[1]["facts"]["bits_per_byte"] and len(known) > 1
+    scored = {row["step"]: row for row in rows[0] if any(name.startswith("bits_per_byte.") for name in row)}
+    assert sorted(scored) == [3, 6]
+    for domain, scores in known.items():
+        assert scored[6][f"bits_per_byte.{domain}"] == scores["model"] != scored[3][f"bits_per_byte.{domain}"]
+    assert rows[1] == [{n: v for n, v in row.items() if "." not in n} for row in rows[0] if "loss" in row]

@@ -17,13 +17,13 @@ from sprat.engine import Engine
 from sprat.errors import TrainingError
 from sprat.model import Transformer, balance_loss, flops_per_token
 from sprat.post.distill import distill, distillation_loss, sample_traces
-from sprat.post.logprob import forward_kl
 from sprat.post.sft import build_source
 from sprat.quant import dequantize_tensor, quantize_tensor
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.train.backward import backward
-from sprat.train.thread_data_parallel import ThreadDataParallel
+from sprat.train.losses import forward_kl
+from sprat.train.parallel import ThreadDataParallel
 from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]

@@ -18,12 +18,12 @@ from sprat.model import Transformer
 from sprat.post import grpo as rl
 from sprat.post.batch import micro_batches
 from sprat.post.grpo import ClippedSurrogate, advantages, grpo
-from sprat.post.logprob import policy_loss, token_logprob
 from sprat.post.rewards import Response
 from sprat.post.rl_gate import evaluate_gate
 from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
+from sprat.train.losses import policy_loss, token_logprob
 from sprat.trust.run import Run
 from sprat.trust.run_record import read_metrics
 

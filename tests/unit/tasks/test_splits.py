@@ -11,7 +11,7 @@ import pytest
 
 from sprat import tasks
 from sprat.config import TaskConfig
-from sprat.data.pack import pack
+from sprat.data.pack import document_ids, pack
 from sprat.pipeline.data import worked_examples
 from sprat.pipeline.recipe import load_recipe
 from sprat.tasks import base, canonical
@@ -86,9 +86,16 @@ def test_no_packed_row_has_a_question_that_is_held_out() -> None:
     pytest.importorskip("reasoning_gym")
     examples = list(worked_examples(RECIPE.replace(demonstrations=4000), seed=0))
     tokenizer = Tokenizer.train((" ".join(example) for example in examples[:500]), 600)
-    rows = pack((encode_demonstration(tokenizer, *example) for example in examples), RECIPE.seq_len)
+    sequences = [encode_demonstration(tokenizer, *example) for example in examples]
+    rows = pack(sequences, RECIPE.seq_len)
     text = " ".join(tokenizer.decode(row) for row in rows.tokens.tolist())
     trained = {form(question) for question in re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text, re.S)}
+    documents = document_ids([len(ids) for ids, _ in sequences], RECIPE.seq_len)
+    shown = {number: row for row, numbers in enumerate(documents.tolist()) for number in numbers if number >= 0}
+    assert sorted(shown) == list(range(len(examples)))  # each example lies in a row, which says its question
+    for number in range(0, len(examples), 100):
+        row = shown[number]
+        assert examples[number][0] in tokenizer.decode(rows.tokens[row][documents[row] == number].tolist())
     assert len(trained) > 2500 and {kind for kind, _ in trained} == {"sum", "equation", "gcd", "legs"}
     for config in ALL:
         for split in tasks.HELD_OUT_SPLITS:

@@ -12,8 +12,8 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch
 from sprat.model import Routing, Transformer
 from sprat.train.backward import backward
-from sprat.train.objective import next_token_loss
-from sprat.train.thread_data_parallel import ThreadDataParallel
+from sprat.train.losses import next_token_loss
+from sprat.train.parallel import ThreadDataParallel
 
 TIME = 24
 LENGTHS = ((24,), (3, 3, 2, 3), (9, 1), (2,))  # documents of each row; the rest is padding

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sprat.config import OptimConfig
 from sprat.config.model import ModelConfig
@@ -37,6 +42,69 @@ def test_everything_comes_back_to_the_bit(model: Transformer, shape: ModelConfig
     for mine, theirs in ((model.state_dict(), other.state_dict()), (optimizer.state_dict(), fresh.state_dict())):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class _Reversed(nn.Module):
+    """The same parameters by the same names, registered in the opposite order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, child in reversed(list(model.named_children())):
+            if isinstance(child, nn.Linear):
+                self.add_module(name, nn.Linear(child.in_features, child.out_features))
+            else:
+                self.add_module(name, _Reversed(child))
+
+
+def test_a_checkpoint_survives_another_order_of_parameters(tmp_path: Path) -> None:
+    """Matrices of one shape are not mistaken for one another: both go on to the same bits."""
+    here = nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(6, 4), "o": nn.Linear(4, 6)}) for name in "abc"})
+    there = _Reversed(here)
+    names = [name for name, _ in here.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in there.named_parameters()) != names
+    one, other = optim.build(here, OptimConfig()), optim.build(there, OptimConfig())
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        if step == 2:
+            checkpoint.save(tmp_path, step, here, one, {})
+            found = checkpoint.latest(tmp_path)
+            assert found is not None
+            checkpoint.restore(found, there, other)
+        theirs = dict(there.named_parameters())
+        for name, parameter in here.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            theirs[name].grad = parameter.grad.clone()
+        one.step()
+        other.step()
+    assert all(torch.equal(value, theirs[name]) for name, value in here.named_parameters())
+
+
+def test_a_checkpoint_with_momenta_in_stacks_by_shape_is_read(
+    model: Transformer, shape: ModelConfig, tmp_path: Path
+) -> None:
+    """As they were written before they went by name: matrices of one shape in the model's order, tall ones turned."""
+    optimizer = _moved(model)
+    folder = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    state = load_file(folder / "optimiser.safetensors")
+    stacks = defaultdict[str, list[torch.Tensor]](list)
+    for name in optimizer.muon_names:
+        momentum = state.pop(f"muon.momentum.{name}")
+        assert momentum.shape == dict(model.named_parameters())[name].shape
+        rows, columns = momentum.shape[-2:]
+        upright = momentum if rows <= columns else momentum.transpose(-1, -2)
+        stacks[f"muon.{min(rows, columns)}x{max(rows, columns)}"] += upright.reshape(-1, *upright.shape[-2:])
+    state |= {name: torch.stack(matrices) for name, matrices in stacks.items()}
+    save_file(state, folder / "optimiser.safetensors")
+    description = json.loads((folder / "state.json").read_text())
+    content = (folder / "optimiser.safetensors").read_bytes()
+    description["files"]["optimiser.safetensors"] = hashlib.sha256(content).hexdigest()
+    (folder / "state.json").write_text(json.dumps(description))
+    found, other = checkpoint.latest(tmp_path), Transformer.create(shape, 1)
+    assert found is not None
+    fresh = optim.build(other, OptimConfig())
+    checkpoint.restore(found, other, fresh)
+    theirs = fresh.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in optimizer.state_dict().items())
 
 
 def test_a_tied_head_stays_tied(shape: ModelConfig, tmp_path: Path) -> None:

@@ -197,6 +197,35 @@ def test_a_finished_training_is_not_done_twice(
     assert (again.steps, again.tokens, again.loss, again.flops) == (first.steps, first.tokens, first.loss, first.flops)
 
 
+def test_scores_stand_beside_the_loss_and_change_nothing(
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    """Asked after every third of eight steps, by one who draws, computes and leaves the model in another mode."""
+    plain, scored = Transformer.create(shape, 0), Transformer.create(shape, 0)
+    asked = list[bool]()
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        asked.append(model.training)
+        torch.rand(3)
+        model.eval()
+        return {"norm": float(model.norm.weight.detach().norm())}
+
+    states, runs = list[torch.Tensor](), [new_run("plain"), new_run("scored")]
+    for model, run, scores in ((plain, runs[0], None), (scored, runs[1], evaluate)):
+        torch.manual_seed(0)
+        train(model, source, recipe, run, evaluate=scores, eval_every=3)
+        states.append(torch.get_rng_state())
+    assert asked == [True, True] and scored.training
+    assert torch.equal(*states) and _same(plain, scored)
+    rows = [json.loads(line) for line in _rows(runs[1]).splitlines()]
+    assert [(row["step"], "norm" in row, "loss" in row) for row in rows] == [
+        (2, False, True), (3, True, False), (4, False, True), (6, True, True), (8, False, True)
+    ]  # fmt: skip
+    assert rows[1]["norm"] != rows[3]["norm"]
+    windows = [{name: value for name, value in row.items() if name != "norm"} for row in rows if "loss" in row]
+    assert windows == [json.loads(line) for line in _rows(runs[0]).splitlines()]
+
+
 def test_nothing_is_printed_when_not_at_a_terminal(
     model: Transformer,
     source: MixedBatchSource,

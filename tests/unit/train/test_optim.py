@@ -52,11 +52,11 @@ def test_muon_moves_as_published(shape: tuple[int, ...]) -> None:
     rng, lr, momentum, decay = np.random.default_rng(0), 0.1, 0.9, 0.3
     weight = rng.standard_normal(shape)
     parameter = nn.Parameter(torch.tensor(weight, dtype=torch.float32))
-    muon, held = optim.Muon({"weight": parameter}, momentum, decay), np.zeros(shape)
+    muon, held = optim.Muon([parameter], lr, momentum, decay), np.zeros(shape)
     for _ in range(3):
         grad = rng.standard_normal(shape)
         parameter.grad = torch.tensor(grad, dtype=torch.float32)
-        muon.step(lr)
+        muon.step()
         held = momentum * held + (1 - momentum) * grad
         u, values, vh = np.linalg.svd((1 - momentum) * grad + momentum * held, full_matrices=False)
         turned = published_iteration(values / np.linalg.norm(values, axis=-1, keepdims=True))
@@ -85,14 +85,14 @@ def test_a_stack_of_experts_moves_like_its_matrices_alone() -> None:
     start, grad = (torch.randn(3, 6, 4, generator=generator) for _ in range(2))
     stacked = nn.Parameter(start.clone())
     alone = [nn.Parameter(matrix.clone()) for matrix in start]
-    together = optim.Muon({"stack": stacked}, 0.9, 0.1)
-    single = [optim.Muon({"one": one}, 0.9, 0.1) for one in alone]
+    together = optim.Muon([stacked], 0.1, 0.9, 0.1)
+    single = [optim.Muon([one], 0.1, 0.9, 0.1) for one in alone]
     for _ in range(3):
         stacked.grad = grad.clone()
-        together.step(0.1)
+        together.step()
         for one, muon, its in zip(alone, single, grad, strict=True):
             one.grad = its.clone()
-            muon.step(0.1)
+            muon.step()
     torch.testing.assert_close(stacked.data, torch.stack([one.data for one in alone]))
 
 
@@ -100,32 +100,72 @@ def test_tall_and_wide_matrices_share_a_batch_and_stay_themselves() -> None:
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(6, 4, generator=generator)
     tall, wide = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(4, 6))
-    muon = optim.Muon({"tall": tall, "wide": wide}, 0.95, 0.0)
-    assert len(muon.shapes) == 1
+    muon = optim.Muon([tall, wide], 1.0, 0.95, 0.0)
+    assert len(muon.stacks[0]) == 1
     tall.grad, wide.grad = grad, grad.T.contiguous()
-    muon.step(1.0)
+    muon.step()
     torch.testing.assert_close(tall.data, wide.data.T * (6 / 4) ** 0.5)
 
 
-def test_adamw_equals_torch() -> None:
+def adam(weight: NDArray[np.float64], grads: list[NDArray[np.float64]], lr: float, decay: float) -> NDArray[np.float64]:
+    """Algorithm 2 of Loshchilov and Hutter, with betas (0.9, 0.98)."""
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
+    for step, grad in enumerate(grads, 1):
+        mean, square = 0.9 * mean + 0.1 * grad, 0.98 * square + 0.02 * grad**2
+        direction = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.98**step)) + 1e-8)
+        weight = weight - lr * (direction + decay * weight)
+    return weight
+
+
+def test_adamw_moves_as_published() -> None:
+    """Over four steps, a matrix and a gain; only the matrix is decayed."""
+    rng, module = np.random.default_rng(0), nn.Linear(3, 4)
+    optimizer = optim.build(module, OptimConfig(name="adamw", adam_lr=0.02, betas=(0.9, 0.98), weight_decay=0.1))
+    before = {name: value.detach().double().numpy().copy() for name, value in module.named_parameters()}
+    grads = {name: [rng.standard_normal(value.shape) for _ in range(4)] for name, value in before.items()}
+    for step in range(4):
+        for name, parameter in module.named_parameters():
+            parameter.grad = torch.tensor(grads[name][step], dtype=torch.float32)
+        optimizer.step(0.5)
+    for name, parameter in module.named_parameters():
+        wanted = adam(before[name], grads[name], 0.01, 0.1 if name == "weight" else 0.0)
+        np.testing.assert_allclose(parameter.detach().numpy(), wanted, atol=1e-5)
+
+
+def test_one_count_of_steps_holds_for_all_that_adamw_moves() -> None:
+    """A gain that the loss reached for the first time in the third step is corrected as a third step."""
+    module = nn.Linear(3, 4)
+    optimizer = optim.build(module, OptimConfig(name="adamw", adam_lr=0.01, betas=(0.9, 0.98)))
+    before = module.bias.detach().double().numpy().copy()
+    for step in range(3):
+        module.weight.grad = torch.ones_like(module.weight)
+        module.bias.grad = torch.ones_like(module.bias) if step == 2 else None
+        optimizer.step()
+    first = 0.1 / (1 - 0.9**3) / np.sqrt(0.02 / (1 - 0.98**3))
+    np.testing.assert_allclose(module.bias.detach().numpy(), before - 0.01 * first, atol=1e-6)
+
+
+def test_both_are_torch_optimizers_and_muon_goes_on_from_its_torch_state() -> None:
+    """What torch's tools save of Muon (state_dict) is all of it: a copy that loads it goes on to the same bits."""
     generator = torch.Generator().manual_seed(0)
-    start = {"matrix": torch.randn(4, 3, generator=generator), "gain": torch.randn(4, generator=generator)}
-    ours = {name: nn.Parameter(value.clone()) for name, value in start.items()}
-    theirs = {name: nn.Parameter(value.clone()) for name, value in start.items()}
-    adamw = optim.AdamW(ours, (0.9, 0.98), 0.1)
-    reference = torch.optim.AdamW(
-        [{"params": [theirs["matrix"]], "weight_decay": 0.1}, {"params": [theirs["gain"]], "weight_decay": 0.0}],
-        lr=0.01,
-        betas=(0.9, 0.98),
-    )
-    for _ in range(4):
-        for name in start:
-            grad = torch.randn(start[name].shape, generator=generator)
-            ours[name].grad, theirs[name].grad = grad.clone(), grad.clone()
-        adamw.step(0.01)
-        reference.step()
-    for name in start:
-        torch.testing.assert_close(ours[name].data, theirs[name].data)
+    shapes = [(6, 4), (4, 6), (3, 6, 4), (5, 5)]
+    here = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    there = [nn.Parameter(parameter.detach().clone()) for parameter in here]
+    one, other = optim.Muon(here, 0.1, 0.9, 0.1), optim.Muon(there, 0.3, 0.5, 0.0)
+    for step in range(4):
+        if step == 2:
+            assert [state["momentum_buffer"].shape for state in one.state.values()] == shapes
+            other.load_state_dict(one.state_dict())
+            with torch.no_grad():
+                for mine, theirs in zip(here, there, strict=True):
+                    theirs.copy_(mine)
+        for mine, theirs in zip(here, there, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            theirs.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    assert isinstance(one, torch.optim.Optimizer)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(here, there, strict=True))
 
 
 def test_only_hidden_matrices_go_to_muon(model: Transformer) -> None:

@@ -13,7 +13,7 @@ from sprat.config.model import ModelConfig
 from sprat.data.loader import MixedBatchSource
 from sprat.model import Transformer
 from sprat.train import next_token_loss, train
-from sprat.train.objective import mtp_outputs
+from sprat.train.losses import mtp_outputs
 from sprat.trust import Run
 
 LIMIT, RATE, DECAY, SPEED = 0.5, 0.01, 0.1, 0.002
