@@ -1,3 +1,4 @@
+# size: the stages that train are one noun, each a flat function
 """The stages that train: pre-train and its dense twin, SFT, RL, distil; what they are measured against: ``controls``.
 
 Each function is one stage: it opens its run, returns at once when that is done, trains, measures, and

@@ -84,6 +84,10 @@ class _MetricsWindow:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
 
+    def state(self) -> dict[str, Any]:
+        last = self.last if math.isfinite(self.last) else None  # as JSON can hold it
+        return {"sums": self.sums, "window": self.steps, "last": last}
+
     def close(self) -> dict[str, float]:
         means = {name: total / self.steps for name, total in sorted(self.sums.items())}
         self.last = means.get("loss", math.nan)
@@ -107,13 +111,11 @@ def train(
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
-    and at the row: tokens so far, lr_factor, and what ``evaluate`` gives, which has a row of its own between windows.
-    The caller saves the artefact and finishes the run.
+    at the row: tokens so far, lr_factor, and what ``evaluate`` gives. The caller saves the artefact and finishes.
 
     Args:
-        model: on the device to train on.
+        model: on the device to train on; ``run`` keeps its checkpoints and metrics.
         source: ``batch(step)`` gives ``config.batch_rows`` rows; each process draws those of its rank.
-        run: its ``checkpoints`` folder and metrics are used.
         loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
         final_phase: the last steps of the run, whose gradients are computed at other weights.
         parallel: who does a step together; None for threads of this process (on a GPU: one).
@@ -126,51 +128,67 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
-    optim.check_trainable(model, run)
-    machine.tune_allocator()
-    model.train()
-    parallel = parallel or ThreadDataParallel(None if model.norm.weight.device.type == "cpu" else 1)
-    optimizer = optim.build(model, config.optim, parallel)
+    parallel, optimizer = _prepare(model, config, run, parallel)
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
     first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
 
     def keep(folder: Path) -> None:
-        state = {"tokens": tokens, "sums": window.sums, "window": window.steps, "last": _plain(window.last)}
-        checkpoint.save(folder, done, model, optimizer, {**identity, **state, "start": start})
+        state = {**identity, **window.state(), "tokens": tokens, "start": start}
+        checkpoint.save(folder, done, model, optimizer, state)
 
-    with (
-        parallel,
-        progress_bar(run, config.steps, done, shown=progress) as advance,
-        deferred_interrupt() as interrupted,
-    ):
+    with parallel, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as stopped:
         while done < config.steps:
-            step_batch = source.batch(done)
-            batch = step_batch if parallel.world == 1 else source.batch(done, parallel.rank, parallel.world)
+            batch = source.batch(done)
             with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
-                parameters = optimizer.parameters
-                metrics, expert_loads = backward(model, batch, config, loss_fn, parameters, parallel, step_batch)
+                own = batch if parallel.world == 1 else source.batch(done, parallel.rank, parallel.world)
+                metrics, expert_loads = backward(model, own, config, loss_fn, optimizer.parameters, parallel, batch)
             _step(model, config, optimizer, metrics, expert_loads, done, run)
-            done, tokens = done + 1, tokens + step_batch.tokens_BT.numel()
-            window.add(metrics)
-            row = _scores(model, evaluate) if evaluate is not None and eval_every and done % eval_every == 0 else {}
-            if done % config.log_every == 0 or done == config.steps:
-                row |= window.close() | {"tokens": tokens, "lr_factor": _lr_factor(config, done - 1)}
-            if row:
-                run.log(done, **row)
+            done, tokens = done + 1, tokens + batch.tokens_BT.numel()
+            _log(run, config, done, tokens, window, metrics, _scores(model, evaluate, eval_every, done))
             speed = (tokens - first_tokens) / (time.monotonic() - began)
             advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
             if done == stable:
                 keep(run.checkpoints / checkpoint.STABLE)
-            if (stop := interrupted()) or done % config.checkpoint_every == 0 or done == config.steps:
+            if (stop := stopped()) or done % config.checkpoint_every == 0 or done == config.steps:
                 keep(run.checkpoints)
             if stop:
                 raise KeyboardInterrupt
     return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
 
 
-def _scores(model: Transformer, evaluate: Evaluate) -> dict[str, float]:
-    """What ``evaluate`` finds; random state and the mode of the model are afterwards as before."""
+def _prepare(
+    model: Transformer, config: LoopConfig, run: Run, parallel: Parallel | None
+) -> tuple[Parallel, optim.OptimizersContainer]:
+    """Ready ``model`` and the process for training; who does a step together, and the optimizer."""
+    optim.check_trainable(model, run)
+    machine.tune_allocator()
+    model.train()
+    parallel = parallel or ThreadDataParallel(None if model.norm.weight.device.type == "cpu" else 1)
+    return parallel, optim.build(model, config.optim, parallel)
+
+
+def _log(
+    run: Run,
+    config: LoopConfig,
+    done: int,
+    tokens: int,
+    window: _MetricsWindow,
+    metrics: dict[str, float],
+    scores: dict[str, float],
+) -> None:
+    """Add ``metrics`` to the window; write its row where it ends, and one of ``scores`` where there are any."""
+    window.add(metrics)
+    if done % config.log_every == 0 or done == config.steps:
+        run.log(done, **window.close(), tokens=tokens, lr_factor=_lr_factor(config, done - 1), **scores)
+    elif scores:
+        run.log(done, **scores)
+
+
+def _scores(model: Transformer, evaluate: Evaluate | None, every: int, done: int) -> dict[str, float]:
+    """What ``evaluate`` finds after every ``every`` steps; random state and the model are afterwards as before."""
+    if evaluate is None or every == 0 or done % every:
+        return {}
     device = model.norm.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         scores = dict(evaluate(model))
@@ -288,11 +306,6 @@ def _check_kind(start: checkpoint.Checkpoint) -> None:
     if "window" not in start.extra:
         todo = "start from a run of pre-training, SFT or distillation"
         raise CheckpointError("the checkpoint is of another kind of run", where=str(start.folder), todo=todo)
-
-
-def _plain(value: float) -> float | None:
-    """A float as JSON can hold it."""
-    return value if math.isfinite(value) else None
 
 
 @contextmanager
