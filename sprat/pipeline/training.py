@@ -59,10 +59,8 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None, *, eval_every
         evaluation.check_context(pipeline, model, tokenizer, rows=batches.parts[0].seq_len)
         return model, tokenizer, batches
 
-    name, inputs, check_start = dense.run if dense else "pretrain", evaluation_inputs(pipeline), start_checker(recipe)
-    opened = pipeline.open_run(
-        name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, check_start
-    )
+    name, inputs, check = dense.run if dense else "pretrain", evaluation_inputs(pipeline), start_checker(recipe)
+    opened = pipeline.open_run(name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, check)
     if opened is None:
         return
     run, (model, tokenizer, batches) = opened

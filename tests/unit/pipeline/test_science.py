@@ -278,7 +278,7 @@ def test_the_cost_of_a_student_has_its_teachers_in_it(walked: tuple[Pipeline, Wa
 
 def test_held_out_text_may_be_scored_during_pretraining_which_changes_nothing(tmp_path: Path) -> None:
     """The last score is what the finished model is said to have; the artefact is that of a run without scores."""
-    recipe = load_recipe("tiny", (*SMALL, "pretrain.train.steps=6", "pretrain.train.batch_rows=4"))
+    recipe = load_recipe("tiny", (*SMALL, "pretrain.steps=6", "pretrain.batch_rows=4"))
     records, rows = [], []
     for name, every in (("scored", 3), ("plain", 0)):
         pipeline = Pipeline(tmp_path / name, recipe)

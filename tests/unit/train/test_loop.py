@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_cut_evenly_are_one_sentence(
     model: Transformer, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
 ) -> None:
     with pytest.raises(TrainingError, match="4 rows cannot be cut into 3"):
-        train(model, source, recipe.replace(micro_batches=3), new_run("a"))
+        train(model, source, recipe.replace(batch_rows=6, micro_batches=3), new_run("a"))
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(
