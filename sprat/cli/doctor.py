@@ -45,12 +45,7 @@ OPTIONAL_PACKAGES = {
 # Back end -> (how torch says that it is there, where Sprat's tests have run on it).
 BACKEND_TESTS = {
     "cpu": "x86-64 Linux: every test of every release",
-    "cuda": "untested",
-    "rocm": "untested",
-    "xpu": "untested",
-    "mps": "untested",
-    "npu": "untested",
-    "tpu": "untested",
+    **dict.fromkeys(("cuda", "rocm", "xpu", "mps", "npu", "tpu"), "untested"),
 }
 
 
@@ -67,12 +62,8 @@ def cpu_facts() -> dict[str, Any]:
                 flags = set(value.split())
                 break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "model": model,
-        "machine": platform.machine(),
-        "cores": cores,
-        "flags": {name: name in flags for name in CPU_FLAGS},
-    }
+    facts = {"model": model, "machine": platform.machine(), "cores": cores}
+    return {**facts, "flags": {name: name in flags for name in CPU_FLAGS}}
 
 
 def memory_facts() -> dict[str, int]:

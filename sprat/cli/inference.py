@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from sprat.engine import Engine, Output, Sampling
     from sprat.tokens.chat import Message
 
-Think = Annotated[
-    bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking; the model decides if left out.")
-]
+_THINK_HELP = "Force or forbid thinking; the model decides if left out."
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help=_THINK_HELP)]
 DEFAULT_MAX_TOKENS = 256  # of one answer, where nobody says
 _MAX_TOKENS_LIMIT = 2**31 - 1  # number of tokens that the engine takes
 _TOKENS_HELP = "Tokens of one answer, thinking included"
@@ -28,17 +27,13 @@ _SERVE_HELP = f"{_TOKENS_HELP}: the default, and the most that a request may ask
 ServeMaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_SERVE_HELP)]
 _MAX_TOKENS_HELP = f"{_TOKENS_HELP}; left out: {DEFAULT_MAX_TOKENS}, or what the context still holds."
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_MAX_TOKENS_HELP)]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature", min=0.0, max=100.0, help="0 is greedy; left out: what the model's folder says, else greedy."
-    ),
-]
-Turns = Annotated[
-    int | None,
-    typer.Option("--turns", min=0, help="Past exchanges to send along; left out: 0 for a road's own model, else all."),
-]
+_TEMPERATURE_HELP = "0 is greedy; left out: what the model's folder says, else greedy."
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max=100.0, help=_TEMPERATURE_HELP)]
+_TURNS_HELP = "Past exchanges to send along; left out: 0 for a road's own model, else all."
+Turns = Annotated[int | None, typer.Option("--turns", min=0, help=_TURNS_HELP)]
 Prices = Annotated[str | None, typer.Option("--prices", metavar="NAME", help="Which price table the cost line uses.")]
+_KEY_HELP = "Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line."
+ApiKey = Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", envvar="SPRAT_API_KEY", help=_KEY_HELP)]
 
 
 def fetch(
@@ -112,10 +107,8 @@ def chat(
             output = _stream(engine, [*context, Message("user", line)], sampling, output_stream())
             if output is None:
                 continue
-            usage = output.usage
-            cost = cost_meter.record(
-                hit=usage.cache_hit_tokens, miss=usage.cache_miss_tokens, output=usage.completion_tokens
-            )
+            hit, miss = output.usage.cache_hit_tokens, output.usage.cache_miss_tokens
+            cost = cost_meter.record(hit=hit, miss=miss, output=output.usage.completion_tokens)
             cost_text = f"¥{cost.total / meter.NANO_PER_YUAN:.9f} at {cost_meter.prices.name}"
             print_err(f"({_usage_text(output)}; {cost_text}; {output.finish_reason})")
             history += [Message("user", line), Message("assistant", output.text, output.reasoning or None)]
@@ -135,15 +128,7 @@ def serve(
     max_tokens: ServeMaxTokens = 1024,
     turns: Turns = None,
     prices: Prices = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="SPRAT_API_KEY",
-            help="Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line.",
-        ),
-    ] = None,
+    api_key: ApiKey = None,
 ) -> Result:
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import ServeConfig, meter, server
@@ -190,14 +175,11 @@ def _load_engine(folder: Path) -> Engine:
     return Engine(*load(folder), frozen=True, consume=True)
 
 
-def _sampling(
-    engine: Engine, temperature: float | None, max_tokens: int | None, seed: int, think: bool | None
-) -> Sampling:
+def _sampling(engine: Engine, temperature: float | None, limit: int | None, seed: int, think: bool | None) -> Sampling:
     """What the command line says, else what the model's folder says; greedy where neither says a temperature."""
     if temperature is None:
         temperature = engine.tokenizer.generation_config.default_sampling.get("temperature", 0.0)
-    fit = max_tokens is None
-    tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    tokens, fit = (DEFAULT_MAX_TOKENS, True) if limit is None else (limit, False)
     return engine.sampling(temperature=temperature, max_tokens=tokens, fit=fit, seed=seed, thinking=think)
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sprat.cli.verb import print_err
-
-ProgressCallback = Callable[[str, str, float], None]
+from sprat.pipeline.graph import OnProgress
 
 
 @contextmanager
-def stage_progress(folder: Path) -> Iterator[ProgressCallback]:
+def stage_progress(folder: Path) -> Iterator[OnProgress]:
     """Yield the callback of ``graph.run_stages``: bars on a terminal, a line for each start and end elsewhere."""
     if not sys.stderr.isatty():
         yield print_event

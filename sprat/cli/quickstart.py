@@ -39,13 +39,10 @@ def quickstart(
     serve_config = ServeConfig(port=port, served_model_name="sprat")
     if serve:
         bind_socket(serve_config).close()  # a port in use is reported now, not after the pipeline
-    start_time, stage_names = (
-        time.monotonic(),
-        [stage.name for stage in build_stages(Pipeline(out, pipeline_recipe), text)],
-    )
+    start_time, stages = time.monotonic(), build_stages(Pipeline(out, pipeline_recipe), text)
     with stage_progress(out) as on_progress:
         report = run_pipeline(out, pipeline_recipe, text=text, on_progress=on_progress)
-    run_costs = {name: _run_cost(out / name) for name in stage_names}
+    run_costs = {stage.name: _run_cost(out / stage.name) for stage in stages}
     model, seconds, head = out / SERVED_RUN, time.monotonic() - start_time, Ledger(out / "ledger.jsonl").head_hash()
     cost_yuan = sum(cost["nano_yuan"] for cost in run_costs.values()) / 1e9
     examples, turns = chat_defaults(model)
@@ -58,8 +55,7 @@ def quickstart(
         f"ask it: sprat run {model} {json.dumps(examples[0]) if examples else 'QUESTION'}",
     ]
     data = {"road": str(out), "report": str(report), "model": str(model), "seconds": round(seconds, 1)}
-    data["runs"] = run_costs
-    data["ledger_head"] = head
+    data |= {"runs": run_costs, "ledger_head": head}
 
     def serve_chat_page() -> None:
         print_err("the chat page, until Ctrl-C:")
@@ -71,7 +67,5 @@ def quickstart(
 def _run_cost(run: Path) -> dict[str, Any]:
     """The digest and cost of a finished run."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return {
-        key: record[key]
-        for key in ("artefact_digest", "device_seconds", "wall_seconds", "nano_yuan", "flops", "tokens")
-    }
+    keys = ("artefact_digest", "device_seconds", "wall_seconds", "nano_yuan", "flops", "tokens")
+    return {key: record[key] for key in keys}

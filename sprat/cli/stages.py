@@ -21,58 +21,46 @@ from sprat.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from sprat.pipeline.pipeline import Pipeline
 
-Text = Annotated[
-    Path | None, typer.Option("--text", metavar="DIR", help="Your own text: a folder, .jsonl or .parquet.")
-]
-InitFrom = Annotated[
-    str | None,
-    typer.Option("--init-from", metavar="RUN[@STEP]", help="Go on from the checkpoint that this run kept, or has."),
-]
-_DEFAULT_FOLDER = Path("runs/quickstart")
+_TEXT_HELP = "Your own text: a folder, .jsonl or .parquet."
+Text = Annotated[Path | None, typer.Option("--text", metavar="DIR", help=_TEXT_HELP)]
+_INIT_FROM_HELP = "Go on from the checkpoint that this run kept, or has."
+InitFrom = Annotated[str | None, typer.Option("--init-from", metavar="RUN[@STEP]", help=_INIT_FROM_HELP)]
+_CALIBRATE_HELP = "Fit MODEL's codes to this folder or file of text (GPTQ)."
+_QUANTIZE_RECIPE_HELP = "A TOML file, or a built-in recipe's name; else quickstart."
+_TASK_HELP = "A task of the recipe; repeat for more; else all."
+_OUT = Path("runs/quickstart")
 
 
 def data(
-    out: PipelineFolder = _DEFAULT_FOLDER, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = _OUT, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Text and tasks become a tokenizer, packed rows and held-out sets."""
     return _run_stage("data", out, recipe, overrides, text)
 
 
 def train(
-    out: PipelineFolder = _DEFAULT_FOLDER,
-    init_from: InitFrom = None,
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
+    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Pre-train the model on what `sprat data` made."""
     return _run_stage("pretrain", out, recipe, overrides, init_from=init_from)
 
 
 def sft(
-    out: PipelineFolder = _DEFAULT_FOLDER,
-    init_from: InitFrom = None,
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
+    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Fine-tune the pre-trained model on demonstrations that show their thinking."""
     return _run_stage("sft", out, recipe, overrides, init_from=init_from)
 
 
 def rl(
-    out: PipelineFolder = _DEFAULT_FOLDER,
-    init_from: InitFrom = None,
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
+    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Reinforcement learning with rule rewards (GRPO), with the first of the recipe's rl.seeds."""
     return _run_stage("rl", out, recipe, overrides, init_from=init_from)
 
 
 def distill(
-    out: PipelineFolder = _DEFAULT_FOLDER,
-    init_from: InitFrom = None,
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
+    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Teach a small student from the RL teacher's verified answers and its distributions."""
     return _run_stage("distill", out, recipe, overrides, init_from=init_from)
@@ -85,14 +73,8 @@ def quantize(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The road; with MODEL, the folder to write.")
     ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option("--calibrate", metavar="TEXT", help="Fit MODEL's codes to this folder or file of text (GPTQ)."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="FILE", help="A TOML file, or a built-in recipe's name; else quickstart."),
-    ] = None,
+    calibrate: Annotated[Path | None, typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE_HELP)] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_QUANTIZE_RECIPE_HELP)] = None,
     overrides: Overrides = None,
 ) -> Result:
     """Squeeze weights to INT4: the student's of a road, measuring what that costs, or those of any MODEL."""
@@ -100,7 +82,7 @@ def quantize(
         if calibrate is not None:
             todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
             raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
-        return _run_stage("quantize", out or _DEFAULT_FOLDER, recipe or "quickstart", overrides)
+        return _run_stage("quantize", out or _OUT, recipe or "quickstart", overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override
@@ -125,10 +107,7 @@ def quantize(
 
 def evaluate(
     model: ModelFolder,
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", metavar="NAME", help="A task of the recipe; repeat for more; else all."),
-    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help=_TASK_HELP)] = None,
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="Held-out problems for each task; left out: the recipe's.")
     ] = None,
@@ -146,18 +125,16 @@ def evaluate(
     from sprat.tasks import HeldOutTask, held_out_problems
 
     pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
-    task_configs = {
-        task_title(config): config for config in (*pipeline_recipe.data.tasks, *pipeline_recipe.data.unseen)
-    }
+    mix, split = pipeline_recipe.data, pipeline_recipe.eval.split
+    task_configs = {task_title(config): config for config in (*mix.tasks, *mix.unseen)}
     for name in task or ():
         if name not in task_configs:
             raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(task_configs)}")
-    tasks, split = [], pipeline_recipe.eval.split
-    for name in dict.fromkeys(task or task_configs):
-        loaded_task, max_problems = load_task(task_configs[name]), pipeline_recipe.data.count(task_configs[name], split)
-        tasks.append(
-            HeldOutTask(loaded_task, tuple(held_out_problems(loaded_task, count or max_problems, split)), split)
-        )
+    tasks = []
+    for config in (task_configs[name] for name in dict.fromkeys(task or task_configs)):
+        loaded_task = load_task(config)
+        problems = held_out_problems(loaded_task, count or mix.count(config, split), split)
+        tasks.append(HeldOutTask(loaded_task, tuple(problems), split))
     scores = evaluate_many(
         Engine(*load(model), max_batch=pipeline_recipe.eval.batch),
         tasks,

@@ -27,15 +27,12 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a bug, not bad input
 
 Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="A TOML file, or the name of a built-in recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as a.b=c; may be repeated.")
-]
+_SET_HELP = "Override one key, as a.b=c; may be repeated."
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET_HELP)]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same threads: same bytes.")]
 PipelineFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The road: a folder of runs.")]
-ModelFolder = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol."),
-]
+_MODEL_HELP = "A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol."
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 
 
 @dataclass(frozen=True)
@@ -99,19 +96,13 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
             raise typer.Exit(result.exit_code)
 
     signature = inspect.signature(function, eval_str=True)
+    flags = {
+        "as_json": typer.Option("--json", help="Print one JSON object on stdout."),
+        "debug": typer.Option("--debug", help="Show the traceback of a fault."),
+    }
     extra_parameters = [
-        inspect.Parameter(
-            "as_json",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")],
-        ),
-        inspect.Parameter(
-            "debug",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")],
-        ),
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+        for name, option in flags.items()
     ]
     parameters = [*signature.parameters.values(), *extra_parameters]
     command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]

@@ -32,10 +32,7 @@ def rft(pipeline: Pipeline) -> None:
         return model, tokenizer, training.task_mix(pipeline)
 
     inputs = {"model": pipeline.run_folder(start), **training.evaluation_inputs(pipeline)}
-    opened = pipeline.open_run(
-        "rft", "rft", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, training.start_checker(recipe)
-    )
-    if opened is None:
+    if (opened := pipeline.open_run("rft", "rft", recipe, inputs, prepare, loop.check_start)) is None:
         return
     run, (model, tokenizer, tasks) = opened
     traces = post_distill.sample_traces(
@@ -50,10 +47,7 @@ def rft(pipeline: Pipeline) -> None:
     )
     result = post_sft.sft(model, tokenizer, traces.demonstrations, recipe, run)
     result = replace(result, flops=result.flops + traces.flops)
-    facts = {
-        "control_of": "rl",
-        "traces": {"asked": traces.num_samples, "kept": len(traces.demonstrations), "tokens": traces.tokens},
-    }
+    facts = {"control_of": "rl", "traces": training.trace_counts(traces)}
     label = "Rejection-sampling fine-tuning"
     training.finish_run(pipeline, run, model, tokenizer, result, label, training.ALL_MODES, facts, before=start)
 
@@ -68,11 +62,7 @@ def pretrain_more(pipeline: Pipeline) -> None:
         return model, tokenizer, training.pretraining_source(pipeline, pretrain_recipe, seed=pipeline.recipe.seed + 1)
 
     inputs = {"model": pipeline.run_folder(start), **training.evaluation_inputs(pipeline)}
-    name, check_start = "pretrain-more", training.start_checker(recipe)
-    opened = pipeline.open_run(
-        name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, check_start
-    )
-    if opened is None:
+    if (opened := pipeline.open_run("pretrain-more", "pretrain", recipe, inputs, prepare, loop.check_start)) is None:
         return
     run, (model, tokenizer, batches) = opened
     result = loop.train(model, batches, recipe, run)
@@ -89,9 +79,8 @@ def student_examples(pipeline: Pipeline) -> None:
     """The same where there are worked examples in place of the teacher's answers: what a teacher stands in for."""
     examples = _recipe(pipeline).student_examples
     recipe = pipeline.recipe.distill.replace(examples=examples, scratch_steps=None)
-    _pretrain_student(
-        pipeline, "student-examples", recipe, f"Student's size without a teacher, on {examples:,} worked examples"
-    )
+    label = f"Student's size without a teacher, on {examples:,} worked examples"
+    _pretrain_student(pipeline, "student-examples", recipe, label)
 
 
 def _pretrain_student(pipeline: Pipeline, name: str, recipe: DistillRecipe, label: str) -> None:
@@ -105,14 +94,12 @@ def _pretrain_student(pipeline: Pipeline, name: str, recipe: DistillRecipe, labe
         return model, tokenizer, batches
 
     inputs = training.evaluation_inputs(pipeline)
-    opened = pipeline.open_run(name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare)
-    if opened is None:
+    if (opened := pipeline.open_run(name, "pretrain", recipe, inputs, prepare)) is None:
         return
     run, (model, tokenizer, batches) = opened
     result = loop.train(model, batches, recipe.replace(steps=recipe.scratch_steps or recipe.steps, init_from=""), run)
-    training.finish_run(
-        pipeline, run, model, tokenizer, result, label, ("greedy", "thinking"), {"control_of": "distill"}
-    )
+    modes, facts = ("greedy", "thinking"), {"control_of": "distill"}
+    training.finish_run(pipeline, run, model, tokenizer, result, label, modes, facts)
 
 
 def _recipe(pipeline: Pipeline) -> ControlsRecipe:

@@ -56,9 +56,7 @@ def data(pipeline: Pipeline, text: Path | None = None) -> None:
     inputs: dict[str, run_record.Input] = {"split": SplitRecipe(salt=SPLIT_SALT)}
     if text is not None:
         inputs["text"] = text
-    opened = pipeline.open_run(
-        "data", "data", recipe, inputs, pipeline.recipe.seed, lambda resuming: _read_inputs(pipeline, text)
-    )
+    opened = pipeline.open_run("data", "data", recipe, inputs, lambda resuming: _read_inputs(pipeline, text))
     if opened is None:
         return
     run, data_inputs = opened
@@ -90,10 +88,8 @@ def data(pipeline: Pipeline, text: Path | None = None) -> None:
 
 def _held_out_summary(text_split: TextSplit) -> str:
     """How much is held out, of how much, and the names of the first sources."""
-    held_out_bytes, total_bytes = (
-        sum(document.size for document in side)
-        for side in (text_split.held_out, (*text_split.train, *text_split.held_out))
-    )
+    held_out_bytes = sum(document.size for document in text_split.held_out)
+    total_bytes = held_out_bytes + sum(document.size for document in text_split.train)
     names = sorted({document.source for document in text_split.held_out})
     ellipsis = ", …" if len(names) > 3 else ""
     return f"{held_out_bytes:,} of {total_bytes:,} bytes ({', '.join(names[:3])}{ellipsis})"
@@ -126,18 +122,15 @@ def worked_examples(recipe: DataRecipe, seed: int) -> Iterator[tuple[str, str, s
     rng, terse_rng = random.Random(f"mix:{seed}"), random.Random(f"terse:{seed}")
     examples_by_task: list[list[tuple[str, str, str]]] = [[] for _ in tasks]
     counts = [0] * len(tasks)
-    for task_index in rng.choices(
-        range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations
-    ):
-        limit = recipe.tasks[task_index].distinct or recipe.demonstrations
-        if len(examples_by_task[task_index]) < limit:
-            problem = tasks[task_index].problem("train", counts[task_index])
-            examples_by_task[task_index].append(
-                (problem.question, tasks[task_index].chain_of_thought(problem), problem.answer)
-            )
-        question, chain, answer = examples_by_task[task_index][counts[task_index] % limit]
+    for index in rng.choices(range(len(tasks)), [config.weight for config in recipe.tasks], k=recipe.demonstrations):
+        task, examples, count = tasks[index], examples_by_task[index], counts[index]
+        limit = recipe.tasks[index].distinct or recipe.demonstrations
+        if len(examples) < limit:
+            problem = task.problem("train", count)
+            examples.append((problem.question, task.chain_of_thought(problem), problem.answer))
+        question, chain, answer = examples[count % limit]
         yield question, "" if terse_rng.random() < recipe.terse_fraction else chain, answer
-        counts[task_index] += 1
+        counts[index] += 1
 
 
 def _load_corpus(folder: Path, recipe: DataRecipe, text: Path | None) -> corpus.Corpus:
@@ -165,9 +158,8 @@ def _pack_held_out(
         _pack_text(tokenizer, documents, seq_len, folder / safe_name(name))
     sizes = {name: sum(len(d.text.encode()) for d in documents) for name, documents in domains.items()}
     atomic.write_text(folder / "bytes.json", json.dumps(sizes, sort_keys=True))
-    scores = baselines.baseline_scores(
-        _join_texts(train), {name: _join_texts(documents) for name, documents in domains.items()}
-    )
+    texts = {name: _join_texts(documents) for name, documents in domains.items()}
+    scores = baselines.baseline_scores(_join_texts(train), texts)
     return {name: HeldOutScores(sizes[name], scores[name]).to_dict() for name in domains}
 
 

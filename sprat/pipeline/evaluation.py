@@ -60,14 +60,11 @@ def check_context(
         raise ConfigError(what, where="seq_len", todo=todo)
     task_configs = (*recipe.data.tasks, *(recipe.data.unseen if unseen else ()))
     problems = [pipeline.data_artifact.task(config, recipe.eval.split).problems for config in task_configs]
-    question_tokens = max(
-        len(render(tokenizer, problem_messages(problem), thinking=False)) for of_task in problems for problem in of_task
-    )
+    questions = [problem_messages(problem) for problem in itertools.chain.from_iterable(problems)]
+    longest = max(len(render(tokenizer, question, thinking=False)) for question in questions)
     limit, key = max((recipe.eval.max_tokens, "eval.max_tokens"), (answer, "rl.max_tokens"))
-    if question_tokens + limit > context:
-        what = (
-            f"a question of {question_tokens} tokens and an answer of {limit} exceed the model's context of {context}"
-        )
+    if longest + limit > context:
+        what = f"a question of {longest} tokens and an answer of {limit} exceed the model's context of {context}"
         raise ConfigError(what, where=key, todo="lower it, or make a model of a longer context")
 
 
@@ -121,11 +118,9 @@ def _score_row(score: Score, mode: str, trained: bool) -> dict[str, Any]:
     return StageScore(**{**vars(score), "samples": samples}, mode=mode, trained=trained).to_dict()
 
 
-def accuracy_changes(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], mode: str = "greedy"
-) -> list[dict[str, Any]]:
-    """For each task the change of accuracy between two stages and its p-value (two proportions)."""
-    rows_before = {row["task"]: row for row in before if row["label"] == mode}
+def accuracy_changes(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each task asked greedily the change of accuracy between two stages and its p-value (two proportions)."""
+    rows_before = {row["task"]: row for row in before if row["label"] == "greedy"}
     return [
         {
             "task": row["task"],
@@ -134,7 +129,7 @@ def accuracy_changes(
             "p": two_proportion_p_value(StageScore.from_dict(rows_before[row["task"]]), StageScore.from_dict(row)),
         }
         for row in after
-        if row["label"] == mode and row["task"] in rows_before
+        if row["label"] == "greedy" and row["task"] in rows_before
     ]
 
 
@@ -163,17 +158,10 @@ def draft_speedup(pipeline: Pipeline, model: Transformer, tokenizer: Tokenizer) 
 
 def _prompts(pipeline: Pipeline, count: int) -> list[list[Message]]:
     """Held-out questions, of one task after another."""
-    problems = [
-        pipeline.data_artifact.task(config, pipeline.recipe.eval.split).problems
-        for config in pipeline.recipe.data.tasks
-    ]
-    interleaved = itertools.chain.from_iterable(itertools.zip_longest(*problems))
-    return [
-        problem_messages(problem)
-        for problem in itertools.islice(
-            (problem_or_none for problem_or_none in interleaved if problem_or_none is not None), count
-        )
-    ]
+    data, split = pipeline.data_artifact, pipeline.recipe.eval.split
+    problems = [data.task(config, split).problems for config in pipeline.recipe.data.tasks]
+    interleaved = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*problems)))
+    return [problem_messages(problem) for problem in itertools.islice(interleaved, count)]
 
 
 def _generation_speed(engine: Engine, prompts: list[list[Message]]) -> float:

@@ -35,12 +35,7 @@ class LocalExecutor:
     def __init__(self, max_workers: int):
         context = multiprocessing.get_context("spawn")
         self._messages: Any = context.SimpleQueue()
-        self._pool = ProcessPoolExecutor(
-            max_workers=max_workers,
-            mp_context=context,
-            initializer=_initialize_worker,
-            initargs=(os.getpid(), self._messages),
-        )
+        self._pool = ProcessPoolExecutor(max_workers, context, _initialize_worker, (os.getpid(), self._messages))
 
     def __enter__(self) -> Self:
         return self

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 from sprat.errors import MachineError
 
+OnProgress = Callable[[str, str, float], None]
 POLL_SECONDS = 1.0  # seconds between two words on what runs
 
 
@@ -52,9 +52,7 @@ class Executor(Protocol):
         ...
 
 
-def run_stages(
-    stages: Sequence[Stage], executor: Executor, jobs: int, on_progress: Callable[[str, str, float], None]
-) -> None:
+def run_stages(stages: Sequence[Stage], executor: Executor, jobs: int, on_progress: OnProgress) -> None:
     """Run every stage, at most ``jobs`` at a time, those named first first.
 
     Args:
@@ -100,14 +98,10 @@ def run_stages(
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM is Ctrl-C while this lasts; outside of the main thread, where Python has no signals, nothing changes."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous_handler = signal.signal(signal.SIGTERM, interrupt)
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sprat.config import Config, ModelConfig, TaskConfig
+from sprat.config import Config, GRPOConfig, LoopConfig, ModelConfig, TaskConfig
 from sprat.config.recipe import ModelRecipe, PipelineRecipe, task_title
 from sprat.config.sizes import size
 from sprat.data.document import safe_name
@@ -16,6 +16,7 @@ from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.files import atomic
 from sprat.files.json import read_json
+from sprat.model import Transformer
 from sprat.pipeline.executor import notify
 from sprat.tasks import HeldOutTask, Problem, Split, Task, load
 from sprat.tokens import Tokenizer
@@ -25,13 +26,8 @@ from sprat.trust.ledger import Ledger
 from sprat.trust.run import Run, open_run
 
 Prepared = TypeVar("Prepared")
-STAGE_COMMANDS = {  # the CLI verb that runs each stage
-    "data": "data",
-    "pretrain": "train",
-    "sft": "sft",
-    "rl": "rl",
-    "distill": "distill",
-}
+# The CLI verb that runs each stage.
+STAGE_COMMANDS = {"data": "data", "pretrain": "train", "sft": "sft", "rl": "rl", "distill": "distill"}
 
 
 @dataclass(frozen=True)
@@ -47,34 +43,36 @@ class Pipeline:
         stage: str,
         recipe: Config,
         inputs: Mapping[str, run_record.Input],
-        seed: int,
         prepare: Callable[[bool], Prepared],
-        init_from: str = "",
-        check_start: Callable[[Prepared, checkpoint.Checkpoint], None] = lambda prepared, init_from_input: None,
+        check_start: Callable[[checkpoint.Checkpoint, Transformer, Any], None] | None = None,
+        seed: int | None = None,
     ) -> tuple[Run, Prepared] | None:
         """The run ``name`` on this pipeline and what ``prepare`` made for it; None where it is done already.
 
         Args:
             inputs, prepare: see ``sprat.trust.run.open_run``.
-            init_from: RUN or RUN@STEP of the recipe; the checkpoint becomes an input.
-            check_start: refuses the checkpoint to start from, if what was prepared cannot go on from it.
+            check_start: ``check_start(start, model, recipe)`` refuses the checkpoint of the recipe's ``init_from``,
+                which becomes an input, if the model that was prepared first cannot go on from it; None: a run without.
+            seed: the pipeline's if left out.
         """
         self.require_finished(*(path for path in inputs.values() if isinstance(path, Path)))
-        prepared: list[Prepared] = []
+        prepared: list[Any] = []
+        init_from = recipe.init_from if check_start and isinstance(recipe, LoopConfig | GRPOConfig) else ""
         init_from_input = self._init_from_input(name, recipe, init_from)
 
         def prepare_and_check(resuming: bool) -> None:
             prepared.append(prepare(resuming))
-            if init_from_input and not resuming:
+            if check_start and init_from_input and not resuming:
                 expected_digest = run_record.describe_input(init_from_input["init_from"], self.folder)["digest"]
-                check_start(prepared[0], checkpoint.find_start(init_from, self.run_folder(name), expected_digest))
+                start = checkpoint.find_start(init_from, self.run_folder(name), expected_digest)
+                check_start(start, prepared[0][0], recipe)
 
         run = open_run(
             self.run_folder(name),
             stage=stage,
             recipe=recipe,
             inputs={**inputs, **init_from_input},
-            seed=seed,
+            seed=self.recipe.seed if seed is None else seed,
             ledger=self.folder / "ledger.jsonl",
             money=self.recipe.money,
             prepare=prepare_and_check,
@@ -175,11 +173,8 @@ def model_config(recipe: ModelRecipe, tokenizer: Tokenizer) -> ModelConfig:
     Raises:
         ConfigError: it cannot be, or has fewer ids than the tokenizer.
     """
-    special = {
-        "bos_token_id": tokenizer.special_ids.bos,
-        "eos_token_id": tokenizer.special_ids.eos,
-        "pad_token_id": tokenizer.special_ids.pad,
-    }
+    ids = tokenizer.special_ids
+    special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     config = size(recipe.size, **{"vocab_size": tokenizer.vocab_size, **special, **recipe.changes})
     if config.vocab_size < tokenizer.vocab_size:
         what = f"{config.vocab_size} ids are fewer than the tokenizer's {tokenizer.vocab_size}"

@@ -52,14 +52,13 @@ def quantize(pipeline: Pipeline) -> None:
         return student, tokenizer
 
     inputs = {"model": pipeline.run_folder("distill"), **evaluation_inputs(pipeline)}
-    opened = pipeline.open_run("quantize", "quantize", recipe, inputs, 0, prepare)
-    if opened is None:
+    if (opened := pipeline.open_run("quantize", "quantize", recipe, inputs, prepare, seed=0)) is None:
         return
     run, (student, tokenizer) = opened
-    tokens_BT, segments_BT = (
-        _student_calibration_rows(pipeline, student, tokenizer) if recipe.rounding == "gptq" else (None, None)
-    )
-    quantized = quant.quantize_model(student, recipe, calibration_BT=tokens_BT, segments_BT=segments_BT)
+    rows_BT = segments_BT = None
+    if recipe.rounding == "gptq":
+        rows_BT, segments_BT = _student_calibration_rows(pipeline, student, tokenizer)
+    quantized = quant.quantize_model(student, recipe, calibration_BT=rows_BT, segments_BT=segments_BT)
     save(quantized, tokenizer, run.artifact)
     rows = evaluation.score_tasks(pipeline, quantized, tokenizer, ("greedy", "thinking", "direct"))
     before = finished_record(pipeline, "distill")["facts"]["scores"]
@@ -91,9 +90,8 @@ def _student_calibration_rows(pipeline: Pipeline, student: Transformer, tokenize
     text = pipeline.data_artifact.packed("text")
     num_tokens = min(STUDENT_CALIBRATION_TOKENS, SHORT_EXAMPLE_TOKENS * pipeline.recipe.distill.problems)
     rows = max(4, num_tokens // text.seq_len)
-    problems = post_sft.sample_problems(
-        *task_mix(pipeline), num_tokens // SHORT_EXAMPLE_TOKENS, f"calibration/{pipeline.recipe.seed}"
-    )
+    count, key = num_tokens // SHORT_EXAMPLE_TOKENS, f"calibration/{pipeline.recipe.seed}"
+    problems = post_sft.sample_problems(*task_mix(pipeline), count, key)
     engine = Engine(student, tokenizer, max_batch=pipeline.recipe.eval.batch)
     sampling = Sampling(temperature=0.7, max_tokens=pipeline.recipe.eval.max_tokens, seed=pipeline.recipe.seed)
     outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
@@ -153,16 +151,10 @@ def quantize_model(
                 documents = ingest.read_texts(text)
             window = min(CALIBRATION_WINDOW, dense.config.max_position_embeddings)
             rows_BT, segments_BT = calibration_rows(documents, tokenizer, window)
-    quantized = quant.quantize_model(
-        dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress
-    )
-    save(quantized, tokenizer, folder)
-    tokens = 0 if rows_BT is None else rows_BT.numel()
-    return {
-        "size_bytes": quant.size_bytes(quantized),
-        "dense_bytes": quant.size_bytes(dense),
-        "calibration_tokens": tokens,
-    }
+    int4 = quant.quantize_model(dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress)
+    save(int4, tokenizer, folder)
+    sizes = {"size_bytes": quant.size_bytes(int4), "dense_bytes": quant.size_bytes(dense)}
+    return {**sizes, "calibration_tokens": 0 if rows_BT is None else rows_BT.numel()}
 
 
 def calibration_rows(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> tuple[Tensor, Tensor]:

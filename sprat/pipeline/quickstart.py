@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from sprat.config.recipe import PipelineRecipe
@@ -24,12 +23,11 @@ from sprat.files import atomic
 from sprat.files.lock import lock_folder
 from sprat.pipeline import controls, data, quantize, training
 from sprat.pipeline.executor import LocalExecutor
-from sprat.pipeline.graph import Stage, run_stages
+from sprat.pipeline.graph import OnProgress, Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.post.rewards import load_reward
 from sprat.report import write_report
 
-OnProgress = Callable[[str, str, float], None]
 NESTED_TABLE = re.compile(r"^\[(train|distill)\]$", re.MULTILINE)  # of runs before tables were flat
 MIN_FREE_BYTES = 300_000_000  # free disk that a pipeline wants
 SERVED_RUN = "quantize"  # the run whose model is served at the end

@@ -8,14 +8,13 @@ closes the run with what it found. Arguments are plain, so that a stage can run 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from sprat.config import LoopConfig
 from sprat.config.recipe import DataRecipe, DenseRecipe, DistillRecipe, EvalScopeRecipe, PretrainRecipe
 from sprat.data.loader import MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
@@ -59,9 +58,8 @@ def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None, *, eval_every
         evaluation.check_context(pipeline, model, tokenizer, rows=batches.parts[0].seq_len)
         return model, tokenizer, batches
 
-    name, inputs, check = dense.run if dense else "pretrain", evaluation_inputs(pipeline), start_checker(recipe)
-    opened = pipeline.open_run(name, "pretrain", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, check)
-    if opened is None:
+    name, inputs = dense.run if dense else "pretrain", evaluation_inputs(pipeline)
+    if (opened := pipeline.open_run(name, "pretrain", recipe, inputs, prepare, loop.check_start)) is None:
         return
     run, (model, tokenizer, batches) = opened
     scores = partial(_held_out_bits, pipeline)
@@ -89,10 +87,7 @@ def sft(pipeline: Pipeline) -> None:
         return model, tokenizer, examples
 
     inputs = {"model": pipeline.run_folder("pretrain"), **evaluation_inputs(pipeline)}
-    opened = pipeline.open_run(
-        "sft", "sft", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, start_checker(recipe)
-    )
-    if opened is None:
+    if (opened := pipeline.open_run("sft", "sft", recipe, inputs, prepare, loop.check_start)) is None:
         return
     run, (model, tokenizer, demonstrations) = opened
     result = post_sft.sft(model, tokenizer, demonstrations, recipe, run)
@@ -109,11 +104,8 @@ def rl(pipeline: Pipeline, seed: int) -> None:
     recipe, start = pipeline.recipe.rl.with_seed(rl_seed), pipeline.recipe.rl.start
     is_first_seed = seed == pipeline.recipe.rl.seeds[0]
     modes = ALL_MODES if is_first_seed else ("greedy",)
-    inputs = {
-        "model": pipeline.run_folder(start),
-        **evaluation_inputs(pipeline),
-        "asked": EvalScopeRecipe(ways=modes, unseen=is_first_seed),
-    }
+    inputs = {"model": pipeline.run_folder(start), **evaluation_inputs(pipeline)}
+    inputs["asked"] = EvalScopeRecipe(ways=modes, unseen=is_first_seed)
     if recipe.reward:
         inputs |= reward_sources.reward_files(recipe.reward)
 
@@ -127,14 +119,8 @@ def rl(pipeline: Pipeline, seed: int) -> None:
             evaluate_gate(engine, *tasks, recipe, reward).raise_if_failed()
         return model, tokenizer, tasks, reward
 
-    def check_start(
-        prepared: tuple[Transformer, Tokenizer, TaskMix, rewards.Verifier | None],
-        start_checkpoint: checkpoint.Checkpoint,
-    ) -> None:
-        grpo.check_start(start_checkpoint, prepared[0], recipe)
-
-    opened = pipeline.open_run(f"rl-seed{seed}", "rl", recipe, inputs, seed, prepare, recipe.init_from, check_start)
-    if opened is None:
+    name = f"rl-seed{seed}"
+    if (opened := pipeline.open_run(name, "rl", recipe, inputs, prepare, grpo.check_start, seed)) is None:
         return
     run, (model, tokenizer, tasks, reward) = opened
     result = grpo.grpo(model, tokenizer, *tasks, recipe, run, reward=reward, gate=False)
@@ -157,10 +143,7 @@ def distill(pipeline: Pipeline) -> None:
     inputs = {"teacher": pipeline.run_folder(teacher_name), **evaluation_inputs(pipeline)}
     if round(recipe.qat_fraction * recipe.steps):  # it learns with nearest codes, however they are made
         inputs["quant"] = pipeline.recipe.quant.replace(rounding="nearest")
-    opened = pipeline.open_run(
-        "distill", "distill", recipe, inputs, pipeline.recipe.seed, prepare, recipe.init_from, start_checker(recipe)
-    )
-    if opened is None:
+    if (opened := pipeline.open_run("distill", "distill", recipe, inputs, prepare, loop.check_start)) is None:
         return
     run, (model, teacher, tokenizer, tasks) = opened
     engine = Engine(teacher, tokenizer, max_batch=pipeline.recipe.eval.batch)
@@ -176,15 +159,13 @@ def distill(pipeline: Pipeline) -> None:
     batches, counts = student_source(pipeline, recipe, tokenizer, traces.demonstrations)
     result = post_distill.distill(model, teacher, batches, recipe, run, pipeline.recipe.quant)
     result = replace(result, flops=result.flops + traces.flops)
-    facts = {
-        "traces": {"asked": traces.num_samples, "kept": len(traces.demonstrations), "tokens": traces.tokens, **counts}
-    }
+    facts = {"traces": trace_counts(traces) | counts}
     finish_run(pipeline, run, model, tokenizer, result, "Distilled student", ALL_MODES, facts, unseen=True)
 
 
-def start_checker(config: LoopConfig) -> Callable[[tuple[Transformer, *tuple[Any, ...]], checkpoint.Checkpoint], None]:
-    """Refuses a checkpoint from which ``config`` cannot go on with the model that was prepared first."""
-    return lambda prepared, start: loop.check_start(start, prepared[0], config)
+def trace_counts(traces: post_distill.Traces) -> dict[str, int]:
+    """How many answers were sampled, how many of them count, and their tokens, as a run's facts have it."""
+    return {"asked": traces.num_samples, "kept": len(traces.demonstrations), "tokens": traces.tokens}
 
 
 def evaluation_inputs(pipeline: Pipeline) -> dict[str, run_record.Input]:

@@ -156,10 +156,9 @@ def distill(
         raise TrainingError(what, where="distill", todo="give both the same tokenizer and vocab_size")
     qat_steps = round(config.qat_fraction * config.steps)
     rounding = partial(fake_quantize, student, quant or QuantConfig())
-    final_phase = loop.FinalPhase(config.steps - qat_steps, rounding) if qat_steps else None
-    result = loop.train(
-        student, source, config, run, loss_fn=distillation_loss(teacher, config), final_phase=final_phase
-    )
+    phase = loop.FinalPhase(config.steps - qat_steps, rounding) if qat_steps else None
+    loss_fn = distillation_loss(teacher, config)
+    result = loop.train(student, source, config, run, loss_fn=loss_fn, final_phase=phase)
     if config.mode == "traces":
         return result
     length = result.tokens // max(1, result.steps * config.batch_rows)

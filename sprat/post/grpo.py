@@ -213,11 +213,9 @@ class _LogprobMismatch:
         """The two metrics. Raises: TrainingError: the mean is above ``limit``, or no number."""
         ranked = sorted(self.answers, key=lambda a: -math.inf if math.isnan(a[0]) else -a[0] / a[1])
         outliers = math.ceil(len(ranked) / ANSWERS_PER_OUTLIER) if len(ranked) > 1 else 0
-        mean, trimmed_mean = _mean(ranked), _mean(ranked[outliers:])
-        if not trimmed_mean <= limit or math.isnan(mean):
-            what = (
-                f"in step {step} the trainer's log-probabilities are {trimmed_mean:.2g} nats from the sampler's (mean)"
-            )
+        mean, trimmed = _mean(ranked), _mean(ranked[outliers:])
+        if not trimmed <= limit or math.isnan(mean):
+            what = f"in step {step} the trainer's log-probabilities are {trimmed:.2g} nats from the sampler's (mean)"
             todo = "train float32 weights, or raise rl.max_mismatch and correct for it by rl.importance_cap = 2"
             raise TrainingError(f"{what}, rl.max_mismatch is {limit:g}", where="rl", todo=todo)
         return {"mismatch": self.largest, "mismatch_mean": mean}
@@ -254,10 +252,8 @@ def _update_policy(
                 loss = ClippedSurrogate(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
                 loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
                 if reference is not None:
-                    loss.kl_weight, loss.reference_N = (
-                        config.kl_weight,
-                        _reference_logprobs(reference, selected, config),
-                    )
+                    loss.kl_weight = config.kl_weight
+                    loss.reference_N, _ = _logprobs(reference, selected, config)
                 head_VD, temperature = model.head.dense_weight(), config.temperature
                 total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, temperature)
                 total.backward()
@@ -270,7 +266,6 @@ def _update_policy(
     return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
 
 
-@torch.no_grad()
 def _with_importance(
     model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: _LogprobMismatch
 ) -> list[Rollout]:
@@ -278,22 +273,22 @@ def _with_importance(
     with_importance = list(rollouts)
     for micro in micro_batches(rollouts, range(len(rollouts))):
         selected = [rollouts[row] for row in micro]
-        tokens = forward_responses(model, selected, torch.zeros(len(selected)))
-        trainer_N = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)[0]
+        trainer_N, sampler_N = _logprobs(model, selected, config)
         sizes = [len(rollout.token_ids) for rollout in selected]
-        mismatch.add(trainer_N, tokens.old_N, sizes)
-        importance_N = (trainer_N - tokens.old_N).exp().clamp(max=config.importance_cap)
+        mismatch.add(trainer_N, sampler_N, sizes)
+        importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
         parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
         for row, logprob_N, weight_N in parts:
             with_importance[row] = replace(rollouts[row], logprobs=logprob_N.tolist(), importance=weight_N.tolist())
     return with_importance
 
 
-def _reference_logprobs(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
-    """Log-probabilities of the response tokens under the frozen start."""
-    with torch.no_grad():
-        tokens = forward_responses(reference, rollouts, torch.zeros(len(rollouts)))
-        return token_logprob(tokens.x_ND, reference.head.dense_weight(), tokens.targets_N, config.temperature)[0]
+@torch.no_grad()
+def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the response tokens under ``model``, and those of the rollouts; no gradient."""
+    tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)))
+    logprob_N, _ = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)
+    return logprob_N, tokens.old_N
 
 
 def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> float:

@@ -79,24 +79,22 @@ def evaluate_gate(
     pass_at_8 = 0.0
     scores: dict[bool, list[Score]] = {True: [], False: []}
     for task, share in task_shares:
-        problems = max(8, round(count * share))
+        n, limit = max(8, round(count * share)), config.max_tokens
         pass_at_8 += share * pass_at_k(
             engine,
             task,
             8,
-            max(8, problems // 4),
-            max_tokens=config.max_tokens,
+            max(8, n // 4),
+            max_tokens=limit,
             temperature=config.temperature,
             seed=config.seed + _SEED,
             split="train",
             scorer=_scorer(engine.tokenizer, reward, None),
         )
         for thinking in scores:
-            limit, scorer = config.max_tokens, _scorer(engine.tokenizer, reward, thinking)
-            result = evaluate(
-                engine, task, count=problems, thinking=thinking, max_tokens=limit, split="train", scorer=scorer
-            )
-            scores[thinking].append(result)
+            scorer = _scorer(engine.tokenizer, reward, thinking)
+            score = evaluate(engine, task, count=n, thinking=thinking, max_tokens=limit, split="train", scorer=scorer)
+            scores[thinking].append(score)
     if isinstance(reward, Verifier):
         reward.pop_faults()
     with_thinking, direct = pool_scores(scores[True]), pool_scores(scores[False])

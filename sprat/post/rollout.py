@@ -70,12 +70,10 @@ def sample_groups(
     outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
     sampled_problems = [pair for pair in problems for _ in range(config.group_size)]
     pairs = zip(sampled_problems, outputs, strict=True)
-    return [
-        _score_rollout(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs
-    ]
+    return [_pay_rollout(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs]
 
 
-def _score_rollout(
+def _pay_rollout(
     tokenizer: Tokenizer, task: Task, problem: Problem, output: Output, config: RLConfig, reward: Reward | None
 ) -> Rollout:
     """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""

@@ -58,12 +58,11 @@ def sample_demonstrations(
 ) -> list[Demonstration]:
     """Demonstrations by the tasks' own explanations; each is terse with chance ``terse_fraction``."""
     rng = random.Random(f"terse/{seed}")
-    return [
-        Demonstration(
-            problem.question, "" if rng.random() < terse_fraction else task.chain_of_thought(problem), problem.answer
-        )
-        for task, problem in sample_problems(tasks, weights, count, f"demonstrations/{seed}")
-    ]
+    demonstrations = []
+    for task, problem in sample_problems(tasks, weights, count, f"demonstrations/{seed}"):
+        reasoning = "" if rng.random() < terse_fraction else task.chain_of_thought(problem)
+        demonstrations.append(Demonstration(problem.question, reasoning, problem.answer))
+    return demonstrations
 
 
 def pack_demonstrations(

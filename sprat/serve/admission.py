@@ -107,14 +107,9 @@ class StreamingRequest:
             raise RuntimeError("the engine finished without an output")
         usage = done.output.usage
         self.seconds = time.monotonic() - self.start_time
-        self.usage = usage_body(
-            usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens, usage.cache_hit_tokens
-        )
-        self.cost = self._meter.record(
-            hit=self.usage["prompt_cache_hit_tokens"],
-            miss=self.usage["prompt_cache_miss_tokens"],
-            output=usage.completion_tokens,
-        )
+        self.usage = usage_body(usage)
+        hit, miss = self.usage["prompt_cache_hit_tokens"], self.usage["prompt_cache_miss_tokens"]
+        self.cost = self._meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
         self.finish_reason = str(done.output.finish_reason)
         if self.finish_reason == "cancelled":  # by the caller: an early stop; by us: DeepSeek's word for it
             self.finish_reason = "insufficient_system_resource" if self.shutting_down else "stop"
@@ -189,17 +184,11 @@ class AdmissionPool:
             RequestError: 429 when all slots are taken, 503 when closing, 400 when the engine refuses it.
         """
         if self.closed:
-            raise RequestError(
-                503, "the server is shutting down", code="shutting_down", kind="server_error", retry_after=5
-            )
+            message = "the server is shutting down"
+            raise RequestError(503, message, code="shutting_down", kind="server_error", retry_after=5)
         if len(self.running) >= self.max_concurrent_requests:
-            raise RequestError(
-                429,
-                f"all {self.max_concurrent_requests} places are taken; try again in a moment",
-                code="too_many_requests",
-                kind="rate_limit_error",
-                retry_after=1,
-            )
+            message = f"all {self.max_concurrent_requests} places are taken; try again in a moment"
+            raise RequestError(429, message, code="too_many_requests", kind="rate_limit_error", retry_after=1)
         streaming_request = StreamingRequest(self.engine, messages, sampling, self.meter, tenant)
         self.running[request_id] = streaming_request
         future = asyncio.get_running_loop().run_in_executor(self._executor, streaming_request.pump)

@@ -43,9 +43,8 @@ def create_app(
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.pool, app.state.config = pool, config
-    app.add_middleware(
-        SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=(*config.allowed_hosts, config.host)
-    )
+    hosts = (*config.allowed_hosts, config.host)
+    app.add_middleware(SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=hosts)
     add_routes(app, state)
 
     _add_error_handlers(app)

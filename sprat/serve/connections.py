@@ -112,10 +112,8 @@ def _bad_request_response(error: BaseException | None) -> bytes:
     message = f"the request is not valid HTTP/1.1 ({error}); correct the client, or use another"
     code = status.phrase.lower().replace(" ", "_")
     body = json.dumps(RequestError(status, message, code=code).body()).encode()
-    head = (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    )
-    return f"{head}Connection: close\r\n\r\n".encode("ascii") + body
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii") + body
 
 
 def _evict_idle(connections: set[Any]) -> bool:

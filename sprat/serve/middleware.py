@@ -14,18 +14,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable
 from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sprat.serve.api_keys import ApiKeys
 from sprat.serve.protocol import RequestError
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC_PATHS = ("/", "/healthz", "/openapi.json")  # what needs no key
 SECURITY_HEADERS = [
@@ -77,7 +72,7 @@ class SecurityMiddleware:
     Whose request it is stands in ``request.state.tenant`` from here on.
     """
 
-    def __init__(self, app: App, api_keys: ApiKeys, allowed_hosts: Iterable[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, api_keys: ApiKeys, allowed_hosts: Iterable[str] = ()) -> None:
         self.app, self.api_keys = app, api_keys
         self.allowed_hosts = frozenset(name.lower() for name in allowed_hosts)
 

@@ -15,9 +15,12 @@ which ``"none"`` means off and every other level on.
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from sprat.engine.sequence import Usage
 
 MAX_MESSAGES = 256
 MAX_STOP_STRINGS = 16
@@ -253,9 +256,8 @@ def _validation_error(error_type: str, loc: tuple[int | str, ...], message: str)
     if "response_format" in loc[:1]:
         return RequestError(400, f"{param}: {_PLAIN_TEXT_ONLY}", param=param, code="not_offered")
     if {*loc[:1]} & UnsupportedFields.model_fields.keys() or {*loc[2:3]} & UnsupportedMessageFields.model_fields.keys():
-        return RequestError(
-            400, f"{param}: this server does not offer it; leave it out", param=param, code="not_offered"
-        )
+        message = f"{param}: this server does not offer it; leave it out"
+        return RequestError(400, message, param=param, code="not_offered")
     if error_type == "extra_forbidden":
         names = list(ChatRequest.model_fields) if len(loc) == 1 else []
         close_matches = difflib.get_close_matches(str(loc[-1]), names, n=1)
@@ -265,21 +267,14 @@ def _validation_error(error_type: str, loc: tuple[int | str, ...], message: str)
     return RequestError(400, f"{param}: {message}" if param else message, param=param or None)
 
 
-def usage_body(prompt: int, completion: int, reasoning: int, hit: int) -> dict[str, Any]:
-    """The ``usage`` object; counts are tokens and ``hit + miss == prompt`` by construction.
-
-    Args:
-        prompt: tokens of the rendered prompt.
-        completion: tokens generated, reasoning included.
-        reasoning: of those, tokens of thinking.
-        hit: prompt tokens that were found in the cache.
-    """
-    hit = max(0, min(hit, prompt))
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """The ``usage`` object; counts are tokens and ``hit + miss == prompt`` by construction."""
+    hit = max(0, min(usage.cache_hit_tokens, usage.prompt_tokens))
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_cache_hit_tokens": hit,
-        "prompt_cache_miss_tokens": prompt - hit,
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
+        "prompt_cache_miss_tokens": usage.prompt_tokens - hit,
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }

@@ -44,7 +44,5 @@ def max_violation(expert_loads: Sequence[Tensor]) -> float:
 
     0 is perfect balance; E - 1 is one expert taking everything (arXiv 2408.15664, section 4.1). 0 for no layers.
     """
-    return max(
-        (float(load_E.max() * len(load_E)) / max(1.0, float(load_E.sum())) - 1.0 for load_E in expert_loads),
-        default=0.0,
-    )
+    ratios = [float(load_E.max() * len(load_E)) / max(1.0, float(load_E.sum())) for load_E in expert_loads]
+    return max(ratios, default=1.0) - 1.0

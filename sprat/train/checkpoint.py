@@ -144,9 +144,8 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
     seen = set[int]()
     for run_folder in run_folders:
         checkpoints = run_folder / "checkpoints"
-        for candidate in _valid_checkpoints(
-            run_folder / "artefact" / ARTEFACT_FOLDER, checkpoints / STABLE, checkpoints
-        ):
+        kept = run_folder / "artefact" / ARTEFACT_FOLDER
+        for candidate in _valid_checkpoints(kept, checkpoints / STABLE, checkpoints):
             if step in (None, candidate.step) and expected_digest in ("", digest.of_folder(candidate.folder)):
                 return candidate
             seen.add(candidate.step)
@@ -182,10 +181,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersConta
     try:
         weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
     except (OSError, SafetensorError) as error:
-        todo = "remove that folder to start from the checkpoint before"
-        raise CheckpointError(
-            f"a checkpoint cannot be read: {error}", where=str(checkpoint.folder), todo=todo
-        ) from None
+        what, todo = f"a checkpoint cannot be read: {error}", "remove that folder to start from the checkpoint before"
+        raise CheckpointError(what, where=str(checkpoint.folder), todo=todo) from None
     check_compatible(checkpoint, model, optimizer)
     optimizer.load_state_dict(state)
     with torch.no_grad():
@@ -200,11 +197,8 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
         CheckpointError: it is of another one, or cannot be read.
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
-    parts = (
-        ([_tensors(model)], "the checkpoint is of another model"),
-        (optimizer.layouts(), "the checkpoint is of another optimiser"),
-    )
-    for name, (layouts, what) in zip(_FILES, parts, strict=True):
+    parts = (([_tensors(model)], "model"), (optimizer.layouts(), "optimiser"))
+    for name, (layouts, part) in zip(_FILES, parts, strict=True):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
                 stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -212,7 +206,7 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
             fault = f"a checkpoint cannot be read: {error}"
             raise CheckpointError(fault, where=str(checkpoint.folder), todo="name another one") from None
         if stored not in [{key: tuple(value.shape) for key, value in layout.items()} for layout in layouts]:
-            raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
+            raise CheckpointError(f"the checkpoint is of another {part}", where=str(checkpoint.folder), todo=todo)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -246,9 +240,5 @@ def _folders(folder: Path) -> list[Path]:
 
 def _remove_partial(folder: Path) -> None:
     """Remove what killed saves left behind."""
-    for partial in _hidden(folder):
+    for partial in folder.glob(".step-*.tmp-*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _hidden(folder: Path) -> Iterator[Path]:
-    yield from folder.glob(".step-*.tmp-*")

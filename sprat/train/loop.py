@@ -316,13 +316,8 @@ def progress_bar(run: Run, steps: int, done: int = 0, *, shown: bool = True) -> 
     """
     run.start_progress(steps, done)
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
+    title, note_text = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (title, BarColumn(), MofNCompleteColumn(), note_text, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(run.stage, total=steps, completed=done, note="")
         yield lambda now, note: progress.update(task, completed=now, note=note)

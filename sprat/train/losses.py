@@ -71,10 +71,8 @@ class Loss:
 class LossFn(Protocol):
     """What is minimized."""
 
-    def __call__(
-        self, model: Transformer, batch: Batch, config: LoopConfig, step_batch: Batch | None = None, /
-    ) -> Loss:
-        """The share that ``batch`` has in the loss of ``step_batch``, all rows of the step (None: ``batch`` is all)."""
+    def __call__(self, model: Transformer, batch: Batch, config: LoopConfig, whole: Batch | None = None, /) -> Loss:
+        """The share that ``batch`` has in the loss of ``whole``, all rows of the step (None: ``batch`` is all)."""
         ...
 
 
@@ -97,9 +95,8 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
         losses = []
         for depth, (ahead, targets_BT) in enumerate(mtp_outputs(model, hidden, batch), 1):
             num_items = num_targets(mtp_targets(step_batch, depth))
-            losses.append(
-                linear_cross_entropy(ahead.x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), num_items=num_items)
-            )
+            x_ND, targets_N = ahead.x_BTD.flatten(0, 1), targets_BT.flatten()
+            losses.append(linear_cross_entropy(x_ND, head_VD, targets_N, num_items=num_items))
             routing += ahead.routing
         mtp = torch.stack(losses).mean()
         total, metrics["mtp_loss"] = total + config.mtp_weight * mtp, mtp.item()
@@ -181,9 +178,7 @@ def policy_loss(
     """
     x_ND, head_VD = x_ND.float(), head_VD.float()
     with _without_autocast(x_ND.device.type):
-        loss, logprob_N, entropy_N = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
-            x_ND, head_VD, targets_N, surrogate, temperature
-        )
+        loss, logprob_N, entropy_N = _PolicyLoss.apply(x_ND, head_VD, targets_N, surrogate, temperature)  # type: ignore[no-untyped-call]
     return loss, logprob_N, entropy_N
 
 
@@ -210,11 +205,9 @@ def forward_kl(
     Returns:
         scalar loss; mean KL and mean cross-entropy in nats (unweighted, without gradient).
     """
-    student, teacher = (x_ND.float(), head_VD.float()), (teacher_x_NE.float(), teacher_head_VE.float())
+    tensors = x_ND.float(), head_VD.float(), teacher_x_NE.float(), teacher_head_VE.float(), targets_N
     with _without_autocast(x_ND.device.type):
-        loss, kl, ce = _ForwardKL.apply(  # type: ignore[no-untyped-call]
-            *student, *teacher, targets_N, kl_weight, ce_weight, temperature
-        )
+        loss, kl, ce = _ForwardKL.apply(*tensors, kl_weight, ce_weight, temperature)  # type: ignore[no-untyped-call]
     return loss, kl, ce
 
 

@@ -101,11 +101,8 @@ class ThreadDataParallel:
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()
         if self.size > 1:
-            inner = self._inner
-            self._pool = ThreadPoolExecutor(
-                self.size - 1, "data-parallel", initializer=lambda: torch.set_num_threads(inner)
-            )
-            torch.set_num_threads(inner)
+            self._pool = ThreadPoolExecutor(self.size - 1, "data-parallel", torch.set_num_threads, (self._inner,))
+            torch.set_num_threads(self._inner)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -35,7 +35,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(training, "finish_run", lambda pipeline, run, *_, **__: run.finish())
     for name in ("data", "pretrain"):
         opened = pipeline_of(tmp_path, "verdicts.mine:f").open_run(
-            name, name, load_recipe("tiny").data, {}, 0, lambda goes_on: None
+            name, name, load_recipe("tiny").data, {}, lambda goes_on: None
         )
         assert opened is not None
         opened[0].finish()

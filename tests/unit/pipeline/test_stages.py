@@ -97,12 +97,12 @@ def test_a_run_that_is_set_aside_is_named_with_its_new_place(
         asked.append((finished / "pretrain" / "run.json").exists() and not goes_on)
         return "ready"
 
-    opened = pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, 0, prepare)
+    opened = pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, prepare)
     assert opened is not None and opened[1] == "ready" and asked == [True]
     assert str(finished / "pretrain.old-1") in capsys.readouterr().err
     assert (finished / "pretrain.old-1" / "run.json").exists()
     opened[0].finish()
-    assert pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, 0, prepare) is None
+    assert pipeline.open_run("pretrain", "pretrain", pipeline.recipe.pretrain, {}, prepare) is None
     assert asked == [True] and capsys.readouterr().err == ""
 
 
@@ -121,7 +121,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     folder = tmp_path / "road" / "pretrain"
     model = Transformer.create(size("pico", vocab_size=64, hidden_size=16, intermediate_size=16, kv_lora_rank=16), 0)
     first = Pipeline(tmp_path / "road", load_recipe("tiny"))
-    opened = first.open_run("pretrain", "pretrain", first.recipe.pretrain, {}, 0, bool)
+    opened = first.open_run("pretrain", "pretrain", first.recipe.pretrain, {}, bool)
     assert opened is not None
     for step in (20, 40):
         checkpoint.save(opened[0].checkpoints, step, model, optim.build(model, OptimConfig()), {"n": step})
@@ -131,7 +131,7 @@ def test_a_run_may_start_from_the_one_in_its_own_folder(tmp_path: Path) -> None:
     again = Pipeline(tmp_path / "road", load_recipe("tiny", (f"pretrain.init_from={init_from}",)))
 
     def start() -> Run | None:
-        found = again.open_run("pretrain", "pretrain", again.recipe.pretrain, {}, 0, bool, init_from)
+        found = again.open_run("pretrain", "pretrain", again.recipe.pretrain, {}, lambda resuming: (model,), print)
         return found and found[0]
 
     run = start()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sprat.engine.sequence import Usage
 from sprat.serve.protocol import RequestError, parse_chat_request, usage_body
 
 GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "1 + 1"}]}
@@ -245,6 +246,6 @@ def test_any_json_is_either_understood_or_refused(value: Any, field: str) -> Non
 
 @given(*[st.integers(0, 10**9)] * 4)
 def test_hit_plus_miss_is_always_the_prompt(prompt: int, completion: int, reasoning: int, hit: int) -> None:
-    usage = usage_body(prompt, completion, reasoning, hit)
+    usage = usage_body(Usage(prompt, completion, reasoning, hit, prompt - hit))
     assert usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"] == usage["prompt_tokens"] == prompt
     assert usage["total_tokens"] == prompt + completion
