@@ -181,9 +181,8 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
         key = ".".join(str(part) for part in first_error["loc"])
         if first_error["type"] == "extra_forbidden":
             raise _unknown_key_error(config_class, first_error["loc"], where) from None
-        raise ConfigError(
-            f"{key or config_class.__name__}: {first_error['msg']}", where=where, todo="correct the value"
-        ) from None
+        what = f"{key or config_class.__name__}: {first_error['msg']}"
+        raise ConfigError(what, where=where, todo="correct the value") from None
 
 
 def _unknown_key_error(config_class: type[BaseModel], path: tuple[int | str, ...], where: str) -> ConfigError:
@@ -198,10 +197,9 @@ def _unknown_key_error(config_class: type[BaseModel], path: tuple[int | str, ...
         return ConfigError(f"the key {key!r} is now called {renamed!r}", where=where, todo="rename it")
     suggestions = _suggest_keys(name, [] if table is None else list(_dotted_keys(table)))
     if suggestions:
-        return ConfigError(
-            f"unknown key {key!r}", where=where, todo=f"did you mean {' or '.join(map(repr, suggestions))}?"
-        )
-    todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
+        todo = f"did you mean {' or '.join(map(repr, suggestions))}?"
+    else:
+        todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
     return ConfigError(f"unknown key {key!r}", where=where, todo=todo)
 
 

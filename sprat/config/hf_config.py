@@ -60,9 +60,8 @@ def check_keys(table: dict[str, Any], fields: Iterable[str], where: str) -> None
     """
     for key, allowed in _SUPPORTED_VALUES.items():
         if table.get(key) not in allowed:
-            raise ConfigError(
-                f"{key}={table[key]!r} is not supported", where=where, todo="convert the checkpoint to the plain form"
-            )
+            todo = "convert the checkpoint to the plain form"
+            raise ConfigError(f"{key}={table[key]!r} is not supported", where=where, todo=todo)
     known_keys = {*fields, *_READ_KEYS, *_SUPPORTED_VALUES, *_IGNORED_KEYS}
     unknown = [f"{k}={str(v)[:40]}" for k, v in sorted(table.items()) if k not in known_keys and v not in (None, False)]
     if unknown:
@@ -77,23 +76,21 @@ def parse_rope(table: dict[str, Any], where: str) -> tuple[float, dict[str, Any]
     Raises:
         ConfigError: a key is not understood, there is a factor without a type, or only a part of each head turns.
     """
-    where_rope, rope_table = f"{where}: rope_scaling", table.get("rope_parameters") or table.get("rope_scaling") or {}
+    scope, rope_table = f"{where}: rope_scaling", table.get("rope_parameters") or table.get("rope_scaling") or {}
     if not isinstance(rope_table, dict):
-        raise ConfigError("it is no table", where=where_rope, todo="write its rope_type and factor")
+        raise ConfigError("it is no table", where=scope, todo="write its rope_type and factor")
     merged = {key: value for key, value in rope_table.items() if value is not None}
     if unknown := sorted(merged.keys() - _ROPE_KEYS):
-        raise ConfigError(f"{unknown[0]!r} is not understood", where=where_rope, todo="use yarn, llama3 or linear")
+        raise ConfigError(f"{unknown[0]!r} is not understood", where=scope, todo="use yarn, llama3 or linear")
     if merged.pop("partial_rotary_factor", 1) != 1:
-        raise ConfigError("partial_rotary_factor: heads must turn whole", where=where_rope, todo="use another model")
+        raise ConfigError("partial_rotary_factor: heads must turn whole", where=scope, todo="use another model")
     theta = merged.pop("rope_theta", None) or table.get("rope_theta") or 10000.0
     kinds = [merged.pop(key, None) for key in ("rope_type", "type")]
     kind = kinds[0] or kinds[1] or "default"
     merged.pop("finetuned", None)
     if kind == "default":
         if merged.get("factor", 1) != 1:
-            raise ConfigError(
-                "there is a factor and no type", where=where_rope, todo="add the rope_type: yarn or linear"
-            )
+            raise ConfigError("there is a factor and no type", where=scope, todo="add the rope_type: yarn or linear")
         return float(theta), None
     if kind in ("yarn", "llama3"):
         top_level = table.get("original_max_position_embeddings")
@@ -116,9 +113,8 @@ def parse_window(table: dict[str, Any], layers: int, where: str) -> WindowKeys:
     if kind == "mistral":
         window = table.get("sliding_window", 4096)
         return {} if window is None else {"sliding_window": window}
-    if types is not None and not (
-        isinstance(types, list) and len(types) == layers and all(layer_type in (SLIDING, FULL) for layer_type in types)
-    ):
+    describes = isinstance(types, list) and len(types) == layers and all(each in (SLIDING, FULL) for each in types)
+    if types is not None and not describes:
         todo = f"give {layers} of {FULL} and {SLIDING}"
         raise ConfigError("layer_types does not describe the layers", where=where, todo=todo)
     if kind not in ("qwen2", "qwen3"):

@@ -147,9 +147,8 @@ class ModelConfig(Config):
                 raise ValueError("qk_rope_head_dim must be even")
         else:
             if self.n_routed_experts or self.num_nextn_predict_layers:
-                raise ValueError(
-                    f"{self.architecture} is dense: n_routed_experts and num_nextn_predict_layers must be 0"
-                )
+                what = "n_routed_experts and num_nextn_predict_layers must be 0"
+                raise ValueError(f"{self.architecture} is dense: {what}")
             if self.num_attention_heads % self.kv_heads:
                 raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
             if self.attention_head_dim % 2 or not self.attention_head_dim:

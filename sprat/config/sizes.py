@@ -40,13 +40,7 @@ def _small_shape(hidden: int, layers: int, heads: int, experts: int, chosen: int
 
 
 _MAX_VALUE = 2**31  # of any number of a model that a recipe makes
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-}
+_YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 _V2 = {
     "architecture": "deepseek_v2",
     "vocab_size": 102400,
@@ -153,11 +147,6 @@ def size(name: str, /, *, dense: bool = False, **changes: Any) -> ModelConfig:
     table = {**_SIZES[name], **changes}
     if dense:
         active = (table["num_experts_per_tok"] + table["n_shared_experts"]) * table["moe_intermediate_size"]
-        no_experts = {
-            "n_routed_experts": 0,
-            "n_shared_experts": 0,
-            "num_experts_per_tok": 0,
-            "moe_intermediate_size": 0,
-        }
-        table |= {**no_experts, "n_group": 1, "topk_group": 1, "intermediate_size": active}
+        experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+        table |= {**dict.fromkeys(experts, 0), "n_group": 1, "topk_group": 1, "intermediate_size": active}
     return parse(ModelConfig, table, where=f"size {name}")

@@ -42,11 +42,9 @@ def baseline_scores(train: bytes, tests: Mapping[str, bytes]) -> dict[str, dict[
         if not text:
             raise DataError("an empty text has no bits per byte", where=name, todo="give some text")
     sizes = {"gzip": _gzip(train, tests), "xz": _xz(train, tests)}
-    scores = {
-        name: {kind: 8 * by_test[name] / len(test) for kind, by_test in sizes.items() if name in by_test}
-        for name, test in tests.items()
-    }
-    for name, models in zip(tests, ngram.probabilities(train, list(tests.values())), strict=True):
+    scores: dict[str, dict[str, float]] = {}
+    for (name, test), models in zip(tests.items(), ngram.probabilities(train, list(tests.values())), strict=True):
+        scores[name] = {kind: 8 * by_test[name] / len(test) for kind, by_test in sizes.items() if name in by_test}
         scores[name] |= {kind: float(-np.log2(probabilities).mean()) for kind, probabilities in models.items()}
     return scores
 

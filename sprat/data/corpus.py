@@ -139,9 +139,7 @@ def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> C
     return _save(folder, request, chosen, [entry.to_dict()], held_out)
 
 
-def _count_excluded(
-    tally: ingest.ExclusionTally, why: str, before: Sequence[Document], after: Sequence[Document]
-) -> None:
+def _count_excluded(tally: ingest.ExclusionTally, why: str, before: list[Document], after: list[Document]) -> None:
     """Count the documents of ``before`` that are not in ``after``, or only in part."""
     sizes_after = {document.id: document.size for document in after}
     for document in before:
@@ -168,11 +166,9 @@ def _sample_domains(
     chosen: list[Document] = []
     for domain, share in domains.items():
         pool = [document for document in documents if not shares or document.domain == domain]
-        test = [
-            _truncate(document, MAX_HELD_OUT_DOCUMENT_BYTES) if shares else document
-            for document in pool
-            if is_held_out(document.source)
-        ]
+        test = [document for document in pool if is_held_out(document.source)]
+        if shares:
+            test = [_truncate(document, MAX_HELD_OUT_DOCUMENT_BYTES) for document in test]
         chosen += _sample([document for document in pool if not is_held_out(document.source)], round(share * budget))
         chosen += _sample(test, _held_out_bytes(budget))
     return sorted(chosen, key=lambda document: document.id)
@@ -181,9 +177,7 @@ def _sample_domains(
 def _sample(documents: Sequence[Document], limit: int) -> list[Document]:
     """Documents in the order of the hash of their id until ``limit`` bytes; the last one is cut at a line's end."""
     chosen: list[Document] = []
-    for document in sorted(
-        documents, key=lambda document: hashlib.sha256(document.id.encode("utf-8", "replace")).digest()
-    ):
+    for document in sorted(documents, key=lambda item: hashlib.sha256(item.id.encode("utf-8", "replace")).digest()):
         size = document.size
         if size > limit:
             last = _truncate(document, limit)

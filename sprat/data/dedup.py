@@ -26,15 +26,12 @@ def exact_dedup(documents: Iterable[Document]) -> Iterator[Document]:
         if len(parts) == 1:
             yield document
             continue
-        kept_indices = [
-            index
-            for index in range(0, len(parts), 2)
-            if len(parts[index]) < MIN_PARAGRAPH_CHARS or _add_if_new(parts[index], seen)
-        ]
-        if 2 * len(kept_indices) == len(parts) + 1:
+        paragraphs = list(zip(parts[::2], [*parts[1::2], ""], strict=True))  # each with the blank lines behind it
+        unique = [(text, gap) for text, gap in paragraphs if len(text) < MIN_PARAGRAPH_CHARS or _add_if_new(text, seen)]
+        if len(unique) == len(paragraphs):
             yield document
-        elif any(parts[index].strip() for index in kept_indices):
-            text = "".join(parts[index] + "".join(parts[index + 1 : index + 2]) for index in kept_indices)
+        elif any(text.strip() for text, _ in unique):
+            text = "".join(text + gap for text, gap in unique)
             yield document.with_text(text.strip("\n") + "\n")
 
 

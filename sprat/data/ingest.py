@@ -49,9 +49,8 @@ class ExclusionTally:
 
     def excluded(self) -> tuple[ExcludedText, ...]:
         """One entry for each reason, in the order in which they came up."""
-        return tuple(
-            ExcludedText(why, count, self._sizes[why], tuple(self._names[why])) for why, count in self._counts.items()
-        )
+        counts = self._counts.items()
+        return tuple(ExcludedText(why, count, self._sizes[why], tuple(self._names[why])) for why, count in counts)
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.excluded()))
@@ -85,9 +84,8 @@ def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterato
         if not path.is_file():
             raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
         if path.suffix.lower() not in TEXT_SUFFIXES + TABLE_SUFFIXES:
-            raise DataError(
-                "no text file by its name", where=str(path), todo=f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
-            )
+            todo = f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
+            raise DataError("no text file by its name", where=str(path), todo=todo)
     has_text = False
     for file in files:
         name = file.relative_to(root).as_posix()

@@ -35,6 +35,7 @@ from sprat.errors import DataError
 from sprat.files import atomic
 from sprat.files.json import write_json
 
+Int64Array = npt.NDArray[np.int64]
 MaskedSequence = tuple[Sequence[int], Sequence[int] | None]
 
 
@@ -151,7 +152,7 @@ def pack(sequences: Iterable[MaskedSequence], seq_len: int) -> PackedDataset:
     return PackedDataset(tokens.reshape(shape), segments.reshape(shape), learned.reshape(shape))
 
 
-def document_ids(lengths: Sequence[int], seq_len: int) -> npt.NDArray[np.int64]:
+def document_ids(lengths: Sequence[int], seq_len: int) -> Int64Array:
     """Which sequence each token of packed rows came from, [R, T+1] int64: its index in ``lengths``, -1 for none.
 
     Where a sequence lies depends on the lengths alone, so this can be asked long after ``pack`` made the rows of
@@ -166,7 +167,7 @@ def document_ids(lengths: Sequence[int], seq_len: int) -> npt.NDArray[np.int64]:
 
 def _cut_sequences(
     sequences: Iterable[MaskedSequence], seq_len: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], Int64Array, Int64Array]:
     """All ids and masks end to end, and where each piece of at most seq_len + 1 tokens starts and how long it is."""
     long_enough = [(ids, mask) for ids, mask in sequences if len(ids) > 1]
     if any(mask is not None and len(mask) != len(ids) for ids, mask in long_enough):
@@ -184,9 +185,7 @@ def _cut_sequences(
     return flat, learned, starts, lengths
 
 
-def _best_fit(
-    lengths: npt.NDArray[np.int64], width: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+def _best_fit(lengths: Int64Array, width: int) -> tuple[Int64Array, Int64Array, Int64Array, int]:
     """Best-fit decreasing: row and offset of each piece in the order of placing, that order, and how many rows."""
     order = np.argsort(-lengths, kind="stable")
     row, offset = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
@@ -209,7 +208,7 @@ def _best_fit(
     return row, offset, order, rows
 
 
-def _segment_numbers(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _segment_numbers(row: Int64Array) -> Int64Array:
     """1, 2, … for the pieces of each row, in the order of placing."""
     order = np.argsort(row, kind="stable")
     ordered = row[order]

@@ -57,11 +57,9 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     except BlockingIOError:
         pid = os.read(handle, _MAX_BYTES).decode("ascii", "replace").strip() or "unknown"
         os.close(handle)
-        raise MachineError(
-            f"another sprat is at work in this folder (pid {pid})",
-            where=str(folder),
-            todo="wait until it ends, or give another folder",
-        ) from None
+        what = f"another sprat is at work in this folder (pid {pid})"
+        todo = "wait until it ends, or give another folder"
+        raise MachineError(what, where=str(folder), todo=todo) from None
     _open_handles.add(handle)
     try:
         os.pwrite(handle, f"{os.getpid():<{_MAX_BYTES - 1}}\n".encode(), 0)

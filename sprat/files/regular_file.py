@@ -21,9 +21,8 @@ def open_regular_file(path: str | Path) -> io.BufferedReader:
         raise IsADirectoryError(str(path))
     if stat.S_ISREG(os.stat(path).st_mode):
         # Should a pipe take its place just now, O_NONBLOCK keeps us from waiting for its writer.
-        stream: io.BufferedReader = io.BufferedReader(
-            io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        )
+        raw = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        stream: io.BufferedReader = io.BufferedReader(raw)
         if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             return stream
         stream.close()

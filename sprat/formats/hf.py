@@ -82,9 +82,8 @@ def resolve(id_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(id_or_path), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:
-        raise CheckpointError(
-            f"the hub could not give {id_or_path!r}: {error}", where="huggingface_hub", todo="give a local folder"
-        ) from None
+        what = f"the hub could not give {id_or_path!r}: {error}"
+        raise CheckpointError(what, where="huggingface_hub", todo="give a local folder") from None
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -191,15 +190,11 @@ def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]
     how = table.get("quantization_config")
     blocks = None
     if isinstance(how, dict) and how.get("quant_method") == "fp8":
-        size = how.get("weight_block_size")
-        if how.get("fmt", "e4m3") != "e4m3" or not (
-            isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-        ):
-            raise ConfigError(
-                f"FP8 of the form {how} is not known",
-                where=f"{path}: quantization_config",
-                todo="use fmt e4m3 with a weight_block_size of two numbers",
-            )
+        size: Any = how.get("weight_block_size")
+        is_pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        if how.get("fmt", "e4m3") != "e4m3" or not is_pair:
+            what, where = f"FP8 of the form {how} is not known", f"{path}: quantization_config"
+            raise ConfigError(what, where=where, todo="use fmt e4m3 with a weight_block_size of two numbers")
         blocks = (size[0], size[1])
         del table["quantization_config"]
     return ModelConfig.from_hf(table, where=str(path)), blocks

@@ -28,14 +28,8 @@ from sprat.formats.safetensors import Shards, read_json_object
 from sprat.model import Embedding, Transformer
 from sprat.model.layers import matrix_names
 from sprat.model.transformer import meta_model
-from sprat.quant.int4 import QuantizedTensor
-from sprat.quant.layers import (
-    QuantizedWeight,
-    bits_and_group,
-    quant_config_of,
-    quantized_weights,
-    replace_with_quantized,
-)
+from sprat.quant import QuantizedTensor, quant_config_of, quantized_weights
+from sprat.quant.layers import QuantizedWeight, bits_and_group, replace_with_quantized
 
 WEIGHTS, QUANT_CONFIG, METHOD = "model.safetensors", "quant.json", "sprat-rtn"
 _KIND = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
@@ -48,6 +42,9 @@ class TensorFormat(Config):
     group: int = Field(ge=0, le=1 << 31)
     minimums: bool = False
     rounding: Rounding = "nearest"
+
+
+Formats = Callable[[str], TensorFormat | None]  # name of a matrix -> how it is kept; None is dense
 
 
 class _TensorFormats(Config):
@@ -112,7 +109,7 @@ def load(folder: str | Path, *, materialize: bool = True) -> Transformer:
     return _build(config, formats, shards, str(folder / WEIGHTS), materialize=materialize)
 
 
-def _formats(quant_table: dict[str, Any], where: str) -> Callable[[str], TensorFormat | None]:
+def _formats(quant_table: dict[str, Any], where: str) -> Formats:
     """How each matrix is kept, by its name, as ``quant.json`` (``quant_table``) says; None is dense."""
     kind = (quant_table.pop("method", None), quant_table.pop("version", None))
     if kind == (METHOD, 1):
@@ -128,14 +125,7 @@ def _formats(quant_table: dict[str, Any], where: str) -> Callable[[str], TensorF
     raise CheckpointError("an unknown quantised format", where=where, todo="quantise again")
 
 
-def _build(
-    config: ModelConfig,
-    formats: Callable[[str], TensorFormat | None],
-    shards: Shards,
-    where: str,
-    *,
-    materialize: bool,
-) -> Transformer:
+def _build(config: ModelConfig, formats: Formats, shards: Shards, where: str, *, materialize: bool) -> Transformer:
     """A model from the tensors of its file, every one of them checked and used."""
     model = meta_model(config, [entry.shape for entry in shards.entries.values()], Path(where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -155,18 +145,16 @@ def _build(
         return tensor
 
     def pack(name: str) -> QuantizedTensor | None:
-        tensor_format = formats(name)
-        if tensor_format is None:
+        fmt = formats(name)
+        if fmt is None:
             return None
         *outer, width = shapes[name]
-        size = tensor_format.group or width
-        codes = read_tensor(
-            f"{name}.codes", (*outer, (width + 1) // 2 if tensor_format.bits == 4 else width), _KIND[tensor_format.bits]
-        )
-        grouped = (0,) if tensor_format.bits >= 16 else (*outer, -(-width // size))
+        size = fmt.group or width
+        codes = read_tensor(f"{name}.codes", (*outer, (width + 1) // 2 if fmt.bits == 4 else width), _KIND[fmt.bits])
+        grouped = (0,) if fmt.bits >= 16 else (*outer, -(-width // size))
         scales = read_tensor(f"{name}.scales", grouped, torch.float16)
-        minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if tensor_format.minimums else None
-        return QuantizedTensor(codes, scales, tensor_format.bits, size, width, minimums, tensor_format.rounding)
+        minimums = read_tensor(f"{name}.minimums", grouped, torch.float16) if fmt.minimums else None
+        return QuantizedTensor(codes, scales, fmt.bits, size, width, minimums, fmt.rounding)
 
     # Names that stay dense are taken first: ``replace_with_quantized`` keeps a Linear's bias as it finds it.
     tied = "head.weight" if config.tie_word_embeddings else ""

@@ -155,9 +155,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 raise _corrupt(file, f"its header claims {length} bytes of {size}")
             text = stream.read(length)
     except FileNotFoundError:
-        raise CheckpointError(
-            "the weights are missing", where=str(file), todo="fetch or save the model again"
-        ) from None
+        todo = "fetch or save the model again"
+        raise CheckpointError("the weights are missing", where=str(file), todo=todo) from None
     except OSError as error:
         raise _corrupt(file, str(error.strerror or error)) from None
     table = _parse(text, file)
@@ -200,11 +199,9 @@ def _entry(name: str, row: Any, file: Path, start: int) -> TensorInfo:
 
 def _are_bounded(values: Any, most: int) -> bool:
     """Whether ``values`` is a list of at most ``most`` bounded natural numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) <= most
-        and all(type(value) is int and 0 <= value <= _DIMENSION for value in values)
-    )
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and 0 <= value <= _DIMENSION for value in values)
 
 
 def _corrupt(file: Path, why: str) -> CheckpointError:

@@ -125,10 +125,8 @@ class StateDictReader:
         if entry.dtype != _FP8 or self.fp8_block is None or len(want) != 2:
             fault = f"tensor {disk!r} is {str(entry.dtype).removeprefix('torch.')}, which config.json does not announce"
             raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
-        factors, scale = (
-            tuple(-(-size // block) for size, block in zip(want, self.fp8_block, strict=True)),
-            disk + SCALE_SUFFIX,
-        )
+        factors = tuple(-(-size // block) for size, block in zip(want, self.fp8_block, strict=True))
+        scale = disk + SCALE_SUFFIX
         if scale not in self.shards.entries or self.shards.entries[scale].shape != factors:
             fault = f"tensor {scale!r} is missing or has not the shape {factors}"
             raise CheckpointError(fault, where=str(entry.file), todo="fetch the checkpoint again")

@@ -91,7 +91,7 @@ def forward_context(
             if varlen is not None:
                 return ForwardContext(freqs_cis_BTr, None, None, None, valid_BT, None, varlen, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)
-        window_mask = _sliding_window_mask(torch.arange(time, device=device).unsqueeze(0), time, window, mask)
+        window_mask = _window_mask(torch.arange(time, device=device).unsqueeze(0), time, window, mask)
         return ForwardContext(freqs_cis_BTr, mask, window_mask, None, valid_BT, None, None, time, True)
     if segments_BT is not None or positions_BT is not None:
         raise EngineError("a cache counts positions itself", where="forward", todo="leave segments and positions out")
@@ -102,14 +102,14 @@ def forward_context(
     offsets_T = torch.arange(time, device=device)
     if no_past:
         cache_position_BT, freqs_cis_BTr = offsets_T.expand(batch, time), rotary.freqs_cis(time, device).unsqueeze(0)
-        window_mask = _sliding_window_mask(offsets_T.unsqueeze(0), time, window, None)
+        window_mask = _window_mask(offsets_T.unsqueeze(0), time, window, None)
         return ForwardContext(freqs_cis_BTr, None, window_mask, cache_position_BT, valid_BT, cache, None, time, True)
     cache_position_BT = cache.length_B.unsqueeze(1) + offsets_T
     num_keys = min(cache.max_length + time, cache.capacity)
     freqs_cis_BTr = rotary.freqs_cis(cache.max_length + time, device)[cache_position_BT]
     unseen_BTS = torch.arange(num_keys, device=device) > cache_position_BT.unsqueeze(-1)
     mask = torch.zeros(unseen_BTS.shape, device=device).masked_fill_(unseen_BTS, float("-inf")).unsqueeze(1)
-    window_mask = _sliding_window_mask(cache_position_BT, num_keys, window, mask)
+    window_mask = _window_mask(cache_position_BT, num_keys, window, mask)
     return ForwardContext(freqs_cis_BTr, mask, window_mask, cache_position_BT, valid_BT, cache, None, num_keys, False)
 
 
@@ -142,9 +142,7 @@ def _packed_mask(segments_BT: Tensor) -> Tensor:
     return mask.unsqueeze(1)
 
 
-def _sliding_window_mask(
-    position_BT: Tensor, num_keys: int, window: int | None, mask_B1TS: Tensor | None
-) -> Tensor | None:
+def _window_mask(position_BT: Tensor, num_keys: int, window: int | None, mask_B1TS: Tensor | None) -> Tensor | None:
     """Additive [B, 1, T, S]: ``mask_B1TS`` (None: causality), -inf where a key is ``window`` or more positions back."""
     if window is None or num_keys <= window:
         return None

@@ -83,10 +83,8 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.head.weight = self.embed_tokens.weight
-        last = config.num_hidden_layers
-        self.mtp = nn.ModuleList(
-            MTP(config, Block(config, last + depth)) for depth in range(config.num_nextn_predict_layers)
-        )
+        blocks = [Block(config, config.num_hidden_layers + depth) for depth in range(config.num_nextn_predict_layers)]
+        self.mtp = nn.ModuleList(MTP(config, block) for block in blocks)
         if seed is not None and not self.embed_tokens.weight.is_meta:
             self._initialize(seed)
 
@@ -195,9 +193,8 @@ class Transformer(nn.Module):
             ConfigError: the model has no module of that depth.
         """
         if not 1 <= depth <= len(self.mtp):
-            raise ConfigError(
-                f"no MTP module of depth {depth}", where="num_nextn_predict_layers", todo="raise it in the model config"
-            )
+            what, where = f"no MTP module of depth {depth}", "num_nextn_predict_layers"
+            raise ConfigError(what, where=where, todo="raise it in the model config")
         joined_BT = tokens_BT[:, depth:]
         segments_BT = None if segments_BT is None else mtp_segments(segments_BT, depth)
         context = self.context(joined_BT, segments_BT=segments_BT)
@@ -234,11 +231,11 @@ def meta_model(config: ModelConfig, shapes: Collection[tuple[int, ...]], where: 
         "num_hidden_layers": (config.num_hidden_layers, len(shapes)),
         "num_nextn_predict_layers": (config.num_nextn_predict_layers, len(shapes)),
         "n_routed_experts": (config.n_routed_experts, max(most, len(shapes))),
-        "qk_rope_head_dim" if config.is_mla else "head_dim": (
-            config.qk_rope_head_dim if config.is_mla else config.attention_head_dim,
-            most,
-        ),
     }
+    if config.is_mla:
+        claims["qk_rope_head_dim"] = (config.qk_rope_head_dim, most)
+    else:
+        claims["head_dim"] = (config.attention_head_dim, most)
     for key, (claimed, bound) in claims.items():
         if claimed > bound:
             raise CheckpointError(f"{key}={claimed} is more than the tensors can hold", where=str(where), todo=advice)

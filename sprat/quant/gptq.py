@@ -55,10 +55,8 @@ from sprat.quant.int4 import (
 BLOCK = 128  # columns between two updates of all that are still free
 DAMPING = 0.01  # of the mean energy, added to every channel's
 MIN_ROWS_PER_CHANNEL = 1.0  # rows for each input channel that a matrix must have seen
-SCALE_DIVISORS = {
-    4: (-9.0, -8.5, -8.0, -7.5, -7.0, 7.5, 7.0, 6.5),
-    8: EXTREME_DIVISORS[8],
-}  # candidates; neighbors make up for clipping
+# candidates; neighbors make up for clipping
+SCALE_DIVISORS = {4: (-9.0, -8.5, -8.0, -7.5, -7.0, 7.5, 7.0, 6.5), 8: EXTREME_DIVISORS[8]}
 MAX_HESSIAN_ELEMENTS = 1 << 26  # numbers of H at work at once
 
 FormatOf = Callable[[str], tuple[int, int]]  # name in the state dict -> bits and group (0 is a group per row)
@@ -208,12 +206,8 @@ def gptq_quantize(weight_ENI: Tensor, hessian_EII: Tensor, *, bits: int, group: 
     scales_ENG = _scales(weight_ENI, diagonal_EI, bits, size)
     order_EI = diagonal_EI.argsort(-1, descending=True)
     order_EIN = order_EI.unsqueeze(-1).expand(-1, -1, weight_ENI.shape[1])
-    codes_EIN = _quantize_columns(
-        weight_ENI.mT.gather(1, order_EIN),
-        scales_ENG.mT.gather(1, order_EIN // size),
-        _inverse_cholesky(hessian_EII, order_EI),
-        bits,
-    )
+    scale_EIN, factor_EII = scales_ENG.mT.gather(1, order_EIN // size), _inverse_cholesky(hessian_EII, order_EI)
+    codes_EIN = _quantize_columns(weight_ENI.mT.gather(1, order_EIN), scale_EIN, factor_EII, bits)
     codes_ENI = torch.empty_like(codes_EIN).scatter_(1, order_EIN, codes_EIN).mT
     packed, scales_ENG = pack_int4(codes_ENI) if bits == 4 else codes_ENI.contiguous(), scales_ENG.half()
     silent_E = diagonal_EI.amax(-1) == 0

@@ -36,10 +36,8 @@ from torch import Tensor
 from sprat.config import Rounding
 
 CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
-EXTREME_DIVISORS = {
-    4: (-8.0, 7.0),
-    8: (-128.0, 127.0),
-}  # the group's extreme divided by these: it lies at one end of the codes
+# the group's extreme divided by these: it lies at one end of the codes
+EXTREME_DIVISORS = {4: (-8.0, 7.0), 8: (-128.0, 127.0)}
 _TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
 _LEAST = torch.finfo(torch.float32).tiny
 
@@ -68,11 +66,10 @@ def quantize_tensor(weight: Tensor, *, bits: int = 4, group: int = 32) -> Quanti
     16 bits is bfloat16 with no scales.
     """
     width = weight.shape[-1]
-    if bits == 16:
-        return QuantizedTensor(
-            weight.detach().to(torch.bfloat16), torch.empty(0, dtype=torch.float16), 16, group or width, width
-        )
     size = group or width
+    if bits == 16:
+        no_scales = torch.empty(0, dtype=torch.float16)
+        return QuantizedTensor(weight.detach().to(torch.bfloat16), no_scales, 16, size, width)
     shape = (*weight.shape[:-1], -(-width // size))
     groups_NK = group_channels(weight.detach().float(), size).flatten(0, -2)
     codes_NK = torch.empty(groups_NK.shape, dtype=torch.int8)
@@ -83,9 +80,8 @@ def quantize_tensor(weight: Tensor, *, bits: int = 4, group: int = 32) -> Quanti
         scales = search_scales(part, bits, EXTREME_DIVISORS[bits])
         codes_NK[at : at + step], scales_N[at : at + step] = round_to_codes(part, scales.unsqueeze(-1), bits), scales
     codes = codes_NK.view(*shape, size).flatten(-2)[..., :width]
-    return QuantizedTensor(
-        pack_int4(codes) if bits == 4 else codes.contiguous(), scales_N.view(shape), bits, size, width
-    )
+    codes = pack_int4(codes) if bits == 4 else codes.contiguous()
+    return QuantizedTensor(codes, scales_N.view(shape), bits, size, width)
 
 
 def dequantize_tensor(packed: QuantizedTensor) -> Tensor:

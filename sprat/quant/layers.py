@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +95,10 @@ class QuantEmbedding(LinearBase):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` long [...] -> float32 [..., D]."""
-        packed = self.packed
-        scales = packed.scales[tokens] if packed.bits < 16 else packed.scales
-        minimums = None if packed.minimums is None else packed.minimums[tokens]
-        return dequantize_tensor(
-            QuantizedTensor(packed.codes[tokens], scales, packed.bits, packed.group, packed.width, minimums)
-        )
+        table = self.packed.to_tensor()
+        scales = table.scales[tokens] if table.bits < 16 else table.scales
+        minimums = None if table.minimums is None else table.minimums[tokens]
+        return dequantize_tensor(replace(table, codes=table.codes[tokens], scales=scales, minimums=minimums))
 
     @property
     def weight(self) -> Tensor:
@@ -266,16 +265,13 @@ def quant_config_of(model: Transformer) -> QuantConfig | None:
         return None
     head_bits = table["embed_tokens.weight"].bits
     rounding = "gptq" if any(packed.rounding == "gptq" for packed in table.values()) else "nearest"
-    quant_config = QuantConfig.model_validate(
-        {"rounding": rounding, "bits": bits, "group": group, "head_bits": head_bits}
-    )
-    uniform = all(
-        (packed.bits, packed.group) == (want[0], want[1] or packed.width)
-        for name, packed in table.items()
-        for want in [bits_and_group(quant_config, name)]
-        if packed.bits < 16
-    )
-    return quant_config if uniform else None
+    settings = {"rounding": rounding, "bits": bits, "group": group, "head_bits": head_bits}
+    quant_config = QuantConfig.model_validate(settings)
+    for name, packed in table.items():
+        bits, group = bits_and_group(quant_config, name)
+        if packed.bits < 16 and (packed.bits, packed.group) != (bits, group or packed.width):
+            return None
+    return quant_config
 
 
 def size_bytes(model: nn.Module) -> int:

@@ -16,22 +16,20 @@ _NAMES = {"gzip": "gzip -9", "xz": "xz -9", "ppm": "PPM", "trigram": "byte 3-gra
 
 def plots(runs: PipelineRuns) -> list[str]:
     """A panel for each domain: bits per byte of the models, of the best baseline and of gzip -9."""
-    models, domains = _measured_stages(runs), _domains(runs)
-    panels = [
-        _panel(f"bpb-{number}", domain, models, scores) for number, (domain, scores) in enumerate(domains.items())
-    ]
+    models, domains = _measured_stages(runs), _domains(runs).items()
+    panels = [_panel(f"bpb-{number}", domain, models, scores) for number, (domain, scores) in enumerate(domains)]
     return [panel for panel in panels if panel]
 
 
 def _panel(name: str, domain: str, models: list[StageRun], scores: HeldOutScores) -> str:
     """One panel of ``plots``."""
-    model_values = [(wrap_label(stage.title), _model_bits(stage, domain)) for stage in models]
     colors = [BLUE, ORANGE, *[BLUE] * len(models)]
-    bars = [
-        (label, value, color) for (label, value), color in zip(model_values, colors, strict=False) if value is not None
-    ]
+    values = [(wrap_label(s.title), _model_bits(s, domain), color) for s, color in zip(models, colors, strict=False)]
+    bars = [(label, value, color) for label, value, color in values if value is not None]
     names = [baseline for baseline in dict.fromkeys((scores.best_baseline, "gzip")) if baseline in scores.baselines]
     bars += [(wrap_label(_baseline_name(baseline)), scores.baselines[baseline], GRAY) for baseline in names]
+    if not bars:
+        return ""
     bars.reverse()  # the first bar is drawn lowest
 
     def draw(axes: Any) -> None:
@@ -43,11 +41,7 @@ def _panel(name: str, domain: str, models: list[StageRun], scores: HeldOutScores
         axes.grid(False, axis="y")
         axes.set_xlabel("bits per byte (less is better)")
 
-    return (
-        svg(name, f"Held-out {domain}", draw, height=2.2, left=label_width(label for label, _, _ in bars))
-        if bars
-        else ""
-    )
+    return svg(name, f"Held-out {domain}", draw, height=2.2, left=label_width(label for label, _, _ in bars))
 
 
 def table(runs: PipelineRuns) -> str:
@@ -57,9 +51,8 @@ def table(runs: PipelineRuns) -> str:
     for domain, scores in domains.items():
         best = scores.baselines.get(scores.best_baseline)
         cells = [_cell(_model_bits(stage, domain), best) for stage in models]
-        cells.append(
-            "–" if best is None else f"<b>{best:.3f}</b><small>{escape(_baseline_name(scores.best_baseline))}</small>"
-        )
+        name = escape(_baseline_name(scores.best_baseline))
+        cells.append("–" if best is None else f"<b>{best:.3f}</b><small>{name}</small>")
         cells.append(f"{scores.baselines['gzip']:.3f}" if "gzip" in scores.baselines else "–")
         other_baselines = sorted(set(scores.baselines) - {scores.best_baseline, "gzip"}, key=_sort_key)
         others = ", ".join(f"{escape(_baseline_name(name))} {scores.baselines[name]:.2f}" for name in other_baselines)
@@ -78,18 +71,14 @@ def _cell(model: float | None, best: float | None) -> str:
 
 def _measured_stages(runs: PipelineRuns) -> list[StageRun]:
     """The pre-trained model and its controls, as far as they were measured on text."""
-    stages = [stage for stage in runs.main if stage.kind == "pretrain"]
-    stages += [control for stage in stages for control in runs.controls(stage)]
-    return [stage for stage in stages if stage.facts.get("bits_per_byte")]
+    return [stage for stage in runs.with_controls("pretrain") if stage.facts.get("bits_per_byte")]
 
 
 def _domains(runs: PipelineRuns) -> dict[str, HeldOutScores]:
     """The domains that the first model was measured on, with their baselines."""
-    measured: list[dict[str, Any]] = [stage.facts["bits_per_byte"] for stage in _measured_stages(runs)[:1]]
+    rows: dict[str, Any] = next((stage.facts["bits_per_byte"] for stage in _measured_stages(runs)), {})
     data: dict[str, Any] = next((s.facts["baselines"] for s in runs.main if s.facts.get("baselines")), {})
-    return {
-        name: HeldOutScores.from_dict({**data.get(name, {}), **row}) for rows in measured for name, row in rows.items()
-    }
+    return {name: HeldOutScores.from_dict({**data.get(name, {}), **row}) for name, row in rows.items()}
 
 
 def _model_bits(stage: StageRun, domain: str) -> float | None:

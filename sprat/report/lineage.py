@@ -23,9 +23,8 @@ def main_stages(stages: Sequence[StageRun], stage_index: Callable[[StageRun], in
     """
     candidates = [stage for stage in stages if not stage.control_of] or list(stages)
     in_pipeline = [stage for stage in candidates if stage_index(stage) >= 0]
-    last = max(
-        [stage for stage in in_pipeline if _is_current(stage, stages)] or in_pipeline or candidates, key=stage_index
-    )
+    current = [stage for stage in in_pipeline if _is_current(stage, stages)]
+    last = max(current or in_pipeline or candidates, key=stage_index)
     selected = [stage for stage in _ancestry(last, stages) if _same_inputs(stage, last, _EVAL_INPUTS)]
     names = {stage.name for stage in selected}
     for stage in candidates:
@@ -83,9 +82,8 @@ def _ancestry(stage: StageRun, stages: Sequence[StageRun]) -> list[StageRun]:
 
 def _is_current(stage: StageRun, stages: Sequence[StageRun]) -> bool:
     """Whether all that ``stage`` was made from, as far as it is here, still stands and was judged as it was."""
-    return all(
-        not _was_replaced(run, stages) and _same_inputs(run, stage, _EVAL_INPUTS) for run in _ancestry(stage, stages)
-    )
+    runs = _ancestry(stage, stages)
+    return all(not _was_replaced(run, stages) and _same_inputs(run, stage, _EVAL_INPUTS) for run in runs)
 
 
 def _was_replaced(stage: StageRun, stages: Sequence[StageRun]) -> bool:

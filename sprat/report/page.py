@@ -13,14 +13,7 @@ from sprat.eval.score import SIGNIFICANCE_LEVEL, pool_scores, two_proportion_p_v
 from sprat.files import atomic
 from sprat.report import completions, held_out_text, plots, tables
 from sprat.report.runs import STAGE_TITLES, PipelineRuns, read_runs
-from sprat.report.tables import (
-    escape,
-    format_duration,
-    format_number,
-    format_percent,
-    format_points,
-    format_yuan,
-)
+from sprat.report.tables import escape, format_duration, format_number, format_percent, format_points, format_yuan
 from sprat.trust.ledger import find_ledger
 
 _MALFORMED = (ArithmeticError, AttributeError, DataError, LookupError, RecursionError, TypeError, ValueError)
@@ -117,17 +110,13 @@ def _card(runs: PipelineRuns, index: int) -> str:
         gain = f'<span class="{word}">{format_points(quality - start)} points</span>'
     seconds, nano = float(stage.record.get("device_seconds") or 0), int(stage.record.get("nano_yuan") or 0)
     spent = f"{format_duration(seconds)} CPU, {format_yuan(nano)}"
-    controls = [(control.title, control.mean_accuracy()) for control in runs.controls(stage)]
-    control_lines = "".join(
-        f"<small>control, {escape(title)}: {format_percent(mean)}</small>"
-        for title, mean in controls
-        if mean is not None
-    )
+    means = [(escape(control.title), control.mean_accuracy()) for control in runs.controls(stage)]
+    lines = [f"<small>control, {title}: {format_percent(mean)}</small>" for title, mean in means if mean is not None]
     return (
         f'<div class="card"><div class="name">{escape(stage.title)}</div>'
         f'<div class="big">{format_percent(quality)}</div>'
         f'<div class="meter"><i style="width:{100 * quality:.1f}%"></i></div><div class="gain">{gain}</div>'
-        f"{control_lines}<small>{spent}</small></div>\n"
+        f"{''.join(lines)}<small>{spent}</small></div>\n"
     )
 
 
@@ -203,13 +192,10 @@ def _panels(panels: list[str]) -> str:
 
 def _rates(runs: PipelineRuns) -> str:
     """At which price and power the cost was computed."""
-    rates = {
-        (m.get("yuan_per_core_hour"), m.get("watts_per_core")) for s in runs.stages if (m := s.record.get("money"))
-    }
-    rates_text = " and ".join(f"¥{price:g} per core-hour and {watts:g} W per core" for price, watts in sorted(rates))
-    return (
-        f"At {escape(rates_text)}, as stated in the recipe. CPU time counts every core, interrupted sessions included."
-    )
+    stated = [stage.record["money"] for stage in runs.stages if stage.record.get("money")]
+    rates = sorted({(money.get("yuan_per_core_hour"), money.get("watts_per_core")) for money in stated})
+    text = escape(" and ".join(f"¥{price:g} per core-hour and {watts:g} W per core" for price, watts in rates))
+    return f"At {text}, as stated in the recipe. CPU time counts every core, interrupted sessions included."
 
 
 def _foot(runs: PipelineRuns) -> str:
@@ -217,8 +203,6 @@ def _foot(runs: PipelineRuns) -> str:
     versions = runs.stages[-1].record.get("versions") or {}
     version_text = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
     items = "".join(f"<li>{escape(item)}</li>" for item in _DISCLAIMERS)
-    other_runs = sorted(
-        {stage.name for stage in runs.stages if stage.kind not in STAGE_TITLES and not stage.control_of}
-    )
-    other_text = f" Other runs: {escape(', '.join(other_runs))}." if other_runs else ""
+    others = sorted({run.name for run in runs.stages if run.kind not in STAGE_TITLES and not run.control_of})
+    other_text = f" Other runs: {escape(', '.join(others))}." if others else ""
     return f"<section><h2>What this is not</h2><ul>{items}</ul></section><footer>{version_text}.{other_text}</footer>"

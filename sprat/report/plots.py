@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sprat.eval.score import wilson_interval
+from sprat.eval.score import StageScore, wilson_interval
 from sprat.report.runs import PipelineRuns, StageRun
 from sprat.report.svg import BLUE, COLORS, GRAY, GREEN, color_map_to, label_width, percent_axis, svg, wrap_label
 
@@ -24,11 +24,9 @@ def _curve(stage: StageRun, name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in logged], [float(row[name]) for row in logged]
 
 
-def _line_panel(
-    name: str, title: str, stages: list[tuple[str, StageRun]], metric: str, share: bool = False
-) -> list[str]:
+def _line_panel(name: str, title: str, runs: list[tuple[str, StageRun]], metric: str, share: bool = False) -> list[str]:
     """One panel with a line for each (label, stage) that has the metric, if any has."""
-    curves = [(wrap_label(label), *_curve(stage, metric)) for label, stage in stages]
+    curves = [(wrap_label(label), *_curve(stage, metric)) for label, stage in runs]
     curves = [curve for curve in curves if len(curve[1]) > 1]
 
     def draw(axes: Any) -> None:
@@ -47,9 +45,7 @@ def loss_curves(runs: PipelineRuns) -> list[str]:
     """Loss of pre-training beside its dense twin, then of the later supervised stages."""
     panels = []
     for kind, title in (("pretrain", "Pre-training"), ("sft", "Fine-tuning"), ("distill", "Distillation")):
-        stages = [stage for stage in runs.main if stage.kind == kind]
-        stages += [control for stage in stages for control in runs.controls(stage)]
-        named = [(stage.title, stage) for stage in stages]
+        named = [(stage.title, stage) for stage in runs.with_controls(kind)]
         panels += _line_panel(f"loss-{kind}", f"{title}: training loss (nats per token)", named, "loss")
     return panels
 
@@ -67,49 +63,39 @@ def accuracy_by_length(runs: PipelineRuns) -> list[str]:
     """Accuracy by the number of terms, a line for each stage; lengths never trained are shaded and hollow."""
     panels = []
     for number, task in enumerate(runs.tasks()):
-        scores_by_stage = [
-            (wrap_label(stage.title), stage.by_task()[task]) for stage in runs.scored if task in stage.by_task()
-        ]
-        scores_by_stage = [(title, score) for title, score in scores_by_stage if len(score.by_length) > 1]
-        if scores_by_stage:
-            panels.append(_by_length(f"length-{number}", task, scores_by_stage))
+        scores = [(wrap_label(stage.title), stage.by_task().get(task)) for stage in runs.scored]
+        lines = [(title, score) for title, score in scores if score and len(score.by_length) > 1]
+        if lines:
+            panels.append(_by_length(f"length-{number}", task, lines))
     return panels
 
 
-def _by_length(name: str, task: str, scores_by_stage: list[tuple[str, Any]]) -> str:
-    """One panel of ``accuracy_by_length``."""
-    untrained_lengths = sorted(frozenset().union(*(score.untrained_lengths for _, score in scores_by_stage)))
+def _by_length(name: str, task: str, lines: list[tuple[str, StageScore]]) -> str:
+    """One panel of ``accuracy_by_length``: a line for each title."""
+    untrained = sorted(frozenset().union(*(score.untrained_lengths for _, score in lines)))
 
     def draw(axes: Any) -> None:
-        for number, length in enumerate(untrained_lengths):
+        for number, length in enumerate(untrained):
             label = "never trained" if number == 0 else None
             axes.axvspan(length - 0.5, length + 0.5, color=GRAY, alpha=0.16, linewidth=0, label=label)
-        for number, (title, score) in enumerate(scores_by_stage):
+        for number, (title, score) in enumerate(lines):
             color = COLORS[number % len(COLORS)]
             x = list(score.by_length)
             y = [correct / max(count, 1) for correct, count in score.by_length.values()]
             bounds = [wilson_interval(*pair) for pair in score.by_length.values()]
             axes.plot(x, y, color=color, label=title)
-            axes.vlines(
-                x, [low for low, _ in bounds], [high for _, high in bounds], color=color, linewidth=1, alpha=0.6
-            )
+            lows, highs = zip(*bounds, strict=True)
+            axes.vlines(x, lows, highs, color=color, linewidth=1, alpha=0.6)
             for length, value in zip(x, y, strict=True):
-                axes.plot(
-                    [length], [value], "o", color=color, fillstyle="none" if length in untrained_lengths else "full"
-                )
-        axes.set_xticks(sorted({length for _, score in scores_by_stage for length in score.by_length}))
+                axes.plot([length], [value], "o", color=color, fillstyle="none" if length in untrained else "full")
+        axes.set_xticks(sorted({length for _, score in lines for length in score.by_length}))
         axes.set_xlabel("number of terms")
         axes.set_ylim(-0.03, 1.05)
         percent_axis(axes.yaxis)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    return svg(
-        name,
-        f"{task}: greedy accuracy by length",
-        draw,
-        width=5.6,
-        right=label_width(title for title, _ in scores_by_stage) + 0.3,
-    )
+    right = label_width(title for title, _ in lines) + 0.3
+    return svg(name, f"{task}: greedy accuracy by length", draw, width=5.6, right=right)
 
 
 def expert_loads(runs: PipelineRuns) -> list[str]:
@@ -161,19 +147,13 @@ def _heat_map(name: str, title: str, table: list[list[float]], rows: list[str]) 
 
 def pareto(runs: PipelineRuns) -> list[str]:
     """Quality against size on disk and against speed: teacher, student, INT4 student, and their controls."""
-    kinds = {"rl", "distill", "quantize"}
-    stages = [stage for stage in runs.main if stage.kind in kinds]
-    stages += [control for stage in stages for control in runs.controls(stage)]
-    stages = [stage for stage in stages if stage.mean_accuracy() is not None]
+    stages = [s for s in runs.with_controls("rl", "distill", "quantize") if s.mean_accuracy() is not None]
     panels = []
-    for fact, title, scale in (
-        ("size_bytes", "Quality and size", 1e6),
-        ("tokens_per_second", "Quality and speed", 1e3),
-    ):
-        scores_by_stage = [(stage, runs.model_fact(stage, fact)) for stage in stages]
-        points = [(stage, value / scale, stage.mean_accuracy() or 0.0) for stage, value in scores_by_stage if value]
+    for fact, what, scale in (("size_bytes", "size", 1e6), ("tokens_per_second", "speed", 1e3)):
+        values = [(stage, runs.model_fact(stage, fact)) for stage in stages]
+        points = [(stage, value / scale, stage.mean_accuracy() or 0.0) for stage, value in values if value]
         if len(points) > 1:
-            panels.append(_scatter(f"pareto-{fact}", title, points, fact == "size_bytes"))
+            panels.append(_scatter(f"pareto-{fact}", f"Quality and {what}", points, fact == "size_bytes"))
     return panels
 
 
@@ -191,16 +171,10 @@ def _scatter(name: str, title: str, points: list[tuple[StageRun, float, float]],
         for number, (stage, x, y) in enumerate(sorted(points, key=lambda p: p[1])):
             axes.plot([x], [y], "o", color=GREEN if any(stage is p[0] for p in front) else GRAY, markersize=7)
             up = bool(number % 2)
-            annotation = {
-                "xytext": (0, 7 if up else -7),
-                "textcoords": "offset points",
-                "ha": "center",
-                "va": "bottom" if up else "top",
-            }
-            axes.annotate(wrap_label(stage.title), (x, y), fontsize=8, **annotation)
-        axes.set_xlabel(
-            "size on disk (MB; left is better)" if less_is_better else "1,000 tokens a second (right is better)"
-        )
+            place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if up else "top"}
+            axes.annotate(wrap_label(stage.title), (x, y), xytext=(0, 7 if up else -7), fontsize=8, **place)
+        speed = "1,000 tokens a second (right is better)"
+        axes.set_xlabel("size on disk (MB; left is better)" if less_is_better else speed)
         axes.set_ylabel("mean accuracy")
         axes.margins(x=0.2)
         heights = [p[2] for p in points]

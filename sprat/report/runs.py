@@ -89,6 +89,11 @@ class PipelineRuns:
         """The controls of ``stage`` that had its start."""
         return [other for other in self.stages if _is_control_of(other, stage) and lineage.is_comparable(other, stage)]
 
+    def with_controls(self, *kinds: str) -> list[StageRun]:
+        """Main stages of these ``kinds``, then their controls."""
+        stages = [stage for stage in self.main if stage.kind in kinds]
+        return stages + [control for stage in stages for control in self.controls(stage)]
+
     def model_fact(self, stage: StageRun, fact: str) -> float | None:
         """A fact (``size_bytes``, ``tokens_per_second``) of a stage's model, measured there or side by side later.
 
@@ -103,30 +108,30 @@ class PipelineRuns:
     def seed_runs(self, kind: str) -> list[StageRun]:
         """The main stage of a ``kind``, and those that differ from it in nothing but their seed."""
         candidates = [stage for stage in self.stages if stage.kind == kind and not stage.control_of]
-        main = [stage for stage in self.main if stage.kind == kind][:1]
-        return [
-            stage for stage in candidates if main and (stage in main or lineage.differ_only_in_seed(stage, main[0]))
-        ]
+        main = next((stage for stage in self.main if stage.kind == kind), None)
+        if main is None:
+            return []
+        return [stage for stage in candidates if stage == main or lineage.differ_only_in_seed(stage, main)]
 
     @property
     def compared_stages(self) -> list[StageRun]:
         """All stages that are set against another: main ones, their other seeds, their controls."""
-        compared = [
-            other for stage in self.main for other in (stage, *self.seed_runs(stage.kind), *self.controls(stage))
-        ]
-        names = {stage.name for stage in compared}
+        names = set[str]()
+        for stage in self.main:
+            names |= {other.name for other in (stage, *self.seed_runs(stage.kind), *self.controls(stage))}
         return [stage for stage in self.stages if stage.name in names]
 
     @property
     def excluded(self) -> list[StageRun]:
         """Stages that would stand in a place of the pipeline, but do not belong to what stands there."""
+
+        def in_pipeline(stage: StageRun) -> bool:
+            if stage.control_of:
+                return any(_is_control_of(stage, other) for other in self.main)
+            return stage.kind in STAGE_TITLES
+
         compared = self.compared_stages
-        controls = [stage for stage in self.stages if any(_is_control_of(stage, other) for other in self.main)]
-        return [
-            stage
-            for stage in self.stages
-            if stage not in compared and (stage in controls if stage.control_of else stage.kind in STAGE_TITLES)
-        ]
+        return [stage for stage in self.stages if stage not in compared and in_pipeline(stage)]
 
     def tasks(self) -> dict[str, bool]:
         """Each task that any compared stage was scored on, and whether it was trained, trained ones first."""

@@ -88,9 +88,8 @@ def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
 
     top = "".join(cell("th", item) for item in head)
     body = "".join(f"<tr>{''.join(cell('td', item) for item in row)}</tr>\n" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>'
-    )
+    content = f"<thead><tr>{top}</tr></thead><tbody>\n{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{content}</table></div>'
 
 
 def accuracy(runs: PipelineRuns) -> str:
@@ -140,11 +139,9 @@ def gains(runs: PipelineRuns) -> str:
             start = float(row["before"]) if row else scores_before[task].accuracy
             end = float(row["after"]) if row else after.accuracy
             p = float(row["p"]) if row else two_proportion_p_value(scores_before[task], after)
-            controls = _control_cell(runs, stage, task)
             name = f"<b>{escape(stage.title)}</b>" if is_first_row else ""
-            rows.append(
-                [name, escape(task), format_percent(start), format_percent(end), *_gain_cells(start, end, p), controls]
-            )
+            cells = [format_percent(start), format_percent(end), *_gain_cells(start, end, p)]
+            rows.append([name, escape(task), *cells, _control_cell(runs, stage, task)])
             is_first_row = False
     return table(["stage", "task", "before", "after", "gain", "p", "verdict", "control reached"], rows) if rows else ""
 
@@ -159,11 +156,9 @@ def _gain_cells(start: float, end: float, p: float) -> list[str]:
 
 def _control_cell(runs: PipelineRuns, stage: StageRun, task: str) -> str:
     """What the controls of ``stage`` reached on ``task``."""
-    scores = [(control.title, control.by_task().get(task)) for control in runs.controls(stage)]
-    cells = "<br>".join(
-        f"{format_percent(score.accuracy)} <small>{escape(title)}</small>" for title, score in scores if score
-    )
-    return f"@beside|{cells or '–'}"
+    scores = [(escape(control.title), control.by_task().get(task)) for control in runs.controls(stage)]
+    cells = [f"{format_percent(score.accuracy)} <small>{title}</small>" for title, score in scores if score]
+    return f"@beside|{'<br>'.join(cells) or '–'}"
 
 
 def seeds(runs: PipelineRuns) -> str:
@@ -242,16 +237,9 @@ def sizes(runs: PipelineRuns) -> str:
         size, speed = runs.model_fact(stage, "size_bytes"), runs.model_fact(stage, "tokens_per_second")
         if not size and not counts:
             continue
-        rows.append(
-            [
-                escape(stage.title),
-                format_number(float(counts["total"])) if counts.get("total") else "–",
-                format_number(float(counts["active"])) if counts.get("active") else "–",
-                format_number(size, "B") if size else "–",
-                f"{speed:,.0f}" if speed else "–",
-                "–" if quality is None else format_percent(quality),
-            ]
-        )
+        cells = [format_number(float(counts[key])) if counts.get(key) else "–" for key in ("total", "active")]
+        cells += [format_number(size, "B") if size else "–", f"{speed:,.0f}" if speed else "–"]
+        rows.append([escape(stage.title), *cells, "–" if quality is None else format_percent(quality)])
     return table(["model", "parameters", "active", "on disk", "tokens/s", "mean accuracy"], rows) if rows else ""
 
 
@@ -259,10 +247,8 @@ def provenance(runs: PipelineRuns) -> str:
     """The digest of each artefact and recipe, and what each run was made from."""
     rows = []
     for stage in runs.stages:
-        inputs = stage.record.get("inputs") or {}
-        inputs_text = ", ".join(
-            escape(item.get("path") or item.get("outside") or name) for name, item in inputs.items()
-        )
+        inputs = [item.get("path") or item.get("outside") or name for name, item in stage.inputs.items()]
+        inputs_text = ", ".join(map(escape, inputs))
         digests = [_digest_cell(str(stage.record.get(name, ""))) for name in ("artefact_digest", "recipe_digest")]
         rows.append([escape(stage.name), *digests, escape(stage.record.get("seed", "")), inputs_text or "–"])
     return table(["run", "artefact (SHA-256)", "recipe (SHA-256)", "seed", "made from"], rows)

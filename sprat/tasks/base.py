@@ -97,9 +97,8 @@ def sample_problem(generate: Callable[[int], Problem], split: Split, index: int)
         problem = generate(index * MAX_ATTEMPTS + attempt)
         if split_of(problem.canonical) == split:
             return problem
-    raise DataError(
-        f"no {split} question in {MAX_ATTEMPTS} draws", where="task settings", todo="widen the task's settings"
-    )
+    what = f"no {split} question in {MAX_ATTEMPTS} draws"
+    raise DataError(what, where="task settings", todo="widen the task's settings")
 
 
 def held_out_problems(task: Task, count: int, split: Split = "test") -> list[Problem]:

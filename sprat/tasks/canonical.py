@@ -92,9 +92,7 @@ def legs(animals: Iterable[tuple[int, int]]) -> str:
     >>> legs([(3, 4), (2, 8), (5, 0), (0, 6)])
     'legs 2x8 3x4'
     """
-    return " ".join(
-        ["legs", *(f"{count}x{legs_of_one}" for count, legs_of_one in sorted(animals) if count and legs_of_one)]
-    )
+    return " ".join(["legs", *(f"{count}x{each}" for count, each in sorted(animals) if count and each)])
 
 
 def _side(source: str) -> tuple[int, int]:

@@ -61,9 +61,8 @@ def render(
         raise DataError("no message to answer", where="messages", todo="send at least one")
     turns = [(message.role, message.content) for message in messages]
     chat_format = tokenizer.chat_format
-    return tokenizer.encode_parts(
-        render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
-    )
+    parts = render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
+    return tokenizer.encode_parts(parts)
 
 
 def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
@@ -93,11 +92,8 @@ def encode_demonstration(
     prompt = render_parts(chat_format, [("user", question)], thinking=thinking, add_generation_prompt=True)
     response_parts: list[Part] = []
     if reasoning:
-        response_parts += [
-            (chat_format.think_delimiters[0] if thinking is None else "", True),
-            (reasoning, False),
-            (chat_format.think_delimiters[1], True),
-        ]
+        opening, closing = chat_format.think_delimiters
+        response_parts += [(opening if thinking is None else "", True), (reasoning, False), (closing, True)]
     elif thinking is None:
         response_parts.append((chat_format.no_thinking_prompt.removeprefix(chat_format.generation_prompt), True))
     response_parts.append((answer, False))

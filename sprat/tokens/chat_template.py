@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -70,15 +70,16 @@ class _TemplateMismatch(Exception):
     """The template writes what no format can say."""
 
 
-@dataclass(frozen=True)
-class _ProbeTexts:
+class _ProbeTexts(dict[str, str | None]):
     """What the template wrote, by probe; None where it refused."""
 
-    texts: dict[str, str | None]
+    def after(self, probe: str, marker: str) -> str:
+        """What stands behind a marker of a probe; nothing where the template refused."""
+        return (self[probe] or "").rpartition(_MARKERS[marker])[2]
 
     def segments(self, probe: str) -> list[str]:
         """What stands before, between and behind the markers of a probe, in the order of its turns."""
-        text = self.texts[probe]
+        text = self[probe]
         if text is None:
             raise _TemplateMismatch(f"the template refuses {probe}")
         result = []
@@ -96,12 +97,12 @@ def format_from_template(base: ChatFormat, template: str, tokens: Mapping[str, s
     Args:
         tokens: the special tokens that the template may name, by name, as in transformers' ``special_tokens_map``.
     """
-    probe_texts, reason = _render_probes(template, tuple(sorted(tokens.items())))
+    texts, reason = _render_probes(template, tuple(sorted(tokens.items())))
     try:
-        if probe_texts is None:
+        if texts is None:
             raise _TemplateMismatch(f"it cannot be rendered: {reason}")
-        chat_format = _derive_format(base, template, tokens.get("eos_token", ""), probe_texts)
-        _compare(chat_format, probe_texts)
+        chat_format = _derive_format(base, template, tokens.get("eos_token", ""), texts)
+        _compare(chat_format, texts)
     except _TemplateMismatch as mismatch:
         log.warning("the chat template is not followed (%s); the format %r is used instead", mismatch, base.name)
         return base if _has_thinking(base, template) else _without_thinking(base)
@@ -134,15 +135,15 @@ def _render_probes(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[
     return _ProbeTexts({name: answer.get("text") for name, answer in zip(PROBES, answers, strict=True)}), ""
 
 
-def _derive_format(base: ChatFormat, template: str, eos: str, probe_texts: _ProbeTexts) -> ChatFormat:
+def _derive_format(base: ChatFormat, template: str, eos: str, texts: _ProbeTexts) -> ChatFormat:
     """The table of strings that the probes show.
 
     Raises:
         _TemplateMismatch: they show no such table.
     """
-    first, ending = probe_texts.segments("one question")
-    _, user_to_assistant, assistant_to_user, _ = probe_texts.segments("two questions")
-    before, after = _user_wrapping(probe_texts, eos, user_to_assistant, assistant_to_user, ending)
+    first, ending = texts.segments("one question")
+    _, user_to_assistant, assistant_to_user, _ = texts.segments("two questions")
+    before, after = _user_wrapping(texts, eos, user_to_assistant, assistant_to_user, ending)
     chat_format = replace(
         base,
         name=base.name if base.marker_tokens else "template",
@@ -152,18 +153,18 @@ def _derive_format(base: ChatFormat, template: str, eos: str, probe_texts: _Prob
         generation_prompt=ending.removeprefix(after),
         system=None,
         system_in_last_user=False,
-        strict_alternation=probe_texts.texts["two questions in a row"] is None,
+        strict_alternation=texts["two questions in a row"] is None,
         strip_rules=(),
         past_reasoning="",
     )
-    chat_format = _with_system(chat_format, probe_texts)
-    chat_format = _with_thinking(chat_format, template, probe_texts, after)
-    strip_rules, past_reasoning = _find_strip_rules(chat_format, probe_texts), _find_past_reasoning(probe_texts)
+    chat_format = _with_system(chat_format, texts)
+    chat_format = _with_thinking(chat_format, template, texts, after)
+    strip_rules, past_reasoning = _find_strip_rules(chat_format, texts), _find_past_reasoning(texts)
     return replace(chat_format, strip_rules=strip_rules, past_reasoning=past_reasoning)
 
 
 def _user_wrapping(
-    probe_texts: _ProbeTexts, eos: str, user_to_assistant: str, assistant_to_user: str, ending: str
+    texts: _ProbeTexts, eos: str, user_to_assistant: str, assistant_to_user: str, ending: str
 ) -> tuple[str, str]:
     """What opens a later question and what closes one, told apart from what closes and opens an answer.
 
@@ -171,12 +172,9 @@ def _user_wrapping(
         user_to_assistant, assistant_to_user: what stands between question and answer, answer and question.
         ending: what stands at the end.
     """
-    row = probe_texts.texts["two questions in a row"]
-    between = None if row is None else probe_texts.segments("two questions in a row")[1]
-    user_end, assistant_end = (
-        (probe_texts.texts[probe] or "").rpartition(_MARKERS[name])[2]
-        for probe, name in zip(_PROMPTLESS_PROBES, ("U1", "A1"), strict=True)
-    )
+    row = texts["two questions in a row"]
+    between = None if row is None else texts.segments("two questions in a row")[1]
+    user_end, assistant_end = map(texts.after, _PROMPTLESS_PROBES, ("U1", "A1"))
     shared = os.path.commonprefix([user_to_assistant, ending] + ([] if between is None else [between]))
     for after in (user_end, user_end.removesuffix(eos), shared):
         if not (user_to_assistant.startswith(after) and ending.startswith(after)):
@@ -191,13 +189,13 @@ def _user_wrapping(
     raise _TemplateMismatch("the turns cannot be told apart")
 
 
-def _with_system(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> ChatFormat:
+def _with_system(chat_format: ChatFormat, texts: _ProbeTexts) -> ChatFormat:
     """``chat_format`` with the place of its system message: before the first question, or inside the last one."""
-    text = probe_texts.texts["a system message, two questions"]
+    text = texts["a system message, two questions"]
     if text is None or _MARKERS["S"] not in text:
         return chat_format
     if text.index(_MARKERS["S"]) < text.index(_MARKERS["U1"]):
-        before, following, _ = probe_texts.segments("a system message")
+        before, following, _ = texts.segments("a system message")
         return replace(chat_format, system=(before, following))
     start, _, rest = text.partition(_MARKERS["S"])
     prefix = start.rpartition(_MARKERS["A1"])[2]
@@ -208,16 +206,14 @@ def _with_system(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> ChatForma
     return replace(chat_format, system=(prefix.removeprefix(turn_start), suffix), system_in_last_user=True)
 
 
-def _with_thinking(chat_format: ChatFormat, template: str, probe_texts: _ProbeTexts, after: str) -> ChatFormat:
+def _with_thinking(chat_format: ChatFormat, template: str, texts: _ProbeTexts, after: str) -> ChatFormat:
     """``chat_format`` with what opens an answer that thinks, and one that does not."""
     open_tag, close_tag = chat_format.think_tags
     generation_prompt = chat_format.generation_prompt
     if not _has_thinking(chat_format, template):
         return _without_thinking(chat_format)
-    enabled, disabled = (
-        (probe_texts.texts[probe] or "").rpartition(_MARKERS["U1"])[2].removeprefix(after)
-        for probe in ("thinking asked for", "thinking forbidden")
-    )
+    enabled = texts.after("thinking asked for", "U1").removeprefix(after)
+    disabled = texts.after("thinking forbidden", "U1").removeprefix(after)
     opens_reasoning, closes_reasoning = generation_prompt.rstrip().endswith(open_tag), close_tag in generation_prompt
     no_line_breaks = enabled.endswith(open_tag)  # tags stand without line breaks
     think_delimiters = (open_tag, close_tag) if no_line_breaks else (f"{open_tag}\n", f"\n{close_tag}\n\n")
@@ -243,7 +239,7 @@ def _without_thinking(chat_format: ChatFormat) -> ChatFormat:
     return replace(chat_format, thinking_prompt=None, no_thinking_prompt=prompt, default_thinking=None)
 
 
-def _find_strip_rules(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> tuple[tuple[str, str], ...]:
+def _find_strip_rules(chat_format: ChatFormat, texts: _ProbeTexts) -> tuple[tuple[str, str], ...]:
     """Which ends of which text lose their blanks."""
     left, right = _BLANK.split("{}")
     strip_ends: dict[str, str] = {}
@@ -251,28 +247,27 @@ def _find_strip_rules(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> tupl
     first = "U2" if chat_format.system_in_last_user else "U1"
     system = ("blanks around texts, a system message", {"system": "S", "first": first})
     for probe, roles in (plain, system):
-        text = probe_texts.texts[probe]
+        text = texts[probe]
         for role, name in roles.items() if text is not None else ():
             before, _, following = str(text).partition(_MARKERS[name])
             lines = before.endswith(left.lstrip("\n"))  # only line breaks went
-            strip_ends[role] = ("" if before.endswith(left) else "n" if lines else "l") + (
-                "" if following.startswith(right) else "r"
-            )
+            start = "" if before.endswith(left) else "n" if lines else "l"
+            strip_ends[role] = start + ("" if following.startswith(right) else "r")
     return tuple((role, ends) for role, ends in strip_ends.items() if ends)
 
 
-def _find_past_reasoning(probe_texts: _ProbeTexts) -> str:
+def _find_past_reasoning(texts: _ProbeTexts) -> str:
     """What becomes of an answer of the past that holds reasoning."""
-    text = probe_texts.texts["reasoning in a past answer"]
+    text = texts["reasoning in a past answer"]
     if text is None or "Thought" in text:
         return ""
     return "cut" if "\n\n" + _MARKERS["A1"] in text else "strip"
 
 
-def _compare(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> None:
+def _compare(chat_format: ChatFormat, texts: _ProbeTexts) -> None:
     """Raise _TemplateMismatch at the first probe on which ``chat_format`` does not say what the template said."""
     for probe, (turns, thinking) in PROBES.items():
-        theirs = probe_texts.texts[probe]
+        theirs = texts[probe]
         # we open and close reasoning where a template cannot
         if thinking is not None or probe in _PROMPTLESS_PROBES:
             continue
@@ -286,9 +281,8 @@ def _compare(chat_format: ChatFormat, probe_texts: _ProbeTexts) -> None:
             continue
         theirs = fill_dates(theirs or "")
         if ours != theirs:
-            raise _TemplateMismatch(
-                f"on {probe} it writes {_excerpt(theirs, ours)} where we would write {_excerpt(ours, theirs)}"
-            )
+            would = f"where we would write {_excerpt(ours, theirs)}"
+            raise _TemplateMismatch(f"on {probe} it writes {_excerpt(theirs, ours)} {would}")
 
 
 def _excerpt(text: str | None, other: str | None) -> str:

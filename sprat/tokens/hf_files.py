@@ -18,9 +18,8 @@ from sprat.files.json import load_json_object
 
 log = logging.getLogger(__name__)
 GENERATION_CONFIG_FILE = "generation_config.json"
-# Keys of generation_config.json that become settings of ``Sampling``
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# What each may say, from the lowest on; those in OPEN_LOWER_BOUND not the lowest itself.
+# Keys of generation_config.json that become settings of ``Sampling``,
+# and what each may say, from the lowest on; those in OPEN_LOWER_BOUND not the lowest itself.
 # A top_k of -1 is vLLM's way to keep all tokens.
 SAMPLING_RANGES = {
     "temperature": (0, 100),
@@ -86,11 +85,9 @@ def load_generation_config(folder: Path) -> GenerationConfig:
 
 def parse_generation_config(table: Mapping[str, Any], where: str) -> GenerationConfig:
     """What ``raw`` says with the keys of generation_config.json; see ``load_generation_config``."""
-    eos_token_ids = table.get("eos_token_id")
-    eos_token_ids = (
-        eos_token_ids if isinstance(eos_token_ids, list) else [] if eos_token_ids is None else [eos_token_ids]
-    )
-    sampling = {key: table[key] for key in SAMPLING_KEYS if table.get(key) is not None}
+    ids = table.get("eos_token_id")
+    eos_token_ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    sampling = {key: table[key] for key in SAMPLING_RANGES if table.get(key) is not None}
     if sampling.get("top_k") == -1:
         sampling["top_k"] = 0
     if table.get("do_sample") is False:
@@ -103,11 +100,9 @@ def parse_generation_config(table: Mapping[str, Any], where: str) -> GenerationC
             invalid = not low <= value <= high or (key in OPEN_LOWER_BOUND and value == low)
         if invalid:
             raise DataError(f"{key} cannot be {value!r}", where=where, todo="correct it, or leave it out")
-    understood = {"eos_token_id", "do_sample", *SAMPLING_KEYS, *IGNORED_KEYS}
-    set_keys = {
-        key for key, value in table.items() if value not in (None, False, NEUTRAL_VALUES.get(key)) and key[0] != "_"
-    }
-    if unknown := sorted(set_keys - understood):
+    understood = {"eos_token_id", "do_sample", *SAMPLING_RANGES, *IGNORED_KEYS}
+    asking = {key for key, value in table.items() if value not in (None, False, NEUTRAL_VALUES.get(key))}
+    if unknown := sorted(key for key in asking - understood if key[0] != "_"):
         log.warning("%s: not understood and not followed: %s", where, ", ".join(unknown))
     return GenerationConfig(tuple(eos_token_ids), sampling, table)
 

@@ -85,10 +85,9 @@ class Tokenizer:
             plain_json = json.dumps(table)
             self._plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(plain_json)
             # the same for text that does not stand at the beginning
-            mid_text_json = plain_json.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-            self._plain_mid_text: tokenizers.Tokenizer = (
-                self._plain if mid_text_json == plain_json else tokenizers.Tokenizer.from_str(mid_text_json)
-            )
+            mid_json = plain_json.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            same = mid_json == plain_json
+            self._plain_mid_text = self._plain if same else tokenizers.Tokenizer.from_str(mid_json)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"not a tokenizer: {error}", where=where, todo="give an HF tokenizer.json") from None
         except Exception as error:  # the Rust side raises bare Exception
@@ -167,12 +166,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Ids of ``text``. Without ``parse_special`` no control token can come out, whatever the text says."""
-        if parse_special:
-            ids: list[int] = self._full.encode(_replace_surrogates(text), add_special_tokens=False).ids
-            return ids
-        return self._without_control_ids(
-            text, self._plain.encode(_replace_surrogates(text), add_special_tokens=False).ids
-        )
+        encoder = self._full if parse_special else self._plain
+        ids: list[int] = encoder.encode(_replace_surrogates(text), add_special_tokens=False).ids
+        return ids if parse_special else self._without_control_ids(text, ids)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as ``encode`` gives them, on all cores."""
@@ -200,11 +196,10 @@ class Tokenizer:
         encoding = self._full.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         control = self.control_ids
-        pairs = zip(ids, encoding.offsets, strict=True)
-        actual = [(token_id, *span) for token_id, span in pairs if token_id in control]
-        if len(actual) == len(expected) and all(
-            a[0] == b[0] and a[1] <= b[1] and b[2] <= a[2] for a, b in zip(actual, expected, strict=True)
-        ):
+        tokens = zip(ids, encoding.offsets, strict=True)
+        actual = [(token_id, *span) for token_id, span in tokens if token_id in control]
+        pairs = zip(actual, expected, strict=True)
+        if len(actual) == len(expected) and all(a[0] == b[0] and a[1] <= b[1] and b[2] <= a[2] for a, b in pairs):
             return ids
         ids, position, strip_next = [], 0, False
         for token_id, start, end in [*expected, (-1, len(text), len(text))]:

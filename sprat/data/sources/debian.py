@@ -49,8 +49,7 @@ class DebianPackage:
             if shutil.which(tool) is None:
                 return self._text(fault=f"this machine has no {tool}")
         with tempfile.TemporaryDirectory(prefix="sprat-deb-") as name:
-            folder = Path(name)
-            file, digest = "", ""
+            folder, file, digest = Path(name), "", ""
             try:
                 _run_command(["apt-get", "-q", "download", self.name], folder)
                 deb = next(iter(sorted(folder.glob("*.deb"))), None)
@@ -77,15 +76,10 @@ def _run_command(command: list[str], folder: Path) -> None:
     Raises:
         DataError: it failed or took too long.
     """
-    settings = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=settings,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
+        command, cwd=folder, env=env, stdin=null, stdout=null, stderr=pipe, start_new_session=True
     ) as process:
         try:
             _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
@@ -97,8 +91,6 @@ def _run_command(command: list[str], folder: Path) -> None:
                 raise DataError(what, where=command[-1], todo="try again later") from None
             raise
     if process.returncode:
-        reasons = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-        reason = next(
-            (line for line in reasons if line.startswith("E:")), reasons[-1] if reasons else "no reason given"
-        )
+        lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("E:")), lines[-1] if lines else "no reason given")
         raise DataError(f"{command[0]} failed: {reason.removeprefix('E:').strip()}", where=command[-1])

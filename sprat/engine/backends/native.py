@@ -55,12 +55,7 @@ class NativeBackend:
     batch_invariant = True
 
     def __init__(
-        self,
-        model: Transformer,
-        *,
-        threads: int | None = None,
-        kv_format: str | None = None,
-        consume: bool = False,
+        self, model: Transformer, *, threads: int | None = None, kv_format: str | None = None, consume: bool = False
     ) -> None:
         reason = self.accepts(model)
         if reason is not None:
@@ -79,13 +74,8 @@ class NativeBackend:
         self._num_positions = 0
         embedding = self._matrix(model.embed_tokens)
         head = embedding if config.tie_word_embeddings else self._matrix(model.head)
-        ends = {
-            "embedding": embedding,
-            "head": head,
-            "norm": float_vector(model.norm.weight),
-            "freqs_cis": self._table(BLOCK_SIZE),
-        }
-        self._decoder.set_embedding_and_head(ends)
+        ends = {"embedding": embedding, "head": head, "norm": float_vector(model.norm.weight)}
+        self._decoder.set_embedding_and_head(ends | {"freqs_cis": self._table(BLOCK_SIZE)})
         layers: list[Any] = list(model.layers)
         for layer in layers:
             self._decoder.add_layer(self._layer(layer))
@@ -108,12 +98,8 @@ class NativeBackend:
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return "its weights are not on the CPU"
         for name, module in model.named_modules():
-            if (
-                isinstance(module, QuantizedWeight)
-                and module.bits < 16
-                and module.group % GROUP
-                and module.group < module.width
-            ):
+            has_codes = isinstance(module, QuantizedWeight) and module.bits < 16
+            if has_codes and module.group % GROUP and module.group < module.width:
                 return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
             weight = getattr(module, "weight", None) if isinstance(module, Linear | nn.Embedding) else None
             if weight is not None and weight.dtype not in DTYPE_CODES:
@@ -194,10 +180,7 @@ class NativeBackend:
         else:
             parts |= {name: self._matrix(getattr(attention, f"{name}_proj")) for name in ("q", "k", "v")}
             if attention.has_qk_norm:
-                parts |= {
-                    "q_norm": float_vector(attention.q_norm.weight),
-                    "k_norm": float_vector(attention.k_norm.weight),
-                }
+                parts |= {name: float_vector(getattr(attention, name).weight) for name in ("q_norm", "k_norm")}
             if attention.window is not None:
                 parts["window"] = attention.window
         parts["o"] = self._matrix(attention.o_proj)
@@ -232,10 +215,8 @@ class NativeBackend:
     def _experts(self, experts: Any) -> list[Any]:
         """Gate, up and down of each routed expert."""
         if isinstance(experts, QuantExperts):
-            matrices = [
-                pack_weights(packed, self._pages, consume=self._consume)
-                for packed in (experts.gate, experts.up, experts.down)
-            ]
+            packed = (experts.gate, experts.up, experts.down)
+            matrices = [pack_weights(each, self._pages, consume=self._consume) for each in packed]
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
             matrices = [[float_weights(weight) for weight in weight.detach()] for weight in weights]
@@ -281,6 +262,5 @@ def _dims(model: Transformer) -> dict[str, Any]:
 
 def _is_float32(model: Transformer) -> bool:
     """Whether all matrices are float32."""
-    return all(p.dtype == torch.float32 for p in model.parameters()) and not any(
-        isinstance(module, QuantizedWeight) for module in model.modules()
-    )
+    is_quantized = any(isinstance(module, QuantizedWeight) for module in model.modules())
+    return not is_quantized and all(p.dtype == torch.float32 for p in model.parameters())

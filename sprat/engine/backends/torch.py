@@ -154,13 +154,11 @@ class TorchBackend:
     def copy(self, source: int, target: int) -> None:
         """Copy one block over another."""
         for layer in self._store:
-            layer[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = layer[
-                source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
-            ]
+            layer[_slots(target)] = layer[_slots(source)]
 
     def read(self, block: int) -> bytes:
         """The bytes of a block, layer after layer."""
-        rows = torch.stack([layer[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] for layer in self._store]).cpu()
+        rows = torch.stack([layer[_slots(block)] for layer in self._store]).cpu()
         return rows.view(torch.uint8).numpy().tobytes()
 
     def write(self, block: int, data: bytes) -> None:
@@ -169,7 +167,7 @@ class TorchBackend:
             raise ValueError(f"a block has {self.block_bytes} bytes, not {len(data)}")
         rows = torch.frombuffer(bytearray(data), dtype=self._dtype).view(self._layers, BLOCK_SIZE, self._width)
         for layer, new in zip(self._store, rows.to(self._device), strict=True):
-            layer[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = new
+            layer[_slots(block)] = new
 
     def _zeros(self, blocks: int) -> Tensor:
         """Memory of one layer."""
@@ -184,10 +182,8 @@ class TorchBackend:
         index_GN, rows_G1 = group.tokens_GN, group.rows_G[:, None]
         positions_GN = batch.positions_T[index_GN]
         table_GW = batch.block_tables_SW[group.rows_G]
-        slot_GN = (
-            batch.block_tables_SW[rows_G1, positions_GN // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-            + positions_GN % BLOCK_SIZE
-        )
+        block_GN = batch.block_tables_SW[rows_G1, positions_GN // BLOCK_SIZE].astype(np.int64)
+        slot_GN = block_GN * BLOCK_SIZE + positions_GN % BLOCK_SIZE
         if len(self._scratch) < table_GW.size * BLOCK_SIZE:
             self._scratch = self._zeros(2 * table_GW.size)
         table, slot, length = map(self._index, (np.maximum(table_GW, 0), slot_GN, positions_GN[:, 0]))
@@ -226,6 +222,11 @@ class TorchBackend:
         if len(batch.logits_index_R) < len(hidden_TD):
             hidden_TD = hidden_TD[self._index(batch.logits_index_R)]
         return self.model.logits(hidden_TD)
+
+
+def _slots(block: int) -> slice:
+    """Where the tokens of a block lie in a layer."""
+    return slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
 
 
 def _argmax(logits_RV: Tensor, vocab: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Parts = dict[str, Array]
 GROUP = 32
-PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4} | dict.fromkeys(
-    ("Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K"), 8
-)  # bits of the codes that a type becomes
+_EIGHT_BITS = ("Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
+PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4} | dict.fromkeys(_EIGHT_BITS, 8)  # bits of the codes that a type becomes
 WITH_MINIMUMS = ("Q4_1", "Q4_K")
 
 
@@ -165,10 +164,8 @@ def _q3_k(raw_NBb: Array) -> Array:
     shape = raw_NBb.shape[:-1]
     low = (_split_bits(raw_NBb[..., 32:96], 32, (0, 2, 4, 6)) & 3).astype(np.int8)
     codes = low - ((_split_bits(raw_NBb[..., :32], 32, range(8)) & 1) ^ 1).astype(np.int8) * 4
-    four, two = (
-        _split_bits(raw_NBb[..., 96:104], 8, (0, 4)) & 15,
-        _split_bits(raw_NBb[..., 104:108], 4, (0, 2, 4, 6)) & 3,
-    )
+    four = _split_bits(raw_NBb[..., 96:104], 8, (0, 4)) & 15
+    two = _split_bits(raw_NBb[..., 104:108], 4, (0, 2, 4, 6)) & 3
     scale = (four.reshape(*shape, 16) | two.reshape(*shape, 16) << 4).astype(np.int8) - 32
     weights: Array = _per_group(_per_group(_half(raw_NBb, 108)) * scale) * codes.reshape(*shape, 16, 16)
     return weights
@@ -177,15 +174,11 @@ def _q3_k(raw_NBb: Array) -> Array:
 def _q6_k(raw_NBb: Array) -> Array:
     """Bytes: 128 with low nibbles, 64 with two high bits each, 16 scales (int8), 2 factor."""
     shape = raw_NBb.shape[:-1]
-    low, high = (
-        _split_bits(raw_NBb[..., :128], 64, (0, 4)) & 15,
-        _split_bits(raw_NBb[..., 128:192], 32, (0, 2, 4, 6)) & 3,
-    )
+    low = _split_bits(raw_NBb[..., :128], 64, (0, 4)) & 15
+    high = _split_bits(raw_NBb[..., 128:192], 32, (0, 2, 4, 6)) & 3
     codes = (low.reshape(*shape, 256) | high.reshape(*shape, 256) << 4).astype(np.int8) - 32
-    scale = np.ascontiguousarray(raw_NBb[..., 192:208]).view(np.int8).astype(np.float32) * _per_group(
-        _half(raw_NBb, 208)
-    )
-    weights: Array = _per_group(scale) * codes.reshape(*shape, 16, 16)
+    scale = np.ascontiguousarray(raw_NBb[..., 192:208]).view(np.int8).astype(np.float32)
+    weights: Array = _per_group(scale * _per_group(_half(raw_NBb, 208))) * codes.reshape(*shape, 16, 16)
     return weights
 
 
@@ -211,17 +204,5 @@ def _to_half(values: Array) -> Array:
         return values.astype(np.float16)
 
 
-_REPACK: dict[str, Callable[[Array], Parts]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q8_0": _q8_0,
-    "Q4_K": _q4_k,
-}
-_DEQUANTIZE: dict[str, Callable[[Array], Array]] = {
-    "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
-    "Q5_1": _q5_1,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-}
+_REPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q8_0": _q8_0, "Q4_K": _q4_k}
+_DEQUANTIZE = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q5_1": _q5_1, "Q5_K": _q5_k, "Q6_K": _q6_k}

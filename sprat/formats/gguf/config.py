@@ -68,9 +68,8 @@ def _dense(keys: Keys) -> dict[str, Any]:
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     width = keys.integer("attention.key_length", hidden // max(1, heads))
     if keys.integer("attention.value_length", width) != width or keys.integer("rope.dimension_count", width) != width:
-        raise keys.fault(
-            f"{keys.kind}.rope.dimension_count", f"heads of {width} must turn, and keep, all of themselves"
-        )
+        what = f"heads of {width} must turn, and keep, all of themselves"
+        raise keys.fault(f"{keys.kind}.rope.dimension_count", what)
     return {
         "architecture": keys.kind,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
@@ -103,10 +102,8 @@ def _deepseek(keys: Keys) -> dict[str, Any]:
     if gating not in (_SOFTMAX, _SIGMOID):
         raise keys.fault("deepseek2.expert_gating_func", f"function {gating} is not known")
     corrected = f"blk.{dense}.exp_probs_b.bias" in tensors
-    groups, normed = (
-        keys.integer("expert_group_count", 1) or 1,
-        keys.header.metadata.get("deepseek2.expert_weights_norm"),
-    )
+    groups = keys.integer("expert_group_count", 1) or 1
+    normed = keys.header.metadata.get("deepseek2.expert_weights_norm")
     greedy = "group_limited_greedy" if groups > 1 else "greedy"
     return table | {
         "architecture": "deepseek_v3" if corrected or normed or gating == _SIGMOID else "deepseek_v2",
@@ -160,12 +157,11 @@ def _rope_scaling(keys: Keys, table: dict[str, Any]) -> dict[str, Any] | None:
     for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
         if keys.real(key, 1.0) not in (1.0, -1.0):  # -1: as usual
             raise keys.fault(f"{keys.kind}.{key}", "only 1 is supported")
+    original = keys.integer("rope.scaling.original_context_length", table["max_position_embeddings"])
     scaling = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": keys.integer(
-            "rope.scaling.original_context_length", table["max_position_embeddings"]
-        ),
+        "original_max_position_embeddings": original,
         "beta_fast": keys.real("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.real("rope.scaling.yarn_beta_slow", 1.0),
     }

@@ -62,9 +62,8 @@ class Keys:
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             value = value[0]
         if type(value) is not int or value < 0:
-            raise self.fault(
-                f"{self.kind}.{key}", "it is missing" if value is None else f"{str(value)[:60]} is no size"
-            )
+            why = "it is missing" if value is None else f"{str(value)[:60]} is no size"
+            raise self.fault(f"{self.kind}.{key}", why)
         return value
 
     def real(self, key: str, default: float | None = None) -> float:

@@ -59,22 +59,18 @@ def read_tokenizer(header: Header) -> Tokenizer:
         generation_config = parse_generation_config(_generation(header), where)
         return Tokenizer(text, config=_config(header, tokens), generation_config=generation_config, where=where)
     except DataError as error:
-        raise CheckpointError(
-            error.what, where=f"{header.path}: {_KEY}tokens", todo="convert the model again"
-        ) from None
+        where = f"{header.path}: {_KEY}tokens"
+        raise CheckpointError(error.what, where=where, todo="convert the model again") from None
 
 
 def _byte_level(header: Header, vocabulary: dict[str, int]) -> dict[str, Any]:
     """Normalizer, pre-tokenizer, model and decoder of byte-level BPE."""
     pre = header.metadata.get(f"{_KEY}pre", "default")
     if not isinstance(pre, str) or pre not in PRETOKENIZERS:
-        raise _fault(
-            header, "pre", f"the cut {str(pre)[:40]!r} is not known", f"it is one of {', '.join(PRETOKENIZERS)}"
-        )
-    splits = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in PRETOKENIZERS[pre]
-    ]
+        todo = f"it is one of {', '.join(PRETOKENIZERS)}"
+        raise _fault(header, "pre", f"the cut {str(pre)[:40]!r} is not known", todo)
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in PRETOKENIZERS[pre]]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     merges = []
     for merge in _texts(header, "merges"):
@@ -110,16 +106,12 @@ def _sentence_piece(header: Header, vocabulary: dict[str, int], tokens: list[str
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     begin = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     end = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    model = _bpe(vocabulary, [[left, right] for *_, left, right in merges])
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*begin, spaced]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [plain, {"type": "ByteFallback"}, {"type": "Fuse"}, *end]},
-        "model": {
-            **_bpe(vocabulary, [[left, right] for *_, left, right in merges]),
-            "unk_token": unknown,
-            "fuse_unk": True,
-            "byte_fallback": True,
-        },
+        "model": {**model, "unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
     }
 
 

@@ -127,10 +127,8 @@ class LoadPlan:
 
 def _is_zero(sources: list[Source], header: Header) -> bool:
     """Whether a tensor is a bias of attention that the file does not hold; memory that nobody fills is zero."""
-    return (
-        sources[0].name not in header.tensors
-        and re.fullmatch(r".*attn_(q|k|v|output)\.bias", sources[0].name) is not None
-    )
+    name = sources[0].name
+    return name not in header.tensors and re.fullmatch(r".*attn_(q|k|v|output)\.bias", name) is not None
 
 
 def empty_model(header: Header, config: ModelConfig) -> Transformer:
@@ -178,10 +176,9 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialize
         grouped = (*outer, width // GROUP)
         four = PACKED[kind] == 4
         codes = view(name, "codes", torch.uint8 if four else torch.int8, (*outer, width // 2 if four else width))
+        scales = view(name, "scales", torch.float16, grouped)
         minimums = view(name, "minimums", torch.float16, grouped) if kind in WITH_MINIMUMS else None
-        return QuantizedTensor(
-            codes, view(name, "scales", torch.float16, grouped), PACKED[kind], GROUP, width, minimums
-        )
+        return QuantizedTensor(codes, scales, PACKED[kind], GROUP, width, minimums)
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     plain = {name: kind for name, kind in plan.kinds.items() if kind in dtypes}
@@ -201,10 +198,9 @@ def _expert_weights(name: str) -> list[str]:
 
 def _decode_job(source: Source, entry: TensorInfo, dense: str, out: dict[str, int]) -> Job:
     """What the reading process has to do for one tensor of the file."""
-    rows, width = (
-        (entry.shape[0], 1) if len(entry.shape) == 1 and source.reorder else (prod(entry.shape[:-1]), entry.shape[-1])
-    )
-    stride = 0
+    rows, width, stride = prod(entry.shape[:-1]), entry.shape[-1], 0
+    if len(entry.shape) == 1 and source.reorder:
+        rows, width = width, 1
     if source.every:
         row = (entry.shape[1] if source.reorder else width) * 4
         out, stride = {"dense": out["dense"] + source.first * row}, source.every * row
@@ -231,9 +227,8 @@ def _decode_in_subprocess(plan: LoadPlan) -> mmap.mmap:
             os.ftruncate(target.fileno(), max(1, plan.size))
             memory = mmap.mmap(target.fileno(), max(1, plan.size))
         except OSError as error:
-            raise CheckpointError(
-                f"no room for the weights: {error.strerror}", where=str(path), todo="free memory"
-            ) from None
+            what = f"no room for the weights: {error.strerror}"
+            raise CheckpointError(what, where=str(path), todo="free memory") from None
         ends = (source.fileno(), target.fileno())
         try:
             done = subprocess.run(
