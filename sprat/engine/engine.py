@@ -128,12 +128,12 @@ class Engine:
     ) -> list[Output]:
         """Answer all prompts; ``sampling.n`` answers each, those of one prompt side by side.
 
-        A prompt is a question (rendered as one user turn), a conversation, or ids that are used as they
-        are. Where a prompt occurs several times with the same seed, each occurrence draws from its own
-        stream of noise.
+        A prompt is a question (rendered as one user turn), a conversation (``Message``s, or dicts with ``role`` and
+        ``content``), or ids that are used as they are. Where a prompt occurs several times with the same seed, each
+        occurrence draws from its own stream of noise.
 
         Raises:
-            EngineError: a prompt is empty or too long, or the settings do not match the prompts.
+            EngineError: a prompt is empty, too long or none of these, or the settings do not match the prompts.
         """
         sampling = self.sampling() if sampling is None else sampling
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -184,19 +184,11 @@ class Engine:
         Raises:
             EngineError: the prompt is empty or too long, or ``n`` is not 1.
         """
-        sampling = sampling or self.sampling()
-        if sampling.n != 1:
-            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
-        return self._enqueue([sequence], streams=True)[0]
+        return self._submit(prompt, sampling, cancel, tenant, streams=True)
 
     def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT) -> int:
-        """``submit``, for callers that step the engine and need only the request's number."""
-        sampling = sampling or self.sampling()
-        ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, tenant=tenant)
-        return self._enqueue([sequence], streams=False)[0].id
+        """``submit``, for callers that step the engine and need only the request's number; raises as it does."""
+        return self._submit(prompt, sampling, None, tenant, streams=False).id
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
@@ -256,6 +248,23 @@ class Engine:
         with contextlib.suppress(SpratError):  # whoever it concerns has it
             self.step()
         return True
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None,
+        cancel: threading.Event | None,
+        tenant: Tenant,
+        *,
+        streams: bool,
+    ) -> RequestHandle:
+        """Check and queue one request for one answer."""
+        sampling = sampling or self.sampling()
+        if sampling.n != 1:
+            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
+        ids = self._request_builder.tokenize(prompt, sampling)
+        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
+        return self._enqueue([sequence], streams=streams)[0]
 
     def _enqueue(self, sequences: list[Sequence], *, streams: bool) -> list[RequestHandle]:
         """Queue requests and wake the thread."""

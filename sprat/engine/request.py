@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as GenericSequence
 from threading import Event
+from typing import Any
 
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK_SIZE
@@ -25,7 +26,7 @@ from sprat.tokens.chat import resolve_thinking, split_reasoning
 
 WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
 
-Prompt = str | GenericSequence[Message] | GenericSequence[int]
+Prompt = str | GenericSequence[Message] | GenericSequence[Mapping[str, str]] | GenericSequence[int]
 
 
 class RequestBuilder:
@@ -40,24 +41,26 @@ class RequestBuilder:
         self._request_ids = itertools.count(1)
 
     def tokenize(self, prompt: Prompt, sampling: Sampling) -> list[int]:
-        """The ids of a prompt: a question, a conversation, or ids as they are.
+        """The ids of a prompt: a question, a conversation (a dict is a message too), or ids as they are.
 
         Raises:
-            EngineError: it is empty, or not of this vocabulary; a role is unknown or has no place in the chat format;
-                the model shall think and does not.
+            EngineError: it is none of these, empty or not of this vocabulary; a role is unknown or has no place in the
+                chat format; the model shall think and does not.
         """
-        turns = [Message("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, Message)]
+        if not isinstance(prompt, GenericSequence):
+            raise _no_prompt(f"the prompt is a {type(prompt).__name__}", self._vocab)
+        parts = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        turns = [_message(part) for part in parts if isinstance(part, Message | Mapping)]
         if not prompt or (turns and not any(turn.content.strip() for turn in turns)):
             raise EngineError("the prompt is empty", where="prompt", todo="ask something")
-        if isinstance(prompt, str) or len(turns) == len(prompt):
+        if len(turns) == len(parts):
             try:
                 return render(self._tokenizer, turns, thinking=sampling.thinking)
             except DataError as error:
                 raise EngineError(error.what, where=error.where, todo=error.todo) from None
-        ids = [int(index) for index in prompt if isinstance(index, int)]
-        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab:
-            fault = "the prompt holds what is no token of this model"
-            raise EngineError(fault, where="prompt", todo=f"give ids of 0 … {self._vocab - 1}")
+        ids = [int(index) for index in parts if isinstance(index, int)]
+        if len(ids) != len(parts) or min(ids) < 0 or max(ids) >= self._vocab:
+            raise _no_prompt("the prompt holds what is no token of this model", self._vocab)
         return ids
 
     def build(
@@ -231,6 +234,22 @@ class RequestHandle:
             count = sum(token not in self._tokenizer.eos_token_ids for token in output_ids[start:stop])
         prompt, cached = len(sequence.prompt_ids), max(0, sequence.num_cached)
         return Usage(prompt, len(output_ids), count, cached, prompt - cached)
+
+
+def _no_prompt(fault: str, vocab: int) -> EngineError:
+    """What is no prompt, and what one is."""
+    todo = f"give a text, ids of 0 … {vocab - 1}, or a list of messages (sprat.tokens.Message, or role and content)"
+    return EngineError(fault, where="prompt", todo=todo)
+
+
+def _message(turn: Message | Mapping[str, Any]) -> Message:
+    """One turn of a conversation, also as chat APIs write it: ``{"role": …, "content": …}``."""
+    if isinstance(turn, Mapping) and turn.keys() == {"role", "content"}:
+        turn = Message(**turn)
+    if isinstance(turn, Message) and isinstance(turn.content, str):
+        return turn
+    todo = "give sprat.tokens.Message, or a dict of just role and content, with text as its content"
+    raise EngineError(f"{turn!r:.80} is no message", where="prompt", todo=todo)
 
 
 def eos_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -92,6 +92,8 @@ class Processor(Protocol):
     def apply(self, logits_V: NDArray[np.float32], output_ids: TokenIds, draft_ids: TokenIds) -> None:
         """Change ``logits_V`` in place, for the token that follows ``output_ids`` and ``draft_ids``.
 
+        What it raises ends its own request alone, and so does an array that it returns instead.
+
         Args:
             logits_V: float32, one per id of the tokenizer; -inf is "never".
             output_ids: sampled tokens of the answer; grows from call to call, and never changes otherwise.

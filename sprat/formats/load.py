@@ -71,13 +71,32 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     """Write model and tokenizer to one folder: Hugging Face's layout, or ours for a quantised model.
 
     Raises:
+        CheckpointError: the model holds what its config does not say (an adapter), or its weights were consumed;
+            ``load`` could not make it again, so nothing is written.
         MachineError: the disk is full or closed to us; no file is half-written.
     """
+    _refuse_unloadable(model)
     if quantized_weights(model):
         quantized.save(model, path)
     else:
         hf.save_folder(model, path)
     tokenizer.save(path)
+
+
+def _refuse_unloadable(model: Transformer) -> None:
+    """Raise CheckpointError at the first tensor that a model of this config does not have, or has in another shape."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Transformer(model.config, seed=None).state_dict().items()}
+    packed = quantized_weights(model)
+    inside = {id(tensor) for each in packed.values() for tensor in each.buffers()}
+    found = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
+    found |= {name: torch.Size((*each.codes.shape[:-1], each.width)) for name, each in packed.items()}
+    tied = {"head.weight"} if model.config.tie_word_embeddings else set()
+    for name in sorted((found.keys() | expected.keys()) - tied):
+        if found.get(name) != expected.get(name):
+            fault = f"{name} is not as config.json would say, so what is saved could not be loaded"
+            todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
+            raise CheckpointError(fault, where="save", todo=todo)
 
 
 def _refuse_nan(model: Transformer, folder: Path) -> None:

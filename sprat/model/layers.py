@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sprat.errors import ConfigError
 from sprat.kernels import ops
 
 
@@ -22,7 +23,8 @@ class Linear(LinearBase):
     """``y = x W^T + b`` with ``weight`` [out, in] and an optional ``bias`` [out].
 
     A replacement (INT4, FP8, LoRA) offers the same ``forward``, ``dense_weight``, ``in_features`` and
-    ``out_features``; nothing else of it is read. Weights are left unset here: ``Transformer`` fills them.
+    ``out_features``; nothing else of it is read. torch runs such a model, and it is saved once each replacement is a
+    ``Linear`` again whose weight is its ``dense_weight()``. Weights are left unset here: ``Transformer`` fills them.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -83,8 +85,14 @@ def replace_linears(model: nn.Module, make: Callable[[str, LinearBase], nn.Modul
     """Put what ``make(name, linear)`` gives in the place of each of ``linears(model)``; None leaves it as it is.
 
     They come in the order of ``model.named_modules()``; what is put in is not walked through itself.
+
+    Raises:
+        ConfigError: ``model`` is itself what shall be replaced.
     """
     for name, linear in list(linears(model)):
         replacement = make(name, linear)
+        if replacement is not None and not name:
+            fault = f"a {type(model).__name__} cannot be replaced in itself"
+            raise ConfigError(fault, where="replace_linears", todo="give the module that holds it")
         if replacement is not None:
             model.set_submodule(name, replacement)

@@ -29,11 +29,15 @@ from sprat.engine.backends.weights import (
 )
 from sprat.errors import MachineError
 from sprat.kernels import native, unavailable_reason
-from sprat.model import Linear, MoE, Transformer
+from sprat.model import MLP, Block, Embedding, Experts, Gate, Linear, MoE, RMSNorm, Transformer
+from sprat.model.gqa import GQA
 from sprat.model.mla import MLA
-from sprat.model.moe import MLP
+from sprat.model.mtp import MTP
 from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
 
+# What a step is made of; other modules, and subclasses of these, may compute anything.
+KNOWN = {nn.ModuleList, Transformer, Block, MTP, MLA, GQA, MLP, MoE, Gate, Experts, Linear, Embedding, RMSNorm}
+KNOWN |= {QuantizedWeight, QuantLinear, QuantEmbedding, QuantExperts}
 FORMATS = ("f32", "f16", "i8")  # of the KV cache, in the order of the C++ side
 
 
@@ -98,10 +102,12 @@ class NativeBackend:
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return "its weights are not on the CPU"
         for name, module in model.named_modules():
+            if type(module) not in KNOWN:
+                return f"{name} is a {type(module).__name__}"
             has_codes = isinstance(module, QuantizedWeight) and module.bits < 16
             if has_codes and module.group % GROUP and module.group < module.width:
                 return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
-            weight = getattr(module, "weight", None) if isinstance(module, Linear | nn.Embedding) else None
+            weight = getattr(module, "weight", None) if isinstance(module, Linear | Embedding) else None
             if weight is not None and weight.dtype not in DTYPE_CODES:
                 return f"{name} is {weight.dtype}"
         return None

@@ -10,6 +10,8 @@ only the last one has the last word on what is possible at all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +24,11 @@ from sprat.errors import EngineError
 from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
+_TODO = (
+    "give it apply(logits_V, output_ids, draft_ids), starts_at (a whole number from 0 on; was wakes) and "
+    "supports_drafts (True or False; was speculates)"
+)
+
 
 def build_processors(
     sampling: Sampling, prompt: TokenIds, tokenizer: Tokenizer, grammars: GrammarCache, tenant: Tenant = DEFAULT_TENANT
@@ -29,7 +36,8 @@ def build_processors(
     """The processors of one answer of ``tenant``, in their order.
 
     Raises:
-        EngineError: an id is not of this vocabulary, the grammar cannot be used, or a factory failed.
+        EngineError: an id is not of this vocabulary, the grammar cannot be used, or a factory failed or gave what is no
+            ``Processor``.
     """
     processors: list[Processor] = []
     vocab_size = tokenizer.vocab_size
@@ -44,10 +52,13 @@ def build_processors(
         processors.append(ThinkBudget(tokenizer, sampling.thinking, sampling.max_think_tokens))
     for factory in sampling.processors:
         try:
-            processors.append(factory(prompt))
+            processors.append(processor := factory(prompt))
+            unusable = _unusable(processor)
         except Exception as error:  # the caller's own code
             fault = f"a processor cannot be made: {type(error).__name__}: {error}"
             raise EngineError(fault, where="processors", todo="mend it") from error
+        if unusable:
+            raise EngineError(f"{type(processor).__name__} is no processor: {unusable}", where="processors", todo=_TODO)
     if sampling.response is not None:
         thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
         processors.append(grammars.grammar(sampling.response, thinking, tenant))
@@ -122,6 +133,22 @@ class ThinkBudget:
         if excess >= 0:
             logits_V.fill(-np.inf)
             logits_V[self._close_ids[excess % len(self._close_ids)]] = 0
+
+
+def _unusable(processor: Any) -> str:
+    """What a step would read of a caller's ``processor`` and could not use; nothing if all is well."""
+    starts_at = getattr(processor, "starts_at", None)
+    usable = {
+        "apply": callable(getattr(processor, "apply", None)),
+        "starts_at": isinstance(starts_at, int | np.integer) and type(starts_at) is not bool and 0 <= starts_at < 2**63,
+        "supports_drafts": isinstance(getattr(processor, "supports_drafts", None), bool | np.bool_),
+    }
+    wrong = [name for name, is_usable in usable.items() if not is_usable]
+    told = [
+        f"its {name} is {getattr(processor, name)!r:.40}" if hasattr(processor, name) else f"no {name}"
+        for name in wrong
+    ]
+    return ", ".join(told)
 
 
 def _check_ids(name: str, ids: TokenIds | dict[int, float], vocab_size: int) -> None:

@@ -252,7 +252,10 @@ def _apply_processors(sequence: Sequence, logits_V: Floats, draft_ids: TokenIds)
         raise not_finite()
     try:
         for processor in sequence.processors:
-            processor.apply(logits_V, sequence.output_ids, draft_ids)
+            given: object = processor.apply(logits_V, sequence.output_ids, draft_ids)  # type: ignore[func-returns-value]
+            if given is not None and given is not logits_V:
+                fault = f"{type(processor).__name__}.apply returned a {type(given).__name__}, which nobody reads"
+                raise EngineError(fault, where="processors", todo="change logits_V in place and return nothing")
     except SpratError as error:
         return error
     except Exception as error:  # a processor of the caller's may raise anything; only its own request pays

@@ -200,20 +200,39 @@ def test_what_cannot_be_asked_is_one_clear_sentence(model: Transformer, tokenize
         ([Message("user", "")], short, "empty"),
         ([10**6], short, "no token"),
         ([-1], short, "no token"),
-        (["a"], short, "no token"),
+        (["a"], short, "no token of this model .*sprat.tokens.Message"),
+        ([Message("user", "a"), 5], short, "no token of this model .*sprat.tokens.Message"),
+        ({"role": "user", "content": "a"}, short, "the prompt is a dict .*a list of messages"),
+        (Message("user", "a"), short, "the prompt is a Message .*a list of messages"),
+        (None, short, "the prompt is a NoneType"),
+        (torch.tensor([5, 6]), short, "the prompt is a Tensor"),
+        ([Message("user", None)], short, "is no message"),  # type: ignore[arg-type]
+        ([{"role": "user"}], short, "is no message .*just role and content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], short, "is no message"),
+        ([{"role": "user", "content": "a", "name": "b"}], short, "is no message"),
+        ([{"role": "tool", "content": "a"}], short, "unknown role"),
+        ([{"role": "user", "content": " "}], short, "empty"),
         ([1] * 196, short, "exceed the context of 200"),
         ([1] * 300, Sampling(max_tokens=None), "exceed the context of 200"),
         ("hi", Sampling(max_tokens=51), "50 at most"),
     ]:
         with pytest.raises(EngineError, match=words):
             engine.generate([prompt], how)  # type: ignore[list-item]
-    with pytest.raises(EngineError, match="one answer"):
-        engine.submit("hi", Sampling(n=2))
+    for ask in (engine.submit, engine.add, engine.stream):
+        with pytest.raises(EngineError, match="one answer"):
+            ask("hi", Sampling(n=2))
     with pytest.raises(EngineError, match="differ in number"):
         engine.generate(["a", "b"], [short])
     with pytest.raises(EngineError, match="limit"):
         Engine(model, tokenizer, max_batch=0)
     assert not engine.busy and engine.check() == []
+
+
+def test_dicts_of_role_and_content_are_messages(model: Transformer, tokenizer: Tokenizer) -> None:
+    turns = [("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    ours, theirs = ([make(*turn) for turn in turns] for make in (Message, lambda r, c: {"role": r, "content": c}))
+    expected, found = Engine(model, tokenizer).generate([ours, theirs], Sampling(temperature=0, max_tokens=3))
+    assert (found.prompt_ids, found.token_ids) == (expected.prompt_ids, expected.token_ids)
 
 
 def test_a_model_that_breaks_fails_its_requests_and_not_the_next_ones(tokenizer: Tokenizer, model: Transformer) -> None:

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sprat.engine import Engine
 from sprat.engine.detokenizer import Detokenizer
 from sprat.engine.reasoning import ReasoningTracker, think_close_ids
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.processors import BadWords, Penalties, ThinkBudget, build_processors
 from sprat.engine.sampling_params import Processor, Sampling
 from sprat.errors import EngineError
+from sprat.model import Transformer
 from sprat.tokens import Tokenizer
 
 VOCAB = 40
@@ -194,6 +196,44 @@ def test_rules_come_in_their_order_and_plain_requests_carry_none(tokenizer: Toke
     assert (raw[3], raw[5], raw[4]) == (-100, 2.5, 0)
     again = build_processors(sampling, [1, 2], tokenizer, grammars)
     assert not {id(one) for one in processor} & {id(one) for one in again}
+
+
+def lacking() -> object:
+    """Raises where the step would read it."""
+    raise ValueError("not yet")
+
+
+RIGHT = {"starts_at": 0, "supports_drafts": True, "apply": lambda self, logits_V, output_ids, draft_ids: None}
+OLD = {"wakes": 0, "speculates": True, "apply": RIGHT["apply"]}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        (OLD, "no starts_at, no supports_drafts.*was wakes.*was speculates"),
+        ({**RIGHT, "apply": None}, "its apply is None"),
+        ({name: value for name, value in RIGHT.items() if name != "apply"}, "no apply"),
+        *[({**RIGHT, "starts_at": value}, "its starts_at is") for value in (None, "0", 1.0, True, -1, 2**63, np.nan)],
+        *[({**RIGHT, "supports_drafts": value}, "its supports_drafts is") for value in (None, "no", np.ones(2))],
+        ({**RIGHT, "starts_at": property(lambda self: lacking())}, "cannot be made: ValueError: not yet"),
+    ],
+)
+def test_a_processor_that_a_step_cannot_read_is_refused_and_its_neighbors_go_on(
+    model: Transformer, tokenizer: Tokenizer, attributes: dict[str, object], words: str
+) -> None:
+    engine = Engine(model, tokenizer)
+    neighbor = engine.submit("hi", Sampling(max_tokens=2))
+    with pytest.raises(EngineError, match=words) as caught:
+        engine.submit("ho", Sampling(max_tokens=2, processors=(lambda prompt: type("Own", (), attributes)(),)))
+    assert caught.value.where == "processors"
+    assert len(neighbor.result().token_ids) > 0 and engine.check() == []
+
+
+@pytest.mark.parametrize("number", [0, np.int32(3), 2**63 - 1])
+def test_whole_numbers_and_truth_values_of_numpy_are_read_too(tokenizer: Tokenizer, number: int) -> None:
+    made = type("Own", (), {**RIGHT, "starts_at": number, "supports_drafts": np.False_})()
+    sampling = Sampling(processors=(lambda prompt: made,))
+    assert build_processors(sampling, [1], tokenizer, GrammarCache(tokenizer, frozenset())) == (made,)
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "bad_words", "stop_token_ids"])

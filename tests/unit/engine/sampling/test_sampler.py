@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as GenericSequence
 from typing import Any
 
@@ -209,6 +210,37 @@ def test_a_broken_rule_fails_its_own_request_alone(tokenizer: Tokenizer, tempera
     samples = sampler.sample(logits, np.arange(3))
     assert list(samples.errors) == [1] and isinstance(samples.errors[1], EngineError)
     assert samples.tokens_R[[0, 2]].tolist() == plain[[0, 2]].tolist()
+
+
+class Returns(Only):
+    """Ends with what another library's rule ends with."""
+
+    def __init__(self, given: Callable[[NDArray[np.float32]], object]) -> None:
+        super().__init__(33)
+        self.given = given
+
+    def apply(  # type: ignore[override]
+        self, logits_V: NDArray[np.float32], output_ids: GenericSequence[int], draft_ids: GenericSequence[int]
+    ) -> object:
+        """Change the logits, and return what nobody asked for."""
+        super().apply(logits_V, output_ids, draft_ids)
+        return self.given(logits_V)
+
+
+@pytest.mark.parametrize("given", [np.zeros_like, lambda logits_V: logits_V[:], lambda logits_V: torch.ones(3), list])
+def test_a_rule_that_returns_its_logits_is_refused_alone(
+    tokenizer: Tokenizer, given: Callable[[NDArray[np.float32]], object]
+) -> None:
+    sampler, _ = sampler_of(tokenizer, *[Sampling(temperature=0)] * 2)
+    sequence = Sequence(9, [1], Sampling(temperature=0), 9, 1)
+    sequence.processors = (Returns(given),)
+    sampler.add(1, sequence)
+    samples = sampler.sample(logits_of(2, tokenizer), np.arange(2))
+    assert list(samples.errors) == [1]
+    assert "Returns.apply returned a" in str(samples.errors[1]) and "in place" in samples.errors[1].todo
+    sequence.processors = (Returns(lambda logits_V: logits_V),)  # as ``np.add(…, out=logits_V)`` does
+    samples = sampler.sample(logits_of(2, tokenizer), np.arange(2))
+    assert samples.errors == {} and samples.tokens[1] == 33
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
