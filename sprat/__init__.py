@@ -1,10 +1,13 @@
 """Sprat: a complete low-cost LLM system in one package.
 
-The stable Python face is ``load``, ``save``, ``Engine`` and ``Sampling``; all else is internal. They are
-looked up on first use (PEP 562), so that ``import sprat`` costs nothing and ``sprat --help`` never pays
+The stable Python face is ``load``, ``save``, ``Engine`` and ``Sampling``. What else the documents show
+(``sprat.quant``, ``sprat.train``, ``sprat.serve.ServeConfig``, ``sprat.model.layers.replace_linears``, the engine's
+``Processor``) may be used, and may move between two versions: CHANGELOG.md then says where to. All else is internal.
+
+The four are looked up on first use (PEP 562), so that ``import sprat`` costs nothing and ``sprat --help`` never pays
 for torch:
 
-    model, tokenizer = sprat.load("runs/quickstart/student")
+    model, tokenizer = sprat.load("runs/quickstart/quantize")
     engine = sprat.Engine(model, tokenizer)
     print(engine.generate(["3+4+5="], sprat.Sampling(temperature=0))[0].text)
 """

@@ -23,6 +23,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
 from sprat.errors import ConfigError
 from sprat.files import digest
@@ -36,6 +37,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     removed_keys: ClassVar[Mapping[str, str]] = {}  # keys of older recipes that had no effect: what counts instead
+    moved_keys: ClassVar[Mapping[str, str]] = {}  # keys of before: the name now, or "" for a table that is this one now
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -91,8 +93,9 @@ SYNONYMS = {
     **dict.fromkeys(("num_threads", "workers", "num_workers", "threads"), ("jobs",)),
 }
 
-# Keys of older recipes -> what they are called now.
-RENAMED = {"normalise_std": "normalize_std"}
+
+Keys = tuple[int | str, ...]  # where a value stands, key by key
+Fault = tuple[str, str]  # what is wrong, and what to do
 
 
 def load(config_class: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
@@ -113,7 +116,7 @@ def load(config_class: type[C], path: str | Path, overrides: Iterable[str] = ())
     except (OSError, ValueError, RecursionError) as error:  # a name that no file can have, no right to read it
         what = f"cannot read the recipe: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(what, where=ascii(str(path))[:200], todo="give the path of a TOML file") from None
-    return parse(config_class, override(table, overrides), where=str(path))
+    return _parse(config_class, table, tuple(overrides), str(path), None)
 
 
 def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -174,33 +177,89 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
     Raises:
         ConfigError: see ``load``.
     """
+    return _parse(config_class, table, (), where, LENIENT if lenient else None)
+
+
+def _parse(config_class: type[C], table: dict[str, Any], overrides: tuple[str, ...], where: str, context: Any) -> C:
+    """``table`` with ``overrides``, validated; a fault is that override's with which it comes, else ``where``'s."""
+    states = [table, *(override(table, overrides[: count + 1]) for count in range(len(overrides)))]
     try:
-        return config_class.model_validate(table, context=LENIENT if lenient else None)
+        return config_class.model_validate(states[-1], context=context)
+    except ValidationError:
+        pass
+    faults = [_faults(config_class, state, context) for state in states]
+    count, found = next((n, here) for n, state in enumerate(faults) if (here := [f for f in state if f in faults[-1]]))
+    what, todo = found[0]
+    if any(_moves(config_class, states[-1])):  # all of them in one sentence
+        what, todo = ", ".join(what for what, _ in found), " and ".join(dict.fromkeys(todo for _, todo in found))
+    if count:
+        item = overrides[count - 1]
+        where, todo = f"--set {item}", _moved_override(config_class, item) or todo
+    raise ConfigError(what, where=where, todo=todo)
+
+
+def _faults(config_class: type[BaseModel], table: dict[str, Any], context: Any) -> list[Fault]:
+    """All that is wrong with ``table``; where keys of it have moved, only those."""
+    try:
+        config_class.model_validate(table, context=context)
+    except ConfigError:  # all keys and values hold, but not together
+        return []
     except ValidationError as error:
-        first_error = error.errors()[0]
-        key = ".".join(str(part) for part in first_error["loc"])
-        if first_error["type"] == "extra_forbidden":
-            raise _unknown_key_error(config_class, first_error["loc"], where) from None
-        what = f"{key or config_class.__name__}: {first_error['msg']}"
-        raise ConfigError(what, where=where, todo="correct the value") from None
+        moved = [_moved_key_fault(old, new) for old, new in _moves(config_class, table)]
+        return moved or [_fault(config_class, one) for one in error.errors()]
+    return []
 
 
-def _unknown_key_error(config_class: type[BaseModel], path: tuple[int | str, ...], where: str) -> ConfigError:
-    """The fault of an unknown key, with what it was meant to be: a key of its table, or of one below it."""
-    *parents, name = path
-    name, table = str(name), _table_class(config_class, tuple(parents))
-    key = ".".join(str(part) for part in path)
-    if table is not None and name in getattr(table, "removed_keys", {}):
-        return ConfigError(f"the key {key!r} is gone: {table.removed_keys[name]}", where=where, todo="remove it")
-    if table is not None and RENAMED.get(name) in table.model_fields:
-        renamed = ".".join([*map(str, parents), RENAMED[name]])
-        return ConfigError(f"the key {key!r} is now called {renamed!r}", where=where, todo="rename it")
+def _moves(config_class: Any, table: Any, old: Keys = (), new: Keys = ()) -> Iterator[tuple[Keys, Keys]]:
+    """Each key of ``table`` that stands elsewhere or is called otherwise now: where it is, and where it should be."""
+    if not isinstance(table, dict) or config_class is None:
+        return
+    for key, value in table.items():
+        name = getattr(config_class, "moved_keys", {}).get(key, key)
+        place = (*new, name) if name else new
+        if name != key:
+            yield (*old, key), place
+        yield from _moves(_table_class(config_class, (name,) if name else ()), value, (*old, key), place)
+
+
+def _moved_key_fault(old: Keys, new: Keys) -> Fault:
+    old_key, new_key = ".".join(map(str, old)), ".".join(map(str, new))
+    if new == old[: len(new)]:
+        return f"the key {old_key!r} is gone: write its keys into [{new_key}]", "move them there"
+    return f"the key {old_key!r} is now called {new_key!r}", "rename it"
+
+
+def _moved_override(config_class: type[BaseModel], item: str) -> str:
+    """How the override ``item`` is written now; "" where no key in its name has moved."""
+    name, _, value = item.partition("=")
+    keys = name.strip().split(".")
+    table: Any = 0
+    for key in reversed(keys):
+        table = {key: table}
+    moves = list(_moves(config_class, table))
+    if not moves:
+        return ""
+    old, new = moves[-1]
+    key = ".".join(map(str, (*new, *keys[len(old) :])))
+    is_table = len(old) == len(keys) and _table_class(config_class, new) is not None
+    return f"write {key}.KEY=VALUE for each" if is_table else f"write {key}={value}"
+
+
+def _fault(config_class: type[BaseModel], error: ErrorDetails) -> Fault:
+    """The fault of a value, or of an unknown key, with what was meant: a key of its table, or of one below it."""
+    path = error["loc"]
+    key = ".".join(map(str, path))
+    if error["type"] != "extra_forbidden":
+        return f"{key or config_class.__name__}: {error['msg']}", "correct the value"
+    name, table = str(path[-1]), _table_class(config_class, path[:-1])
+    if name in getattr(table, "removed_keys", {}):
+        return f"the key {key!r} is gone: {table.removed_keys[name]}", "remove it"
     suggestions = _suggest_keys(name, [] if table is None else list(_dotted_keys(table)))
     if suggestions:
-        todo = f"did you mean {' or '.join(map(repr, suggestions))}?"
+        todo = f"perhaps you mean {' or '.join(map(repr, suggestions))}"
     else:
         todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
-    return ConfigError(f"unknown key {key!r}", where=where, todo=todo)
+    return f"unknown key {key!r}", todo
 
 
 def _suggest_keys(name: str, keys: list[str]) -> list[str]:
@@ -223,7 +282,7 @@ def _dotted_keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[st
             yield from _dotted_keys(nested, f"{prefix}{name}.")
 
 
-def _table_class(config_class: type[BaseModel], path: tuple[int | str, ...]) -> Any:
+def _table_class(config_class: type[BaseModel], path: Keys) -> Any:
     """The class of the table at ``path`` inside ``config_class``; None where a value stands."""
     for part in path:
         if isinstance(part, int):

@@ -3,7 +3,7 @@
 
 What a trainer reads is a station's config (``DistillConfig``); a table that says more (which student, what shares of
 the rows) inherits from it (``DistillRecipe``), so that all keys of a station stand side by side. They stood in a table
-of their own inside it before, which is one of its ``removed_keys``. Units are in the names
+of their own inside it before, which is one of its ``moved_keys``. Units are in the names
 or the comments; a rate without a unit is per step. Defaults are those that the quickstart measured (docs/log.md), so
 that an empty recipe already works.
 """
@@ -89,7 +89,7 @@ class TrainConfig(LoopConfig):
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning: only the assistant's tokens carry loss."""
 
-    removed_keys: ClassVar[Mapping[str, str]] = {**TrainConfig.removed_keys, "sft": "write its keys into [sft]"}
+    moved_keys: ClassVar[Mapping[str, str]] = {"sft": ""}
 
     demonstrations: Count = 4000
     terse_fraction: float = Field(0.0, ge=0, le=1)  # share of demonstrations with an empty think
@@ -111,6 +111,7 @@ class GRPOConfig(Config):
     """GRPO with rule rewards (DeepSeekMath, arXiv 2402.03300, section 4.1), whatever the seed."""
 
     removed_keys: ClassVar[Mapping[str, str]] = {"seed": "each of rl.seeds is a run of its own (rl.seeds)"}
+    moved_keys: ClassVar[Mapping[str, str]] = {"normalise_std": "normalize_std"}
 
     steps: Count = 20
     prompts_per_step: Count = 32
@@ -261,7 +262,7 @@ class SplitRecipe(Config):
 class PretrainRecipe(LoopConfig):
     """Pre-training of one model on text and worked examples."""
 
-    removed_keys: ClassVar[Mapping[str, str]] = {**LoopConfig.removed_keys, "train": "write its keys into [pretrain]"}
+    moved_keys: ClassVar[Mapping[str, str]] = {"train": ""}
 
     model: ModelRecipe = ModelRecipe()
     text_share: float = Field(0.3, ge=0, le=1)  # share of the rows
@@ -303,7 +304,7 @@ class ControlsRecipe(Config):
 class RLRecipe(GRPOConfig):
     """GRPO on the trained tasks, the same start, several seeds."""
 
-    removed_keys: ClassVar[Mapping[str, str]] = {**GRPOConfig.removed_keys, "rl": "write its keys into [rl]"}
+    moved_keys: ClassVar[Mapping[str, str]] = {**GRPOConfig.moved_keys, "rl": ""}
 
     start: Literal["pretrain", "sft"] = "pretrain"  # R1-Zero, or R1 (arXiv 2501.12948, sections 2.2 and 2.3)
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
@@ -324,7 +325,7 @@ class RLRecipe(GRPOConfig):
 class DistillRecipe(DistillConfig):
     """A student from the teacher's own answers."""
 
-    removed_keys: ClassVar[Mapping[str, str]] = {**LoopConfig.removed_keys, "distill": "write its keys into [distill]"}
+    moved_keys: ClassVar[Mapping[str, str]] = {"distill": ""}
 
     student: ModelRecipe = ModelRecipe()
     verified: bool = True  # only right answers are taught; else all, as where nobody knows what is right

@@ -64,7 +64,15 @@ def run_stages(stages: Sequence[Stage], executor: Executor, jobs: int, on_progre
     Raises:
         SpratError: the first that a stage raised.
         MachineError: what ran a stage died (out of memory, killed).
+        ValueError: ``jobs`` is below 1, two stages have one name, or some wait for one that is not there or each other.
     """
+    names = [stage.name for stage in stages]
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}, at least 1 is needed")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two stages have one name: {duplicates}")
+    if missing := {stage.name: gone for stage in stages if (gone := sorted(set(stage.depends_on) - set(names)))}:
+        raise ValueError(f"stages wait for some that are not there: {missing}")
     pending, done = list(stages), set[str]()
     running: dict[Future[object], tuple[Stage, float]] = {}
     try:
@@ -88,8 +96,8 @@ def run_stages(stages: Sequence[Stage], executor: Executor, jobs: int, on_progre
                 for stage, started in running.values():
                     on_progress(stage.name, "runs", time.monotonic() - started)
     except BrokenExecutor:
-        names = ", ".join(stage.name for stage, _ in running.values())
-        raise MachineError("a stage's process died", where=names, todo="start again: it goes on where it was") from None
+        where = ", ".join(stage.name for stage, _ in running.values())
+        raise MachineError("a stage's process died", where=where, todo="start again: it goes on where it was") from None
     finally:
         for stage in [stage for future, (stage, _) in running.items() if not future.done()]:
             on_progress(stage.name, "stops at the end of its step", 0.0)

@@ -114,7 +114,9 @@ def check_folder(out: Path) -> None:
         todo = f"free {MIN_FREE_BYTES // 1_000_000} MB or give another folder"
         raise MachineError(f"only {free // 1_000_000} MB of disk are free", where=str(out), todo=todo)
     for path in sorted(out.glob("*/recipe.toml")):
-        nested = NESTED_TABLE.search(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+        is_run = path.is_file() and any((path.parent / name).is_file() for name in ("run.json", "open.json"))
+        nested = NESTED_TABLE.search(path.read_text(encoding="utf-8", errors="replace")) if is_run else None
         if nested and ".old-" not in path.parent.name:
             what = f"the recipe of this run has the table {nested[0]}, as before tables were flat"
-            raise ConfigError(what, where=str(path), todo="give another --out")
+            todo = "give another --out (verify, report, run, serve and --init-from still read this one)"
+            raise ConfigError(what, where=str(path), todo=todo)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
@@ -20,7 +21,7 @@ class ServeConfig(Config):
         port: 0 takes any free one.
         served_model_name: the model id that requests must give; None: the name of the model's folder, or "sprat" where
             an app is made without one.
-        api_keys: each a tenant of its own; without any everybody may ask, as one tenant.
+        api_keys: each a tenant of its own; without any everybody may ask, as one tenant. In no dump, TOML or ``repr``.
         allowed_hosts: names, beside ``host``, ``localhost`` and IP addresses, that a ``Host`` header may give.
         prices: nano-yuan per token; by default the table that holds today.
         max_tokens: the most tokens of one answer, thinking included; also the default. A request for more is refused
@@ -41,10 +42,17 @@ class ServeConfig(Config):
     sprat.errors.ServeError: port: Input should be less than or equal to 65535 (ServeConfig); correct it.
     """
 
+    moved_keys: ClassVar[Mapping[str, str]] = {
+        "name": "served_model_name",
+        "keys": "api_keys",
+        "turns": "max_history_turns",
+        "max_requests": "max_concurrent_requests",
+    }
+
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
-    served_model_name: str | None = None
-    api_keys: tuple[str, ...] = Field((), repr=False)
+    served_model_name: str | None = Field(None, min_length=1)
+    api_keys: tuple[str, ...] = Field((), repr=False, exclude=True)
     allowed_hosts: tuple[str, ...] = ()
     prices: Prices = Field(default_factory=lambda: meter.select_prices(meter.load_price_tables()))
     max_tokens: int = Field(1024, ge=1, lt=2**31)
@@ -55,6 +63,10 @@ class ServeConfig(Config):
     examples: tuple[str, ...] = ()
     max_history_turns: int | None = Field(None, ge=0)
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with ``changes``, validated again; the keys, which no dump has, stay."""
+        return super().replace(**{"api_keys": self.api_keys, **changes})
+
     @model_validator(mode="wrap")
     @classmethod
     def _say_fault(cls, settings: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
@@ -64,7 +76,10 @@ class ServeConfig(Config):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            todo = f"there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else "correct it"
+            todo = "correct it"
+            if first["type"] == "extra_forbidden":
+                new = cls.moved_keys.get(key)
+                todo = f"it is called {new} now" if new else f"there are {', '.join(cls.model_fields)}"
             raise ServeError(f"{key}: {first['msg']}", where=cls.__name__, todo=todo) from None
 
     @field_validator("api_keys")
@@ -74,5 +89,5 @@ class ServeConfig(Config):
         for key in api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 todo = "use letters, digits and punctuation, for example of: openssl rand -hex 32"
-                raise ServeError("an API key is empty or holds blanks", where="--api-key", todo=todo)
+                raise ServeError("an API key is empty or holds blanks", where="api_keys, --api-key", todo=todo)
         return api_keys

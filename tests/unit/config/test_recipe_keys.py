@@ -37,7 +37,7 @@ def test_an_unknown_key_leads_to_the_one_that_was_meant(slip: str, meant: list[s
     with pytest.raises(ConfigError) as caught:
         load_recipe("tiny", (f"{slip}=1",))
     assert repr(slip) in caught.value.what
-    assert caught.value.todo == f"did you mean {' or '.join(map(repr, meant))}?"
+    assert str(caught.value).endswith(f" (--set {slip}=1); perhaps you mean {' or '.join(map(repr, meant))}.")
 
 
 def test_where_nothing_is_near_the_keys_are_listed() -> None:
@@ -72,7 +72,7 @@ def test_a_key_of_an_older_recipe_that_never_counted_is_refused_with_what_counts
 
 
 def test_a_key_that_has_another_name_now_is_refused_with_that_name() -> None:
-    with pytest.raises(ConfigError, match="'rl.normalise_std' is now called 'rl.normalize_std' .*; rename it"):
+    with pytest.raises(ConfigError, match="'rl.normalise_std' is now called 'rl.normalize_std' .*; write rl.normalize"):
         load_recipe("tiny", ("rl.normalise_std=false",))
 
 
@@ -81,32 +81,68 @@ FLAT = {"pretrain.train": "pretrain", "sft.sft": "sft", "rl.rl": "rl", "distill.
 
 
 def test_a_recipe_with_the_nested_tables_of_before_is_mended_by_what_it_is_told(tmp_path: Path) -> None:
-    """The quickstart's recipe as it was, word for word; as often as it is refused, what the sentence says is done."""
-    path, refusals = tmp_path / "mine.toml", []
+    """The quickstart's recipe as it was, word for word, and a key of before in one of them: refused once, with all."""
+    path = tmp_path / "mine.toml"
     text = (Path(__file__).parent / "nested_quickstart.toml").read_text(encoding="utf-8")
-    for _ in FLAT:
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ConfigError) as caught:
-            load_recipe(str(path))
-        told = re.fullmatch(r"the key '(\S+)' is gone: write its keys into \[(\w+)\]", caught.value.what)
-        assert told and caught.value.where == str(path)
-        nested, flat = told.groups()
-        refusals.append((nested, flat))
+    text = text.replace("normalize_std", "normalise_std")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(path), ("rl.steps=9", "rl.rl.lr=1"))  # the file must be mended first
+    assert caught.value.where == str(path) and caught.value.todo == "move them there and rename it"
+    told = dict(re.findall(r"the key '(\S+)' is gone: write its keys into \[(\w+)\]", caught.value.what))
+    assert told == FLAT and "'rl.rl.normalise_std' is now called 'rl.normalize_std'" in caught.value.what
+    for nested, flat in told.items():
         text = text.replace(f"[{nested}]\n", "" if f"\n[{flat}]\n" in text else f"[{flat}]\n")
         text = text.replace(f"[{nested}.", f"[{flat}.")
-    assert dict(refusals) == FLAT
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text.replace("normalise_std", "normalize_std"), encoding="utf-8")
     assert load_recipe(str(path)) == load_recipe("quickstart")
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["rl.rl.lr=1e-5", "sft.sft.steps=9", "distill.distill.problems=9", "pretrain.train.optim.muon_lr=0.1", "rl.rl={}"],
+    ("override", "now"),
+    [
+        ("rl.rl.lr=1e-5", "rl.lr=1e-5"),
+        ("sft.sft.steps=9", "sft.steps=9"),
+        ("distill.distill.problems=9", "distill.problems=9"),
+        ("pretrain.train.optim.muon_lr=0.1", "pretrain.optim.muon_lr=0.1"),
+        ("rl.rl.normalise_std=false", "rl.normalize_std=false"),
+        ("rl.rl={}", "rl.KEY=VALUE for each"),
+    ],
 )
-def test_an_override_of_a_nested_table_is_refused_with_the_flat_one(override: str) -> None:
+def test_an_override_of_a_nested_table_is_refused_with_the_flat_one(override: str, now: str) -> None:
     nested = next(table for table in FLAT if override.startswith(table))
-    with pytest.raises(ConfigError, match=re.escape(f"'{nested}' is gone: write its keys into [{FLAT[nested]}]")):
-        load_recipe("tiny", (override,))
+    with pytest.raises(ConfigError, match=re.escape(f"'{nested}' is gone: write its keys into [{FLAT[nested]}]")) as e:
+        load_recipe("tiny", ("seed=1", override))
+    assert (e.value.where, e.value.todo) == (f"--set {override}", f"write {now}")
+    if now.endswith(override.rpartition("=")[2]):
+        load_recipe("tiny", (now,))  # what it is told to write is taken
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "where"),
+    [
+        ("", ("rl.steps=5", "rl.stepz=2", "rl.lr=0.1"), "--set rl.stepz=2"),
+        ("", ("rl.steps=0", "rl.stepz=2", "rl.steps=3"), "--set rl.stepz=2"),  # what a later one mends is no fault
+        ("", ("rl.steps=0",), "--set rl.steps=0"),
+        (
+            "rl = {seeds = [0]}",
+            ("rl.init_from=x", "rl.seeds=[1,2]"),
+            "--set rl.seeds=[1,2]",
+        ),  # one of two that do not go together
+        ("rl = {stepz = 2}", ("rl.steps=5",), "mine.toml"),
+        ("rl = {stepz = 2}", ("rl.stepz=5", "rl.rl.steps=5"), "--set rl.rl.steps=5"),
+        ("rl = {steps = 0}", ("rl.lr=0.1",), "mine.toml"),
+        ("rl = {steps = 0}", ("rl.steps=5", "rl.stepz=2"), "--set rl.stepz=2"),
+    ],
+)
+def test_who_brought_a_fault_is_named(
+    line: str, overrides: tuple[str, ...], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(line)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("mine.toml", overrides)
+    assert caught.value.where == where
 
 
 @pytest.mark.parametrize("key", ["weight", "distinct"])

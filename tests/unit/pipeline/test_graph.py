@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future
@@ -119,6 +120,24 @@ def test_stages_that_ran_where_an_executor_died_are_named(monkeypatch: pytest.Mo
     monkeypatch.setattr("sprat.pipeline.graph.POLL_SECONDS", 0.0)
     with pytest.raises(MachineError, match=r"\((b, c|c, b)\); start again"):
         run_stages(DIAMOND, Elsewhere(dies="c"), 2, quiet)
+
+
+@pytest.mark.parametrize(
+    ("stages", "jobs", "message"),
+    [
+        ([Stage("a", fail), Stage("b", fail, (), ("a", "pretrian"))], 1, "not there: {'b': ['pretrian']}"),
+        ([Stage("a", fail), Stage("b", fail), Stage("a", die)], 1, "two stages have one name: ['a']"),
+        ([Stage("a", fail)], 0, "jobs is 0"),
+        ([Stage("a", fail)], -1, "jobs is -1"),
+    ],
+)
+def test_a_graph_that_cannot_be_run_is_refused_before_anything_starts(
+    stages: list[Stage], jobs: int, message: str
+) -> None:
+    elsewhere = Elsewhere()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_stages(stages, elsewhere, jobs, quiet)
+    assert not elsewhere.submitted
 
 
 def test_stages_that_wait_for_each_other_are_refused() -> None:

@@ -25,7 +25,7 @@ def test_every_packaged_recipe_is_valid_and_survives_a_round_trip(name: str, tmp
 
 
 def test_an_unknown_key_names_the_nearest_valid_one() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+    with pytest.raises(ConfigError, match="perhaps you mean 'steps'"):
         load_recipe("quickstart", ("pretrain.stepz=3",))
 
 
@@ -86,14 +86,27 @@ def test_a_road_of_nested_recipes_is_not_gone_on_with_and_stays_as_it_is(tmp_pat
     file = tmp_path / "road" / "pretrain" / "recipe.toml"
     file.parent.mkdir(parents=True)
     file.write_text(NESTED_RUN)
-    with pytest.raises(ConfigError, match=r"has the table \[train\], .*pretrain/recipe.toml\); give another"):
-        quickstart(tmp_path / "road", load_recipe("tiny"))
+    for record in ("open.json", "run.json"):
+        (file.parent / record).write_text("{}")
+        with pytest.raises(ConfigError, match=r"has the table \[train\], .*pretrain/recipe.toml\); give another"):
+            quickstart(tmp_path / "road", load_recipe("tiny"))
+        (file.parent / record).unlink()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == NESTED_RUN
+    (file.parent / "run.json").write_text("{}")
     file.parent.rename(tmp_path / "road" / "pretrain.old-1")
     for stage in ("pretrain", "sft", "rl", "distill"):
         (tmp_path / "road" / stage).mkdir()
         (tmp_path / "road" / stage / "recipe.toml").write_text(getattr(load_recipe("tiny"), stage).to_toml())
+        (tmp_path / "road" / stage / "run.json").write_text("{}")
     check_folder(tmp_path / "road")  # what was set aside before is no hindrance, and flat recipes are none
+
+
+def test_a_road_beside_the_new_one_is_no_run_of_it(tmp_path: Path) -> None:
+    """Its recipe is that of a whole road, which has [distill] to this day."""
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "recipe.toml").write_text(load_recipe("tiny").to_toml())
+    assert "\n[distill]\n" in load_recipe("tiny").to_toml()
+    check_folder(tmp_path)
 
 
 def test_a_student_without_its_teacher_is_refused() -> None:

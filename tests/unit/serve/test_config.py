@@ -22,6 +22,12 @@ from sprat.serve import ServeConfig
         ({"max_concurrent_requests": 0}, "^max_concurrent_requests: "),
         ({"max_history_turns": -1}, "^max_history_turns: "),
         ({"examples": [3]}, "^examples.0: "),
+        ({"served_model_name": ""}, "^served_model_name: "),
+        ({"api_keys": ("two words",)}, "API key .*api_keys"),
+        ({"name": "tiny"}, "^name: .*; it is called served_model_name now"),
+        ({"keys": ("k",)}, "^keys: .*; it is called api_keys now"),
+        ({"turns": 3}, "^turns: .*; it is called max_history_turns now"),
+        ({"max_requests": 3}, "^max_requests: .*; it is called max_concurrent_requests now"),
         ({"prots": 1}, "^prots: .*not permitted .*there are host, port"),
     ],
 )
@@ -33,7 +39,14 @@ def test_what_cannot_be_is_one_sentence_that_names_the_setting(settings: dict[st
 
 
 def test_a_key_is_shown_to_nobody() -> None:
-    assert "sk-secret" not in repr(ServeConfig(api_keys=("sk-secret",)))
+    config = ServeConfig(api_keys=("sk-secret",))
+    for shown in (repr(config), config.to_toml(), repr(config.model_dump()), config.model_dump_json()):
+        assert "sk-secret" not in shown and "port" in shown
+
+
+def test_a_server_with_other_settings_still_needs_its_key() -> None:
+    config = ServeConfig(api_keys=("sk-secret",))
+    assert config.replace(port=0).api_keys == ("sk-secret",) and config.replace(api_keys=()).api_keys == ()
 
 
 def test_the_command_line_has_the_same_defaults() -> None:
