@@ -184,11 +184,11 @@ class Engine:
         Raises:
             EngineError: the prompt is empty or too long, or ``n`` is not 1.
         """
-        return self._submit(prompt, sampling, cancel, tenant, streams=True)
+        return self._submit(prompt, sampling, cancel, tenant, True)
 
     def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT) -> int:
         """``submit``, for callers that step the engine and need only the request's number; raises as it does."""
-        return self._submit(prompt, sampling, None, tenant, streams=False).id
+        return self._submit(prompt, sampling, None, tenant, False).id
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
@@ -250,13 +250,7 @@ class Engine:
         return True
 
     def _submit(
-        self,
-        prompt: Prompt,
-        sampling: Sampling | None,
-        cancel: threading.Event | None,
-        tenant: Tenant,
-        *,
-        streams: bool,
+        self, prompt: Prompt, sampling: Sampling | None, cancel: threading.Event | None, tenant: Tenant, streams: bool
     ) -> RequestHandle:
         """Check and queue one request for one answer."""
         sampling = sampling or self.sampling()

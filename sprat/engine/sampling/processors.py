@@ -143,12 +143,8 @@ def _unusable(processor: Any) -> str:
         "starts_at": isinstance(starts_at, int | np.integer) and type(starts_at) is not bool and 0 <= starts_at < 2**63,
         "supports_drafts": isinstance(getattr(processor, "supports_drafts", None), bool | np.bool_),
     }
-    wrong = [name for name, is_usable in usable.items() if not is_usable]
-    told = [
-        f"its {name} is {getattr(processor, name)!r:.40}" if hasattr(processor, name) else f"no {name}"
-        for name in wrong
-    ]
-    return ", ".join(told)
+    values = {name: f"its {name} is {getattr(processor, name)!r:.40}" for name in usable if hasattr(processor, name)}
+    return ", ".join(values.get(name, f"no {name}") for name, is_usable in usable.items() if not is_usable)
 
 
 def _check_ids(name: str, ids: TokenIds | dict[int, float], vocab_size: int) -> None:
