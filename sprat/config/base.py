@@ -94,7 +94,6 @@ SYNONYMS = {
 }
 
 
-Keys = tuple[int | str, ...]  # where a value stands, key by key
 Fault = tuple[str, str]  # what is wrong, and what to do
 
 
@@ -183,18 +182,19 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
 def _parse(config_class: type[C], table: dict[str, Any], overrides: tuple[str, ...], where: str, context: Any) -> C:
     """``table`` with ``overrides``, validated; a fault is that override's with which it comes, else ``where``'s."""
     states = [table, *(override(table, overrides[: count + 1]) for count in range(len(overrides)))]
-    try:
-        return config_class.model_validate(states[-1], context=context)
-    except ValidationError:
-        pass
     faults = [_faults(config_class, state, context) for state in states]
+    if not faults[-1]:
+        return config_class.model_validate(states[-1], context=context)
     count, found = next((n, here) for n, state in enumerate(faults) if (here := [f for f in state if f in faults[-1]]))
-    what, todo = found[0]
-    if any(_moves(config_class, states[-1])):  # all of them in one sentence
+    (what, todo), moves = found[0], list(_moves(config_class, states[-1]))
+    if moves:  # all of them in one sentence
         what, todo = ", ".join(what for what, _ in found), " and ".join(dict.fromkeys(todo for _, todo in found))
     if count:
-        item = overrides[count - 1]
-        where, todo = f"--set {item}", _moved_override(config_class, item) or todo
+        where = f"--set {overrides[count - 1]}"
+        key, _, value = overrides[count - 1].partition("=")
+        for old, new in moves:  # the outer ones first
+            if key.startswith(old) or (f"{key}." == old and not old.startswith(new)):
+                todo = f"write {(new + f'{key}.'.removeprefix(old))[:-1]}={value}"
     raise ConfigError(what, where=where, todo=todo)
 
 
@@ -202,47 +202,31 @@ def _faults(config_class: type[BaseModel], table: dict[str, Any], context: Any) 
     """All that is wrong with ``table``; where keys of it have moved, only those."""
     try:
         config_class.model_validate(table, context=context)
-    except ConfigError:  # all keys and values hold, but not together
-        return []
     except ValidationError as error:
         moved = [_moved_key_fault(old, new) for old, new in _moves(config_class, table)]
         return moved or [_fault(config_class, one) for one in error.errors()]
+    except ConfigError:  # all keys and values hold, but not together
+        pass
     return []
 
 
-def _moves(config_class: Any, table: Any, old: Keys = (), new: Keys = ()) -> Iterator[tuple[Keys, Keys]]:
-    """Each key of ``table`` that stands elsewhere or is called otherwise now: where it is, and where it should be."""
-    if not isinstance(table, dict) or config_class is None:
-        return
-    for key, value in table.items():
+def _moves(config_class: Any, table: Any, old: str = "", new: str = "") -> Iterator[tuple[str, str]]:
+    """Each key of ``table`` that stands elsewhere or is called otherwise now, dotted: what it was, and what it is.
+
+    A dot ends both, so that a key in a table that has moved begins with what the table was.
+    """
+    for key, value in table.items() if isinstance(table, dict) and config_class else ():
         name = getattr(config_class, "moved_keys", {}).get(key, key)
-        place = (*new, name) if name else new
+        place = f"{new}{name}." if name else new
         if name != key:
-            yield (*old, key), place
-        yield from _moves(_table_class(config_class, (name,) if name else ()), value, (*old, key), place)
+            yield f"{old}{key}.", place
+        yield from _moves(_table_class(config_class, (name,) if name else ()), value, f"{old}{key}.", place)
 
 
-def _moved_key_fault(old: Keys, new: Keys) -> Fault:
-    old_key, new_key = ".".join(map(str, old)), ".".join(map(str, new))
-    if new == old[: len(new)]:
-        return f"the key {old_key!r} is gone: write its keys into [{new_key}]", "move them there"
-    return f"the key {old_key!r} is now called {new_key!r}", "rename it"
-
-
-def _moved_override(config_class: type[BaseModel], item: str) -> str:
-    """How the override ``item`` is written now; "" where no key in its name has moved."""
-    name, _, value = item.partition("=")
-    keys = name.strip().split(".")
-    table: Any = 0
-    for key in reversed(keys):
-        table = {key: table}
-    moves = list(_moves(config_class, table))
-    if not moves:
-        return ""
-    old, new = moves[-1]
-    key = ".".join(map(str, (*new, *keys[len(old) :])))
-    is_table = len(old) == len(keys) and _table_class(config_class, new) is not None
-    return f"write {key}.KEY=VALUE for each" if is_table else f"write {key}={value}"
+def _moved_key_fault(old: str, new: str) -> Fault:
+    if old.startswith(new):
+        return f"the key {old[:-1]!r} is gone: write its keys into [{new[:-1]}]", "move them there"
+    return f"the key {old[:-1]!r} is now called {new[:-1]!r}", "rename it"
 
 
 def _fault(config_class: type[BaseModel], error: ErrorDetails) -> Fault:
@@ -254,11 +238,9 @@ def _fault(config_class: type[BaseModel], error: ErrorDetails) -> Fault:
     name, table = str(path[-1]), _table_class(config_class, path[:-1])
     if name in getattr(table, "removed_keys", {}):
         return f"the key {key!r} is gone: {table.removed_keys[name]}", "remove it"
-    suggestions = _suggest_keys(name, [] if table is None else list(_dotted_keys(table)))
-    if suggestions:
+    todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
+    if suggestions := _suggest_keys(name, [] if table is None else list(_dotted_keys(table))):
         todo = f"perhaps you mean {' or '.join(map(repr, suggestions))}"
-    else:
-        todo = f"there are {', '.join(table.model_fields)}" if table is not None else "remove it"
     return f"unknown key {key!r}", todo
 
 
@@ -282,7 +264,7 @@ def _dotted_keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[st
             yield from _dotted_keys(nested, f"{prefix}{name}.")
 
 
-def _table_class(config_class: type[BaseModel], path: Keys) -> Any:
+def _table_class(config_class: type[BaseModel], path: tuple[int | str, ...]) -> Any:
     """The class of the table at ``path`` inside ``config_class``; None where a value stands."""
     for part in path:
         if isinstance(part, int):

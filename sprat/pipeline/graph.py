@@ -71,7 +71,7 @@ def run_stages(stages: Sequence[Stage], executor: Executor, jobs: int, on_progre
         raise ValueError(f"jobs is {jobs}, at least 1 is needed")
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two stages have one name: {duplicates}")
-    if missing := {stage.name: gone for stage in stages if (gone := sorted(set(stage.depends_on) - set(names)))}:
+    if missing := sorted({name for stage in stages for name in stage.depends_on}.difference(names)):
         raise ValueError(f"stages wait for some that are not there: {missing}")
     pending, done = list(stages), set[str]()
     running: dict[Future[object], tuple[Stage, float]] = {}

@@ -106,15 +106,15 @@ def test_a_recipe_with_the_nested_tables_of_before_is_mended_by_what_it_is_told(
         ("distill.distill.problems=9", "distill.problems=9"),
         ("pretrain.train.optim.muon_lr=0.1", "pretrain.optim.muon_lr=0.1"),
         ("rl.rl.normalise_std=false", "rl.normalize_std=false"),
-        ("rl.rl={}", "rl.KEY=VALUE for each"),
+        ("rl.rl={}", ""),
     ],
 )
 def test_an_override_of_a_nested_table_is_refused_with_the_flat_one(override: str, now: str) -> None:
     nested = next(table for table in FLAT if override.startswith(table))
     with pytest.raises(ConfigError, match=re.escape(f"'{nested}' is gone: write its keys into [{FLAT[nested]}]")) as e:
         load_recipe("tiny", ("seed=1", override))
-    assert (e.value.where, e.value.todo) == (f"--set {override}", f"write {now}")
-    if now.endswith(override.rpartition("=")[2]):
+    assert (e.value.where, e.value.todo) == (f"--set {override}", f"write {now}" if now else "move them there")
+    if now:
         load_recipe("tiny", (now,))  # what it is told to write is taken
 
 

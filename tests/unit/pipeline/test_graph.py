@@ -125,7 +125,7 @@ def test_stages_that_ran_where_an_executor_died_are_named(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("stages", "jobs", "message"),
     [
-        ([Stage("a", fail), Stage("b", fail, (), ("a", "pretrian"))], 1, "not there: {'b': ['pretrian']}"),
+        ([Stage("a", fail), Stage("b", fail, (), ("a", "pretrian"))], 1, "not there: ['pretrian']"),
         ([Stage("a", fail), Stage("b", fail), Stage("a", die)], 1, "two stages have one name: ['a']"),
         ([Stage("a", fail)], 0, "jobs is 0"),
         ([Stage("a", fail)], -1, "jobs is -1"),
