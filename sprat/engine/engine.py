@@ -184,11 +184,20 @@ class Engine:
         Raises:
             EngineError: the prompt is empty or too long, or ``n`` is not 1.
         """
-        return self._submit(prompt, sampling, cancel, tenant, True)
+        sampling = sampling or self.sampling()
+        if sampling.n != 1:
+            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
+        ids = self._request_builder.tokenize(prompt, sampling)
+        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
+        return self._enqueue([sequence], streams=True)[0]
 
     def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT) -> int:
         """``submit``, for callers that step the engine and need only the request's number; raises as it does."""
-        return self._submit(prompt, sampling, None, tenant, False).id
+        sampling = sampling or self.sampling()
+        if sampling.n != 1:
+            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
+        ids = self._request_builder.tokenize(prompt, sampling)
+        return self._enqueue([self._request_builder.build(ids, sampling, tenant=tenant)], streams=False)[0].id
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
@@ -248,17 +257,6 @@ class Engine:
         with contextlib.suppress(SpratError):  # whoever it concerns has it
             self.step()
         return True
-
-    def _submit(
-        self, prompt: Prompt, sampling: Sampling | None, cancel: threading.Event | None, tenant: Tenant, streams: bool
-    ) -> RequestHandle:
-        """Check and queue one request for one answer."""
-        sampling = sampling or self.sampling()
-        if sampling.n != 1:
-            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
-        return self._enqueue([sequence], streams=streams)[0]
 
     def _enqueue(self, sequences: list[Sequence], *, streams: bool) -> list[RequestHandle]:
         """Queue requests and wake the thread."""

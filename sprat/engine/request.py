@@ -47,11 +47,12 @@ class RequestBuilder:
             EngineError: it is none of these, empty or not of this vocabulary; a role is unknown or has no place in the
                 chat format; the model shall think and does not.
         """
-        if not isinstance(prompt, GenericSequence):
-            raise _no_prompt(f"the prompt is a {type(prompt).__name__}", self._vocab)
-        parts = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        turns = [_message(part) for part in parts if isinstance(part, Message | Mapping)]
-        if not prompt or (turns and not any(turn.content.strip() for turn in turns)):
+        given: list[Any] = [None]  # what is no sequence holds no token
+        if isinstance(prompt, GenericSequence):
+            given = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        parts = [Message(**p) if isinstance(p, Mapping) and p.keys() == {"role", "content"} else p for p in given]
+        turns = [part for part in parts if isinstance(part, Message) and isinstance(part.content, str)]
+        if not given or (turns and not any(turn.content.strip() for turn in turns)):
             raise EngineError("the prompt is empty", where="prompt", todo="ask something")
         if len(turns) == len(parts):
             try:
@@ -60,7 +61,11 @@ class RequestBuilder:
                 raise EngineError(error.what, where=error.where, todo=error.todo) from None
         ids = [int(index) for index in parts if isinstance(index, int)]
         if len(ids) != len(parts) or min(ids) < 0 or max(ids) >= self._vocab:
-            raise _no_prompt("the prompt holds what is no token of this model", self._vocab)
+            fault = "the prompt holds what is no token of this model and no message"
+            todo = (
+                f"give ids of 0 … {self._vocab - 1}, or sprat.tokens.Message or dicts of just role and content (text)"
+            )
+            raise EngineError(fault, where="prompt", todo=todo)
         return ids
 
     def build(
@@ -234,22 +239,6 @@ class RequestHandle:
             count = sum(token not in self._tokenizer.eos_token_ids for token in output_ids[start:stop])
         prompt, cached = len(sequence.prompt_ids), max(0, sequence.num_cached)
         return Usage(prompt, len(output_ids), count, cached, prompt - cached)
-
-
-def _no_prompt(fault: str, vocab: int) -> EngineError:
-    """What is no prompt, and what one is."""
-    todo = f"give a text, ids of 0 … {vocab - 1}, or a list of messages (sprat.tokens.Message, or role and content)"
-    return EngineError(fault, where="prompt", todo=todo)
-
-
-def _message(turn: Message | Mapping[str, Any]) -> Message:
-    """One turn of a conversation, also as chat APIs write it: ``{"role": …, "content": …}``."""
-    if isinstance(turn, Mapping) and turn.keys() == {"role", "content"}:
-        turn = Message(**turn)
-    if isinstance(turn, Message) and isinstance(turn.content, str):
-        return turn
-    todo = "give sprat.tokens.Message, or a dict of just role and content, with text as its content"
-    raise EngineError(f"{turn!r:.80} is no message", where="prompt", todo=todo)
 
 
 def eos_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -92,11 +92,10 @@ def _refuse_unloadable(model: Transformer) -> None:
     found = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
     found |= {name: torch.Size((*each.codes.shape[:-1], each.width)) for name, each in packed.items()}
     tied = {"head.weight"} if model.config.tie_word_embeddings else set()
-    for name in sorted((found.keys() | expected.keys()) - tied):
-        if found.get(name) != expected.get(name):
-            fault = f"{name} is not as config.json would say, so what is saved could not be loaded"
-            todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
-            raise CheckpointError(fault, where="save", todo=todo)
+    if differing := {name for name, _ in found.items() ^ expected.items()} - tied:
+        fault = f"{min(differing)} is not as config.json would say, so what is saved could not be loaded"
+        todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
+        raise CheckpointError(fault, where="save", todo=todo)
 
 
 def _refuse_nan(model: Transformer, folder: Path) -> None:

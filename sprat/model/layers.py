@@ -92,7 +92,6 @@ def replace_linears(model: nn.Module, make: Callable[[str, LinearBase], nn.Modul
     for name, linear in list(linears(model)):
         replacement = make(name, linear)
         if replacement is not None and not name:
-            fault = f"a {type(model).__name__} cannot be replaced in itself"
-            raise ConfigError(fault, where="replace_linears", todo="give the module that holds it")
+            raise ConfigError("a linear cannot replace itself", where="model", todo="give the module that holds it")
         if replacement is not None:
             model.set_submodule(name, replacement)

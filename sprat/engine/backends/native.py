@@ -107,9 +107,8 @@ class NativeBackend:
             has_codes = isinstance(module, QuantizedWeight) and module.bits < 16
             if has_codes and module.group % GROUP and module.group < module.width:
                 return f"{name} has groups of {module.group}, not a multiple of {GROUP}"
-            weight = getattr(module, "weight", None) if isinstance(module, Linear | Embedding) else None
-            if weight is not None and weight.dtype not in DTYPE_CODES:
-                return f"{name} is {weight.dtype}"
+            if isinstance(module, Linear | Embedding) and module.weight.dtype not in DTYPE_CODES:
+                return f"{name} is {module.weight.dtype}"
         return None
 
     @property

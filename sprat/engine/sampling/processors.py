@@ -10,6 +10,7 @@ only the last one has the last word on what is possible at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,14 @@ from sprat.errors import EngineError
 from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
-_TODO = (
-    "give it apply(logits_V, output_ids, draft_ids), starts_at (a whole number from 0 on; was wakes) and "
-    "supports_drafts (True or False; was speculates)"
+# What a step reads of a caller's processor, and whether it can.
+_READ: dict[str, Callable[[Any], object]] = {
+    "apply": callable,
+    "starts_at": lambda at: isinstance(at, int | np.integer) and at is not True and at is not False and 0 <= at < 2**63,
+    "supports_drafts": lambda flag: isinstance(flag, bool | np.bool_),
+}
+_ADVICE = (
+    "give it apply, starts_at (was wakes; a whole number from 0 on), supports_drafts (was speculates; True or False)"
 )
 
 
@@ -53,12 +59,13 @@ def build_processors(
     for factory in sampling.processors:
         try:
             processors.append(processor := factory(prompt))
-            unusable = _unusable(processor)
+            lacks = [name for name, is_usable in _READ.items() if not is_usable(getattr(processor, name, None))]
         except Exception as error:  # the caller's own code
             fault = f"a processor cannot be made: {type(error).__name__}: {error}"
             raise EngineError(fault, where="processors", todo="mend it") from error
-        if unusable:
-            raise EngineError(f"{type(processor).__name__} is no processor: {unusable}", where="processors", todo=_TODO)
+        if lacks:
+            fault = f"{type(processor).__name__} has no usable {', '.join(lacks)}"
+            raise EngineError(fault, where="processors", todo=_ADVICE)
     if sampling.response is not None:
         thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
         processors.append(grammars.grammar(sampling.response, thinking, tenant))
@@ -133,18 +140,6 @@ class ThinkBudget:
         if excess >= 0:
             logits_V.fill(-np.inf)
             logits_V[self._close_ids[excess % len(self._close_ids)]] = 0
-
-
-def _unusable(processor: Any) -> str:
-    """What a step would read of a caller's ``processor`` and could not use; nothing if all is well."""
-    starts_at = getattr(processor, "starts_at", None)
-    usable = {
-        "apply": callable(getattr(processor, "apply", None)),
-        "starts_at": isinstance(starts_at, int | np.integer) and type(starts_at) is not bool and 0 <= starts_at < 2**63,
-        "supports_drafts": isinstance(getattr(processor, "supports_drafts", None), bool | np.bool_),
-    }
-    values = {name: f"its {name} is {getattr(processor, name)!r:.40}" for name in usable if hasattr(processor, name)}
-    return ", ".join(values.get(name, f"no {name}") for name, is_usable in usable.items() if not is_usable)
 
 
 def _check_ids(name: str, ids: TokenIds | dict[int, float], vocab_size: int) -> None:

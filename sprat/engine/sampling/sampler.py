@@ -254,7 +254,7 @@ def _apply_processors(sequence: Sequence, logits_V: Floats, draft_ids: TokenIds)
         for processor in sequence.processors:
             given: object = processor.apply(logits_V, sequence.output_ids, draft_ids)  # type: ignore[func-returns-value]
             if given is not None and given is not logits_V:
-                fault = f"{type(processor).__name__}.apply returned a {type(given).__name__}, which nobody reads"
+                fault = f"{type(processor).__name__}.apply returned a {type(given).__name__}"
                 raise EngineError(fault, where="processors", todo="change logits_V in place and return nothing")
     except SpratError as error:
         return error

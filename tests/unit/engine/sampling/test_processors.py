@@ -210,11 +210,14 @@ OLD = {"wakes": 0, "speculates": True, "apply": RIGHT["apply"]}
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        (OLD, "no starts_at, no supports_drafts.*was wakes.*was speculates"),
-        ({**RIGHT, "apply": None}, "its apply is None"),
-        ({name: value for name, value in RIGHT.items() if name != "apply"}, "no apply"),
-        *[({**RIGHT, "starts_at": value}, "its starts_at is") for value in (None, "0", 1.0, True, -1, 2**63, np.nan)],
-        *[({**RIGHT, "supports_drafts": value}, "its supports_drafts is") for value in (None, "no", np.ones(2))],
+        (OLD, "no usable starts_at, supports_drafts.*was wakes.*was speculates"),
+        ({**RIGHT, "apply": None}, "no usable apply"),
+        ({name: value for name, value in RIGHT.items() if name != "apply"}, "no usable apply"),
+        *[
+            ({**RIGHT, "starts_at": value}, "no usable starts_at \\(")
+            for value in (None, "0", 1.0, True, -1, 2**63, np.nan)
+        ],
+        *[({**RIGHT, "supports_drafts": value}, "no usable supports_drafts") for value in (None, "no", np.ones(2))],
         ({**RIGHT, "starts_at": property(lambda self: lacking())}, "cannot be made: ValueError: not yet"),
     ],
 )
