@@ -15,7 +15,7 @@ square one (about one in a hundred), and more of an ill-conditioned one, are not
 what it gives.
 
 All matrices of one shape, tall ones lying on their side, are one batch [G, m, n] of ``bmm``: a model with stacked
-experts has a few shapes and hundreds of matrices, so a step costs a few calls. Momentum lives in that layout too.
+experts has a few shapes and hundreds of matrices, so a step costs a few calls.
 
 The update is scaled by sqrt(max(1, rows / columns)) as in Jordan's code, which keeps the size of the output
 change per unit of learning rate equal over shapes. (Moonlight, arXiv 2502.16982, scales by 0.2 sqrt(max(rows,
@@ -30,11 +30,11 @@ Left out: bfloat16 iterations on CPUs, and distributing the iteration over ranks
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAM_EPS = 1e-8
+
+X = TypeVar("X", bound=Tensor)
 
 
 @torch.no_grad()  # of its own: it runs in threads, where the caller's does not reach
@@ -74,83 +76,118 @@ def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     return work.to(x_Gmn.dtype)
 
 
-class _Stack(NamedTuple):
-    """All matrices of one shape, the short side first. A parameter [..., rows, columns] owns a slice of them."""
+def _by_shape(tensors: Iterable[X]) -> dict[str, list[X]]:
+    """Those whose matrices have one shape, the short side first."""
+    groups = defaultdict[str, list[X]](list)
+    for x in tensors:
+        groups[f"{min(x.shape[-2:])}x{max(x.shape[-2:])}"].append(x)
+    return groups
 
-    momentum_Gmn: Tensor
-    members: list[tuple[nn.Parameter, slice, bool]]  # parameter, its matrices, whether they lie on their side
+
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    """x_Gmn, float32: all matrices of ``tensors`` (each [..., rows, columns]), tall ones lying on their side."""
+    flat = (x.reshape(-1, *x.shape[-2:]) for x in tensors)
+    return torch.cat([x.transpose(1, 2) if x.shape[1] > x.shape[2] else x for x in flat]).float()
 
 
-def _stand(x_Gmn: Tensor, flip: bool, shape: torch.Size) -> Tensor:
-    """The matrices of one parameter out of a stack, in its own ``shape``."""
-    return (x_Gmn.transpose(1, 2) if flip else x_Gmn).reshape(shape)
+def _unstack(x_Gmn: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What was stacked, each in the shape of its one of ``like``."""
+    parts = zip(x_Gmn.split([x[..., 0, 0].numel() for x in like]), like, strict=True)
+    return [(own.transpose(1, 2) if x.shape[-2] > x.shape[-1] else own).reshape(x.shape) for own, x in parts]
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse a group of parameters whose options make no sense, or are another optimizer's."""
+    for name, limit in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+        if name not in options or not 0 <= options[name] < limit:
+            raise ValueError(f"Muon wants 0 <= {name} < {limit}, not {options.get(name)}")
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
-    The state of a parameter is its ``momentum_buffer``, of its shape: a view of the stack of its shape.
+    The state of a parameter is its ``momentum_buffer``, float32, of its shape; there is none before its first step.
 
     Args:
         params: as torch's optimizers take them; each is [rows, columns] or a stack [E, rows, columns].
         momentum: decay of the momentum.
         weight_decay: decoupled, times the learning rate.
-        parallel: shares out the matrices of a shape; None leaves all to the caller.
+        parallel: shares out the matrices of a shape; None leaves all to the caller, and so does a copy of a Muon.
+
+    Raises:
+        ValueError: a number is out of its range, or a parameter is no matrix.
     """
 
+    _parallel: Parallel = ThreadDataParallel(1)
+
     def __init__(
-        self, params: ParamsT, lr: float, momentum: float, weight_decay: float, parallel: Parallel | None = None
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        parallel: Parallel | None = None,
     ) -> None:
-        self.stacks: list[dict[str, _Stack]] = []  # of each group of parameters, by shape
-        self._parallel = parallel or ThreadDataParallel(1)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._parallel = parallel or self._parallel
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See ``torch.optim.Optimizer``; the momenta of the group are laid out."""
+        """See ``torch.optim.Optimizer``; options and shapes are checked (ValueError)."""
+        _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        by_shape = defaultdict[tuple[int, int], list[nn.Parameter]](list)
-        for parameter in self.param_groups[-1]["params"]:
-            self.state[parameter] = {}
-            by_shape[min(parameter.shape[-2:]), max(parameter.shape[-2:])].append(parameter)
-        stacks = {}
-        for (m, n), parameters in by_shape.items():
-            ends = [0, *itertools.accumulate(p.numel() // (m * n) for p in parameters)]
-            slots = [slice(start, end) for start, end in itertools.pairwise(ends)]
-            stack = _Stack(torch.zeros(ends[-1], m, n, device=parameters[0].device), [])
-            for parameter, own in zip(parameters, slots, strict=True):
-                flip = parameter.shape[-2] > parameter.shape[-1]
-                stack.members.append((parameter, own, flip))
-                self.state[parameter]["momentum_buffer"] = _stand(stack.momentum_Gmn[own], flip, parameter.shape)
-            stacks[f"{m}x{n}"] = stack
-        self.stacks.append(stacks)
+        if flat := [tuple(p.shape) for p in self.param_groups[-1]["params"] if p.ndim < 2]:
+            self.param_groups.pop()
+            raise ValueError(f"Muon moves matrices and stacks of them, not parameters of shape {flat[0]}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``torch.optim.Optimizer``."""
-        live = dict(self.state)
+        """See ``torch.optim.Optimizer``; the momenta are copied, in float32. A ValueError leaves all as it was."""
+        for options in state_dict["param_groups"]:
+            _check_options(options)
+        keys = (key for options in state_dict["param_groups"] for key in options["params"])
+        parameters = (p for options in self.param_groups for p in options["params"])
+        momenta = {}
+        for key, parameter in zip(keys, parameters, strict=False):  # torch compares their numbers
+            if state := state_dict["state"].get(key):
+                shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+                if shapes != {"momentum_buffer": parameter.shape}:
+                    raise ValueError(f"the state of parameter {key} is not Muon's of shape {tuple(parameter.shape)}")
+                momenta[parameter] = state["momentum_buffer"].to(parameter.device, torch.float32, copy=True)
         super().load_state_dict(state_dict)
-        for parameter, state in live.items():
-            state["momentum_buffer"].copy_(self.state[parameter]["momentum_buffer"])
-            self.state[parameter] = state
+        for parameter, momentum in momenta.items():  # torch has them in the parameter's dtype
+            self.state[parameter]["momentum_buffer"] = momentum
+
+    def momentum_of(self, parameter: nn.Parameter) -> Tensor:
+        """The live ``momentum_buffer``; zeros where there was none."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero."""
-        for options, stacks in zip(self.param_groups, self.stacks, strict=True):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero.
+
+        Returns:
+            what ``closure``, called before with gradients enabled, gives.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for options in self.param_groups:
             lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
-            for momentum_Gmn, members in stacks.values():
-                grad_Gmn = torch.zeros_like(momentum_Gmn)
-                for parameter, own, flip in members:
-                    if parameter.grad is not None:
-                        grad = parameter.grad.view(-1, *parameter.shape[-2:])
-                        grad_Gmn[own] = grad.transpose(1, 2) if flip else grad
+            for parameters in _by_shape(options["params"]).values():
+                momenta = [self.momentum_of(parameter) for parameter in parameters]
+                momentum_Gmn = _stack(momenta)
+                grad_Gmn = _stack(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
                 momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
                 update_Gmn = self._orthogonalize(grad_Gmn.lerp_(momentum_Gmn, momentum))
-                for parameter, own, flip in members:
+                torch._foreach_copy_(momenta, _unstack(momentum_Gmn, momenta))
+                for parameter, moved in zip(parameters, _unstack(update_Gmn, momenta), strict=True):
                     rows, columns = parameter.shape[-2:]
                     if weight_decay:
                         parameter.mul_(1 - lr * weight_decay)
-                    moved = _stand(update_Gmn[own], flip, parameter.shape)
                     parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        return loss
 
     def _orthogonalize(self, x_Gmn: Tensor) -> Tensor:
         """``orthogonalize``, a part of the batch by each who works at once."""
@@ -185,6 +222,7 @@ class OptimizersContainer:
         self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel)
         self._adamw = torch.optim.AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
         # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
+        self._momenta = [self._muon.momentum_of(parameter) for parameter in matrices.values()]
         self._counts = torch.zeros(max(1, len(rest)), device=self.parameters[0].device)
         for parameter, count in zip(rest.values(), self._counts, strict=False):
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -213,18 +251,20 @@ class OptimizersContainer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later step depends on, by the parameters' names; the tensors are the live ones."""
-        return self.layouts()[0]
+        momenta = zip(self.muon_names, self._momenta, strict=True)
+        return self._adamw_state() | {f"muon.momentum.{name}": momentum for name, momentum in momenta}
 
     def layouts(self) -> list[dict[str, Tensor]]:
         """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
         shape, in the order of the model's parameters."""
+        stacks = {f"muon.{shape}": _stack(momenta) for shape, momenta in _by_shape(self._momenta).items()}
+        return [self.state_dict(), self._adamw_state() | stacks]
+
+    def _adamw_state(self) -> dict[str, Tensor]:
         state = {"adamw.count": self._counts[0]}
         for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
             state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
-        named = zip(self.muon_names, self._muon.state.values(), strict=True)
-        momenta = {f"muon.momentum.{name}": own["momentum_buffer"] for name, own in named}
-        stacks = {f"muon.{shape}": stack.momentum_Gmn for shape, stack in self._muon.stacks[0].items()}
-        return [state | momenta, state | stacks]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
@@ -239,6 +279,9 @@ class OptimizersContainer:
             raise CheckpointError(what, where="optimiser state", todo="start from an empty checkpoint folder")
         for name, value in fitting[0].items():
             value.copy_(state[name])
+        for shape, momenta in _by_shape(self._momenta).items():
+            if (name := f"muon.{shape}") in state:
+                torch._foreach_copy_(momenta, _unstack(state[name].to(momenta[0].device), momenta))
         self._counts.fill_(self._counts[0])
 
 
