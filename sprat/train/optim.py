@@ -1,3 +1,4 @@
+# size: two optimizers under one roof are one noun
 """Two optimizers under one roof: Muon for the matrices inside the network, AdamW for everything else.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks",
@@ -34,7 +35,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,7 @@ log = logging.getLogger(__name__)
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAM_EPS = 1e-8
-
-X = TypeVar("X", bound=Tensor)
+_ALONE = ThreadDataParallel(1)
 
 
 @torch.no_grad()  # of its own: it runs in threads, where the caller's does not reach
@@ -76,9 +76,9 @@ def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     return work.to(x_Gmn.dtype)
 
 
-def _by_shape(tensors: Iterable[X]) -> dict[str, list[X]]:
+def _by_shape(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     """Those whose matrices have one shape, the short side first."""
-    groups = defaultdict[str, list[X]](list)
+    groups = defaultdict[str, list[Tensor]](list)
     for x in tensors:
         groups[f"{min(x.shape[-2:])}x{max(x.shape[-2:])}"].append(x)
     return groups
@@ -112,24 +112,19 @@ class Muon(torch.optim.Optimizer):
         params: as torch's optimizers take them; each is [rows, columns] or a stack [E, rows, columns].
         momentum: decay of the momentum.
         weight_decay: decoupled, times the learning rate.
-        parallel: shares out the matrices of a shape; None leaves all to the caller, and so does a copy of a Muon.
+        parallel: shares out the matrices of a shape; a copy of a Muon leaves all to the caller.
 
     Raises:
         ValueError: a number is out of its range, or a parameter is no matrix.
     """
 
-    _parallel: Parallel = ThreadDataParallel(1)
+    _parallel: Parallel = _ALONE
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        parallel: Parallel | None = None,
+        self, params: ParamsT, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, parallel: Parallel = _ALONE
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._parallel = parallel or self._parallel
+        self._parallel = parallel
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See ``torch.optim.Optimizer``; options and shapes are checked (ValueError)."""
@@ -148,21 +143,18 @@ class Muon(torch.optim.Optimizer):
         momenta = {}
         for key, parameter in zip(keys, parameters, strict=False):  # torch compares their numbers
             if state := state_dict["state"].get(key):
-                shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
-                if shapes != {"momentum_buffer": parameter.shape}:
+                if {k: getattr(x, "shape", None) for k, x in state.items()} != {"momentum_buffer": parameter.shape}:
                     raise ValueError(f"the state of parameter {key} is not Muon's of shape {tuple(parameter.shape)}")
                 momenta[parameter] = state["momentum_buffer"].to(parameter.device, torch.float32, copy=True)
         super().load_state_dict(state_dict)
         for parameter, momentum in momenta.items():  # torch has them in the parameter's dtype
             self.state[parameter]["momentum_buffer"] = momentum
 
-    def momentum_of(self, parameter: nn.Parameter) -> Tensor:
+    def momentum_of(self, parameter: Tensor) -> Tensor:
         """The live ``momentum_buffer``; zeros where there was none."""
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
+        if not (state := self.state[parameter]):
             state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        momentum: Tensor = state["momentum_buffer"]
-        return momentum
+        return cast(Tensor, state["momentum_buffer"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -219,7 +211,7 @@ class OptimizersContainer:
         muon = [group(matrices.values(), config.muon_lr, config.weight_decay)]
         decayed = group((p for p in rest.values() if p.ndim > 1), config.adam_lr, config.weight_decay)
         plain = group((p for p in rest.values() if p.ndim <= 1), config.adam_lr, 0.0)
-        self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel)
+        self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel or _ALONE)
         self._adamw = torch.optim.AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
         # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
         self._momenta = [self._muon.momentum_of(parameter) for parameter in matrices.values()]
@@ -236,35 +228,39 @@ class OptimizersContainer:
             torch._foreach_mul_(grads, limit / (norm + 1e-6))
         return norm
 
-    def step(self, factor: float = 1.0) -> None:
-        """One step at ``factor`` times the configured rates; AdamW leaves what has no gradient, Muon takes it for 0."""
-        for optimizer in (self._muon, self._adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both, Muon's first; ``step`` sets their ``lr``, from ``initial_lr``."""
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def step(self, *, lr_factor: float = 1.0) -> None:
+        """A step at ``lr_factor`` times the rates; AdamW leaves what has no gradient, Muon takes it for 0."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        self._muon.step()
+        self._adamw.step()
         self._counts.fill_(self._counts.max())
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or set them to 0."""
+        self._muon.zero_grad(set_to_none)
+        self._adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later step depends on, by the parameters' names; the tensors are the live ones."""
+        state = {"adamw.count": self._counts[0]}
+        for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
+            state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
         momenta = zip(self.muon_names, self._momenta, strict=True)
-        return self._adamw_state() | {f"muon.momentum.{name}": momentum for name, momentum in momenta}
+        return state | {f"muon.momentum.{name}": momentum for name, momentum in momenta}
 
     def layouts(self) -> list[dict[str, Tensor]]:
         """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
         shape, in the order of the model's parameters."""
+        state = self.state_dict()
+        adamw = {name: value for name, value in state.items() if name.startswith("adamw.")}
         stacks = {f"muon.{shape}": _stack(momenta) for shape, momenta in _by_shape(self._momenta).items()}
-        return [self.state_dict(), self._adamw_state() | stacks]
-
-    def _adamw_state(self) -> dict[str, Tensor]:
-        state = {"adamw.count": self._counts[0]}
-        for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
-            state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
-        return state
+        return [state, adamw | stacks]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
@@ -290,6 +286,9 @@ def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = Non
 
     Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
     modules called ``gate`` (routers). Parameters that want no gradient are left out. ``parallel`` shares Muon's work.
+
+    Raises:
+        TrainingError: there is no such parameter.
     """
     apart = {
         id(parameter)
@@ -298,6 +297,8 @@ def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = Non
         for parameter in module.parameters(recurse=False)
     }
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise TrainingError("no parameter wants a gradient", where="optim", todo="unfreeze what is to be trained")
     matrices = {n: p for n, p in named.items() if p.ndim in (2, 3) and id(p) not in apart and config.name == "muon"}
     return OptimizersContainer(matrices, {n: p for n, p in named.items() if n not in matrices}, config, parallel)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sprat.config import OptimConfig
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
 from sprat.train import optim
 
@@ -78,7 +78,7 @@ def test_decay_shrinks_what_no_gradient_moves(name: str) -> None:
     for _ in range(2):
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step(0.5)
+        optimizer.step(lr_factor=0.5)
     torch.testing.assert_close(module.weight.data, before["weight"] * (1 - 0.1 * 0.5 * 0.5) ** 2)
     assert torch.equal(module.bias.data, before["bias"])
 
@@ -128,7 +128,7 @@ def test_adamw_moves_as_published() -> None:
     for step in range(4):
         for name, parameter in module.named_parameters():
             parameter.grad = torch.tensor(grads[name][step], dtype=torch.float32)
-        optimizer.step(0.5)
+        optimizer.step(lr_factor=0.5)
     for name, parameter in module.named_parameters():
         wanted = adam(before[name], grads[name], 0.01, 0.1 if name == "weight" else 0.0)
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, atol=1e-5)
@@ -279,7 +279,7 @@ def test_both_optimisers_step_at_their_own_rate(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step(0.5)
+    optimizer.step(lr_factor=0.5)
     moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
     for name in optimizer.adamw_names:
         torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 0.0015), rtol=0, atol=3e-5)
@@ -293,3 +293,21 @@ def test_state_of_another_optimiser_is_refused(model: Transformer) -> None:
     muon, adamw = optim.build(model, OptimConfig()), optim.build(model, OptimConfig(name="adamw"))
     with pytest.raises(CheckpointError, match="another model or optimiser"):
         muon.load_state_dict(adamw.state_dict())
+
+
+def test_both_have_the_face_of_one_optimizer() -> None:
+    module = nn.Linear(4, 3)
+    optimizer = optim.build(module, OptimConfig(muon_lr=0.1, adam_lr=0.2))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.2]
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lr_factor=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1, 0.1]
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in module.parameters())
+    with pytest.raises(TypeError):
+        optimizer.step(lambda: 0.0)  # type: ignore[misc]
+    with pytest.raises(TrainingError, match="no parameter"):
+        optim.build(nn.Module(), OptimConfig())
