@@ -44,6 +44,8 @@ class Batch:
         return len(self.tokens_BT)
 
     def __getitem__(self, rows: slice) -> Batch:
+        if not isinstance(rows, slice):
+            raise TypeError(f"a batch is sliced, batch[a:b]; not batch[{rows!r}]")
         return Batch(self.tokens_BT[rows], self.targets_BT[rows], self.segments_BT[rows])
 
     def to(self, device: str | torch.device) -> Batch:
@@ -114,8 +116,11 @@ class MixedBatchSource:
         """See ``BatchSource``; the same for the same seed, whatever was asked before.
 
         Raises:
+            ValueError: there is no such rank.
             DataError: there are fewer rows than processes.
         """
+        if not 0 <= rank < world:
+            raise ValueError(f"there is no rank {rank} in a world of {world} processes")
         order = np.random.default_rng([self.seed, 1, step]).permutation(sum(self.part_rows))
         if (rows := len(order)) < world:
             what = f"a batch of {rows} rows cannot be shared out over {world} processes"

@@ -44,7 +44,8 @@ EXPERT_LOAD_ROWS = 64  # packed rows on which expert loads are measured
 def pretrain(pipeline: Pipeline, dense: DenseRecipe | None = None, *, eval_every: int = 0) -> None:
     """Pre-train the teacher, or its ``dense`` counterpart (a control), on text and worked examples.
 
-    Bits per byte of the held-out text are logged after every ``eval_every`` steps (0: never).
+    Bits per byte of the held-out text are logged after every ``eval_every`` steps (0: never), from Python only:
+    ``data.data(pipeline)``, then ``training.pretrain(pipeline, eval_every=100)``.
     """
     recipe = pipeline.recipe.pretrain
     if dense is not None:

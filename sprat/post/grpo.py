@@ -297,7 +297,7 @@ def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> 
     if not math.isfinite(norm):
         todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
         raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimizer.step(schedule.lr_factor(_optim_config(config), step - 1, config.steps))
+    optimizer.step(lr_factor=schedule.lr_factor(_optim_config(config), step - 1, config.steps))
     optimizer.zero_grad()
     return norm
 

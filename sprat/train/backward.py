@@ -38,7 +38,7 @@ def backward(
         TrainingError: the rows cannot be cut into ``config.micro_batches``.
     """
     rows = len(batch)
-    if rows % config.micro_batches:
+    if not rows or rows % config.micro_batches:
         what = f"{rows} rows cannot be cut into {config.micro_batches} micro-batches"
         raise TrainingError(what, where="micro_batches", todo="choose a divisor of batch_rows")
     device, size = model.norm.weight.device, rows // config.micro_batches

@@ -37,6 +37,7 @@ from sprat.train.parallel import Parallel, ThreadDataParallel
 from sprat.trust import Run
 
 Evaluate = Callable[[Transformer], Mapping[str, float]]
+_OWN_NAMES = {"step", "tokens", "lr_factor", "grad_norm", "max_violation"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def train(
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
-    at the row: tokens so far, lr_factor, and what ``evaluate`` gives. The caller saves the artefact and finishes.
+    at the row: tokens so far, lr_factor, and what ``evaluate`` gives, as ``eval_NAME``. The caller saves the
+    artefact and finishes.
 
     Args:
         model: on the device to train on; ``run`` keeps its checkpoints and metrics.
@@ -119,15 +121,20 @@ def train(
         loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
         final_phase: the last steps of the run, whose gradients are computed at other weights.
         parallel: who does a step together; None for threads of this process (on a GPU: one).
-        evaluate: is asked for named scores after every ``eval_every`` steps (0: never); the run is the same without.
+        evaluate: is asked for named scores after every ``eval_every`` steps (0: never), of a model in eval mode and
+            without gradients; the run is the same without.
         progress: show a bar, if this is a terminal.
 
     Raises:
-        TrainingError: the model is quantized, or loss or gradient is not finite (the last checkpoint stands).
+        ValueError: ``eval_every`` is negative.
+        TrainingError: the model is quantized, a metric has a name of the log's own, or loss or gradient is not finite
+            (the last checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
+    if eval_every < 0:
+        raise ValueError(f"eval_every is a number of steps, or 0 for never, not {eval_every}")
     parallel, optimizer = _prepare(model, config, run, parallel)
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
@@ -190,9 +197,13 @@ def _scores(model: Transformer, evaluate: Evaluate | None, every: int, done: int
     if evaluate is None or every == 0 or done % every:
         return {}
     device = model.norm.weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        scores = dict(evaluate(model))
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        scores = {f"eval_{name}": value for name, value in evaluate(model).items()}
     model.train()
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
     return scores
 
 
@@ -223,6 +234,8 @@ def _step(
     run: Run,
 ) -> None:
     """Move the weights by their gradient and add to ``metrics``. Nothing is moved when a number is not finite."""
+    if taken := metrics.keys() & _OWN_NAMES:
+        raise TrainingError(f"the log has its own {', '.join(sorted(taken))}", where="loss_fn", todo="rename metrics")
     metrics["grad_norm"] = optimizer.clip_grad_norm(config.optim.grad_clip)
     if not all(map(math.isfinite, metrics.values())):
         optimizer.zero_grad()
@@ -231,7 +244,7 @@ def _step(
         if (latest := checkpoint.latest(run.checkpoints)) is not None:
             todo += f" and go on from the last checkpoint: --init-from {run.folder}@{latest.step}"
         raise TrainingError(f"{broken} is not finite at step {done + 1}", where=f"step {done + 1}", todo=todo)
-    optimizer.step(_lr_factor(config, done))
+    optimizer.step(lr_factor=_lr_factor(config, done))
     optimizer.zero_grad()
     balance.update_bias(model, expert_loads, config.bias_update_speed)
     if expert_loads:

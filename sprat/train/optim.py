@@ -1,3 +1,4 @@
+# size: two optimizers under one roof are one noun
 """Two optimizers under one roof: Muon for the matrices inside the network, AdamW for everything else.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks",
@@ -15,7 +16,7 @@ square one (about one in a hundred), and more of an ill-conditioned one, are not
 what it gives.
 
 All matrices of one shape, tall ones lying on their side, are one batch [G, m, n] of ``bmm``: a model with stacked
-experts has a few shapes and hundreds of matrices, so a step costs a few calls. Momentum lives in that layout too.
+experts has a few shapes and hundreds of matrices, so a step costs a few calls.
 
 The update is scaled by sqrt(max(1, rows / columns)) as in Jordan's code, which keeps the size of the output
 change per unit of learning rate equal over shapes. (Moonlight, arXiv 2502.16982, scales by 0.2 sqrt(max(rows,
@@ -30,11 +31,11 @@ Left out: bfloat16 iterations on CPUs, and distributing the iteration over ranks
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAM_EPS = 1e-8
+_ALONE = ThreadDataParallel(1)
 
 
 @torch.no_grad()  # of its own: it runs in threads, where the caller's does not reach
@@ -74,83 +76,110 @@ def orthogonalize(x_Gmn: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     return work.to(x_Gmn.dtype)
 
 
-class _Stack(NamedTuple):
-    """All matrices of one shape, the short side first. A parameter [..., rows, columns] owns a slice of them."""
+def _by_shape(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Those whose matrices have one shape, the short side first."""
+    groups = defaultdict[str, list[Tensor]](list)
+    for x in tensors:
+        groups[f"{min(x.shape[-2:])}x{max(x.shape[-2:])}"].append(x)
+    return groups
 
-    momentum_Gmn: Tensor
-    members: list[tuple[nn.Parameter, slice, bool]]  # parameter, its matrices, whether they lie on their side
+
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    """x_Gmn, float32: all matrices of ``tensors`` (each [..., rows, columns]), tall ones lying on their side."""
+    flat = (x.reshape(-1, *x.shape[-2:]) for x in tensors)
+    return torch.cat([x.transpose(1, 2) if x.shape[1] > x.shape[2] else x for x in flat]).float()
 
 
-def _stand(x_Gmn: Tensor, flip: bool, shape: torch.Size) -> Tensor:
-    """The matrices of one parameter out of a stack, in its own ``shape``."""
-    return (x_Gmn.transpose(1, 2) if flip else x_Gmn).reshape(shape)
+def _unstack(x_Gmn: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What was stacked, each in the shape of its one of ``like``."""
+    parts = zip(x_Gmn.split([x[..., 0, 0].numel() for x in like]), like, strict=True)
+    return [(own.transpose(1, 2) if x.shape[-2] > x.shape[-1] else own).reshape(x.shape) for own, x in parts]
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse a group of parameters whose options make no sense, or are another optimizer's."""
+    for name, limit in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+        if name not in options or not 0 <= options[name] < limit:
+            raise ValueError(f"Muon wants 0 <= {name} < {limit}, not {options.get(name)}")
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
-    The state of a parameter is its ``momentum_buffer``, of its shape: a view of the stack of its shape.
+    The state of a parameter is its ``momentum_buffer``, float32, of its shape; there is none before its first step.
 
     Args:
         params: as torch's optimizers take them; each is [rows, columns] or a stack [E, rows, columns].
         momentum: decay of the momentum.
         weight_decay: decoupled, times the learning rate.
-        parallel: shares out the matrices of a shape; None leaves all to the caller.
+        parallel: shares out the matrices of a shape; a copy of a Muon leaves all to the caller.
+
+    Raises:
+        ValueError: a number is out of its range, or a parameter is no matrix.
     """
 
+    _parallel: Parallel = _ALONE
+
     def __init__(
-        self, params: ParamsT, lr: float, momentum: float, weight_decay: float, parallel: Parallel | None = None
+        self, params: ParamsT, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, parallel: Parallel = _ALONE
     ) -> None:
-        self.stacks: list[dict[str, _Stack]] = []  # of each group of parameters, by shape
-        self._parallel = parallel or ThreadDataParallel(1)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._parallel = parallel
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See ``torch.optim.Optimizer``; the momenta of the group are laid out."""
+        """See ``torch.optim.Optimizer``; options and shapes are checked (ValueError)."""
+        _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        by_shape = defaultdict[tuple[int, int], list[nn.Parameter]](list)
-        for parameter in self.param_groups[-1]["params"]:
-            self.state[parameter] = {}
-            by_shape[min(parameter.shape[-2:]), max(parameter.shape[-2:])].append(parameter)
-        stacks = {}
-        for (m, n), parameters in by_shape.items():
-            ends = [0, *itertools.accumulate(p.numel() // (m * n) for p in parameters)]
-            slots = [slice(start, end) for start, end in itertools.pairwise(ends)]
-            stack = _Stack(torch.zeros(ends[-1], m, n, device=parameters[0].device), [])
-            for parameter, own in zip(parameters, slots, strict=True):
-                flip = parameter.shape[-2] > parameter.shape[-1]
-                stack.members.append((parameter, own, flip))
-                self.state[parameter]["momentum_buffer"] = _stand(stack.momentum_Gmn[own], flip, parameter.shape)
-            stacks[f"{m}x{n}"] = stack
-        self.stacks.append(stacks)
+        if flat := [tuple(p.shape) for p in self.param_groups[-1]["params"] if p.ndim < 2]:
+            self.param_groups.pop()
+            raise ValueError(f"Muon moves matrices and stacks of them, not parameters of shape {flat[0]}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``torch.optim.Optimizer``."""
-        live = dict(self.state)
+        """See ``torch.optim.Optimizer``; the momenta are copied, in float32. A ValueError leaves all as it was."""
+        for options in state_dict["param_groups"]:
+            _check_options(options)
+        keys = (key for options in state_dict["param_groups"] for key in options["params"])
+        parameters = (p for options in self.param_groups for p in options["params"])
+        momenta = {}
+        for key, parameter in zip(keys, parameters, strict=False):  # torch compares their numbers
+            if state := state_dict["state"].get(key):
+                if {k: getattr(x, "shape", None) for k, x in state.items()} != {"momentum_buffer": parameter.shape}:
+                    raise ValueError(f"the state of parameter {key} is not Muon's of shape {tuple(parameter.shape)}")
+                momenta[parameter] = state["momentum_buffer"].to(parameter.device, torch.float32, copy=True)
         super().load_state_dict(state_dict)
-        for parameter, state in live.items():
-            state["momentum_buffer"].copy_(self.state[parameter]["momentum_buffer"])
-            self.state[parameter] = state
+        for parameter, momentum in momenta.items():  # torch has them in the parameter's dtype
+            self.state[parameter]["momentum_buffer"] = momentum
+
+    def momentum_of(self, parameter: Tensor) -> Tensor:
+        """The live ``momentum_buffer``; zeros where there was none."""
+        if not (state := self.state[parameter]):
+            state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        return cast(Tensor, state["momentum_buffer"])
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero."""
-        for options, stacks in zip(self.param_groups, self.stacks, strict=True):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter; one without a gradient (an MTP module that did not run) counts as gradient zero.
+
+        Returns:
+            what ``closure``, called before with gradients enabled, gives.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for options in self.param_groups:
             lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
-            for momentum_Gmn, members in stacks.values():
-                grad_Gmn = torch.zeros_like(momentum_Gmn)
-                for parameter, own, flip in members:
-                    if parameter.grad is not None:
-                        grad = parameter.grad.view(-1, *parameter.shape[-2:])
-                        grad_Gmn[own] = grad.transpose(1, 2) if flip else grad
+            for parameters in _by_shape(options["params"]).values():
+                momenta = [self.momentum_of(parameter) for parameter in parameters]
+                momentum_Gmn = _stack(momenta)
+                grad_Gmn = _stack(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
                 momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
                 update_Gmn = self._orthogonalize(grad_Gmn.lerp_(momentum_Gmn, momentum))
-                for parameter, own, flip in members:
+                torch._foreach_copy_(momenta, _unstack(momentum_Gmn, momenta))
+                for parameter, moved in zip(parameters, _unstack(update_Gmn, momenta), strict=True):
                     rows, columns = parameter.shape[-2:]
                     if weight_decay:
                         parameter.mul_(1 - lr * weight_decay)
-                    moved = _stand(update_Gmn[own], flip, parameter.shape)
                     parameter.add_(moved, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        return loss
 
     def _orthogonalize(self, x_Gmn: Tensor) -> Tensor:
         """``orthogonalize``, a part of the batch by each who works at once."""
@@ -182,9 +211,10 @@ class OptimizersContainer:
         muon = [group(matrices.values(), config.muon_lr, config.weight_decay)]
         decayed = group((p for p in rest.values() if p.ndim > 1), config.adam_lr, config.weight_decay)
         plain = group((p for p in rest.values() if p.ndim <= 1), config.adam_lr, 0.0)
-        self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel)
+        self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel or _ALONE)
         self._adamw = torch.optim.AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
         # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
+        self._momenta = [self._muon.momentum_of(parameter) for parameter in matrices.values()]
         self._counts = torch.zeros(max(1, len(rest)), device=self.parameters[0].device)
         for parameter, count in zip(rest.values(), self._counts, strict=False):
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -198,33 +228,39 @@ class OptimizersContainer:
             torch._foreach_mul_(grads, limit / (norm + 1e-6))
         return norm
 
-    def step(self, factor: float = 1.0) -> None:
-        """One step at ``factor`` times the configured rates; AdamW leaves what has no gradient, Muon takes it for 0."""
-        for optimizer in (self._muon, self._adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both, Muon's first; ``step`` sets their ``lr``, from ``initial_lr``."""
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def step(self, *, lr_factor: float = 1.0) -> None:
+        """A step at ``lr_factor`` times the rates; AdamW leaves what has no gradient, Muon takes it for 0."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        self._muon.step()
+        self._adamw.step()
         self._counts.fill_(self._counts.max())
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or set them to 0."""
+        self._muon.zero_grad(set_to_none)
+        self._adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later step depends on, by the parameters' names; the tensors are the live ones."""
-        return self.layouts()[0]
+        state = {"adamw.count": self._counts[0]}
+        for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
+            state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
+        momenta = zip(self.muon_names, self._momenta, strict=True)
+        return state | {f"muon.momentum.{name}": momentum for name, momentum in momenta}
 
     def layouts(self) -> list[dict[str, Tensor]]:
         """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
         shape, in the order of the model's parameters."""
-        state = {"adamw.count": self._counts[0]}
-        for name, moments in zip(self.adamw_names, self._adamw.state.values(), strict=True):
-            state |= {f"adamw.mean.{name}": moments["exp_avg"], f"adamw.square.{name}": moments["exp_avg_sq"]}
-        named = zip(self.muon_names, self._muon.state.values(), strict=True)
-        momenta = {f"muon.momentum.{name}": own["momentum_buffer"] for name, own in named}
-        stacks = {f"muon.{shape}": stack.momentum_Gmn for shape, stack in self._muon.stacks[0].items()}
-        return [state | momenta, state | stacks]
+        state = self.state_dict()
+        adamw = {name: value for name, value in state.items() if name.startswith("adamw.")}
+        stacks = {f"muon.{shape}": _stack(momenta) for shape, momenta in _by_shape(self._momenta).items()}
+        return [state, adamw | stacks]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
@@ -239,6 +275,9 @@ class OptimizersContainer:
             raise CheckpointError(what, where="optimiser state", todo="start from an empty checkpoint folder")
         for name, value in fitting[0].items():
             value.copy_(state[name])
+        for shape, momenta in _by_shape(self._momenta).items():
+            if (name := f"muon.{shape}") in state:
+                torch._foreach_copy_(momenta, _unstack(state[name].to(momenta[0].device), momenta))
         self._counts.fill_(self._counts[0])
 
 
@@ -247,6 +286,9 @@ def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = Non
 
     Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
     modules called ``gate`` (routers). Parameters that want no gradient are left out. ``parallel`` shares Muon's work.
+
+    Raises:
+        TrainingError: there is no such parameter.
     """
     apart = {
         id(parameter)
@@ -255,6 +297,8 @@ def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = Non
         for parameter in module.parameters(recurse=False)
     }
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise TrainingError("no parameter wants a gradient", where="optim", todo="unfreeze what is to be trained")
     matrices = {n: p for n, p in named.items() if p.ndim in (2, 3) and id(p) not in apart and config.name == "muon"}
     return OptimizersContainer(matrices, {n: p for n, p in named.items() if n not in matrices}, config, parallel)
 

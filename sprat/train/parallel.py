@@ -88,12 +88,17 @@ class ThreadDataParallel:
     Args:
         threads: how many cores to use; None for torch's number. There are at most ``MAX_WORKERS`` threads, which
             share the cores evenly.
+
+    Raises:
+        ValueError: ``threads`` is less than 1.
     """
 
     rank, world = 0, 1
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads or torch.get_num_threads()
+        self._threads = torch.get_num_threads() if threads is None else threads
+        if self._threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
         self.size = min(MAX_WORKERS, self._threads)
         self._inner = max(1, self._threads // self.size)
         self._pool: ThreadPoolExecutor | None = None
@@ -113,8 +118,8 @@ class ThreadDataParallel:
 
     def split(self, rows: Rows) -> list[Rows]:
         """One part for each thread, as even as can be, the later ones larger; fewer where there are fewer rows."""
-        if (parts := min(self.size, len(rows))) == 1:
-            return [rows]
+        if (parts := min(self.size, len(rows))) <= 1:
+            return [rows][:parts]
         return [rows[a:b] for a, b in pairwise(len(rows) * part // parts for part in range(parts + 1))]
 
     def sum(self, shares: Iterable[Share]) -> Share:

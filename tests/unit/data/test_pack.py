@@ -215,3 +215,15 @@ def test_a_micro_batch_is_a_slice() -> None:
     batch = gather_rows(numbered(4, 0), [0, 1, 2, 3])
     assert batch[1:3].tokens_BT[:, 0].tolist() == [1, 2]
     assert batch.to("cpu").targets_BT.shape == (4, 4)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(-1, 3), (3, 3), (0, 0), (0, -1)])
+def test_a_rank_outside_its_world_is_refused(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="no rank"):
+        MixedBatchSource([(numbered(8, 0), 1.0)], rows=4, seed=0).batch(0, rank, world)
+
+
+def test_one_row_is_a_slice_too() -> None:
+    batch = MixedBatchSource([(numbered(8, 0), 1.0)], rows=4, seed=0).batch(0)
+    with pytest.raises(TypeError, match="sliced"):
+        batch[0]  # type: ignore[index]

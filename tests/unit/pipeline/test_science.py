@@ -290,8 +290,8 @@ def test_held_out_text_may_be_scored_during_pretraining_which_changes_nothing(tm
     assert records[0]["artefact_digest"] == records[1]["artefact_digest"]
     known = records[0]["facts"]["bits_per_byte"]
     assert known == records[1]["facts"]["bits_per_byte"] and len(known) > 1
-    scored = {row["step"]: row for row in rows[0] if any(name.startswith("bits_per_byte.") for name in row)}
+    scored = {row["step"]: row for row in rows[0] if any(name.startswith("eval_bits_per_byte.") for name in row)}
     assert sorted(scored) == [3, 6]
     for domain, scores in known.items():
-        assert scored[6][f"bits_per_byte.{domain}"] == scores["model"] != scored[3][f"bits_per_byte.{domain}"]
+        assert scored[6][f"eval_bits_per_byte.{domain}"] == scores["model"] != scored[3][f"eval_bits_per_byte.{domain}"]
     assert rows[1] == [{n: v for n, v in row.items() if "." not in n} for row in rows[0] if "loss" in row]

@@ -205,25 +205,42 @@ def test_scores_stand_beside_the_loss_and_change_nothing(
     asked = list[bool]()
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        asked.append(model.training)
+        asked.extend([model.training, torch.is_grad_enabled()])
         torch.rand(3)
-        model.eval()
-        return {"norm": float(model.norm.weight.detach().norm())}
+        model.requires_grad_(False)
+        return {"norm": float(model.norm.weight.norm()), "loss": 1.0, "step": 2.0, "tokens": 3.0, "lr_factor": 4.0}
 
     states, runs = list[torch.Tensor](), [new_run("plain"), new_run("scored")]
     for model, run, scores in ((plain, runs[0], None), (scored, runs[1], evaluate)):
         torch.manual_seed(0)
         train(model, source, recipe, run, evaluate=scores, eval_every=3)
         states.append(torch.get_rng_state())
-    assert asked == [True, True] and scored.training
+    assert asked == [False] * 4 and scored.training
+    assert all(parameter.requires_grad for parameter in scored.parameters())
     assert torch.equal(*states) and _same(plain, scored)
     rows = [json.loads(line) for line in _rows(runs[1]).splitlines()]
-    assert [(row["step"], "norm" in row, "loss" in row) for row in rows] == [
+    assert [(row["step"], "eval_norm" in row, "loss" in row) for row in rows] == [
         (2, False, True), (3, True, False), (4, False, True), (6, True, True), (8, False, True)
     ]  # fmt: skip
-    assert rows[1]["norm"] != rows[3]["norm"]
-    windows = [{name: value for name, value in row.items() if name != "norm"} for row in rows if "loss" in row]
+    assert rows[1]["eval_norm"] != rows[3]["eval_norm"]
+    assert [rows[3][f"eval_{name}"] for name in ("loss", "step", "tokens", "lr_factor")] == [1.0, 2.0, 3.0, 4.0]
+    windows = [
+        {name: value for name, value in row.items() if not name.startswith("eval_")} for row in rows if "loss" in row
+    ]
     assert windows == [json.loads(line) for line in _rows(runs[0]).splitlines()]
+
+
+def test_names_of_the_log_and_negative_intervals_are_refused(
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    def named(model: Transformer, batch: Batch, config: TrainConfig, whole: Batch | None = None) -> Loss:
+        loss = next_token_loss(model, batch, config, whole)
+        return Loss(loss.total, {**loss.metrics, "tokens": 1.0, "step": 1.0}, loss.expert_loads)
+
+    with pytest.raises(TrainingError, match="its own step, tokens"):
+        train(Transformer.create(shape, 0), source, recipe, new_run("a"), loss_fn=named)
+    with pytest.raises(ValueError, match="eval_every"):
+        train(Transformer.create(shape, 0), source, recipe, new_run("b"), evaluate=lambda _: {}, eval_every=-2)
 
 
 def test_nothing_is_printed_when_not_at_a_terminal(

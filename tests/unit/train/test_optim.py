@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sprat.config import OptimConfig
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
 from sprat.train import optim
 
@@ -75,7 +78,7 @@ def test_decay_shrinks_what_no_gradient_moves(name: str) -> None:
     for _ in range(2):
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step(0.5)
+        optimizer.step(lr_factor=0.5)
     torch.testing.assert_close(module.weight.data, before["weight"] * (1 - 0.1 * 0.5 * 0.5) ** 2)
     assert torch.equal(module.bias.data, before["bias"])
 
@@ -101,7 +104,6 @@ def test_tall_and_wide_matrices_share_a_batch_and_stay_themselves() -> None:
     grad = torch.randn(6, 4, generator=generator)
     tall, wide = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(4, 6))
     muon = optim.Muon([tall, wide], 1.0, 0.95, 0.0)
-    assert len(muon.stacks[0]) == 1
     tall.grad, wide.grad = grad, grad.T.contiguous()
     muon.step()
     torch.testing.assert_close(tall.data, wide.data.T * (6 / 4) ** 0.5)
@@ -126,7 +128,7 @@ def test_adamw_moves_as_published() -> None:
     for step in range(4):
         for name, parameter in module.named_parameters():
             parameter.grad = torch.tensor(grads[name][step], dtype=torch.float32)
-        optimizer.step(0.5)
+        optimizer.step(lr_factor=0.5)
     for name, parameter in module.named_parameters():
         wanted = adam(before[name], grads[name], 0.01, 0.1 if name == "weight" else 0.0)
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, atol=1e-5)
@@ -168,6 +170,86 @@ def test_both_are_torch_optimizers_and_muon_goes_on_from_its_torch_state() -> No
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(here, there, strict=True))
 
 
+def stepped(shape: tuple[int, ...] = (4, 6), dtype: torch.dtype = torch.float32) -> tuple[optim.Muon, nn.Parameter]:
+    """A Muon after one step."""
+    parameter = nn.Parameter(torch.ones(shape, dtype=dtype))
+    muon = optim.Muon([parameter], 0.1)
+    parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    muon.step()
+    return muon, parameter
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda muon: pickle.loads(pickle.dumps(muon))])
+def test_a_copy_of_muon_goes_on_as_the_original(copied: Any) -> None:
+    muon, parameter = stepped()
+    twin = copied(muon)
+    (other,) = twin.param_groups[0]["params"]
+    other.grad = parameter.grad
+    muon.step()
+    twin.step()
+    assert other is not parameter and torch.equal(other, parameter)
+
+
+def test_muon_asks_its_closure_with_gradients_and_forgets_when_its_state_is_cleared() -> None:
+    muon, parameter = stepped()
+
+    def closure() -> float:
+        muon.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    expected = float((parameter.detach() ** 2).sum())
+    assert muon.step(closure) == expected
+    muon.state.clear()
+    muon.step()
+    assert parameter.grad is not None
+    torch.testing.assert_close(muon.state[parameter]["momentum_buffer"], 0.05 * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((4, 6), {"lr": -1.0}), ((4, 6), {"lr": math.nan}), ((4, 6), {"momentum": 1.0}), ((4, 6), {"momentum": -0.1}),
+        ((4, 6), {"weight_decay": -0.1}), ((4,), {}), ((), {}),
+    ],
+)  # fmt: skip
+def test_muon_refuses_what_it_cannot_move_or_move_by(shape: tuple[int, ...], options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="Muon"):
+        optim.Muon([nn.Parameter(torch.ones(shape))], **{"lr": 0.1, **options})
+    muon, _ = stepped()
+    with pytest.raises(ValueError, match="Muon"):
+        muon.add_param_group({"params": [nn.Parameter(torch.ones(shape))], **options})
+    assert len(muon.param_groups) == 1
+
+
+def test_muon_loads_only_states_that_are_its_own_and_else_stays_as_it_was() -> None:
+    for shape in ((5, 6), (1, 6), (6, 4), (2, 4, 6)):
+        muon, parameter = stepped()
+        before = copy.deepcopy(muon.state_dict())
+        with pytest.raises(ValueError, match="not Muon's of shape"):
+            muon.load_state_dict(stepped(shape)[0].state_dict())
+        adamw = torch.optim.AdamW([parameter])
+        with pytest.raises(ValueError, match="momentum"):
+            muon.load_state_dict(adamw.state_dict())
+        after = muon.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert torch.equal(after["state"][0]["momentum_buffer"], before["state"][0]["momentum_buffer"])
+    fresh = optim.Muon([nn.Parameter(torch.ones(4, 6))], 0.3)
+    muon.load_state_dict(fresh.state_dict())
+    assert muon.param_groups[0]["lr"] == 0.3 and not muon.state_dict()["state"]
+
+
+def test_the_momentum_of_bfloat16_keeps_its_bits() -> None:
+    muon, parameter = stepped(dtype=torch.bfloat16)
+    twin = optim.Muon([other := nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))], 0.1)
+    twin.load_state_dict(muon.state_dict())
+    one, two = muon.state[parameter]["momentum_buffer"], twin.state[other]["momentum_buffer"]
+    assert two.dtype == torch.float32 and torch.equal(one, two) and one is not two
+    muon.step()
+    assert not torch.equal(one, two)
+
+
 def test_only_hidden_matrices_go_to_muon(model: Transformer) -> None:
     optimizer = optim.build(model, OptimConfig())
     assert sorted(optimizer.muon_names + optimizer.adamw_names) == sorted(dict(model.named_parameters()))
@@ -197,7 +279,7 @@ def test_both_optimisers_step_at_their_own_rate(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step(0.5)
+    optimizer.step(lr_factor=0.5)
     moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
     for name in optimizer.adamw_names:
         torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 0.0015), rtol=0, atol=3e-5)
@@ -211,3 +293,21 @@ def test_state_of_another_optimiser_is_refused(model: Transformer) -> None:
     muon, adamw = optim.build(model, OptimConfig()), optim.build(model, OptimConfig(name="adamw"))
     with pytest.raises(CheckpointError, match="another model or optimiser"):
         muon.load_state_dict(adamw.state_dict())
+
+
+def test_both_have_the_face_of_one_optimizer() -> None:
+    module = nn.Linear(4, 3)
+    optimizer = optim.build(module, OptimConfig(muon_lr=0.1, adam_lr=0.2))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.2]
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lr_factor=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1, 0.1]
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in module.parameters())
+    with pytest.raises(TypeError):
+        optimizer.step(lambda: 0.0)  # type: ignore[misc]
+    with pytest.raises(TrainingError, match="no parameter"):
+        optim.build(nn.Module(), OptimConfig())

@@ -132,3 +132,10 @@ def test_gradients_own_their_memory_so_that_clipping_scales_each_of_them_once(
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(mine.grad, 0.5 * theirs.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_fewer_threads_than_one_are_refused_and_no_rows_are_no_parts(threads: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ThreadDataParallel(threads)
+    assert [ThreadDataParallel(size).split(torch.zeros(0, 3)) for size in (1, 2)] == [[], []]
