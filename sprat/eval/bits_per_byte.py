@@ -41,10 +41,8 @@ def bits_per_byte(model: Transformer, packed: PackedDataset, bytes_total: int, *
     for start in range(0, packed.num_rows, rows):
         batch = gather_rows(packed, range(start, min(start + rows, packed.num_rows))).to(device)
         with precision(device):
-            hidden = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-        nats += float(
-            linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=1)
-        )
+            out = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+        nats += float(linear_cross_entropy(out.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=1))
     model.train(training)
     return nats / math.log(2) / bytes_total
 

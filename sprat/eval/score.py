@@ -104,10 +104,8 @@ def wilson_interval(correct: int, count: int, z: float = _Z95) -> tuple[float, f
         raise DataError(f"cannot score {correct} of {count}", where="wilson", todo="evaluate at least one problem")
     proportion = correct / count
     center = (proportion + z * z / (2 * count)) / (1 + z * z / count)
-    half_width = (
-        z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
-    )
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    half = z / (1 + z * z / count) * math.sqrt(proportion * (1 - proportion) / count + z * z / (4 * count * count))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def pool_scores(scores: Sequence[Score]) -> Score:

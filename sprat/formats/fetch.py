@@ -51,7 +51,7 @@ CATALOG = {
         digest="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98362432,
         description="SmolLM2-135M-Instruct, GGUF Q4_1, Apache-2.0",
-    ),
+    )
 }
 
 

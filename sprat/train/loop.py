@@ -112,8 +112,7 @@ def train(
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
 
     Rows of ``metrics.jsonl`` (means over the window): loss, grad_norm, max_violation, what else ``loss_fn`` gives;
-    at the row: tokens so far, lr_factor, and what ``evaluate`` gives, as ``eval_NAME``. The caller saves the
-    artefact and finishes.
+    at the row: tokens so far, lr_factor, and ``eval_NAME`` of ``evaluate``. The caller saves the artefact and finishes.
 
     Args:
         model: on the device to train on; ``run`` keeps its checkpoints and metrics.
@@ -121,28 +120,23 @@ def train(
         loss_fn: what is minimized; on CPUs the threads of ``ThreadDataParallel`` call it at once, each with its rows.
         final_phase: the last steps of the run, whose gradients are computed at other weights.
         parallel: who does a step together; None for threads of this process (on a GPU: one).
-        evaluate: is asked for named scores after every ``eval_every`` steps (0: never), of a model in eval mode and
-            without gradients; the run is the same without.
+        evaluate: is asked for scores after every ``eval_every`` steps (0: never), in eval mode and without gradients.
         progress: show a bar, if this is a terminal.
 
     Raises:
         ValueError: ``eval_every`` is negative.
-        TrainingError: the model is quantized, a metric has a name of the log's own, or loss or gradient is not finite
-            (the last checkpoint stands).
+        TrainingError: it is quantized, a metric has a name of the log's, or is not finite (the last checkpoint stands).
         CheckpointError: the checkpoint belongs to another recipe, data or model, or ``init_from`` names none.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
-    if eval_every < 0:
-        raise ValueError(f"eval_every is a number of steps, or 0 for never, not {eval_every}")
-    parallel, optimizer = _prepare(model, config, run, parallel)
+    parallel, optimizer = _prepare(model, config, run, parallel, eval_every)
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
     first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
 
     def keep(folder: Path) -> None:
-        state = {**identity, **window.state(), "tokens": tokens, "start": start}
-        checkpoint.save(folder, done, model, optimizer, state)
+        checkpoint.save(folder, done, model, optimizer, identity | window.state() | {"tokens": tokens, "start": start})
 
     with parallel, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as stopped:
         while done < config.steps:
@@ -165,9 +159,11 @@ def train(
 
 
 def _prepare(
-    model: Transformer, config: LoopConfig, run: Run, parallel: Parallel | None
+    model: Transformer, config: LoopConfig, run: Run, parallel: Parallel | None, eval_every: int
 ) -> tuple[Parallel, optim.OptimizersContainer]:
     """Ready ``model`` and the process for training; who does a step together, and the optimizer."""
+    if eval_every < 0:
+        raise ValueError(f"eval_every is a number of steps, or 0 for never, not {eval_every}")
     optim.check_trainable(model, run)
     machine.tune_allocator()
     model.train()
