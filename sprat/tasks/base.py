@@ -20,7 +20,7 @@ HELD_OUT_SPLITS: tuple[Split, ...] = ("test", "dev")
 CORRECT_SCORE = 1.0 - 1e-6  # full marks, but for the rounding of a score that was added up
 SPLIT_SHARES: dict[Split, int] = {"test": 2, "dev": 1, "train": 7}  # of ten problems
 _SPLITS = [split for split, share in SPLIT_SHARES.items() for _ in range(share)]
-SPLIT_SALT = "3"  # another whenever forms change, so that dev and test are problems that nobody has scored
+SPLIT_SALT = "3"  # another whenever forms change: splits are drawn anew, from the same problems
 MAX_ATTEMPTS = 1000  # draws before a generator is said to have no question in the split
 
 

@@ -117,8 +117,8 @@ class Noted:
         self.limits.append(limit)
         return 1.0
 
-    def step(self, factor: float) -> None:
-        assert factor == 1.0, "nobody asked the rate to fall"
+    def step(self, *, lr_factor: float) -> None:
+        assert lr_factor == 1.0, "nobody asked the rate to fall"
         weights = self.model.named_parameters()
         self.found.append({name: weight.grad.clone() for name, weight in weights if weight.grad is not None})
 
@@ -181,7 +181,11 @@ def test_the_rate_falls_over_the_last_share_of_the_steps(guesser: Transformer) -
     """Eight steps, half of them falling, ending one step after the last; without a fall all are whole."""
     for fall, expected in ((0.5, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (0.0, [1.0] * 8)):
         config, factors = RL.replace(steps=8, decay_fraction=fall), list[float]()
-        optimizer = SimpleNamespace(clip_grad_norm=lambda limit: 1.0, step=factors.append, zero_grad=lambda: None)
+        optimizer = SimpleNamespace(
+            clip_grad_norm=lambda limit: 1.0,
+            step=lambda *, lr_factor, factors=factors: factors.append(lr_factor),
+            zero_grad=lambda: None,
+        )
         for step in range(1, 9):
             rl._step(optimizer, config, step)  # type: ignore[arg-type]
         assert factors == pytest.approx(expected)
