@@ -163,17 +163,14 @@ class Muon(torch.optim.Optimizer):
         Returns:
             what ``closure``, called before with gradients enabled, gives.
         """
-        with torch.enable_grad():
-            loss = closure() if closure else None
+        loss = torch.enable_grad()(closure)() if closure else None
         for options in self.param_groups:
             lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
             for parameters in _by_shape(options["params"]).values():
                 momenta = [self.momentum_of(parameter) for parameter in parameters]
-                momentum_Gmn = _stack(momenta)
-                grad_Gmn = _stack(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
-                momentum_Gmn.lerp_(grad_Gmn, 1 - momentum)
-                update_Gmn = self._orthogonalize(grad_Gmn.lerp_(momentum_Gmn, momentum))
-                torch._foreach_copy_(momenta, _unstack(momentum_Gmn, momenta))
+                grads = [torch.zeros_like(p).float() if p.grad is None else p.grad.float() for p in parameters]
+                torch._foreach_lerp_(momenta, grads, 1 - momentum)
+                update_Gmn = self._orthogonalize(_stack(torch._foreach_lerp(grads, momenta, momentum)))
                 for parameter, moved in zip(parameters, _unstack(update_Gmn, momenta), strict=True):
                     rows, columns = parameter.shape[-2:]
                     if weight_decay:
@@ -257,10 +254,8 @@ class OptimizersContainer:
     def layouts(self) -> list[dict[str, Tensor]]:
         """``state_dict``, and the same as checkpoints had it before Muon's momenta went by name: a stack for each
         shape, in the order of the model's parameters."""
-        state = self.state_dict()
-        adamw = {name: value for name, value in state.items() if name.startswith("adamw.")}
         stacks = {f"muon.{shape}": _stack(momenta) for shape, momenta in _by_shape(self._momenta).items()}
-        return [state, adamw | stacks]
+        return [state := self.state_dict(), stacks | {k: x for k, x in state.items() if k.startswith("adamw.")}]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave in another process.
