@@ -185,10 +185,10 @@ def _parse(config_class: type[C], table: dict[str, Any], overrides: tuple[str, .
     faults = [_faults(config_class, state, context) for state in states]
     if not faults[-1]:
         return config_class.model_validate(states[-1], context=context)
-    count, found = next((n, here) for n, state in enumerate(faults) if (here := [f for f in state if f in faults[-1]]))
-    (what, todo), moves = found[0], list(_moves(config_class, states[-1]))
+    count, first = next((n, here) for n, state in enumerate(faults) if (here := [f for f in state if f in faults[-1]]))
+    (what, todo), moves = first[0], list(_moves(config_class, states[-1]))
     if moves:  # all of them in one sentence
-        what, todo = ", ".join(what for what, _ in found), " and ".join(dict.fromkeys(todo for _, todo in found))
+        what, todo = ", ".join(what for what, _ in first), " and ".join(dict.fromkeys(todo for _, todo in first))
     if count:
         where = f"--set {overrides[count - 1]}"
         key, _, value = overrides[count - 1].partition("=")

@@ -89,10 +89,10 @@ def _refuse_unloadable(model: Transformer) -> None:
         expected = {name: tensor.shape for name, tensor in Transformer(model.config, seed=None).state_dict().items()}
     packed = quantized_weights(model)
     inside = {id(tensor) for each in packed.values() for tensor in each.buffers()}
-    found = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
-    found |= {name: torch.Size((*each.codes.shape[:-1], each.width)) for name, each in packed.items()}
+    shapes = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
+    shapes |= {name: torch.Size((*each.codes.shape[:-1], each.width)) for name, each in packed.items()}
     tied = {"head.weight"} if model.config.tie_word_embeddings else set()
-    if differing := {name for name, _ in found.items() ^ expected.items()} - tied:
+    if differing := {name for name, _ in shapes.items() ^ expected.items()} - tied:
         fault = f"{min(differing)} is not as config.json would say, so what is saved could not be loaded"
         todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
         raise CheckpointError(fault, where="save", todo=todo)

@@ -144,8 +144,8 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
     seen = set[int]()
     for run_folder in run_folders:
         checkpoints = run_folder / "checkpoints"
-        kept = run_folder / "artefact" / ARTEFACT_FOLDER
-        for candidate in _valid_checkpoints(kept, checkpoints / STABLE, checkpoints):
+        finished = run_folder / "artefact" / ARTEFACT_FOLDER
+        for candidate in _valid_checkpoints(finished, checkpoints / STABLE, checkpoints):
             if step in (None, candidate.step) and expected_digest in ("", digest.of_folder(candidate.folder)):
                 return candidate
             seen.add(candidate.step)
