@@ -181,10 +181,11 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
 
 def _parse(config_class: type[C], table: dict[str, Any], overrides: tuple[str, ...], where: str, context: Any) -> C:
     """``table`` with ``overrides``, validated; a fault is that override's with which it comes, else ``where``'s."""
-    states = [table, *(override(table, overrides[: count + 1]) for count in range(len(overrides)))]
+    try:
+        return config_class.model_validate(override(table, overrides), context=context)
+    except ValidationError:
+        states = [table, *(override(table, overrides[: count + 1]) for count in range(len(overrides)))]
     faults = [_faults(config_class, state, context) for state in states]
-    if not faults[-1]:
-        return config_class.model_validate(states[-1], context=context)
     count, first = next((n, here) for n, state in enumerate(faults) if (here := [f for f in state if f in faults[-1]]))
     (what, todo), moves = first[0], list(_moves(config_class, states[-1]))
     if moves:  # all of them in one sentence
