@@ -75,6 +75,21 @@ def test_scores_and_the_report_take_no_torch(root: Path) -> None:
     assert run_python(root, "import sys, sprat.eval.score, sprat.report; print('torch' in sys.modules)") == "False\n"
 
 
+def test_a_training_step_leaves_the_compiler_of_torch_alone(root: Path) -> None:
+    """Each process that trains would pay 1.1 s and 77 MB for it."""
+    code = """
+import sys, torch, sprat.config, sprat.train.optim as optim
+model = torch.nn.Linear(4, 4)
+optimizer = optim.build(model, sprat.config.OptimConfig())
+for _ in range(2):
+    optimizer.zero_grad()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+print("torch._dynamo" in sys.modules)
+"""
+    assert run_python(root, code) == "False\n"
+
+
 def test_a_wrong_name_says_what_there_is(root: Path) -> None:
     import sprat
 

@@ -31,6 +31,7 @@ Left out: bfloat16 iterations on CPUs, and distributing the iteration over ranks
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections import defaultdict
@@ -103,7 +104,14 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"Muon wants 0 <= {name} < {limit}, not {options.get(name)}")
 
 
-class Muon(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer):
+    """Without torch's wrappers, each of which imports ``torch.compile`` to keep it out: 1.1 s and 77 MB a process."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class Muon(_Optimizer):
     """Nesterov momentum, orthogonalized; all matrices of one shape at once.
 
     The state of a parameter is its ``momentum_buffer``, float32, of its shape; there is none before its first step.
@@ -184,6 +192,10 @@ class Muon(torch.optim.Optimizer):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class _AdamW(_Optimizer, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 class OptimizersContainer:
     """Muon, and torch's own AdamW for everything else, as one optimizer; ``build`` makes it.
 
@@ -209,7 +221,7 @@ class OptimizersContainer:
         decayed = group((p for p in rest.values() if p.ndim > 1), config.adam_lr, config.weight_decay)
         plain = group((p for p in rest.values() if p.ndim <= 1), config.adam_lr, 0.0)
         self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel or _ALONE)
-        self._adamw = torch.optim.AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
+        self._adamw = _AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
         # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
         self._momenta = [self._muon.momentum_of(parameter) for parameter in matrices.values()]
         self._counts = torch.zeros(max(1, len(rest)), device=self.parameters[0].device)
