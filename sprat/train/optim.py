@@ -217,9 +217,9 @@ class OptimizersContainer:
         def group(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
             return {"params": list(parameters), "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
 
-        muon = [group(matrices.values(), config.muon_lr, config.weight_decay)]
         decayed = group((p for p in rest.values() if p.ndim > 1), config.adam_lr, config.weight_decay)
         plain = group((p for p in rest.values() if p.ndim <= 1), config.adam_lr, 0.0)
+        muon = [group(matrices.values(), config.muon_lr, config.weight_decay)]
         self._muon = Muon(muon, config.muon_lr, config.momentum, config.weight_decay, parallel or _ALONE)
         self._adamw = _AdamW([decayed, plain], betas=config.betas, eps=_ADAM_EPS, fused=True)
         # Laid out at once, so that a checkpoint has the state of all parameters, and one count for all.
@@ -321,8 +321,7 @@ def check_trainable(model: nn.Module, run: Run) -> None:
     """
     parameters = list(model.parameters())
     trainable, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-    packed = quantized_weights(model)
-    if packed:
+    if packed := quantized_weights(model):
         frozen = sum(part.width * part.codes.numel() // part.codes.shape[-1] for part in packed.values())
         what = f"{len(packed)} matrices are quantised: {trainable:,} of {total + frozen:,} parameters could be trained"
         todo = "train a dense model: sprat.load(path, dequantize=True), or sprat.quant.dequantize_model(model)"
