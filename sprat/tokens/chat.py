@@ -28,6 +28,7 @@ class Message:
     role: Literal["system", "user", "assistant"]
     content: str
     reasoning: str | None = None
+    weight: float = 1.0  # of an answer, in supervised training; 0: it is only context
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,64 @@ def encode_demonstration(
 ) -> tuple[list[int], list[int]]:
     """One worked example for supervised training; empty ``reasoning`` shows a terse answer.
 
-    A model that does not think is shown no think tags with a terse answer, as its own template writes none.
-
     Returns:
         ids, and a mask of the same length: 1 on what the assistant says (its end token included), else 0.
     """
+    return encode_conversation(tokenizer, [Message("user", question), Message("assistant", answer, reasoning)])[0]
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
+    """A conversation for supervised training: each answer after the very ids with which it will be asked for.
+
+    Where the prompt of an answer begins with all that came before, as in most formats, both are one sequence. A format
+    that changes the past (reasoning of past turns is left out) has a sequence for each answer instead. A model that
+    does not think is shown no think tags with a terse answer, as its own template writes none.
+
+    Args:
+        messages: the turns in order; the assistant's are learned where their ``weight`` is not 0.
+
+    Returns:
+        (ids, mask) of each sequence: 1 on what the assistant says (its end token included), else 0.
+
+    Raises:
+        DataError: no answer is to be learned, one has nothing before it, or see ``render``.
+    """
+    sequences: list[tuple[list[int], list[int]]] = []
+    for index, message in enumerate(messages):
+        if message.role != "assistant" or not message.weight:
+            continue
+        if not index:
+            raise DataError("an answer without a question", where="messages", todo="let the user speak first")
+        prompt_ids, answer_ids = _encode_answer(tokenizer, messages[:index], message)
+        ids, mask = sequences[-1] if sequences else ([], [])
+        if ids and prompt_ids[: len(ids)] == ids:
+            sequences.pop()
+        else:
+            mask = []
+        mask = mask + [0] * (len(prompt_ids) - len(mask)) + [1] * len(answer_ids)
+        sequences.append((prompt_ids + answer_ids, mask))
+    if not sequences:
+        raise DataError("no answer to learn", where="messages", todo="give at least one assistant turn with a weight")
+    return sequences
+
+
+def _encode_answer(tokenizer: Tokenizer, history: Sequence[Message], answer: Message) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of what the model says to it."""
     chat_format = tokenizer.chat_format
-    thinking = None if chat_format.default_thinking is None else bool(reasoning)
-    prompt = render_parts(chat_format, [("user", question)], thinking=thinking, add_generation_prompt=True)
+    thinking = None if chat_format.default_thinking is None else bool(answer.reasoning)
+    turns = [(message.role, message.content) for message in history]
+    prompt = render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=True)
     response_parts: list[Part] = []
-    if reasoning:
+    if answer.reasoning:
         opening, closing = chat_format.think_delimiters
-        response_parts += [(opening if thinking is None else "", True), (reasoning, False), (closing, True)]
+        response_parts += [(opening if thinking is None else "", True), (answer.reasoning, False), (closing, True)]
     elif thinking is None:
         response_parts.append((chat_format.no_thinking_prompt.removeprefix(chat_format.generation_prompt), True))
-    response_parts.append((answer, False))
+    response_parts.append((answer.content, False))
     prompt_ids, all_ids = tokenizer.encode_parts(prompt), tokenizer.encode_parts(prompt + response_parts)
     is_prefix = all_ids[: len(prompt_ids)] == prompt_ids
     ids = all_ids[len(prompt_ids) :] if is_prefix else tokenizer.encode_parts(response_parts)
-    ids.append(tokenizer.special_ids.eos)
-    return prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids)
+    return prompt_ids, [*ids, tokenizer.special_ids.eos]
 
 
 def split_reasoning(

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sprat.errors import DataError
-from sprat.tokens import Answer, Message, Tokenizer, encode_demonstration, render, split_reasoning
+from sprat.tokens import (
+    Answer,
+    Message,
+    Tokenizer,
+    encode_conversation,
+    encode_demonstration,
+    render,
+    split_reasoning,
+)
 
 TALK = [
     Message("system", "You add numbers."),
@@ -77,6 +87,99 @@ def test_a_demonstration_teaches_only_what_the_assistant_says(own: Tokenizer) ->
     assert sum(mask) == len(ids) - len(prompt)
     terse, _ = encode_demonstration(own, "2+2", "", "4")
     assert own.decode(terse) == "<|bos|><|user|>2+2<|assistant|><think></think>4<|eos|>"
+
+
+# ChatML as it is published, with the marks by which transformers knows what the assistant said.
+_CHATML_WITH_MARKS = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}"
+    "{%- if m['role'] == 'assistant' -%}{% generation %}{{- m['content'] + '<|im_end|>' -}}{% endgeneration %}"
+    "{%- else -%}{{- m['content'] + '<|im_end|>' -}}{%- endif -%}{{- '\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+_CONVERSATIONS = [
+    [("user", "What is 3 plus 4?"), ("assistant", "It is 7.")],
+    [("system", "Add."), ("user", "3?"), ("assistant", "7"), ("user", "And 20 more?"), ("assistant", "27.\n")],
+    [("user", "one"), ("user", "two <|im_end|>"), ("assistant", ""), ("user", " \n"), ("assistant", "\n\nö 你好")],
+]
+
+
+@pytest.fixture(scope="module")
+def chatml() -> tuple[Tokenizer, Any]:
+    """A small ChatML tokenizer, and the same in transformers."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Raw
+
+    raw = Raw(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(["user assistant\n It is 7. What is 3 plus 4?\n\n"] * 9, trainer)
+    raw.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=_CHATML_WITH_MARKS)
+    template = re.sub("{% (end)?generation %}", "", _CHATML_WITH_MARKS)
+    return Tokenizer(raw.to_str(), config={"chat_template": template, "eos_token": "<|im_end|>"}), theirs
+
+
+@pytest.mark.parametrize("talk", [talk for talk in _CONVERSATIONS if "<|im_end|>" not in str(talk)])
+def test_of_a_conversation_all_answers_are_learned_in_one_sequence(
+    chatml: tuple[Tokenizer, Any], talk: list[tuple[str, str]]
+) -> None:
+    own, theirs = chatml
+    rows = [{"role": role, "content": content} for role, content in talk]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    expected = theirs.apply_chat_template(rows, **options)
+    [(ids, mask)] = encode_conversation(own, [Message(role, content) for role, content in talk])  # type: ignore[arg-type]
+    # The template closes the last turn with a line break, which the model neither sees nor says.
+    assert theirs.decode(expected["input_ids"][len(ids) :]) == "\n"
+    assert ids == expected["input_ids"][: len(ids)]
+    assert mask == expected["assistant_masks"][: len(ids)]
+
+
+@pytest.mark.parametrize("talk", _CONVERSATIONS)
+def test_each_answer_follows_the_ids_with_which_it_is_asked_for(
+    chatml: tuple[Tokenizer, Any], own: Tokenizer, talk: list[tuple[str, str]]
+) -> None:
+    messages = [Message(role, content) for role, content in talk]  # type: ignore[arg-type]
+    for tokenizer in (chatml[0], own):
+        sequences = encode_conversation(tokenizer, messages)
+        for index in (index for index, message in enumerate(messages) if message.role == "assistant"):
+            prompt = render(tokenizer, messages[:index])
+            ids, mask = next(pair for pair in sequences if pair[0][: len(prompt)] == prompt and any(pair[1]))
+            learned = list(itertools.takewhile(lambda pair: pair[1], [*zip(ids, mask, strict=True)][len(prompt) :]))
+            said = [token for token, _ in learned]
+            assert said[-1] in tokenizer.eos_token_ids and not any(i in tokenizer.eos_token_ids for i in said[:-1])
+            content = tokenizer.decode(said, skip_special_tokens=True).removeprefix("<think></think>")
+            assert content == messages[index].content
+
+
+def test_where_the_format_leaves_out_past_reasoning_each_answer_is_a_sequence_of_its_own(own: Tokenizer) -> None:
+    talk = [*TALK, Message("assistant", "27", "7 + 20 = 27")]
+    first, second = encode_conversation(own, talk)
+    start = "<|bos|><|system|>You add numbers.<|user|>What is 3 + 4?<|assistant|>"
+    assert own.decode(first[0]) == start + "<think>3 + 4 = 7</think>7<|eos|>"
+    assert (
+        own.decode(second[0])
+        == start + "<think></think>7<|eos|><|user|>And 20 more?<|assistant|><think>7 + 20 = 27</think>27<|eos|>"
+    )
+    said = [token for token, learned in zip(*second, strict=True) if learned]
+    assert own.decode(said) == "<think>7 + 20 = 27</think>27<|eos|>"
+
+
+def test_an_answer_without_weight_is_only_context(own: Tokenizer) -> None:
+    talk = [Message("user", "a"), Message("assistant", "b", weight=0), Message("user", "c"), Message("assistant", "d")]
+    [(ids, mask)] = encode_conversation(own, talk)
+    assert (
+        own.decode(ids)
+        == "<|bos|><|user|>a<|assistant|><think></think>b<|eos|><|user|>c<|assistant|><think></think>d<|eos|>"
+    )
+    assert own.decode([token for token, learned in zip(ids, mask, strict=True) if learned]) == "<think></think>d<|eos|>"
+    for talk in ([Message("user", "a")], [Message("user", "a"), Message("assistant", "b", weight=0)]):
+        with pytest.raises(DataError, match="no answer to learn"):
+            encode_conversation(own, talk)
+    with pytest.raises(DataError, match="an answer without a question"):
+        encode_conversation(own, [Message("assistant", "b"), Message("user", "a")])
 
 
 @pytest.mark.parametrize(
