@@ -1,23 +1,16 @@
 """How well a model predicts text: bits per byte, a measure that no tokenizer can flatter."""
 
-# B batch, T time, D hidden
-
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-import torch
-
-from sprat.data.loader import gather_rows
 from sprat.data.pack import PackedDataset
 from sprat.errors import DataError
-from sprat.kernels.ops import linear_cross_entropy
+from sprat.eval.loss import total_loss
 from sprat.model import Transformer
-from sprat.model.forward_context import precision
 
 
-@torch.no_grad()
 def bits_per_byte(model: Transformer, packed: PackedDataset, bytes_total: int, *, rows: int = 32) -> float:
     """Bits that the model needs for each byte of the packed text: sum of -log2 p(token) / bytes.
 
@@ -34,17 +27,7 @@ def bits_per_byte(model: Transformer, packed: PackedDataset, bytes_total: int, *
     """
     if bytes_total <= 0:
         raise DataError("a text of no bytes", where="bits_per_byte", todo="give a text that holds something")
-    device = model.norm.weight.device
-    training = model.training
-    model.eval()
-    nats, head_VD = 0.0, model.head.dense_weight()
-    for start in range(0, packed.num_rows, rows):
-        batch = gather_rows(packed, range(start, min(start + rows, packed.num_rows))).to(device)
-        with precision(device):
-            out = model.hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-        nats += float(linear_cross_entropy(out.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=1))
-    model.train(training)
-    return nats / math.log(2) / bytes_total
+    return total_loss(model, packed, rows=rows) / math.log(2) / bytes_total
 
 
 def bits_per_byte_by_domain(

@@ -1,0 +1,43 @@
+"""Fine-tuning on the user's own examples: what differs from the quickstart's SFT."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sprat.config.base import Config
+from sprat.config.recipe import OptimConfig, TrainConfig
+
+
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW: Muon wants a schedule of its own for weights that another optimizer made."""
+
+    name: Literal["muon", "adamw"] = "adamw"
+    adam_lr: float = Field(1e-4, gt=0, le=1e9)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["wsd", "cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(10, ge=0, lt=2**31)
+
+
+class ExamplesConfig(Config):
+    """How a file of examples becomes rows."""
+
+    too_long: Literal["drop", "cut", "split"] = "drop"  # an example longer than a row: out, its end off, or in pieces
+    reasoning: Literal["keep", "drop"] = "keep"
+    validation: float = Field(0.05, ge=0, lt=1)  # share of the examples, by a hash of what they say
+
+
+class FinetuneConfig(TrainConfig):
+    """SFT of any model on examples in a file; only what the assistant says carries loss."""
+
+    steps: int = Field(0, ge=0, lt=2**31)  # 0: as many as ``epochs`` take
+    epochs: float = Field(3.0, gt=0, le=1e6)
+    batch_rows: int = Field(4, ge=1, lt=2**31)
+    seq_len: int = Field(512, ge=8, lt=2**31)
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    examples: ExamplesConfig = ExamplesConfig()
+    eval_every: int = Field(0, ge=0, lt=2**31)  # steps between two validations; 0: one for each epoch
+    log_every: int = Field(1, ge=1, lt=2**31)
+    balance_weight: float = Field(0.0, ge=0, le=1e9)
+    bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
