@@ -11,14 +11,16 @@ from sprat.tokens import Message, Tokenizer
 
 SHORT = [Message("user", "1 2"), Message("assistant", "3")]
 LONG = [Message("user", "1 2"), Message("assistant", "7" * 40), Message("user", "3"), Message("assistant", "7")]
-EMPTY = len("<|bos|> <|user|> 1 _ 2 <|assistant|> <think> </think> 3 <|eos|>".split())  # tokens of SHORT
+EMPTY = len(
+    ["<|bos|>", "<|user|>", "1", "_", "2", "<|assistant|>", "<think>", "</think>", "3", "<|eos|>"]
+)  # tokens of SHORT
 
 
 def test_short_examples_are_shown_whole(tokenizer: Tokenizer) -> None:
     encoded = encode_examples(tokenizer, [SHORT, SHORT], ExamplesConfig(), 32)
     [first, second] = encoded.sequences
     assert first == second and tokenizer.decode(first[0]) == "<|bos|><|user|>1 2<|assistant|><think></think>3<|eos|>"
-    learned = len("<think> </think> 3 <|eos|>".split())
+    learned = len(["<think>", "</think>", "3", "<|eos|>"])
     assert encoded.counts == {
         "shown": 2, "too_long": 0, "sequences": 2, "tokens": 2 * EMPTY, "learned": 2 * learned,
     }  # fmt: skip
