@@ -41,3 +41,19 @@ class FinetuneConfig(TrainConfig):
     log_every: int = Field(1, ge=1, lt=2**31)
     balance_weight: float = Field(0.0, ge=0, le=1e9)
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
+
+
+class DPOOptimConfig(FinetuneOptimConfig):
+    """As for fine-tuning, and gentler."""
+
+    adam_lr: float = Field(5e-6, gt=0, le=1e9)
+
+
+class DPOConfig(FinetuneConfig):
+    """Preference pairs (see ``post.dpo``); a row holds both answers of one, each with its prompt."""
+
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0, le=1e6)
+    epochs: float = Field(1.0, gt=0, le=1e6)
+    seq_len: int = Field(1024, ge=8, lt=2**31)
+    optim: DPOOptimConfig = DPOOptimConfig()
