@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, inference, quickstart, stages, verify
+from sprat.cli import doctor, finetune, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -55,7 +55,8 @@ VERBS = (
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
     ("train", stages.train, "Pre-train on them."),
-    ("sft", stages.sft, "Fine-tune on demonstrations that show their thinking."),
+    ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
+    ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
     ("distill", stages.distill, "A small student from the teacher."),
     ("quantize", stages.quantize, "The student, or any model, in INT4."),

@@ -28,39 +28,51 @@ InitFrom = Annotated[str | None, typer.Option("--init-from", metavar="RUN[@STEP]
 _CALIBRATE_HELP = "Fit MODEL's codes to this folder or file of text (GPTQ)."
 _QUANTIZE_RECIPE_HELP = "A TOML file, or a built-in recipe's name; else quickstart."
 _TASK_HELP = "A task of the recipe; repeat for more; else all."
-_OUT = Path("runs/quickstart")
+DEFAULT_OUT = Path("runs/quickstart")
 
 
 def data(
-    out: PipelineFolder = _OUT, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = DEFAULT_OUT, text: Text = None, recipe: Recipe = "quickstart", overrides: Overrides = None
 ) -> Result:
     """Text and tasks become a tokenizer, packed rows and held-out sets."""
     return _run_stage("data", out, recipe, overrides, text)
 
 
 def train(
-    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = DEFAULT_OUT,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
 ) -> Result:
     """Pre-train the model on what `sprat data` made."""
     return _run_stage("pretrain", out, recipe, overrides, init_from=init_from)
 
 
 def sft(
-    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = DEFAULT_OUT,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
 ) -> Result:
     """Fine-tune the pre-trained model on demonstrations that show their thinking."""
     return _run_stage("sft", out, recipe, overrides, init_from=init_from)
 
 
 def rl(
-    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = DEFAULT_OUT,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
 ) -> Result:
     """Reinforcement learning with rule rewards (GRPO), with the first of the recipe's rl.seeds."""
     return _run_stage("rl", out, recipe, overrides, init_from=init_from)
 
 
 def distill(
-    out: PipelineFolder = _OUT, init_from: InitFrom = None, recipe: Recipe = "quickstart", overrides: Overrides = None
+    out: PipelineFolder = DEFAULT_OUT,
+    init_from: InitFrom = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
 ) -> Result:
     """Teach a small student from the RL teacher's verified answers and its distributions."""
     return _run_stage("distill", out, recipe, overrides, init_from=init_from)
@@ -82,7 +94,7 @@ def quantize(
         if calibrate is not None:
             todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
             raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
-        return _run_stage("quantize", out or _OUT, recipe or "quickstart", overrides)
+        return _run_stage("quantize", out or DEFAULT_OUT, recipe or "quickstart", overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.base import override

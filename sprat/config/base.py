@@ -167,8 +167,15 @@ def _key_of(table_or_list: dict[str, Any] | list[Any], key: str, item: str) -> A
     return numbers.index(key)
 
 
-def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: bool = False) -> C:
-    """Validate ``table`` as ``config_class``; the first fault becomes one sentence.
+def parse(
+    config_class: type[C],
+    table: dict[str, Any],
+    *,
+    where: str,
+    lenient: bool = False,
+    overrides: Iterable[str] = (),
+) -> C:
+    """Validate ``table`` with ``overrides`` as ``config_class``; the first fault becomes one sentence.
 
     Args:
         lenient: whether "5" may be a number, and 1 a truth value, as other people's files have it.
@@ -176,7 +183,7 @@ def parse(config_class: type[C], table: dict[str, Any], *, where: str, lenient: 
     Raises:
         ConfigError: see ``load``.
     """
-    return _parse(config_class, table, (), where, LENIENT if lenient else None)
+    return _parse(config_class, table, tuple(overrides), where, LENIENT if lenient else None)
 
 
 def _parse(config_class: type[C], table: dict[str, Any], overrides: tuple[str, ...], where: str, context: Any) -> C:

@@ -1,0 +1,136 @@
+"""``sprat sft`` and ``sprat dpo`` of any model on any file; without a model, ``sft`` is the station of a road."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sprat.cli import stages
+from sprat.cli.verb import Overrides, Result, print_err
+from sprat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sprat.config.finetune import FinetuneConfig
+    from sprat.post.examples import EncodedExamples
+    from sprat.tokens import Tokenizer
+    from sprat.trust.run import Run
+
+_MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
+Model = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+_DATA_HELP = "Examples: .jsonl, .json, .csv, .tsv or .parquet (also .gz, .zst), or a folder of them."
+Data = Annotated[Path | None, typer.Option("--data", metavar="FILE", help=_DATA_HELP)]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run to write; without MODEL, the road.")]
+_LORA_HELP = "Train adapters of this rank instead of all weights."
+Lora = Annotated[int | None, typer.Option("--lora", metavar="RANK", min=1, help=_LORA_HELP)]
+_MAP_HELP = "What a column of yours is called here; repeat it."
+Map = Annotated[list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help=_MAP_HELP)]
+_DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
+_RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
+Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
+_NUM_SHOWN = 3  # examples
+
+
+def sft(
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    lora: Lora = None,
+    map_columns: Map = None,
+    dequantize: Dequantize = False,
+    init_from: stages.InitFrom = None,
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+) -> Result:
+    """Fine-tune MODEL on conversations, all weights or adapters; without MODEL, the pre-trained model of a road.
+
+    Example: sprat sft smol --data chat.jsonl --lora 16 --out runs/mine
+    """
+    if model is None:
+        given = {"--data": data, "--lora": lora, "--map": map_columns, "--dequantize": dequantize or None}
+        if alone := [name for name, value in given.items() if value is not None]:
+            todo = "name the model first: sprat sft smol --data FILE --out RUN"
+            raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
+        return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
+    if init_from is not None:
+        todo = "leave it out: what was interrupted goes on by itself, with the same command"
+        raise ConfigError("a road's station starts from a checkpoint", where="--init-from", todo=todo)
+    return _finetune("sft", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+
+
+def dpo(
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    lora: Lora = None,
+    map_columns: Map = None,
+    dequantize: Dequantize = False,
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+) -> Result:
+    """Let MODEL prefer the chosen of two answers (DPO, IPO), all weights or adapters.
+
+    Example: sprat dpo runs/mine --data pairs.jsonl --lora 16 --out runs/preferred
+    """
+    if model is None:
+        raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
+    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+
+
+def _finetune(
+    stage: str,
+    model: Path,
+    data: Path | None,
+    out: Path | None,
+    lora: int | None,
+    map_columns: list[str] | None,
+    dequantize: bool,
+    recipe: str | None,
+    overrides: Overrides,
+) -> Result:
+    """The run of ``stage``, finished."""
+    from sprat.config.base import load, override, parse
+    from sprat.config.finetune import DPOConfig, FinetuneConfig
+    from sprat.post import finetune
+
+    for name, value in (("--data", data), ("--out", out)):
+        if value is None:
+            raise ConfigError(f"{name} is missing", where=stage, todo=f"give it: {name} PATH")
+    assert data is not None and out is not None
+    config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
+    changes = (*([] if lora is None else [f"lora.rank={lora}"]), *(overrides or ()))
+    config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
+    columns = override({}, map_columns or ())
+    run = finetune.finetune(model, data, out, config, columns=columns, dequantize=dequantize, on_prepared=_show)
+    return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
+
+
+def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
+    """A few examples as the model sees them, on stderr; what it learns is marked."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from sprat.post.examples import preview
+
+    console = Console(stderr=True, soft_wrap=True)
+    for number, sequence in enumerate(encoded.sequences[:_NUM_SHOWN], 1):
+        text = Text(f"example {number}, in green what is learned: ", style="dim")
+        for part, learned in preview(tokenizer, sequence):
+            shown = part if console.is_terminal or not learned else f"[[{part}]]"
+            text.append(shown, style="bold green" if learned else "default")
+        console.print(text)
+    print_err(f"sprat: {json.dumps(encoded.counts)}")
+
+
+def _summary(run: Run) -> str:
+    """What came of it, for a person."""
+    facts: dict[str, Any] = run.facts
+    lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
+    if "validation_loss" in facts:
+        lines.append(
+            f"validation loss {facts['validation_loss_before']:.3f} before, {facts['validation_loss']:.3f} after"
+        )
+    return "\n".join([*lines, f'ask it: sprat run {run.folder} "…"'])
