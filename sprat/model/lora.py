@@ -205,17 +205,18 @@ def _adapt_gate_up(
 
 
 def target_names(model: nn.Module) -> list[str]:
-    """What can be adapted, by name: every linear but the head, and of routed experts each projection of a layer.
+    """What can be adapted, or is, by name: every linear but the head, and of a layer's experts each projection.
 
     Those of experts are called as one expert's are in published checkpoints: ``layers.1.mlp.experts.gate_proj``.
     """
-    return [target for name, linear in linears(model) for target in _targets_of(name, linear)]
+    plain = ((name, linear) for name, linear in linears(model) if name.rpartition(".")[2] != "base")
+    return [target for name, linear in plain for target in _targets_of(name, linear)]
 
 
 def _targets_of(name: str, linear: LinearBase) -> list[str]:
-    if type(linear) is Experts:
+    if type(linear) in (Experts, LoRAExperts):
         return [f"{name}.{projection}" for projection in EXPERT_PROJECTIONS]
-    return [name] if type(linear) is Linear and name != "head" else []
+    return [name] if type(linear) in (Linear, LoRALinear) and name != "head" else []
 
 
 def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
@@ -229,7 +230,7 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     Raises:
         ConfigError: a target does not exist; the model is quantized, or has adapters already. Nothing is changed.
     """
-    _check_plain(model)
+    check_plain(model)
     names = target_names(model)
     chosen = set(names)
     if config.targets != (ALL_LINEAR,):
@@ -266,8 +267,12 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _check_plain(model: nn.Module) -> None:
-    """Raise ConfigError where a matrix is not in its plain form."""
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model to which no adapters can be added.
+
+    Raises:
+        ConfigError: it has some already, or a matrix is quantized.
+    """
     for name, linear in linears(model):
         if isinstance(linear, LoRALinear | LoRAExperts):
             todo = "merge them first (merge_lora), or load the model again"
