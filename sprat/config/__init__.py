@@ -1,7 +1,7 @@
 """What is this model, this run? Frozen, typed, validated configs."""
 
 from sprat.config.base import Config, load, override, parse
-from sprat.config.model import ModelConfig
+from sprat.config.model import LoRAConfig, ModelConfig
 from sprat.config.recipe import (
     DistillConfig,
     GRPOConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "Config",
     "DistillConfig",
     "GRPOConfig",
+    "LoRAConfig",
     "LoopConfig",
     "MixTaskConfig",
     "ModelConfig",

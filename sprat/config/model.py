@@ -45,6 +45,31 @@ _DEEPSEEK = (
 # fmt: on
 
 
+class LoRAConfig(Config):
+    """Adapters of a model (arXiv 2106.09685; rsLoRA, arXiv 2312.03732; DoRA, arXiv 2402.09353): see ``model/lora.py``.
+
+    PEFT calls these keys ``r``, ``lora_alpha``, ``use_rslora``, ``use_dora`` and ``target_modules``.
+    """
+
+    rank: int = Field(16, ge=1, le=2**16)
+    alpha: float = Field(32.0, gt=0, le=1e9)  # what an adapter adds is multiplied by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank)
+    dora: bool = False  # learn the length of each output row apart from its direction
+    targets: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1
+    )  # ends of names; all-linear: not the head and routers
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if not all(self.targets):
+            raise ValueError("a target has no name")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError("a target stands twice")
+        if "all-linear" in self.targets and len(self.targets) > 1:
+            raise ValueError("all-linear stands alone, since it names all targets")
+        return self
+
+
 class ModelConfig(Config):
     """Shape of one decoder. Sizes are in elements, ``max_position_embeddings`` in tokens."""
 

@@ -15,6 +15,7 @@ is chosen once a pass (``varlen_metadata``), since its torch form, that of ``mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ MAX_SEQLEN = 1024  # tokens; for longer documents the stock operators are used
 MIN_ROWS_PER_EXPERT = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
 _CHUNK_ELEMENTS = {"cpu": 1 << 17}  # logits of one chunk: 512 KB in float32, half of a common L2
 _CHUNK_ELEMENTS_DEVICE = 1 << 26
+Adapt = Callable[[Tensor, Tensor], Tensor]  # what adapters make of a product: (its rows, its result) -> same shape
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
 
 
@@ -120,25 +122,38 @@ class _SiluAndMul(torch.autograd.Function):
         return grad_N2F
 
 
-def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, adapt: Adapt | None = None) -> Tensor:
     """``silu(x gate^T) * (x up^T)``, ``x`` [..., D] -> [..., F] (Shazeer 2020, arXiv 2002.05202).
 
     Gate and up are one product where rows are enough to pay for laying the two side by side.
+
+    Args:
+        adapt: is given ``x`` and the two products side by side, its own to write to; what it gives is taken for them.
     """
     if x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and _is_native(x):
-        gate_up_N2F = F.linear(x.flatten(0, -2), torch.cat((gate_FD, up_FD)))
+        x_ND = x.flatten(0, -2)
+        gate_up_N2F = F.linear(x_ND, torch.cat((gate_FD, up_FD)))
+        gate_up_N2F = adapt(x_ND, gate_up_N2F) if adapt else gate_up_N2F
         hidden: Tensor = _SiluAndMul.apply(gate_up_N2F.contiguous())  # type: ignore[no-untyped-call]
         return hidden.view(*x.shape[:-1], -1)
-    return F.silu(F.linear(x, gate_FD)) * F.linear(x, up_FD)
+    gate, up = F.linear(x, gate_FD), F.linear(x, up_FD)
+    if adapt:  # contiguous as the products were: the vector units round silu otherwise than what is left over
+        gate, up = (half.contiguous() for half in adapt(x, torch.cat((gate, up), -1)).chunk(2, -1))
+    return F.silu(gate) * up
 
 
-def grouped_swiglu(x_MD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_swiglu(
+    x_MD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, ends_E: Tensor, adapt: Adapt | None = None
+) -> Tensor:
     """``swiglu`` of rows sorted by expert, each with its expert's matrices -> [M, F]; see ``grouped_mm``."""
     if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(ends_E) and _is_native(x_MD):
         gate_up_M2F = grouped_mm(x_MD, torch.cat((gate_EFD, up_EFD), 1), ends_E)
+        gate_up_M2F = adapt(x_MD, gate_up_M2F) if adapt else gate_up_M2F
         hidden_MF: Tensor = _SiluAndMul.apply(gate_up_M2F.contiguous())  # type: ignore[no-untyped-call]
         return hidden_MF
     gate_MF, up_MF = (grouped_mm(x_MD, weight, ends_E) for weight in (gate_EFD, up_EFD))
+    if adapt:
+        gate_MF, up_MF = (half.contiguous() for half in adapt(x_MD, torch.cat((gate_MF, up_MF), -1)).chunk(2, -1))
     return F.silu(gate_MF) * up_MF
 
 
@@ -190,10 +205,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]
                 logits_CV = torch.mm(x_CD, weight_DV).to(loss.dtype)
-                if grad_x is not None and want_weight and _is_native(x):
+                if grad_x is not None and _is_native(x):
                     loss += float(_call("cross_entropy", logits_CV, target_C1, *logits_CV.shape))
                     torch.mm(logits_CV, weight, out=grad_x[start : start + chunk])
-                    grad_DV.addmm_(x_CD.t(), logits_CV)
+                    if want_weight:
+                        grad_DV.addmm_(x_CD.t(), logits_CV)
                     continue
                 top_C1 = logits_CV.amax(1, keepdim=True)
                 logits_CV.sub_(top_C1)

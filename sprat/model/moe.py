@@ -22,6 +22,7 @@ token is dropped and no slot is padded. Left out: expert parallelism (it belongs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +121,10 @@ class Gate(nn.Module):
 class Experts(LinearBase):
     """The routed experts, stacked: SwiGLU with ``w_gate_EFD``, ``w_up_EFD`` [E, F, D] and ``w_down_EDF`` [E, D, F].
 
-    A replacement (INT4) offers the same three weights, or overrides ``forward``.
+    A replacement (INT4, LoRA) offers the same three weights, or overrides ``forward``.
     """
 
-    weight_names = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
+    weight_names: ClassVar[tuple[str, ...]] = ("w_gate_EFD", "w_up_EFD", "w_down_EDF")
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()

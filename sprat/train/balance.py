@@ -27,14 +27,15 @@ def update_bias(model: Transformer, expert_loads: Sequence[Tensor], speed: float
     Args:
         model: its ``moe_layers()`` are in the order of ``expert_loads``.
         expert_loads: for each MoE layer that ran, load_E: how many tokens chose each expert in the whole step.
-            Layers at the end that did not run (MTP modules without a loss) are left as they are.
+            Layers at the end that did not run (MTP modules without a loss) are left as they are, and so is the bias
+            of a frozen router: under adapters the base does not move.
         speed: by how much a bias moves; 0 leaves it.
     """
     if speed == 0:
         return
     with torch.no_grad():
         for layer, load_E in zip(model.moe_layers(), expert_loads, strict=False):
-            if layer.gate.has_bias:
+            if layer.gate.has_bias and layer.gate.weight.requires_grad:
                 load_E = load_E.to(layer.gate.e_score_correction_bias.dtype)
                 layer.gate.e_score_correction_bias.add_((load_E.mean() - load_E).sign_(), alpha=speed)
 

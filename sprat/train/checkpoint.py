@@ -1,9 +1,12 @@
 """Checkpoints that are whole or absent, and from which training goes on to the same bits.
 
     checkpoints/step-00000100/
-      model.safetensors        parameters and buffers (router biases)
+      model.safetensors        parameters that are trained, and buffers (router biases)
       optimiser.safetensors    momenta, moments, counts
-      state.json               step, what the loop needs, and the digest of the two files
+      state.json               step, what the loop needs, the digests of the two files and of what is frozen
+
+Parameters that want no gradient (the base under adapters) are what they were at the start, so they are not written a
+second time: a checkpoint goes on over the same base alone, which its digest tells.
 
 A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill at any moment leaves
 either all of it or a hidden folder that the next save sweeps away. A folder that is torn all the same (a dying
@@ -16,6 +19,7 @@ keeps it in ``artefact/checkpoint``: from there more steps, or another rate, go 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,11 +46,15 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that matches its digests: its folder, the number of finished steps, and the loop's own facts."""
+    """A checkpoint that matches its digests: its folder, the number of finished steps, and the loop's own facts.
+
+    ``frozen`` is the digest of the parameters that it does not hold; empty where it holds all.
+    """
 
     folder: Path
     step: int
     extra: dict[str, Any]
+    frozen: str = ""
 
 
 def save(
@@ -68,10 +76,12 @@ def save(
         _remove_partial(folder)
         hidden.mkdir()
         _check_disk_space(folder, _size(model, optimizer))
-        save_file(_tensors(model), hidden / _FILES[0])
+        save_file(_trained(model), hidden / _FILES[0])
         save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, hidden / _FILES[1])
         digests = {name: digest.of_file(hidden / name) for name in _FILES}
         state = {"format": _FORMAT, "step": step, "files": digests, "extra": dict(extra)}
+        if frozen := _frozen_digest(model):
+            state["frozen"] = frozen
         (hidden / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
         for path in (*hidden.iterdir(), hidden):
             atomic.fsync(path)
@@ -105,7 +115,7 @@ def _valid_checkpoints(*folders: Path) -> Iterator[Checkpoint]:
             if state["format"] == _FORMAT and state["files"] == {
                 name: digest.of_file(candidate / name) for name in _FILES
             }:
-                yield Checkpoint(candidate, int(state["step"]), dict(state["extra"]))
+                yield Checkpoint(candidate, int(state["step"]), dict(state["extra"]), str(state.get("frozen", "")))
         except (OSError, ValueError, KeyError, TypeError, TrustError):
             continue
 
@@ -176,7 +186,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersConta
     """Put weights, buffers and optimizer state back, in place.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read.
+        CheckpointError: the checkpoint is of another model or optimizer or over other frozen weights, or cannot be
+            read. Nothing is changed.
     """
     try:
         weights, state = (load_file(checkpoint.folder / name) for name in _FILES)
@@ -184,10 +195,14 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersConta
         what, todo = f"a checkpoint cannot be read: {error}", "remove that folder to start from the checkpoint before"
         raise CheckpointError(what, where=str(checkpoint.folder), todo=todo) from None
     check_compatible(checkpoint, model, optimizer)
+    if checkpoint.frozen and checkpoint.frozen != _frozen_digest(model):
+        what, todo = "the checkpoint is over other frozen weights", "load the base model that its run started from"
+        raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
     optimizer.load_state_dict(state)
+    own = _tensors(model)
     with torch.no_grad():
-        for name, value in _tensors(model).items():
-            value.copy_(weights[name])
+        for name, value in weights.items():
+            own[name].copy_(value)
 
 
 def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersContainer) -> None:
@@ -197,7 +212,8 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
         CheckpointError: it is of another one, or cannot be read.
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
-    parts = (([_tensors(model)], "model"), (optimizer.layouts(), "optimiser"))
+    models = [_trained(model)] if checkpoint.frozen else [_tensors(model)]
+    parts = ((models, "model"), (optimizer.layouts(), "optimiser"))
     for name, (layouts, part) in zip(_FILES, parts, strict=True):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
@@ -220,9 +236,25 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Those that training moves: without parameters that want no gradient."""
+    frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
+    return {name: value for name, value in _tensors(model).items() if value.data_ptr() not in frozen}
+
+
+def _frozen_digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of the parameters that want no gradient, names and shapes included; empty where there is none."""
+    trained, sha = _trained(model), hashlib.sha256()
+    frozen = {name: value for name, value in _tensors(model).items() if name not in trained}
+    for name, value in sorted(frozen.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest() if frozen else ""
+
+
 def _size(model: nn.Module, optimizer: OptimizersContainer) -> int:
     """Bytes that a checkpoint takes, nearly."""
-    return sum(value.nbytes for value in (*_tensors(model).values(), *optimizer.state_dict().values()))
+    return sum(value.nbytes for value in (*_trained(model).values(), *optimizer.state_dict().values()))
 
 
 def _check_disk_space(folder: Path, needed: int) -> None:

@@ -44,6 +44,7 @@ from torch.optim.optimizer import ParamsT
 
 from sprat.config import OptimConfig
 from sprat.errors import CheckpointError, TrainingError
+from sprat.model.lora import LowRank
 from sprat.quant import quantized_weights
 from sprat.train.parallel import Parallel, ThreadDataParallel
 from sprat.trust.run import Run
@@ -291,8 +292,9 @@ class OptimizersContainer:
 def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = None) -> OptimizersContainer:
     """The optimizer of ``model``; with ``config.name == "adamw"`` all parameters go to AdamW.
 
-    Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head`` and
-    modules called ``gate`` (routers). Parameters that want no gradient are left out. ``parallel`` shares Muon's work.
+    Muon gets what has two dims or is a stack of matrices, but for embeddings, the module called ``head``,
+    modules called ``gate`` (routers), and adapters: the two thin factors of a map are no maps of their own, and PEFT's
+    rates are AdamW's. Parameters that want no gradient are left out. ``parallel`` shares Muon's work.
 
     Raises:
         TrainingError: there is no such parameter.
@@ -300,7 +302,7 @@ def build(model: nn.Module, config: OptimConfig, parallel: Parallel | None = Non
     apart = {
         id(parameter)
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] in ("embed_tokens", "head", "gate")
+        if path.rpartition(".")[2] in ("embed_tokens", "head", "gate") or isinstance(module, LowRank)
         for parameter in module.parameters(recurse=False)
     }
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
