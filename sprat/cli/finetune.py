@@ -92,9 +92,10 @@ def _finetune(
     overrides: Overrides,
 ) -> Result:
     """The run of ``stage``, finished."""
-    from sprat.config.base import load, override, parse
+    from sprat.config.base import load, parse
     from sprat.config.finetune import DPOConfig, FinetuneConfig
-    from sprat.post import finetune
+    from sprat.data.conversations import parse_column_map
+    from sprat.post.finetune import finetune
 
     for name, value in (("--data", data), ("--out", out)):
         if value is None:
@@ -103,8 +104,8 @@ def _finetune(
     config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
     changes = (*([] if lora is None else [f"lora.rank={lora}"]), *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
-    columns = override({}, map_columns or ())
-    run = finetune.finetune(model, data, out, config, columns=columns, dequantize=dequantize, on_prepared=_show)
+    column_map = parse_column_map(",".join(map_columns or ()))
+    run = finetune(model, data, out, config, column_map=column_map, dequantize=dequantize, on_prepared=_show)
     return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
 
 
@@ -129,8 +130,6 @@ def _summary(run: Run) -> str:
     """What came of it, for a person."""
     facts: dict[str, Any] = run.facts
     lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
-    if "validation_loss" in facts:
-        lines.append(
-            f"validation loss {facts['validation_loss_before']:.3f} before, {facts['validation_loss']:.3f} after"
-        )
+    for name, before in facts.get("validation_before", {}).items():
+        lines.append(f"validation {name}: {before:.3f} before, {facts['validation_after'][name]:.3f} after")
     return "\n".join([*lines, f'ask it: sprat run {run.folder} "…"'])

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sprat.config.base import Config
+from sprat.config.model import LoRAConfig
 from sprat.config.recipe import OptimConfig, TrainConfig
 
 
@@ -23,6 +24,7 @@ class FinetuneOptimConfig(OptimConfig):
 class ExamplesConfig(Config):
     """How a file of examples becomes rows."""
 
+    on_bad: Literal["skip", "refuse"] = "skip"  # a record that breaks a rule: left out and counted, or an error
     too_long: Literal["drop", "cut", "split"] = "drop"  # an example longer than a row: out, its end off, or in pieces
     reasoning: Literal["keep", "drop"] = "keep"
     validation: float = Field(0.05, ge=0, lt=1)  # share of the examples, by a hash of what they say
@@ -36,6 +38,7 @@ class FinetuneConfig(TrainConfig):
     batch_rows: int = Field(4, ge=1, lt=2**31)
     seq_len: int = Field(512, ge=8, lt=2**31)
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    lora: LoRAConfig | None = None  # train adapters instead of all weights
     examples: ExamplesConfig = ExamplesConfig()
     eval_every: int = Field(0, ge=0, lt=2**31)  # steps between two validations; 0: one for each epoch
     log_every: int = Field(1, ge=1, lt=2**31)

@@ -36,9 +36,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
-    if str(path) in fetch.CATALOG and not Path(path).exists():
-        path = fetch.download_model(str(path))
-    path = Path(path)
+    path = locate(path)
     if path.suffix == ".gguf" or gguf.is_gguf(path):
         model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])
         folder = path
@@ -54,6 +52,19 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
     return dequantize_model(model) if dequantize else model, tokenizer
+
+
+def locate(path: str | Path) -> Path:
+    """The file or folder that ``path`` means: itself, what ``sprat fetch`` has under that name, or a hub's snapshot.
+
+    Raises:
+        CheckpointError: no such folder, and the hub cannot help.
+        MachineError: a name was to be fetched and could not be.
+    """
+    if str(path) in fetch.CATALOG and not Path(path).exists():
+        return fetch.download_model(str(path))
+    path = Path(path)
+    return path if path.exists() else hf.resolve(path)
 
 
 def _folder(path: Path) -> Path:

@@ -23,11 +23,11 @@ Left out: a reference that moves, ratios other than of the reverse KL, and the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,14 +36,10 @@ from sprat.config.finetune import DPOConfig
 from sprat.config.recipe import LoopConfig
 from sprat.data.loader import IGNORE_INDEX, Batch, gather_rows
 from sprat.data.pack import PackedDataset
-from sprat.errors import DataError
 from sprat.model import Transformer
 from sprat.model.forward_context import precision
-from sprat.post.examples import MaskedIds
-from sprat.tokens import Message, Tokenizer, chat
+from sprat.post.examples import CHOSEN
 from sprat.train import losses
-
-CHOSEN, REJECTED = 1, 2  # segment numbers in a row
 
 
 @dataclass(frozen=True)
@@ -92,40 +88,6 @@ def ipo(ratios: LogRatios, beta: float) -> Tensor:
 LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid, "sigmoid_norm": sigmoid_norm, "ipo": ipo}
 
 
-def encode_pair(
-    tokenizer: Tokenizer, prompt: Sequence[Message], chosen: Message, rejected: Message
-) -> tuple[MaskedIds, MaskedIds]:
-    """Both answers after the same prompt, each as ids and the mask of what the assistant says in it.
-
-    Raises:
-        DataError: see ``chat.encode_conversation``.
-    """
-    pair = [chat.encode_conversation(tokenizer, [*prompt, answer])[-1] for answer in (chosen, rejected)]
-    return pair[0], pair[1]
-
-
-def pack_pairs(pairs: Sequence[tuple[MaskedIds, MaskedIds]], seq_len: int) -> PackedDataset:
-    """One row of ``seq_len`` inputs for each pair, which must fit.
-
-    Raises:
-        DataError: there is none, or one is longer than a row.
-    """
-    shape = (len(pairs), seq_len + 1)
-    packed = PackedDataset(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.uint8))
-    if not pairs:
-        raise DataError("no pairs", where="dpo", todo="give at least one prompt with two answers")
-    for row, pair in enumerate(pairs):
-        if (length := sum(len(ids) for ids, _ in pair)) > seq_len + 1:
-            what = f"a pair of {length} tokens is longer than a row of {seq_len + 1}"
-            raise DataError(what, where=f"pair {row + 1}", todo="raise seq_len, or leave it out")
-        start = 0
-        for segment, (ids, mask) in zip((CHOSEN, REJECTED), pair, strict=True):
-            place = slice(start, start := start + len(ids))
-            packed.tokens[row, place], packed.segments[row, place] = ids, segment
-            packed.loss_mask[row, place] = mask
-    return packed
-
-
 def preference_loss(config: DPOConfig, reference: Callable[[Batch], tuple[Tensor, Tensor]]) -> losses.LossFn:
     """The loss of ``config`` as a function for ``train.loop.train``.
 
@@ -142,13 +104,15 @@ def preference_loss(config: DPOConfig, reference: Callable[[Batch], tuple[Tensor
         x_ND, targets_N, pair_N, chosen_N = _answers(hidden.x_BTD, batch)
         head_VD = model.head.dense_weight()
         logprob_N, _ = losses.token_logprob(x_ND.detach(), head_VD.detach(), targets_N)
-        sums_2B = _sums(logprob_N, pair_N, chosen_N, len(batch)).requires_grad_()
+        sums_2B = _sums(logprob_N, pair_N, chosen_N, len(batch))
         lengths_2B = _sums(torch.ones_like(logprob_N), pair_N, chosen_N, len(batch))
-        chosen_B, rejected_B = (sums - ref for sums, ref in zip(sums_2B, reference(batch), strict=True))
-        ratios = LogRatios(chosen_B, rejected_B, *lengths_2B)
         share = 1 / len(whole or batch)
-        value = formula(ratios, config.beta).sum() * share
-        (slope_2B,) = torch.autograd.grad(value, sums_2B)
+        with torch.enable_grad():  # also where only the value is asked for
+            sums_2B.requires_grad_()
+            chosen_B, rejected_B = (sums - ref for sums, ref in zip(sums_2B, reference(batch), strict=True))
+            ratios = LogRatios(chosen_B, rejected_B, *lengths_2B)
+            value = formula(ratios, config.beta).sum() * share
+            (slope_2B,) = torch.autograd.grad(value, sums_2B)
         slope_N = slope_2B[(~chosen_N).long(), pair_N]
         linear, _, _ = losses.policy_loss(
             x_ND, head_VD, targets_N, lambda logprob_C, rows: (slope_N[rows] * logprob_C, slope_N[rows])
@@ -186,6 +150,17 @@ def reference_logprobs(
         return found[:, 0], found[:, 1]
 
     return lookup
+
+
+def mean_metrics(
+    model: Transformer, loss_fn: losses.LossFn, packed: PackedDataset, config: DPOConfig, rows: int = 4
+) -> dict[str, float]:
+    """The metrics of ``loss_fn`` over all rows of ``packed``."""
+    whole, total = gather_rows(packed, range(packed.num_rows)), Counter[str]()
+    for start in range(0, packed.num_rows, rows):
+        with torch.no_grad(), precision(model.norm.weight.device):
+            total.update(loss_fn(model, whole[start : start + rows], config, whole).metrics)  # type: ignore[arg-type]
+    return dict(total)
 
 
 def _keys(batch: Batch) -> list[bytes]:

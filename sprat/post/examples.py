@@ -9,67 +9,122 @@ are trained, and refuses them.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sprat.config.finetune import ExamplesConfig
+import numpy as np
+
+from sprat.config.finetune import FinetuneConfig
 from sprat.data import pack
+from sprat.data.example import Example, PreferencePair, Text
 from sprat.errors import DataError
 from sprat.tokens import Message, Tokenizer, chat
 
-MaskedIds = tuple[list[int], list[int]]
+log = logging.getLogger(__name__)
+MaskedIds = tuple[list[int], list[int]]  # ids, and 1 for those that are learned
+MaskedPair = tuple[MaskedIds, MaskedIds]  # the chosen answer and the rejected one, each after its prompt
+CHOSEN, REJECTED = 1, 2  # segment numbers of a pair's row
 
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Sequences of ids with their masks, each as short as a row.
+    """Examples as rows.
 
     Attributes:
-        counts: how many conversations were ``shown``, and were ``too_long`` or cut or split for a row; how many
-            ``sequences`` they became, of how many ``tokens``, of which so many ``learned``.
+        sequences: ids and masks; of a preference pair the chosen answer's, then the rejected one's.
+        rows: the same, packed.
+        counts: how many examples were ``shown``, were ``too_long``, or were ``unfit``: of what the model's chat format
+            has no place for; and of what is shown the ``tokens`` and those ``learned``.
     """
 
     sequences: list[MaskedIds]
+    rows: pack.PackedDataset
     counts: dict[str, int]
 
-    def pack(self, seq_len: int) -> pack.PackedDataset:
-        """The sequences in rows of ``seq_len`` inputs."""
-        return pack.pack(self.sequences, seq_len)
 
-
-def encode_examples(
-    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], config: ExamplesConfig, seq_len: int
-) -> EncodedExamples:
-    """``conversations`` for rows of ``seq_len`` inputs, audited.
+def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: FinetuneConfig) -> EncodedExamples:
+    """``examples`` in rows of ``config.seq_len`` inputs, audited.
 
     Raises:
-        DataError: a conversation has no place in the model's chat format (says which), none is as short as a row, or
-            see ``audit``.
+        DataError: the model's chat format has no place for an example (with ``on_bad="refuse"``, or for any), none is
+            as short as a row, or see ``audit``.
     """
-    counts, sequences, shortest = Counter[str](), list[MaskedIds](), 0
-    for number, messages in enumerate(conversations):
-        if config.reasoning == "drop":
-            messages = [replace(message, reasoning=None) for message in messages]
+    counts = Counter[str](shown=0, too_long=0, unfit=0)
+    sequences, pairs, shortest, fault = list[MaskedIds](), list[MaskedPair](), 0, ""
+    how, seq_len = config.examples.too_long, config.seq_len
+    for example in examples:
         try:
-            encoded = chat.encode_conversation(tokenizer, messages)
+            encoded = _encode(tokenizer, example, keep_reasoning=config.examples.reasoning == "keep")
         except DataError as error:
-            raise DataError(error.what, where=f"conversation {number + 1}", todo=error.todo) from None
-        longest = max(len(ids) for ids, _ in encoded)
+            if config.examples.on_bad == "refuse":
+                raise DataError(error.what, where=str(example.where), todo=error.todo) from None
+            fault = fault or f"{error.what} ({example.where})"
+            counts["unfit"] += 1
+            continue
+        is_pair = isinstance(example, PreferencePair)
+        longest = sum(len(ids) for ids, _ in encoded) if is_pair else max(len(ids) for ids, _ in encoded)
         shortest = min(shortest or longest, longest)
         if longest > seq_len + 1:
             counts["too_long"] += 1
-            encoded = [piece for sequence in encoded for piece in _fit(sequence, seq_len, config.too_long)]
-        counts["shown"] += bool(encoded)
-        sequences += encoded
+            encoded = [] if is_pair else [piece for each in encoded for piece in _fit(each, seq_len, how)]
+        if encoded:
+            counts["shown"] += 1
+            sequences += encoded
+            pairs += [(encoded[0], encoded[1])] if is_pair else []
     if not sequences:
-        what = f"the shortest of {len(conversations)} conversations has {shortest} tokens, a row holds {seq_len + 1}"
+        if not shortest:
+            raise DataError(f"no example has a place in the model's chat format: {fault}", where="data")
+        what = f"the shortest of {len(examples)} examples has {shortest} tokens, a row holds {seq_len + 1}"
         raise DataError(what, where="seq_len", todo="raise seq_len, or set examples.too_long=cut")
-    audit(tokenizer, sequences, whole=not counts["too_long"] or config.too_long == "drop")
-    counts["sequences"] = len(sequences)
+    if fault:
+        log.warning("%s examples have no place in the model's chat format, the first: %s", counts["unfit"], fault)
+    audit(tokenizer, sequences, whole=how == "drop" or bool(pairs))
     counts["tokens"] = sum(len(ids) for ids, _ in sequences)
     counts["learned"] = sum(sum(mask) for _, mask in sequences)
-    return EncodedExamples(sequences, {"too_long": 0, **counts})
+    rows = pack_pairs(pairs, seq_len) if pairs else pack.pack(sequences, seq_len)
+    return EncodedExamples(sequences, rows, dict(counts))
+
+
+def _encode(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> list[MaskedIds]:
+    """The sequences of an example; of a pair, that of each answer."""
+    if isinstance(example, Text):
+        ids = tokenizer.encode(example.text) + [tokenizer.special_ids.eos]
+        return [(ids, [1] * len(ids))]
+
+    def turns(messages: Sequence[Message]) -> list[Message]:
+        return [message if keep_reasoning else replace(message, reasoning=None) for message in messages]
+
+    if isinstance(example, PreferencePair):
+        prompt = [replace(message, weight=0.0) for message in turns(example.prompt)]
+        return [
+            chat.encode_conversation(tokenizer, [*prompt, *turns(answer)])[-1]
+            for answer in (example.chosen, example.rejected)
+        ]
+    return chat.encode_conversation(tokenizer, turns(example.messages))
+
+
+def pack_pairs(pairs: Sequence[MaskedPair], seq_len: int) -> pack.PackedDataset:
+    """One row of ``seq_len`` inputs for each pair, which must fit: the chosen answer is segment 1, the other one 2.
+
+    Raises:
+        DataError: there is none, or one is longer than a row.
+    """
+    shape = (len(pairs), seq_len + 1)
+    packed = pack.PackedDataset(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.uint8))
+    if not pairs:
+        raise DataError("no pairs", where="dpo", todo="give at least one prompt with two answers")
+    for row, pair in enumerate(pairs):
+        if (length := sum(len(ids) for ids, _ in pair)) > seq_len + 1:
+            what = f"a pair of {length} tokens is longer than a row of {seq_len + 1}"
+            raise DataError(what, where=f"pair {row + 1}", todo="raise seq_len, or leave it out")
+        start = 0
+        for segment, (ids, mask) in zip((CHOSEN, REJECTED), pair, strict=True):
+            place = slice(start, start := start + len(ids))
+            packed.tokens[row, place], packed.segments[row, place] = ids, segment
+            packed.loss_mask[row, place] = mask
+    return packed
 
 
 def _fit(sequence: MaskedIds, seq_len: int, how: str) -> list[MaskedIds]:

@@ -10,24 +10,28 @@ import torch
 
 from sprat.config import Config, LoopConfig
 from sprat.config.finetune import DPOConfig
+from sprat.data.example import PreferencePair
 from sprat.data.loader import MixedBatchSource, gather_rows
+from sprat.data.record import Where
 from sprat.errors import DataError
 from sprat.model import Transformer
 from sprat.post import dpo
+from sprat.post.examples import EncodedExamples, encode_examples
 from sprat.tokens import Message, Tokenizer
 from sprat.train import loop
 from sprat.trust.run import Run
 
 Open = Callable[[str, Config], Run]
 CONFIG = DPOConfig.model_validate({"steps": 30, "seq_len": 48, "beta": 0.3, "optim": {"adam_lr": 0.003}})
-ASK = [Message("user", "1 2")]
+WHERE = Where("pairs.jsonl", 1)
 
 
-def pairs(tokenizer: Tokenizer) -> list[tuple[dpo.MaskedIds, dpo.MaskedIds]]:
-    answers = [("7", "3"), ("77", "3 3 3"), ("7 7", "1")]
-    return [
-        dpo.encode_pair(tokenizer, ASK, Message("assistant", good), Message("assistant", bad)) for good, bad in answers
+def encoded(tokenizer: Tokenizer, seq_len: int = CONFIG.seq_len) -> EncodedExamples:
+    pairs = [
+        PreferencePair((Message("user", "1 2"),), (Message("assistant", good),), (Message("assistant", bad),), WHERE)
+        for good, bad in [("7", "3"), ("77", "3 3 3"), ("7 7", "1")]
     ]
+    return encode_examples(tokenizer, pairs, CONFIG.replace(seq_len=seq_len))
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
@@ -51,8 +55,8 @@ def test_loss_and_gradient_are_those_of_whole_logits(name: str, model: Transform
     """By plain autograd over [B, T, V] logits, one answer at a time, unpacked and with a reference of its own."""
     config = CONFIG.replace(loss=name)
     reference = Transformer.create(model.config, 5)
-    data = pairs(tokenizer)
-    packed = dpo.pack_pairs(data, config.seq_len)
+    sequences, packed = encoded(tokenizer).sequences, encoded(tokenizer).rows
+    data = list(zip(sequences[::2], sequences[1::2], strict=True))
     batch = gather_rows(packed, range(3))
 
     def logprob(of: Transformer, ids: list[int], mask: list[int]) -> torch.Tensor:
@@ -83,7 +87,7 @@ def test_loss_and_gradient_are_those_of_whole_logits(name: str, model: Transform
 
 
 def test_the_policy_comes_to_prefer_what_was_chosen(model: Transformer, tokenizer: Tokenizer, open_stage: Open) -> None:
-    packed = dpo.pack_pairs(pairs(tokenizer), CONFIG.seq_len)
+    packed = encoded(tokenizer).rows
     reference = dpo.reference_logprobs(model, packed)
     run = open_stage("dpo", CONFIG)
     loss_fn = dpo.preference_loss(CONFIG, reference)
@@ -95,8 +99,7 @@ def test_the_policy_comes_to_prefer_what_was_chosen(model: Transformer, tokenize
     assert margins["reward_accuracy"] == pytest.approx(1.0) and margins["reward_margin"] > 1
 
 
-def test_a_pair_that_fits_no_row_is_named(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"a pair of \d+ tokens is longer than a row of 17 \(pair 1\)"):
-        dpo.pack_pairs(pairs(tokenizer), 16)
-    with pytest.raises(DataError, match="no pairs"):
-        dpo.pack_pairs([], 16)
+def test_a_pair_that_fits_no_row_is_left_out(tokenizer: Tokenizer) -> None:
+    assert encoded(tokenizer, 18).counts["too_long"] == 1  # bos user 1 _ 2 assistant think /think 7 eos, twice
+    with pytest.raises(DataError, match="the shortest of 3 examples has 20 tokens, a row holds 17"):
+        encoded(tokenizer, 16)

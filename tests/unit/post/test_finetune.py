@@ -19,7 +19,7 @@ from sprat.trust.run import Run
 from sprat.trust.verify import verify
 
 CONFIG = FinetuneConfig.model_validate({"epochs": 30, "seq_len": 32, "optim": {"adam_lr": 0.01}})
-TALKS = [[Message("user", str(number)), Message("assistant", "7")] for number in range(40)]
+ROWS = [{"prompt": str(number), "completion": "7"} for number in range(40)]
 
 
 @pytest.fixture
@@ -28,9 +28,11 @@ def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def tuned(base: Path, out: Path, config: FinetuneConfig = CONFIG, validation: int = 8) -> Run:
-    examples = Examples(TALKS[validation:], TALKS[:validation])
-    return finetune(base, lambda: examples, out, config, inputs={"model": base})
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
 
 
 def test_a_model_learns_from_examples_and_the_run_proves_it(base: Path, tmp_path: Path) -> None:
