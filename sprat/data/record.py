@@ -9,7 +9,7 @@ from sprat.errors import DataError
 
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not UTF-8", "not JSON", "not an object"
 NOT_CSV, WRONG_FIELDS, TOO_LONG = "not CSV", "fields that do not fit the header", "a record that is too long"
-_TODO = {
+_ADVICE = {
     NOT_UTF8: "save the file as UTF-8",
     NOT_JSON: "write one object a line",
     NOT_AN_OBJECT: "write one object a line",
@@ -68,7 +68,7 @@ class BadRecord:
     def error(self) -> DataError:
         """The same as an error."""
         what = self.reason + (f": {self.detail}" if self.detail else "")
-        return DataError(what, where=str(self.where), todo=_TODO.get(self.reason, "mend it, or leave it out"))
+        return DataError(what, where=str(self.where), todo=_ADVICE.get(self.reason, "mend it, or leave it out"))
 
 
 def strip_mark(line: bytes, where: Where) -> bytes:

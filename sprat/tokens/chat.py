@@ -22,12 +22,30 @@ from sprat.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
+class ToolCall:
+    """A function that the assistant calls: ``arguments`` is the text of a JSON object, ``id`` what its answer names."""
 
-    role: Literal["system", "user", "assistant"]
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        tool_calls: what an assistant's turn calls; its content may then be empty.
+        tool_call_id: of a tool's turn, the call that it answers; empty where it does not say.
+        weight: of an assistant's turn in training, 0 or 1: whether it is learned. Of other roles nothing is learned.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,11 +72,14 @@ def render(
         add_generation_prompt: end with the assistant's opening; without it only the given turns are rendered.
 
     Raises:
-        DataError: there is no message, a role is none of the three or stands where the format has no place for it, or
-            the model shall think and does not know how.
+        DataError: there is no message, a role is no system, user or assistant or stands where the format has no place
+            for it, a turn calls tools, or the model shall think and does not know how.
     """
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
+    if any(message.tool_calls for message in messages):
+        todo = "leave out the conversations that call tools"
+        raise DataError("a turn that calls tools, which the chat format cannot write", where="messages", todo=todo)
     turns = [(message.role, message.content) for message in messages]
     chat_format = tokenizer.chat_format
     parts = render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
