@@ -17,6 +17,7 @@ from typing import Any
 
 from sprat.data import dedup, ingest
 from sprat.data.document import Document, count_and_bytes, digest_documents, read_documents, write_documents
+from sprat.data.folder import ExclusionTally
 from sprat.data.sources import SOURCES
 from sprat.data.sources.source import OFFLINE_FAULT, SourceRequest, SourceText
 from sprat.data.text_split import (
@@ -116,7 +117,7 @@ def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> C
     Raises:
         DataError: the text is missing, empty, binary or too little.
     """
-    tally = ingest.ExclusionTally()
+    tally = ExclusionTally()
     folder, documents = Path(folder), list(ingest.read_texts(path, tally))
     text = digest_documents(documents)
     request = {"version": TEXT_VERSION, "kind": "text", "budget_bytes": budget_bytes, "text": text}
@@ -139,7 +140,7 @@ def text_corpus(path: str | Path, folder: str | Path, *, budget_bytes: int) -> C
     return _save(folder, request, chosen, [entry.to_dict()], held_out)
 
 
-def _count_excluded(tally: ingest.ExclusionTally, why: str, before: list[Document], after: list[Document]) -> None:
+def _count_excluded(tally: ExclusionTally, why: str, before: list[Document], after: list[Document]) -> None:
     """Count the documents of ``before`` that are not in ``after``, or only in part."""
     sizes_after = {document.id: document.size for document in after}
     for document in before:

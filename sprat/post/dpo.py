@@ -159,7 +159,7 @@ def mean_metrics(
     whole, total = gather_rows(packed, range(packed.num_rows)), Counter[str]()
     for start in range(0, packed.num_rows, rows):
         with torch.no_grad(), precision(model.norm.weight.device):
-            total.update(loss_fn(model, whole[start : start + rows], config, whole).metrics)  # type: ignore[arg-type]
+            total.update(loss_fn(model, whole[start : start + rows], config, whole).metrics)
     return dict(total)
 
 

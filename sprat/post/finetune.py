@@ -15,7 +15,7 @@ stand beside it in ``adapter/``, in PEFT's layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
 from sprat.post import dpo
 from sprat.post.examples import EncodedExamples, encode_examples
-from sprat.tokens import Tokenizer
 from sprat.quant import quantized_weights
+from sprat.tokens import Tokenizer
 from sprat.train import loop, losses
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
@@ -122,7 +122,7 @@ def _prepare(
         train, validation = split_by_hash(train, config.examples.validation, config.seed)
     shown = encode_examples(tokenizer, train, config)
     on_prepared(tokenizer, shown)
-    facts: dict[str, Any] = {"examples": shown.counts, "skipped": [each._asdict() for each in examples.skipped]}
+    facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
     held_out = None
     if validation:
         measured = encode_examples(tokenizer, validation, config)

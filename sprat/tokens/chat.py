@@ -22,13 +22,30 @@ from sprat.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
+class ToolCall:
+    """A function that the assistant calls: ``arguments`` is the text of a JSON object, ``id`` what its answer names."""
 
-    role: Literal["system", "user", "assistant"]
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        tool_calls: what an assistant's turn calls; its content may then be empty.
+        tool_call_id: of a tool's turn, the call that it answers; empty where it does not say.
+        weight: of an assistant's turn in training, 0 or 1: whether it is learned. Of other roles nothing is learned.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     reasoning: str | None = None
-    weight: float = 1.0  # of an answer, in supervised training; 0: it is only context
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,15 +72,22 @@ def render(
         add_generation_prompt: end with the assistant's opening; without it only the given turns are rendered.
 
     Raises:
-        DataError: there is no message, a role is none of the three or stands where the format has no place for it, or
-            the model shall think and does not know how.
+        DataError: there is no message, a role is no system, user or assistant or stands where the format has no place
+            for it, a turn calls tools, or the model shall think and does not know how.
     """
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
-    turns = [(message.role, message.content) for message in messages]
     chat_format = tokenizer.chat_format
-    parts = render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
+    parts = render_parts(chat_format, _turns(messages), thinking=thinking, add_generation_prompt=add_generation_prompt)
     return tokenizer.encode_parts(parts)
+
+
+def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Role and content of each; a turn that calls tools is a DataError."""
+    if any(message.tool_calls for message in messages):
+        todo = "leave out the conversations that call tools"
+        raise DataError("a turn that calls tools, which the chat format cannot write", where="messages", todo=todo)
+    return [(message.role, message.content) for message in messages]
 
 
 def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
@@ -128,7 +152,7 @@ def _encode_answer(tokenizer: Tokenizer, history: Sequence[Message], answer: Mes
     """Ids of the prompt, and of what the model says to it."""
     chat_format = tokenizer.chat_format
     thinking = None if chat_format.default_thinking is None else bool(answer.reasoning)
-    turns = [(message.role, message.content) for message in history]
+    turns = _turns([*history, answer])[:-1]
     prompt = render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=True)
     response_parts: list[Part] = []
     if answer.reasoning:

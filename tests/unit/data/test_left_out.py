@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sprat.data import corpus, ingest
+from sprat.data.folder import ExclusionTally
 from sprat.errors import DataError
 from sprat.pipeline.data import data
 from sprat.pipeline.pipeline import Pipeline
@@ -24,7 +25,7 @@ def left(path: Path, budget: int, folder: Path) -> dict[str, tuple[int, int, tup
 
 
 def reasons(path: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
-    tally = ingest.ExclusionTally()
+    tally = ExclusionTally()
     list(ingest.read_texts(path, tally))
     return {one.why.partition(" than")[0]: (one.count, one.names) for one in tally.excluded()}
 

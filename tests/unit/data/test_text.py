@@ -70,7 +70,7 @@ def _schema(arrow: object) -> object:
         ("a.bin", b"hello", "no text files"),
         ("a.jsonl", b'{"text": "x"}\n{oops', "line 2"),
         ("a.jsonl", b'{"txt": "x"}', "row 1"),
-        ("a.jsonl", b"[1]", "row 1"),
+        ("a.jsonl", b"[1]", "line 1"),
         ("a.parquet", b"PAR1 not really", "not a Parquet file"),
     ],
 )

@@ -100,6 +100,6 @@ def test_the_policy_comes_to_prefer_what_was_chosen(model: Transformer, tokenize
 
 
 def test_a_pair_that_fits_no_row_is_left_out(tokenizer: Tokenizer) -> None:
-    assert encoded(tokenizer, 18).counts["too_long"] == 1  # bos user 1 _ 2 assistant think /think 7 eos, twice
+    assert encoded(tokenizer, 20).counts["too_long"] == 2  # bos user 1 _ 2 assistant think /think 7 eos, twice
     with pytest.raises(DataError, match="the shortest of 3 examples has 20 tokens, a row holds 17"):
         encoded(tokenizer, 16)
