@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 import sprat
 from sprat import quant
 from sprat.config.model import HF_CLASS, ModelConfig
-from sprat.formats.gguf import decode, weights
+from sprat.formats.gguf import weights
 from sprat.formats.hf import save_folder
 from sprat.model import Transformer
-from tests.gguf_files import Reader, gguf, torch_of, write
+from tests.gguf_files import Reader, decoded_here, gguf, torch_of, write
 from tests.parity.test_transformers import FAMILY, LLAMA3, disturb
 
 transformers = pytest.importorskip("transformers")
@@ -65,16 +63,6 @@ def writable(config: ModelConfig) -> ModelConfig:
     if config.topk_method == "greedy":
         plain |= {"n_group": 1, "topk_group": 1}
     return config.replace(**plain, rope_scaling=scaling, attention_bias=bias)
-
-
-def decoded_here(
-    command: list[str], *, input: str, pass_fds: tuple[int, int], **_: Any
-) -> subprocess.CompletedProcess[str]:
-    """What the reading process does, without the process: numpy's start would be most of what a tiny file costs."""
-    assert command[1:3] == ["-m", decode.__name__]
-    for row in json.loads(input):
-        decode.decode(decode.Job(**row), *pass_fds)
-    return subprocess.CompletedProcess(command, 0, "{}", "")
 
 
 @pytest.mark.parametrize("kind", list(HF_CLASS))
