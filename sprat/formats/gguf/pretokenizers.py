@@ -46,6 +46,7 @@ PRETOKENIZERS: dict[str, list[str]] = {
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK_V3,
+    "superbpe": [r"\p{N}+", r"(?=(\d{3})+(?!\d))"],  # nothing but numbers is cut out, in threes from the right
 }
 IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # a whole word is looked up
 NFC_NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # text is brought to Unicode's composed form first

@@ -136,7 +136,8 @@ def find_pre(text: str) -> str:
         if all(_pieces(candidate, probe) == _pieces(own, probe) for probe in probes):
             return pre
     what = "llama.cpp knows no pre-tokenizer that cuts text as this tokenizer does"
-    raise _fault(what, "name the nearest (pre=...) if other ids will do, or save it as a folder")
+    nearest = 'give pre="superbpe", which is nearest for tokenizers that Sprat trained, if some other ids will do'
+    raise _fault(what, f"{nearest}, or save it as a folder")
 
 
 def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
