@@ -137,13 +137,8 @@ class Tokenizer:
         config = hf_files.load_tokenizer_config(folder)
         return cls(text, config=config, generation_config=hf_files.load_generation_config(folder), where=str(file))
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
-
-        tokenizer.json keeps its digest. Each file is replaced at once, never half-written.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, str]:
+        """What ``save`` writes, by the names of its files."""
         config, names = self._config, {}
         if self.chat_format is chat_formats.SPRAT:
             own = self.chat_format
@@ -155,14 +150,25 @@ class Tokenizer:
                 **names,
                 "chat_template": chat_formats.SPRAT_TEMPLATE,
             }
-        atomic.write_text(folder / "tokenizer.json", self._json)
+        files = {"tokenizer.json": self._json}
         if config:
-            atomic.write_text(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+            files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2)
         if names:
-            atomic.write_text(folder / "special_tokens_map.json", json.dumps(names, indent=2))
+            files["special_tokens_map.json"] = json.dumps(names, indent=2)
         if self.generation_config.raw:
             text = json.dumps(self.generation_config.raw, ensure_ascii=False, indent=2, sort_keys=True)
-            atomic.write_text(folder / hf_files.GENERATION_CONFIG_FILE, text + "\n")
+            files[hf_files.GENERATION_CONFIG_FILE] = text + "\n"
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
+
+        tokenizer.json keeps its digest. Each file is replaced at once, never half-written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files().items():
+            atomic.write_text(folder / name, text)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Ids of ``text``. Without ``parse_special`` no control token can come out, whatever the text says."""

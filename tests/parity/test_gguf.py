@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +16,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 import sprat
 from sprat import quant
 from sprat.config.model import HF_CLASS, ModelConfig
-from sprat.formats.gguf import decode, weights
-from sprat.formats.hf import save_folder
+from sprat.errors import CheckpointError
+from sprat.formats import gguf as sprat_gguf
+from sprat.formats.gguf import weights
+from sprat.formats.gguf.header import Header
+from sprat.formats.gguf.metadata import check_config
+from sprat.formats.gguf.tokenizer import read_tokenizer
+from sprat.formats.hf import load_folder, save_folder
 from sprat.model import Transformer
-from tests.gguf_files import Reader, gguf, torch_of, write
+from tests.gguf_files import Reader, decoded_here, gguf, torch_of, vocabulary, write
 from tests.parity.test_transformers import FAMILY, LLAMA3, disturb
 
 transformers = pytest.importorskip("transformers")
@@ -67,16 +70,6 @@ def writable(config: ModelConfig) -> ModelConfig:
     return config.replace(**plain, rope_scaling=scaling, attention_bias=bias)
 
 
-def decoded_here(
-    command: list[str], *, input: str, pass_fds: tuple[int, int], **_: Any
-) -> subprocess.CompletedProcess[str]:
-    """What the reading process does, without the process: numpy's start would be most of what a tiny file costs."""
-    assert command[1:3] == ["-m", decode.__name__]
-    for row in json.loads(input):
-        decode.decode(decode.Job(**row), *pass_fds)
-    return subprocess.CompletedProcess(command, 0, "{}", "")
-
-
 @pytest.mark.parametrize("kind", list(HF_CLASS))
 def test_a_float_file_computes_what_transformers_computes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "subprocess", SimpleNamespace(run=decoded_here, TimeoutExpired=TimeoutError))
@@ -110,16 +103,64 @@ def test_transformers_reads_the_same_file_with_equal_logits(architecture: str, k
     disturb(model, 2)
     path = write(model, tmp_path / "model.gguf", kind=lambda name: kind)
     ours, _ = sprat.load(path)
+    assert apart(ours, as_transformers_reads(path, model.config), 3) <= TOLERANCE
+
+
+def as_transformers_reads(path: Path, ours: ModelConfig) -> Any:
+    """The model that transformers makes of a GGUF file."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     table = load_gguf_checkpoint(path, return_tensors=False)["config"]
-    table = {**table, "head_dim": model.config.attention_head_dim}  # which transformers does not read for qwen3
+    table = {**table, "head_dim": ours.attention_head_dim}  # which transformers does not read for qwen3
     table.pop("model_type")
-    config = transformers.AutoConfig.for_model(architecture, **table)
+    config = transformers.AutoConfig.for_model(ours.architecture, **table)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     held = load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)
     theirs.load_state_dict({name: tensor.float() for name, tensor in held["tensors"].items()}, strict=False)
-    assert apart(ours, theirs, 3) <= TOLERANCE
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_what_we_export_transformers_reads_with_equal_logits(architecture: str, kind: Any, tmp_path: Path) -> None:
+    bias = architecture == "qwen2"
+    model = Transformer.create(ModelConfig(architecture=architecture, attention_bias=bias, **DENSE), 1)
+    disturb(model, 2)
+    path = tmp_path / "model.gguf"
+    sprat_gguf.save(model, read_tokenizer(Header(path, vocabulary(64), {})), path, kind=kind)
+    theirs = as_transformers_reads(path, model.config)
+    assert apart(sprat.load(path)[0], theirs, 3) <= TOLERANCE
+    assert kind != "f32" or apart(model, theirs, 3) <= TOLERANCE
+
+
+def exportable(config: ModelConfig) -> bool:
+    """Whether llama.cpp computes such a model."""
+    try:
+        check_config(config)
+    except CheckpointError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", list(HF_CLASS))
+def test_a_folder_of_transformers_becomes_a_file_with_equal_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "subprocess", SimpleNamespace(run=decoded_here, TimeoutExpired=TimeoutError))
+    tokenizer = read_tokenizer(Header(Path("x.gguf"), vocabulary(7), {}))
+
+    @check()
+    @given(config=FAMILY[kind].map(writable).filter(exportable))
+    def run(config: ModelConfig) -> None:
+        model = Transformer.create(config, 3)
+        disturb(model, 4)
+        with TemporaryDirectory() as folder:
+            theirs = oracle(config, Path(folder) / "ours", model)
+            theirs.save_pretrained(Path(folder) / "theirs")
+            held, _ = load_folder(Path(folder) / "theirs")
+            sprat_gguf.save(held, tokenizer, Path(folder) / "model.gguf", kind="f32")
+            ours, _ = sprat.load(Path(folder) / "model.gguf")
+            assert apart(ours, theirs, 5) <= TOLERANCE, ours.config
+
+    run()
 
 
 def test_the_divisors_of_llama_3_become_its_four_numbers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files in: their header checked, their tensors decoded in a process of its own, their vocabulary as ours.
+"""GGUF files in and out: what is read is checked and decoded in a process of its own, what is written llama.cpp loads.
 
 What is heavy is imported when a file is loaded: the process that decodes tensors starts here too, and needs none of it.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+    from sprat.formats.gguf.export import Kind
     from sprat.model import Transformer
     from sprat.tokens import Tokenizer
 
@@ -54,3 +55,10 @@ def load(
         dtype = torch.bfloat16 if narrow else torch.float32
     tokenizer = read_tokenizer(header)
     return weights.load(header, config, dtype or torch.float32, materialize=materialize), tokenizer
+
+
+def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, kind: Kind, pre: str | None = None) -> None:
+    """Write one file that llama.cpp loads; see ``export.save``."""
+    from sprat.formats.gguf import export
+
+    export.save(model, tokenizer, path, kind=kind, pre=pre)

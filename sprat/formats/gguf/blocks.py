@@ -11,6 +11,8 @@ minimums) a group of 32, which is how ``sprat.quant`` keeps them, so that nothin
   bits with a scale a group of 32 (error at most 1/254 of the largest weight of the group); where plain numbers are
   wanted, they are given as they are.
 
+The way out is ``quantize`` (plain numbers) and ``pack`` (codes that we have), for Q8_0 and Q4_0.
+
 Codes lie in a file as two halves (code ``i`` beside code ``i + 16`` or ``i + 32``), ours as neighbors.
 """
 
@@ -64,6 +66,45 @@ def dequantize(kind: str, raw_NB: Array, block: int) -> Array:
     if "minimums" in parts:
         grouped_NGg += _per_group(parts["minimums"])
     return grouped_NGg.reshape(len(raw_NB), -1)
+
+
+def quantize(kind: str, weights_NI: Array) -> Array:
+    """The bytes [N, bytes of a row] of float32 rows as F32, F16, Q8_0 or Q4_0.
+
+    Codes and scales are those of ggml's reference quantizer (``quantize_row_q8_0_ref``, ``quantize_row_q4_0_ref``).
+    """
+    if kind in ("F32", "F16"):
+        return np.ascontiguousarray(weights_NI, "<f4" if kind == "F32" else "<f2").view(np.uint8)
+    grouped_NGg = weights_NI.reshape(len(weights_NI), -1, GROUP)
+    sizes = np.abs(grouped_NGg)
+    if kind == "Q8_0":
+        scales = sizes.max(-1, keepdims=True) / np.float32(127)
+    else:  # the weight that is farthest from zero lies at -8
+        scales = np.take_along_axis(grouped_NGg, sizes.argmax(-1)[..., None], -1) / np.float32(-8)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scales
+    scaled = grouped_NGg * np.where(np.isfinite(inverse), inverse, np.float32(0))
+    if kind == "Q8_0":  # halves away from zero
+        whole = np.floor(np.abs(scaled))
+        codes = np.copysign(whole + (np.abs(scaled) - whole >= 0.5), scaled)
+    else:
+        codes = np.trunc(scaled + np.float32(8.5)).clip(0, 15) - 8
+    return pack(kind, codes.astype(np.int8), _to_half(scales[..., 0]))
+
+
+def pack(kind: str, codes: Array, scales_NG: Array) -> Array:
+    """The bytes [N, bytes of a row] of Q8_0 or Q4_0 that hold these very codes: the inverse of ``quantized_parts``.
+
+    Args:
+        codes: int8 [N, I] or [N, G, 32], of -8 … 7 for Q4_0.
+        scales_NG: float16.
+    """
+    codes_NGg = np.ascontiguousarray(codes).reshape(*scales_NG.shape, GROUP)
+    if kind == "Q4_0":
+        unsigned = (codes_NGg + 8).astype(np.uint8)
+        codes_NGg = unsigned[..., : GROUP // 2] | (unsigned[..., GROUP // 2 :] << 4)
+    scale_bytes = np.ascontiguousarray(scales_NG, "<f2")[..., None].view(np.uint8)
+    return np.concatenate((scale_bytes, codes_NGg.view(np.uint8)), -1).reshape(len(scales_NG), -1)
 
 
 def bfloat16(values: Array) -> Array:

@@ -29,8 +29,8 @@ HEADER_BYTES = 64 << 20  # of keys, values and descriptions; a vocabulary of hal
 KEYS, TENSORS, ELEMENTS = 1 << 14, 1 << 16, 1 << 22  # most pairs, most tensors, most array elements in all
 KEY_BYTES, NAME_BYTES, TEXT_BYTES = 1 << 10, 1 << 8, 1 << 22
 RANK, DIMENSION = 4, 1 << 31
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9  # types of values that are no number
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,13 @@ class _Reader:
     def value(self) -> Value | Values:
         """One value of a pair, or an array of them."""
         kind = self.number("I")
-        if kind != _ARRAY:
-            return self.text(TEXT_BYTES) if kind == _STRING else self.number(self.scalar(kind))
+        if kind != ARRAY:
+            return self.text(TEXT_BYTES) if kind == STRING else self.number(self.scalar(kind))
         kind, count = self.number("I"), self.number("Q")
         self.elements -= count
         if self.elements < 0:
             raise self.broken(f"with it the arrays have more than {ELEMENTS} elements")
-        if kind == _STRING:
+        if kind == STRING:
             if count * 8 > self.left:
                 raise self.broken(f"{count} strings do not fit into the file")
             return [self.text(TEXT_BYTES) for _ in range(count)]
@@ -196,9 +196,9 @@ class _Reader:
 
     def scalar(self, kind: int) -> str:
         """The struct letter of a value type."""
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise self.broken(f"its value has the type {kind}")
-        return _SCALARS[kind]
+        return SCALARS[kind]
 
     def text(self, most: int) -> str:
         """A string of at most ``most`` bytes."""

@@ -8,6 +8,8 @@ model was trained on, and nothing else would ever say so.
 
 from __future__ import annotations
 
+from typing import Any
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _ENDINGS + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -33,6 +35,7 @@ _DEEPSEEK_V3 = [
 ]
 _DIGITS_FIRST = [r"\p{N}", _GPT2]
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 PRETOKENIZERS: dict[str, list[str]] = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "exaone4"), [_GPT2]),
@@ -43,6 +46,19 @@ PRETOKENIZERS: dict[str, list[str]] = {
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK_V3,
+    "superbpe": [r"\p{N}+", r"(?=(\d{3})+(?!\d))"],  # nothing but numbers is cut out, in threes from the right
 }
 IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # a whole word is looked up
 NFC_NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # text is brought to Unicode's composed form first
+
+
+def pre_tokenizer(pre: str) -> dict[str, Any]:
+    """The ``pre_tokenizer`` of a tokenizer.json for the cut ``pre``: its patterns, then bytes as letters."""
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in PRETOKENIZERS[pre]]
+    return {"type": "Sequence", "pretokenizers": [*splits, BYTE_LEVEL]}
+
+
+def normalizer(pre: str) -> dict[str, Any] | None:
+    """The ``normalizer`` that goes with it."""
+    return {"type": "NFC"} if pre in NFC_NORMALIZED else None
