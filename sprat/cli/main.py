@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, finetune, inference, quickstart, stages, verify
+from sprat.cli import doctor, export, finetune, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -60,6 +60,8 @@ VERBS = (
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
     ("distill", stages.distill, "A small student from the teacher."),
     ("quantize", stages.quantize, "The student, or any model, in INT4."),
+    ("merge", export.merge, "Put an adapter into the weights of its base."),
+    ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", stages.evaluate, "Score a model on held-out problems."),
     ("fetch", inference.fetch, "Download a small real model."),
     ("run", inference.run, "Ask a model once."),

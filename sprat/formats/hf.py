@@ -73,7 +73,8 @@ def resolve(id_or_path: str | Path) -> Path:
     if path.is_dir():
         return path
     missing = CheckpointError("no such model folder", where=str(id_or_path), todo="give a folder with a config.json")
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(id_or_path)):
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(id_or_path)) and not path.parent.is_dir()
+    if path.is_absolute() or not is_id:
         raise missing
     try:
         from huggingface_hub import snapshot_download

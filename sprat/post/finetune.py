@@ -38,6 +38,7 @@ from sprat.train import loop, losses
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 
+_MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
 
 
@@ -78,6 +79,8 @@ def finetune(
     """
     out, prepared = Path(out), list[_Prepared]()
     model_path, data = locate(model), Path(data)
+    if not data.exists():
+        raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
 
     def prepare(resuming: bool) -> None:
         prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, on_prepared))
@@ -133,8 +136,8 @@ def _prepare(
 
 
 def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
-    """``config`` with the steps that its epochs over ``rows`` rows take."""
-    batch_rows = min(config.batch_rows, rows)
+    """``config`` with the steps that its epochs over ``rows`` rows take; smaller batches where the rows are few."""
+    batch_rows = min(config.batch_rows, max(1, rows // _MIN_STEPS_PER_EPOCH))
     epoch = rows / batch_rows  # steps
     return config.replace(
         batch_rows=batch_rows,

@@ -1,0 +1,105 @@
+"""A user's own model and data: fine-tune, merge, export, in one line each; what cannot be is one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+import sprat
+from sprat.cli.main import app
+
+SMALL = ["--set", "seq_len=64", "--set", "epochs=2"]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    """Conversations, one of them broken."""
+    path = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"one {n}"}, {"role": "assistant", "content": "two"}]}
+            for n in range(20)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"messages": []}\n')
+    return path
+
+
+def sprat_command(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def told(done: Result) -> dict[str, Any]:
+    assert done.exit_code == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def logits(model: Path) -> torch.Tensor:
+    weights, tokenizer = sprat.load(model)
+    found: torch.Tensor = weights(torch.tensor([tokenizer.encode("one two three")]))
+    return found
+
+
+def test_adapters_of_a_users_model_are_trained_merged_and_taken_away(
+    model_folder: Path, chat: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    done = sprat_command("sft", model_folder, "--data", chat, "--lora", "4", "--out", run, *SMALL, "--json")
+    record = told(done)
+    assert record["facts"]["skipped"][0]["count"] == 1 and record["facts"]["skipped"][0]["names"] == ["chat.jsonl:21"]
+    assert record["recipe"]["lora"]["rank"] == 4 and record["facts"]["examples"]["shown"] >= 10
+    assert "in green what is learned" in done.stderr and "two<|eos|>]]" in done.stderr
+    assert not torch.equal(logits(run), logits(model_folder))
+    merged = tmp_path / "merged"
+    told(sprat_command("merge", model_folder, run / "artefact" / "adapter", "--out", merged, "--json"))
+    assert torch.allclose(logits(merged), logits(run), atol=1e-5)
+    folder = tmp_path / "folder"
+    told(sprat_command("export", run, "--hf", folder, "--json"))
+    assert torch.equal(logits(folder), logits(run))
+    assert told(sprat_command("verify", tmp_path / "runs", "--json"))
+
+
+def test_a_users_columns_are_mapped(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "faq.csv"
+    path.write_text("Frage,Antwort\none,two\nthree,four\n")
+    words = ["sft", model_folder, "--data", path, "--out", tmp_path / "runs" / "mine", *SMALL, "--json"]
+    failed = sprat_command(*words)
+    assert failed.exit_code == 3 and "Frage" in failed.stderr
+    record = told(sprat_command(*words, "--map", "prompt=Frage", "--map", "completion=Antwort"))
+    assert record["facts"]["examples"]["shown"] + record["facts"]["validation"]["shown"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["sft", "--data", "chat.jsonl"], 2, "sprat sft smol --data FILE --out RUN"),
+        (["sft", "MODEL", "--out", "x"], 2, "--data is missing"),
+        (["sft", "MODEL", "--data", "CHAT"], 2, "--out is missing"),
+        (["sft", "MODEL", "--data", "nowhere.jsonl", "--out", "x"], 3, "nowhere.jsonl"),
+        (["sft", "MODEL", "--data", "CHAT", "--out", "x", "--set", "lr=1"], 2, "perhaps you mean 'optim.muon_lr' or 'optim.adam_lr'"),
+        (["sft", "MODEL", "--data", "CHAT", "--out", "x", "--set", "lora.targets=[\"q\"]"], 2, "no linear 'q'"),
+        (["sft", "nowhere", "--data", "CHAT", "--out", "x"], 4, "no such model folder"),
+        (["dpo", "MODEL", "--data", "CHAT", "--out", "x", "--set", "seq_len=64"], 3, "pairs are for sprat dpo"),
+        (["dpo", "--data", "CHAT", "--out", "x"], 2, "no model was named"),
+        (["export", "MODEL"], 2, "--gguf FILE and --hf DIR"),
+        (["export", "MODEL", "--hf", "FULL"], 2, "something is there already"),
+        (["merge", "MODEL", "nowhere", "--out", "x"], 4, "nowhere"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence_and_nothing_is_made(
+    words: list[str],
+    code: int,
+    said: str,
+    model_folder: Path,
+    chat: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, str | Path] = {"MODEL": model_folder, "CHAT": chat, "FULL": model_folder}
+    done = sprat_command(*(names.get(word, word) for word in words))
+    assert done.exit_code == code and said in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
