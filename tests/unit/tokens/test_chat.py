@@ -10,6 +10,7 @@ import pytest
 
 from sprat.errors import DataError
 from sprat.tokens import Answer, Message, Tokenizer, encode_demonstration, render, split_reasoning
+from sprat.tokens.chat import ToolCall
 
 TALK = [
     Message("system", "You add numbers."),
@@ -134,4 +135,7 @@ def test_a_conversation_without_messages_is_refused(own: Tokenizer) -> None:
     with pytest.raises(DataError, match="no message"):
         render(own, [])
     with pytest.raises(DataError, match="unknown role 'tool'"):
-        render(own, [Message("tool", "x")])  # type: ignore[arg-type]
+        render(own, [Message("tool", "x")])
+    calls = Message("assistant", "", tool_calls=(ToolCall("weather", "{}"),))
+    with pytest.raises(DataError, match="a turn that calls tools, which the chat format cannot write"):
+        render(own, [Message("user", "x"), calls])
