@@ -90,9 +90,8 @@ def read_examples(
     tally, examples, columns = ExclusionTally(), list[Example](), set[str]()
     forms: dict[str, Form] = {}  # by file
     ids, keys = set[tuple[str, str]](), set[bytes]()
-    has_records = False
+    first_bad: BadRecord | None = None
     for record in read_records(path, tally, max_record_bytes=max_record_bytes):
-        has_records = True
         example: Example | BadRecord
         if isinstance(record, BadRecord):
             example = record
@@ -107,15 +106,17 @@ def read_examples(
         if isinstance(example, BadRecord):
             if on_bad == "refuse":
                 raise example.error()
+            first_bad = first_bad or example
             tally.add(f"records: {example.reason}", example.where.short)
             continue
         if examples and type(example) is not type(examples[0]):
             what = f"{_kind(examples[0])} ({examples[0].where.file}) and {_kind(example)} ({example.where.file})"
             raise DataError(f"{what} in one folder", where=str(path), todo="put them into folders of their own")
         examples.append(example)
+    if first_bad is not None and not examples:
+        raise DataError(f"no good record: {tally}", where=str(path), todo=f"the first: {first_bad.error()}".rstrip("."))
     if not examples:
-        what = f"no good record: {tally}" if has_records else "no records"
-        raise DataError(what, where=str(path), todo="mend them, or give another file")
+        raise DataError("no records", where=str(path), todo="give a file that has some")
     known = {column for form in forms.values() for column in form.columns} | {"id"}
     names = tuple(dict.fromkeys(form.name for form in forms.values()))
     return ExampleSet(str(path), tuple(examples), names, tally.excluded(), tuple(sorted(columns - known)))

@@ -44,15 +44,15 @@ class JsonStream:
                 return ""
             self._read()
 
-    def items(self) -> Iterator[tuple[int, Any]]:
-        """The line and value of each item of the list that begins here and is all of the text."""
+    def items(self) -> Iterator[tuple[int, int, Any]]:
+        """Line, column and value of each item of the list that begins here and is all of the text."""
         self._advance(self._position + 1)
         if self.peek() == "]":
             self._advance(self._position + 1)
         else:
             while True:
                 self.peek()
-                yield self._line, self._value()
+                yield self._line, self._column(), self._value()
                 mark = self.peek()
                 if mark not in (",", "]"):
                     raise self._error("not JSON: ',' or ']' expected", self._position)
@@ -62,10 +62,10 @@ class JsonStream:
         if self.peek():
             raise self._error("not JSON: more behind the end of the list", self._position)
 
-    def values(self) -> Iterator[tuple[int, Any]]:
-        """The line and value of each of the values that stand one behind the other."""
+    def values(self) -> Iterator[tuple[int, int, Any]]:
+        """Line, column and value of each of the values that stand one behind the other."""
         while self.peek():
-            yield self._line, self._value()
+            yield self._line, self._column(), self._value()
 
     def _value(self) -> Any:
         decoder = json.JSONDecoder()
@@ -90,6 +90,9 @@ class JsonStream:
                 )
                 raise self._error(what, self._position, todo)
             self._read()
+
+    def _column(self) -> int:
+        return self._position - self._line_start + 1
 
     def _advance(self, position: int) -> None:
         count = self._buffer.count("\n", self._position, position)
@@ -122,5 +125,4 @@ class JsonStream:
 
     def _error(self, what: str, position: int, todo: str = "mend it there") -> DataError:
         self._advance(max(position, self._position))
-        column = self._position - self._line_start + 1
-        return DataError(what, where=f"{self._name}, line {self._line}, column {column}", todo=todo)
+        return DataError(what, where=f"{self._name}, line {self._line}, column {self._column()}", todo=todo)

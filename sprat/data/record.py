@@ -11,8 +11,8 @@ NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not UTF-8", "not JSON", "not an object"
 NOT_CSV, WRONG_FIELDS, TOO_LONG = "not CSV", "fields that do not fit the header", "a record that is too long"
 _ADVICE = {
     NOT_UTF8: "save the file as UTF-8",
-    NOT_JSON: "write one object a line",
-    NOT_AN_OBJECT: "write one object a line",
+    NOT_JSON: "write one object a line; what is one list is a .json file",
+    NOT_AN_OBJECT: "write one object a line; what is one list is a .json file",
     NOT_CSV: "put fields with quotes, commas or line breaks in double quotes",
     WRONG_FIELDS: "give each line as many fields as the header",
     TOO_LONG: "cut the record, or raise max_record_bytes",
@@ -26,8 +26,9 @@ class Where:
 
     Attributes:
         file: its name below the folder that was given.
-        line: counted from 1; of a JSON list the line where the item begins.
-        column: of a fault, counted from 1: characters, of bytes that are no UTF-8 bytes; None where it has none.
+        line: counted from 1; where the record begins, or its fault is.
+        column: of a fault, or where an item of a JSON list begins, counted from 1 in characters, of bytes that are no
+            UTF-8 in bytes; None where only the line is known.
         unit: "row" where a file has no lines: Parquet, and the list of a JSON object.
     """
 

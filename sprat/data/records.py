@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -145,33 +146,32 @@ def _as_record(value: Any, where: Where) -> Record | BadRecord:
 
 def _read_json(stream: BinaryIO, name: str, max_record_bytes: int) -> Iterator[Record | BadRecord]:
     text = JsonStream(stream, name, max_record_bytes)
-    if text.peek() == "[":
-        for line, value in text.items():
-            yield _as_record(value, Where(name, line))
-        return
-    values = text.values()
-    first, second = next(values, None), next(values, None)
-    if first is not None and second is None and isinstance(first[1], dict):
-        yield from _rows_of_object(first[1], Where(name, first[0]))
-        return
-    for value in (first, second):
-        if value is not None:
-            yield _as_record(value[1], Where(name, value[0]))
-    for line, item in values:
-        yield _as_record(item, Where(name, line))
+    values = text.items() if (is_list := text.peek() == "[") else text.values()
+    records: Iterator[Record | BadRecord]
+    records = (_as_record(value, Where(name, line, column)) for line, column, value in values)
+    if not is_list and isinstance(first := next(records, None), Record):
+        second = next(records, None)
+        if second is None:
+            yield from _rows_of_object(first)
+            return
+        records = itertools.chain((first, second), records)
+    elif not is_list and first is not None:
+        yield first
+    yield from records
 
 
-def _rows_of_object(content: dict[str, Any], where: Where) -> Iterator[Record | BadRecord]:
+def _rows_of_object(record: Record) -> Iterator[Record | BadRecord]:
     """The rows of a JSON file that is one object: the list of objects under one of its keys, else itself."""
-    keys = [key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if TURN_COLUMNS & content.keys() or not keys:
-        yield Record(content, where)
+    lists = {key: value for key, value in record.values.items() if isinstance(value, list)}
+    keys = [key for key, value in lists.items() if value and isinstance(value[0], dict)]
+    if TURN_COLUMNS & record.values.keys() or not keys:
+        yield record
         return
     if len(keys) > 1:
         names = ", ".join(map(repr, keys))
-        raise DataError(f"lists of rows under {names}", where=where.file, todo="leave one of them in the file")
-    for row, value in enumerate(content[keys[0]], start=1):
-        yield _as_record(value, Where(where.file, row, unit="row"))
+        raise DataError(f"lists of rows under {names}", where=record.where.file, todo="leave one of them in the file")
+    for row, value in enumerate(lists[keys[0]], start=1):
+        yield _as_record(value, Where(record.where.file, row, unit="row"))
 
 
 def _read_parquet(

@@ -161,9 +161,8 @@ def _parse_turn(turn: Any, name: str) -> Message:
     role = _ROLES.get(said_role.lower()) if isinstance(said_role, str) else None
     if role is None:
         raise Fault(UNKNOWN_ROLE, f"{name}: {json.dumps(said_role, default=str)[:40]}")
-    content, content_name = next(
-        ((turn[key], f"{name}.{key}") for key in ("content", "value") if turn.get(key) is not None), (None, name)
-    )
+    key = "content" if turn.get("content") is not None or turn.get("value") is None else "value"
+    content, content_name = turn.get(key), f"{name}.{key}"
     if role != "assistant":
         is_optional = role in ("tool", "system")
         text = join_parts(content, content_name) if is_optional and content is not None else None

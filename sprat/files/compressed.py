@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,13 +39,21 @@ def open_decompressed(path: Path) -> Iterator[BinaryIO]:
             elif suffix == ".zst":
                 stream = stack.enter_context(_open_zstd(stream, path))
             yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except _torn_errors() as error:
         raise _torn(path, error) from None
     except OSError as error:
-        if error.errno is None:  # pyarrow's
+        is_folder = isinstance(error, IsADirectoryError)
+        if error.errno is None and not is_folder:
             raise _torn(path, error) from None
         todo = "check its name and its permissions"
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path), todo=todo) from None
+        reason = "it is a folder" if is_folder else error.strerror
+        raise DataError(f"cannot read the file: {reason}", where=str(path), todo=todo) from None
+
+
+def _torn_errors() -> tuple[type[Exception], ...]:
+    """What the readers raise; pyarrow raises an OSError without a number."""
+    zstd = sys.modules.get("compression.zstd")
+    return (EOFError, zlib.error, gzip.BadGzipFile, *([zstd.ZstdError] if zstd else []))
 
 
 def _torn(path: Path, error: Exception) -> DataError:

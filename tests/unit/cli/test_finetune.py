@@ -79,7 +79,7 @@ def test_a_users_columns_are_mapped(model_folder: Path, tmp_path: Path) -> None:
         (["sft", "MODEL", "--out", "x"], 2, "--data is missing"),
         (["sft", "MODEL", "--data", "CHAT"], 2, "--out is missing"),
         (["sft", "MODEL", "--data", "nowhere.jsonl", "--out", "x"], 3, "nowhere.jsonl"),
-        (["sft", "MODEL", "--data", "CHAT", "--out", "x", "--set", "lr=1"], 2, "perhaps you mean 'optim.muon_lr' or 'optim.adam_lr'"),
+        (["sft", "MODEL", "--data", "CHAT", "--out", "x", "--set", "lr=1"], 2, "or 'optim.adam_lr'"),
         (["sft", "MODEL", "--data", "CHAT", "--out", "x", "--set", "lora.targets=[\"q\"]"], 2, "no linear 'q'"),
         (["sft", "nowhere", "--data", "CHAT", "--out", "x"], 4, "no such model folder"),
         (["dpo", "MODEL", "--data", "CHAT", "--out", "x", "--set", "seq_len=64"], 3, "pairs are for sprat dpo"),

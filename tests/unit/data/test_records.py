@@ -70,7 +70,11 @@ STEPPED_OVER: list[tuple[str, bytes, list[Any]]] = [
     ("a.json", b'[\n {"text": "a"},\n\n {"text":\n  "b"}\n]\n', [(2, A), (4, B)]),
     ("a.json", b"[]", []),
     ("a.json", b" \n", []),
-    ("a.json", b'[{"text": "a"}, 1,\n[2]]', [(1, A), ("a.json:1", "not an object"), ("a.json:2", "not an object")]),
+    (
+        "a.json",
+        b'[{"text": "a"}, 1,\n[2]]',
+        [(1, A), ("a.json:1:17", "not an obj"), ("a.json:2:1", "not an obj")],
+    ),
     (
         "a.json",
         b'{"version": 1, "data": [{"text": "a"}, {"text": "b"}, 7]}',
@@ -78,7 +82,7 @@ STEPPED_OVER: list[tuple[str, bytes, list[Any]]] = [
     ),
     ("a.json", ONE + b"\n" + TWO + b"\n" + ONE, [(1, A), (2, B), (3, A)]),
     ("a.json", b'{"messages": [{"role": "user"}]}', [(1, {"messages": [{"role": "user"}]})]),
-    ("a.json", b"3", [("a.json:1", "not an object: a number")]),
+    ("a.json", b"3", [("a.json:1:1", "not an object: a number")]),
     ("a.json", b"\xef\xbb\xbf[" + ONE + b"]", [(1, A)]),
     ("a.csv", b"text,n\r\na,1\r\n\r\nb,\r\n", [(2, {"text": "a", "n": "1"}), (4, {"text": "b", "n": ""})]),
     ("a.csv", b'\xef\xbb\xbf"text"\n"a"\n', [(2, A)]),
@@ -158,7 +162,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_what_is_left_out_is_coun
     (tmp_path / ".hidden.jsonl").write_bytes(ONE)
     tally = ExclusionTally()
     found = [each.where.short for each in read_records(tmp_path, tally)]
-    assert found == ["a.json:1", "b.CSV:2", "sub/a.jsonl:1"]
+    assert found == ["a.json:1:2", "b.CSV:2", "sub/a.jsonl:1"]
     assert [(each.count, each.names) for each in tally.excluded()] == [(1, (".hidden.jsonl",)), (1, ("README.md",))]
     for name in ("a.json", "b.CSV", "sub/a.jsonl"):
         (tmp_path / name).unlink()

@@ -20,6 +20,7 @@ from sprat.tokens import (
     render,
     split_reasoning,
 )
+from sprat.tokens.chat import ToolCall
 
 TALK = [
     Message("system", "You add numbers."),
@@ -237,4 +238,7 @@ def test_a_conversation_without_messages_is_refused(own: Tokenizer) -> None:
     with pytest.raises(DataError, match="no message"):
         render(own, [])
     with pytest.raises(DataError, match="unknown role 'tool'"):
-        render(own, [Message("tool", "x")])  # type: ignore[arg-type]
+        render(own, [Message("tool", "x")])
+    calls = Message("assistant", "", tool_calls=(ToolCall("weather", "{}"),))
+    with pytest.raises(DataError, match="a turn that calls tools, which the chat format cannot write"):
+        render(own, [Message("user", "x"), calls])
