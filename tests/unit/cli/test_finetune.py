@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
 from typer.testing import CliRunner
 
 import sprat
 from sprat.cli.main import app
+from sprat.config.model import ModelConfig
+from sprat.model import Transformer
+from sprat.tokens import Tokenizer
 
 SMALL = ["--set", "seq_len=64", "--set", "epochs=2"]
 
@@ -103,3 +110,33 @@ def test_what_cannot_be_is_one_sentence_and_nothing_is_made(
     done = sprat_command(*(names.get(word, word) for word in words))
     assert done.exit_code == code and said in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+def _small_llama(folder: Path) -> None:
+    """A random Llama with GPT-2's way to cut text, which llama.cpp knows."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(["user assistant one two three"] * 9, trainer)
+    raw.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    tokenizer = Tokenizer(raw.to_str())
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(architecture="llama", vocab_size=tokenizer.vocab_size, **shape)
+    sprat.save(Transformer.create(config, seed=1), tokenizer, folder)
+
+
+@pytest.mark.slow
+def test_the_page_on_fine_tuning_is_true(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands as they stand there, with a smaller model of that name."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "finetune.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    _small_llama(tmp_path / "smol")
+    for line in block.splitlines():
+        done = sprat_command(*shlex.split(line)[1:])
+        assert done.exit_code == 0, (line, done.stderr)
+    trained, taken = sprat.load("runs/mine")[0], sprat.load("mine.gguf", dequantize=True)[0]
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(trained(ids), taken(ids), atol=0.02)  # Q8_0
