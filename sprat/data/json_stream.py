@@ -16,6 +16,7 @@ from sprat.errors import DataError
 
 _CHUNK_BYTES = 2**16
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_NUMBER_GOES_ON = ("", *"0123456789.eE+-")  # what may stand behind the part of a number that is in the buffer
 _INCOMPLETE_CHARS = 16  # so near to the end of the buffer a fault may be a word or an escape that goes on behind it
 
 
@@ -80,7 +81,8 @@ class JsonStream:
                 reason = str(error).partition(";")[0] if isinstance(error, ValueError) else "nested too deep"
                 raise self._error(f"not JSON: {reason}", self._position) from None
             else:
-                if self._ended or end < len(self._buffer) or isinstance(value, dict | list | str):
+                is_cut = isinstance(value, int | float) and self._buffer[end : end + 1] in _NUMBER_GOES_ON
+                if self._ended or not is_cut:
                     self._advance(end)
                     return value
             if len(self._buffer) - self._position > self._limit:

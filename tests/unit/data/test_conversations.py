@@ -181,6 +181,10 @@ def test_a_pair_that_goes_on_from_several_turns(tmp_path: Path) -> None:
     assert (pair.prompt, pair.chosen, pair.rejected) == (asked, (SAY,), (Message("assistant", "Well"),))
     same_start = one(tmp_path, {"prompt": SKY_TURN, "chosen": [*BLUE, U, A], "rejected": [*BLUE, U, PAST]})
     assert same_start.prompt == (Message("user", SKY),), "an explicit prompt stays as it is"
+    other_question = {"role": "user", "content": "Why?"}
+    parted = one(tmp_path, {"chosen": [*long, A], "rejected": [*SKY_TURN, *BLUE, other_question, A]})
+    assert parted.prompt == (Message("user", SKY),), "a prompt ends where the assistant is asked"
+    assert [len(parted.chosen), len(parted.rejected)] == [3, 3]
 
 
 def test_texts_and_tools(tmp_path: Path) -> None:

@@ -233,6 +233,10 @@ def test_a_record_over_the_limit_is_refused_by_its_line(tmp_path: Path, line_end
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + ONE + line_end + long + line_end + TWO)
     found = rows(tmp_path / "a.jsonl", max_record_bytes=size)
     assert found == [(1, A), ("a.jsonl:2", f"a record that is too long: more than {size} bytes"), (3, B)]
+    endless = b'{"text": "' + b"x" * 3_000_000 + b'"}'
+    for content in (endless, ONE + b"\r" * 40):
+        (tmp_path / "a.jsonl").write_bytes(content + line_end + TWO)
+        assert [place for place, _ in rows(tmp_path / "a.jsonl", max_record_bytes=size)] == ["a.jsonl:1", 2]
     for name, content in (
         ("a.json", b"[" + ONE + b",\n" + json.dumps({"text": "x" * 200_000}).encode() + b"]"),
         ("a.csv", b'text\na\n"' + b"x\n" * 100_000 + b'"\n'),
@@ -261,7 +265,12 @@ def test_a_long_line_needs_no_many_times_its_size(tmp_path: Path, name: str) -> 
 JSON_ITEMS = st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.none(), max_size=3)
 
 
-@given(st.lists(JSON_ITEMS, max_size=5), st.sampled_from([None, 1, "\t"]), st.booleans(), st.integers(1, 20))
+@given(
+    st.lists(JSON_ITEMS | st.integers() | st.floats(), max_size=5),
+    st.sampled_from([None, 1, "\t"]),
+    st.booleans(),
+    st.integers(1, 20),
+)
 @settings(max_examples=100, deadline=None)
 def test_a_json_list_is_read_as_python_reads_it(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: Any, ascii_only: bool, chunk_bytes: int
@@ -270,7 +279,8 @@ def test_a_json_list_is_read_as_python_reads_it(
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:  # wherever a value is cut
         patch.setattr(json_stream, "_CHUNK_BYTES", chunk_bytes)
-        assert [found for _, found in rows(path)] == values
+        found = [each.values if isinstance(each, Record) else each.detail for each in read_records(path)]
+    assert found == [value if isinstance(value, dict) else "a number" for value in values]
 
 
 @given(st.binary(max_size=60), st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".json.gz", ".parquet", ".csv.zst"]))
