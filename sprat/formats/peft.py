@@ -47,7 +47,8 @@ _SUFFIXES = {
 _OURS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
 # Read by ``_parse_config`` and ``_check_targets``.
 _READ = {
-    "peft_type", "auto_mapping", "base_model_name_or_path", "init_lora_weights", "target_modules", "layers_to_transform",
+    "peft_type", "auto_mapping", "base_model_name_or_path", "init_lora_weights",
+    "target_modules", "layers_to_transform",
 }  # fmt: skip
 # What says nothing about what is computed from the tensors, and settings of what has to be switched on by another key.
 _SILENT = {
