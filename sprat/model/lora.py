@@ -66,7 +66,7 @@ class LowRank(nn.Module):
         self.lora_magnitude_vector = nn.Parameter(norms) if config.dora else None
 
     def forward(self, x: Tensor, product: Product = F.linear) -> Tensor:
-        """What is added to the product of ``x`` [..., I] and the matrix: ``s x A^T B^T`` [..., O], in the same dtype."""
+        """What is added to the product of ``x`` [..., I] and the matrix: ``s x A^T B^T`` [..., O], of its dtype."""
         return product(product(x, self.lora_A.to(x.dtype)) * self.scaling, self.lora_B.to(x.dtype))
 
     def row_scale(self, weight: Tensor) -> Tensor | None:
@@ -128,10 +128,10 @@ class LoRAMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        pair: list[LinearBase] = [self.gate_proj, self.up_proj]
+        pair: list[Linear | LoRALinear] = [self.gate_proj, self.up_proj]
         adapters = [linear.adapter if isinstance(linear, LoRALinear) else None for linear in pair]
         bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in pair]
-        gate_FD, up_FD = (base.get_parameter("weight") for base in bases)
+        gate_FD, up_FD = (base.dense_weight() for base in bases)
         hidden = ops.swiglu(x, gate_FD, up_FD, functools.partial(_adapt_gate_up, adapters, (gate_FD, up_FD)))
         out: Tensor = self.down_proj(hidden)
         return out
@@ -286,9 +286,16 @@ def merge_lora(model: Transformer) -> None:
     """Put plain modules back, in place, whose matrices are what base and adapter were together; all can be trained.
 
     A model without adapters stays as it is.
+
+    Raises:
+        ConfigError: the base was quantized under its adapters. Nothing is changed.
     """
     if not adapters(model):
         return
+    for name, linear in linears(model):
+        if name.rpartition(".")[2] == "base" and type(linear) not in (Linear, Experts):
+            what, todo = f"the base of an adapter is a {type(linear).__name__}", "merge first, then quantize"
+            raise ConfigError(what, where=name, todo=todo)
     replace_linears(
         model, lambda name, linear: linear.merge() if isinstance(linear, LoRALinear | LoRAExperts) else None
     )

@@ -31,7 +31,7 @@ from sprat.model.lora import (
     merge_lora,
     target_names,
 )
-from sprat.quant import quantize_model
+from sprat.quant import dequantize_model, quantize_model
 from sprat.tokens import Tokenizer
 from tests.byte_fallback import byte_fallback
 from tests.unit.model.conftest import tiny, tiny_dense
@@ -320,6 +320,23 @@ def test_adapters_beside_narrow_matrices_are_wide() -> None:
     merge_lora(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_a_base_can_be_quantized_under_its_adapters_and_is_then_not_merged() -> None:
+    """The judge is the model whose quantized matrices were made dense before the adapters came."""
+    model = Transformer.create(tiny(), 1)
+    expected = dequantize_model(quantize_model(model))
+    for each in (model, expected):
+        add_lora(each, LoRAConfig(rank=4, dora=True))
+        train_a_little(each)
+    load_lora_state_dict(expected, lora_state_dict(model))
+    with torch.no_grad():
+        packed = quantize_model(model)
+        for time in (3, 150):
+            assert (packed(tokens_of(time)) - expected(tokens_of(time))).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match="merge first, then quantize"):
+        merge_lora(packed)
+    assert len(adapters(packed)) == len(adapters(model))
 
 
 def test_the_engine_serves_an_adapted_model_as_its_merged_one_says() -> None:
