@@ -105,7 +105,7 @@ def _refuse_unloadable(model: Transformer) -> None:
     tied = {"head.weight"} if model.config.tie_word_embeddings else set()
     if differing := {name for name, _ in shapes.items() ^ expected.items()} - tied:
         fault = f"{min(differing)} is not as config.json would say, so what is saved could not be loaded"
-        todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
+        todo = "merge first (merge_lora): put a Linear in each adapter's place whose weight is its dense_weight()"
         raise CheckpointError(fault, where="save", todo=todo)
 
 

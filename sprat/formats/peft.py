@@ -2,8 +2,8 @@
 
 Tensors are called ``base_model.model.<module>.lora_A.weight`` [r, in], ``.lora_B.weight`` [out, r] and, with DoRA,
 ``.lora_magnitude_vector`` [out], where ``<module>`` is that of the published checkpoint (``disk_names``). Experts of a
-layer, which are stacks here, are written one by one: ``model.layers.1.mlp.experts.7.up_proj``. transformers 5 stacks
-them in its own way, so that PEFT on it takes the other modules and warns of these.
+layer, which are stacks here, are written one by one: ``model.layers.1.mlp.experts.7.up_proj``. transformers 5 has
+stacks of its own, for which PEFT (0.21.2) converts them as it loads; of what it then leaves out ``save_peft`` warns.
 
 Everything that the config says is read, means nothing by its value (null, false, empty), or is named as not understood.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ _SUFFIXES = {
 _OURS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
 # Read by ``_parse_config`` and ``_check_targets``.
 _READ = {
-    "peft_type", "auto_mapping", "base_model_name_or_path", "init_lora_weights", "target_modules",
-    "layers_to_transform",
+    "peft_type", "auto_mapping", "base_model_name_or_path", "init_lora_weights",
+    "target_modules", "layers_to_transform",
 }  # fmt: skip
 # What says nothing about what is computed from the tensors, and settings of what has to be switched on by another key.
 _SILENT = {
@@ -94,6 +95,7 @@ def save_peft(model: Transformer, path: str | Path, *, base_model: str | None = 
             todo = "go back to a checkpoint of before the training diverged"
             raise CheckpointError(f"tensor {name!r} is not finite", where=str(folder), todo=todo)
     config = next(iter(own.values())).config
+    _warn_of_peft(model, config, own.keys(), folder)
     table = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -148,6 +150,19 @@ def load_peft(model: Transformer, path: str | Path) -> None:
             state[f"{target}.{leaf}"] = torch.stack(parts) if _is_stack(target) else parts[0]
     add_lora(model, config.replace(targets=tuple(targets)))
     load_lora_state_dict(model, state)
+
+
+def _warn_of_peft(model: Transformer, config: LoRAConfig, targets: Collection[str], folder: Path) -> None:
+    """Name what PEFT on transformers 5 reads otherwise: to it gate, up and down are routed experts alone."""
+    if not model.config.n_routed_experts:
+        return
+    stacks = [target for target in targets if _is_stack(target)]
+    lost = [t for t in targets if t.rpartition(".")[2] in EXPERT_PROJECTIONS and not _is_stack(t)]
+    way = "rslora" if config.rslora else "dora" if config.dora else ""
+    if lost or (stacks and way):
+        what = f"the adapter of {lost[0]}" if lost else f"{way} of experts"
+        advice = "merge it, or adapt attention and routed experts alone, without rslora and dora, if it is to go there"
+        warnings.warn(f"{folder}: PEFT on transformers 5 does not read {what}; {advice}", stacklevel=3)
 
 
 def _parse_config(table: dict[str, Any], model: Transformer, where: str) -> LoRAConfig:

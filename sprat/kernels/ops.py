@@ -199,8 +199,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_DV = weight.t().contiguous()
             want_x, want_weight = ctx.needs_input_grad[:2]
             grad_x = torch.empty_like(x) if want_x else None
-            grad_DV = x.new_zeros(width, vocabulary, dtype=torch.promote_types(dtype, torch.float32))
-            loss = x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+            wide = torch.promote_types(dtype, torch.float32)
+            grad_DV = x.new_zeros(width, vocabulary if want_weight else 0, dtype=wide)
+            loss = x.new_zeros((), dtype=wide)
             chunk = max(64, _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_DEVICE) // vocabulary)
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]

@@ -1,3 +1,4 @@
+# size: adapters of linears and of stacked experts, put in, taken out and merged, are one noun
 """LoRA: adapters beside frozen matrices (Hu et al., arXiv 2106.09685), with rsLoRA and DoRA by option.
 
 The trick. What fine-tuning changes in a matrix W [out, in] has low rank, so it is learned as a product of two thin
@@ -64,9 +65,9 @@ class LowRank(nn.Module):
         norms = torch.linalg.vector_norm(weight.detach().to(dtype), dim=-1)
         self.lora_magnitude_vector = nn.Parameter(norms) if config.dora else None
 
-    def forward(self, x_NI: Tensor, y_NO: Tensor, product: Product = F.linear) -> Tensor:
-        """``y_NO`` (overwritten) plus what the adapter makes of ``x_NI``; DoRA's factor is ``row_scale``."""
-        return _add_low_rank(y_NO, x_NI, self.lora_A, self.lora_B, self.scaling, product)
+    def forward(self, x: Tensor, product: Product = F.linear) -> Tensor:
+        """What is added to the product of ``x`` [..., I] and the matrix: ``s x A^T B^T`` [..., O], of its dtype."""
+        return product(product(x, self.lora_A.to(x.dtype)) * self.scaling, self.lora_B.to(x.dtype))
 
     def row_scale(self, weight: Tensor) -> Tensor | None:
         """DoRA's factor of each output [O]; None without DoRA."""
@@ -99,7 +100,7 @@ class LoRALinear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out], same dtype."""
-        y = self.adapter(x, self.base(x))
+        y = self.base(x).add_(self.adapter(x))
         scale = self.adapter.row_scale(self.base.weight)
         if scale is not None:
             y = y * scale.to(y.dtype)
@@ -127,10 +128,10 @@ class LoRAMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
-        pair: list[LinearBase] = [self.gate_proj, self.up_proj]
+        pair: list[Linear | LoRALinear] = [self.gate_proj, self.up_proj]
         adapters = [linear.adapter if isinstance(linear, LoRALinear) else None for linear in pair]
         bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in pair]
-        gate_FD, up_FD = (base.get_parameter("weight") for base in bases)
+        gate_FD, up_FD = (base.dense_weight() for base in bases)
         hidden = ops.swiglu(x, gate_FD, up_FD, functools.partial(_adapt_gate_up, adapters, (gate_FD, up_FD)))
         out: Tensor = self.down_proj(hidden)
         return out
@@ -156,7 +157,7 @@ class LoRAExperts(Experts):
         hidden_MF = ops.grouped_swiglu(x_MD, *weights, ends_E, adapt if is_adapted else None)
         y_MD = product(hidden_MF, base.w_down_EDF)
         if self.down_proj is not None:
-            y_MD = self.down_proj(hidden_MF, y_MD, product)
+            y_MD = y_MD.add_(self.down_proj(hidden_MF, product))
             if (scale_ED := self.down_proj.row_scale(base.w_down_EDF)) is not None:
                 y_MD = y_MD * scale_ED.repeat_interleave(rows_E, 0).to(y_MD.dtype)
         return y_MD
@@ -169,11 +170,6 @@ class LoRAExperts(Experts):
         return self.base
 
 
-def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, product: Product) -> Tensor:
-    """``y += s x A^T B^T``; the factor goes to the thin side."""
-    return y.add_(product(product(x, a.to(x.dtype)) * scaling, b.to(x.dtype)))
-
-
 def _adapt_gate_up(
     adapters: Sequence[LowRank | None],
     weights: Sequence[Tensor],
@@ -183,24 +179,15 @@ def _adapt_gate_up(
     product: Product = F.linear,
     rows_E: Tensor | None = None,
 ) -> Tensor:
-    """``y`` [N, 2F], the products of gate and up side by side, with their adapters; B is then block-diagonal."""
-    own = [adapter for adapter in adapters if adapter is not None]
-    total, start = sum(each.config.rank for each in own), 0
-    blocks, scales = [], []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter is None:
-            blocks.append(own[0].lora_B.new_zeros(*weight.shape[:-1], total))
-        else:
-            end = start + adapter.config.rank
-            blocks.append(F.pad(adapter.lora_B, (start, total - end)))
-            start = end
-        scale = None if adapter is None else adapter.row_scale(weight)
-        scales.append(own[0].lora_B.new_ones(weight.shape[:-1]) if scale is None else scale)
-    lora_A, lora_B = torch.cat([each.lora_A for each in own], -2), torch.cat(blocks, -2)
-    y = _add_low_rank(y, x, lora_A, lora_B, own[0].scaling, product)
-    if not own[0].config.dora:
+    """``y`` [..., 2F] (overwritten), the products of gate and up side by side, with their adapters."""
+    pairs, width = list(zip(adapters, weights, strict=True)), y.shape[-1] // 2
+    parts = [y.new_zeros(*y.shape[:-1], width) if own is None else own(x, product) for own, _ in pairs]
+    y = y.add_(torch.cat(parts, -1))
+    scales = [None if own is None else own.row_scale(weight) for own, weight in pairs]
+    if all(scale is None for scale in scales):
         return y
-    scale = torch.cat(scales, -1).to(y.dtype)
+    ones = torch.ones(weights[0].shape[:-1], dtype=y.dtype, device=y.device)
+    scale = torch.cat([ones if each is None else each.to(y.dtype) for each in scales], -1)
     return y * (scale if rows_E is None else scale.repeat_interleave(rows_E, 0))
 
 
@@ -299,9 +286,16 @@ def merge_lora(model: Transformer) -> None:
     """Put plain modules back, in place, whose matrices are what base and adapter were together; all can be trained.
 
     A model without adapters stays as it is.
+
+    Raises:
+        ConfigError: the base was quantized under its adapters. Nothing is changed.
     """
     if not adapters(model):
         return
+    for name, linear in linears(model):
+        if name.rpartition(".")[2] == "base" and type(linear) not in (Linear, Experts):
+            what, todo = f"the base of an adapter is a {type(linear).__name__}", "merge first, then quantize"
+            raise ConfigError(what, where=name, todo=todo)
     replace_linears(
         model, lambda name, linear: linear.merge() if isinstance(linear, LoRALinear | LoRAExperts) else None
     )

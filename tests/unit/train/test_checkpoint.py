@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -42,6 +43,32 @@ def test_everything_comes_back_to_the_bit(model: Transformer, shape: ModelConfig
     for mine, theirs in ((model.state_dict(), other.state_dict()), (optimizer.state_dict(), fresh.state_dict())):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_what_is_frozen_is_not_written_and_is_compared(model: Transformer, shape: ModelConfig, tmp_path: Path) -> None:
+    model.layers.requires_grad_(False)
+    optimizer = optim.build(model, OptimConfig())
+    checkpoint.save(tmp_path, 7, model, optimizer, {})
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    stored = load_file(found.folder / "model.safetensors")
+    assert set(stored) == {
+        n for n in model.state_dict() if not n.startswith("layers.") or n.endswith("correction_bias")
+    }
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.norm.weight.add_(1)
+    checkpoint.restore(found, other, optim.build(other, OptimConfig()))
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    with torch.no_grad():
+        other.layers[0].input_layernorm.weight[3] += 1e-6
+        other.norm.weight.add_(1)
+    with pytest.raises(CheckpointError, match="other frozen weights"):
+        checkpoint.restore(found, other, optim.build(other, OptimConfig()))
+    assert not torch.equal(other.norm.weight, model.norm.weight)
+    other.requires_grad_(True)
+    with pytest.raises(CheckpointError, match="another"):
+        checkpoint.restore(found, other, optim.build(other, OptimConfig()))
 
 
 class _Reversed(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sprat.config import OptimConfig, TrainConfig
+from sprat.config import LoRAConfig, OptimConfig, TrainConfig
 from sprat.config.model import ModelConfig
 from sprat.data.loader import Batch, MixedBatchSource
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
+from sprat.model.lora import add_lora
 from sprat.train import Loss, next_token_loss, train
 from sprat.trust import Run
 
@@ -104,6 +107,45 @@ def test_an_interrupted_run_ends_with_the_same_bits_and_rows(
     assert _same(whole, again)
     assert _rows(straight) == _rows(resumed)
     assert (result.loss, result.tokens, result.flops) == (expected.loss, expected.tokens, expected.flops)
+
+
+@pytest.mark.parametrize("at", [4, 7])
+def test_an_interrupted_run_of_adapters_ends_with_the_same_bits_over_the_same_base(
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun, at: int
+) -> None:
+    """Checkpoints hold the adapters and not the base, neither of whose weights nor router biases moves."""
+
+    def adapted(seed: int) -> Transformer:
+        model = Transformer.create(shape, 0)
+        add_lora(model, LoRAConfig(rank=4, dora=True), seed)
+        return model
+
+    whole, broken, again = adapted(0), adapted(0), adapted(1)
+    straight, resumed = new_run("whole"), new_run("broken")
+    train(whole, source, recipe, straight)
+    with pytest.raises(_Killed):
+        train(broken, _Stops(source, at, _kill), recipe, resumed)
+    train(again, source, recipe, resumed)
+    assert _same(whole, again) and _rows(straight) == _rows(resumed)
+    fresh, own = adapted(0).state_dict(), whole.state_dict()
+    assert {name for name in own if torch.equal(own[name], fresh[name])} == {n for n in own if "lora_" not in n}
+    stored = load_file(straight.checkpoints / "step-00000008" / "model.safetensors")
+    assert {n for n in own if "lora_" in n} == {n for n in stored if "bias" not in n}
+
+
+def test_adapters_are_not_put_on_another_base(
+    shape: ModelConfig, source: MixedBatchSource, recipe: TrainConfig, new_run: NewRun
+) -> None:
+    model, other = Transformer.create(shape, 0), Transformer.create(shape, 1)
+    for each in (model, other):
+        add_lora(each, LoRAConfig(rank=4))
+    train(model, source, recipe, new_run("a"))
+    before = copy.deepcopy(other)
+    with pytest.raises(CheckpointError, match=r"other frozen weights.*load the base model"):
+        train(other, source, recipe, new_run("a"))
+    assert _same(before, other)
+    with pytest.raises(CheckpointError, match="of another model"):
+        train(Transformer.create(shape, 0), source, recipe, new_run("a"))
 
 
 def test_ctrl_c_keeps_the_step_it_interrupts(

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sprat.config import OptimConfig
+from sprat.config import LoRAConfig, OptimConfig
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer
+from sprat.model.lora import add_lora
 from sprat.train import optim
 
 
@@ -258,6 +259,19 @@ def test_only_hidden_matrices_go_to_muon(model: Transformer) -> None:
     )
     assert {"layers.1.mlp.experts.w_up_EFD", "layers.0.self_attn.o_proj.weight"} <= set(optimizer.muon_names)
     assert optim.build(model, OptimConfig(name="adamw")).muon_names == []
+
+
+def test_adapters_go_to_adamw_and_nothing_else_is_moved(model: Transformer) -> None:
+    add_lora(model, LoRAConfig(rank=4, dora=True))
+    optimizer = optim.build(model, OptimConfig())
+    assert not optimizer.muon_names and all("lora_" in name for name in optimizer.adamw_names)
+    assert set(map(id, optimizer.parameters)) == {id(p) for p in model.parameters() if p.requires_grad}
+    before = [parameter.clone() for parameter in optimizer.parameters]
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(optimizer.parameters, before, strict=True):
+        assert (parameter - old + 0.003).abs().max() < 1e-5  # the first step of Adam is its rate
 
 
 def test_clipping_scales_the_joint_norm(model: Transformer) -> None:
