@@ -17,6 +17,7 @@ import itertools
 import json
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,13 @@ PROBES = (
 )
 
 
-def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, *, pre: str | None = None) -> dict[str, Value | Values]:
+def tokenizer_keys(
+    tokenizer: Tokenizer, vocab_size: int, *, eos_token_ids: Collection[int] = (), pre: str | None = None
+) -> dict[str, Value | Values]:
     """The keys of ``tokenizer`` for a model of ``vocab_size`` ids; its chat template and sampling among them.
 
     Args:
+        eos_token_ids: that the model's config names; those that are control tokens count beside the tokenizer's own.
         pre: see ``export.save``; with a name given, ids that differ are counted in a warning and not refused.
 
     Raises:
@@ -71,7 +75,10 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, *, pre: str | None = N
     if tokenizer.vocab_size > vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}"
         raise _fault(fault, "use the tokenizer that the model was trained with")
-    keys = {**_special_ids(tokenizer, table, config), **_instruct_keys(tokenizer, config)}
+    ends = sorted((tokenizer.eos_token_ids | tokenizer.control_ids & {*eos_token_ids}) - {tokenizer.special_ids.eos})
+    if len(ends) > 2:
+        warnings.warn(f"a file names three tokens that end an answer; left out: {ends[2:]}", stacklevel=3)
+    keys = {**_special_ids(tokenizer, table, config, ends), **_instruct_keys(tokenizer, config)}
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in table["model"]["merges"]]
     tokens, types = _tokens(tokenizer, table, vocab_size)
     keys |= {f"{KEY}tokens": tokens, f"{KEY}token_type": types}
@@ -142,12 +149,14 @@ def _instruct_keys(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Va
     return keys
 
 
-def _special_ids(tokenizer: Tokenizer, table: dict[str, Any], config: dict[str, Any]) -> dict[str, Value | Values]:
-    """Ids of special tokens, and whether a text begins with one."""
+def _special_ids(
+    tokenizer: Tokenizer, table: dict[str, Any], config: dict[str, Any], ends: list[int]
+) -> dict[str, Value | Values]:
+    """Ids of special tokens, ``ends`` of turns and messages among them, and whether a text begins with one."""
     ids = {token: index for token, index in table["model"]["vocab"].items()}
     ids |= {row["content"]: row["id"] for row in table["added_tokens"]}
     special = tokenizer.special_ids
-    turns = [*sorted(tokenizer.eos_token_ids - {special.eos}), -1, -1]
+    turns = [*ends, -1, -1]
     named = {name: ids.get(special_token(config, f"{name}_token"), -1) for name in ("bos", "unk", "pad")}
     bos = special.bos if special.bos >= 0 else named["bos"]
     values = {

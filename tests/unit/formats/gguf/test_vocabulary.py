@@ -120,6 +120,9 @@ def test_the_ends_and_the_sampling_of_a_folder_go_along(tmp_path: Path) -> None:
     assert again.generation_config.default_sampling == tokenizer.generation_config.default_sampling
     keys = tokenizer_keys(tokenizer, tokenizer.vocab_size)
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (1, 0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1, 2, 3]}))
+    with pytest.warns(UserWarning, match=r"end an answer; left out: \[3\]"):
+        tokenizer_keys(Tokenizer.load(tmp_path), tokenizer.vocab_size)
 
 
 def test_a_first_token_is_asked_for_where_the_tokenizer_writes_one() -> None:
