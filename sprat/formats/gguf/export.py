@@ -87,7 +87,9 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, kind: Ki
         **metadata.config_keys(config),
     }
     tensors = _tensors(model, kind, str(path))
-    keys |= vocabulary.tokenizer_keys(tokenizer, config.vocab_size, pre=pre)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos = {token_id for token_id in ends if token_id is not None}
+    keys |= vocabulary.tokenizer_keys(tokenizer, config.vocab_size, eos_token_ids=eos, pre=pre)
     if len(model.mtp):
         warnings.warn(f"{path}: modules of multi-token prediction are left out", stacklevel=2)
     write_file(path, keys, tensors)

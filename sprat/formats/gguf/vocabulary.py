@@ -1,9 +1,10 @@
-"""Our tokenizer as the metadata of a GGUF file: ``tokenizer`` read backwards, for byte-level BPE.
+"""Our tokenizer as the metadata of a GGUF file: ``tokenizer`` read backwards.
 
-A GGUF file names how text is cut before bytes are merged and does not hold it, so the name must be found. What counts
-is behavior: a cut is taken when it gives the same pieces as the tokenizer's own, on every string of up to three of the
-characters that patterns tell apart, and on lines of real text. Then the metadata are read back as ``read_tokenizer``
-reads them, and the ids must be the same.
+SentencePiece BPE with byte fallback (``llama``) is its tokens and their scores. For byte-level BPE (``gpt2``) a file
+names how text is cut before bytes are merged and does not hold it, so the name must be found. What counts is behavior:
+a cut is taken when it gives the same pieces as the tokenizer's own, on every string of up to three of the characters
+that patterns tell apart, and on lines of real text. Then the metadata are read back as ``read_tokenizer`` reads them,
+and the ids must be the same.
 
 Ids beyond the tokenizer's are filled with unused tokens: llama.cpp takes the number of tokens for the size of the
 embedding.
@@ -14,20 +15,34 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import CheckpointError
 from sprat.formats.gguf.header import Header, Value, Values
 from sprat.formats.gguf.pretokenizers import IGNORE_MERGES, PRETOKENIZERS, normalizer, pre_tokenizer
-from sprat.formats.gguf.tokenizer import CONTROL, KEY, NORMAL, SAMPLING, SAMPLING_NAMES, UNUSED, USER, read_tokenizer
+from sprat.formats.gguf.tokenizer import (
+    BYTE,
+    CONTROL,
+    KEY,
+    NORMAL,
+    SAMPLING,
+    SAMPLING_NAMES,
+    UNKNOWN,
+    UNUSED,
+    USER,
+    read_tokenizer,
+)
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat_formats import special_token
 
 if TYPE_CHECKING:
     import tokenizers
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _CHARACTERS = "aZ\u0301字か한1²'.,+_ \t\n\r\u00a0🙂"  # of each class that patterns tell apart
 PROBES = (
     "Hello, world! It's 2024-12-31; they'LL pay 1,234,567.89 € (or $5).",
@@ -39,63 +54,109 @@ PROBES = (
 )
 
 
-def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, *, pre: str | None = None) -> dict[str, Value | Values]:
+def tokenizer_keys(
+    tokenizer: Tokenizer, vocab_size: int, *, eos_token_ids: Collection[int] = (), pre: str | None = None
+) -> dict[str, Value | Values]:
     """The keys of ``tokenizer`` for a model of ``vocab_size`` ids; its chat template and sampling among them.
 
     Args:
+        eos_token_ids: that the model's config names; those that are control tokens count beside the tokenizer's own.
         pre: see ``export.save``; with a name given, ids that differ are counted in a warning and not refused.
 
     Raises:
-        CheckpointError: it is no byte-level BPE, has more ids than the model, or no cut is known that is its own.
+        CheckpointError: it is no BPE, has more ids than the model, or other ids would come out of the file.
     """
     files = tokenizer.files()
     table: dict[str, Any] = json.loads(files["tokenizer.json"])
+    table["added_tokens"] = table.get("added_tokens") or []
     config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
-    kind = str(table["model"].get("type"))
-    if kind != "BPE" or table["model"].get("byte_fallback") or '"ByteLevel"' not in json.dumps(table.get("decoder")):
-        what = f"the tokenizer is {kind} with byte fallback" if kind == "BPE" else f"the tokenizer is {kind}"
-        raise _fault(f"{what}, and only byte-level BPE can be written", "save it as a folder")
+    if (kind := table["model"].get("type")) != "BPE":
+        raise _fault(f"the tokenizer is {kind}, and only BPE can be written", "save it as a folder")
     if tokenizer.vocab_size > vocab_size:
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}"
         raise _fault(fault, "use the tokenizer that the model was trained with")
-    keys: dict[str, Value | Values] = {f"{KEY}model": "gpt2", f"{KEY}pre": "", **_tokens(table, vocab_size)}
-    keys |= _special_ids(tokenizer, table, config)
+    ends = sorted((tokenizer.eos_token_ids | tokenizer.control_ids & {*eos_token_ids}) - {tokenizer.special_ids.eos})
+    if len(ends) > 2:
+        warnings.warn(f"a file names three tokens that end an answer; left out: {ends[2:]}", stacklevel=3)
+    keys = {**_special_ids(tokenizer, table, config, ends), **_instruct_keys(tokenizer, config)}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in table["model"]["merges"]]
+    tokens, types = _tokens(tokenizer, table, vocab_size)
+    keys |= {f"{KEY}tokens": tokens, f"{KEY}token_type": types}
+    if table["model"].get("byte_fallback"):
+        return _sentence_piece(tokenizer, keys, tokens, merges)
+    if pre is not None and pre not in PRETOKENIZERS:
+        raise _fault(f"the cut {pre!r} is not known", f"use one of {', '.join(PRETOKENIZERS)}")
+    keys |= {f"{KEY}model": "gpt2", f"{KEY}pre": pre or find_pre(files["tokenizer.json"])}
+    keys[f"{KEY}merges"] = [" ".join(merge) for merge in merges]
+    if differing := _differing(tokenizer, keys):
+        what = f"with the cut {keys[f'{KEY}pre']!r} other ids come out for {len(differing)} of {len(PROBES)} probes"
+        if pre is None:
+            raise _fault(f"{what}, {differing[0]!r} for one", "save it as a folder")
+        warnings.warn(f"{what}: llama.cpp will read such text otherwise than the model was taught", stacklevel=3)
+    return keys
+
+
+def _sentence_piece(
+    tokenizer: Tokenizer, keys: dict[str, Value | Values], tokens: list[str], merges: list[tuple[str, ...]]
+) -> dict[str, Value | Values]:
+    """``keys`` with scores: a token's is the better the earlier it is merged; with a space before a text, or without.
+
+    Raises:
+        CheckpointError: neither gives the tokenizer's own ids.
+    """
+    rank: dict[str, int] = {}
+    for merge in merges:
+        rank.setdefault("".join(merge), len(rank))
+    scores = [-float(rank.get(token, len(rank))) for token in tokens]
+    keys |= {f"{KEY}model": "llama", f"{KEY}pre": "default", f"{KEY}scores": scores}
+    for prefix in (True, False):
+        candidate = keys | {f"{KEY}add_space_prefix": prefix}
+        if not (differing := _differing(tokenizer, candidate)):
+            return candidate
+    what = f"llama.cpp would make other ids of {differing[0]!r} than this tokenizer does"
+    raise _fault(what, "save it as a folder")
+
+
+def _tokens(tokenizer: Tokenizer, table: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Tokens by id, and their types."""
+    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
+    fallback, unknown = table["model"].get("byte_fallback"), table["model"].get("unk_token")
+    for token, index in table["model"]["vocab"].items():
+        is_byte = fallback and _BYTE_TOKEN.fullmatch(token)
+        steers = CONTROL if index in tokenizer.control_ids else NORMAL
+        tokens[index], types[index] = token, BYTE if is_byte else steers
+    for row in table["added_tokens"]:
+        content = row["content"]
+        steers = row.get("special") or (content[:2] in ("<|", "<｜") and content[-2:] in ("|>", "｜>"))
+        kind = UNKNOWN if fallback and content == unknown else CONTROL if steers else USER
+        tokens[row["id"]], types[row["id"]] = content, kind
+    return tokens, types
+
+
+def _instruct_keys(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, Value | Values]:
+    """The chat template and the sampling."""
+    keys: dict[str, Value | Values] = {}
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
         template = named.get("default")
     if isinstance(template, str) and template:
         keys["tokenizer.chat_template"] = template
+    sampling = tokenizer.generation_config.default_sampling
     for name, ours in SAMPLING_NAMES.items():
-        if ours in tokenizer.generation_config.default_sampling:
-            value = tokenizer.generation_config.default_sampling[ours]
-            keys[SAMPLING + name] = int(value) if name == "top_k" else float(value)
-    if pre is not None and pre not in PRETOKENIZERS:
-        raise _fault(f"the cut {pre!r} is not known", f"use one of {', '.join(PRETOKENIZERS)}")
-    keys[f"{KEY}pre"] = pre or find_pre(files["tokenizer.json"])
-    _compare_ids(tokenizer, keys, strict=pre is None)
+        if ours in sampling:
+            keys[SAMPLING + name] = int(sampling[ours]) if name == "top_k" else float(sampling[ours])
     return keys
 
 
-def _tokens(table: dict[str, Any], vocab_size: int) -> dict[str, Value | Values]:
-    """Tokens by id, their types, and the merges."""
-    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
-    for token, index in table["model"]["vocab"].items():
-        tokens[index], types[index] = token, NORMAL
-    for row in table["added_tokens"]:
-        content = row["content"]
-        steers = row.get("special") or (content[:2] in ("<|", "<｜") and content[-2:] in ("|>", "｜>"))
-        tokens[row["id"]], types[row["id"]] = content, CONTROL if steers else USER
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in table["model"]["merges"]]
-    return {f"{KEY}tokens": tokens, f"{KEY}token_type": types, f"{KEY}merges": merges}
-
-
-def _special_ids(tokenizer: Tokenizer, table: dict[str, Any], config: dict[str, Any]) -> dict[str, Value | Values]:
-    """Ids of special tokens, and whether a text begins with one."""
+def _special_ids(
+    tokenizer: Tokenizer, table: dict[str, Any], config: dict[str, Any], ends: list[int]
+) -> dict[str, Value | Values]:
+    """Ids of special tokens, ``ends`` of turns and messages among them, and whether a text begins with one."""
     ids = {token: index for token, index in table["model"]["vocab"].items()}
     ids |= {row["content"]: row["id"] for row in table["added_tokens"]}
     special = tokenizer.special_ids
-    turns = [*sorted(tokenizer.eos_token_ids - {special.eos}), -1, -1]
+    turns = [*ends, -1, -1]
     named = {name: ids.get(special_token(config, f"{name}_token"), -1) for name in ("bos", "unk", "pad")}
     bos = special.bos if special.bos >= 0 else named["bos"]
     values = {
@@ -148,16 +209,10 @@ def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
-def _compare_ids(tokenizer: Tokenizer, keys: dict[str, Value | Values], *, strict: bool) -> None:
-    """Read ``keys`` back and compare the ids of the probes: refuse what differs, or where not ``strict`` warn of it."""
+def _differing(tokenizer: Tokenizer, keys: dict[str, Value | Values]) -> list[str]:
+    """The probes that have other ids when ``keys`` are read back."""
     again = read_tokenizer(Header(Path("the file to be written"), keys, {}))
-    differing = [probe for probe in PROBES if again.encode(probe) != tokenizer.encode(probe)]
-    if not differing:
-        return
-    what = f"with the cut {keys[f'{KEY}pre']!r} other ids come out for {len(differing)} of {len(PROBES)} probes"
-    if strict:
-        raise _fault(f"{what}, {differing[0]!r} for one", "save it as a folder")
-    warnings.warn(f"{what}: llama.cpp will read such text otherwise than the model was taught", stacklevel=4)
+    return [probe for probe in PROBES if again.encode(probe) != tokenizer.encode(probe)]
 
 
 def _fault(what: str, todo: str) -> CheckpointError:

@@ -16,6 +16,7 @@ import sprat
 from sprat import quant
 from sprat.config.model import ModelConfig
 from sprat.config.recipe import QuantConfig
+from sprat.engine.request import eos_token_ids
 from sprat.errors import CheckpointError, MachineError
 from sprat.formats import gguf as ours
 from sprat.formats.gguf import weights
@@ -173,6 +174,13 @@ def test_codes_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ours.save(model, words(), tmp_path / "model.gguf", kind="q4_0")
     ours.save(model, words(), tmp_path / "exact.gguf", kind="f32")
     assert torch.equal(logits(sprat.load(tmp_path / "exact.gguf")[0]), logits(quant.dequantize_model(model)))
+
+
+def test_every_token_that_ends_an_answer_goes_along(tmp_path: Path) -> None:
+    model = made("llama", eos_token_id=[0, 1, 7])
+    ours.save(model, words(), tmp_path / "model.gguf", kind="f32")
+    loaded, tokenizer = sprat.load(tmp_path / "model.gguf")
+    assert eos_token_ids(loaded.config, tokenizer) == {0, 1}
 
 
 def test_prediction_modules_are_left_out_and_named(tmp_path: Path) -> None:

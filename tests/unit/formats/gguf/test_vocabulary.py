@@ -120,6 +120,9 @@ def test_the_ends_and_the_sampling_of_a_folder_go_along(tmp_path: Path) -> None:
     assert again.generation_config.default_sampling == tokenizer.generation_config.default_sampling
     keys = tokenizer_keys(tokenizer, tokenizer.vocab_size)
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (1, 0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1, 2, 3]}))
+    with pytest.warns(UserWarning, match=r"end an answer; left out: \[3\]"):
+        tokenizer_keys(Tokenizer.load(tmp_path), tokenizer.vocab_size)
 
 
 def test_a_first_token_is_asked_for_where_the_tokenizer_writes_one() -> None:
@@ -140,5 +143,67 @@ def test_tokenizers_of_another_kind_are_refused_by_name() -> None:
     table = json.loads(trained("gpt-2").to_str())
     model = {"type": "Unigram", "unk_id": 0, "vocab": [["<|im_start|>", 0.0], ["<|im_end|>", 0.0], ["a", -1.0]]}
     unigram = Tokenizer(json.dumps({**table, "model": model, "pre_tokenizer": None, "decoder": None}))
-    with pytest.raises(CheckpointError, match="the tokenizer is Unigram, and only"):
+    with pytest.raises(CheckpointError, match="the tokenizer is Unigram, and only BPE"):
         tokenizer_keys(unigram, 10)
+
+
+SPM: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "pre_tokenizer": None,
+    "added_tokens": [
+        {"id": index, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for index, token in enumerate(("<unk>", "<s>", "</s>"))
+    ],
+    "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+}  # fmt: skip
+
+
+def sentence_piece(*normalizers: dict[str, Any]) -> Tokenizer:
+    """A tokenizer as Llama 2's tokenizer.json has it, its merges learned here."""
+    from tokenizers import Tokenizer as Foreign
+    from tokenizers import models, trainers
+
+    learned = Foreign(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    learned.train_from_iterator([text.replace(" ", "▁") for text in TEXTS[:4] * 3], trainer)
+    model = json.loads(learned.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+    # as converters do: every way to split a token, in the order of the tokens
+    vocabulary = set(model["vocab"])
+    merges = [
+        [token[:cut], token[cut:]]
+        for token in dict.fromkeys("".join(merge) for merge in merges)
+        for cut in range(1, len(token))
+        if {token[:cut], token[cut:]} <= vocabulary
+    ]
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    table = {
+        **SPM,
+        "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)}, "merges": merges, **options},
+    }
+    if normalizers:
+        table["normalizer"] = {"type": "Sequence", "normalizers": list(normalizers)}
+    return Tokenizer(json.dumps(table), config={"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"})
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_is_its_scores(prefix: bool) -> None:
+    spaced = SPM["normalizer"]["normalizers"][1]
+    tokenizer = sentence_piece() if prefix else sentence_piece(spaced)
+    keys = tokenizer_keys(tokenizer, tokenizer.vocab_size)
+    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_space_prefix"] is prefix
+    types = keys["tokenizer.ggml.token_type"]
+    assert isinstance(types, list) and types[:4] == [2, 3, 3, 6] and keys["tokenizer.ggml.unknown_token_id"] == 0
+    again = back(tokenizer)
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_a_sentencepiece_that_llama_cpp_would_cut_otherwise_is_refused() -> None:
+    lower = {"type": "Lowercase"}
+    with pytest.raises(CheckpointError, match='llama.cpp would make other ids of "Hello, world!'):
+        tokenizer_keys(sentence_piece(lower, *SPM["normalizer"]["normalizers"]), 1000)
