@@ -64,7 +64,10 @@ def sign_test_p_value(wins: int, losses: int) -> float:
     total = wins + losses
     if min(wins, losses) < 0:
         raise DataError(f"{wins} wins and {losses} losses", where="sign_test", todo="count from 0")
-    tail = sum(math.comb(total, k) for k in range(min(wins, losses) + 1))
+    term = tail = 1
+    for k in range(min(wins, losses)):  # binomial coefficients, each from the one before
+        term = term * (total - k) // (k + 1)
+        tail += term
     return min(1.0, float(2 * tail / 2**total))  # both are integers, so that nothing overflows
 
 
