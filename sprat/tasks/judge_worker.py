@@ -46,8 +46,9 @@ def match_schema(source: str, answer: str | None, ignore_case: bool) -> bool:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
-    from referencing import Registry
+    from referencing import Registry, Resource
     from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
 
     schema = json.loads(source)
     validator_class = validator_for(schema, default=Draft202012Validator)
@@ -56,9 +57,15 @@ def match_schema(source: str, answer: str | None, ignore_case: bool) -> bool:
             validator_class.check_schema(schema)
         except SchemaError as error:
             raise ValueError(f"no JSON schema: {error.message}") from None
+        document = Resource.from_contents(schema, default_specification=DRAFT202012)
+        resolver = Registry().with_resource("", document).resolver()
         for reference in _references(schema):
             if not reference.startswith("#"):
                 raise ValueError(f"the schema refers to {reference!r}, and other documents are never fetched")
+            try:
+                resolver.lookup(reference)
+            except Unresolvable:
+                raise ValueError(f"the schema refers to {reference!r}, which is not in it") from None
         return True
     try:
         value = json.loads(answer, object_pairs_hook=_object, parse_constant=_refuse_constant)

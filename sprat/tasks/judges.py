@@ -148,11 +148,12 @@ class Choice:
         boxes = boxed(answer)
         if boxes is None or len(set(boxes)) > 1:
             return None
-        text = normalize(boxes[0] if boxes else answer).replace("**", "")
+        text = normalize(" ".join((boxes[0] if boxes else answer).replace("**", "").split()))
         if boxes and (match := re.fullmatch(r"\\text\{(.*)\}", text)):
             text = match[1]
         forms = [self._form(choice) for choice in self.choices]
-        for candidate in (text.strip(), _LEAD.sub("", text.strip(), count=1) if _LEAD.match(text.strip()) else ""):
+        lead = _LEAD.match(text)
+        for candidate in (text, text[lead.end() :] if lead else ""):
             for shortened in (candidate, candidate.removesuffix(".")):
                 if self._form(shortened) in forms:
                     return forms.index(self._form(shortened))

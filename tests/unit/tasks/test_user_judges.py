@@ -207,6 +207,11 @@ def test_json_holds_to_its_schema_and_stands_alone() -> None:
     check(judge, right, wrong)
 
 
+def test_a_schema_may_refer_to_its_own_parts() -> None:
+    judge = JsonSchema('{"type": "array", "items": {"$ref": "#/$defs/even"}, "$defs": {"even": {"multipleOf": 2}}}')
+    assert judge.is_right("[2, 4]") and not judge.is_right("[2, 3]")
+
+
 @pytest.mark.skipif(not HAS_MATH_VERIFY, reason="math-verify is not installed")
 def test_a_formula_in_another_spelling_is_the_same() -> None:
     judge = Formula(("\\frac{x+1}{2}",))
@@ -278,6 +283,7 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         ('{"minimum": "1"}', "no JSON schema"),
         ('{"$ref": "https://example.com/schema.json"}', "never fetched"),
         ('{"properties": {"a": {"$ref": "other.json"}}}', "never fetched"),
+        ('{"items": {"$ref": "#/$defs/none"}}', "not in it"),
     ],
 )
 def test_what_is_no_schema_or_lies_elsewhere_is_refused(schema: str, word: str) -> None:
