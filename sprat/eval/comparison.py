@@ -101,8 +101,8 @@ def compare(first: TaskScore, second: TaskScore) -> Comparison:
     where, todo = f"task {first.task}", "evaluate both models with the same file"
     if first.task != second.task or first.digest != second.digest:
         raise DataError("the two were asked from different files", where=where, todo=todo)
-    first_shares = {problem.id: problem.share for problem in first.problems}
-    second_shares = {problem.id: problem.share for problem in second.problems}
+    first_shares = {(problem.id, problem.digest): problem.share for problem in first.problems}
+    second_shares = {(problem.id, problem.digest): problem.share for problem in second.problems}
     if first_shares.keys() != second_shares.keys():
         raise DataError("the two were asked different problems", where=where, todo=todo)
     a, b = list(first_shares.values()), [second_shares[key] for key in first_shares]

@@ -9,6 +9,7 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
 from sprat.eval.task_score import ProblemScore, TaskScore
 from sprat.eval.tasks import problem_messages, score_output
+from sprat.files.digest import of_bytes
 from sprat.tasks import Problem, Split, UserClassTask, UserTask, held_out_problems, is_correct, load_user_task
 from sprat.tokens import render
 
@@ -36,7 +37,7 @@ def evaluate_task_files(
         temperature: 0 is greedy.
         max_tokens: limit on think and answer together; less where the context holds less.
         thinking: True forces a think, False forbids it, None lets the model decide.
-        count: problems of each task at most; all of a file, and 100 of a class without ``__len__``, if not given.
+        count: problems of each task at most; all of them, and 100 of a class without ``__len__``, if not given.
 
     Raises:
         DataError, ConfigError: a task cannot be used, two have one name, a question does not fit into the context, or a
@@ -70,41 +71,50 @@ def _problems(task: UserTask | UserClassTask, split: Split, count: int | None) -
     if isinstance(task, UserTask):
         task.problem(split, 0)  # that there is any
         return list(task.problems[split][:count])
-    problems = held_out_problems(task, count or len(task) or CLASS_PROBLEMS, split)
+    available = CLASS_PROBLEMS if task.num_problems is None else task.num_problems
+    problems = held_out_problems(task, available if count is None else min(count, available), split)
     if not problems:
         raise DataError(f"no {split} problem", where=task.name, todo="ask for at least one")
     return problems
 
 
+def _problem_ids(title: str, problems: list[Problem]) -> list[str]:
+    """What a result calls each problem: the row's id, or its place.
+
+    Raises:
+        DataError: two have one id.
+    """
+    ids = [str(problem.meta.get("id", place)) for place, problem in enumerate(problems)]
+    if len(set(ids)) < len(ids):
+        raise DataError("two problems of one id", where=title, todo="give each problem its own meta['id'], or none")
+    return ids
+
+
 def _check_prompts(engine: Engine, title: str, problems: list[Problem], thinking: bool | None) -> None:
-    """Every question leaves room for an answer.
+    """Every question has an id of its own and leaves room for an answer.
 
     Raises:
         DataError: one does not.
     """
     context = engine.model.config.context
-    for problem in problems:
+    for problem_id, problem in zip(_problem_ids(title, problems), problems, strict=True):
         num_tokens = len(render(engine.tokenizer, problem_messages(problem), thinking=thinking))
         if num_tokens >= context:
-            where = f"{title}, problem {problem_id(problem)}"
+            where = f"{title}, problem {problem_id}"
             what = f"a question of {num_tokens} tokens, and the context holds {context}"
             raise DataError(what, where=where, todo="shorten it or leave it out")
 
 
-def problem_id(problem: Problem) -> str:
-    """What a result calls the problem: the row's id, or the number within its task."""
-    return str(problem.meta.get("id", problem.index))
-
-
 def _score(task: UserTask | UserClassTask, problems: list[Problem], outputs: list[Output], samples: int) -> TaskScore:
     """Judge the answers of one task, ``samples`` of each problem side by side."""
-    rows = []
+    rows, ids = [], _problem_ids(task.name, problems)
     for number, problem in enumerate(problems):
         answers = outputs[number * samples : (number + 1) * samples]
         correct = sum(is_correct(score_output(task, problem, answer)) for answer in answers)
         mean_tokens = sum(len(answer.token_ids) for answer in answers) / samples
         kept = tuple(answer.text for answer in answers[:KEPT_ANSWERS])
-        rows.append(ProblemScore(problem_id(problem), correct, samples, mean_tokens, kept))
+        digest = of_bytes(problem.question.encode("utf-8", "replace"))
+        rows.append(ProblemScore(ids[number], correct, samples, mean_tokens, digest, kept))
     faults = 0
     if isinstance(task, UserClassTask):
         task.check_faults()

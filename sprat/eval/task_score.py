@@ -20,6 +20,7 @@ class ProblemScore:
         id: of the row, unique within the task.
         correct, samples: right answers, and all.
         mean_tokens: tokens of an answer, thinking included.
+        digest: SHA-256 (hex) of the question.
         answers: what was said, as text; only as many as were asked to be kept.
     """
 
@@ -27,6 +28,7 @@ class ProblemScore:
     correct: int
     samples: int
     mean_tokens: float
+    digest: str = ""
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -138,6 +140,7 @@ class TaskScore:
                 correct=int(problem["correct"]),
                 samples=int(problem["samples"]),
                 mean_tokens=float(problem["mean_tokens"]),
+                digest=str(problem["digest"]),
                 answers=tuple(map(str, problem.get("answers") or ())),
             )
             for problem in row["problems"]

@@ -43,9 +43,20 @@ class UserClassTask:
         self.name = name if isinstance(name, str) and name.strip() else source.rpartition(":")[2]
         self.num_scored, self.faults, self.last_fault = 0, 0, ""
 
-    def __len__(self) -> int:
-        """How many test problems there are, where the class says so with a ``__len__``; else 0."""
-        return len(self._inner) if hasattr(self._inner, "__len__") else 0
+    @property
+    def num_problems(self) -> int | None:
+        """How many problems a split has, where the class says so with a ``__len__``.
+
+        Raises:
+            DataError: its ``__len__`` fails.
+        """
+        if not hasattr(self._inner, "__len__"):
+            return None
+        try:
+            return len(self._inner)
+        except (Exception, SystemExit) as error:
+            what = f"raised {type(error).__name__}: {error}"
+            raise DataError(what, where=f"{self.source}.__len__", todo="mend the class") from error
 
     def problem(self, split: Split, index: int) -> Problem:
         """The user's problem.

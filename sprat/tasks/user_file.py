@@ -52,9 +52,6 @@ class UserTask:
     judges: Mapping[str, Judge]
     digest: str
 
-    def __len__(self) -> int:
-        return len(self.problems["test"])
-
     def problem(self, split: Split, index: int) -> Problem:
         """Problem ``index`` of ``split``, around and around.
 
@@ -289,6 +286,8 @@ def _build_choice(answer: Any, choices: Any, ignore_case: bool) -> Choice:
         raise DataError("no choices", todo='write "choices": ["Rome", "Paris"]')
     texts = tuple(choice.strip() for choice in choices)
     if isinstance(answer, int) and not isinstance(answer, bool):
+        if str(answer) in texts and texts.index(str(answer)) != answer:
+            raise DataError(f"answer {answer} may be a place from 0 or a text", todo="give the letter of the choice")
         return Choice(texts, answer, ignore_case)
     place = Choice(texts, 0, ignore_case).place(answer) if isinstance(answer, str) else None
     if place is None:

@@ -107,6 +107,12 @@ def test_what_was_asked_differently_is_not_compared(other: TaskScore) -> None:
         compare(score(1, 1), other)
 
 
+def test_a_class_that_asks_at_random_is_noticed() -> None:
+    first, second = (TaskScore("t", "d", (ProblemScore("0", 1, 1, 1.0, digest),)) for digest in ("a", "b"))
+    with pytest.raises(DataError, match="different problems"):
+        compare(first, second)
+
+
 def test_files_of_scores_are_compared_by_task(tmp_path: Path) -> None:
     def write(name: str, *scores: TaskScore) -> Path:
         path = tmp_path / name

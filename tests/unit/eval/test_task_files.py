@@ -24,6 +24,10 @@ class Length:
     def score(self, problem, answer):
         return float(len(answer) % 2 == 0)
 
+class Twins(Length):
+    def problem(self, split, index):
+        return Problem("twins", index, f"{split} {index % 5}", "even", {"id": index % 2})
+
 class Broken(Length):
     def score(self, problem, answer):
         raise RuntimeError("no")
@@ -80,6 +84,10 @@ def test_a_class_is_asked_different_problems(engine: Engine, tmp_path: Path) -> 
     (tmp_path / "mine.py").write_text(CLASS, encoding="utf-8")
     score = evaluate_task_files(engine, [f"{tmp_path}/mine.py:Length"], max_tokens=4, thinking=False)[0]
     assert (score.task, score.count, score.faults) == ("Length", 5, 0) and len(score.digest) == 64
+    few = evaluate_task_files(engine, [f"{tmp_path}/mine.py:Length"], max_tokens=4, thinking=False, count=2)[0]
+    assert few.problems == score.problems[:2]
+    with pytest.raises(DataError, match="one id"):
+        evaluate_task_files(engine, [f"{tmp_path}/mine.py:Twins"], max_tokens=4, thinking=False)
     with pytest.raises(DataError, match="failed on each"):
         evaluate_task_files(engine, [f"{tmp_path}/mine.py:Broken"], max_tokens=4, thinking=False)
 

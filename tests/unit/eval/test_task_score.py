@@ -41,7 +41,7 @@ def test_samples_of_one_problem_make_the_interval_no_narrower() -> None:
 
 
 def test_a_score_outlives_its_json() -> None:
-    problems = (ProblemScore("a", 1, 4, 2.5, ("seven",)), ProblemScore("b", 4, 4, 1.0))
+    problems = (ProblemScore("a", 1, 4, 2.5, "q", ("seven",)), ProblemScore("b", 4, 4, 1.0))
     before = TaskScore("t", "d", problems, cut=0.25, thought=0.5, faults=1)
     row = json.loads(json.dumps(before.to_dict()))
     assert TaskScore.from_dict(row) == before

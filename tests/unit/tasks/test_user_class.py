@@ -32,7 +32,7 @@ def load(path: Path, code: str, name: str = "Doubles") -> tasks.UserClassTask:
 def test_a_class_asks_and_judges(tmp_path: Path) -> None:
     task = load(tmp_path / "mine.py", GOOD)
     problem = task.problem("test", 4)
-    assert (task.name, len(task), problem.question) == ("doubles", 7, "Twice 4?")
+    assert (task.name, task.num_problems, problem.question) == ("doubles", 7, "Twice 4?")
     assert [task.score(problem, answer) for answer in (" 8\n", "9", None)] == [1.0, 0.0, 0.0]
     assert isinstance(tasks.load_user_task(f"{tmp_path}/mine.py:Doubles"), tasks.UserClassTask)
     task.check_faults()

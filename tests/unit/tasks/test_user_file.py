@@ -32,8 +32,8 @@ def test_each_row_is_judged_as_it_says(tmp_path: Path) -> None:
             {"question": "A list?", "answer": {"type": "array"}, "judge": "json_schema"},
         )
     )
-    assert task.name == "mine" and len(task) == 5
     problems = task.problems["test"]
+    assert task.name == "mine" and len(problems) == 5
     assert [problem.meta["id"] for problem in problems] == ["sum", "3", "4", "5", "6"]
     answers = ["It is 202.", "Two Hundred", "(B)", "2026-11-29", "[1, 2]"]
     assert [task.score(problem, answer) for problem, answer in zip(problems, answers, strict=True)] == [1.0] * 5
@@ -120,6 +120,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({**CHOICE, "answer": 2}, "no choice of place 2"),
     ({**CHOICE, "answer": -1}, "no choice of place -1"),
     ({**CHOICE, "answer": 1.0}, "none of the choices"),
+    ({"question": "q", "choices": ["1", "2"], "answer": 1}, "may be a place from 0 or a text"),
     ({**CHOICE, "judge": "exact"}, "choices says nothing"),
     ({"question": "q", "answer": "a", "split": "validation"}, "unknown split"),
     ({"question": "q", "answer": "a", "id": 1.5}, "id is no text"),
@@ -179,6 +180,21 @@ def test_a_file_without_rows_says_so(content: bytes, word: str, tmp_path: Path) 
     path.write_bytes(content)
     with pytest.raises(DataError, match=word):
         tasks.read_task(path)
+
+
+def test_the_page_shows_files_that_hold(root: Path, tmp_path: Path) -> None:
+    page = (root / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text("\n".join(line for line in page.splitlines() if line.startswith("    {")))
+    problems = tasks.read_task(tmp_path / "t.jsonl").problems["test"]
+    answers = ["about 4.8", "B", "Red", "5"]
+    judged = [
+        tasks.read_task(tmp_path / "t.jsonl").score(problem, answer)
+        for problem, answer in zip(problems, answers, strict=True)
+    ]
+    assert judged == [1.0] * 4
+    (tmp_path / "file.py").write_text(page.split("```python\n")[1].split("```")[0])
+    task = tasks.load_class_task(f"{tmp_path}/file.py:Doubles")
+    assert task.num_problems == 50 and task.score(task.problem("test", 4), "8") == 1.0
 
 
 def test_no_file_is_one_sentence(tmp_path: Path) -> None:
