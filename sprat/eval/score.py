@@ -94,8 +94,8 @@ class StageScore(Score):
         )
 
 
-def wilson_interval(correct: int, count: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson score interval of a proportion.
+def wilson_interval(correct: float, count: int, z: float = _Z95) -> tuple[float, float]:
+    """Wilson score interval of a proportion; ``correct`` may be a sum of shares.
 
     >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
     [0.4902, 0.9433]

@@ -19,7 +19,9 @@ Scorer = Callable[[Task, Problem, Output], float]  # from 0 to 1
 
 
 def problem_messages(problem: Problem) -> list[Message]:
-    """The conversation that puts one problem to the model."""
+    """The conversation that puts one problem to the model: that of the problem, where it has one, or its question."""
+    if "messages" in problem.meta:
+        return [Message(**message) for message in problem.meta["messages"]]
     return [Message("user", problem.question)]
 
 

@@ -7,30 +7,21 @@ or ``path/to/file.py:function``; it is the user's own code and runs with the use
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import logging
-import math
 import re
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType, ModuleType
 
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.reward_sources import split_reward_name
 from sprat.tasks import Problem, Task
+from sprat.tasks.user_code import TimeUpError, finite_float, import_source, time_limit
 from sprat.tokens import Answer, Tokenizer, split_reasoning
 from sprat.tokens.chat import resolve_thinking
 
 log = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_SECONDS = 10.0  # for one answer, where nobody says otherwise
-_ALARM_INTERVAL_SECONDS = 1.0  # at least, from one alarm to the next
 _EXPECTED_SIGNATURE = "write it as: def function(problem, answer) -> float"
 
 
@@ -128,10 +119,10 @@ class Verifier:
         """What the user's code pays ``answer``."""
         self.num_calls += 1
         try:
-            with _time_limit(self.timeout_seconds):
+            with time_limit(self.timeout_seconds):
                 value = self.function(problem, answer)
-            return None if value is None else _finite_float(value)
-        except _TimeUpError:
+            return None if value is None else finite_float(value)
+        except TimeUpError:
             fault = f"took longer than {self.timeout_seconds:g} s"
         except (Exception, SystemExit) as error:
             fault = f"raised {type(error).__name__}: {error}"
@@ -163,7 +154,7 @@ def load_reward(name: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> 
     """
     source, attribute = split_reward_name(name)
     where = f"reward {name}"
-    function = getattr(_import_module(source, name), attribute, None)
+    function = getattr(import_source(source, where), attribute, None)
     if function is None:
         raise ConfigError(f"{source!r} has no function {attribute!r}", where=where, todo=_EXPECTED_SIGNATURE)
     if not callable(function):
@@ -173,81 +164,3 @@ def load_reward(name: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> 
     except (TypeError, ValueError):
         raise ConfigError(f"{attribute!r} does not take two arguments", where=where, todo=_EXPECTED_SIGNATURE) from None
     return Verifier(function, name, timeout_seconds)
-
-
-def _import_module(source: str, name: str) -> ModuleType:
-    """Import a dotted module or a Python file."""
-    where = f"reward {name}"
-    try:
-        if not source.endswith(".py"):
-            return importlib.import_module(source)
-        if not Path(source).is_file():
-            raise ConfigError(f"no such file {source!r}", where=where, todo="give the path of a Python file")
-        spec = importlib.util.spec_from_file_location(f"sprat_reward_{Path(source).stem}", source)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"cannot load {source!r}", where=where, todo="give the path of a Python file")
-        folder = str(Path(source).resolve().parent)
-        if folder not in sys.path:  # as `python file.py` does; `sources` lists what is imported from there
-            sys.path.insert(0, folder)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses, pickle and typing look a module up by its name
-        spec.loader.exec_module(module)
-        return module
-    except ModuleNotFoundError as error:
-        todo = "install it or " + ("put it beside the file" if source.endswith(".py") else "give a Python file")
-        raise ConfigError(f"no module {error.name!r}", where=where, todo=todo) from None
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        what = f"importing {source!r} raised {type(error).__name__}: {error}"
-        raise ConfigError(what, where=where, todo="make the file importable on its own") from error
-
-
-def _finite_float(value: object) -> float:
-    """``value`` as a finite float.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        if isinstance(value, (str, bytes, bytearray)):
-            raise TypeError
-        result = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{value!r} was returned, which is no number") from None
-    if not math.isfinite(result):
-        raise ValueError(f"{value!r} was returned, which is not finite")
-    return result
-
-
-class _TimeUpError(BaseException):
-    """Not an Exception, so that a verifier's own ``except Exception`` does not swallow it."""
-
-
-@contextmanager
-def _time_limit(timeout_seconds: float) -> Iterator[None]:
-    """Raise ``_TimeUpError`` in the block after ``timeout_seconds``, and again and again should it be swallowed.
-
-    An alarm that comes just when the block ends must not leave the timer behind: it would end the process later.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    finished: list[bool] = []
-
-    def on_alarm(signal_number: int, frame: FrameType | None) -> None:
-        if not finished:
-            raise _TimeUpError
-
-    previous_handler = signal.signal(signal.SIGALRM, on_alarm)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, timeout_seconds, max(timeout_seconds, _ALARM_INTERVAL_SECONDS))
-        try:
-            yield
-        finally:
-            finished.append(True)  # an alarm at this very moment still comes to the outer end
-    finally:
-        finished.append(True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous_handler)

@@ -6,7 +6,10 @@ from sprat.config import TaskConfig
 from sprat.errors import DataError
 from sprat.tasks.base import HELD_OUT_SPLITS, HeldOutTask, Problem, Split, Task, held_out_problems, is_correct, split_of
 from sprat.tasks.gym import GymTask
+from sprat.tasks.overlap import overlap
 from sprat.tasks.sums import Sums
+from sprat.tasks.user_class import UserClassTask, load_class_task
+from sprat.tasks.user_file import UserTask, read_task
 
 __all__ = [
     "HELD_OUT_SPLITS",
@@ -16,9 +19,15 @@ __all__ = [
     "Split",
     "Sums",
     "Task",
+    "UserClassTask",
+    "UserTask",
     "held_out_problems",
     "is_correct",
     "load",
+    "load_class_task",
+    "load_user_task",
+    "overlap",
+    "read_task",
     "split_of",
 ]
 
@@ -39,3 +48,12 @@ def load(config: TaskConfig) -> Task:
         except TypeError as error:
             raise DataError(f"sums: {error}", where=title, todo="settings: min_terms, max_terms, max_value") from None
     raise DataError(f"no task {config.name!r}", where=title, todo="use sums or reasoning-gym/FAMILY")
+
+
+def load_user_task(source: str) -> UserTask | UserClassTask:
+    """The task of the user's that ``source`` names: a JSONL file, or ``file.py:ClassName``.
+
+    Raises:
+        DataError, ConfigError, MachineError: see ``read_task`` and ``load_class_task``.
+    """
+    return load_class_task(source) if ":" in source and not source.endswith(".jsonl") else read_task(source)

@@ -1,0 +1,118 @@
+"""The other process that runs foreign judges within bounds (``judge_worker``): started once, and again if it dies."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import selectors
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from sprat.errors import DataError, MachineError
+
+log = logging.getLogger(__name__)
+WAIT_SECONDS = 120.0  # for one reply; the worker's own bound is CPU time, which a busy machine does not shorten
+
+
+class JudgeProcess:
+    """One worker; any thread may ask, one at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner_pid = 0
+
+    def ask(self, kind: str, source: str, answer: str | None, *, ignore_case: bool = False, where: str = "") -> bool:
+        """Whether ``answer`` is right by ``source``; None asks whether ``source`` itself can be used.
+
+        An answer on which the worker goes over its bounds, or breaks, is not right; the log says so.
+
+        Args:
+            kind: ``regex``, ``json_schema`` or ``math``.
+            source: the pattern, the schema as JSON, the formula as LaTeX.
+            where: file and line of the source.
+
+        Raises:
+            DataError: the source cannot be used.
+            MachineError: the package that ``kind`` needs is not installed.
+        """
+        request = {"kind": kind, "source": source, "answer": answer, "ignore_case": ignore_case}
+        with self._lock:
+            try:
+                reply = self._request(request)
+            except (OSError, ValueError, TimeoutError):
+                self._kill()
+                reply = {"right": False, "fault": "it took too long"}
+        if "missing" in reply:
+            package = str(reply["missing"])
+            what = f"the judge {kind!r} needs {package.replace('_', '-')}"
+            raise MachineError(what, where=where, todo="pip install 'sprat[judges]'")
+        if answer is None and "fault" in reply:
+            reply = {"error": f"it cannot be used: {reply['fault']}"}
+        if "error" in reply:
+            raise DataError(str(reply["error"]), where=where, todo=f"mend the answer of this row (judge {kind!r})")
+        if "fault" in reply:
+            log.warning("an answer of %d characters is not right: %s (%s)", len(answer or ""), reply["fault"], where)
+        return bool(reply["right"])
+
+    def close(self) -> None:
+        """End the worker; the next question starts another."""
+        with self._lock:
+            self._kill()
+
+    def _request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Ask the worker and wait for its reply.
+
+        Raises:
+            TimeoutError: there is none in time. OSError, ValueError: the process is dead.
+        """
+        if self._owner_pid != os.getpid():
+            self._process = None  # it belongs to the process that this one was forked from
+        if self._process is not None and self._process.poll() is not None:
+            self._kill()
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if not selector.select(WAIT_SECONDS):
+                raise TimeoutError
+        reply: dict[str, Any] = json.loads(process.stdout.readline())
+        return reply
+
+    def _start(self) -> subprocess.Popen[str]:
+        """A new worker, without the caller's environment."""
+        self._owner_pid = os.getpid()
+        return subprocess.Popen(
+            [sys.executable, "-I", str(Path(__file__).with_name("judge_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env={"PATH": os.defpath},
+            start_new_session=True,  # an interrupt at the terminal is not meant for it
+        )
+
+    def _kill(self) -> None:
+        """End the worker, if there is one of this process."""
+        process, self._process = self._process, None
+        if process is None or self._owner_pid != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be written to a dead process
+                if pipe is not None:
+                    pipe.close()
+
+
+JUDGE_PROCESS = JudgeProcess()
+atexit.register(JUDGE_PROCESS.close)
