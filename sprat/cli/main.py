@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ VERBS = (
     ("quantize", stages.quantize, "The student, or any model, in INT4."),
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
-    ("eval", stages.evaluate, "Score a model on held-out problems."),
+    ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
     ("fetch", inference.fetch, "Download a small real model."),
     ("run", inference.run, "Ask a model once."),
     ("chat", inference.chat, "Talk with a model."),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sprat.cli.progress import progress_bar, stage_progress
-from sprat.cli.verb import ModelFolder, Overrides, PipelineFolder, Recipe, Result
-from sprat.errors import ConfigError, DataError
+from sprat.cli.verb import Overrides, PipelineFolder, Recipe, Result
+from sprat.errors import ConfigError
 
 if TYPE_CHECKING:
     from sprat.pipeline.pipeline import Pipeline
@@ -115,52 +115,6 @@ def quantize(
         facts = quantize_model(model, out, quant_recipe, calibrate, on_progress=on_progress)
     human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     return Result({"model": str(out), **quant_recipe.model_dump(), **facts}, human)
-
-
-def evaluate(
-    model: ModelFolder,
-    task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help=_TASK_HELP)] = None,
-    count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Held-out problems for each task; left out: the recipe's.")
-    ] = None,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking.")] = None,
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
-) -> Result:
-    """Score a model on held-out problems, greedily, with 95 % intervals."""
-    from sprat.config.recipe import task_title
-    from sprat.engine import Engine
-    from sprat.eval.tasks import evaluate_many
-    from sprat.formats.load import load
-    from sprat.pipeline.pipeline import load_task
-    from sprat.pipeline.recipe import load_recipe
-    from sprat.tasks import HeldOutTask, held_out_problems
-
-    pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
-    mix, split = pipeline_recipe.data, pipeline_recipe.eval.split
-    task_configs = {task_title(config): config for config in (*mix.tasks, *mix.unseen)}
-    for name in task or ():
-        if name not in task_configs:
-            raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(task_configs)}")
-    tasks = []
-    for config in (task_configs[name] for name in dict.fromkeys(task or task_configs)):
-        loaded_task = load_task(config)
-        problems = held_out_problems(loaded_task, count or mix.count(config, split), split)
-        tasks.append(HeldOutTask(loaded_task, tuple(problems), split))
-    scores = evaluate_many(
-        Engine(*load(model), max_batch=pipeline_recipe.eval.batch),
-        tasks,
-        count=max(len(task.problems) for task in tasks),
-        thinking=think,
-        max_tokens=pipeline_recipe.eval.max_tokens,
-        samples=pipeline_recipe.eval.samples,
-        split=split,
-    )
-    lines = [
-        f"{s.task}: {s.accuracy:.1%} of {s.count} ({s.low:.1%} to {s.high:.1%}), {s.mean_tokens:.0f} tokens each"
-        for s in scores
-    ]
-    return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
 
 
 def _run_stage(

@@ -69,6 +69,30 @@ def test_adapters_of_a_users_model_are_trained_merged_and_taken_away(
     assert told(sprat_command("verify", tmp_path / "runs", "--json"))
 
 
+def test_a_users_questions_and_text_are_scored_and_two_models_compared(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"one {number}", "answer": "two"} for number in range(5)]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", model_folder, "--task", "questions.jsonl", "--max-tokens", "4"]
+    done = sprat_command(*words, "--json")
+    assert told(done)["scores"][0]["task"] == "questions" and len(told(done)["scores"][0]["problems"]) == 5
+    Path("before.json").write_text(done.stdout)
+    again = sprat_command(*words, "--against", "before.json")
+    assert again.exit_code == 0 and "+0.0%" in again.stdout and "p = 1" in again.stdout
+    Path("text.txt").write_text("one two three " * 50)
+    assert "bits per byte" in sprat_command("eval", model_folder, "--text", "text.txt").stdout
+    for more, said in [
+        (["--task", "sums"], "'sums' is a task of a recipe"),
+        (["--text", "text.txt"], "two questions"),
+        (["--samples", "2"], "temperature"),
+        (["--against", "questions.jsonl"], "questions.jsonl"),
+    ]:
+        failed = sprat_command(*words, *more)
+        assert failed.exit_code in (2, 3) and said in failed.stderr and "Traceback" not in failed.stderr
+
+
 def test_a_users_columns_are_mapped(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "faq.csv"
     path.write_text("Frage,Antwort\none,two\nthree,four\n")

@@ -1,0 +1,158 @@
+"""``sprat eval``: how good a model is, on tasks of a recipe or of the user's, or on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sprat.cli.verb import ModelFolder, Overrides, Recipe, Result
+from sprat.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sprat.eval.comparison import Comparison
+
+_TASK_HELP = "A JSONL file of yours, file.py:Class, or a task of the recipe; repeat for more; else the recipe's."
+Task = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help=_TASK_HELP)]
+_COUNT_HELP = "Problems for each task; left out: the recipe's number, or all of a file."
+Count = Annotated[int | None, typer.Option("--count", min=1, help=_COUNT_HELP)]
+_SAMPLES_HELP = "Answers to each problem of a file, for pass@k; more than one needs a temperature."
+Samples = Annotated[int, typer.Option("--samples", min=1, max=10_000, help=_SAMPLES_HELP)]
+_TEMPERATURE_HELP = "Of the answers to problems of a file; 0 is greedy."
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help=_TEMPERATURE_HELP)]
+_MAX_TOKENS_HELP = "Tokens of an answer, thinking included; left out: the recipe's, or 512 for a file."
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=2**31 - 1, help=_MAX_TOKENS_HELP)]
+_TEXT_HELP = "Score a text instead: bits per byte and perplexity of a file or folder."
+Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help=_TEXT_HELP)]
+_AGAINST_HELP = "What `sprat eval OTHER --task … --json` printed, to compare with problem by problem."
+Against = Annotated[Path | None, typer.Option("--against", metavar="FILE", help=_AGAINST_HELP)]
+
+
+def evaluate(
+    model: ModelFolder,
+    task: Task = None,
+    count: Count = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Force or forbid thinking.")] = None,
+    samples: Samples = 1,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = None,
+    text: Text = None,
+    against: Against = None,
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+) -> Result:
+    """Score a model: greedily on held-out problems of a recipe, on tasks of yours, or on a text.
+
+    Example: sprat eval runs/mine --task questions.jsonl
+    """
+    files = [name for name in task or () if name.endswith(".jsonl") or ".py:" in name]
+    if text is not None:
+        if task or against:
+            raise ConfigError("a text and tasks are two questions", where="--text", todo="ask them one by one")
+        return _score_text(model, text)
+    if files:
+        if others := [name for name in task or () if name not in files]:
+            raise ConfigError(
+                f"{others[0]!r} is a task of a recipe", where="--task", todo="ask for files by themselves"
+            )
+        return _score_files(model, files, count, think, samples, temperature, max_tokens, against)
+    if against is not None or samples > 1:
+        given = "--against" if against is not None else "--samples"
+        raise ConfigError("this is for tasks of yours", where=given, todo="name one: --task questions.jsonl")
+    return _score_recipe(model, task, count, think, max_tokens, recipe, overrides)
+
+
+def _score_text(model: Path, text: Path) -> Result:
+    from sprat.eval.text_file import evaluate_text_file
+    from sprat.formats.load import load
+
+    score = evaluate_text_file(*load(model), text)
+    return Result({"model": str(model), "text": score.to_dict()}, str(score))
+
+
+def _score_files(
+    model: Path,
+    files: list[str],
+    count: int | None,
+    think: bool | None,
+    samples: int,
+    temperature: float,
+    max_tokens: int | None,
+    against: Path | None,
+) -> Result:
+    from sprat.engine import Engine
+    from sprat.eval.comparison import compare, read_scores
+    from sprat.eval.task_files import evaluate_task_files
+    from sprat.formats.load import load
+
+    others = {} if against is None else read_scores(against)
+    engine = Engine(*load(model))
+    scores = evaluate_task_files(
+        engine,
+        files,
+        samples=samples,
+        temperature=temperature,
+        max_tokens=max_tokens or 512,
+        thinking=think,
+        count=count,
+    )
+    comparisons = [compare(others[score.task], score) for score in scores if score.task in others]
+    if against is not None and not comparisons:
+        todo = f"it has {', '.join(others)}"
+        raise DataError("no task in common to compare", where=str(against), todo=todo)
+    data = {"model": str(model), "scores": [score.to_dict() for score in scores]}
+    if against is not None:
+        data["comparisons"] = [each.to_dict() for each in comparisons]
+    return Result(data, "\n".join([*(str(score) for score in scores), *(_describe(each) for each in comparisons)]))
+
+
+def _describe(each: Comparison) -> str:
+    return (
+        f"{each.task}: {each.difference:+.1%} ({each.low:+.1%} to {each.high:+.1%}) against {each.first:.1%}, "
+        f"better on {each.second_better} problems, worse on {each.first_better}, p = {each.p_value:.2g} ({each.test})"
+    )
+
+
+def _score_recipe(
+    model: Path,
+    task: list[str] | None,
+    count: int | None,
+    think: bool | None,
+    max_tokens: int | None,
+    recipe: str,
+    overrides: Overrides,
+) -> Result:
+    from sprat.config.recipe import task_title
+    from sprat.engine import Engine
+    from sprat.eval.tasks import evaluate_many
+    from sprat.formats.load import load
+    from sprat.pipeline.pipeline import load_task
+    from sprat.pipeline.recipe import load_recipe
+    from sprat.tasks import HeldOutTask, held_out_problems
+
+    pipeline_recipe = load_recipe(recipe, tuple(overrides or ()))
+    mix, split = pipeline_recipe.data, pipeline_recipe.eval.split
+    task_configs = {task_title(config): config for config in (*mix.tasks, *mix.unseen)}
+    for name in task or ():
+        if name not in task_configs:
+            raise DataError(f"no task {name!r} in the recipe", where="--task", todo=f"it has {', '.join(task_configs)}")
+    tasks = []
+    for config in (task_configs[name] for name in dict.fromkeys(task or task_configs)):
+        loaded_task = load_task(config)
+        problems = held_out_problems(loaded_task, count or mix.count(config, split), split)
+        tasks.append(HeldOutTask(loaded_task, tuple(problems), split))
+    scores = evaluate_many(
+        Engine(*load(model), max_batch=pipeline_recipe.eval.batch),
+        tasks,
+        count=max(len(task.problems) for task in tasks),
+        thinking=think,
+        max_tokens=max_tokens or pipeline_recipe.eval.max_tokens,
+        samples=pipeline_recipe.eval.samples,
+        split=split,
+    )
+    lines = [
+        f"{s.task}: {s.accuracy:.1%} of {s.count} ({s.low:.1%} to {s.high:.1%}), {s.mean_tokens:.0f} tokens each"
+        for s in scores
+    ]
+    return Result({"model": str(model), "scores": [score.to_dict() for score in scores]}, "\n".join(lines))
