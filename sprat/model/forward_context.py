@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ class ForwardContext:
         cache_position_BT: where the new tokens stand in the cache; None without a cache.
         valid_BT: bool, False on padding, which is neither stored nor counted; None where all are tokens.
         varlen: the sequences of the batch where attention is computed one by one (then there is no mask).
+        document_lengths: how long the runs of equal segments are, row after row, where a pass without a cache has many
+            of them: to attend to each by itself is then less work than the mask, and the same.
         num_keys: S, how many keys there are.
         no_past: the cache was empty (or there is none), so the new tokens are all the keys.
     """
@@ -41,6 +44,7 @@ class ForwardContext:
     varlen: ops.VarlenMetadata | None
     num_keys: int
     no_past: bool
+    document_lengths: list[int] | None = None
 
     def mask(self, sliding: bool) -> Tensor | None:
         """The mask of a layer: its window's, if it has one that hides anything."""
@@ -92,7 +96,8 @@ def forward_context(
                 return ForwardContext(freqs_cis_BTr, None, None, None, valid_BT, None, varlen, time, True)
         mask = None if segments_BT is None else _packed_mask(segments_BT)
         window_mask = _window_mask(torch.arange(time, device=device).unsqueeze(0), time, window, mask)
-        return ForwardContext(freqs_cis_BTr, mask, window_mask, None, valid_BT, None, None, time, True)
+        lengths = None if segments_BT is None or window_mask is not None else _document_lengths(segments_BT)
+        return ForwardContext(freqs_cis_BTr, mask, window_mask, None, valid_BT, None, None, time, True, lengths)
     if segments_BT is not None or positions_BT is not None:
         raise EngineError("a cache counts positions itself", where="forward", todo="leave segments and positions out")
     if cache.batch != batch:
@@ -130,6 +135,16 @@ def _segment_runs(segments_BT: Tensor) -> Tensor:
     borders_BT = torch.zeros_like(segments_BT)
     borders_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
     return borders_BT.cumsum(1)
+
+
+def _document_lengths(segments_BT: Tensor) -> list[int] | None:
+    """The lengths of runs of equal segments, row after row; None where one by one they would hardly be less work."""
+    batch, time = segments_BT.shape
+    starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts = starts_BT.flatten().nonzero().flatten().tolist()
+    lengths = [end - start for start, end in itertools.pairwise([*starts, batch * time])]
+    return lengths if 2 * sum(length**2 for length in lengths) <= batch * time**2 else None
 
 
 def _packed_mask(segments_BT: Tensor) -> Tensor:
