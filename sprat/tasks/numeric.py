@@ -27,6 +27,7 @@ _NUMBER = re.compile(
     r"|(?P<decimal>(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]{1,4}))?)"
     r"(?P<percent>%?)"
 )
+_BOX = re.compile(r"\\f?boxed\s*\{")
 _FRACTION = re.compile(r"(?<![\w.])\\[dt]?frac\{([-+\u2212]?[0-9]+)\}\{([0-9]+)\}(?![\w.])", re.ASCII)
 _TYPOGRAPHY = re.compile(
     r"\\(?:(?:left|right|text|textbf|mathrm|mathbf|displaystyle|quad)(?![a-zA-Z])|[()\[\],;:\\$ ])"
@@ -54,13 +55,13 @@ def parse_number(text: str, extract: Extract = "only") -> Fraction | None:
 
 
 def boxed(text: str) -> list[str] | None:
-    r"""What stands in each ``\boxed{…}`` of ``text``; None where one is never closed.
+    r"""What stands in each outer ``\boxed{…}`` of ``text``; None where one is never closed.
 
     >>> boxed(r"\boxed{\frac{1}{2}} or \boxed{3}"), boxed("3"), boxed(r"\boxed{3")
     (['\\frac{1}{2}', '3'], [], None)
     """
-    contents = []
-    for match in re.finditer(r"\\f?boxed\s*\{", text):
+    contents, match = [], _BOX.search(text)
+    while match:
         depth, end = 1, match.end()
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -68,6 +69,7 @@ def boxed(text: str) -> list[str] | None:
         if depth:
             return None
         contents.append(text[match.end() : end - 1].strip())
+        match = _BOX.search(text, end)
     return contents
 
 

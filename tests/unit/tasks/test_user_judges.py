@@ -289,3 +289,12 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
 def test_what_is_no_schema_or_lies_elsewhere_is_refused(schema: str, word: str) -> None:
     with pytest.raises(DataError, match=word):
         JsonSchema(schema)
+
+
+@pytest.mark.parametrize(
+    "answer", ["\\boxed{" * 5000 + "}" * 5000, "answer" + " " * 50_000 + "B?", "1," * 20_000, "9" * 50_000]
+)
+def test_a_degenerate_answer_is_judged_in_linear_time(answer: str) -> None:
+    judges: list[Judge] = [Numeric(("7",)), Choice(("Rome", "Paris"), 1), Exact(("7",))]
+    start = time.process_time()
+    assert not any(judge.is_right(answer) for judge in judges) and time.process_time() - start < 2
