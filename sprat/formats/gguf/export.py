@@ -44,6 +44,7 @@ FILE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # gener
 QUANTIZATION_VERSION = 2
 CHUNK = 4 << 20  # weights that are encoded at a time
 _LARGEST = {"F32": 3.4028235e38, "F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
+_QUANTIZED = ("q8_0", "q4_0")
 _BITS = {"Q8_0": 8, "Q4_0": 4}
 _VOCABULARY = ("token_embd.weight", "output.weight")
 
@@ -71,12 +72,15 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, kind: Ki
         pre: llama.cpp's name of the cut before byte-level BPE; None finds the one that cuts as ``tokenizer`` does.
 
     Raises:
-        CheckpointError: no such kind; llama.cpp computes no such model, or cuts no text as this tokenizer does; the
-            model holds what its config does not say (an adapter), or a weight is not finite or too large for ``kind``.
+        CheckpointError: no such kind, or ``path`` is a folder; llama.cpp computes no such model, or cuts no text as
+            this tokenizer does; the model holds what its config does not say (an adapter), or a weight is not finite or
+            too large for ``kind``.
         MachineError: the disk is full or closed to us; what was there is untouched.
     """
     if kind not in FILE_TYPES:
         raise CheckpointError(f"no kind {kind!r}", where="kind", todo=f"use one of {', '.join(FILE_TYPES)}")
+    if Path(path).is_dir():
+        raise CheckpointError("a folder stands there", where=str(path), todo="give the name of a file")
     config = model.config
     keys: dict[str, Value | Values] = {
         "general.architecture": metadata.architecture(config),
@@ -97,33 +101,47 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, kind: Ki
 
 def _tensors(model: Transformer, kind: Kind, where: str) -> list[TensorData]:
     """All tensors of the file, none of them encoded yet; warns of what loses more than ``kind`` says."""
-    config, packed = model.config, quantized_weights(model)
-    own = model.state_dict()
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(config, seed=None).state_dict().items()}
+    config = model.config
     tensors: list[TensorData] = []
     again: list[str] = []
     uneven: list[str] = []
-    for name, shape in shapes.items():
-        if name.startswith("mtp.") or (name == "head.weight" and config.tie_word_embeddings):
-            continue
-        source = packed[name].to_tensor() if name in packed else own.get(name)
-        if source is None or _shape(source) != shape:
-            todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
-            raise CheckpointError(f"{name} is not as the model's config says", where=where, todo=todo)
-        for part in parts(name, tuple(shape), config):
+    for name, source in _sources(model, where).items():
+        for part in parts(name, tuple(_shape(source)), config):
             of_type = tensor_type(part, kind, source)
-            keeps = isinstance(source, QuantizedTensor) and not part.transposed and _holds(of_type, source)
-            quantized = isinstance(source, QuantizedTensor) and source.bits < 16
-            again += [part.name] if quantized and of_type in _BITS and not keeps else []
-            uneven += [part.name] if of_type == "F16" and kind in ("q8_0", "q4_0") else []
-            encode = _encode_codes if keeps else _encode_weights
-            chunks = functools.partial(encode, part, of_type, source)
+            chunks: Callable[[], Iterator[Array]] = functools.partial(_encode_weights, part, of_type, source)
+            if isinstance(source, QuantizedTensor) and not part.transposed and _holds(of_type, source):
+                chunks = functools.partial(_encode_codes, part, of_type, source)
+            elif isinstance(source, QuantizedTensor) and source.bits < 16 and of_type in _BITS:
+                again.append(part.name)
+            if of_type == "F16" and kind in _QUANTIZED:
+                uneven.append(part.name)
             tensors.append(TensorData(part.name, of_type, part.shape, chunks))
     for names, what in ((again, "rounded a second time"), (uneven, f"F16, as their rows are no blocks of {GROUP}")):
         if names:
             warnings.warn(f"{where}: {what}: {len(names)} tensors ({', '.join(names[:3])} …)", stacklevel=3)
     return tensors + _rope_divisors(config)
+
+
+def _sources(model: Transformer, where: str) -> dict[str, Tensor | QuantizedTensor]:
+    """The weights of ``model`` that a file holds, by their names in the state dict of a dense model.
+
+    Raises:
+        CheckpointError: one is not as the config says, or there are others.
+    """
+    packed = quantized_weights(model)
+    codes = {id(tensor) for each in packed.values() for tensor in each.buffers()}
+    own: dict[str, Tensor | QuantizedTensor] = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in codes
+    }
+    own |= {name: each.to_tensor() for name, each in packed.items()}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(model.config, seed=None).state_dict().items()}
+    tied = {"head.weight"} if model.config.tie_word_embeddings else set()
+    differing = {name for name, _ in {name: _shape(each) for name, each in own.items()}.items() ^ shapes.items()}
+    if differing := differing - tied:
+        todo = "merge first: put a Linear in each adapter's place whose weight is its dense_weight()"
+        raise CheckpointError(f"{min(differing)} is not as the model's config says", where=where, todo=todo)
+    return {name: own[name] for name in shapes if name not in tied and not name.startswith("mtp.")}
 
 
 def parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[Part]:

@@ -23,15 +23,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_ids_chat_and_logits_are_ours(name: str, tmp_path: Path) -> None:
+def test_ids_chat_and_logits_are_ours_and_bytes_are_its_own(name: str, tmp_path: Path) -> None:
     """Only where ``python -m bench.oracles`` has compiled llama.cpp; ``make test`` does not."""
     python = python_of("llama")
     code = "import llama_cpp, jinja2"
     if not python.is_file() or subprocess.run([python, "-c", code], capture_output=True, cwd=ROOT).returncode:
         pytest.skip("llama.cpp is not built (python -m bench.oracles)")
-    case = Case(name, functools.partial(random_model, "pico", **SHAPES[name]), ("f32",), "superbpe", SUMS[:30])
+    case = Case(name, functools.partial(random_model, "pico", **SHAPES[name]), ("q8_0",), "superbpe", SUMS[:30])
     found = list(measure(case, python, tmp_path, quick=True))
-    assert len(found) == 4 and [row for row in found if row.word == "MISSED"] == []
+    assert len(found) == 7 and [row for row in found if row.word == "MISSED"] == []
 
 
 def test_a_figure_above_its_bar_is_missed() -> None:

@@ -220,17 +220,29 @@ FAULTS: list[tuple[Callable[[], Transformer], str, str]] = [
     (lambda: spoilt("llama", lambda m: m.norm.weight.fill_(torch.inf)), "q8_0", "output_norm.weight"),
     (lambda: spoilt("llama", lambda m: m.head.weight.fill_(1e5)), "f16", "too large for the type"),
     (lambda: spoilt("llama", lambda m: m.layers[0].mlp.set_submodule("up_proj", torch.nn.Identity())), "f32", "merge"),
+    (
+        lambda: spoilt("llama", lambda m: m.layers[0].mlp.up_proj.register_parameter("lora_A", m.norm.weight)),
+        "f32",
+        "merge",
+    ),
     (lambda: made("llama", vocab_size=50), "f32", "64 ids, the model only 50"),
 ]
 
 
-@pytest.mark.parametrize(("model", "kind", "text"), FAULTS, ids=[text[:30] for *_, text in FAULTS])
+@pytest.mark.parametrize(
+    ("model", "kind", "text"), FAULTS, ids=[f"{at} {text[:30]}" for at, (*_, text) in enumerate(FAULTS)]
+)
 def test_what_llama_cpp_would_not_compute_is_refused_by_name(
     model: Callable[[], Transformer], kind: Any, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=text) as caught:
         ours.save(model(), words(), tmp_path / "model.gguf", kind=kind)
     assert caught.value.where and caught.value.todo and not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a folder stands there"):
+        ours.save(made("llama"), words(), tmp_path, kind="f32")
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
