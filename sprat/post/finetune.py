@@ -136,8 +136,14 @@ def _prepare(
 
 
 def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
-    """``config`` with the steps that its epochs over ``rows`` rows take; smaller batches where the rows are few."""
-    batch_rows = min(config.batch_rows, max(1, rows // _MIN_STEPS_PER_EPOCH))
+    """``config`` with the steps that its epochs over ``rows`` rows take; batches are halved where the rows are few.
+
+    They keep two rows, which two cores share.
+    """
+    batch_rows = config.batch_rows
+    while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
+        batch_rows //= 2
+    batch_rows = min(batch_rows, rows)
     epoch = rows / batch_rows  # steps
     return config.replace(
         batch_rows=batch_rows,
