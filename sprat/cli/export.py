@@ -39,9 +39,11 @@ def export(model: ModelFolder, gguf: Gguf = None, hf: HuggingFace = None, kind: 
     weights, tokenizer = load(model, dequantize=hf is not None)
     if gguf is not None:
         gguf_format.save(weights, tokenizer, gguf, kind=kind)
-        return Result({"model": str(model), "gguf": str(gguf), "kind": kind, "bytes": gguf.stat().st_size}, _said(gguf))
+        return Result(
+            {"model": str(model), "gguf": str(gguf), "kind": kind, "bytes": gguf.stat().st_size}, _describe_size(gguf)
+        )
     save(weights, tokenizer, out)
-    return Result({"model": str(model), "hf": str(out)}, _said(out))
+    return Result({"model": str(model), "hf": str(out)}, _describe_size(out))
 
 
 def merge(
@@ -65,9 +67,9 @@ def merge(
     load_peft(model, adapter)
     merge_lora(model)
     save(model, tokenizer, out)
-    return Result({"base": str(base), "adapter": str(adapter), "model": str(out)}, _said(out))
+    return Result({"base": str(base), "adapter": str(adapter), "model": str(out)}, _describe_size(out))
 
 
-def _said(path: Path) -> str:
+def _describe_size(path: Path) -> str:
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     return f"{path}: {size / 1e6:,.1f} MB"

@@ -215,7 +215,7 @@ def _split_strings(chosen: str, rejected: str) -> tuple[_Turns, _Turns, _Turns]:
 def _transcript(text: str, name: str) -> _Turns:
     _, *parts = _TRANSCRIPT_TURN.split(join_parts(text, name))
     roles = {"Human": "human", "Assistant": "assistant"}
-    turns = [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [{"role": roles[role], "content": text.strip()} for role, text in zip(parts[::2], parts[1::2], strict=True)]
     return parse_turns(turns, name)
 
 

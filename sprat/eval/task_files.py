@@ -112,9 +112,9 @@ def _score(task: UserTask | UserClassTask, problems: list[Problem], outputs: lis
         answers = outputs[number * samples : (number + 1) * samples]
         correct = sum(is_correct(score_output(task, problem, answer)) for answer in answers)
         mean_tokens = sum(len(answer.token_ids) for answer in answers) / samples
-        kept = tuple(answer.text for answer in answers[:KEPT_ANSWERS])
+        answer_texts = tuple(answer.text for answer in answers[:KEPT_ANSWERS])
         digest = of_bytes(problem.question.encode("utf-8", "replace"))
-        rows.append(ProblemScore(ids[number], correct, samples, mean_tokens, digest, kept))
+        rows.append(ProblemScore(ids[number], correct, samples, mean_tokens, digest, answer_texts))
     faults = 0
     if isinstance(task, UserClassTask):
         task.check_faults()

@@ -249,8 +249,8 @@ def _read(shards: Shards, name: str, shape: tuple[int, ...]) -> Tensor:
     """
     entry = shards.entries[name]
     if entry.shape != shape or entry.dtype not in _FLOATS:
-        found = f"{str(entry.dtype).removeprefix('torch.')} {entry.shape}"
-        raise CheckpointError(f"tensor {name!r} is {found}, not {shape}", where=str(entry.file), todo=_ADVICE)
+        actual = f"{str(entry.dtype).removeprefix('torch.')} {entry.shape}"
+        raise CheckpointError(f"tensor {name!r} is {actual}, not {shape}", where=str(entry.file), todo=_ADVICE)
     value = shards.read(name).float()
     if not bool(torch.isfinite(value).all()):
         todo = "use an adapter whose training did not diverge"

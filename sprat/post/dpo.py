@@ -146,8 +146,8 @@ def reference_logprobs(
     model.train(training)
 
     def lookup(batch: Batch) -> tuple[Tensor, Tensor]:
-        found = torch.tensor([table[key] for key in _keys(batch)], device=batch.tokens_BT.device)
-        return found[:, 0], found[:, 1]
+        logprobs_B2 = torch.tensor([table[key] for key in _keys(batch)], device=batch.tokens_BT.device)
+        return logprobs_B2[:, 0], logprobs_B2[:, 1]
 
     return lookup
 

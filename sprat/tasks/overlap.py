@@ -44,7 +44,7 @@ def overlap(problems: Sequence[Problem], texts: Iterable[str]) -> list[Problem]:
         if question:
             key = tuple(question[:MAX_KEY_WORDS])
             by_key[len(key)][key].append(number)
-    found: set[int] = set()
+    overlapping: set[int] = set()
     for text in texts:
         text_words = words(text)
         for length, numbers_by_key in by_key.items():
@@ -52,5 +52,5 @@ def overlap(problems: Sequence[Problem], texts: Iterable[str]) -> list[Problem]:
                 for number in numbers_by_key.get(tuple(text_words[start : start + length]), ()):
                     question = questions[number]
                     if text_words[start : start + len(question)] == question:
-                        found.add(number)
-    return [problem for number, problem in enumerate(problems) if number in found]
+                        overlapping.add(number)
+    return [problem for number, problem in enumerate(problems) if number in overlapping]

@@ -134,13 +134,15 @@ def load_class_task(source: str) -> UserClassTask:
     if not colon or not module_name or not class_name:
         raise ConfigError(f"cannot read the task {source!r}", where="task", todo="write file.py:ClassName")
     module = import_source(module_name, where)
-    found = getattr(module, class_name, None)
+    task_class = getattr(module, class_name, None)
     todo = f"write class {class_name} with problem{EXPECTED['problem'][0]} and score{EXPECTED['score'][0]}"
-    if not inspect.isclass(found):
-        what = f"{module_name!r} has no class {class_name!r}" if found is None else f"{class_name!r} is not a class"
+    if not inspect.isclass(task_class):
+        what = (
+            f"{module_name!r} has no class {class_name!r}" if task_class is None else f"{class_name!r} is not a class"
+        )
         raise ConfigError(what, where=where, todo=todo)
     try:
-        inner = found()
+        inner = task_class()
     except (Exception, SystemExit) as error:
         what = f"making {class_name} raised {type(error).__name__}: {error}"
         raise ConfigError(what, where=where, todo="let it be made without arguments") from error
