@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import selectors
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,20 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def exchange_json(process: subprocess.Popen[str], request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Send ``request`` as a line of JSON to ``process`` and read the line that it answers within ``seconds``.
+
+    Raises:
+        TimeoutError: there is none in time. OSError, ValueError: the process is dead.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            raise TimeoutError
+    reply: dict[str, Any] = json.loads(process.stdout.readline())
+    return reply

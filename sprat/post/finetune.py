@@ -25,7 +25,7 @@ from sprat.data.conversations import read_examples, split_by_hash
 from sprat.data.example import Example, PreferencePair
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
-from sprat.eval.loss import mean_loss
+from sprat.eval.bits_per_byte import mean_loss
 from sprat.formats import gguf, peft
 from sprat.formats.load import load, locate, save
 from sprat.model import Transformer

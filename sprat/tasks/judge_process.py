@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
 import os
-import selectors
 import subprocess
 import sys
 import threading
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import DataError, MachineError
+from sprat.files.json import exchange_json
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 120.0  # for one reply; the worker's own bound is CPU time, which a busy machine does not shorten
@@ -77,15 +76,7 @@ class JudgeProcess:
         if self._process is not None and self._process.poll() is not None:
             self._kill()
         process = self._process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            if not selector.select(WAIT_SECONDS):
-                raise TimeoutError
-        reply: dict[str, Any] = json.loads(process.stdout.readline())
-        return reply
+        return exchange_json(process, request, WAIT_SECONDS)
 
     def _start(self) -> subprocess.Popen[str]:
         """A new worker, without the caller's environment."""

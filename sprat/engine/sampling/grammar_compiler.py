@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import selectors
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.errors import EngineError
+from sprat.files.json import exchange_json
 
 START_SECONDS = 30.0  # a new process reads the vocabulary first
 
@@ -39,7 +39,7 @@ class CompilerProcess:
             self.kill()
         try:
             process = self.process or self._start()
-            return _request(process, job, self._deadline)
+            return exchange_json(process, job, self._deadline)
         except (OSError, ValueError, TimeoutError) as error:
             self.kill()
             timed_out = isinstance(error, TimeoutError)
@@ -75,22 +75,5 @@ class CompilerProcess:
         assert process.stdin is not None
         header = {"tokens": [text.hex() for text in self._token_bytes()], "ends": self._eos_token_ids}
         process.stdin.write(json.dumps(header) + "\n")
-        _request(process, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
+        exchange_json(process, {"kind": "choice", "source": '["a"]'}, START_SECONDS)
         return process
-
-
-def _request(process: subprocess.Popen[str], job: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Send a job and wait for its answer.
-
-    Raises:
-        TimeoutError: there is none in time. OSError, ValueError: the process is dead.
-    """
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(job) + "\n")
-    process.stdin.flush()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(seconds):
-            raise TimeoutError
-    reply: dict[str, Any] = json.loads(process.stdout.readline())
-    return reply
