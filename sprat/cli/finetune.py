@@ -31,6 +31,8 @@ _DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
 _RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
+_REPLAY_HELP = "Text mixed in, so that less is forgotten: a folder, .txt, .jsonl or .parquet."
+Replay = Annotated[Path | None, typer.Option("--replay", metavar="TEXT", help=_REPLAY_HELP)]
 _NUM_SHOWN = 3  # examples
 _LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
@@ -41,6 +43,7 @@ def sft(
     out: Out = None,
     lora: Lora = None,
     map_columns: Map = None,
+    replay: Replay = None,
     dequantize: Dequantize = False,
     init_from: stages.InitFrom = None,
     recipe: Recipe = None,
@@ -51,15 +54,15 @@ def sft(
     Example: sprat sft smol --data chat.jsonl --lora 16 --out runs/mine
     """
     if model is None:
-        given = {"--data": data, "--lora": lora, "--map": map_columns, "--dequantize": dequantize or None}
-        if alone := [name for name, value in given.items() if value is not None]:
+        given = {"--data": data, "--lora": lora, "--map": map_columns, "--replay": replay, "--dequantize": dequantize}
+        if alone := [name for name, value in given.items() if value]:
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
         return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
     if init_from is not None:
         todo = "leave it out: what was interrupted goes on by itself, with the same command"
         raise ConfigError("a road's station starts from a checkpoint", where="--init-from", todo=todo)
-    return _finetune("sft", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+    return _finetune("sft", model, data, out, lora, map_columns, replay, dequantize, recipe, overrides)
 
 
 def dpo(
@@ -78,7 +81,7 @@ def dpo(
     """
     if model is None:
         raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
-    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+    return _finetune("dpo", model, data, out, lora, map_columns, None, dequantize, recipe, overrides)
 
 
 def _finetune(
@@ -88,6 +91,7 @@ def _finetune(
     out: Path | None,
     lora: int | None,
     map_columns: list[str] | None,
+    replay: Path | None,
     dequantize: bool,
     recipe: str | None,
     overrides: Overrides,
@@ -107,7 +111,9 @@ def _finetune(
     changes = (*adapters, *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
-    run = finetune(model, data, out, config, column_map=column_map, dequantize=dequantize, on_prepared=_show)
+    run = finetune(
+        model, data, out, config, column_map=column_map, replay=replay, dequantize=dequantize, on_prepared=_show
+    )
     return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
 
 

@@ -28,6 +28,7 @@ class ExamplesConfig(Config):
     too_long: Literal["drop", "cut", "split"] = "drop"  # an example longer than a row: out, its end off, or in pieces
     reasoning: Literal["keep", "drop"] = "keep"
     validation: float = Field(0.05, ge=0, lt=1)  # share of the examples, by a hash of what they say
+    replay_share: float = Field(0.25, gt=0, lt=1)  # of a step's rows, where there is text to be replayed
 
 
 class FinetuneConfig(TrainConfig):

@@ -90,7 +90,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
 def _encode(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> list[MaskedIds]:
     """The sequences of an example; of a pair, that of each answer."""
     if isinstance(example, Text):
-        ids = tokenizer.encode(example.text) + [tokenizer.special_ids.eos]
+        ids = text_ids(tokenizer, example.text)
         return [(ids, [1] * len(ids))]
 
     def turns(messages: Sequence[Message]) -> list[Message]:
@@ -103,6 +103,12 @@ def _encode(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> 
             for answer in (example.chosen, example.rejected)
         ]
     return chat.encode_conversation(tokenizer, turns(example.messages))
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A whole text as it is learned: after the token that begins texts, where there is one, and with an end."""
+    special = tokenizer.special_ids
+    return [*([special.bos] if special.bos >= 0 else []), *tokenizer.encode(text), special.eos]
 
 
 def pack_pairs(pairs: Sequence[MaskedPair], seq_len: int) -> pack.PackedDataset:

@@ -8,19 +8,22 @@ models only where that is asked for, because there a dense original exists that 
 A part of the examples, chosen by what they say and not by where they stand, is kept from training; its loss is
 measured before the first step, in between, and at the end, so that a run shows whether it learned more than by heart.
 
+A model forgets what it is not shown. Text of any kind can be *replayed* beside the examples (Rolnick et al. 2019, arXiv
+1811.11682; Ibrahim et al. 2024, arXiv 2403.08763): some rows of every step are of that text.
+
 The artefact is the whole model, adapters merged, so that every other verb takes the run's folder as it is. Adapters
 stand beside it in ``adapter/``, in PEFT's layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sprat.config.finetune import DPOConfig, FinetuneConfig
-from sprat.data import loader
+from sprat.data import ingest, loader, pack
 from sprat.data.conversations import read_examples, split_by_hash
 from sprat.data.example import Example, PreferencePair
 from sprat.data.pack import PackedDataset
@@ -31,7 +34,7 @@ from sprat.formats.load import load, locate, save
 from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
 from sprat.post import dpo
-from sprat.post.examples import EncodedExamples, encode_examples
+from sprat.post.examples import EncodedExamples, encode_examples, text_ids
 from sprat.quant import quantized_weights
 from sprat.tokens import Tokenizer
 from sprat.train import loop, losses
@@ -49,6 +52,7 @@ class _Prepared:
     model: Transformer
     tokenizer: Tokenizer
     config: FinetuneConfig
+    source: loader.MixedBatchSource
     rows: PackedDataset
     held_out: PackedDataset | None
     facts: dict[str, Any]
@@ -61,6 +65,7 @@ def finetune(
     config: FinetuneConfig,
     *,
     column_map: Mapping[str, str] | None = None,
+    replay: str | Path | None = None,
     dequantize: bool = False,
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
 ) -> Run:
@@ -71,6 +76,7 @@ def finetune(
         data: a file or folder of conversations or texts (of preference pairs for DPO); see ``data.conversations``.
         out: the run's folder; its ledger lies in the folder above it.
         column_map: our names of columns to those of ``data``.
+        replay: text, as ``data.ingest.read_texts`` takes it, that is mixed in (``examples.replay_share``); SFT only.
         dequantize: train a quantised model as the dense one that its codes stand for.
         on_prepared: is shown what will be trained, before it is.
 
@@ -81,15 +87,20 @@ def finetune(
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
+    inputs = {"model": model_path, "data": data}
+    if replay is not None:
+        if isinstance(config, DPOConfig):
+            raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
+        inputs["replay"] = Path(replay)
 
     def prepare(resuming: bool) -> None:
-        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, on_prepared))
+        prepared.append(_prepare(inputs, config, column_map or {}, dequantize, on_prepared))
 
     run = open_run(
         out,
         stage="dpo" if isinstance(config, DPOConfig) else "sft",
         recipe=config,
-        inputs={"model": model_path, "data": data},
+        inputs=inputs,
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
         prepare=prepare,
@@ -100,14 +111,14 @@ def finetune(
 
 
 def _prepare(
-    model_path: Path,
-    data: Path,
+    inputs: Mapping[str, Path],
     config: FinetuneConfig,
     column_map: Mapping[str, str],
     dequantize: bool,
     on_prepared: OnPrepared,
 ) -> _Prepared:
     """The model and its rows, checked."""
+    model_path, data = inputs["model"], inputs["data"]
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
     model, tokenizer = load(model_path, dequantize=dequantize or gguf.is_gguf(model_path))
     if packed := quantized_weights(model):
@@ -132,24 +143,40 @@ def _prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    return _Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), shown.rows, held_out, facts)
+    parts = [(shown.rows, 1.0)]
+    if "replay" in inputs:
+        replayed = _text_rows(tokenizer, inputs["replay"], config.seq_len)
+        facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
+        parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
+    config, source = _resolve(config, parts)
+    return _Prepared(model, tokenizer, config, source, shown.rows, held_out, facts)
 
 
-def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
-    """``config`` with the steps that its epochs over ``rows`` rows take; batches are halved where the rows are few.
+def _text_rows(tokenizer: Tokenizer, path: Path, seq_len: int) -> PackedDataset:
+    """The text at ``path`` in rows; a document longer than a row goes on in others."""
+    return pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path)), seq_len)
 
-    They keep two rows, which two cores share.
+
+def _resolve(
+    config: FinetuneConfig, parts: Sequence[tuple[PackedDataset, float]]
+) -> tuple[FinetuneConfig, loader.MixedBatchSource]:
+    """``config`` with the steps that its epochs over the first of ``parts`` take, and the batches of those steps.
+
+    Batches are halved where its rows are few; they keep two rows, which two cores share.
     """
+    rows = parts[0][0].num_rows
     batch_rows = config.batch_rows
     while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
         batch_rows //= 2
-    batch_rows = min(batch_rows, rows)
-    epoch = rows / batch_rows  # steps
-    return config.replace(
+    batch_rows = max(min(batch_rows, rows), len(parts))
+    source = loader.MixedBatchSource(parts, rows=batch_rows, seed=config.seed)
+    epoch = rows / source.part_rows[0]  # steps
+    resolved = config.replace(
         batch_rows=batch_rows,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         eval_every=config.eval_every or max(1, round(epoch)),
     )
+    return resolved, source
 
 
 def _train(run: Run, ready: _Prepared, base_model: str) -> None:
@@ -159,9 +186,8 @@ def _train(run: Run, ready: _Prepared, base_model: str) -> None:
     loss_fn, measure = _objective(model, config, ready.rows, held_out)
     if measure and "validation_before" not in run.facts:
         run.add_facts(validation_before=measure(model))
-    source = loader.MixedBatchSource([(ready.rows, 1.0)], rows=config.batch_rows, seed=config.seed)
     every = config.eval_every if measure else 0
-    result = loop.train(model, source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every)
+    result = loop.train(model, ready.source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every)
     if measure:
         run.add_facts(validation_after=measure(model))
     run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second)

@@ -98,4 +98,4 @@ def test_a_preview_shows_what_is_learned(tokenizer: Tokenizer) -> None:
 
 def test_of_a_plain_text_all_is_learned(tokenizer: Tokenizer) -> None:
     [(ids, mask)] = encode_examples(tokenizer, [Text("1 2 3", Where("text.txt", 1))], CONFIG).sequences
-    assert tokenizer.decode(ids) == "1 2 3<|eos|>" and all(mask)
+    assert tokenizer.decode(ids) == "<|bos|>1 2 3<|eos|>" and all(mask)

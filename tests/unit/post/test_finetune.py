@@ -11,6 +11,7 @@ import torch
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import ConfigError, DataError
+from sprat.eval.text_file import evaluate_text_file
 from sprat.formats import peft
 from sprat.formats.load import load, save
 from sprat.model import Transformer
@@ -79,6 +80,22 @@ def test_pairs_move_the_model_to_what_was_chosen(base: Path, tmp_path: Path) -> 
     assert run.facts["validation_after"]["loss"] < 0.4
     with pytest.raises(DataError, match="preference pairs are for sprat dpo"):
         finetune(base, path, tmp_path / "runs" / "other", CONFIG)
+
+
+def test_text_that_is_replayed_is_not_forgotten(base: Path, data: Path, tmp_path: Path) -> None:
+    book, runs = tmp_path / "book.txt", tmp_path / "runs"
+    book.write_text("a sprat, a whale")
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": book.read_text()}))
+    known = finetune(base, tmp_path / "book.jsonl", runs / "known", CONFIG).folder
+    alone = finetune(known, data, runs / "alone", CONFIG)
+    beside = finetune(known, data, runs / "beside", CONFIG, replay=book)
+    bits = {run: evaluate_text_file(*load(run), book).bits_per_byte for run in (known, alone.folder, beside.folder)}
+    assert bits[beside.folder] - bits[known] < 0.1 < 1 < bits[alone.folder] - bits[known]
+    assert beside.facts["validation_after"]["loss"] < 0.3
+    assert beside.facts["replay"] == {"rows": 1, "tokens": len(load(base)[1].encode(book.read_text())) + 1}
+    assert set(beside.record["inputs"]) == {"model", "data", "replay"} and all(find.ok for find in verify(runs))
+    with pytest.raises(ConfigError, match="DPO replays no text"):
+        finetune(base, data, runs / "never", DPOConfig(), replay=book)
 
 
 def test_the_same_again_is_done_and_other_settings_set_the_run_aside(base: Path, data: Path, tmp_path: Path) -> None:
