@@ -100,6 +100,12 @@ def parse_rope(table: dict[str, Any], where: str) -> tuple[float, dict[str, Any]
     return float(theta), {"rope_type": kind, **merged}
 
 
+def rope_to_hf(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys of config.json that say what ``parse_rope`` reads, in both of its forms."""
+    named = None if scaling is None else {**scaling, "type": scaling["rope_type"]}
+    return {"rope_scaling": named, "rope_parameters": {"rope_type": "default", **(named or {}), "rope_theta": theta}}
+
+
 def parse_window(table: dict[str, Any], layers: int, where: str) -> WindowKeys:
     """``sliding_window`` and ``layer_types`` of our config: empty where every layer sees everything.
 

@@ -25,13 +25,14 @@ import torch
 from sprat.config.model import ModelConfig
 from sprat.errors import ConfigError, MachineError
 from sprat.files import atomic, digest
-from sprat.files.json import write_json
+from sprat.files.json import read_json, write_json
 from sprat.formats import compressed_tensors, fp8, gguf, hf
 from sprat.formats.gguf.export import Kind
 from sprat.formats.load import find_model, load
 from sprat.formats.safetensors import Shards
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
+from sprat.tokens.hf_files import GENERATION_CONFIG_FILE
 
 Format = Literal["dense", "pack-quantized", "fp8", "gguf"]
 MANIFEST, VERSION = "export.json", 1
@@ -89,7 +90,9 @@ def write_form(model: Transformer, tokenizer: Tokenizer, out: Path, form: Form) 
     if form.format == "fp8":
         tensors, quantization = fp8.encode_tensors(tensors), fp8.CONFIG
     hf.write_folder(config, tensors, out, quantization=quantization)
+    generation = read_json(out / GENERATION_CONFIG_FILE) or {}
     tokenizer.save(out)
+    write_json(out / GENERATION_CONFIG_FILE, {**generation, **tokenizer.generation_config.raw})
 
 
 def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -214,7 +214,9 @@ def write_folder(
     from safetensors.torch import save_file
 
     folder = Path(path)
-    table = {**config.to_hf(), "torch_dtype": str(tensors[EMBEDDING].dtype).removeprefix("torch.")}
+    table = config.to_hf() | dict.fromkeys(
+        ("torch_dtype", "dtype"), str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    )
     table |= {} if quantization is None else {"quantization_config": quantization}
     ids = {key: table[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if table[key] is not None}
     files: dict[str, Callable[[Path], object]] = {
