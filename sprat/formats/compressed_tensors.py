@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
-from sprat.formats import hf
+from sprat.formats import fp8, hf
 from sprat.formats.memory import check_available_memory
 from sprat.formats.safetensors import read_json_object
 from sprat.formats.state_dict import StateDictReader
@@ -46,8 +46,6 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 _LEAVES = (PACKED, SCALE, SHAPE, ZERO)
 _ADVICE = "check that config.json and the weights belong together"
-# What runtimes compute as one matrix, and so must be packed alike.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 # Keys and the values of theirs that are understood; () is any: they change nothing of what is computed.
 _CONFIG_KEYS: dict[str, tuple[Any, ...]] = {
     "quant_method": (METHOD,), "format": (FORMAT,), "quantization_status": ("compressed", "frozen"),
@@ -155,9 +153,7 @@ def _siblings(name: str, names: Any) -> set[str]:
     """What runtimes fuse with the matrix ``name``: itself among them; all matrices of its layer's experts."""
     if hf.is_stack(name):
         return {other for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]}
-    stem, _, last = name.removesuffix(".weight").rpartition(".")
-    fused: tuple[str, ...] = next((each for each in _FUSED if last in each), (last,))
-    return {f"{stem}.{other}.weight" for other in fused} & set(names)
+    return fp8.fused(name) & set(names)
 
 
 def _split(stack: QuantizedTensor) -> list[QuantizedTensor]:

@@ -88,7 +88,7 @@ def write_form(model: Transformer, tokenizer: Tokenizer, out: Path, form: Form) 
     else:
         tensors = hf.disk_tensors(config, model.state_dict())
     if form.format == "fp8":
-        tensors, quantization = fp8.encode_tensors(tensors), fp8.CONFIG
+        tensors, quantization = fp8.encode_tensors(tensors, str(out))
     hf.write_folder(config, tensors, out, quantization=quantization)
     generation = read_json(out / GENERATION_CONFIG_FILE) or {}
     tokenizer.save(out)

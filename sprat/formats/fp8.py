@@ -9,13 +9,16 @@ not always give the same bits back, so of the factor and its two neighbors the o
 exactly, where one does: what was loaded from FP8 is written as it came.
 
 What stays as it is, as in the published checkpoint: norms, embeddings, the head, the router and its correction, biases,
-and ``eh_proj`` of the prediction modules.
+and ``eh_proj`` of the prediction modules. So do, named in ``modules_to_not_convert``, matrices whose sides are no whole
+blocks, and what runtimes fuse with them: vLLM refuses ragged blocks in fused matrices, and transformers (5.23) divides
+the rows by the number of blocks, and so gives some rows the factor of others. ``kv_a_proj_with_mqa`` may be ragged.
 """
 
 # N rows, I columns; P, Q blocks along each; b rows of a block, c columns of it
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -33,6 +36,9 @@ CONFIG: dict[str, Any] = {
     "activation_scheme": "dynamic",
 }
 _LARGEST = 448.0
+_PLAIN = ("embed_tokens.weight", "head.weight", ".mlp.gate.weight", ".eh_proj.weight")
+_RAGGED = ".kv_a_proj_with_mqa.weight"
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 # keys of quantization_config that change no weight: how activations are rounded on the way, and what the dtypes of
 # the tensors say anyway
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -110,18 +116,40 @@ def _is_exact(blocks_PbQc: Tensor, codes_PbQc: Tensor, scales_PQ: Tensor) -> Ten
     return (codes_PbQc.float() * scales_PQ[:, None, :, None] == blocks_PbQc).all(3).all(1)
 
 
-def encode_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` of a Hugging Face folder by name; those that are FP8 in the published checkpoint with factors."""
+def encode_tensors(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(``tensors`` of a Hugging Face folder, its matrices in FP8 with their scales; the ``quantization_config``).
+
+    Warns of ragged blocks, which transformers 5.23 does not read.
+
+    Raises:
+        CheckpointError: no matrix has whole blocks; a number is not finite.
+    """
+    matrices = {name for name, tensor in tensors.items() if tensor.dim() == 2 and not name.endswith(_PLAIN)}
+    ragged = {name for name in matrices if any(n % size for n, size in zip(tensors[name].shape, BLOCK, strict=True))}
+    latent = {name for name in ragged if name.endswith(_RAGGED) and tensors[name].shape[1] % BLOCK[1] == 0}
+    dense = {other for name in ragged - latent for other in fused(name) if other in matrices}
+    if not matrices - dense:
+        todo = "write it dense, or quantize it and write pack-quantized"
+        raise CheckpointError("no matrix of the model has whole blocks of 128 x 128", where=where, todo=todo)
+    if written := sorted(latent - dense):
+        what = f"{written[0]!r} ends in a ragged block, as in DeepSeek-V3, which transformers 5.23 does not read"
+        warnings.warn(f"{where}: {what}", stacklevel=4)
     encoded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if _stays(name, tensor):
-            encoded[name] = tensor
-        else:
+        if name in matrices - dense:
             encoded[name], encoded[name + SCALE_SUFFIX] = quantize_fp8(tensor)
-    return encoded
+        else:
+            encoded[name] = tensor
+    skipped = sorted(name.removesuffix(".weight") for name in dense)
+    return encoded, CONFIG | ({"modules_to_not_convert": [*skipped, "lm_head"]} if skipped else {})
 
 
-def _stays(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor on disk is none of the matrices that are FP8."""
-    plain = ("embed_tokens.weight", "head.weight", ".mlp.gate.weight", ".eh_proj.weight")
-    return tensor.dim() != 2 or name.endswith(plain)
+def fused(name: str) -> set[str]:
+    """The matrices that runtimes compute as one with ``name``, and must find in one format: itself among them.
+
+    >>> sorted(fused("mlp.up_proj.weight"))
+    ['mlp.gate_proj.weight', 'mlp.up_proj.weight']
+    """
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    parts: tuple[str, ...] = next((each for each in _FUSED if last in each), (last,))
+    return {f"{stem}.{part}.weight" for part in parts}

@@ -55,7 +55,8 @@ def source(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
         "mscale": 1.0, "mscale_all_dim": 1.0,
     }  # fmt: skip
-    sprat.save(Transformer.create(tiny(vocab_size=460, rope_scaling=yarn), 1), tokenizer, folder)
+    shape = {"hidden_size": 128, "intermediate_size": 128}
+    sprat.save(Transformer.create(tiny(vocab_size=460, rope_scaling=yarn, **shape), 1), tokenizer, folder)
     return folder
 
 
@@ -148,7 +149,7 @@ def test_a_kill_leaves_no_folder_that_looks_whole(source: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("form", [Form(), Form("fp8"), Form("pack-quantized"), Form("gguf", "f32", "superbpe")])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(form: Form, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    model = Transformer.create(tiny_dense(vocab_size=460, hidden_size=64), 1)
+    model = Transformer.create(tiny_dense(vocab_size=460, hidden_size=128, intermediate_size=128), 1)
     sprat.save(quantize_model(model) if form.format == "pack-quantized" else model, tokenizer, tmp_path / "model")
     place = tmp_path / "disk"
     place.mkdir()
@@ -173,7 +174,7 @@ def test_a_tokenizer_without_merges_is_named(tmp_path: Path) -> None:
         "added_tokens": [{"id": 3, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False}],
     }  # fmt: skip
-    bare = Tokenizer(json.dumps(text))
+    bare = Tokenizer(json.dumps(text), config={"eos_token": "<|endoftext|>"})
     model = Transformer.create(size("pico", vocab_size=bare.vocab_size), 1)
     with pytest.raises(CheckpointError, match="no merges.*save it as a folder"):
         gguf.save(model, bare, tmp_path / "x.gguf", kind="f32")

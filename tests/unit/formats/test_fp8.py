@@ -77,8 +77,12 @@ def test_a_number_that_is_none_is_refused() -> None:
 
 
 def v3(**changes: Any) -> Transformer:
-    """A model whose matrices have ragged blocks of 128 both ways."""
-    shape: dict[str, Any] = {"vocab_size": 460, "hidden_size": 136, "kv_lora_rank": 140, "intermediate_size": 200}
+    """A model of whole blocks, but for the latents (160 rows, as V3's 576) and the second layer's experts (200)."""
+    shape: dict[str, Any] = {
+        "vocab_size": 460, "hidden_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128, "intermediate_size": 256,
+        "moe_intermediate_size": 200, "num_attention_heads": 4, "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32, "v_head_dim": 32,
+    }  # fmt: skip
     return Transformer.create(tiny(**{**shape, **changes}), 3)
 
 
@@ -86,29 +90,29 @@ def test_a_folder_has_the_published_layout_and_comes_back(tmp_path: Path) -> Non
     """Names, dtypes and what stays: those of deepseek-ai/DeepSeek-V3's index and config.json."""
     model, tokenizer = v3(), Tokenizer.train(["12 + 13 = 25"], 460)
     sprat.save(model, tokenizer, tmp_path / "model")
-    export_model(tmp_path / "model", tmp_path / "fp8", Form("fp8"))
+    with pytest.warns(UserWarning, match=r"kv_a_proj_with_mqa.weight' ends in a ragged block"):
+        export_model(tmp_path / "model", tmp_path / "fp8", Form("fp8"))
     table = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    assert table["quantization_config"] == {
+    how = table["quantization_config"]
+    published = {
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
     }  # fmt: skip
+    assert {key: how[key] for key in published} == published and how.keys() - published == {"modules_to_not_convert"}
     tensors = load_file(tmp_path / "fp8" / "model.safetensors")
     eight = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
-    ends = {".".join(name.split(".")[-2:]) for name in eight}
-    assert ends == {
-        f"{part}.weight"
-        for part in (
-            "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-        )
-    }  # fmt: skip
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    whole = {f"model.layers.{layer}.self_attn.{part}.weight" for layer in range(3) for part in attention}
+    assert eight == whole | {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     assert {f"{name}_scale_inv" for name in eight} == {name for name in tensors if name.endswith("_scale_inv")}
-    assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (2, 2)  # 144 × 136
-    plain = ("embed_tokens", "lm_head", "norm", "mlp.gate", "e_score_correction_bias", "eh_proj", "shared_head.head")
-    assert all(any(word in name for word in plain) for name in tensors.keys() - eight if "_scale_inv" not in name)
+    assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (2, 1)  # 160 × 128
+    skipped = {f"{name}.weight" for name in how["modules_to_not_convert"]}
+    assert {name for name in tensors if "expert" in name} == skipped - {"lm_head.weight"}
     loaded = load_folder(tmp_path / "fp8")[0].state_dict()
     name = "self_attn.kv_a_proj_with_mqa.weight"
     scales = tensors[f"model.layers.1.{name}_scale_inv"]
     assert np.array_equal(loaded[f"layers.1.{name}"].numpy(), weight_dequant(tensors[f"model.layers.1.{name}"], scales))
-    export_model(tmp_path / "fp8", tmp_path / "again", Form("fp8"))
+    with pytest.warns(UserWarning, match="ragged"):
+        export_model(tmp_path / "fp8", tmp_path / "again", Form("fp8"))
     first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("fp8", "again"))
     assert first == second
 
@@ -138,11 +142,22 @@ def test_transformers_reads_whole_blocks_as_we_do_and_ragged_ones_otherwise() ->
 
 def test_a_scale_that_was_changed_changes_the_weight(tmp_path: Path) -> None:
     save_folder(v3(), tmp_path)
-    tensors = fp8.encode_tensors(load_file(tmp_path / "model.safetensors"))
+    with pytest.warns(UserWarning, match="ragged"):
+        tensors, how = fp8.encode_tensors(load_file(tmp_path / "model.safetensors"), "here")
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[f"{name}_scale_inv"] *= 2
     save_file(tensors, tmp_path / "model.safetensors")
     table = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**table, "quantization_config": fp8.CONFIG}))
+    (tmp_path / "config.json").write_text(json.dumps({**table, "quantization_config": how}))
     loaded = load_folder(tmp_path)[0].state_dict()["layers.0.mlp.up_proj.weight"]
     assert np.array_equal(loaded.numpy(), weight_dequant(tensors[name], tensors[f"{name}_scale_inv"]))
+
+
+def test_what_is_fused_is_in_one_format() -> None:
+    whole, ragged = torch.ones(128, 128), torch.ones(64, 128)
+    tensors = {f"a.{part}_proj.weight": whole for part in "qo"} | {f"a.{part}_proj.weight": ragged for part in "kv"}
+    encoded, how = fp8.encode_tensors(tensors, "here")
+    assert encoded.keys() == tensors.keys() | {"a.o_proj.weight_scale_inv"}
+    assert how["modules_to_not_convert"] == ["a.k_proj", "a.q_proj", "a.v_proj", "lm_head"]
+    with pytest.raises(CheckpointError, match="no matrix of the model has whole blocks"):
+        fp8.encode_tensors({"a.k_proj.weight": ragged}, "here")

@@ -34,7 +34,7 @@ FORMS = {
     "q4_0": Form("gguf", "q4_0", "superbpe"),
 }
 SHAPE = {
-    "architecture": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "architecture": "llama", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }  # fmt: skip
 
