@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ def make(name: str, folder: Path, bits: int | None = None) -> Path:
     return source
 
 
-def measure_compressed(python: Path, folder: Path) -> Iterator[Verdict]:
+def measure_compressed(python: Path, folder: Path, names: Iterable[str] = SHAPES) -> Iterator[Verdict]:
     """What transformers and compressed-tensors make of our folders, and we of theirs."""
     from sprat.formats.export import Form, export_model
 
     worker = Worker([python, "-m", "bench.export_workers", "transformers"], folder / "compressed.log")
-    for name in SHAPES:
+    for name in names:
         for kind in ("int4", "int8", "fp8"):
             source = make(name, folder, {"int4": 4, "int8": 8}.get(kind))
             dense, packed = folder / f"{name}-{kind}-dense", folder / f"{name}-{kind}-packed"

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sprat.config.base import Config, parse
-from sprat.config.hf_config import SLIDING, check_keys, parse_rope, parse_window, rope_to_hf, window_to_hf
+from sprat.config.hf_config import SLIDING, check_keys, parse_rope, parse_window, window_to_hf
 from sprat.errors import ConfigError
 
 Architecture = Literal["deepseek_v3", "deepseek_v2", "llama", "mistral", "qwen2", "qwen3"]
@@ -235,10 +235,10 @@ class ModelConfig(Config):
         return parse(cls, known_fields, where=where, lenient=True)
 
     def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face ``config.json`` of this model: the published keys, and the newer names beside the classic.
+        """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads.
 
-        transformers 5 and vLLM read ``rope_parameters`` and ``dtype``, older ones ``rope_theta``, ``rope_scaling`` (its
-        type as ``rope_type`` or ``type``) and ``torch_dtype``; DeepSeek's own code ``ep_size`` and ``pretraining_tp``.
+        One form and no second: transformers 5 and vLLM make ``rope_parameters`` of ``rope_theta`` and ``rope_scaling``,
+        and of two that differ would choose one. Where only a key's name changed (``dtype``, ``type``), both stand.
         """
         names = [*_SHARED, *(_DEEPSEEK if self.is_mla else ["head_dim"])]
         values = self.model_dump(mode="json")
@@ -262,5 +262,6 @@ class ModelConfig(Config):
             table["first_k_dense_replace"] = self.num_hidden_layers
         if self.architecture in ("qwen2", "mistral"):
             del table["attention_bias"]
-        table |= rope_to_hf(self.rope_theta, values["rope_scaling"])
+        if self.rope_scaling is not None and "rope_type" in self.rope_scaling:
+            table["rope_scaling"] = {**self.rope_scaling, "type": self.rope_scaling["rope_type"]}
         return table | window_to_hf(self.architecture, self.sliding_window, self.layer_types, self.num_hidden_layers)
