@@ -113,13 +113,12 @@ def load_folder(
     """
     folder = resolve(path)
     config, blocks = _config_and_blocks(folder / "config.json")
-    checkpoint = open_checkpoint(folder, config)
-    model = checkpoint.model
+    model = (checkpoint := open_checkpoint(folder, config)).model
     reader = StateDictReader(model, checkpoint.expected, checkpoint.shards, blocks)
     reader.check(checkpoint.redundant.keys(), folder)
     checkpoint.warn_of_differing()
-    dtype = checkpoint.own_dtype() if dtype == "auto" else dtype
-    model.load_state_dict(reader.read(dtype, torch.device(device)), strict=False, assign=True)
+    state = reader.read(checkpoint.own_dtype() if dtype == "auto" else dtype, torch.device(device))
+    model.load_state_dict(state, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         model.head.weight = model.embed_tokens.weight
     return model, model.config
@@ -214,9 +213,8 @@ def write_folder(
     from safetensors.torch import save_file
 
     folder = Path(path)
-    table = config.to_hf() | dict.fromkeys(
-        ("torch_dtype", "dtype"), str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    )
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    table = config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
     table |= {} if quantization is None else {"quantization_config": quantization}
     ids = {key: table[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if table[key] is not None}
     files: dict[str, Callable[[Path], object]] = {
