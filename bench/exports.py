@@ -1,5 +1,5 @@
 # size: one script, with the worker that runs in the other environment
-"""Files that Sprat exports, in llama.cpp itself: what it makes of their text, their logits and their greedy answers.
+"""What Sprat exports, in other runtimes themselves: what they make of text, weights, logits and greedy answers.
 
 Each model is written by ``sprat.formats.gguf.save`` and loaded by llama.cpp, built by ``bench.oracles``, in float32
 (cache included). Three things are held to bars:
@@ -16,7 +16,9 @@ weights llama.cpp rounds activations to eight bits, beside F16 to sixteen, and n
 
 Models: SmolLM2-135M-Instruct, and small random ones of every family whose vocabulary Sprat trained.
 
-    python -m bench.exports [--quick] [--json]
+Folders (INT4, INT8, FP8) are loaded by transformers with compressed-tensors and by vLLM: see ``bench.export_folders``.
+
+    python -m bench.exports [--runtimes llama,compressed,vllm] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -117,12 +119,11 @@ def worker(path: str) -> None:
     serve({"tokenize": tokenize, "log_probs": log_probs, "greedy": greedy, "chat": chat})
 
 
-class LlamaCpp:
-    """llama.cpp on one file, in a process of its own."""
+class Worker:
+    """A runtime in a process of its own, which answers as ``bench.inference.protocol`` says."""
 
-    def __init__(self, python: Path, path: Path) -> None:
-        command = [str(python), "-m", "bench.exports", "--worker", str(path)]
-        self.log = open(path.with_suffix(".log"), "w+")  # noqa: SIM115 - closed in ``close``
+    def __init__(self, command: Sequence[str | Path], log: Path) -> None:
+        self.log = open(log, "w+")  # noqa: SIM115 - closed in ``close``
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT
         )
@@ -136,7 +137,7 @@ class LlamaCpp:
         assert self.process.stdin and self.process.stdout
         print(json.dumps({"do": do, **command}), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "llama.cpp ended"}
+        answer = json.loads(line) if line else {"error": "the runtime ended"}
         if isinstance(answer, dict) and "error" in answer:
             self.log.seek(0)
             raise SystemExit(f"{answer['error']}\n{self.log.read()[-2000:]}")
@@ -148,6 +149,11 @@ class LlamaCpp:
         self.process.stdin.close()
         self.process.wait()
         self.log.close()
+
+
+def llama_cpp(python: Path, path: Path) -> Worker:
+    """llama.cpp on one file."""
+    return Worker([python, "-m", "bench.exports", "--worker", path], path.with_suffix(".log"))
 
 
 def real_text() -> list[str]:
@@ -213,7 +219,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(name, lambda shape=shape: random_model("micro", **shape), kinds, "superbpe", SUMS)  # type: ignore[misc]
 
 
-def gap(model: Any, llama: LlamaCpp, windows: list[list[int]]) -> float:
+def gap(model: Any, llama: Worker, windows: list[list[int]]) -> float:
     """Mean |difference| of the log-probs of each window's tokens."""
     import torch
 
@@ -269,7 +275,7 @@ def measure(case: Case, python: Path, folder: Path, quick: bool) -> Iterator[Ver
         if kind in ("q8_0", "q4_0"):
             count = other_tensors(python, folder / "f32.gguf", path, kind)
             yield Verdict(case.name, kind, "tensors not as llama.cpp's", count, 0)
-        llama = LlamaCpp(python, path)
+        llama = llama_cpp(python, path)
         if kind == "f32":
             differing = sum(llama.ask("tokenize", text=text) != tokenizer.encode(text) for text in case.texts)
             yield Verdict(case.name, kind, f"ids differ, of {len(case.texts)} texts", differing, 0)
@@ -290,28 +296,42 @@ def measure(case: Case, python: Path, folder: Path, quick: bool) -> Iterator[Ver
         llama.close()
 
 
+def _rows(runtimes: Sequence[str], folder: Path, quick: bool, only: tuple[str, ...]) -> Iterator[Verdict]:
+    """All figures of ``runtimes``."""
+    from bench.export_folders import measure_compressed, measure_vllm
+    from bench.oracles import make_compressed, make_vllm
+
+    if "llama" in runtimes:
+        python = make_llama()
+        for case in cases(quick):
+            if not only or case.name.startswith(only):
+                yield from measure(case, python, folder, quick)
+    if "compressed" in runtimes:
+        yield from measure_compressed(make_compressed(), folder)
+    if "vllm" in runtimes:
+        yield from measure_vllm(make_vllm(), folder, quick)
+
+
 def main() -> int:
     """Measure and print; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="at most five minutes once llama.cpp is built")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--only", default="", help="names that a model must begin with, by commas")
+    parser.add_argument("--runtimes", default="llama,compressed,vllm", help="which, by commas")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
         worker(asked.worker)
         return 0
-    python, only = make_llama(), tuple(filter(None, asked.only.split(",")))
+    only = tuple(filter(None, asked.only.split(",")))
     found: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(asked.quick):
-            if only and not case.name.startswith(only):
-                continue
-            for row in measure(case, python, Path(folder), asked.quick):
-                found.append(row)
-                if not asked.json:
-                    bar = "" if row.bar is None else f"bar {row.bar:g}: "
-                    print(f"{row.model:18} {row.kind:5} {row.what:36} {row.figure:10.3g}  {bar}{row.word}", flush=True)
+        for row in _rows(asked.runtimes.split(","), Path(folder), asked.quick, only):
+            found.append(row)
+            if not asked.json:
+                bar = "" if row.bar is None else f"bar {row.bar:g}: "
+                print(f"{row.model:18} {row.kind:14} {row.what:40} {row.figure:10.3g}  {bar}{row.word}", flush=True)
     missed = [row for row in found if row.word == "MISSED"]
     if asked.json:
         table = [{**asdict(row), "verdict": row.word} for row in found]

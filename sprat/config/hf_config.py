@@ -71,12 +71,13 @@ def check_keys(table: dict[str, Any], fields: Iterable[str], where: str) -> None
 def parse_rope(table: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling or None) from the classic or the newer form of config.json.
 
-    What is left out is decided as transformers does: the context of the training is ``max_position_embeddings``.
+    What is left out is decided as transformers does: the context of the training is ``max_position_embeddings``; and
+    of two forms that differ the classic one counts, which is where people write what they add.
 
     Raises:
         ConfigError: a key is not understood, there is a factor without a type, or only a part of each head turns.
     """
-    scope, rope_table = f"{where}: rope_scaling", table.get("rope_parameters") or table.get("rope_scaling") or {}
+    scope, rope_table = f"{where}: rope_scaling", table.get("rope_scaling") or table.get("rope_parameters") or {}
     if not isinstance(rope_table, dict):
         raise ConfigError("it is no table", where=scope, todo="write its rope_type and factor")
     merged = {key: value for key, value in rope_table.items() if value is not None}

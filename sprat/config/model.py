@@ -235,7 +235,11 @@ class ModelConfig(Config):
         return parse(cls, known_fields, where=where, lenient=True)
 
     def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads."""
+        """The Hugging Face ``config.json`` of this model, in the classic form that every engine reads.
+
+        One form and no second: transformers 5 and vLLM make ``rope_parameters`` of ``rope_theta`` and ``rope_scaling``,
+        and of two that differ would choose one. Where only a key's name changed (``dtype``, ``type``), both stand.
+        """
         names = [*_SHARED, *(_DEEPSEEK if self.is_mla else ["head_dim"])]
         values = self.model_dump(mode="json")
         table: dict[str, Any] = {
@@ -243,7 +247,9 @@ class ModelConfig(Config):
             "model_type": self.architecture,
             "hidden_act": "silu",
             "torch_dtype": "float32",
+            "dtype": "float32",
             "use_cache": True,
+            "attention_dropout": 0.0,
             **{name: values[name] for name in names},
         }
         table["num_key_value_heads"] = self.num_attention_heads if self.is_mla else self.kv_heads
@@ -251,8 +257,11 @@ class ModelConfig(Config):
             table["head_dim"] = self.attention_head_dim
         else:
             table |= {"moe_layer_freq": 1, "num_mtp_layers": self.num_nextn_predict_layers}
+            table |= {"ep_size": 1, "pretraining_tp": 1}
         if self.is_mla and not self.n_routed_experts:
             table["first_k_dense_replace"] = self.num_hidden_layers
         if self.architecture in ("qwen2", "mistral"):
             del table["attention_bias"]
+        if self.rope_scaling is not None and "rope_type" in self.rope_scaling:
+            table["rope_scaling"] = {**self.rope_scaling, "type": self.rope_scaling["rope_type"]}
         return table | window_to_hf(self.architecture, self.sliding_window, self.layer_types, self.num_hidden_layers)

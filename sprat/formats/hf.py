@@ -9,11 +9,9 @@ What a file holds and the model does not need is compared with what it repeats (
 a config that ties it, copies in MTP layers, rotary frequencies of old checkpoints. A head that differs is used, as
 transformers does, and each difference is named in a warning.
 
-DeepSeek-V3 and R1 are published in FP8: a matrix is E4M3 numbers and, as ``<name>_scale_inv``, one float32 factor
-for each block of 128 × 128 (arXiv 2412.19437, section 3.3.2). They are multiplied out as they are read.
+DeepSeek-V3 and R1 are published in FP8 (see ``fp8``): those matrices are multiplied out as they are read.
 
-Weights are read tensor by tensor, so a load never holds two copies of a model. No pickle is read and no code from
-a folder is run.
+Weights are read tensor by tensor: a load never holds two copies of a model. No pickle is read, no foreign code is run.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,8 @@ import torch
 from torch import Tensor
 
 from sprat.config.model import ModelConfig
-from sprat.errors import CheckpointError, ConfigError, MachineError
+from sprat.errors import CheckpointError, MachineError
+from sprat.formats import fp8
 from sprat.formats.safetensors import Shards, read_json_object
 from sprat.formats.state_dict import EMBEDDING, HEAD, StateDictReader, redundant_tensors
 from sprat.model.transformer import Transformer, meta_model
@@ -113,6 +113,50 @@ def load_folder(
     """
     folder = resolve(path)
     config, blocks = _config_and_blocks(folder / "config.json")
+    model = (checkpoint := open_checkpoint(folder, config)).model
+    reader = StateDictReader(model, checkpoint.expected, checkpoint.shards, blocks)
+    reader.check(checkpoint.redundant.keys(), folder)
+    checkpoint.warn_of_differing()
+    state = reader.read(checkpoint.own_dtype() if dtype == "auto" else dtype, torch.device(device))
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.head.weight = model.embed_tokens.weight
+    return model, model.config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers were read and no weight yet.
+
+    Attributes:
+        model: on the meta device, as the files have it (``model.config`` too): prediction modules, a head of its own.
+        expected: our name -> its names on disk; of a stacked tensor one for each expert, else one in all.
+        redundant: tensors that the model does not need -> whether they differ from what they repeat.
+    """
+
+    folder: Path
+    model: Transformer
+    shards: Shards
+    expected: dict[str, list[str]]
+    redundant: dict[str, Callable[[], bool]]
+
+    def warn_of_differing(self) -> None:
+        """Name the tensors that the model does not need and that are not what they repeat."""
+        for name in [name for name, differs in self.redundant.items() if differs()]:
+            _warn(self.folder, f"tensor {name!r} is not what config.json and the other tensors say, and is not used")
+
+    def own_dtype(self) -> torch.dtype:
+        """bfloat16 where the embedding is, else float32."""
+        narrow = self.shards.entries[self.expected["embed_tokens.weight"][0]].dtype == torch.bfloat16
+        return torch.bfloat16 if narrow else torch.float32
+
+
+def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    """What a model of ``config`` finds in the files of ``folder``.
+
+    Raises:
+        CheckpointError: a file is missing or torn, or the config asks for more than the files can hold.
+    """
     shards = Shards(_weight_files(folder))
     mtp_stem = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in shards.entries):
@@ -125,20 +169,7 @@ def load_folder(
     expected = {name: disk_names(name, config) for name in _own_names(model)}
     if config.tie_word_embeddings and EMBEDDING not in shards.entries:
         expected["embed_tokens.weight"] = [HEAD]  # either name will do for what is one tensor
-    reader = StateDictReader(model, expected, shards, blocks)
-    extra = redundant_tensors(config, shards)
-    reader.check(extra.keys(), folder)
-    for name, differs in extra.items():
-        if differs():
-            _warn(folder, f"tensor {name!r} is not what config.json and the other tensors say, and is not used")
-    if dtype == "auto":
-        narrow = shards.entries[expected["embed_tokens.weight"][0]].dtype == torch.bfloat16
-        dtype = torch.bfloat16 if narrow else torch.float32
-    state = reader.read(dtype, torch.device(device))
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.head.weight = model.embed_tokens.weight
-    return model, config
+    return Checkpoint(folder, model, shards, expected, redundant_tensors(config, shards))
 
 
 def save_folder(model: Transformer, path: str | Path) -> None:
@@ -147,21 +178,44 @@ def save_folder(model: Transformer, path: str | Path) -> None:
     Raises:
         MachineError: the disk is full or closed to us; what was there is untouched.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    write_folder(model.config, disk_tensors(model.config, model.state_dict()), path)
 
-    folder, config = Path(path), model.config
-    own = model.state_dict()
+
+def disk_tensors(config: ModelConfig, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names on disk -> tensors of a dense state dict, with the copies that published MTP layers carry."""
     tensors: dict[str, Tensor] = {}
-    for name in _own_names(model):
+    for name, tensor in own.items():
+        if config.tie_word_embeddings and name == "head.weight":
+            continue
+        parts = tensor.unbind(0) if is_stack(name) else [tensor]
         names = disk_names(name, config)
-        parts = own[name].unbind(0) if name.rpartition(".")[2] in _EXPERT else [own[name]]
         tensors |= {disk: part.detach().cpu().contiguous() for disk, part in zip(names, parts, strict=True)}
-    for depth in range(len(model.mtp)):
+    for depth in range(config.num_nextn_predict_layers):
         stem = f"model.layers.{config.num_hidden_layers + depth}"
         tensors[f"{stem}.embed_tokens.weight"] = own["embed_tokens.weight"].detach().cpu().clone()
         tensors[f"{stem}.shared_head.head.weight"] = own["head.weight"].detach().cpu().clone()
-    table = {**config.to_hf(), "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    return tensors
+
+
+def write_folder(
+    config: ModelConfig, tensors: dict[str, Tensor], path: str | Path, *, quantization: dict[str, Any] | None = None
+) -> None:
+    """Write ``tensors`` and what ``config`` says of them; all files are written whole before the first takes its place.
+
+    Args:
+        tensors: by their names on disk.
+        quantization: the ``quantization_config`` of config.json.
+
+    Raises:
+        MachineError: the disk is full or closed to us; what was there is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = Path(path)
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    table = config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
+    table |= {} if quantization is None else {"quantization_config": quantization}
     ids = {key: table[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if table[key] is not None}
     files: dict[str, Callable[[Path], object]] = {
         WEIGHTS: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
@@ -179,6 +233,11 @@ def save_folder(model: Transformer, path: str | Path) -> None:
         raise MachineError(what, where=str(folder), todo=todo) from None
 
 
+def is_stack(name: str) -> bool:
+    """Whether our tensor ``name`` holds all experts of a layer."""
+    return name.rpartition(".")[2] in _EXPERT
+
+
 def _own_names(model: Transformer) -> list[str]:
     """Our tensors, without the head where it is the embedding."""
     tied = model.config.tie_word_embeddings
@@ -190,13 +249,8 @@ def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]
     table = read_json_object(path)
     how = table.get("quantization_config")
     blocks = None
-    if isinstance(how, dict) and how.get("quant_method") == "fp8":
-        size: Any = how.get("weight_block_size")
-        is_pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-        if how.get("fmt", "e4m3") != "e4m3" or not is_pair:
-            what, where = f"FP8 of the form {how} is not known", f"{path}: quantization_config"
-            raise ConfigError(what, where=where, todo="use fmt e4m3 with a weight_block_size of two numbers")
-        blocks = (size[0], size[1])
+    if isinstance(how, dict) and how.get("quant_method") == fp8.METHOD:
+        blocks = fp8.parse_config(how, f"{path}: quantization_config")
         del table["quantization_config"]
     return ModelConfig.from_hf(table, where=str(path)), blocks
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sprat.errors import CheckpointError
-from sprat.formats import fetch, gguf, hf, quantized
+from sprat.formats import compressed_tensors, fetch, gguf, hf, quantized
 from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
 from sprat.tokens import Tokenizer
@@ -36,14 +36,15 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
-    path = locate(path)
-    if path.suffix == ".gguf" or gguf.is_gguf(path):
-        model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])
-        folder = path
+    folder = find_model(path)
+    if folder.suffix == ".gguf" or gguf.is_gguf(folder):
+        model, tokenizer = gguf.load(folder, dtype=_DTYPES[dtype])
     else:
-        folder = _folder(path)
         if quantized.is_quantized(folder):
             model = quantized.load(folder)
+        elif compressed_tensors.is_compressed(folder):
+            model = compressed_tensors.load(folder, dtype=_DTYPES[dtype])
+            _refuse_nan(model, folder)
         else:
             model, _ = hf.load_folder(folder, dtype=_DTYPES[dtype])
             _refuse_nan(model, folder)
@@ -65,6 +66,17 @@ def locate(path: str | Path) -> Path:
         return fetch.download_model(str(path))
     path = Path(path)
     return path if path.exists() else hf.resolve(path)
+
+
+def find_model(path: str | Path) -> Path:
+    """The GGUF file, or the folder with config.json, that ``path`` means.
+
+    Raises:
+        CheckpointError: there is none, and the hub cannot help.
+        MachineError: a name was to be fetched and could not be.
+    """
+    path = locate(path)
+    return path if path.suffix == ".gguf" or gguf.is_gguf(path) else _folder(path)
 
 
 def _folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError
+from sprat.formats import fp8
 from sprat.formats.memory import check_available_memory, explain_out_of_memory
 from sprat.formats.safetensors import Shards, TensorInfo
 from sprat.model.rope import inverse_frequencies
@@ -18,8 +19,6 @@ from sprat.model.rope import inverse_frequencies
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # on disk
 _COPY = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight")
 _FREQUENCIES = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
-SCALE_SUFFIX = "_scale_inv"  # suffix of the factors of an FP8 matrix
-_FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ADVICE = "check that config.json and the weights belong together"
 
@@ -75,7 +74,7 @@ class StateDictReader:
         """
         entries = self.shards.entries
         known = {disk for names in self.expected.values() for disk in names} | ignored
-        known |= {name + SCALE_SUFFIX for name in known if name in entries and entries[name].dtype == _FP8}
+        known |= {name + fp8.SCALE_SUFFIX for name in known if name in entries and entries[name].dtype == fp8.DTYPE}
         missing = sorted(disk for names in self.expected.values() for disk in names if disk not in entries)
         unknown = sorted(entries.keys() - known)
         if missing or unknown:
@@ -104,7 +103,7 @@ class StateDictReader:
             with explain_out_of_memory(name, entries[names[0]].file):
                 out = torch.empty(self.shapes[name], dtype=target, device=device)
             for part, disk in zip(out.unbind(0) if self._stacked(name) else [out], names, strict=True):
-                if entries[disk].dtype == _FP8:
+                if entries[disk].dtype == fp8.DTYPE:
                     part.copy_(self._dequantize_fp8(disk))
                 else:
                     self.shards.read_into(disk, part)
@@ -122,11 +121,11 @@ class StateDictReader:
             raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
         if entry.dtype in _FLOATS:
             return
-        if entry.dtype != _FP8 or self.fp8_block is None or len(want) != 2:
+        if entry.dtype != fp8.DTYPE or self.fp8_block is None or len(want) != 2:
             fault = f"tensor {disk!r} is {str(entry.dtype).removeprefix('torch.')}, which config.json does not announce"
             raise CheckpointError(fault, where=str(entry.file), todo=_ADVICE)
         factors = tuple(-(-size // block) for size, block in zip(want, self.fp8_block, strict=True))
-        scale = disk + SCALE_SUFFIX
+        scale = disk + fp8.SCALE_SUFFIX
         if scale not in self.shards.entries or self.shards.entries[scale].shape != factors:
             fault = f"tensor {scale!r} is missing or has not the shape {factors}"
             raise CheckpointError(fault, where=str(entry.file), todo="fetch the checkpoint again")
@@ -134,7 +133,4 @@ class StateDictReader:
     def _dequantize_fp8(self, disk: str) -> Tensor:
         """The float32 matrix that the FP8 numbers of ``disk`` and their factors stand for."""
         assert self.fp8_block is not None
-        scale = self.shards.read(disk + SCALE_SUFFIX).float()
-        for dim, block in enumerate(self.fp8_block):
-            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, self.shards.entries[disk].shape[dim])
-        return self.shards.read(disk).float().mul_(scale)
+        return fp8.dequantize_fp8(self.shards.read(disk), self.shards.read(disk + fp8.SCALE_SUFFIX), self.fp8_block)

@@ -84,6 +84,10 @@ def tokenizer_keys(
     keys |= {f"{KEY}tokens": tokens, f"{KEY}token_type": types}
     if table["model"].get("byte_fallback"):
         return _sentence_piece(tokenizer, keys, tokens, merges)
+    if not merges:
+        raise _fault(
+            "the tokenizer has no merges, and llama.cpp makes tokens of bytes by merges alone", "save it as a folder"
+        )
     if pre is not None and pre not in PRETOKENIZERS:
         raise _fault(f"the cut {pre!r} is not known", f"use one of {', '.join(PRETOKENIZERS)}")
     keys |= {f"{KEY}model": "gpt2", f"{KEY}pre": pre or find_pre(files["tokenizer.json"])}
@@ -197,7 +201,7 @@ def find_pre(text: str) -> str:
         if all(_pieces(candidate, probe) == _pieces(own, probe) for probe in probes):
             return pre
     what = "llama.cpp knows no pre-tokenizer that cuts text as this tokenizer does"
-    nearest = 'give pre="superbpe", which is nearest for tokenizers that Sprat trained, if some other ids will do'
+    nearest = "give --pre superbpe, which is nearest for tokenizers that Sprat trained, if some other ids will do"
     raise _fault(what, f"{nearest}, or save it as a folder")
 
 

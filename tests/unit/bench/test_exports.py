@@ -1,4 +1,4 @@
-"""llama.cpp itself reads what we export, where it is built."""
+"""llama.cpp, transformers and compressed-tensors themselves read what we export, where they are made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.export_folders import measure_compressed
 from bench.exports import SUMS, Case, Verdict, measure, random_model
 from bench.oracles import ROOT, python_of
 
@@ -32,6 +33,18 @@ def test_ids_chat_and_logits_are_ours_and_bytes_are_its_own(name: str, tmp_path:
     case = Case(name, functools.partial(random_model, "pico", **SHAPES[name]), ("q8_0",), "superbpe", SUMS[:30])
     found = list(measure(case, python, tmp_path, quick=True))
     assert len(found) == 7 and [row for row in found if row.word == "MISSED"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
+def test_transformers_reads_packed_and_eight_bit_weights_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Only where ``python -m bench.oracles compressed`` has installed them; ``make test`` does not."""
+    python = python_of("compressed")
+    if not python.is_file():
+        pytest.skip("compressed-tensors is not there (python -m bench.oracles compressed)")
+    found = list(measure_compressed(python, tmp_path, [name]))
+    assert len(found) == (12 if name == "deepseek_v3" else 14)
+    assert [row for row in found if row.word != "met"] == []
 
 
 def test_a_figure_above_its_bar_is_missed() -> None:

@@ -31,6 +31,16 @@ def test_newer_rope_parameters_read_like_the_classic_form() -> None:
     assert ModelConfig.from_hf({**table, "rope_parameters": newer}) == size("v3")
 
 
+def test_of_two_rotary_forms_that_differ_the_classic_one_counts_as_in_transformers() -> None:
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    added = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    ours = ModelConfig.from_hf({**QWEN, "rope_parameters": newer, "rope_scaling": added})
+    assert ours.rope_scaling is not None and ours.rope_scaling["rope_type"] == "yarn"
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Config(**QWEN, rope_parameters=newer, rope_scaling=added).rope_parameters
+    assert theirs["rope_type"] == "yarn" and theirs["rope_theta"] == ours.rope_theta
+
+
 def test_a_dense_twin_keeps_all_but_the_experts() -> None:
     sparse, dense = size("micro", vocab_size=300), size("micro", vocab_size=300, dense=True)
     assert dense.n_routed_experts == 0 and dense.intermediate_size == sparse.intermediate_size
