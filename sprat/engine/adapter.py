@@ -1,6 +1,7 @@
 """LoRA adapters beside one model: read from folders in PEFT's layout, held by the engine, chosen by each request.
 
-A request names its adapter, and a step computes requests of several adapters and of none together. The native step
+A request names its adapter, and a step computes requests of several adapters and of none together, as Punica (arXiv
+2310.18547) and S-LoRA (arXiv 2311.03285) do. The native step
 adds ``s B A x`` to the products of a row that has an adapter (``kernels/src/lora.h``); in torch such rows run through a
 view of the model, whose matrices are the model's own with the adapter's beside them. Rows without an adapter meet
 nothing of all this and keep their bits.

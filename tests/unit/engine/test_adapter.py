@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sprat
 from sprat.config.model import LoRAConfig
 from sprat.engine import Engine, Sampling
 from sprat.engine.adapter import load_adapters
@@ -241,6 +242,24 @@ def test_what_cannot_be_is_said(model: Transformer, tokenizer: Tokenizer, tmp_pa
     with pytest.raises(EngineError):
         engine.generate([[5]], GREEDY, adapter="third")
     assert not engine.busy
+
+
+def test_the_example_of_the_documentation_runs(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (root / "docs" / "engine.md").read_text(encoding="utf-8")
+    code = page.partition("## Adapters")[2].partition("<!-- run -->\n```python\n")[2].partition("```")[0]
+    sprat.save(model, tokenizer, tmp_path / "base")
+    save_adapter(model, tmp_path / "runs" / "mine" / "artefact" / "adapter", 1)
+    save_adapter(model, tmp_path / "yours", 2)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "engine.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.filterwarnings("ignore")
