@@ -1,3 +1,4 @@
+# size: adapters in and out, each key and tensor checked, are one noun
 """Adapters in and out in PEFT's layout: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
 Tensors are called ``base_model.model.<module>.lora_A.weight`` [r, in], ``.lora_B.weight`` [out, r] and, with DoRA,
