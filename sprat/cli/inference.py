@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sprat.cli.verb import ModelFolder, Result, Seed, output_stream, print_err
-from sprat.errors import DataError, EngineError
+from sprat.errors import ConfigError, DataError, EngineError
 
 if TYPE_CHECKING:
     from sprat.engine import Engine, Output, Sampling
@@ -33,6 +33,10 @@ _TURNS_HELP = "Past exchanges to send along; left out: 0 for a road's own model,
 Turns = Annotated[int | None, typer.Option("--turns", min=0, help=_TURNS_HELP)]
 Prices = Annotated[str | None, typer.Option("--prices", metavar="NAME", help="Which price table the cost line uses.")]
 _KEY_HELP = "Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line."
+_ADAPTER_HELP = "A LoRA adapter of the model, in PEFT's layout, that answers."
+Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="FOLDER", help=_ADAPTER_HELP)]
+_ADAPTERS_HELP = "A LoRA adapter (PEFT) for requests that give NAME as their model; may be repeated."
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help=_ADAPTERS_HELP)]
 ApiKey = Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", envvar="SPRAT_API_KEY", help=_KEY_HELP)]
 
 
@@ -56,13 +60,15 @@ def run(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = 0,
+    adapter: Adapter = None,
 ) -> Result:
     """Answer questions: the answer on stdout, the thinking and the count of tokens on stderr."""
     questions = prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not questions:
         raise DataError("no question was given", where="stdin", todo="write it after the model's folder")
-    engine = _load_engine(model)
-    outputs = engine.generate(questions, _sampling(engine, temperature, max_tokens, seed, think))
+    engine = _load_engine(model, adapter)
+    sampling = _sampling(engine, temperature, max_tokens, seed, think)
+    outputs = engine.generate(questions, sampling, adapter=_name(adapter))
     for question, output in zip(questions, outputs, strict=True):
         if len(questions) > 1:
             print_err(f"? {question}")
@@ -81,13 +87,14 @@ def chat(
     seed: Seed = 0,
     turns: Turns = None,
     prices: Prices = None,
+    adapter: Adapter = None,
 ) -> Result:
     """Talk with a model. /think, /direct and /auto set how it thinks, /new forgets, /quit (or Ctrl-D) ends."""
     from sprat.serve import meter
     from sprat.tokens.chat import Message
 
     max_turns = chat_defaults(model, turns)[1]
-    engine = _load_engine(model)
+    engine = _load_engine(model, adapter)
     cost_meter = meter.Meter(meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES))
     history: list[Message] = []
     turn_rows: list[dict[str, Any]] = []
@@ -104,7 +111,8 @@ def chat(
         elif line:
             context = history if max_turns is None else history[max(0, len(history) - 2 * max_turns) :]
             sampling = _sampling(engine, temperature, max_tokens, seed, think)
-            output = _stream(engine, [*context, Message("user", line)], sampling, output_stream())
+            messages = [*context, Message("user", line)]
+            output = _stream(engine, messages, sampling, _name(adapter), output_stream())
             if output is None:
                 continue
             hit, miss = output.usage.cache_hit_tokens, output.usage.cache_miss_tokens
@@ -129,6 +137,7 @@ def serve(
     turns: Turns = None,
     prices: Prices = None,
     api_key: ApiKey = None,
+    adapter: Adapters = None,
 ) -> Result:
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import ServeConfig, meter, server
@@ -144,7 +153,7 @@ def serve(
         examples=tuple(examples),
         max_history_turns=max_turns,
     )
-    server.run(model, config, on_ready=print_err)
+    server.run(model, config, adapters=_parse_adapters(adapter or []), on_ready=print_err)
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})
 
 
@@ -167,12 +176,31 @@ def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], in
     return list(questions.values()), 0 if turns is None else turns
 
 
-def _load_engine(folder: Path) -> Engine:
-    """The engine around the model in ``folder``."""
+def _parse_adapters(options: list[str]) -> dict[str, Path]:
+    """Folders by name, of ``NAME=FOLDER``; a name without a folder, or one that comes twice, is a ConfigError."""
+    folders: dict[str, Path] = {}
+    for option in options:
+        name, _, folder = option.partition("=")
+        if not name or not folder:
+            raise ConfigError(f"{option!r} names no adapter", where="--adapter", todo="write NAME=FOLDER")
+        if name in folders:
+            raise ConfigError(f"two adapters are called {name!r}", where="--adapter", todo="give each its own name")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _name(adapter: Path | None) -> str | None:
+    """What the one adapter of ``run`` and ``chat`` is called."""
+    return None if adapter is None else str(adapter)
+
+
+def _load_engine(folder: Path, adapter: Path | None) -> Engine:
+    """The engine around the model in ``folder``, with an adapter beside it."""
     from sprat.engine import Engine
     from sprat.formats.load import load
 
-    return Engine(*load(folder), frozen=True, consume=True)
+    adapters = {} if adapter is None else {str(adapter): adapter}
+    return Engine(*load(folder), adapters=adapters, frozen=True, consume=True)
 
 
 def _sampling(engine: Engine, temperature: float | None, limit: int | None, seed: int, think: bool | None) -> Sampling:
@@ -194,12 +222,14 @@ def _input_lines() -> Iterator[str]:
         yield line.strip()
 
 
-def _stream(engine: Engine, messages: list[Message], sampling: Sampling, stream: TextIO) -> Output | None:
+def _stream(
+    engine: Engine, messages: list[Message], sampling: Sampling, adapter: str | None, stream: TextIO
+) -> Output | None:
     """Write an answer to ``stream`` as it comes, thinking in grey on a terminal; None if it was stopped or refused."""
     grey, reset = ("\033[2m", "\033[0m") if stream.isatty() else ("", "")
     kind, output = "", None
     try:
-        for delta in engine.stream(messages, sampling):
+        for delta in engine.stream(messages, sampling, adapter=adapter):
             output = delta.output
             if delta.kind not in (kind, "done"):
                 print(f"{reset}\n" if kind else "", end="", file=stream)

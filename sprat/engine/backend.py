@@ -12,6 +12,7 @@ Invariants that every back end holds, and a test for each of them:
   overwrites it, so a refused draft needs no cleaning up.
 - A row's logits depend on its own tokens alone, bit for bit: not on who else is in the batch, nor on how a prompt
   was cut into steps, nor on which blocks hold it (``batch_invariant`` tells whether that is promised).
+- A row without an adapter has the bits that a back end without adapters gives it in a batch of such rows alone.
 - Blocks that no table names are not touched.
 """
 
@@ -19,12 +20,14 @@ Invariants that every back end holds, and a test for each of them:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sprat.engine.adapter import Adapter
 
 BLOCK_SIZE = 64  # tokens of one block of the KV cache
 
@@ -39,6 +42,7 @@ class Batch:
         starts_S: int32 [S + 1]; sequence ``s`` has tokens ``starts[s] … starts[s + 1] - 1``, one at least.
         block_tables_SW: int32, C-contiguous; block numbers, -1 where a sequence has fewer than W.
         logits_index_R: int32, ascending; the indices of tokens (of 0 … T-1) whose logits are asked. May be empty.
+        adapters_S: int32, which of the back end's adapters each sequence has, -1: none; empty: none has one.
     """
 
     tokens_T: NDArray[np.int32]
@@ -46,6 +50,7 @@ class Batch:
     starts_S: NDArray[np.int32]
     block_tables_SW: NDArray[np.int32]
     logits_index_R: NDArray[np.int32]
+    adapters_S: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 class Backend(Protocol):
@@ -57,6 +62,7 @@ class Backend(Protocol):
         kv_format: how keys and values are stored: ``f32``, ``f16`` or ``i8``; part of a block's cache key.
         block_bytes: bytes of one block, over all layers.
         batch_invariant: whether rows are bitwise independent of the batch.
+        adapters: what a sequence of a batch may have beside the weights, by its place here.
     """
 
     vocab: int
@@ -64,6 +70,7 @@ class Backend(Protocol):
     kv_format: str
     block_bytes: int
     batch_invariant: bool
+    adapters: tuple[Adapter, ...]
 
     @property
     def num_blocks(self) -> int:

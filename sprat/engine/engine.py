@@ -15,10 +15,12 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as GenericSequence
+from pathlib import Path
 from typing import Any
 
+from sprat.engine.adapter import load_adapters
 from sprat.engine.backend import Backend
 from sprat.engine.backends import select_backend
 from sprat.engine.cache.blocks import determine_num_blocks
@@ -49,7 +51,9 @@ class Engine:
         cache_bytes: of the KV cache at most; None: see ``blocks.determine_num_blocks``.
         frozen: the weights will not change any more, so that what was computed is kept for later requests. Without it
             they may change between calls, and whatever is known of prompts is dropped as soon as nobody asks.
-        adapter: digest of an adapter beside the weights.
+        adapter: digest of an adapter that is in the weights.
+        adapters: LoRA adapters beside the weights, name → folder in PEFT's layout, that requests choose by name. A
+            request without one has the bits that it has where there are none. With ``backend``: give them to that.
         disk: where blocks go that do not fit into the KV cache; needs ``frozen``. The weights are digested once.
         kv_format: of keys and values, where ``backend`` is None: ``f32``, ``f16`` or ``i8`` (for long contexts); None:
             f32 for float32 models, so that they answer as they train, else f16.
@@ -59,6 +63,7 @@ class Engine:
 
     Raises:
         EngineError: the tokenizer has more ids than the model, a limit is below 1, or settings contradict.
+        ConfigError, CheckpointError: an adapter is not of this model, see ``adapter.load_adapters``.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Engine:
         cache_bytes: int | None = None,
         frozen: bool = False,
         adapter: str = "",
+        adapters: Mapping[str, str | Path] | None = None,
         disk: DiskCache | None = None,
         speculate: SpeculationMode = "auto",
         kv_format: str | None = None,
@@ -85,15 +91,23 @@ class Engine:
             raise EngineError(fault, where="Engine", todo="load the two from the same folder")
         if disk is not None and not frozen:
             raise EngineError("blocks on disk need weights that do not change", where="disk", todo="set frozen as well")
+        if backend is not None and adapters:
+            todo = "make the back end with load_adapters(model, …), or leave it out"
+            raise EngineError("adapters beside a back end of its own", where="adapters", todo=todo)
         self.model, self.tokenizer = model, tokenizer
         digest = model_digest(model) if disk is not None else ""
-        self.backend = select_backend(model, kv_format, consume=consume) if backend is None else backend
+        if backend is None:
+            own = load_adapters(model, adapters or {})
+            backend = select_backend(model, kv_format, consume=consume, adapters=own)
+        self.backend = backend
         eos_ids, context = eos_token_ids(model.config, tokenizer), model.config.context
         num_blocks = determine_num_blocks(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
         limits = EngineLimits(max_batch, step_tokens, num_blocks, context, max_tokens_cap or context, frozen)
         self._grammars = GrammarCache(tokenizer, eos_ids)
-        self._request_builder = RequestBuilder(model.config.vocab_size, tokenizer, self._grammars, limits)
-        keys = BlockKeys(digest, adapter, tokenizer.digest, self.backend.kv_format)
+        vocab, names = model.config.vocab_size, [each.name for each in backend.adapters]
+        self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names)
+        digests = [each.digest for each in backend.adapters]
+        keys = BlockKeys(digest, adapter, tokenizer.digest, backend.kv_format, digests)
         speculation = Speculation(speculate, self.backend, tokenizer.vocab_size)
         self.core = EngineCore(self.backend, tokenizer, keys, eos_ids, limits, speculation, disk)
         self._prompt_groups = itertools.count(1)
@@ -125,6 +139,7 @@ class Engine:
         *,
         cancel: threading.Event | None = None,
         tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None | GenericSequence[str | None] = None,
     ) -> list[Output]:
         """Answer all prompts; ``sampling.n`` answers each, those of one prompt side by side.
 
@@ -132,26 +147,33 @@ class Engine:
         ``content``), or ids that are used as they are. Where a prompt occurs several times with the same seed, each
         occurrence draws from its own stream of noise.
 
+        Args:
+            adapter: name of the adapter of all prompts, or one (or None) for each.
+
         Raises:
-            EngineError: a prompt is empty, too long or none of these, or the settings do not match the prompts.
+            EngineError: a prompt is empty, too long or none of these, settings or adapters do not match the prompts,
+                or there is no such adapter.
         """
         sampling = self.sampling() if sampling is None else sampling
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        if isinstance(prompts, str) or len(settings) != len(prompts):
-            fault = "prompts and settings differ in number"
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if isinstance(prompts, str) or not len(settings) == len(adapters) == len(prompts):
+            fault = "prompts, settings and adapters differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
-        seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
-        groups: dict[tuple[int, ...], int] = {}
+        seen: Counter[tuple[int, str | None, tuple[int, ...]]] = Counter()
+        groups: dict[tuple[str | None, tuple[int, ...]], int] = {}
         build, sequences = self._request_builder.build, list[Sequence]()
-        for prompt, params in zip(prompts, settings, strict=True):
+        for prompt, params, own in zip(prompts, settings, adapters, strict=True):
             ids = self._request_builder.tokenize(prompt, params)
-            key = tuple(ids)
+            key = own, tuple(ids)
             group = groups.setdefault(key, next(self._prompt_groups))
             for _ in range(params.n):
-                stream = seen[params.seed, key]
-                sequence = build(ids, params, stream=stream, prompt_group=group, cancel_event=cancel, tenant=tenant)
+                stream = seen[params.seed, *key]
+                sequence = build(
+                    ids, params, tenant=tenant, stream=stream, prompt_group=group, cancel_event=cancel, adapter=own
+                )
                 sequences.append(sequence)
-                seen[params.seed, key] += 1
+                seen[params.seed, *key] += 1
         handles = self._enqueue(sequences, streams=False)
         try:
             return [handle.result() for handle in handles]
@@ -167,9 +189,10 @@ class Engine:
         cancel: threading.Event | None = None,
         *,
         tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None = None,
     ) -> Iterator[Delta]:
         """Pieces of one answer as they come; ends with a Delta of kind ``done``. Raises as ``submit``."""
-        return iter(self.submit(prompt, sampling, cancel=cancel, tenant=tenant))
+        return iter(self.submit(prompt, sampling, cancel=cancel, tenant=tenant, adapter=adapter))
 
     def submit(
         self,
@@ -178,26 +201,35 @@ class Engine:
         *,
         cancel: threading.Event | None = None,
         tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None = None,
     ) -> RequestHandle:
-        """Put one request in the queue; any thread may.
+        """Put one request in the queue; any thread may. ``adapter``: the name of one.
 
         Raises:
-            EngineError: the prompt is empty or too long, or ``n`` is not 1.
+            EngineError: the prompt is empty or too long, ``n`` is not 1, or there is no such adapter.
         """
         sampling = sampling or self.sampling()
         if sampling.n != 1:
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
         ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant)
+        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant, adapter=adapter)
         return self._enqueue([sequence], streams=True)[0]
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT) -> int:
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None = None,
+    ) -> int:
         """``submit``, for callers that step the engine and need only the request's number; raises as it does."""
         sampling = sampling or self.sampling()
         if sampling.n != 1:
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
         ids = self._request_builder.tokenize(prompt, sampling)
-        return self._enqueue([self._request_builder.build(ids, sampling, tenant=tenant)], streams=False)[0].id
+        sequence = self._request_builder.build(ids, sampling, tenant=tenant, adapter=adapter)
+        return self._enqueue([sequence], streams=False)[0].id
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""

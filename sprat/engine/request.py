@@ -34,9 +34,18 @@ class RequestBuilder:
 
     Args:
         vocab: ids that the model has.
+        adapters: names of the back end's adapters, by their place.
     """
 
-    def __init__(self, vocab: int, tokenizer: Tokenizer, grammars: GrammarCache, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        tokenizer: Tokenizer,
+        grammars: GrammarCache,
+        limits: EngineLimits,
+        adapters: GenericSequence[str] = (),
+    ) -> None:
+        self._adapters = {name: place for place, name in enumerate(adapters)}
         self._vocab, self._tokenizer, self._grammars, self._limits = vocab, tokenizer, grammars, limits
         self._request_ids = itertools.count(1)
 
@@ -77,12 +86,14 @@ class RequestBuilder:
         stream: int = 0,
         prompt_group: int = 0,
         cancel_event: Event | None = None,
+        adapter: str | None = None,
     ) -> Sequence:
         """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
 
         Raises:
             EngineError: it asks for more tokens than the engine gives, or than the context or the KV cache holds; a
-                setting names what this vocabulary does not have; the form of its response cannot be followed.
+                setting names what this vocabulary does not have; the form of its response cannot be followed; there
+                is no such adapter.
         """
         limits, max_tokens = self._limits, sampling.max_tokens
         context, cap, cache_tokens = limits.context, limits.max_tokens_cap, limits.num_blocks * BLOCK_SIZE
@@ -100,6 +111,9 @@ class RequestBuilder:
         if len(ids) + max_tokens > cache_tokens:
             fault = f"{len(ids)} prompt tokens and {max_tokens} more exceed the memory for {cache_tokens}"
             raise EngineError(fault, where="prompt", todo="ask for less, or give the engine more cache_bytes")
+        if adapter is not None and adapter not in self._adapters:
+            todo = f"there are {', '.join(map(repr, self._adapters))}" if self._adapters else "leave it out"
+            raise EngineError(f"the engine has no adapter {adapter!r}", where="adapter", todo=todo)
         return Sequence(
             id=next(self._request_ids),
             prompt_ids=ids,
@@ -109,6 +123,7 @@ class RequestBuilder:
             prompt_group=prompt_group,
             tenant=tenant,
             cancel_event=cancel_event,
+            adapter=-1 if adapter is None else self._adapters[adapter],
             min_think_tokens=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
             processors=build_processors(sampling, ids, self._tokenizer, self._grammars, tenant),
         )

@@ -178,13 +178,15 @@ class Runner:
             row_counts = [*row_counts, chunk.count]
             slots.append(chunk.sequence.slot)
             logits_index += [end - 1] if chunk.is_last else []
-        blocks = self.scheduler.blocks
+        blocks, sequences = self.scheduler.blocks, [*step.decoding, *(chunk.sequence for chunk in step.chunks)]
+        adapters = [sequence.adapter for sequence in sequences] if self.backend.adapters else []
         return Batch(
             tokens_T=np.concatenate(tokens),
             positions_T=np.concatenate(positions),
             starts_S=np.cumsum([0, *row_counts], dtype=np.int32),
             block_tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.blocks_per_slot[slots].max(initial=0)]),
             logits_index_R=np.array(logits_index, np.int32),
+            adapters_S=np.array(adapters if max(adapters, default=-1) >= 0 else [], np.int32),
         )
 
     def _sample(

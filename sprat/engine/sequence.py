@@ -119,6 +119,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     detokenize: bool = False  # its text is made token by token
+    adapter: int = -1  # its place among the back end's adapters
     # In the engine
     slot: int = -1
     # Prompt and answer to prefill

@@ -1,3 +1,4 @@
+# size: adapters in and out, each key and tensor checked, are one noun
 """Adapters in and out in PEFT's layout: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
 Tensors are called ``base_model.model.<module>.lora_A.weight`` [r, in], ``.lora_B.weight`` [out, r] and, with DoRA,
@@ -133,8 +134,22 @@ def load_peft(model: Transformer, path: str | Path) -> None:
         ConfigError: the config asks for what is not understood, or is of another kind of base; the model is quantized
             or has adapters already.
     """
-    folder = Path(path)
     check_plain(model)
+    config, state = read_peft(model, path)
+    add_lora(model, config)
+    load_lora_state_dict(model, state)
+
+
+def read_peft(model: Transformer, path: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The adapter in the folder ``path`` for a plain ``model`` (of which only the shape counts): as it is, checked.
+
+    Returns:
+        its config, whose targets are named in full, and its tensors (float32) as ``lora_state_dict`` names them.
+
+    Raises:
+        CheckpointError, ConfigError: see ``load_peft``.
+    """
+    folder = Path(path)
     table = read_json_object(folder / CONFIG)
     config = _parse_config(table, model, str(folder / CONFIG))
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
@@ -148,8 +163,7 @@ def load_peft(model: Transformer, path: str | Path) -> None:
         for leaf, shape in _shapes(model, config, target).items():
             parts = [_read(shards, _disk_name(module, leaf), shape) for module in _disk_modules(model, target)]
             state[f"{target}.{leaf}"] = torch.stack(parts) if _is_stack(target) else parts[0]
-    add_lora(model, config.replace(targets=tuple(targets)))
-    load_lora_state_dict(model, state)
+    return config.replace(targets=tuple(targets)), state
 
 
 def _warn_of_peft(model: Transformer, config: LoRAConfig, targets: Collection[str], folder: Path) -> None:

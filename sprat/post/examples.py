@@ -99,10 +99,10 @@ def _encode(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> 
     if isinstance(example, PreferencePair):
         prompt = [replace(message, weight=0.0) for message in turns(example.prompt)]
         return [
-            chat.encode_conversation(tokenizer, [*prompt, *turns(answer)])[-1]
+            chat.encode_conversation(tokenizer, [*prompt, *turns(answer)], example.tools)[-1]
             for answer in (example.chosen, example.rejected)
         ]
-    return chat.encode_conversation(tokenizer, turns(example.messages))
+    return chat.encode_conversation(tokenizer, turns(example.messages), example.tools)
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:

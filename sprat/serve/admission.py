@@ -44,8 +44,15 @@ class HandleLike(Protocol):
 class EngineLike(Protocol):
     """What serving needs of an engine (``sprat.engine.Engine`` has it); any thread may submit."""
 
-    def submit(self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant) -> HandleLike:
-        """Take a request of ``tenant``."""
+    def submit(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        tenant: Tenant,
+        adapter: str | None = None,
+    ) -> HandleLike:
+        """Take a request of ``tenant``, for one of the engine's adapters or for none."""
 
     def start(self) -> None:
         """Work in the background from now on."""
@@ -58,7 +65,13 @@ class StreamingRequest:
     """One admitted request, seen from the event loop. Iterate it with ``deltas``."""
 
     def __init__(
-        self, engine: EngineLike, messages: Sequence[Message], sampling: Sampling, meter: Meter, tenant: Tenant
+        self,
+        engine: EngineLike,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        meter: Meter,
+        tenant: Tenant,
+        adapter: str | None = None,
     ) -> None:
         self.start_time, self.tenant = time.monotonic(), tenant
         self.usage: dict[str, Any] | None = None
@@ -67,6 +80,7 @@ class StreamingRequest:
         self.finish_reason = "stop"
         self.shutting_down = False
         self._engine, self._messages, self._sampling, self._meter = engine, messages, sampling, meter
+        self._adapter = adapter
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -77,7 +91,7 @@ class StreamingRequest:
     def pump(self) -> None:
         """Submit and wait, in a thread of its own; every delta is handed to the event loop."""
         try:
-            handle = self._engine.submit(self._messages, self._sampling, tenant=self.tenant)
+            handle = self._engine.submit(self._messages, self._sampling, tenant=self.tenant, adapter=self._adapter)
             self._call_in_loop(self._on_start, handle)
             for delta in handle:
                 self._call_in_loop(self._on_delta, delta)
@@ -174,11 +188,13 @@ class AdmissionPool:
         sampling: Sampling,
         tenant: Tenant,
         field_names: Mapping[str, str],
+        adapter: str | None = None,
     ) -> StreamingRequest:
         """Hand a request of ``tenant`` to the engine under the unique ``request_id``.
 
         Args:
             field_names: the engine's max_tokens and thinking → the fields of the request that said them.
+            adapter: name of the engine's adapter that answers; None: the model alone.
 
         Raises:
             RequestError: 429 when all slots are taken, 503 when closing, 400 when the engine refuses it.
@@ -189,7 +205,7 @@ class AdmissionPool:
         if len(self.running) >= self.max_concurrent_requests:
             message = f"all {self.max_concurrent_requests} places are taken; try again in a moment"
             raise RequestError(429, message, code="too_many_requests", kind="rate_limit_error", retry_after=1)
-        streaming_request = StreamingRequest(self.engine, messages, sampling, self.meter, tenant)
+        streaming_request = StreamingRequest(self.engine, messages, sampling, self.meter, tenant, adapter)
         self.running[request_id] = streaming_request
         future = asyncio.get_running_loop().run_in_executor(self._executor, streaming_request.pump)
         future.add_done_callback(lambda _: self.running.pop(request_id, None))

@@ -41,7 +41,13 @@ class AppState:
     config: ServeConfig
     model_name: str
     default_sampling: Mapping[str, Any]  # where a request says nothing
+    adapters: tuple[str, ...] = ()  # models too: the one that is served, with an adapter
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What a request may name."""
+        return (self.model_name, *self.adapters)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -108,22 +114,28 @@ async def chat_completion(request: Request, state: AppState) -> Response:
         chat_request = parse_chat_request(await read_body(request, state.config.max_body_bytes))
     except ClientDisconnect:
         return Response(status_code=499)
-    if chat_request.model != state.model_name:
-        message = f"no model {chat_request.model[:100]!r} here; this server has {state.model_name!r}"
+    model_name = chat_request.model
+    if model_name not in state.models:
+        message = f"no model {model_name[:100]!r} here; this server has {', '.join(map(repr, state.models))}"
         raise RequestError(404, message, param="model", code="model_not_found")
     request_id = f"chatcmpl-{secrets.token_hex(16)}"
     seed = chat_request.seed if chat_request.seed is not None else secrets.randbits(31)
     sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
-    stream = await state.pool.admit(request_id, _messages(chat_request), sampling, tenant, chat_request.field_names)
+    adapter = model_name if model_name in state.adapters else None
+    stream = await state.pool.admit(
+        request_id, _messages(chat_request), sampling, tenant, chat_request.field_names, adapter
+    )
     if chat_request.stream:
-        return EventStreamResponse(stream, stream_events(chat_request, state.model_name, stream, request_id, seed))
-    return await full_response(request, state.model_name, stream, request_id, seed)
+        return EventStreamResponse(stream, stream_events(chat_request, model_name, stream, request_id, seed))
+    return await full_response(request, model_name, stream, request_id, seed)
 
 
-def model_card(state: AppState) -> dict[str, Any]:
-    """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know."""
+def model_card(state: AppState, name: str) -> dict[str, Any]:
+    """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know, ``parent`` an adapter's base."""
     config = state.config
-    card = {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "sprat"}
+    card = {"id": name, "object": "model", "created": state.created, "owned_by": "sprat"}
+    if name in state.adapters:
+        card["parent"] = state.model_name
     page = {"examples": config.examples, "turns": config.max_history_turns, "max_tokens": config.max_tokens}
     return {**card, "sprat": {**page, "prices": config.prices.model_dump(mode="json")}}
 
@@ -149,15 +161,15 @@ def add_routes(app: FastAPI, state: AppState) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [model_card(state)]}
+        """The model that is served, and the same with each adapter."""
+        return {"object": "list", "data": [model_card(state, name) for name in state.models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """The card of one model."""
-        if name != state.model_name:
+        if name not in state.models:
             raise RequestError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
-        return model_card(state)
+        return model_card(state, name)
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}}
 

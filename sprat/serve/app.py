@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from sprat.errors import ServeError
 from sprat.serve import meter
 from sprat.serve.admission import AdmissionPool, EngineLike
 from sprat.serve.config import ServeConfig
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    engine: EngineLike, config: ServeConfig, *, default_sampling: Mapping[str, float] | None = None
+    engine: EngineLike,
+    config: ServeConfig,
+    *,
+    default_sampling: Mapping[str, float] | None = None,
+    adapters: Collection[str] = (),
 ) -> FastAPI:
     """The chat server around ``engine``, ready for any ASGI server.
 
@@ -23,6 +28,10 @@ def create_app(
         engine: takes requests from any thread; it is started and stopped with the app.
         config: see ``ServeConfig``; the address is not bound here.
         default_sampling: settings of ``Sampling`` for requests that say none: what the model's folder says.
+        adapters: names of the engine's adapters, which requests choose as their model.
+
+    Raises:
+        ServeError: an adapter has the name of the model.
     """
     from fastapi import FastAPI
 
@@ -31,7 +40,10 @@ def create_app(
     from sprat.serve.middleware import SecurityMiddleware
 
     pool = AdmissionPool(engine, meter.Meter(config.prices), max_concurrent_requests=config.max_concurrent_requests)
-    state = AppState(pool, config, config.served_model_name or "sprat", default_sampling or {})
+    name = config.served_model_name or "sprat"
+    if name in adapters:
+        raise ServeError(f"the model and an adapter are both called {name!r}", where="adapters", todo="rename one")
+    state = AppState(pool, config, name, default_sampling or {}, tuple(adapters))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -13,7 +13,7 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,18 +121,25 @@ def _handle_as_interrupt(signal_number: int) -> Any:
     return signal.signal(signal_number, signal.default_int_handler)
 
 
-def run(model_folder: str | Path, config: ServeConfig, *, on_ready: Callable[[str], None] = print) -> None:
+def run(
+    model_folder: str | Path,
+    config: ServeConfig,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    on_ready: Callable[[str], None] = print,
+) -> None:
     """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
 
     Args:
         model_folder: its name is the served model's where ``config`` gives none.
         config: see ``ServeConfig``.
+        adapters: LoRA adapters beside the model, name → folder; a request chooses one by giving its name as ``model``.
         on_ready: called once with the address when requests are answered.
 
     Raises:
-        ServeError: the port cannot be had, or the network is asked for without a key.
+        ServeError: the port cannot be had, the network is asked for without a key, or an adapter has the model's name.
         MachineError: FastAPI or uvicorn is missing.
-        CheckpointError: the folder holds no model.
+        CheckpointError, ConfigError: the folder holds no model, or an adapter's is of another.
     """
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
@@ -145,9 +152,10 @@ def run(model_folder: str | Path, config: ServeConfig, *, on_ready: Callable[[st
 
         model, tokenizer = load(model_folder)
         app = create_app(
-            Engine(model, tokenizer, frozen=True, consume=True),
+            Engine(model, tokenizer, adapters=adapters, frozen=True, consume=True),
             config.replace(served_model_name=config.served_model_name or Path(model_folder).resolve().name),
             default_sampling=tokenizer.generation_config.default_sampling,
+            adapters=tuple(adapters or ()),
         )
         serve(app, listener, on_ready=on_ready)
     finally:

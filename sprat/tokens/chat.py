@@ -14,10 +14,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sprat.errors import DataError
-from sprat.tokens.chat_formats import Part, render_parts
+from sprat.tokens.chat_formats import Part, render_parts, select_generation_prompt
+from sprat.tokens.chat_tools import Tools, render_tool_turns, texts_of
 from sprat.tokens.tokenizer import Tokenizer
 
 
@@ -63,31 +64,80 @@ def render(
     *,
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
+    tools: Tools = (),
 ) -> list[int]:
     """Ids of a conversation, ready for the model to go on.
+
+    A conversation with tools is what the model's own template makes of it (see ``chat_tools``), as with transformers'
+    ``apply_chat_template(messages, tools=tools)``.
 
     Args:
         messages: the turns in order.
         thinking: True opens the reasoning, False opens and closes it, None leaves it to the model.
         add_generation_prompt: end with the assistant's opening; without it only the given turns are rendered.
+        tools: JSON schemas of the functions that may be called.
 
     Raises:
-        DataError: there is no message, a role is no system, user or assistant or stands where the format has no place
-            for it, a turn calls tools, or the model shall think and does not know how.
+        DataError: there is no message, a role stands where the format has no place for it, the model's template has no
+            tools or refuses the conversation, a text beside tools spells a control token, or the model shall think and
+            does not know how.
     """
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
     chat_format = tokenizer.chat_format
+    if _has_tools(messages, tools):
+        (text,) = _render_tool_turns(tokenizer, [(messages, add_generation_prompt)], tools)
+        if add_generation_prompt and thinking is not None:
+            prompt = select_generation_prompt(chat_format, thinking)
+            opening = chat_format.generation_prompt
+            text = text.removesuffix(opening) + prompt if text.endswith(opening) else text
+        return tokenizer.encode_parts([(text, True)])
     parts = render_parts(chat_format, _turns(messages), thinking=thinking, add_generation_prompt=add_generation_prompt)
     return tokenizer.encode_parts(parts)
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Role and content of each; a turn that calls tools is a DataError."""
-    if any(message.tool_calls for message in messages):
-        todo = "leave out the conversations that call tools"
-        raise DataError("a turn that calls tools, which the chat format cannot write", where="messages", todo=todo)
+    """Role and content of each."""
     return [(message.role, message.content) for message in messages]
+
+
+def _has_tools(messages: Sequence[Message], tools: Tools) -> bool:
+    """Whether a conversation is written by the model's own template."""
+    return bool(tools) or any(message.tool_calls or message.role == "tool" for message in messages)
+
+
+def _render_tool_turns(
+    tokenizer: Tokenizer, conversations: Sequence[tuple[Sequence[Message], bool]], tools: Tools
+) -> list[str]:
+    """What the model's template writes of conversations, each with or without the assistant's opening behind it.
+
+    Raises:
+        DataError: it has no tools or refuses; a text spells a control token, or holds a NUL.
+    """
+    template = tokenizer.find_template("tool_use")
+    if template is None:
+        todo = "leave out the conversations with tools, or take a model whose template has them"
+        raise DataError("the model has no chat template that writes tools", where="messages", todo=todo)
+    rows = [([_row(message) for message in messages], is_open) for messages, is_open in conversations]
+    for text in texts_of([[row for turns, _ in rows for row in turns], list(tools)]):
+        if "\0" in text or (token := tokenizer.find_control_token(text)):
+            what = "holds a NUL" if "\0" in text else f"spells the control token {token!r}"
+            raise DataError(f"a text beside tools {what}", where="messages", todo="leave out this conversation")
+    return render_tool_turns(template, rows, tools)
+
+
+def _row(message: Message) -> dict[str, Any]:
+    """A message as transformers' templates take it."""
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        row["reasoning_content"] = row["thinking"] = message.reasoning  # templates read either
+    if message.tool_calls:
+        calls = [(call, {"name": call.name, "arguments": call.arguments}) for call in message.tool_calls]
+        named = [({"id": call.id} if call.id else {}) | {"type": "function", "function": own} for call, own in calls]
+        row["tool_calls"] = named
+    if message.tool_call_id:
+        row["tool_call_id"] = message.tool_call_id
+    return row
 
 
 def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
@@ -113,7 +163,9 @@ def encode_demonstration(
     return encode_conversation(tokenizer, [Message("user", question), Message("assistant", answer, reasoning)])[0]
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = ()
+) -> list[tuple[list[int], list[int]]]:
     """A conversation for supervised training: each answer after the very ids with which it will be asked for.
 
     Where the prompt of an answer begins with all that came before, as in most formats, both are one sequence. A format
@@ -122,20 +174,23 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> li
 
     Args:
         messages: the turns in order; the assistant's are learned where their ``weight`` is not 0.
+        tools: JSON schemas of the functions that may be called; see ``render``.
 
     Returns:
-        (ids, mask) of each sequence: 1 on what the assistant says (its end token included), else 0.
+        (ids, mask) of each sequence: 1 on what the assistant says and calls (its end token included), else 0.
 
     Raises:
         DataError: no answer is to be learned, one has nothing before it, or see ``render``.
     """
     sequences: list[tuple[list[int], list[int]]] = []
-    for index, message in enumerate(messages):
-        if message.role != "assistant" or not message.weight:
-            continue
-        if not index:
-            raise DataError("an answer without a question", where="messages", todo="let the user speak first")
-        prompt_ids, answer_ids = _encode_answer(tokenizer, messages[:index], message)
+    learned = [n for n, message in enumerate(messages) if message.role == "assistant" and message.weight]
+    if learned[:1] == [0]:
+        raise DataError("an answer without a question", where="messages", todo="let the user speak first")
+    if _has_tools(messages, tools):
+        encoded = _encode_tool_answers(tokenizer, messages, learned, tools)
+    else:
+        encoded = [_encode_answer(tokenizer, messages[:index], messages[index]) for index in learned]
+    for prompt_ids, answer_ids in encoded:
         ids, mask = sequences[-1] if sequences else ([], [])
         if ids and prompt_ids[: len(ids)] == ids:
             sequences.pop()
@@ -165,6 +220,30 @@ def _encode_answer(tokenizer: Tokenizer, history: Sequence[Message], answer: Mes
     is_prefix = all_ids[: len(prompt_ids)] == prompt_ids
     ids = all_ids[len(prompt_ids) :] if is_prefix else tokenizer.encode_parts(response_parts)
     return prompt_ids, [*ids, tokenizer.special_ids.eos]
+
+
+def _encode_tool_answers(
+    tokenizer: Tokenizer, messages: Sequence[Message], learned: Sequence[int], tools: Tools
+) -> list[tuple[list[int], list[int]]]:
+    """``_encode_answer`` of the turns ``learned``, by the template: what it writes behind the prompt of each.
+
+    Raises:
+        DataError: see ``render``; the template asks for an answer otherwise than it writes it.
+    """
+    prompts = [(messages[:index], True) for index in learned]
+    wholes = [(messages[: index + 1], False) for index in learned]
+    texts = _render_tool_turns(tokenizer, [*prompts, *wholes], tools)
+    encoded = []
+    for prompt, whole in zip(texts[: len(learned)], texts[len(learned) :], strict=True):
+        if not whole.startswith(prompt):
+            what = "the chat template asks for an answer otherwise than it writes one"
+            raise DataError(what, where="messages", todo="leave out the conversations with tools")
+        prompt_ids, all_ids = tokenizer.encode_parts([(prompt, True)]), tokenizer.encode_parts([(whole, True)])
+        is_prefix = all_ids[: len(prompt_ids)] == prompt_ids
+        ids = all_ids[len(prompt_ids) :] if is_prefix else tokenizer.encode_parts([(whole[len(prompt) :], True)])
+        ends = [place for place, token_id in enumerate(ids) if token_id in tokenizer.eos_token_ids]
+        encoded.append((prompt_ids, ids[: ends[-1] + 1] if ends else [*ids, tokenizer.special_ids.eos]))
+    return encoded
 
 
 def split_reasoning(

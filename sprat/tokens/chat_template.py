@@ -17,10 +17,11 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from sprat.errors import DataError
 from sprat.tokens.chat_formats import ChatFormat, fill_dates, render_parts
@@ -109,6 +110,24 @@ def format_from_template(base: ChatFormat, template: str, tokens: Mapping[str, s
     return chat_format
 
 
+def run_worker(
+    template: str, tokens: Mapping[str, str], probes: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, str]], str]:
+    """What the sandboxed process answers (``chat_template_worker.render``); nothing, and why, where it died."""
+    request = json.dumps({"template": template, "tokens": tokens, "probes": probes})
+    command = [sys.executable, "-I", str(Path(__file__).with_name("chat_template_worker.py"))]
+    options: dict[str, Any] = {"capture_output": True, "timeout": TIMEOUT_SECONDS, "env": {"PATH": os.defpath}}
+    try:
+        process = subprocess.run(command, input=request.encode(), check=False, **options)
+        answers: list[dict[str, str]] = json.loads(process.stdout) if process.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        return [], type(error).__name__
+    if len(answers) == len(probes):
+        return answers, ""
+    lines = process.stderr.decode("utf-8", "replace").strip().splitlines()
+    return [], lines[-1] if lines else "its process died"
+
+
 @lru_cache(maxsize=16)
 def _render_probes(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[_ProbeTexts | None, str]:
     """What the template writes on each probe; None with the reason where it could not be asked."""
@@ -117,21 +136,9 @@ def _render_probes(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[
         rows = [{"role": role, "content": content} for role, content in turns]
         flags = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         probes.append({"messages": rows, "add_generation_prompt": name not in _PROMPTLESS_PROBES, **flags})
-    request = json.dumps({"template": template, "tokens": dict(tokens), "probes": probes})
-    command = [sys.executable, "-I", str(Path(__file__).with_name("chat_template_worker.py"))]
-    env = {"PATH": os.defpath}
-    try:
-        process = subprocess.run(
-            command, input=request.encode(), capture_output=True, timeout=TIMEOUT_SECONDS, env=env, check=False
-        )
-        answers: list[dict[str, str]] = json.loads(process.stdout) if process.returncode == 0 else []
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        return None, type(error).__name__
-    if len(answers) != len(PROBES):
-        lines = process.stderr.decode("utf-8", "replace").strip().splitlines()
-        return None, lines[-1] if lines else "its process died"
+    answers, reason = run_worker(template, dict(tokens), probes)
     if all("error" in answer for answer in answers):
-        return None, answers[0]["error"]
+        return None, reason or answers[0]["error"]
     return _ProbeTexts({name: answer.get("text") for name, answer in zip(PROBES, answers, strict=True)}), ""
 
 

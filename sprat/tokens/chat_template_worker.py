@@ -18,7 +18,7 @@ import resource
 import sys
 from typing import Any
 
-MEMORY_BYTES, CPU_SECONDS, TEXT_CHARS = 1 << 29, 3, 1 << 16
+MEMORY_BYTES, CPU_SECONDS, TEXT_CHARS = 1 << 29, 3, 1 << 22
 
 
 def render(request: dict[str, Any]) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def render(request: dict[str, Any]) -> list[dict[str, str]]:
         return [{"error": _error_line(error)}] * len(request["probes"])
     for probe in request["probes"]:
         try:
-            text = compiled.render(**request["tokens"], tools=None, documents=None, **probe)
+            text = compiled.render(**{"tools": None, "documents": None, **request["tokens"], **probe})
             results.append({"text": text} if len(text) <= TEXT_CHARS else {"error": "the text is too long"})
         except Exception as error:
             results.append({"error": _error_line(error)})

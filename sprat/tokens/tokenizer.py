@@ -29,6 +29,7 @@ from sprat.errors import DataError
 from sprat.files import atomic
 from sprat.tokens import chat_formats, chat_template, hf_files
 from sprat.tokens.chat_formats import ChatFormat, Part, SpecialTokenIds
+from sprat.tokens.chat_tools import ChatTemplate
 from sprat.tokens.hf_files import GenerationConfig
 
 if TYPE_CHECKING:
@@ -336,17 +337,27 @@ class Tokenizer:
 
     def _build_chat_format(self, base: ChatFormat) -> ChatFormat:
         """The chat format: the template's, or ``base`` where there is none."""
+        template = self.find_template("default")
+        if template is None or (base is chat_formats.SPRAT and template.text == chat_formats.SPRAT_TEMPLATE):
+            return base
+        return chat_template.format_from_template(base, template.text, dict(template.tokens))
+
+    def find_template(self, name: str) -> ChatTemplate | None:
+        """The folder's chat template: that of ``name`` where it has several by name, else the default one, or none."""
         template = self._config.get("chat_template")
         if isinstance(template, list):
             named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-            template = named.get("default")
+            template = named.get(name) or named.get("default")
         if not isinstance(template, str) or not template:
-            return base
-        if base is chat_formats.SPRAT and template == chat_formats.SPRAT_TEMPLATE:
-            return base
+            return None
         keys = chat_formats.SPECIAL_TOKEN_KEYS
-        tokens = {key: name for key in keys if (name := chat_formats.special_token(self._config, key))}
-        return chat_template.format_from_template(base, template, tokens)
+        tokens = {key: token for key in keys if (token := chat_formats.special_token(self._config, key))}
+        return ChatTemplate(template, tuple(sorted(tokens.items())))
+
+    def find_control_token(self, text: str) -> str:
+        """The first control token that ``text`` spells, or nothing."""
+        match = self._control_pattern.search(text) if self._control_pattern is not None else None
+        return match[0] if match else ""
 
     def _warn_missing_tokens(self, where: str) -> None:
         """Warn of added tokens that the folder lists and tokenizer.json does not have."""

@@ -18,7 +18,8 @@ import pytest
 from bench.chat_oracles import WHERE
 from sprat.engine.detokenizer import IncrementalDecoder
 from sprat.errors import DataError
-from sprat.tokens import Message, Tokenizer, render
+from sprat.tokens import Message, Tokenizer, encode_conversation, render
+from sprat.tokens.chat import ToolCall
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -187,6 +188,85 @@ def test_conversations_are_what_the_published_template_makes_of_them(name: str, 
                     render(ours, turns)
             else:
                 assert render(ours, turns) == expected
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Sagt, wie das Wetter \u2014 wird.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Wo?"}, "days": {"type": "integer"}},
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "description": "", "parameters": {"type": "object"}}},
+]
+ID = "abc123XYZ"
+CALL = ToolCall("get_weather", '{"city": "Bonn", "days": 3}', ID)
+WITH_TOOLS = [
+    Message("user", ASK),
+    Message("assistant", "", tool_calls=(CALL,)),
+    Message("tool", "22 \u00b0C", tool_call_id=ID),
+    Message("assistant", SAY),
+]
+STYLES = [(False, False), (False, True), (True, False), (True, True)]  # arguments as text, no content beside a call
+
+
+def _tool_rows(turns: list[Message], as_text: bool, as_none: bool) -> list[dict[str, Any]]:
+    """Turns as one writes them for transformers."""
+    rows: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    for row, turn in zip(rows, turns, strict=True):
+        if turn.tool_call_id:
+            row["tool_call_id"] = turn.tool_call_id
+        if turn.tool_calls:
+            arguments = CALL.arguments if as_text else json.loads(CALL.arguments)
+            row["content"] = None if as_none else ""
+            row["tool_calls"] = [
+                {"id": ID, "type": "function", "function": {"name": CALL.name, "arguments": arguments}}
+            ]
+    return rows
+
+
+def _their_tool_text(tokenizer: Any, template: str, turns: list[Message], tools: list[Any]) -> str:
+    """What transformers renders, in the first form of a call of which the template writes everything; else nothing."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options = {**tokenizer.special_tokens_map, "tools": tools or None, "add_generation_prompt": True}
+    for style in STYLES:
+        try:
+            ((text,), _) = render_jinja_template([_tool_rows(turns, *style)], chat_template=template, **options)
+        except Exception as error:
+            assert type(error).__name__ in ("TemplateError", "TypeError", "UndefinedError"), error
+            continue
+        if all(piece in text for piece in ("get_weather", "Bonn", "22", *(["Wo?"] if tools else []))):
+            return str(text)
+    return ""
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_turns_with_tools_are_what_the_published_template_makes_of_them(name: str, tmp_path: Path) -> None:
+    """Or they are refused, where the template does not write what a call or a result says."""
+    ours, theirs, template = pair(name, tmp_path)
+    for tools in ([], TOOLS):
+        for turns in (WITH_TOOLS[:3], WITH_TOOLS):
+            text = _their_tool_text(theirs, template, turns, tools)
+            if text:
+                assert render(ours, turns, tools=tools) == theirs(text, add_special_tokens=False)["input_ids"]
+                if name == "QwQ":  # its prompt opens reasoning that an answer of its template does not have
+                    with pytest.raises(DataError, match="asks for an answer otherwise"):
+                        encode_conversation(ours, WITH_TOOLS, tools)
+                    continue
+                sequences = encode_conversation(ours, WITH_TOOLS, tools)
+                learned = [i for ids, mask in sequences for i, m in zip(ids, mask, strict=True) if m]
+                said = ours.decode(learned)
+                assert "get_weather" in said and SAY.partition("\n")[0] in said and "22" not in said
+            else:
+                with pytest.raises(DataError, match="writes no|refuses"):
+                    render(ours, turns, tools=tools)
 
 
 def test_llama_2_streams_what_its_tokenizer_reads_at_once() -> None:

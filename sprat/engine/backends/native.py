@@ -8,6 +8,7 @@ both sides, so they stay floats: float32 as they are, or float16 of what their c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
+from sprat.engine.adapter import Adapter
 from sprat.engine.backend import BLOCK_SIZE, Batch
 from sprat.engine.backends.weights import (
     DTYPE_CODES,
@@ -24,6 +26,7 @@ from sprat.engine.backends.weights import (
     as_float_weights,
     float_vector,
     float_weights,
+    low_rank_pair,
     pack_weights,
     trim_heap,
 )
@@ -31,6 +34,8 @@ from sprat.errors import MachineError
 from sprat.kernels import native, unavailable_reason
 from sprat.model import MLP, Block, Embedding, Experts, Gate, Linear, MoE, RMSNorm, Transformer
 from sprat.model.gqa import GQA
+from sprat.model.layers import linears
+from sprat.model.lora import EXPERT_PROJECTIONS
 from sprat.model.mla import MLA
 from sprat.model.mtp import MTP
 from sprat.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
@@ -49,6 +54,7 @@ class NativeBackend:
         threads: of one step; None: as many as torch uses.
         kv_format: ``f32``, ``f16`` or ``i8``; None: f32 for float32 models, so that training and rollouts agree,
             else f16.
+        adapters: see ``Backend``.
         consume: take quantised weights over: ``model`` keeps its shape, but cannot compute any more. Without it the
             codes are in memory twice.
 
@@ -59,7 +65,13 @@ class NativeBackend:
     batch_invariant = True
 
     def __init__(
-        self, model: Transformer, *, threads: int | None = None, kv_format: str | None = None, consume: bool = False
+        self,
+        model: Transformer,
+        *,
+        threads: int | None = None,
+        kv_format: str | None = None,
+        consume: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         reason = self.accepts(model)
         if reason is not None:
@@ -71,10 +83,12 @@ class NativeBackend:
         if self.kv_format == "i8" and not _fits_i8(config):
             fault = "memory in bytes needs heads of a multiple of 16 channels (rotary parts: of 4)"
             raise MachineError(fault, where="kv_format", todo="use f16")
+        self.adapters = tuple(adapters)
+        self._names = {id(linear): name for name, linear in linears(model)}
         self._packed: dict[int, Any] = {}
         self._pages, self._consume = HugePages(), consume
         self._native = native()
-        self._decoder = self._native.Decoder(_dims(model), count, FORMATS.index(self.kv_format))
+        self._decoder = self._native.Decoder(_dims(model, self.adapters), count, FORMATS.index(self.kv_format))
         self._num_positions = 0
         embedding = self._matrix(model.embed_tokens)
         head = embedding if config.tie_word_embeddings else self._matrix(model.head)
@@ -160,7 +174,8 @@ class NativeBackend:
         """One call with the arrays of a batch; the table of rotations grows with the longest position."""
         if batch.block_tables_SW.shape[1] * BLOCK_SIZE > self._num_positions:
             self._decoder.set_freqs_cis(self._table(batch.block_tables_SW.shape[1] * BLOCK_SIZE))
-        call(batch.tokens_T, batch.positions_T, batch.starts_S, batch.block_tables_SW, batch.logits_index_R, *more)
+        places = batch.tokens_T, batch.positions_T, batch.starts_S, batch.block_tables_SW, batch.logits_index_R
+        call(*places, batch.adapters_S, *more)
 
     def _table(self, positions: int) -> Tensor:
         """Rotations of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
@@ -175,7 +190,8 @@ class NativeBackend:
         attention: Any = block.self_attn
         if isinstance(attention, MLA):
             parts["kv_down"] = self._matrix(attention.kv_a_proj_with_mqa)
-            parts["kv_up"] = as_float_weights(attention.kv_b_proj, self._consume)
+            kv_up = as_float_weights(attention.kv_b_proj, self._consume)
+            parts["kv_up"] = self._adapt(kv_up, attention.kv_b_proj)
             parts["latent_norm"] = float_vector(attention.kv_a_layernorm.weight)
             if attention.has_q_lora:
                 parts |= {"q_down": self._matrix(attention.q_a_proj), "q": self._matrix(attention.q_b_proj)}
@@ -225,6 +241,9 @@ class NativeBackend:
         else:
             weights = (experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF)
             matrices = [[float_weights(weight) for weight in weight.detach()] for weight in weights]
+        for projection, stack in zip(EXPERT_PROJECTIONS, matrices, strict=True):
+            for index, matrix in enumerate(stack):
+                self._adapt(matrix, experts, f".{projection}", index)
         return list(zip(*matrices, strict=True))
 
     def _matrix(self, module: Any) -> Any:
@@ -232,10 +251,18 @@ class NativeBackend:
         bias = getattr(module, "bias", None)
         if isinstance(module, QuantLinear | QuantEmbedding) and module.packed.bits < 16:
             if id(module.packed) not in self._packed or bias is not None:
-                self._packed[id(module.packed)] = pack_weights(module.packed, self._pages, bias, self._consume)[0]
+                matrix = pack_weights(module.packed, self._pages, bias, self._consume)[0]
+                self._packed[id(module.packed)] = self._adapt(matrix, module)
             return self._packed[id(module.packed)]
         weight = module.packed.codes if isinstance(module, QuantLinear | QuantEmbedding) else module.weight
-        return float_weights(weight, bias)
+        return self._adapt(float_weights(weight, bias), module)
+
+    def _adapt(self, matrix: Any, module: Any, projection: str = "", expert: int | None = None) -> Any:
+        """``matrix``, given what each adapter has for ``module`` (for a projection of one expert), if any has."""
+        own = [adapter.low_ranks.get(self._names[id(module)] + projection) for adapter in self.adapters]
+        if any(own):
+            matrix.set_adapters([None if each is None else low_rank_pair(each, expert) for each in own])
+        return matrix
 
 
 def _fits_i8(config: ModelConfig) -> bool:
@@ -245,7 +272,7 @@ def _fits_i8(config: ModelConfig) -> bool:
     return config.attention_head_dim % 16 == 0
 
 
-def _dims(model: Transformer) -> dict[str, Any]:
+def _dims(model: Transformer, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Sizes of the model, by the names of ``module.cpp``."""
     config, attention = model.config, cast(Any, model.layers[0]).self_attn
     return {
@@ -262,6 +289,8 @@ def _dims(model: Transformer) -> dict[str, Any]:
         "value": config.v_head_dim,
         "scale": attention.scale,
         "eps": config.rms_norm_eps,
+        "adapters": len(adapters),
+        "adapter_rank": max((low.config.rank for own in adapters for low in own.low_ranks.values()), default=0),
     }
 
 

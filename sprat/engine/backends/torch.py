@@ -6,6 +6,9 @@ the model sees a ``KVCache`` whose slots happen to lie in blocks: writing goes s
 reading gathers a layer's blocks into one piece, once a layer and step. That copy is the price of staying simple; it
 is small beside the arithmetic of short contexts, and a native step does without.
 
+Sequences that have an adapter are grouped by it, and run through a view of the model that has it; plain ones run as if
+they were alone.
+
 Rows are as independent as torch's matrix products are: the same up to rounding, not to the bit.
 """
 
@@ -13,6 +16,7 @@ Rows are as independent as torch's matrix products are: the same up to rounding,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sprat.engine.adapter import Adapter, with_adapter
 from sprat.engine.backend import BLOCK_SIZE, Batch
 from sprat.errors import EngineError, MachineError
 from sprat.model import KVCache, Transformer
@@ -68,10 +73,14 @@ class PagedCache(KVCache):
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one rectangle: which, and where their tokens stand among the T of the batch; -1 is padding."""
+    """Sequences of one rectangle: which, and where their tokens stand among the T of the batch; -1 is padding.
+
+    All have the adapter ``adapter``; -1: none.
+    """
 
     rows_G: NDArray[np.int64]
     tokens_GN: NDArray[np.int64]
+    adapter: int
 
 
 class TorchBackend:
@@ -82,8 +91,10 @@ class TorchBackend:
 
     batch_invariant = False
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, adapters: Sequence[Adapter] = ()) -> None:
         self.model, config = model, model.config
+        self.adapters = tuple(adapters)
+        self._views = [with_adapter(model, adapter) for adapter in self.adapters]
         weight = model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
         self.vocab, self.num_mtp_modules = config.vocab_size, config.num_nextn_predict_layers
@@ -116,7 +127,7 @@ class TorchBackend:
         hidden_TD: Tensor | None = None
         for group in _groups(batch):
             cache, tokens_GN, valid_GN = self._open(batch, group)
-            hidden_GND = self.model.hidden(tokens_GN, cache=cache, valid_BT=valid_GN).x_BTD
+            hidden_GND = self._model(group.adapter).hidden(tokens_GN, cache=cache, valid_BT=valid_GN).x_BTD
             hidden_TD = self._scatter(hidden_TD, hidden_GND, batch, group)
         self._hidden_TD = hidden_TD
         return self._head(batch, hidden_TD)
@@ -208,20 +219,31 @@ class TorchBackend:
         out_TD = None
         for group in _groups(further):
             cache, tokens_GN, valid_GN = self._open(further, group)
-            context = self.model.context(tokens_GN, cache=cache, valid_BT=valid_GN)
-            pair = before_TD[self._index(group.tokens_GN)], self.model.embed_tokens(tokens_GN)
-            out_GND, _ = self.model.mtp[depth](*pair, context)
+            model = self._model(group.adapter)
+            context = model.context(tokens_GN, cache=cache, valid_BT=valid_GN)
+            pair = before_TD[self._index(group.tokens_GN)], model.embed_tokens(tokens_GN)
+            out_GND, _ = model.mtp[depth](*pair, context)
             out_TD = self._scatter(out_TD, out_GND, further, group)
         assert out_TD is not None
         return out_TD
 
     def _head(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
-        """Logits of the wanted rows."""
-        if hidden_TD is None or not len(batch.logits_index_R):
+        """Logits of the wanted rows: of those without an adapter, and of the others."""
+        index_R = batch.logits_index_R
+        if hidden_TD is None or not len(index_R):
             return torch.empty(0, self.vocab)
-        if len(batch.logits_index_R) < len(hidden_TD):
-            hidden_TD = hidden_TD[self._index(batch.logits_index_R)]
-        return self.model.logits(hidden_TD)
+        if not len(batch.adapters_S):
+            return self.model.logits(hidden_TD[self._index(index_R)] if len(index_R) < len(hidden_TD) else hidden_TD)
+        plain_R = np.repeat(batch.adapters_S, np.diff(batch.starts_S))[index_R] < 0
+        logits_RV = hidden_TD.new_empty(len(index_R), self.vocab, dtype=torch.float32)
+        for rows in (np.flatnonzero(plain_R), np.flatnonzero(~plain_R)):
+            if len(rows):
+                logits_RV[self._index(rows)] = self.model.logits(hidden_TD[self._index(index_R[rows])])
+        return logits_RV
+
+    def _model(self, adapter: int) -> Transformer:
+        """The model with one of its adapters; -1: with none."""
+        return self.model if adapter < 0 else self._views[adapter]
 
 
 def _slots(block: int) -> slice:
@@ -237,15 +259,19 @@ def _argmax(logits_RV: Tensor, vocab: int) -> NDArray[np.int64]:
 
 
 def _groups(batch: Batch) -> list[Group]:
-    """The sequences of a batch in rectangles: alike are those that begin or go on, and have the same power of two."""
+    """The sequences of a batch in rectangles: alike are those that begin or go on, and have the same power of two.
+
+    And the same adapter.
+    """
     starts = batch.starts_S[:-1].astype(np.int64)
     counts = np.diff(batch.starts_S).astype(np.int64)
     kind = np.ceil(np.log2(counts)).astype(np.int64) * 2 + (batch.positions_T[starts] == 0)
+    adapters = batch.adapters_S if len(batch.adapters_S) else np.full(len(starts), -1)
     groups = []
-    for group_kind in np.unique(kind):
-        rows_G = np.flatnonzero(kind == group_kind)
+    for adapter, group_kind in sorted(set(zip(adapters.tolist(), kind.tolist(), strict=True))):
+        rows_G = np.flatnonzero((kind == group_kind) & (adapters == adapter))
         offsets_N = np.arange(counts[rows_G].max())
         tokens_GN = starts[rows_G][:, None] + offsets_N
         tokens_GN[offsets_N >= counts[rows_G][:, None]] = -1
-        groups.append(Group(rows_G, tokens_GN))
+        groups.append(Group(rows_G, tokens_GN, adapter))
     return groups

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sprat.kernels import native
+from sprat.model.lora import LowRank
 from sprat.quant.layers import QuantizedWeight, QuantLinear
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,6 +85,15 @@ def pack_weights(
     if consume:
         packed.release()
     return matrices
+
+
+def low_rank_pair(low_rank: LowRank, expert: int | None) -> tuple[Tensor, Tensor]:
+    """A [R, in], and B with its scale transposed [R, out up to a multiple of 16], of one expert where it is a stack."""
+    down, up = low_rank.lora_A.detach(), low_rank.lora_B.detach()
+    if expert is not None:
+        down, up = down[expert], up[expert]
+    scaled = torch.nn.functional.pad((up * low_rank.scaling).T, (0, -len(up) % 16))
+    return down.contiguous(), scaled.contiguous()
 
 
 def trim_heap() -> None:

@@ -9,6 +9,7 @@ written as tag, length, bytes, so that no two different lists of parts have the 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as GenericSequence
 
 import numpy as np
 import torch
@@ -26,11 +27,15 @@ class BlockKeys:
         model, adapter, tokenizer: their digests. ``adapter`` is empty where there is none, and ``model`` where keys
             never leave this engine.
         kv_format: how the back end stores keys and values.
+        adapters: digests of those that a request may have beside the weights, by their place.
     """
 
-    def __init__(self, model: str, adapter: str, tokenizer: str, kv_format: str) -> None:
+    def __init__(
+        self, model: str, adapter: str, tokenizer: str, kv_format: str, adapters: GenericSequence[str] = ()
+    ) -> None:
         parts = {b"model": model, b"adapter": adapter, b"tokenizer": tokenizer, b"kv": kv_format}
         self._common = b"".join(tagged(tag, text.encode()) for tag, text in parts.items())
+        self._of_adapter = {place: tagged(b"lora", digest.encode()) for place, digest in enumerate(adapters)}
 
     def extend(self, sequence: Sequence, tokens: int) -> None:
         """Have ``sequence.block_keys`` name every full block of the first ``tokens`` tokens of prompt and answer."""
@@ -38,21 +43,26 @@ class BlockKeys:
         if len(keys) >= needed:
             return
         ids = sequence.ids_between(len(keys) * BLOCK_SIZE, needed * BLOCK_SIZE)
-        head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
+        head = self._head(sequence)
         for start in range(0, len(ids), BLOCK_SIZE):
             keys.append(_child_key(head, keys[-1] if keys else b"", ids[start : start + BLOCK_SIZE]))
 
     def partial(self, sequence: Sequence, tokens: int) -> bytes:
         """The key of the block, not full, that holds the last of the first ``tokens`` tokens."""
-        head = hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common)
+        head = self._head(sequence)
         full = tokens // BLOCK_SIZE
         return _child_key(head, self.parent(sequence, full), sequence.ids_between(full * BLOCK_SIZE, tokens))
 
     def parent(self, sequence: Sequence, index: int) -> bytes:
-        """The key of the block before the one at ``index``; for the first block a name of the tenant's and model's."""
+        """The key of the block before the one at ``index``; for the first block a name of tenant and model."""
         if index:
             return sequence.block_keys[index - 1]
-        return hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common).digest()
+        return self._head(sequence).digest()
+
+    def _head(self, sequence: Sequence) -> hashlib._Hash:
+        """What all keys of a request begin with: whose it is, and what computes it."""
+        own = self._of_adapter.get(sequence.adapter, b"")
+        return hashlib.sha256(tagged(b"secret", sequence.tenant.secret) + self._common + own)
 
 
 def _child_key(head: hashlib._Hash, parent: bytes, tokens: NDArray[np.int32]) -> bytes:

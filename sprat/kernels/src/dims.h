@@ -8,6 +8,7 @@ enum class KVFormat : int { f32 = 0, f16 = 1, i8 = 2 };  // float32, float16, or
 
 struct Dims {
     bool is_mla = false, interleave = false;
+    Index adapters = 0, adapter_rank = 0;  // how many adapters there are, and the greatest rank of them
     Index hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0;
     Index rank = 0, nope = 0, rope = 0, value = 0;
     float scale = 1.0f, eps = 1e-6f;
@@ -29,6 +30,7 @@ struct Dims {
 struct Batch {
     const std::int32_t *tokens, *positions, *cu_seqlens, *block_tables, *logits_indices;
     Index num_tokens, num_seqs, blocks_per_seq, num_logits;  // T, S, W, R
+    const std::int32_t* adapters = nullptr;                  // of each sequence, -1: none; null: none of them has one
 };
 
 }  // namespace sprat

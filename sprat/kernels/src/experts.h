@@ -74,10 +74,13 @@ public:
     // x[token] += sum of experts, for normed rows `normed` [tokens, hidden]. They are done in order. `next` tells the pool
     // what will be read after them.
     template <class F>
-    void run(ThreadPool& pool, const std::vector<ExpertRows>& expert_rows, const float* normed, Index tokens, Index hidden, float* x, const F& next) {
+    void run(ThreadPool& pool, const std::vector<ExpertRows>& expert_rows, const float* normed, Index tokens, Index hidden, float* x, const Adapted& adapted, const F& next) {
+        adapted_ = adapted;
         prepare(pool, expert_rows, normed, hidden, tokens == 1);
+        if (adapted_.of) project_gate_up(pool, expert_rows);
         for (const ExpertRows& w : expert_rows) prefetch_next(pool, {&w.expert->down});
         gate_up(pool, expert_rows);
+        if (adapted_.of) project_hidden(pool, expert_rows);
         list_all_outliers(pool, expert_rows);
         next();
         combine(pool, expert_rows, hidden, x);
@@ -98,7 +101,7 @@ private:
         Index wide = 0, deep = 0, floats = 0;
         for (const ExpertRows& w : expert_rows) {
             wide += w.count * w.expert->gate.padded(), deep += w.count * w.expert->down.padded();
-            if (!w.expert->down.quantized()) floats += w.count * w.expert->down.padded();
+            if (keeps_floats(w)) floats += w.count * w.expert->down.padded();
         }
         QuantizedRows in = codes_in_.need(wide / kGroup, 0), out = codes_out_.need(deep / kGroup, 0);
         float* rows = rows_.need(floats);
@@ -111,7 +114,7 @@ private:
             in_.push_back(in), out_.push_back(out), float_rows_.push_back(rows);
             if (!alone) in = in.after(count);
             out = out.after(count);
-            if (!expert_rows[i].expert->down.quantized()) rows += count * out.padded;
+            if (keeps_floats(expert_rows[i])) rows += count * out.padded;
             const Index groups = out.padded / kGroup;
             const Index step = pool.threads() == 1 ? groups : std::clamp<Index>(groups_per_chunk / count, 1, groups);
             for (Index g = 0; g < groups; g += step) chunks_.push_back({i, g, std::min(groups, g + step)});
@@ -122,6 +125,42 @@ private:
         pool.run(chunks, [&](Index chunk, int) {
             for (Index n = tiles * chunk / chunks; n < tiles * (chunk + 1) / chunks; ++n) quantize_rows(expert_rows, tiles_[n]);
         });
+    }
+
+    // Whether the rows between are kept as floats: for weights that are floats, or for an adapter.
+    bool keeps_floats(const ExpertRows& w) const { return !w.expert->down.quantized() || (adapted_.of && w.expert->down.adapters); }
+
+    // A x of gate and up, of the rows that have an adapter: of each expert [2, rows, rank].
+    void project_gate_up(ThreadPool& pool, const std::vector<ExpertRows>& expert_rows) {
+        starts_.clear();
+        Index count = 0;
+        for (const ExpertRows& w : expert_rows) starts_.push_back(count), count += w.count;
+        float* both = gate_up_scratch_.need(2 * count * adapted_.rank);
+        gate_up_down_ = both;
+        hidden_down_ = hidden_scratch_.need(count * adapted_.rank);
+        over_experts(pool, expert_rows, stride_, [&](const ExpertRows& w, std::size_t i, Index from, Index to) {
+            const auto inputs = [&](Index row) { return normed_ + (w.rows ? w.rows[row] : row) * stride_; };
+            float* down = both + 2 * starts_[i] * adapted_.rank;
+            project_down(w.expert->gate, adapted_, w.rows, from, to, inputs, down);
+            project_down(w.expert->up, adapted_, w.rows, from, to, inputs, down + w.count * adapted_.rank);
+        });
+    }
+
+    // The same of what gate and up made, for `down`: [rows, rank] of each expert.
+    void project_hidden(ThreadPool& pool, const std::vector<ExpertRows>& expert_rows) {
+        over_experts(pool, expert_rows, out_[0].padded, [&](const ExpertRows& w, std::size_t i, Index from, Index to) {
+            const auto inputs = [&](Index row) { return float_rows_[i] + row * out_[i].padded; };
+            project_down(w.expert->down, adapted_, w.rows, from, to, inputs, hidden_down_ + starts_[i] * adapted_.rank);
+        });
+    }
+
+    // f(expert's rows, which, first row, last row), in chunks where it takes long; `width`: numbers of a row.
+    template <class F>
+    void over_experts(ThreadPool& pool, const std::vector<ExpertRows>& expert_rows, Index width, const F& f) {
+        for (std::size_t i = 0; i < expert_rows.size(); ++i) {
+            const Index count = expert_rows[i].count, chunks = count * width * adapted_.rank > 65536 ? num_chunks(pool, count, count) : 1;
+            pool.run(chunks, [&](Index chunk, int) { f(expert_rows[i], i, count * chunk / chunks, count * (chunk + 1) / chunks); });
+        }
     }
 
     void quantize_rows(const std::vector<ExpertRows>& expert_rows, const Chunk& tile) const {
@@ -151,8 +190,10 @@ private:
             const Chunk& chunk = chunks_[p];
             const std::size_t i = chunk.index;
             const ExpertRows& w = expert_rows[i];
-            const Input in{normed_, stride_, w.count, w.rows, in_[i]};
-            const bool coded = w.expert->down.quantized();
+            const Input in{normed_, stride_, w.count, w.rows, in_[i], {}};
+            const bool coded = w.expert->down.quantized(), keeps = keeps_floats(w);
+            const float* down = adapted_.of ? gate_up_down_ + 2 * starts_[i] * adapted_.rank : nullptr;
+            const float* down_of_up = adapted_.of ? down + w.count * adapted_.rank : nullptr;
             const Index width = w.expert->gate.rows;
             over_rows(chunk.first, chunk.last, w.count, [&](Index g, Index start, Index size) {
                 alignas(64) float both[kTile][kGroup];
@@ -165,11 +206,13 @@ private:
                     Lane gate[kTile], up[kTile];
                     panel(w.expert->gate, at, in, start, size, gate);
                     panel(w.expert->up, at, in, start, size, up);
+                    add_low_rank(w.expert->gate, at, adapted_, w.rows, down, start, size, gate);
+                    add_low_rank(w.expert->up, at, adapted_, w.rows, down_of_up, start, size, up);
                     for (Index r = 0; r < size; ++r) store(both[r] + half * kLanes, mul(silu(gate[r]), up[r]));
                 }
                 for (Index r = 0; r < size; ++r) {
                     if (coded) quantize_group(both[r], width - g * kGroup, out_[i], start, g, r, size);
-                    else std::memcpy(float_rows_[i] + (start + r) * out_[i].padded + g * kGroup, both[r], sizeof both[r]);
+                    if (keeps) std::memcpy(float_rows_[i] + (start + r) * out_[i].padded + g * kGroup, both[r], sizeof both[r]);
                 }
             });
         });
@@ -184,10 +227,12 @@ private:
             const Index first = panels * chunk / chunks, last = panels * (chunk + 1) / chunks;
             for (std::size_t i = 0; i < expert_rows.size(); ++i) {
                 const ExpertRows& w = expert_rows[i];
-                const Input in{float_rows_[i], out_[i].padded, w.count, nullptr, out_[i]};
+                const Input in{float_rows_[i], out_[i].padded, w.count, nullptr, out_[i], {}};
+                const float* down = adapted_.of ? hidden_down_ + starts_[i] * adapted_.rank : nullptr;
                 over_rows(first, last, w.count, [&](Index at, Index start, Index size) {
                     Lane out[kTile];
                     panel(w.expert->down, at, in, start, size, out);
+                    add_low_rank(w.expert->down, at, adapted_, w.rows, down, start, size, out);
                     for (Index r = 0; r < size; ++r) {
                         const Index token = w.rows ? w.rows[start + r] : start + r;
                         const Lane y = w.weights ? mul(out[r], all(w.weights[start + r])) : out[r];
@@ -205,6 +250,11 @@ private:
     std::vector<Chunk> chunks_, tiles_;
     const float* normed_ = nullptr;
     Index stride_ = 0;
+    Adapted adapted_;
+    Scratch<float> gate_up_scratch_, hidden_scratch_;
+    std::vector<Index> starts_;  // rows of the experts before each
+    const float* gate_up_down_ = nullptr;
+    float* hidden_down_ = nullptr;
 };
 
 }  // namespace sprat

@@ -29,6 +29,13 @@ enum class WeightType : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, in
 
 constexpr Index kGroup = 32;  // inputs that share a scale
 
+// What one adapter adds to a product: B (A x), with the scale taken into B.
+struct LowRank {
+    Index rank = 0, stride = 0;  // rank 0: the adapter leaves the matrix alone; stride: outputs, up to whole panels
+    const float *a = nullptr;    // [rank, inputs]
+    const float *b = nullptr;    // the transpose of B, [rank, stride]
+};
+
 struct Matrix {
     WeightType kind = WeightType::f32;
     Index rows = 0, cols = 0, group = kGroup;   // group: inputs that share a scale of weights; a multiple of 32
@@ -36,6 +43,7 @@ struct Matrix {
     const std::uint16_t* scales = nullptr;      // float16 [panels, groups, 16]
     const std::uint16_t* minimums = nullptr;    // the same, for int4_min
     const float* bias = nullptr;                // [rows] or none
+    const LowRank* adapters = nullptr;          // what each adapter adds, or none
 
     bool quantized() const { return kind >= WeightType::int8; }
     Index padded() const { return (cols + kGroup - 1) / kGroup * kGroup; }

@@ -60,6 +60,7 @@ public:
 
     // The hidden states of all tokens stay for `draft`.
     void run(const Batch& b, const Outputs& outputs) {
+        find_adapted(b);
         float* x = x_.need(b.num_tokens * dims_.hidden);
         for (Index t = 0; t < b.num_tokens; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
         for (std::size_t l = 0; l < layers.size(); ++l) {
@@ -73,6 +74,7 @@ public:
     // nobody asks for anything, and the next step overwrites what is stored.
     void draft(const Batch& b, const std::int64_t* next, Index vocab, std::int64_t* guesses) {
         const auto all = static_cast<Index>(mtp_modules.size());
+        find_adapted(b);
         std::int32_t* tokens = mtp_tokens_.need(b.num_tokens + b.num_seqs);
         std::int32_t* ends = tokens + b.num_tokens;
         for (Index s = 0; s < b.num_seqs; ++s) {
@@ -99,6 +101,15 @@ public:
     std::size_t bytes() const { return kv_cache_.size(); }
 
 private:
+    // Which tokens of a step have an adapter.
+    void find_adapted(const Batch& b) {
+        adapted_ = {nullptr, dims_.adapter_rank, &down_};
+        if (!b.adapters) return;
+        std::int32_t* of = adapter_of_.need(b.num_tokens);
+        for (Index s = 0; s < b.num_seqs; ++s) std::fill(of + b.cu_seqlens[s], of + b.cu_seqlens[s + 1], b.adapters[s]);
+        adapted_.of = of;
+    }
+
     // One module over the rows of the last step, or of the module before it (DeepSeek-V3, section 2.2).
     void run_mtp_module(Index depth, const Batch& b, const Outputs& outputs) {
         const MtpModule& m = mtp_modules[depth];
@@ -118,7 +129,7 @@ private:
 
     // Rows for products with `readers`: as codes too where one of them wants codes.
     Input input(const float* rows, Index width, Index count, std::initializer_list<const Matrix*> readers) {
-        Input in{rows, width, count, nullptr, {}};
+        Input in{rows, width, count, nullptr, {}, adapted_};
         bool coded = false;
         for (const Matrix* w : readers) coded = coded || w->quantized();
         if (!coded) return in;
@@ -299,6 +310,10 @@ private:
                 std::memcpy(to[i] + rank, in[i] + n, static_cast<std::size_t>(dims_.rope) * sizeof(float));
             }
             transposed(l.kv_up, h * (n + dims_.value), n, in, to, some);
+            for (Index i = 0; i < some; ++i) {
+                const LowRank* adapter = adapted_.find(l.kv_up, t + i);
+                if (adapter) add_transposed(*adapter, h * (n + dims_.value), n, in[i], rank, to[i]);
+            }
         }
     }
 
@@ -317,6 +332,10 @@ private:
                     std::memcpy(out + ((t + i) * dims_.heads + h) * v + c, some[i], static_cast<std::size_t>(outs) * sizeof(float));
                 }
             }
+            for (Index i = 0; i < rows; ++i) {
+                const LowRank* adapter = adapted_.find(l.kv_up, t + i);
+                if (adapter) add_outputs(*adapter, first, v, in[i], rank, out + ((t + i) * dims_.heads + h) * v);
+            }
         }
     }
 
@@ -325,14 +344,14 @@ private:
         expert_rows_.clear();
         if (l.router.rows == 0) {
             expert_rows_.push_back({&l.experts[0], nullptr, nullptr, count});
-            return feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, next);
+            return feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, adapted_, next);
         }
         const Routing& r = l.routing;
         std::int32_t* index = index_.need(count * r.top_k * 2);
         float* weight = weight_.need(count * r.top_k * 2);
         float* logits = logits_.need(count * r.experts + pool_.threads() * (r.experts + r.groups));
         if (l.shared) prefetch_next(pool_, {&l.experts[r.experts].gate, &l.experts[r.experts].up});
-        multiply(pool_, {rows, dims_.hidden, count, nullptr, {}}, {{&l.router, logits, r.experts, false}});
+        multiply(pool_, {rows, dims_.hidden, count, nullptr, {}, {}}, {{&l.router, logits, r.experts, false}});
         over_tokens(count, r.experts * r.top_k, [&](Index from, Index to, int thread) {
             float* scratch = logits + count * r.experts + thread * (r.experts + r.groups);
             for (Index t = from; t < to; ++t) route(r, logits + t * r.experts, l.router_bias, index + t * r.top_k, weight + t * r.top_k, scratch);
@@ -352,7 +371,7 @@ private:
             sorted[to] = static_cast<std::int32_t>(i / r.top_k), sorted_weight[to] = weight[i];
         }
         if (l.shared) expert_rows_.push_back({&l.experts[r.experts], nullptr, nullptr, count});
-        feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, next);
+        feed_forward_.run(pool_, expert_rows_, rows, count, dims_.hidden, x, adapted_, next);
     }
 
     void compute_logits(const Batch& b, const float* gain, const float* x, const Outputs& outputs) {
@@ -366,13 +385,14 @@ private:
         else multiply(pool_, in, {{&head, outputs.logits, dims_.vocab, false}});
     }
 
+    Adapted adapted_;  // of this step
     KVCacheBuffer kv_cache_;
     ThreadPool pool_;
     Attention attention_;
     FeedForward feed_forward_;
-    Scratch<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_;
+    Scratch<float> x_, pair_, normed_, q_, kv_, out_, absorbed_, mixed_, logits_, weight_, down_;
     QuantizedRowsScratch codes_;
-    Scratch<std::int32_t> index_, mtp_tokens_;
+    Scratch<std::int32_t> index_, mtp_tokens_, adapter_of_;
     Scratch<std::int64_t> mtp_guesses_;
     std::vector<Index> ends_;
     std::vector<FeedForward::ExpertRows> expert_rows_;

@@ -34,6 +34,8 @@ struct Weights {
     Matrix matrix;
     std::vector<AnyArray> arrays;
     std::vector<Floats> bias;
+    std::vector<Floats> low_rank;  // what the adapters point into
+    std::vector<LowRank> adapters;
 
     Weights(int kind, Index rows, Index cols, Index group, AnyArray data, nb::object scales, nb::object minimums, nb::object bias_of) {
         if (kind < 0 || kind > 5 || rows < 1 || cols < 1 || group < kGroup || group % kGroup) refuse("a matrix of no known shape");
@@ -52,6 +54,25 @@ struct Weights {
             if (static_cast<Index>(bias[0].size()) != rows) refuse("a bias has another size than its matrix");
             matrix.bias = bias[0].data();
         }
+    }
+
+    // What each adapter adds, in order: (A [rank, cols], the transpose of B [rank, rows up to a multiple of 16]), or None. Before
+    // a decoder is given the matrix.
+    void set_adapters(const nb::list& pairs) {
+        adapters.clear();
+        for (nb::handle pair : pairs) {
+            LowRank adapter;
+            if (!pair.is_none()) {
+                const auto both = nb::cast<nb::tuple>(pair);
+                const auto a = nb::cast<Floats>(both[0]), b = nb::cast<Floats>(both[1]);
+                adapter.stride = matrix.panels() * kLanes, adapter.a = a.data(), adapter.b = b.data();
+                if (a.ndim() != 2 || b.ndim() != 2 || a.shape(0) < 1 || a.shape(0) != b.shape(0) || static_cast<Index>(a.shape(1)) != matrix.cols || static_cast<Index>(b.shape(1)) != adapter.stride) refuse("an adapter of another shape than its matrix");
+                adapter.rank = static_cast<Index>(a.shape(0));
+                low_rank.push_back(a), low_rank.push_back(b);
+            }
+            adapters.push_back(adapter);
+        }
+        matrix.adapters = adapters.data();
     }
 };
 
@@ -112,7 +133,7 @@ void product(const Weights& w, nb::ndarray<const float, nb::ndim<2>, nb::c_conti
     if (width != w.matrix.cols || static_cast<Index>(out.size()) != count * w.matrix.rows || threads < 1 || count < 1) refuse("a product of odd shape");
     ThreadPool pool(threads);
     QuantizedRowsScratch scratch;
-    const Input in{rows.data(), width, count, nullptr, scratch.need(count * w.matrix.padded() / kGroup, w.matrix.padded())};
+    const Input in{rows.data(), width, count, nullptr, scratch.need(count * w.matrix.padded() / kGroup, w.matrix.padded()), {}};
     const Tiling tiling(count, kTile);
     for (Index t = 0; t < tiling.tiles; ++t) {
         const Index start = tiling.start(t);
@@ -198,24 +219,24 @@ public:
         blocks_ = blocks;
     }
 
-    void run(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, OutFloats logits) {
-        const Batch b = batch(tokens, positions, starts, tables, wanted);
+    void run(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, OutFloats logits) {
+        const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
         check_logits(b, logits);
         nb::gil_scoped_release free;
         model_.run(b, {logits.data(), nullptr, 0});
     }
 
     // `run`, of which only the likeliest token of each row is wanted.
-    void run_argmax(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Index vocab, OutInt64s argmax) {
-        const Batch b = batch(tokens, positions, starts, tables, wanted);
+    void run_argmax(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, Index vocab, OutInt64s argmax) {
+        const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
         if (static_cast<Index>(argmax.size()) != b.num_logits || vocab < 1 || vocab > model_.dims_.vocab) refuse("tokens of another number of rows");
         nb::gil_scoped_release free;
         model_.run(b, {nullptr, argmax.data(), vocab});
     }
 
-    void draft(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int64s next, Index vocab, OutInt64s guesses) {
+    void draft(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, Int64s next, Index vocab, OutInt64s guesses) {
         const Index before = last_count_;
-        const Batch b = batch(tokens, positions, starts, tables, wanted);
+        const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
         if (b.num_tokens != before || static_cast<Index>(next.size()) != b.num_tokens) refuse("drafts follow a step of the same rows");
         if (static_cast<Index>(guesses.size()) != b.num_seqs * static_cast<Index>(model_.mtp_modules.size())) refuse("guesses of another shape");
         if (vocab < 1 || vocab > model_.dims_.vocab) refuse("more tokens than there are");
@@ -245,6 +266,7 @@ private:
         out.hidden = get<Index>(d, "hidden"), out.vocab = get<Index>(d, "vocab"), out.heads = get<Index>(d, "heads");
         out.kv_heads = get<Index>(d, "kv_heads"), out.head_dim = get<Index>(d, "head_dim"), out.rank = get<Index>(d, "rank");
         out.nope = get<Index>(d, "nope"), out.rope = get<Index>(d, "rope"), out.value = get<Index>(d, "value");
+        out.adapters = get<Index>(d, "adapters"), out.adapter_rank = get<Index>(d, "adapter_rank");
         out.scale = get<float>(d, "scale"), out.eps = get<float>(d, "eps");
         return out;
     }
@@ -253,7 +275,13 @@ private:
         if (!d.contains(name)) return {};
         const nb::object weights = nb::borrow<nb::object>(d[name]);
         owned_.push_back(weights);
-        return nb::cast<const Weights&>(weights).matrix;
+        return checked(nb::cast<const Weights&>(weights));
+    }
+
+    const Matrix& checked(const Weights& weights) const {
+        if (!weights.adapters.empty() && static_cast<Index>(weights.adapters.size()) != model_.dims_.adapters) refuse("a matrix with another number of adapters");
+        for (const LowRank& adapter : weights.adapters) if (adapter.rank > model_.dims_.adapter_rank) refuse("an adapter of a higher rank");
+        return weights.matrix;
     }
 
     const float* gain(const nb::dict& d, const char* name, Index size) {
@@ -283,8 +311,8 @@ private:
         for (nb::handle one : get<nb::list>(d, "experts")) {
             const auto parts = nb::cast<nb::tuple>(one);
             for (std::size_t i = 0; i < 3; ++i) owned_.push_back(nb::borrow<nb::object>(parts[i]));
-            out.experts.push_back({nb::cast<const Weights&>(parts[0]).matrix, nb::cast<const Weights&>(parts[1]).matrix,
-                                   nb::cast<const Weights&>(parts[2]).matrix});
+            out.experts.push_back({checked(nb::cast<const Weights&>(parts[0])), checked(nb::cast<const Weights&>(parts[1])),
+                                   checked(nb::cast<const Weights&>(parts[2]))});
         }
         out.shared = get<bool>(d, "shared");
         if (d.contains("window")) out.window = get<Index>(d, "window");
@@ -302,10 +330,10 @@ private:
     }
 
     // Everything that would let a step read or write where it must not is looked at here.
-    Batch batch(const Int32s& tokens, const Int32s& positions, const Int32s& starts, const Int32s& tables, const Int32s& wanted) {
+    Batch batch(const Int32s& tokens, const Int32s& positions, const Int32s& starts, const Int32s& tables, const Int32s& wanted, const Int32s& adapters) {
         const Batch b{tokens.data(), positions.data(), starts.data(), tables.data(), wanted.data(), static_cast<Index>(tokens.size()),
                       static_cast<Index>(starts.size()) - 1, static_cast<Index>(tables.ndim() == 2 ? tables.shape(1) : 0),
-                      static_cast<Index>(wanted.size())};
+                      static_cast<Index>(wanted.size()), adapters.size() ? adapters.data() : nullptr};
         if (b.num_seqs < 1 || static_cast<Index>(positions.size()) != b.num_tokens || static_cast<Index>(tables.size()) != b.num_seqs * b.blocks_per_seq) refuse("a batch of odd shape");
         if (b.cu_seqlens[0] != 0 || b.cu_seqlens[b.num_seqs] != b.num_tokens) refuse("starts do not span the tokens");
         for (Index s = 0; s < b.num_seqs; ++s) {
@@ -321,6 +349,8 @@ private:
             for (Index t = b.cu_seqlens[s] + 1; t < b.cu_seqlens[s + 1]; ++t) if (b.positions[t] != b.positions[t - 1] + 1) refuse("positions out of order");
         }
         for (Index r = 0; r < b.num_logits; ++r) if (b.logits_indices[r] < 0 || b.logits_indices[r] >= b.num_tokens) refuse("a wanted token that is not there");
+        if (b.adapters && static_cast<Index>(adapters.size()) != b.num_seqs) refuse("adapters of another number of sequences");
+        for (Index s = 0; b.adapters && s < b.num_seqs; ++s) if (b.adapters[s] < -1 || b.adapters[s] >= model_.dims_.adapters) refuse("no such adapter");
         last_count_ = b.num_tokens;
         return b;
     }
@@ -339,7 +369,8 @@ NB_MODULE(SPRAT_MODULE, m) {
     m.attr("block") = kBlock;
     nb::class_<Weights>(m, "Weights")
         .def(nb::init<int, Index, Index, Index, AnyArray, nb::object, nb::object, nb::object>(), "kind"_a, "rows"_a, "cols"_a, "group"_a,
-             "data"_a, "scales"_a = nb::none(), "minimums"_a = nb::none(), "bias"_a = nb::none());
+             "data"_a, "scales"_a = nb::none(), "minimums"_a = nb::none(), "bias"_a = nb::none())
+        .def("set_adapters", &Weights::set_adapters);
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<const nb::dict&, int, int>(), "dims"_a, "threads"_a, "kv_format"_a)
         .def("set_embedding_and_head", &Decoder::set_embedding_and_head)

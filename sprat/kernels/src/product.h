@@ -3,26 +3,9 @@
 #include <initializer_list>
 #include <vector>
 
-#include "linear.h"
-#include "pool.h"
+#include "lora.h"
 
 namespace sprat {
-
-// A buffer that grows and is never shrunk; what it held is lost when it grows. 64-byte aligned.
-template <class T>
-class Scratch {
-public:
-    T* need(std::size_t count) {
-        if (count + kSpare > held_.size()) held_.assign(count + count / 4 + kSpare, T{});
-        return data();
-    }
-    T* data() { return reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(held_.data()) + 63) / 64 * 64); }
-    std::size_t bytes() const { return held_.size() * sizeof(T); }
-
-private:
-    static constexpr std::size_t kSpare = 64 / sizeof(T) + 1;
-    std::vector<T> held_ = std::vector<T>(kSpare);
-};
 
 // Scratch memory for quantized rows.
 class QuantizedRowsScratch {
@@ -47,6 +30,7 @@ struct Input {
     Index stride = 0, count = 0;
     const std::int32_t* index = nullptr;
     QuantizedRows codes{};
+    Adapted adapted{};
 };
 
 // One panel of outputs for a tile of rows: out[row] holds 16 outputs, zero beyond the last.
@@ -128,20 +112,41 @@ inline void prefetch_next(ThreadPool& pool, std::initializer_list<const Matrix*>
     }
 }
 
+// A x of all products, for those rows that have an adapter: [products, rows, rank].
+inline const float* project_down(ThreadPool& pool, const Input& in, std::initializer_list<Product> products) {
+    const Adapted& adapted = in.adapted;
+    float* down = adapted.scratch->need(static_cast<std::size_t>(products.size() * in.count * adapted.rank));
+    const Index chunks = in.count * in.stride * adapted.rank > 65536 ? num_chunks(pool, in.count, in.count) : 1;
+    pool.run(chunks, [&](Index chunk, int) {
+        float* own = down;
+        for (const Product& p : products) {
+            const auto inputs = [&](Index row) { return in.rows + (in.index ? in.index[row] : row) * in.stride; };
+            project_down(*p.w, adapted, in.index, in.count * chunk / chunks, in.count * (chunk + 1) / chunks, inputs, own);
+            own += in.count * adapted.rank;
+        }
+    });
+    return down;
+}
+
 // Several products of the same rows in one go; a chunk is a share of each.
 inline void multiply(ThreadPool& pool, const Input& in, std::initializer_list<Product> products) {
     Index most = 0;
     for (const Product& p : products) most = std::max(most, p.w->panels());
+    const Index each = in.adapted.of ? in.count * in.adapted.rank : 0;
+    const float* down = each ? project_down(pool, in, products) : nullptr;
     const Index chunks = num_chunks(pool, most, in.count);
     pool.run(chunks, [&](Index chunk, int) {
+        const float* own = down;
         for (const Product& p : products) {
             const Index panels = p.w->panels();
             over_rows(panels * chunk / chunks, panels * (chunk + 1) / chunks, in.count, [&](Index at, Index start, Index size) {
                 Lane out[kTile];
                 panel(*p.w, at, in, start, size, out);
+                add_low_rank(*p.w, at, in.adapted, in.index, own, start, size, out);
                 const Index have = p.w->rows - at * kLanes;
                 for (Index r = 0; r < size; ++r) store_lanes(p.out + (start + r) * p.stride + at * kLanes, out[r], have, p.add_to);
             });
+            own += each;
         }
     });
 }

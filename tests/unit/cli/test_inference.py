@@ -12,10 +12,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import sprat
 from sprat.cli.inference import chat_defaults
 from sprat.cli.main import app
+from sprat.config.model import LoRAConfig
+from sprat.formats.peft import save_peft
+from sprat.model.lora import adapters, add_lora
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -73,6 +78,33 @@ def test_chat_of_a_model_taught_single_questions_sends_no_history(model_folder: 
     options = ["chat", str(model_folder), "--turns", "0", "--max-tokens", "6", "--json"]
     turns = json.loads(CliRunner().invoke(app, options, input="3 + 4\n3 + 4\n").stdout)["turns"]
     assert turns[0]["usage"]["prompt_tokens"] == turns[1]["usage"]["prompt_tokens"]
+
+
+def test_an_adapter_answers_and_a_wrong_one_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
+    model, _ = sprat.load(model_folder)
+    add_lora(model, LoRAConfig(rank=2, targets=("o_proj", "kv_b_proj")), 1)
+    for low_rank in adapters(model).values():
+        torch.nn.init.normal_(low_rank.lora_B)
+    save_peft(model, tmp_path / "adapter")
+    ask = ["3 + 4", "--max-tokens", "8", "--no-think"]
+    plain = CliRunner().invoke(app, ["run", str(model_folder), *ask])
+    adapted = CliRunner().invoke(app, ["run", str(model_folder), *ask, "--adapter", str(tmp_path / "adapter")])
+    assert adapted.exit_code == plain.exit_code == 0 and adapted.stdout != plain.stdout, adapted.stderr
+    talk = CliRunner().invoke(
+        app,
+        ["chat", str(model_folder), *ask[1:], "--adapter", str(tmp_path / "adapter"), "--json"],
+        input="3 + 4\n",
+    )
+    assert json.loads(talk.stdout)["turns"][0]["answer"] == adapted.stdout.removesuffix("\n")
+    for command, option, fault in (
+        ("run", str(tmp_path), "adapter_config.json"),
+        ("serve", str(tmp_path), "NAME=FOLDER"),
+        ("serve", "a=", "NAME=FOLDER"),
+    ):
+        wrong = CliRunner().invoke(app, [command, str(model_folder), "--adapter", option, *ask[: command == "run"]])
+        assert wrong.exit_code and wrong.stderr.count("\n") == 1 and fault in wrong.stderr
+    twice = CliRunner().invoke(app, ["serve", str(model_folder), "--adapter", "a=b", "--adapter", "a=c"])
+    assert twice.exit_code and "two adapters are called 'a'" in twice.stderr
 
 
 def test_a_roads_own_model_offers_its_questions(tmp_path: Path) -> None:

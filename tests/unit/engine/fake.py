@@ -41,6 +41,7 @@ class Fake:
     """
 
     kv_format, block_bytes, batch_invariant = "f32", 8 * BLOCK_SIZE, True
+    adapters = ()
 
     def __init__(self, vocab: int, *, max_blocks: int = 10**6, num_mtp_modules: int = 0) -> None:
         self.vocab, self.num_mtp_modules, self.num_blocks, self._max_blocks = vocab, num_mtp_modules, 0, max_blocks
@@ -98,7 +99,7 @@ class Fake:
 
     def _honest(self, batch: Batch) -> None:
         """The form of a batch is what the contract says."""
-        assert [a.dtype for a in vars(batch).values()] == [np.dtype(np.int32)] * 5
+        assert [a.dtype for a in vars(batch).values()] == [np.dtype(np.int32)] * 6
         assert batch.block_tables_SW.flags.c_contiguous and batch.block_tables_SW.max(initial=-1) < self.num_blocks
         counts = np.diff(batch.starts_S)
         assert batch.starts_S[0] == 0 and counts.min() > 0 and batch.starts_S[-1] == len(batch.tokens_T)

@@ -32,11 +32,13 @@ class Prompt(uvicorn.Server):
 @contextmanager
 def live(
     engine: Any,
+    *,
+    adapters: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[str]:
     """The address of a server around ``engine``, by the name of tiny; ``settings`` are those of ``ServeConfig``."""
     serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", **settings})
-    app = create_app(engine, serve_config)
+    app = create_app(engine, serve_config, adapters=adapters)
     listener = bind_socket(serve_config)
     http = bounded_protocol(serve_config)
     config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")

@@ -88,7 +88,12 @@ class ScriptedEngine:
         self.running = False
 
     def submit(
-        self, prompt: Sequence[Message], sampling: Sampling | None = None, *, tenant: Tenant = DEFAULT_TENANT
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None = None,
     ) -> ScriptedHandle:
         if "too long" in prompt[-1].content:
             raise EngineError("the prompt has 9999 tokens, the context 128", where="prompt", todo="shorten it")

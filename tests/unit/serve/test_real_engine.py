@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from sprat.config.model import LoRAConfig
 from sprat.engine import Engine
+from sprat.errors import ServeError
 from sprat.formats.load import load
+from sprat.formats.peft import save_peft
+from sprat.model.lora import adapters, add_lora, merge_lora
+from sprat.serve import ServeConfig, create_app
 from tests.unit.serve.live import live, tiny_model
 from tests.unit.serve.scripted import within
 
@@ -82,3 +90,34 @@ def test_more_tokens_than_the_context_holds_are_refused_in_the_name_that_was_giv
     error = client.post(CHAT, json={**ask, name: more}).json()["error"]
     assert error["param"] == (name if more > 128 else "messages")
     assert set(re.findall(r"max_\w*tokens", error["message"])) == {name} and "(prompt)" not in error["message"]
+
+
+def test_a_request_chooses_an_adapter_by_its_model(tmp_path: Path) -> None:
+    """As with vLLM: adapters are listed as models, and each answers as the model that it is merged into."""
+    tiny_model(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    adapted = copy.deepcopy(model)
+    add_lora(adapted, LoRAConfig(rank=4, targets=("o_proj", "kv_b_proj")), 1)
+    for low_rank in adapters(adapted).values():
+        torch.nn.init.normal_(low_rank.lora_B)
+    save_peft(adapted, tmp_path / "adapter")
+    merge_lora(adapted)
+    ask = {**ASK, "temperature": 0, "thinking": {"type": "disabled"}}
+
+    def answer(client: httpx.Client, name: str) -> str:
+        body = client.post(CHAT, json={**ask, "model": name}).json()
+        assert body["model"] == name
+        return str(body["choices"][0]["message"]["content"])
+
+    engine = Engine(model, tokenizer, adapters={"terse": tmp_path / "adapter"})
+    with live(engine, adapters=("terse",)) as address, httpx.Client(base_url=address, timeout=30) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [(card["id"], card.get("parent")) for card in cards] == [("tiny", None), ("terse", "tiny")]
+        assert client.get("/v1/models/terse").json()["id"] == "terse"
+        plain, terse = answer(client, "tiny"), answer(client, "terse")
+        refused = client.post(CHAT, json={**ask, "model": "other"})
+        assert refused.status_code == 404 and "'tiny', 'terse'" in refused.json()["error"]["message"]
+    with live(Engine(adapted, tokenizer)) as address, httpx.Client(base_url=address, timeout=30) as client:
+        assert answer(client, "tiny") == terse != plain
+    with pytest.raises(ServeError, match="both called 'tiny'"):
+        create_app(engine, ServeConfig(served_model_name="tiny"), adapters=("tiny",))

@@ -237,8 +237,7 @@ def test_a_broken_surrogate_does_not_stop_a_conversation(own: Tokenizer) -> None
 def test_a_conversation_without_messages_is_refused(own: Tokenizer) -> None:
     with pytest.raises(DataError, match="no message"):
         render(own, [])
-    with pytest.raises(DataError, match="unknown role 'tool'"):
-        render(own, [Message("tool", "x")])
     calls = Message("assistant", "", tool_calls=(ToolCall("weather", "{}"),))
-    with pytest.raises(DataError, match="a turn that calls tools, which the chat format cannot write"):
-        render(own, [Message("user", "x"), calls])
+    for turn in (calls, Message("tool", "x")):
+        with pytest.raises(DataError, match="no chat template that writes tools"):
+            render(own, [Message("user", "x"), turn])
