@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, models, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -64,6 +64,7 @@ VERBS = (
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
     ("fetch", inference.fetch, "Download a small real model."),
+    ("models", models.models, "Which models are on this disk; remove one."),
     ("run", inference.run, "Ask a model once."),
     ("chat", inference.chat, "Talk with a model."),
     ("serve", inference.serve, "Serve a model and its chat page."),

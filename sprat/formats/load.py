@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sprat.errors import CheckpointError
+from sprat.files import lock
 from sprat.formats import fetch, gguf, hf, quantized
 from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
@@ -22,7 +26,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
 
     Args:
         path: a Hugging Face folder, a folder that ``save`` wrote, a run folder (its artefact is taken), a GGUF file,
-            a name that ``sprat fetch`` knows (fetched if need be), or a hub id where ``huggingface_hub`` is installed.
+            a name that ``sprat fetch`` knows (fetched if need be), or a hub's id: ``org/name``, ``org/name@revision``.
         dtype: of weights that are not quantised; "auto" is bfloat16 for checkpoints in bfloat16 or FP8, else float32.
         dequantize: make float32 weights of quantised ones, so that the model can be trained (four to eight times the
             memory).
@@ -57,14 +61,24 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
 def locate(path: str | Path) -> Path:
     """The file or folder that ``path`` means: itself, what ``sprat fetch`` has under that name, or a hub's snapshot.
 
+    What lies in a cache cannot be removed from it (``sprat models rm``) while this process lives.
+
     Raises:
-        CheckpointError: no such folder, and the hub cannot help.
-        MachineError: a name was to be fetched and could not be.
+        CheckpointError: no such folder, and no such id of a hub.
+        MachineError: a name or an id was to be fetched and could not be.
     """
-    if str(path) in fetch.CATALOG and not Path(path).exists():
-        return fetch.download_model(str(path))
-    path = Path(path)
-    return path if path.exists() else hf.resolve(path)
+    if Path(path).exists():
+        return Path(path)
+    found = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hf.resolve(path)
+    _mark_used(found if found.is_file() else found / "config.json")
+    return found
+
+
+def _mark_used(file: Path) -> None:
+    """Of a model in a cache: hold it, lest it be removed while this process lives, and note that it was used now."""
+    lock.hold_file(file)
+    with suppress(OSError):  # a cache that is not ours to write to
+        os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
 
 
 def _folder(path: Path) -> Path:
