@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, models, quickstart, stages, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, models, quickstart, stages, train, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
-    ("train", stages.train, "Pre-train on them."),
+    ("train", train.train, "Pre-train on them; or any model on text of yours."),
     ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),

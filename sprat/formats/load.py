@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, ConfigError
 from sprat.files import lock
 from sprat.formats import fetch, gguf, hf, quantized
 from sprat.model import Transformer
@@ -56,6 +56,37 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
         fault = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise CheckpointError(fault, where=str(folder), todo="use the tokenizer that the model was trained with")
     return dequantize_model(model) if dequantize else model, tokenizer
+
+
+def load_dense(path: str | Path, *, dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
+    """What ``load`` gives, with float32 weights that can be trained.
+
+    A GGUF file's quantised weights are multiplied out, since that is all a GGUF of a small model ever is; other
+    quantised models only where that is asked for, because there a dense original exists that would be the better start.
+
+    Raises:
+        ConfigError: the model is quantised, and ``dequantize`` was not given.
+        SpratError: see ``load``.
+    """
+    path = locate(path)
+    model, tokenizer = load(path, dequantize=dequantize or gguf.is_gguf(path))
+    if packed := quantized_weights(model):
+        what = f"{len(packed)} matrices of the model are quantised, and codes cannot be trained"
+        todo = "start from the model that was quantised, or train what the codes stand for: --dequantize"
+        raise ConfigError(what, where=str(path), todo=todo)
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of what ``load`` takes, or of a folder with a tokenizer.json, without the model.
+
+    Raises:
+        CheckpointError, DataError, MachineError: see ``load``.
+    """
+    path = locate(path)
+    if gguf.is_gguf(path):
+        return gguf.load_tokenizer(path)
+    return Tokenizer.load(path if not path.is_dir() or (path / "tokenizer.json").is_file() else _folder(path))
 
 
 def locate(path: str | Path) -> Path:
