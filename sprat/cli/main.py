@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, models, quickstart, stages, train, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, models, quickstart, road, stages, train, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ class Command(TyperCommand):
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
+    ("road", road.road, "A road of your own: stages from one file."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
     ("train", train.train, "Pre-train on them; or any model on text of yours."),
