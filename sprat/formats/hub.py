@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
         raise MachineError("a hub's id needs the package huggingface_hub", where=name, todo=todo) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
-    snapshot = partial(
-        hub.snapshot_download, repo_id, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=_IN_FOLDERS
-    )
+    patterns = {"allow_patterns": ALLOWED_FILES, "ignore_patterns": _IN_FOLDERS}
+    snapshot: Callable[..., str]
+    snapshot = partial(hub.snapshot_download, repo_id, revision=revision, cache_dir=cache_folder(), **patterns)
     try:
         folder = Path(snapshot(local_files_only=True))
         if not missing_files(folder):

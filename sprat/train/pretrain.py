@@ -81,6 +81,8 @@ def pretrain(
         raise DataError("no such file or folder of text", where=str(data), todo="give the path of one")
     if isinstance(config, ScratchConfig) == (model is not None):
         raise ConfigError("a size and a model are two beginnings", where="pretrain", todo="give one of them")
+    if model is not None and Path(model).resolve() == out.resolve():
+        raise ConfigError("a run cannot start from itself", where=str(out), todo="give another --out")
     inputs: dict[str, run_record.Input] = {"data": data}
     if model is not None:
         inputs["model"] = locate(model)

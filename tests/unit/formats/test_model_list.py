@@ -13,9 +13,10 @@ import pytest
 from safetensors import safe_open
 
 from sprat.errors import CheckpointError, MachineError
+from sprat.files import lock
 from sprat.files.lock import is_held
 from sprat.formats import fetch
-from sprat.formats.load import save
+from sprat.formats.load import load, locate, save
 from sprat.formats.model_list import list_models, remove_model
 from sprat.model import Transformer
 from sprat.quant import quantize_model
@@ -90,6 +91,16 @@ def test_a_cached_repository_is_removed_whole_and_nothing_else(cache: Path, tmp_
     assert [entry.name for entry in list_models()] == ["org/whale"]  # a link out of the cache is no model in it
 
 
+def test_what_is_cached_of_a_hub_is_loaded_by_its_id_without_a_network(cache: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    _snapshot(cache)
+    for name in ("org/fish", f"org/fish@{'a' * 40}"):
+        model, tokenizer = load(name)
+        assert model.config.hidden_size == 32 and tokenizer.encode("7") == lucky_tokenizer().encode("7")
+    with pytest.raises(MachineError, match="a process uses this model"):
+        remove_model("org/fish")
+
+
 def test_a_model_that_is_loaded_is_not_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fetch.cached_model_path("smol")
     path.parent.mkdir(parents=True)
@@ -109,16 +120,14 @@ def test_a_model_that_is_loaded_is_not_removed(cache: Path, monkeypatch: pytest.
 
 
 def test_when_a_model_was_used_last_is_known(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sprat.formats import load
-
     path = fetch.cached_model_path("smol")
     path.parent.mkdir(parents=True)
     write(_model(), path, kind=lambda _: "F32")
     os.utime(path, (1e9, 1e9))
     [before] = list_models()
     monkeypatch.setattr(fetch, "download_model", lambda name: path)
-    monkeypatch.setattr(load.lock, "hold_file", lambda file: None)
-    load.locate("smol")
+    monkeypatch.setattr(lock, "hold_file", lambda file: None)
+    locate("smol")
     [after] = list_models()
     assert before.last_used == 1e9 and abs(after.last_used - time.time()) < 60
     assert path.stat().st_mtime == 1e9  # which ``sprat fetch`` remembers the file by

@@ -121,6 +121,8 @@ def test_what_cannot_be_is_refused_before_anything_is_touched(text: Path, tmp_pa
         find_beginning(None, "")
     assert not (tmp_path / "runs").exists()
     first = pretrain(None, text, tmp_path / "runs" / "first", scratch.replace(steps=2))
+    with pytest.raises(ConfigError, match="a run cannot start from itself"):
+        pretrain(first.folder, text, first.folder, load_pretrain_config(init_from=str(first.folder)))
     (text / "more.txt").write_text("another text\n")
     other = load_pretrain_config(size="pico", init_from=str(first.folder), overrides=["steps=4"])
     with pytest.raises(CheckpointError, match="tokenizer was trained on another text"):
