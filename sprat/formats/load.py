@@ -17,6 +17,7 @@ from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
 from sprat.tokens import Tokenizer
 
+GGUF_FILE = "model.gguf"  # in the artefact of a run that exports
 DtypeName = Literal["float32", "bfloat16", "auto"]
 _DTYPES: dict[str, hf.Dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -40,7 +41,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
-    path = locate(path)
+    path = _gguf_of_run(locate(path))
     if path.suffix == ".gguf" or gguf.is_gguf(path):
         model, tokenizer = gguf.load(path, dtype=_DTYPES[dtype])
         folder = path
@@ -68,7 +69,7 @@ def load_dense(path: str | Path, *, dequantize: bool = False) -> tuple[Transform
         ConfigError: the model is quantised, and ``dequantize`` was not given.
         SpratError: see ``load``.
     """
-    path = locate(path)
+    path = _gguf_of_run(locate(path))
     model, tokenizer = load(path, dequantize=dequantize or gguf.is_gguf(path))
     if packed := quantized_weights(model):
         what = f"{len(packed)} matrices of the model are quantised, and codes cannot be trained"
@@ -83,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CheckpointError, DataError, MachineError: see ``load``.
     """
-    path = locate(path)
+    path = _gguf_of_run(locate(path))
     if gguf.is_gguf(path):
         return gguf.load_tokenizer(path)
     return Tokenizer.load(path if not path.is_dir() or (path / "tokenizer.json").is_file() else _folder(path))
@@ -110,6 +111,12 @@ def _mark_used(file: Path) -> None:
     lock.hold_file(file)
     with suppress(OSError):  # a cache that is not ours to write to
         os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
+
+
+def _gguf_of_run(path: Path) -> Path:
+    """The GGUF file that the run in the folder ``path`` exported; else ``path`` itself."""
+    file = path / "artefact" / GGUF_FILE
+    return file if file.is_file() else path
 
 
 def _folder(path: Path) -> Path:

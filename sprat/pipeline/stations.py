@@ -34,7 +34,7 @@ from sprat.eval.task_files import evaluate_task_files
 from sprat.eval.text_file import evaluate_text_file
 from sprat.files.json import write_json
 from sprat.formats import gguf
-from sprat.formats.load import load, locate, save
+from sprat.formats.load import GGUF_FILE, load, locate, save
 from sprat.formats.peft import load_peft
 from sprat.model import Transformer
 from sprat.model.lora import merge_lora
@@ -46,8 +46,6 @@ from sprat.train.pretrain import find_beginning, pretrain
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
-
-GGUF_FILE = "model.gguf"  # in the artefact of ``export``
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ model = "small"
 text = "text/1.txt"
 
 [[stages]]
-name = "gguf"
+name = "folder"
 uses = "export"
 model = "chat"
 [stages.set]
@@ -103,7 +103,7 @@ def test_a_road_is_gone_once_and_what_verbs_made_is_found(place: Path, tmp_path:
     assert records["chat"]["inputs"]["model"]["digest"] == records["base"]["artefact_digest"]
     ids = torch.tensor([load(out / "base")[1].encode("7 is")])
     expected = load(out / "chat")[0](ids)
-    for name in ("gguf", "merged"):
+    for name in ("folder", "merged"):
         assert torch.allclose(load(out / name)[0](ids), expected, atol=1e-5)
     findings = verify(out)
     assert all(finding.ok for finding in findings), [str(finding) for finding in findings if not finding.ok]
