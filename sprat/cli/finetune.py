@@ -13,7 +13,6 @@ from sprat.cli.verb import Overrides, Result, print_err
 from sprat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sprat.config.finetune import FinetuneConfig
     from sprat.post.examples import EncodedExamples
     from sprat.tokens import Tokenizer
     from sprat.trust.run import Run
@@ -34,7 +33,6 @@ Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RE
 _REPLAY_HELP = "Text mixed in, so that less is forgotten: a folder, .txt, .jsonl or .parquet."
 Replay = Annotated[Path | None, typer.Option("--replay", metavar="TEXT", help=_REPLAY_HELP)]
 _NUM_SHOWN = 3  # examples
-_LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
 
 def sft(
@@ -97,8 +95,7 @@ def _finetune(
     overrides: Overrides,
 ) -> Result:
     """The run of ``stage``, finished."""
-    from sprat.config.base import load, parse
-    from sprat.config.finetune import DPOConfig, FinetuneConfig
+    from sprat.config.finetune import load_finetune_config
     from sprat.data.conversations import parse_column_map
     from sprat.post.finetune import finetune
 
@@ -106,10 +103,7 @@ def _finetune(
         if value is None:
             raise ConfigError(f"{name} is missing", where=stage, todo=f"give it: {name} PATH")
     assert data is not None and out is not None
-    config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
-    adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={_LORA_LR}"])]
-    changes = (*adapters, *(overrides or ()))
-    config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
+    config = load_finetune_config(stage, lora=lora, recipe=recipe, overrides=overrides or ())
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     run = finetune(
         model, data, out, config, column_map=column_map, replay=replay, dequantize=dequantize, on_prepared=_show

@@ -9,7 +9,20 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify, verify_export
+from sprat.cli import (
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    inference,
+    models,
+    quickstart,
+    road,
+    stages,
+    train,
+    verify,
+    verify_export,
+)
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -52,9 +65,10 @@ class Command(TyperCommand):
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
+    ("road", road.road, "A road of your own: stages from one file."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
-    ("train", stages.train, "Pre-train on them."),
+    ("train", train.train, "Pre-train on them; or any model on text of yours."),
     ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
@@ -64,6 +78,7 @@ VERBS = (
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
     ("fetch", inference.fetch, "Download a small real model."),
+    ("models", models.models, "Which models are on this disk; remove one."),
     ("run", inference.run, "Ask a model once."),
     ("chat", inference.chat, "Talk with a model."),
     ("serve", inference.serve, "Serve a model and its chat page."),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
-from sprat.config.base import Config
+from sprat.config.base import Config, load, parse
 from sprat.config.model import LoRAConfig
+from sprat.config.pretrain import merge_tables
 from sprat.config.recipe import OptimConfig, TrainConfig
+
+_LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
 
 class FinetuneOptimConfig(OptimConfig):
@@ -61,3 +66,33 @@ class DPOConfig(FinetuneConfig):
     epochs: float = Field(1.0, gt=0, le=1e6)
     seq_len: int = Field(1024, ge=8, lt=2**31)
     optim: DPOOptimConfig = DPOOptimConfig()
+
+
+def load_finetune_config(
+    stage: str,
+    *,
+    lora: int | None = None,
+    recipe: str | Path | None = None,
+    table: dict[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    where: str = "",
+) -> FinetuneConfig:
+    """The config of one run of ``sprat sft MODEL`` or ``sprat dpo MODEL``.
+
+    Args:
+        stage: ``sft`` or ``dpo``.
+        lora: rank of adapters, which have a rate of their own where no recipe is named.
+        recipe: a TOML file.
+        table: keys as a recipe has them, instead of one.
+        overrides: ``a.b=value``.
+        where: what a fault in ``table`` is said to be in.
+
+    Raises:
+        ConfigError: the file is missing, a key is unknown, or a value does not fit.
+    """
+    config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
+    if recipe is not None:
+        rank = [] if lora is None else [f"lora.rank={lora}"]
+        return load(config_class, recipe, (*rank, *overrides))
+    adapters = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": _LORA_LR}}
+    return parse(config_class, merge_tables(adapters, table or {}), where=where or stage, overrides=overrides)

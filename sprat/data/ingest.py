@@ -3,10 +3,12 @@
 Files are read in the order of their names, so that the same folder always gives the same documents. What is
 not read is counted, with the reason, never passed over in silence:
 
-- In a folder, files of a known kind are read: .txt, .md, .rst and .py as they stand, .jsonl and .parquet row by row.
+- In a folder, files of a known kind are read: .txt, .md, .rst and .py as they stand, .jsonl and .parquet, also .gz and
+  .zst of the two, row by row.
   Other kinds (.html, .csv, .json, pictures) are left out, since their markup would be learned as text; so are hidden
   files and folders, links that lead to no file, and pipes and devices. A link to a file is read as that file.
-- A file that is named by itself must be of a known kind; to learn another as it stands, name it .txt.
+- A file that is named by itself must be of a known kind, or hold rows as .json, .csv and .tsv do; to learn another as
+  it stands, name it .txt.
 - Text is UTF-8, with or without its mark. A file that is not is left out of a folder, and refused by itself; no other
   encoding is guessed, because a wrong guess is learned as readily as a right one.
 """
@@ -20,8 +22,9 @@ from typing import Any
 from sprat.data.document import Document, printable_label
 from sprat.data.folder import ExclusionTally, walk_files
 from sprat.data.record import BadRecord
-from sprat.data.records import read_file
+from sprat.data.records import RECORD_SUFFIXES, read_file, record_kind
 from sprat.errors import DataError
+from sprat.files.compressed import COMPRESSED_SUFFIXES
 from sprat.files.regular_file import open_regular_file
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -59,7 +62,7 @@ def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterato
         root, files = path.parent, [path]
         if not path.is_file():
             raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
-        if not _is_known(path):
+        if not _is_known(path) and record_kind(path) not in RECORD_SUFFIXES:
             todo = f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
             raise DataError("no text file by its name", where=str(path), todo=todo)
     has_text = False
@@ -77,7 +80,7 @@ def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterato
 
 
 def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in TEXT_SUFFIXES + TABLE_SUFFIXES
+    return path.suffix.lower() in TEXT_SUFFIXES or record_kind(path) in TABLE_SUFFIXES
 
 
 def _read_file(file: Path, name: str, tally: ExclusionTally | None) -> Iterator[Document]:
@@ -86,13 +89,14 @@ def _read_file(file: Path, name: str, tally: ExclusionTally | None) -> Iterator[
     Args:
         tally: is told of a file that is no text; without it such a file is an error.
     """
-    kind = file.suffix.lower()
-    text = "" if kind == ".parquet" else _decode_file(file)
+    kind = record_kind(file)
+    is_read_by_rows = kind == ".parquet" or file.suffix.lower() in COMPRESSED_SUFFIXES
+    text = "" if is_read_by_rows else _decode_file(file)
     if text is None:
         if tally is None:
             raise DataError(NOT_TEXT, where=str(file), todo="remove the file or save it as UTF-8")
         tally.add(f"files of {NOT_TEXT}", name)
-    elif kind in TABLE_SUFFIXES:
+    elif kind in RECORD_SUFFIXES:
         del text
         for record in read_file(file, str(file), columns=_COLUMNS):
             if isinstance(record, BadRecord):

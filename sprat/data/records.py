@@ -78,7 +78,7 @@ def read_file(
         name: how places in it are called.
         columns: of Parquet, where columns lie apart, no others are read.
     """
-    kind = _kind(file)
+    kind = record_kind(file)
     with open_decompressed(file) as stream:
         if kind == ".parquet":
             yield from _read_parquet(stream, name, columns, is_packed=file.suffix.lower() in COMPRESSED_SUFFIXES)
@@ -90,13 +90,13 @@ def read_file(
             yield from _read_jsonl(stream, name, max_record_bytes)
 
 
-def _kind(path: Path) -> str:
+def record_kind(path: Path) -> str:
     """The suffix that says what the rows are: ".jsonl" of a.JSONL.gz."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED_SUFFIXES else path.name).suffix.lower()
 
 
 def _is_known(path: Path) -> bool:
-    return _kind(path) in RECORD_SUFFIXES
+    return record_kind(path) in RECORD_SUFFIXES
 
 
 def _read_jsonl(stream: BinaryIO, name: str, max_record_bytes: int) -> Iterator[Record | BadRecord]:

@@ -1,7 +1,8 @@
 """One process at a time may work in a pipeline folder.
 
 ``flock`` on ``.lock`` inside the folder: the kernel frees it when the process ends, however it ends, so
-a stale lock cannot exist. Forked children drop their copy, lest an orphan hold the folder.
+a stale lock cannot exist. Forked children drop their copy, lest an orphan hold the folder. A file that many may use at
+once, as a model in the cache, is held in the same way by a shared lock on itself (``hold_file``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sprat.errors import MachineError
@@ -68,3 +69,28 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         if handle in _open_handles:
             _open_handles.discard(handle)
             os.close(handle)
+
+
+def hold_file(path: Path) -> None:
+    """Say for as long as this process lives that it uses the file ``path``, which is only read; see ``is_held``."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # then it will not be read either
+        return
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _open_handles.add(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process uses the file ``path`` (``hold_file``), this one included."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)

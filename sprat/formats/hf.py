@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -32,14 +31,14 @@ from torch import Tensor
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, MachineError
-from sprat.formats import fp8
+from sprat.formats import fp8, hub
 from sprat.formats.safetensors import Shards, read_json_object
 from sprat.formats.state_dict import EMBEDDING, HEAD, StateDictReader, redundant_tensors
 from sprat.model.transformer import Transformer, meta_model
 
 Dtype = torch.dtype | Literal["auto"]
 _FULL = ("No space left on device", "File too large", "Disk quota exceeded")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", hub.INDEX
 _EXPERT = {"w_gate_EFD": "gate_proj", "w_up_EFD": "up_proj", "w_down_EDF": "down_proj"}
 
 
@@ -64,27 +63,19 @@ def disk_names(name: str, config: ModelConfig) -> list[str]:
 
 
 def resolve(id_or_path: str | Path) -> Path:
-    """A local folder: ``id_or_path`` itself, or the hub's snapshot of that id where ``huggingface_hub`` is installed.
+    """A local folder: ``id_or_path`` itself, or the hub's snapshot of that id (see ``hub.download_snapshot``).
 
     Raises:
-        CheckpointError: no such folder, and the hub cannot help.
+        CheckpointError: no such folder, and no such id.
+        MachineError: the hub cannot be asked.
     """
     path = Path(id_or_path).expanduser()
     if path.is_dir():
         return path
-    missing = CheckpointError("no such model folder", where=str(id_or_path), todo="give a folder with a config.json")
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(id_or_path)) and not path.parent.is_dir()
-    if path.is_absolute() or not is_id:
-        raise missing
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise missing from None
-    try:
-        return Path(snapshot_download(str(id_or_path), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:
-        what = f"the hub could not give {id_or_path!r}: {error}"
-        raise CheckpointError(what, where="huggingface_hub", todo="give a local folder") from None
+    hub_id = hub.parse_id(str(id_or_path))
+    if hub_id is None or path.parent.is_dir():
+        raise CheckpointError("no such model folder", where=str(id_or_path), todo="give a folder with a config.json")
+    return hub.download_snapshot(*hub_id)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -157,7 +148,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or torn, or the config asks for more than the files can hold.
     """
-    shards = Shards(_weight_files(folder))
+    shards = Shards(weight_files(folder))
     mtp_stem = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(mtp_stem) for name in shards.entries):
         config = config.replace(num_nextn_predict_layers=0)
@@ -255,8 +246,12 @@ def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]
     return ModelConfig.from_hf(table, where=str(path)), blocks
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the index names, or the one file."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the index of ``folder`` names, or the one file.
+
+    Raises:
+        CheckpointError: one is missing, or the index cannot be read.
+    """
     if not (folder / INDEX).is_file():
         files = {folder / WEIGHTS}
     else:

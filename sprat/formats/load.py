@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sprat.errors import CheckpointError
+from sprat.errors import CheckpointError, ConfigError
+from sprat.files import lock
 from sprat.formats import compressed_tensors, fetch, gguf, hf, quantized
 from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
 from sprat.tokens import Tokenizer
 
+GGUF_FILE = "model.gguf"  # in the artefact of a run that exports
 DtypeName = Literal["float32", "bfloat16", "auto"]
 _DTYPES: dict[str, hf.Dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -22,7 +27,7 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
 
     Args:
         path: a Hugging Face folder, a folder that ``save`` wrote, a run folder (its artefact is taken), a GGUF file,
-            a name that ``sprat fetch`` knows (fetched if need be), or a hub id where ``huggingface_hub`` is installed.
+            a name that ``sprat fetch`` knows (fetched if need be), or a hub's id: ``org/name``, ``org/name@revision``.
         dtype: of weights that are not quantised; "auto" is bfloat16 for checkpoints in bfloat16 or FP8, else float32.
         dequantize: make float32 weights of quantised ones, so that the model can be trained (four to eight times the
             memory).
@@ -55,17 +60,64 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
     return dequantize_model(model) if dequantize else model, tokenizer
 
 
+def load_dense(path: str | Path, *, dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
+    """What ``load`` gives, with float32 weights that can be trained.
+
+    A GGUF file's quantised weights are multiplied out, since that is all a GGUF of a small model ever is; other
+    quantised models only where that is asked for, because there a dense original exists that would be the better start.
+
+    Raises:
+        ConfigError: the model is quantised, and ``dequantize`` was not given.
+        SpratError: see ``load``.
+    """
+    path = _gguf_of_run(locate(path))
+    model, tokenizer = load(path, dequantize=dequantize or gguf.is_gguf(path))
+    if packed := quantized_weights(model):
+        what = f"{len(packed)} matrices of the model are quantised, and codes cannot be trained"
+        todo = "start from the model that was quantised, or train what the codes stand for: --dequantize"
+        raise ConfigError(what, where=str(path), todo=todo)
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of what ``load`` takes, or of a folder with a tokenizer.json, without the model.
+
+    Raises:
+        CheckpointError, DataError, MachineError: see ``load``.
+    """
+    path = _gguf_of_run(locate(path))
+    if gguf.is_gguf(path):
+        return gguf.load_tokenizer(path)
+    return Tokenizer.load(path if not path.is_dir() or (path / "tokenizer.json").is_file() else _folder(path))
+
+
 def locate(path: str | Path) -> Path:
     """The file or folder that ``path`` means: itself, what ``sprat fetch`` has under that name, or a hub's snapshot.
 
+    What lies in a cache cannot be removed from it (``sprat models rm``) while this process lives.
+
     Raises:
-        CheckpointError: no such folder, and the hub cannot help.
-        MachineError: a name was to be fetched and could not be.
+        CheckpointError: no such folder, and no such id of a hub.
+        MachineError: a name or an id was to be fetched and could not be.
     """
-    if str(path) in fetch.CATALOG and not Path(path).exists():
-        return fetch.download_model(str(path))
-    path = Path(path)
-    return path if path.exists() else hf.resolve(path)
+    if Path(path).exists():
+        return Path(path)
+    found = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hf.resolve(path)
+    _mark_used(found if found.is_file() else found / "config.json")
+    return found
+
+
+def _mark_used(file: Path) -> None:
+    """Of a model in a cache: hold it, lest it be removed while this process lives, and note that it was used now."""
+    lock.hold_file(file)
+    with suppress(OSError):  # a cache that is not ours to write to
+        os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
+
+
+def _gguf_of_run(path: Path) -> Path:
+    """The GGUF file that the run in the folder ``path`` exported; else ``path`` itself."""
+    file = path / "artefact" / GGUF_FILE
+    return file if file.is_file() else path
 
 
 def find_model(path: str | Path) -> Path:
@@ -75,7 +127,7 @@ def find_model(path: str | Path) -> Path:
         CheckpointError: there is none, and the hub cannot help.
         MachineError: a name was to be fetched and could not be.
     """
-    path = locate(path)
+    path = _gguf_of_run(locate(path))
     return path if path.suffix == ".gguf" or gguf.is_gguf(path) else _folder(path)
 
 

@@ -58,6 +58,20 @@ def is_quantized(folder: str | Path) -> bool:
     return (Path(folder) / QUANT_CONFIG).is_file()
 
 
+def describe(folder: str | Path) -> str:
+    """How the weights in ``folder`` are kept, the fewest bits first, as ``quant.json`` says: ``int4``, ``int4/int8``.
+
+    Raises:
+        CheckpointError, ConfigError: the file is missing or does not hold.
+    """
+    path = Path(folder) / QUANT_CONFIG
+    quant_table = read_json_object(path)
+    tensors = quant_table.get("tensors")
+    formats = list(tensors.values()) if isinstance(tensors, dict) else [quant_table]
+    bits = sorted({str(each.get("bits")) for each in formats if isinstance(each, dict)}, key=lambda text: text.zfill(3))
+    return "/".join(f"int{each}" for each in bits)
+
+
 def save(model: Transformer, folder: str | Path) -> None:
     """Write a quantized ``model``; each file appears whole or not at all.
 

@@ -15,11 +15,12 @@ from sprat.engine import Engine
 from sprat.formats.load import load
 from sprat.model import Transformer
 from sprat.pipeline import evaluation, training
-from sprat.pipeline.pipeline import Pipeline, model_config
+from sprat.pipeline.pipeline import Pipeline
 from sprat.post import distill as post_distill
 from sprat.post import sft as post_sft
 from sprat.tokens import Tokenizer
 from sprat.train import loop
+from sprat.train.pretrain import model_config
 
 
 def rft(pipeline: Pipeline) -> None:

@@ -1,7 +1,8 @@
 """Where the stages of a graph run: processes of this machine, one and one thread for each running stage.
 
 A tiny model does not keep two cores busy, but two stages do. Each stage runs in a process of its own
-with one thread, so its result does not depend on how many run beside it.
+with one thread, so its result does not depend on how many run beside it; stages that come one after another may have
+more.
 
 To stop is to send SIGTERM to every worker and to wait, but not for ever: a loop that trains holds the signal until its
 step is done and its checkpoint written; all else ends at once.
@@ -30,12 +31,16 @@ _messages: Any = None  # in a worker: the queue to the parent's listener
 
 
 class LocalExecutor:
-    """Runs stages in at most ``max_workers`` processes, which end with the ``with`` block (see ``graph.Executor``)."""
+    """Runs stages in at most ``max_workers`` processes of ``threads`` threads; they end with the ``with`` block.
 
-    def __init__(self, max_workers: int):
+    See ``graph.Executor``.
+    """
+
+    def __init__(self, max_workers: int, threads: int = 1):
         context = multiprocessing.get_context("spawn")
         self._messages: Any = context.SimpleQueue()
-        self._pool = ProcessPoolExecutor(max_workers, context, _initialize_worker, (os.getpid(), self._messages))
+        arguments = (os.getpid(), self._messages, threads)
+        self._pool = ProcessPoolExecutor(max_workers, context, _initialize_worker, arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -92,19 +97,19 @@ def _run_stage(stage: Stage) -> None:
         os._exit(128 + signal.SIGTERM)
 
 
-def _initialize_worker(parent: int, messages: Any) -> None:
-    """One thread; Ctrl-C is the parent's business; die at once when the parent is gone."""
+def _initialize_worker(parent: int, messages: Any, threads: int) -> None:
+    """So many threads; Ctrl-C is the parent's business; die at once when the parent is gone."""
     global _messages
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TTY_COMPATIBLE"] = "0"  # bars of several workers on one terminal would overwrite each other
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -24,7 +24,7 @@ from sprat.eval.score import HeldOutScores
 from sprat.formats.load import load, save
 from sprat.model import Transformer, count_parameters
 from sprat.pipeline import evaluation
-from sprat.pipeline.pipeline import Pipeline, load_task, model_config
+from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.post import distill as post_distill
 from sprat.post import grpo, reward_sources, rewards
 from sprat.post import sft as post_sft
@@ -32,6 +32,7 @@ from sprat.post.rl_gate import evaluate_gate
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop
+from sprat.train.pretrain import model_config
 from sprat.trust import run_record
 from sprat.trust.run import Run
 

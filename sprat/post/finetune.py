@@ -29,13 +29,12 @@ from sprat.data.example import Example, PreferencePair
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.bits_per_byte import mean_loss
-from sprat.formats import gguf, peft
-from sprat.formats.load import load, locate, save
+from sprat.formats import peft
+from sprat.formats.load import load_dense, locate, save
 from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
 from sprat.post import dpo
 from sprat.post.examples import EncodedExamples, encode_examples, text_ids
-from sprat.quant import quantized_weights
 from sprat.tokens import Tokenizer
 from sprat.train import loop, losses
 from sprat.trust.ledger import LEDGER_NAME
@@ -120,11 +119,7 @@ def _prepare(
     """The model and its rows, checked."""
     model_path, data = inputs["model"], inputs["data"]
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
-    model, tokenizer = load(model_path, dequantize=dequantize or gguf.is_gguf(model_path))
-    if packed := quantized_weights(model):
-        what = f"{len(packed)} matrices of the model are quantised, and codes cannot be trained"
-        todo = "start from the model that was quantised, or train what the codes stand for: --dequantize"
-        raise ConfigError(what, where=str(model_path), todo=todo)
+    model, tokenizer = load_dense(model_path, dequantize=dequantize)
     if config.seq_len > model.config.max_position_embeddings:
         what = f"rows of {config.seq_len} tokens do not fit a context of {model.config.max_position_embeddings}"
         raise ConfigError(what, where="seq_len", todo=f"set seq_len={model.config.max_position_embeddings}")

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError, MachineError, TrustError
 from sprat.files import atomic, digest
+from sprat.files.json import read_json
 from sprat.train.optim import OptimizersContainer
 
 MAX_CHECKPOINTS = 2
@@ -162,6 +163,28 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
     todo = "name a training run as RUN or RUN@STEP; one that finished keeps the last at the full learning rate"
     raise CheckpointError(what, where=f"init_from {init_from}", todo=todo)
+
+
+def start_input(init_from: str, run: Path, recipe_digest: str) -> dict[str, Path | str]:
+    """The checkpoint to start from as an input of ``run``, a folder; none where the run starts afresh.
+
+    A run may start from the one that lies in its own folder, which is then set aside; from then on its own record
+    knows by digest what it started from, also where that is gone.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not init_from:
+        return {}
+    for record in (read_json(run / "run.json"), read_json(run / "open.json")):
+        recorded = (record or {}).get("inputs", {}).get("init_from")
+        is_same = record is not None and record.get("recipe_digest") == recipe_digest
+        if is_same and recorded and parse_init_from(init_from)[0].resolve() == run.resolve():
+            try:
+                return {"init_from": find_start(init_from, run, recorded["digest"]).folder}
+            except CheckpointError:
+                return {"init_from": str(recorded["digest"])}
+    return {"init_from": find_start(init_from, run).folder}
 
 
 def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:

@@ -57,6 +57,18 @@ def load(
     return weights.load(header, config, dtype or torch.float32, materialize=materialize), tokenizer
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a GGUF file.
+
+    Raises:
+        CheckpointError: see ``load``.
+    """
+    from sprat.formats.gguf.header import read_header
+    from sprat.formats.gguf.tokenizer import read_tokenizer
+
+    return read_tokenizer(read_header(path))
+
+
 def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, kind: Kind, pre: str | None = None) -> None:
     """Write one file that llama.cpp loads; see ``export.save``."""
     from sprat.formats.gguf import export

@@ -97,7 +97,9 @@ def test_every_kind_of_file_that_is_not_read_is_counted_and_named(tmp_path: Path
 def test_a_single_file_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
     for name, content, said in (
         ("page.html", b"<p>", "no text file by its name .*learned as it is"),
-        ("tree.json", b"{}", "no text file by its name"),
+        ("tree.json", b"{}", "a row without a text .*tree.json, row 1"),
+        ("page.txt.gz", b"", "no text file by its name"),
+        ("torn.jsonl.gz", b"no gzip", "torn.jsonl.gz"),
         ("latin.txt", "café".encode("latin-1"), "not UTF-8"),
         ("deep.jsonl", b"[" * 200_000, "line 1"),
     ):

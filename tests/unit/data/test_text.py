@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
     assert lines[0].source == "book"
     assert lines[0].id == "t.jsonl:1:7"
     assert [(one.text, one.licence, one.domain) for one in rows] == [(o.text, o.licence, o.domain) for o in lines]
+
+
+def test_rows_of_every_form_that_people_have_are_read(tmp_path: Path) -> None:
+    """Compressed ones in a folder, too; a table or a tree of others only where it is named by itself."""
+    lines = b'{"text": "one fish"}\n{"text": "two fish"}\n'
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "b.jsonl").write_bytes(lines.replace(b"fish", b"whales"))
+    (folder / "c.csv").write_text("text,n\nthree fish,1\n")
+    (folder / "d.json").write_text('[{"text": "four fish"}]')
+    said = ["one fish", "two fish", "one whales", "two whales"]
+    assert [document.text for document in ingest.read_texts(folder)] == said
+    for name, text in (("a.jsonl.gz", "one fish"), ("c.csv", "three fish"), ("d.json", "four fish")):
+        assert next(iter(ingest.read_texts(folder / name))).text == text
 
 
 def _schema(arrow: object) -> object:

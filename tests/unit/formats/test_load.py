@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from sprat import quant
 from sprat.engine import Engine, Sampling
 from sprat.errors import CheckpointError, SpratError
-from sprat.formats.load import load, save
+from sprat.formats.load import GGUF_FILE, load, load_dense, load_tokenizer, save
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
+from tests.gguf_files import write
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,17 @@ def test_a_saved_model_answers_as_before_also_from_a_run_folder(
         again, words = load(path)
         assert words.digest == tokenizer.digest
         assert Engine(again, words).generate(["the cat"], how)[0] == expected
+
+
+def test_a_run_that_exported_a_gguf_file_is_that_model(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "artefact").mkdir(parents=True)
+    file = write(model, tmp_path / "run" / "artefact" / GGUF_FILE, kind=lambda _: "F32")
+    tokens = torch.arange(1, 9)[None]
+    for loader in (load, load_dense):
+        assert torch.equal(loader(tmp_path / "run")[0](tokens), load(file)[0](tokens))
+    assert load_tokenizer(tmp_path / "run").encode("abc") == load(file)[1].encode("abc")
 
 
 def test_an_int4_model_loads_from_the_same_call(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""A road of the user's: a list of stages in one TOML file, each of which ``uses`` a station.
+
+A stage's own keys name what goes in, a stage before it, a file or a model, and are those of the verb's options. What
+the station's run is set to stands in its table ``set``, whose keys are those of the verb's ``--set``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sprat.config.base import Config
+
+
+class RoadConfig(Config):
+    """The file as it stands; each of ``stages`` is read by the class of its station."""
+
+    stages: tuple[dict[str, Any], ...] = Field(min_length=1)
+
+
+class StageConfig(Config):
+    """What every stage has.
+
+    ``references`` are keys that name another stage, or a model; ``files`` those that name files, one or a list.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ("model",)
+    files: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+    uses: str
+    model: str
+    set: dict[str, Any] = {}
+
+
+class TrainStage(StageConfig):
+    """``sprat train``."""
+
+    references: ClassVar[tuple[str, ...]] = ("model", "tokenizer", "init_from")
+    files: ClassVar[tuple[str, ...]] = ("data",)
+
+    model: str = ""
+    data: str
+    tokenizer: str = ""
+    init_from: str = ""
+    dequantize: bool = False
+
+
+class FinetuneStage(StageConfig):
+    """``sprat sft`` and ``sprat dpo``."""
+
+    files: ClassVar[tuple[str, ...]] = ("data",)
+
+    data: str
+    lora: int | None = Field(None, ge=1, lt=2**31)
+    map: dict[str, str] = {}
+    dequantize: bool = False
+
+
+class QuantizeStage(StageConfig):
+    """``sprat quantize``."""
+
+    files: ClassVar[tuple[str, ...]] = ("calibrate",)
+
+    calibrate: str = ""
+
+
+class MergeStage(StageConfig):
+    """``sprat merge``."""
+
+    references: ClassVar[tuple[str, ...]] = ("model", "adapter")
+
+    adapter: str
+
+
+class EvalStage(StageConfig):
+    """``sprat eval``."""
+
+    files: ClassVar[tuple[str, ...]] = ("tasks", "text")
+
+    tasks: tuple[str, ...] = ()
+    text: str = ""
+
+
+class ExportConfig(Config):
+    """What is written."""
+
+    format: Literal["gguf", "hf"] = "gguf"
+    kind: Literal["f32", "f16", "q8_0", "q4_0"] = "q8_0"  # of a GGUF file's matrices
+
+
+class MergeConfig(Config):
+    """There is nothing to set."""
+
+
+class EvalConfig(Config):
+    """How answers are drawn."""
+
+    count: int | None = Field(None, ge=1, lt=2**31)  # problems of each task; None: all
+    samples: int = Field(1, ge=1, le=10_000)  # answers of each, for pass@k
+    temperature: float = Field(0.0, ge=0, le=100)
+    max_tokens: int = Field(512, ge=1, lt=2**31)
+    think: bool | None = None

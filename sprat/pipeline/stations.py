@@ -1,0 +1,199 @@
+"""What a stage of a user's road may use: its own keys, its settings, and the function that the verb of its name calls.
+
+A station whose function makes a run (``train``, ``sft``, ``dpo``) makes the very run that the verb makes: same recipe,
+inputs and seed, so either finds the other's. Of those whose verbs write plain files (``quantize``, ``merge``,
+``export``, ``eval``) the road makes a run with those files as its artefact, so that it can tell what is done and prove
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sprat.config import Config, QuantConfig
+from sprat.config.base import parse
+from sprat.config.finetune import DPOConfig, FinetuneConfig, load_finetune_config
+from sprat.config.pretrain import ContinuedPretrainConfig, ScratchConfig, load_pretrain_config, merge_tables
+from sprat.config.road import (
+    EvalConfig,
+    EvalStage,
+    ExportConfig,
+    FinetuneStage,
+    MergeConfig,
+    MergeStage,
+    QuantizeStage,
+    StageConfig,
+    TrainStage,
+)
+from sprat.engine import Engine
+from sprat.errors import ConfigError
+from sprat.eval.task_files import evaluate_task_files
+from sprat.eval.text_file import evaluate_text_file
+from sprat.files.json import write_json
+from sprat.formats import gguf
+from sprat.formats.load import GGUF_FILE, load, locate, save
+from sprat.formats.peft import load_peft
+from sprat.model import Transformer
+from sprat.model.lora import merge_lora
+from sprat.pipeline.quantize import quantize_model
+from sprat.pipeline.recipe import load_recipe
+from sprat.post.finetune import finetune
+from sprat.tokens import Tokenizer
+from sprat.train.pretrain import find_beginning, pretrain
+from sprat.trust import run_record
+from sprat.trust.ledger import LEDGER_NAME
+from sprat.trust.run import Run, open_run
+
+
+@dataclass(frozen=True)
+class Station:
+    """One entry of the table.
+
+    Attributes:
+        stage: the class of a stage's own keys.
+        settings: the classes that ``settings_of`` may give, whose keys stand in ``set``.
+        settings_of: ``settings_of(stage, where)`` is the config of the run; a fault is said to be in ``where``.
+        run: ``run(stage, settings, out)`` makes the run in the folder ``out``, or finds it done.
+    """
+
+    stage: type[StageConfig]
+    settings: tuple[type[Config], ...]
+    settings_of: Callable[[Any, str], Config]
+    run: Callable[[Any, Any, Path], Run]
+
+
+def _train_settings(stage: TrainStage, where: str) -> Config:
+    size, _ = find_beginning(stage.model or None, stage.init_from)
+    return load_pretrain_config(size=size, init_from=stage.init_from, table=stage.set, where=where)
+
+
+def _train(stage: TrainStage, settings: Any, out: Path) -> Run:
+    _, model = find_beginning(stage.model or None, stage.init_from)
+    tokenizer = stage.tokenizer or None
+    return pretrain(model, stage.data, out, settings, tokenizer=tokenizer, dequantize=stage.dequantize)
+
+
+def _finetune_settings(stage: FinetuneStage, where: str) -> Config:
+    return load_finetune_config(stage.uses, lora=stage.lora, table=stage.set, where=where)
+
+
+def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
+    columns = stage.map or None
+    return finetune(stage.model, stage.data, out, settings, column_map=columns, dequantize=stage.dequantize)
+
+
+def _quantize_settings(stage: QuantizeStage, where: str) -> Config:
+    rounding = "gptq" if stage.calibrate else "nearest"
+    if stage.set.get("rounding", rounding) != rounding:
+        todo = "give calibrate = TEXT for gptq, and leave it out for nearest"
+        raise ConfigError(f"rounding and calibrate contradict each other ({rounding})", where=where, todo=todo)
+    base = {**load_recipe("quickstart").quant.model_dump(), "rounding": rounding}
+    return parse(QuantConfig, merge_tables(base, stage.set), where=where)
+
+
+def _quantize(stage: QuantizeStage, settings: QuantConfig, out: Path) -> Run:
+    model, text = locate(stage.model), Path(stage.calibrate) if stage.calibrate else None
+    inputs: dict[str, run_record.Input] = {"model": model}
+    if text is not None:
+        inputs["calibrate"] = text
+    return _run_of_files(stage, settings, inputs, out, lambda folder: quantize_model(model, folder, settings, text))
+
+
+def _merge(stage: MergeStage, settings: MergeConfig, out: Path) -> Run:
+    path, adapter = locate(stage.model), Path(stage.adapter)
+
+    def produce(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(path, dequantize=gguf.is_gguf(path))
+        load_peft(model, adapter)
+        merge_lora(model)
+        save(model, tokenizer, folder)
+        return {}
+
+    return _run_of_files(stage, settings, {"model": path, "adapter": adapter}, out, produce)
+
+
+def _export(stage: StageConfig, settings: ExportConfig, out: Path) -> Run:
+    path = locate(stage.model)
+
+    def produce(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(path, dequantize=settings.format == "hf")
+        if settings.format == "hf":
+            save(model, tokenizer, folder)
+        else:
+            gguf.save(model, tokenizer, folder / GGUF_FILE, kind=settings.kind)
+        return {"size_bytes": sum(file.stat().st_size for file in folder.iterdir())}
+
+    return _run_of_files(stage, settings, {"model": path}, out, produce)
+
+
+def _eval_settings(stage: EvalStage, where: str) -> Config:
+    if bool(stage.tasks) == bool(stage.text):
+        raise ConfigError("an eval asks tasks, or scores a text", where=where, todo='give tasks = ["…"] or text = "…"')
+    return parse(EvalConfig, stage.set, where=where)
+
+
+def _eval(stage: EvalStage, settings: EvalConfig, out: Path) -> Run:
+    path = locate(stage.model)
+    files = (
+        [stage.text] if stage.text else [task.partition(".py:")[0] + ".py" * (".py:" in task) for task in stage.tasks]
+    )
+    inputs: dict[str, run_record.Input] = {"model": path}
+    inputs |= {f"asked-{number}": Path(file) for number, file in enumerate(files)}
+
+    def produce(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(path)
+        facts = _scores(stage, settings, model, tokenizer)
+        write_json(folder / "scores.json", facts)
+        return {"eval": facts}
+
+    return _run_of_files(stage, settings, inputs, out, produce)
+
+
+def _scores(stage: EvalStage, settings: EvalConfig, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ``sprat eval --json`` prints, without the model's path."""
+    if stage.text:
+        return {"text": evaluate_text_file(model, tokenizer, stage.text).to_dict()}
+    scores = evaluate_task_files(
+        Engine(model, tokenizer),
+        stage.tasks,
+        samples=settings.samples,
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens,
+        thinking=settings.think,
+        count=settings.count,
+    )
+    return {"scores": [score.to_dict() for score in scores]}
+
+
+def _run_of_files(
+    stage: StageConfig,
+    settings: Config,
+    inputs: Mapping[str, run_record.Input],
+    out: Path,
+    produce: Callable[[Path], dict[str, Any]],
+) -> Run:
+    """The run in ``out`` whose artefact ``produce(folder)`` writes; it returns the run's facts."""
+    ledger = out.parent / LEDGER_NAME
+    run = open_run(out, stage=stage.uses, recipe=settings, inputs=inputs, seed=0, ledger=ledger)
+    if not run.done:
+        run.add_facts(**produce(run.artifact))
+        run.finish()
+    return run
+
+
+def _plain_settings(config_class: type[Config]) -> Callable[[StageConfig, str], Config]:
+    return lambda stage, where: parse(config_class, stage.set, where=where)
+
+
+STATIONS = {
+    "train": Station(TrainStage, (ScratchConfig, ContinuedPretrainConfig), _train_settings, _train),
+    "sft": Station(FinetuneStage, (FinetuneConfig,), _finetune_settings, _finetune),
+    "dpo": Station(FinetuneStage, (DPOConfig,), _finetune_settings, _finetune),
+    "quantize": Station(QuantizeStage, (QuantConfig,), _quantize_settings, _quantize),
+    "merge": Station(MergeStage, (MergeConfig,), _plain_settings(MergeConfig), _merge),
+    "export": Station(StageConfig, (ExportConfig,), _plain_settings(ExportConfig), _export),
+    "eval": Station(EvalStage, (EvalConfig,), _eval_settings, _eval),
+}

@@ -1,0 +1,165 @@
+"""A road of one's own: checked whole before it starts, each stage the run that its verb makes, done once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sprat.config.finetune import load_finetune_config
+from sprat.config.pretrain import load_pretrain_config
+from sprat.errors import CheckpointError, ConfigError
+from sprat.formats.load import load, save
+from sprat.model import Transformer
+from sprat.pipeline.road import read_road, road, select
+from sprat.post.finetune import finetune
+from sprat.train.pretrain import pretrain
+from sprat.trust.verify import verify
+from tests.lucky import lucky_shape, lucky_tokenizer
+
+ROAD = """
+[[stages]]
+name = "small"
+uses = "quantize"
+model = "chat"
+
+[[stages]]
+name = "base"
+uses = "train"
+model = "fish"
+data = "text"
+[stages.set]
+steps = 3
+seq_len = 32
+batch_rows = 4
+
+[[stages]]
+name = "chat"
+uses = "sft"
+model = "base"
+data = "chat.jsonl"
+lora = 2
+[stages.set]
+steps = 2
+seq_len = 32
+
+[[stages]]
+name = "scores"
+uses = "eval"
+model = "small"
+text = "text/1.txt"
+
+[[stages]]
+name = "folder"
+uses = "export"
+model = "chat"
+[stages.set]
+format = "hf"
+
+[[stages]]
+name = "merged"
+uses = "merge"
+model = "base"
+adapter = "chat"
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with text, conversations, the road over them, and room for a model."""
+    place = tmp_path / "mine"
+    for name in ("fish", "text"):
+        (place / name).mkdir(parents=True)
+    for number in range(20):
+        (place / "text" / f"{number}.txt").write_text(f"{number} is the number of this text, and 7 is the next.\n" * 2)
+    rows = [{"prompt": str(number), "completion": "7"} for number in range(30)]
+    (place / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "road.toml").write_text(ROAD)
+    return place
+
+
+@pytest.mark.slow
+def test_a_road_is_gone_once_and_what_verbs_made_is_found(place: Path, tmp_path: Path) -> None:
+    out, tokenizer = tmp_path / "runs", lucky_tokenizer()
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, place / "fish")
+    stages = read_road(place / "road.toml", out)
+    names = [stage.name for stage in stages]
+    assert names.index("base") < names.index("chat") < names.index("small") < names.index("scores")
+    # what ``sprat train`` and ``sprat sft`` make is what the stages would make
+    config = load_pretrain_config(overrides=["steps=3", "seq_len=32", "batch_rows=4"])
+    base = pretrain(place / "fish", place / "text", out / "base", config)
+    lora = load_finetune_config("sft", lora=2, overrides=["steps=2", "seq_len=32"])
+    chat = finetune(out / "base", place / "chat.jsonl", out / "chat", lora)
+    assert [stage.state() for stage in stages if stage.name in ("base", "chat", "small")] == ["done", "done", "runs"]
+    events: list[tuple[str, str]] = []
+    road(stages, place / "road.toml", out, on_progress=lambda stage, event, seconds: events.append((stage, event)))
+    records = {name: json.loads((out / name / "run.json").read_text()) for name in names}
+    assert records["base"] == base.record and records["chat"] == chat.record
+    assert not list(out.glob("*.old-*")) and {name for name, event in events if event == "done"} == set(names)
+    assert records["scores"]["facts"]["eval"]["text"]["bits_per_byte"] > 0
+    assert records["small"]["facts"]["size_bytes"] < records["small"]["facts"]["dense_bytes"]
+    assert records["chat"]["inputs"]["model"]["digest"] == records["base"]["artefact_digest"]
+    ids = torch.tensor([load(out / "base")[1].encode("7 is")])
+    expected = load(out / "chat")[0](ids)
+    for name in ("folder", "merged"):
+        assert torch.allclose(load(out / name)[0](ids), expected, atol=1e-5)
+    findings = verify(out)
+    assert all(finding.ok for finding in findings), [str(finding) for finding in findings if not finding.ok]
+    # another setting of one stage makes that and what follows it anew, and nothing else
+    changed = ROAD.replace("lora = 2\n[stages.set]\nsteps = 2", "lora = 2\n[stages.set]\nsteps = 1")
+    (place / "road.toml").write_text(changed)
+    stages = read_road(place / "road.toml", out)
+    assert {stage.name: stage.state() for stage in stages}["chat"] == "runs again"
+    road(select(stages, start="chat"), place / "road.toml", out, jobs=1)
+    again = {name: json.loads((out / name / "run.json").read_text()) for name in names}
+    assert again["base"] == records["base"] and (out / "chat.old-1").is_dir()
+    assert again["small"]["inputs"]["model"]["digest"] == again["chat"]["artefact_digest"]
+    assert all(finding.ok for finding in verify(out))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('uses = "sft"', 'uses = "stf"', "unknown station uses = 'stf'.*stage 'chat'.*perhaps you mean 'sft'"),
+        ("lora = 2", "lroa = 2", "unknown key 'lroa'.*stage 'chat'.*perhaps you mean 'lora'"),
+        ("lora = 2", "lora = 0", "lora.*greater than or equal to 1.*stage 'chat'"),
+        ("lora = 2", "seq_len = 9", "'seq_len' is a setting of sft.*stage 'chat'.*stages.set"),
+        ("steps = 3", "lr = 3", "unknown key 'lr'.*stage 'base', set.*optim.muon_lr"),
+        ("steps = 3", "vocab_size = 900", "unknown key 'vocab_size'.*stage 'base', set"),
+        ('name = "chat"', 'name = "base"', "two stages are called 'base'"),
+        ('name = "chat"', 'name = "../chat"', "'../chat' cannot name a stage.*stage 3"),
+        ('data = "chat.jsonl"', 'data = "caht.jsonl"', "data = 'caht.jsonl': nothing lies there.*stage 'chat'"),
+        ('model = "base"\ndata', 'model = "bsae"\ndata', "model = 'bsae' is no stage.*stage 'chat'.*the stage 'base'"),
+        ('model = "fish"', 'model = "small"', "stages wait for each other: small, base, chat"),
+        ('text = "text/1.txt"', "", "an eval asks tasks, or scores a text.*stage 'scores'"),
+        ('[[stages]]\nname = "small"', 'stage = 1\n[[stages]]\nname = "small"', "unknown key 'stage'.*'stages'"),
+        ('adapter = "chat"', "", "adapter: Field required.*stage 'merged'"),
+        ('uses = "quantize"', 'uses = "quantize"\nset.rounding = "gptq"', "stage 'small', set.*calibrate = TEXT"),
+    ],
+)
+def test_what_cannot_be_is_said_with_stage_and_key_before_anything_starts(
+    before: str, after: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    (place / "road.toml").write_text(ROAD.replace(before, after))
+    with pytest.raises(ConfigError, match=said):
+        read_road(place / "road.toml", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_stage_alone_wants_what_it_starts_from(place: Path, tmp_path: Path) -> None:
+    stages = read_road(place / "road.toml", tmp_path / "runs")
+    assert [stage.name for stage in select(stages, only="base")] == ["base"]
+    assert [stage.name for stage in select(stages, start="base")] == [stage.name for stage in stages]
+    with pytest.raises(CheckpointError, match="the stage 'base' is not finished.*--only base"):
+        select(stages, only="chat")
+    with pytest.raises(ConfigError, match="no stage 'chta'.*--from.*there are base, chat"):
+        select(stages, start="chta")
+
+
+def test_names_of_sizes_hubs_and_the_catalogue_are_models(place: Path, tmp_path: Path) -> None:
+    for model in ("pico", "smol", "org/fish@v1"):
+        (place / "road.toml").write_text(ROAD.replace('model = "fish"', f'model = "{model}"'))
+        stages = read_road(place / "road.toml", tmp_path / "runs")
+        assert stages[0].config.model == model and stages[0].depends_on == ()
