@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import doctor, evaluate, export, finetune, inference, quantize, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ VERBS = (
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
     ("distill", stages.distill, "A small student from the teacher."),
-    ("quantize", stages.quantize, "The student, or any model, in INT4."),
+    ("quantize", quantize.quantize, "Any model, or a road's student, in INT4 or INT8."),
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
