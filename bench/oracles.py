@@ -5,6 +5,9 @@ of its own with llama.cpp compiled here for this very processor.
 cores); a wheel would be built for some other machine and llama.cpp would look slower than it is. Nothing of it enters
 Sprat's own environment. transformers, the other oracle, is in the development environment already.
 
+`.oracles/llmcompressor` holds llm-compressor without what it depends on (it asks for an older transformers): torch and
+the rest are those of the environment that makes it, so both round with the very same products.
+
     python -m bench.oracles [--jobs 2] [--where .oracles]
 """
 
@@ -21,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WHERE = ROOT / ".oracles"
 BINDING = "llama-cpp-python==0.3.36"
 BESIDE = ("numpy", "gguf==0.19.0", "tokenizers")
+COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -46,6 +50,24 @@ def make_llama(where: Path = WHERE, jobs: int = 2) -> Path:
     return python
 
 
+def make_llmcompressor(where: Path = WHERE) -> Path:
+    """The interpreter that can import ``compressed_tensors`` and holds llm-compressor; installs them if need be.
+
+    Raises:
+        subprocess.CalledProcessError: no registry; pip has said why.
+    """
+    python = python_of("llmcompressor", where)
+    if python.is_file() and _imports(python, "torch", "compressed_tensors.quantization"):
+        return python
+    venv.create(where / "llmcompressor", with_pip=True, clear=True)
+    pip = ["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, *COMPRESSOR], check=True)
+    [site] = (where / "llmcompressor" / "lib").glob("python*/site-packages")
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "sprat-development.pth").write_text("\n".join(own) + "\n", encoding="utf-8")
+    return python
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -58,6 +80,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
     given = parser.parse_args()
+    print(make_llmcompressor(given.where))
     print(make_llama(given.where, given.jobs))
     return 0
 
