@@ -106,7 +106,7 @@ def nearest_quantize(weight_ENI: Tensor, hessian_EII: Tensor, scheme: Scheme) ->
     size = scheme.group or weight_ENI.shape[-1]
     diagonal_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
     scales_ENG, minimums_ENG = grid_ENG = _fitted_grid(weight_ENI, diagonal_EI, scheme, gptq=False)
-    groups_ENGK = group_channels(weight_ENI, size)
+    groups_ENGK = group_channels(weight_ENI, size, repeat_last=not scheme.symmetric)
     each = None if minimums_ENG is None else minimums_ENG.unsqueeze(-1)
     codes_ENGK = round_to_codes(groups_ENGK, scales_ENG.unsqueeze(-1), scheme.bits, each).to(torch.int8)
     codes_ENI = codes_ENGK.flatten(-2)[..., : weight_ENI.shape[-1]]
@@ -143,7 +143,7 @@ def _join(parts: list[QuantizedTensor]) -> QuantizedTensor:
 def _fitted_grid(weight_ENI: Tensor, diagonal_EI: Tensor, scheme: Scheme, *, gptq: bool) -> Grid:
     """Scale and minimum for each group [E, N, G]: of least error on text, or of the weights where it is silent."""
     size = scheme.group or weight_ENI.shape[-1]
-    groups_ENGK = group_channels(weight_ENI, size)
+    groups_ENGK = group_channels(weight_ENI, size, repeat_last=not scheme.symmetric)
     active_EI = diagonal_EI > 0
     mean_E1 = diagonal_EI.sum(-1, keepdim=True) / active_EI.sum(-1, keepdim=True).clamp(min=1)
     weighting_EI = torch.where(active_EI, diagonal_EI, mean_E1)

@@ -98,7 +98,7 @@ def quantize_tensor(
         no_scales = torch.empty(0, dtype=torch.float16)
         return QuantizedTensor(weight.detach().to(torch.bfloat16), no_scales, 16, size, width)
     shape, scheme = (*weight.shape[:-1], -(-width // size)), Scheme(bits, size, symmetric, clip, zero_points)
-    groups_NK = group_channels(weight.detach().float(), size).flatten(0, -2)
+    groups_NK = group_channels(weight.detach().float(), size, repeat_last=not symmetric).flatten(0, -2)
     codes_NK = torch.empty(groups_NK.shape, dtype=torch.int8)
     scales_N = torch.empty(len(groups_NK), dtype=torch.float16)
     minimums_N = None if symmetric else torch.empty_like(scales_N)
@@ -154,9 +154,13 @@ def unpack_int4(packed: Tensor, width: int) -> Tensor:
     return nibbles - ((nibbles & 8) << 1)
 
 
-def group_channels(channels: Tensor, size: int) -> Tensor:
-    """``channels`` [..., I] as [..., G, size], padded with zeros."""
-    padded: Tensor = torch.nn.functional.pad(channels, (0, -channels.shape[-1] % size)).unflatten(-1, (-1, size))
+def group_channels(channels: Tensor, size: int, *, repeat_last: bool = False) -> Tensor:
+    """``channels`` [..., I] as [..., G, size], padded with zeros, or with the last one where zero is out of range."""
+    missing = -channels.shape[-1] % size
+    if repeat_last and missing:
+        channels = torch.cat((channels, channels[..., -1:].expand(*channels.shape[:-1], missing)), -1)
+        missing = 0
+    padded: Tensor = torch.nn.functional.pad(channels, (0, missing)).unflatten(-1, (-1, size))
     return padded
 
 
