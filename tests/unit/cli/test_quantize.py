@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,3 +136,20 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         assert done.exit_code in (2, 3, 4) and len(done.stderr.splitlines()) == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_page_on_quantizing_is_true(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands as they stand there, with a smaller model of that name."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "quant.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "mine")
+    text.rename("texts")
+    Path("held-out.txt").write_text("State the sum of 3 + 4 + 5 = 12. " * 20)
+    for line in block.splitlines():
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, (line, done.stderr)
+    assert all(quant.quantized_weights(sprat.load(name)[0]) for name in ("small", "scaled", "turned"))

@@ -16,7 +16,7 @@ from sprat.errors import CheckpointError, ConfigError
 from sprat.formats import quantized
 from sprat.model import Transformer
 from sprat.quant.calibration import calibrate, hessian
-from sprat.quant.gptq import gptq_quantize
+from sprat.quant.gptq import GPTQSettings, gptq_quantize
 from sprat.quant.int4 import QuantizedTensor, Scheme, dequantize_tensor, quantize_tensor
 from sprat.quant.layers import scheme_of
 
@@ -54,18 +54,20 @@ def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(widt
     assert error(dequantize_tensor(fitted)[0]) < 0.5 * error(dequantize_tensor(quantize_tensor(weight)))
 
 
+@pytest.mark.parametrize("settings", [GPTQSettings(), GPTQSettings("none", 0.1), GPTQSettings(float32=True)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_codes_are_those_of_the_papers_recursion(bits: int) -> None:
+def test_the_codes_are_those_of_the_papers_recursion(bits: int, settings: GPTQSettings) -> None:
     """Hassibi and Stork's step, column by column, with the inverse updated by hand instead of a Cholesky factor."""
     weight = torch.randn(1, 24, 72, generator=torch.Generator().manual_seed(0))
     hessian_EII = hessian([correlated(600, 72, 1) * torch.linspace(0.2, 3, 72)])
-    fitted = gptq_quantize(weight, hessian_EII, Scheme(bits))
+    fitted = gptq_quantize(weight, hessian_EII, Scheme(bits), settings)
     scales = fitted.scales[0].double().repeat_interleave(32, -1)[:, :72]
     left, work = hessian_EII[0].double(), weight[0].double().clone()
-    left += 0.01 * left.diagonal().mean() * torch.eye(72)
+    left += settings.damping * left.diagonal().mean() * torch.eye(72)
     inverse, expected = torch.linalg.inv(left), torch.zeros(24, 72).double()
     free = torch.ones(72, dtype=torch.bool)
-    for column in hessian_EII[0].diagonal().argsort(descending=True).tolist():
+    order = hessian_EII[0].diagonal().argsort(descending=True).tolist()
+    for column in range(72) if settings.activation_order == "none" else order:
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         expected[:, column] = (work[:, column] / scales[:, column]).round().clamp(low, high) * scales[:, column]
         wrong = (work[:, column] - expected[:, column]) / inverse[column, column]
