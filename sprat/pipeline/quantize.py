@@ -1,15 +1,11 @@
-"""The last stage: the student in INT4, and what size and speed each model of the pipeline has. Or any model, in INT4.
+"""The last stage: the student in INT4, and what size and speed each model of the pipeline has.
 
-Where the recipe's rounding is GPTQ, it needs text: a pipeline gives its student's own answers and text, any other
-model the user's text, or what the quickstart learns from.
+Where the recipe's rounding is GPTQ, it needs text: the student's own answers, and text. Any other model is
+``post.quantize``'s.
 """
 
 from __future__ import annotations
 
-import random
-import tempfile
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +13,8 @@ import torch
 from torch import Tensor
 
 from sprat import quant
-from sprat.config import QuantConfig
-from sprat.data import corpus, ingest
-from sprat.data.document import Document
 from sprat.data.pack import pack
 from sprat.engine import Engine, Sampling
-from sprat.errors import CheckpointError, DataError
 from sprat.eval.tasks import problem_messages
 from sprat.formats.load import load, save
 from sprat.model import Transformer
@@ -32,13 +24,9 @@ from sprat.pipeline.training import evaluation_inputs, finished_record, task_mix
 from sprat.post import sft as post_sft
 from sprat.tokens import Tokenizer
 
-CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights
 # Tokens of a pipeline's own at most: its student is small, and gains by them (docs/log.md).
-STUDENT_CALIBRATION_TOKENS = 12 * CALIBRATION_TOKENS
+STUDENT_CALIBRATION_TOKENS = 12 * 16_384
 SHORT_EXAMPLE_TOKENS = 25  # tokens of a short question and answer: as many are drawn as fill the rows
-CALIBRATION_WINDOW = 512  # tokens of a row of any other model's text
-EXCERPT_CHARS = 2000  # characters of one document, so that many are heard
-CALIBRATION_CORPUS_BYTES = 400_000  # of the quickstart's text, where the user gives none
 
 
 def quantize(pipeline: Pipeline) -> None:
@@ -111,72 +99,3 @@ def relative_loss(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
         for task in accuracy_after
         if accuracy_before.get(task)
     }
-
-
-def quantize_model(
-    model: Path,
-    folder: Path,
-    recipe: QuantConfig,
-    text: Path | None,
-    *,
-    on_progress: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, Any]:
-    """Quantise the model at ``model`` into ``folder``; returns its sizes.
-
-    Args:
-        model: whatever ``sprat.load`` takes.
-        text: what to calibrate on, if the recipe does; None is the quickstart's corpus.
-        on_progress: hears how many matrices are done, of how many.
-
-    Raises:
-        CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
-        DataError: the text is missing, binary or too short.
-    """
-    if folder.resolve() == model.resolve():
-        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
-    for parent in (folder.resolve(), *folder.resolve().parents):
-        if (parent / "run.json").is_file():
-            raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
-    dense, tokenizer = load(model)
-    if quant.quantized_weights(dense):
-        todo = "give the model that it was made from"
-        raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
-    rows_BT = segments_BT = None
-    if recipe.rounding == "gptq":
-        with tempfile.TemporaryDirectory(prefix="sprat-calibrate-") as folder_name:
-            documents: Iterable[Document]
-            if text is None:
-                documents = corpus.default_corpus(folder_name, budget_bytes=CALIBRATION_CORPUS_BYTES).split().train
-            else:
-                documents = ingest.read_texts(text)
-            window = min(CALIBRATION_WINDOW, dense.config.max_position_embeddings)
-            rows_BT, segments_BT = calibration_rows(documents, tokenizer, window)
-    int4 = quant.quantize_model(dense, recipe, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress)
-    save(int4, tokenizer, folder)
-    sizes = {"size_bytes": quant.size_bytes(int4), "dense_bytes": quant.size_bytes(dense)}
-    return {**sizes, "calibration_tokens": 0 if rows_BT is None else rows_BT.numel()}
-
-
-def calibration_rows(documents: Iterable[Document], tokenizer: Tokenizer, window: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, window] (long) of excerpts of many documents, and their segments.
-
-    ``CALIBRATION_TOKENS`` tokens, or what there is.
-
-    Raises:
-        DataError: there is not one row of text.
-    """
-    chosen = list(documents)
-    random.Random(0).shuffle(chosen)
-    ids: list[int] = []
-    segment_ids: list[int] = []
-    for number, document in enumerate(chosen, 1):
-        ids += tokenizer.encode(document.text[:EXCERPT_CHARS])
-        segment_ids += [number] * (len(ids) - len(segment_ids))
-        if len(ids) >= CALIBRATION_TOKENS:
-            break
-    rows = min(len(ids), CALIBRATION_TOKENS) // window
-    if not rows:
-        what = f"{len(ids)} tokens of text are too few to calibrate on"
-        raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {CALIBRATION_TOKENS}")
-    tokens, segments = (torch.tensor(values[: rows * window]).view(rows, window) for values in (ids, segment_ids))
-    return tokens, segments

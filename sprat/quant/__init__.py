@@ -1,4 +1,4 @@
-"""How small? INT4 and INT8 round-to-nearest weights."""
+"""How small? INT4 and INT8 weights: how they are rounded, what is done before, and the modules that hold them."""
 
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
 from sprat.quant.layers import (
@@ -7,13 +7,14 @@ from sprat.quant.layers import (
     QuantLinear,
     dequantize_model,
     quant_config_of,
-    quantize_model,
     quantized_weights,
     size_bytes,
 )
 from sprat.quant.qat import fake_quantize
+from sprat.quant.quantize import QuantizeFacts, quantize_model
 
 __all__ = [
+    "QuantizeFacts",
     "QuantizedTensor",
     "QuantEmbedding",
     "QuantExperts",

@@ -6,8 +6,6 @@ the interface of what they replace, the dense weight included (as a property tha
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config import QuantConfig
-from sprat.errors import CheckpointError, ConfigError
+from sprat.config.quant import QuantizeConfig
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.layers import LinearBase, linears, matrix_names, replace_linears
-from sprat.quant.gptq import calibrate
-from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
+from sprat.quant.int4 import QuantizedTensor, Scheme, dequantize_tensor
 
 
 class QuantizedWeight(nn.Module):
@@ -129,57 +126,6 @@ class QuantExperts(Experts):
         return self.down.dequantize()
 
 
-def quantize_model(
-    model: Transformer,
-    config: QuantConfig | None = None,
-    *,
-    calibration_BT: Tensor | None = None,
-    segments_BT: Tensor | None = None,
-    materialize: bool = True,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Transformer:
-    """A quantized copy of ``model``; the model itself stays as it is.
-
-    Args:
-        config: bits and group of all matrices and experts, the bits of embedding and head, and how to round.
-        calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``gptq.calibrate``.
-        segments_BT: which document each of them is of, 0 for padding; one a row if not given.
-        materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
-        on_progress: called with how many matrices are done, of how many.
-
-    Raises:
-        CheckpointError: a weight, or what the text makes of it, is not finite.
-        ConfigError: there is no calibration text for a rounding that needs it.
-    """
-    config = config or QuantConfig()
-    tensors, done = model.state_dict(), set[str]()
-    total = len(quantizable_weights(model))
-
-    def on_quantized(name: str) -> None:
-        done.add(name)
-        on_progress(len(done), total)
-
-    def pack(name: str) -> QuantizedTensor:
-        on_quantized(name)
-        if name in fitted:
-            return fitted[name]
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
-        bits, group = bits_and_group(config, name)
-        return quantize_tensor(tensors[name], bits=bits, group=group)
-
-    fitted: dict[str, QuantizedTensor] = {}
-    if config.rounding == "gptq":
-        if calibration_BT is None:
-            todo = "give calibration text, or round to the nearest"
-            raise ConfigError("GPTQ needs text to calibrate on", where="quant.rounding", todo=todo)
-        dense = copy.deepcopy(model).float()
-        dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
-        format_of = functools.partial(bits_and_group, config)
-        fitted = calibrate(dense, calibration_BT, format_of, segments_BT=segments_BT, on_quantized=on_quantized)
-    return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
-
-
 def quantizable_weights(model: Transformer) -> dict[str, nn.Parameter]:
     """The weights of a dense ``model`` that are quantized, by name; a tied head is left out."""
     shared = {"head.weight"} if model.config.tie_word_embeddings else set[str]()
@@ -193,6 +139,14 @@ def bits_and_group(config: QuantConfig, name: str) -> tuple[int, int]:
     return config.bits, config.group
 
 
+def scheme_of(config: QuantConfig, name: str) -> Scheme:
+    """How ``config`` rounds the matrix ``name``; what it does not say is as in a road's recipe."""
+    bits, group = bits_and_group(config, name)
+    if not isinstance(config, QuantizeConfig):
+        return Scheme(bits, group)
+    return Scheme(bits, group, config.symmetric or bits != 4, config.clip, config.zero_points and bits == 4)
+
+
 def replace_with_quantized(
     model: Transformer, codes_of: Callable[[str], QuantizedTensor | None], *, materialize: bool
 ) -> Transformer:
@@ -201,7 +155,7 @@ def replace_with_quantized(
     Args:
         codes_of: name in the state dict -> codes, or None for what stays dense; experts of a layer go together. A
             tied head is asked for as the embedding.
-        materialize: see ``quantize_model``.
+        materialize: keep dense float32 weights after the first use.
     """
     tied = model.config.tie_word_embeddings
 

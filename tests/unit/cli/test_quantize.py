@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,7 @@ def test_a_model_is_fitted_to_the_users_text_and_loads_again(model_folder: Path,
             "--out",
             str(out),
             "--set",
-            "quant.group=64",
+            "group=64",
             "--json",
         ],
     )
@@ -62,7 +65,9 @@ def test_without_text_it_rounds_to_the_nearest(model_folder: Path, tmp_path: Pat
         ("nearest", [], "nearest"),
         ("gptq", ["--calibrate", "TEXT"], "gptq"),
         ("nearest", ["--calibrate", "TEXT"], "gptq"),  # an option of the command says more than the file
-        ("gptq", ["--set", "quant.rounding=nearest"], "nearest"),
+        ("gptq", ["--set", "rounding=nearest"], "nearest"),
+        ("gptq", ["--method", "nearest"], "nearest"),
+        ("nearest", ["--method", "gptq", "--calibrate", "TEXT"], "gptq"),
         ("gptq", [], ""),
     ],
 )
@@ -70,7 +75,7 @@ def test_the_rounding_of_a_recipe_file_holds(
     model_folder: Path, text: Path, tmp_path: Path, rounding: str, options: list[str], made: str
 ) -> None:
     recipe, out = tmp_path / "mine.toml", tmp_path / "small"
-    recipe.write_text(f'[quant]\nrounding = "{rounding}"\ngroup = 128\n')
+    recipe.write_text(f'rounding = "{rounding}"\ngroup = 128\n')
     more = [str(text) if word == "TEXT" else word for word in options]
     done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(out), "--recipe", str(recipe), *more])
     if made:
@@ -78,7 +83,21 @@ def test_the_rounding_of_a_recipe_file_holds(
         assert quant.quant_config_of(quantized.load(out)) == QuantConfig(rounding=made, group=128)
     else:
         assert done.exit_code == 2 and not out.exists()
-        assert all(word in done.stderr for word in ("gptq needs text", str(recipe), "--calibrate", "nearest"))
+        assert all(word in done.stderr for word in ("GPTQ needs text", "--calibrate", "nearest"))
+
+
+def test_awq_on_the_users_text_writes_down_what_it_did(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    words = ["quantize", str(model_folder), "--method", "awq", "--calibrate", str(text), "--out", str(out)]
+    done = CliRunner().invoke(app, [*words, "--set", "symmetric=false", "--set", "expert_tokens=99999", "--json"])
+    assert done.exit_code == 0, done.stderr
+    told, kept = json.loads(done.stdout), json.loads((out / "quantize.json").read_text())
+    assert told["awq"] and told["clip"] == "mse" and kept["config"]["awq"] and not kept["config"]["symmetric"]
+    assert told["few_tokens"]["count"] == kept["facts"]["few_tokens"]["count"] > 0  # none can see so many
+    assert told["expert_tokens"]["min"] <= told["expert_tokens"]["median"] < 99999
+    assert "experts saw too few tokens" in done.stderr
+    codes = quant.quantized_weights(sprat.load(out)[0])
+    assert all((packed.minimums is not None) == (packed.bits == 4) for packed in codes.values())
 
 
 def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
@@ -92,7 +111,24 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         ("text", "--calibrate"): ["--calibrate", str(text)],
         ("too few",): [str(model_folder), "--calibrate", str(short), "--out", str(out)],
         ("nowhere",): [str(model_folder), "--calibrate", str(tmp_path / "nowhere"), "--out", str(out)],
-        ("quantised already",): [str(small), "--out", str(out)],
+        ("quantised already", "--dequantize"): [str(small), "--out", str(out)],
+        ("write group=64",): [str(model_folder), "--out", str(out), "--set", "quant.group=64"],
+        ("'grup'", "'group'"): [str(model_folder), "--out", str(out), "--set", "grup=64"],
+        ("bits=4",): [str(model_folder), "--out", str(out), "--set", "symmetric=false", "--set", "bits=8"],
+        ("'best'", "awq"): [str(model_folder), "--out", str(out), "--method", "best"],
+        ("AWQ needs text",): [str(model_folder), "--out", str(out), "--method", "awq"],
+        ("none was named",): ["--method", "awq"],
+        ("tokens of text reach expert", "mlp.experts"): [
+            str(model_folder),
+            "--calibrate",
+            str(text),
+            "--out",
+            str(out),
+            "--set",
+            "few_tokens=refuse",
+            "--set",
+            "expert_tokens=99999",
+        ],
         ("overwrite",): [str(model_folder), "--out", str(model_folder)],
     }
     for words, options in faults.items():
@@ -100,3 +136,20 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         assert done.exit_code in (2, 3, 4) and len(done.stderr.splitlines()) == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_page_on_quantizing_is_true(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands as they stand there, with a smaller model of that name."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "quant.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "mine")
+    text.rename("texts")
+    Path("held-out.txt").write_text("State the sum of 3 + 4 + 5 = 12. " * 20)
+    for line in block.splitlines():
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, (line, done.stderr)
+    assert all(quant.quantized_weights(sprat.load(name)[0]) for name in ("small", "scaled", "turned"))

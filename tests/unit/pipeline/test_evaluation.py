@@ -15,9 +15,10 @@ from sprat.eval.score import StageScore
 from sprat.eval.tasks import evaluate_many, pass_at_k
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline
-from sprat.pipeline.quantize import calibration_rows, relative_loss
+from sprat.pipeline.quantize import relative_loss
 from sprat.pipeline.recipe import load_recipe
 from sprat.post.distill import sample_traces
+from sprat.post.quantize import calibration_rows
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sprat.cli.stages import quantize
-from sprat.config import QuantConfig
+from sprat.cli.quantize import quantize
+from sprat.config.quant import QuantizeConfig
 from sprat.errors import CheckpointError, ConfigError
-from sprat.pipeline.quantize import quantize_model
+from sprat.post.quantize import quantize_model
 
 
 @pytest.mark.parametrize("inside", [".", "artefact", "new/deep"])
@@ -18,10 +18,10 @@ def test_a_finished_run_is_not_written_into(tmp_path: Path, inside: str) -> None
     (run / "artefact").mkdir(parents=True)
     (run / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="finished run"):
-        quantize_model(tmp_path / "model", run / inside, QuantConfig(), None)
+        quantize_model(tmp_path / "model", run / inside, QuantizeConfig(), None)
 
 
 @pytest.mark.parametrize(("rounding", "text"), [("gptq", None), ("nearest", Path("text"))])
 def test_a_rounding_that_does_not_fit_is_refused(tmp_path: Path, rounding: str, text: Path | None) -> None:
     with pytest.raises(ConfigError, match="calibrate"):
-        quantize(tmp_path / "model", tmp_path / "out", text, "tiny", [f"quant.rounding={rounding}"])
+        quantize(tmp_path / "model", tmp_path / "out", calibrate=text, overrides=[f"rounding={rounding}"])

@@ -15,9 +15,10 @@ from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
 from sprat.formats import quantized
 from sprat.model import Transformer
-from sprat.quant.gptq import calibrate, gptq_quantize, hessian
-from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
-from sprat.quant.layers import bits_and_group
+from sprat.quant.calibration import calibrate, hessian
+from sprat.quant.gptq import GPTQSettings, gptq_quantize
+from sprat.quant.int4 import QuantizedTensor, Scheme, dequantize_tensor, quantize_tensor
+from sprat.quant.layers import scheme_of
 
 GPTQ = QuantConfig(rounding="gptq")
 
@@ -44,7 +45,7 @@ def correlated(rows: int, width: int, seed: int) -> Tensor:
 def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(width: int) -> None:
     weight = torch.randn(48, width, generator=torch.Generator().manual_seed(0))
     inputs = correlated(900, width, 1)
-    fitted = gptq_quantize(weight.unsqueeze(0), hessian([inputs[:600]]), bits=4, group=32)
+    fitted = gptq_quantize(weight.unsqueeze(0), hessian([inputs[:600]]), Scheme(4))
     assert fitted.codes.shape == (1, 48, width // 2) and fitted.scales.shape == (1, 48, -(-width // 32))
 
     def error(of: Tensor) -> float:
@@ -53,18 +54,20 @@ def test_outputs_err_half_as_much_as_with_plain_rounding_on_inputs_not_seen(widt
     assert error(dequantize_tensor(fitted)[0]) < 0.5 * error(dequantize_tensor(quantize_tensor(weight)))
 
 
+@pytest.mark.parametrize("settings", [GPTQSettings(), GPTQSettings("none", 0.1), GPTQSettings(float32=True)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_codes_are_those_of_the_papers_recursion(bits: int) -> None:
+def test_the_codes_are_those_of_the_papers_recursion(bits: int, settings: GPTQSettings) -> None:
     """Hassibi and Stork's step, column by column, with the inverse updated by hand instead of a Cholesky factor."""
     weight = torch.randn(1, 24, 72, generator=torch.Generator().manual_seed(0))
     hessian_EII = hessian([correlated(600, 72, 1) * torch.linspace(0.2, 3, 72)])
-    fitted = gptq_quantize(weight, hessian_EII, bits=bits, group=32)
+    fitted = gptq_quantize(weight, hessian_EII, Scheme(bits), settings)
     scales = fitted.scales[0].double().repeat_interleave(32, -1)[:, :72]
     left, work = hessian_EII[0].double(), weight[0].double().clone()
-    left += 0.01 * left.diagonal().mean() * torch.eye(72)
+    left += settings.damping * left.diagonal().mean() * torch.eye(72)
     inverse, expected = torch.linalg.inv(left), torch.zeros(24, 72).double()
     free = torch.ones(72, dtype=torch.bool)
-    for column in hessian_EII[0].diagonal().argsort(descending=True).tolist():
+    order = hessian_EII[0].diagonal().argsort(descending=True).tolist()
+    for column in range(72) if settings.activation_order == "none" else order:
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         expected[:, column] = (work[:, column] / scales[:, column]).round().clamp(low, high) * scales[:, column]
         wrong = (work[:, column] - expected[:, column]) / inverse[column, column]
@@ -78,26 +81,26 @@ def test_the_codes_are_those_of_the_papers_recursion(bits: int) -> None:
 def test_without_correlation_it_is_plain_rounding() -> None:
     weight = torch.randn(2, 16, 72, generator=torch.Generator().manual_seed(0))
     few = [torch.randn(70, 72), torch.randn(0, 72)]  # rows too few to speak for text
-    fitted, plain = gptq_quantize(weight, hessian(few), bits=4, group=32), quantize_tensor(weight)
+    fitted, plain = gptq_quantize(weight, hessian(few), Scheme(4)), quantize_tensor(weight)
     assert torch.equal(fitted.codes, plain.codes) and torch.equal(fitted.scales, plain.scales)
 
 
 def test_experts_side_by_side_are_fitted_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
     hessian_EII = hessian([correlated(200, 40, seed) for seed in range(3)])
-    whole = gptq_quantize(weight, hessian_EII, bits=4, group=32)
+    whole = gptq_quantize(weight, hessian_EII, Scheme(4))
     monkeypatch.setattr("sprat.quant.gptq.MAX_HESSIAN_ELEMENTS", 2 * 40 * 40)
-    parts = gptq_quantize(weight, hessian_EII, bits=4, group=32)
+    parts = gptq_quantize(weight, hessian_EII, Scheme(4))
     assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scales, parts.scales)
     for expert in range(3):
-        alone = gptq_quantize(weight[expert : expert + 1], hessian_EII[expert : expert + 1], bits=4, group=32)
+        alone = gptq_quantize(weight[expert : expert + 1], hessian_EII[expert : expert + 1], Scheme(4))
         assert torch.equal(alone.codes[0], whole.codes[expert])
 
 
 def test_channels_that_are_always_zero_are_no_fault() -> None:
     weight, inputs = torch.randn(8, 64), correlated(200, 64, 0)
     inputs[:, 30:] = 0
-    back = dequantize_tensor(gptq_quantize(weight.unsqueeze(0), hessian([inputs]), bits=4, group=32))[0]
+    back = dequantize_tensor(gptq_quantize(weight.unsqueeze(0), hessian([inputs]), Scheme(4)))[0]
     assert torch.isfinite(back).all() and (back - weight).abs().max() < 0.5 * weight.abs().max()
 
 
@@ -106,7 +109,7 @@ def test_a_group_that_no_text_lights_is_rounded_to_the_nearest(bits: int) -> Non
     weight, inputs = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(0)), correlated(400, 128, 0)
     inputs[:, 32:96] = 0
     fitted, plain = (
-        gptq_quantize(weight, hessian([inputs, inputs]), bits=bits, group=32),
+        gptq_quantize(weight, hessian([inputs, inputs]), Scheme(bits)),
         quantize_tensor(weight, bits=bits),
     )
     assert torch.equal(fitted.scales[..., 1:3], plain.scales[..., 1:3])
@@ -118,7 +121,7 @@ def test_a_silent_channel_among_lit_ones_is_not_clipped_for_them() -> None:
     weight = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     inputs = torch.zeros(200, 32)
     inputs[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(1))
-    fitted = gptq_quantize(weight, hessian([inputs]), bits=4, group=32)
+    fitted = gptq_quantize(weight, hessian([inputs]), Scheme(4))
     back, plain = (dequantize_tensor(codes) for codes in (fitted, quantize_tensor(weight)))
     silent = [float((each - weight)[..., 1:].square().mean()) for each in (back, plain)]
     assert silent[0] < 1.1 * silent[1]
@@ -137,12 +140,12 @@ def test_padding_and_neighbours_do_not_vote(experts: int, monkeypatch: pytest.Mo
         """``X^T X`` of each matrix; all are rounded alike, so that no rounding of a sum decides about a code."""
         found: list[Tensor] = []
 
-        def noted(weight: Tensor, hessian_EII: Tensor, *, bits: int, group: int) -> QuantizedTensor:
+        def noted(weight: Tensor, hessian_EII: Tensor, scheme: Scheme, settings: object) -> QuantizedTensor:
             found.append(hessian_EII.clone())
-            return quantize_tensor(weight, bits=bits, group=group)
+            return quantize_tensor(weight, **scheme._asdict())
 
-        monkeypatch.setattr("sprat.quant.gptq.gptq_quantize", noted)
-        names = calibrate(model(**changes), tokens, lambda name: bits_and_group(GPTQ, name), segments_BT=segments)
+        monkeypatch.setattr("sprat.quant.calibration.gptq_quantize", noted)
+        names = calibrate(model(**changes), tokens, lambda name: scheme_of(GPTQ, name), segments_BT=segments).codes
         return {name: hessian_EII for name, hessian_EII in zip(names, found, strict=True)}
 
     apart, together, voted = sums(alone, None), sums(packed, segments), sums(packed, None)
@@ -173,7 +176,7 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_text_not_seen(changes: 
 
 def test_every_matrix_of_the_stack_is_fitted_and_none_runs_with_what_was() -> None:
     draft = model()
-    codes = calibrate(draft, text(128, 1), lambda name: bits_and_group(GPTQ, name))
+    codes = calibrate(draft, text(128, 1), lambda name: scheme_of(GPTQ, name)).codes
     wanted = set(quant.quantized_weights(quant.quantize_model(model()))) - {"embed_tokens.weight", "head.weight"}
     assert set(codes) == wanted
     for name, weight in draft.named_parameters():

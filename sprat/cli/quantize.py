@@ -1,0 +1,91 @@
+"""``sprat quantize`` of any model; without a model, it is the station of a road."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sprat.cli import stages
+from sprat.cli.progress import progress_bar
+from sprat.cli.verb import Overrides, Result, print_err
+from sprat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sprat.config.quant import QuantizeConfig
+
+
+_MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
+_METHOD_HELP = "How to round; left out: gptq with --calibrate, else nearest."
+_CALIBRATE_HELP = "A folder or file of text like what the model will see."
+_DEQUANTIZE_HELP = "Start from what a quantised model stands for."
+_RECIPE_HELP = "A TOML file of the keys of docs/quant.md; without MODEL, a road's recipe."
+
+
+def quantize(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; without MODEL, the road.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="NAME", help=_METHOD_HELP)] = None,
+    calibrate: Annotated[Path | None, typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE_HELP)] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)] = False,
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)] = None,
+    overrides: Overrides = None,
+) -> Result:
+    """Squeeze weights to INT4 or INT8: those of any MODEL, or the student's of a road, measuring what that costs.
+
+    Example: sprat quantize runs/mine --out small --method awq --calibrate texts
+    """
+    if model is None:
+        if calibrate is not None:
+            todo = "leave it out and --set quant.rounding=gptq: a road has its own text"
+            raise ConfigError("a road takes no text here", where="--calibrate", todo=todo)
+        if method is not None or dequantize:
+            name = "--dequantize" if method is None else "--method"
+            todo = "name the model first: sprat quantize MODEL --out DIR"
+            raise ConfigError(f"{name} is of a model of yours, and none was named", where="quantize", todo=todo)
+        return stages.quantize(out or stages.DEFAULT_OUT, recipe or "quickstart", overrides)
+    if out is None:
+        raise ConfigError("no folder to write to", where="--out", todo="give one")
+    from sprat.post.quantize import quantize_model
+
+    config = _config(method, calibrate, recipe, tuple(overrides or ()))
+    with progress_bar("quantise") as on_progress:
+        facts = quantize_model(model, out, config, calibrate, dequantize=dequantize, on_progress=on_progress)
+    return Result({"model": str(out), **config.model_dump(), **facts}, _summary(out, facts))
+
+
+def _config(method: str | None, calibrate: Path | None, recipe: str | None, changes: tuple[str, ...]) -> QuantizeConfig:
+    """What options, file and ``--set`` say together; the more particular counts."""
+    from sprat.config.base import load, override, parse
+    from sprat.config.quant import QuantizeConfig
+
+    methods: dict[str, tuple[str, ...]] = {
+        "nearest": ("rounding=nearest", "awq=false"),
+        "gptq": ("rounding=gptq", "awq=false"),
+        "awq": ("rounding=nearest", "awq=true", "clip=mse"),
+    }
+    if method is not None and method not in methods:
+        raise ConfigError(f"no method {method!r}", where="--method", todo=f"use one of {', '.join(methods)}")
+    base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
+    decided = method is not None or base.needs_text or {"rounding", "awq", "clip"} & override({}, changes).keys()
+    settled = methods[method] if method else ("rounding=gptq",) if calibrate and not decided else ()
+    config = parse(
+        QuantizeConfig, base.model_dump(mode="json"), where=recipe or "quantize", overrides=(*settled, *changes)
+    )
+    if calibrate is not None and not config.needs_text and config.clip != "mse":
+        todo = "leave out --calibrate, or use gptq, awq or clip=mse"
+        raise ConfigError("rounding to the nearest takes no text", where="--calibrate", todo=todo)
+    return config
+
+
+def _summary(out: Path, facts: dict[str, Any]) -> str:
+    """What came of it, for a person; what fell short of text goes to stderr."""
+    few = facts.get("few_tokens", {"count": 0})
+    if few["count"]:
+        shown = ", ".join(few["names"][:3]) + (", …" if few["count"] > 3 else "")
+        done = {"nearest": "rounded to the nearest", "all": "judged by all tokens"}.get(few["handled"], "")
+        print_err(f"sprat: {few['count']} experts saw too few tokens and were {done}: {shown}")
+    return f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"

@@ -1,0 +1,57 @@
+"""Squeezing any model: what ``sprat quantize MODEL`` knows beyond a road's ``quant`` table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sprat.config.recipe import QuantConfig
+
+Clip = Literal["extreme", "mse", "minmax"]
+ActivationOrder = Literal["static", "none"]
+FewTokens = Literal["nearest", "all", "refuse"]
+
+
+class QuantizeConfig(QuantConfig):
+    """How the weights of any model are rounded, and what is done to them before."""
+
+    moved_keys: ClassVar[Mapping[str, str]] = {"quant": ""}
+
+    symmetric: bool = True  # codes -8 ... 7; false: 0 ... 15 and a minimum for each group (4 bits only)
+    zero_points: bool = False  # the minimum is a whole number of scales, as files of AWQ and compressed-tensors have it
+    clip: Clip = (
+        "extreme"  # the extreme lies at an end of the codes; mse: clip it where that errs less; minmax: max / 7.5
+    )
+    awq: bool = False  # move the size of loud channels from inputs to weights first (arXiv 2306.00978)
+    rotation: Literal["none", "hadamard"] = "none"  # of the residual stream, first of all (arXiv 2404.00456)
+    seed: int = Field(0, ge=0, lt=2**63)  # of the rotation
+    drop_mtp: bool = False  # leave out the modules that draft tokens: their norms stand in a rotation's way
+    activation_order: ActivationOrder = "static"  # GPTQ: columns of high energy first, or as they lie
+    damping: float = Field(0.01, gt=0, le=1e3)  # GPTQ: share of the mean energy that is added to every channel's
+    precision: Literal["float64", "float32"] = (
+        "float64"  # GPTQ's factorisation; float32 as in llm-compressor, bit for bit
+    )
+    calibration_tokens: int = Field(16_384, ge=1, lt=2**31)
+    expert_tokens: int = Field(
+        0, ge=0, lt=2**31
+    )  # an expert that fewer reach is not fitted; 0: one for each input channel
+    few_tokens: FewTokens = "nearest"  # such an expert is rounded to the nearest, sees all tokens, or is an error
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        if not self.symmetric and self.bits != 4:
+            raise ValueError("symmetric=false is for bits=4")
+        if not self.symmetric and self.clip == "minmax":
+            raise ValueError("clip=minmax is for symmetric=true")
+        if self.zero_points and self.symmetric:
+            raise ValueError("zero_points is for symmetric=false")
+        if self.precision == "float32" and not self.symmetric:
+            raise ValueError("precision=float32 is for symmetric=true")
+        return self
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether nothing can be done without calibration text."""
+        return self.awq or self.rounding == "gptq"

@@ -1,0 +1,138 @@
+"""A model in, its quantized copy out: rotate, scale, calibrate, round, in this order, as far as the config asks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprat.config import QuantConfig
+from sprat.config.quant import QuantizeConfig
+from sprat.errors import CheckpointError, ConfigError
+from sprat.model import Experts, Transformer
+from sprat.quant.awq import awq_scale
+from sprat.quant.calibration import calibrate
+from sprat.quant.gptq import GPTQSettings
+from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
+from sprat.quant.layers import quantizable_weights, replace_with_quantized, scheme_of
+from sprat.quant.rotation import rotate, without_mtp
+
+
+@dataclass
+class QuantizeFacts:
+    """What came up on the way: ``experts`` as ``ExpertTokens.facts`` tells it, ``mtp_dropped`` modules left out."""
+
+    experts: dict[str, Any] = field(default_factory=dict)
+    mtp_dropped: int = 0
+
+
+def quantize_model(
+    model: Transformer,
+    config: QuantConfig | None = None,
+    *,
+    calibration_BT: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+    materialize: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    facts: QuantizeFacts | None = None,
+) -> Transformer:
+    """A quantized copy of ``model``; the model itself stays as it is.
+
+    Args:
+        config: bits and group of all matrices and experts, the bits of embedding and head, and how to round; a
+            ``QuantizeConfig`` also says what is done before.
+        calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``calibrate``.
+            AWQ needs it, too; with the nearest codes it weights the error by which ``clip = "mse"`` chooses scales.
+        segments_BT: which document each of them is of, 0 for padding; one a row if not given.
+        materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
+        on_progress: called with how many matrices are done, of how many.
+        facts: filled with what came up.
+
+    Raises:
+        CheckpointError: a weight, or what the text makes of it, is not finite; experts are stacked otherwise than here.
+        ConfigError: there is no calibration text for a rounding that needs it; MTP modules stand in a rotation's way.
+        DataError: too few tokens reach an expert, and the config refuses that.
+    """
+    config, facts = config or QuantConfig(), facts or QuantizeFacts()
+    if calibration_BT is None and (config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.awq)):
+        name, where = ("GPTQ", "quant.rounding") if config.rounding == "gptq" else ("AWQ", "awq")
+        todo = "give calibration text, or round to the nearest"
+        raise ConfigError(f"{name} needs text to calibrate on", where=where, todo=todo)
+    _check(model)
+    model = _prepared(model, config, facts)
+    done, total = set[str](), len(quantizable_weights(model))
+    dense: Transformer | None = None
+    if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
+        awq_scale(model, calibration_BT, functools.partial(scheme_of, config), segments_BT=segments_BT)
+    tensors, fitted = model.state_dict(), dict[str, QuantizedTensor]()
+
+    def on_quantized(name: str) -> None:
+        done.add(name)
+        on_progress(len(done), total)
+
+    def pack(name: str) -> QuantizedTensor:
+        on_quantized(name)
+        return fitted[name] if name in fitted else quantize_tensor(tensors[name], **scheme_of(config, name)._asdict())
+
+    if calibration_BT is not None and _reads_text(config):
+        dense = copy.deepcopy(model).float()
+        dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
+        options = {} if not isinstance(config, QuantizeConfig) else _options(config)
+        schemes = functools.partial(scheme_of, config)
+        found = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
+        fitted = found.codes
+        facts.experts = found.experts.facts(options.get("few_tokens", "nearest"))
+        del dense
+    return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
+
+
+def _reads_text(config: QuantConfig) -> bool:
+    """Whether rounding itself looks at text."""
+    return config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.clip == "mse")
+
+
+def _options(config: QuantizeConfig) -> dict[str, Any]:
+    """What ``calibrate`` is told beyond a road's recipe."""
+    settings = GPTQSettings(config.activation_order, config.damping, config.precision == "float32")
+    return {
+        "gptq": settings if config.rounding == "gptq" else None,
+        "expert_tokens": config.expert_tokens,
+        "few_tokens": config.few_tokens,
+    }
+
+
+def _prepared(model: Transformer, config: QuantConfig, facts: QuantizeFacts) -> Transformer:
+    """The model that is rounded: itself, or a float32 copy where its weights are about to be changed."""
+    if not isinstance(config, QuantizeConfig) or not (config.awq or config.drop_mtp or config.rotation != "none"):
+        return model
+    model = copy.deepcopy(model).float()
+    if config.drop_mtp:
+        facts.mtp_dropped = len(model.mtp)
+        model = without_mtp(model)
+    return rotate(model, config.seed) if config.rotation == "hadamard" else model
+
+
+def _check(model: Transformer) -> None:
+    """Refuse what is not finite, and experts stacked otherwise than [E, F, D], [E, F, D] and [E, D, F].
+
+    Raises:
+        CheckpointError: see above.
+    """
+    shape = model.config
+    for name, module in model.named_modules():
+        if type(module) is not Experts:
+            continue
+        inner = (shape.n_routed_experts, shape.moe_intermediate_size, shape.hidden_size)
+        expected = {"w_gate_EFD": inner, "w_up_EFD": inner, "w_down_EDF": (inner[0], inner[2], inner[1])}
+        for leaf, sizes in expected.items():
+            if (actual := tuple(getattr(module, leaf).shape)) != sizes:
+                what, todo = f"experts are stacked as {list(actual)}, not as {list(sizes)}", "transpose them"
+                raise CheckpointError(what, where=f"{name}.{leaf}", todo=todo)
+    for name, weight in quantizable_weights(model).items():
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
