@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import certify, doctor, evaluate, export, finetune, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ VERBS = (
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
+    ("certify", certify.certify, "What a squeezed model lost against its original."),
     ("fetch", inference.fetch, "Download a small real model."),
     ("run", inference.run, "Ask a model once."),
     ("chat", inference.chat, "Talk with a model."),
