@@ -88,8 +88,11 @@ def _longest_piece(tokenizer: Tokenizer, text: str, bos: int, length: int) -> tu
         piece = piece[: max(1, min(len(piece) - 1, len(piece) * length // len(ids)))]
 
 
-def logits(backend: Backend, ids: Sequence[int]) -> Tensor:
-    """Logits [T, V] (float32) of what follows each of T ``ids``; valid until the next call."""
+def logits(backend: Backend, ids: Sequence[int], *, last: int | None = None) -> Tensor:
+    """Logits [T, V] (float32) of what follows each of T ``ids``, or the ``last`` ones; valid until the next call.
+
+    The back end's blocks are written from the first on, so no engine may hold a request in them.
+    """
     count = len(ids)
     blocks = -(-count // BLOCK_SIZE)
     if backend.num_blocks < blocks:
@@ -97,7 +100,7 @@ def logits(backend: Backend, ids: Sequence[int]) -> Tensor:
     places = np.arange(count, dtype=np.int32)
     table = np.arange(blocks, dtype=np.int32)[None]
     starts = np.array([0, count], dtype=np.int32)
-    return backend.run(Batch(np.asarray(ids, dtype=np.int32), places, starts, table, places))
+    return backend.run(Batch(np.asarray(ids, dtype=np.int32), places, starts, table, places[-(last or count) :]))
 
 
 def compare_logits(before_TV: Tensor, after_TV: Tensor, targets_T: Tensor) -> TokenDivergence:

@@ -20,6 +20,7 @@ from sprat.data.document import Document
 from sprat.data.sources import chinese_manual, python_library
 from sprat.data.sources.source import SourceRequest
 from sprat.engine import Engine
+from sprat.engine.backend import Backend
 from sprat.engine.backends import select_backend
 from sprat.errors import CheckpointError, DataError
 from sprat.eval import task_files
@@ -114,10 +115,7 @@ def certify(
         texts_lost.append(compare_on_text(old, new, name, windows, unit, on_progress=advance))
         if routers_agree(pair.before, pair.after):
             routing.append(compare_routing(pair.before, pair.after, name, windows))
-    engines = (
-        Engine(pair.before, tokenizer, backend=old, max_batch=MAX_BATCH, speculate="off"),
-        Engine(pair.after, tokenizer, backend=new, max_batch=MAX_BATCH, speculate="off"),
-    )
+    engines = _engine(pair.before, tokenizer, old), _engine(pair.after, tokenizer, new)
     tasks_lost = _compare_tasks(engines, asked, settings, recipe, advance)
     continuations, speeds = None, tuple[Speed, ...]()
     if openings:
@@ -150,6 +148,11 @@ class _Pair:
     before: Transformer
     after: Transformer
     tokenizer: Tokenizer
+
+
+def _engine(model: Transformer, tokenizer: Tokenizer, backend: Backend) -> Engine:
+    """An engine that answers without drafts, so that both models are asked in one way."""
+    return Engine(model, tokenizer, backend=backend, max_batch=MAX_BATCH, speculate="off")
 
 
 class _Counter:

@@ -1,3 +1,4 @@
+# size: one page, a function for each of its sections
 """A certificate as one self-contained page: the verdict, each capability with its interval, and the rest."""
 
 from __future__ import annotations

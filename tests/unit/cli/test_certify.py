@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 from click.testing import Result
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
-import sprat
 from sprat.cli.main import app
-from sprat.config.model import ModelConfig
 from sprat.eval.certificate import read_certificate
-from sprat.model import Transformer
-from sprat.tokens import Tokenizer
 
 FAST = ["--no-speed", "--prompts", "2", "--documents", "6"]
 
@@ -73,36 +65,3 @@ def test_what_cannot_be_is_one_sentence(
 def test_a_finished_run_is_not_written_into(model_folder: Path, finished_run: Path) -> None:
     done = sprat_command("certify", model_folder, "--against", model_folder, "--out", finished_run / "certificate")
     assert done.exit_code == 2 and "change a finished run" in done.stderr
-
-
-def _small_model(folder: Path) -> None:
-    """A random Llama of 300 ids."""
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw.train_from_iterator(
-        ["user assistant one two"] * 9, trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet)
-    )
-    tokenizer = Tokenizer(raw.to_str())
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sprat.save(
-        Transformer.create(ModelConfig(architecture="llama", vocab_size=tokenizer.vocab_size, **shape), seed=1),
-        tokenizer,
-        folder,
-    )
-
-
-@pytest.mark.slow
-def test_the_page_on_certificates_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands as they stand there, with a small model of that name."""
-    page = (Path(__file__).resolve().parents[3] / "docs" / "certificate.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    _small_model(tmp_path / "mine")
-    Path("questions.jsonl").write_text('{"question": "one?", "answer": "(?s).*", "judge": "regex"}\n')
-    Path("book.txt").write_text("one two three " * 3000)
-    for line in block.splitlines():
-        done = sprat_command(*shlex.split(line)[1:])
-        assert done.exit_code in (0, 1) and "Traceback" not in done.stderr, (line, done.stderr)
-    certificate = read_certificate("certificate/certificate.json")
-    assert set(certificate.capabilities) == {"task questions", "text book.txt"} and certificate.max_loss == 0.02
