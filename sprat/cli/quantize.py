@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +11,6 @@ from sprat.cli import stages
 from sprat.cli.progress import progress_bar
 from sprat.cli.verb import Overrides, Result, print_err
 from sprat.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sprat.config.quant import QuantizeConfig
-
 
 _MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
 _METHOD_HELP = "How to round; left out: gptq with --calibrate, else nearest."
@@ -49,36 +45,13 @@ def quantize(
         return stages.quantize(out or stages.DEFAULT_OUT, recipe or "quickstart", overrides)
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
+    from sprat.config.quant import load_quantize_config
     from sprat.post.quantize import quantize_model
 
-    config = _config(method, calibrate, recipe, tuple(overrides or ()))
+    config = load_quantize_config(method, has_text=calibrate is not None, recipe=recipe, overrides=overrides or ())
     with progress_bar("quantise") as on_progress:
         facts = quantize_model(model, out, config, calibrate, dequantize=dequantize, on_progress=on_progress)
     return Result({"model": str(out), **config.model_dump(), **facts}, _summary(out, facts))
-
-
-def _config(method: str | None, calibrate: Path | None, recipe: str | None, changes: tuple[str, ...]) -> QuantizeConfig:
-    """What options, file and ``--set`` say together; the more particular counts."""
-    from sprat.config.base import load, override, parse
-    from sprat.config.quant import QuantizeConfig
-
-    methods: dict[str, tuple[str, ...]] = {
-        "nearest": ("rounding=nearest", "awq=false"),
-        "gptq": ("rounding=gptq", "awq=false"),
-        "awq": ("rounding=nearest", "awq=true", "clip=mse"),
-    }
-    if method is not None and method not in methods:
-        raise ConfigError(f"no method {method!r}", where="--method", todo=f"use one of {', '.join(methods)}")
-    base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
-    decided = method is not None or base.needs_text or {"rounding", "awq", "clip"} & override({}, changes).keys()
-    settled = methods[method] if method else ("rounding=gptq",) if calibrate and not decided else ()
-    config = parse(
-        QuantizeConfig, base.model_dump(mode="json"), where=recipe or "quantize", overrides=(*settled, *changes)
-    )
-    if calibrate is not None and not config.needs_text and config.clip != "mse":
-        todo = "leave out --calibrate, or use gptq, awq or clip=mse"
-        raise ConfigError("rounding to the nearest takes no text", where="--calibrate", todo=todo)
-    return config
 
 
 def _summary(out: Path, facts: dict[str, Any]) -> str:

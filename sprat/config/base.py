@@ -167,6 +167,19 @@ def _key_of(table_or_list: dict[str, Any] | list[Any], key: str, item: str) -> A
     return numbers.index(key)
 
 
+def merge_tables(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, tables in it key by key.
+
+    >>> merge_tables({"optim": {"lr": 1, "name": "adamw"}}, {"optim": {"lr": 2}, "steps": 3})
+    {'optim': {'lr': 2, 'name': 'adamw'}, 'steps': 3}
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = merge_tables(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def parse(
     config_class: type[C],
     table: dict[str, Any],

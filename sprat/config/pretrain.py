@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from sprat.config.base import load, parse
+from sprat.config.base import load, merge_tables, parse
 from sprat.config.recipe import OptimConfig, TrainConfig
 
 
@@ -80,19 +80,6 @@ def load_pretrain_config(
         base["optim"] = ContinuedOptimConfig().model_dump() | base.get("optim", {})
     base = merge_tables(base, table or {})
     return parse(config_class, base, where=where, overrides=(*overrides, *given))
-
-
-def merge_tables(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, tables in it key by key.
-
-    >>> merge_tables({"optim": {"lr": 1, "name": "adamw"}}, {"optim": {"lr": 2}, "steps": 3})
-    {'optim': {'lr': 2, 'name': 'adamw'}, 'steps': 3}
-    """
-    merged = dict(base)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = merge_tables(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _recipe_of(init_from: str) -> dict[str, Any]:

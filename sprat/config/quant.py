@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sprat.config.base import load, merge_tables, override, parse
 from sprat.config.recipe import QuantConfig
+from sprat.errors import ConfigError
 
 Clip = Literal["extreme", "mse", "minmax"]
 ActivationOrder = Literal["static", "none"]
@@ -55,3 +57,42 @@ class QuantizeConfig(QuantConfig):
     def needs_text(self) -> bool:
         """Whether nothing can be done without calibration text."""
         return self.awq or self.rounding == "gptq"
+
+
+METHODS: Mapping[str, Sequence[str]] = {
+    "nearest": ("rounding=nearest", "awq=false"),
+    "gptq": ("rounding=gptq", "awq=false"),
+    "awq": ("rounding=nearest", "awq=true", "clip=mse"),
+}
+
+
+def load_quantize_config(
+    method: str | None = None,
+    *,
+    has_text: bool,
+    recipe: str | None = None,
+    table: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    where: str = "quantize",
+) -> QuantizeConfig:
+    """What a method's name, a file, a table and overrides say together; the more particular counts.
+
+    Args:
+        method: one of ``METHODS``; if not given, and nothing else decides, ``gptq`` where there is text.
+        has_text: whether there is text to calibrate on.
+
+    Raises:
+        ConfigError: an unknown method or key, a value that does not fit, or text that nothing would read.
+    """
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"no method {method!r}", where="--method", todo=f"use one of {', '.join(METHODS)}")
+    base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
+    chosen = override(dict(table or {}), overrides)
+    decided = method is not None or base.needs_text or {"rounding", "awq", "clip"} & chosen.keys()
+    settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
+    merged = merge_tables(override(base.model_dump(mode="json"), settled), table or {})
+    config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)
+    if has_text and not config.needs_text and config.clip != "mse":
+        todo = "leave out --calibrate, or use gptq, awq or clip=mse"
+        raise ConfigError("rounding to the nearest takes no text", where="--calibrate", todo=todo)
+    return config

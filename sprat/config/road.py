@@ -63,6 +63,7 @@ class QuantizeStage(StageConfig):
 
     files: ClassVar[tuple[str, ...]] = ("calibrate",)
 
+    method: str = ""  # nearest, gptq, awq; gptq where there is text
     calibrate: str = ""
 
 

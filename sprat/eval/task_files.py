@@ -9,8 +9,8 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.errors import DataError
 from sprat.eval.task_score import ProblemScore, TaskScore
 from sprat.eval.tasks import problem_messages, score_output
-from sprat.files.digest import of_bytes
-from sprat.tasks import Problem, Split, UserClassTask, UserTask, held_out_problems, is_correct, load_user_task
+from sprat.files.digest import of_bytes, of_json
+from sprat.tasks import Problem, Split, Task, UserClassTask, UserTask, held_out_problems, is_correct, load_user_task
 from sprat.tokens import render
 
 CLASS_PROBLEMS = 100  # of a class that does not say how many it has
@@ -52,22 +52,48 @@ def evaluate_task_files(
     if not tasks or len(set(names)) < len(names):
         what = "two tasks of one name" if tasks else "no task"
         raise DataError(what, where=", ".join(map(str, paths)), todo="name each file differently")
-    problems = [_problems(task, split, count) for task in tasks]
-    for task, rows in zip(tasks, problems, strict=True):
+    asked = [(task, problems_of(task, split, count)) for task in tasks]
+    return ask(
+        engine,
+        asked,
+        samples=samples,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        thinking=thinking,
+        seed=seed,
+    )
+
+
+def ask(
+    engine: Engine,
+    asked: Sequence[tuple[Task, Sequence[Problem]]],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = 512,
+    thinking: bool | None = None,
+    seed: int = 0,
+) -> list[TaskScore]:
+    """One score for each of ``asked``, a task and problems of it; see ``evaluate_task_files`` for the rest."""
+    for task, rows in asked:
         _check_prompts(engine, task.name, rows, thinking)
     sampling = Sampling(
         temperature=temperature, max_tokens=max_tokens, fit=True, seed=seed, thinking=thinking, n=samples
     )
-    outputs = engine.generate([problem_messages(problem) for rows in problems for problem in rows], sampling)
+    outputs = engine.generate([problem_messages(problem) for _, rows in asked for problem in rows], sampling)
     scores, start = [], 0
-    for task, rows in zip(tasks, problems, strict=True):
+    for task, rows in asked:
         scores.append(_score(task, rows, outputs[start : start + len(rows) * samples], samples))
         start += len(rows) * samples
     return scores
 
 
-def _problems(task: UserTask | UserClassTask, split: Split, count: int | None) -> list[Problem]:
-    """The problems to ask: all of a file's, or as many different ones as a class gives."""
+def problems_of(task: UserTask | UserClassTask, split: Split, count: int | None) -> list[Problem]:
+    """The problems to ask, ``count`` at most: all of a file's, or as many different ones as a class gives.
+
+    Raises:
+        DataError: there is none.
+    """
     if isinstance(task, UserTask):
         task.problem(split, 0)  # that there is any
         return list(task.problems[split][:count])
@@ -78,7 +104,7 @@ def _problems(task: UserTask | UserClassTask, split: Split, count: int | None) -
     return problems
 
 
-def _problem_ids(title: str, problems: list[Problem]) -> list[str]:
+def _problem_ids(title: str, problems: Sequence[Problem]) -> list[str]:
     """What a result calls each problem: the row's id, or its place.
 
     Raises:
@@ -90,7 +116,7 @@ def _problem_ids(title: str, problems: list[Problem]) -> list[str]:
     return ids
 
 
-def _check_prompts(engine: Engine, title: str, problems: list[Problem], thinking: bool | None) -> None:
+def _check_prompts(engine: Engine, title: str, problems: Sequence[Problem], thinking: bool | None) -> None:
     """Every question has an id of its own and leaves room for an answer.
 
     Raises:
@@ -105,7 +131,7 @@ def _check_prompts(engine: Engine, title: str, problems: list[Problem], thinking
             raise DataError(what, where=where, todo="shorten it or leave it out")
 
 
-def _score(task: UserTask | UserClassTask, problems: list[Problem], outputs: list[Output], samples: int) -> TaskScore:
+def _score(task: Task, problems: Sequence[Problem], outputs: list[Output], samples: int) -> TaskScore:
     """Judge the answers of one task, ``samples`` of each problem side by side."""
     rows, ids = [], _problem_ids(task.name, problems)
     for number, problem in enumerate(problems):
@@ -121,9 +147,14 @@ def _score(task: UserTask | UserClassTask, problems: list[Problem], outputs: lis
         faults = task.faults
     return TaskScore(
         task=task.name,
-        digest=task.digest,
+        digest=task.digest if isinstance(task, UserTask | UserClassTask) else _digest(problems),
         problems=tuple(rows),
         cut=sum(output.finish_reason == "length" for output in outputs) / len(outputs),
         thought=sum(bool((output.reasoning or "").strip()) for output in outputs) / len(outputs),
         faults=faults,
     )
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 (hex) of what a task without a file was asked."""
+    return of_json([[problem.question, problem.answer] for problem in problems])

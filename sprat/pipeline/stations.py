@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprat.config import Config, QuantConfig
+from sprat.config import Config
 from sprat.config.base import parse
 from sprat.config.finetune import DPOConfig, FinetuneConfig, load_finetune_config
-from sprat.config.pretrain import ContinuedPretrainConfig, ScratchConfig, load_pretrain_config, merge_tables
+from sprat.config.pretrain import ContinuedPretrainConfig, ScratchConfig, load_pretrain_config
+from sprat.config.quant import QuantizeConfig, load_quantize_config
 from sprat.config.road import (
     EvalConfig,
     EvalStage,
@@ -38,9 +39,8 @@ from sprat.formats.load import GGUF_FILE, load, locate, save
 from sprat.formats.peft import load_peft
 from sprat.model import Transformer
 from sprat.model.lora import merge_lora
-from sprat.pipeline.quantize import quantize_model
-from sprat.pipeline.recipe import load_recipe
 from sprat.post.finetune import finetune
+from sprat.post.quantize import quantize_model
 from sprat.tokens import Tokenizer
 from sprat.train.pretrain import find_beginning, pretrain
 from sprat.trust import run_record
@@ -86,15 +86,10 @@ def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
 
 
 def _quantize_settings(stage: QuantizeStage, where: str) -> Config:
-    rounding = "gptq" if stage.calibrate else "nearest"
-    if stage.set.get("rounding", rounding) != rounding:
-        todo = "give calibrate = TEXT for gptq, and leave it out for nearest"
-        raise ConfigError(f"rounding and calibrate contradict each other ({rounding})", where=where, todo=todo)
-    base = {**load_recipe("quickstart").quant.model_dump(), "rounding": rounding}
-    return parse(QuantConfig, merge_tables(base, stage.set), where=where)
+    return load_quantize_config(stage.method or None, has_text=bool(stage.calibrate), table=stage.set, where=where)
 
 
-def _quantize(stage: QuantizeStage, settings: QuantConfig, out: Path) -> Run:
+def _quantize(stage: QuantizeStage, settings: QuantizeConfig, out: Path) -> Run:
     model, text = locate(stage.model), Path(stage.calibrate) if stage.calibrate else None
     inputs: dict[str, run_record.Input] = {"model": model}
     if text is not None:
@@ -192,7 +187,7 @@ STATIONS = {
     "train": Station(TrainStage, (ScratchConfig, ContinuedPretrainConfig), _train_settings, _train),
     "sft": Station(FinetuneStage, (FinetuneConfig,), _finetune_settings, _finetune),
     "dpo": Station(FinetuneStage, (DPOConfig,), _finetune_settings, _finetune),
-    "quantize": Station(QuantizeStage, (QuantConfig,), _quantize_settings, _quantize),
+    "quantize": Station(QuantizeStage, (QuantizeConfig,), _quantize_settings, _quantize),
     "merge": Station(MergeStage, (MergeConfig,), _plain_settings(MergeConfig), _merge),
     "export": Station(StageConfig, (ExportConfig,), _plain_settings(ExportConfig), _export),
     "eval": Station(EvalStage, (EvalConfig,), _eval_settings, _eval),

@@ -48,3 +48,23 @@ def model(shape: ModelConfig) -> Transformer:
 def packed() -> PackedDataset:
     """The text in documents of 27 bytes, several to a row of 32."""
     return pack([(list(TEXT[start : start + 27]), None) for start in range(0, len(TEXT), 27)], 32)
+
+
+@pytest.fixture(scope="session")
+def trained_model(tokenizer: Tokenizer, shape: ModelConfig) -> Transformer:
+    """A model that knows the text."""
+    return learn_text(tokenizer, shape)
+
+
+def learn_text(tokenizer: Tokenizer, shape: ModelConfig) -> Transformer:
+    """A model that learned the text by heart, in about a second."""
+    torch.set_num_threads(1)
+    model = Transformer.create(shape, 0)
+    ids = torch.tensor(tokenizer.encode(TEXT.decode())[: 8 * 33]).view(-1, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        logits = model(ids[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model.eval()
