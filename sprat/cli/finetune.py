@@ -32,7 +32,7 @@ Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)
 _RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
 _NUM_SHOWN = 3  # examples
-_LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
+LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
 
 def sft(
@@ -103,15 +103,15 @@ def _finetune(
             raise ConfigError(f"{name} is missing", where=stage, todo=f"give it: {name} PATH")
     assert data is not None and out is not None
     config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
-    adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={_LORA_LR}"])]
+    adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={LORA_LR}"])]
     changes = (*adapters, *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
-    run = finetune(model, data, out, config, column_map=column_map, dequantize=dequantize, on_prepared=_show)
-    return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
+    run = finetune(model, data, out, config, column_map=column_map, dequantize=dequantize, on_prepared=show_examples)
+    return Result({"run": str(run.folder), "model": str(model), **run.record}, summary(run))
 
 
-def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
+def show_examples(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
     """A few examples as the model sees them, on stderr; what it learns is marked."""
     from rich.console import Console
     from rich.text import Text
@@ -128,7 +128,7 @@ def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
     print_err(f"sprat: {json.dumps(encoded.counts)}")
 
 
-def _summary(run: Run) -> str:
+def summary(run: Run) -> str:
     """What came of it, for a person."""
     facts: dict[str, Any] = run.facts
     lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from sprat import __version__
-from sprat.cli import doctor, evaluate, export, finetune, inference, quickstart, stages, verify
+from sprat.cli import distill, doctor, evaluate, export, finetune, inference, quickstart, stages, verify
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ VERBS = (
     ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
-    ("distill", stages.distill, "A small student from the teacher."),
+    ("distill", distill.distill, "A student from any teacher's answers."),
     ("quantize", stages.quantize, "The student, or any model, in INT4."),
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),

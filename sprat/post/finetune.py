@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ from sprat.trust.run import Run, open_run
 
 _MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
+LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """All that a run needs, checked."""
 
     model: Transformer
@@ -77,13 +79,14 @@ def finetune(
     Raises:
         SpratError: a model, data or recipe that cannot be, before anything was touched; or see ``train.loop.train``.
     """
-    out, prepared = Path(out), list[_Prepared]()
+    out, prepared = Path(out), list[Prepared]()
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
 
-    def prepare(resuming: bool) -> None:
-        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, on_prepared))
+    def check(resuming: bool) -> None:
+        load_model = partial(load_trainable, model_path, dequantize=dequantize)
+        prepared.append(prepare(load_model, data, config, column_map or {}, on_prepared, where=str(model_path)))
 
     run = open_run(
         out,
@@ -92,28 +95,42 @@ def finetune(
         inputs={"model": model_path, "data": data},
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
-        prepare=prepare,
+        prepare=check,
     )
     if not run.done:
-        _train(run, prepared[0], str(model))
+        train(run, prepared[0], str(model))
     return run
 
 
-def _prepare(
-    model_path: Path,
+def load_trainable(path: Path, *, dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model at ``path`` in float32; a GGUF file's weights are multiplied out. Raises as ``sprat.load``."""
+    return load(path, dequantize=dequantize or gguf.is_gguf(path))
+
+
+def prepare(
+    load_model: LoadModel,
     data: Path,
     config: FinetuneConfig,
     column_map: Mapping[str, str],
-    dequantize: bool,
     on_prepared: OnPrepared,
-) -> _Prepared:
-    """The model and its rows, checked."""
+    *,
+    where: str,
+) -> Prepared:
+    """The model and its rows, checked.
+
+    Args:
+        load_model: the model to train, with its tokenizer.
+        where: what the user calls it, for errors.
+
+    Raises:
+        SpratError: see ``finetune``.
+    """
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
-    model, tokenizer = load(model_path, dequantize=dequantize or gguf.is_gguf(model_path))
+    model, tokenizer = load_model()
     if packed := quantized_weights(model):
         what = f"{len(packed)} matrices of the model are quantised, and codes cannot be trained"
         todo = "start from the model that was quantised, or train what the codes stand for: --dequantize"
-        raise ConfigError(what, where=str(model_path), todo=todo)
+        raise ConfigError(what, where=where, todo=todo)
     if config.seq_len > model.config.max_position_embeddings:
         what = f"rows of {config.seq_len} tokens do not fit a context of {model.config.max_position_embeddings}"
         raise ConfigError(what, where="seq_len", todo=f"set seq_len={model.config.max_position_embeddings}")
@@ -132,7 +149,7 @@ def _prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    return _Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), shown.rows, held_out, facts)
+    return Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), shown.rows, held_out, facts)
 
 
 def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
@@ -152,16 +169,24 @@ def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
     )
 
 
-def _train(run: Run, ready: _Prepared, base_model: str) -> None:
-    """Train, measure, save, finish."""
+def train(run: Run, ready: Prepared, base_model: str, loss_fn: losses.LossFn | None = None) -> None:
+    """Train, measure, save, finish.
+
+    Args:
+        base_model: what PEFT shall take an adapter's base to be.
+        loss_fn: what is minimized, where it is not what ``ready.config`` says.
+
+    Raises:
+        TrainingError, CheckpointError, MachineError: see ``train.loop.train``.
+    """
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
-    loss_fn, measure = _objective(model, config, ready.rows, held_out)
+    own_loss_fn, measure = _objective(model, config, ready.rows, held_out)
     if measure and "validation_before" not in run.facts:
         run.add_facts(validation_before=measure(model))
     source = loader.MixedBatchSource([(ready.rows, 1.0)], rows=config.batch_rows, seed=config.seed)
     every = config.eval_every if measure else 0
-    result = loop.train(model, source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every)
+    result = loop.train(model, source, config, run, loss_fn=loss_fn or own_loss_fn, evaluate=measure, eval_every=every)
     if measure:
         run.add_facts(validation_after=measure(model))
     run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second)
