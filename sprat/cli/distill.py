@@ -41,6 +41,8 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Answers t
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Of the teacher; 0.7 if left out.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of an answer; 1024 if left out.")]
 _TOKENIZER_HELP = "Whose tokenizer fresh weights get; the teacher's if left out."
+_LOGITS_HELP = "Learn from the teacher's distributions too, which need its weights and its tokenizer."
+Logits = Annotated[bool, typer.Option("--logits", help=_LOGITS_HELP)]
 TokenizerOf = Annotated[str | None, typer.Option("--tokenizer", metavar="MODEL", help=_TOKENIZER_HELP)]
 Concurrency = Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Requests at once.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="For one answer.")]
@@ -64,6 +66,7 @@ def distill(  # size: an option a line
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     tokenizer: TokenizerOf = None,
+    logits: Logits = False,
     concurrency: Concurrency = 4,
     timeout: Timeout = 600.0,
     max_faults: MaxFaults = 0.5,
@@ -105,6 +108,8 @@ def distill(  # size: an option a line
         **_prices(price),
     }
     config = _config(student, said, recipe, overrides)
+    if logits and config.logits is None:
+        config = config.replace(logits={})
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     limits = Limits(concurrency=concurrency, seconds=timeout, max_faults=max_faults)
     with progress_bar("answers") as on_progress:
@@ -130,6 +135,7 @@ def distill(  # size: an option a line
         tokenizer=tokenizer,
         dequantize=dequantize,
         on_prepared=finetune.show_examples,
+        on_size=lambda size: print_err(f"sprat: the teacher's distributions take {size / 1e6:.1f} MB"),
     )
     facts = {"teacher": teacher, "student": student, "traces": traces_run.record}
     return Result({"run": str(run.folder), **facts, **run.record}, finetune.summary(run))

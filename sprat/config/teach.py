@@ -28,15 +28,20 @@ class TracesConfig(Config):
     extra_body: dict[str, Any] = {}  # further fields of each request over HTTP, such as reasoning_effort
 
 
-class LogitsConfig(Config):
-    """The teacher's distributions on the rows that the student learns."""
+class LogitsCacheConfig(Config):
+    """What is kept of the teacher's distributions."""
+
+    top_k: int = Field(64, ge=1, lt=2**31)  # tokens kept at each place; all others are one bucket
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the kept log-probabilities
+
+
+class LogitsConfig(LogitsCacheConfig):
+    """How a student is pulled to the teacher's distributions on the rows that it learns."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     beta: float = Field(0.5, gt=0, lt=1)  # of jsd: the teacher's share of the mixture
     weight: float = Field(0.5, ge=0, le=1)  # of the divergence; the rest is cross-entropy
-    temperature: float = Field(1.0, ge=0.01, le=100)
-    top_k: int = Field(64, ge=1, lt=2**31)  # tokens kept at each place; all others are one bucket
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the kept log-probabilities
 
 
 class TeachConfig(FinetuneConfig):

@@ -2,7 +2,8 @@
 
 Two runs in one folder: ``OUT-traces`` holds what the teacher said, ``OUT`` the student that learned it. They are two,
 because answers are paid for once, and students are many: with other settings of training, or another student, the
-traces are found as they are. The student is trained by the very functions of ``sprat sft``.
+traces are found as they are. The student is trained by the very functions of ``sprat sft``. With ``config.logits`` a
+third run, ``OUT-logits``, holds the teacher's distributions on the rows of the student.
 
 Over HTTP the user states the licence of the answers. Most providers restrict what may be trained on them, nothing in a
 response says so, and afterwards nobody can find out; a run that proves where its data come from must not be silent on
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.config.sizes import size, size_names
-from sprat.config.teach import NewStudentConfig, ServerConfig, TeachConfig, TracesConfig
+from sprat.config.teach import LogitsCacheConfig, NewStudentConfig, ServerConfig, TeachConfig, TracesConfig
 from sprat.data.prompts import read_prompts
 from sprat.engine import Engine
 from sprat.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ from sprat.formats.memory import check_available_memory
 from sprat.model import Transformer, count_parameters
 from sprat.post import finetune, traces
 from sprat.post.finetune import OnPrepared
+from sprat.post.teacher_logits import OnSize, TeacherLogits, cache_logits, logits_loss
 from sprat.post.teachers import HTTPTeacher, Limits, check_url
 from sprat.post.traces import LOG_NAME, AnswerBook, OnProgress, Question
 from sprat.tasks import Task
@@ -46,6 +48,12 @@ def traces_folder(out: str | Path) -> Path:
     """Where the traces of the student ``out`` are: beside it."""
     out = Path(out)
     return out.with_name(f"{out.name}-traces")
+
+
+def logits_folder(out: str | Path) -> Path:
+    """Where the teacher's distributions on the rows of the student ``out`` are: beside it."""
+    out = Path(out)
+    return out.with_name(f"{out.name}-logits")
 
 
 def collect_traces(
@@ -91,8 +99,7 @@ def collect_traces(
     def prepare(resuming: bool) -> None:
         _check_unlocked(folder / "checkpoints")
         questions = _read_questions(data, task, held_out, column_map)
-        ask = traces.ask_server(server) if server else _local_teacher(str(path), config)
-        prepared.append((questions, ask))
+        prepared.append((questions, traces.ask_server(server) if server else _local_teacher(str(path), config)))
 
     run = open_run(
         folder,
@@ -228,6 +235,7 @@ def distill(
     tokenizer: str | None = None,
     dequantize: bool = False,
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
+    on_size: OnSize = lambda size: None,
 ) -> Run:
     """The finished run of a student that learned from ``traces_run``, also where it was finished before.
 
@@ -238,9 +246,10 @@ def distill(
         tokenizer: a model whose tokenizer a fresh student gets; the teacher, if not given.
         dequantize: train a quantised student as the dense one that its codes stand for.
         on_prepared: is shown what will be trained, before it is.
+        on_size: with ``config.logits``, is told how many bytes the teacher's distributions take, before they are made.
 
     Raises:
-        SpratError: see ``finetune.finetune``.
+        SpratError: see ``finetune.finetune`` and ``teacher_logits.cache_logits``.
     """
     out, data = Path(out), traces_run.artifact / LOG_NAME
     inputs: dict[str, Input] = {"traces": traces_run.folder}
@@ -251,11 +260,22 @@ def distill(
     else:
         inputs["student"] = locate(student)
         load_student = partial(finetune.load_trainable, locate(student), dequantize=dequantize)
-    prepared = list[finetune.Prepared]()
+    prepared, teacher_logits = list[finetune.Prepared](), None
 
     def prepare(resuming: bool) -> None:
-        prepared.append(finetune.prepare(load_student, data, config, {}, on_prepared, where=student))
+        if not prepared:
+            prepared.append(finetune.prepare(load_student, data, config, {}, on_prepared, where=student))
 
+    if config.logits is not None:
+        if is_url(teacher):
+            todo = "leave out --logits, or give the teacher's own weights"
+            raise ConfigError("a server does not say its distributions", where=teacher, todo=todo)
+        prepare(False)
+        ready, settings = prepared[0], config.logits.model_dump(include=set(LogitsCacheConfig.model_fields))
+        cache = LogitsCacheConfig.model_validate(settings)
+        folder = logits_folder(out)
+        logits_run = cache_logits(locate(teacher), ready.tokenizer, ready.rows, folder, cache, on_size=on_size)
+        inputs["logits"], teacher_logits = folder, TeacherLogits(logits_run.artifact, ready.rows)
     run = open_run(
         out,
         stage="distill",
@@ -266,7 +286,8 @@ def distill(
         prepare=prepare,
     )
     if not run.done:
-        finetune.train(run, prepared[0], student)
+        loss_fn = None if not teacher_logits or not config.logits else logits_loss(teacher_logits, config.logits)
+        finetune.train(run, prepared[0], student, loss_fn)
     return run
 
 
