@@ -95,7 +95,7 @@ def distill(  # size: an option a line
             raise ConfigError(f"{name} is missing", where="distill", todo=f"give it: {name} …")
     assert student is not None and out is not None
     from sprat.data.conversations import parse_column_map
-    from sprat.post import teach
+    from sprat.post import collect, teach
     from sprat.post.teachers import Limits
 
     said = {
@@ -110,10 +110,11 @@ def distill(  # size: an option a line
     config = _config(student, said, recipe, overrides)
     if logits and config.logits is None:
         config = config.replace(logits={})
+    teach.check_student(teacher, student, config, tokenizer)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     limits = Limits(concurrency=concurrency, seconds=timeout, max_faults=max_faults)
     with progress_bar("answers") as on_progress:
-        traces_run = teach.collect_traces(
+        traces_run = collect.collect_traces(
             teacher,
             teach.traces_folder(out),
             config.traces,

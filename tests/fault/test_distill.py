@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sprat.config.teach import TracesConfig
-from sprat.post.teach import collect_traces
+from sprat.post.collect import collect_traces
 from sprat.post.teachers import Limits
 from tests.unit.post.fake_teacher import completion, fake_teacher, reply
 
 COLLECT = """
 import sys
 from sprat.config.teach import TracesConfig
-from sprat.post.teach import collect_traces
+from sprat.post.collect import collect_traces
 from sprat.post.teachers import Limits
 config = TracesConfig(teacher_model="wise", licence="MIT")
 collect_traces(sys.argv[1], sys.argv[2], config, data=sys.argv[3], limits=Limits(concurrency=2))

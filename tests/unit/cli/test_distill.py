@@ -75,7 +75,10 @@ def test_a_server_teaches_a_fresh_student_and_its_key_is_nowhere(
         (["MODEL", "--student", "pico", "--out", "x", "--data", "QUESTIONS", "--price", "1.5"], 2, "no price"),
         (["MODEL", "--student", "pico", "--out", "x", "--init-from", "y"], 2, "--init-from"),
         (["nowhere", "--student", "pico", "--out", "x", "--data", "QUESTIONS"], 4, "no such model folder"),
-        (["https://h/v1", "--student", "pico", "--out", "x", "--data", "QUESTIONS"], 2, "--teacher-model NAME"),
+        (["https://h/v1", "--student", "MODEL", "--out", "x", "--data", "QUESTIONS"], 2, "--teacher-model NAME"),
+        (["https://h/v1", "--student", "pico", "--out", "x", "--data", "QUESTIONS"], 2, "--tokenizer MODEL"),
+        (["https://h/v1", "--student", "nowhere", "--out", "x", "--data", "QUESTIONS"], 4, "no such model folder"),
+        (["https://h/v1", "--student", "MODEL", "--logits", "--out", "x", "--data", "QUESTIONS"], 2, "distributions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence_and_nothing_is_made(
@@ -130,5 +133,7 @@ def test_the_page_on_distillation_is_true(tmp_path: Path, monkeypatch: pytest.Mo
         for line in lines:
             done = sprat_command(*shlex.split(line.replace("http://127.0.0.1:8000", url))[1:])
             assert done.exit_code == 0, (line, done.stderr)
+            assert ("distributions take" in done.stderr) == ("--logits" in line)
+    assert json.loads(Path("runs/tiny/run.json").read_text())["inputs"]["logits"]["path"] == "tiny-logits"
     rows = [json.loads(line) for line in Path("runs/mine-traces/artefact/traces.jsonl").read_text().splitlines()]
     assert len(rows) >= 15 and sum(row["messages"][-1]["content"] == "two" for row in rows) > len(rows) / 2

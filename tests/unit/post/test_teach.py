@@ -16,7 +16,8 @@ from sprat.errors import ConfigError, DataError, MachineError, ServeError, Train
 from sprat.files.lock import lock_folder
 from sprat.formats.load import load, save
 from sprat.model import Transformer
-from sprat.post.teach import collect_traces, distill, traces_folder
+from sprat.post.collect import collect_traces
+from sprat.post.teach import distill, traces_folder
 from sprat.post.teachers import Limits
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run

@@ -16,7 +16,7 @@ from sprat.data.pack import PackedDataset, pack
 from sprat.errors import ConfigError, MachineError
 from sprat.formats.load import load, save
 from sprat.model import Transformer
-from sprat.post import teach, teacher_logits
+from sprat.post import collect, teach, teacher_logits
 from sprat.post.teacher_logits import TeacherLogits, cache_bytes, cache_logits, check_same_tokenizer, logits_loss
 from sprat.tokens import Message, Tokenizer, render
 from sprat.train import losses
@@ -136,7 +136,7 @@ def test_a_student_learns_more_of_a_distribution_than_of_its_samples(
     }
     config = TeachConfig.model_validate(table)
     out, name = tmp_path / "runs" / "plain", str(tmp_path / "teacher")
-    traces = teach.collect_traces(name, teach.traces_folder(out), config.traces, data=data)
+    traces = collect.collect_traces(name, teach.traces_folder(out), config.traces, data=data)
     student = str(tmp_path / "student")
     plain = teach.distill(name, student, out, config, traces)
     pulled_config = config.replace(logits={"weight": 1.0, "top_k": 20})
