@@ -130,7 +130,13 @@ class HTTPTeacher:
         if key and self._parts.scheme == "http" and not _is_private(self._parts.hostname or ""):
             todo = "use https, or a tunnel to this machine"
             raise ConfigError("the key would travel unencrypted", where=self.url, todo=todo)
-        self._key = key
+        self._key, self._open = key, set[socket.socket]()
+
+    def abort(self) -> None:
+        """Give up all requests in flight, which may be paid for all the same."""
+        self.stopping.set()
+        for sock in list(self._open):
+            _shut(sock)
 
     def ask(self, prompt: Sequence[Message], sample: int = 0) -> TeacherAnswer:
         """Answer number ``sample`` to ``prompt``.
@@ -189,20 +195,20 @@ class HTTPTeacher:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "sprat"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        connection, expired, opened = self._connection(), threading.Event(), list[socket.socket]()
+        connection, expired, sock = self._connection(), threading.Event(), None
 
         def expire() -> None:
             expired.set()
-            for sock in opened:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            if sock is not None:
+                _shut(sock)
 
         watchdog = threading.Timer(self.limits.seconds, expire)
         watchdog.daemon = True
         watchdog.start()
         try:
             connection.connect()
-            opened.append(connection.sock)  # a response that ends with the connection takes it away from there
+            sock = connection.sock  # a response that ends with the connection takes it away from there
+            self._open.add(sock)
             connection.request("POST", f"{self._parts.path}/chat/completions", body, headers)
             with connection.getresponse() as response:
                 content = response.read(self.limits.max_bytes + 1)
@@ -215,6 +221,7 @@ class HTTPTeacher:
             raise
         finally:
             watchdog.cancel()
+            self._open.discard(sock)
             connection.close()
         if expired.is_set():
             raise TimeoutError
@@ -276,6 +283,12 @@ class HTTPTeacher:
             todo = f"it points to {target}: give that address if you trust it; no key is sent on"
         words = " ".join(detail.split())
         return ServeError(f"the teacher answers HTTP {status}: {words}".rstrip(": "), where=self.url, todo=todo)
+
+
+def _shut(sock: socket.socket) -> None:
+    """End what another thread reads from ``sock``, encrypted or not."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def check_url(url: str) -> str:

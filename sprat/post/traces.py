@@ -18,10 +18,11 @@ section 2.4.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ WRONG, SAID_BEFORE, SENT_BEFORE = (
 _LOCAL_BATCH = 32  # questions that a local teacher answers between two writes
 _CLASS_PROBLEMS = 100  # of a class that does not say how many it has
 
+log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
 
@@ -101,8 +103,8 @@ class AnswerBook:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             atomic.write_bytes(self.path, whole)
-        for line in whole.split(b"\n")[:-1]:
-            self._note(json.loads(line))
+        for row in _parse_lines(whole, self.path):
+            self._note(row)
 
     def add(self, question: Question, sample: int, answer: TeacherAnswer) -> None:
         """Write an answer down; it is on the disk when this returns. Any thread may call it."""
@@ -217,11 +219,17 @@ def ask_server(teacher: HTTPTeacher) -> Teacher:
                 on_progress(len(book.rows), total)
 
         with ThreadPoolExecutor(limits.concurrency, "sprat-teacher") as pool:
+            futures = [pool.submit(work) for _ in range(limits.concurrency)]
             try:
-                for future in [pool.submit(work) for _ in range(limits.concurrency)]:
-                    future.result()
-            finally:
+                wait(futures)
+            except KeyboardInterrupt:
                 teacher.stopping.set()
+                log.warning("waiting for the answers in flight, which are paid for; Ctrl-C again gives them up")
+                try:
+                    wait(futures)
+                finally:
+                    teacher.abort()
+                raise
         if failure:
             raise failure[0]
 
@@ -271,6 +279,24 @@ def ask_engine(engine: Engine, config: TracesConfig) -> Teacher:
     return ask
 
 
+def _parse_lines(content: bytes, path: Path) -> list[Row]:
+    """The rows of whole lines; what stands behind the last line's end is no row yet.
+
+    Raises:
+        DataError: a line is none that was written here.
+    """
+    rows = list[Row]()
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            row["key"], row["sample"], row["fault"], row["response_id"], row["messages"][-1]["content"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            todo = "take that line out; its question will be asked again"
+            raise DataError("not an answer of a teacher", where=f"{path}, line {number}", todo=todo) from None
+        rows.append(row)
+    return rows
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The answers of a run that is finished, open or set aside; none where there is none."""
     rows: list[Row] = []
@@ -279,8 +305,7 @@ def read_rows(folder: Path) -> list[Row]:
         folder / "artefact" / LOG_NAME,
         folder / "artefact" / REJECTED_NAME,
     ):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        rows += [json.loads(line) for line in lines]
+        rows += _parse_lines(path.read_bytes(), path) if path.is_file() else []
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,8 +46,10 @@ class FakeTeacher:
 
 
 @contextmanager
-def fake_teacher(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[FakeTeacher]:
-    """A running ``FakeTeacher``; its ``url`` ends with /v1."""
+def fake_teacher(
+    answer: Callable[[dict[str, Any], int], Reply], context: ssl.SSLContext | None = None
+) -> Iterator[FakeTeacher]:
+    """A running ``FakeTeacher``; its ``url`` ends with /v1, and is encrypted where there is a ``context``."""
     teacher = FakeTeacher(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -74,9 +77,12 @@ def fake_teacher(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Fak
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    teacher.url = f"http://127.0.0.1:{server.server_port}/v1"
+    host = "http://127.0.0.1" if context is None else "https://localhost"
+    teacher.url = f"{host}:{server.server_port}/v1"
     try:
         yield teacher
     finally:

@@ -150,6 +150,20 @@ def test_only_right_answers_of_a_task_are_learned_and_none_it_is_tested_on(folde
     assert run.facts["kept"] == 5 and run.facts["rejected"] == {"a wrong answer": 4}
 
 
+def test_a_damaged_answer_is_named_by_its_line(data: Path, folder: Path) -> None:
+    broken = (200, {"Content-Type": "text/html"}, b"")
+    with fake_teacher(
+        lambda body, before: honest(body, before) if len(body["messages"][-1]["content"]) == 1 else broken
+    ) as fake:
+        limits = Limits(concurrency=1, max_faults=0.0, min_asked=5)
+        with pytest.raises(ServeError):
+            collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+        log = folder / "checkpoints" / "traces.jsonl"
+        log.write_text(log.read_text().replace('"key"', '"kee"', 2).replace('"kee"', '"key"', 1))
+        with pytest.raises(DataError, match=r"traces.jsonl, line 2\).*asked again"):
+            collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+
+
 def test_two_cannot_ask_at_once(data: Path, folder: Path) -> None:
     with fake_teacher(honest) as fake:
         (folder / "checkpoints").mkdir(parents=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import ssl
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +184,20 @@ def test_an_address_or_a_key_that_cannot_be_is_one_sentence(url: str, key: str, 
         HTTPTeacher(url, CONFIG, key=key)
     assert "pass" not in str(failed.value)
     assert HTTPTeacher("http://192.168.1.5:8000/v1", CONFIG, key="k").url == "http://192.168.1.5:8000/v1"
+
+
+def test_a_certificate_of_nobody_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1", *files]
+    subprocess.run(words, check=True, capture_output=True)
+    monkeypatch.setenv("no_proxy", "*")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with fake_teacher(lambda request, before: reply(completion("4")), context) as fake:
+        with pytest.raises(ServeError, match="no trust in the certificate"):
+            HTTPTeacher(fake.url, CONFIG, key="secret-1", limits=QUICK).ask(PROMPT)
+        assert not fake.log
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert HTTPTeacher(fake.url, CONFIG, key="secret-1", limits=QUICK).ask(PROMPT).text == "4"
