@@ -41,6 +41,8 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Answers t
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Of the teacher; 0.7 if left out.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of an answer; 1024 if left out.")]
 _TOKENIZER_HELP = "Whose tokenizer fresh weights get; the teacher's if left out."
+_SPANS_HELP = "Learn how likely it finds each piece of an answer; for a student with another tokenizer."
+Spans = Annotated[bool, typer.Option("--spans", help=_SPANS_HELP)]
 _LOGITS_HELP = "Learn from the teacher's distributions too, which need its weights and its tokenizer."
 Logits = Annotated[bool, typer.Option("--logits", help=_LOGITS_HELP)]
 TokenizerOf = Annotated[str | None, typer.Option("--tokenizer", metavar="MODEL", help=_TOKENIZER_HELP)]
@@ -67,6 +69,7 @@ def distill(  # size: an option a line
     max_tokens: MaxTokens = None,
     tokenizer: TokenizerOf = None,
     logits: Logits = False,
+    spans: Spans = False,
     concurrency: Concurrency = 4,
     timeout: Timeout = 600.0,
     max_faults: MaxFaults = 0.5,
@@ -110,6 +113,8 @@ def distill(  # size: an option a line
     config = _config(student, said, recipe, overrides)
     if logits and config.logits is None:
         config = config.replace(logits={})
+    if spans and config.spans is None:
+        config = config.replace(spans={})
     teach.check_student(teacher, student, config, tokenizer)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     limits = Limits(concurrency=concurrency, seconds=timeout, max_faults=max_faults)

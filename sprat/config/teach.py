@@ -44,11 +44,18 @@ class LogitsConfig(LogitsCacheConfig):
     weight: float = Field(0.5, ge=0, le=1)  # of the divergence; the rest is cross-entropy
 
 
+class SpansConfig(Config):
+    """How a student with another tokenizer is pulled to how likely the teacher finds each piece of an answer."""
+
+    weight: float = Field(0.5, ge=0, le=1)  # of the pieces' divergence; the rest is cross-entropy
+
+
 class TeachConfig(FinetuneConfig):
-    """SFT on a teacher's traces; with ``logits`` also towards its distributions."""
+    """SFT on a teacher's traces; with ``logits`` also towards its distributions, with ``spans`` its likelihoods."""
 
     traces: TracesConfig = TracesConfig()
     logits: LogitsConfig | None = None
+    spans: SpansConfig | None = None
 
 
 class ServerConfig(Config):

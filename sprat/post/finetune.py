@@ -46,11 +46,12 @@ LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs, checked."""
+    """All that a run needs, checked; ``rows`` are made of ``examples``."""
 
     model: Transformer
     tokenizer: Tokenizer
     config: FinetuneConfig
+    examples: tuple[Example, ...]
     rows: PackedDataset
     held_out: PackedDataset | None
     facts: dict[str, Any]
@@ -149,7 +150,7 @@ def prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    return Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), shown.rows, held_out, facts)
+    return Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), train, shown.rows, held_out, facts)
 
 
 def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:

@@ -21,6 +21,7 @@ from sprat.model import Transformer, count_parameters
 from sprat.post import finetune
 from sprat.post.collect import is_url
 from sprat.post.finetune import OnPrepared
+from sprat.post.span_likelihood import SpanTargets, span_loss, span_targets
 from sprat.post.teacher_logits import OnSize, TeacherLogits, cache_logits, logits_loss
 from sprat.post.traces import LOG_NAME
 from sprat.tokens import Tokenizer
@@ -88,6 +89,8 @@ def distill(
         logits_run = _cache_logits(teacher, prepared[0], out, config.logits, on_size)
         inputs["logits"] = logits_run.folder
         loss_fn = logits_loss(TeacherLogits(logits_run.artifact, prepared[0].rows), config.logits)
+    if config.spans is not None:
+        inputs["teacher"] = locate(teacher)
     run = open_run(
         out,
         stage="distill",
@@ -98,6 +101,10 @@ def distill(
         prepare=prepare,
     )
     if not run.done:
+        if config.spans is not None:
+            targets = _span_targets(teacher, prepared[0], config)
+            run.add_facts(spans=targets.counts)
+            loss_fn = span_loss(targets, config.spans.weight)
         finetune.train(run, prepared[0], student, loss_fn)
     return run
 
@@ -108,8 +115,11 @@ def check_student(teacher: str, student: str, config: TeachConfig, tokenizer: st
     Raises:
         ConfigError, CheckpointError: it cannot.
     """
-    if config.logits is not None and is_url(teacher):
-        todo = "leave out --logits, or give the teacher's own weights"
+    if config.logits is not None and config.spans is not None:
+        todo = "use --logits where the tokenizers are the same, --spans where they are not"
+        raise ConfigError("distributions and spans are two ways to the same", where="distill", todo=todo)
+    if (config.logits or config.spans) is not None and is_url(teacher):
+        todo = "leave out --logits and --spans, or give the teacher's own weights"
         raise ConfigError("a server does not say its distributions", where=teacher, todo=todo)
     locate(_tokenizer_source(teacher, tokenizer) if _is_size(student) else student)
 
@@ -124,6 +134,12 @@ def _cache_logits(teacher: str, ready: finetune.Prepared, out: Path, config: Log
     settings = config.model_dump(include=set(LogitsCacheConfig.model_fields))
     cache, folder = LogitsCacheConfig.model_validate(settings), logits_folder(out)
     return cache_logits(locate(teacher), ready.tokenizer, ready.rows, folder, cache, on_size=on_size)
+
+
+def _span_targets(teacher: str, ready: finetune.Prepared, config: TeachConfig) -> SpanTargets:
+    """How likely the teacher finds the pieces of what the student learns."""
+    model, tokenizer = load(locate(teacher))
+    return span_targets(model, tokenizer, ready.tokenizer, ready.examples, ready.rows, config)
 
 
 def _tokenizer_source(teacher: str, tokenizer: str | None) -> str:

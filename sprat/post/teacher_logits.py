@@ -10,7 +10,7 @@ kept the k likeliest words, their log-probabilities, and the log of what all oth
 goes on with the next one; the run is finished, and can be read, when all are there. What is read is divided by its sum,
 so that rounding makes no distribution of more or less than one.
 
-The two tokenizers must be one: the same text for each id. With different ones a student learns from traces.
+The two tokenizers must be one: the same text for each id. For different ones there is ``span_likelihood``.
 """
 
 # R rows, N places with loss, K words kept, B buckets, V words
@@ -63,7 +63,7 @@ def check_same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
     """
     if teacher.digest == student.digest:
         return
-    todo = "learn from traces alone (without --logits), or take a student with the teacher's tokenizer"
+    todo = "use --spans in place of --logits, or take a student with the teacher's tokenizer"
     if teacher.vocab_size != student.vocab_size:
         what = f"the teacher's tokenizer has {teacher.vocab_size} ids, the student's {student.vocab_size}"
         raise ConfigError(what, where="logits", todo=todo)
@@ -228,13 +228,7 @@ def logits_loss(teacher: TeacherLogits, config: LogitsConfig) -> losses.LossFn:
         targets_N, share = batch.targets_BT[selected_BT], 1 / max(losses.num_targets(whole.targets_BT), 1)
         sums = head_divergence(hidden.x_BTD[selected_BT], head_VD, targets_N, ids_NK, teacher_NB, config)
         total, divergence, ce = (each * share for each in sums)
-        metrics, routing = {"loss": ce.item(), "divergence": divergence.item()}, list(hidden.routing)
-        if model.mtp and settings.mtp_weight > 0:
-            mtp, mtp_routing = losses.mtp_term(model, hidden, batch, whole)
-            total, metrics["mtp_loss"] = total + settings.mtp_weight * mtp, mtp.item()
-            routing += mtp_routing
-        if settings.balance_weight > 0 and hidden.routing:
-            total = total + settings.balance_weight * losses.balance_term(hidden.routing, batch, whole)
-        return losses.Loss(total, metrics, [each.load_E for each in routing])
+        metrics = {"loss": ce.item(), "divergence": divergence.item()}
+        return losses.with_auxiliary(total, metrics, model, hidden, batch, whole, settings)
 
     return loss

@@ -90,9 +90,22 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
     head_VD = model.head.dense_weight()
     num_items = num_targets(step_batch.targets_BT)
     main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=num_items)
-    total, metrics, routing = main, {"loss": main.item()}, list(hidden.routing)
+    return with_auxiliary(main, {"loss": main.item()}, model, hidden, batch, step_batch, config)
+
+
+def with_auxiliary(
+    total: Tensor,
+    metrics: dict[str, float],
+    model: Transformer,
+    hidden: Hidden,
+    batch: Batch,
+    step_batch: Batch,
+    config: LoopConfig,
+) -> Loss:
+    """``total`` with the MTP modules' loss and the router's balance, as ``config`` weighs them; and ``metrics``."""
+    routing = list(hidden.routing)
     if model.mtp and config.mtp_weight > 0:
-        mtp, mtp_routing = mtp_term(model, hidden, batch, step_batch)
+        mtp, mtp_routing = _mtp_term(model, hidden, batch, step_batch)
         routing += mtp_routing
         total, metrics["mtp_loss"] = total + config.mtp_weight * mtp, mtp.item()
     if config.balance_weight > 0 and hidden.routing:
@@ -111,7 +124,7 @@ def balance_term(routing: list[Routing], batch: Batch, step_batch: Batch) -> Ten
     return torch.stack([balance_loss(each, rows) for each in routing]).mean() * (rows / len(step_batch))
 
 
-def mtp_term(model: Transformer, hidden: Hidden, batch: Batch, step_batch: Batch) -> tuple[Tensor, list[Routing]]:
+def _mtp_term(model: Transformer, hidden: Hidden, batch: Batch, step_batch: Batch) -> tuple[Tensor, list[Routing]]:
     """The share that ``batch`` has in the MTP loss of ``step_batch``, a mean over depths; and the modules' routing."""
     losses, routing, head_VD = [], list[Routing](), model.head.dense_weight()
     for depth, (ahead, targets_BT) in enumerate(mtp_outputs(model, hidden, batch), 1):
