@@ -21,10 +21,11 @@ from sprat.model import Transformer, count_parameters
 from sprat.post import finetune
 from sprat.post.collect import is_url
 from sprat.post.finetune import OnPrepared
-from sprat.post.span_likelihood import SpanTargets, span_loss, span_targets
+from sprat.post.span_likelihood import span_loss, span_targets
 from sprat.post.teacher_logits import OnSize, TeacherLogits, cache_logits, logits_loss
 from sprat.post.traces import LOG_NAME
 from sprat.tokens import Tokenizer
+from sprat.train.losses import LossFn
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 from sprat.trust.run_record import Input
@@ -62,8 +63,7 @@ def distill(
         out: the run's folder, in the folder of the traces.
         tokenizer: a model whose tokenizer a fresh student gets; the teacher, if not given.
         dequantize: train a quantised student as the dense one that its codes stand for.
-        on_prepared: is shown what will be trained, before it is.
-        on_size: with ``config.logits``, is told how many bytes the teacher's distributions take, before they are made.
+        on_prepared, on_size: are shown, before, what is trained and how many bytes the teacher's distributions take.
 
     Raises:
         SpratError: see ``finetune.finetune`` and ``teacher_logits.cache_logits``.
@@ -76,8 +76,8 @@ def distill(
         inputs |= {"student": NewStudentConfig(size=student), "tokenizer": source}
         load_student = partial(create_student, student, source, config.seed)
     else:
-        inputs["student"] = locate(student)
-        load_student = partial(finetune.load_trainable, locate(student), dequantize=dequantize)
+        inputs["student"] = path = locate(student)
+        load_student = partial(finetune.load_trainable, path, dequantize=dequantize)
     prepared, loss_fn = list[finetune.Prepared](), None
 
     def prepare(resuming: bool) -> None:
@@ -101,11 +101,7 @@ def distill(
         prepare=prepare,
     )
     if not run.done:
-        if config.spans is not None:
-            targets = _span_targets(teacher, prepared[0], config)
-            run.add_facts(spans=targets.counts)
-            loss_fn = span_loss(targets, config.spans.weight)
-        finetune.train(run, prepared[0], student, loss_fn)
+        finetune.train(run, prepared[0], student, loss_fn or _spans_loss(run, teacher, prepared[0], config))
     return run
 
 
@@ -136,10 +132,14 @@ def _cache_logits(teacher: str, ready: finetune.Prepared, out: Path, config: Log
     return cache_logits(locate(teacher), ready.tokenizer, ready.rows, folder, cache, on_size=on_size)
 
 
-def _span_targets(teacher: str, ready: finetune.Prepared, config: TeachConfig) -> SpanTargets:
-    """How likely the teacher finds the pieces of what the student learns."""
+def _spans_loss(run: Run, teacher: str, ready: finetune.Prepared, config: TeachConfig) -> LossFn | None:
+    """The loss that matches how likely the teacher finds the pieces of what the student learns; None without them."""
+    if config.spans is None:
+        return None
     model, tokenizer = load(locate(teacher))
-    return span_targets(model, tokenizer, ready.tokenizer, ready.examples, ready.rows, config)
+    targets = span_targets(model, tokenizer, ready.tokenizer, ready.examples, ready.rows, config)
+    run.add_facts(spans=targets.counts)
+    return span_loss(targets, config.spans.weight)
 
 
 def _tokenizer_source(teacher: str, tokenizer: str | None) -> str:
