@@ -106,12 +106,12 @@ def _finetune(
     config = load_finetune_config(stage, lora=lora, recipe=recipe, overrides=overrides or ())
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     run = finetune(
-        model, data, out, config, column_map=column_map, replay=replay, dequantize=dequantize, on_prepared=_show
+        model, data, out, config, column_map=column_map, replay=replay, dequantize=dequantize, on_prepared=show_examples
     )
-    return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
+    return Result({"run": str(run.folder), "model": str(model), **run.record}, summary(run))
 
 
-def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
+def show_examples(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
     """A few examples as the model sees them, on stderr; what it learns is marked."""
     from rich.console import Console
     from rich.text import Text
@@ -128,7 +128,7 @@ def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
     print_err(f"sprat: {json.dumps(encoded.counts)}")
 
 
-def _summary(run: Run) -> str:
+def summary(run: Run) -> str:
     """What came of it, for a person."""
     facts: dict[str, Any] = run.facts
     lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]

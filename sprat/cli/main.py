@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from sprat import __version__
 from sprat.cli import (
     certify,
+    distill,
     doctor,
     evaluate,
     export,
@@ -74,7 +75,7 @@ VERBS = (
     ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", stages.rl, "Reinforcement learning with rule rewards."),
-    ("distill", stages.distill, "A small student from the teacher."),
+    ("distill", distill.distill, "A student from any teacher's answers."),
     ("quantize", quantize.quantize, "Any model, or a road's student, in INT4 or INT8."),
     ("merge", export.merge, "Put an adapter into the weights of its base."),
     ("export", export.export, "Take a model away: GGUF, Hugging Face."),

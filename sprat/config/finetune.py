@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from sprat.config.base import Config, load, parse
+from sprat.config.base import Config, load, merge_tables, parse
 from sprat.config.model import LoRAConfig
-from sprat.config.pretrain import merge_tables
 from sprat.config.recipe import OptimConfig, TrainConfig
 
-_LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
+LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
 
 class FinetuneOptimConfig(OptimConfig):
@@ -94,5 +93,5 @@ def load_finetune_config(
     if recipe is not None:
         rank = [] if lora is None else [f"lora.rank={lora}"]
         return load(config_class, recipe, (*rank, *overrides))
-    adapters = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": _LORA_LR}}
+    adapters = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": LORA_LR}}
     return parse(config_class, merge_tables(adapters, table or {}), where=where or stage, overrides=overrides)

@@ -90,7 +90,7 @@ def load_quantize_config(
     chosen = override(dict(table or {}), overrides)
     decided = method is not None or base.needs_text or {"rounding", "awq", "clip"} & chosen.keys()
     settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
-    merged = merge_tables(override(base.model_dump(mode="json"), settled), table or {})
+    merged = merge_tables(override(base.model_dump(mode="json"), settled), dict(table or {}))
     config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)
     if has_text and not config.needs_text and config.clip != "mse":
         todo = "leave out --calibrate, or use gptq, awq or clip=mse"

@@ -142,11 +142,11 @@ def reference_logprobs(
             x_ND, targets_N, pair_N, chosen_N = _answers(x_BTD, batch)
             logprob_N, _ = losses.token_logprob(x_ND, model.head.dense_weight(), targets_N)
         sums_2B = _sums(logprob_N, pair_N, chosen_N, len(batch))
-        table |= {key: (float(c), float(r)) for key, c, r in zip(_keys(batch), *sums_2B, strict=True)}
+        table |= {key: (float(c), float(r)) for key, c, r in zip(row_keys(batch), *sums_2B, strict=True)}
     model.train(training)
 
     def lookup(batch: Batch) -> tuple[Tensor, Tensor]:
-        logprobs_B2 = torch.tensor([table[key] for key in _keys(batch)], device=batch.tokens_BT.device)
+        logprobs_B2 = torch.tensor([table[key] for key in row_keys(batch)], device=batch.tokens_BT.device)
         return logprobs_B2[:, 0], logprobs_B2[:, 1]
 
     return lookup
@@ -163,7 +163,7 @@ def mean_metrics(
     return dict(total)
 
 
-def _keys(batch: Batch) -> list[bytes]:
+def row_keys(batch: Batch) -> list[bytes]:
     """What tells a row from others."""
     both = torch.cat([batch.tokens_BT, batch.segments_BT, batch.targets_BT], 1).cpu()
     return [row.numpy().tobytes() for row in both]

@@ -56,7 +56,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
     how, seq_len = config.examples.too_long, config.seq_len
     for example in examples:
         try:
-            encoded = _encode(tokenizer, example, keep_reasoning=config.examples.reasoning == "keep")
+            encoded = encode_example(tokenizer, example, keep_reasoning=config.examples.reasoning == "keep")
         except DataError as error:
             if config.examples.on_bad == "refuse":
                 raise DataError(error.what, where=str(example.where), todo=error.todo) from None
@@ -87,8 +87,12 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
     return EncodedExamples(sequences, rows, dict(counts))
 
 
-def _encode(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> list[MaskedIds]:
-    """The sequences of an example; of a pair, that of each answer."""
+def encode_example(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> list[MaskedIds]:
+    """The sequences of an example; of a pair, that of each answer.
+
+    Raises:
+        DataError: the model's chat format has no place for it.
+    """
     if isinstance(example, Text):
         ids = text_ids(tokenizer, example.text)
         return [(ids, [1] * len(ids))]

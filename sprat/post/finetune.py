@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,18 @@ from sprat.trust.run import Run, open_run
 
 _MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
+LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """All that a run needs, checked."""
+class Prepared:
+    """All that a run needs, checked; ``rows`` are made of ``examples``."""
 
     model: Transformer
     tokenizer: Tokenizer
     config: FinetuneConfig
     source: loader.MixedBatchSource
+    examples: tuple[Example, ...]
     rows: PackedDataset
     held_out: PackedDataset | None
     facts: dict[str, Any]
@@ -82,7 +85,7 @@ def finetune(
     Raises:
         SpratError: a model, data or recipe that cannot be, before anything was touched; or see ``train.loop.train``.
     """
-    out, prepared = Path(out), list[_Prepared]()
+    out, prepared = Path(out), list[Prepared]()
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
@@ -92,8 +95,10 @@ def finetune(
             raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
         inputs["replay"] = Path(replay)
 
-    def prepare(resuming: bool) -> None:
-        prepared.append(_prepare(inputs, config, column_map or {}, dequantize, on_prepared))
+    def check(resuming: bool) -> None:
+        load_model = partial(load_dense, model_path, dequantize=dequantize)
+        ready = prepare(load_model, data, config, column_map or {}, on_prepared, replay=inputs.get("replay"))
+        prepared.append(ready)
 
     run = open_run(
         out,
@@ -102,24 +107,33 @@ def finetune(
         inputs=inputs,
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
-        prepare=prepare,
+        prepare=check,
     )
     if not run.done:
-        _train(run, prepared[0], str(model))
+        train(run, prepared[0], str(model))
     return run
 
 
-def _prepare(
-    inputs: Mapping[str, Path],
+def prepare(
+    load_model: LoadModel,
+    data: Path,
     config: FinetuneConfig,
     column_map: Mapping[str, str],
-    dequantize: bool,
     on_prepared: OnPrepared,
-) -> _Prepared:
-    """The model and its rows, checked."""
-    model_path, data = inputs["model"], inputs["data"]
+    *,
+    replay: Path | None = None,
+) -> Prepared:
+    """The model and its rows, checked.
+
+    Args:
+        load_model: the model to train, with its tokenizer.
+        replay: text that is mixed in.
+
+    Raises:
+        SpratError: see ``finetune``.
+    """
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
-    model, tokenizer = load_dense(model_path, dequantize=dequantize)
+    model, tokenizer = load_model()
     if config.seq_len > model.config.max_position_embeddings:
         what = f"rows of {config.seq_len} tokens do not fit a context of {model.config.max_position_embeddings}"
         raise ConfigError(what, where="seq_len", todo=f"set seq_len={model.config.max_position_embeddings}")
@@ -139,12 +153,12 @@ def _prepare(
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
     parts = [(shown.rows, 1.0)]
-    if "replay" in inputs:
-        replayed = _text_rows(tokenizer, inputs["replay"], config.seq_len)
+    if replay is not None:
+        replayed = _text_rows(tokenizer, replay, config.seq_len)
         facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
         parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
     config, source = _resolve(config, parts)
-    return _Prepared(model, tokenizer, config, source, shown.rows, held_out, facts)
+    return Prepared(model, tokenizer, config, source, train, shown.rows, held_out, facts)
 
 
 def _text_rows(tokenizer: Tokenizer, path: Path, seq_len: int) -> PackedDataset:
@@ -174,15 +188,25 @@ def _resolve(
     return resolved, source
 
 
-def _train(run: Run, ready: _Prepared, base_model: str) -> None:
-    """Train, measure, save, finish."""
+def train(run: Run, ready: Prepared, base_model: str, loss_fn: losses.LossFn | None = None) -> None:
+    """Train, measure, save, finish.
+
+    Args:
+        base_model: what PEFT shall take an adapter's base to be.
+        loss_fn: what is minimized, where it is not what ``ready.config`` says.
+
+    Raises:
+        TrainingError, CheckpointError, MachineError: see ``train.loop.train``.
+    """
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
-    loss_fn, measure = _objective(model, config, ready.rows, held_out)
+    own_loss_fn, measure = _objective(model, config, ready.rows, held_out)
     if measure and "validation_before" not in run.facts:
         run.add_facts(validation_before=measure(model))
     every = config.eval_every if measure else 0
-    result = loop.train(model, ready.source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every)
+    result = loop.train(
+        model, ready.source, config, run, loss_fn=loss_fn or own_loss_fn, evaluate=measure, eval_every=every
+    )
     if measure:
         run.add_facts(validation_after=measure(model))
     run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second)

@@ -90,15 +90,23 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
     head_VD = model.head.dense_weight()
     num_items = num_targets(step_batch.targets_BT)
     main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=num_items)
-    total, metrics, routing = main, {"loss": main.item()}, list(hidden.routing)
+    return with_auxiliary(main, {"loss": main.item()}, model, hidden, batch, step_batch, config)
+
+
+def with_auxiliary(
+    total: Tensor,
+    metrics: dict[str, float],
+    model: Transformer,
+    hidden: Hidden,
+    batch: Batch,
+    step_batch: Batch,
+    config: LoopConfig,
+) -> Loss:
+    """``total`` with the MTP modules' loss and the router's balance, as ``config`` weighs them; and ``metrics``."""
+    routing = list(hidden.routing)
     if model.mtp and config.mtp_weight > 0:
-        losses = []
-        for depth, (ahead, targets_BT) in enumerate(mtp_outputs(model, hidden, batch), 1):
-            num_items = num_targets(mtp_targets(step_batch, depth))
-            x_ND, targets_N = ahead.x_BTD.flatten(0, 1), targets_BT.flatten()
-            losses.append(linear_cross_entropy(x_ND, head_VD, targets_N, num_items=num_items))
-            routing += ahead.routing
-        mtp = torch.stack(losses).mean()
+        mtp, mtp_routing = _mtp_term(model, hidden, batch, step_batch)
+        routing += mtp_routing
         total, metrics["mtp_loss"] = total + config.mtp_weight * mtp, mtp.item()
     if config.balance_weight > 0 and hidden.routing:
         total = total + config.balance_weight * balance_term(hidden.routing, batch, step_batch)
@@ -114,6 +122,17 @@ def balance_term(routing: list[Routing], batch: Batch, step_batch: Batch) -> Ten
     """The share that ``batch`` has in the balance loss of ``step_batch``: mean over rows and MoE layers."""
     rows = len(batch)
     return torch.stack([balance_loss(each, rows) for each in routing]).mean() * (rows / len(step_batch))
+
+
+def _mtp_term(model: Transformer, hidden: Hidden, batch: Batch, step_batch: Batch) -> tuple[Tensor, list[Routing]]:
+    """The share that ``batch`` has in the MTP loss of ``step_batch``, a mean over depths; and the modules' routing."""
+    losses, routing, head_VD = [], list[Routing](), model.head.dense_weight()
+    for depth, (ahead, targets_BT) in enumerate(mtp_outputs(model, hidden, batch), 1):
+        num_items = num_targets(mtp_targets(step_batch, depth))
+        x_ND, targets_N = ahead.x_BTD.flatten(0, 1), targets_BT.flatten()
+        losses.append(linear_cross_entropy(x_ND, head_VD, targets_N, num_items=num_items))
+        routing += ahead.routing
+    return torch.stack(losses).mean(), routing
 
 
 def mtp_outputs(model: Transformer, hidden: Hidden, batch: Batch) -> Iterator[tuple[Hidden, Tensor]]:
@@ -154,7 +173,7 @@ def token_logprob(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature:
     logprob_N = x_ND.new_empty(len(x_ND))
     entropy_N = torch.empty_like(logprob_N)
     with torch.no_grad(), _without_autocast(x_ND.device.type):
-        for rows in _chunks(x_ND, head_VD):
+        for rows in head_chunks(x_ND, head_VD):
             logits_CV = (x_ND[rows] @ head_VD.T).div_(temperature)
             logprob_N[rows], entropy_N[rows], _ = _softmax_(logits_CV, targets_N[rows])
     return logprob_N, entropy_N
@@ -211,7 +230,7 @@ def forward_kl(
     return loss, kl, ce
 
 
-def _chunks(x_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
+def head_chunks(x_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
     """Slices of rows whose logits fit the cache (on other devices than CPUs, a bounded memory)."""
     elements = _CHUNK_ELEMENTS if x_ND.device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
     step = max(16, elements // len(head_VD))
@@ -246,7 +265,7 @@ class _PolicyLoss(torch.autograd.Function):
         logprob_N = x_ND.new_empty(len(x_ND))
         entropy_N, loss = torch.empty_like(logprob_N), x_ND.new_zeros(())
         dx_ND, dhead_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
-        for rows in _chunks(x_ND, head_VD):
+        for rows in head_chunks(x_ND, head_VD):
             x_CD, targets_C = x_ND[rows], targets_N[rows]
             logits_CV = (x_CD @ head_VD.T).div_(temperature)
             logprob_N[rows], entropy_N[rows], p_CV = _softmax_(logits_CV, targets_C)
@@ -284,7 +303,7 @@ class _ForwardKL(torch.autograd.Function):
         rows_total = max(len(x_ND), 1)
         kl, ce = x_ND.new_zeros(()), x_ND.new_zeros(())
         dx_ND, dhead_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
-        for rows in _chunks(x_ND, head_VD):
+        for rows in head_chunks(x_ND, head_VD):
             x_CD, targets_C = x_ND[rows], targets_N[rows, None]
             logits_CV = x_CD @ head_VD.T
             dlogits_CV = torch.zeros_like(logits_CV)
