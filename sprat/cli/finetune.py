@@ -29,6 +29,8 @@ _MAP_HELP = "What a column of yours is called here; repeat it."
 Map = Annotated[list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help=_MAP_HELP)]
 _DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
+_EVAL_TASK_HELP = "Questions asked while it trains: a JSONL file, or file.py:Class; repeat for more."
+EvalTask = Annotated[list[str] | None, typer.Option("--eval-task", metavar="FILE", help=_EVAL_TASK_HELP)]
 _RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
 _NUM_SHOWN = 3  # examples
@@ -42,6 +44,7 @@ def sft(
     lora: Lora = None,
     map_columns: Map = None,
     dequantize: Dequantize = False,
+    eval_task: EvalTask = None,
     init_from: stages.InitFrom = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
@@ -52,6 +55,7 @@ def sft(
     """
     if model is None:
         given = {"--data": data, "--lora": lora, "--map": map_columns, "--dequantize": dequantize or None}
+        given["--eval-task"] = eval_task
         if alone := [name for name, value in given.items() if value is not None]:
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
@@ -59,7 +63,7 @@ def sft(
     if init_from is not None:
         todo = "leave it out: what was interrupted goes on by itself, with the same command"
         raise ConfigError("a road's station starts from a checkpoint", where="--init-from", todo=todo)
-    return _finetune("sft", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+    return _finetune("sft", model, data, out, lora, map_columns, dequantize, eval_task, recipe, overrides)
 
 
 def dpo(
@@ -69,6 +73,7 @@ def dpo(
     lora: Lora = None,
     map_columns: Map = None,
     dequantize: Dequantize = False,
+    eval_task: EvalTask = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -78,7 +83,7 @@ def dpo(
     """
     if model is None:
         raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
-    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, recipe, overrides)
+    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, eval_task, recipe, overrides)
 
 
 def _finetune(
@@ -89,6 +94,7 @@ def _finetune(
     lora: int | None,
     map_columns: list[str] | None,
     dequantize: bool,
+    eval_tasks: list[str] | None,
     recipe: str | None,
     overrides: Overrides,
 ) -> Result:
@@ -107,7 +113,16 @@ def _finetune(
     changes = (*adapters, *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
-    run = finetune(model, data, out, config, column_map=column_map, dequantize=dequantize, on_prepared=_show)
+    run = finetune(
+        model,
+        data,
+        out,
+        config,
+        column_map=column_map,
+        dequantize=dequantize,
+        eval_tasks=eval_tasks or (),
+        on_prepared=_show,
+    )
     return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))
 
 
@@ -131,7 +146,9 @@ def _show(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
 def _summary(run: Run) -> str:
     """What came of it, for a person."""
     facts: dict[str, Any] = run.facts
-    lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
+    lines = [f"{run.folder}: {facts['last_step']} of {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
+    if best := facts.get("best"):
+        lines.append(f"kept: the model of step {best['step']}, the best by {best['metric']}")
     for name, before in facts.get("validation_before", {}).items():
         lines.append(f"validation {name}: {before:.3f} before, {facts['validation_after'][name]:.3f} after")
     return "\n".join([*lines, f'ask it: sprat run {run.folder} "…"'])

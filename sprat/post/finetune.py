@@ -8,13 +8,17 @@ models only where that is asked for, because there a dense original exists that 
 A part of the examples, chosen by what they say and not by where they stand, is kept from training; its loss is
 measured before the first step, in between, and at the end, so that a run shows whether it learned more than by heart.
 
+The user's own tasks are asked at the same moments, and the answers to a few questions are kept (``post.evaluation``).
+By option the artefact is the model of the best evaluation, and training ends where none gets better.
+
 The artefact is the whole model, adapters merged, so that every other verb takes the run's folder as it is. Adapters
-stand beside it in ``adapter/``, in PEFT's layout.
+stand beside it in ``adapter/``, in PEFT's layout, and in ``checkpoint/`` what another run starts from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +34,14 @@ from sprat.formats import gguf, peft
 from sprat.formats.load import load, locate, save
 from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
-from sprat.post import dpo
+from sprat.post import dpo, evaluation
 from sprat.post.examples import EncodedExamples, encode_examples
 from sprat.quant import quantized_weights
+from sprat.tasks import UserClassTask, UserTask
 from sprat.tokens import Tokenizer
-from sprat.train import loop, losses
+from sprat.train import checkpoint, loop, losses
+from sprat.train.selection import Selection
+from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 
@@ -52,6 +59,9 @@ class _Prepared:
     rows: PackedDataset
     held_out: PackedDataset | None
     facts: dict[str, Any]
+    tasks: Sequence[UserTask | UserClassTask]
+    prompts: Sequence[evaluation.SamplePrompt]
+    selection: Selection
 
 
 def finetune(
@@ -62,6 +72,7 @@ def finetune(
     *,
     column_map: Mapping[str, str] | None = None,
     dequantize: bool = False,
+    eval_tasks: Sequence[str] = (),
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
 ) -> Run:
     """SFT of ``model`` on ``data``, or with a ``DPOConfig`` DPO; the finished run, also where it was finished before.
@@ -72,6 +83,7 @@ def finetune(
         out: the run's folder; its ledger lies in the folder above it.
         column_map: our names of columns to those of ``data``.
         dequantize: train a quantised model as the dense one that its codes stand for.
+        eval_tasks: tasks of the user's that are asked at each evaluation; see ``tasks.load_user_task``.
         on_prepared: is shown what will be trained, before it is.
 
     Raises:
@@ -81,15 +93,16 @@ def finetune(
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
+    tasks = evaluation.load_tasks(eval_tasks)
 
     def prepare(resuming: bool) -> None:
-        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, on_prepared))
+        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, tasks, on_prepared))
 
     run = open_run(
         out,
         stage="dpo" if isinstance(config, DPOConfig) else "sft",
         recipe=config,
-        inputs={"model": model_path, "data": data},
+        inputs={"model": model_path, "data": data} | {f"task:{task.name}": task.digest for task in tasks},
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
         prepare=prepare,
@@ -105,6 +118,7 @@ def _prepare(
     config: FinetuneConfig,
     column_map: Mapping[str, str],
     dequantize: bool,
+    tasks: Sequence[UserTask | UserClassTask],
     on_prepared: OnPrepared,
 ) -> _Prepared:
     """The model and its rows, checked."""
@@ -132,7 +146,27 @@ def _prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    return _Prepared(model, tokenizer, _resolve(config, shown.rows.num_rows), shown.rows, held_out, facts)
+    resolved, selection = _resolve(config, shown.rows.num_rows), _selection(config, tasks, held_out)
+    prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
+    return _Prepared(model, tokenizer, resolved, shown.rows, held_out, facts, tasks, prompts, selection)
+
+
+def _selection(
+    config: FinetuneConfig, tasks: Sequence[UserTask | UserClassTask], held_out: PackedDataset | None
+) -> Selection:
+    """What decides which evaluation is the best."""
+    if not config.keep_best and not config.patience:
+        return Selection(evaluate_last=True)
+    names = ("loss", *(("reward_margin", "reward_accuracy") if isinstance(config, DPOConfig) else ()))
+    metric, higher = evaluation.resolve_metric(config.best_metric, tasks, names if held_out is not None else ())
+    return Selection(
+        metric,
+        higher=higher,
+        keep=config.keep_best,
+        patience=config.patience,
+        min_delta=config.min_delta,
+        evaluate_last=True,
+    )
 
 
 def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
@@ -156,20 +190,58 @@ def _train(run: Run, ready: _Prepared, base_model: str) -> None:
     """Train, measure, save, finish."""
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
-    loss_fn, measure = _objective(model, config, ready.rows, held_out)
+    loss_fn, measure_loss = _objective(model, config, ready.rows, held_out)
+    measure = None
+    if measure_loss or ready.tasks or ready.prompts:
+        measure = evaluation.Evaluation(
+            ready.tokenizer,
+            config.eval,
+            loss=measure_loss,
+            tasks=ready.tasks,
+            prompts=ready.prompts,
+            seed=config.seed,
+            folder=run.checkpoints,
+        )
+        run.on_log = measure.write_samples
     if measure and "validation_before" not in run.facts:
-        run.add_facts(validation_before=measure(model))
+        before = loop.evaluate_now(model, measure)
+        run.truncate_metrics(-1)
+        run.log(0, **before)
+        run.add_facts(validation_before=_scores_of(before))
     source = loader.MixedBatchSource([(ready.rows, 1.0)], rows=config.batch_rows, seed=config.seed)
-    every = config.eval_every if measure else 0
-    result = loop.train(model, source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every)
+    every, selection = config.eval_every if measure else 0, ready.selection
+    result = loop.train(
+        model, source, config, run, loss_fn=loss_fn, evaluate=measure, eval_every=every, selection=selection
+    )
+    chosen = checkpoint.latest(run.checkpoints)
+    if config.keep_best and selection.step and (best := checkpoint.at_step(run.checkpoints, selection.step)):
+        checkpoint.restore_weights(best, model)
+        chosen = best
+        run.add_facts(best={"step": best.step, "metric": config.best_metric, "value": selection.value})
     if measure:
-        run.add_facts(validation_after=measure(model))
-    run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second)
+        rows = run_record.read_metrics(run.folder)
+        run.add_facts(validation_after=_scores_of(next(row for row in rows if chosen and row["step"] == chosen.step)))
+    run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second, last_step=result.steps)
+    _save(run, ready, base_model, chosen)
+    run.finish(flops=result.flops, tokens=result.tokens)
+
+
+def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a logged evaluation, as ``Evaluation`` calls them."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+
+
+def _save(run: Run, ready: _Prepared, base_model: str, chosen: checkpoint.Checkpoint | None) -> None:
+    """The artefact: adapters by themselves, the whole model, samples, and the checkpoint ``chosen``."""
+    model, config = ready.model, ready.config
+    if config.lora is not None or config.keep_checkpoint:
+        checkpoint.copy_to_artefact(chosen, run.artifact)
     if config.lora is not None:
         peft.save_peft(model, run.artifact / "adapter", base_model=base_model)
         merge_lora(model)
+    if (samples := run.checkpoints / evaluation.SAMPLES_FILE).is_file():
+        shutil.copyfile(samples, run.artifact / samples.name)
     save(model, ready.tokenizer, run.artifact)
-    run.finish(flops=result.flops, tokens=result.tokens)
 
 
 def _objective(
