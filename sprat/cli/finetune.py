@@ -60,10 +60,7 @@ def sft(
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
         return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
-    if init_from is not None:
-        todo = "leave it out: what was interrupted goes on by itself, with the same command"
-        raise ConfigError("a road's station starts from a checkpoint", where="--init-from", todo=todo)
-    return _finetune("sft", model, data, out, lora, map_columns, dequantize, eval_task, recipe, overrides)
+    return _finetune("sft", model, data, out, lora, map_columns, dequantize, eval_task, init_from, recipe, overrides)
 
 
 def dpo(
@@ -74,6 +71,7 @@ def dpo(
     map_columns: Map = None,
     dequantize: Dequantize = False,
     eval_task: EvalTask = None,
+    init_from: stages.InitFrom = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -83,7 +81,7 @@ def dpo(
     """
     if model is None:
         raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
-    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, eval_task, recipe, overrides)
+    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, eval_task, init_from, recipe, overrides)
 
 
 def _finetune(
@@ -95,6 +93,7 @@ def _finetune(
     map_columns: list[str] | None,
     dequantize: bool,
     eval_tasks: list[str] | None,
+    init_from: str | None,
     recipe: str | None,
     overrides: Overrides,
 ) -> Result:
@@ -110,7 +109,8 @@ def _finetune(
     assert data is not None and out is not None
     config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
     adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={_LORA_LR}"])]
-    changes = (*adapters, *(overrides or ()))
+    start = [] if init_from is None else [f"init_from={json.dumps(init_from)}"]
+    changes = (*adapters, *start, *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     run = finetune(

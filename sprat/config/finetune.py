@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sprat.config.base import Config
 from sprat.config.model import LoRAConfig
@@ -65,6 +65,12 @@ class FinetuneConfig(TrainConfig):
     log_every: int = Field(1, ge=1, lt=2**31)
     balance_weight: float = Field(0.0, ge=0, le=1e9)
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
+
+    @model_validator(mode="after")
+    def _check_init_state(self) -> Self:
+        if self.init_state == "continue" and not self.init_from:
+            raise ValueError("init_state=continue is for a run that starts from another's checkpoint (init_from)")
+        return self
 
 
 class DPOOptimConfig(FinetuneOptimConfig):

@@ -15,7 +15,6 @@ from sprat.data.document import safe_name
 from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.files import atomic
-from sprat.files.json import read_json
 from sprat.model import Transformer
 from sprat.pipeline.executor import notify
 from sprat.tasks import HeldOutTask, Problem, Split, Task, load
@@ -58,7 +57,7 @@ class Pipeline:
         self.require_finished(*(path for path in inputs.values() if isinstance(path, Path)))
         prepared: list[Any] = []
         init_from = recipe.init_from if check_start and isinstance(recipe, LoopConfig | GRPOConfig) else ""
-        init_from_input = self._init_from_input(name, recipe, init_from)
+        init_from_input = checkpoint.start_input(init_from, self.run_folder(name), recipe.digest())
 
         def prepare_and_check(resuming: bool) -> None:
             prepared.append(prepare(resuming))
@@ -109,25 +108,6 @@ class Pipeline:
         if not name or safe_name(name) != name:
             raise ConfigError("this cannot name a run", where=repr(name), todo="use letters, digits, - and _")
         return self.folder / name
-
-    def _init_from_input(self, name: str, recipe: Config, init_from: str) -> dict[str, Path | str]:
-        """The checkpoint to start from as an input; none where the run starts afresh.
-
-        A run may start from the one that lies in its own folder, which is then set aside; from then on its own record
-        knows by digest what it started from, also where that is gone.
-        """
-        if not init_from:
-            return {}
-        folder = self.run_folder(name)
-        for record in (read_json(folder / "run.json"), read_json(folder / "open.json")):
-            if record is not None and record.get("recipe_digest") == recipe.digest():
-                recorded_input = record.get("inputs", {}).get("init_from")
-                if recorded_input and checkpoint.parse_init_from(init_from)[0].resolve() == folder.resolve():
-                    try:
-                        return {"init_from": checkpoint.find_start(init_from, folder, recorded_input["digest"]).folder}
-                    except CheckpointError:
-                        return {"init_from": str(recorded_input["digest"])}
-        return {"init_from": checkpoint.find_start(init_from, folder).folder}
 
     @property
     def data_artifact(self) -> DataArtifact:

@@ -62,6 +62,7 @@ class _Prepared:
     tasks: Sequence[UserTask | UserClassTask]
     prompts: Sequence[evaluation.SamplePrompt]
     selection: Selection
+    start: checkpoint.Checkpoint | None
 
 
 def finetune(
@@ -94,15 +95,20 @@ def finetune(
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
     tasks = evaluation.load_tasks(eval_tasks)
+    start_input = checkpoint.start_input(config.init_from, out, config.digest())
 
     def prepare(resuming: bool) -> None:
-        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, tasks, on_prepared))
+        start = None
+        if start_input:
+            expected_digest = run_record.describe_input(start_input["init_from"], out.parent)["digest"]
+            start = checkpoint.find_start(config.init_from, out, expected_digest)
+        prepared.append(_prepare(model_path, data, config, column_map or {}, dequantize, tasks, start, on_prepared))
 
     run = open_run(
         out,
         stage="dpo" if isinstance(config, DPOConfig) else "sft",
         recipe=config,
-        inputs={"model": model_path, "data": data} | {f"task:{task.name}": task.digest for task in tasks},
+        inputs={"model": model_path, "data": data} | {f"task:{task.name}": task.digest for task in tasks} | start_input,
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
         prepare=prepare,
@@ -119,6 +125,7 @@ def _prepare(
     column_map: Mapping[str, str],
     dequantize: bool,
     tasks: Sequence[UserTask | UserClassTask],
+    start: checkpoint.Checkpoint | None,
     on_prepared: OnPrepared,
 ) -> _Prepared:
     """The model and its rows, checked."""
@@ -146,9 +153,15 @@ def _prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    resolved, selection = _resolve(config, shown.rows.num_rows), _selection(config, tasks, held_out)
+    resolved = _resolve(config, shown.rows.num_rows, start)
+    if start is not None and config.init_state == "continue":
+        loop.check_start(start, model, resolved)
+    elif start is not None:
+        checkpoint.restore_weights(start, model)
+        resolved = resolved.replace(init_from="")
+    selection = _selection(config, tasks, held_out)
     prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
-    return _Prepared(model, tokenizer, resolved, shown.rows, held_out, facts, tasks, prompts, selection)
+    return _Prepared(model, tokenizer, resolved, shown.rows, held_out, facts, tasks, prompts, selection, start)
 
 
 def _selection(
@@ -169,11 +182,12 @@ def _selection(
     )
 
 
-def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
+def _resolve(config: FinetuneConfig, rows: int, start: checkpoint.Checkpoint | None) -> FinetuneConfig:
     """``config`` with the steps that its epochs over ``rows`` rows take; batches are halved where the rows are few.
 
-    They keep two rows, which two cores share.
+    They keep two rows, which two cores share. Epochs that go on from ``start`` come after its steps.
     """
+    first = start.step if start is not None and config.init_state == "continue" else 0
     batch_rows = config.batch_rows
     while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
         batch_rows //= 2
@@ -181,7 +195,7 @@ def _resolve(config: FinetuneConfig, rows: int) -> FinetuneConfig:
     epoch = rows / batch_rows  # steps
     return config.replace(
         batch_rows=batch_rows,
-        steps=config.steps or max(1, round(config.epochs * epoch)),
+        steps=config.steps or first + max(1, round(config.epochs * epoch)),
         eval_every=config.eval_every or max(1, round(epoch)),
     )
 
@@ -190,7 +204,9 @@ def _train(run: Run, ready: _Prepared, base_model: str) -> None:
     """Train, measure, save, finish."""
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
-    loss_fn, measure_loss = _objective(model, config, ready.rows, held_out)
+    loss_fn, measure_loss = _objective(model, config, ready.rows, held_out)  # its reference is the model as it came
+    if ready.start is not None and config.init_from:
+        checkpoint.restore_weights(ready.start, model)
     measure = None
     if measure_loss or ready.tasks or ready.prompts:
         measure = evaluation.Evaluation(

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from sprat.errors import CheckpointError, MachineError, TrustError
 from sprat.files import atomic, digest
+from sprat.files.json import read_json
 from sprat.train.optim import OptimizersContainer
 
 MAX_CHECKPOINTS = 2
@@ -174,8 +175,30 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
                 return candidate
             seen.add(candidate.step)
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
-    todo = "name a training run as RUN or RUN@STEP; one that finished keeps the last at the full learning rate"
+    todo = "name a training run as RUN or RUN@STEP; one that finished keeps one step (sft and dpo: keep_checkpoint)"
     raise CheckpointError(what, where=f"init_from {init_from}", todo=todo)
+
+
+def start_input(init_from: str, run: Path, recipe_digest: str) -> dict[str, Path | str]:
+    """The checkpoint that ``init_from`` names as an input of ``run``; none where that is empty.
+
+    A run may start from the one that lies in its own folder, which is then set aside; from then on its own record
+    knows by digest what it started from, also where that is gone.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not init_from:
+        return {}
+    for record in (read_json(run / "run.json"), read_json(run / "open.json")):
+        if record is not None and record.get("recipe_digest") == recipe_digest:
+            recorded_input = record.get("inputs", {}).get("init_from")
+            if recorded_input and parse_init_from(init_from)[0].resolve() == run.resolve():
+                try:
+                    return {"init_from": find_start(init_from, run, recorded_input["digest"]).folder}
+                except CheckpointError:
+                    return {"init_from": str(recorded_input["digest"])}
+    return {"init_from": find_start(init_from, run).folder}
 
 
 def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
