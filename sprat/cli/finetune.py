@@ -31,6 +31,12 @@ _DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
 _EVAL_TASK_HELP = "Questions asked while it trains: a JSONL file, or file.py:Class; repeat for more."
 EvalTask = Annotated[list[str] | None, typer.Option("--eval-task", metavar="FILE", help=_EVAL_TASK_HELP)]
+_DEVICE_HELP = "Where to train: cpu, or cuda, on which no test of ours has run."
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help=_DEVICE_HELP)]
+_DTYPE_HELP = "Of the forward pass: float32 or bfloat16 (autocast); weights stay float32."
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help=_DTYPE_HELP)]
+_TENSORBOARD_HELP = "Write RUN/tensorboard as well, for `tensorboard --logdir`."
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help=_TENSORBOARD_HELP)]
 _RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
 _NUM_SHOWN = 3  # examples
@@ -46,6 +52,9 @@ def sft(
     dequantize: Dequantize = False,
     eval_task: EvalTask = None,
     init_from: stages.InitFrom = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorboard: TensorBoard = False,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -54,13 +63,19 @@ def sft(
     Example: sprat sft smol --data chat.jsonl --lora 16 --out runs/mine
     """
     if model is None:
-        given = {"--data": data, "--lora": lora, "--map": map_columns, "--dequantize": dequantize or None}
-        given["--eval-task"] = eval_task
+        given: dict[str, Any] = {
+            "--data": data,
+            "--lora": lora,
+            "--map": map_columns,
+            "--dequantize": dequantize or None,
+        }
+        given |= {"--eval-task": eval_task, "--device": device, "--dtype": dtype, "--tensorboard": tensorboard or None}
         if alone := [name for name, value in given.items() if value is not None]:
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
         return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
-    return _finetune("sft", model, data, out, lora, map_columns, dequantize, eval_task, init_from, recipe, overrides)
+    changes = _changes(recipe, overrides, lora, {"init_from": init_from, "device": device, "dtype": dtype})
+    return _finetune("sft", model, data, out, map_columns, dequantize, eval_task, tensorboard, recipe, changes)
 
 
 def dpo(
@@ -72,6 +87,9 @@ def dpo(
     dequantize: Dequantize = False,
     eval_task: EvalTask = None,
     init_from: stages.InitFrom = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorboard: TensorBoard = False,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -81,7 +99,17 @@ def dpo(
     """
     if model is None:
         raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
-    return _finetune("dpo", model, data, out, lora, map_columns, dequantize, eval_task, init_from, recipe, overrides)
+    changes = _changes(recipe, overrides, lora, {"init_from": init_from, "device": device, "dtype": dtype})
+    return _finetune("dpo", model, data, out, map_columns, dequantize, eval_task, tensorboard, recipe, changes)
+
+
+def _changes(
+    recipe: str | None, overrides: list[str] | None, lora: int | None, options: dict[str, str | None]
+) -> list[str]:
+    """What the options say of the recipe's keys, as ``--set`` would; ``--set`` itself comes last."""
+    adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={_LORA_LR}"])]
+    named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [*adapters, *named, *(overrides or ())]
 
 
 def _finetune(
@@ -89,13 +117,12 @@ def _finetune(
     model: Path,
     data: Path | None,
     out: Path | None,
-    lora: int | None,
     map_columns: list[str] | None,
     dequantize: bool,
     eval_tasks: list[str] | None,
-    init_from: str | None,
+    tensorboard: bool,
     recipe: str | None,
-    overrides: Overrides,
+    changes: list[str],
 ) -> Result:
     """The run of ``stage``, finished."""
     from sprat.config.base import load, parse
@@ -108,9 +135,6 @@ def _finetune(
             raise ConfigError(f"{name} is missing", where=stage, todo=f"give it: {name} PATH")
     assert data is not None and out is not None
     config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
-    adapters = [] if lora is None else [f"lora.rank={lora}", *([] if recipe else [f"optim.adam_lr={_LORA_LR}"])]
-    start = [] if init_from is None else [f"init_from={json.dumps(init_from)}"]
-    changes = (*adapters, *start, *(overrides or ()))
     config = load(config_class, recipe, changes) if recipe else parse(config_class, {}, where=stage, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     run = finetune(
@@ -121,6 +145,7 @@ def _finetune(
         column_map=column_map,
         dequantize=dequantize,
         eval_tasks=eval_tasks or (),
+        tensorboard=tensorboard,
         on_prepared=_show,
     )
     return Result({"run": str(run.folder), "model": str(model), **run.record}, _summary(run))

@@ -17,12 +17,16 @@ stand beside it in ``adapter/``, in PEFT's layout, and in ``checkpoint/`` what a
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sprat.config import LoopConfig
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.data import loader
 from sprat.data.conversations import read_examples, split_by_hash
@@ -36,15 +40,17 @@ from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
 from sprat.post import dpo, evaluation
 from sprat.post.examples import EncodedExamples, encode_examples
+from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
 from sprat.quant import quantized_weights
 from sprat.tasks import UserClassTask, UserTask
 from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, loop, losses
+from sprat.train import checkpoint, loop, losses, machine
 from sprat.train.selection import Selection
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 
+log = logging.getLogger(__name__)
 _MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
 
@@ -74,6 +80,7 @@ def finetune(
     column_map: Mapping[str, str] | None = None,
     dequantize: bool = False,
     eval_tasks: Sequence[str] = (),
+    tensorboard: bool = False,
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
 ) -> Run:
     """SFT of ``model`` on ``data``, or with a ``DPOConfig`` DPO; the finished run, also where it was finished before.
@@ -85,6 +92,7 @@ def finetune(
         column_map: our names of columns to those of ``data``.
         dequantize: train a quantised model as the dense one that its codes stand for.
         eval_tasks: tasks of the user's that are asked at each evaluation; see ``tasks.load_user_task``.
+        tensorboard: write the log as TensorBoard's events as well, into ``tensorboard/`` of the run.
         on_prepared: is shown what will be trained, before it is.
 
     Raises:
@@ -95,6 +103,7 @@ def finetune(
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
     tasks = evaluation.load_tasks(eval_tasks)
+    make_writer = load_summary_writer() if tensorboard else None
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
 
     def prepare(resuming: bool) -> None:
@@ -114,7 +123,7 @@ def finetune(
         prepare=prepare,
     )
     if not run.done:
-        _train(run, prepared[0], str(model))
+        _train(run, prepared[0], str(model), None if make_writer is None else TensorBoardLog(make_writer, run.folder))
     return run
 
 
@@ -129,6 +138,9 @@ def _prepare(
     on_prepared: OnPrepared,
 ) -> _Prepared:
     """The model and its rows, checked."""
+    device = machine.check_device(config.device)
+    if config.dtype == "bfloat16" and device.type == "cpu" and not machine.has_bfloat16():
+        log.warning("this processor has no bfloat16 products (AMX, AVX-512 BF16): bfloat16 is slower than float32 here")
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
     model, tokenizer = load(model_path, dequantize=dequantize or gguf.is_gguf(model_path))
     if packed := quantized_weights(model):
@@ -153,6 +165,7 @@ def _prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
+    model.to(device).activation_checkpointing = config.activation_checkpointing
     resolved = _resolve(config, shown.rows.num_rows, start)
     if start is not None and config.init_state == "continue":
         loop.check_start(start, model, resolved)
@@ -200,7 +213,7 @@ def _resolve(config: FinetuneConfig, rows: int, start: checkpoint.Checkpoint | N
     )
 
 
-def _train(run: Run, ready: _Prepared, base_model: str) -> None:
+def _train(run: Run, ready: _Prepared, base_model: str, tensorboard: TensorBoardLog | None) -> None:
     """Train, measure, save, finish."""
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
@@ -218,7 +231,9 @@ def _train(run: Run, ready: _Prepared, base_model: str) -> None:
             seed=config.seed,
             folder=run.checkpoints,
         )
-        run.on_log = measure.write_samples
+        run.on_log.append(measure.write_samples)
+    if tensorboard is not None:
+        run.on_log.append(tensorboard.add_row)
     if measure and "validation_before" not in run.facts:
         before = loop.evaluate_now(model, measure)
         run.truncate_metrics(-1)
@@ -239,6 +254,9 @@ def _train(run: Run, ready: _Prepared, base_model: str) -> None:
         run.add_facts(validation_after=_scores_of(next(row for row in rows if chosen and row["step"] == chosen.step)))
     run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second, last_step=result.steps)
     _save(run, ready, base_model, chosen)
+    if tensorboard is not None:
+        tensorboard.close()
+        run.ledger.add_file(tensorboard.folder)
     run.finish(flops=result.flops, tokens=result.tokens)
 
 
@@ -249,7 +267,7 @@ def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _save(run: Run, ready: _Prepared, base_model: str, chosen: checkpoint.Checkpoint | None) -> None:
     """The artefact: adapters by themselves, the whole model, samples, and the checkpoint ``chosen``."""
-    model, config = ready.model, ready.config
+    model, config = ready.model.to("cpu"), ready.config
     if config.lora is not None or config.keep_checkpoint:
         checkpoint.copy_to_artefact(chosen, run.artifact)
     if config.lora is not None:
@@ -265,9 +283,25 @@ def _objective(
 ) -> tuple[losses.LossFn, loop.Evaluate | None]:
     """What is minimized, and what is measured on the examples that are kept from training."""
     if not isinstance(config, DPOConfig):
-        return losses.next_token_loss, None if held_out is None else lambda model: {"loss": mean_loss(model, held_out)}
-    loss_fn = dpo.preference_loss(config, dpo.reference_logprobs(model, rows))
+        loss_fn = _with_dtype(losses.next_token_loss, config)
+        return loss_fn, None if held_out is None else lambda model: {"loss": mean_loss(model, held_out)}
+    loss_fn = _with_dtype(dpo.preference_loss(config, dpo.reference_logprobs(model, rows)), config)
     if held_out is None:
         return loss_fn, None
     measured = dpo.preference_loss(config, dpo.reference_logprobs(model, held_out))
     return loss_fn, lambda model: dpo.mean_metrics(model, measured, held_out, config)
+
+
+def _with_dtype(loss_fn: losses.LossFn, config: FinetuneConfig) -> losses.LossFn:
+    """``loss_fn`` with products in ``config.dtype``; what is float32 by default on a CPU is left as it is."""
+    device = torch.device(config.device).type
+    if device == "cpu" and config.dtype == "float32":
+        return loss_fn
+
+    def loss(
+        model: Transformer, batch: loader.Batch, settings: LoopConfig, whole: loader.Batch | None = None
+    ) -> losses.Loss:
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return loss_fn(model, batch, settings, whole)
+
+    return loss
