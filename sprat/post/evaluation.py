@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sprat.config.finetune import EvaluationConfig
+from sprat.config.finetune import DPOConfig, EvaluationConfig, FinetuneConfig
 from sprat.data.example import Conversation, Example, PreferencePair
 from sprat.engine import Engine, Sampling
 from sprat.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from sprat.model.lora import adapters, merge_lora
 from sprat.tasks import UserClassTask, UserTask, load_user_task
 from sprat.tokens import Message, Tokenizer, render
 from sprat.train.loop import Evaluate
+from sprat.train.selection import Selection
 
 SAMPLES_FILE = "samples.jsonl"  # beside the checkpoints while the run is open, then in the artefact
 
@@ -166,15 +167,28 @@ def _fits(tokenizer: Tokenizer, prompt: SamplePrompt, context: int) -> bool:
         return False
 
 
-def resolve_metric(name: str, tasks: Sequence[UserTask | UserClassTask], losses: Sequence[str]) -> tuple[str, bool]:
-    """What the log calls the score ``name`` (of ``losses``, or a task), and whether more of it is better.
+def make_selection(
+    config: FinetuneConfig, tasks: Sequence[UserTask | UserClassTask], has_validation: bool
+) -> Selection:
+    """What decides which evaluation is the best: the loss of what was kept back, or the accuracy of a task.
 
     Raises:
-        ConfigError: nothing of that name is measured.
+        ConfigError: nothing is measured under the name that ``config`` gives.
     """
-    by_name = {each: (each, each != "loss") for each in losses}
+    if not config.keep_best and not config.patience:
+        return Selection(evaluate_last=True)
+    losses = ("loss", *(("reward_margin", "reward_accuracy") if isinstance(config, DPOConfig) else ()))
+    by_name = {name: (name, name != "loss") for name in losses if has_validation}
     by_name |= {task.name: (f"accuracy/{task.name}", True) for task in tasks}
-    if name not in by_name:
+    if config.best_metric not in by_name:
         todo = f"there is {', '.join(by_name)}" if by_name else "keep some examples back (examples.validation)"
-        raise ConfigError(f"nothing called {name!r} is measured", where="best_metric", todo=todo)
-    return by_name[name]
+        raise ConfigError(f"nothing called {config.best_metric!r} is measured", where="best_metric", todo=todo)
+    metric, higher = by_name[config.best_metric]
+    return Selection(
+        metric,
+        higher=higher,
+        keep=config.keep_best,
+        patience=config.patience,
+        min_delta=config.min_delta,
+        evaluate_last=True,
+    )

@@ -40,6 +40,7 @@ from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
 from sprat.post import dpo, evaluation
 from sprat.post.examples import EncodedExamples, encode_examples
+from sprat.post.overlap import remove_overlap
 from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
 from sprat.quant import quantized_weights
 from sprat.tasks import UserClassTask, UserTask
@@ -153,12 +154,14 @@ def _prepare(
     if isinstance(config, DPOConfig) != isinstance(examples.examples[0], PreferencePair):
         todo = "preference pairs are for sprat dpo, conversations and texts for sprat sft"
         raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
-    train, validation = examples.examples, tuple[Example, ...]()
+    train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
+    validation = tuple[Example, ...]()
     if config.examples.validation and len(train) > 1:
         train, validation = split_by_hash(train, config.examples.validation, config.seed)
     shown = encode_examples(tokenizer, train, config)
     on_prepared(tokenizer, shown)
     facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
+    facts |= {"overlap": overlap} if overlap else {}
     held_out = None
     if validation:
         measured = encode_examples(tokenizer, validation, config)
@@ -172,27 +175,9 @@ def _prepare(
     elif start is not None:
         checkpoint.restore_weights(start, model)
         resolved = resolved.replace(init_from="")
-    selection = _selection(config, tasks, held_out)
+    selection = evaluation.make_selection(config, tasks, held_out is not None)
     prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
     return _Prepared(model, tokenizer, resolved, shown.rows, held_out, facts, tasks, prompts, selection, start)
-
-
-def _selection(
-    config: FinetuneConfig, tasks: Sequence[UserTask | UserClassTask], held_out: PackedDataset | None
-) -> Selection:
-    """What decides which evaluation is the best."""
-    if not config.keep_best and not config.patience:
-        return Selection(evaluate_last=True)
-    names = ("loss", *(("reward_margin", "reward_accuracy") if isinstance(config, DPOConfig) else ()))
-    metric, higher = evaluation.resolve_metric(config.best_metric, tasks, names if held_out is not None else ())
-    return Selection(
-        metric,
-        higher=higher,
-        keep=config.keep_best,
-        patience=config.patience,
-        min_delta=config.min_delta,
-        evaluate_last=True,
-    )
 
 
 def _resolve(config: FinetuneConfig, rows: int, start: checkpoint.Checkpoint | None) -> FinetuneConfig:

@@ -151,3 +151,25 @@ def test_what_nobody_measures_is_refused(base: Path, data: Path, questions: Path
     with pytest.raises(DataError, match="cannot be asked"):
         finetune(base, data, out, CONFIG.replace(eval={"prompts": ["1" * 500]}))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("how", "shown"), [("drop", 36), ("keep", 40)])
+def test_examples_that_say_what_is_asked_are_left_out_and_named(
+    how: str, shown: int, base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = tmp_path / "asked.jsonl"  # the first stands within a longer turn
+    rows = ["what is the 7 and 8", "11", " 12? ", "13"]
+    asked.write_text("".join(json.dumps({"question": row, "answer": "7"}) + "\n" for row in rows))
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[3]["prompt"] = "tell me: what is the 7, and 8"
+    lines[14]["prompt"] = "1 11"  # a short question within another is no overlap
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    config = CONFIG.replace(epochs=1.0, seq_len=64, examples={"overlap": how})
+    run = finetune(base, data, tmp_path / "runs" / "mine", config, eval_tasks=[str(asked)])
+    names = [f"{data.name}, line {line}" for line in (4, 12, 13, 14)]
+    found = {"count": 4, "how": how, "tasks": {"asked": 4}, "names": names}
+    assert run.facts["overlap"] == found and "examples.jsonl, line 12" in caplog.text
+    assert run.facts["examples"]["shown"] + run.facts["validation"]["shown"] == shown
+    with pytest.raises(DataError, match="4 of 40 examples ask what asked asks.*examples.overlap=keep"):
+        config = CONFIG.replace(examples={"overlap": "refuse"})
+        finetune(base, data, tmp_path / "runs" / "other", config, eval_tasks=[str(asked)])
