@@ -9,7 +9,6 @@ problems and prompts come each time, so that two evaluations differ by the weigh
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,16 @@ from typing import Any
 
 from sprat.config.finetune import DPOConfig, EvaluationConfig, FinetuneConfig
 from sprat.data.example import Conversation, Example, PreferencePair
-from sprat.engine import Engine, Sampling
+from sprat.engine import Engine, Output, Sampling
 from sprat.errors import ConfigError, DataError
 from sprat.eval.task_files import evaluate_task_files
-from sprat.files import atomic
 from sprat.model import Transformer
 from sprat.model.lora import adapters, merge_lora
 from sprat.tasks import UserClassTask, UserTask, load_user_task
 from sprat.tokens import Message, Tokenizer, render
 from sprat.train.loop import Evaluate
 from sprat.train.selection import Selection
-
-SAMPLES_FILE = "samples.jsonl"  # beside the checkpoints while the run is open, then in the artefact
+from sprat.trust.stage_facts import Sample, read_samples, write_samples
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class Evaluation:
         folder: Path,
     ) -> None:
         self._tokenizer, self._config, self._loss, self._seed = tokenizer, config, loss, seed
-        self._tasks, self._prompts, self._path = tasks, prompts, folder / SAMPLES_FILE
-        self._answers: list[dict[str, Any]] = []
+        self._tasks, self._prompts, self._folder = tasks, prompts, folder
+        self._answers: list[Output] = []
 
     def __call__(self, model: Transformer) -> dict[str, float]:
         """Scores by name: those of ``loss``, ``accuracy/TASK``, and without either the tokens of a sample.
@@ -87,14 +84,9 @@ class Evaluation:
             scores |= {f"accuracy/{score.task}": score.accuracy for score in found}
         if self._prompts:
             sampling = Sampling(temperature=0, max_tokens=self._config.max_tokens, fit=True, seed=self._seed)
-            outputs = engine.generate([list(prompt.messages) for prompt in self._prompts], sampling)
-            self._answers = [
-                {"prompt": prompt.messages[-1].content, "expected": prompt.expected, "answer": output.text}
-                | ({"reasoning": output.reasoning} if output.reasoning else {})
-                | {"finish_reason": output.finish_reason}
-                for prompt, output in zip(self._prompts, outputs, strict=True)
-            ]
-            scores = scores or {"sample_tokens": sum(len(each.token_ids) for each in outputs) / len(outputs)}
+            self._answers = engine.generate([list(prompt.messages) for prompt in self._prompts], sampling)
+            lengths = [len(answer.token_ids) for answer in self._answers]
+            scores = scores or {"sample_tokens": sum(lengths) / len(lengths)}
         return scores
 
     def write_samples(self, step: int, row: Mapping[str, Any]) -> None:
@@ -107,16 +99,12 @@ class Evaluation:
         """
         if not self._answers or not any(name.startswith("eval_") for name in row):
             return
-        earlier = [each for each in read_samples(self._path.parent) if each["step"] < step]
-        rows = [*earlier, *({"step": step, **answer} for answer in self._answers)]
-        atomic.write_text(self._path, "".join(json.dumps(each) + "\n" for each in rows))
+        samples = [sample for sample in read_samples(self._folder) if sample.step < step]
+        for prompt, output in zip(self._prompts, self._answers, strict=True):
+            text, reasoning, reason = output.text, output.reasoning or "", output.finish_reason
+            samples.append(Sample(step, prompt.messages[-1].content, text, prompt.expected, reasoning, str(reason)))
+        write_samples(self._folder, samples)
         self._answers = []
-
-
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``samples.jsonl`` in ``folder``: step, prompt, expected, answer; none where there is no such file."""
-    path = folder / SAMPLES_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def load_tasks(sources: Sequence[str]) -> list[UserTask | UserClassTask]:

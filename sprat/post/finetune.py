@@ -34,6 +34,7 @@ from sprat.data.example import Example, PreferencePair
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.bits_per_byte import mean_loss
+from sprat.eval.task_files import select_problems
 from sprat.formats import gguf, peft
 from sprat.formats.load import load, locate, save
 from sprat.model import Transformer
@@ -50,6 +51,7 @@ from sprat.train.selection import Selection
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
+from sprat.trust.stage_facts import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
 _MIN_STEPS_PER_EPOCH = 8
@@ -162,6 +164,8 @@ def _prepare(
     on_prepared(tokenizer, shown)
     facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
     facts |= {"overlap": overlap} if overlap else {}
+    if tasks:
+        facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
     held_out = None
     if validation:
         measured = encode_examples(tokenizer, validation, config)
@@ -258,7 +262,7 @@ def _save(run: Run, ready: _Prepared, base_model: str, chosen: checkpoint.Checkp
     if config.lora is not None:
         peft.save_peft(model, run.artifact / "adapter", base_model=base_model)
         merge_lora(model)
-    if (samples := run.checkpoints / evaluation.SAMPLES_FILE).is_file():
+    if (samples := run.checkpoints / SAMPLES_FILE).is_file():
         shutil.copyfile(samples, run.artifact / samples.name)
     save(model, ready.tokenizer, run.artifact)
 

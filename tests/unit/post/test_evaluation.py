@@ -15,11 +15,11 @@ from sprat.errors import ConfigError, DataError, MachineError
 from sprat.files import atomic
 from sprat.formats.load import load, save
 from sprat.model import Transformer
-from sprat.post.evaluation import read_samples
 from sprat.post.finetune import finetune
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
 from sprat.train.selection import Selection
+from sprat.trust.stage_facts import read_samples
 from sprat.trust.verify import verify
 
 SETTINGS: dict[str, Any] = {"epochs": 10, "seq_len": 32, "optim": {"adam_lr": 0.01}, "eval": {"max_tokens": 4}}
@@ -68,8 +68,8 @@ def test_evaluations_are_logged_and_training_does_not_notice(
     assert sum(output.text == "7" for output in outputs) / 8 == accuracies[-1]
     assert seen.facts["validation_after"]["accuracy/questions"] == accuracies[-1]
     samples = read_samples(seen.artifact)
-    assert {row["step"] for row in samples} == {row["step"] for row in rows_of(seen.folder) if "eval_loss" in row}
-    assert all(row["expected"] == "7" and row["prompt"].isdecimal() for row in samples)
+    assert {sample.step for sample in samples} == {row["step"] for row in rows_of(seen.folder) if "eval_loss" in row}
+    assert all(each.expected == "7" and each.prompt.isdecimal() for each in samples)
     assert seen.identity["inputs"]["task:questions"]["digest"] and all(f.ok for f in verify(tmp_path / "a"))
 
 
