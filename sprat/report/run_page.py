@@ -11,6 +11,7 @@ from typing import Any
 
 from sprat.config.base import Config
 from sprat.config.finetune import DPOConfig, FinetuneConfig
+from sprat.config.model import LoRAConfig
 from sprat.config.recipe import DistillConfig, RFTConfig, RLConfig, SFTConfig, TrainConfig
 from sprat.eval.score import wilson_interval
 from sprat.report import plots, run_plots, tables
@@ -198,6 +199,9 @@ def _settings(recipe: Mapping[str, Any]) -> str:
     """The settings that are not the defaults of their kind; all of them where that is not known."""
     given = _flatten(recipe)
     defaults = next((d for d in (_flatten(c().model_dump(mode="json")) for c in _CONFIGS) if _same_kind(d, given)), {})
+    if "lora" in defaults:
+        adapters = LoRAConfig().model_dump(mode="json", exclude={"rank"})
+        defaults |= _flatten({"lora": adapters})
     rows = [
         [
             f"<code>{escape(key)}</code>",

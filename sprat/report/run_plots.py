@@ -71,6 +71,8 @@ def _panel(run: StageRun, name: str, prefix: str) -> str:
     best = int((run.facts.get("best") or {}).get("step") or 0)
     count = int((run.facts.get("eval_tasks") or {}).get(name.removeprefix(_ACCURACY)) or 0)
 
+    is_marked = bool(best) and any(color == ORANGE for _, color, *_ in lines)
+
     def draw(axes: Any) -> None:
         for label, color, steps, values in lines:
             is_evaluation = color == ORANGE
@@ -78,7 +80,7 @@ def _panel(run: StageRun, name: str, prefix: str) -> str:
             if count and is_evaluation and name.startswith(_ACCURACY):
                 lows, highs = zip(*(wilson_interval(value * count, count) for value in values), strict=True)
                 axes.vlines(steps, lows, highs, color=color, linewidth=1, alpha=0.6)
-        if best and any(color == ORANGE for _, color, *_ in lines):
+        if is_marked:
             axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label="kept")
         axes.set_xlabel("step")
         if is_share(name):
@@ -86,7 +88,7 @@ def _panel(run: StageRun, name: str, prefix: str) -> str:
             percent_axis(axes.yaxis)
         elif name == "lr_factor":
             axes.set_ylim(0, 1.05)
-        if len(lines) > 1 or best:
+        if len(lines) > 1 or is_marked:
             axes.legend()
 
     title = score_title(name) if name.startswith(_ACCURACY) else _TITLES.get(name, name)

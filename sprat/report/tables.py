@@ -213,7 +213,8 @@ def cost(runs: PipelineRuns) -> str:
         share = 100 * spent["device_seconds"] / total_seconds
         bar = f'<span class="bar"><i style="width:{share:.1f}%"></i></span>'
         rows.append([escape(stage.title) + mark, *_cost_cells(spent), bar])
-    rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _cost_cells(total)), ""])
+    if len(rows) > 1:
+        rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _cost_cells(total)), ""])
     head = ["stage", "FLOPs", "tokens", "CPU time", "wall time", "energy (est.)", "cost", "share of CPU time"]
     return table(head, rows, "cost")
 

@@ -80,7 +80,7 @@ def test_the_page_of_a_fine_tuning_shows_what_it_learned_and_from_what(tmp_path:
         "321 tokens a second",
     ):
         assert said in words, said
-    assert "examples.validation" not in words  # a default
+    assert "examples.validation" not in words and "lora.alpha" not in words  # defaults
     assert text.count("<svg") == 4  # loss, exam, gradient, rate
     assert all(finding.ok for finding in verify(tmp_path))
     assert write_report(folder).read_text(encoding="utf-8") == text
