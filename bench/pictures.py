@@ -1,6 +1,8 @@
-"""Takes the README's pictures of a finished pipeline: the chat page answering, and the top of the report.
+"""Takes the pictures of the pages: of a finished pipeline the chat page answering and the top of the report, of a
+fine-tuning the top of its report.
 
     python -m bench.pictures runs/quickstart [--model RUN] [--out docs]
+    python -m bench.pictures --finetune runs/mine [--out docs]
 
 Needs the test extras (Playwright) and Debian's chromium.
 """
@@ -19,15 +21,38 @@ WAIT = 120_000  # milliseconds that an answer may take
 
 
 def main() -> int:
-    """Serve the model on a free port, ask it two questions, and save chat.png and report.png."""
+    """Save chat.png and report.png of a pipeline, or finetune.png of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("road", type=Path)
+    parser.add_argument("road", type=Path, nargs="?", default=Path("runs/quickstart"))
+    parser.add_argument("--finetune", type=Path, help="take finetune.png of the report of this run, and nothing else")
     parser.add_argument("--model", type=Path, help="the run to talk to; ROAD/quantize if left out")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
+    if options.finetune is not None:
+        take_report(options.finetune, options.out / "finetune.png", height=860)
+        return 0
+    take_chat(options.model or options.road / "quantize", options.out / "chat.png")
+    take_report(options.road, options.out / "report.png", height=900)
+    return 0
+
+
+def take_report(run: Path, picture: Path, height: int) -> None:
+    """The top of ``report.html`` of a run or a pipeline."""
     from playwright.sync_api import sync_playwright
 
-    model = options.model or options.road / "quantize"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1100, "height": height})
+        page.set_default_timeout(WAIT)
+        page.goto((run / "report.html").resolve().as_uri(), timeout=WAIT)
+        page.screenshot(path=picture)
+        browser.close()
+
+
+def take_chat(model: Path, picture: Path) -> None:
+    """Serve the model on a free port, ask it two questions, and take the chat page with its answers."""
+    from playwright.sync_api import sync_playwright
+
     command = [sys.executable, "-m", "sprat", "serve", str(model), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -43,16 +68,11 @@ def main() -> int:
                 page.get_by_label("Your question").fill(question)
                 page.keyboard.press("Enter")
                 page.get_by_label("Send").wait_for()
-            page.screenshot(path=options.out / "chat.png")
-            page = browser.new_page(viewport={"width": 1100, "height": 900})
-            page.set_default_timeout(WAIT)
-            page.goto((options.road / "report.html").resolve().as_uri(), timeout=WAIT)
-            page.screenshot(path=options.out / "report.png")
+            page.screenshot(path=picture)
             browser.close()
     finally:
         server.terminate()
         server.wait()
-    return 0
 
 
 if __name__ == "__main__":

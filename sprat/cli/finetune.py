@@ -28,6 +28,14 @@ _MAP_HELP = "What a column of yours is called here; repeat it."
 Map = Annotated[list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help=_MAP_HELP)]
 _DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
+_EVAL_TASK_HELP = "Questions asked while it trains: a JSONL file, or file.py:Class; repeat for more."
+EvalTask = Annotated[list[str] | None, typer.Option("--eval-task", metavar="FILE", help=_EVAL_TASK_HELP)]
+_DEVICE_HELP = "Where to train: cpu, or cuda, on which no test of ours has run."
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help=_DEVICE_HELP)]
+_DTYPE_HELP = "Of the forward pass: float32 or bfloat16 (autocast); weights stay float32."
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help=_DTYPE_HELP)]
+_TENSORBOARD_HELP = "Write RUN/tensorboard as well, for `tensorboard --logdir`."
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help=_TENSORBOARD_HELP)]
 _RECIPE_HELP = "A TOML file; left out: the defaults of docs/finetune.md, or a road's recipe."
 Recipe = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE_HELP)]
 _REPLAY_HELP = "Text mixed in, so that less is forgotten: a folder, .txt, .jsonl or .parquet."
@@ -43,7 +51,11 @@ def sft(
     map_columns: Map = None,
     replay: Replay = None,
     dequantize: Dequantize = False,
+    eval_task: EvalTask = None,
     init_from: stages.InitFrom = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorboard: TensorBoard = False,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -52,15 +64,16 @@ def sft(
     Example: sprat sft smol --data chat.jsonl --lora 16 --out runs/mine
     """
     if model is None:
-        given = {"--data": data, "--lora": lora, "--map": map_columns, "--replay": replay, "--dequantize": dequantize}
-        if alone := [name for name, value in given.items() if value]:
+        given: dict[str, Any] = {"--data": data, "--lora": lora, "--map": map_columns, "--replay": replay}
+        given |= {"--dequantize": dequantize, "--eval-task": eval_task, "--device": device, "--dtype": dtype}
+        if alone := [name for name, value in (given | {"--tensorboard": tensorboard}).items() if value]:
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
         return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
-    if init_from is not None:
-        todo = "leave it out: what was interrupted goes on by itself, with the same command"
-        raise ConfigError("a road's station starts from a checkpoint", where="--init-from", todo=todo)
-    return _finetune("sft", model, data, out, lora, map_columns, replay, dequantize, recipe, overrides)
+    changes = _changes(overrides, {"init_from": init_from, "device": device, "dtype": dtype})
+    return _finetune(
+        "sft", model, data, out, lora, map_columns, replay, dequantize, eval_task, tensorboard, recipe, changes
+    )
 
 
 def dpo(
@@ -70,6 +83,11 @@ def dpo(
     lora: Lora = None,
     map_columns: Map = None,
     dequantize: Dequantize = False,
+    eval_task: EvalTask = None,
+    init_from: stages.InitFrom = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tensorboard: TensorBoard = False,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> Result:
@@ -79,7 +97,16 @@ def dpo(
     """
     if model is None:
         raise ConfigError("no model was named", where="dpo", todo="write sprat dpo MODEL --data FILE --out RUN")
-    return _finetune("dpo", model, data, out, lora, map_columns, None, dequantize, recipe, overrides)
+    changes = _changes(overrides, {"init_from": init_from, "device": device, "dtype": dtype})
+    return _finetune(
+        "dpo", model, data, out, lora, map_columns, None, dequantize, eval_task, tensorboard, recipe, changes
+    )
+
+
+def _changes(overrides: list[str] | None, options: dict[str, str | None]) -> list[str]:
+    """What the options say of the recipe's keys, as ``--set`` would; ``--set`` itself comes last."""
+    named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [*named, *(overrides or ())]
 
 
 def _finetune(
@@ -91,8 +118,10 @@ def _finetune(
     map_columns: list[str] | None,
     replay: Path | None,
     dequantize: bool,
+    eval_tasks: list[str] | None,
+    tensorboard: bool,
     recipe: str | None,
-    overrides: Overrides,
+    changes: list[str],
 ) -> Result:
     """The run of ``stage``, finished."""
     from sprat.config.finetune import load_finetune_config
@@ -103,10 +132,19 @@ def _finetune(
         if value is None:
             raise ConfigError(f"{name} is missing", where=stage, todo=f"give it: {name} PATH")
     assert data is not None and out is not None
-    config = load_finetune_config(stage, lora=lora, recipe=recipe, overrides=overrides or ())
+    config = load_finetune_config(stage, lora=lora, recipe=recipe, overrides=changes)
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     run = finetune(
-        model, data, out, config, column_map=column_map, replay=replay, dequantize=dequantize, on_prepared=show_examples
+        model,
+        data,
+        out,
+        config,
+        column_map=column_map,
+        replay=replay,
+        dequantize=dequantize,
+        eval_tasks=eval_tasks or (),
+        tensorboard=tensorboard,
+        on_prepared=show_examples,
     )
     return Result({"run": str(run.folder), "model": str(model), **run.record}, summary(run))
 
@@ -131,7 +169,9 @@ def show_examples(tokenizer: Tokenizer, encoded: EncodedExamples) -> None:
 def summary(run: Run) -> str:
     """What came of it, for a person."""
     facts: dict[str, Any] = run.facts
-    lines = [f"{run.folder}: {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
+    lines = [f"{run.folder}: {facts['last_step']} of {facts['steps']} steps, {run.record['device_seconds']:.0f} CPU-s"]
+    if best := facts.get("best"):
+        lines.append(f"kept: the model of step {best['step']}, the best by {best['metric']}")
     for name, before in facts.get("validation_before", {}).items():
         lines.append(f"validation {name}: {before:.3f} before, {facts['validation_after'][name]:.3f} after")
     return "\n".join([*lines, f'ask it: sprat run {run.folder} "…"'])

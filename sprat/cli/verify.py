@@ -15,7 +15,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or
 
 
 def report(folder: RunFolder = Path("runs/quickstart")) -> Result:
-    """Write report.html of a road: gains, costs, curves and samples in one file."""
+    """Write report.html of a run, also while it goes on, or of a road: curves, answers, data, cost in one file.
+
+    Example: sprat report runs/mine
+    """
     from sprat.report import write_report
 
     path = write_report(folder)

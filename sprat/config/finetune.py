@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sprat.config.base import Config, load, merge_tables, parse
 from sprat.config.model import LoRAConfig
@@ -33,6 +33,17 @@ class ExamplesConfig(Config):
     reasoning: Literal["keep", "drop"] = "keep"
     validation: float = Field(0.05, ge=0, lt=1)  # share of the examples, by a hash of what they say
     replay_share: float = Field(0.25, gt=0, lt=1)  # of a step's rows, where there is text to be replayed
+    overlap: Literal["drop", "keep", "refuse"] = "drop"  # examples that say a question of an evaluation task
+    template: Literal["refuse", "accept"] = "refuse"  # a chat template of the model's that cannot be followed
+
+
+class EvaluationConfig(Config):
+    """What is asked of the model while it is trained."""
+
+    problems: int = Field(100, ge=1, lt=2**31)  # of each task at most
+    max_tokens: int = Field(128, ge=1, lt=2**31)  # of an answer
+    samples: int = Field(3, ge=0, le=1000)  # questions of kept-back examples whose answers are kept, to be read
+    prompts: tuple[str, ...] = ()  # the same for questions of the user's
 
 
 class FinetuneConfig(TrainConfig):
@@ -45,10 +56,26 @@ class FinetuneConfig(TrainConfig):
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     lora: LoRAConfig | None = None  # train adapters instead of all weights
     examples: ExamplesConfig = ExamplesConfig()
-    eval_every: int = Field(0, ge=0, lt=2**31)  # steps between two validations; 0: one for each epoch
+    eval_every: int = Field(0, ge=0, lt=2**31)  # steps between two evaluations; 0: one for each epoch
+    eval: EvaluationConfig = EvaluationConfig()
+    keep_best: bool = False  # the artefact is the best evaluation's model, not the last step's
+    best_metric: str = "loss"  # on what was kept back (less is better), or a task (the share of right answers)
+    patience: int = Field(0, ge=0, lt=2**31)  # evaluations without improvement after which training ends; 0: never
+    min_delta: float = Field(0.0, ge=0, le=1e9)  # by how much is an improvement
+    init_state: Literal["fresh", "continue"] = "fresh"  # with init_from: the weights alone, or the optimizer as well
+    keep_checkpoint: bool = False  # the artefact holds weights and optimizer to start from; adapters' always
+    activation_checkpointing: bool = False  # compute layers twice and hold little in between
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights stay float32
     log_every: int = Field(1, ge=1, lt=2**31)
     balance_weight: float = Field(0.0, ge=0, le=1e9)
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
+
+    @model_validator(mode="after")
+    def _check_init_state(self) -> Self:
+        if self.init_state == "continue" and not self.init_from:
+            raise ValueError("init_state=continue is for a run that starts from another's checkpoint (init_from)")
+        return self
 
 
 class DPOOptimConfig(FinetuneOptimConfig):

@@ -138,14 +138,24 @@ def join_parts(value: Any, name: str) -> str:
 
 
 def parse_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """The schemas of the tools that may be called: a list of objects or its JSON text; none where it is empty."""
+    """The schemas of the tools that may be called: a list of objects or its JSON text; none where it is empty.
+
+    Keys whose value is null go, at any depth: Parquet has every key of every tool in each of them.
+    """
     if isinstance(value, str):
         value = _parse_json(value, BAD_TOOLS, name) if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Fault(BAD_TOOLS, name)
-    return tuple(value)
+    return tuple(_drop_nulls(tool) for tool in value)
+
+
+def _drop_nulls(value: Any) -> Any:
+    """``value`` without the keys of objects that are null; a null in a list (a choice of an ``enum``) stays."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def type_name(value: Any) -> str:

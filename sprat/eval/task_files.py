@@ -19,7 +19,7 @@ KEPT_ANSWERS = 1  # of each problem, to be read
 
 def evaluate_task_files(
     engine: Engine,
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | UserTask | UserClassTask],
     *,
     samples: int = 1,
     temperature: float = 0.0,
@@ -32,7 +32,7 @@ def evaluate_task_files(
     """One score for each task. Every file is read and checked, and every prompt measured, before any is answered.
 
     Args:
-        paths: JSONL files, or ``file.py:ClassName``.
+        paths: JSONL files, or ``file.py:ClassName``; or tasks that were loaded.
         samples: answers of each problem; more than one needs a temperature, and gives pass@k.
         temperature: 0 is greedy.
         max_tokens: limit on think and answer together; less where the context holds less.
@@ -47,12 +47,12 @@ def evaluate_task_files(
     if samples < 1 or (samples > 1 and temperature <= 0):
         todo = "set a temperature above 0" if samples > 1 else "ask for at least one"
         raise DataError(f"{samples} samples at temperature {temperature:g}", where="samples", todo=todo)
-    tasks = [load_user_task(str(path)) for path in paths]
+    tasks = [path if isinstance(path, UserTask | UserClassTask) else load_user_task(str(path)) for path in paths]
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         what = "two tasks of one name" if tasks else "no task"
         raise DataError(what, where=", ".join(map(str, paths)), todo="name each file differently")
-    asked = [(task, problems_of(task, split, count)) for task in tasks]
+    asked = [(task, select_problems(task, split, count)) for task in tasks]
     return ask(
         engine,
         asked,
@@ -88,8 +88,8 @@ def ask(
     return scores
 
 
-def problems_of(task: UserTask | UserClassTask, split: Split, count: int | None) -> list[Problem]:
-    """The problems to ask, ``count`` at most: all of a file's, or as many different ones as a class gives.
+def select_problems(task: UserTask | UserClassTask, split: Split = "test", count: int | None = None) -> list[Problem]:
+    """The problems to ask: all of a file's, or as many different ones as a class gives; at most ``count``.
 
     Raises:
         DataError: there is none.

@@ -22,6 +22,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, ConfigError
@@ -71,7 +72,13 @@ class Transformer(nn.Module):
     Args:
         config: the shape.
         seed: seed of the initial weights; None leaves them unset (they are about to be loaded).
+
+    Attributes:
+        activation_checkpointing: where gradients are wanted, layers keep nothing but their input, and compute the rest
+            a second time on the way back (Chen et al. 2016, arXiv 1604.06174): the same bits, less memory, more time.
     """
+
+    activation_checkpointing = False
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
         super().__init__()
@@ -160,7 +167,11 @@ class Transformer(nn.Module):
         """The decoder layers over ``x_BTD``, then the cache moves on -> ([B, T, D], a routing for each MoE layer)."""
         routing: list[Routing] = []
         for layer in self.layers:
-            x_BTD, layer_routing = layer(x_BTD, context)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # nothing here draws, so no random state need be kept
+                x_BTD, layer_routing = checkpoint(layer, x_BTD, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, layer_routing = layer(x_BTD, context)
             if layer_routing is not None:
                 routing.append(layer_routing)
         if context.cache is not None:

@@ -195,7 +195,7 @@ def _tasks(settings: CertifySettings, recipe: PipelineRecipe) -> list[tuple[Task
     for name in dict.fromkeys(settings.tasks):
         if name.endswith(".jsonl") or ".py:" in name:
             user_task = load_user_task(name)
-            asked.append((user_task, task_files.problems_of(user_task, "test", settings.count), False))
+            asked.append((user_task, task_files.select_problems(user_task, "test", settings.count), False))
         elif name in configs:
             task = load_task(configs[name])
             problems = held_out_problems(task, settings.count or recipe.data.count(configs[name], "test"), "test")

@@ -48,9 +48,14 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
     """``examples`` in rows of ``config.seq_len`` inputs, audited.
 
     Raises:
-        DataError: the model's chat format has no place for an example (with ``on_bad="refuse"``, or for any), none is
-            as short as a row, or see ``audit``.
+        DataError: the model's chat template cannot be followed (but with ``template="accept"``), its format has no
+            place for an example (with ``on_bad="refuse"``, or for any), none is as short as a row, or see ``audit``.
     """
+    mismatch = tokenizer.chat_format.mismatch
+    if mismatch and config.examples.template == "refuse" and any(not isinstance(each, Text) for each in examples):
+        what = f"the model's chat template cannot be followed, and it would learn another format: {mismatch}"
+        todo = "train plain texts, or set examples.template=accept and ask the model through Sprat alone"
+        raise DataError(what, where="chat template", todo=todo)
     counts = Counter[str](shown=0, too_long=0, unfit=0)
     sequences, pairs, shortest, fault = list[MaskedIds](), list[MaskedPair](), 0, ""
     how, seq_len = config.examples.too_long, config.seq_len

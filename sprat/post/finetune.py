@@ -11,18 +11,26 @@ measured before the first step, in between, and at the end, so that a run shows 
 A model forgets what it is not shown. Text of any kind can be *replayed* beside the examples (Rolnick et al. 2019, arXiv
 1811.11682; Ibrahim et al. 2024, arXiv 2403.08763): some rows of every step are of that text.
 
+The user's own tasks are asked at the same moments, and the answers to a few questions are kept (``post.evaluation``).
+By option the artefact is the model of the best evaluation, and training ends where none gets better.
+
 The artefact is the whole model, adapters merged, so that every other verb takes the run's folder as it is. Adapters
-stand beside it in ``adapter/``, in PEFT's layout.
+stand beside it in ``adapter/``, in PEFT's layout, and in ``checkpoint/`` what another run starts from.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sprat.config import LoopConfig
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.data import ingest, loader, pack
 from sprat.data.conversations import read_examples, split_by_hash
@@ -30,17 +38,25 @@ from sprat.data.example import Example, PreferencePair
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.bits_per_byte import mean_loss
+from sprat.eval.task_files import select_problems
 from sprat.formats import peft
 from sprat.formats.load import load_dense, locate, save
 from sprat.model import Transformer
 from sprat.model.lora import add_lora, merge_lora
-from sprat.post import dpo
+from sprat.post import dpo, evaluation
 from sprat.post.examples import EncodedExamples, encode_examples, text_ids
+from sprat.post.overlap import remove_overlap
+from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
+from sprat.tasks import UserClassTask, UserTask
 from sprat.tokens import Tokenizer
-from sprat.train import loop, losses
+from sprat.train import checkpoint, loop, losses, machine
+from sprat.train.selection import Selection
+from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
+from sprat.trust.stage_facts import SAMPLES_FILE
 
+log = logging.getLogger(__name__)
 _MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
 LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
@@ -58,6 +74,10 @@ class Prepared:
     rows: PackedDataset
     held_out: PackedDataset | None
     facts: dict[str, Any]
+    tasks: Sequence[UserTask | UserClassTask]
+    prompts: Sequence[evaluation.SamplePrompt]
+    selection: Selection
+    start: checkpoint.Checkpoint | None
 
 
 def finetune(
@@ -69,6 +89,8 @@ def finetune(
     column_map: Mapping[str, str] | None = None,
     replay: str | Path | None = None,
     dequantize: bool = False,
+    eval_tasks: Sequence[str] = (),
+    tensorboard: bool = False,
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
 ) -> Run:
     """SFT of ``model`` on ``data``, or with a ``DPOConfig`` DPO; the finished run, also where it was finished before.
@@ -80,6 +102,8 @@ def finetune(
         column_map: our names of columns to those of ``data``.
         replay: text, as ``data.ingest.read_texts`` takes it, that is mixed in (``examples.replay_share``); SFT only.
         dequantize: train a quantised model as the dense one that its codes stand for.
+        eval_tasks: tasks of the user's that are asked at each evaluation; see ``tasks.load_user_task``.
+        tensorboard: write the log as TensorBoard's events as well, into ``tensorboard/`` of the run.
         on_prepared: is shown what will be trained, before it is.
 
     Raises:
@@ -89,28 +113,38 @@ def finetune(
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
-    inputs = {"model": model_path, "data": data}
+    tasks = evaluation.load_tasks(eval_tasks)
+    make_writer = load_summary_writer() if tensorboard else None
+    start_input = checkpoint.start_input(config.init_from, out, config.digest())
+    inputs: dict[str, run_record.Input] = {"model": model_path, "data": data}
     if replay is not None:
         if isinstance(config, DPOConfig):
             raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
-        inputs["replay"] = Path(replay)
+        inputs["replay"] = replay = Path(replay)
 
     def check(resuming: bool) -> None:
+        start = None
+        if start_input:
+            expected_digest = run_record.describe_input(start_input["init_from"], out.parent)["digest"]
+            start = checkpoint.find_start(config.init_from, out, expected_digest)
         load_model = partial(load_dense, model_path, dequantize=dequantize)
-        ready = prepare(load_model, data, config, column_map or {}, on_prepared, replay=inputs.get("replay"))
+        ready = prepare(
+            load_model, data, config, column_map or {}, on_prepared, replay=replay, tasks=tasks, start=start
+        )
         prepared.append(ready)
 
     run = open_run(
         out,
         stage="dpo" if isinstance(config, DPOConfig) else "sft",
         recipe=config,
-        inputs=inputs,
+        inputs=inputs | {f"task:{task.name}": task.digest for task in tasks} | start_input,
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
         prepare=check,
     )
     if not run.done:
-        train(run, prepared[0], str(model))
+        writer = None if make_writer is None else TensorBoardLog(make_writer, run.folder)
+        train(run, prepared[0], str(model), tensorboard=writer)
     return run
 
 
@@ -121,17 +155,24 @@ def prepare(
     column_map: Mapping[str, str],
     on_prepared: OnPrepared,
     *,
-    replay: Path | None = None,
+    replay: str | Path | None = None,
+    tasks: Sequence[UserTask | UserClassTask] = (),
+    start: checkpoint.Checkpoint | None = None,
 ) -> Prepared:
     """The model and its rows, checked.
 
     Args:
         load_model: the model to train, with its tokenizer.
         replay: text that is mixed in.
+        tasks: what is asked at each evaluation.
+        start: the checkpoint of ``config.init_from``.
 
     Raises:
         SpratError: see ``finetune``.
     """
+    device = machine.check_device(config.device)
+    if config.dtype == "bfloat16" and device.type == "cpu" and not machine.has_bfloat16():
+        log.warning("this processor has no bfloat16 products (AMX, AVX-512 BF16): bfloat16 is slower than float32 here")
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
     model, tokenizer = load_model()
     if config.seq_len > model.config.max_position_embeddings:
@@ -140,39 +181,55 @@ def prepare(
     if isinstance(config, DPOConfig) != isinstance(examples.examples[0], PreferencePair):
         todo = "preference pairs are for sprat dpo, conversations and texts for sprat sft"
         raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
-    train, validation = examples.examples, tuple[Example, ...]()
+    train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
+    validation = tuple[Example, ...]()
     if config.examples.validation and len(train) > 1:
         train, validation = split_by_hash(train, config.examples.validation, config.seed)
     shown = encode_examples(tokenizer, train, config)
     on_prepared(tokenizer, shown)
     facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
+    facts |= {"overlap": overlap} if overlap else {}
+    if tasks:
+        facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
     held_out = None
     if validation:
         measured = encode_examples(tokenizer, validation, config)
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
+    model.to(device).activation_checkpointing = config.activation_checkpointing
     parts = [(shown.rows, 1.0)]
     if replay is not None:
         replayed = _text_rows(tokenizer, replay, config.seq_len)
         facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
         parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
-    config, source = _resolve(config, parts)
-    return Prepared(model, tokenizer, config, source, train, shown.rows, held_out, facts)
+    resolved, source = _resolve(config, parts, start)
+    if start is not None and config.init_state == "continue":
+        loop.check_start(start, model, resolved)
+    elif start is not None:
+        checkpoint.restore_weights(start, model)
+        resolved = resolved.replace(init_from="")
+    selection = evaluation.make_selection(config, tasks, held_out is not None)
+    prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
+    return Prepared(
+        model, tokenizer, resolved, source, train, shown.rows, held_out, facts, tasks, prompts, selection, start
+    )
 
 
-def _text_rows(tokenizer: Tokenizer, path: Path, seq_len: int) -> PackedDataset:
+def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> PackedDataset:
     """The text at ``path`` in rows; a document longer than a row goes on in others."""
     return pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path)), seq_len)
 
 
 def _resolve(
-    config: FinetuneConfig, parts: Sequence[tuple[PackedDataset, float]]
+    config: FinetuneConfig, parts: Sequence[tuple[PackedDataset, float]], start: checkpoint.Checkpoint | None
 ) -> tuple[FinetuneConfig, loader.MixedBatchSource]:
     """``config`` with the steps that its epochs over the first of ``parts`` take, and the batches of those steps.
 
-    Batches are halved where its rows are few; they keep two rows, which two cores share.
+    Batches are halved where its rows are few; they keep two rows, which two cores share. Epochs that go on from
+    ``start`` come after its steps.
     """
+    first = start.step if start is not None and config.init_state == "continue" else 0
     rows = parts[0][0].num_rows
     batch_rows = config.batch_rows
     while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
@@ -182,39 +239,97 @@ def _resolve(
     epoch = rows / source.part_rows[0]  # steps
     resolved = config.replace(
         batch_rows=batch_rows,
-        steps=config.steps or max(1, round(config.epochs * epoch)),
+        steps=config.steps or first + max(1, round(config.epochs * epoch)),
         eval_every=config.eval_every or max(1, round(epoch)),
     )
     return resolved, source
 
 
-def train(run: Run, ready: Prepared, base_model: str, loss_fn: losses.LossFn | None = None) -> None:
+def train(
+    run: Run,
+    ready: Prepared,
+    base_model: str,
+    loss_fn: losses.LossFn | None = None,
+    *,
+    tensorboard: TensorBoardLog | None = None,
+) -> None:
     """Train, measure, save, finish.
 
     Args:
         base_model: what PEFT shall take an adapter's base to be.
         loss_fn: what is minimized, where it is not what ``ready.config`` says.
+        tensorboard: is given every row of the log.
 
     Raises:
         TrainingError, CheckpointError, MachineError: see ``train.loop.train``.
     """
     model, config, held_out = ready.model, ready.config, ready.held_out
     run.add_facts(steps=config.steps, batch_rows=config.batch_rows, **ready.facts)
-    own_loss_fn, measure = _objective(model, config, ready.rows, held_out)
+    own_loss_fn, measure_loss = _objective(model, config, ready.rows, held_out)  # its reference is the model as it came
+    if ready.start is not None and config.init_from:
+        checkpoint.restore_weights(ready.start, model)
+    measure = None
+    if measure_loss or ready.tasks or ready.prompts:
+        measure = evaluation.Evaluation(
+            ready.tokenizer,
+            config.eval,
+            loss=measure_loss,
+            tasks=ready.tasks,
+            prompts=ready.prompts,
+            seed=config.seed,
+            folder=run.checkpoints,
+        )
+        run.on_log.append(measure.write_samples)
+    if tensorboard is not None:
+        run.on_log.append(tensorboard.add_row)
     if measure and "validation_before" not in run.facts:
-        run.add_facts(validation_before=measure(model))
-    every = config.eval_every if measure else 0
+        before = loop.evaluate_now(model, measure)
+        run.truncate_metrics(-1)
+        run.log(0, **before)
+        run.add_facts(validation_before=_scores_of(before))
+    every, selection = config.eval_every if measure else 0, ready.selection
     result = loop.train(
-        model, ready.source, config, run, loss_fn=loss_fn or own_loss_fn, evaluate=measure, eval_every=every
+        model,
+        ready.source,
+        config,
+        run,
+        loss_fn=loss_fn or own_loss_fn,
+        evaluate=measure,
+        eval_every=every,
+        selection=selection,
     )
+    chosen = checkpoint.latest(run.checkpoints)
+    if config.keep_best and selection.step and (best := checkpoint.at_step(run.checkpoints, selection.step)):
+        checkpoint.restore_weights(best, model)
+        chosen = best
+        run.add_facts(best={"step": best.step, "metric": config.best_metric, "value": selection.value})
     if measure:
-        run.add_facts(validation_after=measure(model))
-    run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second)
+        rows = run_record.read_metrics(run.folder)
+        run.add_facts(validation_after=_scores_of(next(row for row in rows if chosen and row["step"] == chosen.step)))
+    run.add_facts(loss=result.loss, tokens_per_second=result.tokens_per_second, last_step=result.steps)
+    _save(run, ready, base_model, chosen)
+    if tensorboard is not None:
+        tensorboard.close()
+        run.ledger.add_file(tensorboard.folder)
+    run.finish(flops=result.flops, tokens=result.tokens)
+
+
+def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a logged evaluation, as ``Evaluation`` calls them."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+
+
+def _save(run: Run, ready: Prepared, base_model: str, chosen: checkpoint.Checkpoint | None) -> None:
+    """The artefact: adapters by themselves, the whole model, samples, and the checkpoint ``chosen``."""
+    model, config = ready.model.to("cpu"), ready.config
+    if config.lora is not None or config.keep_checkpoint:
+        checkpoint.copy_to_artefact(chosen, run.artifact)
     if config.lora is not None:
         peft.save_peft(model, run.artifact / "adapter", base_model=base_model)
         merge_lora(model)
+    if (samples := run.checkpoints / SAMPLES_FILE).is_file():
+        shutil.copyfile(samples, run.artifact / samples.name)
     save(model, ready.tokenizer, run.artifact)
-    run.finish(flops=result.flops, tokens=result.tokens)
 
 
 def _objective(
@@ -222,9 +337,25 @@ def _objective(
 ) -> tuple[losses.LossFn, loop.Evaluate | None]:
     """What is minimized, and what is measured on the examples that are kept from training."""
     if not isinstance(config, DPOConfig):
-        return losses.next_token_loss, None if held_out is None else lambda model: {"loss": mean_loss(model, held_out)}
-    loss_fn = dpo.preference_loss(config, dpo.reference_logprobs(model, rows))
+        loss_fn = _with_dtype(losses.next_token_loss, config)
+        return loss_fn, None if held_out is None else lambda model: {"loss": mean_loss(model, held_out)}
+    loss_fn = _with_dtype(dpo.preference_loss(config, dpo.reference_logprobs(model, rows)), config)
     if held_out is None:
         return loss_fn, None
     measured = dpo.preference_loss(config, dpo.reference_logprobs(model, held_out))
     return loss_fn, lambda model: dpo.mean_metrics(model, measured, held_out, config)
+
+
+def _with_dtype(loss_fn: losses.LossFn, config: FinetuneConfig) -> losses.LossFn:
+    """``loss_fn`` with products in ``config.dtype``; what is float32 by default on a CPU is left as it is."""
+    device = torch.device(config.device).type
+    if device == "cpu" and config.dtype == "float32":
+        return loss_fn
+
+    def loss(
+        model: Transformer, batch: loader.Batch, settings: LoopConfig, whole: loader.Batch | None = None
+    ) -> losses.Loss:
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return loss_fn(model, batch, settings, whole)
+
+    return loss

@@ -1,4 +1,4 @@
-"""What did each station gain and cost? One self-contained ``report.html``, made from run folders alone."""
+"""What did a run, or each station of a road, gain and cost? One self-contained ``report.html``, from folders alone."""
 
 from sprat.report.page import write_report
 

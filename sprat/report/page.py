@@ -1,18 +1,19 @@
-"""The page: sections in the order of the pipeline, each there only when a run has something for it.
+"""The page of a road: sections in the order of the pipeline, each there only when a run has something for it.
 
 No script, no font, no picture from elsewhere; the same runs give the same bytes.
 """
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from sprat.errors import DataError, TrustError
 from sprat.eval.score import SIGNIFICANCE_LEVEL, pool_scores, two_proportion_p_value
 from sprat.files import atomic
 from sprat.report import completions, held_out_text, plots, tables
-from sprat.report.runs import STAGE_TITLES, PipelineRuns, read_runs
+from sprat.report.document import document, panels, section
+from sprat.report.run_page import render_run
+from sprat.report.runs import STAGE_TITLES, PipelineRuns, is_run, read_runs
 from sprat.report.tables import escape, format_duration, format_number, format_percent, format_points, format_yuan
 from sprat.trust.ledger import find_ledger
 
@@ -32,7 +33,7 @@ _DISCLAIMERS = (
 
 
 def write_report(pipeline_folder: str | Path) -> Path:
-    """Write ``report.html`` into the folder of a pipeline (or of one run), from its finished runs alone.
+    """Write ``report.html`` into the folder of a pipeline, from its finished runs alone, or into that of one run.
 
     The ledger of the pipeline is told the page's digest, so that ``verify`` sees an edited one.
 
@@ -40,14 +41,14 @@ def write_report(pipeline_folder: str | Path) -> Path:
         The path of the page, which needs no other file and no network.
 
     Raises:
-        CheckpointError: there is no finished run.
+        CheckpointError: there is no finished run, or the run has not begun.
         TrustError: one cannot be read, or the ledger's end is damaged.
         MachineError: the disk is full or closed to us.
     """
     folder = Path(pipeline_folder)
     path = folder / "report.html"
     try:
-        content = render_page(read_runs(folder))
+        content = render_run(folder) if is_run(folder) else render_page(read_runs(folder))
     except _MALFORMED as error:
         what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
         raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
@@ -60,14 +61,7 @@ def write_report(pipeline_folder: str | Path) -> Path:
 
 def render_page(runs: PipelineRuns) -> str:
     """The whole page of ``runs``."""
-    style = resources.files("sprat.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = "\n".join(part for part in (_head(runs), *_sections(runs), _foot(runs)) if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Sprat: report of the road</title>\n<style>\n{style}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return document("Sprat: report of the road", [_head(runs), *_sections(runs), _foot(runs)])
 
 
 def _head(runs: PipelineRuns) -> str:
@@ -125,69 +119,60 @@ def _sections(runs: PipelineRuns) -> list[str]:
     counts = sorted({score.count for stage in runs.scored for score in stage.scores})
     several = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}" if counts else ""
     return [
-        _section(
+        section(
             "Accuracy after each stage",
             f"Greedy answers to {several} held-out problems for each task, with 95 % intervals.",
             tables.accuracy(runs),
         ),
-        _section(
+        section(
             "Gains and their controls",
             "Each stage against the one before it on the same problems; significant means "
             f"p &lt; {SIGNIFICANCE_LEVEL}, two-sided, over problems. What another seed gives only other roads show. "
             "Controls had the time of training that stands below their names.",
             tables.gains(runs),
         ),
-        _section(
+        section(
             "Thinking on and off",
             "The same model left to itself, made to think, and made to answer at once.",
             tables.thinking(runs),
         ),
-        _section("Learning curves", "What training saw, step by step.", _panels(plots.loss_curves(runs))),
-        _section(
+        section("Learning curves", "What training saw, step by step.", panels(plots.loss_curves(runs))),
+        section(
             "Reinforcement learning",
             "GRPO with rule rewards, a line for each seed, all from the same start.",
-            _panels(plots.rl_curves(runs)) + tables.seeds(runs),
+            panels(plots.rl_curves(runs)) + tables.seeds(runs),
         ),
-        _section(
+        section(
             "Accuracy by length",
             "Greedy accuracy by the number of terms, with 95 % intervals; shaded lengths were never trained.",
-            _panels(plots.accuracy_by_length(runs)),
+            panels(plots.accuracy_by_length(runs)),
         ),
-        _section(
+        section(
             "Thinking before and after RL",
             "The first held-out questions of each task, not chosen by hand or by result.",
             completions.before_after_rl(runs),
         ),
-        _section(
+        section(
             "Real text",
             "Documents that were held out of training. Fewer bits per byte mean better prediction. A model is compared "
             "with the best of the baselines, which learn from the same text; PPM goes on to learn from the test.",
-            _panels(held_out_text.plots(runs)) + held_out_text.table(runs),
+            panels(held_out_text.plots(runs)) + held_out_text.table(runs),
         ),
-        _section(
-            "Experts", "How often each expert was chosen, relative to an even load.", _panels(plots.expert_loads(runs))
+        section(
+            "Experts", "How often each expert was chosen, relative to an even load.", panels(plots.expert_loads(runs))
         ),
-        _section(
+        section(
             "Quality, size and speed",
             "Joined points are those that no other model beats on both.",
-            _panels(plots.pareto(runs)) + tables.sizes(runs),
+            panels(plots.pareto(runs)) + tables.sizes(runs),
         ),
-        _section("Cost", _rates(runs), tables.cost(runs)),
-        _section(
+        section("Cost", _rates(runs), tables.cost(runs)),
+        section(
             "Where it comes from",
             "Recomputed by <code>sprat verify</code>; the whole digest shows on hover.",
             tables.provenance(runs) + tables.sources(runs),
         ),
     ]
-
-
-def _section(title: str, lead: str, content: str) -> str:
-    """A section, or nothing when it has no content."""
-    return f'<section><h2>{title}</h2><p class="note">{lead}</p>\n{content}</section>' if content else ""
-
-
-def _panels(panels: list[str]) -> str:
-    return f'<div class="panels">{"".join(f"<figure>{svg}</figure>" for svg in panels)}</div>' if panels else ""
 
 
 def _rates(runs: PipelineRuns) -> str:

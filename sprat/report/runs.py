@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,31 @@ def read_runs(folder: Path) -> PipelineRuns:
     return PipelineRuns(stages, [stage for stage in stages if stage.name in names])
 
 
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is that of one run, finished or not."""
+    return any((folder / name).is_file() for name in ("run.json", "open.json"))
+
+
+def read_run(folder: Path) -> StageRun:
+    """The run in ``folder``; of one that is not finished what is known so far, without times and cost at its end.
+
+    Raises:
+        TrustError: its files cannot be read.
+    """
+    if (folder / "run.json").is_file():
+        return _read_stage(folder, folder)
+    record, facts = (read_json(folder / name) for name in ("open.json", "facts.json"))
+    try:
+        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrustError(f"recipe.toml cannot be read: {error}", where=str(folder), todo="go on with the run") from None
+    spent = {key: value for key, value in (read_json(folder / "spent.json") or {}).items() if key != "step"}
+    record = printable({**(record or {}), **spent, "recipe": recipe, "facts": facts or {}})
+    return StageRun(
+        folder.name, str(record.get("stage")), folder.name, "", record, printable(run_record.read_metrics(folder))
+    )
+
+
 def _stage_index(stage: StageRun) -> int:
     """The place of a stage on the pipeline, -1 for one that has none."""
     return list(STAGE_TITLES).index(stage.kind) if stage.kind in STAGE_TITLES else -1
@@ -186,22 +212,22 @@ def _read_stage(path: Path, folder: Path) -> StageRun:
     record = read_json(path / "run.json")
     if record is None:
         raise TrustError("run.json cannot be read", where=str(path), todo="see verify; then run that stage again")
-    record = _printable(record)
+    record = printable(record)
     name = path.name if path == folder else path.relative_to(folder).as_posix()
     facts = record.get("facts") or {}
     kind = next((f for f in STAGE_TITLES if name == f or name.startswith(f"{f}-")), str(record.get("stage", name)))
     title = str(facts.get("title") or STAGE_TITLES.get(name, name))
     control_of = str(facts.get("control_of") or _CONTROLS.get(name, ""))
     scores = [StageScore.from_dict(row) for row in facts.get("scores") or []]
-    return StageRun(name, kind, title, control_of, record, run_record.read_metrics(path), scores)
+    return StageRun(name, kind, title, control_of, record, printable(run_record.read_metrics(path)), scores)
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """``value`` without the characters that no page or font can show (controls, halves of a surrogate pair)."""
     if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
+        return {printable(key): printable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_printable(item) for item in value]
+        return [printable(item) for item in value]
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     return value

@@ -213,7 +213,8 @@ def cost(runs: PipelineRuns) -> str:
         share = 100 * spent["device_seconds"] / total_seconds
         bar = f'<span class="bar"><i style="width:{share:.1f}%"></i></span>'
         rows.append([escape(stage.title) + mark, *_cost_cells(spent), bar])
-    rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _cost_cells(total)), ""])
+    if len(rows) > 1:
+        rows.append(["<b>all</b>", *(f"<b>{item}</b>" for item in _cost_cells(total)), ""])
     head = ["stage", "FLOPs", "tokens", "CPU time", "wall time", "energy (est.)", "cost", "share of CPU time"]
     return table(head, rows, "cost")
 
@@ -249,7 +250,7 @@ def provenance(runs: PipelineRuns) -> str:
     for stage in runs.stages:
         inputs = [item.get("path") or item.get("outside") or name for name, item in stage.inputs.items()]
         inputs_text = ", ".join(map(escape, inputs))
-        digests = [_digest_cell(str(stage.record.get(name, ""))) for name in ("artefact_digest", "recipe_digest")]
+        digests = [digest_cell(str(stage.record.get(name, ""))) for name in ("artefact_digest", "recipe_digest")]
         rows.append([escape(stage.name), *digests, escape(stage.record.get("seed", "")), inputs_text or "–"])
     return table(["run", "artefact (SHA-256)", "recipe (SHA-256)", "seed", "made from"], rows)
 
@@ -263,13 +264,13 @@ def sources(runs: PipelineRuns) -> str:
             escape(source.licence),
             format_number(float(source.bytes), "B"),
             "<br>".join(escape(item) for item in (source.fault, *source.left_out) if item) or "–",
-            _digest_cell(source.digest),
+            digest_cell(source.digest),
         ]
         for source in text_sources
     ]
     return table(["source", "licence", "size", "left out", "SHA-256"], rows) if rows else ""
 
 
-def _digest_cell(value: str) -> str:
+def digest_cell(value: str) -> str:
     """The first 16 digits; the whole on hover."""
     return f'<code title="{escape(value)}">{escape(value[:16])}</code>' if value else "–"

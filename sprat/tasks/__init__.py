@@ -6,7 +6,7 @@ from sprat.config import TaskConfig
 from sprat.errors import DataError
 from sprat.tasks.base import HELD_OUT_SPLITS, HeldOutTask, Problem, Split, Task, held_out_problems, is_correct, split_of
 from sprat.tasks.gym import GymTask
-from sprat.tasks.overlap import overlap
+from sprat.tasks.overlap import QuestionIndex, overlap
 from sprat.tasks.sums import Sums
 from sprat.tasks.user_class import UserClassTask, load_class_task
 from sprat.tasks.user_file import UserTask, read_task
@@ -16,6 +16,7 @@ __all__ = [
     "HeldOutTask",
     "GymTask",
     "Problem",
+    "QuestionIndex",
     "Split",
     "Sums",
     "Task",

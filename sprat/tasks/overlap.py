@@ -29,6 +29,40 @@ def words(text: str) -> list[str]:
     return _WORD.findall(_HYPHEN.sub(" ", unicodedata.normalize("NFKC", text).casefold()))
 
 
+class QuestionIndex:
+    """Questions of tasks, looked up by their first words.
+
+    Args:
+        problems: whose questions; those without a word are never found.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._questions = [words(str(problem.meta.get("asked", problem.question))) for problem in problems]
+        self._by_key: dict[int, dict[tuple[str, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number, question in enumerate(self._questions):
+            if question:
+                key = tuple(question[:MAX_KEY_WORDS])
+                self._by_key[len(key)][key].append(number)
+
+    def find(self, text: str, min_words: int = 1) -> set[int]:
+        """The numbers of the problems whose question stands in ``text``.
+
+        Args:
+            min_words: a question of fewer words counts only where it is the whole text.
+        """
+        text_words, numbers = words(text), set[int]()
+        for length, numbers_by_key in self._by_key.items():
+            for start in range(len(text_words) - length + 1):
+                for number in numbers_by_key.get(tuple(text_words[start : start + length]), ()):
+                    question = self._questions[number]
+                    is_whole = len(question) == len(text_words)
+                    if text_words[start : start + len(question)] == question and (
+                        len(question) >= min_words or is_whole
+                    ):
+                        numbers.add(number)
+        return numbers
+
+
 def overlap(problems: Sequence[Problem], texts: Iterable[str]) -> list[Problem]:
     """Those of ``problems`` whose question stands in one of ``texts``, in the order of ``problems``.
 
@@ -38,19 +72,6 @@ def overlap(problems: Sequence[Problem], texts: Iterable[str]) -> list[Problem]:
     >>> [problem.index for problem in overlap(asked, ["Q: what is 2+3 A: 5"])]
     [0]
     """
-    questions = [words(str(problem.meta.get("asked", problem.question))) for problem in problems]
-    by_key: dict[int, dict[tuple[str, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, question in enumerate(questions):
-        if question:
-            key = tuple(question[:MAX_KEY_WORDS])
-            by_key[len(key)][key].append(number)
-    overlapping: set[int] = set()
-    for text in texts:
-        text_words = words(text)
-        for length, numbers_by_key in by_key.items():
-            for start in range(len(text_words) - length + 1):
-                for number in numbers_by_key.get(tuple(text_words[start : start + length]), ()):
-                    question = questions[number]
-                    if text_words[start : start + len(question)] == question:
-                        overlapping.add(number)
+    index = QuestionIndex(problems)
+    overlapping = {number for text in texts for number in index.find(text)}
     return [problem for number, problem in enumerate(problems) if number in overlapping]

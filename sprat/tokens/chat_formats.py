@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -56,6 +56,7 @@ class ChatFormat:
             question that follows a system message.
         past_reasoning: of an answer of the past that holds ``</think>`` only the rest is kept: ``cut`` there, or
             ``strip`` line breaks as well. Empty: it stays.
+        mismatch: why this stands in the place of the model's own template; empty where it is that, or there is none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ChatFormat:
     strict_alternation: bool = False
     strip_rules: tuple[tuple[str, str], ...] = ()
     past_reasoning: str = ""
+    mismatch: str = field(default="", compare=False)
 
 
 SPRAT = ChatFormat(
@@ -166,8 +168,7 @@ SPRAT_SPECIAL_TOKENS = (
     "<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>",
 )  # fmt: skip
 
-# The Jinja twin of chat.render for our own format, for other programs that load the folder. We write
-# it and never run it; a test renders it with transformers and compares the ids.
+# The Jinja twin of chat.render for our own format, for other programs; a test renders it with transformers.
 SPRAT_TEMPLATE = (
     "{{- '<|bos|>' -}}"
     "{%- for message in messages -%}"

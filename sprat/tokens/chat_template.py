@@ -106,7 +106,7 @@ def format_from_template(base: ChatFormat, template: str, tokens: Mapping[str, s
         _compare(chat_format, texts)
     except _TemplateMismatch as mismatch:
         log.warning("the chat template is not followed (%s); the format %r is used instead", mismatch, base.name)
-        return base if _has_thinking(base, template) else _without_thinking(base)
+        return replace(base if _has_thinking(base, template) else _without_thinking(base), mismatch=str(mismatch))
     return chat_format
 
 

@@ -141,7 +141,7 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """What ``save`` writes, by the names of its files."""
         config, names = self._config, {}
-        if self.chat_format is chat_formats.SPRAT:
+        if self.chat_format == chat_formats.SPRAT:
             own = self.chat_format
             names = {"bos_token": own.bos, "eos_token": own.eos, "pad_token": own.pad}
             config = {

@@ -1,3 +1,4 @@
+# size: to write, find, check and restore checkpoints are one noun
 """Checkpoints that are whole or absent, and from which training goes on to the same bits.
 
     checkpoints/step-00000100/
@@ -59,13 +60,20 @@ class Checkpoint:
 
 
 def save(
-    folder: str | Path, step: int, model: nn.Module, optimizer: OptimizersContainer, extra: Mapping[str, Any]
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: OptimizersContainer,
+    extra: Mapping[str, Any],
+    *,
+    protected_step: int | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` finished steps, then remove all but the last two.
 
     Args:
         folder: the run's ``checkpoints`` folder; made if missing.
         extra: JSON values that come back with the checkpoint (floats come back to the bit).
+        protected_step: a step whose checkpoint stays as well.
 
     Raises:
         MachineError: the disk is full or closed to us; earlier checkpoints are untouched, nothing is left behind.
@@ -99,13 +107,19 @@ def save(
             raise mended from None
         raise
     for old in _folders(folder)[MAX_CHECKPOINTS:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != f"step-{protected_step or 0:08d}":
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def latest(folder: str | Path) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that is whole; None where there is none."""
     return next(_valid_checkpoints(Path(folder)), None)
+
+
+def at_step(folder: str | Path, step: int) -> Checkpoint | None:
+    """The checkpoint of ``step`` in ``folder``; None where there is none that is whole."""
+    return next((each for each in _valid_checkpoints(Path(folder)) if each.step == step), None)
 
 
 def _valid_checkpoints(*folders: Path) -> Iterator[Checkpoint]:
@@ -161,7 +175,7 @@ def find_start(init_from: str, run: Path, expected_digest: str = "") -> Checkpoi
                 return candidate
             seen.add(candidate.step)
     what = f"no checkpoint to start from; there is {sorted(seen)}" if seen else "no checkpoint to start from"
-    todo = "name a training run as RUN or RUN@STEP; one that finished keeps the last at the full learning rate"
+    todo = "name a training run as RUN or RUN@STEP; one that finished keeps one step (sft and dpo: keep_checkpoint)"
     raise CheckpointError(what, where=f"init_from {init_from}", todo=todo)
 
 
@@ -218,26 +232,46 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersConta
         what, todo = f"a checkpoint cannot be read: {error}", "remove that folder to start from the checkpoint before"
         raise CheckpointError(what, where=str(checkpoint.folder), todo=todo) from None
     check_compatible(checkpoint, model, optimizer)
+    _check_frozen(checkpoint, model)
+    optimizer.load_state_dict(state)
+    _copy(weights, model)
+
+
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put weights and buffers back, in place, and no optimizer state.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or over other frozen weights, or cannot be read. Nothing is
+            changed.
+    """
+    check_compatible(checkpoint, model)
+    _check_frozen(checkpoint, model)
+    _copy(load_file(checkpoint.folder / _FILES[0]), model)
+
+
+def _check_frozen(checkpoint: Checkpoint, model: nn.Module) -> None:
     if checkpoint.frozen and checkpoint.frozen != _frozen_digest(model):
         what, todo = "the checkpoint is over other frozen weights", "load the base model that its run started from"
         raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
-    optimizer.load_state_dict(state)
+
+
+def _copy(weights: Mapping[str, Tensor], model: nn.Module) -> None:
     own = _tensors(model)
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
 
 
-def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersContainer) -> None:
-    """Refuse a checkpoint of another model or optimizer; only names and shapes are read.
+def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: OptimizersContainer | None = None) -> None:
+    """Refuse a checkpoint of another model or optimizer (None: whatever that is); only names and shapes are read.
 
     Raises:
         CheckpointError: it is of another one, or cannot be read.
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
     models = [_trained(model)] if checkpoint.frozen else [_tensors(model)]
-    parts = ((models, "model"), (optimizer.layouts(), "optimiser"))
-    for name, (layouts, part) in zip(_FILES, parts, strict=True):
+    parts = ((models, "model"), (optimizer.layouts(), "optimiser")) if optimizer else ((models, "model"),)
+    for name, (layouts, part) in zip(_FILES, parts, strict=False):
         try:
             with safe_open(checkpoint.folder / name, framework="pt") as file:
                 stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -34,7 +34,8 @@ from sprat.train import balance, checkpoint, machine, optim, schedule
 from sprat.train.backward import backward
 from sprat.train.losses import LossFn, next_token_loss
 from sprat.train.parallel import Parallel, ThreadDataParallel
-from sprat.trust import Run
+from sprat.train.selection import Selection
+from sprat.trust import Run, run_record
 
 Evaluate = Callable[[Transformer], Mapping[str, float]]
 _OWN_NAMES = {"step", "tokens", "lr_factor", "grad_norm", "max_violation"}
@@ -96,7 +97,7 @@ class _MetricsWindow:
         return means
 
 
-def train(
+def train(  # size: half of it says what it is given and what goes wrong
     model: Transformer,
     source: BatchSource,
     config: LoopConfig,
@@ -107,6 +108,7 @@ def train(
     parallel: Parallel | None = None,
     evaluate: Evaluate | None = None,
     eval_every: int = 0,
+    selection: Selection | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` to step ``config.steps``, from the run's last checkpoint, ``config.init_from`` or the start.
@@ -121,6 +123,7 @@ def train(
         final_phase: the last steps of the run, whose gradients are computed at other weights.
         parallel: who does a step together; None for threads of this process (on a GPU: one).
         evaluate: is asked for scores after every ``eval_every`` steps (0: never), in eval mode and without gradients.
+        selection: which of the evaluations is the best, whose checkpoint stays, and when to stop before the last step.
         progress: show a bar, if this is a terminal.
 
     Raises:
@@ -130,28 +133,34 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step with a checkpoint.
         MachineError: the disk is full.
     """
+    selection = selection or Selection()
     parallel, optimizer = _prepare(model, config, run, parallel, eval_every)
     identity, window = {"config": config.digest(), "data": source.digest}, _MetricsWindow()
     done, tokens, start = _resume(model, optimizer, config, run, identity, window)
     first_tokens, speed, began, stable = tokens, 0.0, time.monotonic(), _stable_steps(config, final_phase)
+    selection.replay(run_record.read_metrics(run.folder))
 
     def keep(folder: Path) -> None:
-        checkpoint.save(folder, done, model, optimizer, identity | window.state() | {"tokens": tokens, "start": start})
+        state = identity | window.state() | {"tokens": tokens, "start": start}
+        checkpoint.save(folder, done, model, optimizer, state, protected_step=selection.protected_step)
 
     with parallel, progress_bar(run, config.steps, done, shown=progress) as advance, deferred_interrupt() as stopped:
-        while done < config.steps:
+        while done < config.steps and not selection.is_exhausted:
             batch = source.batch(done)
             with nullcontext() if final_phase is None or done < final_phase.first_step else final_phase.weights():
                 own = batch if parallel.world == 1 else source.batch(done, parallel.rank, parallel.world)
                 metrics, expert_loads = backward(model, own, config, loss_fn, optimizer.parameters, parallel, batch)
             _step(model, config, optimizer, metrics, expert_loads, done, run)
             done, tokens = done + 1, tokens + batch.tokens_BT.numel()
-            _log(run, config, done, tokens, window, metrics, _scores(model, evaluate, eval_every, done))
+            is_due = eval_every and (done % eval_every == 0 or (selection.evaluate_last and done == config.steps))
+            scores = evaluate_now(model, evaluate) if evaluate is not None and is_due else {}
+            is_best, is_last = selection.add(done, scores), done == config.steps or selection.is_exhausted
+            _log(run, config, done, tokens, window, metrics, scores, is_last)
             speed = (tokens - first_tokens) / (time.monotonic() - began)
             advance(done, f"loss {metrics['loss']:.3f}  {speed:,.0f} tok/s")
             if done == stable:
                 keep(run.checkpoints / checkpoint.STABLE)
-            if (stop := stopped()) or done % config.checkpoint_every == 0 or done == config.steps:
+            if (stop := stopped()) or done % config.checkpoint_every == 0 or is_last or (is_best and selection.keep):
                 keep(run.checkpoints)
             if stop:
                 raise KeyboardInterrupt
@@ -179,19 +188,18 @@ def _log(
     window: _MetricsWindow,
     metrics: dict[str, float],
     scores: dict[str, float],
+    is_last: bool,
 ) -> None:
     """Add ``metrics`` to the window; write its row where it ends, and one of ``scores`` where there are any."""
     window.add(metrics)
-    if done % config.log_every == 0 or done == config.steps:
+    if done % config.log_every == 0 or is_last:
         run.log(done, **window.close(), tokens=tokens, lr_factor=_lr_factor(config, done - 1), **scores)
     elif scores:
         run.log(done, **scores)
 
 
-def _scores(model: Transformer, evaluate: Evaluate | None, every: int, done: int) -> dict[str, float]:
-    """What ``evaluate`` finds after every ``every`` steps; random state and the model are afterwards as before."""
-    if evaluate is None or every == 0 or done % every:
-        return {}
+def evaluate_now(model: Transformer, evaluate: Evaluate) -> dict[str, float]:
+    """What ``evaluate`` finds, by ``eval_NAME``; random state and the model are afterwards as before, in train mode."""
     device = model.norm.weight.device
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()

@@ -12,8 +12,13 @@ import os
 import platform
 import sys
 from functools import cache
+from pathlib import Path
 
 import torch
+
+from sprat.errors import MachineError
+
+_BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # of x86 and ARM, as Linux names them
 
 # Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -50,3 +55,26 @@ def raise_malloc_thresholds() -> bool:
         return False
     wanted = ((_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_TOP_PAD, _PAD_BYTES))
     return all([mallopt(name, value) == 1 for name, value in (*wanted, (_M_ARENA_MAX, 1))])
+
+
+def check_device(name: str) -> torch.device:
+    """The device ``name`` (``cpu``, ``cuda``, ``cuda:1``), if it is there.
+
+    Raises:
+        MachineError: it is not.
+    """
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        what = f"torch sees {count or 'no'} CUDA device{'' if count == 1 else 's'} here"
+        todo = "leave --device out to train on the CPU, or install torch for your GPU"
+        raise MachineError(what, where=f"device {name}", todo=todo)
+    return device
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
+    try:
+        return not _BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False

@@ -57,6 +57,7 @@ class Run:
         set_aside: where the run of another recipe that lay in this folder is now; None where there was none.
         facts: what ``add_facts`` was given, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
+        on_log: each is told every row of ``metrics.jsonl``, step and row, after it was written.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, identity: dict[str, Any], recipe: Config, money: MoneyConfig):
@@ -69,6 +70,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.done = False
         self.set_aside: Path | None = None
+        self.on_log: list[Callable[[int, Mapping[str, Any]], None]] = []
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
         self._started, self._step, self._steps = utc_now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
@@ -85,6 +87,8 @@ class Run:
         atomic.append_line(self.folder / "metrics.jsonl", json.dumps(row, allow_nan=False), durable=False)
         self._step = int(step)
         self.write_progress()
+        for listener in self.on_log:
+            listener(int(step), row)
 
     def write_progress(self) -> None:
         """Note what was spent and reached so far: a kill does not make it free, and others can watch."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from sprat.files import atomic
+
+SAMPLES_FILE = "samples.jsonl"  # beside the checkpoints while a run is open, then in the artefact
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,50 @@ class TextSource:
         )
         documents, size = (int(row.get(key) or 0) for key in ("documents", "bytes"))
         return cls(str(row["name"]), documents=documents, bytes=size, left_out=left_out, **texts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model answered to one question while it was trained, after ``step`` steps; ``expected`` is its example's.
+
+    ``expected`` is None where the question is the user's. ``finish_reason`` is the engine's: ``length`` where it was
+    cut.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    expected: str | None = None
+    reasoning: str = ""
+    finish_reason: str = ""
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Sample:
+        """Read what ``write_samples`` writes.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        expected = None if row.get("expected") is None else str(row["expected"])
+        texts = {name: str(row.get(name) or "") for name in ("reasoning", "finish_reason")}
+        return cls(int(row["step"]), str(row["prompt"]), str(row["answer"]), expected, **texts)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """What ``samples.jsonl`` in ``folder`` holds; nothing where there is no such file.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what ``write_samples`` writes.
+    """
+    path = folder / SAMPLES_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [Sample.from_dict(json.loads(line)) for line in lines]
+
+
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write ``samples.jsonl`` in ``folder``, whole.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    atomic.write_text(folder / SAMPLES_FILE, "".join(json.dumps(asdict(each)) + "\n" for each in samples))

@@ -1,4 +1,4 @@
-"""kill -9 and Ctrl-C in the middle of SFT, LoRA and DPO: started again, it ends with the same bits."""
+"""kill -9 and Ctrl-C in the middle of SFT, LoRA, DPO and a search for the best: it ends with the same bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from sprat.post.finetune import finetune
 torch.set_num_threads(1)
 base, kind = Path(sys.argv[1]), sys.argv[2]
 settings = {"epochs": 6, "seq_len": 32, "checkpoint_every": 2, "log_every": 3, "optim": {"adam_lr": 0.01}}
-lora = {"lora": {"rank": 2, "dora": True}} if kind == "lora" else {}
+best = {"keep_best": True, "patience": 40, "best_metric": "ask", "eval_every": 1, "checkpoint_every": 5}
+lora = {"lora": {"rank": 2, "dora": True}} if kind == "lora" else best if kind == "best" else {}
 config = (DPOConfig if kind == "dpo" else FinetuneConfig).model_validate(settings | lora)
 data = base / ("pairs.jsonl" if kind == "dpo" else "talks.jsonl")
 
@@ -34,7 +35,8 @@ def attempt(name):
     child = os.fork()
     if child == 0:
         try:
-            finetune(base / "model", data, base / name / "run", config)
+            tasks = [str(base / "ask.jsonl")] if kind == "best" else []
+            finetune(base / "model", data, base / name / "run", config, eval_tasks=tasks)
         except KeyboardInterrupt:
             os._exit(130)
         os._exit(0)
@@ -45,7 +47,8 @@ def ended(name):
     run = base / name / "run"
     facts = json.loads((run / "run.json").read_text())["facts"]
     metrics = digest.of_file(run / "metrics.jsonl")
-    return [digest.of_folder(run / "artefact"), metrics, facts["validation_before"], facts["validation_after"]]
+    names = ("validation_before", "validation_after", "best", "last_step")
+    return [digest.of_folder(run / "artefact"), metrics, *(facts.get(name) for name in names)]
 
 def newest(name):
     steps = (base / name).glob("run/checkpoints/step-*")
@@ -66,7 +69,7 @@ print(json.dumps({"stopped": stopped, "whole": whole, "killed": ended("killed")}
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["full", "lora", "dpo"])
+@pytest.mark.parametrize("kind", ["full", "lora", "dpo", "best"])
 def test_stopped_at_random_moments_it_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
     tokenizer = lucky_tokenizer()
     save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, tmp_path / "model")
@@ -74,6 +77,8 @@ def test_stopped_at_random_moments_it_ends_with_the_same_bits(kind: str, tmp_pat
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     talks = [{"prompt": str(number), "completion": "7"} for number in range(60)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    asked = [{"question": f"{number} test", "answer": "7"} for number in range(8)]
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     line = [sys.executable, "-c", _CODE, str(tmp_path), kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, timeout=240)

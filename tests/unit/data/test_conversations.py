@@ -187,6 +187,24 @@ def test_a_pair_that_goes_on_from_several_turns(tmp_path: Path) -> None:
     assert [len(parted.chosen), len(parted.rejected)] == [3, 3]
 
 
+def test_tools_have_no_keys_that_only_other_tools_have(tmp_path: Path) -> None:
+    """Parquet gives every tool the keys of all tools; a template would write them all, as nulls."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    city = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}}}
+    units = {"type": "object", "properties": {"units": {"type": "string"}}, "required": ["units"]}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}}
+             for name, schema in (("weather", city), ("scale", units))]  # fmt: skip
+    table = arrow.Table.from_pylist([{"messages": [U, A], "tools": tools}])
+    assert table.to_pylist()[0]["tools"][0]["function"]["parameters"]["required"] is None
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (example,) = read_examples(tmp_path / "a.parquet").examples
+    assert example.tools == tuple(tools)
+    nulls = [{"name": "f", "parameters": {"enum": [None, 1], "required": None}}]
+    assert one(tmp_path, {"messages": [U, A], "tools": nulls}).tools == (
+        {"name": "f", "parameters": {"enum": [None, 1]}},
+    )
+
+
 def test_texts_and_tools(tmp_path: Path) -> None:
     assert one(tmp_path, {"text": " plain\n", "label": 3}) == Text(" plain\n", Where("a.jsonl", 1))
     tools = [{"type": "function", "function": {"name": "weather"}}]

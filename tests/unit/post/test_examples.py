@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sprat.config.finetune import FinetuneConfig
@@ -99,3 +101,14 @@ def test_a_preview_shows_what_is_learned(tokenizer: Tokenizer) -> None:
 def test_of_a_plain_text_all_is_learned(tokenizer: Tokenizer) -> None:
     [(ids, mask)] = encode_examples(tokenizer, [Text("1 2 3", Where("text.txt", 1))], CONFIG).sequences
     assert tokenizer.decode(ids) == "<|bos|>1 2 3<|eos|>" and all(mask)
+
+
+def test_a_chat_template_that_cannot_be_followed_is_not_trained_past(tokenizer: Tokenizer) -> None:
+    """Asked through another program, the model would see a format that it never learned."""
+    table = json.loads(tokenizer.files()["tokenizer_config.json"]) | {"chat_template": "{{ messages | length }}"}
+    other = Tokenizer(tokenizer.files()["tokenizer.json"], config=table)
+    with pytest.raises(DataError, match="does not write each text once.*examples.template=accept"):
+        encode_examples(other, [SHORT], CONFIG)
+    accepted = encode_examples(other, [SHORT], config(32, template="accept"))
+    assert tokenizer.decode(accepted.sequences[0][0]) == "<|bos|><|user|>1 2<|assistant|>3<|eos|>"
+    assert encode_examples(other, [Text("1 2 3", Where("a.txt", 1))], CONFIG).counts["shown"] == 1

@@ -46,7 +46,7 @@ def test_a_model_learns_from_examples_and_the_run_proves_it(base: Path, data: Pa
     assert answer.text == "7" and answer.finish_reason == "stop"
     assert all(finding.ok for finding in verify(tmp_path / "runs"))
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert 25 <= sum("eval_loss" in row for row in rows) <= 30  # about once for each epoch
+    assert 27 <= sum("eval_loss" in row for row in rows) <= 32  # before, about once for each epoch, and at the end
 
 
 def test_adapters_learn_and_lie_beside_the_merged_model(

@@ -1,0 +1,58 @@
+"""Examples that say a question of an evaluation task: what is learned by heart shows as skill, so they are left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from sprat.data.example import Conversation, Example, PreferencePair
+from sprat.errors import DataError
+from sprat.eval.task_files import select_problems
+from sprat.tasks import QuestionIndex, UserClassTask, UserTask
+
+log = logging.getLogger(__name__)
+_MIN_WORDS = 4  # of a question that is looked for within a longer text; "why?" stands in many
+_NUM_NAMES = 5
+
+
+def remove_overlap(
+    examples: Sequence[Example], tasks: Sequence[UserTask | UserClassTask], how: Literal["drop", "keep", "refuse"]
+) -> tuple[tuple[Example, ...], dict[str, Any]]:
+    """``examples`` without those that ask what one of ``tasks`` asks, and how many those are, with the first places.
+
+    Texts are compared by their words (``tasks.overlap``): each turn of the user's, or the whole of a plain text. A
+    question of less than four words counts only where it is the whole turn.
+
+    Args:
+        how: ``drop`` leaves them out, ``keep`` only counts them, ``refuse`` is an error where there is one.
+
+    Raises:
+        DataError: see ``how``; or nothing is left.
+    """
+    problems = [(task.name, problem) for task in tasks for problem in select_problems(task)]
+    index, by_task = QuestionIndex([problem for _, problem in problems]), dict.fromkeys((t.name for t in tasks), 0)
+    clean, places = list[Example](), list[str]()
+    for example in examples:
+        names = {problems[number][0] for text in _asked(example) for number in index.find(text, _MIN_WORDS)}
+        for name in names:
+            by_task[name] += 1
+        places += [str(example.where)] if names else []
+        clean += [] if names else [example]
+    if not places:
+        return tuple(examples), {}
+    what = f"{len(places)} of {len(examples)} examples ask what {' and '.join(n for n, c in by_task.items() if c)} asks"
+    todo = "give other examples, or set examples.overlap=keep"
+    if how == "refuse" or (how == "drop" and not clean):
+        raise DataError(what, where=", ".join(places[:_NUM_NAMES]), todo=todo)
+    log.warning("%s and are %s: %s", what, {"drop": "left out", "keep": "learned"}[how], ", ".join(places[:_NUM_NAMES]))
+    found = {"count": len(places), "how": how, "tasks": by_task, "names": places[:_NUM_NAMES]}
+    return tuple(clean if how == "drop" else examples), found
+
+
+def _asked(example: Example) -> list[str]:
+    """The texts of an example in which a question may stand."""
+    if isinstance(example, Conversation | PreferencePair):
+        messages = example.messages if isinstance(example, Conversation) else example.prompt
+        return [message.content for message in messages if message.role == "user"]
+    return [example.text]
