@@ -1,8 +1,8 @@
 """Frozen, typed configs: one TOML file in, one resolved TOML file out.
 
 ``load`` reads a recipe, applies ``a.b=c`` overrides and validates. An unknown key is an error that
-names the key that was meant, because a silently ignored key is the most expensive kind of typo; so is a key that
-an older version had and that never did anything, or that has another name now.
+names the key that was meant, because a silently ignored key is the most expensive kind of typo; so is a key that an
+older version had.
 """
 
 from __future__ import annotations
@@ -173,11 +173,8 @@ def merge_tables(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     >>> merge_tables({"optim": {"lr": 1, "name": "adamw"}}, {"optim": {"lr": 2}, "steps": 3})
     {'optim': {'lr': 2, 'name': 'adamw'}, 'steps': 3}
     """
-    merged = dict(base)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = merge_tables(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+    both = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
+    return base | changes | {key: merge_tables(base[key], changes[key]) for key in both}
 
 
 def parse(

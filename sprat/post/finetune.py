@@ -20,10 +20,8 @@ stand beside it in ``adapter/``, in PEFT's layout, and in ``checkpoint/`` what a
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,52 +30,22 @@ import torch
 
 from sprat.config import LoopConfig
 from sprat.config.finetune import DPOConfig, FinetuneConfig
-from sprat.data import ingest, loader, pack
-from sprat.data.conversations import read_examples, split_by_hash
-from sprat.data.example import Example, PreferencePair
+from sprat.data import loader
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.bits_per_byte import mean_loss
-from sprat.eval.task_files import select_problems
 from sprat.formats import peft
 from sprat.formats.load import load_dense, locate, save
 from sprat.model import Transformer
-from sprat.model.lora import add_lora, merge_lora
+from sprat.model.lora import merge_lora
 from sprat.post import dpo, evaluation
-from sprat.post.examples import EncodedExamples, encode_examples, text_ids
-from sprat.post.overlap import remove_overlap
+from sprat.post.preparation import OnPrepared, Prepared, prepare
 from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
-from sprat.tasks import UserClassTask, UserTask
-from sprat.tokens import Tokenizer
-from sprat.train import checkpoint, loop, losses, machine
-from sprat.train.selection import Selection
+from sprat.train import checkpoint, loop, losses
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 from sprat.trust.stage_facts import SAMPLES_FILE
-
-log = logging.getLogger(__name__)
-_MIN_STEPS_PER_EPOCH = 8
-OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
-LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that a run needs, checked; ``rows`` are made of ``examples``."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    config: FinetuneConfig
-    source: loader.MixedBatchSource
-    examples: tuple[Example, ...]
-    rows: PackedDataset
-    held_out: PackedDataset | None
-    facts: dict[str, Any]
-    tasks: Sequence[UserTask | UserClassTask]
-    prompts: Sequence[evaluation.SamplePrompt]
-    selection: Selection
-    start: checkpoint.Checkpoint | None
 
 
 def finetune(
@@ -123,15 +91,9 @@ def finetune(
         inputs["replay"] = replay = Path(replay)
 
     def check(resuming: bool) -> None:
-        start = None
-        if start_input:
-            expected_digest = run_record.describe_input(start_input["init_from"], out.parent)["digest"]
-            start = checkpoint.find_start(config.init_from, out, expected_digest)
         load_model = partial(load_dense, model_path, dequantize=dequantize)
-        ready = prepare(
-            load_model, data, config, column_map or {}, on_prepared, replay=replay, tasks=tasks, start=start
-        )
-        prepared.append(ready)
+        options: dict[str, Any] = {"replay": replay, "tasks": tasks, "start": _find_start(start_input, config, out)}
+        prepared.append(prepare(load_model, data, config, column_map or {}, on_prepared, **options))
 
     run = open_run(
         out,
@@ -148,101 +110,14 @@ def finetune(
     return run
 
 
-def prepare(
-    load_model: LoadModel,
-    data: Path,
-    config: FinetuneConfig,
-    column_map: Mapping[str, str],
-    on_prepared: OnPrepared,
-    *,
-    replay: str | Path | None = None,
-    tasks: Sequence[UserTask | UserClassTask] = (),
-    start: checkpoint.Checkpoint | None = None,
-) -> Prepared:
-    """The model and its rows, checked.
-
-    Args:
-        load_model: the model to train, with its tokenizer.
-        replay: text that is mixed in.
-        tasks: what is asked at each evaluation.
-        start: the checkpoint of ``config.init_from``.
-
-    Raises:
-        SpratError: see ``finetune``.
-    """
-    device = machine.check_device(config.device)
-    if config.dtype == "bfloat16" and device.type == "cpu" and not machine.has_bfloat16():
-        log.warning("this processor has no bfloat16 products (AMX, AVX-512 BF16): bfloat16 is slower than float32 here")
-    examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
-    model, tokenizer = load_model()
-    if config.seq_len > model.config.max_position_embeddings:
-        what = f"rows of {config.seq_len} tokens do not fit a context of {model.config.max_position_embeddings}"
-        raise ConfigError(what, where="seq_len", todo=f"set seq_len={model.config.max_position_embeddings}")
-    if isinstance(config, DPOConfig) != isinstance(examples.examples[0], PreferencePair):
-        todo = "preference pairs are for sprat dpo, conversations and texts for sprat sft"
-        raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
-    train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
-    validation = tuple[Example, ...]()
-    if config.examples.validation and len(train) > 1:
-        train, validation = split_by_hash(train, config.examples.validation, config.seed)
-    shown = encode_examples(tokenizer, train, config)
-    on_prepared(tokenizer, shown)
-    facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
-    facts |= {"overlap": overlap} if overlap else {}
-    if tasks:
-        facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
-    held_out = None
-    if validation:
-        measured = encode_examples(tokenizer, validation, config)
-        held_out, facts["validation"] = measured.rows, measured.counts
-    if config.lora is not None:
-        add_lora(model, config.lora, config.seed)
-    model.to(device).activation_checkpointing = config.activation_checkpointing
-    parts = [(shown.rows, 1.0)]
-    if replay is not None:
-        replayed = _text_rows(tokenizer, replay, config.seq_len)
-        facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
-        parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
-    resolved, source = _resolve(config, parts, start)
-    if start is not None and config.init_state == "continue":
-        loop.check_start(start, model, resolved)
-    elif start is not None:
-        checkpoint.restore_weights(start, model)
-        resolved = resolved.replace(init_from="")
-    selection = evaluation.make_selection(config, tasks, held_out is not None)
-    prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
-    return Prepared(
-        model, tokenizer, resolved, source, train, shown.rows, held_out, facts, tasks, prompts, selection, start
-    )
-
-
-def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> PackedDataset:
-    """The text at ``path`` in rows; a document longer than a row goes on in others."""
-    return pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path)), seq_len)
-
-
-def _resolve(
-    config: FinetuneConfig, parts: Sequence[tuple[PackedDataset, float]], start: checkpoint.Checkpoint | None
-) -> tuple[FinetuneConfig, loader.MixedBatchSource]:
-    """``config`` with the steps that its epochs over the first of ``parts`` take, and the batches of those steps.
-
-    Batches are halved where its rows are few; they keep two rows, which two cores share. Epochs that go on from
-    ``start`` come after its steps.
-    """
-    first = start.step if start is not None and config.init_state == "continue" else 0
-    rows = parts[0][0].num_rows
-    batch_rows = config.batch_rows
-    while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
-        batch_rows //= 2
-    batch_rows = max(min(batch_rows, rows), len(parts))
-    source = loader.MixedBatchSource(parts, rows=batch_rows, seed=config.seed)
-    epoch = rows / source.part_rows[0]  # steps
-    resolved = config.replace(
-        batch_rows=batch_rows,
-        steps=config.steps or first + max(1, round(config.epochs * epoch)),
-        eval_every=config.eval_every or max(1, round(epoch)),
-    )
-    return resolved, source
+def _find_start(
+    start_input: Mapping[str, Path | str], config: FinetuneConfig, out: Path
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint that ``start_input`` names, checked; None where there is none."""
+    if not start_input:
+        return None
+    expected_digest = run_record.describe_input(start_input["init_from"], out.parent)["digest"]
+    return checkpoint.find_start(config.init_from, out, expected_digest)
 
 
 def train(
@@ -268,18 +143,7 @@ def train(
     own_loss_fn, measure_loss = _objective(model, config, ready.rows, held_out)  # its reference is the model as it came
     if ready.start is not None and config.init_from:
         checkpoint.restore_weights(ready.start, model)
-    measure = None
-    if measure_loss or ready.tasks or ready.prompts:
-        measure = evaluation.Evaluation(
-            ready.tokenizer,
-            config.eval,
-            loss=measure_loss,
-            tasks=ready.tasks,
-            prompts=ready.prompts,
-            seed=config.seed,
-            folder=run.checkpoints,
-        )
-        run.on_log.append(measure.write_samples)
+    measure = _evaluation(run, ready, measure_loss)
     if tensorboard is not None:
         run.on_log.append(tensorboard.add_row)
     if measure and "validation_before" not in run.facts:
@@ -298,11 +162,7 @@ def train(
         eval_every=every,
         selection=selection,
     )
-    chosen = checkpoint.latest(run.checkpoints)
-    if config.keep_best and selection.step and (best := checkpoint.at_step(run.checkpoints, selection.step)):
-        checkpoint.restore_weights(best, model)
-        chosen = best
-        run.add_facts(best={"step": best.step, "metric": config.best_metric, "value": selection.value})
+    chosen = _choose(run, ready)
     if measure:
         rows = run_record.read_metrics(run.folder)
         run.add_facts(validation_after=_scores_of(next(row for row in rows if chosen and row["step"] == chosen.step)))
@@ -312,6 +172,33 @@ def train(
         tensorboard.close()
         run.ledger.add_file(tensorboard.folder)
     run.finish(flops=result.flops, tokens=result.tokens)
+
+
+def _evaluation(run: Run, ready: Prepared, measure_loss: loop.Evaluate | None) -> evaluation.Evaluation | None:
+    """What is measured while the model is trained; None where there is nothing to ask."""
+    if not (measure_loss or ready.tasks or ready.prompts):
+        return None
+    measure = evaluation.Evaluation(
+        ready.tokenizer,
+        ready.config.eval,
+        loss=measure_loss,
+        tasks=ready.tasks,
+        prompts=ready.prompts,
+        seed=ready.config.seed,
+        folder=run.checkpoints,
+    )
+    run.on_log.append(measure.write_samples)
+    return measure
+
+
+def _choose(run: Run, ready: Prepared) -> checkpoint.Checkpoint | None:
+    """The checkpoint whose model the artefact will hold: the last, or by option the best, which is put back."""
+    config, selection = ready.config, ready.selection
+    if config.keep_best and selection.step and (best := checkpoint.at_step(run.checkpoints, selection.step)):
+        checkpoint.restore_weights(best, ready.model)
+        run.add_facts(best={"step": best.step, "metric": config.best_metric, "value": selection.value})
+        return best
+    return checkpoint.latest(run.checkpoints)
 
 
 def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from sprat.errors import ConfigError
 from sprat.formats.load import load, load_dense, locate
 from sprat.formats.memory import check_available_memory
 from sprat.model import Transformer, count_parameters
-from sprat.post import finetune
+from sprat.post import finetune, preparation
 from sprat.post.collect import is_url
-from sprat.post.finetune import OnPrepared
+from sprat.post.preparation import OnPrepared
 from sprat.post.span_likelihood import span_loss, span_targets
 from sprat.post.teacher_logits import OnSize, TeacherLogits, cache_logits, logits_loss
 from sprat.post.traces import LOG_NAME
@@ -78,11 +78,11 @@ def distill(
     else:
         inputs["student"] = path = locate(student)
         load_student = partial(load_dense, path, dequantize=dequantize)
-    prepared, loss_fn = list[finetune.Prepared](), None
+    prepared, loss_fn = list[preparation.Prepared](), None
 
     def prepare(resuming: bool) -> None:
         if not prepared:
-            prepared.append(finetune.prepare(load_student, data, config, {}, on_prepared))
+            prepared.append(preparation.prepare(load_student, data, config, {}, on_prepared))
 
     if config.logits is not None:
         prepare(False)
@@ -125,14 +125,14 @@ def _is_size(student: str) -> bool:
     return student in size_names() and not Path(student).exists()
 
 
-def _cache_logits(teacher: str, ready: finetune.Prepared, out: Path, config: LogitsConfig, on_size: OnSize) -> Run:
+def _cache_logits(teacher: str, ready: preparation.Prepared, out: Path, config: LogitsConfig, on_size: OnSize) -> Run:
     """The teacher's distributions on the rows of the student ``out``."""
     settings = config.model_dump(include=set(LogitsCacheConfig.model_fields))
     cache, folder = LogitsCacheConfig.model_validate(settings), logits_folder(out)
     return cache_logits(locate(teacher), ready.tokenizer, ready.rows, folder, cache, on_size=on_size)
 
 
-def _spans_loss(run: Run, teacher: str, ready: finetune.Prepared, config: TeachConfig) -> LossFn | None:
+def _spans_loss(run: Run, teacher: str, ready: preparation.Prepared, config: TeachConfig) -> LossFn | None:
     """The loss that matches how likely the teacher finds the pieces of what the student learns; None without them."""
     if config.spans is None:
         return None

@@ -1,0 +1,159 @@
+"""All that a fine-tuning needs, checked before anything is touched: model, rows, tasks, and where it starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sprat.config.finetune import DPOConfig, FinetuneConfig
+from sprat.data import ingest, loader, pack
+from sprat.data.conversations import ExampleSet, read_examples, split_by_hash
+from sprat.data.example import Example, PreferencePair
+from sprat.data.pack import PackedDataset
+from sprat.errors import ConfigError, DataError
+from sprat.eval.task_files import select_problems
+from sprat.model import Transformer
+from sprat.model.lora import add_lora
+from sprat.post import evaluation
+from sprat.post.examples import EncodedExamples, encode_examples, text_ids
+from sprat.post.overlap import remove_overlap
+from sprat.tasks import UserClassTask, UserTask
+from sprat.tokens import Tokenizer
+from sprat.train import checkpoint, loop, machine
+from sprat.train.selection import Selection
+
+log = logging.getLogger(__name__)
+_MIN_STEPS_PER_EPOCH = 8
+OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
+LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, checked; ``rows`` are made of ``examples``."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: FinetuneConfig
+    source: loader.MixedBatchSource
+    examples: tuple[Example, ...]
+    rows: PackedDataset
+    held_out: PackedDataset | None
+    facts: dict[str, Any]
+    tasks: Sequence[UserTask | UserClassTask]
+    prompts: Sequence[evaluation.SamplePrompt]
+    selection: Selection
+    start: checkpoint.Checkpoint | None
+
+
+def prepare(
+    load_model: LoadModel,
+    data: Path,
+    config: FinetuneConfig,
+    column_map: Mapping[str, str],
+    on_prepared: OnPrepared,
+    *,
+    replay: str | Path | None = None,
+    tasks: Sequence[UserTask | UserClassTask] = (),
+    start: checkpoint.Checkpoint | None = None,
+) -> Prepared:
+    """The model and its rows, checked.
+
+    Args:
+        load_model: the model to train, with its tokenizer.
+        replay: text that is mixed in.
+        tasks: what is asked at each evaluation.
+        start: the checkpoint of ``config.init_from``.
+
+    Raises:
+        SpratError: see ``finetune``.
+    """
+    device = _check_device(config)
+    examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
+    model, tokenizer = load_model()
+    _check_form(model, examples, config, data)
+    train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
+    validation = tuple[Example, ...]()
+    if config.examples.validation and len(train) > 1:
+        train, validation = split_by_hash(train, config.examples.validation, config.seed)
+    shown = encode_examples(tokenizer, train, config)
+    on_prepared(tokenizer, shown)
+    facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
+    facts |= {"overlap": overlap} if overlap else {}
+    if tasks:
+        facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
+    held_out = None
+    if validation:
+        measured = encode_examples(tokenizer, validation, config)
+        held_out, facts["validation"] = measured.rows, measured.counts
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
+    model.to(device).activation_checkpointing = config.activation_checkpointing
+    parts = [(shown.rows, 1.0)]
+    if replay is not None:
+        replayed = _text_rows(tokenizer, replay, config.seq_len)
+        facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
+        parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
+    resolved, source = _resolve(config, parts, start)
+    if start is not None and config.init_state == "continue":
+        loop.check_start(start, model, resolved)
+    elif start is not None:
+        checkpoint.restore_weights(start, model)
+        resolved = resolved.replace(init_from="")
+    selection = evaluation.make_selection(config, tasks, held_out is not None)
+    prompts = evaluation.sample_prompts(tokenizer, validation, config.eval, model.config.context)
+    return Prepared(
+        model, tokenizer, resolved, source, train, shown.rows, held_out, facts, tasks, prompts, selection, start
+    )
+
+
+def _check_device(config: FinetuneConfig) -> torch.device:
+    """The device to train on; what its type of number costs there is said."""
+    device = machine.check_device(config.device)
+    if config.dtype == "bfloat16" and device.type == "cpu" and not machine.has_bfloat16():
+        log.warning("this processor has no bfloat16 products (AMX, AVX-512 BF16): bfloat16 is slower than float32 here")
+    return device
+
+
+def _check_form(model: Transformer, examples: ExampleSet, config: FinetuneConfig, data: Path) -> None:
+    """Refuse rows that are longer than the context, and examples of the other verb's form."""
+    if config.seq_len > model.config.max_position_embeddings:
+        what = f"rows of {config.seq_len} tokens do not fit a context of {model.config.max_position_embeddings}"
+        raise ConfigError(what, where="seq_len", todo=f"set seq_len={model.config.max_position_embeddings}")
+    if isinstance(config, DPOConfig) != isinstance(examples.examples[0], PreferencePair):
+        todo = "preference pairs are for sprat dpo, conversations and texts for sprat sft"
+        raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
+
+
+def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> PackedDataset:
+    """The text at ``path`` in rows; a document longer than a row goes on in others."""
+    return pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path)), seq_len)
+
+
+def _resolve(
+    config: FinetuneConfig, parts: Sequence[tuple[PackedDataset, float]], start: checkpoint.Checkpoint | None
+) -> tuple[FinetuneConfig, loader.MixedBatchSource]:
+    """``config`` with the steps that its epochs over the first of ``parts`` take, and the batches of those steps.
+
+    Batches are halved where its rows are few; they keep two rows, which two cores share. Epochs that go on from
+    ``start`` come after its steps.
+    """
+    first = start.step if start is not None and config.init_state == "continue" else 0
+    rows = parts[0][0].num_rows
+    batch_rows = config.batch_rows
+    while batch_rows % 2 == 0 and batch_rows > 2 and rows < _MIN_STEPS_PER_EPOCH * batch_rows:
+        batch_rows //= 2
+    batch_rows = max(min(batch_rows, rows), len(parts))
+    source = loader.MixedBatchSource(parts, rows=batch_rows, seed=config.seed)
+    epoch = rows / source.part_rows[0]  # steps
+    resolved = config.replace(
+        batch_rows=batch_rows,
+        steps=config.steps or first + max(1, round(config.epochs * epoch)),
+        eval_every=config.eval_every or max(1, round(epoch)),
+    )
+    return resolved, source
