@@ -51,7 +51,7 @@ def load_adapters(model: Transformer, folders: Mapping[str, str | Path]) -> tupl
         ConfigError: a name is empty; the model has adapters in it; one is DoRA, or see ``formats.peft.load_peft``.
         CheckpointError: see ``formats.peft.load_peft``.
     """
-    if low_ranks_of(model):
+    if folders and low_ranks_of(model):
         todo = "load the model without it, or merge it (merge_lora)"
         raise ConfigError("the model has an adapter in it already", where="adapters", todo=todo)
     return tuple(_load(model, name, folder) for name, folder in folders.items())

@@ -86,7 +86,12 @@ def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
 
 
 def _quantize_settings(stage: QuantizeStage, where: str) -> Config:
-    return load_quantize_config(stage.method or None, has_text=bool(stage.calibrate), table=stage.set, where=where)
+    has_text = bool(stage.calibrate)
+    settings = load_quantize_config(stage.method or None, has_text=has_text, table=stage.set, where=where)
+    if settings.needs_text and not has_text:
+        todo = "give calibrate = TEXT, or round to the nearest"
+        raise ConfigError("GPTQ and AWQ need text to calibrate on", where=where, todo=todo)
+    return settings
 
 
 def _quantize(stage: QuantizeStage, settings: QuantizeConfig, out: Path) -> Run:

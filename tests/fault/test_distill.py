@@ -34,7 +34,7 @@ def test_a_stopped_collection_asks_nothing_twice_but_what_was_killed_in_flight(
     stop: signal.Signals, in_flight: int, tmp_path: Path
 ) -> None:
     data, folder = tmp_path / "questions.jsonl", tmp_path / "runs" / "mine-traces"
-    data.write_text("".join(json.dumps({"question": str(n)}) + "\n" for n in range(20)))
+    data.write_text("".join(json.dumps({"question": str(n)}) + "\n" for n in range(60)))
 
     def slow(body: dict[str, Any], before: int) -> Any:
         time.sleep(0.05)
@@ -57,4 +57,4 @@ def test_a_stopped_collection_asks_nothing_twice_but_what_was_killed_in_flight(
         twice = [question for question, count in Counter(fake.log).items() if count > 1]
     answered = {row["messages"][0]["content"] for row in kept}
     assert len(answered) >= 5 and not answered & set(twice) and len(twice) <= in_flight
-    assert set(fake.log) == {str(n) for n in range(20)} and run.facts["kept"] == 20
+    assert set(fake.log) == {str(n) for n in range(60)} and run.facts["kept"] == 60

@@ -50,7 +50,7 @@ whole = ended("whole")
 chance, stopped = random.Random(1), []
 for number, least in enumerate((0, 2, 10, 20, 30)):
     child = attempt("killed")
-    while newest("killed") < least and os.waitpid(child, os.WNOHANG)[0] == 0:
+    while newest("killed") < least and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.05))
     os.kill(child, signal.SIGINT if number % 2 else signal.SIGKILL)
