@@ -148,9 +148,9 @@ def token_logprob(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature:
         temperature: logits are divided by it first, as the sampler does.
 
     Returns:
-        logprob_N, entropy_N (float32).
+        logprob_N, entropy_N (float32, or float64 for such states and head).
     """
-    x_ND, head_VD = x_ND.float(), head_VD.float()
+    x_ND, head_VD = _wide(x_ND), _wide(head_VD)
     logprob_N = x_ND.new_empty(len(x_ND))
     entropy_N = torch.empty_like(logprob_N)
     with torch.no_grad(), _without_autocast(x_ND.device.type):
@@ -176,7 +176,7 @@ def policy_loss(
     Returns:
         scalar loss; logprob_N and entropy_N, both without gradient.
     """
-    x_ND, head_VD = x_ND.float(), head_VD.float()
+    x_ND, head_VD = _wide(x_ND), _wide(head_VD)
     with _without_autocast(x_ND.device.type):
         loss, logprob_N, entropy_N = _PolicyLoss.apply(x_ND, head_VD, targets_N, surrogate, temperature)  # type: ignore[no-untyped-call]
     return loss, logprob_N, entropy_N
@@ -217,6 +217,11 @@ def _chunks(x_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
     step = max(16, elements // len(head_VD))
     for start in range(0, len(x_ND), step):
         yield slice(start, min(start + step, len(x_ND)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _without_autocast(device: str) -> torch.autocast:
