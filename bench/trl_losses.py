@@ -116,6 +116,7 @@ class _Logits:
     """A model whose hidden states are the logits that we choose, and whose head is the identity."""
 
     mtp: tuple[()] = ()
+    compute_dtype = None
 
     def __init__(self, x_BTV: Any) -> None:
         self._x_BTV, self.head = x_BTV, self

@@ -45,6 +45,7 @@ from sprat.data.loader import IGNORE_INDEX, Batch
 from sprat.kernels.ops import linear_cross_entropy
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.forward_context import mtp_segments
+from sprat.model.layers import product_weight
 
 # (log-probabilities of a chunk, its rows) -> (loss of each row, derivative of it by the log-probability)
 Surrogate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -87,7 +88,7 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
     step_batch = step_batch or batch
     segments_BT = attention_segments(batch.segments_BT)
     hidden = model.hidden(batch.tokens_BT, segments_BT=segments_BT)
-    head_VD = model.head.dense_weight()
+    head_VD = product_weight(model.head)
     num_items = num_targets(step_batch.targets_BT)
     main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=num_items)
     total, metrics, routing = main, {"loss": main.item()}, list(hidden.routing)
