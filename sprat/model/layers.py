@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.errors import ConfigError
-from sprat.kernels import ops
+from sprat.kernels import mixed_precision, ops
 
 
 class LinearBase(nn.Module):
-    """What holds matrices that another format may hold in its place: linears, the embedding, stacked experts."""
+    """What holds matrices that another format may hold in its place: linears, the embedding, stacked experts.
 
+    ``compute_dtype`` is that of a linear's products (see ``set_compute_dtype``); None: as its matrix is.
+    """
+
+    compute_dtype: torch.dtype | None = None
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
 
 
@@ -35,7 +39,7 @@ class Linear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out], same dtype."""
-        return F.linear(x, self.weight, self.bias)
+        return mixed_precision.linear(x, product_weight(self), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The matrix [out, in] in a dense dtype; absorbed attention multiplies by parts of it."""
@@ -44,6 +48,12 @@ class Linear(LinearBase):
     def extra_repr(self) -> str:
         """Shape, for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+def product_weight(module: Linear) -> Tensor:
+    """The matrix [out, in] of ``module`` as its products see it, with a gradient to its weight."""
+    weight, dtype = module.dense_weight(), module.compute_dtype
+    return weight if dtype is None else weight.to(dtype)
 
 
 class Embedding(LinearBase):
@@ -69,6 +79,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., dim] -> same shape and dtype."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Make the products of the dense linears of ``model``, its head's included, in ``dtype``: mixed precision.
+
+    ``torch.bfloat16`` is for training on processors that multiply it (AVX512-BF16, AMX), at twice float32's rate or
+    more; on others it is slower. Weights, activations between products, norms, attention, adapters and the loss stay
+    as they are; stacked experts do, too. None undoes it.
+    """
+    for _, module in linears(model):
+        if isinstance(module, Linear):
+            module.compute_dtype = dtype
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:

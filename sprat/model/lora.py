@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from sprat.config.model import LoRAConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.kernels import ops
-from sprat.model.layers import Embedding, Linear, LinearBase, linears, replace_linears
+from sprat.kernels.mixed_precision import adapted_linear
+from sprat.model.layers import Embedding, Linear, LinearBase, linears, product_weight, replace_linears
 from sprat.model.moe import MLP, Experts
 from sprat.model.transformer import Transformer
 
@@ -88,6 +89,12 @@ class LowRank(nn.Module):
         return weight + (self.lora_B * self.scaling) @ self.lora_A
 
 
+def _adapted_product(x: Tensor, bases: Sequence[Linear], own: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
+    """Products with ``bases`` and their adapters side by side, in ``dtype``; biases and DoRA are the caller's."""
+    downs, ups = [each.lora_A for each in own], [each.lora_B for each in own]
+    return adapted_linear(x, [base.weight for base in bases], downs, ups, own[0].scaling, dtype)
+
+
 class LoRALinear(LinearBase):
     """``y = x W'^T + b`` with ``W' = W + s B A``, or DoRA's; stands where the ``Linear`` ``base`` stood."""
 
@@ -100,7 +107,11 @@ class LoRALinear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out], same dtype."""
-        y = self.base(x).add_(self.adapter(x))
+        if (dtype := self.base.compute_dtype) is not None:
+            y = _adapted_product(x, [self.base], [self.adapter], dtype)
+            y = y if self.base.bias is None else y + self.base.bias
+        else:
+            y = self.base(x).add_(self.adapter(x))
         scale = self.adapter.row_scale(self.base.weight)
         if scale is not None:
             y = y * scale.to(y.dtype)
@@ -131,8 +142,13 @@ class LoRAMLP(MLP):
         pair: list[Linear | LoRALinear] = [self.gate_proj, self.up_proj]
         adapters = [linear.adapter if isinstance(linear, LoRALinear) else None for linear in pair]
         bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in pair]
-        gate_FD, up_FD = (base.dense_weight() for base in bases)
-        hidden = ops.swiglu(x, gate_FD, up_FD, functools.partial(_adapt_gate_up, adapters, (gate_FD, up_FD)))
+        if (dtype := bases[0].compute_dtype) is not None and all(own and not own.config.dora for own in adapters):
+            both = _adapted_product(x, bases, [own for own in adapters if own], dtype)
+            merged: Tensor = self.down_proj(ops.silu_and_mul(both))
+            return merged
+        gate_FD, up_FD = (product_weight(base) for base in bases)
+        adapt = functools.partial(_adapt_gate_up, adapters, [base.dense_weight() for base in bases])
+        hidden = ops.swiglu(x, gate_FD, up_FD, adapt)
         out: Tensor = self.down_proj(hidden)
         return out
 

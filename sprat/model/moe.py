@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sprat.config.model import ModelConfig
 from sprat.kernels import ops
-from sprat.model.layers import Linear, LinearBase
+from sprat.model.layers import Linear, LinearBase, product_weight
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> [..., D]."""
         if type(self.gate_proj) is Linear and type(self.up_proj) is Linear:
-            hidden = ops.swiglu(x, self.gate_proj.weight, self.up_proj.weight)
+            hidden = ops.swiglu(x, product_weight(self.gate_proj), product_weight(self.up_proj))
         else:
             hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
         out: Tensor = self.down_proj(hidden)

@@ -45,6 +45,7 @@ from sprat.data.loader import IGNORE_INDEX, Batch
 from sprat.kernels.ops import linear_cross_entropy
 from sprat.model import Hidden, Routing, Transformer, balance_loss
 from sprat.model.forward_context import mtp_segments
+from sprat.model.layers import product_weight
 
 # (log-probabilities of a chunk, its rows) -> (loss of each row, derivative of it by the log-probability)
 Surrogate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -87,7 +88,7 @@ def next_token_loss(model: Transformer, batch: Batch, config: LoopConfig, step_b
     step_batch = step_batch or batch
     segments_BT = attention_segments(batch.segments_BT)
     hidden = model.hidden(batch.tokens_BT, segments_BT=segments_BT)
-    head_VD = model.head.dense_weight()
+    head_VD = product_weight(model.head)
     num_items = num_targets(step_batch.targets_BT)
     main = linear_cross_entropy(hidden.x_BTD.flatten(0, 1), head_VD, batch.targets_BT.flatten(), num_items=num_items)
     return with_auxiliary(main, {"loss": main.item()}, model, hidden, batch, step_batch, config)
@@ -167,9 +168,9 @@ def token_logprob(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature:
         temperature: logits are divided by it first, as the sampler does.
 
     Returns:
-        logprob_N, entropy_N (float32).
+        logprob_N, entropy_N (float32, or float64 for such states and head).
     """
-    x_ND, head_VD = x_ND.float(), head_VD.float()
+    x_ND, head_VD = _wide(x_ND), _wide(head_VD)
     logprob_N = x_ND.new_empty(len(x_ND))
     entropy_N = torch.empty_like(logprob_N)
     with torch.no_grad(), _without_autocast(x_ND.device.type):
@@ -195,7 +196,7 @@ def policy_loss(
     Returns:
         scalar loss; logprob_N and entropy_N, both without gradient.
     """
-    x_ND, head_VD = x_ND.float(), head_VD.float()
+    x_ND, head_VD = _wide(x_ND), _wide(head_VD)
     with _without_autocast(x_ND.device.type):
         loss, logprob_N, entropy_N = _PolicyLoss.apply(x_ND, head_VD, targets_N, surrogate, temperature)  # type: ignore[no-untyped-call]
     return loss, logprob_N, entropy_N
@@ -236,6 +237,11 @@ def head_chunks(x_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
     step = max(16, elements // len(head_VD))
     for start in range(0, len(x_ND), step):
         yield slice(start, min(start + step, len(x_ND)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _without_autocast(device: str) -> torch.autocast:

@@ -18,7 +18,7 @@ from sprat.engine import Engine, Sampling
 from sprat.errors import CheckpointError, ConfigError
 from sprat.kernels import ops
 from sprat.model import MLP, Embedding, Experts, KVCache, Linear, Transformer
-from sprat.model.layers import linears
+from sprat.model.layers import linears, set_compute_dtype
 from sprat.model.lora import (
     LoRAExperts,
     LoRALinear,
@@ -351,3 +351,26 @@ def test_the_engine_serves_an_adapted_model_as_its_merged_one_says() -> None:
         with torch.no_grad():
             assert token == int(model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax())
         ids = [*ids, token]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_in_bfloat16_a_step_is_the_same_but_for_its_rounding(model: Transformer, kind: dict[str, Any]) -> None:
+    """Loss and gradients are float32's but for eight bits of a factor; nothing of it is left behind."""
+    add_lora(model, LoRAConfig(rank=4, alpha=4, **kind), 3)
+    train_a_little(model)
+    wanted = [p for p in model.parameters() if p.requires_grad and p.dim() > 0]
+    before = model.state_dict()
+    losses, gradients = [], []
+    for dtype in (None, torch.bfloat16):
+        set_compute_dtype(model, dtype)
+        loss = loss_of(model)
+        losses.append(float(loss.detach()))
+        gradients.append(torch.autograd.grad(loss, wanted, allow_unused=True))
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]]
+    exact, rounded = (torch.cat([g.flatten() for g in each if g is not None]) for each in gradients)
+    assert rounded.dtype == torch.float32
+    assert float((exact - rounded).norm()) < 0.1 * float(exact.norm())
+    set_compute_dtype(model, None)
+    assert float(loss_of(model)) == losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
