@@ -234,9 +234,9 @@ def _objective(
 
 
 def _with_dtype(loss_fn: losses.LossFn, config: FinetuneConfig) -> losses.LossFn:
-    """``loss_fn`` with products in ``config.dtype``; what is float32 by default on a CPU is left as it is."""
+    """``loss_fn`` with products in ``config.dtype``; on a CPU the model itself sees to that (``set_compute_dtype``)."""
     device = torch.device(config.device).type
-    if device == "cpu" and config.dtype == "float32":
+    if device == "cpu":
         return loss_fn
 
     def loss(

@@ -18,6 +18,7 @@ from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.task_files import select_problems
 from sprat.model import Transformer
+from sprat.model.layers import set_compute_dtype
 from sprat.model.lora import add_lora
 from sprat.post import evaluation
 from sprat.post.examples import EncodedExamples, encode_examples, text_ids
@@ -93,7 +94,7 @@ def prepare(
         held_out, facts["validation"] = measured.rows, measured.counts
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    model.to(device).activation_checkpointing = config.activation_checkpointing
+    _place(model, device, config)
     parts = [(shown.rows, 1.0)]
     if replay is not None:
         replayed = _text_rows(tokenizer, replay, config.seq_len)
@@ -118,6 +119,13 @@ def _check_device(config: FinetuneConfig) -> torch.device:
     if config.dtype == "bfloat16" and device.type == "cpu" and not machine.has_bfloat16():
         log.warning("this processor has no bfloat16 products (AMX, AVX-512 BF16): bfloat16 is slower than float32 here")
     return device
+
+
+def _place(model: Transformer, device: torch.device, config: FinetuneConfig) -> None:
+    """``model`` on its device, computing as ``config`` says; elsewhere than on CPUs, autocast sees to the dtype."""
+    model.to(device).activation_checkpointing = config.activation_checkpointing
+    if config.dtype == "bfloat16" and device.type == "cpu":
+        set_compute_dtype(model, torch.bfloat16)
 
 
 def _check_form(model: Transformer, examples: ExampleSet, config: FinetuneConfig, data: Path) -> None:

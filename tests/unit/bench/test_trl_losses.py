@@ -62,6 +62,6 @@ def test_trl_gives_the_same_numbers() -> None:
     """Only where ``python -m bench.oracles`` has made TRL's environment; ``make test`` does not."""
     python = python_of("trl")
     if not python.is_file() or subprocess.run([python, "-c", "import trl"], capture_output=True, cwd=ROOT).returncode:
-        pytest.skip("TRL is not installed (python -m bench.oracles --only trl)")
+        pytest.skip("TRL is not installed (python -m bench.oracles trl)")
     rows = measure(python, quick=True)
     assert len(rows) == 16 and [row for row in rows if not row["met"]] == []
