@@ -123,7 +123,8 @@ def test_a_student_with_another_tokenizer_comes_to_find_likely_what_its_teacher_
     run = teach.distill(str(taught.folder), str(tmp_path / "student"), out, config, traces)
     assert run.facts["spans"]["spans"] > 8 and run.facts["spans"]["unaligned"] == 0
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["divergence"] < 0.5 * rows[0]["divergence"]
+    divergences = [row["divergence"] for row in rows if "divergence" in row]
+    assert divergences[-1] < 0.5 * divergences[0]
     assert all(finding.ok for finding in verify(tmp_path / "runs"))
     with pytest.raises(ConfigError, match="two ways"):
         teach.distill(str(taught.folder), str(tmp_path / "student"), out, config.replace(logits={}), traces)
