@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,6 @@ from sprat.cli.verb import Overrides, Result, print_err
 from sprat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sprat.config.teach import TeachConfig
     from sprat.trust.run import Run
 
 _TEACHER_HELP = "A model, or the URL of a server up to /v1; left out: the road's."
@@ -50,7 +50,6 @@ Concurrency = Annotated[int, typer.Option("--concurrency", min=1, max=1024, help
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="For one answer.")]
 _FAULTS_HELP = "The share of questions without a good answer at which to stop."
 MaxFaults = Annotated[float, typer.Option("--max-faults", min=0.0, max=1.0, metavar="SHARE", help=_FAULTS_HELP)]
-_FRESH_LR = 3e-3  # fresh weights learn at many times the rate of trained ones
 
 
 def distill(  # size: an option a line
@@ -97,6 +96,7 @@ def distill(  # size: an option a line
         if value is None:
             raise ConfigError(f"{name} is missing", where="distill", todo=f"give it: {name} …")
     assert student is not None and out is not None
+    from sprat.config.teach import load_teach_config
     from sprat.data.conversations import parse_column_map
     from sprat.post import collect, teach
     from sprat.post.teachers import Limits
@@ -107,10 +107,10 @@ def distill(  # size: an option a line
         "traces.samples": samples,
         "traces.temperature": temperature,
         "traces.max_tokens": max_tokens,
-        "lora.rank": lora,
         **_prices(price),
     }
-    config = _config(student, said, recipe, overrides)
+    changes = [f"{name}={json.dumps(value)}" for name, value in said.items() if value is not None]
+    config = load_teach_config(student, lora=lora, recipe=recipe, overrides=(*changes, *(overrides or ())))
     if logits and config.logits is None:
         config = config.replace(logits={})
     if spans and config.spans is None:
@@ -145,27 +145,6 @@ def distill(  # size: an option a line
     )
     facts = {"teacher": teacher, "student": student, "traces": traces_run.record}
     return Result({"run": str(run.folder), **facts, **run.record}, finetune.summary(run))
-
-
-def _config(student: str, said: dict[str, Any], recipe: str | None, overrides: Overrides) -> TeachConfig:
-    """The recipe with what the command line says."""
-    import json
-
-    from sprat.config.base import load, parse
-    from sprat.config.finetune import LORA_LR
-    from sprat.config.sizes import size_names
-    from sprat.config.teach import TeachConfig
-
-    changes = [f"{name}={json.dumps(value)}" for name, value in said.items() if value is not None]
-    if recipe is None:
-        if said["lora.rank"] is not None:
-            changes.append(f"optim.adam_lr={LORA_LR}")
-        elif student in size_names() and not Path(student).exists():
-            changes.append(f"optim.adam_lr={_FRESH_LR}")
-    changes += overrides or ()
-    if recipe is None:
-        return parse(TeachConfig, {}, where="distill", overrides=changes)
-    return load(TeachConfig, recipe, changes)
 
 
 def _prices(price: str | None) -> dict[str, int | None]:

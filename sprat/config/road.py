@@ -50,9 +50,27 @@ class TrainStage(StageConfig):
 class FinetuneStage(StageConfig):
     """``sprat sft`` and ``sprat dpo``."""
 
-    files: ClassVar[tuple[str, ...]] = ("data",)
+    files: ClassVar[tuple[str, ...]] = ("data", "replay", "eval_tasks")
 
     data: str
+    replay: str = ""
+    eval_tasks: tuple[str, ...] = ()
+    lora: int | None = Field(None, ge=1, lt=2**31)
+    map: dict[str, str] = {}
+    dequantize: bool = False
+
+
+class DistillStage(StageConfig):
+    """``sprat distill``; ``model`` is the teacher, and may be the URL of a server."""
+
+    references: ClassVar[tuple[str, ...]] = ("model", "student", "tokenizer")
+    files: ClassVar[tuple[str, ...]] = ("data", "task", "held_out")
+
+    student: str
+    data: str = ""
+    task: str = ""
+    held_out: tuple[str, ...] = ()
+    tokenizer: str = ""
     lora: int | None = Field(None, ge=1, lt=2**31)
     map: dict[str, str] = {}
     dequantize: bool = False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from sprat.config.base import Config
-from sprat.config.finetune import FinetuneConfig
+from sprat.config.base import Config, load, merge_tables, parse
+from sprat.config.finetune import LORA_LR, FinetuneConfig
+from sprat.config.sizes import size_names
 
+_FRESH_LR = 3e-3  # fresh weights learn at many times the rate of trained ones
 Price = Field(None, ge=0, lt=2**53)
 
 
@@ -56,6 +60,42 @@ class TeachConfig(FinetuneConfig):
     traces: TracesConfig = TracesConfig()
     logits: LogitsConfig | None = None
     spans: SpansConfig | None = None
+
+
+def load_teach_config(
+    student: str,
+    *,
+    lora: int | None = None,
+    recipe: str | Path | None = None,
+    table: dict[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    where: str = "distill",
+) -> TeachConfig:
+    """The config of one run of ``sprat distill TEACHER``.
+
+    Args:
+        student: a model or a size; fresh weights and adapters have rates of their own where no recipe is named.
+        lora: rank of adapters.
+        recipe: a TOML file.
+        table: keys as a recipe has them, instead of one.
+        overrides: ``a.b=value``.
+        where: what a fault in ``table`` is said to be in.
+
+    Raises:
+        ConfigError: the file is missing, a key is unknown, or a value does not fit.
+    """
+    if recipe is not None:
+        rank = [] if lora is None else [f"lora.rank={lora}"]
+        return load(TeachConfig, recipe, (*rank, *overrides))
+    base: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": LORA_LR}}
+    if lora is None and is_size(student):
+        base = {"optim": {"adam_lr": _FRESH_LR}}
+    return parse(TeachConfig, merge_tables(base, table or {}), where=where, overrides=overrides)
+
+
+def is_size(student: str) -> bool:
+    """Whether ``student`` is a size and no model."""
+    return student in size_names() and not Path(student).exists()
 
 
 class ServerConfig(Config):

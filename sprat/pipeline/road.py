@@ -29,6 +29,7 @@ from sprat.pipeline.executor import LocalExecutor, notify
 from sprat.pipeline.graph import OnProgress, Stage, run_stages
 from sprat.pipeline.quickstart import check_folder
 from sprat.pipeline.stations import STATIONS
+from sprat.post.collect import is_url
 from sprat.train.checkpoint import parse_init_from
 from sprat.trust.ledger import LEDGER_NAME, Ledger
 
@@ -199,7 +200,9 @@ def _resolve_reference(
     if (base / run.expanduser()).exists():
         return f"{os.path.abspath(base / run.expanduser())}{at}", None
     is_elsewhere = value in fetch.CATALOG or (hub.parse_id(value) and not value.startswith("."))
-    if key in ("model", "tokenizer") and (is_elsewhere or (key == "model" and value in size_names())):
+    if key != "adapter" and (is_elsewhere or (key in ("model", "student") and value in size_names())):
+        return value, None
+    if key == "model" and is_url(value):
         return value, None
     close = difflib.get_close_matches(value, names, n=1)
     todo = f"perhaps you mean the stage {close[0]!r}" if close else f"name a stage ({', '.join(names)}) or a path"

@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sprat.config.finetune import DPOConfig, FinetuneConfig, load_finetune_confi
 from sprat.config.pretrain import ContinuedPretrainConfig, ScratchConfig, load_pretrain_config
 from sprat.config.quant import QuantizeConfig, load_quantize_config
 from sprat.config.road import (
+    DistillStage,
     EvalConfig,
     EvalStage,
     ExportConfig,
@@ -29,6 +31,7 @@ from sprat.config.road import (
     StageConfig,
     TrainStage,
 )
+from sprat.config.teach import TeachConfig, load_teach_config
 from sprat.engine import Engine
 from sprat.errors import ConfigError
 from sprat.eval.task_files import evaluate_task_files
@@ -39,6 +42,8 @@ from sprat.formats.load import GGUF_FILE, load, locate, save
 from sprat.formats.peft import load_peft
 from sprat.model import Transformer
 from sprat.model.lora import merge_lora
+from sprat.post import teach
+from sprat.post.collect import collect_traces
 from sprat.post.finetune import finetune
 from sprat.post.quantize import quantize_model
 from sprat.tokens import Tokenizer
@@ -46,6 +51,8 @@ from sprat.train.pretrain import find_beginning, pretrain
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
+
+KEY_VARIABLE = "SPRAT_TEACHER_KEY"  # of the environment: the key of a teacher's server
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,39 @@ def _finetune_settings(stage: FinetuneStage, where: str) -> Config:
 
 
 def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
-    columns = stage.map or None
-    return finetune(stage.model, stage.data, out, settings, column_map=columns, dequantize=stage.dequantize)
+    return finetune(
+        stage.model,
+        stage.data,
+        out,
+        settings,
+        column_map=stage.map or None,
+        replay=stage.replay or None,
+        dequantize=stage.dequantize,
+        eval_tasks=stage.eval_tasks,
+    )
+
+
+def _distill_settings(stage: DistillStage, where: str) -> Config:
+    return load_teach_config(stage.student, lora=stage.lora, table=stage.set, where=where)
+
+
+def _distill(stage: DistillStage, settings: TeachConfig, out: Path) -> Run:
+    tokenizer = stage.tokenizer or None
+    teach.check_student(stage.model, stage.student, settings, tokenizer)
+    traces_run = collect_traces(
+        stage.model,
+        teach.traces_folder(out),
+        settings.traces,
+        data=stage.data or None,
+        task=stage.task or None,
+        held_out=stage.held_out,
+        column_map=stage.map or None,
+        key=os.environ.get(KEY_VARIABLE, ""),
+    )
+    dequantize = stage.dequantize
+    return teach.distill(
+        stage.model, stage.student, out, settings, traces_run, tokenizer=tokenizer, dequantize=dequantize
+    )
 
 
 def _quantize_settings(stage: QuantizeStage, where: str) -> Config:
@@ -192,6 +230,7 @@ STATIONS = {
     "train": Station(TrainStage, (ScratchConfig, ContinuedPretrainConfig), _train_settings, _train),
     "sft": Station(FinetuneStage, (FinetuneConfig,), _finetune_settings, _finetune),
     "dpo": Station(FinetuneStage, (DPOConfig,), _finetune_settings, _finetune),
+    "distill": Station(DistillStage, (TeachConfig,), _distill_settings, _distill),
     "quantize": Station(QuantizeStage, (QuantizeConfig,), _quantize_settings, _quantize),
     "merge": Station(MergeStage, (MergeConfig,), _plain_settings(MergeConfig), _merge),
     "export": Station(StageConfig, (ExportConfig,), _plain_settings(ExportConfig), _export),

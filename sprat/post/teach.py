@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sprat.config.sizes import size, size_names
-from sprat.config.teach import LogitsCacheConfig, LogitsConfig, NewStudentConfig, TeachConfig
+from sprat.config.sizes import size
+from sprat.config.teach import LogitsCacheConfig, LogitsConfig, NewStudentConfig, TeachConfig, is_size
 from sprat.errors import ConfigError
 from sprat.formats.load import load, load_dense, locate
 from sprat.formats.memory import check_available_memory
@@ -71,7 +71,7 @@ def distill(
     check_student(teacher, student, config, tokenizer)
     out, data = Path(out), traces_run.artifact / LOG_NAME
     inputs: dict[str, Input] = {"traces": traces_run.folder}
-    if _is_size(student):
+    if is_size(student):
         source = locate(_tokenizer_source(teacher, tokenizer))
         inputs |= {"student": NewStudentConfig(size=student), "tokenizer": source}
         load_student = partial(create_student, student, source, config.seed)
@@ -117,12 +117,7 @@ def check_student(teacher: str, student: str, config: TeachConfig, tokenizer: st
     if (config.logits or config.spans) is not None and is_url(teacher):
         todo = "leave out --logits and --spans, or give the teacher's own weights"
         raise ConfigError("a server does not say its distributions", where=teacher, todo=todo)
-    locate(_tokenizer_source(teacher, tokenizer) if _is_size(student) else student)
-
-
-def _is_size(student: str) -> bool:
-    """Whether ``student`` is a size and no model."""
-    return student in size_names() and not Path(student).exists()
+    locate(_tokenizer_source(teacher, tokenizer) if is_size(student) else student)
 
 
 def _cache_logits(teacher: str, ready: preparation.Prepared, out: Path, config: LogitsConfig, on_size: OnSize) -> Run:

@@ -10,6 +10,7 @@ import torch
 
 from sprat.config.finetune import load_finetune_config
 from sprat.config.pretrain import load_pretrain_config
+from sprat.config.teach import load_teach_config
 from sprat.errors import CheckpointError, ConfigError
 from sprat.formats.load import load, save
 from sprat.model import Transformer
@@ -163,3 +164,13 @@ def test_names_of_sizes_hubs_and_the_catalogue_are_models(place: Path, tmp_path:
         (place / "road.toml").write_text(ROAD.replace('model = "fish"', f'model = "{model}"'))
         stages = read_road(place / "road.toml", tmp_path / "runs")
         assert stages[0].config.model == model and stages[0].depends_on == ()
+
+
+def test_a_teacher_is_a_stage_a_model_or_a_server(place: Path) -> None:
+    table = '\n[[stages]]\nname = "pupil"\nuses = "distill"\nmodel = "chat"\nstudent = "pico"\ndata = "chat.jsonl"\n'
+    (place / "road.toml").write_text(ROAD + table + "[stages.set]\nlogits = {top_k = 8}\n")
+    pupil = next(stage for stage in read_road(place / "road.toml", place / "out") if stage.name == "pupil")
+    expected = load_teach_config("pico", overrides=["logits.top_k=8"])
+    assert pupil.settings == expected and pupil.depends_on == ("chat",) and pupil.config.student == "pico"
+    (place / "road.toml").write_text(table.replace('"chat"', '"http://127.0.0.1:1/v1"'))
+    assert read_road(place / "road.toml", place / "out")[0].config.model == "http://127.0.0.1:1/v1"
