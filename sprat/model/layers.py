@@ -52,7 +52,7 @@ class Linear(LinearBase):
 
 def product_weight(module: Linear) -> Tensor:
     """The matrix [out, in] of ``module`` as its products see it, with a gradient to its weight."""
-    weight, dtype = module.dense_weight(), module.compute_dtype
+    weight, dtype = module.dense_weight(), getattr(module, "compute_dtype", None)
     return weight if dtype is None else weight.to(dtype)
 
 
