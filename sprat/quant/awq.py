@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sprat.config.quant import FewTokens
 from sprat.errors import CheckpointError
 from sprat.model import MLP, MoE, Routing, Transformer
 from sprat.model.gqa import GQA
 from sprat.model.mla import MLA
-from sprat.quant.calibration import SchemeOf, TextHooks, run_text
+from sprat.quant.calibration import MIN_ROWS_PER_CHANNEL, SchemeOf, TextHooks, run_text
 from sprat.quant.int4 import Scheme, dequantize_tensor, quantize_tensor
 
 ALPHAS = tuple(step / 20 for step in range(20))
@@ -56,21 +57,22 @@ def awq_scale(
     tokens_BT: Tensor,
     scheme_of: SchemeOf,
     *,
+    expert_tokens: int = 0,
+    few_tokens: FewTokens = "nearest",
     segments_BT: Tensor | None = None,
-    on_scaled: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Fold scales into the weights of ``model`` (float32, dense), which then computes the same and rounds better.
 
     Args:
         tokens_BT: long; calibration text, all of it at work at once.
         scheme_of: how each matrix will be rounded.
-        segments_BT: see ``calibrate``.
-        on_scaled: called with the name of each group of matrices whose scales are found.
+        expert_tokens, few_tokens, segments_BT: see ``calibrate``. An expert that too few tokens reach has no scales of
+            its own, unless all of them are to count.
 
     Raises:
         CheckpointError: what passes is not finite.
     """
-    search, handles = _AWQHooks(scheme_of, on_scaled), []
+    search, handles = _AWQHooks(scheme_of, expert_tokens, few_tokens), []
 
     def listen(module: nn.Module, call: Callable[[Tensor], None]) -> None:
         handles.append(module.register_forward_pre_hook(lambda _, inputs: call(inputs[0])))
@@ -112,9 +114,9 @@ def awq_scale(
 class _AWQHooks(TextHooks):
     """Finds the scales of each group of matrices when their input passes; ``folds`` puts them into weights."""
 
-    def __init__(self, scheme_of: SchemeOf, on_scaled: Callable[[str], None]) -> None:
+    def __init__(self, scheme_of: SchemeOf, expert_tokens: int, few_tokens: FewTokens) -> None:
         self.folds: list[Callable[[], None]] = []
-        self._scheme_of, self._on_scaled = scheme_of, on_scaled
+        self._scheme_of, self._expert_tokens, self._few_tokens = scheme_of, expert_tokens, few_tokens
         self._found = set[str]()
 
     def attention_inputs(self, name: str, attention: Any) -> dict[str, nn.Module]:
@@ -195,16 +197,20 @@ class _AWQHooks(TextHooks):
             per_expert = zip(experts.w_gate_EFD, experts.w_up_EFD, experts.w_down_EDF, chosen_NE.T, strict=True)
             for number, (gate_FD, up_FD, down_DF, chosen_N) in enumerate(per_expert):
                 x_MD = x_ND[chosen_N]
+                enough = len(x_MD) >= (self._expert_tokens or MIN_ROWS_PER_CHANNEL * down_DF.shape[1])
+                if not enough and self._few_tokens == "all":
+                    x_MD, enough = x_ND, True
                 hessian_DD = x_MD.T @ x_MD
                 table += [_Reader(f"{name}.experts.w_gate_EFD", gate_FD, hessian_DD)]
                 table += [_Reader(f"{name}.experts.w_up_EFD", up_FD, hessian_DD)]
                 h_MF = F.silu(x_MD @ gate_FD.T) * (x_MD @ up_FD.T)
                 reader = _Reader(f"{name}.experts.w_down_EDF", down_DF, h_MF.T @ h_MF)
-                mean_F = h_MF.abs().mean(0) if len(h_MF) else torch.zeros(h_MF.shape[1])
+                mean_F = h_MF.abs().mean(0) if enough else torch.zeros(h_MF.shape[1])  # zeros: scales of one
                 downs.append(self._search(f"{name}.experts.{number}", mean_F, [reader]))
             if shared is not None:
+                hessian_DD = x_ND.T @ x_ND
                 for leaf in (shared.gate_proj, shared.up_proj):
-                    table.append(_Reader(f"{name}.shared_experts.gate_proj.weight", leaf.weight, x_ND.T @ x_ND))
+                    table.append(_Reader(f"{name}.shared_experts.gate_proj.weight", leaf.weight, hessian_DD))
             scales_D = self._search(name, x_ND.abs().mean(0), table)
             scales_EF = torch.stack(downs)
             weights = [moe.gate.weight, *(reader.weight_NI for reader in table)]
@@ -266,7 +272,6 @@ class _AWQHooks(TextHooks):
                 error = sum(_output_error(reader, scales_I, self._scheme_of(reader.name)) for reader in readers)
                 if error < least:
                     best, least = scales_I, error
-        self._on_scaled(name)
         return best
 
 

@@ -66,9 +66,10 @@ def quantize_model(
     _check(model)
     model = _prepared(model, config, facts)
     done, total = set[str](), len(quantizable_weights(model))
-    dense: Transformer | None = None
+    schemes = functools.partial(scheme_of, config)
     if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
-        awq_scale(model, calibration_BT, functools.partial(scheme_of, config), segments_BT=segments_BT)
+        floor: dict[str, Any] = {"expert_tokens": config.expert_tokens, "few_tokens": config.few_tokens}
+        awq_scale(model, calibration_BT, schemes, segments_BT=segments_BT, **floor)
     tensors, fitted = model.state_dict(), dict[str, QuantizedTensor]()
 
     def on_quantized(name: str) -> None:
@@ -77,23 +78,21 @@ def quantize_model(
 
     def pack(name: str) -> QuantizedTensor:
         on_quantized(name)
-        return fitted[name] if name in fitted else quantize_tensor(tensors[name], **scheme_of(config, name)._asdict())
+        return fitted[name] if name in fitted else quantize_tensor(tensors[name], **schemes(name)._asdict())
 
     if calibration_BT is not None and _reads_text(config):
         dense = copy.deepcopy(model).float()
         dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
         options = {} if not isinstance(config, QuantizeConfig) else _options(config)
-        schemes = functools.partial(scheme_of, config)
         found = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
         fitted = found.codes
         facts.experts = found.experts.facts(options.get("few_tokens", "nearest"))
-        del dense
     return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
 
 
 def _reads_text(config: QuantConfig) -> bool:
-    """Whether rounding itself looks at text."""
-    return config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.clip == "mse")
+    """Whether rounding itself looks at text that is given."""
+    return config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and (config.awq or config.clip == "mse"))
 
 
 def _options(config: QuantizeConfig) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def model_of(family: str) -> Transformer:
                 tensor.mul_(3)
             elif "norm" in name or "bias" in name:
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+                tensor[::16] *= 6
         model.embed_tokens.weight[:, ::16] *= 10
     return model.eval()
 

@@ -55,7 +55,7 @@ def test_loud_channels_cost_less_once_they_are_scaled(family: str) -> None:
         quant.quantize_model(model, QuantizeConfig(awq=awq, head_bits=16), calibration_BT=calibration)
         for awq in (False, True)
     )
-    assert divergence(model, awq, text(32, 7)) < 0.9 * divergence(model, plain, text(32, 7))
+    assert divergence(model, awq, text(32, 7)) < 0.7 * divergence(model, plain, text(32, 7))
 
 
 def test_padding_and_other_documents_do_not_move_the_scales() -> None:
