@@ -10,7 +10,7 @@ of the first step on, which warms up. Rounds are interleaved, so that a busy nei
 medians over rounds of the ratio of one round.
 
 Bars: 1.3 times TRL with adapters, 1.15 times with all weights, for our float32 as ``sprat sft`` ships it. Our products
-in bfloat16 (``layers.set_compute_dtype``) are shown beside it. That both train the same is checked first: the losses of
+in bfloat16 (``--dtype bfloat16``) are shown beside it. That both train the same is checked first: the losses of
 four steps over one batch, in float32. Bars: 1e-3 relative with all weights; 1e-2 with adapters, which start at random.
 The share of the peak is of products alone, by what torch's largest float32 product reaches here.
 
@@ -94,14 +94,11 @@ Measure = Callable[[str, int], dict[str, Any]]  # (name of the data, steps) -> t
 
 def ours(folder: Path, mode: str, dtype: str) -> Measure:
     """``finetune`` in this process; a step begins when its batch is asked for."""
-    import torch
-
     from sprat.config.finetune import FinetuneConfig
     from sprat.data import loader
-    from sprat.model.layers import set_compute_dtype
-    from sprat.post import finetune as module
+    from sprat.post.finetune import finetune
 
-    times, tokens, batch_of, load = [], [], loader.MixedBatchSource.batch, module.load
+    times, tokens, batch_of = [], [], loader.MixedBatchSource.batch
 
     def batch(self: Any, step: int, *rank: int) -> Any:
         times.append((time.perf_counter(), time.process_time()))
@@ -109,24 +106,20 @@ def ours(folder: Path, mode: str, dtype: str) -> Measure:
         tokens.append((int((drawn.segments_BT > 0).sum()), int((drawn.targets_BT >= 0).sum())))
         return drawn
 
-    def load_as(*given: Any, **named: Any) -> Any:
-        model, tokenizer = load(*given, **named)
-        set_compute_dtype(model, torch.bfloat16 if dtype == "bfloat16" else None)
-        return model, tokenizer
-
-    loader.MixedBatchSource.batch, module.load = batch, load_as  # type: ignore[method-assign]
+    loader.MixedBatchSource.batch = batch  # type: ignore[method-assign]
 
     def measure(data: str, steps: int) -> dict[str, Any]:
         times.clear()
         tokens.clear()
         settings = {
             "steps": steps, "seq_len": SEQ, "log_every": 1, "eval_every": 10**6, "checkpoint_every": 10**6,
-            "examples": {"validation": 0.0}, "lora": {"rank": RANK, "alpha": ALPHA} if mode == "lora" else None,
+            "dtype": dtype, "examples": {"validation": 0.0},
+            "lora": {"rank": RANK, "alpha": ALPHA} if mode == "lora" else None,
             "optim": {"adam_lr": RATE, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": 1},
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as place:
             config = FinetuneConfig.model_validate(settings)
-            run = module.finetune(folder / "smol", folder / f"{data}.jsonl", Path(place) / "run", config)
+            run = finetune(folder / "smol", folder / f"{data}.jsonl", Path(place) / "run", config)
             rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
         counted = tokens[1:-1]
         return {

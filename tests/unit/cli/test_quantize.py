@@ -149,7 +149,12 @@ def test_the_page_on_quantizing_is_true(
     shutil.copytree(model_folder, "mine")
     text.rename("texts")
     Path("held-out.txt").write_text("State the sum of 3 + 4 + 5 = 12. " * 20)
+    Path("held-out").mkdir()
+    for number in range(3):
+        (Path("held-out") / f"{number}.txt").write_text(f"State the sum of {number} + 4 + 5. " * 20)
+    Path("questions.jsonl").write_text('{"question": "3 + 4?", "answer": 7}\n{"question": "1 + 1?", "answer": 2}\n')
     for line in block.splitlines():
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, (line, done.stderr)
+    assert (Path("certificate") / "certificate.html").is_file()
     assert all(quant.quantized_weights(sprat.load(name)[0]) for name in ("small", "scaled", "turned"))
