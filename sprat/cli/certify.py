@@ -126,13 +126,13 @@ def _summary(certificate: Certificate, page: Path) -> str:
         )
     for flips in certificate.routing:
         lines.append(f"{flips.text}: {flips.sets.value:.1%} of expert sets changed, {flips.slots.value:.1%} of experts")
-    if (said := certificate.continuations) is not None:
+    if (long := certificate.continuations) is not None:
         where = (
-            "none at the median" if said.first_divergence is None else f"median token {said.first_divergence.value:.0f}"
+            "none at the median" if long.first_divergence is None else f"median token {long.first_divergence.value:.0f}"
         )
         lines.append(
-            f"{said.prompts} continuations: first divergence {where}, loops {said.loops_before.value:.0%} before and "
-            f"{said.loops_after.value:.0%} after"
+            f"{long.prompts} continuations: first divergence {where}, loops {long.loops_before.value:.0%} before and "
+            f"{long.loops_after.value:.0%} after"
         )
     for speed in certificate.speeds:
         lines.append(f"{speed.what}: {speed.before:,.0f} to {speed.after:,.0f} tokens/s ({speed.ratio.value:.2f}x)")

@@ -101,7 +101,7 @@ def distill(  # size: an option a line
     from sprat.post import collect, teach
     from sprat.post.teachers import Limits
 
-    said = {
+    options = {
         "traces.teacher_model": teacher_model,
         "traces.licence": licence,
         "traces.samples": samples,
@@ -109,7 +109,7 @@ def distill(  # size: an option a line
         "traces.max_tokens": max_tokens,
         **_prices(price),
     }
-    changes = [f"{name}={json.dumps(value)}" for name, value in said.items() if value is not None]
+    changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     config = load_teach_config(student, lora=lora, recipe=recipe, overrides=(*changes, *(overrides or ())))
     if logits and config.logits is None:
         config = config.replace(logits={})

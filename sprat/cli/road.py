@@ -48,7 +48,7 @@ def road(
     rows = [_row(stage) | {key: record.get(key) for key in keys} for stage, record in zip(stages, records, strict=True)]
     seconds = sum(record["device_seconds"] for record in records)
     yuan = sum(record["nano_yuan"] for record in records) / 1e9
-    lines = [f"{row['name']}: {row['run']}{_found(row['facts'])}" for row in rows]
+    lines = [f"{row['name']}: {row['run']}{_measured(row['facts'])}" for row in rows]
     lines += [f"{seconds:.0f} CPU-s, ¥{yuan:.4f}", f"prove it: sprat verify {out}"]
     return Result({"road": str(out), "stages": rows}, "\n".join(lines))
 
@@ -66,13 +66,13 @@ def _after(row: dict[str, Any]) -> str:
     return f" of {', '.join(row['depends_on'])}" if row["depends_on"] else ""
 
 
-def _found(facts: dict[str, Any]) -> str:
+def _measured(facts: dict[str, Any]) -> str:
     """What a run measured, in short."""
     after = facts.get("validation_after", {})
-    found = [f"{name} {facts['validation_before'][name]:.3f} → {value:.3f}" for name, value in after.items()]
+    parts = [f"{name} {facts['validation_before'][name]:.3f} → {value:.3f}" for name, value in after.items()]
     scores = facts.get("eval", {})
     if "text" in scores:
-        found.append(f"{scores['text']['bits_per_byte']:.3f} bits per byte")
+        parts.append(f"{scores['text']['bits_per_byte']:.3f} bits per byte")
     if "size_bytes" in facts:
-        found.append(f"{facts['size_bytes'] / 1e6:.1f} MB")
-    return f" ({', '.join(found)})" if found else ""
+        parts.append(f"{facts['size_bytes'] / 1e6:.1f} MB")
+    return f" ({', '.join(parts)})" if parts else ""

@@ -97,10 +97,12 @@ def logits(backend: Backend, ids: Sequence[int], *, last: int | None = None) -> 
     blocks = -(-count // BLOCK_SIZE)
     if backend.num_blocks < blocks:
         backend.reserve(blocks)
-    places = np.arange(count, dtype=np.int32)
+    positions_T = np.arange(count, dtype=np.int32)
     table = np.arange(blocks, dtype=np.int32)[None]
     starts = np.array([0, count], dtype=np.int32)
-    return backend.run(Batch(np.asarray(ids, dtype=np.int32), places, starts, table, places[-(last or count) :]))
+    return backend.run(
+        Batch(np.asarray(ids, dtype=np.int32), positions_T, starts, table, positions_T[-(last or count) :])
+    )
 
 
 def compare_logits(before_TV: Tensor, after_TV: Tensor, targets_T: Tensor) -> TokenDivergence:

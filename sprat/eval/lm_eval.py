@@ -215,7 +215,7 @@ def evaluate_harness_tasks(
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         todo = "see `python -m lm_eval ls tasks`, or give the folder of your own task files: --include-path DIR"
         raise ConfigError(f"the harness has no task {unknown[0]!r}", where="--lm-eval", todo=todo)
-    found = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         model=model,
         tasks=list(tasks),
         task_manager=manager,
@@ -223,7 +223,7 @@ def evaluate_harness_tasks(
         apply_chat_template=chat,
         bootstrap_iters=1000,
     )
-    results: dict[str, dict[str, Any]] = found["results"]
+    results: dict[str, dict[str, Any]] = evaluated["results"]
     return results
 
 

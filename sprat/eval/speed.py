@@ -57,9 +57,9 @@ def _speed(name: str, pairs: list[tuple[float, float]]) -> Speed:
 
 def _prefill(backend: Backend, *, count: int, vocab: int) -> float:
     """Tokens a second of a prompt of ``count`` random tokens."""
-    ids, places = _random_ids(count, vocab), np.arange(count, dtype=np.int32)
+    ids, positions_T = _random_ids(count, vocab), np.arange(count, dtype=np.int32)
     starts, last = np.array([0, count], np.int32), np.array([count - 1], np.int32)
-    batch = Batch(ids, places, starts, _tables(backend, 1, count), last)
+    batch = Batch(ids, positions_T, starts, _tables(backend, 1, count), last)
     started = time.perf_counter()
     backend.run(batch)
     return count / (time.perf_counter() - started)

@@ -33,8 +33,8 @@ def parse_id(text: str) -> tuple[str, str | None] | None:
     >>> parse_id("org/fish@v1"), parse_id("org/fish"), parse_id("/org/fish")
     (('org/fish', 'v1'), ('org/fish', None), None)
     """
-    found = _ID.fullmatch(text)
-    return None if found is None else (found[1], found[2])
+    match = _ID.fullmatch(text)
+    return None if match is None else (match[1], match[2])
 
 
 def cache_folder() -> Path:

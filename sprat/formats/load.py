@@ -102,9 +102,9 @@ def locate(path: str | Path) -> Path:
     """
     if Path(path).exists():
         return Path(path)
-    found = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hf.resolve(path)
-    _mark_used(found if found.is_file() else found / "config.json")
-    return found
+    cached = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hf.resolve(path)
+    _mark_used(cached if cached.is_file() else cached / "config.json")
+    return cached
 
 
 def _mark_used(file: Path) -> None:

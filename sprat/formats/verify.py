@@ -214,7 +214,7 @@ def _differing_key(own: Any, made: Any, at: str = "") -> str:
             place = f"{at}.{key}" if at else str(key)
             if key not in own or key not in made:
                 return place
-            if found := _differing_key(own[key], made[key], place):
-                return found
+            if difference := _differing_key(own[key], made[key], place):
+                return difference
         return ""
     return "" if type(own) is type(made) and own == made else at

@@ -213,10 +213,10 @@ def _resolve_file(value: str, key: str, base: Path, where: str) -> str:
     """The path ``value`` from anywhere; of ``file.py:Class`` the file's."""
     file, colon, rest = value.partition(".py:")
     name = f"{file}.py" if colon else value
-    found = os.path.abspath(base / Path(name).expanduser())
-    if not os.path.exists(found):
+    resolved = os.path.abspath(base / Path(name).expanduser())
+    if not os.path.exists(resolved):
         raise ConfigError(f"{key} = {value!r}: nothing lies there", where=where, todo="paths are relative to the file")
-    return f"{found}:{rest}" if colon else found
+    return f"{resolved}:{rest}" if colon else resolved
 
 
 def _in_order(stages: list[RoadStage], path: Path) -> list[RoadStage]:
@@ -249,10 +249,10 @@ def _width(stages: Sequence[RoadStage]) -> int:
 
 def _keep_recipe(path: Path, out: Path) -> None:
     """Put a copy of the file into the road's folder, for which the ledger answers."""
-    kept = out / RECIPE_FILE
-    if path.resolve() != kept.resolve():
-        with atomic.replace_file(kept) as temporary:
+    copy = out / RECIPE_FILE
+    if path.resolve() != copy.resolve():
+        with atomic.replace_file(copy) as temporary:
             shutil.copyfile(path, temporary)
     ledger = Ledger(out / LEDGER_NAME)
     ledger.root_hash()
-    ledger.add_file(kept)
+    ledger.add_file(copy)

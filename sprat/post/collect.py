@@ -182,13 +182,13 @@ def _collect(
     rows = list(book.rows.values())
     spent = [row["nano_yuan"] for row in rows if row["nano_yuan"] is not None]
     tokens = sum(row["usage"].get("completion_tokens", 0) for row in rows)
-    kept, rejected, counts = traces.sift(book, list(by_key.values()), config.samples, task)
+    accepted, rejected, counts = traces.sift(book, list(by_key.values()), config.samples, task)
     run.add_facts(
         **questions.facts,
         questions=len(by_key),
         answers=len(rows),
         taken_over=taken_over,
-        kept=len(kept),
+        kept=len(accepted),
         rejected=counts,
         unanswered=dict(book.unanswered),
         judge=None if task is None else task.name,
@@ -196,6 +196,6 @@ def _collect(
         teacher_tokens=tokens,
         teacher_nano_yuan=sum(spent) if spent else None,
     )
-    traces.write_rows(run.artifact / LOG_NAME, kept)
+    traces.write_rows(run.artifact / LOG_NAME, accepted)
     traces.write_rows(run.artifact / traces.REJECTED_NAME, rejected)
     run.finish(tokens=tokens)

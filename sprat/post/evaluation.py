@@ -74,14 +74,14 @@ class Evaluation:
             merge_lora(model)
         engine = Engine(model, self._tokenizer)
         if self._tasks:
-            found = evaluate_task_files(
+            task_scores = evaluate_task_files(
                 engine,
                 self._tasks,
                 count=self._config.problems,
                 max_tokens=self._config.max_tokens,
                 seed=self._seed,
             )
-            scores |= {f"accuracy/{score.task}": score.accuracy for score in found}
+            scores |= {f"accuracy/{score.task}": score.accuracy for score in task_scores}
         if self._prompts:
             sampling = Sampling(temperature=0, max_tokens=self._config.max_tokens, fit=True, seed=self._seed)
             self._answers = engine.generate([list(prompt.messages) for prompt in self._prompts], sampling)

@@ -32,22 +32,26 @@ def remove_overlap(
     """
     problems = [(task.name, problem) for task in tasks for problem in select_problems(task)]
     index, by_task = QuestionIndex([problem for _, problem in problems]), dict.fromkeys((t.name for t in tasks), 0)
-    clean, places = list[Example](), list[str]()
+    clean, sources = list[Example](), list[str]()
     for example in examples:
         names = {problems[number][0] for text in _asked(example) for number in index.find(text, _MIN_WORDS)}
         for name in names:
             by_task[name] += 1
-        places += [str(example.where)] if names else []
+        sources += [str(example.where)] if names else []
         clean += [] if names else [example]
-    if not places:
+    if not sources:
         return tuple(examples), {}
-    what = f"{len(places)} of {len(examples)} examples ask what {' and '.join(n for n, c in by_task.items() if c)} asks"
+    what = (
+        f"{len(sources)} of {len(examples)} examples ask what {' and '.join(n for n, c in by_task.items() if c)} asks"
+    )
     todo = "give other examples, or set examples.overlap=keep"
     if how == "refuse" or (how == "drop" and not clean):
-        raise DataError(what, where=", ".join(places[:_NUM_NAMES]), todo=todo)
-    log.warning("%s and are %s: %s", what, {"drop": "left out", "keep": "learned"}[how], ", ".join(places[:_NUM_NAMES]))
-    found = {"count": len(places), "how": how, "tasks": by_task, "names": places[:_NUM_NAMES]}
-    return tuple(clean if how == "drop" else examples), found
+        raise DataError(what, where=", ".join(sources[:_NUM_NAMES]), todo=todo)
+    log.warning(
+        "%s and are %s: %s", what, {"drop": "left out", "keep": "learned"}[how], ", ".join(sources[:_NUM_NAMES])
+    )
+    facts = {"count": len(sources), "how": how, "tasks": by_task, "names": sources[:_NUM_NAMES]}
+    return tuple(clean if how == "drop" else examples), facts
 
 
 def _asked(example: Example) -> list[str]:

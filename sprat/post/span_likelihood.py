@@ -179,13 +179,13 @@ def _place(
         raise DataError("the rows are not those of the examples", where="spans", todo="report this")
     table = {}
     for row, key in enumerate(row_keys(gather_rows(rows, range(rows.num_rows)))):
-        span_T, said = torch.full((rows.seq_len,), -1), list[float]()
+        span_T, likelihoods = torch.full((rows.seq_len,), -1), list[float]()
         for number in sorted(set(sequence_RT[row].tolist()) - {-1}):
             first = int((sequence_RT[row] == number).argmax())
             for start, stop, total in spans[number]:
-                span_T[first + start - 1 : first + stop - 1] = len(said)  # the place before predicts a token
-                said.append(total)
-        table[key] = span_T, torch.tensor(said)
+                span_T[first + start - 1 : first + stop - 1] = len(likelihoods)  # the place before predicts a token
+                likelihoods.append(total)
+        table[key] = span_T, torch.tensor(likelihoods)
     return table
 
 
@@ -227,11 +227,11 @@ def _event(logprob_S: Tensor) -> Tensor:
 
 def _of_batch(targets: SpanTargets, batch: Batch, selected_BT: Tensor) -> tuple[Tensor, Tensor]:
     """The span of each token with loss [N], -1 for none, and the teacher's log-probabilities [S]."""
-    spans, said, count = list[Tensor](), list[Tensor](), 0
+    spans, likelihoods, count = list[Tensor](), list[Tensor](), 0
     for key in row_keys(batch):
         span_T, teacher_S = targets.table[key]
         spans.append(torch.where(span_T >= 0, span_T + count, -1))
-        said.append(teacher_S)
+        likelihoods.append(teacher_S)
         count += len(teacher_S)
     device = selected_BT.device
-    return torch.stack(spans).to(device)[selected_BT], torch.cat(said).to(device)
+    return torch.stack(spans).to(device)[selected_BT], torch.cat(likelihoods).to(device)

@@ -51,8 +51,8 @@ OnSize = Callable[[int], None]
 
 def cache_bytes(rows: PackedDataset, config: LogitsCacheConfig, vocab_size: int) -> int:
     """How many bytes the distributions of ``rows`` take, about."""
-    kept = min(config.top_k, vocab_size)
-    return rows.num_targets * (kept * (4 + _DTYPES[config.dtype].itemsize) + 4) + 8 * rows.num_rows
+    top_k = min(config.top_k, vocab_size)
+    return rows.num_targets * (top_k * (4 + _DTYPES[config.dtype].itemsize) + 4) + 8 * rows.num_rows
 
 
 def check_same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
@@ -145,9 +145,9 @@ def _fill(run: Run, teacher: Transformer, vocab_size: int, rows: PackedDataset, 
             run.log(number + 1, places=len(tensors["tail"]))
     for path in sorted(run.checkpoints.glob("shard-*.safetensors")):
         os.replace(path, run.artifact / path.name)
-    places = int(np.count_nonzero(rows.segments[:, :-1]))
+    positions = int(np.count_nonzero(rows.segments[:, :-1]))
     run.add_facts(rows=rows.num_rows, targets=rows.num_targets, top_k=min(config.top_k, vocab_size))
-    run.finish(tokens=places, flops=places * flops_per_token(teacher.config, rows.seq_len))
+    run.finish(tokens=positions, flops=positions * flops_per_token(teacher.config, rows.seq_len))
 
 
 def _distributions(teacher: Transformer, batch: Batch, vocab_size: int, config: LogitsCacheConfig) -> dict[str, Tensor]:
@@ -191,10 +191,10 @@ class TeacherLogits:
         ]
         self._table = dict[bytes, tuple[int, int, int]]()  # shard, and its places from and to
         for number, shard in enumerate(self._shards):
-            places = shard.get_tensor("places").tolist()
+            positions = shard.get_tensor("places").tolist()
             start = number * SHARD_ROWS
-            keys = row_keys(gather_rows(rows, range(start, start + len(places) - 1)))
-            self._table |= {key: (number, *places[row : row + 2]) for row, key in enumerate(keys)}
+            keys = row_keys(gather_rows(rows, range(start, start + len(positions) - 1)))
+            self._table |= {key: (number, *positions[row : row + 2]) for row, key in enumerate(keys)}
 
     def __call__(self, batch: Batch, student_vocab: int) -> tuple[Tensor, Tensor]:
         """ids [N, K] int64 and log-probabilities [N, B] float32 of the places of ``batch`` that carry loss, in order.

@@ -335,10 +335,10 @@ def read_answer(content: bytes, content_type: str, model: str) -> TeacherAnswer:
     if not isinstance(table, dict) or table.get("error") is not None:
         words = json.dumps(table.get("error"))[:_MAX_DETAIL] if isinstance(table, dict) else ""
         return TeacherAnswer(fault=AN_ERROR if words else NO_CHOICES, detail=words)
-    usage, said = _usage(table.get("usage")), table.get("model")
+    usage, reported = _usage(table.get("usage")), table.get("model")
     facts: dict[str, Any] = {
         "response_id": _text(table.get("id"))[:_MAX_DETAIL],
-        "model": _text(said)[:_MAX_DETAIL],
+        "model": _text(reported)[:_MAX_DETAIL],
         "usage": usage,
     }
     choices = table.get("choices")
@@ -375,9 +375,9 @@ def _fault(facts: Mapping[str, Any], model: str) -> str:
     return "" if facts["usage"] else NO_USAGE
 
 
-def _is_version(said: str, model: str) -> bool:
+def _is_version(reported: str, model: str) -> bool:
     """Whether ``said`` is ``model`` and a date behind it: another size of a family is another model."""
-    return said.startswith(f"{model}-") and _DATE.fullmatch(said[len(model) + 1 :]) is not None
+    return reported.startswith(f"{model}-") and _DATE.fullmatch(reported[len(model) + 1 :]) is not None
 
 
 def _text(value: Any) -> str:

@@ -170,13 +170,13 @@ def _row(question: Question, key: str, sample: int, answer: TeacherAnswer, fault
     for message in question.prompt:
         unlearned = {"weight": 0} if message.role == "assistant" else {}
         turns.append({"role": message.role, "content": message.content, **unlearned})
-    said = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+    reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
     cost = None
     if answer.usage and config.input_price is not None and config.output_price is not None:
         prompt, completion = answer.usage["prompt_tokens"], answer.usage["completion_tokens"]
         cost = prompt * config.input_price + completion * config.output_price
     return {
-        "messages": [*turns, {"role": "assistant", "content": answer.text, **said}],
+        "messages": [*turns, {"role": "assistant", "content": answer.text, **reasoning}],
         "key": key,
         "sample": sample,
         "fault": fault,
@@ -340,7 +340,7 @@ def leave_out_tested(
     Raises:
         DataError: see ``load_user_task``.
     """
-    found = dict[str, list[str]]()
+    hits_by_task = dict[str, list[str]]()
     left = list(questions)
     for source in sources:
         task = load_user_task(source)
@@ -349,9 +349,9 @@ def leave_out_tested(
         else:
             tested = held_out_problems(task, task.num_problems or _CLASS_PROBLEMS)
         if hits := overlap(tested, (_text(question.prompt) for question in left)):
-            found[task.name] = [str(problem.meta.get("id", problem.index)) for problem in hits]
+            hits_by_task[task.name] = [str(problem.meta.get("id", problem.index)) for problem in hits]
             left = [question for question in left if not overlap(hits, [_text(question.prompt)])]
-    return left, found
+    return left, hits_by_task
 
 
 def _text(prompt: Sequence[Message]) -> str:
@@ -366,7 +366,7 @@ def sift(
     Raises:
         TrainingError: not one is kept.
     """
-    kept, rejected, counts = list[Row](), list[Row](), Counter[str]()
+    accepted, rejected, counts = list[Row](), list[Row](), Counter[str]()
     for question in questions:
         key, texts = question.key(book.teacher, book.config), set[tuple[str, str]]()
         for sample in range(samples):
@@ -385,14 +385,14 @@ def sift(
                 counts[reason] += 1
             else:
                 texts.add(text)
-                kept.append(row)
+                accepted.append(row)
     if isinstance(task, UserClassTask):
         task.check_faults()
-    if not kept:
+    if not accepted:
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "none came"
         todo = "raise traces.max_tokens or traces.samples, or take another teacher"
         raise TrainingError(f"not one answer of the teacher can be learned: {kinds}", where="traces", todo=todo)
-    return kept, rejected, dict(counts)
+    return accepted, rejected, dict(counts)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

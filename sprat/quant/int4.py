@@ -115,8 +115,8 @@ def quantize_tensor(
             minimums_N[part] = minimums
     codes = codes_NK.view(*shape, size).flatten(-2)[..., :width]
     codes = pack_int4(codes) if bits == 4 else codes.contiguous()
-    kept = None if minimums_N is None else minimums_N.view(shape)
-    return QuantizedTensor(codes, scales_N.view(shape), bits, size, width, kept)
+    minimums = None if minimums_N is None else minimums_N.view(shape)
+    return QuantizedTensor(codes, scales_N.view(shape), bits, size, width, minimums)
 
 
 def dequantize_tensor(packed: QuantizedTensor) -> Tensor:

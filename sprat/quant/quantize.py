@@ -84,9 +84,8 @@ def quantize_model(
         dense = copy.deepcopy(model).float()
         dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
         options = {} if not isinstance(config, QuantizeConfig) else _options(config)
-        found = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
-        fitted = found.codes
-        facts.experts = found.experts.facts(options.get("few_tokens", "nearest"))
+        fit = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
+        fitted, facts.experts = fit.codes, fit.experts.facts(options.get("few_tokens", "nearest"))
     return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
 
 

@@ -249,22 +249,22 @@ def _flips_plot(routing: tuple[RouterFlips, ...]) -> str:
 
 
 def _continuations(certificate: Certificate) -> str:
-    said = certificate.continuations
-    if said is None:
+    continuations = certificate.continuations
+    if continuations is None:
         return ""
-    first = said.first_divergence
+    first = continuations.first_divergence
     place = "–" if first is None else f"token {first.value:.0f}<small>{first.low:.0f} to {first.high:.0f}</small>"
 
     def finished(counts: dict[str, int]) -> str:
         return ", ".join(f"{escape(reason)} {count}" for reason, count in sorted(counts.items()))
 
     rows = [
-        ["openings that part", f"{said.diverged} of {said.prompts}", ""],
+        ["openings that part", f"{continuations.diverged} of {continuations.prompts}", ""],
         ["first token that differs, median", place, ""],
         ["", "<b>before</b>", "<b>after</b>"],
-        ["end up in a loop", _with_share(said.loops_before), _with_share(said.loops_after)],
-        ["tokens, mean", f"{said.tokens_before:.0f}", f"{said.tokens_after:.0f}"],
-        ["ended by", finished(said.finish_before), finished(said.finish_after)],
+        ["end up in a loop", _with_share(continuations.loops_before), _with_share(continuations.loops_after)],
+        ["tokens, mean", f"{continuations.tokens_before:.0f}", f"{continuations.tokens_after:.0f}"],
+        ["ended by", finished(continuations.finish_before), finished(continuations.finish_after)],
     ]
     return table(["", "", ""], rows)
 

@@ -166,8 +166,8 @@ def _answer(sample: Sample, best: int) -> str:
     cut = ' <span class="tag">cut at the limit</span>' if sample.finish_reason == "length" else ""
     thought = printable(sample.reasoning).strip()
     details = f"<details><summary>thinking</summary><pre>{escape(thought)}</pre></details>" if thought else ""
-    said = escape(printable(sample.answer).strip() or "(nothing)")
-    return f'<div><h4>{title}{mark}{cut}</h4>{details}<p class="said">{said}</p></div>'
+    answer = escape(printable(sample.answer).strip() or "(nothing)")
+    return f'<div><h4>{title}{mark}{cut}</h4>{details}<p class="said">{answer}</p></div>'
 
 
 def _data(run: StageRun) -> str:

@@ -86,8 +86,8 @@ def tool_support(template: ChatTemplate) -> ToolSupport:
 
 def _has_in_order(text: str) -> bool:
     """Whether a text has the markers of the probe, each behind the one before."""
-    places = [text.find(marker) for marker in _MARKERS]
-    return min(places) >= 0 and places == sorted(places)
+    offsets = [text.find(marker) for marker in _MARKERS]
+    return min(offsets) >= 0 and offsets == sorted(offsets)
 
 
 def render_tool_turns(

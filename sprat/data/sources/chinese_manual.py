@@ -58,8 +58,8 @@ def roff_to_text(page: str) -> str:
             for code, character in _SPECIAL.items():
                 line = line.replace(code, character)
             lines.append(_FONT.sub("", line).rstrip())
-    kept = [paragraph for paragraph in paragraphs if _is_chinese(paragraph)]
-    return "\n\n".join(kept) + "\n" if kept else ""
+    chinese = [paragraph for paragraph in paragraphs if _is_chinese(paragraph)]
+    return "\n\n".join(chinese) + "\n" if chinese else ""
 
 
 def _is_chinese(paragraph: str) -> bool:

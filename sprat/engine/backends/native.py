@@ -174,8 +174,8 @@ class NativeBackend:
         """One call with the arrays of a batch; the table of rotations grows with the longest position."""
         if batch.block_tables_SW.shape[1] * BLOCK_SIZE > self._num_positions:
             self._decoder.set_freqs_cis(self._table(batch.block_tables_SW.shape[1] * BLOCK_SIZE))
-        places = batch.tokens_T, batch.positions_T, batch.starts_S, batch.block_tables_SW, batch.logits_index_R
-        call(*places, batch.adapters_S, *more)
+        arrays = batch.tokens_T, batch.positions_T, batch.starts_S, batch.block_tables_SW, batch.logits_index_R
+        call(*arrays, batch.adapters_S, *more)
 
     def _table(self, positions: int) -> Tensor:
         """Rotations of at least ``positions`` positions as (cos, sin) pairs, float32 [P, r]."""
