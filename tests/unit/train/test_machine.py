@@ -24,7 +24,7 @@ def fill():
 plain = fill()
 assert machine.raise_malloc_thresholds()
 fill()
-print(plain, fill())
+print(plain, min(fill() for _ in range(3)))  # a small allocation in between may cost one tensor's pages once
 """
 
 
