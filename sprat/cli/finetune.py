@@ -32,7 +32,7 @@ _EVAL_TASK_HELP = "Questions asked while it trains: a JSONL file, or file.py:Cla
 EvalTask = Annotated[list[str] | None, typer.Option("--eval-task", metavar="FILE", help=_EVAL_TASK_HELP)]
 _DEVICE_HELP = "Where to train: cpu, or cuda, on which no test of ours has run."
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help=_DEVICE_HELP)]
-_DTYPE_HELP = "Of the forward pass: float32 or bfloat16 (autocast); weights stay float32."
+_DTYPE_HELP = "Of matrix products: auto (bfloat16 where the device has it), float32, bfloat16; weights stay float32."
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help=_DTYPE_HELP)]
 _TENSORBOARD_HELP = "Write RUN/tensorboard as well, for `tensorboard --logdir`."
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help=_TENSORBOARD_HELP)]

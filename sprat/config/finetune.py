@@ -66,7 +66,8 @@ class FinetuneConfig(TrainConfig):
     keep_checkpoint: bool = False  # the artefact holds weights and optimizer to start from; adapters' always
     activation_checkpointing: bool = False  # compute layers twice and hold little in between
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights stay float32
+    # Of matrix products; weights stay float32. auto: bfloat16 where the device multiplies it, as a run then records.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     log_every: int = Field(1, ge=1, lt=2**31)
     balance_weight: float = Field(0.0, ge=0, le=1e9)
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced

@@ -45,6 +45,7 @@ from sprat.model.lora import merge_lora
 from sprat.post import teach
 from sprat.post.collect import collect_traces
 from sprat.post.finetune import finetune
+from sprat.post.preparation import resolve_dtype
 from sprat.post.quantize import quantize_model
 from sprat.tokens import Tokenizer
 from sprat.train.pretrain import find_beginning, pretrain
@@ -84,7 +85,7 @@ def _train(stage: TrainStage, settings: Any, out: Path) -> Run:
 
 
 def _finetune_settings(stage: FinetuneStage, where: str) -> Config:
-    return load_finetune_config(stage.uses, lora=stage.lora, table=stage.set, where=where)
+    return resolve_dtype(load_finetune_config(stage.uses, lora=stage.lora, table=stage.set, where=where))
 
 
 def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
@@ -101,7 +102,7 @@ def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
 
 
 def _distill_settings(stage: DistillStage, where: str) -> Config:
-    return load_teach_config(stage.student, lora=stage.lora, table=stage.set, where=where)
+    return resolve_dtype(load_teach_config(stage.student, lora=stage.lora, table=stage.set, where=where))
 
 
 def _distill(stage: DistillStage, settings: TeachConfig, out: Path) -> Run:

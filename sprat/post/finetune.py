@@ -39,7 +39,7 @@ from sprat.formats.load import load_dense, locate, save
 from sprat.model import Transformer
 from sprat.model.lora import merge_lora
 from sprat.post import dpo, evaluation
-from sprat.post.preparation import OnPrepared, Prepared, prepare
+from sprat.post.preparation import OnPrepared, Prepared, prepare, resolve_dtype
 from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
 from sprat.train import checkpoint, loop, losses
 from sprat.trust import run_record
@@ -77,7 +77,7 @@ def finetune(
     Raises:
         SpratError: a model, data or recipe that cannot be, before anything was touched; or see ``train.loop.train``.
     """
-    out, prepared = Path(out), list[Prepared]()
+    out, prepared, config = Path(out), list[Prepared](), resolve_dtype(config)
     model_path, data = locate(model), Path(data)
     if not data.exists():
         raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _MIN_STEPS_PER_EPOCH = 8
 OnPrepared = Callable[[Tokenizer, EncodedExamples], None]
 LoadModel = Callable[[], tuple[Transformer, Tokenizer]]
+_Settings = TypeVar("_Settings", bound=FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Prepared:
     prompts: Sequence[evaluation.SamplePrompt]
     selection: Selection
     start: checkpoint.Checkpoint | None
+
+
+def resolve_dtype(config: _Settings) -> _Settings:
+    """``config`` with the dtype that ``auto`` stands for here, so that a run says what it was computed in.
+
+    Raises:
+        MachineError: its device is not there.
+    """
+    return config.replace(dtype=machine.resolve_dtype(config.dtype, config.device))
 
 
 def prepare(

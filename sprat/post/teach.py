@@ -69,7 +69,7 @@ def distill(
         SpratError: see ``finetune.finetune`` and ``teacher_logits.cache_logits``.
     """
     check_student(teacher, student, config, tokenizer)
-    out, data = Path(out), traces_run.artifact / LOG_NAME
+    out, data, config = Path(out), traces_run.artifact / LOG_NAME, preparation.resolve_dtype(config)
     inputs: dict[str, Input] = {"traces": traces_run.folder}
     if is_size(student):
         source = locate(_tokenizer_source(teacher, tokenizer))

@@ -72,6 +72,18 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def resolve_dtype(name: str, device: str) -> str:
+    """``name`` (``auto``, ``float32``, ``bfloat16``) with ``auto`` as what ``device`` multiplies fastest.
+
+    Raises:
+        MachineError: the device is not there.
+    """
+    if name != "auto":
+        return name
+    native = torch.cuda.is_bf16_supported() if check_device(device).type == "cuda" else has_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this processor multiplies bfloat16 itself."""
     try:

@@ -16,6 +16,7 @@ from sprat.formats.load import load, save
 from sprat.model import Transformer
 from sprat.pipeline.road import read_road, road, select
 from sprat.post.finetune import finetune
+from sprat.post.preparation import resolve_dtype
 from sprat.train.pretrain import pretrain
 from sprat.trust.verify import verify
 from tests.lucky import lucky_shape, lucky_tokenizer
@@ -170,7 +171,7 @@ def test_a_teacher_is_a_stage_a_model_or_a_server(place: Path) -> None:
     table = '\n[[stages]]\nname = "pupil"\nuses = "distill"\nmodel = "chat"\nstudent = "pico"\ndata = "chat.jsonl"\n'
     (place / "road.toml").write_text(ROAD + table + "[stages.set]\nlogits = {top_k = 8}\n")
     pupil = next(stage for stage in read_road(place / "road.toml", place / "out") if stage.name == "pupil")
-    expected = load_teach_config("pico", overrides=["logits.top_k=8"])
+    expected = resolve_dtype(load_teach_config("pico", overrides=["logits.top_k=8"]))
     assert pupil.settings == expected and pupil.depends_on == ("chat",) and pupil.config.student == "pico"
     (place / "road.toml").write_text(table.replace('"chat"', '"http://127.0.0.1:1/v1"'))
     assert read_road(place / "road.toml", place / "out")[0].config.model == "http://127.0.0.1:1/v1"

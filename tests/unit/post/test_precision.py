@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ def test_less_is_kept_between_the_layers(base: Path) -> None:
 
 def test_micro_batches_add_up_to_the_mean_over_tokens(base: Path, data: Path, tmp_path: Path) -> None:
     """Answers differ in length, so the mean of the means of micro-batches would be another number."""
+    alike = {"eval_every": 1, "dtype": "float32"}
     (whole, run), (cut, other) = (
-        trained(base, data, tmp_path / str(count), micro_batches=count, eval_every=1) for count in (1, 4)
+        trained(base, data, tmp_path / str(count), micro_batches=count, **alike) for count in (1, 4)
     )
     logs = [[json.loads(line) for line in (each.folder / "metrics.jsonl").open()] for each in (run, other)]
     for a, b in zip(*logs, strict=True):
@@ -93,7 +95,7 @@ def test_bfloat16_is_near_and_weights_stay_float32(
     config_class: type[FinetuneConfig], base: Path, data: Path, pairs: Path, tmp_path: Path
 ) -> None:
     examples = pairs if config_class is DPOConfig else data
-    exact, run = trained(base, examples, tmp_path / "a", config_class, steps=12)
+    exact, run = trained(base, examples, tmp_path / "a", config_class, steps=12, dtype="float32")
     near, other = trained(base, examples, tmp_path / "b", config_class, steps=12, dtype="bfloat16")
     assert all(value.dtype == torch.float32 for value in near.values())
     assert any(not exact[name].equal(near[name]) for name in exact)
@@ -111,6 +113,17 @@ def test_a_processor_without_bfloat16_is_named(
     monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
     trained(base, data, tmp_path / "a", steps=1, dtype="bfloat16")
     assert "bfloat16 is slower than float32 here" in caplog.text
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_run_says_what_it_was_computed_in(
+    has_it: bool, expected: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: has_it)
+    automatic, run = trained(base, data, tmp_path / "a", steps=2)
+    named, _ = trained(base, data, tmp_path / "b", steps=2, dtype=expected)
+    assert all(named[name].equal(automatic[name]) for name in named)
+    assert tomllib.loads((run.folder / "recipe.toml").read_text())["dtype"] == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
