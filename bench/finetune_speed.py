@@ -10,9 +10,9 @@ of the first step on, which warms up. Rounds are interleaved, so that a busy nei
 medians over rounds of the ratio of one round.
 
 Bars: 1.3 times TRL with adapters, 1.15 times with all weights, for ``sprat sft`` as it ships: products in bfloat16
-where the processor has them, else in float32. Our float32 is shown beside it. That both train the same is checked first: the losses of
-four steps over one batch, in float32. Bars: 1e-3 relative with all weights; 1e-2 with adapters, which start at random.
-The share of the peak is of products alone, by what torch's largest float32 product reaches here.
+where the processor has them, else in float32. Our float32 is shown beside it. That both train the same is checked
+first: the losses of four steps over one batch, in float32. Bars: 1e-3 relative with all weights; 1e-2 with adapters,
+which start at random. The share of the peak is of products alone, by what torch's largest float32 product reaches here.
 
     python -m bench.finetune_speed [--quick] [--json] [--threads 2] [--rounds 5]
 """

@@ -1,8 +1,9 @@
 """Takes the pictures of the pages: of a finished pipeline the chat page answering and the top of the report, of a
-fine-tuning the top of its report.
+fine-tuning the top of its report, and a certificate.
 
     python -m bench.pictures runs/quickstart [--model RUN] [--out docs]
     python -m bench.pictures --finetune runs/mine [--out docs]
+    python -m bench.pictures --certificate certificate [--out docs]
 
 Needs the test extras (Playwright) and Debian's chromium.
 """
@@ -21,30 +22,34 @@ WAIT = 120_000  # milliseconds that an answer may take
 
 
 def main() -> int:
-    """Save chat.png and report.png of a pipeline, or finetune.png of a run."""
+    """Save chat.png and report.png of a pipeline, finetune.png of a run, or certificate.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("road", type=Path, nargs="?", default=Path("runs/quickstart"))
     parser.add_argument("--finetune", type=Path, help="take finetune.png of the report of this run, and nothing else")
+    parser.add_argument("--certificate", type=Path, help="take certificate.png of this folder, and nothing else")
     parser.add_argument("--model", type=Path, help="the run to talk to; ROAD/quantize if left out")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     if options.finetune is not None:
-        take_report(options.finetune, options.out / "finetune.png", height=860)
+        take_page(options.finetune / "report.html", options.out / "finetune.png", height=860)
+        return 0
+    if options.certificate is not None:
+        take_page(options.certificate / "certificate.html", options.out / "certificate.png", height=900)
         return 0
     take_chat(options.model or options.road / "quantize", options.out / "chat.png")
-    take_report(options.road, options.out / "report.png", height=900)
+    take_page(options.road / "report.html", options.out / "report.png", height=900)
     return 0
 
 
-def take_report(run: Path, picture: Path, height: int) -> None:
-    """The top of ``report.html`` of a run or a pipeline."""
+def take_page(file: Path, picture: Path, height: int) -> None:
+    """The top of a page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
         page = browser.new_page(viewport={"width": 1100, "height": height})
         page.set_default_timeout(WAIT)
-        page.goto((run / "report.html").resolve().as_uri(), timeout=WAIT)
+        page.goto(file.resolve().as_uri(), timeout=WAIT)
         page.screenshot(path=picture)
         browser.close()
 
