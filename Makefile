@@ -82,13 +82,15 @@ browser:
 lint: $(VENV)/.installed-test
 	@$(PY) -m ruff check . && $(PY) -m mypy && $(VENV)/bin/lint-imports
 
-# What a night has time for: planted bugs, every setting of processor and threads, long fuzz, random models.
+# What a night has time for: planted bugs, every setting of processor and threads, long fuzz, random models, and
+# fine-tuning stopped at twenty instants of each kind, other ones every night (the seed is printed).
 nightly: $(VENV)/.installed-test browser
 	@$(PY) -m bench.mutants --jobs $(JOBS)
 	@$(PY) -m bench.settings
 	@$(PY) -m bench.random_configs --count 300
 	@SPRAT_FUZZ=5000 SPRAT_FUZZ_DOMAINS=20000 SPRAT_ALL_TEMPLATES=1 $(PY) -m pytest -n $(JOBS) --dist loadfile \
 	  tests/fault/test_names.py tests/unit/data/test_domains.py tests/parity/test_chat_templates.py
+	@SPRAT_KILLS=20 SPRAT_KILLS_SEED=$$(date +%s) $(PY) -m pytest -rP tests/fault/test_finetune_resume.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -348,6 +348,8 @@ def grpo(
             if stop:
                 raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
+        if interrupted():  # it came while the last checkpoint was written
+            raise KeyboardInterrupt
     return result
 
 

@@ -164,6 +164,8 @@ def train(  # size: half of it says what it is given and what goes wrong
                 keep(run.checkpoints)
             if stop:
                 raise KeyboardInterrupt
+        if stopped():  # it came while the last checkpoint was written
+            raise KeyboardInterrupt
     return TrainResult(done, tokens - start[1], window.last, _flops(model, config, start, (done, tokens)), speed)
 
 

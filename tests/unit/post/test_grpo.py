@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from sprat.post.rl_gate import evaluate_gate
 from sprat.post.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
+from sprat.train import checkpoint
 from sprat.train.losses import policy_loss, token_logprob
 from sprat.trust.run import Run
 from sprat.trust.run_record import read_metrics
@@ -150,6 +153,24 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
     assert result == expected
     assert read_metrics(run.folder) == read_metrics(run.folder.parent / "whole")
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_ends_the_run_there(
+    guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    config, save = RL.replace(steps=1), checkpoint.save
+
+    def interrupted_save(folder: Path, *state: Any) -> Path:
+        if folder.name != checkpoint.STABLE:
+            signal.raise_signal(signal.SIGINT)
+        return save(folder, *state)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted_save)
+    run = open_stage("rl", config)
+    with pytest.raises(KeyboardInterrupt):
+        grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, run, gate=False)
+    assert checkpoint.latest(run.checkpoints) is not None
 
 
 def test_a_users_reward_replaces_the_judge(guesser: Transformer, tokenizer: Tokenizer, task: Any) -> None:
