@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ Pre = Annotated[str | None, typer.Option("--pre", metavar="NAME", help=_PRE_HELP
 _FORMAT_HELP = "How a folder holds its matrices: as they are, INT4/INT8 (compressed-tensors), or DeepSeek's FP8 blocks."
 FolderFormat = Annotated[Literal["dense", "pack-quantized", "fp8"], typer.Option("--format", help=_FORMAT_HELP)]
 _ADAPTER_HELP = "A folder in PEFT's layout: adapter_config.json, adapter_model.safetensors."
+_DEQUANTIZE_HELP = "Merge into what a quantised model stands for, in float32."
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help=_ADAPTER_HELP)]
 
 
@@ -58,23 +60,23 @@ def merge(
     base: ModelFolder,
     adapter: Adapter,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    dequantize: Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)] = False,
 ) -> Result:
     """Put a LoRA adapter into the weights of its base, as a Hugging Face folder.
 
     Example: sprat merge smol runs/mine/artefact/adapter --out merged
     """
-    from sprat.formats import gguf as gguf_format
-    from sprat.formats.load import load, locate, save
+    from sprat.formats.export import new_folder, refuse_existing_folder
+    from sprat.formats.load import load_dense, save
     from sprat.formats.peft import load_peft
     from sprat.model.lora import merge_lora
 
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError("something is there already", where=str(out), todo="give another folder")
-    path = locate(base)
-    model, tokenizer = load(path, dequantize=gguf_format.is_gguf(path))
+    refuse_existing_folder(out)
+    model, tokenizer = load_dense(base, dequantize=dequantize)
     load_peft(model, adapter)
     merge_lora(model)
-    save(model, tokenizer, out)
+    with new_folder(Path(os.path.abspath(out))) as folder:
+        save(model, tokenizer, folder)
     return Result({"base": str(base), "adapter": str(adapter), "model": str(out)}, _describe_size(out))
 
 

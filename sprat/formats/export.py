@@ -36,6 +36,7 @@ from sprat.tokens.hf_files import GENERATION_CONFIG_FILE
 
 Format = Literal["dense", "pack-quantized", "fp8", "gguf"]
 MANIFEST, VERSION = "export.json", 1
+_TAKEN = "something is there already"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def export_model(source: str | Path, out: str | Path, form: Form) -> None:
         MachineError: the disk is full or closed to us; nothing is left.
     """
     out = Path(os.path.abspath(out))
-    _refuse_existing(out, form)
+    if form.format == "gguf":
+        _refuse_existing_file(out)
+    else:
+        refuse_existing_folder(out)
     path = find_model(source)
     model, tokenizer = load(path, dequantize=form.format in ("dense", "fp8"))
     facts = {"source": digest.of_folder(path, follow=True) if path.is_dir() else digest.of_file(path)}
@@ -68,7 +72,7 @@ def export_model(source: str | Path, out: str | Path, form: Form) -> None:
         write_form(model, tokenizer, out, form)
         write_manifest(out, form, facts)
     else:
-        with _new_folder(out) as folder:
+        with new_folder(out) as folder:
             write_form(model, tokenizer, folder, form)
             write_manifest(folder, form, facts)
 
@@ -166,19 +170,21 @@ def _of_tensor(kind: str, shards: Shards, name: str) -> str:
     return content.hexdigest()
 
 
-def _refuse_existing(out: Path, form: Form) -> None:
+def _refuse_existing_file(out: Path) -> None:
     """Raise ConfigError where something is at ``out``, or beside it where the manifest goes."""
-    if form.format != "gguf":
-        taken = out if out.is_file() or (out.is_dir() and any(out.iterdir())) else None
-    else:
-        taken = next((path for path in (out, manifest_path(out)) if path.exists()), None)
-    if taken is not None:
-        what = "this is a folder" if form.format == "gguf" and taken.is_dir() else "something is there already"
+    if taken := next((path for path in (out, manifest_path(out)) if path.exists()), None):
+        what = "this is a folder" if taken.is_dir() else _TAKEN
         raise ConfigError(what, where=str(taken), todo="give another path")
 
 
+def refuse_existing_folder(out: Path) -> None:
+    """Raise ConfigError where something is at ``out`` that is no empty folder."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(_TAKEN, where=str(out), todo="give another path")
+
+
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its place when the block ends well, and is gone when it does not.
 
     Raises:

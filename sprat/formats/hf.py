@@ -32,7 +32,7 @@ from torch import Tensor
 from sprat.config.model import ModelConfig
 from sprat.errors import CheckpointError, MachineError
 from sprat.formats import fp8, hub
-from sprat.formats.safetensors import Shards, read_json_object
+from sprat.formats.safetensors import Shards, read_json_object, remove_other_weights
 from sprat.formats.state_dict import EMBEDDING, HEAD, StateDictReader, redundant_tensors
 from sprat.model.transformer import Transformer, meta_model
 
@@ -247,12 +247,12 @@ def _config_and_blocks(path: Path) -> tuple[ModelConfig, tuple[int, int] | None]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the index of ``folder`` names, or the one file.
+    """The one safetensors file of ``folder``, which goes first as in transformers, or those that its index names.
 
     Raises:
         CheckpointError: one is missing, or the index cannot be read.
     """
-    if not (folder / INDEX).is_file():
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         files = {folder / WEIGHTS}
     else:
         table = read_json_object(folder / INDEX).get("weight_map")
@@ -283,6 +283,7 @@ def _write(folder: Path, files: dict[str, Callable[[Path], object]]) -> None:
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.chmod(temporary, 0o644)
+        remove_other_weights(folder)
         for name, path in temporaries.items():
             os.replace(path, folder / name)
     finally:

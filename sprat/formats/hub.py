@@ -88,9 +88,9 @@ def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What ``folder`` lacks of a model: config.json, or weights that its index names (else the one file)."""
+    """What ``folder`` lacks of a model: config.json, or the one file of weights (else those that its index names)."""
     weights = ["model.safetensors"]
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / weights[0]).is_file():
         table = (read_json(folder / INDEX) or {}).get("weight_map")
         weights = sorted({str(file) for file in table.values()}) if isinstance(table, dict) else weights
     return [name for name in ("config.json", *weights) if not (folder / name).is_file()]

@@ -16,6 +16,7 @@ from sprat.formats import compressed_tensors, fetch, gguf, hf, quantized
 from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
 from sprat.tokens import Tokenizer
+from sprat.tokens.hf_files import GENERATION_CONFIG_FILE
 
 GGUF_FILE = "model.gguf"  # in the artefact of a run that exports
 DtypeName = Literal["float32", "bfloat16", "auto"]
@@ -153,6 +154,9 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     _refuse_unloadable(model)
     if quantized_weights(model):
         quantized.save(model, path)
+        (Path(path) / GENERATION_CONFIG_FILE).unlink(
+            missing_ok=True
+        )  # an earlier model's; the tokenizer writes its own
     else:
         hf.save_folder(model, path)
     tokenizer.save(path)

@@ -24,7 +24,7 @@ from sprat.errors import CheckpointError
 from sprat.files import atomic
 from sprat.files.json import write_json
 from sprat.formats.memory import check_available_memory
-from sprat.formats.safetensors import Shards, read_json_object
+from sprat.formats.safetensors import Shards, read_json_object, remove_other_weights
 from sprat.model import Embedding, Transformer
 from sprat.model.layers import matrix_names
 from sprat.model.transformer import meta_model
@@ -93,6 +93,7 @@ def save(model: Transformer, folder: str | Path) -> None:
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replace_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
+        remove_other_weights(folder)
     write_json(folder / "config.json", table)
     write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from sprat.formats.memory import explain_out_of_memory
 
 HEADER_BYTES = 32 << 20  # of JSON; a hundred thousand tensors need half of it
 _RANK, _DIMENSION = 8, 1 << 40
+_EARLIER = ("model.safetensors.index.json", "quant.json")  # what says how an earlier model in a folder is to be read
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -124,6 +127,17 @@ class Shards:
                     num_read += count
         except OSError as error:
             raise _corrupt(entry.file, str(error.strerror or error)) from None
+
+
+def remove_other_weights(folder: Path) -> None:
+    """Take away what of an earlier model in ``folder`` would be read with, or instead of, a new ``model.safetensors``.
+
+    Raises:
+        OSError: the folder is closed to us.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in _EARLIER or _SHARD.fullmatch(path.name):
+            path.unlink()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ What was asked and what came up stand in ``quantize.json`` beside the weights.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from sprat.data import ingest
 from sprat.data.document import Document
 from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.files.json import write_json
+from sprat.formats.export import new_folder, refuse_existing_folder
 from sprat.formats.load import load, save
 from sprat.tokens import Tokenizer
 
@@ -37,7 +39,7 @@ def quantize_model(
     dequantize: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Quantise the model at ``model`` into ``folder``; returns its sizes and what came up.
+    """Quantise the model at ``model`` into ``folder``, which is there whole or not at all; its sizes and what came up.
 
     Args:
         model: whatever ``sprat.load`` takes.
@@ -46,8 +48,10 @@ def quantize_model(
         on_progress: hears how many matrices are done, of how many.
 
     Raises:
-        CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is closed.
-        ConfigError: the config needs text and there is none, or asks for what the model's structure does not allow.
+        CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is in a run.
+        MachineError: the disk is full or closed to us; nothing is left.
+        ConfigError: the config needs text and there is none, or asks for what the model's structure does not allow;
+            something is at ``folder`` already.
         DataError: the text is missing, binary or too short, or reaches too few experts where that is refused.
     """
     if text is None and config.needs_text:
@@ -58,6 +62,7 @@ def quantize_model(
     for parent in (folder.resolve(), *folder.resolve().parents):
         if (parent / "run.json").is_file():
             raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
+    refuse_existing_folder(folder)
     dense, tokenizer = load(model)
     if quant.quantized_weights(dense):
         if not dequantize:
@@ -75,8 +80,9 @@ def quantize_model(
     facts: dict[str, Any] = {"size_bytes": quant.size_bytes(small), "dense_bytes": quant.size_bytes(dense)}
     facts |= {"calibration_tokens": 0 if rows_BT is None else rows_BT.numel(), **seen.experts}
     facts |= {"mtp_dropped": seen.mtp_dropped} if seen.mtp_dropped else {}
-    save(small, tokenizer, folder)
-    write_json(folder / FACTS, {"config": config.model_dump(mode="json"), "facts": facts})
+    with new_folder(Path(os.path.abspath(folder))) as temporary:
+        save(small, tokenizer, temporary)
+        write_json(temporary / FACTS, {"config": config.model_dump(mode="json"), "facts": facts})
     return facts
 
 

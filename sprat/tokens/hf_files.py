@@ -18,6 +18,8 @@ from sprat.files.json import load_json_object
 
 log = logging.getLogger(__name__)
 GENERATION_CONFIG_FILE = "generation_config.json"
+# read beside tokenizer.json and tokenizer_config.json, before what these say
+SIDE_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja")
 # Keys of generation_config.json that become settings of ``Sampling``,
 # and what each may say, from the lowest on; those in OPEN_LOWER_BOUND not the lowest itself.
 # A top_k of -1 is vLLM's way to keep all tokens.

@@ -164,12 +164,16 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
 
-        tokenizer.json keeps its digest. Each file is replaced at once, never half-written.
+        tokenizer.json keeps its digest. Each file is replaced at once, never half-written. What another tokenizer left
+        there, and would be read with these files, is taken away.
         """
-        folder = Path(folder)
+        folder, files = Path(folder), self.files()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self.files().items():
+        for name, text in files.items():
             atomic.write_text(folder / name, text)
+        for name in hf_files.SIDE_FILES:
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Ids of ``text``. Without ``parse_special`` no control token can come out, whatever the text says."""

@@ -15,7 +15,11 @@ import sprat
 from sprat import quant
 from sprat.cli.main import app
 from sprat.config import QuantConfig
+from sprat.config.model import LoRAConfig
 from sprat.formats import quantized
+from sprat.formats.peft import save_peft
+from sprat.model.lora import add_lora
+from sprat.tokens import Tokenizer
 
 
 @pytest.fixture
@@ -136,6 +140,41 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         assert done.exit_code in (2, 3, 4) and len(done.stderr.splitlines()) == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_model_is_never_written_over(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    shutil.copytree(model_folder, precious)
+    before = contents(precious)
+    words = ["quantize", str(model_folder), "--out", str(precious), "--calibrate", str(text)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "something is there already" in done.stderr
+    assert contents(precious) == before
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge"])
+def test_what_dies_while_it_writes_leaves_no_folder(
+    verb: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are written, the tokenizer is not."""
+    model, _ = sprat.load(model_folder)
+    add_lora(model, LoRAConfig(rank=2))
+    save_peft(model, tmp_path / "adapter")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "save", die)
+    words = [verb, str(model_folder), *([str(tmp_path / "adapter")] if verb == "merge" else [])]
+    CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    monkeypatch.undo()
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.slow

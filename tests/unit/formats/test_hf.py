@@ -94,6 +94,7 @@ def garble(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+INDEX = "model.safetensors.index.json"
 FAULTS: list[tuple[Callable[[Path], object], str]] = [
     (drop, "experts.5.up_proj.weight' is missing"),
     (reshape, r"lm_head.weight' has shape \(3, 24\), expected \(37, 24\)"),
@@ -102,7 +103,7 @@ FAULTS: list[tuple[Callable[[Path], object], str]] = [
     (garble, "not readable as JSON"),
     (lambda folder: (folder / "config.json").unlink(), "config.json"),
     (lambda folder: (folder / "model.safetensors").unlink(), "weight file is missing"),
-    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    (lambda folder: (folder / "model.safetensors").rename(folder / INDEX).write_text("{}"), "weight_map"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -86,3 +87,50 @@ def test_bad_folders_are_refused_in_one_sentence(folder: Path, tokenizer: Tokeni
         assert caught.value.where and caught.value.todo and "\n" not in caught.value.what, name
     with pytest.raises(CheckpointError, match="not finite"):
         load(tmp_path / "nan")
+
+
+def _shard(folder: Path) -> None:
+    """Cut the weights of ``folder`` into two files with an index, as large models are published."""
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name, own in names.items() if own == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+@pytest.mark.parametrize("earlier", ["shards", "int4"])
+@pytest.mark.parametrize("later", ["dense", "int4"])
+def test_what_is_saved_over_an_earlier_model_is_what_loads(
+    earlier: str, later: str, model: Transformer, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    if earlier == "shards":
+        shutil.copytree(folder, tmp_path / "here")
+        _shard(tmp_path / "here")
+    else:
+        save(quant.quantize_model(model), tokenizer, tmp_path / "here")
+    (tmp_path / "here" / "generation_config.json").write_text('{"eos_token_id": 9}')
+    (tmp_path / "here" / "chat_template.jinja").write_text("another model's")
+    other = Transformer.create(model.config, 11)
+    other = quant.quantize_model(other) if later == "int4" else other
+    save(other, tokenizer, tmp_path / "here")
+    again, words = load(tmp_path / "here")
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens), other(tokens))
+    assert words.chat_format == tokenizer.chat_format
+    assert 9 not in words.generation_config.eos_token_ids
+    assert [path.name for path in (tmp_path / "here").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_one_file_of_weights_goes_before_an_index_as_in_transformers(
+    model: Transformer, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "both")
+    _shard(tmp_path / "both")
+    other = Transformer.create(model.config, 11)
+    save(other, tokenizer, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "both")
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "both")[0](tokens), other(tokens))
