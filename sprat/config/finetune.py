@@ -46,6 +46,12 @@ class EvaluationConfig(Config):
     prompts: tuple[str, ...] = ()  # the same for questions of the user's
 
 
+class ColumnMapConfig(Config):
+    """What columns of the data are called here, as a run names it among its inputs."""
+
+    columns: dict[str, str]  # ours to theirs
+
+
 class FinetuneConfig(TrainConfig):
     """SFT of any model on examples in a file; only what the assistant says carries loss."""
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from sprat.config import LoopConfig
-from sprat.config.finetune import DPOConfig, FinetuneConfig
+from sprat.config.finetune import ColumnMapConfig, DPOConfig, FinetuneConfig
 from sprat.data import loader
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
@@ -84,11 +84,11 @@ def finetune(
     tasks = evaluation.load_tasks(eval_tasks)
     make_writer = load_summary_writer() if tensorboard else None
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
+    if replay is not None and isinstance(config, DPOConfig):
+        raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
     inputs: dict[str, run_record.Input] = {"model": model_path, "data": data}
-    if replay is not None:
-        if isinstance(config, DPOConfig):
-            raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
-        inputs["replay"] = replay = Path(replay)
+    inputs |= {"map": ColumnMapConfig(columns=dict(column_map))} if column_map else {}
+    inputs |= {"replay": Path(replay)} if replay is not None else {}
 
     def check(resuming: bool) -> None:
         load_model = partial(load_dense, model_path, dequantize=dequantize)

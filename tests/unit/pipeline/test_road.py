@@ -174,3 +174,29 @@ def test_a_teacher_is_a_stage_a_model_or_a_server(place: Path) -> None:
     assert pupil.settings == expected and pupil.depends_on == ("chat",) and pupil.config.student == "pico"
     (place / "road.toml").write_text(table.replace('"chat"', '"http://127.0.0.1:1/v1"'))
     assert read_road(place / "road.toml", place / "out")[0].config.model == "http://127.0.0.1:1/v1"
+
+
+def test_an_evaluation_is_done_again_when_what_is_asked_is_another(place: Path, tmp_path: Path) -> None:
+    tokenizer, out = lucky_tokenizer(), tmp_path / "runs"
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, place / "fish")
+    code = "from sprat.tasks import Problem\nfrom judge_of_road import MARK\n"
+    code += "class {}:\n    def __len__(self): return 2\n    def problem(self, split, index):\n"
+    code += "        return Problem('doubles', index, f'Twice {{index}}?', '0')\n"
+    code += "    def score(self, problem, answer): return {}\n"
+    first, second = code.format("First", "MARK"), code.format("Second", "1.0 - MARK")
+    (place / "mine.py").write_text(first + second)
+    (place / "judge_of_road.py").write_text("MARK = 0.0\n")
+    stage = '[[stages]]\nname = "scores"\nuses = "eval"\nmodel = "fish"\n{}\nset = {{max_tokens = 2}}\n'
+
+    def accuracy(what: str) -> float:
+        (place / "road.toml").write_text(stage.format(what))
+        road(read_road(place / "road.toml", out), place / "road.toml", out, jobs=1)
+        eval_facts = json.loads((out / "scores" / "run.json").read_text())["facts"]["eval"]
+        return float(eval_facts["scores"][0]["accuracy"])
+
+    assert accuracy('tasks = ["mine.py:First"]') == 0.0
+    assert accuracy('tasks = ["mine.py:Second"]') == 1.0, "the score of another class was taken for this one's"
+    (place / "judge_of_road.py").write_text("MARK = 1.0\n")
+    assert accuracy('tasks = ["mine.py:Second"]') == 0.0, "a score of the judge of before was kept"
+    (place / "q.jsonl").write_text('{"question": "Twice 1?", "answer": "two"}\n')
+    assert accuracy('tasks = ["q.jsonl"]') == 0.0
