@@ -14,6 +14,7 @@ from typing import Any
 
 from sprat.config.finetune import ColumnMapConfig
 from sprat.config.teach import ServerConfig, TracesConfig
+from sprat.data.folder import warn_of_excluded
 from sprat.data.prompts import read_prompts
 from sprat.engine import Engine
 from sprat.errors import ConfigError, DataError
@@ -153,6 +154,7 @@ def _read_questions(
     else:
         prompts = read_prompts(str(data), column_map=column_map)
         asked = [Question(prompt) for prompt in prompts.prompts]
+        warn_of_excluded(prompts.skipped, data or "")
         facts["skipped"] = [vars(each) for each in prompts.skipped]
     left, facts["held_out_overlap"] = traces.leave_out_tested(asked, held_out)
     if not left:
