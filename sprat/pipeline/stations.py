@@ -85,7 +85,10 @@ def _train(stage: TrainStage, settings: Any, out: Path) -> Run:
 
 
 def _finetune_settings(stage: FinetuneStage, where: str) -> Config:
-    return load_finetune_config(stage.uses, lora=stage.lora, table=stage.set, where=where)
+    if stage.replay and stage.uses == "dpo":
+        raise ConfigError("DPO replays no text", where=where, todo="leave replay out")
+    table = stage.set | ({"init_from": stage.init_from} if stage.init_from else {})
+    return load_finetune_config(stage.uses, lora=stage.lora, table=table, where=where)
 
 
 def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
