@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sprat.config.base import Config, load, merge_tables, parse
 from sprat.config.model import LoRAConfig
 from sprat.config.recipe import OptimConfig, TrainConfig
-
-LORA_LR = 5e-4  # adapters learn at several times the rate of whole weights
 
 
 class FinetuneOptimConfig(OptimConfig):
@@ -46,8 +44,16 @@ class EvaluationConfig(Config):
     prompts: tuple[str, ...] = ()  # the same for questions of the user's
 
 
+class ColumnMapConfig(Config):
+    """What columns of the data are called here, as a run names it among its inputs."""
+
+    columns: dict[str, str]  # ours to theirs
+
+
 class FinetuneConfig(TrainConfig):
     """SFT of any model on examples in a file; only what the assistant says carries loss."""
+
+    lora_lr: ClassVar[float] = 5e-4  # optim.adam_lr of adapters where nobody says: several times that of whole weights
 
     steps: int = Field(0, ge=0, lt=2**31)  # 0: as many as ``epochs`` take
     epochs: float = Field(3.0, gt=0, le=1e6)
@@ -72,6 +78,16 @@ class FinetuneConfig(TrainConfig):
     balance_weight: float = Field(0.0, ge=0, le=1e9)
     bias_update_speed: float = Field(0.0, ge=0, le=0)  # a narrow mix must not move what pre-training has balanced
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set_lora_rate(cls, table: Any) -> Any:
+        """Give adapters their own rate, however they were asked for."""
+        if not isinstance(table, dict) or table.get("lora") is None:
+            return table
+        optim = table.get("optim", {})
+        stated = optim.model_dump(include=optim.model_fields_set) if isinstance(optim, Config) else optim
+        return table | {"optim": {"adam_lr": cls.lora_lr} | stated} if isinstance(stated, dict) else table
+
     @model_validator(mode="after")
     def _check_init_state(self) -> Self:
         if self.init_state == "continue" and not self.init_from:
@@ -87,6 +103,8 @@ class DPOOptimConfig(FinetuneOptimConfig):
 
 class DPOConfig(FinetuneConfig):
     """Preference pairs (see ``post.dpo``); a row holds both answers of one, each with its prompt."""
+
+    lora_lr: ClassVar[float] = 5e-5
 
     loss: Literal["sigmoid", "sigmoid_norm", "ipo"] = "sigmoid"
     beta: float = Field(0.1, gt=0, le=1e6)
@@ -108,7 +126,7 @@ def load_finetune_config(
 
     Args:
         stage: ``sft`` or ``dpo``.
-        lora: rank of adapters, which have a rate of their own where no recipe is named.
+        lora: rank of adapters.
         recipe: a TOML file.
         table: keys as a recipe has them, instead of one.
         overrides: ``a.b=value``.
@@ -121,5 +139,5 @@ def load_finetune_config(
     if recipe is not None:
         rank = [] if lora is None else [f"lora.rank={lora}"]
         return load(config_class, recipe, (*rank, *overrides))
-    adapters = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": LORA_LR}}
+    adapters: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
     return parse(config_class, merge_tables(adapters, table or {}), where=where or stage, overrides=overrides)

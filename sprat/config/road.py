@@ -50,9 +50,11 @@ class TrainStage(StageConfig):
 class FinetuneStage(StageConfig):
     """``sprat sft`` and ``sprat dpo``."""
 
+    references: ClassVar[tuple[str, ...]] = ("model", "init_from")
     files: ClassVar[tuple[str, ...]] = ("data", "replay", "eval_tasks")
 
     data: str
+    init_from: str = ""
     replay: str = ""
     eval_tasks: tuple[str, ...] = ()
     lora: int | None = Field(None, ge=1, lt=2**31)

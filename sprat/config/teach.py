@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sprat.config.base import Config, load, merge_tables, parse
-from sprat.config.finetune import LORA_LR, FinetuneConfig
+from sprat.config.finetune import FinetuneConfig
 from sprat.config.sizes import size_names
 
 _FRESH_LR = 3e-3  # fresh weights learn at many times the rate of trained ones
@@ -74,7 +74,7 @@ def load_teach_config(
     """The config of one run of ``sprat distill TEACHER``.
 
     Args:
-        student: a model or a size; fresh weights and adapters have rates of their own where no recipe is named.
+        student: a model or a size; fresh weights have a rate of their own where no recipe is named.
         lora: rank of adapters.
         recipe: a TOML file.
         table: keys as a recipe has them, instead of one.
@@ -87,7 +87,7 @@ def load_teach_config(
     if recipe is not None:
         rank = [] if lora is None else [f"lora.rank={lora}"]
         return load(TeachConfig, recipe, (*rank, *overrides))
-    base: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}, "optim": {"adam_lr": LORA_LR}}
+    base: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
     if lora is None and is_size(student):
         base = {"optim": {"adam_lr": _FRESH_LR}}
     return parse(TeachConfig, merge_tables(base, table or {}), where=where, overrides=overrides)

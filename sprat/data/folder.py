@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sprat.trust.stage_facts import ExcludedText
 
+log = logging.getLogger(__name__)
 _NAMES_PER_REASON = 3  # names that a tally keeps of each reason
 
 
@@ -62,3 +64,9 @@ def walk_files(folder: Path, is_known: Callable[[Path], bool], known: str, tally
             else:
                 yield path
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def warn_of_excluded(excluded: Iterable[ExcludedText], where: str | Path) -> None:
+    """Say what of the data at ``where`` is left out, a line for each reason."""
+    for each in excluded:
+        log.warning("left out of %s: %s", where, each)

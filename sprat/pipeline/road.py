@@ -172,6 +172,9 @@ def _read_stage(table: dict[str, Any], names: list[str], path: Path, out: Path) 
         if key not in own and any(key in settings.model_fields for settings in station.settings):
             raise ConfigError(f"{key!r} is a setting of {uses}", where=where, todo="write it into [stages.set] below")
     config = parse(station.stage, table, where=where)
+    if wrong := [key for key in config.set if key in station.stage.references]:
+        todo = "write it above [stages.set], where it may name a stage"
+        raise ConfigError(f"{wrong[0]!r} is a key of the stage", where=f"{where}, set", todo=todo)
     changes, depends_on = dict[str, Any](), list[str]()
     for key in station.stage.references:
         if value := getattr(config, key):

@@ -47,6 +47,7 @@ from sprat.post.collect import collect_traces
 from sprat.post.finetune import finetune
 from sprat.post.preparation import resolve_dtype
 from sprat.post.quantize import quantize_model
+from sprat.tasks import task_input
 from sprat.tokens import Tokenizer
 from sprat.train.pretrain import find_beginning, pretrain
 from sprat.trust import run_record
@@ -85,7 +86,10 @@ def _train(stage: TrainStage, settings: Any, out: Path) -> Run:
 
 
 def _finetune_settings(stage: FinetuneStage, where: str) -> Config:
-    return resolve_dtype(load_finetune_config(stage.uses, lora=stage.lora, table=stage.set, where=where))
+    if stage.replay and stage.uses == "dpo":
+        raise ConfigError("DPO replays no text", where=where, todo="leave replay out")
+    table = stage.set | ({"init_from": stage.init_from} if stage.init_from else {})
+    return resolve_dtype(load_finetune_config(stage.uses, lora=stage.lora, table=table, where=where))
 
 
 def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
@@ -176,11 +180,10 @@ def _eval_settings(stage: EvalStage, where: str) -> Config:
 
 def _eval(stage: EvalStage, settings: EvalConfig, out: Path) -> Run:
     path = locate(stage.model)
-    files = (
-        [stage.text] if stage.text else [task.partition(".py:")[0] + ".py" * (".py:" in task) for task in stage.tasks]
-    )
     inputs: dict[str, run_record.Input] = {"model": path}
-    inputs |= {f"asked-{number}": Path(file) for number, file in enumerate(files)}
+    if stage.text:
+        inputs["text"] = Path(stage.text)
+    inputs |= {f"asked-{number}": task_input(task) for number, task in enumerate(stage.tasks)}
 
     def produce(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(path)

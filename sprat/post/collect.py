@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sprat.config.finetune import ColumnMapConfig
 from sprat.config.teach import ServerConfig, TracesConfig
+from sprat.data.folder import warn_of_excluded
 from sprat.data.prompts import read_prompts
 from sprat.engine import Engine
 from sprat.errors import ConfigError, DataError
@@ -21,7 +23,7 @@ from sprat.formats.load import load, locate
 from sprat.post import traces
 from sprat.post.teachers import HTTPTeacher, Limits, check_url
 from sprat.post.traces import LOG_NAME, AnswerBook, OnProgress, Question
-from sprat.tasks import Task
+from sprat.tasks import Task, task_input
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 from sprat.trust.run_record import Input
@@ -65,8 +67,9 @@ def collect_traces(
     """
     folder = Path(folder)
     _check_settings(teacher, config, data, task)
-    inputs: dict[str, Input] = {"questions": Path(data) if data is not None else _task_file(str(task))}
-    inputs |= {f"held_out_{number}": _task_file(source) for number, source in enumerate(held_out)}
+    inputs: dict[str, Input] = {"questions": Path(data) if data is not None else task_input(str(task))}
+    inputs |= {f"held_out_{number}": task_input(source) for number, source in enumerate(held_out)}
+    inputs |= {"map": ColumnMapConfig(columns=dict(column_map))} if column_map else {}
     server = HTTPTeacher(teacher, config, key=key, limits=limits) if is_url(teacher) else None
     path = None if server else locate(teacher)
     inputs["teacher"] = path or ServerConfig(url=check_url(teacher), model=config.teacher_model)
@@ -89,8 +92,7 @@ def collect_traces(
     if not run.done:
         with lock_folder(run.checkpoints):
             name = server.url if server else str(run.identity["inputs"]["teacher"]["digest"])
-            book = AnswerBook(run.checkpoints / LOG_NAME, name, config)
-            _collect(run, book, *prepared[0], on_progress)
+            _collect(run, AnswerBook(run.checkpoints / LOG_NAME, name, config), *prepared[0], on_progress)
     return run
 
 
@@ -152,6 +154,7 @@ def _read_questions(
     else:
         prompts = read_prompts(str(data), column_map=column_map)
         asked = [Question(prompt) for prompt in prompts.prompts]
+        warn_of_excluded(prompts.skipped, data or "")
         facts["skipped"] = [vars(each) for each in prompts.skipped]
     left, facts["held_out_overlap"] = traces.leave_out_tested(asked, held_out)
     if not left:

@@ -19,6 +19,7 @@ import numpy as np
 from sprat.config.finetune import FinetuneConfig
 from sprat.data import pack
 from sprat.data.example import Example, PreferencePair, Text
+from sprat.data.folder import ExclusionTally
 from sprat.errors import DataError
 from sprat.tokens import Message, Tokenizer, chat
 
@@ -58,7 +59,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
         raise DataError(what, where="chat template", todo=todo)
     counts = Counter[str](shown=0, too_long=0, unfit=0)
     sequences, pairs, shortest, fault = list[MaskedIds](), list[MaskedPair](), 0, ""
-    how, seq_len = config.examples.too_long, config.seq_len
+    how, seq_len, tally = config.examples.too_long, config.seq_len, ExclusionTally()
     for example in examples:
         try:
             encoded = encode_example(tokenizer, example, keep_reasoning=config.examples.reasoning == "keep")
@@ -69,12 +70,13 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
             counts["unfit"] += 1
             continue
         is_pair = isinstance(example, PreferencePair)
-        longest = sum(len(ids) for ids, _ in encoded) if is_pair else max(len(ids) for ids, _ in encoded)
+        longest = _longest(encoded, is_pair)
         shortest = min(shortest or longest, longest)
         if longest > seq_len + 1:
             counts["too_long"] += 1
-            encoded = [] if is_pair else [piece for each in encoded for piece in _fit(each, seq_len, how)]
-        if encoded:
+            treatment = "left out" if is_pair or how == "drop" else how
+            tally.add(f"longer than a row of {seq_len + 1} tokens, {treatment}", example.where.short)
+        if encoded := _fit_rows(encoded, is_pair, config):
             counts["shown"] += 1
             sequences += encoded
             pairs += [(encoded[0], encoded[1])] if is_pair else []
@@ -85,11 +87,22 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], config: F
         raise DataError(what, where="seq_len", todo="raise seq_len, or set examples.too_long=cut")
     if fault:
         log.warning("%s examples have no place in the model's chat format, the first: %s", counts["unfit"], fault)
+    for each in tally.excluded():
+        log.warning("of %s examples %s", len(examples), each)
     audit(tokenizer, sequences, whole=how == "drop" or bool(pairs))
     counts["tokens"] = sum(len(ids) for ids, _ in sequences)
     counts["learned"] = sum(sum(mask) for _, mask in sequences)
     rows = pack_pairs(pairs, seq_len) if pairs else pack.pack(sequences, seq_len)
     return EncodedExamples(sequences, rows, dict(counts))
+
+
+def has_rows(tokenizer: Tokenizer, example: Example, config: FinetuneConfig) -> bool:
+    """Whether ``encode_examples`` would show anything of ``example``."""
+    try:
+        encoded = encode_example(tokenizer, example, keep_reasoning=config.examples.reasoning == "keep")
+    except DataError:
+        return False
+    return bool(_fit_rows(encoded, isinstance(example, PreferencePair), config))
 
 
 def encode_example(tokenizer: Tokenizer, example: Example, *, keep_reasoning: bool) -> list[MaskedIds]:
@@ -140,6 +153,19 @@ def pack_pairs(pairs: Sequence[MaskedPair], seq_len: int) -> pack.PackedDataset:
             packed.tokens[row, place], packed.segments[row, place] = ids, segment
             packed.loss_mask[row, place] = mask
     return packed
+
+
+def _longest(encoded: Sequence[MaskedIds], is_pair: bool) -> int:
+    """Tokens of an example's longest sequence; of a pair, which shares a row, of both."""
+    lengths = [len(ids) for ids, _ in encoded]
+    return sum(lengths) if is_pair else max(lengths)
+
+
+def _fit_rows(encoded: list[MaskedIds], is_pair: bool, config: FinetuneConfig) -> list[MaskedIds]:
+    """The sequences of an example as what of them is shown in rows of ``config.seq_len`` inputs."""
+    if is_pair:
+        return encoded if _longest(encoded, is_pair) <= config.seq_len + 1 else []
+    return [piece for each in encoded for piece in _fit(each, config.seq_len, config.examples.too_long)]
 
 
 def _fit(sequence: MaskedIds, seq_len: int, how: str) -> list[MaskedIds]:

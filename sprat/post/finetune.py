@@ -20,6 +20,7 @@ stand beside it in ``adapter/``, in PEFT's layout, and in ``checkpoint/`` what a
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 from sprat.config import LoopConfig
-from sprat.config.finetune import DPOConfig, FinetuneConfig
+from sprat.config.finetune import ColumnMapConfig, DPOConfig, FinetuneConfig
 from sprat.data import loader
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
@@ -46,6 +47,8 @@ from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
 from sprat.trust.stage_facts import SAMPLES_FILE
+
+log = logging.getLogger(__name__)
 
 
 def finetune(
@@ -84,22 +87,22 @@ def finetune(
     tasks = evaluation.load_tasks(eval_tasks)
     make_writer = load_summary_writer() if tensorboard else None
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
-    inputs: dict[str, run_record.Input] = {"model": model_path, "data": data}
-    if replay is not None:
-        if isinstance(config, DPOConfig):
-            raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
-        inputs["replay"] = replay = Path(replay)
+    if replay is not None and isinstance(config, DPOConfig):
+        raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
+    inputs = _inputs(model_path, data, column_map, replay) | {f"task:{task.name}": task.digest for task in tasks}
 
     def check(resuming: bool) -> None:
         load_model = partial(load_dense, model_path, dequantize=dequantize)
         options: dict[str, Any] = {"replay": replay, "tasks": tasks, "start": _find_start(start_input, config, out)}
         prepared.append(prepare(load_model, data, config, column_map or {}, on_prepared, **options))
+        if columns := prepared[0].facts.get("unread_columns"):
+            log.warning("columns of %s that are not read (see --map): %s", data, ", ".join(columns))
 
     run = open_run(
         out,
         stage="dpo" if isinstance(config, DPOConfig) else "sft",
         recipe=config,
-        inputs=inputs | {f"task:{task.name}": task.digest for task in tasks} | start_input,
+        inputs=inputs | start_input,
         seed=config.seed,
         ledger=out.parent / LEDGER_NAME,
         prepare=check,
@@ -108,6 +111,15 @@ def finetune(
         writer = None if make_writer is None else TensorBoardLog(make_writer, run.folder)
         train(run, prepared[0], str(model), tensorboard=writer)
     return run
+
+
+def _inputs(
+    model: Path, data: Path, column_map: Mapping[str, str] | None, replay: str | Path | None
+) -> dict[str, run_record.Input]:
+    """What a run is made of, beside its tasks and where it starts."""
+    inputs: dict[str, run_record.Input] = {"model": model, "data": data}
+    inputs |= {"map": ColumnMapConfig(columns=dict(column_map))} if column_map else {}
+    return inputs | ({"replay": Path(replay)} if replay is not None else {})
 
 
 def _find_start(

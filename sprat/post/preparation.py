@@ -14,6 +14,7 @@ from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.data import ingest, loader, pack
 from sprat.data.conversations import ExampleSet, read_examples, split_by_hash
 from sprat.data.example import Example, PreferencePair
+from sprat.data.folder import ExclusionTally, warn_of_excluded
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
 from sprat.eval.task_files import select_problems
@@ -21,7 +22,7 @@ from sprat.model import Transformer
 from sprat.model.layers import set_compute_dtype
 from sprat.model.lora import add_lora
 from sprat.post import evaluation
-from sprat.post.examples import EncodedExamples, encode_examples, text_ids
+from sprat.post.examples import EncodedExamples, encode_examples, has_rows, text_ids
 from sprat.post.overlap import remove_overlap
 from sprat.tasks import UserClassTask, UserTask
 from sprat.tokens import Tokenizer
@@ -86,16 +87,16 @@ def prepare(
     """
     device = _check_device(config)
     examples = read_examples(data, column_map=column_map, on_bad=config.examples.on_bad)
+    warn_of_excluded(examples.skipped, data)
     model, tokenizer = load_model()
     _check_form(model, examples, config, data)
     train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
-    validation = tuple[Example, ...]()
-    if config.examples.validation and len(train) > 1:
-        train, validation = split_by_hash(train, config.examples.validation, config.seed)
+    train, validation = _split(tokenizer, train, config)
     shown = encode_examples(tokenizer, train, config)
     on_prepared(tokenizer, shown)
     facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
     facts |= {"overlap": overlap} if overlap else {}
+    facts |= {"unread_columns": list(examples.ignored_columns)} if examples.ignored_columns else {}
     if tasks:
         facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
     held_out = None
@@ -107,8 +108,7 @@ def prepare(
     _place(model, device, config)
     parts = [(shown.rows, 1.0)]
     if replay is not None:
-        replayed = _text_rows(tokenizer, replay, config.seq_len)
-        facts["replay"] = {"rows": replayed.num_rows, "tokens": replayed.num_targets}
+        replayed, facts["replay"] = _text_rows(tokenizer, replay, config.seq_len)
         parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
     resolved, source = _resolve(config, parts, start)
     if start is not None and config.init_state == "continue":
@@ -121,6 +121,25 @@ def prepare(
     return Prepared(
         model, tokenizer, resolved, source, train, shown.rows, held_out, facts, tasks, prompts, selection, start
     )
+
+
+def _split(
+    tokenizer: Tokenizer, examples: tuple[Example, ...], config: FinetuneConfig
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Training and validation, each with something in rows; no validation where not two examples have that.
+
+    Where a side has nothing in rows, validation is chosen of those examples that have.
+    """
+    fraction = config.examples.validation
+    if not fraction or len(examples) < 2:
+        return examples, ()
+    sides = split_by_hash(examples, fraction, config.seed)
+    if all(any(has_rows(tokenizer, each, config) for each in side) for side in sides):
+        return sides
+    fitting = tuple(each for each in examples if has_rows(tokenizer, each, config))
+    validation = split_by_hash(fitting, fraction, config.seed)[1] if len(fitting) > 1 else ()
+    chosen = set(map(id, validation))
+    return tuple(each for each in examples if id(each) not in chosen), validation
 
 
 def _check_device(config: FinetuneConfig) -> torch.device:
@@ -148,9 +167,13 @@ def _check_form(model: Transformer, examples: ExampleSet, config: FinetuneConfig
         raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
 
 
-def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> PackedDataset:
-    """The text at ``path`` in rows; a document longer than a row goes on in others."""
-    return pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path)), seq_len)
+def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> tuple[PackedDataset, dict[str, Any]]:
+    """The text at ``path`` in rows, and what they are; a document longer than a row goes on in others."""
+    tally = ExclusionTally()
+    rows = pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path, tally)), seq_len)
+    warn_of_excluded(tally.excluded(), path)
+    facts: dict[str, Any] = {"rows": rows.num_rows, "tokens": rows.num_targets}
+    return rows, facts | ({"left_out": [asdict(each) for each in tally.excluded()]} if tally.excluded() else {})
 
 
 def _resolve(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 from sprat.errors import ConfigError
+from sprat.tasks.source_files import source_files
 
 
 def reward_files(name: str) -> dict[str, Path]:
@@ -36,52 +35,8 @@ def reward_files(name: str) -> dict[str, Path]:
         if not spec.has_location or spec.origin is None:
             return {}  # built into the interpreter
         root_file = Path(spec.origin)
-    folder, files, queue = root_file.parent, {root_file: "reward"}, [root_file]
-    package = _package(folder.resolve())
-    if package and root_file.name != "__init__.py":
-        queue.append(folder / "__init__.py")
-        files[folder / "__init__.py"] = "reward/__init__.py"
-    while queue:
-        for path in _imports(queue.pop(), folder, package):
-            if path not in files:
-                files[path] = f"reward/{path.relative_to(folder).as_posix()}"
-                queue.append(path)
-    return {key: path for path, key in files.items()}
-
-
-def _package(folder: Path) -> str:
-    """The dotted name of ``folder`` as a package; empty where it is none."""
-    segments: list[str] = []
-    while (folder / "__init__.py").is_file():
-        segments.insert(0, folder.name)
-        folder = folder.parent
-    return ".".join(segments)
-
-
-def _imports(path: Path, folder: Path, package: str) -> Iterator[Path]:
-    """Files under ``folder`` that the Python file ``path`` imports; ``package`` is what ``folder`` is called."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names, start = [alias.name for alias in node.names], folder
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
-            start = folder if not node.level else path.parents[node.level - 1]
-        else:
-            continue
-        for module_name in names:
-            in_package = package and f"{module_name}.".startswith(f"{package}.")
-            relative_name = module_name.removeprefix(package).lstrip(".") if in_package else module_name
-            segments = [segment for segment in relative_name.split(".") if segment]
-            for depth in range(1, len(segments) + 1):  # a package runs its __init__ before its modules
-                base_path = start.joinpath(*segments[:depth])
-                for candidate in (base_path.with_name(f"{base_path.name}.py"), base_path / "__init__.py"):
-                    if candidate.is_file() and candidate.is_relative_to(folder):
-                        yield candidate
+    files = source_files(root_file)
+    return {"reward" if path == root_file else f"reward/{name}": path for path, name in files.items()}
 
 
 def split_reward_name(name: str) -> tuple[str, str]:

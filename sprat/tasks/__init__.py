@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sprat.config import TaskConfig
 from sprat.errors import DataError
 from sprat.tasks.base import HELD_OUT_SPLITS, HeldOutTask, Problem, Split, Task, held_out_problems, is_correct, split_of
@@ -30,6 +32,7 @@ __all__ = [
     "overlap",
     "read_task",
     "split_of",
+    "task_input",
 ]
 
 
@@ -57,4 +60,17 @@ def load_user_task(source: str) -> UserTask | UserClassTask:
     Raises:
         DataError, ConfigError, MachineError: see ``read_task`` and ``load_class_task``.
     """
-    return load_class_task(source) if ":" in source and not source.endswith(".jsonl") else read_task(source)
+    return load_class_task(source) if _is_class(source) else read_task(source)
+
+
+def task_input(source: str) -> Path | str:
+    """The task ``source`` as an input of a run: a file of questions itself, of a class the digest of its code.
+
+    Raises:
+        ConfigError: see ``load_class_task``.
+    """
+    return load_class_task(source).digest if _is_class(source) else Path(source)
+
+
+def _is_class(source: str) -> bool:
+    return ":" in source and not source.endswith(".jsonl")

@@ -15,6 +15,7 @@ from typing import Any
 from sprat.errors import ConfigError, DataError, SpratError
 from sprat.files import digest as file_digest
 from sprat.tasks.base import Problem, Split
+from sprat.tasks.source_files import source_files
 from sprat.tasks.user_code import TimeUpError, finite_float, import_source, time_limit
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class UserClassTask:
         inner: the object.
 
     Attributes:
+        digest: SHA-256 (hex) of the class's name and of its code, with what that imports from its own folder.
         faults, num_scored: calls of ``score`` that failed, and all of them.
         last_fault: what happened the last time.
     """
@@ -153,4 +155,6 @@ def load_class_task(source: str) -> UserClassTask:
             what = f"{class_name} has no method {name}{signature}"
             raise ConfigError(what, where=where, todo=todo) from None
     path = Path(module_name if module_name.endswith(".py") else getattr(module, "__file__", None) or "")
-    return UserClassTask(source, inner, file_digest.of_file(path) if path.is_file() else "")
+    files = source_files(path) if path.is_file() else {}
+    code = {name: file_digest.of_file(file) for file, name in files.items()}
+    return UserClassTask(source, inner, file_digest.of_json({"class": class_name, "files": code}))

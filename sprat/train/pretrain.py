@@ -23,7 +23,7 @@ from sprat.config.sizes import size, size_names
 from sprat.data import loader
 from sprat.data.dedup import exact_dedup
 from sprat.data.document import Document, count_and_bytes
-from sprat.data.folder import ExclusionTally
+from sprat.data.folder import ExclusionTally, warn_of_excluded
 from sprat.data.ingest import read_texts
 from sprat.data.pack import PackedDataset, pack
 from sprat.data.text_split import held_out_sources, split_documents
@@ -159,6 +159,7 @@ def _prepare(inputs: dict[str, Any], config: PretrainConfig, dequantize: bool) -
     """The model, its rows and the held-out rows, checked."""
     tally, data = ExclusionTally(), inputs["data"]
     documents = list(read_texts(data, tally))
+    warn_of_excluded(tally.excluded(), data)
     unique = list(exact_dedup(documents))
     split = split_documents(unique, held_out_sources(unique).__contains__).require_both_sides(data)
     if isinstance(config, ScratchConfig):

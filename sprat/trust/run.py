@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.config import Config, MoneyConfig
-from sprat.errors import TrustError
+from sprat.errors import ConfigError, TrustError
 from sprat.files import atomic, digest
 from sprat.files.json import read_json, to_json_value, write_json
 from sprat.trust import run_record
@@ -221,11 +221,13 @@ def open_run(
 
     Raises:
         TrustError: an input is missing or was altered since it was made, or the folder holds something else.
+        ConfigError: an input is the run's own folder, or one around it.
         MachineError: the disk is full or closed to us.
     """
     folder, run_ledger = Path(folder), Ledger(ledger)
     if run_ledger.path.resolve().parent == folder.resolve():
         raise TrustError("a ledger cannot lie in a run", where=str(run_ledger.path), todo="put it in the folder above")
+    _check_apart(folder, inputs)
     pipeline_folder = run_ledger.path.parent
     if run_ledger.path.name != LEDGER_NAME or not folder.resolve().is_relative_to(pipeline_folder.resolve()):
         what = f"a run's ledger is the {LEDGER_NAME} of a folder above it"  # where verify looks for it
@@ -249,6 +251,16 @@ def open_run(
         run.set_aside = _set_aside(folder, run_ledger)
     run._open_folder()
     return run
+
+
+def _check_apart(folder: Path, inputs: Mapping[str, run_record.Input]) -> None:
+    """Refuse inputs that the run itself would change: it could neither go on nor be found done."""
+    place = folder.resolve()
+    for name, path in inputs.items():
+        if isinstance(path, Path) and place.is_relative_to(path.resolve()):
+            is_own = place == path.resolve()
+            what = "a run cannot start from itself" if is_own else f"{name} is a folder in which the run would lie"
+            raise ConfigError(what, where=str(path), todo="give another --out")
 
 
 def _same_identity(record: dict[str, Any], identity: dict[str, Any]) -> bool:

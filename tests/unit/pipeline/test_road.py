@@ -128,6 +128,8 @@ def test_a_road_is_gone_once_and_what_verbs_made_is_found(place: Path, tmp_path:
         ("lora = 2", "lroa = 2", "unknown key 'lroa'.*stage 'chat'.*perhaps you mean 'lora'"),
         ("lora = 2", "lora = 0", "lora.*greater than or equal to 1.*stage 'chat'"),
         ("lora = 2", "seq_len = 9", "'seq_len' is a setting of sft.*stage 'chat'.*stages.set"),
+        ("steps = 2", 'init_from = "base"', "'init_from' is a key of the stage.*stage 'chat', set.*above"),
+        ('uses = "sft"', 'uses = "dpo"\nreplay = "text"', "DPO replays no text.*stage 'chat'"),
         ("steps = 3", "lr = 3", "unknown key 'lr'.*stage 'base', set.*optim.muon_lr"),
         ("steps = 3", "vocab_size = 900", "unknown key 'vocab_size'.*stage 'base', set"),
         ('name = "chat"', 'name = "base"', "two stages are called 'base'"),
@@ -175,3 +177,46 @@ def test_a_teacher_is_a_stage_a_model_or_a_server(place: Path) -> None:
     assert pupil.settings == expected and pupil.depends_on == ("chat",) and pupil.config.student == "pico"
     (place / "road.toml").write_text(table.replace('"chat"', '"http://127.0.0.1:1/v1"'))
     assert read_road(place / "road.toml", place / "out")[0].config.model == "http://127.0.0.1:1/v1"
+
+
+def test_an_evaluation_is_done_again_when_what_is_asked_is_another(place: Path, tmp_path: Path) -> None:
+    tokenizer, out = lucky_tokenizer(), tmp_path / "runs"
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, place / "fish")
+    code = "from sprat.tasks import Problem\nfrom judge_of_road import MARK\n"
+    code += "class {}:\n    def __len__(self): return 2\n    def problem(self, split, index):\n"
+    code += "        return Problem('doubles', index, f'Twice {{index}}?', '0')\n"
+    code += "    def score(self, problem, answer): return {}\n"
+    first, second = code.format("First", "MARK"), code.format("Second", "1.0 - MARK")
+    (place / "mine.py").write_text(first + second)
+    (place / "judge_of_road.py").write_text("MARK = 0.0\n")
+    stage = '[[stages]]\nname = "scores"\nuses = "eval"\nmodel = "fish"\n{}\nset = {{max_tokens = 2}}\n'
+
+    def accuracy(what: str) -> float:
+        (place / "road.toml").write_text(stage.format(what))
+        road(read_road(place / "road.toml", out), place / "road.toml", out, jobs=1)
+        eval_facts = json.loads((out / "scores" / "run.json").read_text())["facts"]["eval"]
+        return float(eval_facts["scores"][0]["accuracy"])
+
+    assert accuracy('tasks = ["mine.py:First"]') == 0.0
+    assert accuracy('tasks = ["mine.py:Second"]') == 1.0, "the score of another class was taken for this one's"
+    (place / "judge_of_road.py").write_text("MARK = 1.0\n")
+    assert accuracy('tasks = ["mine.py:Second"]') == 0.0, "a score of the judge of before was kept"
+    (place / "q.jsonl").write_text('{"question": "Twice 1?", "answer": "two"}\n')
+    assert accuracy('tasks = ["q.jsonl"]') == 0.0
+
+
+def test_a_stage_of_fine_tuning_goes_on_from_another_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, out = lucky_tokenizer(), tmp_path / "runs"
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, place / "fish")
+    stage = '[[stages]]\nname = "{}"\nuses = "sft"\nmodel = "fish"\ndata = "chat.jsonl"\nlora = 2\n{}'
+    settings = "[stages.set]\nsteps = 2\nseq_len = 32\n"
+    second, first = stage.format("second", 'init_from = "first"\n'), stage.format("first", "")
+    (place / "road.toml").write_text(second + settings + first + settings)
+    monkeypatch.chdir(tmp_path)  # paths are relative to the file
+    stages = read_road(place / "road.toml", out)
+    assert [each.name for each in stages] == ["first", "second"] and stages[1].depends_on == ("first",)
+    road(stages, place / "road.toml", out)
+    first_facts, second_facts = (json.loads((out / n / "run.json").read_text())["facts"] for n in ("first", "second"))
+    assert second_facts["validation_before"] == first_facts["validation_after"] != first_facts["validation_before"]
