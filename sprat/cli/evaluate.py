@@ -1,7 +1,10 @@
-"""``sprat eval``: how good a model is, on tasks of a recipe or of the user's, or on a text."""
+"""``sprat eval``: how good a model is, on tasks of a recipe, of the user's or of lm-eval's harness, or on a text."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +18,8 @@ if TYPE_CHECKING:
 
 _TASK_HELP = "A JSONL file of yours, file.py:Class, or a task of the recipe; repeat for more; else the recipe's."
 Task = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help=_TASK_HELP)]
-_COUNT_HELP = "Problems for each task; left out: the recipe's number, or all of a file."
-Count = Annotated[int | None, typer.Option("--count", min=1, help=_COUNT_HELP)]
+_COUNT_HELP = "Problems for each task; left out: the recipe's number, or all of a file or of the harness's task."
+Count = Annotated[int | None, typer.Option("--count", "--limit", min=1, help=_COUNT_HELP)]
 _SAMPLES_HELP = "Answers to each problem of a file, for pass@k; more than one needs a temperature."
 Samples = Annotated[int, typer.Option("--samples", min=1, max=10_000, help=_SAMPLES_HELP)]
 _TEMPERATURE_HELP = "Of the answers to problems of a file; 0 is greedy."
@@ -27,6 +30,14 @@ _TEXT_HELP = "Score a text instead: bits per byte and perplexity of a file or fo
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help=_TEXT_HELP)]
 _AGAINST_HELP = "What `sprat eval OTHER --task … --json` printed, to compare with problem by problem."
 Against = Annotated[Path | None, typer.Option("--against", metavar="FILE", help=_AGAINST_HELP)]
+_LM_EVAL_HELP = "Tasks of EleutherAI's lm-evaluation-harness instead (extra lm-eval); * stands for any text."
+LMEval = Annotated[str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help=_LM_EVAL_HELP)]
+_NUM_FEWSHOT_HELP = "With --lm-eval: examples before each question; left out: the task's own number."
+NumFewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help=_NUM_FEWSHOT_HELP)]
+_INCLUDE_PATH_HELP = "With --lm-eval: a folder of task files (YAML) of yours."
+IncludePath = Annotated[Path | None, typer.Option("--include-path", metavar="DIR", help=_INCLUDE_PATH_HELP)]
+_CHAT_HELP = "With --lm-eval: put questions through the model's chat format."
+ApplyChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help=_CHAT_HELP)]
 
 
 def evaluate(
@@ -39,13 +50,28 @@ def evaluate(
     max_tokens: MaxTokens = None,
     text: Text = None,
     against: Against = None,
+    lm_eval: LMEval = None,
+    num_fewshot: NumFewshot = None,
+    include_path: IncludePath = None,
+    apply_chat_template: ApplyChatTemplate = False,
     recipe: Recipe = "quickstart",
     overrides: Overrides = None,
 ) -> Result:
-    """Score a model: greedily on held-out problems of a recipe, on tasks of yours, or on a text.
+    """Score a model: greedily on held-out problems of a recipe, on tasks of yours or of lm-eval, or on a text.
 
     Example: sprat eval runs/mine --task questions.jsonl
+
+    Example: sprat eval runs/mine --lm-eval arc_easy,hellaswag --limit 100
     """
+    if lm_eval is not None:
+        excluded: dict[str, object] = {"--task": task, "--text": text, "--against": against, "--max-tokens": max_tokens}
+        excluded |= {"--samples": samples > 1, "--temperature": temperature > 0, "--set": overrides}
+        excluded["--recipe"] = recipe != "quickstart"
+        _refuse(excluded, "this is not for the harness, whose tasks say how they are asked", "leave it out")
+        return _score_harness(model, lm_eval, include_path, count, num_fewshot, apply_chat_template, think)
+    harness: dict[str, object] = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
+    harness["--apply-chat-template"] = apply_chat_template
+    _refuse(harness, "this is for tasks of the harness", "name one: --lm-eval TASK")
     files = [name for name in task or () if name.endswith(".jsonl") or ".py:" in name]
     if text is not None:
         if task or against:
@@ -61,6 +87,42 @@ def evaluate(
         given = "--against" if against is not None else "--samples"
         raise ConfigError("this is for tasks of yours", where=given, todo="name one: --task questions.jsonl")
     return _score_recipe(model, task, count, think, max_tokens, recipe, overrides)
+
+
+def _refuse(options: Mapping[str, object], what: str, todo: str) -> None:
+    """Raise a ConfigError for the first of ``options`` that is given."""
+    if given := [name for name, value in options.items() if value]:
+        raise ConfigError(what, where=given[0], todo=todo)
+
+
+def _score_harness(
+    model: Path,
+    tasks: str,
+    include_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    chat: bool,
+    think: bool | None,
+) -> Result:
+    from sprat.eval.lm_eval import evaluate_harness_tasks
+
+    names = [name for name in map(str.strip, tasks.split(",")) if name]
+    if not names:
+        raise ConfigError("no task was named", where="--lm-eval", todo="name some: --lm-eval arc_easy,hellaswag")
+    if think is not None and not chat:
+        todo = "add --apply-chat-template"
+        raise ConfigError("a model thinks in a chat alone", where="--think/--no-think", todo=todo)
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints as it likes
+        report = evaluate_harness_tasks(
+            model,
+            names,
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            chat=chat,
+            think=think,
+        )
+    return Result({"model": str(model), "lm_eval": report.results}, report.table)
 
 
 def _score_text(model: Path, text: Path) -> Result:

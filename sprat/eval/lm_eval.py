@@ -5,7 +5,8 @@ string. The first two read logits from the back end that serves, the third asks 
 by itself (where a context ends and a continuation begins, few-shot prompts, metrics) stays its own. Nothing is fetched
 by us; a task that names a data set of a hub is fetched by the harness, one with a local file is not.
 
-``python -m sprat.eval.lm_eval`` is the command ``lm_eval`` with this model known to it:
+``sprat eval MODEL --lm-eval TASK`` asks for tasks. ``python -m sprat.eval.lm_eval`` is the command ``lm_eval`` with
+all of its options, and with this model known to it:
 
     python -m sprat.eval.lm_eval --model sprat --model_args path=runs/mine --include_path tasks --tasks mine
 
@@ -19,19 +20,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sprat.engine import Engine, Sampling
-from sprat.errors import ConfigError, MachineError
+from sprat.errors import ConfigError, DataError, MachineError
 from sprat.eval.divergence import logits
+from sprat.files.atomic import as_machine_error
+from sprat.files.json import to_json_value
 from sprat.formats.load import load
 from sprat.tokens import Message, render
 
 MAX_GEN_TOKS = 256  # where a task does not say, as for the harness's own models
 MODEL_NAME = "sprat"
+_REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 class HarnessModel:
@@ -188,43 +194,75 @@ def harness_class() -> type[Any]:
     return model_class
 
 
+@dataclass(frozen=True)
+class HarnessReport:
+    """What the harness found.
+
+    Attributes:
+        results: JSON values by the harness's own names: results, versions, n-shot, n-samples and so on.
+        table: its table for a person, with standard errors.
+    """
+
+    results: dict[str, Any]
+    table: str
+
+
 def evaluate_harness_tasks(
     path: str | Path,
     tasks: Sequence[str],
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
+    num_fewshot: int | None = None,
     chat: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """What the harness says of the model at ``path``: for each task its metrics by name.
+    think: bool | None = None,
+) -> HarnessReport:
+    """What the harness says of the model at ``path``.
 
     Args:
-        tasks: the harness's names, or names of tasks in ``include_path``.
+        tasks: names of the harness's tasks, groups and tags, or of those in ``include_path``; ``*`` is any text.
         include_path: a folder of task files (YAML) of the user's.
         limit: documents of each task at most.
+        num_fewshot: examples before each question; None for the task's own number.
         chat: put questions through the model's chat format.
+        think: True forces a think in a chat, False forbids it.
 
     Raises:
-        MachineError: lm-eval is not installed. ConfigError: no such task.
+        MachineError: lm-eval is not installed. ConfigError: no such task or folder. DataError: a task's data cannot be
+            read or fetched.
     """
-    model = harness_class()(path=str(path))
+    model_class = harness_class()
     import lm_eval
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
 
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError("no such folder of task files", where=f"--include-path {include_path}", todo="give a folder")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        todo = "see `python -m lm_eval ls tasks`, or give the folder of your own task files: --include-path DIR"
-        raise ConfigError(f"the harness has no task {unknown[0]!r}", where="--lm-eval", todo=todo)
-    evaluated = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        apply_chat_template=chat,
-        bootstrap_iters=1000,
-    )
-    results: dict[str, dict[str, Any]] = evaluated["results"]
-    return results
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            todo = "see `python -m lm_eval ls tasks`, or give the folder of your own task files: --include-path DIR"
+            raise ConfigError(f"the harness has no task {name!r}", where="--lm-eval", todo=todo)
+    model = model_class(path=str(path), think=think)
+    try:
+        evaluated = lm_eval.simple_evaluate(
+            model=model,
+            tasks=manager.match_tasks(list(tasks)),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=chat,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except OSError as error:  # also a data set that is not on the hub, and a hub that cannot be reached
+        if (machine_error := as_machine_error(error, "the cache of data sets")) is not None:
+            raise machine_error from None
+        todo = "a task that names a data set of a hub is fetched by the harness: look whether it can be reached"
+        raise DataError(f"the harness cannot read a task's data: {error}", where="--lm-eval", todo=todo) from None
+    tables = [make_table(evaluated), *([make_table(evaluated, "groups")] if evaluated.get("groups") else [])]
+    results = {name: evaluated[name] for name in _REPORTED if name in evaluated}
+    return HarnessReport(to_json_value(results | {"lm_eval_version": version("lm_eval")}), "\n".join(tables).strip())
 
 
 def main() -> None:

@@ -103,13 +103,22 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def phase(run: Path) -> str:
-    """How far a run was that has been stopped."""
+    """How far a run is."""
     if (run / "run.json").exists():
         return "recorded"
     if (run / "artefact").is_dir() and any((run / "artefact").iterdir()):
         return "artefact"
-    steps = [int(path.name[5:]) for path in run.glob("checkpoints/step-*")]
-    return f"step {max(steps)}" if steps else "before a checkpoint"
+    return "training" if any(run.glob("checkpoints/step-*")) else "before a checkpoint"
+
+
+def signal_group(child: int, number: signal.Signals, run: Path) -> str:
+    """Send ``number`` to the group of ``child``; how far its run was then. It stands still in between."""
+    os.killpg(child, signal.SIGSTOP)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    reached = phase(run)
+    os.killpg(child, number)
+    os.killpg(child, signal.SIGCONT)
+    return reached
 
 
 def exit_code(child: int) -> int:
@@ -150,12 +159,14 @@ def main() -> None:
             if at_end:
                 wait_for_artifact(child, run)
             time.sleep(share * (end_seconds if at_end else seconds))
-            os.killpg(child, number)
+            before = signal_group(child, number, run)
             if (code := exit_code(child)) == 0:
+                if before in ("training", "artefact"):
+                    faults.append({"run": runs, "forgot": number.name, "share": share, "phase": before})
                 too_late += 1
                 seconds, end_seconds = (seconds, 0.8 * end_seconds) if at_end else (0.9 * seconds, end_seconds)
                 break
-            where = {"at_end": at_end, "share": round(share, 4), "phase": phase(run)}
+            where = {"at_end": at_end, "share": round(share, 4), "phase": before}
             stops.append({"run": runs, "signal": number.name, "code": code, **where})
         code = exit_code(attempt(base, kind, "stopped"))
         ended = result(run) if code == 0 else {}

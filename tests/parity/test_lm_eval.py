@@ -1,6 +1,7 @@
 """The harness says of a model in our engine what it says of the same folder in transformers.
 
-Both are asked in the harness's own environment (``python -m bench.oracles lm-eval``), on local tasks.
+Both are asked in the harness's own environment (``python -m bench.oracles lm-eval``), on local tasks; ours also by
+``sprat eval --lm-eval``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import sprat
-from bench.oracles import python_of
+from bench.oracles import ROOT, python_of
 from sprat.config.model import ModelConfig
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -59,11 +60,12 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from sprat.eval.lm_eval import harness_class
 harness_class()
-name, path, chat = sys.argv[1:]
+name, path, chat, options = sys.argv[1:]
 found = lm_eval.simple_evaluate(
     model=name, model_args={"path": path} if name == "sprat" else {"pretrained": path, "dtype": "float32"},
     tasks=["local_choice", "local_rolling", "local_written"], task_manager=TaskManager(include_path="."),
-    device="cpu", batch_size=1, bootstrap_iters=0, apply_chat_template=chat == "chat")
+    device="cpu", batch_size=1, apply_chat_template=chat == "chat",
+    **{"bootstrap_iters": 0, **json.loads(options)})
 scores = {task: {key: float(value) for key, value in row.items() if isinstance(value, float)}
           for task, row in found["results"].items()}
 said = {task: [sample["resps"] for sample in rows] for task, rows in found["samples"].items()}
@@ -78,19 +80,29 @@ def write_tasks(folder: Path) -> None:
         (folder / f"local_{name}.yaml").write_text(COMMON.format(name=name) + task)
 
 
-def ask(folder: Path, *words: str) -> Any:
-    """Scores and answers of a model on the tasks of ``folder``."""
-    offline = {
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The harness's Python in ``folder``, with this checkout and without a hub."""
+    environment = {
+        **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
-        [str(PYTHON), "-c", ASK, *words], cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True
-    )
+    return subprocess.run([str(PYTHON), *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def ask(folder: Path, name: str, model: Path, chat: str = "plain", **options: Any) -> Any:
+    """Scores and answers of a model on the tasks of ``folder``."""
+    done = run(folder, "-c", ASK, name, str(model), chat, json.dumps(options))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def evaluate(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``sprat eval`` of the model in ``folder``, with its tasks."""
+    return run(folder, "-m", "sprat", "eval", "model", "--include-path", ".", *words)
 
 
 def random_llama(folder: Path) -> Path:
@@ -120,7 +132,7 @@ def test_the_harness_says_the_same_of_transformers_and_of_us(name: str, chat: st
     else:
         sprat.save(*sprat.load(smol(), dequantize=True), model)
     write_tasks(tmp_path)
-    (ours, we_said), (theirs, they_said) = (ask(tmp_path, kind, str(model), chat) for kind in ("sprat", "hf"))
+    (ours, we_said), (theirs, they_said) = (ask(tmp_path, kind, model, chat) for kind in ("sprat", "hf"))
     assert ours["local_choice"] == theirs["local_choice"] and we_said["local_written"] == they_said["local_written"]
     assert ours["local_rolling"]["bits_per_byte,none"] == pytest.approx(
         theirs["local_rolling"]["bits_per_byte,none"], abs=1e-4
@@ -132,3 +144,36 @@ def test_the_harness_says_the_same_of_transformers_and_of_us(name: str, chat: st
                 theirs_nats = their_answer if task == "local_rolling" else their_answer[0]
                 assert float(ours_nats) == pytest.approx(float(theirs_nats), abs=1e-3)
                 assert task == "local_rolling" or our_answer[1] == their_answer[1]  # whether greedy says it
+
+
+def test_sprat_eval_prints_what_the_harness_says_of_transformers(tmp_path: Path) -> None:
+    random_llama(tmp_path / "model")
+    write_tasks(tmp_path)
+    expected, _ = ask(tmp_path, "hf", tmp_path / "model", limit=4, num_fewshot=1, bootstrap_iters=1000)
+    done = evaluate(tmp_path, "--lm-eval", "local_choice,local_wr*", "--limit", "4", "--num-fewshot", "1", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)["lm_eval"]
+    assert set(found["results"]) == {"local_choice", "local_written"}
+    for task, row in found["results"].items():
+        assert {name: row[name] for name in expected[task]} == expected[task]
+        assert found["n-shot"][task] == 1 and found["n-samples"][task] == {"original": len(ROWS), "effective": 4}
+    table = evaluate(tmp_path, "--lm-eval", "local_choice", "--limit", "4", "--num-fewshot", "1")
+    (cells,) = [line.split("|") for line in table.stdout.splitlines() if "|acc " in line]
+    score, error = (expected["local_choice"][name] for name in ("acc,none", "acc_stderr,none"))
+    assert 0 < score < 1 and error > 0, "these say nothing"
+    assert (float(cells[7]), float(cells[9])) == (pytest.approx(score, abs=1e-4), pytest.approx(error, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "code", "what"),
+    [
+        ("local_choice,nowhere", 2, "the harness has no task 'nowhere'"),
+        ("arc_easy", 3, "the harness cannot read a task's data"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_one_sentence(tasks: str, code: int, what: str, tmp_path: Path) -> None:
+    random_llama(tmp_path / "model")
+    write_tasks(tmp_path)
+    done = evaluate(tmp_path, "--lm-eval", tasks, "--json")
+    assert done.returncode == code and f"sprat: {what}" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["exit_code"] == code
