@@ -202,3 +202,23 @@ def test_replayed_text_and_later_turns_that_say_what_is_asked_are_left_out(
     settings = DPOConfig.model_validate({"steps": 1, "seq_len": 64, "eval": {"samples": 0, "max_tokens": 2}})
     preferred = finetune(base, pairs, tmp_path / "runs" / "dpo", settings, eval_tasks=[str(asked)])
     assert preferred.facts["overlap"]["names"] == ["pairs.jsonl, line 6"]
+
+
+def test_the_best_that_is_worse_than_the_start_is_said(
+    base: Path, data: Path, questions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled = CONFIG.replace(
+        steps=2, eval_every=1, keep_best=True, eval={"samples": 0}, optim={"adam_lr": 5.0, "warmup_steps": 0}
+    )
+    run = finetune(base, data, tmp_path / "runs" / "spoiled", spoiled)
+    assert run.facts["validation_after"]["loss"] > run.facts["validation_before"]["loss"]
+    assert "no evaluation was better than before the first step: loss" in caplog.text
+    caplog.clear()
+    better = spoiled.replace(optim={"adam_lr": 0.01, "warmup_steps": 0})
+    run = finetune(base, data, tmp_path / "runs" / "better", better)
+    assert run.facts["validation_after"]["loss"] < run.facts["validation_before"]["loss"]
+    assert "no evaluation was better" not in caplog.text
+    loss = tmp_path / "loss.jsonl"
+    loss.write_bytes(questions.read_bytes())
+    with pytest.raises(ConfigError, match="'loss' is a task's name and that of what is measured.*rename"):
+        finetune(base, data, tmp_path / "runs" / "never", spoiled, eval_tasks=[str(loss)])
