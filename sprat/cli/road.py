@@ -31,14 +31,14 @@ def road(
 
     Example: sprat road mine.toml --out runs/mine
     """
-    from sprat.pipeline.road import read_road, select
+    from sprat.pipeline.road import read_road, select, states
     from sprat.pipeline.road import road as run_road
 
     if only and start:
         raise ConfigError("--only and --from are two choices", where="road", todo="give one of them")
     stages = select(read_road(file, out), only=only, start=start)
     if dry_run:
-        rows = [_row(stage) | {"state": stage.state()} for stage in stages]
+        rows = [_row(stage) | {"state": state} for stage, state in zip(stages, states(stages), strict=True)]
         lines = [f"{row['name']}: {row['state']} ({row['uses']}{_after(row)}) in {row['run']}" for row in rows]
         return Result({"road": str(out), "stages": rows}, "\n".join(lines))
     with stage_progress(out) as on_progress:

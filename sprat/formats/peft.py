@@ -6,11 +6,15 @@ Tensors are called ``base_model.model.<module>.lora_A.weight`` [r, in], ``.lora_
 layer, which are stacks here, are written one by one: ``model.layers.1.mlp.experts.7.up_proj``. transformers 5 has
 stacks of its own, for which PEFT (0.21.2) converts them as it loads; of what it then leaves out ``save_peft`` warns.
 
+The header of ``adapter_model.safetensors`` has the digest of the base, which PEFT does not read: over other weights an
+adapter that fits by its shapes means nothing, so ``load_peft`` says it.
+
 Everything that the config says is read, means nothing by its value (null, false, empty), or is named as not understood.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Collection
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,6 +44,7 @@ from sprat.model.lora import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BASE_KEY, _DIGEST_ROWS = "base_digest", 8
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     "lora_A": ".lora_A.weight",
@@ -115,7 +120,7 @@ def save_peft(model: Transformer, path: str | Path, *, base_model: str | None = 
     text = json.dumps(table, indent=2, sort_keys=True) + "\n"
     try:
         with replace_file(folder / CONFIG) as config_file, replace_file(folder / WEIGHTS) as weights_file:
-            save_file(tensors, weights_file, metadata={"format": "pt"})
+            save_file(tensors, weights_file, metadata={"format": "pt", _BASE_KEY: _base_digest(model)})
             config_file.write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise MachineError(
@@ -136,8 +141,22 @@ def load_peft(model: Transformer, path: str | Path) -> None:
     """
     check_plain(model)
     config, state = read_peft(model, path)
+    with safe_open(Path(path) / WEIGHTS, framework="pt") as file:
+        expected = (file.metadata() or {}).get(_BASE_KEY)
+    if expected is not None and expected != _base_digest(model):
+        warnings.warn(f"{path}: the adapter was trained on other weights than this base has; {_ADVICE}", stacklevel=2)
     add_lora(model, config)
     load_lora_state_dict(model, state)
+
+
+def _base_digest(model: Transformer) -> str:
+    """SHA-256 (hex) of the first rows of each matrix of ``model``, without its adapters, if there are any."""
+    sha = hashlib.sha256()
+    for name, value in sorted((name.replace(".base.", "."), value) for name, value in model.state_dict().items()):
+        if value.dim() > 1 and "lora_" not in name:
+            rows = value.detach().reshape(-1, value.shape[-1])[:_DIGEST_ROWS].float().cpu().contiguous()
+            sha.update(f"{name} {tuple(value.shape)}\n".encode() + rows.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def read_peft(model: Transformer, path: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:

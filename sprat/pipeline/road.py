@@ -20,7 +20,7 @@ from sprat.config import Config, load, parse
 from sprat.config.road import RoadConfig, StageConfig
 from sprat.config.sizes import size_names
 from sprat.data.document import safe_name
-from sprat.errors import CheckpointError, ConfigError
+from sprat.errors import CheckpointError, ConfigError, TrustError
 from sprat.files import atomic
 from sprat.files.json import read_json
 from sprat.files.lock import lock_folder
@@ -30,7 +30,9 @@ from sprat.pipeline.graph import OnProgress, Stage, run_stages
 from sprat.pipeline.quickstart import check_folder
 from sprat.pipeline.stations import STATIONS
 from sprat.post.collect import is_url
+from sprat.tasks import task_input
 from sprat.train.checkpoint import parse_init_from
+from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME, Ledger
 
 RECIPE_FILE = "road.toml"  # in the road's folder: the file as it was given
@@ -60,11 +62,38 @@ class RoadStage:
         return self.config.name
 
     def state(self) -> str:
-        """What a road would do with it now: ``done``, ``goes on``, ``runs``, or ``runs again`` with other settings."""
+        """What a road would do with it now, whatever is made before it: ``done``, ``goes on``, ``runs``, or ``runs
+        again`` with other settings or inputs."""
         record = read_json(self.folder / "run.json")
         if record is not None:
-            return "done" if record.get("recipe_digest") == self.settings.digest() else "runs again"
+            is_same = record.get("recipe_digest") == self.settings.digest() and not self._has_other_inputs(record)
+            return "done" if is_same else "runs again"
         return "goes on" if (self.folder / "open.json").is_file() else "runs"
+
+    def _has_other_inputs(self, record: dict[str, Any]) -> bool:
+        """Whether files and models that the stage names are others than those of its run; names to fetch are not."""
+        recorded = {name: each["digest"] for name, each in record.get("inputs", {}).items()}
+        asked: list[Path | str] = []
+        try:
+            for key in (*self.config.references, *self.config.files):
+                value = getattr(self.config, key)
+                if isinstance(value, tuple):
+                    asked += [task_input(each) for each in value] if key in ("tasks", "eval_tasks") else []
+                elif key in recorded and key != "init_from":
+                    if not value or (os.path.exists(value) and self._digest(Path(value)) != recorded[key]):
+                        return True
+                elif value and key in ("replay", "text", "calibrate"):
+                    return True
+            columns = record["inputs"].get("map", {}).get("settings", {}).get("columns", {})
+            tasks = sorted(digest for name, digest in recorded.items() if name.startswith(("task:", "asked-")))
+            is_mapped = self.config.uses in ("sft", "dpo") and columns != getattr(self.config, "map", {})
+            return is_mapped or tasks != sorted(map(self._digest, asked))
+        except TrustError:
+            return True
+
+    def _digest(self, value: Path | str) -> str:
+        """The digest of an input, as the run would record it."""
+        return str(run_record.describe_input(value, self.folder.parent)["digest"])
 
 
 def read_road(path: str | Path, out: str | Path) -> list[RoadStage]:
@@ -121,6 +150,16 @@ def road(
         _keep_recipe(Path(path), out)
         with LocalExecutor(jobs, max(1, torch.get_num_threads() // jobs)) as executor:
             run_stages(graph, executor, jobs, on_progress)
+
+
+def states(stages: Sequence[RoadStage]) -> list[str]:
+    """``RoadStage.state`` of each; what takes something from a stage that is to be made is made after it."""
+    by_name: dict[str, str] = {}
+    for stage in stages:  # what is waited for comes first
+        state = stage.state()
+        is_waiting = any(by_name.get(name, "done") != "done" for name in stage.depends_on)
+        by_name[stage.name] = "runs again" if state == "done" and is_waiting else state
+    return list(by_name.values())
 
 
 def select(stages: Sequence[RoadStage], *, only: str = "", start: str = "") -> list[RoadStage]:

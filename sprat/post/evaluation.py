@@ -166,6 +166,9 @@ def make_selection(
     if not config.keep_best and not config.patience:
         return Selection(evaluate_last=True)
     losses = ("loss", *(("reward_margin", "reward_accuracy") if isinstance(config, DPOConfig) else ()))
+    if config.best_metric in losses and config.best_metric in [task.name for task in tasks]:
+        what = f"{config.best_metric!r} is a task's name and that of what is measured on examples"
+        raise ConfigError(what, where="best_metric", todo="rename the task's file")
     by_name = {name: (name, name != "loss") for name in losses if has_validation}
     by_name |= {task.name: (f"accuracy/{task.name}", True) for task in tasks}
     if config.best_metric not in by_name:

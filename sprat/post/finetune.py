@@ -209,6 +209,10 @@ def _choose(run: Run, ready: Prepared) -> checkpoint.Checkpoint | None:
     if config.keep_best and selection.step and (best := checkpoint.at_step(run.checkpoints, selection.step)):
         checkpoint.restore_weights(best, ready.model)
         run.add_facts(best={"step": best.step, "metric": config.best_metric, "value": selection.value})
+        before = run.facts.get("validation_before", {}).get(selection.metric)
+        if before is not None and not selection.is_better_than(before):
+            what = "no evaluation was better than before the first step: %s %.3f then, %.3f at best"
+            log.warning(what, config.best_metric, before, selection.value)
         return best
     return checkpoint.latest(run.checkpoints)
 

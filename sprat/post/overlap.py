@@ -1,4 +1,7 @@
-"""Examples that say a question of an evaluation task: what is learned by heart shows as skill, so they are left out."""
+"""What says a question of an evaluation task: learned by heart it shows as skill, so it is left out of what is trained.
+
+Examples are looked at, and text that is replayed beside them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from sprat.data.example import Conversation, Example, PreferencePair
+from sprat.data.example import Conversation, Example, Text
 from sprat.errors import DataError
 from sprat.eval.task_files import select_problems
 from sprat.tasks import QuestionIndex, UserClassTask, UserTask
@@ -17,7 +20,10 @@ _NUM_NAMES = 5
 
 
 def remove_overlap(
-    examples: Sequence[Example], tasks: Sequence[UserTask | UserClassTask], how: Literal["drop", "keep", "refuse"]
+    examples: Sequence[Example],
+    tasks: Sequence[UserTask | UserClassTask],
+    how: Literal["drop", "keep", "refuse"],
+    noun: str = "examples",
 ) -> tuple[tuple[Example, ...], dict[str, Any]]:
     """``examples`` without those that ask what one of ``tasks`` asks, and how many those are, with the first places.
 
@@ -26,6 +32,7 @@ def remove_overlap(
 
     Args:
         how: ``drop`` leaves them out, ``keep`` only counts them, ``refuse`` is an error where there is one.
+        noun: what they are called.
 
     Raises:
         DataError: see ``how``; or nothing is left.
@@ -41,10 +48,9 @@ def remove_overlap(
         clean += [] if names else [example]
     if not sources:
         return tuple(examples), {}
-    what = (
-        f"{len(sources)} of {len(examples)} examples ask what {' and '.join(n for n, c in by_task.items() if c)} asks"
-    )
-    todo = "give other examples, or set examples.overlap=keep"
+    asked = " and ".join(name for name, count in by_task.items() if count)
+    what = f"{len(sources)} of {len(examples)} {noun} ask what {asked} asks"
+    todo = f"give other {noun}, or set examples.overlap=keep"
     if how == "refuse" or (how == "drop" and not clean):
         raise DataError(what, where=", ".join(sources[:_NUM_NAMES]), todo=todo)
     log.warning(
@@ -56,7 +62,10 @@ def remove_overlap(
 
 def _asked(example: Example) -> list[str]:
     """The texts of an example in which a question may stand."""
-    if isinstance(example, Conversation | PreferencePair):
-        messages = example.messages if isinstance(example, Conversation) else example.prompt
-        return [message.content for message in messages if message.role == "user"]
-    return [example.text]
+    if isinstance(example, Text):
+        return [example.text]
+    if isinstance(example, Conversation):
+        messages = example.messages
+    else:
+        messages = (*example.prompt, *example.chosen, *example.rejected)
+    return [message.content for message in messages if message.role == "user"]

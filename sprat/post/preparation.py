@@ -13,16 +13,17 @@ import torch
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.data import ingest, loader, pack
 from sprat.data.conversations import ExampleSet, read_examples, split_by_hash
-from sprat.data.example import Example, PreferencePair
+from sprat.data.example import Example, PreferencePair, Text
 from sprat.data.folder import ExclusionTally, warn_of_excluded
 from sprat.data.pack import PackedDataset
+from sprat.data.record import Where
 from sprat.errors import ConfigError, DataError
 from sprat.eval.task_files import select_problems
 from sprat.model import Transformer
 from sprat.model.layers import set_compute_dtype
 from sprat.model.lora import add_lora
 from sprat.post import evaluation
-from sprat.post.examples import EncodedExamples, encode_examples, has_rows, text_ids
+from sprat.post.examples import EncodedExamples, encode_example, encode_examples, has_rows
 from sprat.post.overlap import remove_overlap
 from sprat.tasks import UserClassTask, UserTask
 from sprat.tokens import Tokenizer
@@ -108,7 +109,7 @@ def prepare(
     _place(model, device, config)
     parts = [(shown.rows, 1.0)]
     if replay is not None:
-        replayed, facts["replay"] = _text_rows(tokenizer, replay, config.seq_len)
+        replayed, facts["replay"] = _text_rows(tokenizer, replay, tasks, config)
         parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
     resolved, source = _resolve(config, parts, start)
     if start is not None and config.init_state == "continue":
@@ -167,13 +168,19 @@ def _check_form(model: Transformer, examples: ExampleSet, config: FinetuneConfig
         raise DataError(f"examples of the form {', '.join(examples.forms)}", where=str(data), todo=todo)
 
 
-def _text_rows(tokenizer: Tokenizer, path: str | Path, seq_len: int) -> tuple[PackedDataset, dict[str, Any]]:
+def _text_rows(
+    tokenizer: Tokenizer, path: str | Path, tasks: Sequence[UserTask | UserClassTask], config: FinetuneConfig
+) -> tuple[PackedDataset, dict[str, Any]]:
     """The text at ``path`` in rows, and what they are; a document longer than a row goes on in others."""
     tally = ExclusionTally()
-    rows = pack.pack(((text_ids(tokenizer, each.text), None) for each in ingest.read_texts(path, tally)), seq_len)
+    documents = [Text(each.text, Where(each.id, 1)) for each in ingest.read_texts(path, tally)]
     warn_of_excluded(tally.excluded(), path)
+    texts, overlap = remove_overlap(documents, tasks, config.examples.overlap, "documents of replayed text")
+    encoded = (encode_example(tokenizer, each, keep_reasoning=True) for each in texts)
+    rows = pack.pack((sequence for sequences in encoded for sequence in sequences), config.seq_len)
     facts: dict[str, Any] = {"rows": rows.num_rows, "tokens": rows.num_targets}
-    return rows, facts | ({"left_out": [asdict(each) for each in tally.excluded()]} if tally.excluded() else {})
+    facts |= {"left_out": [asdict(each) for each in tally.excluded()]} if tally.excluded() else {}
+    return rows, facts | ({"overlap": overlap} if overlap else {})
 
 
 def _resolve(

@@ -183,7 +183,7 @@ def _data(run: StageRun) -> str:
         [escape(each["why"]), f"{int(each['count']):,}", escape(", ".join(each["names"]))]
         for each in facts.get("skipped") or ()
     ]
-    if overlap := facts.get("overlap"):
+    for overlap in filter(None, (facts.get("overlap"), facts.get("replay", {}).get("overlap"))):
         asked = ", ".join(f"{name}: {count}" for name, count in overlap["tasks"].items())
         verb = {"drop": "left out", "keep": "learned all the same"}.get(str(overlap["how"]), str(overlap["how"]))
         why = f"ask what a task asks ({asked}), {verb}"

@@ -65,6 +65,10 @@ class Selection:
             self._waited += 1
         return is_best
 
+    def is_better_than(self, value: float) -> bool:
+        """Whether the best evaluation is better than ``value``, a score of the same metric."""
+        return self.value is not None and self._sign * self.value > self._sign * value
+
     @property
     def protected_step(self) -> int | None:
         """The step whose checkpoint is not to be removed."""

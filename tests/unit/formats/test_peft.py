@@ -21,7 +21,7 @@ from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.formats.hf import load_folder, save_folder
 from sprat.formats.peft import load_peft, save_peft
 from sprat.model import Transformer
-from sprat.model.lora import adapters, add_lora, lora_state_dict
+from sprat.model.lora import adapters, add_lora, lora_state_dict, merge_lora
 from sprat.quant import quantize_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -339,3 +339,23 @@ def test_peft_reads_attention_and_routed_experts(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (logits(model) - plain).abs().max() > 0.1
         assert (back(TOKENS).logits - logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "experts and MTP"])
+@pytest.mark.filterwarnings("ignore:.*PEFT on transformers 5")
+def test_another_base_of_the_same_shape_is_said(shape: ModelConfig, kind: dict[str, Any], tmp_path: Path) -> None:
+    trained = Transformer.create(shape, 1)
+    own, other, merged = copy.deepcopy(trained), Transformer.create(shape, 2), copy.deepcopy(trained)
+    add_lora(trained, LoRAConfig(rank=3, **kind))
+    train_a_little(trained)
+    save_peft(trained, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other weights")
+        load_peft(own, tmp_path)  # its own base is nothing to be said
+    with pytest.warns(UserWarning, match="trained on other weights than this base has"):
+        load_peft(other, tmp_path)
+    load_peft(merged, tmp_path)
+    merge_lora(merged)  # what the adapter is in already is another base as well
+    with pytest.warns(UserWarning, match="trained on other weights than this base has"):
+        load_peft(merged, tmp_path)

@@ -14,7 +14,7 @@ from sprat.config.teach import load_teach_config
 from sprat.errors import CheckpointError, ConfigError
 from sprat.formats.load import load, save
 from sprat.model import Transformer
-from sprat.pipeline.road import read_road, road, select
+from sprat.pipeline.road import read_road, road, select, states
 from sprat.post.finetune import finetune
 from sprat.post.preparation import resolve_dtype
 from sprat.train.pretrain import pretrain
@@ -220,3 +220,36 @@ def test_a_stage_of_fine_tuning_goes_on_from_another_one(
     road(stages, place / "road.toml", out)
     first_facts, second_facts = (json.loads((out / n / "run.json").read_text())["facts"] for n in ("first", "second"))
     assert second_facts["validation_before"] == first_facts["validation_after"] != first_facts["validation_before"]
+
+
+def test_a_dry_run_says_what_the_road_then_does(place: Path, tmp_path: Path) -> None:
+    tokenizer, out = lucky_tokenizer(), tmp_path / "runs"
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, place / "fish")
+    (place / "q.jsonl").write_text('{"question": "Twice 1?", "answer": "2"}\n')
+    chat = '[[stages]]\nname = "chat"\nuses = "sft"\nmodel = "fish"\ndata = "chat.jsonl"\n'
+    chat += "set = {steps = 1, seq_len = 32, eval = {max_tokens = 2}}\n"
+    asked = '[[stages]]\nname = "asked"\nuses = "eval"\nmodel = "{}"\ntasks = ["q.jsonl"]\nset = {{max_tokens = 2}}\n'
+    path = place / "road.toml"
+
+    def promised_and_done(text: str) -> list[str]:
+        path.write_text(text)
+        stages = read_road(path, out)
+        promised, before = states(stages), [(stage.folder / "run.json").read_bytes() for stage in stages]
+        road(stages, path, out, jobs=1)
+        after = [(stage.folder / "run.json").read_bytes() for stage in stages]
+        was_made = ["done" if a == b else "runs again" for a, b in zip(before, after, strict=True)]
+        assert promised == was_made
+        return promised
+
+    whole = chat + asked.format("chat")
+    path.write_text(whole)
+    assert states(read_road(path, out)) == ["runs", "runs"]
+    road(read_road(path, out), path, out, jobs=1)
+    assert promised_and_done(whole) == ["done", "done"]
+    with (place / "chat.jsonl").open("a") as stream:
+        stream.write('{"prompt": "99", "completion": "7"}\n')
+    assert promised_and_done(whole) == ["runs again", "runs again"]
+    (place / "q.jsonl").write_text('{"question": "Twice 2?", "answer": "4"}\n')
+    assert promised_and_done(whole) == ["done", "runs again"]
+    mapped = chat.replace("set =", 'map = {completion = "prompt", prompt = "completion"}\nset =')
+    assert promised_and_done(mapped + asked.format("fish")) == ["runs again"] * 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from sprat.config.finetune import FinetuneConfig
+from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import ConfigError, DataError, MachineError
 from sprat.files import atomic
@@ -173,3 +173,52 @@ def test_examples_that_say_what_is_asked_are_left_out_and_named(
     with pytest.raises(DataError, match="4 of 40 examples ask what asked asks.*examples.overlap=keep"):
         config = CONFIG.replace(examples={"overlap": "refuse"})
         finetune(base, data, tmp_path / "runs" / "other", config, eval_tasks=[str(asked)])
+
+
+def test_replayed_text_and_later_turns_that_say_what_is_asked_are_left_out(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"question": "what is the 7 and 8", "answer": "7"}) + "\n")
+    book = tmp_path / "book.jsonl"
+    texts = ["1 2 3 4 5 6", "they ask: what is the 7, and 8? it is 7", "9 9 9 9"]
+    book.write_text("".join(json.dumps({"text": text, "id": str(n)}) + "\n" for n, text in enumerate(texts)))
+    config = CONFIG.replace(steps=1, seq_len=64, eval={"samples": 0, "max_tokens": 2})
+    options: dict[str, Any] = {"replay": book, "eval_tasks": [str(asked)]}
+    run = finetune(base, data, tmp_path / "runs" / "mine", config, **options)
+    assert run.facts["replay"]["overlap"]["count"] == 1 and "1 of 3 documents of replayed text" in caplog.text
+    kept = config.replace(examples={"overlap": "keep"})
+    other = finetune(base, data, tmp_path / "runs" / "kept", kept, **options)
+    assert other.facts["replay"]["tokens"] > run.facts["replay"]["tokens"]
+    with pytest.raises(DataError, match="documents of replayed text ask what asked asks"):
+        refused = config.replace(examples={"overlap": "refuse"})
+        finetune(base, data, tmp_path / "runs" / "never", refused, **options)
+    turns = [("user", "1"), ("assistant", "2"), ("user", "what is the 7 and 8"), ("assistant", "7")]
+    chosen = [{"role": role, "content": text} for role, text in turns]
+    rejected = [*chosen[:1], {"role": "assistant", "content": "3"}]
+    rows = [{"prompt": str(n), "chosen": "7", "rejected": "8"} for n in range(5)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"chosen": chosen, "rejected": rejected}]))
+    settings = DPOConfig.model_validate({"steps": 1, "seq_len": 64, "eval": {"samples": 0, "max_tokens": 2}})
+    preferred = finetune(base, pairs, tmp_path / "runs" / "dpo", settings, eval_tasks=[str(asked)])
+    assert preferred.facts["overlap"]["names"] == ["pairs.jsonl, line 6"]
+
+
+def test_the_best_that_is_worse_than_the_start_is_said(
+    base: Path, data: Path, questions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled = CONFIG.replace(
+        steps=2, eval_every=1, keep_best=True, eval={"samples": 0}, optim={"adam_lr": 5.0, "warmup_steps": 0}
+    )
+    run = finetune(base, data, tmp_path / "runs" / "spoiled", spoiled)
+    assert run.facts["validation_after"]["loss"] > run.facts["validation_before"]["loss"]
+    assert "no evaluation was better than before the first step: loss" in caplog.text
+    caplog.clear()
+    better = spoiled.replace(optim={"adam_lr": 0.01, "warmup_steps": 0})
+    run = finetune(base, data, tmp_path / "runs" / "better", better)
+    assert run.facts["validation_after"]["loss"] < run.facts["validation_before"]["loss"]
+    assert "no evaluation was better" not in caplog.text
+    loss = tmp_path / "loss.jsonl"
+    loss.write_bytes(questions.read_bytes())
+    with pytest.raises(ConfigError, match="'loss' is a task's name and that of what is measured.*rename"):
+        finetune(base, data, tmp_path / "runs" / "never", spoiled, eval_tasks=[str(loss)])
