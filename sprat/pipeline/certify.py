@@ -39,6 +39,7 @@ from sprat.pipeline.pipeline import load_task
 from sprat.quant import size_bytes
 from sprat.tasks import HeldOutTask, Problem, Task, held_out_problems, load_user_task
 from sprat.tokens import Tokenizer
+from sprat.tokens.tokenizer import first_difference
 
 MAX_BATCH = 32  # requests at once
 OPENING_TOKENS = 32  # of a long continuation
@@ -143,7 +144,7 @@ def certify(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Both models, and the tokenizer that they share."""
+    """Both models, and the original's tokenizer, whose ids mean the same to both."""
 
     before: Transformer
     after: Transformer
@@ -171,9 +172,10 @@ def _load_pair(model: str | Path, original: str | Path) -> _Pair:
     before, tokenizer = load(original)
     check_available_memory(size_bytes(before), f"{model}, beside {original}")
     after, other = load(model)
-    if tokenizer.digest != other.digest:
+    if (token_id := first_difference(tokenizer, other)) is not None:
         todo = "give the model that it was made from"
-        raise CheckpointError("the two have different tokenizers", where=f"{model}, {original}", todo=todo)
+        what = f"the two have different tokenizers: id {token_id} is not the same"
+        raise CheckpointError(what, where=f"{model}, {original}", todo=todo)
     return _Pair(before.eval(), after.eval(), tokenizer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_two_swapped_experts_fail(place: Path) -> None:
                 weight.copy_(weight[[1, 0, *range(2, len(weight))]])
     found = certify(saved(place, "swapped", model, tokenizer), place / "original", settings(place), RECIPE)
     assert found.failed == ["text text.jsonl"]
+
+
+def test_the_same_ids_in_another_file_are_the_same_tokenizer(place: Path, tmp_path: Path) -> None:
+    """As in a GGUF file, which names pieces and merges and no tokenizer.json."""
+    folder = tmp_path / "copy"
+    shutil.copytree(place / "original", folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**table, "truncation": None, "version": "1.0"}, indent=7))
+    assert sprat.load(folder)[1].digest != sprat.load(place / "original")[1].digest
+    found = certify(folder, place / "original", settings(place), RECIPE)
+    assert found.failed == [] and found.texts[0].kl_max == 0
 
 
 def test_what_cannot_be_compared_is_one_sentence(place: Path, tmp_path: Path) -> None:
