@@ -31,7 +31,8 @@ from sprat.eval.divergence import Window, compare_on_text, compare_routing, cut_
 from sprat.eval.intervals import relative_loss
 from sprat.eval.speed import ROUNDS, compare_speed
 from sprat.files import digest
-from sprat.formats.load import load, locate
+from sprat.formats.hf import weight_files
+from sprat.formats.load import find_model, load
 from sprat.formats.memory import check_available_memory
 from sprat.machine import processor_name
 from sprat.model import Transformer
@@ -101,6 +102,7 @@ def certify(
     """
     asked = _tasks(settings, recipe)
     texts, missing = _texts(settings)
+    described = _describe(model), _describe(original)
     pair = _load_pair(model, original)
     tokenizer, context = pair.tokenizer, min(pair.before.config.context, pair.after.config.context)
     window, openings = min(settings.window, context), settings.prompts and settings.continuation
@@ -127,8 +129,8 @@ def certify(
     if settings.speed:
         speeds = compare_speed(old, new, vocab=tokenizer.vocab_size, context=context, on_progress=advance)
     return Certificate(
-        model=_describe(model),
-        original=_describe(original),
+        model=described[0],
+        original=described[1],
         machine=Machine(processor_name(), torch.get_num_threads()),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         max_loss=settings.max_loss,
@@ -180,11 +182,9 @@ def _load_pair(model: str | Path, original: str | Path) -> _Pair:
 
 
 def _describe(path: str | Path) -> CertifiedModel:
-    """Size and digest of the files that hold the model."""
-    place = locate(path)
-    if place.is_dir() and not (place / "config.json").is_file():
-        place /= "artefact"
-    files = [place] if place.is_file() else [*sorted(place.glob("*.safetensors")), place / "config.json"]
+    """Size and digest of the files that ``load`` reads the model from."""
+    place = find_model(path)
+    files = [place] if place.is_file() else [*weight_files(place), place / "config.json"]
     digests = {file.name: digest.of_file(file.resolve()) for file in files}
     weights = [file for file in files if file.suffix != ".json"]
     return CertifiedModel(str(path), sum(file.stat().st_size for file in weights), digest.of_listing(digests))
