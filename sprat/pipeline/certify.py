@@ -129,8 +129,7 @@ def certify(
     if settings.speed:
         speeds = compare_speed(old, new, vocab=tokenizer.vocab_size, context=context, on_progress=advance)
     return Certificate(
-        model=described[0],
-        original=described[1],
+        *described,
         machine=Machine(processor_name(), torch.get_num_threads()),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         max_loss=settings.max_loss,

@@ -82,6 +82,7 @@ class TeacherAnswer:
     """One answer. ``fault`` is empty, or says why it is not learned; it may have been paid for all the same.
 
     Attributes:
+        created: the second in which the server says that it answered, as a Unix time.
         usage: ``prompt_tokens`` and ``completion_tokens``; empty where the server did not say.
     """
 
@@ -89,6 +90,7 @@ class TeacherAnswer:
     reasoning: str = ""
     finish_reason: str = ""
     response_id: str = ""
+    created: int | None = None
     model: str = ""
     usage: Mapping[str, int] = field(default_factory=dict)
     fault: str = ""
@@ -339,6 +341,7 @@ def read_answer(content: bytes, content_type: str, model: str) -> TeacherAnswer:
     usage, reported = _usage(table.get("usage")), table.get("model")
     facts: dict[str, Any] = {
         "response_id": _text(table.get("id"))[:_MAX_DETAIL],
+        "created": created if type(created := table.get("created")) is int and 0 <= created < _MAX_COUNT else None,
         "model": _text(reported)[:_MAX_DETAIL],
         "usage": usage,
     }

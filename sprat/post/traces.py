@@ -50,6 +50,7 @@ _CLASS_PROBLEMS = 100  # of a class that does not say how many it has
 log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
+Response = tuple[str, int | None, int | None, str]  # id, time, tokens of the prompt, text
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class AnswerBook:
 
         What was no answer then may be one now, since a server can be mended; only what was cut off will be so again.
         """
-        self._lock, self._responses = threading.Lock(), dict[tuple[str, str], str]()
+        self._lock, self._responses = threading.Lock(), dict[Response, str]()
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
@@ -119,10 +120,9 @@ class AnswerBook:
         key = question.key(self.teacher, self.config)
         with self._lock:
             fault = answer.fault
-            if not fault and answer.response_id:
-                earlier = self._responses.get((answer.response_id, answer.text), key)
-                fault = SENT_BEFORE if earlier != key else ""
             row = _row(question, key, sample, answer, fault, self.config)
+            if not fault and answer.response_id and self._responses.get(_response(row), key) != key:
+                row["fault"] = fault = SENT_BEFORE
             atomic.append_line(self.path, json.dumps(row, ensure_ascii=False))
             self._note(row)
             if fault:
@@ -169,7 +169,13 @@ class AnswerBook:
     def _note(self, row: Row) -> None:
         self.rows[row["key"], row["sample"]] = row
         if row["response_id"] and not row["fault"]:
-            self._responses.setdefault((row["response_id"], row["messages"][-1]["content"]), row["key"])
+            self._responses.setdefault(_response(row), row["key"])
+
+
+def _response(row: Row) -> Response:
+    """By what a response is known again: servers that number their responses begin anew, or draw from a thousand."""
+    prompt_tokens = row["usage"].get("prompt_tokens")
+    return row["response_id"], row.get("created"), prompt_tokens, row["messages"][-1]["content"]
 
 
 def _row(question: Question, key: str, sample: int, answer: TeacherAnswer, fault: str, config: TracesConfig) -> Row:
@@ -190,6 +196,7 @@ def _row(question: Question, key: str, sample: int, answer: TeacherAnswer, fault
         "fault": fault,
         "finish_reason": answer.finish_reason,
         "response_id": answer.response_id,
+        "created": answer.created,
         "model": answer.model,
         "usage": dict(answer.usage),
         "nano_yuan": cost,

@@ -295,3 +295,22 @@ def test_a_question_without_room_does_not_end_the_others(teacher_folder: Path, d
     run = collect_traces(str(teacher_folder), folder, TEACH.traces, data=data)
     assert run.facts["unanswered"] == {"too long for the teacher": TEACH.traces.samples}
     assert run.facts["answers"] == 20 * TEACH.traces.samples
+
+
+def test_ids_that_repeat_do_not_make_answers_of_one_word_one_response(data: Path, folder: Path) -> None:
+    """Ollama draws the number of a response out of 999: many short answers share id and text, but not the time."""
+    seconds = iter(range(1_700_000_000, 1_700_001_000))
+
+    def answer(body: dict[str, Any], before: int) -> Any:
+        return reply(completion("yes", id="chatcmpl-7", created=next(seconds)))
+
+    with fake_teacher(answer) as fake:
+        run = collect_traces(fake.url, folder, CONFIG, data=data, limits=QUICK)
+    assert run.facts["kept"] == 20 and run.facts["rejected"] == {}
+
+
+def test_a_response_that_is_sent_again_is_known_by_its_time_too(data: Path, folder: Path) -> None:
+    with fake_teacher(lambda body, before: reply(completion("yes", id="chatcmpl-7", created=1_700_000_000))) as fake:
+        limits = Limits(concurrency=1, max_faults=1.0)
+        run = collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+    assert run.facts["kept"] == 1 and run.facts["rejected"] == {"the very response of another question": 19}
