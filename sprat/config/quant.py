@@ -88,7 +88,7 @@ def load_quantize_config(
         raise ConfigError(f"no method {method!r}", where="--method", todo=f"use one of {', '.join(METHODS)}")
     base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
     chosen = override(dict(table or {}), overrides)
-    decided = method is not None or base.needs_text or {"rounding", "awq", "clip"} & chosen.keys()
+    decided = method is not None or base.needs_text or base.clip == "mse" or {"rounding", "awq", "clip"} & chosen.keys()
     settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
     merged = merge_tables(override(base.model_dump(mode="json"), settled), dict(table or {}))
     config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from sprat.config.model import ModelConfig
-from sprat.errors import ConfigError, MachineError
+from sprat.errors import ConfigError, MachineError, SpratError
 from sprat.files import atomic, digest
 from sprat.files.json import read_json, write_json
 from sprat.formats import compressed_tensors, fp8, gguf, hf
@@ -73,12 +73,15 @@ def export_model(source: str | Path, out: str | Path, form: Form) -> None:
         write_manifest(out, form, facts)
     else:
         with new_folder(out) as folder:
-            write_form(model, tokenizer, folder, form)
+            write_form(model, tokenizer, folder, form, where=out)
             write_manifest(folder, form, facts)
 
 
-def write_form(model: Transformer, tokenizer: Tokenizer, out: Path, form: Form) -> None:
+def write_form(model: Transformer, tokenizer: Tokenizer, out: Path, form: Form, *, where: Path | None = None) -> None:
     """Write what ``form`` says to the folder or file ``out``, without a manifest.
+
+    Args:
+        where: what warnings and errors name, if ``out`` is a name for the time being.
 
     Raises:
         CheckpointError, MachineError: see ``export_model``.
@@ -92,7 +95,7 @@ def write_form(model: Transformer, tokenizer: Tokenizer, out: Path, form: Form) 
     else:
         tensors = hf.disk_tensors(config, model.state_dict())
     if form.format == "fp8":
-        tensors, quantization = fp8.encode_tensors(tensors, str(out))
+        tensors, quantization = fp8.encode_tensors(tensors, str(where or out))
     hf.write_folder(config, tensors, out, quantization=quantization)
     generation = read_json(out / GENERATION_CONFIG_FILE) or {}
     tokenizer.save(out)
@@ -210,6 +213,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             machine_error = MachineError(what, where=str(out), todo="give another folder")
         if machine_error is not None:
             raise machine_error from None
+        if isinstance(error, SpratError) and str(temporary) in error.where:
+            where = error.where.replace(str(temporary), str(out))  # the name that the user gave
+            raise type(error)(error.what, where=where, todo=error.todo) from None
         raise
 
 

@@ -261,6 +261,10 @@ def weight_files(folder: Path) -> list[Path]:
         files = {folder / Path(file).name for file in table.values()}
     for file in sorted(files):
         if not file.is_file():
+            pickled = sorted(path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
+            if pickled:
+                todo = "save the model again as safetensors (save_pretrained of transformers does), or fetch those"
+                raise CheckpointError(f"{pickled[0]} is a pickle, which is not read", where=str(folder), todo=todo)
             raise CheckpointError("a weight file is missing", where=str(file), todo="fetch or save the model again")
     return sorted(files)
 

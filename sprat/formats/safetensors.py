@@ -129,6 +129,13 @@ class Shards:
             raise _corrupt(entry.file, str(error.strerror or error)) from None
 
 
+def refuse_lfs_pointer(head: bytes, file: Path) -> None:
+    """Raise CheckpointError where ``file``, whose first bytes are ``head``, only says where Git LFS keeps it."""
+    if head[:8] == b"version ":  # of https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+        todo = "fetch the file itself: git lfs pull, in its folder"
+        raise CheckpointError("a pointer of Git LFS, not the weights", where=str(file), todo=todo)
+
+
 def remove_other_weights(folder: Path) -> None:
     """Take away what of an earlier model in ``folder`` would be read with, or instead of, a new ``model.safetensors``.
 
@@ -162,6 +169,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(8)
+            refuse_lfs_pointer(head, file)
             if len(head) < 8:
                 raise _corrupt(file, "it is too short")
             (length,) = struct.unpack("<Q", head)

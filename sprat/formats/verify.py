@@ -70,7 +70,7 @@ def verify_export(path: str | Path, *, against: str | Path | None = None) -> lis
             model, tokenizer = load(find_model(against), dequantize=form.format in ("dense", "fp8"))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the export has said it
-                write_form(model, tokenizer, again, form)
+                write_form(model, tokenizer, again, form, where=path)
             del model
             findings += _compare(path, again)
     return findings

@@ -31,7 +31,8 @@ from sprat.eval.divergence import Window, compare_on_text, compare_routing, cut_
 from sprat.eval.intervals import relative_loss
 from sprat.eval.speed import ROUNDS, compare_speed
 from sprat.files import digest
-from sprat.formats.load import load, locate
+from sprat.formats.hf import weight_files
+from sprat.formats.load import find_model, load
 from sprat.formats.memory import check_available_memory
 from sprat.machine import processor_name
 from sprat.model import Transformer
@@ -39,6 +40,7 @@ from sprat.pipeline.pipeline import load_task
 from sprat.quant import size_bytes
 from sprat.tasks import HeldOutTask, Problem, Task, held_out_problems, load_user_task
 from sprat.tokens import Tokenizer
+from sprat.tokens.tokenizer import first_difference
 
 MAX_BATCH = 32  # requests at once
 OPENING_TOKENS = 32  # of a long continuation
@@ -100,6 +102,7 @@ def certify(
     """
     asked = _tasks(settings, recipe)
     texts, missing = _texts(settings)
+    described = _describe(model), _describe(original)
     pair = _load_pair(model, original)
     tokenizer, context = pair.tokenizer, min(pair.before.config.context, pair.after.config.context)
     window, openings = min(settings.window, context), settings.prompts and settings.continuation
@@ -126,8 +129,7 @@ def certify(
     if settings.speed:
         speeds = compare_speed(old, new, vocab=tokenizer.vocab_size, context=context, on_progress=advance)
     return Certificate(
-        model=_describe(model),
-        original=_describe(original),
+        *described,
         machine=Machine(processor_name(), torch.get_num_threads()),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         max_loss=settings.max_loss,
@@ -143,7 +145,7 @@ def certify(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Both models, and the tokenizer that they share."""
+    """Both models, and the original's tokenizer, whose ids mean the same to both."""
 
     before: Transformer
     after: Transformer
@@ -171,18 +173,17 @@ def _load_pair(model: str | Path, original: str | Path) -> _Pair:
     before, tokenizer = load(original)
     check_available_memory(size_bytes(before), f"{model}, beside {original}")
     after, other = load(model)
-    if tokenizer.digest != other.digest:
+    if (token_id := first_difference(tokenizer, other)) is not None:
         todo = "give the model that it was made from"
-        raise CheckpointError("the two have different tokenizers", where=f"{model}, {original}", todo=todo)
+        what = f"the two have different tokenizers: id {token_id} is not the same"
+        raise CheckpointError(what, where=f"{model}, {original}", todo=todo)
     return _Pair(before.eval(), after.eval(), tokenizer)
 
 
 def _describe(path: str | Path) -> CertifiedModel:
-    """Size and digest of the files that hold the model."""
-    place = locate(path)
-    if place.is_dir() and not (place / "config.json").is_file():
-        place /= "artefact"
-    files = [place] if place.is_file() else [*sorted(place.glob("*.safetensors")), place / "config.json"]
+    """Size and digest of the files that ``load`` reads the model from."""
+    place = find_model(path)
+    files = [place] if place.is_file() else [*weight_files(place), place / "config.json"]
     digests = {file.name: digest.of_file(file.resolve()) for file in files}
     weights = [file for file in files if file.suffix != ".json"]
     return CertifiedModel(str(path), sum(file.stat().st_size for file in weights), digest.of_listing(digests))

@@ -182,14 +182,15 @@ def _collect(
     run.start_progress(len(book.rows) + len(missing), len(book.rows))
     if missing:
         ask(missing, book, on_progress)
-    rows = list(book.rows.values())
-    spent = [row["nano_yuan"] for row in rows if row["nano_yuan"] is not None]
-    tokens = sum(row["usage"].get("completion_tokens", 0) for row in rows)
+    paid = [*book.rows.values(), *book.replaced]
+    spent = [row["nano_yuan"] for row in paid if row["nano_yuan"] is not None]
+    tokens = sum(row["usage"].get("completion_tokens", 0) for row in paid)
     accepted, rejected, counts = traces.sift(book, list(by_key.values()), config.samples, task)
     run.add_facts(
         **questions.facts,
         questions=len(by_key),
-        answers=len(rows),
+        answers=len(book.rows),
+        asked_again=len(book.replaced),
         taken_over=taken_over,
         kept=len(accepted),
         rejected=counts,
@@ -200,5 +201,5 @@ def _collect(
         teacher_nano_yuan=sum(spent) if spent else None,
     )
     traces.write_rows(run.artifact / LOG_NAME, accepted)
-    traces.write_rows(run.artifact / traces.REJECTED_NAME, rejected)
+    traces.write_rows(run.artifact / traces.REJECTED_NAME, [*rejected, *book.replaced])
     run.finish(tokens=tokens)

@@ -38,6 +38,7 @@ from sprat.model import Transformer, flops_per_token
 from sprat.post.distill_losses import bucket_log_probs, head_divergence
 from sprat.post.dpo import row_keys
 from sprat.tokens import Tokenizer
+from sprat.tokens.tokenizer import first_difference
 from sprat.train import losses
 from sprat.trust.ledger import LEDGER_NAME
 from sprat.trust.run import Run, open_run
@@ -61,17 +62,15 @@ def check_same_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
     Raises:
         ConfigError: one does not.
     """
-    if teacher.digest == student.digest:
+    token_id = first_difference(teacher, student)
+    if token_id is None:
         return
     todo = "use --spans in place of --logits, or take a student with the teacher's tokenizer"
     if teacher.vocab_size != student.vocab_size:
         what = f"the teacher's tokenizer has {teacher.vocab_size} ids, the student's {student.vocab_size}"
         raise ConfigError(what, where="logits", todo=todo)
-    for token_id in range(teacher.vocab_size):
-        same = teacher.token_bytes(token_id) == student.token_bytes(token_id)
-        if not same or (token_id in teacher.control_ids) != (token_id in student.control_ids):
-            what = f"id {token_id} is {teacher.decode([token_id])!r} to the teacher and {student.decode([token_id])!r}"
-            raise ConfigError(f"{what} to the student", where="logits", todo=todo)
+    what = f"id {token_id} is {teacher.decode([token_id])!r} to the teacher and {student.decode([token_id])!r}"
+    raise ConfigError(f"{what} to the student", where="logits", todo=todo)
 
 
 def cache_logits(

@@ -42,6 +42,7 @@ from sprat.tokens.chat import Message
 CUT_OFF, EMPTY, NO_END = "cut off at max_tokens", "an empty answer", "no proper end"
 NOT_JSON, BROKEN_JSON, AN_ERROR = "no JSON", "broken JSON", "an error in place of an answer"
 NO_CHOICES, OTHER_MODEL, NO_USAGE = "no choices", "another model", "no usage"
+NO_TEXT, TOOL_CALL = "content that is no text", "a call of a tool"
 TOO_LARGE, NOT_TEXT, BAD_REASONING = "a response that is too large", "text that is no Unicode", "broken reasoning"
 _RETRIED = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 413, 422})  # of this question; others may be answered
@@ -81,6 +82,7 @@ class TeacherAnswer:
     """One answer. ``fault`` is empty, or says why it is not learned; it may have been paid for all the same.
 
     Attributes:
+        created: the second in which the server says that it answered, as a Unix time.
         usage: ``prompt_tokens`` and ``completion_tokens``; empty where the server did not say.
     """
 
@@ -88,6 +90,7 @@ class TeacherAnswer:
     reasoning: str = ""
     finish_reason: str = ""
     response_id: str = ""
+    created: int | None = None
     model: str = ""
     usage: Mapping[str, int] = field(default_factory=dict)
     fault: str = ""
@@ -338,6 +341,7 @@ def read_answer(content: bytes, content_type: str, model: str) -> TeacherAnswer:
     usage, reported = _usage(table.get("usage")), table.get("model")
     facts: dict[str, Any] = {
         "response_id": _text(table.get("id"))[:_MAX_DETAIL],
+        "created": created if type(created := table.get("created")) is int and 0 <= created < _MAX_COUNT else None,
         "model": _text(reported)[:_MAX_DETAIL],
         "usage": usage,
     }
@@ -347,16 +351,19 @@ def read_answer(content: bytes, content_type: str, model: str) -> TeacherAnswer:
     if not isinstance(choice, dict) or not isinstance(message, dict):
         return TeacherAnswer(fault=NO_CHOICES, **facts)
     reasoning = next((message[key] for key in ("reasoning_content", "reasoning") if message.get(key)), None)
+    if message.get("tool_calls") or message.get("function_call"):
+        facts["fault"] = TOOL_CALL  # what stands beside it is no answer to the question
     facts["finish_reason"] = _text(choice.get("finish_reason"))[:_MAX_DETAIL]
     try:
-        raw = message.get("content")
-        answer = assistant_message(_text(raw), _text(reasoning) or None, "content")
+        answer = assistant_message(_content(message.get("content")), _text(reasoning) or None, "content")
         f"{answer.content}{answer.reasoning}".encode()
         facts |= {"text": answer.content, "reasoning": answer.reasoning or ""}
+    except TypeError:
+        facts |= {"fault": NO_TEXT, "detail": json.dumps(message["content"])[:_MAX_DETAIL]}
     except Fault as fault:
         facts |= {"fault": BAD_REASONING, "detail": fault.reason}
     except UnicodeEncodeError:
-        return TeacherAnswer(fault=NOT_TEXT, **facts)
+        facts |= {"fault": NOT_TEXT}
     return TeacherAnswer(**{**facts, "fault": _fault(facts, model)})
 
 
@@ -383,6 +390,19 @@ def _is_version(reported: str, model: str) -> bool:
 def _text(value: Any) -> str:
     """A string as it is; all else is nothing said."""
     return value if isinstance(value, str) else ""
+
+
+def _content(value: Any) -> str:
+    """The text of a message, which is a string or a list of parts of text.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(_text(part.get("text")) for part in value)
+    if value is not None and not isinstance(value, str):
+        raise TypeError
+    return value or ""
 
 
 def _usage(value: Any) -> dict[str, int]:

@@ -29,8 +29,8 @@ from typing import Any, Protocol
 
 from sprat.config.teach import TracesConfig
 from sprat.data.prompts import Prompt, normalize
-from sprat.engine import Engine, Sampling
-from sprat.errors import DataError, ServeError, TrainingError
+from sprat.engine import Engine, Output, Sampling
+from sprat.errors import DataError, EngineError, ServeError, TrainingError
 from sprat.eval.tasks import problem_messages
 from sprat.files import atomic, digest
 from sprat.post.teachers import CUT_OFF, EMPTY, HTTPTeacher, Limits, TeacherAnswer, Unanswered
@@ -50,6 +50,7 @@ _CLASS_PROBLEMS = 100  # of a class that does not say how many it has
 log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
+Response = tuple[str, int | None, int | None, str]  # id, time, tokens of the prompt, text
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class AnswerBook:
     Attributes:
         teacher: the URL or the digest of who is asked.
         rows: by key of the question and number of the answer.
+        replaced: what an earlier session got in place of answers; these questions are asked again.
         unanswered: questions of this session to which no answer came, by kind.
         examples: of each kind of fault, what the first one said.
     """
@@ -93,28 +95,34 @@ class AnswerBook:
     teacher: str
     config: TracesConfig
     rows: dict[tuple[str, int], Row] = field(default_factory=dict)
+    replaced: list[Row] = field(default_factory=list)
     unanswered: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Read what an earlier session wrote; the end of a line that a power cut tore is dropped."""
-        self._lock, self._responses = threading.Lock(), dict[tuple[str, str], str]()
+        """Read what an earlier session wrote; the end of a line that a power cut tore is dropped.
+
+        What was no answer then may be one now, since a server can be mended; only what was cut off will be so again.
+        """
+        self._lock, self._responses = threading.Lock(), dict[Response, str]()
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             atomic.write_bytes(self.path, whole)
         for row in _parse_lines(whole, self.path):
-            self._note(row)
+            if row["fault"] in ("", CUT_OFF):
+                self._note(row)
+            else:
+                self.replaced.append(row)
 
     def add(self, question: Question, sample: int, answer: TeacherAnswer) -> None:
         """Write an answer down; it is on the disk when this returns. Any thread may call it."""
         key = question.key(self.teacher, self.config)
         with self._lock:
             fault = answer.fault
-            if not fault and answer.response_id:
-                earlier = self._responses.get((answer.response_id, answer.text), key)
-                fault = SENT_BEFORE if earlier != key else ""
             row = _row(question, key, sample, answer, fault, self.config)
+            if not fault and answer.response_id and self._responses.get(_response(row), key) != key:
+                row["fault"] = fault = SENT_BEFORE
             atomic.append_line(self.path, json.dumps(row, ensure_ascii=False))
             self._note(row)
             if fault:
@@ -161,7 +169,13 @@ class AnswerBook:
     def _note(self, row: Row) -> None:
         self.rows[row["key"], row["sample"]] = row
         if row["response_id"] and not row["fault"]:
-            self._responses.setdefault((row["response_id"], row["messages"][-1]["content"]), row["key"])
+            self._responses.setdefault(_response(row), row["key"])
+
+
+def _response(row: Row) -> Response:
+    """By what a response is known again: servers that number their responses begin anew, or draw from a thousand."""
+    prompt_tokens = row["usage"].get("prompt_tokens")
+    return row["response_id"], row.get("created"), prompt_tokens, row["messages"][-1]["content"]
 
 
 def _row(question: Question, key: str, sample: int, answer: TeacherAnswer, fault: str, config: TracesConfig) -> Row:
@@ -182,6 +196,7 @@ def _row(question: Question, key: str, sample: int, answer: TeacherAnswer, fault
         "fault": fault,
         "finish_reason": answer.finish_reason,
         "response_id": answer.response_id,
+        "created": answer.created,
         "model": answer.model,
         "usage": dict(answer.usage),
         "nano_yuan": cost,
@@ -253,30 +268,42 @@ def ask_engine(engine: Engine, config: TracesConfig) -> Teacher:
         by_question = dict[int, tuple[Question, list[int]]]()
         for question, sample in missing:
             by_question.setdefault(id(question), (question, []))[1].append(sample)
-        groups = list(by_question.values())
-        for start in range(0, len(groups), _LOCAL_BATCH):
-            batch = groups[start : start + _LOCAL_BATCH]
-            outputs = engine.generate([list(question.prompt) for question, _ in batch], sampling)
+        pending = list(by_question.values())
+        batches = [pending[start : start + _LOCAL_BATCH] for start in range(0, len(pending), _LOCAL_BATCH)]
+        while batches:
+            batch = batches.pop(0)
+            try:
+                outputs = engine.generate([list(question.prompt) for question, _ in batch], sampling)
+            except EngineError as error:  # refused before anything was computed
+                if error.where != "prompt":
+                    raise
+                if len(batch) > 1:
+                    half = len(batch) // 2
+                    batches[:0] = [batch[:half], batch[half:]]
+                else:
+                    for _ in batch[0][1]:
+                        book.add_unanswered(Unanswered("too long for the teacher", error.what))
+                continue
             for number, (question, samples) in enumerate(batch):
                 for sample in samples:
-                    output = outputs[number * config.samples + sample]
-                    fault = "" if output.text.strip() else EMPTY
-                    usage = {
-                        "prompt_tokens": output.usage.prompt_tokens,
-                        "completion_tokens": output.usage.completion_tokens,
-                    }
-                    answer = TeacherAnswer(
-                        text=output.text,
-                        reasoning=output.reasoning,
-                        finish_reason=output.finish_reason,
-                        model=book.teacher,
-                        usage=usage,
-                        fault=CUT_OFF if output.finish_reason != "stop" or not output.closed else fault,
-                    )
+                    answer = _local_answer(outputs[number * config.samples + sample], book.teacher)
                     book.add(question, sample, answer)
                     on_progress(len(book.rows), total)
 
     return ask
+
+
+def _local_answer(output: Output, teacher: str) -> TeacherAnswer:
+    """What a local teacher said, and whether that is an answer."""
+    fault = "" if output.text.strip() else EMPTY
+    return TeacherAnswer(
+        text=output.text,
+        reasoning=output.reasoning,
+        finish_reason=output.finish_reason,
+        model=teacher,
+        usage={"prompt_tokens": output.usage.prompt_tokens, "completion_tokens": output.usage.completion_tokens},
+        fault=CUT_OFF if output.finish_reason != "stop" or not output.closed else fault,
+    )
 
 
 def _parse_lines(content: bytes, path: Path) -> list[Row]:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sprat.config import Rounding
 from sprat.config.quant import ActivationOrder
+from sprat.errors import DataError
 from sprat.quant.int4 import (
     EXTREME_DIVISORS,
     Grid,
@@ -74,6 +75,9 @@ def gptq_quantize(
 
     Args:
         hessian_EII: ``X^T X``, symmetric; where it is zero the matrix is rounded to the nearest.
+
+    Raises:
+        DataError: the damping is too small for what the text says.
     """
     experts, rows, width = weight_ENI.shape
     size = scheme.group or width
@@ -166,12 +170,20 @@ def _reordered(hessian_EII: Tensor, order_EI: Tensor) -> Tensor:
 
 
 def _inverse_cholesky(hessian_EII: Tensor, order_EI: Tensor, damping: float) -> Tensor:
-    """Upper ``U`` (float32) with ``U^T U = H^-1``, of the damped Hessian with its channels in ``order_EI``."""
+    """Upper ``U`` (float32) with ``U^T U = H^-1``, of the damped Hessian with its channels in ``order_EI``.
+
+    Raises:
+        DataError: the damped Hessian is not positive.
+    """
     hessian = _reordered(hessian_EII, order_EI).double()
     diagonal_EI = hessian.diagonal(dim1=-2, dim2=-1)
     diagonal_EI += damping * diagonal_EI.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     # Read backwards, a lower factor is an upper one: H = R R^T with R upper, so H^-1 = R^-T R^-1.
-    upper = torch.linalg.cholesky(hessian.flip(-1, -2)).flip(-1, -2)
+    upper, fault_E = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
+    if bool(fault_E.any()):
+        what = f"what the text says of its {hessian.shape[-1]} input channels is too little for so small a damping"
+        raise DataError(what, where="damping", todo="raise it (0.01 is usual), or calibrate on more text")
+    upper = upper.flip(-1, -2)
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(upper.shape[-1], dtype=upper.dtype), upper=True)
     return inverse.float()
 

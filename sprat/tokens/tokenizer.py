@@ -454,3 +454,14 @@ def _byte_alphabet() -> dict[str, int]:
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
     return {chr(byte): byte for byte in shown} | {chr(256 + position): byte for position, byte in enumerate(hidden)}
+
+
+def first_difference(first: Tokenizer, second: Tokenizer) -> int | None:
+    """The least id that is not the same bytes, and a control token or not, in both; None where there is none."""
+    if first.digest == second.digest:
+        return None
+    for token_id in range(min(first.vocab_size, second.vocab_size)):
+        same = first.token_bytes(token_id) == second.token_bytes(token_id)
+        if not same or (token_id in first.control_ids) != (token_id in second.control_ids):
+            return token_id
+    return None if first.vocab_size == second.vocab_size else min(first.vocab_size, second.vocab_size)

@@ -112,7 +112,12 @@ class _Reader:
 
     def read(self) -> Header:
         """The whole header."""
-        if self.take(4) != MAGIC:
+        if (head := self.take(4)) != MAGIC:
+            if head == b"vers":
+                from sprat.formats.safetensors import refuse_lfs_pointer
+
+                self.stream.seek(0)
+                refuse_lfs_pointer(self.stream.read(8), self.path)
             raise self.broken("it does not begin with GGUF")
         version = self.number("I")
         if version not in VERSIONS:

@@ -90,6 +90,16 @@ def test_the_rounding_of_a_recipe_file_holds(
         assert all(word in done.stderr for word in ("GPTQ needs text", "--calibrate", "nearest"))
 
 
+def test_a_recipe_whose_scales_read_text_is_not_made_gptq(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.toml", tmp_path / "small"
+    recipe.write_text('rounding = "nearest"\nclip = "mse"\n')
+    words = ["quantize", str(model_folder), "--out", str(out), "--recipe", str(recipe), "--calibrate", str(text)]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["rounding"] == "nearest"
+    assert {packed.rounding for packed in quant.quantized_weights(sprat.load(out)[0]).values()} == {"nearest"}
+
+
 def test_awq_on_the_users_text_writes_down_what_it_did(model_folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     words = ["quantize", str(model_folder), "--method", "awq", "--calibrate", str(text), "--out", str(out)]
@@ -132,6 +142,10 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
             "few_tokens=refuse",
             "--set",
             "expert_tokens=99999",
+        ],
+        ("damping", "raise it"): [
+            *(str(model_folder), "--calibrate", str(text), "--out", str(out)),
+            *("--set", "damping=1e-14", "--set", "calibration_tokens=512", "--set", "few_tokens=all"),
         ],
         ("overwrite",): [str(model_folder), "--out", str(model_folder)],
     }

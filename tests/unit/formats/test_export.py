@@ -10,9 +10,9 @@ import pytest
 
 import sprat
 from sprat.config.sizes import size
-from sprat.errors import CheckpointError, ConfigError
+from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.formats import gguf
-from sprat.formats.export import Form, export_model
+from sprat.formats.export import Form, export_model, new_folder
 from sprat.formats.verify import verify_export
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -109,6 +109,17 @@ def test_a_dense_model_is_not_packed_and_nothing_is_left(source: Path, tmp_path:
     with pytest.raises(CheckpointError, match="sprat quantize"):
         export_model(source, tmp_path / "out", Form("pack-quantized"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_names_the_folder_that_the_user_gave(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size), 0)  # no side of 128
+    sprat.save(small, tokenizer, tmp_path / "small")
+    with pytest.raises(CheckpointError, match="whole blocks") as raised:
+        export_model(tmp_path / "small", tmp_path / "small-fp8", Form("fp8"))
+    assert raised.value.where == str(tmp_path / "small-fp8")
+    with pytest.raises(DataError) as late, new_folder(tmp_path / "mine") as folder:
+        raise DataError("no room", where=str(folder / "config.json"))
+    assert str(late.value) == f"no room ({tmp_path / 'mine' / 'config.json'})."
 
 
 def test_a_tokenizer_without_merges_is_named(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def garble(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 INDEX = "model.safetensors.index.json"
 FAULTS: list[tuple[Callable[[Path], object], str]] = [
     (drop, "experts.5.up_proj.weight' is missing"),
@@ -103,6 +105,11 @@ FAULTS: list[tuple[Callable[[Path], object], str]] = [
     (garble, "not readable as JSON"),
     (lambda folder: (folder / "config.json").unlink(), "config.json"),
     (lambda folder: (folder / "model.safetensors").unlink(), "weight file is missing"),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle",
+    ),
+    (lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER), "pointer of Git LFS.*git lfs pull"),
     (lambda folder: (folder / "model.safetensors").rename(folder / INDEX).write_text("{}"), "weight_map"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sprat.pipeline.certify import CertifySettings, certify
 from sprat.pipeline.recipe import load_recipe
 from sprat.quant import quantize_model
 from sprat.tokens import Tokenizer
+from tests.gguf_files import write
 from tests.lucky import lucky_shape, lucky_tokenizer
 from tests.unit.eval.conftest import TEXT, learn_text
 
@@ -85,6 +87,33 @@ def test_two_swapped_experts_fail(place: Path) -> None:
                 weight.copy_(weight[[1, 0, *range(2, len(weight))]])
     found = certify(saved(place, "swapped", model, tokenizer), place / "original", settings(place), RECIPE)
     assert found.failed == ["text text.jsonl"]
+
+
+def test_the_same_ids_in_another_file_are_the_same_tokenizer(place: Path, tmp_path: Path) -> None:
+    """As in a GGUF file, which names pieces and merges and no tokenizer.json."""
+    folder = tmp_path / "copy"
+    shutil.copytree(place / "original", folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**table, "truncation": None, "version": "1.0"}, indent=7))
+    assert sprat.load(folder)[1].digest != sprat.load(place / "original")[1].digest
+    found = certify(folder, place / "original", settings(place), RECIPE)
+    assert found.failed == [] and found.texts[0].kl_max == 0
+
+
+def test_the_files_that_were_measured_are_those_that_are_named(place: Path, tmp_path: Path) -> None:
+    """Of a run that exported a GGUF file it is that one; beside the one file of weights others are not read."""
+    model, tokenizer = sprat.load(place / "original")
+    artefact = tmp_path / "run" / "artefact"
+    artefact.mkdir(parents=True)
+    file = write(model, artefact / "model.gguf", kind=lambda _: "F32", split=False)
+    folder = tmp_path / "copy"
+    shutil.copytree(place / "original", folder)
+    (folder / "consolidated.safetensors").write_bytes(b"not read")
+    quick = settings(place)
+    found = certify(folder, folder, quick, RECIPE)
+    assert found.model.bytes == (folder / "model.safetensors").stat().st_size
+    found = certify(tmp_path / "run", file, quick, RECIPE)
+    assert found.model.bytes == file.stat().st_size and found.model.digest == found.original.digest
 
 
 def test_what_cannot_be_compared_is_one_sentence(place: Path, tmp_path: Path) -> None:

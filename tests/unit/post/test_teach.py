@@ -258,3 +258,59 @@ def test_another_student_costs_no_answer(
 def test_a_teacher_that_never_ends_is_one_sentence(teacher_folder: Path, data: Path, folder: Path) -> None:
     with pytest.raises(TrainingError, match="not one answer of the teacher can be learned: 20 cut off"):
         collect_traces(str(teacher_folder), folder, TracesConfig(max_tokens=1), data=data)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        reply({"error": {"code": 502, "message": "upstream"}}),
+        reply(completion("", choices=[{"message": {"content": None}, "finish_reason": "stop"}])),
+        reply(completion("so", model="cheap")),
+    ],
+)
+def test_when_a_server_is_mended_the_same_command_goes_on(data: Path, folder: Path, broken: Any) -> None:
+    healthy = False
+
+    def answer(body: dict[str, Any], before: int) -> Any:
+        return honest(body, before) if healthy or body["messages"][-1]["content"] == "0" else broken
+
+    limits = Limits(concurrency=1, min_asked=10)
+    with fake_teacher(answer) as fake:
+        with pytest.raises(ServeError, match="start the same command again"):
+            collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+        before, healthy = len(fake.log), True
+        run = collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+        counts = Counter(fake.log)
+    assert run.facts["kept"] == 20 and run.facts["asked_again"] == before - 1
+    assert counts.pop("0") == 1 and len(fake.log) == 20 + before - 1
+    written = [row for name in ("traces", "rejected") for row in lines(run.artifact / f"{name}.jsonl")]
+    assert len(written) == len(fake.log)
+    assert run.facts["teacher_nano_yuan"] == sum(row["nano_yuan"] or 0 for row in written)
+
+
+def test_a_question_without_room_does_not_end_the_others(teacher_folder: Path, data: Path, folder: Path) -> None:
+    context = load(teacher_folder)[0].config.context
+    with data.open("a") as stream:
+        stream.write(json.dumps({"question": "7 " * context}) + "\n")
+    run = collect_traces(str(teacher_folder), folder, TEACH.traces, data=data)
+    assert run.facts["unanswered"] == {"too long for the teacher": TEACH.traces.samples}
+    assert run.facts["answers"] == 20 * TEACH.traces.samples
+
+
+def test_ids_that_repeat_do_not_make_answers_of_one_word_one_response(data: Path, folder: Path) -> None:
+    """Ollama draws the number of a response out of 999: many short answers share id and text, but not the time."""
+    seconds = iter(range(1_700_000_000, 1_700_001_000))
+
+    def answer(body: dict[str, Any], before: int) -> Any:
+        return reply(completion("yes", id="chatcmpl-7", created=next(seconds)))
+
+    with fake_teacher(answer) as fake:
+        run = collect_traces(fake.url, folder, CONFIG, data=data, limits=QUICK)
+    assert run.facts["kept"] == 20 and run.facts["rejected"] == {}
+
+
+def test_a_response_that_is_sent_again_is_known_by_its_time_too(data: Path, folder: Path) -> None:
+    with fake_teacher(lambda body, before: reply(completion("yes", id="chatcmpl-7", created=1_700_000_000))) as fake:
+        limits = Limits(concurrency=1, max_faults=1.0)
+        run = collect_traces(fake.url, folder, CONFIG, data=data, limits=limits)
+    assert run.facts["kept"] == 1 and run.facts["rejected"] == {"the very response of another question": 19}

@@ -59,6 +59,15 @@ def test_reasoning_is_kept_apart_wherever_a_server_puts_it(changes: dict[str, An
     assert (said.text, said.reasoning, said.fault) == (text, reasoning, "")
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+
+
+def test_an_answer_in_parts_of_text_is_one() -> None:
+    parts = [{"type": "text", "text": "it is "}, {"type": "text", "text": "4"}]
+    answer = teachers.read_answer(json.dumps(completion("", **choice(parts))).encode(), "application/json", "wise")
+    assert (answer.text, answer.fault) == ("it is 4", "")
+
+
 @pytest.mark.parametrize(
     ("body", "fault"),
     [
@@ -66,6 +75,14 @@ def test_reasoning_is_kept_apart_wherever_a_server_puts_it(changes: dict[str, An
         (completion("", **choice("4", "content_filter")), teachers.NO_END),
         (completion("", **choice("4", None)), teachers.NO_END),
         (completion("", **choice(None)), teachers.EMPTY),
+        (completion("", **choice([{"type": "image_url", "image_url": {"url": "x"}}])), teachers.NO_TEXT),
+        (completion("", **choice({"text": "4"})), teachers.NO_TEXT),
+        (
+            completion(
+                "", choices=[{"message": {"content": "Let me see", "tool_calls": [CALL]}, "finish_reason": "stop"}]
+            ),
+            teachers.TOOL_CALL,
+        ),
         (completion("", **choice(" \n")), teachers.EMPTY),
         (completion("", **choice("<think>2 and")), teachers.BAD_REASONING),
         (completion("", **choice("4 \ud800")), teachers.NOT_TEXT),

@@ -12,7 +12,7 @@ from torch import Tensor
 from sprat import quant
 from sprat.config import QuantConfig
 from sprat.config.sizes import size
-from sprat.errors import CheckpointError, ConfigError
+from sprat.errors import CheckpointError, ConfigError, DataError
 from sprat.formats import quantized
 from sprat.model import Transformer
 from sprat.quant.calibration import calibrate, hessian
@@ -202,3 +202,10 @@ def test_no_text_or_a_sick_model_is_one_sentence() -> None:
         sick.layers[1].input_layernorm.weight[0] = torch.nan  # type: ignore[union-attr,operator,index]
     with pytest.raises(CheckpointError, match="not finite"):
         quant.quantize_model(sick, GPTQ, calibration_BT=text(64, 1))
+
+
+def test_a_damping_that_is_too_small_is_one_sentence() -> None:
+    x_MI = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))  # of 64 channels three directions are heard
+    weight_ENI = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(DataError, match="damping"):
+        gptq_quantize(weight_ENI, (x_MI.T @ x_MI)[None], Scheme(), GPTQSettings(damping=1e-12))

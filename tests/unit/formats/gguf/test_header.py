@@ -101,3 +101,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_header(tmp_path / "nowhere.gguf")
     with pytest.raises(CheckpointError, match="directory"):
         read_header(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    """https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md"""
+    file = tmp_path / "model.gguf"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n")
+    with pytest.raises(CheckpointError, match="pointer of Git LFS.*git lfs pull"):
+        read_header(file)
