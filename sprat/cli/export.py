@@ -19,7 +19,7 @@ _KIND_HELP = "How a GGUF file holds its matrices."
 Kind = Annotated[Literal["f32", "f16", "q8_0", "q4_0"], typer.Option("--kind", help=_KIND_HELP)]
 _PRE_HELP = "llama.cpp's name of how text is cut, where none cuts as this tokenizer does: superbpe is nearest."
 Pre = Annotated[str | None, typer.Option("--pre", metavar="NAME", help=_PRE_HELP)]
-_FORMAT_HELP = "How a folder holds its matrices: as they are, INT4/INT8 (compressed-tensors), or DeepSeek's FP8 blocks."
+_FORMAT_HELP = "How a folder holds its matrices: in float32, INT4/INT8 (compressed-tensors), or DeepSeek's FP8 blocks."
 FolderFormat = Annotated[Literal["dense", "pack-quantized", "fp8"], typer.Option("--format", help=_FORMAT_HELP)]
 _ADAPTER_HELP = "A folder in PEFT's layout: adapter_config.json, adapter_model.safetensors."
 _DEQUANTIZE_HELP = "Merge into what a quantised model stands for, in float32."

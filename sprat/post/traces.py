@@ -129,7 +129,7 @@ class AnswerBook:
                 self.examples.setdefault(fault, answer.detail)
 
     def add_unanswered(self, error: Unanswered) -> None:
-        """Count a question to which no answer came; it will be asked again when the command is."""
+        """Count a question to which no answer came; a run that did not finish asks it again when it goes on."""
         with self._lock:
             self.unanswered[error.kind] += 1
             self.examples.setdefault(error.kind, error.detail)
