@@ -31,7 +31,7 @@ from sprat.config.model import LoRAConfig
 from sprat.errors import CheckpointError, ConfigError, MachineError
 from sprat.files.atomic import replace_file
 from sprat.formats.hf import disk_names
-from sprat.formats.safetensors import Shards, read_json_object
+from sprat.formats.safetensors import Shards, read_json_object, sort_metadata
 from sprat.model import Transformer
 from sprat.model.lora import (
     ALL_LINEAR,
@@ -121,6 +121,7 @@ def save_peft(model: Transformer, path: str | Path, *, base_model: str | None = 
     try:
         with replace_file(folder / CONFIG) as config_file, replace_file(folder / WEIGHTS) as weights_file:
             save_file(tensors, weights_file, metadata={"format": "pt", _BASE_KEY: _base_digest(model)})
+            sort_metadata(weights_file)
             config_file.write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise MachineError(

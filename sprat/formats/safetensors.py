@@ -147,6 +147,20 @@ def remove_other_weights(folder: Path) -> None:
             path.unlink()
 
 
+def sort_metadata(file: Path) -> None:
+    """Put the metadata in the header of ``file`` in order: safetensors writes them in another one every time.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object at ``path``, a file of a model's folder.
 

@@ -164,7 +164,7 @@ def main() -> None:
                 if before in ("training", "artefact"):
                     faults.append({"run": runs, "forgot": number.name, "share": share, "phase": before})
                 too_late += 1
-                seconds, end_seconds = (seconds, 0.8 * end_seconds) if at_end else (0.9 * seconds, end_seconds)
+                seconds, end_seconds = (seconds, 0.7 * end_seconds) if at_end else (0.7 * seconds, end_seconds)
                 break
             where = {"at_end": at_end, "share": round(share, 4), "phase": before}
             stops.append({"run": runs, "signal": number.name, "code": code, **where})

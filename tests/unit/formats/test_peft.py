@@ -359,3 +359,12 @@ def test_another_base_of_the_same_shape_is_said(shape: ModelConfig, kind: dict[s
     merge_lora(merged)  # what the adapter is in already is another base as well
     with pytest.warns(UserWarning, match="trained on other weights than this base has"):
         load_peft(merged, tmp_path)
+
+
+def test_the_same_adapter_is_the_same_file(tmp_path: Path) -> None:
+    model = Transformer.create(DENSE, 1)
+    add_lora(model, LoRAConfig(rank=2))
+    for number in range(12):  # one of two orders each time, if nobody sees to it
+        save_peft(model, tmp_path / str(number))
+    assert len({(tmp_path / str(number) / WEIGHTS).read_bytes() for number in range(12)}) == 1
+    load_peft(Transformer.create(DENSE, 1), tmp_path / "0")
