@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -38,6 +38,9 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="FOLDER", hel
 _ADAPTERS_HELP = "A LoRA adapter (PEFT) for requests that give NAME as their model; may be repeated."
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help=_ADAPTERS_HELP)]
 ApiKey = Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", envvar="SPRAT_API_KEY", help=_KEY_HELP)]
+
+_TEMPLATE_HELP = "A model whose own template cannot be followed: refuse it, or accept it in another format."
+ChatTemplate = Annotated[Literal["refuse", "accept"], typer.Option("--chat-template", help=_TEMPLATE_HELP)]
 
 
 def fetch(
@@ -138,6 +141,7 @@ def serve(
     prices: Prices = None,
     api_key: ApiKey = None,
     adapter: Adapters = None,
+    chat_template: ChatTemplate = "refuse",
 ) -> Result:
     """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
     from sprat.serve import ServeConfig, meter, server
@@ -152,6 +156,7 @@ def serve(
         max_tokens=max_tokens,
         examples=tuple(examples),
         max_history_turns=max_turns,
+        chat_template=chat_template,
     )
     server.run(model, config, adapters=_parse_adapters(adapter or []), on_ready=print_err)
     return Result({"model": str(model), "host": host, "port": port, "stopped": True})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
@@ -33,6 +33,8 @@ class ServeConfig(Config):
         examples: questions that the page offers.
         max_history_turns: how many past exchanges the page sends along; 0 for a model that was taught single questions,
             None for no limit. Requests made otherwise are not touched.
+        chat_template: "refuse" a model whose own template cannot be followed, since it would be asked in a format that
+            it has not learned, or "accept" it, in the format that stands in its place.
 
     Raises:
         ServeError: a setting is unknown or out of its bounds, or a key cannot stand in a header.
@@ -62,6 +64,7 @@ class ServeConfig(Config):
     header_timeout_seconds: float = Field(10.0, gt=0)
     examples: tuple[str, ...] = ()
     max_history_turns: int | None = Field(None, ge=0)
+    chat_template: Literal["refuse", "accept"] = "refuse"
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated again; the keys, which no dump has, stay."""

@@ -137,7 +137,8 @@ def run(
         on_ready: called once with the address when requests are answered.
 
     Raises:
-        ServeError: the port cannot be had, the network is asked for without a key, or an adapter has the model's name.
+        ServeError: the port cannot be had, the network is asked for without a key, an adapter has the model's name, or
+            the model's chat template cannot be followed (see ``ServeConfig.chat_template``).
         MachineError: FastAPI or uvicorn is missing.
         CheckpointError, ConfigError: the folder holds no model, or an adapter's is of another.
     """
@@ -151,6 +152,9 @@ def run(
         from sprat.formats.load import load
 
         model, tokenizer = load(model_folder)
+        if (mismatch := tokenizer.chat_format.mismatch) and config.chat_template == "refuse":
+            what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"
+            raise ServeError(what, where=str(model_folder), todo="mend the template, or say --chat-template accept")
         app = create_app(
             Engine(model, tokenizer, adapters=adapters, frozen=True, consume=True),
             config.replace(served_model_name=config.served_model_name or Path(model_folder).resolve().name),

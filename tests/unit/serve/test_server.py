@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,8 +15,11 @@ import httpx
 import pytest
 
 from sprat.errors import ServeError
-from sprat.serve import ServeConfig
+from sprat.formats.load import save
+from sprat.model import Transformer
+from sprat.serve import ServeConfig, server
 from sprat.serve.server import bind_socket, run, socket_url
+from tests.lucky import lucky_shape, lucky_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -43,6 +47,24 @@ def test_a_busy_port_is_one_clear_sentence_before_the_model_is_loaded(tmp_path: 
 def test_a_wrong_address_is_one_clear_sentence(host: str, port: int) -> None:
     with pytest.raises(ServeError, match="port|host|listen"):
         bind_socket(ServeConfig(host=host, port=port))
+
+
+def test_a_template_that_cannot_be_followed_is_served_on_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = lucky_tokenizer()
+    save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    table = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    table["chat_template"] = "{{ messages | length }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+    served = list[object]()
+    monkeypatch.setattr(server, "serve", lambda app, listener, on_ready: served.append(app))
+    with pytest.raises(ServeError, match=r"template cannot be followed.*--chat-template accept"):
+        run(tmp_path, ServeConfig(port=0))
+    assert not served
+    run(tmp_path, ServeConfig(port=0, chat_template="accept"))
+    assert len(served) == 1
 
 
 def test_port_0_takes_a_free_one_on_loopback() -> None:
