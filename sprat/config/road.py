@@ -107,8 +107,9 @@ class EvalStage(StageConfig):
 class ExportConfig(Config):
     """What is written."""
 
-    format: Literal["gguf", "hf"] = "gguf"
+    format: Literal["gguf", "hf", "pack-quantized", "fp8"] = "gguf"  # all but gguf are Hugging Face folders
     kind: Literal["f32", "f16", "q8_0", "q4_0"] = "q8_0"  # of a GGUF file's matrices
+    pre: str = ""  # how llama.cpp shall cut text, where it does not know the tokenizer
 
 
 class MergeConfig(Config):

@@ -38,6 +38,7 @@ from sprat.eval.task_files import evaluate_task_files
 from sprat.eval.text_file import evaluate_text_file
 from sprat.files.json import write_json
 from sprat.formats import gguf
+from sprat.formats.export import Form, write_form
 from sprat.formats.load import GGUF_FILE, load, locate, save
 from sprat.formats.peft import load_peft
 from sprat.model import Transformer
@@ -162,11 +163,13 @@ def _export(stage: StageConfig, settings: ExportConfig, out: Path) -> Run:
     path = locate(stage.model)
 
     def produce(folder: Path) -> dict[str, Any]:
-        model, tokenizer = load(path, dequantize=settings.format == "hf")
-        if settings.format == "hf":
-            save(model, tokenizer, folder)
+        model, tokenizer = load(path, dequantize=settings.format in ("hf", "fp8"))
+        if settings.format == "gguf":
+            form = Form("gguf", settings.kind, settings.pre or None)
+            write_form(model, tokenizer, folder / GGUF_FILE, form)
         else:
-            gguf.save(model, tokenizer, folder / GGUF_FILE, kind=settings.kind)
+            form = Form("dense" if settings.format == "hf" else settings.format)
+            write_form(model, tokenizer, folder, form, where=out)
         return {"size_bytes": sum(file.stat().st_size for file in folder.iterdir())}
 
     return _run_of_files(stage, settings, {"model": path}, out, produce)

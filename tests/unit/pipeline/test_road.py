@@ -12,6 +12,7 @@ from sprat.config.finetune import load_finetune_config
 from sprat.config.pretrain import load_pretrain_config
 from sprat.config.teach import load_teach_config
 from sprat.errors import CheckpointError, ConfigError
+from sprat.formats.export import MANIFEST, Form, export_model
 from sprat.formats.load import load, save
 from sprat.model import Transformer
 from sprat.pipeline.road import read_road, road, select, states
@@ -65,6 +66,13 @@ name = "merged"
 uses = "merge"
 model = "base"
 adapter = "chat"
+
+[[stages]]
+name = "packed"
+uses = "export"
+model = "small"
+[stages.set]
+format = "pack-quantized"
 """
 
 
@@ -107,6 +115,11 @@ def test_a_road_is_gone_once_and_what_verbs_made_is_found(place: Path, tmp_path:
     expected = load(out / "chat")[0](ids)
     for name in ("folder", "merged"):
         assert torch.allclose(load(out / name)[0](ids), expected, atol=1e-5)
+    for name, form in (("packed", Form("pack-quantized")), ("folder", Form())):  # as ``sprat export`` writes them
+        model = {"packed": "small", "folder": "chat"}[name]
+        export_model(out / model, tmp_path / name, form)
+        written = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != MANIFEST}
+        assert written == {file.name: file.read_bytes() for file in (out / name / "artefact").iterdir()}
     findings = verify(out)
     assert all(finding.ok for finding in findings), [str(finding) for finding in findings if not finding.ok]
     # another setting of one stage makes that and what follows it anew, and nothing else
