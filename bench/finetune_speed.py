@@ -10,11 +10,12 @@ of the first step on, which warms up. Rounds are interleaved, so that a busy nei
 medians over rounds of the ratio of one round.
 
 Bars: 1.3 times TRL with adapters, 1.15 times with all weights, for ``sprat sft`` as it ships: products in bfloat16
-where the processor has them, else in float32. Our float32 is shown beside it. That both train the same is checked
-first: the losses of four steps over one batch, in float32. Bars: 1e-3 relative with all weights; 1e-2 with adapters,
-which start at random. The share of the peak is of products alone, by what torch's largest float32 product reaches here.
+where the processor has them, else in float32 (``--float32`` shows that one beside it). That both train the same is
+checked first: the losses of four steps over one batch, in float32. Bars: 1e-3 relative with all weights; 1e-2 with
+adapters, which start at random. The share of the peak is of products alone, by what torch's largest float32 product
+reaches here.
 
-    python -m bench.finetune_speed [--quick] [--json] [--threads 2] [--rounds 5]
+    python -m bench.finetune_speed [--quick] [--json] [--threads 2] [--rounds 5] [--data short] [--float32]
 """
 
 # N tokens
@@ -294,19 +295,21 @@ def check_same(make: Callable[[str, list[Any]], Side], mode: str) -> dict[str, A
     return row | {"met": figure <= SAME[mode], "losses": listed}
 
 
-def measure(folder: Path, python: Path, threads: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """All rows: figures, bars, verdicts."""
+def measure(
+    folder: Path, python: Path, threads: int, rounds: int, quick: bool, datas: list[str], both: bool
+) -> list[dict[str, Any]]:
+    """All rows: figures, bars, verdicts; each is said on stderr when it is there."""
 
     def make(side: str, settings: list[Any]) -> Side:
         return Side(Path(sys.executable) if side == "ours" else python, side, folder, threads, settings)
 
-    rows, steps, flops = [], 3 if quick else 5, peak(threads)
+    rows, steps, flops = [], 3 if quick else 4, peak(threads)
     for mode in BARS:
         if mode == "full" or not quick:
             rows.append(check_same(make, mode))
-        for data in ("short",) if quick else MEANS:
+        for data in ("short",) if quick else datas:
             chosen = best_of_theirs(lambda settings: make("theirs", settings), data, mode, 3, quick)
-            dtypes = ("auto",) if quick else ("auto", "float32")
+            dtypes = ("auto", "float32") if both else ("auto",)
             sides = {dtype: make("ours", [mode, dtype]) for dtype in dtypes} | {"theirs": make("theirs", chosen)}
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
             for number in range(rounds):
@@ -329,6 +332,7 @@ def measure(folder: Path, python: Path, threads: int, rounds: int, quick: bool) 
                         for key in (name, "theirs")
                     ],
                 })  # fmt: skip
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -339,6 +343,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=0, help="interleaved rounds (default 5, quick 1)")
+    parser.add_argument("--data", choices=MEANS, help="of these lengths alone")
+    parser.add_argument("--float32", action="store_true", help="show ours in float32 as well")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -348,7 +354,8 @@ def main() -> int:
     python = make_trl()
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
-        rows = measure(Path(place), python, asked.threads, asked.rounds or (1 if asked.quick else 5), asked.quick)
+        rounds, datas = asked.rounds or (1 if asked.quick else 5), [asked.data] if asked.data else list(MEANS)
+        rows = measure(Path(place), python, asked.threads, rounds, asked.quick, datas, asked.float32)
     missed = [row for row in rows if not row["met"]]
     if asked.json:
         print(json.dumps({"threads": asked.threads, "rows": rows, "missed": len(missed)}))
