@@ -287,9 +287,9 @@ def _write(folder: Path, files: dict[str, Callable[[Path], object]]) -> None:
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.chmod(temporary, 0o644)
-        remove_other_weights(folder)
         for name, path in temporaries.items():
             os.replace(path, folder / name)
+        remove_other_weights(folder)
     finally:
         for path in temporaries.values():
             path.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def save(model: Transformer, folder: str | Path) -> None:
     table = {**model.config.to_hf(), "quantization_config": {"quant_method": METHOD, **named}}
     with atomic.replace_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": METHOD})
-        remove_other_weights(folder)
+    remove_other_weights(folder)
     write_json(folder / "config.json", table)
     write_json(folder / QUANT_CONFIG, {"method": METHOD, **quant_table})
 

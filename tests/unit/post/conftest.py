@@ -11,6 +11,7 @@ import torch
 
 from sprat.config import Config, OptimConfig, SFTConfig
 from sprat.config.model import ModelConfig
+from sprat.formats.load import save
 from sprat.model import Transformer
 from sprat.post.sft import sft
 from sprat.tokens import Tokenizer
@@ -75,3 +76,10 @@ def open_stage(tmp_path: Path) -> Callable[[str, Config], Run]:
         return open_run(tmp_path / name, stage=name, recipe=recipe, inputs={}, seed=0, ledger=tmp_path / "ledger.jsonl")
 
     return opened
+
+
+@pytest.fixture
+def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """The model in a folder."""
+    save(model, tokenizer, tmp_path / "base")
+    return tmp_path / "base"

@@ -25,12 +25,6 @@ ROWS = [{"prompt": str(number), "completion": "7"} for number in range(40)]
 
 
 @pytest.fixture
-def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    save(model, tokenizer, tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -29,12 +29,6 @@ def config(**changes: Any) -> FinetuneConfig:
 
 
 @pytest.fixture
-def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    save(model, tokenizer, tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(n), "completion": "7"}) + "\n" for n in range(40)))

@@ -11,12 +11,9 @@ import pytest
 from sprat.config.finetune import FinetuneConfig
 from sprat.config.teach import TracesConfig
 from sprat.errors import ConfigError
-from sprat.formats.load import save
-from sprat.model import Transformer
 from sprat.post.collect import collect_traces
 from sprat.post.finetune import finetune
 from sprat.post.teachers import Limits
-from sprat.tokens import Tokenizer
 from sprat.trust.verify import verify
 from tests.unit.post.fake_teacher import completion, fake_teacher, reply
 
@@ -38,12 +35,6 @@ class Others(Doubles):
     def score(self, problem, answer):
         return 1.0 - MARK
 """
-
-
-@pytest.fixture
-def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    save(model, tokenizer, tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture

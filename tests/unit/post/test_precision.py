@@ -14,21 +14,12 @@ from safetensors.torch import load_file
 
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.errors import MachineError
-from sprat.formats.load import save
-from sprat.model import Transformer
 from sprat.post.finetune import finetune
-from sprat.tokens import Tokenizer
 from sprat.train import machine
 from sprat.trust.verify import verify
 
 SETTINGS: dict[str, Any] = {"steps": 3, "batch_rows": 4, "seq_len": 32, "optim": {"adam_lr": 0.01, "warmup_steps": 0}}
 SETTINGS |= {"eval": {"samples": 0}}
-
-
-@pytest.fixture
-def base(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    save(model, tokenizer, tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture
