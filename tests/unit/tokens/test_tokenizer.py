@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sprat.errors import ConfigError, DataError
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat_formats import SPRAT_SPECIAL_TOKENS
+from sprat.tokens.tokenizer import first_difference
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog; it's said that 12 foxes don't jump.\n\n    def f(x):\n        pass\n",
@@ -194,3 +195,12 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))
     with pytest.raises(DataError, match="no end token"):
         Tokenizer.load(tmp_path)
+
+
+def test_the_first_id_that_means_another_thing_is_found(own: Tokenizer) -> None:
+    other = Tokenizer.train(["zebra quartz jinx vex zephyr quick buzz\n" * 40], own.vocab_size)
+    ids = [json.loads(each.files()["tokenizer.json"])["model"]["vocab"] for each in (own, other)]
+    written = [{number: text for text, number in vocabulary.items()} for vocabulary in ids]
+    expected = min(n for n in written[0].keys() | written[1].keys() if written[0].get(n) != written[1].get(n))
+    assert first_difference(own, other) == first_difference(other, own) == expected > 0
+    assert first_difference(own, Tokenizer.train(TEXTS, 600)) is None
