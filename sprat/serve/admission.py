@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sprat.errors import EngineError, SpratError
+from sprat.serve.errors import RequestError
 from sprat.serve.meter import Cost, Meter
-from sprat.serve.protocol import RequestError, usage_body
+from sprat.serve.protocol import usage_body
 
 if TYPE_CHECKING:
     from sprat.engine.sampling_params import Sampling

@@ -21,7 +21,8 @@ from starlette.responses import Response
 from sprat.serve.admission import AdmissionPool
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
-from sprat.serve.protocol import ChatRequest, RequestError, parse_chat_request
+from sprat.serve.errors import RequestError
+from sprat.serve.protocol import ChatRequest, parse_chat_request
 from sprat.serve.responses import EventStreamResponse, full_response, stream_events
 
 if TYPE_CHECKING:

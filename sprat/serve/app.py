@@ -69,7 +69,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    from sprat.serve.protocol import RequestError
+    from sprat.serve.errors import RequestError
     from sprat.serve.responses import error_response
 
     async def on_refusal(request: Request, error: Exception) -> JSONResponse:

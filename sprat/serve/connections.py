@@ -23,7 +23,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol  # also beside httptools, which bounds no head
 
 from sprat.serve.config import ServeConfig
-from sprat.serve.protocol import RequestError
+from sprat.serve.errors import RequestError
 from sprat.serve.responses import error_response
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sprat.serve.api_keys import ApiKeys
-from sprat.serve.protocol import RequestError
+from sprat.serve.errors import RequestError
 
 PUBLIC_PATHS = ("/", "/healthz", "/openapi.json")  # what needs no key
 SECURITY_HEADERS = [

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sprat.serve.errors import RequestError
+
 if TYPE_CHECKING:
     from sprat.engine.sequence import Usage
 
@@ -28,37 +30,6 @@ _PLAIN_TEXT_ONLY = (
     "this server answers in plain text; leave it out, or ask from Python, where "
     "sprat.Sampling(response=sprat.engine.Response.json(schema)) keeps an answer to a form"
 )
-
-
-class RequestError(Exception):
-    """A request that cannot be answered; becomes an OpenAI-style error object.
-
-    Args:
-        status: HTTP status.
-        message: one sentence for the caller.
-        param: the field at fault, as a dotted path, or None.
-        code: a short machine-readable name.
-        kind: OpenAI's ``error.type``.
-        retry_after: seconds after which trying again makes sense, or None.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str = "invalid_value",
-        kind: str = "invalid_request_error",
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param = status, message, param
-        self.code, self.kind, self.retry_after = code, kind, retry_after
-
-    def body(self) -> dict[str, Any]:
-        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class _Strict(BaseModel):
@@ -234,7 +205,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
 
     >>> parse_chat_request(b'{"model": "m", "messages": [{"role": "user", "content": "1 + 1"}], "temprature": 0}')
     Traceback (most recent call last):
-    sprat.serve.protocol.RequestError: unknown field 'temprature'; did you mean 'temperature'?
+    sprat.serve.errors.RequestError: unknown field 'temprature'; did you mean 'temperature'?
     """
     try:
         return ChatRequest.model_validate_json(body)

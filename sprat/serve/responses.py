@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sprat.serve.admission import StreamingRequest
-from sprat.serve.protocol import ChatRequest, RequestError
+from sprat.serve.errors import RequestError
+from sprat.serve.protocol import ChatRequest
 
 KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprat.engine.sequence import Usage
-from sprat.serve.protocol import RequestError, parse_chat_request, usage_body
+from sprat.serve.errors import RequestError
+from sprat.serve.protocol import parse_chat_request, usage_body
 
 GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "1 + 1"}]}
 

@@ -1,0 +1,105 @@
+"""What serving needs of an engine, wherever that runs: in a thread of this process, or in a process of its own.
+
+All of it is called from the event loop and never blocks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from sprat.errors import SpratError
+
+if TYPE_CHECKING:
+    from sprat.engine.core import Stats
+    from sprat.engine.sampling_params import Sampling
+    from sprat.engine.sequence import Tenant
+
+
+class EngineDied(SpratError):
+    """The engine's process ended while it had the request, or is not up."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine can: ``context`` tokens of one request, ``cache_tokens`` of all, ``max_num_seqs`` at a time."""
+
+    context: int
+    cache_tokens: int
+    max_num_seqs: int
+    vocab_size: int
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Answers to one prompt: ``prompt_ids``, and the settings of each answer (each with a seed of its own)."""
+
+    prompt_ids: Sequence[int]
+    samplings: Sequence[Sampling]
+    tenant: Tenant
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """What happens to a job; ``choice`` is the place in ``Job.samplings``.
+
+    ``started`` comes once for a job, when its first answer begins, with ``prompt_tokens`` and ``cached_tokens``. Then
+    pieces of text, where log-probabilities are wanted those of the tokens that came since the last piece
+    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. No event follows the last one.
+
+    Attributes:
+        stop: the stop string that ended it, if one did.
+    """
+
+    kind: Literal["started", "reasoning", "content", "done"]
+    choice: int = 0
+    text: str = ""
+    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    finish_reason: Literal["", "stop", "length", "cancelled"] = ""
+    stop: str = ""
+
+
+class JobStream(Protocol):
+    """A running job."""
+
+    def __aiter__(self) -> AsyncIterator[JobEvent]:
+        """Its events. Raises SpratError (EngineError: the job was refused; EngineDied) in the place of the next one."""
+        ...
+
+    def cancel(self) -> None:
+        """End it soon; ``done`` of each choice still comes, with the exact counts. Harmless afterwards."""
+        ...
+
+
+class EngineClient(Protocol):
+    """An engine. ``alive`` turns false when its process has died, and true again when a new one is up."""
+
+    info: EngineInfo
+    alive: bool
+
+    async def start(self) -> None:
+        """Have it up. Raises SpratError: it cannot be (no model, no memory)."""
+        ...
+
+    async def stop(self) -> None:
+        """End it; jobs end as cancelled."""
+        ...
+
+    def submit(self, job: Job) -> JobStream:
+        """Take a job; what is wrong with it is raised by the stream."""
+        ...
+
+    async def stats(self) -> Stats:
+        """What it has done and holds; the last known where it is busy: never waits for a step."""
+        ...
+
+    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """Pooled hidden states of prompts: the mean over tokens of the last norm's output, scaled to length 1."""
+        ...

@@ -1,0 +1,36 @@
+"""A request that cannot be answered, whichever protocol it came by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; each protocol writes it in its own form, by default OpenAI's.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for the caller.
+        param: the field at fault, as a JSON path such as ``messages[0].content``, or None.
+        code: a short machine-readable name.
+        kind: OpenAI's ``error.type``.
+        retry_after: seconds after which trying again makes sense, or None.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
+        kind: str = "invalid_request_error",
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code, self.kind, self.retry_after = code, kind, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
