@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sprat.serve.engine_worker import EngineWorker
 
 RECEIVE_BYTES = 1 << 18
+SWITCH_SECONDS = 0.0005  # a step waits no longer for a thread that makes a request of a long prompt
 SEND_BUFFER_BYTES = 1 << 20  # a step is not held up by a server that is busy for a moment
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     """Serve until told to stop, or until the server is gone."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     _live_with(parent)
+    sys.setswitchinterval(SWITCH_SECONDS)
     connection = Connection(socket.socket(fileno=descriptor))
     messages = iter(connection)
     worker = _start_worker(connection, next(messages, {}))

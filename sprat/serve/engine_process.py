@@ -267,8 +267,9 @@ class ProcessEngineClient:
                 try:
                     process = await self._launch()
                     break
-                except SpratError as error:
-                    reason, quick_deaths = error, quick_deaths + 1
+                except (SpratError, OSError) as error:
+                    quick_deaths += 1
+                    reason = error if isinstance(error, SpratError) else _died(f"the engine cannot be started: {error}")
             log.warning("the engine is up again")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -196,7 +197,8 @@ class CompilingThreads:
     """Threads for what may take seconds: at most one for each tenant, in the order of their jobs."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="sprat-grammar")
+        count = min(MAX_COMPILING, max(2, (os.cpu_count() or 1) // 2))  # each keeps a core busy that steps need too
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="sprat-grammar")
         self._lock, self._stopped = threading.Lock(), False
         self._tasks: dict[str, deque[Callable[[], None]]] = {}  # of tenants that have a thread, or are next to get one
 

@@ -88,7 +88,7 @@ async def until_text(stream: JobStream) -> list[JobEvent]:
     return events
 
 
-def holds(events: list[JobEvent], choice: int, expected: Output) -> None:
+def assert_tells(events: list[JobEvent], choice: int, expected: Output) -> None:
     """The events of one choice tell the whole of ``expected``."""
     own = [event for event in events if event.choice == choice and event.kind != "started"]
     for kind, text in (("reasoning", expected.reasoning), ("content", expected.text)):
@@ -126,7 +126,7 @@ def test_the_events_of_an_answer_tell_what_the_engine_generates(side: Side, samp
     events = side.run(collect(side.client.submit(Job(ids, [sampling], ANNA))))
     assert [event.kind for event in events].count("started") == 1 and events[0].kind == "started"
     assert events[0].prompt_tokens == len(ids)
-    holds(events, 0, side.expected(ids, sampling))
+    assert_tells(events, 0, side.expected(ids, sampling))
 
 
 def test_several_answers_share_the_computation_of_their_prompt(side: Side) -> None:
@@ -146,7 +146,7 @@ def test_several_answers_share_the_computation_of_their_prompt(side: Side) -> No
     assert computed == len(ids) == events[0].prompt_tokens and events[0].cached_tokens == 0
     assert [event.kind for event in events].count("started") == 1
     for choice, sampling in enumerate(samplings):
-        holds(events, choice, side.expected(ids, sampling))
+        assert_tells(events, choice, side.expected(ids, sampling))
 
 
 def test_what_is_cached_is_said_at_the_beginning_and_only_to_its_tenant(side: Side) -> None:
@@ -167,7 +167,7 @@ def test_a_crowd_is_answered_as_everyone_alone(side: Side) -> None:
         return await asyncio.gather(*(collect(side.client.submit(job)) for job in jobs))
 
     for events, ids, sampling in zip(side.run(ask()), prompts, samplings, strict=True):
-        holds(events, 0, side.expected(ids, sampling))
+        assert_tells(events, 0, side.expected(ids, sampling))
 
 
 def test_cancelled_at_any_moment_the_counts_are_exact_and_nothing_is_held(side: Side) -> None:
@@ -232,12 +232,11 @@ def test_a_slow_grammar_delays_nobody_else(side: Side) -> None:
     form = Sampling(temperature=1, max_tokens=8, response=quick, thinking=False)
     ids = side.ids("what opens the door")
 
-    async def ask() -> tuple[float, float]:
+    async def ask() -> float:
         known = Job(ids, [form], ANNA)
         await collect(side.client.submit(known))
         running = side.client.submit(Job(ids, [endless(1)], ANNA))
         await until_text(running)
-        start = time.monotonic()
         slow = asyncio.create_task(collect(side.client.submit(Job(ids, [replace(form, response=SLOW)], ANNA))))
         others = [replace(form, response=Response.json({"multipleOf": n, **json.loads(SLOW.source)})) for n in (3, 5)]
         dropped = [side.client.submit(Job(ids, [other], ANNA)) for other in others]
@@ -246,7 +245,7 @@ def test_a_slow_grammar_delays_nobody_else(side: Side) -> None:
         for job in (plain, known, foreign):
             assert (await collect(side.client.submit(job)))[-1].finish_reason in ("stop", "length")
         assert len([await anext(running) for _ in range(5)]) == 5
-        unhindered = time.monotonic() - start
+        assert not slow.done()
         for stream in dropped:
             stream.cancel()
             assert [event.finish_reason for event in await collect(stream)] == ["cancelled"]
@@ -257,10 +256,9 @@ def test_a_slow_grammar_delays_nobody_else(side: Side) -> None:
         last = Job(ids, [replace(form, response=Response.regex("ke+p"))], ANNA)
         assert (await collect(side.client.submit(last)))[-1].kind == "done"
         await side.rests()
-        return unhindered, time.monotonic() - start
+        return time.monotonic() - start
 
-    unhindered, behind = side.run(ask())
-    assert unhindered < 2.5 and behind < 2.5
+    assert side.run(ask()) < 5  # two others would have taken 3 s each
 
 
 def test_settings_cross_the_wire_whole() -> None:
