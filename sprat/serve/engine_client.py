@@ -48,16 +48,18 @@ class JobEvent:
 
     ``started`` comes once for a job, when its first answer begins, with ``prompt_tokens`` and ``cached_tokens``. Then
     pieces of text, where log-probabilities are wanted those of the tokens that came since the last piece
-    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. No event follows the last one.
+    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. Where prompt_logprobs are
+    asked for, ``prompt`` comes for each choice before its text, with those of all its tokens (None for the first). No
+    event follows the last one.
 
     Attributes:
         stop: the stop string that ended it, if one did.
     """
 
-    kind: Literal["started", "reasoning", "content", "done"]
+    kind: Literal["started", "prompt", "reasoning", "content", "done"]
     choice: int = 0
     text: str = ""
-    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[tuple[int, float | None, tuple[tuple[int, float], ...]], ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

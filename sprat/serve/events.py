@@ -22,10 +22,13 @@ EndedBy = Literal["", "cancel", "disconnect", "shutdown"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first."""
+    """A token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first.
+
+    The first token of a prompt has none.
+    """
 
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...] = ()
 
 
