@@ -16,7 +16,7 @@ from typing import Literal
 
 from sprat.serve.errors import RequestError
 
-FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 EndedBy = Literal["", "cancel", "disconnect", "shutdown"]
 
 

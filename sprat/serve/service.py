@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sprat.errors import EngineError, SpratError
 from sprat.serve.admission import Admission, Place
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RENDER_THREADS = 2
+_T = TypeVar("_T")
 
 
 class Answer:
@@ -223,7 +224,7 @@ class Service:
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="sprat-prompt")
         self._on_usage = on_usage
 
-    async def run_in_thread[T](self, work: Callable[[], T]) -> T:
+    async def run_in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes the processor (writing and tokenising prompts) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
