@@ -5,7 +5,7 @@
 or ``Failed`` in the place of what did not come any more. A protocol is a translator of these events: into chunks where
 the caller streams, into one object (``collect``) where not. Both read the same events, so they cannot differ in text,
 reasoning, calls, finish reason or usage. Events of several choices are interleaved; those of one choice are in order:
-its reasoning, then its content, then its calls.
+its reasoning, then its content, then its calls, one after the other.
 """
 
 from __future__ import annotations

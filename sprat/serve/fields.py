@@ -67,9 +67,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are all different."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in result if names.count(name) > 1)
-        raise _invalid(f"an object says {shorten(twice)!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _invalid(f"an object says {shorten(name)!r} twice")
+            seen.add(name)
     return result
 
 
@@ -155,7 +157,7 @@ class Reader:
         self.body: dict[str, Any] = body if isinstance(body, dict) else {}
         self.path = path
         self._seen: set[str] = set()
-        self._children: list[Reader] = []
+        self._children: dict[str, Reader] = {}
         if not isinstance(body, dict):
             message = f"{path or 'the body'}: must be an object, not {_type_name(body)}"
             raise RequestError(400, message, param=path or None, code="invalid_type")
@@ -260,7 +262,7 @@ class Reader:
         where = join(self.path, name) if name else self.path
         return RequestError(400, f"{where}: {message}" if where else message, param=where or None, code=code)
 
-    def not_offered(self, name: str, what: str = "this") -> RequestError:
+    def not_offered(self, name: str, what: str = "it") -> RequestError:
         """A refusal of what is known and not had here."""
         return self.error(name, f"this server does not offer {what}; leave it out", code="not_offered")
 
@@ -268,12 +270,13 @@ class Reader:
         """Paths of what was ignored, here and in what was read of it: names that nobody read, and nulls, each once."""
         unread = [name for name, value in self.body.items() if name not in self._seen or value is None]
         names = [re.sub(r"\[\d+\]", "[]", join(self.path, name)) for name in unread]
-        return tuple(dict.fromkeys([*names, *(name for child in self._children for name in child.rest())]))
+        return tuple(dict.fromkeys([*names, *(name for child in self._children.values() for name in child.rest())]))
 
     def _child(self, value: Any, path: str) -> Reader:
-        child = Reader(value, path)
-        self._children.append(child)
-        return child
+        """The reader of an object in this one, the same whenever it is asked for."""
+        if path not in self._children:
+            self._children[path] = Reader(value, path)
+        return self._children[path]
 
     def _typed(self, name: str, types: tuple[type, ...], what: str) -> Any:
         """The value, of one of ``types``; no boolean is a number."""

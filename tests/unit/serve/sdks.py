@@ -1,4 +1,4 @@
-"""What the SDKs of others make of our bodies and streams: a server that replies what a test says, and random answers."""
+"""What others' SDKs make of our bodies and streams: a server that replies what a test says, and random answers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def answers(draw: st.DrawFn, *, with_logprobs: bool = False) -> list[Event]:
     elif calls:
         end = ChoiceFinished(0, "tool_calls")
     else:
-        end = ChoiceFinished(0, *draw(st.sampled_from([("stop",), ("stop", "END"), ("length",), ("stop", "", "cancel")])))
+        end = ChoiceFinished(
+            0, *draw(st.sampled_from([("stop",), ("stop", "END"), ("length",), ("stop", "", "cancel")]))
+        )
     prompt, output = draw(st.integers(1, 10**6)), draw(st.integers(0, 10**6))
     cached, thought = draw(st.integers(0, prompt)), draw(st.integers(0, output))
     return [Started(prompt, cached), *parts[:cut], end, Finished(Usage(prompt, cached, output, thought), 0.5)]
