@@ -18,8 +18,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from sprat.serve import anthropic, openai_chat, openai_completions, openai_responses
-from sprat.serve.errors import RequestError
+from sprat.serve import (
+    anthropic,
+    anthropic_answers,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    openai_responses_answers,
+)
+from sprat.serve.errors import BrokenStream, RequestError
 from sprat.serve.events import Collector, Event, Failed, Finished, Started, Usage
 from sprat.serve.fields import header_list, parse_json
 from sprat.serve.generation import Generation
@@ -55,13 +62,30 @@ CHAT = Wire("chatcmpl-", lambda body: [openai_chat.parse_chat(body)], openai_cha
 COMPLETIONS = Wire(
     "cmpl-", openai_completions.parse_completion, openai_completions.whole, openai_completions.stream_events
 )
-MESSAGES = Wire("msg_", lambda body: [anthropic.parse_messages(body)], anthropic.whole, anthropic.stream_events)
+MESSAGES = Wire(
+    "msg_",
+    lambda body: [anthropic.parse_messages(body)],
+    lambda request, collector, head, _: anthropic_answers.whole(collector, message_id=head.id, model=head.model),
+    lambda request, batches, head, _: anthropic_answers.stream_events(
+        _each(batches), message_id=head.id, model=head.model
+    ),
+)
 RESPONSES = Wire(
     "resp_",
     lambda body: [openai_responses.parse_response(body)],
-    openai_responses.whole,
-    openai_responses.stream_events,
+    lambda request, collector, head, _: openai_responses_answers.whole(request, collector, head.id),
+    lambda request, batches, head, _: openai_responses_answers.stream_events(request, _each(batches), head.id),
 )
+
+
+async def _each(batches: Batches) -> AsyncIterator[Event | None]:
+    """Events one by one."""
+    async for batch in batches:
+        if batch is None:
+            yield None
+        else:
+            for event in batch:
+                yield event
 
 
 class ClientLeft(Exception):
@@ -111,6 +135,7 @@ class Exchange:
         self._watch: asyncio.Task[None] | None = None
         self._generations: Sequence[Generation] = ()
         self._id = wire.prefix + secrets.token_hex(12)
+        self.is_broken = False  # it ended with an error after it had begun
 
     async def respond(self, body: dict[str, Any], body_bytes: int) -> Response:
         """The response.
@@ -193,11 +218,15 @@ class Exchange:
             raise ClientLeft
         return self.wire.whole(first, collector, head, self._extension())
 
-    def _events(self) -> Batches:
+    async def _events(self) -> Batches:
         """The events of all answers as those of one."""
         if len(self.answers) == 1:
-            return self.answers[0].events(KEEP_ALIVE_SECONDS)
-        return _merged(self.answers, self._generations[0].n)
+            batches = self.answers[0].events(KEEP_ALIVE_SECONDS)
+        else:
+            batches = _merged(self.answers, self._generations[0].n)
+        async for batch in batches:
+            self.is_broken = bool(batch) and isinstance(batch[-1], Failed)
+            yield batch
 
 
 async def _merged(answers: Sequence[Answer], n: int) -> Batches:
@@ -250,6 +279,8 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in self._chunks:
                 await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+            if self._exchange.is_broken:
+                raise BrokenStream
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._exchange.close()

@@ -18,7 +18,6 @@ from sprat.serve.events import (
     CollectedChoice,
     Collector,
     Event,
-    Failed,
     Finished,
     Started,
     TextDelta,
@@ -36,6 +35,7 @@ from sprat.serve.openai_fields import (
     read_tool_choice,
     read_tools,
 )
+from sprat.serve.sse import json_text
 
 MAX_N = 8
 DONE = "data: [DONE]\n\n"
@@ -178,9 +178,9 @@ class ChunkWriter:
             tokens = event.logprobs
             split = (tokens, ()) if event.kind == "reasoning" else ((), tokens)
             logprobs = json.dumps(_logprobs(*split)) if self._generation.logprobs else "null"
-            return self._chunk(event.choice, f'{{"{name}": {json.dumps(event.text, ensure_ascii=False)}}}', logprobs)
+            return self._chunk(event.choice, f'{{"{name}": {json_text(event.text)}}}', logprobs)
         if isinstance(event, ToolCallDelta):
-            return self._chunk(event.choice, json.dumps({"tool_calls": [_call_delta(event)]}, ensure_ascii=False))
+            return self._chunk(event.choice, json_text({"tool_calls": [_call_delta(event)]}))
         if isinstance(event, Started):
             begin = '{"role": "assistant", "content": ""}'
             return "".join(self._chunk(choice, begin) for choice in range(self._generation.n))
@@ -228,5 +228,3 @@ async def stream_events(
         text = "".join(writer.write(event, extension() if event is last else None) for event in batch)
         if text:
             yield text
-        if isinstance(last, Failed):
-            raise last.error

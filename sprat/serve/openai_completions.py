@@ -5,7 +5,6 @@ tokens for it. Several prompts are one request; choice ``i * n + j`` is the j-th
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from sprat.serve.fields import Reader
 from sprat.serve.generation import Generation
 from sprat.serve.openai_chat import DONE, MAX_N, Extension, Head, usage_body
 from sprat.serve.openai_fields import read_sampling
+from sprat.serve.sse import server_sent
 
 MAX_PROMPTS, MAX_LOGPROBS = 64, 20
 
@@ -129,7 +129,7 @@ async def stream_events(
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
         null = {"usage": None} if head.include_usage else {}
-        return f"data: {json.dumps({**fields, 'choices': choices, **null, **more}, ensure_ascii=False)}\n\n"
+        return server_sent({**fields, "choices": choices, **null, **more})
 
     def row(index: int, text: str, logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
@@ -156,5 +156,4 @@ async def stream_events(
                 else:
                     yield chunk(choices, **last) + DONE
             elif isinstance(event, Failed):
-                yield f"data: {json.dumps(event.error.body())}\n\n"
-                raise event.error
+                yield server_sent(event.error.body())
