@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sprat.engine.stats import Stats
 
 
+TokenLogprob = tuple[int, float | None, tuple[tuple[int, float], ...]]  # an id, its own, the likeliest with theirs
+
+
 class EngineDied(SpratError):
     """The engine's process ended while it had the request, or is not up."""
 
@@ -59,7 +62,7 @@ class JobEvent:
     kind: Literal["started", "prompt", "reasoning", "content", "done"]
     choice: int = 0
     text: str = ""
-    logprobs: tuple[tuple[int, float | None, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
