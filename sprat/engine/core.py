@@ -73,6 +73,7 @@ class EngineCore:
                     self._steps += 1
                     self._sampled += len(result.sequences)
                     self._seconds += result.seconds
+                    self._sampled -= sum(not sequence.max_tokens for sequence in ended)
                     finished = self._finish(ended) if ended else []
                 self.speculation.update(step, result, accepted)
                 return finished

@@ -31,6 +31,7 @@ from sprat.engine.core import EngineCore
 from sprat.engine.request import Listener, Prompt, RequestBuilder, RequestHandle, eos_token_ids
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling_params import Sampling
+from sprat.engine.scoring import embedding
 from sprat.engine.sequence import DEFAULT_TENANT, Delta, EngineLimits, Output, Sequence, Tenant
 from sprat.engine.speculation import Speculation, SpeculationMode
 from sprat.engine.stats import Stats
@@ -214,6 +215,30 @@ class Engine:
         """
         sequences = self.prepare(prompt, [sampling or self.sampling()], tenant, adapter, cancel)
         return self._enqueue(sequences, streams=True)[0]
+
+    def embed(
+        self, prompts: GenericSequence[Prompt], adapter: str | None = None, *, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
+        """For each prompt the mean of the last norm's output over its tokens, scaled to length 1.
+
+        Whatever runs goes on meanwhile: prompts are computed in pieces, in the fair order and beside answers. They are
+        computed whole, also where their beginning is cached.
+
+        Raises:
+            EngineError: a prompt is empty, too long or none, there is no such adapter, or the engine was stopped.
+        """
+        how, builder = Sampling(temperature=0), self._request_builder
+        ids = [builder.tokenize(prompt, how) for prompt in prompts]
+        sequences = [builder.build(row, how, tenant=tenant, adapter=adapter, embeds=True) for row in ids]
+        handles = self._enqueue(sequences, streams=False)
+        try:
+            for handle in handles:
+                handle.result()
+            return [embedding(sequence) for sequence in sequences]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
 
     def add(
         self,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sprat.engine.stats import Stats
 
 
+TokenLogprob = tuple[int, float | None, tuple[tuple[int, float], ...]]  # an id, its own, the likeliest with theirs
+
+
 class EngineDied(SpratError):
     """The engine's process ended while it had the request, or is not up."""
 
@@ -48,17 +51,18 @@ class JobEvent:
 
     ``started`` comes once for a job, when its first answer begins, with ``prompt_tokens`` and ``cached_tokens``. Then
     pieces of text, where log-probabilities are wanted those of the tokens that came since the last piece
-    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. No event follows the last one.
-    A job that was cancelled early has ``done`` alone.
+    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. Where prompt_logprobs are
+    asked for, ``prompt`` comes for each choice before its text, with those of all its tokens (None for the first). No
+    event follows the last one. A job that was cancelled early has ``done`` alone.
 
     Attributes:
         stop: the stop string that ended it, if one did.
     """
 
-    kind: Literal["started", "reasoning", "content", "done"]
+    kind: Literal["started", "prompt", "reasoning", "content", "done"]
     choice: int = 0
     text: str = ""
-    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

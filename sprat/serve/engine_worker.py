@@ -24,7 +24,7 @@ from sprat.engine.sequence import Delta, Tenant
 from sprat.engine.sequence import Sequence as Request
 from sprat.engine.stats import Stats
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_client import EngineInfo, Job, JobEvent
+from sprat.serve.engine_client import EngineInfo, Job, JobEvent, TokenLogprob
 from sprat.serve.engine_jobs import Notice
 
 
@@ -37,6 +37,7 @@ class RunningJob:
         queued: the engine has its requests, and all events come from there.
         ended: nothing more is said of it.
         unfinished: choices that are not done.
+        scored: choices of which the prompt's log-probabilities were sent.
     """
 
     number: int
@@ -46,6 +47,7 @@ class RunningJob:
     queued: bool = False
     started: bool = False
     ended: bool = False
+    scored: set[int] = field(default_factory=set)
 
 
 class EngineWorker:
@@ -164,18 +166,24 @@ class EngineWorker:
             running.cancel.set()  # the other choices
             self._forget(running)
             self._notices.append((number, _as_sprat_error(delta)))
-        elif delta.kind == "started":
+            return
+        if delta.kind == "started":
             if not running.started:
                 running.started = True
                 prompt, cached = len(request.prompt_ids), request.num_cached
                 self._notices.append((number, JobEvent("started", prompt_tokens=prompt, cached_tokens=cached)))
-        elif delta.output is not None:
+            return
+        if request.sampling.prompt_logprobs and choice not in running.scored:
+            running.scored.add(choice)
+            if len(request.prompt_logprobs) == len(request.prompt_ids) - 1:  # it was not cancelled before
+                self._notices.append((number, JobEvent("prompt", choice, logprobs=_prompt_logprobs(request))))
+        if delta.output is not None:
             running.unfinished -= 1
             if not running.unfinished:
                 self._forget(running)
             self._notices.append((number, _done(choice, delta)))
         else:
-            self._notices.append((number, JobEvent(delta.kind, choice, delta.text)))  # PLACE: delta.logprobs
+            self._notices.append((number, JobEvent(delta.kind, choice, delta.text, delta.logprobs)))
 
     def _forget(self, running: RunningJob) -> None:
         """Nothing more is said of a job."""
@@ -190,7 +198,7 @@ class EngineWorker:
 
     def _embed(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> list[list[float]]:
         """In a thread of its own."""
-        raise EngineError("this engine makes no embeddings", where="embed", todo="ask another")  # PLACE: Engine.embed
+        return self.engine.embed([list(prompt) for prompt in prompts], adapter)
 
 
 class CompilingThreads:
@@ -231,6 +239,14 @@ class CompilingThreads:
                     self._threads.submit(self._run_next, name)
 
 
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...]:
+    """What the tokens of a prompt were worth; the first one stands behind nothing."""
+    first, *ids = request.prompt_ids
+    tops = request.prompt_top_logprobs or [[]] * len(ids)
+    rows = zip(ids, request.prompt_logprobs, tops, strict=True)
+    return ((first, None, ()), *((token, logprob, tuple(top)) for token, logprob, top in rows))
+
+
 def _done(choice: int, delta: Delta) -> JobEvent:
     """The last event of a choice."""
     output = delta.output
@@ -244,7 +260,7 @@ def _done(choice: int, delta: Delta) -> JobEvent:
         completion_tokens=usage.completion_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         finish_reason=output.finish_reason,
-        # PLACE: stop=output.stop
+        stop=output.stop,
     )
 
 
