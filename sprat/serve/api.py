@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from sprat.serve.admission import AdmissionPool
+from sprat.serve.admission_pool import AdmissionPool
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError

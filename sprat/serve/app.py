@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sprat.errors import ServeError
 from sprat.serve import meter
-from sprat.serve.admission import AdmissionPool, EngineLike
+from sprat.serve.admission_pool import AdmissionPool, EngineLike
 from sprat.serve.config import ServeConfig
 
 if TYPE_CHECKING:
