@@ -106,7 +106,7 @@ class Admission:
         *,
         max_num_seqs_per_tenant: int | None = None,
         max_num_queued_reqs_per_tenant: int | None = None,
-        expected_seconds: float = 2.0,
+        expected_seconds: float = 5.0,
         admit: Callable[[str, Generation | None], RequestError | None] | None = None,
         on_usage: Callable[[str, Usage], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -257,7 +257,7 @@ class Admission:
     def _retry_after(self, place: Place) -> float:
         """Seconds after which a seat should be free for a request that is refused now; takes the moment for it."""
         account, now = place.account, self.clock()
-        speed = self.max_num_seqs / max(self._queue.num_tenants, 1)  # places that work for this tenant
+        speed = self.max_num_seqs / max(self._queue.num_tenants, 1) / self._rate.margin()  # places for this tenant
         mean = account.waiting_tokens / account.num_waiting if account.num_waiting else place.tokens
         half_queue = account.waiting_seqs * self._rate.held_seconds(mean) / 2 / speed
         synchronous = max(self._rate.held_seconds() / 2 - self._rate.mean_age(), 0.0)  # all began a moment ago

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 MEMORY = 64  # departures after which an observation has faded to 1/e
+PRIOR = 0.3  # requests that the expectation weighs as much as
 LARGEST_RATIO = 4.0  # of the predicted time of a request to that of the mean one, whatever its tokens
 
 
@@ -19,7 +20,7 @@ class ServiceRate:
     """Measures how long requests hold their places.
 
     Args:
-        expected_seconds: what is believed before anything was seen; it weighs as much as one request.
+        expected_seconds: what is believed before anything was seen; it weighs little.
         clock: seconds; only differences count.
 
     >>> now = [0.0]
@@ -27,13 +28,13 @@ class ServiceRate:
     >>> start = rate.arrive(1)
     >>> now[0] = 9.0
     >>> rate.depart(1, start=start, tokens=10)
-    >>> rate.held_seconds()  # 1 + 9 seconds, 1 + 1 departures
-    5.0
+    >>> round(rate.held_seconds(), 2)  # 0.3 + 9 seconds, 0.3 + 1 departures
+    7.15
     """
 
     def __init__(self, expected_seconds: float, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._held_seconds, self._departures = expected_seconds, 1.0
+        self._held_seconds, self._departures = PRIOR * expected_seconds, PRIOR
         self._tokens, self._requests = 0.0, 0.0
         self._num_departures = 0
         self._expected_seconds = expected_seconds
@@ -66,6 +67,11 @@ class ServiceRate:
             return mean
         ratio = tokens * self._requests / self._tokens
         return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+
+    def margin(self) -> float:
+        """By what factor a place may be held longer than is thought: one standard error, of times that vary as the
+        exponential distribution does."""
+        return 1 + max(self._requests, 1.0) ** -0.5
 
     def mean_age(self) -> float:
         """For how many seconds the places in use have been held, on average; 0 where none is."""

@@ -81,7 +81,7 @@ class Crowd:
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize(
     ("places", "mean", "whole_seconds"),
-    [(1, 0.5, False), (4, 0.1, False), (4, 2, False), (4, 2, True), (8, 5, False), (32, 1, False)],
+    [(2, 0.5, False), (4, 0.1, False), (4, 2, False), (4, 2, True), (8, 5, False), (32, 1, False), (32, 10, False)],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_120_clients_at_once(service: str, places: int, mean: float, warm: bool, whole_seconds: bool) -> None:
