@@ -34,6 +34,7 @@ class Replies:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet
 
             def do_POST(self) -> None:
                 replies.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

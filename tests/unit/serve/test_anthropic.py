@@ -26,7 +26,7 @@ STREAM_EVENT = TypeAdapter(types.RawMessageStreamEvent)
 HEAD = {"message_id": "msg_1", "model": "m"}
 ASK: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"a": {}}}}
-random_answers = settings(deadline=None)
+random_answers = settings(deadline=None, max_examples=60)
 
 
 @pytest.fixture(scope="module")
