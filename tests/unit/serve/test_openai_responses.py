@@ -18,7 +18,7 @@ from sprat.serve.fields import parse_json
 from sprat.serve.openai_responses import parse_responses
 from sprat.serve.openai_responses_answers import echo, stream_events, whole
 from sprat.tokens.chat import Message
-from tests.unit.serve.sdks import Replies, answers, called, nothing_extra, replying, said, sent, streamed
+from tests.unit.serve.sdks import Replies, answers, called, nothing_extra, replying, said, sent, spoiled, streamed
 
 openai: Any = pytest.importorskip("openai")
 types: Any = pytest.importorskip("openai.types.responses")
@@ -189,3 +189,16 @@ def test_a_broken_stream_ends_as_failed(begun: bool, replies: Replies) -> None:
     last = events[-1]
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert (last.response.error.code, last.response.error.message) == ("server_error", "the engine is starting again")
+
+
+@given(spoiled(FULL | {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]}))
+@settings(deadline=None, max_examples=300)
+def test_whatever_is_sent_is_refused_by_its_path_or_answered_in_their_types(body: dict[str, Any]) -> None:
+    try:
+        generation = parse_responses(body)
+    except RequestError as error:
+        assert error.status == 400 and error.param and error.message.startswith(f"{error.param}: ")
+        return
+    assert generation.messages
+    events = [Started(1, 0), TextDelta(0, "content", "x"), ChoiceFinished(0, "stop"), END]
+    nothing_extra(types.Response.model_validate(whole_of(events, body), strict=True))
