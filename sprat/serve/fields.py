@@ -99,14 +99,13 @@ def _check(body: dict[str, Any], *, has_surrogates: bool) -> None:
         container, path, depth = stack.pop()
         if depth > MAX_DEPTH:
             raise _too_deep()
-        is_object = isinstance(container, dict)
-        for key, value in container.items() if is_object else enumerate(container):
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
             if isinstance(value, (dict, list)):
                 stack.append((value, join(path, key), depth + 1))
             elif has_surrogates and isinstance(value, str) and not _is_text(value):
                 where = join(path, key)
                 raise RequestError(400, f"{where}: holds half a surrogate pair, which is no text", param=where)
-            if has_surrogates and is_object and not _is_text(key):
+            if has_surrogates and isinstance(key, str) and not _is_text(key):
                 raise _invalid("a name holds half a surrogate pair, which is no text")
 
 

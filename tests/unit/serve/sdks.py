@@ -34,6 +34,7 @@ class Replies:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet
 
             def do_POST(self) -> None:
                 replies.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -162,3 +163,23 @@ def called(events: Sequence[Event]) -> list[tuple[str, str, str]]:
             call_id, name, arguments = calls.get(event.index, (event.id, event.name, ""))
             calls[event.index] = (call_id, name, arguments + event.arguments)
     return list(calls.values())
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, body: dict[str, Any]) -> dict[str, Any]:
+    """A body of which one value somewhere is another one, or which says one thing more."""
+    result: dict[str, Any] = json.loads(json.dumps(body))
+    *path, last = draw(st.sampled_from(_places(result)[1:]))
+    container: Any = result
+    for key in path:
+        container = container[key]
+    if isinstance(container, dict) and draw(st.booleans()):
+        last = draw(st.text(max_size=5))
+    container[last] = draw(_VALUES)
+    return result

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from sprat.serve.anthropic import parse_count_tokens, parse_messages
 from sprat.serve.anthropic_answers import error_body, stream_events, token_count, whole
 from sprat.serve.errors import RequestError
-from sprat.serve.events import ChoiceFinished, Failed, Finished, Started, TextDelta, Usage, collect
+from sprat.serve.events import ChoiceFinished, Failed, Finished, Started, TextDelta, ToolCallDelta, Usage, collect
 from sprat.serve.fields import parse_json
 from sprat.tokens.chat import Message
 from tests.unit.serve.sdks import Replies, answers, called, nothing_extra, replying, said, sent, streamed
@@ -26,7 +26,7 @@ STREAM_EVENT = TypeAdapter(types.RawMessageStreamEvent)
 HEAD = {"message_id": "msg_1", "model": "m"}
 ASK: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"a": {}}}}
-random_answers = settings(deadline=None)
+random_answers = settings(deadline=None, max_examples=60)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,18 @@ def test_an_answer_may_be_sent_back_as_the_sdk_has_it(replies: Replies, events: 
     assert [turn.tool_call_id for turn in tools] == [call_id for call_id, _, _ in calls]
     if events[-2].reason == "tool_calls":
         assert [json.loads(call.arguments) for call in assistant.tool_calls] == [json.loads(text) for *_, text in calls]
+
+
+def test_an_answer_cut_off_at_every_place_is_the_same_streamed_and_whole(replies: Replies) -> None:
+    parts: list[Any] = [TextDelta(0, "reasoning", letter) for letter in "Hm\u2028"]
+    parts += [TextDelta(0, "content", letter) for letter in "A \u00e9"]
+    for index, arguments in enumerate(('{"a": 12.5, "b": [true, "x\\u00e9"]}', '{"c": {"d": null}}')):
+        parts += [ToolCallDelta(0, index, id=f"call_{index}", name="add")]
+        parts += [ToolCallDelta(0, index, letter) for letter in arguments]
+    for cut in range(len(parts) + 1):
+        events = [Started(5, 2), *parts[:cut], ChoiceFinished(0, "length"), Finished(Usage(5, 2, cut, 0), 0.1)]
+        message = types.Message.model_validate(whole_of(events), strict=True)
+        assert read_stream(replies, events).model_dump(exclude_none=True) == message.model_dump(exclude_none=True)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from sprat.serve.anthropic import parse_messages
 from sprat.serve.errors import RequestError
 from sprat.serve.generation import ToolChoice
 from sprat.tokens.chat import Message, ToolCall
+from tests.unit.serve.sdks import spoiled
 
 ASK: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"a": {}}}}
+FULL: dict[str, Any] = {
+    **ASK, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["END"], "stream": True,
+    "metadata": {"user_id": "u"}, "thinking": {"type": "enabled", "budget_tokens": 2048}, "tools": [TOOL],
+    "tool_choice": {"type": "tool", "name": "add", "disable_parallel_tool_use": True},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+    "service_tier": "auto", "speed": None, "context_management": {"edits": []},
+}  # fmt: skip
 
 
 def test_a_whole_conversation_is_read_in_order() -> None:
@@ -51,14 +60,7 @@ def test_a_whole_conversation_is_read_in_order() -> None:
 
 
 def test_settings_become_the_engines() -> None:
-    body = {
-        **ASK, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["END"], "stream": True,
-        "metadata": {"user_id": "u"}, "thinking": {"type": "enabled", "budget_tokens": 2048}, "tools": [TOOL],
-        "tool_choice": {"type": "tool", "name": "add", "disable_parallel_tool_use": True},
-        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
-        "service_tier": "auto", "speed": None, "context_management": {"edits": []},
-    }  # fmt: skip
-    generation = parse_messages(body)
+    generation = parse_messages(FULL)
     assert generation.sampling == {"fit": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop": ("END",)}
     assert (generation.max_tokens, generation.stream, generation.user) == (9, True, "u")
     assert (generation.thinking, generation.max_think_tokens) == (True, 2048)
@@ -142,3 +144,14 @@ def test_what_cannot_be_done_is_refused_by_its_path(changes: dict[str, Any], par
     error = caught.value
     assert (error.status, error.param, error.code) == (400, param, code)
     assert error.message.startswith(f"{param}: ") and "\n" not in error.message
+
+
+@given(
+    spoiled(FULL | _user({"type": "text", "text": "Hi"}, {"type": "tool_result", "tool_use_id": "t", "content": []}))
+)
+@settings(deadline=None, max_examples=300)
+def test_whatever_is_sent_is_refused_by_its_path_or_understood(body: dict[str, Any]) -> None:
+    try:
+        assert parse_messages(body).messages
+    except RequestError as error:
+        assert error.status == 400 and error.param and error.message.startswith(f"{error.param}: ")
