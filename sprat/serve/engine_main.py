@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_wire import Message, Unpacker, pack, pack_error, pack_notices, unpack_job
+from sprat.serve.engine_wire import Message, Unpacker, pack, pack_error, pack_notices, unpack_job, unpack_prompts
 
 if TYPE_CHECKING:
     from sprat.engine import Engine
@@ -128,7 +128,7 @@ def _follow(worker: EngineWorker, connection: Connection, message: Message) -> N
     elif "stats" in message:
         connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
     elif "embed" in message:
-        future = worker.embed(message["prompts"], message["adapter"])
+        future = worker.embed(*unpack_prompts(message))
         future.add_done_callback(lambda done: _reply(connection, message["embed"], done))
 
 
