@@ -37,6 +37,7 @@ def create_app(
 
     from sprat.serve.api import AppState, add_routes
     from sprat.serve.api_keys import ApiKeys
+    from sprat.serve.error_handlers import add_error_handlers
     from sprat.serve.middleware import SecurityMiddleware
 
     pool = AdmissionPool(engine, meter.Meter(config.prices), max_concurrent_requests=config.max_concurrent_requests)
@@ -56,37 +57,13 @@ def create_app(
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.pool, app.state.config = pool, config
     hosts = (*config.allowed_hosts, config.host)
-    app.add_middleware(SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=hosts)
+    app.add_middleware(
+        SecurityMiddleware,
+        api_keys=ApiKeys(config.api_keys),
+        allowed_hosts=hosts,
+        allowed_origins=config.allowed_origins,
+        root_path=config.root_path,
+    )
     add_routes(app, state)
-
-    _add_error_handlers(app)
+    add_error_handlers(app)
     return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Make every error of ``app``, expected or not, an OpenAI-style error object."""
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-
-    from sprat.serve.errors import RequestError
-    from sprat.serve.responses import error_response
-
-    async def on_refusal(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestError)
-        return error_response(error)
-
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        code = str(error.detail).lower().replace(" ", "_")
-        response = error_response(RequestError(error.status_code, str(error.detail), code=code))
-        response.headers.update(error.headers or {})  # Allow, of a 405
-        return response
-
-    async def on_crash(request: Request, error: Exception) -> JSONResponse:
-        fault = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
-        return error_response(fault)
-
-    app.add_exception_handler(RequestError, on_refusal)
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_crash)
