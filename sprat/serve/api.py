@@ -8,6 +8,7 @@ in good order, so that the client still learns what it cost.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
 from sprat.serve.protocol import ChatRequest, parse_chat_request
-from sprat.serve.receive import read_body
 from sprat.serve.responses import EventStreamResponse, full_response, stream_events
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from sprat.engine.sampling_params import Sampling
     from sprat.tokens.chat import Message
+
+BODY_TIMEOUT_SECONDS = 30.0  # for the whole request body
 
 
 @dataclass
@@ -47,6 +49,32 @@ class AppState:
     def models(self) -> tuple[str, ...]:
         """What a request may name."""
         return (self.model_name, *self.adapters)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON body, read within ``limit`` bytes and ``BODY_TIMEOUT_SECONDS``.
+
+    Raises:
+        RequestError: 415 not JSON, 413 too large, 408 too slow.
+    """
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = "the body must be sent as Content-Type: application/json"
+        raise RequestError(415, message, param="Content-Type", code="unsupported_media_type")
+    too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(408, "the body came too slowly", code="timeout") from None
+    return bytes(body)
 
 
 def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> Sampling:

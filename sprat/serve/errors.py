@@ -12,8 +12,10 @@ from typing import Any
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    402: "billing_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -82,8 +84,16 @@ def error_body(error: RequestError, path: str, request_id: str = "") -> dict[str
     """
     if not is_anthropic_path(path):
         return error.body()
+    return anthropic_body(error, request_id)
+
+
+def anthropic_body(error: RequestError, request_id: str = "") -> dict[str, Any]:
+    """An error in Anthropic's form; a prompt that does not fit says so in the words by which their clients know it."""
     kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    message = error.message
+    if error.code == "context_length_exceeded" and "prompt is too long" not in message:
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id or None}
 
 
 def route_path(scope: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope, Send
 from sprat.serve.admission import StreamingRequest
 from sprat.serve.errors import RequestError
 from sprat.serve.protocol import ChatRequest
-from sprat.serve.receive import disconnected
 
 KEEP_ALIVE_SECONDS = 10.0  # a comment line in a silent stream
 
@@ -41,10 +40,22 @@ class EventStreamResponse(StreamingResponse):
             self.stream.cancel()
 
 
+def error_response(error: RequestError) -> JSONResponse:
+    """An error as its response, with ``Retry-After`` where trying again makes sense."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
 def _extension(stream: StreamingRequest, seed: int) -> dict[str, Any]:
     """The ``sprat`` object of a finished answer."""
     cost = stream.cost.to_dict() if stream.cost is not None else None
     return {"cost": cost, "seed": seed, "seconds": round(stream.seconds, 4)}
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    """Wait until the client has gone; its request has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def full_response(
@@ -52,7 +63,7 @@ async def full_response(
 ) -> Response:
     """Wait for the whole answer and send it as one JSON object; a client that leaves ends it at once."""
     text: dict[str, list[str]] = {"reasoning": [], "content": []}
-    disconnect_task = asyncio.create_task(disconnected(request))
+    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     disconnect_task.add_done_callback(lambda _: stream.cancel())
     try:
         async for delta in stream.deltas(KEEP_ALIVE_SECONDS):

@@ -35,7 +35,7 @@ def live(
     **settings: Any,
 ) -> Iterator[str]:
     """The address of a server around ``engine``, by the name of tiny; ``settings`` are those of ``ServeConfig``."""
-    serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", **settings})
+    serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", "shutdown_timeout_seconds": 0, **settings})
     app = create_app(engine, serve_config, adapters=adapters)
     with serving(app, serve_config) as address:
         yield address
@@ -43,7 +43,7 @@ def live(
 
 @contextmanager
 def serving(app: Any, serve_config: ServeConfig) -> Iterator[str]:
-    """The address of a server of any application whose state has a ``pool`` or a ``service``."""
+    """The address of a server of any application whose state has a ``pool``, or can be drained (``serving``)."""
     listener = bind_socket(serve_config)
     tls = tls_context(serve_config)
     started = threading.Event()

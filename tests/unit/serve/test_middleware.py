@@ -77,7 +77,8 @@ def test_on_anthropic_s_paths_it_is_in_anthropic_s_form(
     ("status", "kind"),
     [
         (400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
-        (404, "not_found_error"), (413, "request_too_large"), (415, "invalid_request_error"),
+        (402, "billing_error"), (404, "not_found_error"), (408, "timeout_error"),
+        (413, "request_too_large"), (415, "invalid_request_error"),
         (429, "rate_limit_error"), (500, "api_error"),
         (502, "api_error"), (503, "overloaded_error"), (504, "timeout_error"), (529, "overloaded_error"),
     ],
@@ -205,7 +206,7 @@ def test_what_could_be_read_in_two_ways_ends_the_connection(
 
 
 class Drained:
-    """The least that a server wants of an application's service."""
+    """The least that a server wants of an application."""
 
     async def drain(self, timeout: float) -> None:
         return None
@@ -219,7 +220,7 @@ def broken() -> Iterator[str]:
     """A server of two routes that do not end well."""
     config = ServeConfig(port=0)
     app = FastAPI()
-    app.state.service = Drained()
+    app.state.serving = Drained()
     app.add_middleware(SecurityMiddleware, api_keys=ApiKeys())
     add_error_handlers(app)
 

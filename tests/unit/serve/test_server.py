@@ -126,7 +126,7 @@ class Service:
         self.aborted = True
 
 app = FastAPI()
-app.state.service = service = Service()
+app.state.serving = service = Service()
 app.state.config = config = ServeConfig(port=0, shutdown_timeout_seconds=float(sys.argv[1]))
 
 @app.get("/health/ready")
