@@ -7,13 +7,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from sprat.engine.sampling_params import Sampling
-from tests.unit.serve.live import live
+from sprat.serve import ServeConfig
+from sprat.serve.server import raise_file_limit
+from tests.unit.serve.live import live, serving
 from tests.unit.serve.scripted import ScriptedEngine, within
 from tests.unit.serve.test_connections import POST, answered, connect, read_all
 
@@ -169,3 +172,47 @@ def test_a_large_answer_reaches_a_client_that_reads() -> None:
         answer = httpx.post(f"{address}/v1/chat/completions", content=request().split(b"\r\n\r\n")[1],
                             headers={"Content-Type": "application/json"}, timeout=60)  # fmt: skip
         assert answer.json()["choices"][0]["message"]["content"] == f"{WORD} " * 800
+
+
+class Watched:
+    """An application that answers once its caller has left, and counts those who have."""
+
+    def __init__(self) -> None:
+        self.state = SimpleNamespace(serving=self)
+        self.running, self.left = 0, list[float]()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        self.running += 1
+        if scope["path"] == "/stream":
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.left.append(time.monotonic())
+
+    async def drain(self, timeout: float) -> None:
+        return None
+
+    def abort(self) -> None:
+        return None
+
+
+def test_a_thousand_who_leave_at_once_are_noticed_within_a_second() -> None:
+    app = Watched()
+    raise_file_limit(4096)
+    with serving(app, ServeConfig(port=0)) as address, ExitStack() as stack:
+        callers = [stack.enter_context(connect(address)) for _ in range(1000)]
+        for number, caller in enumerate(callers):
+            path = b"/stream" if number % 2 else b"/whole"
+            caller.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            if number % 4 == 1:  # what it has not read makes of its leaving a reset
+                caller.recv(65536)
+        assert within(30, lambda: app.running == 1000)
+        for caller in callers:
+            caller.close()
+        closed = time.monotonic()
+        assert within(20, lambda: len(app.left) == 1000)
+    assert max(app.left) - closed < 1.0
