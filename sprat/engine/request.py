@@ -153,7 +153,7 @@ class RequestHandle:
         sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
         self._detokenizer: Detokenizer | None = None
         if sequence.detokenize:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             self._detokenizer = Detokenizer(tokenizer, thinking=thinking, stops=sampling.stop, structured=structured)
         self._output: Output | None = None
         self._error: Exception | None = None
@@ -213,7 +213,7 @@ class RequestHandle:
             self._emit(detokenizer.close())
             answer = detokenizer.answer()
         else:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             answer = split_reasoning(self._tokenizer, sequence.output_ids, thinking=thinking, structured=structured)
         self._output = Output(
             text=answer.content,
