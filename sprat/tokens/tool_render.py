@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from sprat.tokens.tokenizer import Tokenizer
 
 _STYLES = {
-    "chatml": (TurnStyle(tool_formats.HERMES), TurnStyle(tool_formats.HERMES, keeps_reasoning=True)),
+    "chatml": (
+        TurnStyle(tool_formats.HERMES),
+        TurnStyle(tool_formats.HERMES, keeps_reasoning=True),
+        TurnStyle(tool_formats.HERMES, blank_system=True),
+    ),
     "deepseek": (TurnStyle(tool_formats.DEEPSEEK_V3_1), TurnStyle(tool_formats.DEEPSEEK_V3)),
     "llama3": (TurnStyle(tool_formats.LLAMA3),),
 }

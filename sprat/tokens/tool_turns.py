@@ -60,10 +60,12 @@ class TurnStyle:
 
     Attributes:
         keeps_reasoning: whether answers behind the last question keep their reasoning.
+        blank_system: whether schemas stand behind an empty system message where there is none.
     """
 
     tool_format: ToolFormat
     keeps_reasoning: bool = False
+    blank_system: bool = False
 
     def opens_answer(self, messages: Sequence[Message]) -> bool:
         """Whether an answer to ``messages`` is opened; DeepSeek's goes on where the results end."""
@@ -83,7 +85,7 @@ def write_turns(style: TurnStyle, chat_format: ChatFormat, messages: Sequence[Me
             fault = f"unknown role {turn.role!r}" if turn.role != "system" else "a system message that is not the first"
             raise DataError(fault, where="messages", todo="use system for the first message only")
     if style.tool_format is tool_formats.HERMES:
-        return _hermes_opening(chat_format, system, tools) + _hermes_turns(style, chat_format, turns)
+        return _hermes_opening(style, chat_format, system, tools) + _hermes_turns(style, chat_format, turns)
     if style.tool_format is tool_formats.LLAMA3:
         return _llama_opening(chat_format, system, tools) + _llama_turns(chat_format, turns, tools)
     return _deepseek_opening(style, chat_format, system, tools) + _deepseek_turns(style, chat_format, turns)
@@ -110,11 +112,12 @@ def _plain_opening(chat_format: ChatFormat, system: str | None) -> list[Part]:
     return [(opening, True), *([text] if text else []), (closing, True)]
 
 
-def _hermes_opening(chat_format: ChatFormat, system: str | None, tools: Tools) -> list[Part]:
+def _hermes_opening(style: TurnStyle, chat_format: ChatFormat, system: str | None, tools: Tools) -> list[Part]:
     """The system message, with the schemas behind it."""
     if not tools:
         return _plain_opening(chat_format, system)
     opening, text, closing = _system_wrapping(chat_format, system)
+    text = ("", True) if text is None and style.blank_system else text
     parts: list[Part] = [(opening, True), *([text, ("\n\n", True)] if text else []), (_HERMES_BEFORE, True)]
     for tool in tools:
         parts += [("\n", True), (_json(tool), False)]

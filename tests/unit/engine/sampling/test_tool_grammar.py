@@ -69,7 +69,7 @@ def say(
     response: Response,
     seed: int,
     text: str = "",
-    limit: int = 500,
+    limit: int = 2000,
     **said: Any,
 ) -> tuple[str, bool]:
     """What a model says that wants to say ``text`` and then noise, and whether it came to its end."""
