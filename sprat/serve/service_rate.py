@@ -66,7 +66,7 @@ class ServiceRate:
         if tokens is None or self._tokens <= 0:
             return mean
         ratio = tokens * self._requests / self._tokens
-        return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+        return float(mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO))
 
     def margin(self) -> float:
         """By what factor a place may be held longer than is thought: one standard error, of times that vary as the
