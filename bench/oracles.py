@@ -14,7 +14,11 @@ the rest are those of the environment that makes it, so both round with the very
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.
 
-    python -m bench.oracles [llama compressed vllm llmcompressor lm-eval trl] [--jobs 2] [--where .oracles]
+`.oracles/clients` holds the clients that people ask a server with, on openai 2.x, `.oracles/clients-openai3` openai 3.x;
+`.oracles/schemathesis`, `.oracles/aiperf` and `.oracles/guidellm` the tools of those names. None of them has torch but
+guidellm, which sees the development environment's behind its own packages.
+
+    python -m bench.oracles [NAME …] [--jobs 2] [--where .oracles]
 """
 
 from __future__ import annotations
@@ -36,6 +40,17 @@ NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
 HARNESS = ("lm-eval[api,hf]>=0.4.11,<0.5",)
 TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "accelerate>=1.2", "datasets==5.2.0")
+# What `tests/clients` and `bench/serve.py` ask a server with: packages, and the modules that show that they are there.
+CLIENTS = {
+    "clients": (
+        ("openai>=2,<3", "anthropic", "litellm", "langchain-openai", "langchain-deepseek"),
+        ("openai", "anthropic", "litellm", "langchain_openai", "langchain_deepseek"),
+    ),
+    "clients-openai3": (("openai>=3,<4",), ("openai",)),
+    "schemathesis": (("schemathesis>=4,<5",), ("schemathesis",)),
+    "aiperf": (("aiperf",), ("aiperf",)),
+    "guidellm": (("guidellm",), ("guidellm",)),
+}
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -122,10 +137,7 @@ def make_lm_eval(where: Path = WHERE) -> Path:
     if python.is_file() and _imports(python, "lm_eval.models.huggingface", "sprat"):
         return python
     venv.create(where / "lm-eval", with_pip=True, clear=True)
-    [site] = (where / "lm-eval").glob("lib/python*/site-packages")
-    # Behind its own packages, so that pip finds torch there and does not fetch another.
-    behind = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
-    (site / "zz-development.pth").write_text("\n".join(behind) + "\n", encoding="utf-8")
+    _see_development(where / "lm-eval")
     subprocess.run(["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", *HARNESS], check=True)
     return python
 
@@ -142,6 +154,30 @@ def make_trl(where: Path = WHERE) -> Path:
     return python
 
 
+def make_clients(name: str, where: Path = WHERE) -> Path:
+    """The interpreter with the clients ``name``, a key of ``CLIENTS``; installs them if they are not there.
+
+    Raises:
+        subprocess.CalledProcessError: the registry did not give them; pip has said why.
+    """
+    packages, modules = CLIENTS[name]
+    python = python_of(name, where)
+    if python.is_file() and _imports(python, *modules):
+        return python
+    venv.create(where / name, with_pip=True, clear=True)
+    if name == "guidellm":
+        _see_development(where / name)
+    subprocess.run(["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+    return python
+
+
+def _see_development(folder: Path) -> None:
+    """Behind its own packages, so that pip finds torch there and does not fetch another."""
+    [site] = folder.glob("lib/python*/site-packages")
+    behind = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    (site / "zz-development.pth").write_text("\n".join(behind) + "\n", encoding="utf-8")
+
+
 def _imports(python: Path, *modules: str) -> bool:
     """Whether ``python`` can import all ``modules``."""
     done = subprocess.run([str(python), "-c", f"import {', '.join(modules)}"], capture_output=True, check=False)
@@ -151,7 +187,7 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
-    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl")
+    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl", *CLIENTS)
     parser.add_argument("names", nargs="*", choices=names, default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
@@ -165,7 +201,7 @@ def main() -> int:
         "trl": lambda: make_trl(given.where),
     }
     for name in given.names:
-        print(makers[name]())
+        print(makers[name]() if name in makers else make_clients(name, given.where))
     return 0
 
 
