@@ -14,8 +14,8 @@ the rest are those of the environment that makes it, so both round with the very
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.
 
-`.oracles/clients` holds the clients that people ask a server with, on openai 2.x, `.oracles/clients-openai3` openai 3.x;
-`.oracles/schemathesis`, `.oracles/aiperf` and `.oracles/guidellm` the tools of those names. None of them has torch but
+`.oracles/clients` holds the clients that people ask a server with, `.oracles/clients-openai3` openai 3.x instead of
+2.x; `.oracles/schemathesis`, `.oracles/aiperf` and `.oracles/guidellm` the tools of those names. None has torch but
 guidellm, which sees the development environment's behind its own packages.
 
     python -m bench.oracles [NAME …] [--jobs 2] [--where .oracles]
