@@ -14,6 +14,8 @@ the rest are those of the environment that makes it, so both round with the very
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.
 
+`.oracles/llama-server/llama-server` is llama.cpp's own server, compiled from the very source of that binding.
+
 `.oracles/clients` holds the clients that people ask a server with, `.oracles/clients-openai3` openai 3.x instead of
 2.x; `.oracles/schemathesis`, `.oracles/aiperf` and `.oracles/guidellm` the tools of those names. None has torch but
 guidellm, which sees the development environment's behind its own packages.
@@ -25,8 +27,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import venv
 from pathlib import Path
 
@@ -51,6 +56,11 @@ CLIENTS = {
     "aiperf": (("aiperf",), ("aiperf",)),
     "guidellm": (("guidellm",), ("guidellm",)),
 }
+SERVER_FLAGS = (
+    "-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
+)  # fmt: skip
 FLAGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF"
 
 
@@ -154,6 +164,32 @@ def make_trl(where: Path = WHERE) -> Path:
     return python
 
 
+def make_llama_server(where: Path = WHERE, jobs: int = 2) -> Path:
+    """The program ``llama-server``, compiled with native flags; it takes some ten minutes on two cores.
+
+    Raises:
+        subprocess.CalledProcessError: no compiler, no registry, or the build failed; it has said why.
+    """
+    program = where / "llama-server" / "llama-server"
+    if program.is_file():
+        return program
+    nice = ["nice", "-n", "19"]
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [*nice, sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([*pip, "--no-binary", "llama-cpp-python", BINDING], check=True)
+        [archive] = Path(folder).glob("*.tar.gz")
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+        [source] = Path(folder).glob("*/vendor/llama.cpp")
+        build = str(Path(folder) / "build")
+        subprocess.run([*nice, "cmake", "-S", str(source), "-B", build, *SERVER_FLAGS], check=True)
+        make = [*nice, "cmake", "--build", build, "--target", "llama-server", "--parallel", str(jobs)]
+        subprocess.run(make, check=True)
+        program.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(build) / "bin" / "llama-server", program)
+    return program
+
+
 def make_clients(name: str, where: Path = WHERE) -> Path:
     """The interpreter with the clients ``name``, a key of ``CLIENTS``; installs them if they are not there.
 
@@ -187,7 +223,7 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
-    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl", *CLIENTS)
+    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl", "llama-server", *CLIENTS)
     parser.add_argument("names", nargs="*", choices=names, default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
@@ -199,6 +235,7 @@ def main() -> int:
         "llmcompressor": lambda: make_llmcompressor(given.where),
         "lm-eval": lambda: make_lm_eval(given.where),
         "trl": lambda: make_trl(given.where),
+        "llama-server": lambda: make_llama_server(given.where, given.jobs),
     }
     for name in given.names:
         print(makers[name]() if name in makers else make_clients(name, given.where))
