@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.server import Server, environment, run_cases, running
+from bench.serving.server import Server, running
+from tests.clients.server import environment, run_cases
 from tests.clients.talking_model import talking_model
 
 

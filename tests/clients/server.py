@@ -1,81 +1,20 @@
-"""A real ``sprat serve`` in a process of its own, and a client's worker in another."""
+"""A client's worker in a process of its own, against a real ``sprat serve`` in another."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
-import re
-import signal
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from bench.oracles import python_of
+from bench.serving.server import KEY
 
 WORKERS = Path(__file__).parent / "workers"
-KEY, OTHER_KEY = "key-of-one", "key-of-two"
-START_SECONDS, STOP_SECONDS, WORKER_SECONDS = 120, 60, 600
-
-
-@dataclass
-class Server:
-    """A running server: its address, its process, and what it has said on stderr so far."""
-
-    url: str
-    process: subprocess.Popen[str]
-    stderr: list[str] = field(default_factory=list)
-
-    @property
-    def trace(self) -> str:
-        """The stderr from the first traceback on; empty where there was none."""
-        text = "".join(self.stderr)
-        return text[max(0, text.index("Traceback")) :][:3000] if "Traceback" in text else ""
-
-
-@contextmanager
-def running(model: Path, *options: str, keys: tuple[str, ...] = (KEY, OTHER_KEY)) -> Iterator[Server]:
-    """A server of ``model`` on a free loopback port, with more ``options``, for as long as the block lasts."""
-    command = [sys.executable, "-m", "sprat", "serve", str(model), "--port", "0", *options]
-    for key in keys:
-        command += ["--api-key", key]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    server, ready = Server("", process), threading.Event()
-
-    def read() -> None:
-        assert process.stderr
-        for line in process.stderr:
-            server.stderr.append(line)
-            if not server.url and (match := re.search(r"http://[\w.:\[\]]+:\d+", line)):
-                server.url = match[0]
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert ready.wait(START_SECONDS) and server.url, "".join(server.stderr)
-        yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            reader.join(5)
+WORKER_SECONDS = 600
 
 
 def environment(name: str) -> Path:

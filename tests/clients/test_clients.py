@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.clients.server import Server, case_names
+from bench.serving.server import Server
+from tests.clients.server import case_names
 
 RUNS = (
     ("clients", "openai_chat_cases"), ("clients-openai3", "openai_chat_cases"),

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bench.serving.server import KEY, Server, running
 from tests.clients import hostile
 from tests.clients.hostile import Attempt
-from tests.clients.server import KEY, Server, running
 from tests.clients.workers.conversations import HELLO_ANSWER, MODEL, user
 
 SECONDS, BIG_SECONDS = 15, 30

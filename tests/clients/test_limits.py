@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.server import case_names, environment, run_cases, running
+from bench.serving.server import running
+from tests.clients.server import case_names, environment, run_cases
 
 
 @pytest.fixture(scope="module")

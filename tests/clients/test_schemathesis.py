@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.server import KEY, WORKERS, environment, running
+from bench.serving.server import KEY, running
+from tests.clients.server import WORKERS, environment
 from tests.clients.workers.conversations import MODEL
 
 CASES, EACH, SECONDS = 1000, 150, 500
