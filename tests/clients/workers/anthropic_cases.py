@@ -29,6 +29,7 @@ from conversations import (
 )
 from pydantic import BaseModel
 
+GREEDY = {"temperature": 0}
 THINKING = {"type": "enabled", "budget_tokens": 1024}
 
 
@@ -45,9 +46,10 @@ def client(target: Target, base: str = "", **settings: Any) -> anthropic.Anthrop
 
 
 def ask(target: Target, base: str = "", **fields: Any) -> Any:
-    """One message at temperature 0."""
-    fields = {"model": MODEL, "messages": user(HELLO), "max_tokens": 1200, "temperature": 0, **fields}
-    return client(target, base).messages.create(**fields)
+    """One message at temperature 0; the newest SDK has no such argument any more, and older ones send it."""
+    extra = {name: fields.pop(name) for name in ("temperature", "top_k", "top_p") if name in fields}
+    fields = {"model": MODEL, "messages": user(HELLO), "max_tokens": 1200, **fields}
+    return client(target, base).messages.create(**fields, extra_body={"temperature": 0, **extra})
 
 
 def case_message(target: Target) -> None:
@@ -79,7 +81,7 @@ def case_events(target: Target) -> None:
 
 
 def case_stream_helper(target: Target) -> None:
-    with client(target).messages.stream(model=MODEL, messages=user(HELLO), max_tokens=99, temperature=0) as stream:
+    with client(target).messages.stream(model=MODEL, messages=user(HELLO), max_tokens=99, extra_body=GREEDY) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert text == HELLO_ANSWER == final.content[0].text and final.usage.output_tokens > 0
@@ -87,7 +89,7 @@ def case_stream_helper(target: Target) -> None:
 
 def case_beta_messages(target: Target) -> None:
     answer = client(target).beta.messages.create(
-        model=MODEL, messages=user(HELLO), max_tokens=99, temperature=0, betas=["interleaved-thinking-2025-05-14"]
+        model=MODEL, messages=user(HELLO), max_tokens=99, extra_body=GREEDY, betas=["interleaved-thinking-2025-05-14"]
     )
     assert answer.content[0].text == HELLO_ANSWER
 
@@ -192,7 +194,7 @@ def case_tool_events(target: Target) -> None:
         json.loads(WEATHER_CALL["arguments"]), json.loads(TIME_CALL["arguments"]),
     ]  # fmt: skip
     with client(target).messages.stream(
-        model=MODEL, messages=user(WEATHER), tools=ANTHROPIC_TOOLS, max_tokens=200, temperature=0
+        model=MODEL, messages=user(WEATHER), tools=ANTHROPIC_TOOLS, max_tokens=200, extra_body=GREEDY
     ) as stream:
         final = stream.get_final_message()
     assert final.content[-1].input == json.loads(WEATHER_CALL["arguments"]) and final.stop_reason == "tool_use"
@@ -255,7 +257,7 @@ def case_batches_are_not_found(target: Target) -> None:
 
 def case_bearer_token(target: Target) -> None:
     sdk = anthropic.Anthropic(base_url=target.url, auth_token=target.key, api_key=None, max_retries=0)
-    answer = sdk.messages.create(model=MODEL, messages=user(HELLO), max_tokens=99, temperature=0)
+    answer = sdk.messages.create(model=MODEL, messages=user(HELLO), max_tokens=99, extra_body=GREEDY)
     assert answer.content[0].text == HELLO_ANSWER and answer._request_id
 
 
