@@ -92,9 +92,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed answer; the last one is of kind ``done`` and carries the whole output."""
+    """A piece of a streamed answer; the last one is of kind ``done`` and carries the whole output.
 
-    kind: Literal["reasoning", "content", "done"]
+    ``started`` goes to listeners alone: the request has its slot, and ``Sequence.num_cached`` is known.
+    """
+
+    kind: Literal["started", "reasoning", "content", "done"]
     text: str = ""
     output: Output | None = None
 
