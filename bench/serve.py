@@ -3,8 +3,9 @@
     python -m bench.serve [--quick] [--json] [--only BAR …]
 
 Each bar starts a server of its own in another process and asks it over loopback sockets, all bounded in number and in
-time. `leave`, `half-open`, `overload`, `schemas` and `tenants` have a tiny random model; `health`, `gateway` and
-`versus` have SmolLM2 in INT4 (`bench.inference.models`), and `versus` builds llama.cpp's server (`bench.oracles`).
+time. `leave`, `half-open`, `overload`, `schemas` and `tenants` have a tiny random model; `health`, `gateway`, `versus`
+and `tools` have SmolLM2 in INT4 (`bench.inference.models`). `versus` builds llama.cpp's server, `tools` installs aiperf
+and guidellm (`bench.oracles`).
 Exit 1 where a bar is missed.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.inference import cores, models
-from bench.serving import overload, speed, standing
+from bench.serving import load_tools, overload, speed, standing
 from bench.serving.rows import FULL, QUICK, Plan, Row, Say
 
 Bar = Callable[[Path, Plan, Say], list[Row]]
@@ -31,7 +32,12 @@ TINY: dict[str, Bar] = {
     "schemas": standing.schemas,
     "tenants": standing.tenants,
 }
-REAL: dict[str, Bar] = {"health": overload.health, "gateway": speed.gateway, "versus": speed.versus}
+REAL: dict[str, Bar] = {
+    "health": overload.health,
+    "gateway": speed.gateway,
+    "versus": speed.versus,
+    "tools": load_tools.load_tools,
+}
 
 
 def measure(names: list[str], plan: Plan, say: Say) -> list[Row]:
