@@ -36,13 +36,13 @@ def _run(command: list[str], place: str) -> None:
 def aiperf(server: Server, model: Path, tokens: int, place: str) -> tuple[int, dict[str, tuple[float, float]]]:
     """Requests that were answered, and p50 and p99 in milliseconds."""
     program = str(make_clients("aiperf").with_name("aiperf"))
-    _run(
-        [program, "profile", "-m", server.model, "--url", server.url, "--api-key", server.key,
-         "--endpoint-type", "chat", "--streaming", "--concurrency", str(AT_ONCE), "--request-count", str(ASKED), "--tokenizer", str(model),
-         "--prompt-input-tokens-mean", str(QUESTION), "--prompt-output-tokens-mean", str(tokens),
-         "--extra-inputs", "ignore_eos:true", "--output-artifact-dir", place, "--ui-type", "none", "--no-auto-plot"],
-        place,
-    )  # fmt: skip
+    words = [
+        *("profile", "-m", server.model, "--url", server.url, "--api-key", server.key, "--endpoint-type", "chat"),
+        *("--streaming", "--concurrency", str(AT_ONCE), "--request-count", str(ASKED), "--tokenizer", str(model)),
+        *("--prompt-input-tokens-mean", str(QUESTION), "--prompt-output-tokens-mean", str(tokens)),
+        *("--extra-inputs", "ignore_eos:true", "--output-artifact-dir", place, "--ui-type", "none", "--no-auto-plot"),
+    ]
+    _run([program, *words], place)
     [file] = Path(place).rglob("profile_export_aiperf.json")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     names = {"ttft": "time_to_first_token", "itl": "inter_token_latency", "e2e": "request_latency"}
