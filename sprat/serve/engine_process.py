@@ -140,7 +140,7 @@ class EngineProcess(asyncio.Protocol):
         while (code := self._process.poll()) is None:
             await asyncio.sleep(0.005)
         how = f"status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-        self.death = EngineDied(f"the engine's process ended ({how})", where="engine", todo="ask again in a moment")
+        self.death = EngineDied(f"the engine's process ended ({how})", todo="ask again in a moment")
         for future in (self._ready, *self._replies.values()):
             if not future.done():
                 future.set_exception(self.death)
