@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import signal
 import socket
@@ -99,6 +100,8 @@ def _start_worker(connection: Connection, message: Message) -> EngineWorker | No
         todo = "if it stays, report it with --debug"
         connection.send({"error": pack_error(EngineError(fault, where="engine", todo=todo))})
         return None
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no step looks through it for garbage
     first = {"info": dataclasses.asdict(worker.info()), "stats": dataclasses.asdict(worker.stats())}
     connection.send({"value": first})
     return worker
