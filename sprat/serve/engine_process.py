@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -83,9 +84,7 @@ class EngineProcess(asyncio.Protocol):
         """Let it load the model; its first words. Raises SpratError: it cannot, or died of it."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
         self.send({"load": settings})
-        words = await self._ready
-        self.up, self._started = True, time.monotonic()
-        return words
+        return await self._ready
 
     async def ask(self, kind: str, **content: Any) -> Any:
         """Send a question and wait for the reply. Raises SpratError: what it says, or that it died."""
@@ -125,8 +124,10 @@ class EngineProcess(asyncio.Protocol):
             if future is not None and not future.done():
                 if "error" in message:
                     future.set_exception(unpack_error(message["error"]))
-                else:
-                    future.set_result(message["value"])
+                    continue
+                future.set_result(message["value"])
+                if future is self._ready:  # at once: it may die before whoever waits for this hears of it
+                    self.up, self._started = True, time.monotonic()
 
     def connection_lost(self, error: Exception | None) -> None:
         """See ``asyncio.Protocol``."""
@@ -216,7 +217,7 @@ class ProcessEngineClient:
                 self._stats = Stats(**await self._running().ask("stats"))
         if self._stats is None:
             raise _died("the engine was never up")
-        return self._stats
+        return self._stats if self.alive else dataclasses.replace(self._stats, running=0, waiting=0, blocks_used=0)
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT

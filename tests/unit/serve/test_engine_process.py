@@ -97,7 +97,8 @@ def test_killed_amid_answers_it_fails_them_clearly_and_is_started_again(folder: 
             await collect(client.submit(Job(ids, [short], ANNA)))
         with pytest.raises(EngineDied, match="not up"):
             await client.embed([ids])
-        assert (await client.stats()).steps >= before.steps  # the last that was known
+        last = await client.stats()
+        assert last.steps >= before.steps and (last.running, last.waiting) == (0, 0)
         await comes_true(lambda: client.alive)
         assert client.pid not in (0, first)
         events = await collect(client.submit(Job(ids, [short], ANNA)))
@@ -105,6 +106,30 @@ def test_killed_amid_answers_it_fails_them_clearly_and_is_started_again(folder: 
         assert events[-1].completion_tokens == expected.usage.completion_tokens
         await client.stop()
         assert not client.alive
+
+    runner.run(scenario())
+
+
+def test_who_dies_with_its_first_words_is_not_taken_for_alive(
+    folder: Path, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = engine_process.EngineProcess.data_received
+
+    def receive_and_die(self: engine_process.EngineProcess, data: bytes) -> None:
+        receive(self, data)
+        os.kill(self.pid, signal.SIGKILL)
+        self.connection_lost(None)
+
+    monkeypatch.setattr(engine_process.EngineProcess, "data_received", receive_and_die)
+    client = ProcessEngineClient(folder)
+
+    async def scenario() -> None:
+        await client.start()
+        assert not client.alive
+        with pytest.raises(EngineDied, match="not up"):
+            async with asyncio.timeout(10):
+                await collect(client.submit(Job([5], [Sampling(max_tokens=1)], ANNA)))
+        await client.stop()
 
     runner.run(scenario())
 

@@ -19,12 +19,16 @@ def test_settings_cross_the_wire_whole() -> None:
             Sampling(
                 temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, max_tokens=None, seed=-(2**80), stop=("\ud800", "é\n"),
                 thinking=False, logprobs=True, top_logprobs=3, frequency_penalty=0.5, logit_bias={7: 1.5, 3: -2.0},
-                bad_words=("cat", (1, 2)), stop_token_ids=(4,), response=Response.json(), fit=True,
+                bad_words=("cat", (1, 2)), stop_token_ids=(4,), response=Response.json(), fit=True, n=2,
+                presence_penalty=-1, repetition_penalty=1.5, min_think_tokens=2, max_think_tokens=9, min_tokens=3, ignore_eos=True,
+                prompt_logprobs=True,
             ),
         ),
         Tenant("\x00ß", b"\xff\x00"),
         "terse",
     )  # fmt: skip
+    plain, changed = map(vars, job.samplings)
+    assert {name for name in plain if plain[name] == changed[name]} == {"processors"}
     stream = pack(pack_job(job)) + pack({"cancel": 1})
     for size in (1, 3, 7, len(stream)):
         unpacker = Unpacker()
