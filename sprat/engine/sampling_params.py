@@ -181,9 +181,10 @@ class Sampling:
         for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1), ("min_tokens", 0)):
             _integer(name, getattr(self, name), low, MAX_INT)
         _integer("seed", self.seed, None)
-        for name, low in (("max_tokens", 0 if self.prompt_logprobs else 1), ("max_think_tokens", 1)):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), low, MAX_INT)
+        least = {"max_tokens": 0 if self.prompt_logprobs else 1, "max_think_tokens": 1}
+        for name in least:
+            if (value := getattr(self, name)) is not None:
+                _integer(name, value, least[name], MAX_INT)
         _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
         for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
             object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))
