@@ -1,8 +1,9 @@
 """How one answer is sampled: every setting, checked once, when it is written down.
 
 What a setting does to the distribution, in this order: the model's logits → ``logit_bias`` → penalties →
-``bad_words`` → the think budget and the ban on ending the thinking → ``processors`` → the grammar of ``response``
-→ ``temperature`` → ``top_k`` → ``top_p`` → ``min_p`` → the token. Log-probabilities are read off before all of it.
+``bad_words`` → the think budget and the bans on ending the thinking or the answer → ``processors`` → the grammar of
+``response`` → ``temperature`` → ``top_k`` → ``top_p`` → ``min_p`` → the token. Log-probabilities are read off before
+all of it.
 """
 
 from __future__ import annotations
