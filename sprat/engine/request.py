@@ -37,6 +37,7 @@ from sprat.tokens.chat import resolve_thinking, split_reasoning
 
 WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
 
+Listener = Callable[[Delta | Exception], None]  # called with the engine's books locked: it only takes note
 Prompt = str | GenericSequence[Message] | GenericSequence[Mapping[str, str]] | GenericSequence[int]
 
 
@@ -155,21 +156,30 @@ class RequestHandle:
         step: steps the engine, unless a background thread does; returns whether it stepped.
         cancellation: set to tell the engine that somebody cancelled.
         streams: whether pieces are wanted; without it the text is decoded once, at the end.
+        listener: gets the pieces, and what went wrong, in the place of the iterator.
     """
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Tokenizer, step: Callable[[], bool], cancellation: Event, *, streams: bool
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        step: Callable[[], bool],
+        cancellation: Event,
+        *,
+        streams: bool,
+        listener: Listener | None = None,
     ) -> None:
         self.sequence, self._cancellation = sequence, cancellation
         self.finished = Event()
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._tokenizer, self._step, self._streams = tokenizer, step, streams
+        self._listener, self._started = listener, False
         sampling = sequence.sampling
         sequence.detokenize = streams or bool(sampling.stop) or sampling.ignore_eos
         sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
         self._detokenizer: Detokenizer | None = None
         if sequence.detokenize:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             self._detokenizer = Detokenizer(
                 tokenizer,
                 thinking=thinking,
@@ -221,6 +231,12 @@ class RequestHandle:
             if not self.finished.is_set():
                 self.cancel()
 
+    def start(self) -> None:
+        """Engine only: it was admitted; a listener hears of it once."""
+        if self._listener is not None and not self._started:
+            self._started = True
+            self._listener(Delta("started"))
+
     def push(self, token: int, *, is_end: bool = False) -> bool:
         """Engine only: follow one sampled token; True if a stop string is complete. ``is_end``: it ends the answer."""
         detokenizer = self._detokenizer
@@ -244,7 +260,7 @@ class RequestHandle:
             self._emit(deltas if self._logprobs is None else self._logprobs.attach(deltas, is_last=True))
             answer = detokenizer.answer()
         else:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             answer = split_reasoning(self._tokenizer, sequence.output_ids, thinking=thinking, structured=structured)
         scored = sampling.prompt_logprobs
         self._output = Output(
@@ -261,20 +277,22 @@ class RequestHandle:
             prompt_top_logprobs=[None, *sequence.prompt_top_logprobs] if scored and sampling.top_logprobs else None,
             stop="" if detokenizer is None else detokenizer.stop,
         )
-        if self._streams:
-            self.deltas.put(Delta("done", output=self._output))
+        self._emit([Delta("done", output=self._output)])
         self.finished.set()
 
     def fail(self, error: Exception) -> None:
         """Engine only: the request cannot be answered; ``result`` and the iteration raise ``error``."""
         self._error = error
+        if self._listener is not None and not self.finished.is_set():
+            self._listener(error)
         self.finished.set()
 
     def _emit(self, deltas: list[Delta]) -> None:
         """Hand pieces to the caller, if they are wanted."""
         if self._streams:
+            put = self._listener or self.deltas.put
             for delta in deltas:
-                self.deltas.put(delta)
+                put(delta)
 
     def _usage(self, reasoning: str) -> Usage:
         """Count tokens; the think tags are no reasoning."""

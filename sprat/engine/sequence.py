@@ -107,9 +107,11 @@ class Delta:
     this text shows them or they are held back, hidden or cut: (id, log-probability, likeliest ids with theirs) each.
     Those of all pieces, one after the other, are those of the output, but for the end token that ended it. Think tags
     belong to the reasoning. ``text`` is empty where tokens come without any.
+
+    ``started`` goes to listeners alone: the request has its slot, and ``Sequence.num_cached`` is known.
     """
 
-    kind: Literal["reasoning", "content", "done"]
+    kind: Literal["started", "reasoning", "content", "done"]
     text: str = ""
     output: Output | None = None
     logprobs: tuple[TokenLogprob, ...] = ()

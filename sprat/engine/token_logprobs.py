@@ -39,8 +39,8 @@ class TokenLogprobs:
         for delta in deltas:
             if delta.kind == "content":
                 self._flush("reasoning", out)
-            assert delta.kind != "done"
-            out.append(replace(delta, logprobs=self._take(delta.kind)))
+            kind: Literal["reasoning", "content"] = "reasoning" if delta.kind == "reasoning" else "content"
+            out.append(replace(delta, logprobs=self._take(kind)))
         if is_last:
             self._flush("reasoning", out)
             self._flush("content", out)

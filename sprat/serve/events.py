@@ -5,7 +5,7 @@
 or ``Failed`` in the place of what did not come any more. A protocol is a translator of these events: into chunks where
 the caller streams, into one object (``collect``) where not. Both read the same events, so they cannot differ in text,
 reasoning, calls, finish reason or usage. Events of several choices are interleaved; those of one choice are in order:
-its reasoning, then its content, then its calls.
+its reasoning, then its content, then its calls, one after the other.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from typing import Literal
 
 from sprat.serve.errors import RequestError
 
-FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 EndedBy = Literal["", "cancel", "disconnect", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first."""
+    """A token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first.
+
+    The first token of a prompt has none.
+    """
 
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...] = ()
 
 

@@ -1,0 +1,290 @@
+"""OpenAI's Responses: the events of an answer as their numbered stream, and as one ``Response``.
+
+An answer is a list of items: reasoning, a message, and one for each call. In a stream an item is added, its part (of
+reasoning and messages) is added, deltas follow, and text, part and item are said once more, whole, when they are done.
+The last event carries the very body that is the answer where nobody streams: ``response.completed``, or
+``response.incomplete`` where tokens or the server ended it, or ``response.failed``.
+
+An answer that is complete without a word or a call has a message with an empty text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from sprat.serve.errors import RequestError
+from sprat.serve.events import (
+    ChoiceFinished,
+    CollectedCall,
+    Collector,
+    Event,
+    Failed,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from sprat.serve.openai_responses import EFFORTS
+from sprat.serve.sse import server_sent
+
+KEEP_ALIVE = ": keep-alive\n\n"
+_LOWEST = -9999.0  # in place of minus infinity, which JSON has not
+_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
+_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
+
+
+def echo(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer repeats of a body that ``parse_responses`` has read, by the names of ``Response``."""
+    text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
+    form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
+    if isinstance(choice, Mapping) and choice:
+        choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
+    tools = body.get("tools") or ()
+    names = ("type", "name", "description", "parameters", "strict")
+    own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
+    return {
+        "model": body["model"],
+        "max_output_tokens": _count(body.get("max_output_tokens")),
+        "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
+        "parallel_tool_calls": parallel is None or parallel,
+        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
+        "text": {"format": {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}},
+        "tool_choice": choice or "auto",
+        "tools": [{name: tool.get(name) for name in names} for tool in tools],
+        "top_logprobs": _count(body.get("top_logprobs")) or 0,
+        **{name: body.get(name) for name in own},
+    } | ({} if form else {"text": {"format": {"type": "text"}}})
+
+
+def _count(value: float | None) -> int | None:
+    """A number that was read as a whole one."""
+    return None if value is None else int(value)
+
+
+def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, created: int) -> dict[str, Any]:
+    """The whole answer.
+
+    Args:
+        echoed: from ``echo``.
+        collector: it has followed all events.
+        response_id: ``resp_…``; the ids of the items are made of it.
+        created: seconds since 1970.
+    """
+    choice, finished = collector.choices[0], collector.finished
+    if choice.finish is None or finished is None:
+        raise RuntimeError("the answer has not ended")
+    is_complete = _is_complete(choice.finish)
+    item_ids, items = _Ids(response_id), []
+    if choice.reasoning:
+        items.append(_reasoning_item(item_ids.reasoning, choice.reasoning))
+    if choice.content or choice.content_logprobs or (is_complete and not choice.calls):
+        items.append(_message_item(item_ids.message, _text_part(choice.content, choice.content_logprobs)))
+    items += [_call_item(item_ids.call(index), call) for index, call in enumerate(choice.calls)]
+    if items and not is_complete:
+        items[-1]["status"] = "incomplete"
+    body = _response(echoed, response_id, created, "completed" if is_complete else "incomplete")
+    body |= {"output": items, "usage": _usage(finished.usage)}
+    if not is_complete:
+        reason = "max_output_tokens" if choice.finish.reason == "length" else None
+        body["incomplete_details"] = {"reason": reason}
+    return body
+
+
+async def stream_events(
+    echoed: Mapping[str, Any], events: AsyncIterator[Event | None], *, response_id: str, created: int
+) -> AsyncIterator[str]:
+    """The answer as server-sent events; a comment for each None of ``events``. The rest is as in ``whole``."""
+    stream = _Stream(echoed, response_id, created)
+    async for event in events:
+        if event is None:
+            yield KEEP_ALIVE
+            continue
+        for body in stream.push(event):
+            yield server_sent(body, str(body["type"]))
+
+
+class _Ids:
+    """The ids of an answer's items."""
+
+    def __init__(self, response_id: str) -> None:
+        self.suffix = response_id.removeprefix("resp_")
+        self.reasoning, self.message = f"rs_{self.suffix}", f"msg_{self.suffix}"
+
+    def call(self, index: int) -> str:
+        """Of the call at ``index``."""
+        return f"fc_{self.suffix}_{index}"
+
+
+class _Stream:
+    """Where a stream is: how many events there were, the item that is open, and the answer so far."""
+
+    def __init__(self, echoed: Mapping[str, Any], response_id: str, created: int) -> None:
+        self.echoed, self.response_id, self.created = echoed, response_id, created
+        self.collector, self.item_ids = Collector(1), _Ids(response_id)
+        self._count, self._index = 0, -1
+        self._open: str | int | None = None  # "reasoning", "content", or the index of a call
+        self._item_id = ""
+
+    def push(self, event: Event) -> list[dict[str, Any]]:
+        """The bodies of what one event makes."""
+        if isinstance(event, Failed):
+            return [*([] if self._count else self._start()), self._fail(event.error)]
+        self.collector.push(event)
+        if isinstance(event, Started):
+            return self._start()
+        if isinstance(event, TextDelta):
+            return self._text(event)
+        if isinstance(event, ToolCallDelta):
+            call = CollectedCall(event.id, event.name)
+            bodies = [] if self._open == event.index else self._begin(event.index, call)
+            return bodies + self._piece("response.function_call_arguments.delta", event.arguments)
+        if isinstance(event, ChoiceFinished):
+            is_complete = _is_complete(event)
+            is_silent = is_complete and self._open in (None, "reasoning")
+            bodies = self._begin("content") if is_silent else []
+            return bodies + self._end("completed" if is_complete else "incomplete")
+        body = whole(self.echoed, self.collector, response_id=self.response_id, created=self.created)
+        return [self._numbered(f"response.{body['status']}", response=body)]
+
+    def _start(self) -> list[dict[str, Any]]:
+        body = _response(self.echoed, self.response_id, self.created, "in_progress")
+        return [self._numbered(f"response.{name}", response=body) for name in ("created", "in_progress")]
+
+    def _fail(self, error: RequestError) -> dict[str, Any]:
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        body = _response(self.echoed, self.response_id, self.created, "failed")
+        body["error"] = {"code": "invalid_prompt" if error.status in (400, 413) else code, "message": error.message}
+        return self._numbered("response.failed", response=body)
+
+    def _text(self, event: TextDelta) -> list[dict[str, Any]]:
+        if event.kind == "reasoning":
+            if not event.text:
+                return []
+            bodies = [] if self._open == "reasoning" else self._begin("reasoning")
+            return bodies + self._piece("response.reasoning_text.delta", event.text, content_index=0)
+        if not event.text and not event.logprobs:
+            return []
+        bodies = [] if self._open == "content" else self._begin("content")
+        logprobs = [_short_logprob(token) for token in event.logprobs]
+        name = "response.output_text.delta"
+        return [*bodies, self._of_item(name, content_index=0, delta=event.text, logprobs=logprobs)]
+
+    def _piece(self, name: str, text: str, **fields: Any) -> list[dict[str, Any]]:
+        return [self._of_item(name, delta=text, **fields)] if text else []
+
+    def _begin(self, name: str | int, call: CollectedCall | None = None) -> list[dict[str, Any]]:
+        """End the item that is open and add the next one, empty."""
+        bodies = self._end("completed")
+        self._open, self._index = name, self._index + 1
+        if call is not None:
+            self._item_id = self.item_ids.call(int(name))
+            item = _call_item(self._item_id, call)
+        elif name == "reasoning":
+            self._item_id = self.item_ids.reasoning
+            item = _reasoning_item(self._item_id, "")
+        else:
+            self._item_id = self.item_ids.message
+            item = _message_item(self._item_id, _text_part("", ()))
+        parts = [] if call is not None else item["content"]
+        item |= {"status": "in_progress"} | ({} if call is not None else {"content": []})
+        bodies.append(self._numbered("response.output_item.added", output_index=self._index, item=item))
+        added = "response.content_part.added"
+        return bodies + [self._of_item(added, content_index=0, part=part) for part in parts]
+
+    def _end(self, status: str) -> list[dict[str, Any]]:
+        """Say the item that is open once more, whole."""
+        if self._open is None:
+            return []
+        choice = self.collector.choices[0]
+        first: dict[str, Any] = {"content_index": 0}
+        if isinstance(self._open, int):
+            call = choice.calls[self._open]
+            item = _call_item(self._item_id, call)
+            done, fields = "function_call_arguments", {"name": call.name, "arguments": call.arguments}
+        elif self._open == "reasoning":
+            item = _reasoning_item(self._item_id, choice.reasoning)
+            done, fields = "reasoning_text", first | {"text": choice.reasoning}
+        else:
+            item = _message_item(self._item_id, _text_part(choice.content, choice.content_logprobs))
+            logprobs = [_short_logprob(token) for token in choice.content_logprobs]
+            done, fields = "output_text", first | {"text": choice.content, "logprobs": logprobs}
+        bodies = [self._of_item(f"response.{done}.done", **fields)]
+        for part in item.get("content", ()):
+            bodies.append(self._of_item("response.content_part.done", content_index=0, part=part))
+        self._open, item["status"] = None, status
+        return [*bodies, self._numbered("response.output_item.done", output_index=self._index, item=item)]
+
+    def _of_item(self, event: str, /, **fields: Any) -> dict[str, Any]:
+        return self._numbered(event, output_index=self._index, item_id=self._item_id, **fields)
+
+    def _numbered(self, event: str, /, **fields: Any) -> dict[str, Any]:
+        self._count += 1
+        return {"type": event, "sequence_number": self._count - 1, **fields}
+
+
+def _is_complete(finish: ChoiceFinished) -> bool:
+    return finish.reason in ("stop", "tool_calls") and not finish.ended_by
+
+
+def _response(echoed: Mapping[str, Any], response_id: str, created: int, status: str) -> dict[str, Any]:
+    """A response without output."""
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": created,
+        "status": status,
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "output": [],
+        "previous_response_id": None,
+        "truncation": "disabled",
+        "usage": None,
+        **echoed,
+    }
+
+
+def _reasoning_item(item_id: str, text: str) -> dict[str, Any]:
+    content = [{"type": "reasoning_text", "text": text}]
+    return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": "completed"}
+
+
+def _message_item(item_id: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": item_id, "type": "message", "role": "assistant", "content": [part], "status": "completed"}
+
+
+def _text_part(text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [_logprob(item) for item in logprobs]}
+
+
+def _call_item(item_id: str, call: CollectedCall) -> dict[str, Any]:
+    item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
+    return {**item, "arguments": call.arguments, "status": "completed"}
+
+
+def _logprob(item: TokenLogprob) -> dict[str, Any]:
+    return _token(item.token, item.logprob) | {"top_logprobs": [_token(*other) for other in item.top]}
+
+
+def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
+    text = token.decode("utf-8", "replace")
+    return {"token": text, "bytes": list(token), "logprob": max(_LOWEST if logprob is None else logprob, _LOWEST)}
+
+
+def _short_logprob(item: TokenLogprob) -> dict[str, Any]:
+    """As in the events of a stream, where tokens have no bytes."""
+    full = _logprob(item)
+    top = [{"token": other["token"], "logprob": other["logprob"]} for other in full["top_logprobs"]]
+    return {"token": full["token"], "logprob": full["logprob"], "top_logprobs": top}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

@@ -1,0 +1,147 @@
+"""A request in the form of OpenAI's Responses is understood, and what cannot be done is refused by its path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sprat.serve.errors import RequestError
+from sprat.serve.generation import ToolChoice
+from sprat.serve.openai_responses import parse_responses
+from sprat.tokens.chat import Message, ToolCall
+
+ASK: dict[str, Any] = {"model": "m", "input": "Hi"}
+TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": True, "description": "Adds."}
+SUB = {"type": "function", "name": "sub", "parameters": None, "strict": None}
+CALL = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a":1}'}
+LOGPROBS = ["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
+def test_a_whole_conversation_is_read_in_order() -> None:
+    items = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_text", "text": "B"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {"type": "message", "role": "assistant", "id": "m", "status": "completed", "phase": None,
+         "content": [{"type": "output_text", "text": "C", "annotations": [], "logprobs": None}]},
+        CALL | {"id": "fc_1", "status": "completed"},
+        CALL | {"call_id": "c2"},
+        {"type": "function_call_output", "call_id": "c1", "output": "2"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "3"}]},
+        {"type": "reasoning", "id": "rs_2", "summary": [{"type": "summary_text", "text": "Short"}],
+         "encrypted_content": "x"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"type": "reasoning", "id": "rs_3", "summary": []},
+        {"role": "assistant", "content": "Or yes."},
+        {"role": "user", "content": "E"},
+    ]  # fmt: skip
+    generation = parse_responses({**ASK, "instructions": "I", "input": items})
+    assert generation.messages == (
+        Message("system", "I"),
+        Message("system", "D"),
+        Message("user", "AB"),
+        Message("assistant", "C", "Hm", (ToolCall("add", '{"a":1}', "c1"), ToolCall("add", '{"a":1}', "c2"))),
+        Message("tool", "2", tool_call_id="c1"),
+        Message("tool", "3", tool_call_id="c2"),
+        Message("assistant", "No.", "Short"),
+        Message("assistant", "Or yes."),
+        Message("user", "E"),
+    )
+    assert not generation.continues
+
+
+def test_settings_become_the_engines() -> None:
+    body = {
+        **ASK, "temperature": 0.5, "top_p": 0.9, "max_output_tokens": 7, "seed": 3, "stream": True, "user": "u",
+        "include": LOGPROBS, "top_logprobs": 2, "reasoning": {"effort": "low", "summary": "auto"}, "tools": [TOOL, SUB],
+        "tool_choice": {"type": "function", "name": "add"}, "parallel_tool_calls": False, "store": True,
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
+        "truncation": "auto", "background": False, "metadata": {"a": "b"}, "service_tier": None, "colour": "blue",
+    }  # fmt: skip
+    generation = parse_responses(body)
+    assert generation.messages == (Message("user", "Hi"),)
+    assert generation.sampling == {"temperature": 0.5, "top_p": 0.9, "seed": 3, "top_logprobs": 2}
+    assert (generation.max_tokens, generation.stream, generation.user, generation.logprobs) == (7, True, "u", True)
+    assert generation.response_format == {"type": "json_schema", "schema": {"type": "object"}}
+    assert (generation.tool_choice, generation.parallel_tool_calls) == (ToolChoice("named", "add"), False)
+    assert [(tool.name, tool.description, tool.strict) for tool in generation.tools] == [
+        ("add", "Adds.", True), ("sub", "", False)
+    ]  # fmt: skip
+    assert set(generation.ignored) == {
+        "store", "truncation", "include", "reasoning.summary", "service_tier", "colour", "tools[].strict",
+        "tools[].parameters",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("effort", "thinking"), [(None, None), ("none", False), ("minimal", True), ("ultra", True)])
+def test_an_effort_says_whether_to_think(effort: str | None, thinking: bool | None) -> None:
+    assert parse_responses({**ASK, "reasoning": {"effort": effort}}).thinking is thinking
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected", "names"),
+    [
+        (None, ToolChoice("auto"), ["add", "sub"]),
+        ("none", ToolChoice("none"), ["add", "sub"]),
+        ("required", ToolChoice("required"), ["add", "sub"]),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "sub"}]},
+         ToolChoice("required"), ["sub"]),
+    ],
+)  # fmt: skip
+def test_which_tools_are_called_is_chosen(choice: Any, expected: ToolChoice, names: list[str]) -> None:
+    generation = parse_responses({**ASK, "tools": [TOOL, SUB], "tool_choice": choice})
+    assert (generation.tool_choice, [tool.name for tool in generation.tools]) == (expected, names)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"), [({"type": "text"}, None), ({"type": "json_object"}, {"type": "json_object"})]
+)
+def test_the_form_of_the_text_is_chosen(form: dict[str, Any], expected: Any) -> None:
+    assert parse_responses({**ASK, "text": {"format": form, "verbosity": "low"}}).response_format == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"model": None}, "model", "missing_required_parameter"),
+        ({"input": None}, "input", "missing_required_parameter"),
+        ({"input": []}, "input", "invalid_value"),
+        ({"input": 5}, "input", "invalid_type"),
+        ({"input": ["x"]}, "input[0]", "invalid_type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "not_offered"),
+        ({"input": [{"id": "x"}]}, "input[0]", "not_offered"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "not_offered"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "invalid_value"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+         "input[0].content[0].type", "not_offered"),
+        ({"input": [CALL]}, "input", "invalid_messages"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id",
+         "missing_required_parameter"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "not_offered"),
+        ({"conversation": {"id": "c"}}, "conversation", "not_offered"),
+        ({"background": True}, "background", "not_offered"),
+        ({"prompt": {"id": "p"}}, "prompt", "not_offered"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "not_offered"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "sometimes"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "function", "name": "add"}}, "tool_choice.name", "invalid_value"),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice.type", "not_offered"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "invalid_value"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema",
+         "missing_required_parameter"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "invalid_value"),
+        ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
+        ({"metadata": {"a": 1}}, "metadata.a", "invalid_type"),
+        ({"truncation": "sometimes"}, "truncation", "invalid_value"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_its_path(changes: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_responses({**ASK, **changes})
+    error = caught.value
+    assert (error.status, error.param, error.code) == (400, param, code)
+    assert error.message.startswith(f"{param}: ") and "\n" not in error.message
