@@ -193,3 +193,12 @@ def test_a_continued_text_is_no_command(chatml: Tokenizer) -> None:
     ids = render(chatml, [Message("user", "a"), Message("assistant", HOSTILE)], continues=True)
     plain = render(chatml, [Message("user", "a"), Message("assistant", "x")], continues=True)
     assert sum(i in chatml.control_ids for i in ids) == sum(i in chatml.control_ids for i in plain)
+
+
+def test_tags_of_calls_are_seen_though_a_vocabulary_calls_them_special() -> None:
+    extra = [{"content": name, "special": True} for name in CHATML]
+    tokenizer = Tokenizer(byte_fallback(*extra, first=True), config={"eos_token": "<|im_end|>"})
+    text = '<tool_call>{"name": "f"}</tool_call>'
+    ids = tokenizer.encode(text + "<|im_start|>", parse_special=True)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.token_bytes(tokenizer.encode("<tool_call>", parse_special=True)[-1]) == b"<tool_call>"
