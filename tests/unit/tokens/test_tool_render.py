@@ -147,6 +147,7 @@ def test_families_without_a_template_and_models_without_a_family() -> None:
     assert select_tool_format(deepseek) is DEEPSEEK_V3_1
     assert deepseek.decode(render(deepseek, TURNS)).endswith("<｜tool output begin｜>12:00<｜tool output end｜>")
     assert deepseek.decode(render(deepseek, TURNS, thinking=True)).endswith("12:00<｜tool output end｜><think>")
+    assert deepseek.decode(render(deepseek, TURNS, thinking=False)).endswith("12:00<｜tool output end｜></think>")
     own = tokenizer_of(("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>"), eos="<|eos|>")
     assert select_tool_format(own) is None
     with pytest.raises(DataError, match="no chat template that writes tools"):
