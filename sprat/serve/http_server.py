@@ -95,10 +95,7 @@ class HttpServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Wait for running answers, their time, or a second signal; whatever then still runs is stopped."""
-        serving = getattr(self._app.state, "serving", None)
-        if serving is None:
-            self._app.state.pool.close()
-            return
+        serving = self._app.state.serving
         timeout = self._serve_config.shutdown_timeout_seconds
         drained, forced = (asyncio.ensure_future(wait) for wait in (serving.drain(timeout), self._forced.wait()))
         await asyncio.wait((drained, forced), timeout=timeout + 1, return_when=asyncio.FIRST_COMPLETED)
