@@ -198,7 +198,7 @@ def _input(arguments: str) -> dict[str, Any]:
 
 def _stop(finish: ChoiceFinished) -> dict[str, Any]:
     """Why it ended. An answer that was ended from outside is a paused turn: it may be sent back and gone on with."""
-    if finish.ended_by or finish.reason == "insufficient_system_resource":
+    if finish.ended_by:
         return {"stop_reason": "pause_turn", "stop_sequence": None}
     if finish.stop and finish.reason == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.stop}

@@ -193,7 +193,7 @@ class Exchange:
         else:
             batches = _merged(self.answers, self._generations[0].n)
         async for batch in batches:
-            self.is_broken = bool(batch) and isinstance(batch[-1], Failed)
+            self.is_broken = batch is not None and isinstance(batch[-1], Failed)
             yield batch
 
 

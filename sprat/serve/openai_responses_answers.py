@@ -268,9 +268,9 @@ def _logprob(item: TokenLogprob) -> dict[str, Any]:
     return _token(item.token, item.logprob) | {"top_logprobs": [_token(*other) for other in item.top]}
 
 
-def _token(token: bytes, logprob: float) -> dict[str, Any]:
+def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
     text = token.decode("utf-8", "replace")
-    return {"token": text, "bytes": list(token), "logprob": max(logprob, _LOWEST)}
+    return {"token": text, "bytes": list(token), "logprob": max(_LOWEST if logprob is None else logprob, _LOWEST)}
 
 
 def _short_logprob(item: TokenLogprob) -> dict[str, Any]:

@@ -272,7 +272,8 @@ class Service:
             raise
         task = asyncio.create_task(answer.follow())
         self._tasks.add(task)
-        task.add_done_callback(lambda task: (self._tasks.discard(task), self._leave(answer, place))[0])
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._leave(answer, place))
         try:
             await answer.begun()
         except asyncio.CancelledError:
