@@ -136,6 +136,46 @@ def test_ctrl_c_lets_running_answers_finish_and_refuses_whoever_waits() -> None:
         assert left_quietly(process)
 
 
+STARTING = """
+import asyncio, sys
+from sprat.errors import MachineError
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from tests.unit.serve.scripted import ScriptedEngine
+
+class Slow(ScriptedEngine):
+    async def start(self):
+        print("starting", flush=True)
+        try:
+            await asyncio.sleep(float(sys.argv[1]))
+        finally:
+            print("ended", flush=True)
+        raise MachineError("there is no memory for this model", where="engine", todo="take a smaller one")
+
+config, engine = ServeConfig(port=0), Slow()
+app = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config)
+try:
+    serve(app, bind_socket(config), on_ready=print)
+except MachineError as error:
+    print(error)
+print("left", flush=True)
+"""
+
+
+def test_an_engine_that_cannot_start_is_one_sentence() -> None:
+    with program(STARTING, "0") as (process, first):
+        out, err = process.communicate(timeout=60)
+    assert (first, err) == ("starting", "") and out.splitlines()[0] == "ended"
+    assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
+
+
+def test_a_signal_while_the_engine_starts_stops_at_once() -> None:
+    with program(STARTING, "600") as (process, first):
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert (first, out.split(), err, process.returncode) == ("starting", ["ended", "left"], "", 0)
+
+
 def test_what_runs_longer_than_the_time_to_stop_ends_with_an_error_and_uncleanly() -> None:
     with program(PROGRAM, "1", "0.5") as (process, address), ask(address) as running:
         got: list[str] = []
