@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from sprat.serve.errors import RequestError
-from sprat.serve.events import ChoiceFinished, Failed, Finished, Started, TextDelta, TokenLogprob, Usage, collect
+from sprat.serve.events import (
+    ChoiceFinished,
+    Failed,
+    Finished,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+    collect,
+)
 from sprat.serve.fields import parse_json
 from sprat.serve.openai_responses import parse_responses
 from sprat.serve.openai_responses_answers import echo, stream_events, whole
@@ -162,6 +172,27 @@ def test_why_an_answer_ended_is_said_in_its_status(reason: Any, ended_by: Any, s
     body = whole_of(events)
     assert (body["status"], (body["incomplete_details"] or {}).get("reason")) == (status, why)
     assert body["output"][0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason", "items"),
+    [
+        ([], "stop", ["message"]),
+        ([], "length", []),
+        ([TextDelta(0, "reasoning", "Hm")], "stop", ["reasoning", "message"]),
+        ([TextDelta(0, "reasoning", "Hm")], "length", ["reasoning"]),
+        ([ToolCallDelta(0, 0, "{}", "c", "add")], "tool_calls", ["function_call"]),
+    ],
+)
+def test_an_answer_without_a_word_has_an_empty_message_where_it_is_complete(
+    parts: list[Any], reason: Any, items: list[str]
+) -> None:
+    events = [Started(5, 2), *parts, ChoiceFinished(0, reason), END]
+    body = whole_of(events)
+    assert [item["type"] for item in body["output"]] == items
+    assert sent(stream_of(events))[-1][1]["response"] == body
+    done = [event["item"] for name, event in sent(stream_of(events)) if name == "response.output_item.done"]
+    assert done == body["output"]
 
 
 def test_log_probabilities_come_with_their_tokens() -> None:
