@@ -92,6 +92,17 @@ class Backend(Protocol):
         """
         ...
 
+    def logits(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """More of the last ``run`` of this ``batch``, before ``draft``: the logits of other tokens, float32 [R, V].
+
+        ``index_R`` is as ``Batch.logits_index_R``. For rows that are too many to have at once.
+        """
+        ...
+
+    def hidden(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """As ``logits``, but what the head is given: the output of the last norm, float32 [R, D]."""
+        ...
+
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         """Let the MTP modules follow the last ``run`` or ``argmax`` of this ``batch``.
 

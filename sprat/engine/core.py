@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
 
 from sprat.engine.backend import Backend
 from sprat.engine.cache.blocks import Blocks
@@ -22,40 +21,9 @@ from sprat.engine.sampling.sampler import Sampler
 from sprat.engine.scheduling.scheduler import Scheduler
 from sprat.engine.sequence import EngineLimits, FinishReason, ScheduledStep, Sequence
 from sprat.engine.speculation import Speculation
+from sprat.engine.stats import Stats
 from sprat.errors import EngineError, SpratError
 from sprat.tokens import Tokenizer
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an engine has done and holds, for operators, benches and tests; counts are since it was made.
-
-    Attributes:
-        running, waiting: requests.
-        blocks, blocks_used, blocks_cached: that there is memory for, in use by requests, and kept for later ones.
-        block_bytes: bytes of one block.
-        steps: calls of the back end.
-        sampled_tokens: tokens of answers.
-        prompt_tokens, cached_tokens: of admitted requests, and how many of them were in the KV cache already.
-        preemptions: times that a request made way for another.
-        drafted_tokens, accepted_tokens: drafts checked, and those that were accepted.
-        model_seconds: time inside the back end.
-    """
-
-    running: int
-    waiting: int
-    blocks: int
-    blocks_used: int
-    blocks_cached: int
-    block_bytes: int
-    steps: int
-    sampled_tokens: int
-    prompt_tokens: int
-    cached_tokens: int
-    preemptions: int
-    drafted_tokens: int
-    accepted_tokens: int
-    model_seconds: float
 
 
 class EngineCore:
@@ -105,6 +73,7 @@ class EngineCore:
                     self._steps += 1
                     self._sampled += len(result.sequences)
                     self._seconds += result.seconds
+                    self._sampled -= sum(not sequence.max_tokens for sequence in ended)
                     finished = self._finish(ended) if ended else []
                 self.speculation.update(step, result, accepted)
                 return finished
@@ -179,6 +148,8 @@ class EngineCore:
             fault = f"{sequence.num_tokens} tokens do not fit into the memory that there is"
             error = EngineError(fault, where="KV cache", todo="shorten the prompt, or free memory")
             self._pop_handle(sequence).fail(error)
+        for chunk in step.chunks:
+            self.handles[chunk.sequence.id].start()
         if step.decoding:
             self.speculation.propose(step, scheduler, self.runner.sampler)
         return step

@@ -66,14 +66,25 @@ class Detokenizer:
 
     Args:
         thinking: how the prompt was rendered (see ``chat.render``).
-        stops: strings that end the content; ``stopped`` tells that one came.
+        stops: strings that end the content.
         structured: the content has a form that was asked for, so all of it stays.
+        min_tokens: a stop string that is whole within so many tokens is text like any other.
+
+    Attributes:
+        stop: the stop string that came; empty while none has.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, thinking: bool | None, stops: Sequence[str] = (), structured: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        thinking: bool | None,
+        stops: Sequence[str] = (),
+        structured: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._tokens_before_stops = min_tokens
         thinking = resolve_thinking(tokenizer, thinking, structured=structured)
         self._decoder = IncrementalDecoder(tokenizer)
         tags = tokenizer.chat_format.think_tags
@@ -84,21 +95,34 @@ class Detokenizer:
         self._trims_newlines = {"reasoning": "\n" in "".join(tokenizer.chat_format.think_delimiters), "content": False}
         self._leading_blanks: list[str] = []  # what stands before the first word, while it may be a tag
         self._buffer = ""  # decoded, may be the beginning of a delimiter
+        self._num_searched = 0  # characters at its end in which a stop string may end
         self._pending_newlines = 0  # line breaks that go if the reasoning is closed here
         self._emitted: dict[str, list[str]] = {"reasoning": [], "content": []}
-        self.stopped = False
+        self.stop = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came."""
+        return bool(self.stop)
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether text that comes now belongs to the reasoning."""
+        return self._state == "reasoning"
 
     def push(self, token: int) -> list[Delta]:
         """The pieces of text that ``token`` lets go."""
         ids = self._tokenizer.special_ids
+        self._tokens_before_stops -= 1
+        if self._tags is None and self._state == "start" and token != ids.think_open:
+            self._state = "content"
         if token in self._tokenizer.eos_token_ids or self.stopped:
             return []
         if self._tags is None:
             if self._state == "start":
-                self._state = "reasoning" if token == ids.think_open else "content"
-                if token == ids.think_open:
-                    return []
-            elif self._state == "reasoning" and token == ids.think_close:
+                self._state = "reasoning"
+                return []
+            if self._state == "reasoning" and token == ids.think_close:
                 deltas = self._append(self._decoder.flush(), is_last=True)
                 self._end_reasoning()
                 return deltas
@@ -132,6 +156,7 @@ class Detokenizer:
     def _append(self, text: str, *, is_last: bool = False) -> list[Delta]:
         """Sort new text into channels; ``is_last``: nothing more comes in this channel."""
         self._buffer += text
+        self._num_searched = self._num_searched + len(text) if self._tokens_before_stops < 0 else 0
         deltas: list[Delta] = []
         if self._state == "start" and (self._tags is None or not self._find_open_tag(is_last)):
             return deltas
@@ -141,8 +166,7 @@ class Detokenizer:
             if not delimiter:
                 return deltas
             self._end_reasoning()
-        if self._release("content", self._stops, deltas, is_last):
-            self.stopped = True
+        self.stop = self._release("content", self._stops, deltas, is_last)
         return deltas
 
     def _find_open_tag(self, is_last: bool) -> bool:
@@ -157,12 +181,14 @@ class Detokenizer:
             self._state, self._buffer = "content", "".join([*self._leading_blanks, stripped])
         return self._state != "start"
 
-    def _release(self, kind: Kind, delimiters: Sequence[str], deltas: list[Delta], is_last: bool) -> bool:
-        """Let go what of the buffer cannot belong to a delimiter; True if one came (it is cut out).
+    def _release(self, kind: Kind, delimiters: Sequence[str], deltas: list[Delta], is_last: bool) -> str:
+        """Let go what of the buffer cannot belong to a delimiter; the one that came (it is cut out), or nothing.
 
         Of several delimiters the one that is complete first counts, so that the cut does not depend on the tokens.
         """
-        matches = ((self._buffer.find(delimiter), delimiter) for delimiter in delimiters if delimiter in self._buffer)
+        before = len(self._buffer) - self._num_searched if kind == "content" else 0
+        places = ((self._buffer.find(text, max(0, before + 1 - len(text))), text) for text in delimiters)
+        matches = [(start, text) for start, text in places if start >= 0]
         start, delimiter = min(matches, key=lambda pair: (pair[0] + len(pair[1]), pair[0]), default=(-1, ""))
         if delimiter:
             text, self._buffer = self._buffer[:start], self._buffer[start + len(delimiter) :]
@@ -170,6 +196,7 @@ class Detokenizer:
             num_held = 0 if is_last else _overlap(self._buffer, delimiters)
             size = len(self._buffer) - num_held
             text, self._buffer = self._buffer[:size], self._buffer[size:]
+        self._num_searched = min(self._num_searched, len(self._buffer))
         if self._trims_newlines[kind] and not self._emitted[kind]:
             text = text.lstrip("\n")
         if self._trims_newlines[kind] and kind == "reasoning":
@@ -178,7 +205,7 @@ class Detokenizer:
             text = "\n" * pending + stripped if stripped else ""
             self._pending_newlines = newlines if stripped else pending + newlines
         self._emit(kind, text, deltas)
-        return bool(delimiter)
+        return delimiter
 
 
 def _overlap(text: str, delimiters: Sequence[str]) -> int:

@@ -1,3 +1,4 @@
+# size: the engine's whole face: every way to ask it, and to run it
 """The engine: requests in, answers out, and one step that moves them all.
 
 ``step()`` is schedule → run → postprocess: the scheduler chooses what is computed and finds blocks for it, the runner
@@ -15,7 +16,7 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as GenericSequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from sprat.engine.backends import select_backend
 from sprat.engine.cache.blocks import determine_num_blocks
 from sprat.engine.cache.disk import DiskCache
 from sprat.engine.cache.prefix import BlockKeys, model_digest
-from sprat.engine.core import EngineCore, Stats
-from sprat.engine.request import Prompt, RequestBuilder, RequestHandle, eos_token_ids
+from sprat.engine.core import EngineCore
+from sprat.engine.request import Listener, Prompt, RequestBuilder, RequestHandle, eos_token_ids
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling_params import Sampling
+from sprat.engine.scoring import embedding
 from sprat.engine.sequence import DEFAULT_TENANT, Delta, EngineLimits, Output, Sequence, Tenant
 from sprat.engine.speculation import Speculation, SpeculationMode
+from sprat.engine.stats import Stats
 from sprat.errors import EngineError, SpratError
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -103,6 +106,7 @@ class Engine:
         eos_ids, context = eos_token_ids(model.config, tokenizer), model.config.context
         num_blocks = determine_num_blocks(self.backend, context, max_batch, cache_bytes, model.norm.weight.device)
         limits = EngineLimits(max_batch, step_tokens, num_blocks, context, max_tokens_cap or context, frozen)
+        self.limits = limits
         self._grammars = GrammarCache(tokenizer, eos_ids)
         vocab, names = model.config.vocab_size, [each.name for each in backend.adapters]
         self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names)
@@ -114,6 +118,7 @@ class Engine:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._after_step: Callable[[], None] = lambda: None
 
     def sampling(self, **overrides: Any) -> Sampling:
         """Settings of a request: what is said (None says nothing), else what the model's folder says, else our own.
@@ -208,12 +213,32 @@ class Engine:
         Raises:
             EngineError: the prompt is empty or too long, ``n`` is not 1, or there is no such adapter.
         """
-        sampling = sampling or self.sampling()
-        if sampling.n != 1:
-            raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, cancel_event=cancel, tenant=tenant, adapter=adapter)
-        return self._enqueue([sequence], streams=True)[0]
+        sequences = self.prepare(prompt, [sampling or self.sampling()], tenant, adapter, cancel)
+        return self._enqueue(sequences, streams=True)[0]
+
+    def embed(
+        self, prompts: GenericSequence[Prompt], adapter: str | None = None, *, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
+        """For each prompt the mean of the last norm's output over its tokens, scaled to length 1.
+
+        Whatever runs goes on meanwhile: prompts are computed in pieces, in the fair order and beside answers. They are
+        computed whole, also where their beginning is cached.
+
+        Raises:
+            EngineError: a prompt is empty, too long or none, there is no such adapter, or the engine was stopped.
+        """
+        how, builder = Sampling(temperature=0), self._request_builder
+        ids = [builder.tokenize(prompt, how) for prompt in prompts]
+        sequences = [builder.build(row, how, tenant=tenant, adapter=adapter, embeds=True) for row in ids]
+        handles = self._enqueue(sequences, streams=False)
+        try:
+            for handle in handles:
+                handle.result()
+            return [embedding(sequence) for sequence in sequences]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
 
     def add(
         self,
@@ -224,12 +249,39 @@ class Engine:
         adapter: str | None = None,
     ) -> int:
         """``submit``, for callers that step the engine and need only the request's number; raises as it does."""
-        sampling = sampling or self.sampling()
-        if sampling.n != 1:
+        sequences = self.prepare(prompt, [sampling or self.sampling()], tenant, adapter)
+        return self._enqueue(sequences, streams=False)[0].id
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        samplings: GenericSequence[Sampling],
+        tenant: Tenant = DEFAULT_TENANT,
+        adapter: str | None = None,
+        cancel: threading.Event | None = None,
+    ) -> list[Sequence]:
+        """Requests for one answer of each setting, which compute their prompt once; ``enqueue`` lets them begin.
+
+        Any thread may; only where ``must_compile`` it takes longer than a moment. Raises as ``submit``.
+        """
+        if any(sampling.n != 1 for sampling in samplings):
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
-        ids = self._request_builder.tokenize(prompt, sampling)
-        sequence = self._request_builder.build(ids, sampling, tenant=tenant, adapter=adapter)
-        return self._enqueue([sequence], streams=False)[0].id
+        ids = self._request_builder.tokenize(prompt, samplings[0])
+        group = next(self._prompt_groups) if len(samplings) > 1 else 0
+        return [
+            self._request_builder.build(
+                ids, sampling, tenant=tenant, prompt_group=group, cancel_event=cancel, adapter=adapter
+            )
+            for sampling in samplings
+        ]
+
+    def must_compile(self, sampling: Sampling, tenant: Tenant) -> bool:
+        """Whether ``prepare`` has to compile a grammar for this, which takes seconds at worst."""
+        return sampling.response is not None and not self._grammars.is_known(sampling.response, tenant)
+
+    def enqueue(self, sequences: list[Sequence], listeners: GenericSequence[Listener]) -> None:
+        """Queue what ``prepare`` made. Each listener is called in the thread that steps, and must only take note."""
+        self._enqueue(sequences, streams=True, listeners=listeners)
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request, whose blocks are free after the next step; False if it is unknown or finished."""
@@ -246,10 +298,10 @@ class Engine:
         """What was done so far, and what is held now."""
         return self.core.stats()
 
-    def start(self) -> None:
-        """Step in a background thread from now on, until ``stop``."""
+    def start(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Step in a background thread from now on, until ``stop``; ``after_step`` is called there after each step."""
         if self._thread is None:
-            self._stopping = False
+            self._stopping, self._after_step = False, after_step
             self._thread = threading.Thread(target=self._run_loop, name="sprat-engine", daemon=True)
             self._thread.start()
 
@@ -281,6 +333,7 @@ class Engine:
                 continue
             with contextlib.suppress(Exception):  # whoever it concerns has it; the next ones deserve an engine
                 self.step()
+            self._after_step()
 
     def _step_unless_threaded(self) -> bool:
         """Step once, unless a background thread does that; whether this thread stepped."""
@@ -290,10 +343,13 @@ class Engine:
             self.step()
         return True
 
-    def _enqueue(self, sequences: list[Sequence], *, streams: bool) -> list[RequestHandle]:
+    def _enqueue(
+        self, sequences: list[Sequence], *, streams: bool, listeners: GenericSequence[Listener | None] = ()
+    ) -> list[RequestHandle]:
         """Queue requests and wake the thread."""
         step, cancellation = self._step_unless_threaded, self.core.cancellation
-        handles = [RequestHandle(s, self.tokenizer, step, cancellation, streams=streams) for s in sequences]
+        pairs = zip(sequences, listeners or [None] * len(sequences), strict=True)
+        handles = [RequestHandle(s, self.tokenizer, step, cancellation, streams=streams, listener=n) for s, n in pairs]
         self.core.add_requests(handles)
         self._wake.set()
         return handles

@@ -90,9 +90,16 @@ def _record_logprobs(sequence: Sequence, row: int, logprob: float, result: StepR
 
 def _check_stop(sequence: Sequence, token: int, handle: RequestHandle, eos_ids: frozenset[int]) -> bool:
     """Follow a token that was just appended; whether the answer ends with it, and then why."""
-    stopped = sequence.detokenize and handle.push(token)
-    if stopped or token in eos_ids or token in sequence.sampling.stop_token_ids:
+    sampling, output_ids = sequence.sampling, sequence.output_ids
+    if not sequence.max_tokens:  # no answer was wanted
+        for answer in (output_ids, sequence.logprobs, sequence.top_logprobs):
+            answer.clear()
+        sequence.finish_reason = "length"
+        return True
+    is_end = token in eos_ids and not (sampling.ignore_eos and sampling.response is None)
+    stopped = sequence.detokenize and handle.push(token, is_end=is_end)
+    if stopped or is_end or (token in sampling.stop_token_ids and len(output_ids) > sampling.min_tokens):
         sequence.finish_reason = "stop"
-    elif len(sequence.output_ids) >= sequence.max_tokens:
+    elif len(output_ids) >= sequence.max_tokens:
         sequence.finish_reason = "length"
     return sequence.finish_reason is not None

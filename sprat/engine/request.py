@@ -19,13 +19,25 @@ from sprat.engine.detokenizer import Detokenizer
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.processors import build_processors
 from sprat.engine.sampling_params import Sampling
-from sprat.engine.sequence import Delta, EngineLimits, FinishReason, Output, Sequence, Tenant, Usage, noise_key
+from sprat.engine.sequence import (
+    Delta,
+    EngineLimits,
+    FinishReason,
+    Output,
+    Scoring,
+    Sequence,
+    Tenant,
+    Usage,
+    noise_key,
+)
+from sprat.engine.token_logprobs import TokenLogprobs
 from sprat.errors import DataError, EngineError
 from sprat.tokens import Message, Tokenizer, render
 from sprat.tokens.chat import resolve_thinking, split_reasoning
 
 WAIT_SECONDS = 0.05  # how long a waiting thread sleeps before it looks again
 
+Listener = Callable[[Delta | Exception], None]  # called with the engine's books locked: it only takes note
 Prompt = str | GenericSequence[Message] | GenericSequence[Mapping[str, str]] | GenericSequence[int]
 
 
@@ -87,15 +99,19 @@ class RequestBuilder:
         prompt_group: int = 0,
         cancel_event: Event | None = None,
         adapter: str | None = None,
+        embeds: bool = False,
     ) -> Sequence:
         """A new request; ``stream`` numbers the answers that one prompt gets from one seed.
+
+        ``embeds``: no answer is wanted, but the sum of the prompt's hidden states.
 
         Raises:
             EngineError: it asks for more tokens than the engine gives, or than the context or the KV cache holds; a
                 setting names what this vocabulary does not have; the form of its response cannot be followed; there
                 is no such adapter.
         """
-        limits, max_tokens = self._limits, sampling.max_tokens
+        limits, max_tokens = self._limits, 0 if embeds else sampling.max_tokens
+        scoring: Scoring = "hidden" if embeds else "logprobs" if sampling.prompt_logprobs else ""
         context, cap, cache_tokens = limits.context, limits.max_tokens_cap, limits.num_blocks * BLOCK_SIZE
         available = context - len(ids)
         if max_tokens is None:
@@ -120,10 +136,11 @@ class RequestBuilder:
             sampling=sampling,
             max_tokens=max_tokens,
             noise_key=noise_key(sampling.seed, stream, ids),
-            prompt_group=prompt_group,
+            prompt_group=0 if scoring else prompt_group,  # each is scored by itself
             tenant=tenant,
             cancel_event=cancel_event,
             adapter=-1 if adapter is None else self._adapters[adapter],
+            scoring=scoring,
             min_think_tokens=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
             processors=build_processors(sampling, ids, self._tokenizer, self._grammars, tenant),
         )
@@ -139,22 +156,38 @@ class RequestHandle:
         step: steps the engine, unless a background thread does; returns whether it stepped.
         cancellation: set to tell the engine that somebody cancelled.
         streams: whether pieces are wanted; without it the text is decoded once, at the end.
+        listener: gets the pieces, and what went wrong, in the place of the iterator.
     """
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Tokenizer, step: Callable[[], bool], cancellation: Event, *, streams: bool
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        step: Callable[[], bool],
+        cancellation: Event,
+        *,
+        streams: bool,
+        listener: Listener | None = None,
     ) -> None:
         self.sequence, self._cancellation = sequence, cancellation
         self.finished = Event()
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._tokenizer, self._step, self._streams = tokenizer, step, streams
+        self._listener, self._started = listener, False
         sampling = sequence.sampling
-        sequence.detokenize = streams or bool(sampling.stop)
+        sequence.detokenize = streams or bool(sampling.stop) or sampling.ignore_eos
         sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
         self._detokenizer: Detokenizer | None = None
         if sequence.detokenize:
             thinking, structured = sampling.thinking, sampling.response is not None
-            self._detokenizer = Detokenizer(tokenizer, thinking=thinking, stops=sampling.stop, structured=structured)
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                thinking=thinking,
+                stops=sampling.stop,
+                structured=structured,
+                min_tokens=sampling.min_tokens,
+            )
+        self._logprobs = TokenLogprobs() if streams and sampling.logprobs else None
         self._output: Output | None = None
         self._error: Exception | None = None
 
@@ -198,23 +231,38 @@ class RequestHandle:
             if not self.finished.is_set():
                 self.cancel()
 
-    def push(self, token: int) -> bool:
-        """Engine only: follow one sampled token; True if a stop string is complete."""
-        if self._detokenizer is None:
+    def start(self) -> None:
+        """Engine only: it was admitted; a listener hears of it once."""
+        if self._listener is not None and not self._started:
+            self._started = True
+            self._listener(Delta("started"))
+
+    def push(self, token: int, *, is_end: bool = False) -> bool:
+        """Engine only: follow one sampled token; True if a stop string is complete. ``is_end``: it ends the answer."""
+        detokenizer = self._detokenizer
+        if detokenizer is None:
             return False
-        self._emit(self._detokenizer.push(token))
-        return self._detokenizer.stopped
+        was_reasoning = detokenizer.is_reasoning
+        deltas = detokenizer.push(token)
+        if self._logprobs is not None:
+            if not is_end:
+                self._logprobs.push(self.sequence, reasons=was_reasoning or detokenizer.is_reasoning)
+            deltas = self._logprobs.attach(deltas)
+        self._emit(deltas)
+        return detokenizer.stopped
 
     def finish(self, reason: FinishReason) -> None:
         """Engine only: the answer is whole."""
         sequence, sampling, detokenizer = self.sequence, self.sequence.sampling, self._detokenizer
         sequence.finish_reason = reason
         if detokenizer is not None:
-            self._emit(detokenizer.close())
+            deltas = detokenizer.close()
+            self._emit(deltas if self._logprobs is None else self._logprobs.attach(deltas, is_last=True))
             answer = detokenizer.answer()
         else:
             thinking, structured = sampling.thinking, sampling.response is not None
             answer = split_reasoning(self._tokenizer, sequence.output_ids, thinking=thinking, structured=structured)
+        scored = sampling.prompt_logprobs
         self._output = Output(
             text=answer.content,
             reasoning=answer.reasoning,
@@ -224,22 +272,27 @@ class RequestHandle:
             finish_reason=reason,
             prompt_ids=sequence.prompt_ids,
             closed=answer.closed,
-            top_logprobs=sequence.top_logprobs if sampling.top_logprobs else None,
+            top_logprobs=sequence.top_logprobs if sampling.logprobs and sampling.top_logprobs else None,
+            prompt_logprobs=[None, *sequence.prompt_logprobs] if scored else None,
+            prompt_top_logprobs=[None, *sequence.prompt_top_logprobs] if scored and sampling.top_logprobs else None,
+            stop="" if detokenizer is None else detokenizer.stop,
         )
-        if self._streams:
-            self.deltas.put(Delta("done", output=self._output))
+        self._emit([Delta("done", output=self._output)])
         self.finished.set()
 
     def fail(self, error: Exception) -> None:
         """Engine only: the request cannot be answered; ``result`` and the iteration raise ``error``."""
         self._error = error
+        if self._listener is not None and not self.finished.is_set():
+            self._listener(error)
         self.finished.set()
 
     def _emit(self, deltas: list[Delta]) -> None:
         """Hand pieces to the caller, if they are wanted."""
         if self._streams:
+            put = self._listener or self.deltas.put
             for delta in deltas:
-                self.deltas.put(delta)
+                put(delta)
 
     def _usage(self, reasoning: str) -> Usage:
         """Count tokens; the think tags are no reasoning."""

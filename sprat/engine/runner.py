@@ -22,6 +22,7 @@ from sprat.engine.backend import Backend, Batch
 from sprat.engine.sampling.ops import Integers, add_at, not_finite, put_at, row_index
 from sprat.engine.sampling.sampler import Sampler, SamplerOutput
 from sprat.engine.scheduling.scheduler import Scheduler
+from sprat.engine.scoring import score_prompts
 from sprat.engine.sequence import ScheduledStep, Sequence, SlotIndex
 
 
@@ -102,6 +103,7 @@ class Runner:
             self.sampler.add(sequence.slot, sequence)
         slots_N = np.array([sequence.slot for sequence in new], np.int64)
         samples = self._sample(step, inputs, logits_RV, [len(group) for group in starting], slots_N)
+        score_prompts(self.backend, batch, step)
         return StepResult(step.decoding + new, np.concatenate((step.slots_S, slots_N)), samples, batch, seconds)
 
     def _run_decode(self, step: ScheduledStep) -> StepResult:

@@ -116,9 +116,17 @@ class Sampling:
         seed: same seed, same prompt, same model: same tokens, whatever else is in the batch.
         stop: strings that end the answer; they are cut from the text and never sought in the reasoning.
         stop_token_ids: ids that end the answer, as the model's own end token does.
+        min_tokens: before so many tokens, of reasoning or content, nothing ends the answer: end tokens and
+            ``stop_token_ids`` are banned, and a stop string that is whole by then is text. Where the form of
+            ``response`` is complete, or other rules leave nothing but the end, this gives way.
+        ignore_eos: the model's own end tokens end nothing; with ``response`` they still do: so its form ends.
         thinking: True forces a think block, False forbids it, None lets the model decide.
         logprobs: whether to return the log-probability of each sampled token (nats).
-        top_logprobs: so many likeliest tokens are returned at each place, 20 at most; needs ``logprobs``.
+        top_logprobs: so many likeliest tokens are returned at each place, 20 at most; needs ``logprobs`` or
+            ``prompt_logprobs``.
+        prompt_logprobs: whether to return the log-probability of each token of the prompt but the first (nats, at
+            temperature 1). Such a prompt is computed whole, whatever is cached. ``max_tokens`` may be 0 then:
+            nothing is sampled.
         min_think_tokens: with thinking=True, ``</think>`` and the end are banned for this many tokens
             (one at least).
         max_think_tokens: after this many tokens of reasoning ``</think>`` is forced; None never forces it.
@@ -158,6 +166,9 @@ class Sampling:
     response: Response | None = None
     processors: tuple[Callable[[TokenIds], Processor], ...] = ()
     fit: bool = False
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples, so that settings cannot change behind the engine's back."""
@@ -167,12 +178,12 @@ class Sampling:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1)):
+        for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1), ("min_tokens", 0)):
             _integer(name, getattr(self, name), low, MAX_INT)
         _integer("seed", self.seed, None)
-        for name in ("max_tokens", "max_think_tokens"):
+        for name, low in (("max_tokens", 0 if self.prompt_logprobs else 1), ("max_think_tokens", 1)):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1, MAX_INT)
+                _integer(name, getattr(self, name), low, MAX_INT)
         _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
         for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
             object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))
@@ -182,11 +193,14 @@ class Sampling:
         """Raise EngineError where settings that are fine alone contradict each other."""
         if self.thinking not in (True, False, None):
             raise EngineError(f"{self.thinking!r} is not a way to think", where="thinking", todo="true, false or null")
-        if self.top_logprobs and not self.logprobs:
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
             raise EngineError("top_logprobs needs logprobs", where="top_logprobs", todo="set logprobs as well")
         if self.max_think_tokens is not None and self.max_think_tokens < self.min_think_tokens:
             fault = f"max_think_tokens is {self.max_think_tokens}, below min_think_tokens {self.min_think_tokens}"
             raise EngineError(fault, where="max_think_tokens", todo="give at least min_think_tokens")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens and not self.fit:
+            fault = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
+            raise EngineError(fault, where="min_tokens", todo="give at most max_tokens")
         if self.response is not None and not isinstance(self.response, Response):
             fault = f"{type(self.response).__name__} is no form of a response"
             raise EngineError(fault, where="response", todo="use Response.json, Response.regex or Response.choice")

@@ -3,7 +3,8 @@
 ``output_ids`` hold every sampled token, the closing end-of-sequence token included, because
 reinforcement learning must also learn to stop. ``logprobs`` are those of the model's whole
 distribution at the request's temperature (at temperature 1 for greedy requests), before any ban,
-penalty, top-k, top-p or min-p: what a trainer recomputes from the raw logits.
+penalty, top-k, top-p or min-p: what a trainer recomputes from the raw logits. Those of a prompt, which
+nobody sampled, are at temperature 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from sprat.engine.sampling_params import Processor, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
+TopLogprobs = list[tuple[int, float]]  # likeliest tokens with their log-probabilities (nats), best first
+TokenLogprob = tuple[int, float, tuple[tuple[int, float], ...]]  # a token, its log-probability, the likeliest there
 SMALL_BATCH = 16
+Scoring = Literal["", "logprobs", "hidden"]
 SlotIndex = list[int] | NDArray[np.int64]  # slots (or rows) as an index; a list where they are few
 
 
@@ -77,6 +81,8 @@ class Output:
     """One finished answer. ``closed`` is False when the reasoning was cut off before ``</think>``.
 
     ``top_logprobs`` holds for each token the likeliest ids with their log-probabilities (nats), best first.
+    ``prompt_logprobs`` and ``prompt_top_logprobs`` say the same of ``prompt_ids``, where asked for: of the first token,
+    which nothing stands before, None. ``stop`` is the stop string that ended the answer, empty if none did.
     """
 
     text: str
@@ -87,16 +93,28 @@ class Output:
     finish_reason: FinishReason
     prompt_ids: list[int]
     closed: bool = True
-    top_logprobs: list[list[tuple[int, float]]] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    stop: str = ""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed answer; the last one is of kind ``done`` and carries the whole output."""
+    """A piece of a streamed answer; the last one is of kind ``done`` and carries the whole output.
 
-    kind: Literal["reasoning", "content", "done"]
+    ``logprobs``, where asked for, are of the tokens of this channel that were sampled since its last piece, whether
+    this text shows them or they are held back, hidden or cut: (id, log-probability, likeliest ids with theirs) each.
+    Those of all pieces, one after the other, are those of the output, but for the end token that ended it. Think tags
+    belong to the reasoning. ``text`` is empty where tokens come without any.
+
+    ``started`` goes to listeners alone: the request has its slot, and ``Sequence.num_cached`` is known.
+    """
+
+    kind: Literal["started", "reasoning", "content", "done"]
     text: str = ""
     output: Output | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(eq=False)
@@ -115,11 +133,18 @@ class Sequence:
     processors: tuple[Processor, ...] = ()  # rules that change its logits
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     detokenize: bool = False  # its text is made token by token
     adapter: int = -1  # its place among the back end's adapters
+    scoring: Scoring = ""  # what is wanted of each token of its prompt
+    num_scored: int = (
+        0  # rows of its prompt that are no longer needed, since what was wanted of them is in what follows
+    )
+    prompt_logprobs: list[float] = field(default_factory=list)  # of all but the first token
+    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    hidden_sum_D: NDArray[np.float64] | None = None  # of the last norm's output
     # In the engine
     slot: int = -1
     # Prompt and answer to prefill
@@ -136,6 +161,25 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens of the prompt and the answer so far."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_to_hold(self) -> int:
+        """Tokens that there must be blocks for before it is computed, the one that it says next included."""
+        return self.num_tokens + (self.max_tokens > 0)
+
+    @property
+    def num_to_score(self) -> int:
+        """Rows of the prompt of which something is wanted: nothing of the prompt stands behind its last one."""
+        return {"": 0, "logprobs": len(self.prompt_ids) - 1, "hidden": len(self.prompt_ids)}[self.scoring]
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens at the beginning that need not be computed where they are in the KV cache.
+
+        The last one always is, since its logits are needed, and so is all that is still to be scored.
+        """
+        whole = self.num_tokens - 1
+        return min(whole, self.num_scored) if self.num_scored < self.num_to_score else whole
 
     def ids_between(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens ``start`` … ``stop - 1`` of prompt and answer."""

@@ -1,233 +1,282 @@
-"""Between the event loop and the engine: admission, waiting, cancelling, metering.
+"""Who may start, who waits, and who is told to come again, and when.
 
-An engine's handle is a blocking iterator; the web side is asynchronous. Each admitted request owns
-one thread of a bounded pool, which does nothing but wait for the handle and hand each delta to
-the event loop. The bound is the admission rule: a request beyond it is refused at once (HTTP 429)
-and never queued out of sight. A slot is freed when the *engine* has let go of the request, not
-when the client has, so that clients who hang up cannot pile work on the engine.
+A request is counted the moment it is seen, before anything of it is rendered, tokenized or compiled:
 
-The last delta carries the usage. It is metered here, in the event loop, before anybody can send it:
-the cost that a client reads has been recorded.
+    async with admission.place(tenant.name, tokens=estimate, seqs=n) as place:   # RequestError: 429 or 503
+        ...                                                                       # render, tokenize, submit
+        place.charge(tokens)                                                      # as they are computed
+
+It holds ``seqs`` of ``max_num_seqs`` places inside the block, which is left when the *engine* has let go of it, not
+when its client has: clients who hang up cannot pile work on the engine. Before that it waits for its turn, in one of a
+bounded number of seats.
+
+**Whose turn it is.** Every tenant has a counter of the tokens that it was served, and who has the lowest is next (see
+``fair_queue``). A start costs what the request is estimated at, at once, and is settled when the place is left. Who
+comes back is raised to the level at which others start now: absence earns nothing. The first of a tenant in turn keeps
+that turn until its places are free; nobody smaller overtakes it.
+
+**Who is refused.** A seat is for everybody in equal parts. Where they run out, the tenant with the most of them gives
+up its newest, be it a stranger's arrival that needs it: 429 for who has reached a limit of its own, 503 where
+everybody's is reached, or the wait has lasted ``max_wait_seconds``.
+
+**When to come again.** A refused caller is told when a seat is predicted to be free for *it*: each refusal takes the
+next of the moments at which requests leave, so that those who come back meet half-empty seats and not one another.
+Clients obey ``Retry-After`` up to a minute, so nobody is told more.
+
+All of this runs in one event loop, takes no lock and never blocks. It knows nothing of HTTP or of the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
-from sprat.errors import EngineError, SpratError
 from sprat.serve.errors import RequestError
-from sprat.serve.meter import Cost, Meter
-from sprat.serve.protocol import usage_body
+from sprat.serve.fair_queue import Account, FairQueue, Waiter
+from sprat.serve.service_rate import ServiceRate
 
 if TYPE_CHECKING:
-    from sprat.engine.sampling_params import Sampling
-    from sprat.engine.sequence import Delta, Tenant
-    from sprat.tokens.chat import Message
+    from sprat.serve.events import Usage
+    from sprat.serve.generation import Generation
 
-log = logging.getLogger(__name__)
-
-
-class HandleLike(Protocol):
-    """One running request: iterating blocks until the next delta; any thread may cancel it."""
-
-    def __iter__(self) -> Iterator[Delta]:
-        """Deltas as they come; the last is of kind "done" and carries the output."""
-
-    def cancel(self) -> None:
-        """Stop soon; "done" still comes."""
+SHORTEST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 60.0  # openai's and anthropic's clients take no longer Retry-After for true
+SHUTDOWN_RETRY_SECONDS = 5.0
 
 
-class EngineLike(Protocol):
-    """What serving needs of an engine (``sprat.engine.Engine`` has it); any thread may submit."""
+class Place(Waiter):
+    """A request that is counted: it waits, then holds its places, then has left. Made by ``Admission``."""
 
-    def submit(
-        self,
-        prompt: Sequence[Message],
-        sampling: Sampling | None = None,
-        *,
-        tenant: Tenant,
-        adapter: str | None = None,
-    ) -> HandleLike:
-        """Take a request of ``tenant``, for one of the engine's adapters or for none."""
+    def __init__(self, admission: Admission, account: Account, tokens: int, seqs: int, number: int) -> None:
+        super().__init__(account, tokens, seqs, number)
+        self.arrival_time = admission.clock()
+        self.start_time: float | None = None
+        self.charged_tokens = 0
+        self._admission = admission
+        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.deadline: asyncio.TimerHandle | None = None
+        self.holds = False
 
-    def start(self) -> None:
-        """Work in the background from now on."""
+    def charge(self, tokens: int) -> None:
+        """Count ``tokens`` that were computed for it: of the prompt those that were not cached, and of the answers."""
+        before = max(self.charged_tokens, self.tokens)
+        self.charged_tokens += tokens
+        if self.holds:
+            self.account.served_tokens += max(self.charged_tokens - before, 0)
 
-    def stop(self) -> None:
-        """End the background work."""
+    def record_usage(self, usage: Usage) -> None:
+        """Tell ``on_usage`` what the request used in the end."""
+        if self._admission.on_usage is not None:
+            self._admission.on_usage(self.account.name, usage)
+
+    def leave(self) -> None:
+        """Give up the turn, or the places; does nothing the second time."""
+        self._admission.leave(self)
 
 
-class StreamingRequest:
-    """One admitted request, seen from the event loop. Iterate it with ``deltas``."""
+class Admission:
+    """Admits requests to an engine that works on ``max_num_seqs`` answers at a time.
+
+    Args:
+        max_num_seqs: places. A request for more of them than there are is admitted when it is alone.
+        max_num_queued_reqs: seats of those who wait; 0: nobody waits.
+        max_num_queued_tokens: estimated tokens of those who wait; one that waits alone may have more.
+        max_wait_seconds: from arrival to the start, at most; None: for as long as it takes.
+        max_num_seqs_per_tenant: places of one tenant; None: all.
+        max_num_queued_reqs_per_tenant: seats of one tenant; None: those that others do not need.
+        expected_seconds: how long a place is held, until that is measured.
+        admit: asked about each request after it is counted and before it waits; an error that it returns refuses it.
+        on_usage: told of each answer's usage (``Place.record_usage``).
+        clock: seconds; only differences count.
+
+    Attributes:
+        num_running, num_running_seqs: requests that hold places, and the places.
+        closed: nobody is admitted any more.
+    """
 
     def __init__(
         self,
-        engine: EngineLike,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        meter: Meter,
-        tenant: Tenant,
-        adapter: str | None = None,
+        max_num_seqs: int,
+        max_num_queued_reqs: int,
+        max_num_queued_tokens: int,
+        max_wait_seconds: float | None = 30.0,
+        *,
+        max_num_seqs_per_tenant: int | None = None,
+        max_num_queued_reqs_per_tenant: int | None = None,
+        expected_seconds: float = 5.0,
+        admit: Callable[[str, Generation | None], RequestError | None] | None = None,
+        on_usage: Callable[[str, Usage], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.start_time, self.tenant = time.monotonic(), tenant
-        self.usage: dict[str, Any] | None = None
-        self.cost: Cost | None = None
-        self.seconds = 0.0
-        self.finish_reason = "stop"
-        self.shutting_down = False
-        self._engine, self._messages, self._sampling, self._meter = engine, messages, sampling, meter
-        self._adapter = adapter
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        self._started: asyncio.Future[None] = self._loop.create_future()
-        self._handle: HandleLike | None = None
-        self._cancel_requested = False
-        self.finished = False
-
-    def pump(self) -> None:
-        """Submit and wait, in a thread of its own; every delta is handed to the event loop."""
-        try:
-            handle = self._engine.submit(self._messages, self._sampling, tenant=self.tenant, adapter=self._adapter)
-            self._call_in_loop(self._on_start, handle)
-            for delta in handle:
-                self._call_in_loop(self._on_delta, delta)
-        except Exception as error:
-            self._call_in_loop(self._on_error, error)
-        finally:
-            self._call_in_loop(self._on_end)
-
-    def _call_in_loop(self, callback: Any, *arguments: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback, *arguments)
-
-    def _on_start(self, handle: HandleLike) -> None:
-        self._handle = handle
-        if self._cancel_requested:
-            handle.cancel()
-        if not self._started.done():
-            self._started.set_result(None)
-
-    def _on_delta(self, delta: Delta) -> None:
-        if delta.kind == "done" and self.usage is None:
-            self._record_usage(delta)
-        self._queue.put_nowait(delta)
-
-    def _record_usage(self, done: Delta) -> None:
-        if done.output is None:
-            raise RuntimeError("the engine finished without an output")
-        usage = done.output.usage
-        self.seconds = time.monotonic() - self.start_time
-        self.usage = usage_body(usage)
-        hit, miss = self.usage["prompt_cache_hit_tokens"], self.usage["prompt_cache_miss_tokens"]
-        self.cost = self._meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
-        self.finish_reason = str(done.output.finish_reason)
-        if self.finish_reason == "cancelled":  # by the caller: an early stop; by us: DeepSeek's word for it
-            self.finish_reason = "insufficient_system_resource" if self.shutting_down else "stop"
-
-    def _on_error(self, error: Exception) -> None:
-        if not self._started.done():
-            self._started.set_exception(error)
-            return
-        log.error("an answer broke off", exc_info=error)
-        self._queue.put_nowait(error)
-
-    def _on_end(self) -> None:
-        self.finished = True
-        self._queue.put_nowait(None)
-
-    async def wait_started(self) -> None:
-        """Wait until the engine has taken the request.
-
-        Raises:
-            SpratError: the engine refuses it.
-        """
-        await self._started
-
-    def cancel(self) -> None:
-        """Stop generating; the last delta still comes. Does nothing once the answer has ended."""
-        self._cancel_requested = True
-        if self._handle is not None and not self.finished:
-            self._handle.cancel()
-
-    async def deltas(self, idle_seconds: float) -> AsyncIterator[Delta | None]:
-        """Deltas as they come, up to "done"; None after each ``idle_seconds`` without one.
-
-        Raises:
-            RequestError: status 500; the engine broke off.
-        """
-        while True:
-            try:
-                item = await asyncio.wait_for(self._queue.get(), idle_seconds)
-            except TimeoutError:
-                yield None
-                continue
-            if item is None or isinstance(item, Exception):
-                raise RequestError(500, "the engine broke off", code="engine_error", kind="server_error")
-            yield item
-            if item.kind == "done":
-                return
-
-
-class AdmissionPool:
-    """Admits at most ``max_concurrent_requests`` at a time to ``engine``; knows all that run."""
-
-    def __init__(self, engine: EngineLike, meter: Meter, *, max_concurrent_requests: int) -> None:
-        self.engine, self.meter, self.max_concurrent_requests = engine, meter, max_concurrent_requests
-        self.running: dict[str, StreamingRequest] = {}
+        self.max_num_seqs, self.max_wait_seconds = max_num_seqs, max_wait_seconds
+        self.max_num_seqs_per_tenant = max_num_seqs_per_tenant or max_num_seqs
+        self.max_num_queued_reqs_per_tenant = max_num_queued_reqs_per_tenant
+        self.admit, self.on_usage, self.clock = admit, on_usage, clock
+        self.num_running = self.num_running_seqs = 0
         self.closed = False
-        self._executor = ThreadPoolExecutor(max_workers=max_concurrent_requests, thread_name_prefix="sprat-answer")
+        self._queue: FairQueue[Place] = FairQueue(max_num_queued_reqs, max_num_queued_tokens)
+        self._rate = ServiceRate(expected_seconds, clock)
+        self._num_arrivals = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
 
-    async def admit(
-        self,
-        request_id: str,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        tenant: Tenant,
-        field_names: Mapping[str, str],
-        adapter: str | None = None,
-    ) -> StreamingRequest:
-        """Hand a request of ``tenant`` to the engine under the unique ``request_id``.
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return self._queue.num_reqs
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Estimated tokens of the requests that wait."""
+        return self._queue.num_tokens
+
+    @asynccontextmanager
+    async def place(
+        self, tenant: str, *, tokens: int, seqs: int = 1, generation: Generation | None = None
+    ) -> AsyncIterator[Place]:
+        """Hold places for a request for as long as the block lasts; arguments and errors are those of ``enter``."""
+        place = await self.enter(tenant, tokens=tokens, seqs=seqs, generation=generation)
+        try:
+            yield place
+        finally:
+            place.leave()
+
+    async def enter(self, tenant: str, *, tokens: int, seqs: int = 1, generation: Generation | None = None) -> Place:
+        """Count a request at once and wait for its turn; ``Place.leave`` has to follow. Cancelled, it leaves by itself.
 
         Args:
-            field_names: the engine's max_tokens and thinking → the fields of the request that said them.
-            adapter: name of the engine's adapter that answers; None: the model alone.
+            tenant: name of whose request it is.
+            tokens: of its prompt, estimated, as from its bytes.
+            seqs: answers to it.
+            generation: for ``admit``.
 
         Raises:
-            RequestError: 429 when all slots are taken, 503 when closing, 400 when the engine refuses it.
+            RequestError: 429: the tenant has reached a limit of its own. 503: everybody's is reached, the wait was too
+                long, or the server shuts down. Each says when to come again. And what ``admit`` answers.
         """
         if self.closed:
-            message = "the server is shutting down"
-            raise RequestError(503, message, code="shutting_down", kind="server_error", retry_after=5)
-        if len(self.running) >= self.max_concurrent_requests:
-            message = f"all {self.max_concurrent_requests} places are taken; try again in a moment"
-            raise RequestError(429, message, code="too_many_requests", kind="rate_limit_error", retry_after=1)
-        streaming_request = StreamingRequest(self.engine, messages, sampling, self.meter, tenant, adapter)
-        self.running[request_id] = streaming_request
-        future = asyncio.get_running_loop().run_in_executor(self._executor, streaming_request.pump)
-        future.add_done_callback(lambda _: self.running.pop(request_id, None))
+            raise _shutting_down()
+        self._num_arrivals += 1
+        place = Place(self, self._queue.account(tenant, self.clock()), tokens, seqs, self._num_arrivals)
+        self._queue.append(place)
+        self._empty.clear()
         try:
-            await streaming_request.wait_started()
-        except EngineError as error:
-            param = field_names.get(error.where, "messages")
-            text = str(EngineError(error.what, where=param, todo=error.todo))
-            message = text.replace("max_tokens", field_names["max_tokens"])
-            raise RequestError(400, message, param=param, code="not_possible") from error
-        except SpratError as error:
-            raise RequestError(500, str(error), code="engine_error", kind="server_error") from error
-        except asyncio.CancelledError:
-            streaming_request.cancel()
+            self._seat(place, generation)
+            await place.turn
+        except BaseException:
+            self.leave(place)
             raise
-        return streaming_request
+        finally:
+            if place.deadline is not None:
+                place.deadline.cancel()
+        return place
+
+    def _seat(self, place: Place, generation: Generation | None) -> None:
+        """Let an arrival start or wait, or refuse it; whoever has to give way to it is refused."""
+        crowded_out = [] if self._next() is place else self._crowded_out(place)
+        if place in crowded_out:
+            own = place.account.num_waiting > 1 and (self._queue.num_tenants > 1 or self._reached_own_limit(place))
+            raise self._refusal(place, own=own)
+        error = self.admit(place.account.name, generation) if self.admit is not None else None
+        if error is not None:
+            raise error
+        for other in crowded_out:
+            self._refuse(other, self._refusal(other, own=True))
+        self._start_all()
+        if place.waits and self.max_wait_seconds is not None:
+            place.deadline = asyncio.get_running_loop().call_later(self.max_wait_seconds, self._expire, place)
+
+    def _reached_own_limit(self, place: Place) -> bool:
+        limit = self.max_num_queued_reqs_per_tenant
+        return limit is not None and place.account.num_waiting > limit
+
+    def _crowded_out(self, place: Place) -> list[Place]:
+        return [place] if self._reached_own_limit(place) else self._queue.crowded_out(place)
+
+    def leave(self, place: Place) -> None:
+        """Give up the turn of a request, or its places; does nothing the second time."""
+        if place.waits:
+            self._queue.remove(place)
+        elif place.holds:
+            place.holds = False
+            self.num_running -= 1
+            self.num_running_seqs -= place.seqs
+            excess = place.tokens - place.charged_tokens if place.charged_tokens else 0
+            self._queue.finish(place, excess)
+            self._rate.depart(place.seqs, start=place.start_time or 0.0, tokens=place.tokens)
+        else:
+            return
+        self._start_all()
+        if not self.num_running and not self.num_waiting:
+            self._empty.set()
+
+    def _next(self) -> Place | None:
+        """The request that may start now, if any may."""
+        place = None if self.closed else self._queue.first(self.max_num_seqs_per_tenant)
+        if place is None or not self.num_running or self.num_running_seqs + place.seqs <= self.max_num_seqs:
+            return place
+        return None
+
+    def _start_all(self) -> None:
+        """Start all who may."""
+        while (place := self._next()) is not None:
+            self._queue.start(place)
+            place.holds = True
+            place.start_time = self._rate.arrive(place.seqs)
+            self.num_running += 1
+            self.num_running_seqs += place.seqs
+            if not place.turn.done():  # it is where its waiter was cancelled a moment ago, who leaves at once
+                place.turn.set_result(None)
+
+    def _refuse(self, place: Place, error: RequestError) -> None:
+        """End the wait of a request."""
+        self.leave(place)
+        if not place.turn.done():
+            place.turn.set_exception(error)
+
+    def _expire(self, place: Place) -> None:
+        if place.waits:
+            message = f"no place came free within {self.max_wait_seconds:g} seconds; try again later"
+            retry_after = self._retry_after(place)
+            error = RequestError(503, message, code="queue_timeout", kind="server_error", retry_after=retry_after)
+            self._refuse(place, error)
+
+    def _refusal(self, place: Place, *, own: bool) -> RequestError:
+        retry_after = self._retry_after(place)
+        if own:
+            message = "too many of your requests wait already; try again when some are answered"
+            return RequestError(
+                429, message, code="too_many_requests", kind="rate_limit_error", retry_after=retry_after
+            )
+        message = "the server is overloaded; try again later"
+        return RequestError(503, message, code="overloaded", kind="server_error", retry_after=retry_after)
+
+    def _retry_after(self, place: Place) -> float:
+        """Seconds after which a seat should be free for a request that is refused now; takes the moment for it."""
+        account, now = place.account, self.clock()
+        speed = self.max_num_seqs / max(self._queue.num_tenants, 1) / self._rate.margin()  # places for this tenant
+        mean = account.waiting_tokens / account.num_waiting if account.num_waiting else place.tokens
+        half_queue = account.waiting_seqs * self._rate.held_seconds(mean) / 2 / speed
+        synchronous = max(self._rate.held_seconds() / 2 - self._rate.mean_age(), 0.0)  # all began a moment ago
+        step = place.seqs * self._rate.held_seconds(place.tokens) / speed
+        slot = max(account.next_slot, now + half_queue + synchronous)
+        account.next_slot = min(slot + step, now + LONGEST_RETRY_SECONDS)
+        return round(min(max(slot - now, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS), 3)
 
     def close(self) -> None:
-        """Admit nobody more and stop all that run; their streams end in good order."""
+        """Admit nobody more, and refuse all who wait. Those who run go on."""
         self.closed = True
-        for streaming_request in list(self.running.values()):
-            streaming_request.shutting_down = True
-            streaming_request.cancel()
-        self._executor.shutdown(wait=False)
+        for place in self._queue.waiting:
+            self._refuse(place, _shutting_down())
+
+    async def drained(self) -> None:
+        """Wait until nobody waits and no place is held."""
+        await self._empty.wait()
+
+
+def _shutting_down() -> RequestError:
+    message = "the server is shutting down"
+    return RequestError(503, message, code="shutting_down", kind="server_error", retry_after=SHUTDOWN_RETRY_SECONDS)

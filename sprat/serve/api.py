@@ -1,148 +1,191 @@
-"""The routes: models, chat completions, health, and the page.
-
-A chat completion takes these steps: read the body within its bound, validate it (``protocol``), be
-admitted (``admission``), pass the deltas on as they come, and close with the usage and the cost that
-the meter has recorded (``responses``). ``POST /v1/chat/completions/{id}/cancel`` ends a stream early and
-in good order, so that the client still learns what it cost.
-"""
+"""The routes, under the bases that clients are made with: ``/``, ``/v1``, ``/beta`` and ``/anthropic``."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import base64
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
-from sprat.serve.admission import AdmissionPool
+from sprat.serve import anthropic
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
-from sprat.serve.protocol import ChatRequest, parse_chat_request
-from sprat.serve.responses import EventStreamResponse, full_response, stream_events
+from sprat.serve.exchange import (
+    CHAT,
+    CLIENT_LEFT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    ClientLeft,
+    Exchange,
+    Wire,
+    read_json,
+)
+from sprat.serve.fields import Reader
+from sprat.serve.openai_chat import parse_chat
+from sprat.serve.openapi import request_schema
+from sprat.serve.service import Service
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from sprat.engine.sampling_params import Sampling
-    from sprat.tokens.chat import Message
-
-BODY_TIMEOUT_SECONDS = 30.0  # for the whole request body
+OPENAI_BASES, ANTHROPIC_BASES = ("", "/v1", "/beta"), ("/v1", "/anthropic/v1", "/anthropic")
+MAX_EMBEDDINGS = 256
+BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
+Body = dict[str, Any]
 
 
 @dataclass
 class AppState:
-    """What the routes share."""
+    """What the routes share: a service for each model that is loaded, the first of them the default."""
 
-    pool: AdmissionPool
+    services: list[Service]
     config: ServeConfig
-    model_name: str
-    default_sampling: Mapping[str, Any]  # where a request says nothing
-    adapters: tuple[str, ...] = ()  # models too: the one that is served, with an adapter
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """What a request may name."""
-        return (self.model_name, *self.adapters)
+    def names(self) -> tuple[str, ...]:
+        """What a request may name as its model."""
+        return tuple(name for service in self.services for name in service.names.all())
 
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON body, read within ``limit`` bytes and ``BODY_TIMEOUT_SECONDS``.
-
-    Raises:
-        RequestError: 415 not JSON, 413 too large, 408 too slow.
-    """
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "application/json":
-        message = "the body must be sent as Content-Type: application/json"
-        raise RequestError(415, message, param="Content-Type", code="unsupported_media_type")
-    too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise RequestError(408, "the body came too slowly", code="timeout") from None
-    return bytes(body)
-
-
-def _sampling_params(chat_request: ChatRequest, state: AppState, seed: int) -> Sampling:
-    """The engine's sampling settings for a request: what it says, else what the model's folder says.
-
-    Raises:
-        RequestError: 400; it asks for more tokens than this server gives.
-    """
-    from sprat.engine.sampling_params import Sampling
-
-    most = state.config.max_tokens
-    if (limit := chat_request.requested_max_tokens) is not None and limit > most:
-        name = chat_request.field_names["max_tokens"]
-        message = f"{name} is too large: this server gives at most {most} tokens; lower it or leave it out"
-        raise RequestError(400, message, param=name)
-    fields = {"temperature", "top_k", "top_p"}
-    requested = chat_request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
-    return Sampling(
-        **{**state.default_sampling, **requested},
-        max_tokens=most if limit is None else limit,
-        fit=limit is None,
-        seed=seed,
-        stop=chat_request.stop_strings,
-        thinking=chat_request.enable_thinking,
-    )
-
-
-def _messages(chat_request: ChatRequest) -> list[Message]:
-    """The conversation as the chat format's own messages."""
-    from sprat.tokens.chat import Message
-
-    return [Message("system" if m.role == "developer" else m.role, m.text) for m in chat_request.messages]
-
-
-async def chat_completion(request: Request, state: AppState) -> Response:
-    """``POST /v1/chat/completions``."""
-    try:
-        chat_request = parse_chat_request(await read_body(request, state.config.max_body_bytes))
-    except ClientDisconnect:
-        return Response(status_code=499)
-    model_name = chat_request.model
-    if model_name not in state.models:
-        message = f"no model {model_name[:100]!r} here; this server has {', '.join(map(repr, state.models))}"
+    def find(self, model: str) -> Service:
+        """The service that has ``model``; RequestError 404 where none has."""
+        for service in self.services:
+            if service.names.has(model):
+                return service
+        known = ", ".join(map(repr, self.names))
+        message = f"The model {model[:100]!r} does not exist here; this server has {known}"
         raise RequestError(404, message, param="model", code="model_not_found")
-    request_id = f"chatcmpl-{secrets.token_hex(16)}"
-    seed = chat_request.seed if chat_request.seed is not None else secrets.randbits(31)
-    sampling, tenant = _sampling_params(chat_request, state, seed), request.state.tenant
-    adapter = model_name if model_name in state.adapters else None
-    stream = await state.pool.admit(
-        request_id, _messages(chat_request), sampling, tenant, chat_request.field_names, adapter
-    )
-    if chat_request.stream:
-        return EventStreamResponse(stream, stream_events(chat_request, model_name, stream, request_id, seed))
-    return await full_response(request, model_name, stream, request_id, seed)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Bound of a request's body: what the longest context can take, unless it was set."""
+        context = max(service.prompts.context for service in self.services)
+        return self.config.max_body_bytes or BODY_BYTES + BYTES_OF_TOKEN * context
+
+    async def start(self) -> None:
+        """Have all engines up. Raises SpratError: one cannot be."""
+        await asyncio.gather(*(service.engine.start() for service in self.services))
+
+    async def stop(self) -> None:
+        """End them all."""
+        for service in self.services:
+            service.abort()
+            await service.engine.stop()
+            service.close()
+
+    async def drain(self, timeout: float) -> None:
+        """Admit nobody more; running answers may finish within ``timeout`` seconds."""
+        await asyncio.gather(*(service.drain(timeout) for service in self.services))
+
+    def abort(self) -> None:
+        """End whatever still runs."""
+        for service in self.services:
+            service.abort()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        return all(service.engine.alive and not service.closed for service in self.services)
 
 
-def model_card(state: AppState, name: str) -> dict[str, Any]:
-    """One entry of ``GET /v1/models``; ``sprat`` holds what the page needs to know, ``parent`` an adapter's base."""
-    config = state.config
-    card = {"id": name, "object": "model", "created": state.created, "owned_by": "sprat"}
-    if name in state.adapters:
-        card["parent"] = state.model_name
+def model_card(state: AppState, name: str) -> Body:
+    """One entry of ``GET /models``; ``sprat`` holds what the page needs to know, ``parent`` an adapter's base."""
+    config, service = state.config, state.find(name)
+    card: Body = {"id": name, "object": "model", "created": state.created, "owned_by": "sprat"}
+    card |= {"root": service.names.served, "parent": service.names.parent(name)}
     page = {"examples": config.examples, "turns": config.max_history_turns, "max_tokens": config.max_tokens}
-    return {**card, "sprat": {**page, "prices": config.prices.model_dump(mode="json")}}
+    extra = {**page, "prices": config.prices.model_dump(mode="json")}
+    return {**card, "max_model_len": service.prompts.context, "sprat": extra}
+
+
+def _anthropic_card(state: AppState, name: str) -> Body:
+    created = datetime.fromtimestamp(state.created, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+
+
+def _is_anthropic(request: Request) -> bool:
+    return "anthropic-version" in request.headers or "/anthropic" in request.url.path
+
+
+async def answer(request: Request, wire: Wire, state: AppState) -> Response:
+    """Whatever is generated, in any protocol."""
+    try:
+        body, size = await read_json(request, state.max_body_bytes)
+        return await Exchange(request, wire, request.state.tenant, state.find).respond(body, size)
+    except ClientLeft:
+        return Response(status_code=CLIENT_LEFT)
 
 
 def add_routes(app: FastAPI, state: AppState) -> None:
     """Register all routes on ``app``."""
+    _add_page(app)
+    _add_health(app, state)
+    _add_models(app, state)
+    for wire, path, bases in (
+        (CHAT, "/chat/completions", OPENAI_BASES),
+        (COMPLETIONS, "/completions", OPENAI_BASES),
+        (RESPONSES, "/responses", OPENAI_BASES),
+        (MESSAGES, "/messages", ANTHROPIC_BASES),
+    ):
+        for base in bases:
+            _post(app, base + path, _answering(wire, state), path if base == "/v1" else "")
+    for path, work, bases in (
+        ("/embeddings", _embeddings, OPENAI_BASES),
+        ("/tokenize", _tokenize, OPENAI_BASES),
+        ("/detokenize", _detokenize, OPENAI_BASES),
+        ("/messages/count_tokens", _count_tokens, ANTHROPIC_BASES),
+    ):
+        for base in bases:
+            _post(app, base + path, _working(work, state), path if base == "/v1" else "")
+
+    async def cancel(request: Request, name: str) -> Response:
+        """End a running answer early; it still closes with its usage and cost."""
+        for service in state.services:
+            running = service.answers.get(name)
+            if running is not None and running.tenant == request.state.tenant:
+                running.cancel("cancel")
+                return Response(status_code=204)
+        raise RequestError(404, "no such answer is running", param="id", code="not_running")
+
+    for base in OPENAI_BASES:
+        app.post(f"{base}/chat/completions/{{name}}/cancel", status_code=204, include_in_schema=base == "/v1")(cancel)
+
+
+def _post(app: FastAPI, path: str, handler: Any, schema_of: str) -> None:
+    """Register one route; ``schema_of`` names its body in the schema, empty: it is not listed."""
+    content = {"application/json": {"schema": request_schema(schema_of)}} if schema_of else {}
+    extra = {"requestBody": {"required": True, "content": content}} if content else None
+    app.post(path, include_in_schema=bool(content), openapi_extra=extra)(handler)
+
+
+def _answering(wire: Wire, state: AppState) -> Callable[..., Any]:
+    async def handler(request: Request) -> Response:
+        return await answer(request, wire, state)
+
+    return handler
+
+
+def _working(work: Callable[[Request, AppState, Body], Any], state: AppState) -> Callable[..., Any]:
+    async def handler(request: Request) -> Response:
+        try:
+            body, _ = await read_json(request, state.max_body_bytes)
+        except ClientLeft:
+            return Response(status_code=CLIENT_LEFT)
+        return JSONResponse(await work(request, state, body))
+
+    return handler
+
+
+def _add_page(app: FastAPI) -> None:
     page = load_chat_page()
 
     @app.get("/", include_in_schema=False)
@@ -152,53 +195,130 @@ def add_routes(app: FastAPI, state: AppState) -> None:
             return Response(status_code=304, headers=headers)
         return Response(page.body, media_type="text/html; charset=utf-8", headers=headers)
 
-    @app.get("/healthz")
-    async def health() -> dict[str, Any]:
-        """Alive, and, where everybody is one tenant, how busy."""
-        running, meter = len(state.pool.running), state.pool.meter
-        alive = {"status": "closing" if state.pool.closed else "ok", "model": state.model_name}
-        busy = {"running": running, "answered": meter.requests, "nano_yuan": meter.nano_yuan}
-        return alive if state.config.api_keys else {**alive, **busy}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The model that is served, and the same with each adapter."""
-        return {"object": "list", "data": [model_card(state, name) for name in state.models]}
+def _add_health(app: FastAPI, state: AppState) -> None:
+    """None of these ever waits for an engine."""
+    from sprat import __version__
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def live() -> Body:
+        """The process answers."""
+        return {"status": "ok"}
+
+    async def ready() -> Response:
+        """Requests are answered: the engines are up and nobody shuts the server down."""
+        status = "ok" if state.ready else "closing" if state.services[0].closed else "starting"
+        return JSONResponse({"status": status, "model": state.services[0].names.served}, 200 if state.ready else 503)
+
+    async def version() -> Body:
+        """The version of Sprat."""
+        return {"version": __version__}
+
+    for path, handler in (
+        ("/health", ready),
+        ("/healthz", ready),
+        ("/health/ready", ready),
+        ("/health/live", live),
+        ("/version", version),
+    ):
+        app.get(path)(handler)
+
+
+def _add_models(app: FastAPI, state: AppState) -> None:
+    async def models(request: Request) -> Body:
+        """The models that are served, and each with its adapters."""
+        names = state.names
+        if _is_anthropic(request):
+            cards = [_anthropic_card(state, name) for name in names]
+            return {"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+        return {"object": "list", "data": [model_card(state, name) for name in names]}
+
+    async def model(request: Request, name: str) -> Body:
         """The card of one model."""
-        if name not in state.models:
-            raise RequestError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
-        return model_card(state, name)
+        state.find(name)
+        return _anthropic_card(state, name) if _is_anthropic(request) else model_card(state, name)
 
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}}
-
-    @app.post("/v1/chat/completions", openapi_extra=schema)
-    async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, whole or as a stream."""
-        return await chat_completion(request, state)
-
-    @app.post("/v1/chat/completions/{name}/cancel", status_code=204)
-    async def cancel(request: Request, name: str) -> Response:
-        """End a running answer early; its stream still closes with usage and cost."""
-        stream = state.pool.running.get(name)
-        if stream is None or stream.tenant != request.state.tenant:
-            raise RequestError(404, "no such answer is running", param="id", code="not_running")
-        stream.cancel()
-        return Response(status_code=204)
+    for base in ("", "/v1", "/beta", "/anthropic/v1"):
+        app.get(f"{base}/models", include_in_schema=base == "/v1")(models)
+        app.get(f"{base}/models/{{name:path}}", include_in_schema=base == "/v1")(model)
 
 
-def _schema() -> dict[str, Any]:
-    """The request's JSON schema, self-contained."""
-    schema = ChatRequest.model_json_schema()
-    definitions = schema.pop("$defs", {})
+async def _embeddings(request: Request, state: AppState, body: Body) -> Body:
+    """Pooled hidden states of texts."""
+    reader = Reader(body)
+    name = reader.required("model", reader.text("model"))
+    service = state.find(name)
+    value = reader.required("input", reader.raw("input"))
+    rows = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
+    if not isinstance(rows, list) or not rows or len(rows) > MAX_EMBEDDINGS:
+        raise reader.error("input", f"must be text, ids, or a list of 1 to {MAX_EMBEDDINGS} of them")
+    form = reader.choice("encoding_format", ("float", "base64")) or "float"
+    if reader.integer("dimensions", 1) is not None:
+        raise reader.not_offered("dimensions")
+    prompts = await service.run_in_thread(
+        lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
+    )
+    tokens = sum(map(len, prompts))
+    async with service.admission.place(request.state.tenant.name, tokens=tokens, seqs=1):
+        vectors = await service.embed(prompts, name)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": name, "usage": usage}
 
-    def inline(node: Any) -> Any:
-        if isinstance(node, dict):
-            if "$ref" in node:
-                return inline(definitions[node["$ref"].rsplit("/", 1)[1]])
-            return {key: inline(value) for key, value in node.items()}
-        return [inline(item) for item in node] if isinstance(node, list) else node
 
-    return dict(inline(schema))
+def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
+    """The ids of one input."""
+    where, vocab = f"input[{index}]", service.engine.info.vocab_size
+    if isinstance(row, list) and row and all(type(each) is int and 0 <= each < vocab for each in row):
+        ids = row
+    elif isinstance(row, str) and row:
+        ids = service.prompts.tokenizer.encode_prompt(row)
+    else:
+        raise reader.error(where, f"must be text that is not empty, or ids of 0 … {vocab - 1}")
+    if len(ids) > service.prompts.context:
+        message = f"has {len(ids)} tokens, and this model's maximum context length is {service.prompts.context} tokens"
+        raise reader.error(where, message, code="context_length_exceeded")
+    return ids
+
+
+def _vector(vector: list[float], form: str) -> Any:
+    if form == "float":
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def _tokenize(request: Request, state: AppState, body: Body) -> Body:
+    """The ids of a text or of a conversation."""
+    reader = Reader(body)
+    name = reader.text("model") or state.services[0].names.served
+    service = state.find(name)
+    prompts = service.prompts
+    if reader.has("messages"):
+        generation = parse_chat({**body, "model": name})
+        ids = await service.run_in_thread(lambda: prompts.ids(generation))
+    else:
+        text = reader.required("prompt", reader.text("prompt"))
+        special = reader.flag("add_special_tokens") is not False
+        encode = prompts.tokenizer.encode_prompt if special else prompts.tokenizer.encode
+        ids = await service.run_in_thread(lambda: encode(text))
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}
+
+
+async def _detokenize(request: Request, state: AppState, body: Body) -> Body:
+    """The text of ids."""
+    reader = Reader(body)
+    service = state.find(reader.text("model") or state.services[0].names.served)
+    ids, vocab = reader.required("tokens", reader.items("tokens")), service.engine.info.vocab_size
+    for index, each in enumerate(ids):
+        if type(each) is not int or not 0 <= each < vocab:
+            raise reader.error(f"tokens[{index}]", f"must be an id of 0 … {vocab - 1}")
+    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}
+
+
+async def _count_tokens(request: Request, state: AppState, body: Body) -> Body:
+    """How many tokens a request of Anthropic's has."""
+    generation = anthropic.parse_count_tokens(body)
+    service = state.find(generation.model)
+    return {"input_tokens": len(await service.run_in_thread(lambda: service.prompts.ids(generation)))}

@@ -1,37 +1,63 @@
-"""The application: an engine behind the routes, with its middleware, as one ASGI object."""
+"""The application: engines behind the routes, with their middleware, as one ASGI object."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from sprat.errors import ServeError
-from sprat.serve import meter
-from sprat.serve.admission import AdmissionPool, EngineLike
 from sprat.serve.config import ServeConfig
+from sprat.serve.engine_client import EngineClient
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from sprat.engine import Engine
+    from sprat.serve.service import Service
+    from sprat.tokens.tokenizer import Tokenizer
 
-def create_app(
-    engine: EngineLike,
-    config: ServeConfig,
-    *,
-    default_sampling: Mapping[str, float] | None = None,
-    adapters: Collection[str] = (),
-) -> FastAPI:
-    """The chat server around ``engine``, ready for any ASGI server.
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that requests may name.
+
+    Attributes:
+        engine: computes it; started and stopped with the app.
+        names: the first is its own, the others are aliases.
+        default_sampling: settings of ``Sampling`` for requests that say none: what the model's folder says.
+        adapters: names of the engine's adapters.
+    """
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    names: Sequence[str]
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Sequence[str] = ()
+
+
+def serve_engine(engine: Engine, config: ServeConfig) -> ServedModel:
+    """An engine of this process as a served model, by the names of ``config``."""
+    from sprat.serve.engine_thread import ThreadEngineClient
+
+    tokenizer, names = engine.tokenizer, (config.served_model_name or "sprat", *config.served_model_aliases)
+    adapters = [each.name for each in engine.backend.adapters]
+    return ServedModel(
+        ThreadEngineClient(engine), tokenizer, names, tokenizer.generation_config.default_sampling, adapters
+    )
+
+
+def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> FastAPI:
+    """The server around ``models``, ready for any ASGI server.
 
     Args:
-        engine: takes requests from any thread; it is started and stopped with the app.
+        models: an engine, which then works in a thread of this process, or what is served (see ``serve_engine`` and
+            ``server.run``, which gives each engine a process of its own).
         config: see ``ServeConfig``; the address is not bound here.
-        default_sampling: settings of ``Sampling`` for requests that say none: what the model's folder says.
-        adapters: names of the engine's adapters, which requests choose as their model.
 
     Raises:
-        ServeError: an adapter has the name of the model.
+        ServeError: two models, or a model and an adapter, have one name.
     """
     from fastapi import FastAPI
 
@@ -39,53 +65,78 @@ def create_app(
     from sprat.serve.api_keys import ApiKeys
     from sprat.serve.middleware import SecurityMiddleware
 
-    pool = AdmissionPool(engine, meter.Meter(config.prices), max_concurrent_requests=config.max_concurrent_requests)
-    name = config.served_model_name or "sprat"
-    if name in adapters:
-        raise ServeError(f"the model and an adapter are both called {name!r}", where="adapters", todo="rename one")
-    state = AppState(pool, config, name, default_sampling or {}, tuple(adapters))
+    served = list(models) if isinstance(models, Sequence) else [serve_engine(models, config)]
+    _check_names(served)
+    state = AppState([_service(model, config) for model in served], config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        await state.start()
         yield
-        pool.close()
-        engine.stop()
+        await state.stop()
 
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
-    app.state.pool, app.state.config = pool, config
+    app.state.serving, app.state.config = state, config
     hosts = (*config.allowed_hosts, config.host)
     app.add_middleware(SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=hosts)
     add_routes(app, state)
-
     _add_error_handlers(app)
     return app
 
 
+def _check_names(served: Sequence[ServedModel]) -> None:
+    names = [name for model in served for name in (*model.names, *model.adapters)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ServeError(f"two models or adapters are called {name!r}", where="names", todo="rename one")
+
+
+def _service(model: ServedModel, config: ServeConfig) -> Service:
+    from sprat.serve.admission import Admission
+    from sprat.serve.meter import Meter
+    from sprat.serve.metrics import Metrics
+    from sprat.serve.prompts import PromptWriter
+    from sprat.serve.service import Names, Service
+
+    prompts = PromptWriter(
+        model.tokenizer,
+        model.engine,
+        default_sampling=model.default_sampling,
+        max_model_len=config.max_model_len,
+        max_tokens=config.max_tokens,
+    )
+    admission = Admission(
+        config.max_num_seqs,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+    )
+    names = Names(model.names[0], tuple(model.names[1:]), tuple(model.adapters))
+    return Service(model.engine, prompts, admission, Meter(config.prices), Metrics(model.names[0]), names)
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    """Make every error of ``app``, expected or not, an OpenAI-style error object."""
+    """Make every error of ``app``, expected or not, an error object of the protocol that was spoken."""
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
-    from sprat.serve.errors import RequestError
-    from sprat.serve.responses import error_response
+    from sprat.serve.errors import RequestError, error_response
 
     async def on_refusal(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         code = str(error.detail).lower().replace(" ", "_")
-        response = error_response(RequestError(error.status_code, str(error.detail), code=code))
+        response = error_response(RequestError(error.status_code, str(error.detail), code=code), request.url.path)
         response.headers.update(error.headers or {})  # Allow, of a 405
         return response
 
     async def on_crash(request: Request, error: Exception) -> JSONResponse:
         fault = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
-        return error_response(fault)
+        return error_response(fault, request.url.path)
 
     app.add_exception_handler(RequestError, on_refusal)
     app.add_exception_handler(HTTPException, on_http)

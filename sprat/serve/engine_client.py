@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from sprat.errors import SpratError
 
 if TYPE_CHECKING:
-    from sprat.engine.core import Stats
     from sprat.engine.sampling_params import Sampling
     from sprat.engine.sequence import Tenant
+    from sprat.engine.stats import Stats
+
+
+TokenLogprob = tuple[int, float | None, tuple[tuple[int, float], ...]]  # an id, its own, the likeliest with theirs
 
 
 class EngineDied(SpratError):
@@ -48,16 +51,18 @@ class JobEvent:
 
     ``started`` comes once for a job, when its first answer begins, with ``prompt_tokens`` and ``cached_tokens``. Then
     pieces of text, where log-probabilities are wanted those of the tokens that came since the last piece
-    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. No event follows the last one.
+    ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. Where prompt_logprobs are
+    asked for, ``prompt`` comes for each choice before its text, with those of all its tokens (None for the first). No
+    event follows the last one. A job that was cancelled early has ``done`` alone.
 
     Attributes:
         stop: the stop string that ended it, if one did.
     """
 
-    kind: Literal["started", "reasoning", "content", "done"]
+    kind: Literal["started", "prompt", "reasoning", "content", "done"]
     choice: int = 0
     text: str = ""
-    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -70,7 +75,8 @@ class JobStream(Protocol):
     """A running job."""
 
     def __aiter__(self) -> AsyncIterator[JobEvent]:
-        """Its events. Raises SpratError (EngineError: the job was refused; EngineDied) in the place of the next one."""
+        """Its events, once. Raises SpratError in the place of the next one: EngineError (the job was refused, or one
+        of its choices failed, which ends all of them), or EngineDied. Who stops reading early must ``cancel``."""
         ...
 
     def cancel(self) -> None:
@@ -79,10 +85,19 @@ class JobStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """An engine. ``alive`` turns false when its process has died, and true again when a new one is up."""
+    """An engine; known by ``info`` once it was started."""
 
     info: EngineInfo
-    alive: bool
+
+    @property
+    def alive(self) -> bool:
+        """Turns false when its process has died, and true again when a new one is up."""
+        ...
+
+    @property
+    def failure(self) -> SpratError | None:
+        """Why it is down for good, after it died several times in a row; None while it is up or will be."""
+        ...
 
     async def start(self) -> None:
         """Have it up. Raises SpratError: it cannot be (no model, no memory)."""
@@ -97,9 +112,12 @@ class EngineClient(Protocol):
         ...
 
     async def stats(self) -> Stats:
-        """What it has done and holds; the last known where it is busy: never waits for a step."""
+        """What it has done and holds; the last known where it is busy or dead: never waits for a step."""
         ...
 
     async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
-        """Pooled hidden states of prompts: the mean over tokens of the last norm's output, scaled to length 1."""
+        """Pooled hidden states of prompts: the mean over tokens of the last norm's output, scaled to length 1.
+
+        Raises SpratError: a prompt is empty or too long, there is no such adapter, or the engine died.
+        """
         ...

@@ -16,16 +16,19 @@ from typing import Literal
 
 from sprat.serve.errors import RequestError
 
-FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 EndedBy = Literal["", "cancel", "disconnect", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first."""
+    """A token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first.
+
+    The first token of a prompt has none.
+    """
 
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...] = ()
 
 

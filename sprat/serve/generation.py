@@ -8,7 +8,7 @@ names the caller's field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -44,8 +44,11 @@ class Generation:
         model: as the caller wrote it.
         messages: the conversation; empty where ``prompt`` is given.
         prompt: text, or ids, to go on with as it is (completions).
+        echo: begin the answer with the prompt.
+        suffix: text that stands behind what is written.
         continues: the last message is the assistant's and is gone on with (DeepSeek's ``prefix``).
         thinking: whether to think; None: as the model likes.
+        effort: how hard, where that was said: ``none`` … ``ultra``; a wish, which a model that cannot think ignores.
         max_think_tokens: tokens of thinking at most.
         max_tokens: None: the room that is left in the context.
         sampling: settings of ``engine.Sampling`` that were asked for, by its names; the rest is the model's default.
@@ -54,7 +57,7 @@ class Generation:
         response_format: None, or ``{"type": "json_object"}``, or ``{"type": "json_schema", "schema": …}``, or
             ``{"type": "regex", "pattern": …}``.
         tools, tool_choice, parallel_tool_calls: what may be called.
-        stream: whether the caller reads as it comes.
+        stream, include_usage: whether the caller reads as it comes, and wants the usage in a chunk of its own.
         user: whom the caller asks for; never a tenant.
         paths: name of a setting (``max_tokens``, ``stop``, ``thinking``, ``messages``, …) → the caller's JSON path.
         ignored: fields of the body that mean nothing here, for ``x-ignored-fields``.
@@ -63,8 +66,11 @@ class Generation:
     model: str
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
+    echo: bool = False
+    suffix: str = ""
     continues: bool = False
     thinking: bool | None = None
+    effort: str = ""
     max_think_tokens: int | None = None
     max_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +81,15 @@ class Generation:
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     stream: bool = False
+    include_usage: bool = False
     user: str = ""
     paths: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+
+    def with_ignored(self, names: tuple[str, ...]) -> Generation:
+        """The same, with what of its body was ignored."""
+        return replace(self, ignored=names)
+
+    def with_prompt(self, prompt: str | tuple[int, ...]) -> Generation:
+        """The same for a prompt."""
+        return replace(self, prompt=prompt)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from sprat.serve.admission import StreamingRequest
+from sprat.serve.admission_pool import StreamingRequest
 from sprat.serve.errors import RequestError
 from sprat.serve.protocol import ChatRequest
 
@@ -42,7 +42,7 @@ class EventStreamResponse(StreamingResponse):
 
 def error_response(error: RequestError) -> JSONResponse:
     """An error as its response, with ``Retry-After`` where trying again makes sense."""
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    headers = error.retry_headers()
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -20,7 +20,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,14 @@ class Tokenizer:
         ids: list[int] = encoder.encode(_replace_surrogates(text), add_special_tokens=False).ids
         return ids if parse_special else self._without_control_ids(text, ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to go on with, as transformers' tokenizers give them: what it spells is a control token, and
+        what the tokenizer begins texts with comes first (with ours: the token that began each text in training)."""
+        ids: list[int] = self._full.encode(_replace_surrogates(text), add_special_tokens=True).ids
+        bos = self.special_ids.bos
+        starts = self.chat_format.name == chat_formats.SPRAT.name and bos >= 0 and ids[:1] != [bos]
+        return [bos, *ids] if starts else ids
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as ``encode`` gives them, on all cores."""
         rows: list[list[int]] = []
@@ -258,6 +266,11 @@ class Tokenizer:
         if text not in self._encode_cache:
             self._encode_cache[text] = tuple(self.encode(text, parse_special=True)) if text else ()
         return self._encode_cache[text]
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Tokens that user text can never produce, with their ids."""
+        return self._control
 
     @cached_property
     def control_ids(self) -> frozenset[int]:

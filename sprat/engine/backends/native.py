@@ -1,3 +1,4 @@
+# size: one noun: a model in the form that the compiled step takes, and the calls of it
 """The native back end: the model's weights handed to the compiled step, and a paged KV cache beside them.
 
 It is a second form of ``model``, never a second model: sizes come from its config, rotations from its table, weights
@@ -151,6 +152,18 @@ class NativeBackend:
         tokens_R = np.empty(len(batch.logits_index_R), np.int64)
         self._call(self._decoder.run_argmax, batch, vocab, tokens_R)
         return tokens_R
+
+    def logits(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """See ``Backend``."""
+        logits_RV = np.empty((len(index_R), self.vocab), np.float32)
+        self._decoder.logits(index_R, logits_RV)
+        return torch.from_numpy(logits_RV)
+
+    def hidden(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """See ``Backend``."""
+        hidden_RD = np.empty((len(index_R), self.model.config.hidden_size), np.float32)
+        self._decoder.hidden(index_R, hidden_RD)
+        return torch.from_numpy(hidden_RD)
 
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""

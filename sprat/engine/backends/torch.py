@@ -137,6 +137,16 @@ class TorchBackend:
         return _argmax(self.run(batch), vocab)
 
     @torch.no_grad()
+    def logits(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """Logits of more tokens of the last run; see ``Backend``."""
+        return self._head(replace(batch, logits_index_R=index_R), self._hidden_TD)
+
+    def hidden(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        """The last norm's output for tokens of the last run; see ``Backend``."""
+        assert self._hidden_TD is not None
+        return self._hidden_TD[self._index(index_R)].float()
+
+    @torch.no_grad()
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         """What the MTP modules guess; see ``Backend``.
 

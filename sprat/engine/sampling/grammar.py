@@ -90,6 +90,10 @@ class GrammarCache:
         tracker, open_id = ReasoningTracker(self._tokenizer, thinking), self._tokenizer.special_ids.think_open
         return GrammarProcessor(matcher, tracker, open_id, self._eos_token_ids, self._close_tag, overlapping)
 
+    def is_known(self, response: Response, tenant: Tenant) -> bool:
+        """Whether ``grammar`` answers at once."""
+        return self._lookup((tenant, response)) is not None
+
     def close(self) -> None:
         """End the other processes; a later grammar starts one anew."""
         with self._lock:

@@ -11,6 +11,7 @@ only the last one has the last word on what is possible at all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as GenericSequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from sprat.engine.reasoning import ReasoningTracker, think_close_ids
 from sprat.engine.sampling.grammar import GrammarCache
+from sprat.engine.sampling.ops import Floats, not_finite
 from sprat.engine.sampling.penalties import Penalties
 from sprat.engine.sampling_params import Processor, Sampling, TokenIds
-from sprat.engine.sequence import DEFAULT_TENANT, Tenant
-from sprat.errors import EngineError
+from sprat.engine.sequence import DEFAULT_TENANT, Sequence, Tenant
+from sprat.errors import EngineError, SpratError
 from sprat.tokens.chat import resolve_thinking
 from sprat.tokens.tokenizer import Tokenizer
 
@@ -70,6 +72,59 @@ def build_processors(
         thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
         processors.append(grammars.grammar(sampling.response, thinking, tenant))
     return tuple(processors)
+
+
+class NothingLeft(EngineError):
+    """A request's own rules ban every token."""
+
+
+def process_row(
+    sequence: Sequence,
+    processors: GenericSequence[Processor],
+    logits_V: Floats,
+    end_ids: list[int],
+    draft_ids: TokenIds,
+) -> SpratError | None:
+    """Ban ``end_ids`` in the row of one request, unless that leaves nothing, and apply its processors, in place.
+
+    Returns:
+        the error that ends the request, if any.
+
+    Raises:
+        EngineError: the model's own logits are not finite.
+    """
+    if not np.isfinite(logits_V.max()):
+        raise not_finite()
+    if not end_ids:
+        return _apply_processors(sequence, processors, logits_V, draft_ids)
+    before_V = logits_V.copy()
+    logits_V[end_ids] = -np.inf
+    error = _apply_processors(sequence, processors, logits_V, draft_ids)
+    if not isinstance(error, NothingLeft):
+        return error
+    logits_V[:] = before_V
+    return _apply_processors(sequence, processors, logits_V, draft_ids)
+
+
+def _apply_processors(
+    sequence: Sequence, processors: GenericSequence[Processor], logits_V: Floats, draft_ids: TokenIds
+) -> SpratError | None:
+    """Apply processors to a row, in place; the error that ends the request, if any."""
+    try:
+        for processor in processors:
+            given: object = processor.apply(logits_V, sequence.output_ids, draft_ids)  # type: ignore[func-returns-value]
+            if given is not None and given is not logits_V:
+                fault = f"{type(processor).__name__}.apply returned a {type(given).__name__}"
+                raise EngineError(fault, where="processors", todo="change logits_V in place and return nothing")
+    except SpratError as error:
+        return error
+    except Exception as error:  # a processor of the caller's may raise anything; only its own request pays
+        todo = "mend the processor"
+        return EngineError(f"a processor failed: {type(error).__name__}: {error}", where="processors", todo=todo)
+    if np.isfinite(logits_V.max()):
+        return None
+    todo = "loosen bad_words, logit_bias, repetition_penalty, processors or response"
+    return NothingLeft("the request's own rules leave no token to say", where="sampling", todo=todo)
 
 
 class LogitBias:

@@ -23,13 +23,13 @@ from torch import Tensor
 from sprat.engine.reasoning import think_close_ids
 from sprat.engine.sampling import ops
 from sprat.engine.sampling.ops import Floats, Integers, LogNormalizer, NotFinite, Truncation, not_finite
-from sprat.engine.sampling_params import TokenIds
-from sprat.engine.sequence import Sequence, SlotIndex
-from sprat.errors import EngineError, SpratError
+from sprat.engine.sampling.processors import process_row
+from sprat.engine.sampling_params import Sampling, TokenIds
+from sprat.engine.sequence import Sequence, SlotIndex, TopLogprobs
+from sprat.errors import SpratError
 from sprat.tokens.tokenizer import Tokenizer
 
 NEVER = np.iinfo(np.int64).max  # the position at which no processor starts
-TopLogprobs = list[tuple[int, float]]  # likeliest tokens with their log-probabilities, best first
 Drafts = Mapping[int, TokenIds]  # slot → its drafted tokens
 
 
@@ -66,6 +66,7 @@ class _SamplingMetadata:
     truncation: Truncation
     key_R: NDArray[np.uint64]
     min_think_R: Integers
+    min_tokens_R: Integers
     starts_at_R: Integers
     greedy: bool  # all rows are
     mixed: bool  # some are
@@ -79,7 +80,7 @@ class Sampler:
 
     Args:
         eos_token_ids: ids that end an answer; with the end of thinking they are banned while a request may not stop
-            thinking.
+            thinking, and with its own ``stop_token_ids`` while its answer may not end.
 
     Attributes:
         supports_drafts: bool [max_batch]; False where a processor cannot look past output tokens: nothing is drafted.
@@ -88,6 +89,7 @@ class Sampler:
     def __init__(self, tokenizer: Tokenizer, max_batch: int, eos_token_ids: frozenset[int]) -> None:
         self.vocab = tokenizer.vocab_size
         self.supports_drafts = np.ones(max_batch, np.bool_)
+        self._eos_token_ids = eos_token_ids
         self._banned = np.array(sorted({think_close_ids(tokenizer)[0], *eos_token_ids}))
         self._sequences: list[Sequence | None] = [None] * max_batch
         self._temperature = np.ones(max_batch, np.float32)
@@ -97,6 +99,7 @@ class Sampler:
         self._noise_key = np.zeros(max_batch, np.uint64)
         self._position = np.zeros(max_batch, np.int64)  # output tokens so far
         self._min_think = np.zeros(max_batch, np.int64)
+        self._min_tokens = np.zeros(max_batch, np.int64)
         self._starts_at = np.full(max_batch, NEVER, np.int64)  # position from which on processors act
         self._logprobs = np.zeros(max_batch, np.bool_)
         self._top_logprobs = np.zeros(max_batch, np.int64)
@@ -109,7 +112,7 @@ class Sampler:
         self._temperature[slot] = sampling.temperature
         self._top_k[slot], self._top_p[slot], self._min_p[slot] = sampling.top_k, sampling.top_p, sampling.min_p
         self._noise_key[slot], self._position[slot] = sequence.noise_key, len(sequence.output_ids)
-        self._min_think[slot] = sequence.min_think_tokens
+        self._min_think[slot], self._min_tokens[slot] = sequence.min_think_tokens, sampling.min_tokens
         self._starts_at[slot] = min((processor.starts_at for processor in processors), default=NEVER)
         self._logprobs[slot], self._top_logprobs[slot] = sampling.logprobs, sampling.top_logprobs
         self.supports_drafts[slot] = all(processor.supports_drafts for processor in processors)
@@ -187,7 +190,9 @@ class Sampler:
         temperature_R = self._temperature[slots_R]
         greedy_R = temperature_R == 0
         temperature_R[greedy_R] = 1
-        min_think_R, starts_at_R = self._min_think[slots_R], self._starts_at[slots_R]
+        min_think_R, min_tokens_R = self._min_think[slots_R], self._min_tokens[slots_R]
+        starts_at_R, position_R = self._starts_at[slots_R], self._position[slots_R]
+        banned_R = np.maximum(min_think_R, min_tokens_R) > position_R
         return _SamplingMetadata(
             slots_R=slots_R,
             greedy_R=greedy_R,
@@ -195,10 +200,11 @@ class Sampler:
             truncation=Truncation(self._top_k[slots_R], self._top_p[slots_R], self._min_p[slots_R]),
             key_R=self._noise_key[slots_R],
             min_think_R=min_think_R,
+            min_tokens_R=min_tokens_R,
             starts_at_R=starts_at_R,
             greedy=bool(greedy_R.all()),
             mixed=bool(greedy_R.any()),
-            processed=bool((min_think_R > self._position[slots_R]).any() or (starts_at_R < NEVER).any()),
+            processed=bool(banned_R.any() or (starts_at_R < NEVER).any()),
             logprobs=bool(self._logprobs[slots_R].any()),
             top_logprobs=np.flatnonzero(self._top_logprobs[slots_R]).tolist(),
         )
@@ -211,26 +217,34 @@ class Sampler:
         They are ``logits_RV`` itself where no row has any now, else a copy.
         """
         errors: dict[int, SpratError] = {}
-        banned_R = position_R < metadata.min_think_R
-        acting = np.flatnonzero(position_R >= metadata.starts_at_R).tolist()
-        if not acting and not banned_R.any():
+        banned_R, endless_R = position_R < metadata.min_think_R, position_R < metadata.min_tokens_R
+        acting_R = position_R >= metadata.starts_at_R
+        special = np.flatnonzero(acting_R | endless_R).tolist()
+        if not special and not banned_R.any():
             if metadata.starts_at_R.min() == NEVER:  # all bans have ended: these rows need no processing any more
                 self._last_metadata = None
             return logits_RV, errors
         processed_RV = logits_RV.copy()
         if banned_R.any():
             processed_RV[np.flatnonzero(banned_R)[:, None], self._banned] = -np.inf
-        for row in acting:
+        for row in special:
             slot = int(metadata.slots_R[row])
             sequence = self._sequences[slot]
             if sequence is None:
                 raise RuntimeError(f"slot {slot} is not open")
             draft_ids = drafts.get(slot, ())[: int(position_R[row] - self._position[slot])]
-            error = _apply_processors(sequence, processed_RV[row, : self.vocab], draft_ids)
+            processors = sequence.processors if acting_R[row] else ()
+            banned_ids = self._end_token_ids(sequence.sampling) if endless_R[row] else []
+            error = process_row(sequence, processors, processed_RV[row, : self.vocab], banned_ids, draft_ids)
             if error is not None:
                 errors[row] = error
                 processed_RV[row] = 0
         return processed_RV, errors
+
+    def _end_token_ids(self, sampling: Sampling) -> list[int]:
+        """What must not be said before ``min_tokens``."""
+        ignored = sampling.ignore_eos and sampling.response is None
+        return [*sampling.stop_token_ids, *(() if ignored else self._eos_token_ids)]
 
     def _top(self, row: int, logits_RV: Floats, metadata: _SamplingMetadata, normalizer: LogNormalizer) -> TopLogprobs:
         """The likeliest tokens of one row, as many as its request asked."""
@@ -240,28 +254,3 @@ class Sampler:
         ids = ids[np.argsort(-logits_V[ids], kind="stable")][:count]
         of_row = LogNormalizer(normalizer.max_R[row], normalizer.log_sum_R[row])
         return list(zip(ids.tolist(), ops.logprob(logits_V[ids], temperature, of_row).tolist(), strict=True))
-
-
-def _apply_processors(sequence: Sequence, logits_V: Floats, draft_ids: TokenIds) -> SpratError | None:
-    """Apply the processors of one request to its row, in place; the error that ends the request, if any.
-
-    Raises:
-        EngineError: the model's own logits are not finite.
-    """
-    if not np.isfinite(logits_V.max()):
-        raise not_finite()
-    try:
-        for processor in sequence.processors:
-            given: object = processor.apply(logits_V, sequence.output_ids, draft_ids)  # type: ignore[func-returns-value]
-            if given is not None and given is not logits_V:
-                fault = f"{type(processor).__name__}.apply returned a {type(given).__name__}"
-                raise EngineError(fault, where="processors", todo="change logits_V in place and return nothing")
-    except SpratError as error:
-        return error
-    except Exception as error:  # a processor of the caller's may raise anything; only its own request pays
-        todo = "mend the processor"
-        return EngineError(f"a processor failed: {type(error).__name__}: {error}", where="processors", todo=todo)
-    if np.isfinite(logits_V.max()):
-        return None
-    todo = "loosen bad_words, logit_bias, repetition_penalty, processors or response"
-    return EngineError("the request's own rules leave no token to say", where="sampling", todo=todo)

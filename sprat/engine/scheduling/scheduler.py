@@ -209,23 +209,23 @@ class Scheduler:
     def _admit(self, account: Account) -> Sequence | None:
         """Give a slot and blocks to the first of the queue that has to compute; None if there is none to be had."""
         self._attach_siblings(account)
-        while account.waiting and not self.blocks.fits(account.waiting[0].num_tokens + 1):
+        while account.waiting and not self.blocks.fits(account.waiting[0].num_to_hold):
             self._unschedulable.append(account.waiting.popleft())
         if not account.waiting or not self._free_slots:
             return None
         sequence = account.waiting[0]
         self.keys.extend(sequence, tokens := sequence.num_tokens)
-        # The last token is always computed: its logits are needed.
-        keys = sequence.block_keys[: (tokens - 1) // BLOCK_SIZE]
-        if not self.blocks.can_allocate(keys, tokens + 1):
+        skippable = sequence.num_skippable
+        keys = sequence.block_keys[: skippable // BLOCK_SIZE]
+        if not self.blocks.can_allocate(keys, sequence.num_to_hold):
             return None
         slot = self._assign_slot(account)
         shared = self.blocks.share_prefix(slot, keys)
-        if not self.blocks.allocate(slot, tokens + 1):
+        if not self.blocks.allocate(slot, sequence.num_to_hold):
             self._requeue(sequence)
             return None
         sequence.pending_ids = sequence.ids_between(0, tokens)
-        rest = sequence.pending_ids[shared * BLOCK_SIZE : tokens - 1]
+        rest = sequence.pending_ids[shared * BLOCK_SIZE : skippable]
         copied = self.blocks.copy_prefix(slot, shared, self.keys.parent(sequence, shared), rest)
         sequence.num_computed, self._num_registered[slot] = shared * BLOCK_SIZE + copied, shared
         if sequence.num_cached < 0:

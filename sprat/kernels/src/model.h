@@ -69,6 +69,19 @@ public:
         compute_logits(b, norm_last, x, outputs);
     }
 
+    // Of the tokens of the last run, as long as no drafts were made from it: logits [count, V].
+    void logits(const std::int32_t* tokens, Index count, float* out) {
+        Batch b{};
+        b.logits_indices = tokens, b.num_logits = count;
+        compute_logits(b, norm_last, x_.data(), {out, nullptr, 0});
+    }
+
+    // The same before the head: [count, D].
+    void hidden(const std::int32_t* tokens, Index count, float* out) {
+        const Index wide = dims_.hidden;
+        for (Index r = 0; r < count; ++r) rms_norm(x_.data() + tokens[r] * wide, norm_last, wide, dims_.eps, out + r * wide);
+    }
+
     // What the modules of multi-token prediction expect behind each sequence, [S, modules]. `next` came to stand behind
     // each token; a sequence holds up to the first whose follower in the batch is another, a refused draft. Behind that
     // nobody asks for anything, and the next step overwrites what is stored.

@@ -234,6 +234,18 @@ public:
         model_.run(b, {nullptr, argmax.data(), vocab});
     }
 
+    // Of the tokens of the last `run`.
+    void logits(Int32s wanted, OutFloats out) {
+        check_wanted(wanted, out, model_.dims_.vocab);
+        nb::gil_scoped_release free;
+        model_.logits(wanted.data(), static_cast<Index>(wanted.size()), out.data());
+    }
+    void hidden(Int32s wanted, OutFloats out) {
+        check_wanted(wanted, out, model_.dims_.hidden);
+        nb::gil_scoped_release free;
+        model_.hidden(wanted.data(), static_cast<Index>(wanted.size()), out.data());
+    }
+
     void draft(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, Int64s next, Index vocab, OutInt64s guesses) {
         const Index before = last_count_;
         const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
@@ -329,6 +341,11 @@ private:
         if (static_cast<Index>(logits.size()) != b.num_logits * model_.dims_.vocab) refuse("logits of another shape");
     }
 
+    void check_wanted(const Int32s& wanted, const OutFloats& out, Index wide) const {
+        for (std::size_t r = 0; r < wanted.size(); ++r) if (wanted.data()[r] < 0 || wanted.data()[r] >= last_count_) refuse("a wanted token that is not there");
+        if (static_cast<Index>(out.size()) != static_cast<Index>(wanted.size()) * wide) refuse("rows of another shape");
+    }
+
     // Everything that would let a step read or write where it must not is looked at here.
     Batch batch(const Int32s& tokens, const Int32s& positions, const Int32s& starts, const Int32s& tables, const Int32s& wanted, const Int32s& adapters) {
         const Batch b{tokens.data(), positions.data(), starts.data(), tables.data(), wanted.data(), static_cast<Index>(tokens.size()),
@@ -380,6 +397,8 @@ NB_MODULE(SPRAT_MODULE, m) {
         .def("reserve", &Decoder::reserve)
         .def("run", &Decoder::run)
         .def("run_argmax", &Decoder::run_argmax)
+        .def("logits", &Decoder::logits)
+        .def("hidden", &Decoder::hidden)
         .def("draft", &Decoder::draft)
         .def("copy", &Decoder::copy)
         .def("read", &Decoder::read)

@@ -71,6 +71,14 @@ class Fake:
         tokens_R: NDArray[np.int64] = np.where(np.isfinite(logits_RV).all(1), logits_RV.argmax(1), -1)
         return tokens_R
 
+    def logits(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        rows = np.repeat(np.arange(len(batch.starts_S) - 1), np.diff(batch.starts_S))
+        out = [scores(self._read(0, batch, rows, index).tobytes(), self.vocab) for index in index_R]
+        return torch.from_numpy(np.stack(out))
+
+    def hidden(self, batch: Batch, index_R: NDArray[np.int32]) -> Tensor:
+        return self.logits(batch, index_R)[:, :9]
+
     def draft(self, batch: Batch, next_T: NDArray[np.int64], vocab: int) -> NDArray[np.int64]:
         self.drafted += 1
         self._honest(batch)

@@ -138,7 +138,7 @@ def answers(draw: st.DrawFn, *, with_logprobs: bool = False) -> list[Event]:
         parts += [ToolCallDelta(0, index, piece) for piece in pieces_of(text, draw(_CUTS))]
     cut = draw(st.integers(0, len(parts)))
     if cut < len(parts):
-        end = ChoiceFinished(0, *draw(st.sampled_from([("length",), ("insufficient_system_resource", "", "shutdown")])))
+        end = ChoiceFinished(0, *draw(st.sampled_from([("length",), ("length", "", "shutdown")])))
     elif calls:
         end = ChoiceFinished(0, "tool_calls")
     else:

@@ -1,0 +1,137 @@
+"""``sprat serve``: models behind an HTTP server that clients of OpenAI, Anthropic and DeepSeek can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sprat.cli.inference import Prices, Turns, chat_defaults, parse_adapters
+from sprat.cli.verb import Result, print_err
+from sprat.errors import ConfigError
+
+_MODEL = "A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol. Left out: what --config says."
+Model = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL)]
+_CONFIG = "A TOML file with these settings (max_num_seqs = 32, …) and more models; options count more."
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help=_CONFIG)]
+Host = Annotated[
+    str | None, typer.Option("--host", help="Loopback unless told otherwise; any other address needs a key.")
+]
+Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="8000 if left out; 0 takes any free port.")]
+_NAME = "The model id of the API, the folder's name if left out; repeat it for other names of the same model."
+Names = Annotated[list[str] | None, typer.Option("--served-model-name", "--name", metavar="NAME", help=_NAME)]
+_KEY = "Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line."
+ApiKeys = Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", envvar="SPRAT_API_KEY", help=_KEY)]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys that may ask, one on each line.")
+]
+_ADAPTER = "A LoRA adapter (PEFT) for requests that give MODEL:NAME as their model; may be repeated."
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help=_ADAPTER)]
+_TEMPLATE = "A model whose own template cannot be followed: refuse it, or accept it in another format."
+ChatTemplate = Annotated[Literal["refuse", "accept"] | None, typer.Option("--chat-template", help=_TEMPLATE)]
+_TOKENS = "The most tokens of one answer, thinking included; left out: what the context holds."
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=2**31 - 1, help=_TOKENS)]
+_LENGTH = "Tokens of one request, prompt and answer, at most; left out: the model's context."
+MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=2, max=2**31 - 1, help=_LENGTH)]
+MaxSeqs = Annotated[
+    int | None, typer.Option("--max-num-seqs", min=1, max=4096, help="Answers worked on at a time: 64.")
+]
+_QUEUED = "Requests that wait at most: 256; more are refused with 429 or 503, and told when to come again."
+MaxQueued = Annotated[int | None, typer.Option("--max-num-queued-reqs", min=0, help=_QUEUED)]
+_QUEUED_TOKENS = "Tokens of the prompts that wait at most, as estimated from their bytes."
+MaxQueuedTokens = Annotated[int | None, typer.Option("--max-num-queued-tokens", min=0, help=_QUEUED_TOKENS)]
+_SHUTDOWN = "Seconds that running answers have after the first Ctrl-C or SIGTERM: 30. A second one stops at once."
+Shutdown = Annotated[float | None, typer.Option("--shutdown-timeout", min=0, help=_SHUTDOWN)]
+RootPath = Annotated[str | None, typer.Option("--root-path", metavar="PATH", help="Where a proxy shows this server.")]
+Certificate = Annotated[Path | None, typer.Option("--ssl-certfile", metavar="FILE", help="Certificate (PEM): HTTPS.")]
+Key = Annotated[Path | None, typer.Option("--ssl-keyfile", metavar="FILE", help="Its key (PEM).")]
+_AUTHORITIES = "Callers must show a certificate that one of these (PEM) vouches for."
+Authorities = Annotated[Path | None, typer.Option("--ssl-ca-certs", metavar="FILE", help=_AUTHORITIES)]
+_ORIGINS = "A site (https://chat.example) whose pages may ask; repeat it for several, * for all."
+Origins = Annotated[list[str] | None, typer.Option("--allowed-origins", metavar="ORIGIN", help=_ORIGINS)]
+_HOSTS = "A name, beside --host, under which this server is reached; may be repeated."
+Hosts = Annotated[list[str] | None, typer.Option("--allowed-host", metavar="NAME", help=_HOSTS)]
+_METRICS = "/metrics on a port of its own, for a collector without a key."
+MetricsPort = Annotated[int | None, typer.Option("--metrics-port", min=0, max=65535, help=_METRICS)]
+
+
+def serve(
+    model: Model = None,
+    config: ConfigFile = None,
+    host: Host = None,
+    port: Port = None,
+    served_model_name: Names = None,
+    api_key: ApiKeys = None,
+    api_key_file: KeyFile = None,
+    adapter: Adapters = None,
+    max_tokens: MaxTokens = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxSeqs = None,
+    max_num_queued_reqs: MaxQueued = None,
+    max_num_queued_tokens: MaxQueuedTokens = None,
+    shutdown_timeout: Shutdown = None,
+    root_path: RootPath = None,
+    ssl_certfile: Certificate = None,
+    ssl_keyfile: Key = None,
+    ssl_ca_certs: Authorities = None,
+    allowed_origins: Origins = None,
+    allowed_host: Hosts = None,
+    metrics_port: MetricsPort = None,
+    turns: Turns = None,
+    prices: Prices = None,
+    chat_template: ChatTemplate = None,
+) -> Result:
+    """Serve models and a chat page until Ctrl-C: OpenAI's chat, completions and responses, Anthropic's messages."""
+    given = {
+        "host": host,
+        "port": port,
+        "max_tokens": max_tokens,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_queued_reqs": max_num_queued_reqs,
+        "max_num_queued_tokens": max_num_queued_tokens,
+        "shutdown_timeout_seconds": shutdown_timeout,
+        "root_path": root_path,
+        "ssl_certfile": ssl_certfile and str(ssl_certfile),
+        "ssl_keyfile": ssl_keyfile and str(ssl_keyfile),
+        "ssl_ca_certs": ssl_ca_certs and str(ssl_ca_certs),
+        "allowed_origins": allowed_origins,
+        "allowed_hosts": allowed_host,
+        "metrics_port": metrics_port,
+        "chat_template": chat_template,
+        "prices": prices,
+    }
+    names = {"model": model, "names": tuple(served_model_name or ()), "adapters": parse_adapters(adapter or [])}
+    return _serve(config, given, names, (api_key, api_key_file), turns)
+
+
+def _serve(
+    file: Path | None,
+    given: dict[str, Any],
+    first: dict[str, Any],
+    keys: tuple[list[str] | None, Path | None],
+    turns: int | None,
+) -> Result:
+    """Join what was said on the command line with what the file says, and serve."""
+    from sprat.serve import ServeConfig, meter, server
+    from sprat.serve.api_keys import read_key_file
+    from sprat.serve.server_file import ModelSource, read_server_file
+
+    table, sources = read_server_file(file) if file is not None else ({}, [])
+    table |= {name: value for name, value in given.items() if value is not None}
+    if first["model"] is not None:
+        sources = [ModelSource(first["model"], first["names"], first["adapters"]), *sources[1:]]
+    elif first["names"] or first["adapters"]:
+        raise ConfigError("names and adapters are of no model", where="sprat serve", todo="give the model as well")
+    if not sources:
+        raise ConfigError("no model to serve", where="sprat serve", todo="give one, or a file with --config")
+    key_file = keys[1] or table.pop("api_key_file", None)
+    table["api_keys"] = [*table.pop("api_keys", ()), *(keys[0] or ()), *(read_key_file(key_file) if key_file else ())]
+    table["prices"] = meter.select_prices(meter.load_price_tables(), table.get("prices") or meter.DEFAULT_PRICES)
+    examples, max_turns = chat_defaults(sources[0].folder, turns)
+    page = {"examples": tuple(examples)} | ({} if max_turns is None else {"max_history_turns": max_turns})
+    config = ServeConfig(**{**page, **table, "allowed_hosts": tuple(table.get("allowed_hosts", ()))})
+    server.run(sources, config, on_ready=print_err)
+    names = [name for source in sources for name in source.served_names]
+    return Result({"models": names, "host": config.host, "port": config.port, "stopped": True})

@@ -1,0 +1,85 @@
+"""One choice of an answer: what the engine says of it, as events."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sprat.serve.engine_client import JobEvent
+from sprat.serve.events import (
+    ChoiceFinished,
+    EndedBy,
+    Event,
+    FinishReason,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+
+if TYPE_CHECKING:
+    from sprat.tokens.tool_parser import Piece, ToolCallParser
+
+TokenBytes = Callable[[int], bytes]
+
+
+class Choice:
+    """Follows one choice.
+
+    Args:
+        parser: finds calls in its content; None where none may come.
+        token_bytes: what an id stands for.
+        echo: what the answer begins with: the prompt.
+    """
+
+    def __init__(
+        self, index: int, parser: ToolCallParser | None, token_bytes: TokenBytes, echo: str | None = None
+    ) -> None:
+        self.index, self._parser, self._token_bytes, self._echo = index, parser, token_bytes, echo
+
+    def push(self, event: JobEvent) -> list[Event]:
+        """A piece of text, or what the prompt was worth."""
+        logprobs = tuple(self._logprob(*token) for token in event.logprobs)
+        if event.kind == "prompt":
+            echo, self._echo = self._echo, None
+            return [] if echo is None else [TextDelta(self.index, "content", echo, logprobs)]
+        return self._echoed(self._push(event, logprobs))
+
+    def _echoed(self, events: list[Event]) -> list[Event]:
+        """``events``, after the prompt where it was not said yet."""
+        echo, self._echo = self._echo, None
+        return events if echo is None else [TextDelta(self.index, "content", echo), *events]
+
+    def _push(self, event: JobEvent, logprobs: tuple[TokenLogprob, ...]) -> list[Event]:
+        if event.kind == "content" and self._parser is not None:
+            events = self._events(self._parser.push(event.text))
+            return [TextDelta(self.index, "content", "", logprobs), *events] if logprobs else events
+        kind = "reasoning" if event.kind == "reasoning" else "content"
+        return [TextDelta(self.index, kind, event.text, logprobs)]
+
+    def finish(self, event: JobEvent, ended_by: EndedBy) -> list[Event]:
+        """The end, and what was held back."""
+        events = self._echoed([] if self._parser is None else self._events(self._parser.close()))
+        reason: FinishReason = "length" if event.finish_reason == "length" else "stop"
+        if self._parser is not None and self._parser.num_calls and event.finish_reason == "stop":
+            reason = "tool_calls"
+        cancelled = event.finish_reason == "cancelled"
+        return [*events, ChoiceFinished(self.index, reason, event.stop, ended_by if cancelled else "")]
+
+    def _logprob(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+        bytes_of = self._token_bytes
+        return TokenLogprob(bytes_of(token), logprob, tuple((bytes_of(each), value) for each, value in top))
+
+    def _events(self, pieces: Sequence[Piece]) -> list[Event]:
+        from sprat.tokens.tool_parser import CallArguments, CallBegin, Content
+
+        events: list[Event] = []
+        for piece in pieces:
+            if isinstance(piece, Content):
+                events.append(TextDelta(self.index, "content", piece.text))
+            elif isinstance(piece, CallBegin):
+                call_id = f"call_{secrets.token_hex(12)}"
+                events.append(ToolCallDelta(self.index, piece.index, id=call_id, name=piece.name))
+            elif isinstance(piece, CallArguments):
+                events.append(ToolCallDelta(self.index, piece.index, piece.text))
+        return events

@@ -1,0 +1,278 @@
+"""An ``EngineClient`` whose engine is a process of its own: what ``sprat serve`` uses.
+
+The two share nothing but a socket, so a step never waits for the event loop, nor the event loop for a step, and what
+breaks the engine (a bug in a kernel, the system's out-of-memory killer) leaves the server standing. It is noticed by
+the end of the socket; who waited hears of it, and the engine is started again after a pause that grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sprat.engine.stats import Stats
+from sprat.errors import MachineError, SpratError
+from sprat.serve.engine_client import EngineDied, EngineInfo, Job
+from sprat.serve.engine_jobs import Jobs, QueuedStream
+from sprat.serve.engine_wire import Message, Unpacker, pack, pack_job, unpack_error, unpack_notices
+
+STATS_SECONDS = 1.0  # then the last known ones are good enough
+STOP_SECONDS = 10.0  # for an engine to end its jobs before it is killed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds before it is started again; doubled from death to death
+QUICK_SECONDS = 60.0  # who lived longer did not die of its start
+MAX_QUICK_DEATHS = 8  # in a row; then it stays down
+
+log = logging.getLogger("sprat.serve.engine")
+
+
+class EngineProcess(asyncio.Protocol):
+    """One process of the engine, from its start to its end; made and used in the event loop.
+
+    It is started in the loop's own thread: the system ends it when the *thread* that started it ends.
+
+    Attributes:
+        up: it has loaded the model, and its end of the socket is there.
+        ended: set when it is known how (``death``), and its jobs were told.
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.up, self.ended, self.death = False, asyncio.Event(), EngineDied("")
+        self._ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._jobs, self._unpacker, self._replies = jobs, Unpacker(), dict[int, asyncio.Future[Any]]()
+        self._numbers, self._started = itertools.count(1), time.monotonic()
+        self._transport: asyncio.Transport | None = None
+        self._reaping: asyncio.Task[None] | None = None
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "sprat.serve.engine_main", str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,  # an interrupt at the terminal is not meant for it
+                )
+            except OSError as error:
+                self._socket.close()
+                fault = f"the engine's process cannot be started: {error.strerror}"
+                raise MachineError(fault, where=sys.executable, todo="free memory, or end other programs") from None
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
+    def seconds(self) -> float:
+        """Since it was up."""
+        return time.monotonic() - self._started
+
+    async def load(self, settings: Message) -> Message:
+        """Let it load the model; its first words. Raises SpratError: it cannot, or died of it."""
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
+        self.send({"load": settings})
+        words = await self._ready
+        self.up, self._started = True, time.monotonic()
+        return words
+
+    async def ask(self, kind: str, **content: Any) -> Any:
+        """Send a question and wait for the reply. Raises SpratError: what it says, or that it died."""
+        number = next(self._numbers)
+        future = self._replies[number] = asyncio.get_running_loop().create_future()
+        self.send({kind: number, **content})
+        try:
+            return await future
+        finally:
+            self._replies.pop(number, None)
+
+    def send(self, message: Message) -> None:
+        """Send; nothing happens if it is gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(pack(message))
+
+    async def kill(self) -> None:
+        """End it now, and wait until it has."""
+        if self._transport is None:  # it was not even connected
+            self._socket.close()
+            self.connection_lost(None)
+        self._process.kill()
+        await self.ended.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See ``asyncio.Protocol``."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
+        for message in self._unpacker.push(data):
+            if "events" in message:
+                self._jobs.deliver(unpack_notices(message))
+                continue
+            future = self._replies.get(message["reply"]) if "reply" in message else self._ready
+            if future is not None and not future.done():
+                if "error" in message:
+                    future.set_exception(unpack_error(message["error"]))
+                else:
+                    future.set_result(message["value"])
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+        self.up = False
+        if self._reaping is None:
+            self._reaping = asyncio.get_running_loop().create_task(self._reap())
+
+    async def _reap(self) -> None:
+        """Learn how it ended, and tell all who wait."""
+        self._process.kill()  # without a socket it is of no use; most often it is dead already
+        while (code := self._process.poll()) is None:
+            await asyncio.sleep(0.005)
+        how = f"status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
+        self.death = EngineDied(f"the engine's process ended ({how})", where="engine", todo="ask again in a moment")
+        for future in (self._ready, *self._replies.values()):
+            if not future.done():
+                future.set_exception(self.death)
+                future.exception()  # perhaps nobody waits
+        self._jobs.fail(self.death)
+        self.ended.set()
+
+
+class ProcessEngineClient:
+    """See ``EngineClient``. ``start`` and all else must be called in one event loop, which outlives the engine.
+
+    Args:
+        model_folder, adapters: as of ``sprat.load`` and ``Engine``; they are loaded in the engine's process alone.
+        settings: of ``Engine``, as JSON has them.
+
+    Attributes:
+        failure: why the engine stays down; None while it is up, or will be.
+        pid: of the engine's process, 0 while there is none.
+    """
+
+    def __init__(
+        self, model_folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **settings: Any
+    ) -> None:
+        folders = {name: str(folder) for name, folder in (adapters or {}).items()}
+        self._load: Message = {"model_folder": str(model_folder), "adapters": folders, "settings": settings}
+        self.info = EngineInfo(0, 0, 0, 0, ())
+        self.failure: SpratError | None = None
+        self._jobs = Jobs()
+        self._process: EngineProcess | None = None
+        self._stats: Stats | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """See ``EngineClient``."""
+        return self._process is not None and self._process.up
+
+    @property
+    def pid(self) -> int:
+        """See the class."""
+        return self._process.pid if self._process is not None and self._process.up else 0
+
+    async def start(self) -> None:
+        """See ``EngineClient``."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch(await self._launch()))
+
+    async def stop(self) -> None:
+        """See ``EngineClient``."""
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait([watching])
+        process, self._process = self._process, None
+        if process is not None:
+            process.send({"stop": True})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.ended.wait(), STOP_SECONDS)
+            await process.kill()
+
+    def submit(self, job: Job) -> QueuedStream:
+        """See ``EngineClient``."""
+        number, stream = self._jobs.open(len(job.samplings), self._cancel)
+        try:
+            self._running().send({"submit": number, **pack_job(job)})
+        except SpratError as error:
+            self._jobs.deliver([(number, error)])
+        return stream
+
+    async def stats(self) -> Stats:
+        """See ``EngineClient``. Raises EngineDied: it was never up."""
+        with contextlib.suppress(TimeoutError, EngineDied):
+            async with asyncio.timeout(STATS_SECONDS):
+                self._stats = Stats(**await self._running().ask("stats"))
+        if self._stats is None:
+            raise _died("the engine was never up")
+        return self._stats
+
+    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """See ``EngineClient``."""
+        ids = [list(map(int, prompt)) for prompt in prompts]
+        vectors: list[list[float]] = await self._running().ask("embed", prompts=ids, adapter=adapter)
+        return vectors
+
+    def _cancel(self, number: int) -> None:
+        """Tell the engine; one that has died has no jobs."""
+        if self._process is not None:
+            self._process.send({"cancel": number})
+
+    def _running(self) -> EngineProcess:
+        """The process. Raises EngineDied: it is not up."""
+        if self._process is None or not self._process.up:
+            if self.failure is not None:
+                raise _died(f"the engine is down: {str(self.failure).rstrip('.')}", "start the server again")
+            raise _died("the engine is not up", "ask again in a moment")
+        return self._process
+
+    async def _launch(self) -> EngineProcess:
+        """Start a process and wait until it is ready. Raises SpratError: it cannot be."""
+        self._process = process = EngineProcess(self._jobs)
+        try:
+            ready = await process.load(self._load)
+        except BaseException:
+            self._process = None
+            await process.kill()
+            raise
+        self.info = EngineInfo(**{**ready["info"], "adapters": tuple(ready["info"]["adapters"])})
+        self._stats = Stats(**ready["stats"])
+        return process
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Whenever the engine dies: end its jobs, and start it again, unless it dies of that."""
+        quick_deaths = 0
+        while True:
+            await process.ended.wait()
+            quick_deaths = quick_deaths + 1 if process.seconds < QUICK_SECONDS else 1
+            reason: SpratError = process.death
+            while True:
+                if quick_deaths >= MAX_QUICK_DEATHS:
+                    self.failure = reason
+                    log.error("the engine is not started again after %d ends in a row: %s", quick_deaths, reason)
+                    return
+                pause = min(FIRST_PAUSE * 2**quick_deaths, LONGEST_PAUSE)
+                log.warning("%s It is started again in %.1f s.", reason, pause)
+                await asyncio.sleep(pause)
+                try:
+                    process = await self._launch()
+                    break
+                except (SpratError, OSError) as error:
+                    quick_deaths += 1
+                    reason = error if isinstance(error, SpratError) else _died(f"the engine cannot be started: {error}")
+            log.warning("the engine is up again")
+
+
+def _died(what: str, todo: str = "start it") -> EngineDied:
+    """An error of an engine that is not there."""
+    return EngineDied(what, where="engine", todo=todo)

@@ -1,0 +1,272 @@
+"""The engine's side of jobs, for both engine clients: commands come in at any time, the events of a step go out as one.
+
+One thread, the engine's own, steps and does nothing else. Commands are followed in the thread that brings them, and
+none of them takes longer than a moment: a grammar that nobody has compiled yet goes to another thread, and its job
+begins when it is ready. A tenant has one such thread at a time, so its grammars delay nobody else's; a job that was
+cancelled meanwhile is not compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from sprat.engine.backend import BLOCK_SIZE
+from sprat.engine.engine import Engine
+from sprat.engine.sampling.grammar import MAX_COMPILING
+from sprat.engine.sequence import Delta, Tenant
+from sprat.engine.sequence import Sequence as Request
+from sprat.engine.stats import Stats
+from sprat.errors import EngineError, SpratError
+from sprat.serve.engine_client import EngineInfo, Job, JobEvent, TokenLogprob
+from sprat.serve.engine_jobs import Notice
+
+
+@dataclass(eq=False)
+class RunningJob:
+    """A job on its way.
+
+    Attributes:
+        cancel: set, the engine ends its requests with the next step.
+        queued: the engine has its requests, and all events come from there.
+        ended: nothing more is said of it.
+        unfinished: choices that are not done.
+        scored: choices of which the prompt's log-probabilities were sent.
+    """
+
+    number: int
+    job: Job
+    unfinished: int
+    cancel: threading.Event = field(default_factory=threading.Event)
+    queued: bool = False
+    started: bool = False
+    ended: bool = False
+    scored: set[int] = field(default_factory=set)
+
+
+class EngineWorker:
+    """An engine that works on jobs. Any thread may command it.
+
+    Args:
+        engine: stepped and ended from here; it may answer others meanwhile.
+        send: gets the events of one step, or of one command; called in several threads.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[list[Notice]], None]) -> None:
+        self.engine, self._send = engine, send
+        self._lock = threading.Lock()  # of the table of jobs; the engine is asked to queue under it, never to step
+        self._jobs: dict[int, RunningJob] = {}
+        self._stopping = False
+        self._notices: list[Notice] = []  # of this step; touched by the thread that steps
+        self._compiling = CompilingThreads()
+        self._embedding = ThreadPoolExecutor(1, thread_name_prefix="sprat-embed")
+
+    def info(self) -> EngineInfo:
+        """What the engine can."""
+        limits, vocab_size = self.engine.limits, self.engine.tokenizer.vocab_size
+        adapters = tuple(adapter.name for adapter in self.engine.backend.adapters)
+        return EngineInfo(limits.context, limits.num_blocks * BLOCK_SIZE, limits.max_batch, vocab_size, adapters)
+
+    def start(self) -> None:
+        """Step from now on."""
+        self.engine.start(self._flush)
+
+    def stop(self) -> None:
+        """End all jobs as cancelled, and the engine; returns when their last events were sent."""
+        with self._lock:
+            self._stopping = True
+            numbers = list(self._jobs)
+        for number in numbers:
+            self.cancel(number)
+        self.engine.stop()
+        self._flush()
+        self._compiling.stop()
+        self._embedding.shutdown(cancel_futures=True)
+
+    def submit(self, number: int, job: Job) -> None:
+        """Take a job under a number of its own; what is wrong with it is sent."""
+        running = RunningJob(number, job, len(job.samplings))
+        with self._lock:
+            stopping = self._stopping
+            if not stopping:
+                self._jobs[number] = running
+        if stopping:
+            self._send([(number, EngineError("the engine is being stopped", where="engine", todo="start it again"))])
+            return
+        prepare = functools.partial(self._prepare, running)
+        if any(self.engine.must_compile(sampling, job.tenant) for sampling in job.samplings):
+            self._compiling.submit(job.tenant, prepare)
+        else:
+            prepare()
+
+    def cancel(self, number: int) -> None:
+        """End a job with the next step; nothing happens if it is unknown or has ended."""
+        with self._lock:
+            running = self._jobs.get(number)
+            if running is None:
+                return
+            running.cancel.set()
+            if running.queued:
+                return
+            self._forget(running)
+        prompt_tokens = len(running.job.prompt_ids)
+        self._send(
+            [
+                (number, JobEvent("done", choice, prompt_tokens=prompt_tokens, finish_reason="cancelled"))
+                for choice in range(len(running.job.samplings))
+            ]
+        )
+
+    def stats(self) -> Stats:
+        """What the engine has done and holds; jobs whose grammar is being compiled wait too."""
+        stats = self.engine.stats()
+        compiling = sum(running.unfinished for running in list(self._jobs.values()) if not running.queued)
+        return dataclasses.replace(stats, waiting=stats.waiting + compiling)
+
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Future[list[list[float]]]:
+        """See ``EngineClient.embed``."""
+        return self._embedding.submit(self._embed, prompts, adapter)
+
+    def _prepare(self, running: RunningJob) -> None:
+        """Make requests of a job and queue them, unless it was cancelled before."""
+        if running.ended:
+            return
+        job = running.job
+        try:
+            requests = self.engine.prepare(job.prompt_ids, job.samplings, job.tenant, job.adapter, running.cancel)
+        except Exception as error:
+            self._refuse(running, _as_sprat_error(error))
+            return
+        listeners = [functools.partial(self._hear, running, request, n) for n, request in enumerate(requests)]
+        with self._lock:
+            if not running.ended:
+                running.queued = True
+                self.engine.enqueue(requests, listeners)
+
+    def _refuse(self, running: RunningJob, error: SpratError) -> None:
+        """End a job that the engine does not have."""
+        with self._lock:
+            if running.ended:
+                return
+            self._forget(running)
+        self._send([(running.number, error)])
+
+    def _hear(self, running: RunningJob, request: Request, choice: int, delta: Delta | Exception) -> None:
+        """Take note of what the engine says of one choice; in the thread that steps, its books are locked."""
+        if running.ended:
+            return
+        number = running.number
+        if isinstance(delta, Exception):
+            running.cancel.set()  # the other choices
+            self._forget(running)
+            self._notices.append((number, _as_sprat_error(delta)))
+            return
+        if delta.kind == "started":
+            if not running.started:
+                running.started = True
+                prompt, cached = len(request.prompt_ids), request.num_cached
+                self._notices.append((number, JobEvent("started", prompt_tokens=prompt, cached_tokens=cached)))
+            return
+        if request.sampling.prompt_logprobs and choice not in running.scored:
+            running.scored.add(choice)
+            if len(request.prompt_logprobs) == len(request.prompt_ids) - 1:  # it was not cancelled before
+                self._notices.append((number, JobEvent("prompt", choice, logprobs=_prompt_logprobs(request))))
+        if delta.output is not None:
+            running.unfinished -= 1
+            if not running.unfinished:
+                self._forget(running)
+            self._notices.append((number, _done(choice, delta)))
+        else:
+            self._notices.append((number, JobEvent(delta.kind, choice, delta.text, delta.logprobs)))
+
+    def _forget(self, running: RunningJob) -> None:
+        """Nothing more is said of a job."""
+        running.ended = True
+        self._jobs.pop(running.number, None)
+
+    def _flush(self) -> None:
+        """After each step: send what it gave."""
+        if self._notices:
+            notices, self._notices = self._notices, []
+            self._send(notices)
+
+    def _embed(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> list[list[float]]:
+        """In a thread of its own."""
+        return self.engine.embed([list(prompt) for prompt in prompts], adapter)
+
+
+class CompilingThreads:
+    """Threads for what may take seconds: at most one for each tenant, in the order of their jobs."""
+
+    def __init__(self) -> None:
+        count = min(MAX_COMPILING, max(2, (os.cpu_count() or 1) // 2))  # each keeps a core busy that steps need too
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="sprat-grammar")
+        self._lock, self._stopped = threading.Lock(), False
+        self._tasks: dict[str, deque[Callable[[], None]]] = {}  # of tenants that have a thread, or are next to get one
+
+    def submit(self, tenant: Tenant, task: Callable[[], None]) -> None:
+        """Run ``task`` when those of the same tenant have run; never, once stopped."""
+        with self._lock:
+            if self._stopped:
+                return
+            tasks = self._tasks.setdefault(tenant.name, deque())
+            tasks.append(task)
+            if len(tasks) == 1:
+                self._threads.submit(self._run_next, tenant.name)
+
+    def stop(self) -> None:
+        """Wait for those that run, and drop the others."""
+        with self._lock:
+            self._stopped = True
+        self._threads.shutdown(cancel_futures=True)
+
+    def _run_next(self, name: str) -> None:
+        """Run one task of a tenant, and go to the end of the line for its next one."""
+        try:
+            self._tasks[name][0]()
+        finally:
+            with self._lock:
+                self._tasks[name].popleft()
+                if not self._tasks[name]:
+                    del self._tasks[name]
+                elif not self._stopped:
+                    self._threads.submit(self._run_next, name)
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...]:
+    """What the tokens of a prompt were worth; the first one stands behind nothing."""
+    first, *ids = request.prompt_ids
+    tops = request.prompt_top_logprobs or [[]] * len(ids)
+    rows = zip(ids, request.prompt_logprobs, tops, strict=True)
+    return ((first, None, ()), *((token, logprob, tuple(top)) for token, logprob, top in rows))
+
+
+def _done(choice: int, delta: Delta) -> JobEvent:
+    """The last event of a choice."""
+    output = delta.output
+    assert output is not None
+    usage = output.usage
+    return JobEvent(
+        "done",
+        choice,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cache_hit_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        finish_reason=output.finish_reason,
+        stop=output.stop,
+    )
+
+
+def _as_sprat_error(error: Exception) -> SpratError:
+    """``error`` as one of ours."""
+    if isinstance(error, SpratError):
+        return error
+    fault = f"the request broke: {type(error).__name__}: {error}"
+    return EngineError(fault, where="engine", todo="ask again; if it stays, report it with --debug")

@@ -1,0 +1,286 @@
+"""One HTTP exchange: a body in one protocol becomes answers, and their events a response.
+
+Whoever leaves, before or while the answer comes, ends it at once: the connection is watched from the moment that the
+body has been read. A stream that breaks off ends with an error event and without the last chunk of HTTP, so that no
+client takes it for whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from sprat.serve import (
+    anthropic,
+    anthropic_answers,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    openai_responses_answers,
+)
+from sprat.serve.errors import BrokenStream, RequestError
+from sprat.serve.events import Collector, Event, Failed, Finished, Started, Usage
+from sprat.serve.fields import header_list, parse_json
+from sprat.serve.generation import Generation
+from sprat.serve.openai_chat import Head
+from sprat.serve.service import Answer, Service
+
+if TYPE_CHECKING:
+    from sprat.engine.sequence import Tenant
+
+KEEP_ALIVE_SECONDS = 4.0  # a comment, or a ping, in a silent stream
+CLIENT_LEFT = 499  # nobody reads it
+
+Extension = Callable[[], dict[str, Any]]
+Batches = AsyncIterator[list[Event] | None]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A protocol: how a body is read, and how events are written.
+
+    Attributes:
+        prefix: of the ids of answers.
+        parse: a body → requests, of which all but completions have one.
+    """
+
+    prefix: str
+    parse: Callable[[dict[str, Any]], Sequence[Generation]]
+    whole: Callable[[Generation, Collector, Head, dict[str, Any]], dict[str, Any]]
+    stream: Callable[[Generation, Batches, Head, Extension], AsyncIterator[str]]
+
+
+CHAT = Wire("chatcmpl-", lambda body: [openai_chat.parse_chat(body)], openai_chat.whole, openai_chat.stream_events)
+COMPLETIONS = Wire(
+    "cmpl-", openai_completions.parse_completion, openai_completions.whole, openai_completions.stream_events
+)
+MESSAGES = Wire(
+    "msg_",
+    lambda body: [anthropic.parse_messages(body)],
+    lambda request, collector, head, _: anthropic_answers.whole(collector, message_id=head.id, model=head.model),
+    lambda request, batches, head, _: anthropic_answers.stream_events(
+        _each(batches), message_id=head.id, model=head.model
+    ),
+)
+RESPONSES = Wire(
+    "resp_",
+    lambda body: [openai_responses.parse_response(body)],
+    lambda request, collector, head, _: openai_responses_answers.whole(request, collector, head.id),
+    lambda request, batches, head, _: openai_responses_answers.stream_events(request, _each(batches), head.id),
+)
+
+
+async def _each(batches: Batches) -> AsyncIterator[Event | None]:
+    """Events one by one."""
+    async for batch in batches:
+        if batch is None:
+            yield None
+        else:
+            for event in batch:
+                yield event
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], int]:
+    """The JSON object that was sent, and its bytes; how fast it must come is the connection's matter.
+
+    Raises:
+        RequestError: 415 not JSON, 413 too large, 400 no JSON object.
+        ClientLeft: before the body was there.
+    """
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = "the body must be sent as Content-Type: application/json"
+        raise RequestError(415, message, param="Content-Type", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        message = "the body must be sent without Content-Encoding"
+        raise RequestError(415, message, param="Content-Encoding", code="unsupported_media_type")
+    too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and len(length) < 20 and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise ClientLeft from None
+    return parse_json(bytes(body)), len(body)
+
+
+class Exchange:
+    """What one request is answered with.
+
+    Args:
+        tenant: whose request it is.
+        find: the service that has a model, and 404 where none has.
+    """
+
+    def __init__(self, request: Request, wire: Wire, tenant: Tenant, find: Callable[[str], Service]) -> None:
+        self.request, self.wire, self._tenant, self._find = request, wire, tenant, find
+        self.answers: list[Answer] = []
+        self._watch: asyncio.Task[None] | None = None
+        self._generations: Sequence[Generation] = ()
+        self._id = wire.prefix + secrets.token_hex(12)
+        self.is_broken = False  # it ended with an error after it had begun
+
+    async def respond(self, body: dict[str, Any], body_bytes: int) -> Response:
+        """The response.
+
+        Raises:
+            RequestError: it cannot be answered.
+            ClientLeft: nobody waits any more.
+        """
+        self._generations = self.wire.parse(body)
+        self._watch = asyncio.create_task(self._disconnected())
+        streams = False
+        try:
+            await self._start(body_bytes)
+            first = self._generations[0]
+            head = Head(self._id, first.model, first.include_usage)
+            headers = {"Cache-Control": "no-store"}
+            if first.ignored:
+                headers["x-ignored-fields"] = header_list(first.ignored)
+            if first.stream:
+                streams = True
+                chunks = self.wire.stream(first, self._events(), head, self._extension)
+                return EventStream(chunks, self, headers)
+            return JSONResponse(await self._whole(first, head), headers=headers)
+        finally:
+            if not streams:
+                self.close()
+
+    async def _start(self, body_bytes: int) -> None:
+        """Have all answers begun; who leaves meanwhile leaves the queue."""
+        watch = self._watch
+        assert watch is not None
+        for index, generation in enumerate(self._generations):
+            answer_id = self._id if index == 0 else f"{self._id}-{index}"
+            service = self._find(generation.model)
+            size = body_bytes // len(self._generations)
+            start = asyncio.create_task(service.start(generation, self._tenant, answer_id, size))
+            await asyncio.wait({watch, start}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                start.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await start
+                raise ClientLeft
+            self.answers.append(start.result())
+        watch.add_done_callback(lambda task: None if task.cancelled() else self.cancel())
+        if watch.done():
+            self.cancel()
+
+    async def _disconnected(self) -> None:
+        """Returns when the client has gone; its body has been read."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    def cancel(self) -> None:
+        """The client has gone."""
+        for answer in self.answers:
+            answer.cancel("disconnect")
+
+    def close(self) -> None:
+        """However it ended: nothing runs on behalf of it any more."""
+        self.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _extension(self) -> dict[str, Any]:
+        """The ``sprat`` object of a finished answer."""
+        costs = [answer.cost for answer in self.answers]
+        first = self.answers[0]
+        body: dict[str, Any] = {"cost": costs[0] if len(costs) == 1 else costs, "seed": first.seed}
+        ended_by = next((answer.ended_by for answer in self.answers if answer.ended_by), "")
+        return {**body, "seconds": round(max(a.seconds for a in self.answers), 4)} | (
+            {"ended_by": ended_by} if ended_by else {}
+        )
+
+    async def _whole(self, first: Generation, head: Head) -> dict[str, Any]:
+        collector = Collector(first.n * len(self.answers))
+        async for batch in self._events():
+            for event in batch or ():
+                collector.push(event)
+        if self._watch is not None and self._watch.done():
+            raise ClientLeft
+        return self.wire.whole(first, collector, head, self._extension())
+
+    async def _events(self) -> Batches:
+        """The events of all answers as those of one."""
+        if len(self.answers) == 1:
+            batches = self.answers[0].events(KEEP_ALIVE_SECONDS)
+        else:
+            batches = _merged(self.answers, self._generations[0].n)
+        async for batch in batches:
+            self.is_broken = bool(batch) and isinstance(batch[-1], Failed)
+            yield batch
+
+
+async def _merged(answers: Sequence[Answer], n: int) -> Batches:
+    """Several answers, each with ``n`` choices, as one; the first that fails ends all."""
+    queue: asyncio.Queue[tuple[int, list[Event] | None]] = asyncio.Queue()
+
+    async def follow(index: int, answer: Answer) -> None:
+        async for batch in answer.events(KEEP_ALIVE_SECONDS):
+            queue.put_nowait((index, batch))
+
+    tasks = [asyncio.create_task(follow(index, answer)) for index, answer in enumerate(answers)]
+    open_answers, started = len(answers), False
+    try:
+        while open_answers:
+            index, batch = await queue.get()
+            events: list[Event] = []
+            for event in batch or ():
+                if isinstance(event, Failed):
+                    yield [*events, event]
+                    return
+                if isinstance(event, Finished):
+                    open_answers -= 1
+                elif isinstance(event, Started):
+                    events += [] if started else [event]
+                    started = True
+                else:
+                    events.append(replace(event, choice=event.choice + index * n))
+            if batch is None or events:
+                yield events or None
+    finally:
+        for task in tasks:
+            task.cancel()
+    usages = [answer.usage for answer in answers]
+    names = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+    total = Usage(*(sum(getattr(usage, name) for usage in usages) for name in names))
+    yield [Finished(total, max(answer.seconds for answer in answers))]
+
+
+class EventStream(Response):
+    """Server-sent events as they come; however it ends, so does the answer."""
+
+    def __init__(self, chunks: AsyncIterator[str], exchange: Exchange, headers: dict[str, str]) -> None:
+        super().__init__(headers={**headers, "X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._chunks, self._exchange = chunks, exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+            if self._exchange.is_broken:
+                raise BrokenStream
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._exchange.close()

@@ -1,0 +1,230 @@
+"""OpenAI's chat completions, with what DeepSeek and vLLM add: bodies to a ``Generation``, events to chunks.
+
+Whether the model thinks is said by DeepSeek's ``thinking`` or by OpenAI's ``reasoning_effort``; where both are there,
+``thinking`` decides. An effort is a wish: a model that does not think answers without. Exactly one chunk carries the
+usage: the one without choices where ``stream_options.include_usage`` asks for it, else the one that finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sprat.serve.events import (
+    ChoiceFinished,
+    CollectedChoice,
+    Collector,
+    Event,
+    Finished,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from sprat.serve.fields import Reader
+from sprat.serve.generation import Generation
+from sprat.serve.openai_fields import (
+    read_messages,
+    read_response_format,
+    read_sampling,
+    read_thinking,
+    read_tool_choice,
+    read_tools,
+)
+from sprat.serve.sse import json_text
+
+MAX_N = 8
+DONE = "data: [DONE]\n\n"
+NOT_OFFERED = ("audio", "web_search_options", "functions", "function_call")
+Extension = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all chunks of an answer begin with: ``id`` and the model's name as the caller gave it."""
+
+    id: str
+    model: str
+    include_usage: bool = False
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """The fields of an object of ``kind``."""
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
+
+
+def parse_chat(body: dict[str, Any]) -> Generation:
+    """A body of ``POST /chat/completions``.
+
+    Raises:
+        RequestError: 400; names the field by its JSON path.
+    """
+    reader = Reader(body)
+    model = reader.required("model", reader.text("model", longest=256))
+    messages, continues = read_messages(reader)
+    for name in NOT_OFFERED:
+        if reader.raw(name) not in (None, [], "none", "auto"):
+            raise reader.not_offered(name)
+    for item in reader.items("modalities") or ():
+        if item != "text":
+            raise reader.not_offered("modalities", f"{item!r:.40}")
+    tools = read_tools(reader)
+    limits = {name: reader.integer(name, 1) for name in ("max_tokens", "max_completion_tokens")}
+    limit_name = "max_tokens" if limits["max_completion_tokens"] is None else "max_completion_tokens"
+    thinking, effort, budget, paths = read_thinking(reader)
+    sampling = read_sampling(reader)
+    logprobs = bool(reader.flag("logprobs"))
+    top_logprobs = reader.integer("top_logprobs", 0, 20)
+    if top_logprobs and not logprobs:
+        raise reader.error("top_logprobs", "needs logprobs: true")
+    options = reader.object("stream_options")
+    generation = Generation(
+        model=model,
+        messages=messages,
+        continues=continues,
+        thinking=thinking,
+        effort=effort,
+        max_think_tokens=budget,
+        max_tokens=limits[limit_name],
+        sampling={**sampling, "top_logprobs": top_logprobs or 0},
+        n=reader.integer("n", 1, MAX_N) or 1,
+        logprobs=logprobs,
+        response_format=read_response_format(reader),
+        tools=tools,
+        tool_choice=read_tool_choice(reader, tools),
+        parallel_tool_calls=reader.flag("parallel_tool_calls") is not False,
+        stream=bool(reader.flag("stream")),
+        include_usage=bool(options and options.flag("include_usage")),
+        user=reader.text("user") or reader.text("user_id") or reader.text("safety_identifier") or "",
+        paths={"max_tokens": limit_name, **paths},
+    )
+    return generation.with_ignored(reader.rest())
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """The ``usage`` object, in OpenAI's and DeepSeek's names; counts are tokens, zeros included."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_cache_hit_tokens": usage.cached_tokens,
+        "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def _logprob_rows(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    def row(token: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+    return [{**row(each.token, each.logprob), "top_logprobs": [row(*top) for top in each.top]} for each in tokens]
+
+
+def _logprobs(reasoning: Sequence[TokenLogprob], content: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """OpenAI's ``logprobs``, with DeepSeek's list of the reasoning's tokens where there are any."""
+    rows: dict[str, Any] = {"content": _logprob_rows(content), "refusal": None}
+    if reasoning:
+        rows["reasoning_content"] = _logprob_rows(reasoning)
+    return rows
+
+
+def _whole_choice(generation: Generation, index: int, choice: CollectedChoice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message["content"] = choice.content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.calls
+        ]
+    logprobs = _logprobs(choice.reasoning_logprobs, choice.content_logprobs) if generation.logprobs else None
+    reason = choice.finish.reason if choice.finish else "stop"
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def whole(generation: Generation, collector: Collector, head: Head, extension: Extension) -> dict[str, Any]:
+    """The answer as one object; ``extension`` is its ``sprat`` object."""
+    assert collector.finished is not None
+    choices = [_whole_choice(generation, index, choice) for index, choice in enumerate(collector.choices)]
+    body = {**head.fields("chat.completion"), "choices": choices, "usage": usage_body(collector.finished.usage)}
+    return {**body, "sprat": extension}
+
+
+class ChunkWriter:
+    """Events to server-sent events, each as it comes; by hand, since a chunk is written for each token."""
+
+    def __init__(self, generation: Generation, head: Head) -> None:
+        fields = json.dumps(head.fields("chat.completion.chunk"))
+        self._prefix = f"data: {fields[:-1]}, "
+        self._null_usage = ', "usage": null' if head.include_usage else ""
+        self._generation, self._head = generation, head
+        self._pending: ChoiceFinished | None = None
+
+    def _chunk(self, choice: int, delta: str, logprobs: str = "null", finish: str = "null", more: str = "") -> str:
+        body = f'"index": {choice}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {finish}'
+        return f'{self._prefix}"choices": [{{{body}}}]{more or self._null_usage}}}\n\n'
+
+    def write(self, event: Event, extension: Extension | None = None) -> str:
+        """What ``event`` sends, perhaps nothing; ``extension`` goes with the usage."""
+        if isinstance(event, TextDelta):
+            name = "content" if event.kind == "content" else "reasoning_content"
+            if not event.text and not event.logprobs:
+                return ""
+            tokens = event.logprobs
+            split = (tokens, ()) if event.kind == "reasoning" else ((), tokens)
+            logprobs = json.dumps(_logprobs(*split)) if self._generation.logprobs else "null"
+            return self._chunk(event.choice, f'{{"{name}": {json_text(event.text)}}}', logprobs)
+        if isinstance(event, ToolCallDelta):
+            return self._chunk(event.choice, json_text({"tool_calls": [_call_delta(event)]}))
+        if isinstance(event, Started):
+            begin = '{"role": "assistant", "content": ""}'
+            return "".join(self._chunk(choice, begin) for choice in range(self._generation.n))
+        if isinstance(event, ChoiceFinished):
+            before, self._pending = self._finish_chunk(), event
+            return before
+        if isinstance(event, Finished):
+            return self._write_usage(event, extension or {}) + DONE
+        return f"data: {json.dumps(event.error.body())}\n\n"
+
+    def _finish_chunk(self, more: str = "") -> str:
+        """The finish of a choice, which waits for the next event: the last one may carry the usage."""
+        event, self._pending = self._pending, None
+        return "" if event is None else self._chunk(event.choice, "{}", finish=f'"{event.reason}"', more=more)
+
+    def _write_usage(self, event: Finished, extension: Extension) -> str:
+        usage = f', "usage": {json.dumps(usage_body(event.usage))}, "sprat": {json.dumps(extension)}'
+        if not self._head.include_usage:
+            return self._finish_chunk(usage)
+        return f'{self._finish_chunk()}{self._prefix}"choices": []{usage}}}\n\n'
+
+
+def _call_delta(event: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": event.arguments}
+    if not event.name:
+        return {"index": event.index, "function": function}
+    return {"index": event.index, "id": event.id, "type": "function", "function": {"name": event.name, **function}}
+
+
+async def stream_events(
+    generation: Generation, batches: AsyncIterator[list[Event] | None], head: Head, extension: Any
+) -> AsyncIterator[str]:
+    """The answer as text/event-stream.
+
+    Args:
+        batches: events as they come; None is answered with a comment that keeps the connection alive.
+        extension: called at the end for the ``sprat`` object.
+    """
+    writer = ChunkWriter(generation, head)
+    async for batch in batches:
+        if batch is None:
+            yield ": keep-alive\n\n"
+            continue
+        last = batch[-1]
+        text = "".join(writer.write(event, extension() if event is last else None) for event in batch)
+        if text:
+            yield text

@@ -1,0 +1,237 @@
+"""What a request says, as the engine takes it: ids of the prompt, and the settings of each answer.
+
+Everything that a request asks beside text is resolved here: tools are written into the prompt in the model's own form
+and held to by a grammar, a form of the answer becomes a grammar, thinking becomes an opened or closed think block, and
+"as much as fits" becomes a number. It runs in a thread: tokenising a long conversation takes the processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sprat.errors import DataError
+from sprat.serve.choices import Choice
+from sprat.serve.engine_client import EngineClient
+from sprat.serve.errors import RequestError
+from sprat.serve.generation import Generation, Tool
+
+if TYPE_CHECKING:
+    from sprat.engine.sampling_params import Response, Sampling
+    from sprat.tokens.chat import Message
+    from sprat.tokens.tokenizer import Tokenizer
+    from sprat.tokens.tool_formats import ToolFormat
+
+# What stands before the text, behind it, and before what is filled in: DeepSeek, Qwen, StarCoder/SmolLM, Code Llama
+FILL_IN_TOKENS = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request, ready for the engine."""
+
+    ids: list[int]
+    samplings: list[Sampling]
+    choices: list[Choice]
+
+
+class PromptWriter:
+    """Writes prompts for one model.
+
+    Args:
+        default_sampling: settings where a request says nothing: what the model's folder says.
+        max_model_len: tokens of one request at most, where that is less than the model's context.
+        max_tokens: sampled tokens of one request at most; None: what the context holds.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        engine: EngineClient,
+        *,
+        default_sampling: Mapping[str, Any],
+        max_model_len: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        from sprat.tokens.tool_formats import select_tool_format
+
+        self.tokenizer, self._engine, self._max_model_len = tokenizer, engine, max_model_len
+        self._defaults, self._max_tokens = dict(default_sampling), max_tokens
+        self._tool_format: ToolFormat | None = select_tool_format(tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request at most."""
+        info = self._engine.info
+        return min(info.context, info.cache_tokens, self._max_model_len or info.context)
+
+    def write(self, generation: Generation, seed: int) -> Prompt:
+        """The prompt of a request, and its settings.
+
+        Raises:
+            RequestError: 400; it is too long, or asks for what this model cannot.
+            EngineError: a setting cannot be.
+        """
+        from sprat.engine.sampling_params import Sampling
+
+        generation = self._without_unused_tools(generation)
+        thinking = self._thinking(generation)
+        ids = self.render(generation, thinking)
+        sampling = Sampling(
+            **{**self._defaults, **generation.sampling, "seed": seed},
+            max_tokens=self._limit(generation, len(ids)),
+            # what is gone on with has left the reasoning behind; a plain text never had one
+            thinking=False if generation.continues or generation.prompt is not None else thinking,
+            max_think_tokens=generation.max_think_tokens if thinking else None,
+            logprobs=generation.logprobs,
+            response=self._response(generation),
+            prompt_logprobs=generation.echo and generation.logprobs,
+        )
+        samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
+        bytes_of = self.tokenizer.token_bytes
+        echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
+        choices = [Choice(index, self._parser(generation), bytes_of, echo) for index in range(generation.n)]
+        return Prompt(ids, samplings, choices)
+
+    def render(self, generation: Generation, thinking: bool | None) -> list[int]:
+        """The ids of a prompt.
+
+        Raises:
+            RequestError: 400; the chat format has no place for it.
+        """
+        from sprat.tokens.chat import render
+
+        if isinstance(generation.prompt, str):
+            return self._fill_in(generation) if generation.suffix else self.tokenizer.encode_prompt(generation.prompt)
+        if generation.prompt is not None:
+            return list(generation.prompt)
+        tools = [schema_of(tool) for tool in generation.tools]
+        messages = join_systems(generation.messages)
+        try:
+            return render(self.tokenizer, messages, thinking=thinking, tools=tools, continues=generation.continues)
+        except DataError as error:
+            param = generation.paths.get(error.where, error.where)
+            raise RequestError(400, f"{param}: {error.what}; {error.todo}", param=param, code="not_possible") from None
+
+    def _fill_in(self, generation: Generation) -> list[int]:
+        """The ids of a text with a gap.
+
+        Raises:
+            RequestError: 400; the model has no tokens for it.
+        """
+        control = self.tokenizer.control_tokens
+        for prefix, suffix, middle in FILL_IN_TOKENS:
+            if {prefix, suffix, middle} <= control.keys():
+                parts = [(prefix, True), (str(generation.prompt), False), (suffix, True), (generation.suffix, False)]
+                return self.tokenizer.encode_parts([*parts, (middle, True)])
+        message = "suffix: this model has no tokens that say where a text goes on; leave it out"
+        raise RequestError(400, message, param="suffix", code="not_offered")
+
+    def ids(self, generation: Generation) -> list[int]:
+        """The ids of the prompt of a request; raises as ``write``."""
+        generation = self._without_unused_tools(generation)
+        return self.render(generation, self._thinking(generation))
+
+    def _thinking(self, generation: Generation) -> bool | None:
+        """Whether to think: what was said; an effort only where the model can."""
+        if generation.thinking is not None or not generation.effort:
+            return generation.thinking
+        if generation.effort == "none":
+            return False
+        return True if self.tokenizer.chat_format.thinking_prompt is not None else None
+
+    def _limit(self, generation: Generation, prompt_tokens: int) -> int:
+        """Tokens of an answer at most.
+
+        Raises:
+            RequestError: 400; the prompt leaves no room, or more is asked for than there is.
+        """
+        paths = generation.paths
+        where, name = paths.get("messages", "messages"), paths.get("max_tokens", "max_tokens")
+        asked, most = generation.max_tokens, self._max_tokens
+        if asked is not None and most is not None and asked > most:
+            message = f"{name} is too large: this server gives at most {most} tokens; lower it or leave it out"
+            raise RequestError(400, message, param=name)
+        room = self.context - prompt_tokens
+        if prompt_tokens == 0:
+            raise RequestError(400, f"{where}: there is no text to answer", param=where)
+        if room < (1 if asked is None else asked):
+            wanted = f"{prompt_tokens} in the {where}" + (f", {asked} in the completion" if asked else "")
+            message = (
+                f"This model's maximum context length is {self.context} tokens. However, you requested "
+                f"{prompt_tokens + (asked or 1)} tokens ({wanted}). Please reduce the length of the {where}"
+                + (f" or {name}." if asked else ".")
+            )
+            raise RequestError(400, message, param=where, code="context_length_exceeded")
+        return min(room, most or room) if asked is None else asked
+
+    def _without_unused_tools(self, generation: Generation) -> Generation:
+        """The request without tools that may not be called.
+
+        Raises:
+            RequestError: 400; this model cannot call tools, or not when it likes.
+        """
+        if not generation.tools or generation.tool_choice.mode == "none":
+            return replace(generation, tools=())
+        paths = generation.paths
+        if self._tool_format is None:
+            where = paths.get("tools", "tools")
+            message = f"{where}: this model's chat format has no tools; leave them out, or serve another model"
+            raise RequestError(400, message, param=where, code="not_offered")
+        if generation.tool_choice.mode == "auto" and not self._tool_format.has_tags:
+            where = paths.get("tool_choice", "tool_choice")
+            message = f"{where}: this model's calls cannot be told from text; say 'required', or name a function"
+            raise RequestError(400, message, param=where, code="not_offered")
+        if generation.response_format is not None and generation.tool_choice.mode != "auto":
+            where = paths.get("response_format", "response_format")
+            message = f"{where}: a call that is required has a form of its own; leave one of them out"
+            raise RequestError(400, message, param=where)
+        return generation
+
+    def _parser(self, generation: Generation) -> Any:
+        from sprat.tokens.tool_parser import ToolCallParser
+
+        if not generation.tools or self._tool_format is None:
+            return None
+        return ToolCallParser(self._tool_format, [tool.name for tool in generation.tools])
+
+    def _response(self, generation: Generation) -> Response | None:
+        """The grammar of an answer.
+
+        Raises:
+            EngineError: it is none that can be followed.
+        """
+        from sprat.engine.sampling_params import Response
+
+        form = generation.response_format
+        if generation.tools and self._tool_format is not None:
+            tools = [schema_of(tool) for tool in generation.tools]
+            if generation.tool_choice.mode == "named":
+                tools = [tool for tool in tools if tool["function"]["name"] == generation.tool_choice.name]
+            mode = "auto" if generation.tool_choice.mode == "auto" else "required"
+            return Response.tool_calls(tools, mode, generation.parallel_tool_calls, self._tool_format)
+        if form is None:
+            return None
+        if form["type"] == "regex":
+            return Response.regex(form["pattern"])
+        return Response.json(form.get("schema"))
+
+
+def schema_of(tool: Tool) -> dict[str, Any]:
+    """A tool in OpenAI's form, as chat formats take it."""
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": function | ({"strict": True} if tool.strict else {})}
+
+
+def join_systems(messages: tuple[Message, ...]) -> list[Message]:
+    """The conversation with all system messages as one, which stands first: most formats have no other place."""
+    systems = [message for message in messages if message.role == "system"]
+    if not systems or (len(systems) == 1 and messages[0] is systems[0]):
+        return list(messages)
+    text = "\n\n".join(message.content for message in systems if message.content)
+    return [replace(systems[0], content=text), *(each for each in messages if each.role != "system")]

@@ -1,0 +1,84 @@
+"""How fast places come free: what ``Retry-After`` is predicted from.
+
+By Little's law the mean time that a place is held is all the time that places were held, by the number of requests that
+left them. Both are counted here, and both fade with each request that leaves. A request that still holds its place has
+put its time in and no departure yet, so a start with slow requests is seen as slow before the first of them is through:
+a mean over finished requests alone would know the short ones only. Requests that began together may all end together,
+though: until as many have left as there are, what they are half through is the most that is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+MEMORY = 64  # departures after which an observation has faded to 1/e
+PRIOR = 0.3  # requests that the expectation weighs as much as
+LARGEST_RATIO = 4.0  # of the predicted time of a request to that of the mean one, whatever its tokens
+
+
+class ServiceRate:
+    """Measures how long requests hold their places.
+
+    Args:
+        expected_seconds: what is believed before anything was seen; it weighs little.
+        clock: seconds; only differences count.
+
+    >>> now = [0.0]
+    >>> rate = ServiceRate(expected_seconds=1.0, clock=lambda: now[0])
+    >>> start = rate.arrive(1)
+    >>> now[0] = 9.0
+    >>> rate.depart(1, start=start, tokens=10)
+    >>> round(rate.held_seconds(), 2)  # 0.3 + 9 seconds, 0.3 + 1 departures
+    7.15
+    """
+
+    def __init__(self, expected_seconds: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._held_seconds, self._departures = PRIOR * expected_seconds, PRIOR
+        self._tokens, self._requests = 0.0, 0.0
+        self._num_departures = 0
+        self._expected_seconds = expected_seconds
+        self._num_held, self._start_sum, self._last_time = 0, 0.0, clock()
+
+    def arrive(self, seqs: int) -> float:
+        """``seqs`` places are held from now on; returns the time, which ``depart`` asks for."""
+        now = self._advance()
+        self._num_held += seqs
+        self._start_sum += seqs * now
+        return now
+
+    def depart(self, seqs: int, *, start: float, tokens: int) -> None:
+        """A request of ``tokens`` (estimated) leaves the ``seqs`` places that it held since ``start``."""
+        self._advance()
+        self._num_held -= seqs
+        self._num_departures += seqs
+        self._start_sum = self._start_sum - seqs * start if self._num_held else 0.0
+        keep = (1 - 1 / MEMORY) ** seqs
+        self._held_seconds, self._departures = self._held_seconds * keep, (self._departures + seqs) * keep
+        self._tokens, self._requests = (self._tokens + seqs * tokens) * keep, (self._requests + seqs) * keep
+
+    def held_seconds(self, tokens: float | None = None) -> float:
+        """Seconds that a place is held: by a request of ``tokens`` (estimated), or by the mean one."""
+        self._advance()
+        mean = self._held_seconds / self._departures
+        if self._num_departures < self._num_held:
+            mean = min(mean, max(self._expected_seconds, 2 * self.mean_age()))
+        if tokens is None or self._tokens <= 0:
+            return mean
+        ratio = tokens * self._requests / self._tokens
+        return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+
+    def margin(self) -> float:
+        """By what factor a place may be held longer than is thought: one standard error, of times that vary as the
+        exponential distribution does."""
+        return 1 + max(self._requests, 1.0) ** -0.5
+
+    def mean_age(self) -> float:
+        """For how many seconds the places in use have been held, on average; 0 where none is."""
+        return self._clock() - self._start_sum / self._num_held if self._num_held else 0.0
+
+    def _advance(self) -> float:
+        now = self._clock()
+        self._held_seconds += self._num_held * (now - self._last_time)
+        self._last_time = now
+        return now
