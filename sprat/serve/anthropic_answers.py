@@ -15,8 +15,7 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from pydantic_core import from_json
-
+from sprat.serve.arguments import parse_arguments
 from sprat.serve.errors import RequestError
 from sprat.serve.events import (
     ChoiceFinished,
@@ -188,17 +187,16 @@ def _empty_call(call_id: str, name: str) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The arguments of a call as an object; of one that was cut off, what of it is whole, as their SDK has it."""
+    """The arguments of a call as their clients read them off the stream."""
     try:
-        value = from_json(arguments, allow_partial=True) if arguments else {}
+        return parse_arguments(arguments)
     except ValueError:
-        value = {}
-    return value if isinstance(value, dict) else {}
+        return {}
 
 
 def _stop(finish: ChoiceFinished) -> dict[str, Any]:
     """Why it ended. An answer that was ended from outside is a paused turn: it may be sent back and gone on with."""
-    if finish.ended_by or finish.reason == "insufficient_system_resource":
+    if finish.ended_by:
         return {"stop_reason": "pause_turn", "stop_sequence": None}
     if finish.stop and finish.reason == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.stop}

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sprat.serve.arguments import whole_arguments
 from sprat.serve.fields import Reader, shorten
 from sprat.serve.generation import Generation, Tool, ToolChoice
+from sprat.serve.openai_fields import EFFORTS, MAX_TOOLS, read_content, read_function, read_sampling
 from sprat.tokens.chat import Message, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` calls them
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
+_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
 _PATHS = {
     "messages": "input",
@@ -31,10 +34,9 @@ _CHOICES: Mapping[str, ToolChoice] = {
     "none": ToolChoice("none"),
     "required": ToolChoice("required"),
 }
-_TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
-def parse_responses(body: Mapping[str, Any]) -> Generation:
+def parse_response(body: Mapping[str, Any]) -> Generation:
     """What a body of ``POST /v1/responses`` asks for.
 
     Raises:
@@ -48,15 +50,16 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
     tools = _tools(reader)
     tool_choice, tools = _tool_choice(reader, tools)
     reasoning = reader.object("reasoning")
-    effort = reasoning.choice("effort", (*EFFORTS, "ultra")) if reasoning else None
+    effort = (reasoning.choice("effort", EFFORTS) if reasoning else None) or ""
     logprobs = LOGPROBS in _include(reader)
+    top_logprobs = reader.integer("top_logprobs", 0, 20) or 0
     parallel = reader.flag("parallel_tool_calls")
     return Generation(
         model=reader.required("model", reader.text("model", longest=256)),
         messages=tuple(_turns(reader)),
-        thinking=None if effort is None else effort != "none",
+        effort=effort,
         max_tokens=reader.integer("max_output_tokens", 1, 2**31 - 1),
-        sampling=_sampling(reader, logprobs=logprobs),
+        sampling=read_sampling(reader) | {"top_logprobs": top_logprobs if logprobs else 0},
         logprobs=logprobs,
         response_format=_response_format(reader),
         tools=tools,
@@ -66,6 +69,7 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
         user=_user(reader),
         paths=_PATHS,
         ignored=_ignored(reader),
+        repeated=_repeated(body),
     )
 
 
@@ -79,18 +83,27 @@ def _user(reader: Reader) -> str:
     return names[0] or names[1] or ""
 
 
-def _sampling(reader: Reader, *, logprobs: bool) -> dict[str, Any]:
-    """Settings of the engine, by its names; ``seed`` is an extension."""
-    values = {
-        "temperature": reader.number("temperature", 0, 2),
-        "top_p": reader.number("top_p", 0, 1, above=True),
-        "seed": reader.integer("seed", -(2**63)),
+def _repeated(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer repeats of a body that has been read, by the names of OpenAI's ``Response``."""
+    text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
+    form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
+    form = {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}
+    if isinstance(choice, Mapping) and choice:
+        choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
+    names = ("type", "name", "description", "parameters", "strict")
+    own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
+    limit = body.get("max_output_tokens")
+    return {
+        "max_output_tokens": None if limit is None else int(limit),
+        "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
+        "parallel_tool_calls": parallel is None or parallel,
+        "reasoning": {"effort": None if effort == "ultra" else effort, "summary": None},
+        "text": {"format": form or {"type": "text"}},
+        "tool_choice": choice or "auto",
+        "tools": [{name: tool.get(name) for name in names} for tool in body.get("tools") or ()],
+        "top_logprobs": int(body.get("top_logprobs") or 0),
+        **{name: body.get(name) for name in own},
     }
-    sampling: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    top_logprobs = reader.integer("top_logprobs", 0, 20)
-    if logprobs:
-        sampling["top_logprobs"] = top_logprobs or 0
-    return sampling
 
 
 def _include(reader: Reader) -> Sequence[Any]:
@@ -174,17 +187,11 @@ def _message(item: Reader) -> Message:
 
 
 def _text(item: Reader, name: str) -> str:
-    """Parts of text as one; a string is one already."""
-    if isinstance(value := item.raw(name), str):
-        return value
-    texts = []
-    for part in item.required(name, item.objects(name)):
-        kind = part.required("type", part.text("type"))
-        if kind not in _TEXT_PARTS:
-            raise part.not_offered("type", f"parts of type {shorten(kind)!r}")
+    """A string, or parts of text as one."""
+    text = item.required(name, read_content(item, name))
+    for part in item.objects(name) or () if isinstance(item.body[name], list) else ():
         part.known("annotations", "logprobs")
-        texts.append(part.required(_TEXT_PARTS[kind], part.text(_TEXT_PARTS[kind])))
-    return "".join(texts)
+    return text
 
 
 def _reasoning(item: Reader) -> str:
@@ -200,7 +207,10 @@ def _reasoning(item: Reader) -> str:
 def _call(item: Reader) -> ToolCall:
     item.known("caller")
     name = item.required("name", item.text("name"))
-    arguments = item.required("arguments", item.text("arguments"))
+    try:
+        arguments = whole_arguments(item.required("arguments", item.text("arguments")))
+    except ValueError:
+        raise item.error("arguments", "must be the text of a JSON object") from None
     return ToolCall(name, arguments, item.required("call_id", item.text("call_id")))
 
 
@@ -226,15 +236,14 @@ def _response_format(reader: Reader) -> Mapping[str, Any] | None:
 
 def _tools(reader: Reader) -> tuple[Tool, ...]:
     tools: dict[str, Tool] = {}
-    for item in reader.objects("tools") or ():
+    for item in reader.objects("tools", most=MAX_TOOLS) or ():
         kind = item.required("type", item.text("type"))
         if kind != "function":
             raise item.not_offered("type", f"the tool {shorten(kind)!r}, only functions")
-        name = item.required("name", item.text("name", longest=128))
-        if not name or name in tools:
-            raise item.error("name", "is empty" if not name else "stands twice; names of tools must be unique")
-        description, parameters = item.text("description") or "", item.mapping("parameters") or {}
-        tools[name] = Tool(name, description, parameters, strict=bool(item.flag("strict")))
+        tool = read_function(item)
+        if tool.name in tools:
+            raise item.error("name", "stands twice; names of tools must be unique")
+        tools[tool.name] = tool
     return tuple(tools.values())
 
 

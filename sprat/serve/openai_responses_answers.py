@@ -10,6 +10,7 @@ An answer that is complete without a word or a call has a message with an empty 
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -26,51 +27,21 @@ from sprat.serve.events import (
     ToolCallDelta,
     Usage,
 )
-from sprat.serve.openai_responses import EFFORTS
+from sprat.serve.generation import Generation
 from sprat.serve.sse import server_sent
 
 KEEP_ALIVE = ": keep-alive\n\n"
 _LOWEST = -9999.0  # in place of minus infinity, which JSON has not
-_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
-_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
 
 
-def echo(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What an answer repeats of a body that ``parse_responses`` has read, by the names of ``Response``."""
-    text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
-    form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
-    if isinstance(choice, Mapping) and choice:
-        choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
-    tools = body.get("tools") or ()
-    names = ("type", "name", "description", "parameters", "strict")
-    own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
-    return {
-        "model": body["model"],
-        "max_output_tokens": _count(body.get("max_output_tokens")),
-        "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
-        "parallel_tool_calls": parallel is None or parallel,
-        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
-        "text": {"format": {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}},
-        "tool_choice": choice or "auto",
-        "tools": [{name: tool.get(name) for name in names} for tool in tools],
-        "top_logprobs": _count(body.get("top_logprobs")) or 0,
-        **{name: body.get(name) for name in own},
-    } | ({} if form else {"text": {"format": {"type": "text"}}})
-
-
-def _count(value: float | None) -> int | None:
-    """A number that was read as a whole one."""
-    return None if value is None else int(value)
-
-
-def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, created: int) -> dict[str, Any]:
+def whole(generation: Generation, collector: Collector, response_id: str, created: int | None = None) -> dict[str, Any]:
     """The whole answer.
 
     Args:
-        echoed: from ``echo``.
+        generation: what was asked for.
         collector: it has followed all events.
         response_id: ``resp_…``; the ids of the items are made of it.
-        created: seconds since 1970.
+        created: seconds since 1970; None: it is now.
     """
     choice, finished = collector.choices[0], collector.finished
     if choice.finish is None or finished is None:
@@ -84,19 +55,19 @@ def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, 
     items += [_call_item(item_ids.call(index), call) for index, call in enumerate(choice.calls)]
     if items and not is_complete:
         items[-1]["status"] = "incomplete"
-    body = _response(echoed, response_id, created, "completed" if is_complete else "incomplete")
+    body = _response(generation, response_id, created, "completed" if is_complete else "incomplete")
     body |= {"output": items, "usage": _usage(finished.usage)}
     if not is_complete:
-        reason = "max_output_tokens" if choice.finish.reason == "length" else None
+        reason = "max_output_tokens" if choice.finish.reason == "length" and not choice.finish.ended_by else None
         body["incomplete_details"] = {"reason": reason}
     return body
 
 
 async def stream_events(
-    echoed: Mapping[str, Any], events: AsyncIterator[Event | None], *, response_id: str, created: int
+    generation: Generation, events: AsyncIterator[Event | None], response_id: str, created: int | None = None
 ) -> AsyncIterator[str]:
     """The answer as server-sent events; a comment for each None of ``events``. The rest is as in ``whole``."""
-    stream = _Stream(echoed, response_id, created)
+    stream = _Stream(generation, response_id, int(time.time()) if created is None else created)
     async for event in events:
         if event is None:
             yield KEEP_ALIVE
@@ -120,8 +91,8 @@ class _Ids:
 class _Stream:
     """Where a stream is: how many events there were, the item that is open, and the answer so far."""
 
-    def __init__(self, echoed: Mapping[str, Any], response_id: str, created: int) -> None:
-        self.echoed, self.response_id, self.created = echoed, response_id, created
+    def __init__(self, generation: Generation, response_id: str, created: int) -> None:
+        self.generation, self.response_id, self.created = generation, response_id, created
         self.collector, self.item_ids = Collector(1), _Ids(response_id)
         self._count, self._index = 0, -1
         self._open: str | int | None = None  # "reasoning", "content", or the index of a call
@@ -145,16 +116,16 @@ class _Stream:
             is_silent = is_complete and self._open in (None, "reasoning")
             bodies = self._begin("content") if is_silent else []
             return bodies + self._end("completed" if is_complete else "incomplete")
-        body = whole(self.echoed, self.collector, response_id=self.response_id, created=self.created)
+        body = whole(self.generation, self.collector, self.response_id, self.created)
         return [self._numbered(f"response.{body['status']}", response=body)]
 
     def _start(self) -> list[dict[str, Any]]:
-        body = _response(self.echoed, self.response_id, self.created, "in_progress")
+        body = _response(self.generation, self.response_id, self.created, "in_progress")
         return [self._numbered(f"response.{name}", response=body) for name in ("created", "in_progress")]
 
     def _fail(self, error: RequestError) -> dict[str, Any]:
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        body = _response(self.echoed, self.response_id, self.created, "failed")
+        body = _response(self.generation, self.response_id, self.created, "failed")
         body["error"] = {"code": "invalid_prompt" if error.status in (400, 413) else code, "message": error.message}
         return self._numbered("response.failed", response=body)
 
@@ -228,12 +199,13 @@ def _is_complete(finish: ChoiceFinished) -> bool:
     return finish.reason in ("stop", "tool_calls") and not finish.ended_by
 
 
-def _response(echoed: Mapping[str, Any], response_id: str, created: int, status: str) -> dict[str, Any]:
+def _response(generation: Generation, response_id: str, created: int | None, status: str) -> dict[str, Any]:
     """A response without output."""
     return {
         "id": response_id,
         "object": "response",
-        "created_at": created,
+        "created_at": int(time.time()) if created is None else created,
+        "model": generation.model,
         "status": status,
         "background": False,
         "error": None,
@@ -242,7 +214,7 @@ def _response(echoed: Mapping[str, Any], response_id: str, created: int, status:
         "previous_response_id": None,
         "truncation": "disabled",
         "usage": None,
-        **echoed,
+        **generation.repeated,
     }
 
 
@@ -268,9 +240,9 @@ def _logprob(item: TokenLogprob) -> dict[str, Any]:
     return _token(item.token, item.logprob) | {"top_logprobs": [_token(*other) for other in item.top]}
 
 
-def _token(token: bytes, logprob: float) -> dict[str, Any]:
+def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
     text = token.decode("utf-8", "replace")
-    return {"token": text, "bytes": list(token), "logprob": max(logprob, _LOWEST)}
+    return {"token": text, "bytes": list(token), "logprob": _LOWEST if logprob is None else max(logprob, _LOWEST)}
 
 
 def _short_logprob(item: TokenLogprob) -> dict[str, Any]:

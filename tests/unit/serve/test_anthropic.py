@@ -143,7 +143,7 @@ def test_an_answer_cut_off_at_every_place_is_the_same_streamed_and_whole(replies
         ("length", "", "", ("max_tokens", None)),
         ("tool_calls", "", "", ("tool_use", None)),
         ("stop", "", "cancel", ("pause_turn", None)),
-        ("insufficient_system_resource", "", "shutdown", ("pause_turn", None)),
+        ("length", "", "shutdown", ("pause_turn", None)),
     ],
 )
 def test_why_an_answer_ended_is_said_in_their_words(
