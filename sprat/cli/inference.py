@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -23,8 +23,6 @@ Think = Annotated[bool | None, typer.Option("--think/--no-think", help=_THINK_HE
 DEFAULT_MAX_TOKENS = 256  # of one answer, where nobody says
 _MAX_TOKENS_LIMIT = 2**31 - 1  # number of tokens that the engine takes
 _TOKENS_HELP = "Tokens of one answer, thinking included"
-_SERVE_HELP = f"{_TOKENS_HELP}: the default, and the most that a request may ask for."
-ServeMaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_SERVE_HELP)]
 _MAX_TOKENS_HELP = f"{_TOKENS_HELP}; left out: {DEFAULT_MAX_TOKENS}, or what the context still holds."
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=_MAX_TOKENS_LIMIT, help=_MAX_TOKENS_HELP)]
 _TEMPERATURE_HELP = "0 is greedy; left out: what the model's folder says, else greedy."
@@ -32,15 +30,8 @@ Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, max
 _TURNS_HELP = "Past exchanges to send along; left out: 0 for a road's own model, else all."
 Turns = Annotated[int | None, typer.Option("--turns", min=0, help=_TURNS_HELP)]
 Prices = Annotated[str | None, typer.Option("--prices", metavar="NAME", help="Which price table the cost line uses.")]
-_KEY_HELP = "Who asks must send it; repeat it for several, each a tenant of its own. Others see a command line."
 _ADAPTER_HELP = "A LoRA adapter of the model, in PEFT's layout, that answers."
 Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="FOLDER", help=_ADAPTER_HELP)]
-_ADAPTERS_HELP = "A LoRA adapter (PEFT) for requests that give NAME as their model; may be repeated."
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help=_ADAPTERS_HELP)]
-ApiKey = Annotated[list[str] | None, typer.Option("--api-key", metavar="KEY", envvar="SPRAT_API_KEY", help=_KEY_HELP)]
-
-_TEMPLATE_HELP = "A model whose own template cannot be followed: refuse it, or accept it in another format."
-ChatTemplate = Annotated[Literal["refuse", "accept"], typer.Option("--chat-template", help=_TEMPLATE_HELP)]
 
 
 def fetch(
@@ -127,41 +118,6 @@ def chat(
     return Result({"model": str(model), "turns": turn_rows, "cost_nano_yuan": cost_meter.nano_yuan})
 
 
-def serve(
-    model: ModelFolder,
-    host: Annotated[
-        str, typer.Option("--host", help="Loopback unless told otherwise; any other address needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The model id of the API; the folder's name if left out.")
-    ] = None,
-    max_tokens: ServeMaxTokens = 1024,
-    turns: Turns = None,
-    prices: Prices = None,
-    api_key: ApiKey = None,
-    adapter: Adapters = None,
-    chat_template: ChatTemplate = "refuse",
-) -> Result:
-    """Serve a model and its chat page until Ctrl-C: /v1/chat/completions, /v1/models and the page at /."""
-    from sprat.serve import ServeConfig, meter, server
-
-    examples, max_turns = chat_defaults(model, turns)
-    config = ServeConfig(
-        host=host,
-        port=port,
-        served_model_name=name,
-        api_keys=tuple(api_key or ()),
-        prices=meter.select_prices(meter.load_price_tables(), prices or meter.DEFAULT_PRICES),
-        max_tokens=max_tokens,
-        examples=tuple(examples),
-        max_history_turns=max_turns,
-        chat_template=chat_template,
-    )
-    server.run(model, config, adapters=_parse_adapters(adapter or []), on_ready=print_err)
-    return Result({"model": str(model), "host": host, "port": port, "stopped": True})
-
-
 _THINKING_COMMANDS = {"/think": True, "/direct": False, "/auto": None}
 
 
@@ -181,7 +137,7 @@ def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], in
     return list(questions.values()), 0 if turns is None else turns
 
 
-def _parse_adapters(options: list[str]) -> dict[str, Path]:
+def parse_adapters(options: list[str]) -> dict[str, Path]:
     """Folders by name, of ``NAME=FOLDER``; a name without a folder, or one that comes twice, is a ConfigError."""
     folders: dict[str, Path] = {}
     for option in options:

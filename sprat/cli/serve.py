@@ -115,7 +115,7 @@ def _serve(
 ) -> Result:
     """Join what was said on the command line with what the file says, and serve."""
     from sprat.serve import ServeConfig, meter, server
-    from sprat.serve.api_keys import read_key_file
+    from sprat.serve.api_keys import read_api_keys
     from sprat.serve.server_file import ModelSource, read_server_file
 
     table, sources = read_server_file(file) if file is not None else ({}, [])
@@ -127,7 +127,7 @@ def _serve(
     if not sources:
         raise ConfigError("no model to serve", where="sprat serve", todo="give one, or a file with --config")
     key_file = keys[1] or table.pop("api_key_file", None)
-    table["api_keys"] = [*table.pop("api_keys", ()), *(keys[0] or ()), *(read_key_file(key_file) if key_file else ())]
+    table["api_keys"] = [*table.pop("api_keys", ()), *(keys[0] or ()), *(read_api_keys(key_file) if key_file else ())]
     table["prices"] = meter.select_prices(meter.load_price_tables(), table.get("prices") or meter.DEFAULT_PRICES)
     examples, max_turns = chat_defaults(sources[0].folder, turns)
     page = {"examples": tuple(examples)} | ({} if max_turns is None else {"max_history_turns": max_turns})

@@ -179,7 +179,7 @@ class RequestHandle:
         sequence.needs_stop_check = sequence.detokenize or bool(sampling.stop_token_ids)
         self._detokenizer: Detokenizer | None = None
         if sequence.detokenize:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             self._detokenizer = Detokenizer(
                 tokenizer,
                 thinking=thinking,
@@ -260,7 +260,7 @@ class RequestHandle:
             self._emit(deltas if self._logprobs is None else self._logprobs.attach(deltas, is_last=True))
             answer = detokenizer.answer()
         else:
-            thinking, structured = sampling.thinking, sampling.response is not None
+            thinking, structured = sampling.thinking, sampling.is_structured
             answer = split_reasoning(self._tokenizer, sequence.output_ids, thinking=thinking, structured=structured)
         scored = sampling.prompt_logprobs
         self._output = Output(

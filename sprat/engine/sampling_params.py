@@ -7,15 +7,15 @@ What a setting does to the distribution, in this order: the model's logits → `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sprat.engine.response import Response as Response
 from sprat.errors import EngineError
 
 TokenIds = GenericSequence[int]
@@ -23,59 +23,6 @@ TokenIds = GenericSequence[int]
 TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # what a count may be; the sampler keeps them in arrays
 MAX_STOPS, MAX_BAD_WORDS, MAX_BIASES = 64, 1024, 4096
-
-
-@dataclass(frozen=True)
-class Response:
-    """The form that the content of an answer must have (the reasoning is free).
-
-    Attributes:
-        kind: which language ``source`` is written in.
-        source: a JSON schema as JSON text, a regular expression, or a JSON list of strings.
-    """
-
-    kind: Literal["schema", "regex", "choice"]
-    source: str
-
-    def __post_init__(self) -> None:
-        """Check the kind and that there is something to follow."""
-        if self.kind not in ("schema", "regex", "choice") or not isinstance(self.source, str) or not self.source:
-            fault = f"{self.kind!r} is no form of a response"
-            raise EngineError(fault, where="response", todo="use a JSON schema, a regex or a choice")
-
-    @classmethod
-    def json(cls, schema: Mapping[str, Any] | str | None = None) -> Response:
-        """A JSON value that ``schema`` describes; any JSON object without one.
-
-        Raises:
-            EngineError: ``schema`` cannot be written as JSON.
-        """
-        if isinstance(schema, str):
-            return cls("schema", schema)
-        try:
-            return cls("schema", json.dumps({"type": "object"} if schema is None else dict(schema)))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise EngineError(f"the schema is no JSON: {error}", where="response", todo="give a JSON schema") from None
-
-    @classmethod
-    def regex(cls, pattern: str) -> Response:
-        r"""Text that ``pattern`` matches as a whole.
-
-        Rust's syntax, without back-references and look-around; ``\d`` is ``[0-9]``, ``\w`` is ``[0-9A-Za-z_]``, and
-        ``\s`` is ECMA-262's.
-        """
-        return cls("regex", pattern)
-
-    @classmethod
-    def choice(cls, options: GenericSequence[str]) -> Response:
-        """One of ``options``, word by word.
-
-        Raises:
-            EngineError: there is no option, or one is not text or is empty.
-        """
-        if isinstance(options, str) or not options or not all(isinstance(item, str) and item for item in options):
-            raise EngineError("a choice needs texts to choose from", where="response", todo="give a list of strings")
-        return cls("choice", json.dumps(list(options)))
 
 
 class Processor(Protocol):
@@ -189,6 +136,11 @@ class Sampling:
             object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))
         self._check_consistency()
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether all of the content has a form that was asked for."""
+        return self.response is not None and self.response.shapes_content
+
     def _check_consistency(self) -> None:
         """Raise EngineError where settings that are fine alone contradict each other."""
         if self.thinking not in (True, False, None):
@@ -203,7 +155,7 @@ class Sampling:
             raise EngineError(fault, where="min_tokens", todo="give at most max_tokens")
         if self.response is not None and not isinstance(self.response, Response):
             fault = f"{type(self.response).__name__} is no form of a response"
-            raise EngineError(fault, where="response", todo="use Response.json, Response.regex or Response.choice")
+            raise EngineError(fault, where="response", todo="use Response.json, .regex, .choice or .tool_calls")
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:

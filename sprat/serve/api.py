@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import struct
 import time
 from collections.abc import Callable
@@ -11,27 +12,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from sprat.serve import anthropic
+from sprat.errors import SpratError
+from sprat.serve import anthropic, anthropic_answers
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
-from sprat.serve.exchange import (
-    CHAT,
-    CLIENT_LEFT,
-    COMPLETIONS,
-    MESSAGES,
-    RESPONSES,
-    ClientLeft,
-    Exchange,
-    Wire,
-    read_json,
-)
-from sprat.serve.fields import Reader
+from sprat.serve.exchange import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Exchange, Wire
+from sprat.serve.fields import Reader, parse_json
+from sprat.serve.metrics import Metrics, metrics_app
 from sprat.serve.openai_chat import parse_chat
 from sprat.serve.openapi import request_schema
+from sprat.serve.receive import read_body
 from sprat.serve.service import Service
 
 if TYPE_CHECKING:
@@ -39,6 +33,7 @@ if TYPE_CHECKING:
 
 OPENAI_BASES, ANTHROPIC_BASES = ("", "/v1", "/beta"), ("/v1", "/anthropic/v1", "/anthropic")
 MAX_EMBEDDINGS = 256
+CLIENT_LEFT = 499  # nobody reads it
 BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 Body = dict[str, Any]
 
@@ -49,6 +44,7 @@ class AppState:
 
     services: list[Service]
     config: ServeConfig
+    metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -91,6 +87,12 @@ class AppState:
         for service in self.services:
             service.abort()
 
+    async def refresh_metrics(self) -> None:
+        """Bring in what the engines hold; never waits for a step."""
+        for service in self.services:
+            with contextlib.suppress(SpratError):
+                self.metrics.model(service.names.served).observe_stats(await service.engine.stats())
+
     @property
     def ready(self) -> bool:
         """Whether requests are answered."""
@@ -119,9 +121,9 @@ def _is_anthropic(request: Request) -> bool:
 async def answer(request: Request, wire: Wire, state: AppState) -> Response:
     """Whatever is generated, in any protocol."""
     try:
-        body, size = await read_json(request, state.max_body_bytes)
-        return await Exchange(request, wire, request.state.tenant, state.find).respond(body, size)
-    except ClientLeft:
+        body = await read_body(request, state.max_body_bytes)
+        return await Exchange(request, wire, request.state.tenant, state.find).respond(parse_json(body), len(body))
+    except ClientDisconnect:
         return Response(status_code=CLIENT_LEFT)
 
 
@@ -130,6 +132,7 @@ def add_routes(app: FastAPI, state: AppState) -> None:
     _add_page(app)
     _add_health(app, state)
     _add_models(app, state)
+    app.mount("/metrics", metrics_app(state.metrics, state.refresh_metrics))
     for wire, path, bases in (
         (CHAT, "/chat/completions", OPENAI_BASES),
         (COMPLETIONS, "/completions", OPENAI_BASES),
@@ -177,10 +180,10 @@ def _answering(wire: Wire, state: AppState) -> Callable[..., Any]:
 def _working(work: Callable[[Request, AppState, Body], Any], state: AppState) -> Callable[..., Any]:
     async def handler(request: Request) -> Response:
         try:
-            body, _ = await read_json(request, state.max_body_bytes)
-        except ClientLeft:
+            body = await read_body(request, state.max_body_bytes)
+        except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(await work(request, state, body))
+        return JSONResponse(await work(request, state, parse_json(body)))
 
     return handler
 
@@ -321,4 +324,4 @@ async def _count_tokens(request: Request, state: AppState, body: Body) -> Body:
     """How many tokens a request of Anthropic's has."""
     generation = anthropic.parse_count_tokens(body)
     service = state.find(generation.model)
-    return {"input_tokens": len(await service.run_in_thread(lambda: service.prompts.ids(generation)))}
+    return anthropic_answers.token_count(len(await service.run_in_thread(lambda: service.prompts.ids(generation))))

@@ -9,8 +9,13 @@ Without keys everybody is one tenant, so such a server belongs on loopback (``se
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sprat.errors import ServeError
 
 if TYPE_CHECKING:
     from sprat.engine.sequence import Tenant
@@ -33,8 +38,8 @@ class ApiKeys:
         """Whether a key is needed."""
         return bool(self._tenants)
 
-    def tenant(self, authorization: str) -> Tenant | None:
-        """Whose request it is by its ``Authorization`` header; None: it may not ask.
+    def tenant(self, authorization: str, x_api_key: str = "") -> Tenant | None:
+        """Whose request it is by its ``Authorization`` or ``x-api-key`` header; None: it may not ask.
 
         >>> keys = ApiKeys(["k1", "k2"])
         >>> keys.tenant("Bearer k3") is keys.tenant("k1") is None, keys.tenant("Bearer k1") == keys.tenant("bearer k1 ")
@@ -43,7 +48,30 @@ class ApiKeys:
         if not self._tenants:
             return self._default_tenant
         scheme, _, key = authorization.partition(" ")
-        return self._tenants.get(_digest(b"key", key.strip())) if scheme.lower() == SCHEME else None
+        tenant = self._tenants.get(_digest(b"key", key.strip())) if scheme.lower() == SCHEME else None
+        return tenant or self._tenants.get(_digest(b"key", x_api_key.strip()))
+
+
+def read_api_keys(path: str | Path) -> tuple[str, ...]:
+    """The keys of a file, one a line; blank lines and those that begin with ``#`` are none.
+
+    Warns where others than its owner can read it.
+
+    Raises:
+        ServeError: it cannot be read, or holds no key.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot read the API keys: {getattr(error, 'strerror', None) or 'it is no text'}"
+        raise ServeError(what, where=str(path), todo="give a text file with one key a line") from None
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise ServeError("there is no API key in this file", where=str(path), todo="write one key a line")
+    if mode & 0o077:
+        warnings.warn(f"{path}: others can read these API keys; chmod 600 it", stacklevel=2)
+    return keys
 
 
 def _digest(purpose: bytes, key: str) -> bytes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from sprat.engine import Engine
+    from sprat.serve.metrics import Metrics
     from sprat.serve.service import Service
     from sprat.tokens.tokenizer import Tokenizer
 
@@ -63,11 +64,14 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
 
     from sprat.serve.api import AppState, add_routes
     from sprat.serve.api_keys import ApiKeys
+    from sprat.serve.error_handlers import add_error_handlers
+    from sprat.serve.metrics import Metrics
     from sprat.serve.middleware import SecurityMiddleware
 
     served = list(models) if isinstance(models, Sequence) else [serve_engine(models, config)]
     _check_names(served)
-    state = AppState([_service(model, config) for model in served], config)
+    metrics = Metrics()
+    state = AppState([_service(model, config, metrics) for model in served], config, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,9 +83,15 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.serving, app.state.config = state, config
     hosts = (*config.allowed_hosts, config.host)
-    app.add_middleware(SecurityMiddleware, api_keys=ApiKeys(config.api_keys), allowed_hosts=hosts)
+    app.add_middleware(
+        SecurityMiddleware,
+        api_keys=ApiKeys(config.api_keys),
+        allowed_hosts=hosts,
+        allowed_origins=config.allowed_origins,
+        root_path=config.root_path,
+    )
     add_routes(app, state)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     return app
 
 
@@ -92,10 +102,9 @@ def _check_names(served: Sequence[ServedModel]) -> None:
             raise ServeError(f"two models or adapters are called {name!r}", where="names", todo="rename one")
 
 
-def _service(model: ServedModel, config: ServeConfig) -> Service:
+def _service(model: ServedModel, config: ServeConfig, metrics: Metrics) -> Service:
     from sprat.serve.admission import Admission
     from sprat.serve.meter import Meter
-    from sprat.serve.metrics import Metrics
     from sprat.serve.prompts import PromptWriter
     from sprat.serve.service import Names, Service
 
@@ -107,37 +116,7 @@ def _service(model: ServedModel, config: ServeConfig) -> Service:
         max_tokens=config.max_tokens,
     )
     admission = Admission(
-        config.max_num_seqs,
-        max_num_queued_reqs=config.max_num_queued_reqs,
-        max_num_queued_tokens=config.max_num_queued_tokens,
+        config.max_num_seqs, config.max_num_queued_reqs, config.max_num_queued_tokens, config.max_wait_seconds
     )
     names = Names(model.names[0], tuple(model.names[1:]), tuple(model.adapters))
-    return Service(model.engine, prompts, admission, Meter(config.prices), Metrics(model.names[0]), names)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Make every error of ``app``, expected or not, an error object of the protocol that was spoken."""
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-
-    from sprat.serve.errors import RequestError, error_response
-
-    async def on_refusal(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestError)
-        return error_response(error, request.url.path)
-
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        code = str(error.detail).lower().replace(" ", "_")
-        response = error_response(RequestError(error.status_code, str(error.detail), code=code), request.url.path)
-        response.headers.update(error.headers or {})  # Allow, of a 405
-        return response
-
-    async def on_crash(request: Request, error: Exception) -> JSONResponse:
-        fault = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
-        return error_response(fault, request.url.path)
-
-    app.add_exception_handler(RequestError, on_refusal)
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_crash)
+    return Service(model.engine, prompts, admission, Meter(config.prices), metrics, names)

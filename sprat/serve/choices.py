@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sprat.serve.engine_client import JobEvent
 from sprat.serve.events import (
@@ -54,7 +54,7 @@ class Choice:
         if event.kind == "content" and self._parser is not None:
             events = self._events(self._parser.push(event.text))
             return [TextDelta(self.index, "content", "", logprobs), *events] if logprobs else events
-        kind = "reasoning" if event.kind == "reasoning" else "content"
+        kind: Literal["reasoning", "content"] = "reasoning" if event.kind == "reasoning" else "content"
         return [TextDelta(self.index, kind, event.text, logprobs)]
 
     def finish(self, event: JobEvent, ended_by: EndedBy) -> list[Event]:

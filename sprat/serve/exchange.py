@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,18 +27,18 @@ from sprat.serve import (
     openai_responses,
     openai_responses_answers,
 )
-from sprat.serve.errors import BrokenStream, RequestError
+from sprat.serve.errors import BrokenStream
 from sprat.serve.events import Collector, Event, Failed, Finished, Started, Usage
-from sprat.serve.fields import header_list, parse_json
+from sprat.serve.fields import header_list
 from sprat.serve.generation import Generation
 from sprat.serve.openai_chat import Head
+from sprat.serve.receive import disconnected
 from sprat.serve.service import Answer, Service
 
 if TYPE_CHECKING:
     from sprat.engine.sequence import Tenant
 
 KEEP_ALIVE_SECONDS = 4.0  # a comment, or a ping, in a silent stream
-CLIENT_LEFT = 499  # nobody reads it
 
 Extension = Callable[[], dict[str, Any]]
 Batches = AsyncIterator[list[Event] | None]
@@ -67,14 +68,18 @@ MESSAGES = Wire(
     lambda body: [anthropic.parse_messages(body)],
     lambda request, collector, head, _: anthropic_answers.whole(collector, message_id=head.id, model=head.model),
     lambda request, batches, head, _: anthropic_answers.stream_events(
-        _each(batches), message_id=head.id, model=head.model
+        _each(batches), message_id=head.id, model=head.model, request_id=head.request_id
     ),
 )
 RESPONSES = Wire(
     "resp_",
-    lambda body: [openai_responses.parse_response(body)],
-    lambda request, collector, head, _: openai_responses_answers.whole(request, collector, head.id),
-    lambda request, batches, head, _: openai_responses_answers.stream_events(request, _each(batches), head.id),
+    lambda body: [openai_responses.parse_responses(body)],
+    lambda request, collector, head, _: openai_responses_answers.whole(
+        openai_responses_answers.echo(head.body), collector, response_id=head.id, created=int(time.time())
+    ),
+    lambda request, batches, head, _: openai_responses_answers.stream_events(
+        openai_responses_answers.echo(head.body), _each(batches), response_id=head.id, created=int(time.time())
+    ),
 )
 
 
@@ -86,39 +91,6 @@ async def _each(batches: Batches) -> AsyncIterator[Event | None]:
         else:
             for event in batch:
                 yield event
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
-
-
-async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], int]:
-    """The JSON object that was sent, and its bytes; how fast it must come is the connection's matter.
-
-    Raises:
-        RequestError: 415 not JSON, 413 too large, 400 no JSON object.
-        ClientLeft: before the body was there.
-    """
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "application/json":
-        message = "the body must be sent as Content-Type: application/json"
-        raise RequestError(415, message, param="Content-Type", code="unsupported_media_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        message = "the body must be sent without Content-Encoding"
-        raise RequestError(415, message, param="Content-Encoding", code="unsupported_media_type")
-    too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and len(length) < 20 and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientLeft from None
-    return parse_json(bytes(body)), len(body)
 
 
 class Exchange:
@@ -142,15 +114,16 @@ class Exchange:
 
         Raises:
             RequestError: it cannot be answered.
-            ClientLeft: nobody waits any more.
+            ClientDisconnect: nobody waits any more.
         """
         self._generations = self.wire.parse(body)
-        self._watch = asyncio.create_task(self._disconnected())
+        self._watch = asyncio.create_task(disconnected(self.request))
         streams = False
         try:
             await self._start(body_bytes)
             first = self._generations[0]
-            head = Head(self._id, first.model, first.include_usage)
+            request_id = self.request.scope["state"].get("request_id", "")
+            head = Head(self._id, first.model, first.include_usage, body, request_id)
             headers = {"Cache-Control": "no-store"}
             if first.ignored:
                 headers["x-ignored-fields"] = header_list(first.ignored)
@@ -177,16 +150,11 @@ class Exchange:
                 start.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await start
-                raise ClientLeft
+                raise ClientDisconnect
             self.answers.append(start.result())
         watch.add_done_callback(lambda task: None if task.cancelled() else self.cancel())
         if watch.done():
             self.cancel()
-
-    async def _disconnected(self) -> None:
-        """Returns when the client has gone; its body has been read."""
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
 
     def cancel(self) -> None:
         """The client has gone."""
@@ -215,7 +183,7 @@ class Exchange:
             for event in batch or ():
                 collector.push(event)
         if self._watch is not None and self._watch.done():
-            raise ClientLeft
+            raise ClientDisconnect
         return self.wire.whole(first, collector, head, self._extension())
 
     async def _events(self) -> Batches:
@@ -225,7 +193,7 @@ class Exchange:
         else:
             batches = _merged(self.answers, self._generations[0].n)
         async for batch in batches:
-            self.is_broken = bool(batch) and isinstance(batch[-1], Failed)
+            self.is_broken = batch is not None and isinstance(batch[-1], Failed)
             yield batch
 
 

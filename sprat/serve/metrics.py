@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prometheus_client import Gauge
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from sprat.engine.core import Stats
+    from sprat.engine.stats import Stats
 
 PREFIX = "sprat:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

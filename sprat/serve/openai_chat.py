@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sprat.serve.events import (
@@ -45,11 +45,21 @@ Extension = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """What all chunks of an answer begin with: ``id`` and the model's name as the caller gave it."""
+    """What all that is sent of an answer is made with.
+
+    Attributes:
+        id: of the answer.
+        model: its name as the caller gave it.
+        include_usage: whether the usage has a chunk of its own.
+        body: the request's, of which some protocols repeat fields.
+        request_id: as in ``x-request-id``.
+    """
 
     id: str
     model: str
     include_usage: bool = False
+    body: Mapping[str, Any] = field(default_factory=dict)
+    request_id: str = ""
 
     def fields(self, kind: str) -> dict[str, Any]:
         """The fields of an object of ``kind``."""

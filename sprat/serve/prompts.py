@@ -18,7 +18,8 @@ from sprat.serve.errors import RequestError
 from sprat.serve.generation import Generation, Tool
 
 if TYPE_CHECKING:
-    from sprat.engine.sampling_params import Response, Sampling
+    from sprat.engine.response import Response
+    from sprat.engine.sampling_params import Sampling
     from sprat.tokens.chat import Message
     from sprat.tokens.tokenizer import Tokenizer
     from sprat.tokens.tool_formats import ToolFormat
@@ -58,7 +59,7 @@ class PromptWriter:
         max_model_len: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        from sprat.tokens.tool_formats import select_tool_format
+        from sprat.tokens.tool_render import select_tool_format
 
         self.tokenizer, self._engine, self._max_model_len = tokenizer, engine, max_model_len
         self._defaults, self._max_tokens = dict(default_sampling), max_tokens
@@ -85,8 +86,7 @@ class PromptWriter:
         sampling = Sampling(
             **{**self._defaults, **generation.sampling, "seed": seed},
             max_tokens=self._limit(generation, len(ids)),
-            # what is gone on with has left the reasoning behind; a plain text never had one
-            thinking=False if generation.continues or generation.prompt is not None else thinking,
+            thinking=self._answer_thinking(generation, thinking),
             max_think_tokens=generation.max_think_tokens if thinking else None,
             logprobs=generation.logprobs,
             response=self._response(generation),
@@ -144,6 +144,14 @@ class PromptWriter:
         if generation.effort == "none":
             return False
         return True if self.tokenizer.chat_format.thinking_prompt is not None else None
+
+    def _answer_thinking(self, generation: Generation, thinking: bool | None) -> bool | None:
+        """How the answer begins: what is gone on with may be in its reasoning, and a plain text has none."""
+        from sprat.tokens.chat import continued_thinking
+
+        if generation.prompt is not None:
+            return False
+        return continued_thinking(self.tokenizer, generation.messages[-1]) if generation.continues else thinking
 
     def _limit(self, generation: Generation, prompt_tokens: int) -> int:
         """Tokens of an answer at most.
@@ -206,15 +214,21 @@ class PromptWriter:
         Raises:
             EngineError: it is none that can be followed.
         """
-        from sprat.engine.sampling_params import Response
+        from sprat.engine.response import Response
 
         form = generation.response_format
         if generation.tools and self._tool_format is not None:
-            tools = [schema_of(tool) for tool in generation.tools]
-            if generation.tool_choice.mode == "named":
-                tools = [tool for tool in tools if tool["function"]["name"] == generation.tool_choice.name]
-            mode = "auto" if generation.tool_choice.mode == "auto" else "required"
-            return Response.tool_calls(tools, mode, generation.parallel_tool_calls, self._tool_format)
+            tools = [
+                {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict} for tool in generation.tools
+            ]
+            choice = generation.tool_choice
+            return Response.tool_calls(
+                tools,
+                self._tool_format,
+                choice=choice.mode,
+                name=choice.name,
+                parallel=generation.parallel_tool_calls,
+            )
         if form is None:
             return None
         if form["type"] == "regex":

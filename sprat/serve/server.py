@@ -1,8 +1,8 @@
-"""The process: take the port, load the model, serve until Ctrl-C.
+"""The process: take the port, load the model, serve until it is told to stop.
 
-The port is taken before the model is loaded, since a busy port is the commonest fault and loading the
-slowest step. The address is printed when requests are really answered. On Ctrl-C running answers are
-stopped where they are, their streams close with usage and cost, and the process leaves.
+What cannot work is said before the model is loaded, which is the slowest step: a port that is in use, TLS files that
+are missing, too few open files. The address is printed when requests are really answered. How it leaves:
+``http_server``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import MachineError, ServeError
-from sprat.serve.app import create_app
+from sprat.serve.app import ServedModel, create_app
 from sprat.serve.config import ServeConfig
+from sprat.serve.server_file import ModelSource
+from sprat.serve.tls import tls_context
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-SHUTDOWN_TIMEOUT_SECONDS = 5
+OTHER_FILES = 256  # beside connections: the model's, the engine's, those of libraries
+SEND_BUFFER_BYTES = 1 << 18  # in the system, for each connection; it would grow to megabytes for one that does not read
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a peer that vanished is gone after a minute
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
@@ -47,8 +51,9 @@ def bind_socket(config: ServeConfig) -> socket.socket:
     listener = socket.socket(family, sock_type, sock_proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _set_connection_options(listener)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(2048)
         listener.setblocking(False)
     except PermissionError:
         listener.close()
@@ -62,10 +67,40 @@ def bind_socket(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def socket_url(listener: socket.socket) -> str:
-    """The ``http://`` address of a listening socket."""
+def _set_connection_options(listener: socket.socket) -> None:
+    """What connections take over from their listener."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def socket_url(listener: socket.socket, scheme: str = "http") -> str:
+    """The address of a listening socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def raise_file_limit(max_connections: int) -> None:
+    """Let this process have enough files open for ``max_connections``, as far as it may.
+
+    Raises:
+        ServeError: it may not have so many.
+    """
+    try:
+        import resource
+    except ImportError:  # no such limit on this system
+        return
+    needed = max_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        what = f"{max_connections} connections need {needed} open files, and this process may have {hard}"
+        todo = "lower max_connections, or raise the limit (ulimit -Hn, LimitNOFILE of systemd)"
+        raise ServeError(what, where="max_connections", todo=todo)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], None] = print) -> None:
@@ -75,37 +110,20 @@ def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], No
         app: from ``create_app``.
         listener: from ``bind_socket``.
         on_ready: called once with the address when requests are answered.
+
+    Raises:
+        ServeError: TLS cannot be had of the files that the app's config names, or there are too few open files.
     """
-    import uvicorn
+    from sprat.serve.http_server import HttpServer
 
-    from sprat.serve.connections import bounded_protocol
-
-    class Server(uvicorn.Server):
-        """Says when it is up, and stops running answers before it waits for them."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            if self.started:
-                on_ready(socket_url(listener))
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            app.state.pool.close()
-            await super().shutdown(sockets=sockets)
-
-    config = uvicorn.Config(
-        app,
-        http=bounded_protocol(app.state.config),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
-        timeout_keep_alive=30,
-        ws="none",
-    )
+    config: ServeConfig = app.state.config
+    raise_file_limit(config.max_connections)
+    tls = tls_context(config)
+    url = socket_url(listener, "https" if tls else "http")
     # uvicorn sends itself the signal again when it has shut down
     previous_handler = _handle_as_interrupt(signal.SIGTERM)
     try:
-        Server(config).run(sockets=[listener])
+        HttpServer(app, config, tls, lambda: on_ready(url)).run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
@@ -122,45 +140,58 @@ def _handle_as_interrupt(signal_number: int) -> Any:
 
 
 def run(
-    model_folder: str | Path,
+    models: str | Path | Sequence[ModelSource],
     config: ServeConfig,
     *,
     adapters: Mapping[str, str | Path] | None = None,
     on_ready: Callable[[str], None] = print,
 ) -> None:
-    """Serve the model of a folder (HF layout or a run folder) until Ctrl-C.
+    """Serve models until Ctrl-C, the engine of each in a process of its own.
 
     Args:
-        model_folder: its name is the served model's where ``config`` gives none.
-        config: see ``ServeConfig``.
-        adapters: LoRA adapters beside the model, name → folder; a request chooses one by giving its name as ``model``.
+        models: a folder (HF layout or a run folder), a GGUF file or a name; or several, with what they are called.
+        config: see ``ServeConfig``; a single folder is called as it says.
+        adapters: LoRA adapters beside a single folder, name → folder; a request chooses one as ``model:name``.
         on_ready: called once with the address when requests are answered.
 
     Raises:
-        ServeError: the port cannot be had, the network is asked for without a key, an adapter has the model's name, or
-            the model's chat template cannot be followed (see ``ServeConfig.chat_template``).
+        ServeError: the port or so many open files cannot be had, TLS cannot be set up, the network is asked for without
+            a key, an adapter has the model's name, or the model's chat template cannot be followed (see
+            ``ServeConfig.chat_template``).
         MachineError: FastAPI or uvicorn is missing.
         CheckpointError, ConfigError: the folder holds no model, or an adapter's is of another.
     """
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            todo = f"pip install {package}"
+            todo = f"pip install {package.replace('_', '-')}"
             raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
+    raise_file_limit(config.max_connections)
+    tls_context(config)  # what is wrong with it is said now, not when the model is there
+    if isinstance(models, str | Path):
+        names = (config.served_model_name,) if config.served_model_name else ()
+        own = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        models = [ModelSource(Path(models), (*names, *config.served_model_aliases), own)]
     listener = bind_socket(config)
     try:
-        from sprat.engine import Engine
-        from sprat.formats.load import load
-
-        model, tokenizer = load(model_folder)
-        if (mismatch := tokenizer.chat_format.mismatch) and config.chat_template == "refuse":
-            what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"
-            raise ServeError(what, where=str(model_folder), todo="mend the template, or say --chat-template accept")
-        app = create_app(
-            Engine(model, tokenizer, adapters=adapters, frozen=True, consume=True),
-            config.replace(served_model_name=config.served_model_name or Path(model_folder).resolve().name),
-            default_sampling=tokenizer.generation_config.default_sampling,
-            adapters=tuple(adapters or ()),
-        )
-        serve(app, listener, on_ready=on_ready)
+        serve(create_app([_served(source, config) for source in models], config), listener, on_ready=on_ready)
     finally:
         listener.close()
+
+
+def _served(source: ModelSource, config: ServeConfig) -> ServedModel:
+    """A model whose engine is to run in a process of its own; not started.
+
+    Raises:
+        ServeError: its chat template cannot be followed.
+        SpratError: see ``load_tokenizer``.
+    """
+    from sprat.formats.load import load_tokenizer
+    from sprat.serve.engine_process import ProcessEngineClient
+
+    tokenizer = load_tokenizer(source.folder)
+    if (mismatch := tokenizer.chat_format.mismatch) and config.chat_template == "refuse":
+        what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"
+        raise ServeError(what, where=str(source.folder), todo="mend the template, or say --chat-template accept")
+    engine = ProcessEngineClient(source.folder, adapters=source.adapters, max_batch=config.max_num_seqs)
+    default_sampling = tokenizer.generation_config.default_sampling
+    return ServedModel(engine, tokenizer, source.served_names, default_sampling, tuple(source.adapters))

@@ -61,7 +61,7 @@ class Answer:
         self._job: JobStream | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._choices: list[Choice] = []
-        self._first_token = 0.0
+        self._metrics = service.metrics.request_started(service.names.served)
 
     def cancel(self, ended_by: EndedBy) -> None:
         """End it soon; its last events still come. Harmless once it has ended."""
@@ -69,6 +69,10 @@ class Answer:
             self.ended_by = self.ended_by or ended_by
             if self._job is not None:
                 self._job.cancel()
+
+    def reject(self, code: str) -> None:
+        """It got no place, or was not begun."""
+        self._metrics.rejected(code)
 
     def begin(self, prompt: Prompt, job: JobStream) -> None:
         """The engine has it."""
@@ -79,7 +83,6 @@ class Answer:
     async def follow(self) -> None:
         """Translate what the engine says, to its end; books what it cost. Raises nothing."""
         assert self._job is not None
-        metrics = self._service.metrics
         try:
             async for job_event in self._job:
                 for event in self._translate(job_event):
@@ -93,7 +96,7 @@ class Answer:
             self._fail(error)
         finally:
             self.ended.set()
-            metrics.finished(self)
+            self._metrics.cancelled(self.usage.completion_tokens)  # unless it has finished
 
     def _has_begun(self, error: RequestError | None) -> None:
         """Tell whoever waits for the first event."""
@@ -125,11 +128,10 @@ class Answer:
     def _translate(self, event: JobEvent) -> Sequence[Event]:
         if event.kind == "started":
             self.usage = Usage(event.prompt_tokens, event.cached_tokens, 0, 0)
+            self._metrics.began(event.prompt_tokens, event.cached_tokens)
             return [Started(event.prompt_tokens, event.cached_tokens)]
         if event.kind != "done":
-            if not self._first_token:
-                self._first_token = time.monotonic()
-                self._service.metrics.first_token(self)
+            self._metrics.token(1, event.choice)
             return self._choices[event.choice].push(event)
         usage = self.usage
         self.usage = Usage(
@@ -145,6 +147,8 @@ class Answer:
         hit, miss = usage.cached_tokens, usage.prompt_tokens - usage.cached_tokens
         cost = self._service.meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
         self.cost = cost.to_dict()
+        if not self.ended_by:
+            self._metrics.finished(usage.completion_tokens)
         return Finished(usage, self.seconds, self.cost)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[list[Event] | None]:
@@ -245,21 +249,31 @@ class Service:
         asked = generation.sampling.get("seed")
         seed = asked if isinstance(asked, int) else secrets.randbits(31)
         answer = Answer(self, request_id, tenant, generation, seed)
-        place = await self.admission.enter(tenant.name, tokens=body_bytes // 4, seqs=generation.n)
+        try:
+            place = await self.admission.enter(
+                tenant.name, tokens=body_bytes // 4, seqs=generation.n, generation=generation
+            )
+        except RequestError as error:
+            answer.reject(error.code)
+            raise
+        except BaseException:
+            answer.reject("disconnect")
+            raise
         try:
             self.answers[request_id] = answer
             prompt = await self.run_in_thread(lambda: self.prompts.write(generation, seed))
             job = Job(prompt.ids, prompt.samplings, tenant, adapter)
             answer.begin(prompt, self.engine.submit(job))
-        except SpratError as error:
+        except BaseException as error:
             self._leave(answer, place)
-            raise self.refusal(error, generation) from error
-        except BaseException:
-            self._leave(answer, place)
+            answer.reject("invalid_request")
+            if isinstance(error, SpratError):
+                raise self.refusal(error, generation) from error
             raise
         task = asyncio.create_task(answer.follow())
         self._tasks.add(task)
-        task.add_done_callback(lambda task: (self._tasks.discard(task), self._leave(answer, place))[0])
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._leave(answer, place))
         try:
             await answer.begun()
         except asyncio.CancelledError:

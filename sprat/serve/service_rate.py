@@ -64,9 +64,9 @@ class ServiceRate:
         if self._num_departures < self._num_held:
             mean = min(mean, max(self._expected_seconds, 2 * self.mean_age()))
         if tokens is None or self._tokens <= 0:
-            return mean
+            return float(mean)
         ratio = tokens * self._requests / self._tokens
-        return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+        return float(mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO))
 
     def margin(self) -> float:
         """By what factor a place may be held longer than is thought: one standard error, of times that vary as the

@@ -14,39 +14,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sprat.errors import DataError
-from sprat.tokens.chat_formats import Part, render_parts, select_generation_prompt
-from sprat.tokens.chat_tools import Tools, render_tool_turns, texts_of
+from sprat.tokens.chat_formats import Part, render_parts
+from sprat.tokens.chat_tools import Tools
+from sprat.tokens.messages import Message as Message
+from sprat.tokens.messages import ToolCall as ToolCall
 from sprat.tokens.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A function that the assistant calls: ``arguments`` is the text of a JSON object, ``id`` what its answer names."""
-
-    name: str
-    arguments: str
-    id: str = ""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        tool_calls: what an assistant's turn calls; its content may then be empty.
-        tool_call_id: of a tool's turn, the call that it answers; empty where it does not say.
-        weight: of an assistant's turn in training, 0 or 1: whether it is learned. Of other roles nothing is learned.
-    """
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str = ""
-    weight: float = 1.0
+from sprat.tokens.tool_render import render_by_template, render_with_tools
 
 
 @dataclass(frozen=True)
@@ -65,35 +41,69 @@ def render(
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
     tools: Tools = (),
+    continues: bool = False,
 ) -> list[int]:
     """Ids of a conversation, ready for the model to go on.
 
-    A conversation with tools is what the model's own template makes of it (see ``chat_tools``), as with transformers'
-    ``apply_chat_template(messages, tools=tools)``.
+    A conversation with tools is what the model's own template makes of it, as with transformers'
+    ``apply_chat_template(messages, tools=tools)``: written by our own code where that writes the same, else by the
+    template itself. A family that has a form for tools is told of them in it where its template knows none. See
+    ``tool_render``.
 
     Args:
         messages: the turns in order.
         thinking: True opens the reasoning, False opens and closes it, None leaves it to the model.
         add_generation_prompt: end with the assistant's opening; without it only the given turns are rendered.
         tools: JSON schemas of the functions that may be called.
+        continues: the last turn is the assistant's and left open, to be gone on with: its content, or its reasoning
+            where it has no content yet. ``thinking`` and ``add_generation_prompt`` then say nothing; see
+            ``continued_thinking``.
 
     Raises:
-        DataError: there is no message, a role stands where the format has no place for it, the model's template has no
-            tools or refuses the conversation, a text beside tools spells a control token, or the model shall think and
-            does not know how.
+        DataError: there is no message, a role stands where the format has no place for it, the model has no form for
+            tools or its template refuses the conversation, or the model shall think and does not know how.
     """
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
-    chat_format = tokenizer.chat_format
-    if _has_tools(messages, tools):
-        (text,) = _render_tool_turns(tokenizer, [(messages, add_generation_prompt)], tools)
-        if add_generation_prompt and thinking is not None:
-            prompt = select_generation_prompt(chat_format, thinking)
-            opening = chat_format.generation_prompt
-            text = text.removesuffix(opening) + prompt if text.endswith(opening) else text
-        return tokenizer.encode_parts([(text, True)])
-    parts = render_parts(chat_format, _turns(messages), thinking=thinking, add_generation_prompt=add_generation_prompt)
+    if continues:
+        parts = _continued_parts(tokenizer, messages, tools)
+    else:
+        parts = _parts(tokenizer, messages, tools, thinking=thinking, add_generation_prompt=add_generation_prompt)
     return tokenizer.encode_parts(parts)
+
+
+def continued_thinking(tokenizer: Tokenizer, message: Message) -> bool:
+    """How an answer is sampled that goes on with ``message``: in its reasoning, or in its content."""
+    return bool(message.reasoning and not message.content) and tokenizer.chat_format.thinking_prompt is not None
+
+
+def _parts(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Tools,
+    *,
+    thinking: bool | None,
+    add_generation_prompt: bool,
+) -> list[Part]:
+    """A conversation as text, in parts."""
+    options: dict[str, Any] = {"thinking": thinking, "add_generation_prompt": add_generation_prompt}
+    if _has_tools(messages, tools):
+        return render_with_tools(tokenizer, messages, tools, **options)
+    return render_parts(tokenizer.chat_format, _turns(messages), **options)
+
+
+def _continued_parts(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools) -> list[Part]:
+    """A conversation whose last answer is left open."""
+    answer = messages[-1]
+    if answer.role != "assistant" or answer.tool_calls or len(messages) < 2:
+        todo = "end with an assistant's message that calls nothing and has one before it"
+        raise DataError("the last message cannot be gone on with", where="messages", todo=todo)
+    reasoning = answer.reasoning if tokenizer.chat_format.thinking_prompt is not None else None
+    parts = _parts(tokenizer, messages[:-1], tools, thinking=bool(reasoning), add_generation_prompt=True)
+    if reasoning:
+        closing = tokenizer.chat_format.think_delimiters[1] if answer.content else ""
+        parts += [(reasoning, False), (closing, True)]
+    return [*parts, (answer.content, False)]
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -104,40 +114,6 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
 def _has_tools(messages: Sequence[Message], tools: Tools) -> bool:
     """Whether a conversation is written by the model's own template."""
     return bool(tools) or any(message.tool_calls or message.role == "tool" for message in messages)
-
-
-def _render_tool_turns(
-    tokenizer: Tokenizer, conversations: Sequence[tuple[Sequence[Message], bool]], tools: Tools
-) -> list[str]:
-    """What the model's template writes of conversations, each with or without the assistant's opening behind it.
-
-    Raises:
-        DataError: it has no tools or refuses; a text spells a control token, or holds a NUL.
-    """
-    template = tokenizer.find_template("tool_use")
-    if template is None:
-        todo = "leave out the conversations with tools, or take a model whose template has them"
-        raise DataError("the model has no chat template that writes tools", where="messages", todo=todo)
-    rows = [([_row(message) for message in messages], is_open) for messages, is_open in conversations]
-    for text in texts_of([[row for turns, _ in rows for row in turns], list(tools)]):
-        if "\0" in text or (token := tokenizer.find_control_token(text)):
-            what = "holds a NUL" if "\0" in text else f"spells the control token {token!r}"
-            raise DataError(f"a text beside tools {what}", where="messages", todo="leave out this conversation")
-    return render_tool_turns(template, rows, tools)
-
-
-def _row(message: Message) -> dict[str, Any]:
-    """A message as transformers' templates take it."""
-    row: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        row["reasoning_content"] = row["thinking"] = message.reasoning  # templates read either
-    if message.tool_calls:
-        calls = [(call, {"name": call.name, "arguments": call.arguments}) for call in message.tool_calls]
-        named = [({"id": call.id} if call.id else {}) | {"type": "function", "function": own} for call, own in calls]
-        row["tool_calls"] = named
-    if message.tool_call_id:
-        row["tool_call_id"] = message.tool_call_id
-    return row
 
 
 def resolve_thinking(tokenizer: Tokenizer, thinking: bool | None, *, structured: bool = False) -> bool | None:
@@ -232,7 +208,7 @@ def _encode_tool_answers(
     """
     prompts = [(messages[:index], True) for index in learned]
     wholes = [(messages[: index + 1], False) for index in learned]
-    texts = _render_tool_turns(tokenizer, [*prompts, *wholes], tools)
+    texts = render_by_template(tokenizer, [*prompts, *wholes], tools)
     encoded = []
     for prompt, whole in zip(texts[: len(learned)], texts[len(learned) :], strict=True):
         if not whole.startswith(prompt):

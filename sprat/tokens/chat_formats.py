@@ -227,7 +227,7 @@ def render_parts(
     prefix = chat_format.first_user_prefix
     system_inside = chat_format.system_in_last_user and system is not None
     if system is not None and chat_format.system is not None and not system_inside:
-        parts += [(chat_format.system[0], True), (_strip_blanks(chat_format, "system", system), False)]
+        parts += [(chat_format.system[0], True), (strip_blanks(chat_format, "system", system), False)]
         prefix = chat_format.system[1]
     last_user = max((index for index, (role, _) in enumerate(other_turns) if role == "user"), default=-1)
     for index, (role, content) in enumerate(other_turns):
@@ -237,11 +237,11 @@ def render_parts(
         parts.append((before, True))
         if index == last_user and system_inside and system is not None and chat_format.system is not None:
             before_system, after_system = chat_format.system
-            system_text = _strip_blanks(chat_format, "system", system)
+            system_text = strip_blanks(chat_format, "system", system)
             parts += [(before_system, True), (system_text, False), (after_system, True)]
         follows_system = system is not None and (index == last_user if system_inside else index == 0)
         key = "first" if role == "user" and follows_system else role
-        content = _strip_blanks(chat_format, key, _drop_past_reasoning(chat_format, role, content))
+        content = strip_blanks(chat_format, key, drop_past_reasoning(chat_format, role, content))
         parts += [(content, False), (after, True)]
     if not other_turns:
         parts.append((prefix.removesuffix(chat_format.user[0]), True))
@@ -279,14 +279,14 @@ def _check_turns(chat_format: ChatFormat, system: str | None, other_turns: Seque
         raise DataError("this model's chat format has no system message", where="messages", todo=todo)
 
 
-def _strip_blanks(chat_format: ChatFormat, role: str, text: str) -> str:
+def strip_blanks(chat_format: ChatFormat, role: str, text: str) -> str:
     """``text`` without the blanks that the format takes off."""
     ends = dict(chat_format.strip_rules).get(role, "")
     text = text.lstrip() if "l" in ends else text.lstrip("\n") if "n" in ends else text
     return text.rstrip() if "r" in ends else text
 
 
-def _drop_past_reasoning(chat_format: ChatFormat, role: str, text: str) -> str:
+def drop_past_reasoning(chat_format: ChatFormat, role: str, text: str) -> str:
     """An answer of the past without reasoning that stands in its text."""
     closing = chat_format.think_tags[1]
     if role != "assistant" or not chat_format.past_reasoning or closing not in text:

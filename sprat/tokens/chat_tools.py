@@ -74,7 +74,7 @@ _SCHEMA = {
 @lru_cache(maxsize=16)
 def tool_support(template: ChatTemplate) -> ToolSupport:
     """What ``template`` writes of tools."""
-    probes: list[dict[str, Any]] = [{"messages": _styled(_PROBE, style)} for style in _STYLES]
+    probes: list[dict[str, Any]] = [{"messages": style_rows(_PROBE, style)} for style in _STYLES]
     probes.append({"messages": [_PROBE[0]], "tools": [_SCHEMA]})
     answers, _ = run_worker(template.text, dict(template.tokens), probes)
     if not answers:
@@ -109,7 +109,7 @@ def render_tool_turns(
         _require(support.has_schemas, "schemas of tools")
     style = support.style or _STYLES[0]
     probes = [
-        {"messages": _styled(rows, style), "tools": list(tools) or None, "add_generation_prompt": is_open}
+        {"messages": style_rows(rows, style), "tools": list(tools) or None, "add_generation_prompt": is_open}
         for rows, is_open in conversations
     ]
     answers, reason = run_worker(template.text, dict(template.tokens), probes)
@@ -126,7 +126,7 @@ def _require(is_written: bool, what: str) -> None:
         raise DataError(f"the model's chat template writes no {what}", where="messages", todo=todo)
 
 
-def _styled(rows: Sequence[Row], style: tuple[bool, bool]) -> list[dict[str, Any]]:
+def style_rows(rows: Sequence[Row], style: tuple[bool, bool]) -> list[dict[str, Any]]:
     """Messages in one of the forms in use; see ``ToolSupport``."""
     as_text, as_none = style
     styled = []

@@ -76,9 +76,8 @@ class ToolCallParser:
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str] | None = None) -> None:
         self._format, self._names = tool_format, None if names is None else frozenset(names)
-        self._closers = (tool_format.body[2].strip().replace("}", ""), tool_format.call[1], tool_format.calls[1])
-        if not tool_format.has_tags:
-            self._closers = (tool_format.separator.strip(),)
+        tags = (tool_format.body[2].strip().replace("}", ""), tool_format.call[1], tool_format.calls[1])
+        self._closers: tuple[str, ...] = tags if tool_format.has_tags else (tool_format.separator.strip(),)
         self._buffer, self._opening = "", ""  # text that waits; what stands before it where it may be a call
         self._step: Callable[[bool], bool] = self._read_text
         self._brackets, self._position = Brackets(), 0

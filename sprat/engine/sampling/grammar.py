@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sprat.engine.reasoning import ReasoningTracker, has_think_tokens
 from sprat.engine.sampling.grammar_compiler import CompilerProcess
 from sprat.engine.sampling.grammar_source import grammar_error, translate_source
+from sprat.engine.sampling.tool_grammar import translate_tools
 from sprat.engine.sampling_params import Response, TokenIds
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import EngineError, MachineError
@@ -164,9 +165,11 @@ class GrammarCache:
             todo = "pip install llguidance"
             raise MachineError("structured output needs llguidance", where="response", todo=todo) from None
         try:
-            source = translate_source(response)
             with self._compiler(tenant) as compiler:
-                reply = compiler.ask({"kind": response.kind, "source": source})
+                for source in translate_tools(response) if response.kind == "tools" else [translate_source(response)]:
+                    reply = compiler.ask({"kind": response.kind, "source": source})
+                    if "error" not in reply:
+                        break
             if "error" in reply:
                 return grammar_error(response, str(reply["error"])), 0
             with self._lock:
@@ -232,7 +235,7 @@ class GrammarProcessor:
             todo = "make the grammar simpler"
             raise EngineError("the grammar became too complex while it was followed", where="response", todo=todo)
         allowed_V = np.unpackbits(mask, count=len(logits_V), bitorder="little")
-        if undecided:
+        if undecided and self.open_id >= 0:
             allowed_V[self.open_id] = 1
         np.copyto(logits_V, -np.inf, where=allowed_V == 0)
 

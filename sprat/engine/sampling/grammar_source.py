@@ -67,20 +67,31 @@ def translate_source(response: Response) -> str:
     if response.kind == "regex":
         return with_ecma_shorthands(source)
     try:
-        tree = json.loads(source, parse_float=Decimal, parse_constant=_no_number)
+        tree = json.loads(source, parse_float=Decimal, parse_constant=refuse_number)
     except (ValueError, RecursionError) as error:
         raise grammar_error(response, str(error)) from None
     if not isinstance(tree, dict | bool if response.kind == "schema" else list):
         raise grammar_error(response, "it is no JSON object")
-    _check_size(tree)
     try:
-        translated = tree
         if response.kind == "schema":
-            translated = _schema(tree)
-            _refuse_close_bounds(tree)
-        return json.dumps(translated, default=float)
+            return json.dumps(translate_schema(tree), default=float)
+        _check_size(tree)
+        return json.dumps(tree, default=float)
     except ValueError as error:
         raise grammar_error(response, str(error)) from None
+
+
+def translate_schema(tree: Any) -> Any:
+    """A JSON schema, its numbers read as ``Decimal``, as llguidance understands it in the same way.
+
+    Raises:
+        EngineError: it is too large.
+        ValueError: it says what would be understood in another way.
+    """
+    _check_size(tree)
+    translated = _schema(tree)
+    _refuse_close_bounds(tree)
+    return translated
 
 
 def grammar_error(response: Response, why: str) -> EngineError:
@@ -88,7 +99,7 @@ def grammar_error(response: Response, why: str) -> EngineError:
     return EngineError(f"the {response.kind} cannot be used: {why}", where="response", todo="correct or simplify it")
 
 
-def _no_number(text: str) -> None:
+def refuse_number(text: str) -> None:
     """Raise ValueError: JSON has no such number."""
     raise ValueError(f"{text} is no number of JSON")
 

@@ -58,6 +58,8 @@ def build_matcher(tokenizer: LLTokenizer, kind: str, source: str) -> LLMatcher:
     """
     if kind == "schema":
         grammar = LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+    elif kind == "tools":
+        grammar = LLMatcher.grammar_from_lark(_tool_grammar(json.loads(source)))
     elif kind == "regex":
         grammar = LLMatcher.grammar_from_regex(source)
     else:
@@ -66,6 +68,13 @@ def build_matcher(tokenizer: LLTokenizer, kind: str, source: str) -> LLMatcher:
     if matcher.is_error():
         raise ValueError(error_of(matcher))
     return matcher
+
+
+def _tool_grammar(source: dict[str, Any]) -> str:
+    """Rules in which ``args_0`` and so on are the schemas, each with our bound on blanks."""
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+    schemas = (json.dumps({**schema, **options}) for schema in source["schemas"])
+    return "\n".join([source["rules"], *(f"args_{index}: %json {text}" for index, text in enumerate(schemas))])
 
 
 def error_of(matcher: LLMatcher) -> str:

@@ -69,7 +69,7 @@ def build_processors(
             fault = f"{type(processor).__name__} has no usable {', '.join(lacks)}"
             raise EngineError(fault, where="processors", todo=_ADVICE)
     if sampling.response is not None:
-        thinking = resolve_thinking(tokenizer, sampling.thinking, structured=True)
+        thinking = resolve_thinking(tokenizer, sampling.thinking, structured=sampling.is_structured)
         processors.append(grammars.grammar(sampling.response, thinking, tenant))
     return tuple(processors)
 

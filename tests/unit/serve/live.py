@@ -9,16 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from sprat.serve import ServeConfig, bind_socket, create_app
-from sprat.serve.connections import bounded_protocol
+from sprat.serve.http_server import HttpServer
 from sprat.serve.server import socket_url
-from tests.unit.serve.scripted import within
+from sprat.serve.tls import tls_context
 
 
-class Prompt(uvicorn.Server):
-    """uvicorn, which looks ten times as often whether it shall end: a test waits for that at its end."""
+class Prompt(HttpServer):
+    """The server, which looks ten times as often whether it shall end: a test waits for that at its end."""
 
     async def main_loop(self) -> None:
         ticks = 0
@@ -37,19 +35,25 @@ def live(
     **settings: Any,
 ) -> Iterator[str]:
     """The address of a server around ``engine``, by the name of tiny; ``settings`` are those of ``ServeConfig``."""
-    serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", **settings})
+    serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", "shutdown_timeout_seconds": 0, **settings})
     app = create_app(engine, serve_config, adapters=adapters)
+    with serving(app, serve_config) as address:
+        yield address
+
+
+@contextmanager
+def serving(app: Any, serve_config: ServeConfig) -> Iterator[str]:
+    """The address of a server of any application whose state has a ``pool``, or can be drained (``serving``)."""
     listener = bind_socket(serve_config)
-    http = bounded_protocol(serve_config)
-    config = uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=2, ws="none")
-    server = Prompt(config)
+    tls = tls_context(serve_config)
+    started = threading.Event()
+    server = Prompt(app, serve_config, tls, started.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    assert within(30, lambda: server.started)
+    assert started.wait(30)
     try:
-        yield socket_url(listener)
+        yield socket_url(listener, "https" if tls else "http")
     finally:
-        app.state.pool.close()
         server.should_exit = True
         thread.join(30)
         listener.close()

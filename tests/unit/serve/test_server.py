@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -20,6 +24,8 @@ from sprat.model import Transformer
 from sprat.serve import ServeConfig, server
 from sprat.serve.server import bind_socket, run, socket_url
 from tests.lucky import lucky_shape, lucky_tokenizer
+from tests.unit.serve.live import live
+from tests.unit.serve.scripted import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -99,3 +105,202 @@ def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:
     finally:
         server.kill()
         server.wait()
+
+
+DRAINING = """
+import asyncio, sys
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
+from sprat.serve import ServeConfig, bind_socket, serve
+
+class Service:
+    running, closing, aborted = set(), False, False
+
+    async def drain(self, timeout):
+        self.closing = True
+        end = asyncio.get_running_loop().time() + timeout
+        while self.running and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.02)
+
+    def abort(self):
+        self.aborted = True
+
+app = FastAPI()
+app.state.serving = service = Service()
+app.state.config = config = ServeConfig(port=0, shutdown_timeout_seconds=float(sys.argv[1]))
+
+@app.get("/health/ready")
+async def ready():
+    return {"ready": not service.closing}
+
+@app.get("/stream")
+async def stream(seconds: float):
+    async def events():
+        service.running.add(me := object())
+        try:
+            for n in range(int(seconds * 10)):
+                yield f"data: {n}\\n\\n"
+                await asyncio.sleep(0.1)
+                if service.aborted:
+                    yield "data: aborted\\n\\n"
+                    return
+            yield "data: whole\\n\\n"
+        finally:
+            service.running.discard(me)
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+serve(app, bind_socket(config), on_ready=lambda at: print(at, flush=True))
+print("left", flush=True)
+"""
+
+
+@contextmanager
+def program(text: str, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server as a process of its own, and its address; nothing of it is left afterwards."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", text, *words],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def left_quietly(process: subprocess.Popen[str]) -> bool:
+    out, err = process.communicate(timeout=60)
+    return (process.returncode, out.strip(), err.strip()) == (0, "left", "")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_at_the_first_signal_running_answers_finish_and_ready_turns_false(first: signal.Signals) -> None:
+    with program(DRAINING, "30") as (process, address):
+        with httpx.stream("GET", f"{address}/stream?seconds=1.5", timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert httpx.get(f"{address}/health/ready", timeout=10).json() == {"ready": True}
+            process.send_signal(first)
+            time.sleep(0.5)
+            assert httpx.get(f"{address}/health/ready", timeout=10).json() == {"ready": False}, "late callers are told"
+            assert [line for line in lines if line][-1] == "data: whole"
+        assert left_quietly(process)
+
+
+def test_what_still_runs_when_the_time_is_over_is_stopped() -> None:
+    with program(DRAINING, "0.5") as (process, address):
+        with httpx.stream("GET", f"{address}/stream?seconds=60", timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: aborted"
+        assert left_quietly(process)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(second: signal.Signals) -> None:
+    with program(DRAINING, "60") as (process, address):
+        with httpx.stream("GET", f"{address}/stream?seconds=60", timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            began = time.monotonic()
+            process.send_signal(second)
+            with suppress(httpx.RemoteProtocolError):
+                assert "data: whole" not in list(lines)
+        assert left_quietly(process) and time.monotonic() - began < 5
+
+
+def certificate(folder: Path, name: str, password: str = "") -> tuple[str, str]:
+    """A certificate that vouches for itself, for 127.0.0.1, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    certfile, keyfile = folder / f"{name}.pem", folder / f"{name}.key"
+    protection = ["-passout", f"pass:{password}"] if password else ["-nodes"]
+    command = [
+        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", *protection,
+        "-keyout", keyfile, "-out", certfile, "-days", "2", "-subj", f"/CN={name}",
+        "-addext", "subjectAltName=IP:127.0.0.1",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return str(certfile), str(keyfile)
+
+
+@pytest.mark.parametrize("password", ["", "open sesame"])
+def test_with_a_certificate_it_speaks_https_and_nothing_else(tmp_path: Path, password: str) -> None:
+    certfile, keyfile = certificate(tmp_path, "server", password)
+    settings = {"ssl_certfile": certfile, "ssl_keyfile": keyfile, "ssl_keyfile_password": password or None}
+    context = ssl.create_default_context(cafile=certfile)
+    body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "add 3 and 4"}]}
+    with live(ScriptedEngine(), header_timeout_seconds=1, **settings) as address:
+        assert address.startswith("https://127.0.0.1:")
+        assert httpx.get(f"{address}/healthz", verify=context).json()["status"] == "ok"
+        answer = httpx.post(f"{address}/v1/chat/completions", verify=context, json=body)
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(address.replace("https", "http") + "/healthz")
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=5) as silent:
+            assert silent.recv(1) == b"", "a handshake has its deadline too"
+
+
+def test_with_authorities_only_their_callers_get_in(tmp_path: Path) -> None:
+    certfile, keyfile = certificate(tmp_path, "server")
+    mine, my_key = certificate(tmp_path, "caller")
+    context = ssl.create_default_context(cafile=certfile)
+    with live(ScriptedEngine(), ssl_certfile=certfile, ssl_keyfile=keyfile, ssl_ca_certs=mine) as address:
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{address}/healthz", verify=context)
+        context.load_cert_chain(mine, my_key)
+        assert httpx.get(f"{address}/healthz", verify=context).status_code == 200
+
+
+def test_tls_files_that_will_not_do_are_one_sentence_before_the_model_is_loaded(tmp_path: Path) -> None:
+    certfile, keyfile = certificate(tmp_path, "server", "open sesame")
+    other = certificate(tmp_path, "other")[1]
+    text = tmp_path / "text"
+    text.write_text("no PEM")
+    faults: list[tuple[dict[str, str], str]] = [
+        ({"ssl_certfile": "/no/such.pem"}, "ssl_certfile: No such file.*/no/such.pem"),
+        ({"ssl_certfile": certfile, "ssl_keyfile": "/no/such.key"}, "ssl_keyfile: No such file"),
+        ({"ssl_certfile": certfile, "ssl_keyfile": other}, "cannot be used: .*mismatch"),
+        ({"ssl_certfile": certfile, "ssl_keyfile": keyfile}, "cannot be used"),
+        ({"ssl_certfile": certfile, "ssl_keyfile": keyfile, "ssl_keyfile_password": "wrong"}, "cannot be used"),
+        ({"ssl_certfile": str(text), "ssl_keyfile": keyfile}, "cannot be used"),
+        ({"ssl_certfile": str(tmp_path)}, "ssl_certfile: Is a directory"),
+        ({"ssl_certfile": certfile, "ssl_keyfile": keyfile, "ssl_keyfile_password": "open sesame",
+          "ssl_ca_certs": str(text)}, "authorities cannot be read"),
+    ]  # fmt: skip
+    for settings, message in faults:
+        with pytest.raises(ServeError, match=message):
+            run(tmp_path / "no-such-model", ServeConfig(port=0, **settings))
+    for settings in ({"ssl_keyfile": keyfile}, {"ssl_ca_certs": certfile}):
+        with pytest.raises(ServeError, match="without a certificate"):
+            ServeConfig(**settings)
+
+
+def test_the_password_of_a_key_is_in_nothing_that_is_written_and_in_every_copy() -> None:
+    config = ServeConfig(ssl_certfile="a.pem", ssl_keyfile_password="open sesame")
+    for shown in (repr(config), config.to_toml(), repr(config.model_dump()), config.model_dump_json()):
+        assert "open sesame" not in shown
+    assert config.replace(port=0).ssl_keyfile_password == "open sesame"
+
+
+def test_too_few_open_files_are_one_sentence_and_a_low_limit_is_raised() -> None:
+    text = """
+import resource, sys
+from sprat.errors import ServeError
+from sprat.serve.server import raise_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2000))
+raise_file_limit(1000)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000, end=" ")
+try:
+    raise_file_limit(5000)
+except ServeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True 5000 connections need") and "LimitNOFILE" in done.stdout
