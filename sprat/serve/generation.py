@@ -61,7 +61,6 @@ class Generation:
         user: whom the caller asks for; never a tenant.
         paths: name of a setting (``max_tokens``, ``stop``, ``thinking``, ``messages``, …) → the caller's JSON path.
         ignored: fields of the body that mean nothing here, for ``x-ignored-fields``.
-        repeated: what of the body the answer says again, as it says it (Responses).
     """
 
     model: str
@@ -86,7 +85,6 @@ class Generation:
     user: str = ""
     paths: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    repeated: Mapping[str, Any] = field(default_factory=dict)
 
     def with_ignored(self, names: tuple[str, ...]) -> Generation:
         """The same, with what of its body was ignored."""

@@ -19,8 +19,6 @@ from sprat.serve.openai_fields import EFFORTS, MAX_TOOLS, read_content, read_fun
 from sprat.tokens.chat import Message, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` calls them
-_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
-_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
 _PATHS = {
     "messages": "input",
@@ -36,7 +34,7 @@ _CHOICES: Mapping[str, ToolChoice] = {
 }
 
 
-def parse_response(body: Mapping[str, Any]) -> Generation:
+def parse_responses(body: Mapping[str, Any]) -> Generation:
     """What a body of ``POST /v1/responses`` asks for.
 
     Raises:
@@ -69,7 +67,6 @@ def parse_response(body: Mapping[str, Any]) -> Generation:
         user=_user(reader),
         paths=_PATHS,
         ignored=_ignored(reader),
-        repeated=_repeated(body),
     )
 
 
@@ -81,29 +78,6 @@ def _user(reader: Reader) -> str:
             metadata.text(name)
     names = [reader.text(name) for name in ("user", "safety_identifier")]
     return names[0] or names[1] or ""
-
-
-def _repeated(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What an answer repeats of a body that has been read, by the names of OpenAI's ``Response``."""
-    text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
-    form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
-    form = {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}
-    if isinstance(choice, Mapping) and choice:
-        choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
-    names = ("type", "name", "description", "parameters", "strict")
-    own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
-    limit = body.get("max_output_tokens")
-    return {
-        "max_output_tokens": None if limit is None else int(limit),
-        "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
-        "parallel_tool_calls": parallel is None or parallel,
-        "reasoning": {"effort": None if effort == "ultra" else effort, "summary": None},
-        "text": {"format": form or {"type": "text"}},
-        "tool_choice": choice or "auto",
-        "tools": [{name: tool.get(name) for name in names} for tool in body.get("tools") or ()],
-        "top_logprobs": int(body.get("top_logprobs") or 0),
-        **{name: body.get(name) for name in own},
-    }
 
 
 def _include(reader: Reader) -> Sequence[Any]:

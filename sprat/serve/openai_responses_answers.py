@@ -10,7 +10,6 @@ An answer that is complete without a word or a call has a message with an empty 
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -27,21 +26,46 @@ from sprat.serve.events import (
     ToolCallDelta,
     Usage,
 )
-from sprat.serve.generation import Generation
 from sprat.serve.sse import server_sent
 
 KEEP_ALIVE = ": keep-alive\n\n"
 _LOWEST = -9999.0  # in place of minus infinity, which JSON has not
+_FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
+_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
 
 
-def whole(generation: Generation, collector: Collector, response_id: str, created: int | None = None) -> dict[str, Any]:
+def echo(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer repeats of a body that ``parse_responses`` has read, by the names of ``Response``."""
+    text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
+    form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
+    form = {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}
+    if isinstance(choice, Mapping) and choice:
+        choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
+    names = ("type", "name", "description", "parameters", "strict")
+    own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
+    limit = body.get("max_output_tokens")
+    return {
+        "model": body["model"],
+        "max_output_tokens": None if limit is None else int(limit),
+        "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
+        "parallel_tool_calls": parallel is None or parallel,
+        "reasoning": {"effort": None if effort == "ultra" else effort, "summary": None},
+        "text": {"format": form or {"type": "text"}},
+        "tool_choice": choice or "auto",
+        "tools": [{name: tool.get(name) for name in names} for tool in body.get("tools") or ()],
+        "top_logprobs": int(body.get("top_logprobs") or 0),
+        **{name: body.get(name) for name in own},
+    }
+
+
+def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, created: int) -> dict[str, Any]:
     """The whole answer.
 
     Args:
-        generation: what was asked for.
+        echoed: from ``echo``.
         collector: it has followed all events.
         response_id: ``resp_…``; the ids of the items are made of it.
-        created: seconds since 1970; None: it is now.
+        created: seconds since 1970.
     """
     choice, finished = collector.choices[0], collector.finished
     if choice.finish is None or finished is None:
@@ -55,7 +79,7 @@ def whole(generation: Generation, collector: Collector, response_id: str, create
     items += [_call_item(item_ids.call(index), call) for index, call in enumerate(choice.calls)]
     if items and not is_complete:
         items[-1]["status"] = "incomplete"
-    body = _response(generation, response_id, created, "completed" if is_complete else "incomplete")
+    body = _response(echoed, response_id, created, "completed" if is_complete else "incomplete")
     body |= {"output": items, "usage": _usage(finished.usage)}
     if not is_complete:
         reason = "max_output_tokens" if choice.finish.reason == "length" and not choice.finish.ended_by else None
@@ -64,10 +88,10 @@ def whole(generation: Generation, collector: Collector, response_id: str, create
 
 
 async def stream_events(
-    generation: Generation, events: AsyncIterator[Event | None], response_id: str, created: int | None = None
+    echoed: Mapping[str, Any], events: AsyncIterator[Event | None], *, response_id: str, created: int
 ) -> AsyncIterator[str]:
     """The answer as server-sent events; a comment for each None of ``events``. The rest is as in ``whole``."""
-    stream = _Stream(generation, response_id, int(time.time()) if created is None else created)
+    stream = _Stream(echoed, response_id, created)
     async for event in events:
         if event is None:
             yield KEEP_ALIVE
@@ -91,8 +115,8 @@ class _Ids:
 class _Stream:
     """Where a stream is: how many events there were, the item that is open, and the answer so far."""
 
-    def __init__(self, generation: Generation, response_id: str, created: int) -> None:
-        self.generation, self.response_id, self.created = generation, response_id, created
+    def __init__(self, echoed: Mapping[str, Any], response_id: str, created: int) -> None:
+        self.echoed, self.response_id, self.created = echoed, response_id, created
         self.collector, self.item_ids = Collector(1), _Ids(response_id)
         self._count, self._index = 0, -1
         self._open: str | int | None = None  # "reasoning", "content", or the index of a call
@@ -116,16 +140,16 @@ class _Stream:
             is_silent = is_complete and self._open in (None, "reasoning")
             bodies = self._begin("content") if is_silent else []
             return bodies + self._end("completed" if is_complete else "incomplete")
-        body = whole(self.generation, self.collector, self.response_id, self.created)
+        body = whole(self.echoed, self.collector, response_id=self.response_id, created=self.created)
         return [self._numbered(f"response.{body['status']}", response=body)]
 
     def _start(self) -> list[dict[str, Any]]:
-        body = _response(self.generation, self.response_id, self.created, "in_progress")
+        body = _response(self.echoed, self.response_id, self.created, "in_progress")
         return [self._numbered(f"response.{name}", response=body) for name in ("created", "in_progress")]
 
     def _fail(self, error: RequestError) -> dict[str, Any]:
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        body = _response(self.generation, self.response_id, self.created, "failed")
+        body = _response(self.echoed, self.response_id, self.created, "failed")
         body["error"] = {"code": "invalid_prompt" if error.status in (400, 413) else code, "message": error.message}
         return self._numbered("response.failed", response=body)
 
@@ -199,13 +223,12 @@ def _is_complete(finish: ChoiceFinished) -> bool:
     return finish.reason in ("stop", "tool_calls") and not finish.ended_by
 
 
-def _response(generation: Generation, response_id: str, created: int | None, status: str) -> dict[str, Any]:
+def _response(echoed: Mapping[str, Any], response_id: str, created: int, status: str) -> dict[str, Any]:
     """A response without output."""
     return {
         "id": response_id,
         "object": "response",
-        "created_at": int(time.time()) if created is None else created,
-        "model": generation.model,
+        "created_at": created,
         "status": status,
         "background": False,
         "error": None,
@@ -214,7 +237,7 @@ def _response(generation: Generation, response_id: str, created: int | None, sta
         "previous_response_id": None,
         "truncation": "disabled",
         "usage": None,
-        **generation.repeated,
+        **echoed,
     }
 
 

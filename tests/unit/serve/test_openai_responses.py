@@ -25,8 +25,8 @@ from sprat.serve.events import (
     collect,
 )
 from sprat.serve.fields import parse_json
-from sprat.serve.openai_responses import parse_response
-from sprat.serve.openai_responses_answers import stream_events, whole
+from sprat.serve.openai_responses import parse_responses
+from sprat.serve.openai_responses_answers import echo, stream_events, whole
 from sprat.tokens.chat import Message
 from tests.unit.serve.sdks import Replies, answers, called, nothing_extra, replying, said, sent, spoiled, streamed
 
@@ -60,11 +60,11 @@ def client(url: str) -> Any:
 
 
 def stream_of(events: Any, ask: dict[str, Any] = ASK) -> str:
-    return streamed(lambda source: stream_events(parse_response(ask), source, **IDS), events)
+    return streamed(lambda source: stream_events(echo(ask), source, **IDS), events)
 
 
 def whole_of(events: Any, ask: dict[str, Any] = ASK) -> dict[str, Any]:
-    return whole(parse_response(ask), collect(events), **IDS)
+    return whole(echo(ask), collect(events), **IDS)
 
 
 def known_fields(body: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_an_answer_may_be_sent_back_as_the_sdk_has_it(replies: Replies, events: 
     ):
         conversation = [{"role": "user", "content": "Hi"}, *dumped, *outputs, {"role": "user", "content": "Go on"}]
         client(replies.url).responses.create(model="m", input=conversation)
-        parsed.append(parse_response(parse_json(json.dumps(replies.asked).encode())).messages)
+        parsed.append(parse_responses(parse_json(json.dumps(replies.asked).encode())).messages)
     assert all(turns == parsed[0] for turns in parsed)
     user, *turns, last = parsed[0]
     assert (user, last) == (Message("user", "Hi"), Message("user", "Go on"))
@@ -230,7 +230,7 @@ def test_a_broken_stream_ends_as_failed(begun: bool, replies: Replies) -> None:
 @settings(deadline=None, max_examples=300)
 def test_whatever_is_sent_is_refused_by_its_path_or_answered_in_their_types(body: dict[str, Any]) -> None:
     try:
-        generation = parse_response(body)
+        generation = parse_responses(body)
     except RequestError as error:
         assert error.status == 400 and error.param and error.message.startswith(f"{error.param}: ")
         return

@@ -8,7 +8,7 @@ import pytest
 
 from sprat.serve.errors import RequestError
 from sprat.serve.generation import ToolChoice
-from sprat.serve.openai_responses import parse_response
+from sprat.serve.openai_responses import parse_responses
 from sprat.tokens.chat import Message, ToolCall
 
 ASK: dict[str, Any] = {"model": "m", "input": "Hi"}
@@ -36,7 +36,7 @@ def test_a_whole_conversation_is_read_in_order() -> None:
         {"role": "assistant", "content": "Or yes."},
         {"role": "user", "content": "E"},
     ]  # fmt: skip
-    generation = parse_response({**ASK, "instructions": "I", "input": items})
+    generation = parse_responses({**ASK, "instructions": "I", "input": items})
     assert generation.messages == (
         Message("system", "I"),
         Message("system", "D"),
@@ -59,7 +59,7 @@ def test_settings_become_the_engines() -> None:
         "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
         "truncation": "auto", "background": False, "metadata": {"a": "b"}, "service_tier": None, "colour": "blue",
     }  # fmt: skip
-    generation = parse_response(body)
+    generation = parse_responses(body)
     assert generation.messages == (Message("user", "Hi"),)
     assert generation.sampling == {"temperature": 0.5, "top_p": 0.9, "seed": 3, "top_logprobs": 2}
     assert (generation.max_tokens, generation.stream, generation.user, generation.logprobs) == (7, True, "u", True)
@@ -76,7 +76,7 @@ def test_settings_become_the_engines() -> None:
 
 @pytest.mark.parametrize("effort", [None, "none", "minimal", "ultra"])
 def test_an_effort_says_how_hard_to_think(effort: str | None) -> None:
-    generation = parse_response({**ASK, "reasoning": {"effort": effort}})
+    generation = parse_responses({**ASK, "reasoning": {"effort": effort}})
     assert (generation.thinking, generation.effort) == (None, effort or "")
 
 
@@ -91,7 +91,7 @@ def test_an_effort_says_how_hard_to_think(effort: str | None) -> None:
     ],
 )  # fmt: skip
 def test_which_tools_are_called_is_chosen(choice: Any, expected: ToolChoice, names: list[str]) -> None:
-    generation = parse_response({**ASK, "tools": [TOOL, SUB], "tool_choice": choice})
+    generation = parse_responses({**ASK, "tools": [TOOL, SUB], "tool_choice": choice})
     assert (generation.tool_choice, [tool.name for tool in generation.tools]) == (expected, names)
 
 
@@ -99,7 +99,7 @@ def test_which_tools_are_called_is_chosen(choice: Any, expected: ToolChoice, nam
     ("form", "expected"), [({"type": "text"}, None), ({"type": "json_object"}, {"type": "json_object"})]
 )
 def test_the_form_of_the_text_is_chosen(form: dict[str, Any], expected: Any) -> None:
-    assert parse_response({**ASK, "text": {"format": form, "verbosity": "low"}}).response_format == expected
+    assert parse_responses({**ASK, "text": {"format": form, "verbosity": "low"}}).response_format == expected
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_form_of_the_text_is_chosen(form: dict[str, Any], expected: Any) -> 
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_its_path(changes: dict[str, Any], param: str, code: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_response({**ASK, **changes})
+        parse_responses({**ASK, **changes})
     error = caught.value
     assert (error.status, error.param, error.code) == (400, param, code)
     assert error.message.startswith(f"{param}: ") and "\n" not in error.message
