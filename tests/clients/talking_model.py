@@ -135,7 +135,6 @@ def talking_model(folder: Path) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-            print(_, loss.item(), tokens.shape)
         if loss.item() < ENOUGH:
             break
     assert loss.item() < 10 * ENOUGH, loss.item()
