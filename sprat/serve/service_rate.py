@@ -64,14 +64,14 @@ class ServiceRate:
         if self._num_departures < self._num_held:
             mean = min(mean, max(self._expected_seconds, 2 * self.mean_age()))
         if tokens is None or self._tokens <= 0:
-            return float(mean)
+            return mean
         ratio = tokens * self._requests / self._tokens
-        return float(mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO))
+        return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
 
     def margin(self) -> float:
         """By what factor a place may be held longer than is thought: one standard error, of times that vary as the
         exponential distribution does."""
-        return 1 + max(self._requests, 1.0) ** -0.5
+        return 1 + float(max(self._requests, 1.0) ** -0.5)
 
     def mean_age(self) -> float:
         """For how many seconds the places in use have been held, on average; 0 where none is."""

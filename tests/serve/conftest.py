@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serve.process import Served, served_model
-from tests.unit.serve.live import tiny_model
+from bench.serving.server import Server, running
+from tests.clients.talking_model import talking_model
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """``sprat serve`` with a tiny random model by the name of smol."""
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model(folder)
-    with served_model(folder) as server:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``sprat serve`` with a tiny model that has learned to talk, by the name and with the key of docs/api.md."""
+    folder = tmp_path_factory.mktemp("served") / "smol"
+    talking_model(folder)
+    with running(folder, keys=("secret",)) as server:
         yield server

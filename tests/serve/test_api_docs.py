@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.process import Served
+from bench.serving.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -19,15 +19,15 @@ BLOCKS = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_block_of_the_page_is_answered(served: Served, block: str) -> None:
+def test_a_block_of_the_page_is_answered(served: Server, block: str) -> None:
     script = block.replace("http://127.0.0.1:8000", served.url).replace("curl ", "curl --fail-with-body ")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() and '"error"' not in done.stdout
+    assert done.stdout.strip() and not re.search(r'"error": ?{', done.stdout)
 
 
 @pytest.mark.slow
-def test_the_blocks_for_a_call_and_a_form_give_what_they_ask_for(served: Served) -> None:
+def test_the_blocks_for_a_call_and_a_form_give_what_they_ask_for(served: Server) -> None:
     answers = []
     for block in BLOCKS:
         if "tool_choice" in block or "json_schema" in block:
@@ -42,8 +42,8 @@ def test_the_blocks_for_a_call_and_a_form_give_what_they_ask_for(served: Served)
 
 
 @pytest.mark.slow
-def test_every_route_of_the_schema_is_on_the_page(served: Served) -> None:
-    paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+def test_every_route_of_the_schema_is_on_the_page(served: Server) -> None:
+    paths = httpx.get(f"{served.url}/openapi.json", timeout=30).json()["paths"]
     for path in paths:
         short = path.replace("{name}", "{id}").replace("/v1", "", 1)
         assert short in PAGE, f"docs/api.md says nothing of {path}"
