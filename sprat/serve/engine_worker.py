@@ -2,8 +2,8 @@
 
 One thread, the engine's own, steps and does nothing else. Commands are followed in the thread that brings them, and
 none of them takes longer than a moment: a grammar that nobody has compiled yet goes to another thread, and its job
-begins when it is ready. A tenant has one such thread at a time, so its grammars delay nobody else's; a job that was
-cancelled meanwhile is not compiled.
+begins when it is ready. A tenant has one such thread at a time and they take turns, so the many grammars of one cost
+another one turn; a job that was cancelled meanwhile is not compiled.
 """
 
 from __future__ import annotations
