@@ -103,9 +103,11 @@ class HttpServer(uvicorn.Server):
         """Wait for running answers, their time, or a second signal; whatever then still runs is stopped."""
         serving = self._app.state.serving
         timeout = self._serve_config.shutdown_timeout_seconds
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_unless(self._forced, serving.drain(timeout)), timeout + 1)
-        serving.abort()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_unless(self._forced, serving.drain(timeout)), timeout + 1)
+        finally:
+            serving.abort()
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:

@@ -136,6 +136,19 @@ def test_ctrl_c_lets_running_answers_finish_and_refuses_whoever_waits() -> None:
         assert left_quietly(process)
 
 
+def test_who_has_sent_half_a_request_holds_up_nobody_and_is_told() -> None:
+    with program(PROGRAM, "0", "30") as (process, address):
+        host, port = address.removeprefix("http://").split(":")
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port)), timeout=10) as half, socket.socket() as silent:
+            silent.connect((host, int(port)))
+            half.sendall(head.replace("x", host).encode() + b"Content-Length: 500\r\n\r\n{")
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            assert half.recv(4096).startswith(b"HTTP/1.1 503 ") and silent.recv(1) == b""
+            assert left_quietly(process)
+
+
 STARTING = """
 import asyncio, sys
 from sprat.errors import MachineError
