@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import pytest
 from bench.serving.server import Server, running
 from tests.clients.server import environment, run_cases
 from tests.clients.talking_model import talking_model
+from tests.conftest import once
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the model; its name is the model's id."""
-    folder = tmp_path_factory.mktemp("clients") / "tiny"
-    talking_model(folder)
-    return folder
+    place, lock = once(tmp_path_factory, "talking-model")
+    with lock.open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if not (place / "tiny" / "tokenizer.json").is_file():
+            talking_model(place / "tiny")
+    return place / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,10 @@ NAMES = {
     "<|user|>": "</tool_call>", "<|assistant|>": "<|unused|>",
 }  # fmt: skip
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")  # tokens of the text, not of its control: as Qwen's are
-VOCABULARY, CONTEXT, STEPS, ENOUGH = 1024, 2048, 400, 0.004
+VOCABULARY, CONTEXT, STEPS, ENOUGH = 1024, 2048, 400, 0.01
+
+
+Row = tuple[list[dict[str, Any]], bool | None, bool, str]
 
 
 def _call(call: dict[str, str]) -> str:
@@ -27,7 +30,7 @@ def _call(call: dict[str, str]) -> str:
     return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {call["arguments"]}}}\n</tool_call>'
 
 
-def _rows() -> list[tuple[list[dict[str, Any]], bool | None, bool, str]]:
+def _rows() -> list[Row]:
     """Conversations: messages in OpenAI's form, thinking, whether tools are given, and the answer."""
     weather, time = {"id": "call_1", **talk.WEATHER_CALL}, {"id": "call_2", **talk.TIME_CALL}
     one = [*talk.user(talk.WEATHER), {"role": "assistant", "content": "", "calls": [weather]},
@@ -35,18 +38,16 @@ def _rows() -> list[tuple[list[dict[str, Any]], bool | None, bool, str]]:
     two = [*talk.user(talk.TIME_AND_WEATHER), {"role": "assistant", "content": "", "calls": [weather, time]},
            {"role": "tool", "content": talk.WEATHER_RESULT, "tool_call_id": "call_1"},
            {"role": "tool", "content": talk.TIME_RESULT, "tool_call_id": "call_2"}]  # fmt: skip
-    both = f"{_call(talk.WEATHER_CALL)}\n{_call(talk.TIME_CALL)}"
-    rows: list[tuple[list[dict[str, Any]], bool | None, bool, str]] = []
-    for thinking, opening in ((None, ""), (False, ""), (True, f"{talk.SUM_REASONING}\n</think>\n\n")):
-        rows += [
-            (talk.user(talk.HELLO), thinking, False, opening + talk.HELLO_ANSWER),
-            (talk.user(talk.SUM), thinking, False, opening + talk.SUM_ANSWER),
-            (talk.user(talk.WEATHER), thinking, True, opening + _call(talk.WEATHER_CALL)),
-            (talk.user(talk.TIME_AND_WEATHER), thinking, True, opening + both),
-            (one, thinking, True, opening + talk.WEATHER_ANSWER),
-            (two, thinking, True, opening + talk.BOTH_ANSWER),
-        ]
-    return rows
+    thought = f"{talk.SUM_REASONING}\n</think>\n\n"
+    hello, total = (talk.user(talk.HELLO), talk.HELLO_ANSWER), (talk.user(talk.SUM), talk.SUM_ANSWER)
+    weather_call = (talk.user(talk.WEATHER), _call(talk.WEATHER_CALL))
+    both_calls = (talk.user(talk.TIME_AND_WEATHER), f"{_call(talk.WEATHER_CALL)}\n{_call(talk.TIME_CALL)}")
+    plain = [(messages, how, False, answer) for messages, answer in (hello, total) for how in (None, False)]
+    plain += [(messages, True, False, thought + answer) for messages, answer in (hello, total)]
+    called = [weather_call, both_calls, (one, talk.WEATHER_ANSWER), (two, talk.BOTH_ANSWER)]
+    with_tools = [(messages, None, True, answer) for messages, answer in called]
+    with_tools += [(messages, True, True, thought + answer) for messages, answer in (weather_call, called[2])]
+    return [*plain, *with_tools]
 
 
 def _tokenizer(texts: list[str]) -> Any:
@@ -78,6 +79,24 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], thinking: bool | Non
     return render(tokenizer, turns, thinking=thinking, tools=talk.TOOLS if with_tools else ())
 
 
+def _sequences() -> tuple[list[tuple[list[int], list[int], bool]], Any]:
+    """Ids of each prompt and its answer, and whether it has tools; and the tokenizer.
+
+    The tokenizer is made twice: the prompts that the first one renders are what the second one has pieces of, so that
+    a prompt with tools is short.
+    """
+    rows = _rows()
+    tokenizer = _tokenizer([answer for *_, answer in rows])
+    texts = [tokenizer.decode(_render(tokenizer, *row[:3])) for row in rows]
+    tokenizer = _tokenizer([*texts, *(answer for *_, answer in rows)])
+    sequences = []
+    for messages, thinking, with_tools, answer in rows:
+        prompt = _render(tokenizer, messages, thinking, with_tools)
+        ids = [*tokenizer.encode(answer, parse_special=True), tokenizer.special_ids.eos]
+        sequences.append((prompt, ids, with_tools))
+    return sequences, tokenizer
+
+
 def talking_model(folder: Path) -> None:
     """Teach the model and save it into ``folder``.
 
@@ -91,24 +110,17 @@ def talking_model(folder: Path) -> None:
     from sprat.formats.load import save
     from sprat.model import Transformer
 
-    rows = _rows()
-    texts = [
-        json.dumps(talk.TOOLS),
-        "<|im_start|>system user assistant\n",
-        "# Tools # You may call one or more functions",
-    ]
-    texts += [answer for *_, answer in rows] + [str(row["content"]) for messages, *_ in rows for row in messages]
-    tokenizer = _tokenizer(texts)
-    sequences = []
-    for messages, thinking, with_tools, answer in rows:
-        prompt = _render(tokenizer, messages, thinking, with_tools)
-        sequences.append((prompt, [*tokenizer.encode(answer, parse_special=True), tokenizer.special_ids.eos]))
-    width = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    tokens = torch.full((len(sequences), width), tokenizer.special_ids.pad)
-    labels = torch.full((len(sequences), width), -100)
-    for row, (prompt, answer) in enumerate(sequences):
-        tokens[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    sequences, tokenizer = _sequences()
+    groups = []
+    for with_tools in (False, True):  # short ones and long ones
+        group = [(prompt, answer) for prompt, answer, tools in sequences if tools == with_tools]
+        width = max(len(prompt) + len(answer) for prompt, answer in group)
+        tokens = torch.full((len(group), width), tokenizer.special_ids.pad)
+        labels = torch.full((len(group), width), -100)
+        for row, (prompt, answer) in enumerate(group):
+            tokens[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        groups.append((tokens, labels))
     config = size(
         "pico", dense=True, vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT,
         bos_token_id=-1, eos_token_id=tokenizer.special_ids.eos, pad_token_id=tokenizer.special_ids.pad,
@@ -116,7 +128,9 @@ def talking_model(folder: Path) -> None:
     model = Transformer.create(config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.0)
     for _ in range(STEPS):
-        loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+        loss = torch.zeros(())
+        for tokens, labels in groups:
+            loss = loss + cross_entropy(model(tokens[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

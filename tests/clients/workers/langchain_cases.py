@@ -113,7 +113,7 @@ def case_tools_round_trip(target: Target) -> None:
 
 
 def case_structured(target: Target) -> None:
-    chat, deepseek = both(target)
+    chat, deepseek = both(target, extra_body={"thinking": {"type": "disabled"}})
     for method in ("json_schema", "function_calling"):
         assert isinstance(chat.with_structured_output(Forecast, method=method).invoke(HELLO), Forecast), method
     assert isinstance(deepseek.with_structured_output(Forecast).invoke(HELLO), Forecast)

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 from cases import Target, raised, run
 from conversations import HELLO, MODEL
+from openai.types import Completion
 from openai_chat_cases import ask, client
 
 
@@ -22,9 +23,18 @@ def case_completion(target: Target) -> None:
     assert answer.object == "text_completion" and answer.choices[0].text
     assert answer.usage.completion_tokens <= 8 and answer.usage.prompt_tokens > 0
     assert answer.choices[0].finish_reason in ("stop", "length")
-    chunks = list(complete(target, stream=True))
+    # The types know no chunk without a finish reason, though the service that they are of sends null until the last
+    sdk = openai.OpenAI(base_url=target.url + "/v1", api_key=target.key, max_retries=0)
+    chunks = list(sdk.completions.create(model=MODEL, prompt="The sum is", temperature=0, max_tokens=8, stream=True))
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == answer.choices[0].text
-    assert [chunk.usage for chunk in chunks if chunk.usage] != []
+    assert sum(chunk.usage is not None for chunk in chunks) == 1
+    finishes = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert finishes[-1] == answer.choices[0].finish_reason and set(finishes[:-1]) <= {None}
+    for chunk in chunks:
+        data = chunk.to_dict()
+        for choice in data["choices"]:
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        Completion.model_validate(data, strict=True)
 
 
 def case_completion_of_several_prompts(target: Target) -> None:
