@@ -360,6 +360,15 @@ def test_whoever_sends_a_body_is_not_put_out_by_those_who_say_nothing() -> None:
         assert answered(caller)[0].status == 200
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_whoever_sends_too_much_reads_why(declared: bool) -> None:
+    pieces = [b" " * 1_000_000] * 20
+    headers = {"Content-Type": "application/json"} | ({"Content-Length": "20000000"} if declared else {})
+    with live(ScriptedEngine(), max_body_bytes=1000) as address:
+        answer = httpx.post(address + CHAT, content=iter(pieces), headers=headers, timeout=30)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
 def test_a_request_that_gives_way_is_told_so() -> None:
     with live(ScriptedEngine(), max_connections=2) as address, contextlib.ExitStack() as stack:
         callers = [stack.enter_context(connect(address)) for _ in range(2)]
