@@ -162,6 +162,8 @@ class PromptWriter:
         paths = generation.paths
         where, name = paths.get("messages", "messages"), paths.get("max_tokens", "max_tokens")
         asked, most = generation.max_tokens, self._max_tokens
+        if asked is not None and generation.sampling.get("fit"):  # it gives way to what there is
+            asked = max(1, min(asked, most or asked, self.context - prompt_tokens))
         if asked is not None and most is not None and asked > most:
             message = f"{name} is too large: this server gives at most {most} tokens; lower it or leave it out"
             raise RequestError(400, message, param=name)
