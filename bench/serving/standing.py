@@ -216,30 +216,32 @@ def tenants(folder: Path, plan: Plan, say: Say) -> list[Row]:
     """What one tenant asked is no faster for another: neither by the counts of the cache nor by the clock."""
     chance, count = 0.25, 4
 
-    async def run(server: Server) -> list[Row]:
-        def text(trial: int, guess: int) -> str:
-            return f"secret {trial} {guess} " + f"what is {trial} + {guess}? " * 60
+    def text(trial: int, guess: int) -> str:
+        return f"secret {trial} {guess} " + f"what is {trial} + {guess}? " * 60
 
+    async def run(server: Server) -> list[Row]:
         async def probe(key: str, trial: int, guess: int) -> Answer:
             return await ask(server.url, request(server.model, 1, text(trial, guess), stream=False), key=key)
 
-        hits, right, own = 0, 0, 0
+        def hit(answer: Answer) -> int:
+            return int(answer.usage["prompt_cache_hit_tokens"]) if answer.usage else 10**6
+
+        own, others, right = 0, 0, 0
         for trial in range(plan.trials):
             secret = (trial * 7 + 3) % count
-            for _ in range(2):
-                first = await probe(KEY, trial, secret)
-            own += first.usage["prompt_cache_hit_tokens"] if first.usage else 0
+            await probe(KEY, trial, secret)
+            own += hit(await probe(KEY, trial, secret))
+            others += hit(await probe(f"witness-{trial}", trial, secret))  # who never asked anything before
             guesses = [await probe(OTHER_KEY, trial, guess) for guess in range(count)]
-            hits += sum(g.usage["prompt_cache_hit_tokens"] if g.usage else 10**6 for g in guesses)
             right += min(range(count), key=lambda guess: guesses[guess].seconds) == secret
-        say("tenants: done")
         spread = 3 * (chance * (1 - chance) / plan.trials) ** 0.5
         return [
-            Row("tenants", "hit tokens of the tenant that asked it before", own, 1, "at least", "tokens"),
-            Row("tenants", "hit tokens of another tenant with the same prompt", hits, 0, unit="tokens"),
+            Row("tenants", "hit tokens of the tenant that asked it before", own, plan.trials, "at least", "tokens"),
+            Row("tenants", "hit tokens of another tenant with the same prompt", others, 0, unit="tokens"),
             Row("tenants", f"the clock guesses the secret of {count} (chance {chance})", right / plan.trials,
                 chance + spread),
         ]  # fmt: skip
 
-    with running(folder) as server:
+    keys = (KEY, OTHER_KEY, *(f"witness-{trial}" for trial in range(plan.trials)))
+    with running(folder, keys=keys) as server:
         return asyncio.run(run(server))
