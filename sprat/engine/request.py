@@ -1,3 +1,4 @@
+# size: one noun: a request, from its prompt to what its caller holds
 """A request before and beside the engine: from a prompt to a sequence that will fit, and the handle of its caller.
 
 Everything that can be wrong with a request is found here, in the caller's thread and before it costs anything, as one

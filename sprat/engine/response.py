@@ -18,17 +18,17 @@ class Response:
     """The form that the content of an answer must have (the reasoning is free).
 
     Attributes:
-        kind: which language ``source`` is written in.
+        kind: which language ``source`` is written in; ``auto_tools``: free text may stand before the calls.
         source: a JSON schema as JSON text, a regular expression, a JSON list of strings, or what ``tool_calls`` writes.
     """
 
-    kind: Literal["schema", "regex", "choice", "tools"]
+    kind: Literal["schema", "regex", "choice", "tools", "auto_tools"]
     source: str
 
     def __post_init__(self) -> None:
         """Check the kind and that there is something to follow."""
         if (
-            self.kind not in ("schema", "regex", "choice", "tools")
+            self.kind not in ("schema", "regex", "choice", "tools", "auto_tools")
             or not isinstance(self.source, str)
             or not self.source
         ):
@@ -85,7 +85,7 @@ class Response:
         is ``strict`` needs a schema that can be.
 
         Args:
-            tools: ``name`` of each, ``parameters`` (a JSON schema of an object; none: any object), and ``strict``.
+            tools: ``name`` of each, ``parameters`` (a JSON schema of an object; none: no arguments), and ``strict``.
             choice: ``required``: the content is calls and nothing else; ``named``: it is calls of the tool ``name``;
                 ``auto``: it is free text, but a call that was opened is one, and only calls follow it.
             parallel: whether one call may follow another.
@@ -108,17 +108,21 @@ class Response:
             )
             raise EngineError(fault, where="tools", todo="give tools with different names")
         form = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
-        parallel = parallel and (tool_format.parallel or choice == "auto")
-        source = {"format": form, "tools": rows, "auto": choice == "auto", "parallel": parallel}
+        source = {"format": form, "tools": rows, "parallel": parallel and tool_format.parallel}
         try:
-            return cls("tools", json.dumps(source))
+            return cls("auto_tools" if choice == "auto" else "tools", json.dumps(source))
         except (TypeError, ValueError, RecursionError) as error:
             raise EngineError(f"the tools are no JSON: {error}", where="tools", todo="give JSON schemas") from None
 
     @property
     def shapes_content(self) -> bool:
         """Whether all of the content has the form; not so where calls may stand behind free text."""
-        return self.kind != "tools" or not json.loads(self.source)["auto"]
+        return self.kind != "auto_tools"
+
+    @property
+    def language(self) -> str:
+        """What ``source`` is written in."""
+        return self.kind.removeprefix("auto_")
 
 
 def _tool(row: Mapping[str, Any]) -> dict[str, Any]:

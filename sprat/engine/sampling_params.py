@@ -1,8 +1,9 @@
 """How one answer is sampled: every setting, checked once, when it is written down.
 
 What a setting does to the distribution, in this order: the model's logits → ``logit_bias`` → penalties →
-``bad_words`` → the think budget and the ban on ending the thinking → ``processors`` → the grammar of ``response``
-→ ``temperature`` → ``top_k`` → ``top_p`` → ``min_p`` → the token. Log-probabilities are read off before all of it.
+``bad_words`` → the think budget and the bans on ending the thinking or the answer → ``processors`` → the grammar of
+``response`` → ``temperature`` → ``top_k`` → ``top_p`` → ``min_p`` → the token. Log-probabilities are read off before
+all of it.
 """
 
 from __future__ import annotations
@@ -128,9 +129,10 @@ class Sampling:
         for name, low in (("top_k", 0), ("min_think_tokens", 0), ("n", 1), ("min_tokens", 0)):
             _integer(name, getattr(self, name), low, MAX_INT)
         _integer("seed", self.seed, None)
-        for name, low in (("max_tokens", 0 if self.prompt_logprobs else 1), ("max_think_tokens", 1)):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), low, MAX_INT)
+        least = {"max_tokens": 0 if self.prompt_logprobs else 1, "max_think_tokens": 1}
+        for name in least:
+            if (value := getattr(self, name)) is not None:
+                _integer(name, value, least[name], MAX_INT)
         _integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS)
         for name in ("stop", "bad_words", "stop_token_ids", "logit_bias", "processors"):
             object.__setattr__(self, name, _CONVERTERS[name](getattr(self, name)))

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: the events of an answer as their stream, as one message, and what errors look like.
+"""Anthropic's Messages: the events of an answer as their stream, and as one message.
 
 A message is a list of blocks: thinking, text, and one for each call. In a stream a block is begun, gets its deltas and
 is ended before the next one is begun. A thinking block is signed with a digest of what it says; it may be sent back and
@@ -15,9 +15,8 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from pydantic_core import from_json
-
-from sprat.serve.errors import RequestError
+from sprat.serve.arguments import parse_arguments
+from sprat.serve.errors import anthropic_body
 from sprat.serve.events import (
     ChoiceFinished,
     Collector,
@@ -31,31 +30,7 @@ from sprat.serve.events import (
 )
 from sprat.serve.sse import server_sent
 
-_ERROR_TYPES = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
-
-def error_body(error: RequestError, request_id: str = "") -> dict[str, Any]:
-    """An error in Anthropic's form: ``{"type": "error", "error": {"type", "message"}, "request_id"}``.
-
-    A prompt that does not fit says so in the words by which their clients know it.
-    """
-    default = "invalid_request_error" if error.status < 500 else "api_error"
-    message = error.message
-    if error.code == "context_length_exceeded" and "prompt is too long" not in message:
-        message = f"prompt is too long: {message}"
-    body = {"type": _ERROR_TYPES.get(error.status, default), "message": message}
-    return {"type": "error", "error": body, "request_id": request_id or None}
 
 
 def token_count(prompt_tokens: int) -> dict[str, Any]:
@@ -93,14 +68,14 @@ async def stream_events(
     Args:
         events: of one choice; None where none came for a while, which is answered with a ping: 4 seconds at most, for
             a client to see one in 5.
-        message_id, model, request_id: as in ``whole`` and ``error_body``.
+        message_id, model, request_id: as in ``whole`` and ``anthropic_body``.
     """
     stream = _Stream(message_id, model)
     async for event in events:
         if event is None:
             yield _sent({"type": "ping"})
         elif isinstance(event, Failed):
-            yield _sent(error_body(event.error, request_id))
+            yield _sent(anthropic_body(event.error, request_id))
             return
         else:
             for body in stream.push(event):
@@ -188,12 +163,11 @@ def _empty_call(call_id: str, name: str) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The arguments of a call as an object; of one that was cut off, what of it is whole, as their SDK has it."""
+    """The arguments of a call as their clients read them off the stream."""
     try:
-        value = from_json(arguments, allow_partial=True) if arguments else {}
+        return parse_arguments(arguments)
     except ValueError:
-        value = {}
-    return value if isinstance(value, dict) else {}
+        return {}
 
 
 def _stop(finish: ChoiceFinished) -> dict[str, Any]:

@@ -75,9 +75,11 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await state.start()
-        yield
-        await state.stop()
+        try:  # of several engines some may be up when one fails, or when it is to stop already
+            await state.start()
+            yield
+        finally:
+            await state.stop()
 
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
     app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)

@@ -50,7 +50,7 @@ class JobEvent:
     """What happens to a job; ``choice`` is the place in ``Job.samplings``.
 
     ``started`` comes once for a job, when its first answer begins, with ``prompt_tokens`` and ``cached_tokens``. Then
-    pieces of text, where log-probabilities are wanted those of the tokens that came since the last piece
+    pieces of text, where log-probabilities are wanted with those of the tokens that came since the last piece
     ((id, logprob, ((id, logprob), …)) each); ``done`` for each choice, with its counts. Where prompt_logprobs are
     asked for, ``prompt`` comes for each choice before its text, with those of all its tokens (None for the first). No
     event follows the last one. A job that was cancelled early has ``done`` alone.
@@ -115,9 +115,12 @@ class EngineClient(Protocol):
         """What it has done and holds; the last known where it is busy or dead: never waits for a step."""
         ...
 
-    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = ...
+    ) -> list[list[float]]:
         """Pooled hidden states of prompts: the mean over tokens of the last norm's output, scaled to length 1.
 
-        Raises SpratError: a prompt is empty or too long, there is no such adapter, or the engine died.
+        They wait in the fair order of the tenants, as jobs do. Raises SpratError: a prompt is empty or too long, there
+        is no such adapter, or the engine died.
         """
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_wire import Message, Unpacker, pack, pack_error, pack_notices, unpack_job
+from sprat.serve.engine_wire import Message, Unpacker, pack, pack_error, pack_notices, unpack_job, unpack_prompts
 
 if TYPE_CHECKING:
     from sprat.engine import Engine
@@ -99,6 +100,8 @@ def _start_worker(connection: Connection, message: Message) -> EngineWorker | No
         todo = "if it stays, report it with --debug"
         connection.send({"error": pack_error(EngineError(fault, where="engine", todo=todo))})
         return None
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no step looks through it for garbage
     first = {"info": dataclasses.asdict(worker.info()), "stats": dataclasses.asdict(worker.stats())}
     connection.send({"value": first})
     return worker
@@ -128,7 +131,7 @@ def _follow(worker: EngineWorker, connection: Connection, message: Message) -> N
     elif "stats" in message:
         connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
     elif "embed" in message:
-        future = worker.embed(message["prompts"], message["adapter"])
+        future = worker.embed(*unpack_prompts(message))
         future.add_done_callback(lambda done: _reply(connection, message["embed"], done))
 
 

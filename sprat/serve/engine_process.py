@@ -21,11 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
 from sprat.errors import MachineError, SpratError
 from sprat.serve.engine_client import EngineDied, EngineInfo, Job
 from sprat.serve.engine_jobs import Jobs, QueuedStream
-from sprat.serve.engine_wire import Message, Unpacker, pack, pack_job, unpack_error, unpack_notices
+from sprat.serve.engine_wire import Message, Unpacker, pack, pack_job, pack_prompts, unpack_error, unpack_notices
 
 STATS_SECONDS = 1.0  # then the last known ones are good enough
 STOP_SECONDS = 10.0  # for an engine to end its jobs before it is killed
@@ -139,7 +140,7 @@ class EngineProcess(asyncio.Protocol):
         while (code := self._process.poll()) is None:
             await asyncio.sleep(0.005)
         how = f"status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-        self.death = EngineDied(f"the engine's process ended ({how})", where="engine", todo="ask again in a moment")
+        self.death = EngineDied(f"the engine's process ended ({how})", todo="ask again in a moment")
         for future in (self._ready, *self._replies.values()):
             if not future.done():
                 future.set_exception(self.death)
@@ -217,10 +218,11 @@ class ProcessEngineClient:
             raise _died("the engine was never up")
         return self._stats
 
-    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
         """See ``EngineClient``."""
-        ids = [list(map(int, prompt)) for prompt in prompts]
-        vectors: list[list[float]] = await self._running().ask("embed", prompts=ids, adapter=adapter)
+        vectors: list[list[float]] = await self._running().ask("embed", **pack_prompts(prompts, tenant, adapter))
         return vectors
 
     def _cancel(self, number: int) -> None:

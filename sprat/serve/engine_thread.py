@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sprat.engine.engine import Engine
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
 from sprat.serve.engine_client import EngineDied, Job
 from sprat.serve.engine_jobs import Jobs, Notice, QueuedStream
@@ -57,11 +58,13 @@ class ThreadEngineClient:
         """See ``EngineClient``."""
         return await asyncio.to_thread(self._worker.stats)  # its books may be locked for a moment
 
-    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
         """See ``EngineClient``."""
         if not self.alive:
             raise _stopped()
-        return await asyncio.wrap_future(self._worker.embed(prompts, adapter))
+        return await asyncio.wrap_future(self._worker.embed(prompts, tenant, adapter))
 
     def _cancel(self, number: int) -> None:
         """Tell the worker; the job was submitted before."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sprat import errors
@@ -87,6 +87,18 @@ def unpack_job(message: Message) -> Job:
     return Job(message["ids"], samplings, Tenant(name, bytes.fromhex(secret)), message["adapter"])
 
 
+def pack_prompts(prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Message:
+    """What is to be embedded, as JSON."""
+    ids = [list(map(int, prompt)) for prompt in prompts]
+    return {"prompts": ids, "tenant": [tenant.name, tenant.secret.hex()], "adapter": adapter}
+
+
+def unpack_prompts(message: Message) -> tuple[list[list[int]], Tenant, str | None]:
+    """The prompts of ``pack_prompts``, whose they are, and the adapter."""
+    name, secret = message["tenant"]
+    return message["prompts"], Tenant(name, bytes.fromhex(secret)), message["adapter"]
+
+
 def pack_notices(notices: list[Notice]) -> Message:
     """The events of a step: a list each, a short one where there is only text."""
     return {"events": [[number, *_pack_event(event)] for number, event in notices]}
@@ -137,5 +149,5 @@ def _unpack_event(kind: Any, choice: int, text: str, rest: Any = (), *counts: An
     """The event of ``_pack_event``."""
     if kind == "failed":
         return unpack_error(rest)
-    logprobs = tuple((token, logprob, tuple(map(tuple, top))) for token, logprob, top in rest)
+    logprobs = tuple((token, logprob, tuple((other, its) for other, its in top)) for token, logprob, top in rest)
     return JobEvent(kind, choice, text, logprobs, *counts)

@@ -27,6 +27,8 @@ from sprat.errors import EngineError, SpratError
 from sprat.serve.engine_client import EngineInfo, Job, JobEvent, TokenLogprob
 from sprat.serve.engine_jobs import Notice
 
+EMBEDDING_THREADS = 8  # they wait for the engine
+
 
 @dataclass(eq=False)
 class RunningJob:
@@ -65,7 +67,7 @@ class EngineWorker:
         self._stopping = False
         self._notices: list[Notice] = []  # of this step; touched by the thread that steps
         self._compiling = CompilingThreads()
-        self._embedding = ThreadPoolExecutor(1, thread_name_prefix="sprat-embed")
+        self._embedding = ThreadPoolExecutor(EMBEDDING_THREADS, thread_name_prefix="sprat-embed")
 
     def info(self) -> EngineInfo:
         """What the engine can."""
@@ -129,9 +131,9 @@ class EngineWorker:
         compiling = sum(running.unfinished for running in list(self._jobs.values()) if not running.queued)
         return dataclasses.replace(stats, waiting=stats.waiting + compiling)
 
-    def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Future[list[list[float]]]:
+    def embed(self, prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Future[list[list[float]]]:
         """See ``EngineClient.embed``."""
-        return self._embedding.submit(self._embed, prompts, adapter)
+        return self._embedding.submit(self.engine.embed, prompts, adapter, tenant=tenant)
 
     def _prepare(self, running: RunningJob) -> None:
         """Make requests of a job and queue them, unless it was cancelled before."""
@@ -195,10 +197,6 @@ class EngineWorker:
         if self._notices:
             notices, self._notices = self._notices, []
             self._send(notices)
-
-    def _embed(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> list[list[float]]:
-        """In a thread of its own."""
-        return self.engine.embed([list(prompt) for prompt in prompts], adapter)
 
 
 class CompilingThreads:

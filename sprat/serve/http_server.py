@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any
 
@@ -46,19 +46,26 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 timeout_keep_alive=30,
+                lifespan="off",  # it is run here: uvicorn logs a traceback where an engine cannot start
                 ws="none",
             )
         )
         self._app, self._serve_config, self._tls, self._on_started = app, config, tls, on_started
-        self._forced = asyncio.Event()
+        self._stopping, self._forced = asyncio.Event(), asyncio.Event()  # by a first signal, and a second one
+        self._lifespan = contextlib.AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; a TLS handshake has the time of a head."""
-        await super().startup(sockets=[])
-        if self.should_exit:
-            return
+        """Have the application start, and listen; a TLS handshake has the time of a head.
+
+        Raises:
+            SpratError: an engine cannot start.
+        """
         self._loop = asyncio.get_running_loop()
+        context = self._app.router.lifespan_context(self._app)
+        if not await _unless(self._stopping, self._lifespan.enter_async_context(context)):
+            return
+        await super().startup(sockets=[])
         timeout = self._serve_config.header_timeout_seconds if self._tls else None
         for listener in sockets or []:
             server = await self._loop.create_server(
@@ -80,29 +87,37 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop at the first signal, stop at the second."""
-        if self.should_exit and self._loop is not None:
-            self.force_exit = True
-            self._loop.call_soon_threadsafe(self._forced.set)
+        self.force_exit = self.should_exit
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe((self._forced if self.force_exit else self._stopping).set)
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers finish, then close everything."""
         await self._drain()
         await super().shutdown(sockets=sockets)
-        if self.force_exit:  # uvicorn then leaves out the end of the application, and with it the engine's
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.lifespan.shutdown(), FORCED_STOP_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._lifespan.aclose(), FORCED_STOP_SECONDS if self.force_exit else None)
 
     async def _drain(self) -> None:
         """Wait for running answers, their time, or a second signal; whatever then still runs is stopped."""
-        serving = getattr(self._app.state, "serving", None)
-        if serving is None:
-            self._app.state.pool.close()
-            return
+        serving = self._app.state.serving
         timeout = self._serve_config.shutdown_timeout_seconds
-        drained, forced = (asyncio.ensure_future(wait) for wait in (serving.drain(timeout), self._forced.wait()))
-        await asyncio.wait((drained, forced), timeout=timeout + 1, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, forced):
-            task.cancel()
-        await asyncio.gather(drained, forced, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_unless(self._forced, serving.drain(timeout)), timeout + 1)
         serving.abort()
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
+    """Whether ``work`` was done before ``event`` came, which cancels it; raises what it raises."""
+    task, cut = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((task, cut), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        cut.cancel()
+        task.cancel()
+        await asyncio.gather(task, cut, return_exceptions=True)

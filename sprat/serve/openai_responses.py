@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sprat.serve.arguments import whole_arguments
 from sprat.serve.fields import Reader, shorten
 from sprat.serve.generation import Generation, Tool, ToolChoice
+from sprat.serve.openai_fields import EFFORTS, MAX_TOOLS, read_content, read_function, read_sampling
 from sprat.tokens.chat import Message, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` calls them
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
 _PATHS = {
     "messages": "input",
@@ -31,7 +32,6 @@ _CHOICES: Mapping[str, ToolChoice] = {
     "none": ToolChoice("none"),
     "required": ToolChoice("required"),
 }
-_TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
 def parse_responses(body: Mapping[str, Any]) -> Generation:
@@ -48,15 +48,16 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
     tools = _tools(reader)
     tool_choice, tools = _tool_choice(reader, tools)
     reasoning = reader.object("reasoning")
-    effort = reasoning.choice("effort", (*EFFORTS, "ultra")) if reasoning else None
+    effort = (reasoning.choice("effort", EFFORTS) if reasoning else None) or ""
     logprobs = LOGPROBS in _include(reader)
+    top_logprobs = reader.integer("top_logprobs", 0, 20) or 0
     parallel = reader.flag("parallel_tool_calls")
     return Generation(
         model=reader.required("model", reader.text("model", longest=256)),
         messages=tuple(_turns(reader)),
-        thinking=None if effort is None else effort != "none",
+        effort=effort,
         max_tokens=reader.integer("max_output_tokens", 1, 2**31 - 1),
-        sampling=_sampling(reader, logprobs=logprobs),
+        sampling=read_sampling(reader) | {"top_logprobs": top_logprobs if logprobs else 0},
         logprobs=logprobs,
         response_format=_response_format(reader),
         tools=tools,
@@ -77,20 +78,6 @@ def _user(reader: Reader) -> str:
             metadata.text(name)
     names = [reader.text(name) for name in ("user", "safety_identifier")]
     return names[0] or names[1] or ""
-
-
-def _sampling(reader: Reader, *, logprobs: bool) -> dict[str, Any]:
-    """Settings of the engine, by its names; ``seed`` is an extension."""
-    values = {
-        "temperature": reader.number("temperature", 0, 2),
-        "top_p": reader.number("top_p", 0, 1, above=True),
-        "seed": reader.integer("seed", -(2**63)),
-    }
-    sampling: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    top_logprobs = reader.integer("top_logprobs", 0, 20)
-    if logprobs:
-        sampling["top_logprobs"] = top_logprobs or 0
-    return sampling
 
 
 def _include(reader: Reader) -> Sequence[Any]:
@@ -174,17 +161,11 @@ def _message(item: Reader) -> Message:
 
 
 def _text(item: Reader, name: str) -> str:
-    """Parts of text as one; a string is one already."""
-    if isinstance(value := item.raw(name), str):
-        return value
-    texts = []
-    for part in item.required(name, item.objects(name)):
-        kind = part.required("type", part.text("type"))
-        if kind not in _TEXT_PARTS:
-            raise part.not_offered("type", f"parts of type {shorten(kind)!r}")
+    """A string, or parts of text as one."""
+    text = item.required(name, read_content(item, name))
+    for part in item.objects(name) or () if isinstance(item.body[name], list) else ():
         part.known("annotations", "logprobs")
-        texts.append(part.required(_TEXT_PARTS[kind], part.text(_TEXT_PARTS[kind])))
-    return "".join(texts)
+    return text
 
 
 def _reasoning(item: Reader) -> str:
@@ -200,7 +181,10 @@ def _reasoning(item: Reader) -> str:
 def _call(item: Reader) -> ToolCall:
     item.known("caller")
     name = item.required("name", item.text("name"))
-    arguments = item.required("arguments", item.text("arguments"))
+    try:
+        arguments = whole_arguments(item.required("arguments", item.text("arguments")))
+    except ValueError:
+        raise item.error("arguments", "must be the text of a JSON object") from None
     return ToolCall(name, arguments, item.required("call_id", item.text("call_id")))
 
 
@@ -226,15 +210,14 @@ def _response_format(reader: Reader) -> Mapping[str, Any] | None:
 
 def _tools(reader: Reader) -> tuple[Tool, ...]:
     tools: dict[str, Tool] = {}
-    for item in reader.objects("tools") or ():
+    for item in reader.objects("tools", most=MAX_TOOLS) or ():
         kind = item.required("type", item.text("type"))
         if kind != "function":
             raise item.not_offered("type", f"the tool {shorten(kind)!r}, only functions")
-        name = item.required("name", item.text("name", longest=128))
-        if not name or name in tools:
-            raise item.error("name", "is empty" if not name else "stands twice; names of tools must be unique")
-        description, parameters = item.text("description") or "", item.mapping("parameters") or {}
-        tools[name] = Tool(name, description, parameters, strict=bool(item.flag("strict")))
+        tool = read_function(item)
+        if tool.name in tools:
+            raise item.error("name", "stands twice; names of tools must be unique")
+        tools[tool.name] = tool
     return tuple(tools.values())
 
 

@@ -26,7 +26,6 @@ from sprat.serve.events import (
     ToolCallDelta,
     Usage,
 )
-from sprat.serve.openai_responses import EFFORTS
 from sprat.serve.sse import server_sent
 
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -39,28 +38,24 @@ def echo(body: Mapping[str, Any]) -> dict[str, Any]:
     """What an answer repeats of a body that ``parse_responses`` has read, by the names of ``Response``."""
     text, reasoning, choice = (body.get(name) or {} for name in ("text", "reasoning", "tool_choice"))
     form, effort, parallel = text.get("format") or {}, reasoning.get("effort"), body.get("parallel_tool_calls")
+    form = {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}
     if isinstance(choice, Mapping) and choice:
         choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
-    tools = body.get("tools") or ()
     names = ("type", "name", "description", "parameters", "strict")
     own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
+    limit = body.get("max_output_tokens")
     return {
         "model": body["model"],
-        "max_output_tokens": _count(body.get("max_output_tokens")),
+        "max_output_tokens": None if limit is None else int(limit),
         "metadata": {name: value for name, value in (body.get("metadata") or {}).items() if value is not None},
         "parallel_tool_calls": parallel is None or parallel,
-        "reasoning": {"effort": effort if effort in EFFORTS else None, "summary": None},
-        "text": {"format": {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}},
+        "reasoning": {"effort": None if effort == "ultra" else effort, "summary": None},
+        "text": {"format": form or {"type": "text"}},
         "tool_choice": choice or "auto",
-        "tools": [{name: tool.get(name) for name in names} for tool in tools],
-        "top_logprobs": _count(body.get("top_logprobs")) or 0,
+        "tools": [{name: tool.get(name) for name in names} for tool in body.get("tools") or ()],
+        "top_logprobs": int(body.get("top_logprobs") or 0),
         **{name: body.get(name) for name in own},
-    } | ({} if form else {"text": {"format": {"type": "text"}}})
-
-
-def _count(value: float | None) -> int | None:
-    """A number that was read as a whole one."""
-    return None if value is None else int(value)
+    }
 
 
 def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, created: int) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, 
     body = _response(echoed, response_id, created, "completed" if is_complete else "incomplete")
     body |= {"output": items, "usage": _usage(finished.usage)}
     if not is_complete:
-        reason = "max_output_tokens" if choice.finish.reason == "length" else None
+        reason = "max_output_tokens" if choice.finish.reason == "length" and not choice.finish.ended_by else None
         body["incomplete_details"] = {"reason": reason}
     return body
 
@@ -270,7 +265,7 @@ def _logprob(item: TokenLogprob) -> dict[str, Any]:
 
 def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
     text = token.decode("utf-8", "replace")
-    return {"token": text, "bytes": list(token), "logprob": max(_LOWEST if logprob is None else logprob, _LOWEST)}
+    return {"token": text, "bytes": list(token), "logprob": _LOWEST if logprob is None else max(logprob, _LOWEST)}
 
 
 def _short_logprob(item: TokenLogprob) -> dict[str, Any]:

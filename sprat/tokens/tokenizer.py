@@ -9,7 +9,8 @@ control tokens have been taken out, which spells such a string in ordinary piece
 as a whole all the same (``encode_parts``), because SentencePiece puts a space before whatever it is given alone.
 
 Two sets of tokens are easily taken for one. **Control** tokens are never made from a user's text: special ones, and
-all that look like markup. **Hidden** ones are never shown in an answer: special ones, and those that end it.
+all that look like markup. **Hidden** ones are never shown in an answer: special ones but the tags of calls, and those
+that end it.
 ``<tool_call>`` is of the first set and not of the second: nobody can slip one in, and what the model says is seen.
 """
 
@@ -31,6 +32,7 @@ from sprat.tokens import chat_formats, chat_template, hf_files
 from sprat.tokens.chat_formats import ChatFormat, Part, SpecialTokenIds
 from sprat.tokens.chat_tools import ChatTemplate
 from sprat.tokens.hf_files import GenerationConfig
+from sprat.tokens.tool_formats import TOOL_TAGS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -79,7 +81,8 @@ class Tokenizer:
             self._full.no_padding()
             self._full.no_truncation()
             self._control = {token["content"]: int(token["id"]) for token in added if _is_control(token)}
-            self._special = {int(token["id"]) for token in added if token.get("special")}
+            unseen = [token for token in added if token.get("special") and token["content"] not in TOOL_TAGS]
+            self._special = {int(token["id"]) for token in unseen}
             self._strip_flags = {int(token["id"]): (bool(token["lstrip"]), bool(token["rstrip"])) for token in added}
             table["added_tokens"] = [token for token in added if token["content"] not in self._control]
             table.update(padding=None, truncation=None, post_processor=None)

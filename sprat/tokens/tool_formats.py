@@ -101,3 +101,5 @@ LLAMA3 = ToolFormat(
     head=JSON_HEAD,
     parallel=False,
 )
+# What stands around calls must be seen in an answer, also where a vocabulary calls it special.
+TOOL_TAGS = frozenset((*HERMES.call, *DEEPSEEK_V3.calls, *DEEPSEEK_V3.call, "<｜tool▁sep｜>"))

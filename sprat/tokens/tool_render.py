@@ -69,7 +69,8 @@ def render_with_tools(
 ) -> list[Part]:
     """A conversation with tools, in parts; see ``chat.render``.
 
-    Where reasoning is expected the prompt opens it, also behind results, where some templates write nothing.
+    Where reasoning is expected the prompt opens it, and where none may be it closes it, also behind results, where some
+    templates write nothing.
 
     Raises:
         DataError: see ``chat.render``.
@@ -83,10 +84,11 @@ def render_with_tools(
         replaces = add_generation_prompt and thinking is not None and text.endswith(opening)
         return [(text.removesuffix(opening) + prompt if replaces else text, True)]
     parts = write_turns(style, chat_format, messages, tools)
-    if add_generation_prompt and style.opens_answer(messages):
-        parts.append((prompt, True))
-    elif add_generation_prompt and (chat_format.default_thinking if thinking is None else thinking):
-        parts.append((chat_format.think_delimiters[0], True))
+    if add_generation_prompt and not style.opens_answer(messages):
+        thinks = chat_format.default_thinking if thinking is None else thinking
+        closed = chat_format.no_thinking_prompt.removeprefix(chat_format.generation_prompt)
+        prompt = chat_format.think_delimiters[0] if thinks else closed if thinks is False else ""
+    parts.append((prompt, True))
     return [(fill_dates(text) if is_template else text, is_template) for text, is_template in parts]
 
 
@@ -185,9 +187,11 @@ def find_tool_turns(chat_format: ChatFormat, template: ChatTemplate | None) -> T
     answers, _ = run_worker(
         template.text, dict(template.tokens), [{**row, "add_generation_prompt": True} for row in probes]
     )
+    if not answers:  # the process died, which is no word about the template
+        return own
     theirs = [fill_dates(answer.get("text", "")) for answer in answers]
     for style in styles:
-        if theirs and theirs == [_text(style, chat_format, talk, tools) for talk in talks]:
+        if theirs == [_text(style, chat_format, talk, tools) for talk in talks]:
             return ToolTurns(style, style.tool_format)
     written = "".join(theirs)
     for style in styles:

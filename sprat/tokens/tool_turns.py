@@ -157,14 +157,13 @@ def _is_result(turn: Message) -> bool:
 def _split(chat_format: ChatFormat, turn: Message) -> tuple[str, str]:
     """Reasoning and content of an answer of the past, whose content may hold both."""
     content = drop_past_reasoning(chat_format, "assistant", turn.content)
-    if turn.reasoning:
-        return turn.reasoning, content
     opening, closing = chat_format.think_tags
-    reasoning = turn.content.partition(closing)[0].rpartition(opening)[2] if content != turn.content else ""
-    return reasoning, strip_blanks(chat_format, "assistant", content)
+    within = turn.content.partition(closing)[0].rpartition(opening)[2] if content != turn.content else ""
+    return turn.reasoning or within, strip_blanks(chat_format, "assistant", content)
 
 
 def _question(chat_format: ChatFormat, turn: Message) -> list[Part]:
+    """A question between what stands around it."""
     return [
         (chat_format.user[0], True),
         (strip_blanks(chat_format, "user", turn.content), False),
@@ -192,7 +191,7 @@ def _deepseek_opening(style: TurnStyle, chat_format: ChatFormat, system: str | N
     opening, text, closing = _system_wrapping(chat_format, system)
     parts: list[Part] = [(opening, True), *([text] if text else []), ("\n\n" + _DEEPSEEK_BEFORE, True)]
     for function in map(_function, tools):
-        parts += [("\n### ", True), (str(function["name"]), False), ("\nDescription: ", True)]
+        parts += [("\n### ", True), (str(function.get("name") or ""), False), ("\nDescription: ", True)]
         parts += [(str(function.get("description") or ""), False), ("\n\nParameters: ", True)]
         parts += [(_json(function.get("parameters") or {}), False), ("\n", True)]
     form = style.tool_format

@@ -165,9 +165,11 @@ class GrammarCache:
             todo = "pip install llguidance"
             raise MachineError("structured output needs llguidance", where="response", todo=todo) from None
         try:
+            is_tools = response.language == "tools"
+            sources = list(translate_tools(response)) if is_tools else [translate_source(response)]
             with self._compiler(tenant) as compiler:
-                for source in translate_tools(response) if response.kind == "tools" else [translate_source(response)]:
-                    reply = compiler.ask({"kind": response.kind, "source": source})
+                for source in sources:
+                    reply = compiler.ask({"kind": response.language, "source": source})
                     if "error" not in reply:
                         break
             if "error" in reply:
@@ -175,7 +177,7 @@ class GrammarCache:
             with self._lock:
                 if self._vocabulary is None:
                     self._vocabulary = grammar_worker.build_tokenizer(self._tokens(), self._eos_token_ids)
-            return grammar_worker.build_matcher(self._vocabulary, response.kind, source), int(reply["bytes"])
+            return grammar_worker.build_matcher(self._vocabulary, response.language, source), int(reply["bytes"])
         except EngineError as error:
             return error, 0
         except ValueError as error:

@@ -81,7 +81,7 @@ def translate_source(response: Response) -> str:
         raise grammar_error(response, str(error)) from None
 
 
-def translate_schema(tree: Any) -> Any:
+def translate_schema(tree: Any, max_work: int = MAX_WORK) -> Any:
     """A JSON schema, its numbers read as ``Decimal``, as llguidance understands it in the same way.
 
     Raises:
@@ -90,13 +90,14 @@ def translate_schema(tree: Any) -> Any:
     """
     _check_size(tree)
     translated = _schema(tree)
-    _refuse_close_bounds(tree)
+    _refuse_close_bounds(tree, max_work)
     return translated
 
 
 def grammar_error(response: Response, why: str) -> EngineError:
     """The error of a grammar that cannot be used."""
-    return EngineError(f"the {response.kind} cannot be used: {why}", where="response", todo="correct or simplify it")
+    where = "tools" if response.language == "tools" else "response"
+    return EngineError(f"the {response.language} cannot be used: {why}", where=where, todo="correct or simplify it")
 
 
 def refuse_number(text: str) -> None:
@@ -148,7 +149,7 @@ def _schema(node: Any) -> Any:
     return translated
 
 
-def _refuse_close_bounds(root: Any) -> None:
+def _refuse_close_bounds(root: Any, max_work: int) -> None:
     """Raise ValueError where a whole exclusive bound meets an opposite bound less than one away.
 
     Bounds meet where they hold for the same value, so what holds together is followed from the root: beside each other,
@@ -167,7 +168,7 @@ def _refuse_close_bounds(root: Any) -> None:
         followed.add(key)
         names, patterns = (sum(len(_dict(schema, key)) for schema in schemas) for key in NAMED[:2])
         work += len(schemas) * (1 + len(branches) + names) + (1 + names) * patterns
-        if work > MAX_WORK:
+        if work > max_work:
             raise ValueError("too many of its parts hold for the same value")
         counted = any("integer" in _types(schema) and "number" not in _types(schema) for schema in schemas)
         if not counted:  # but matched

@@ -5,7 +5,9 @@ tag ends it, so that what follows is a call whatever the text before was, and be
 Without tags there is nothing to wait for, so there the first call stands at the beginning.
 
 Each schema has the bounds of one that is given alone (``grammar_source``). One that cannot be translated or compiled
-is an error only for a tool that is ``strict``; of the others any JSON object is taken.
+is an error only for a tool that is ``strict``; of the others any JSON object is taken. A tool without a schema has no
+arguments. Where a schema names properties and does not say whether there may be others, there are none: a model that
+is made to call shall not have to think of names.
 """
 
 from __future__ import annotations
@@ -15,12 +17,23 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from sprat.engine.sampling.grammar_source import MAX_SOURCE, grammar_error, refuse_number, translate_schema
+from sprat.engine.sampling.grammar_source import MAX_SOURCE, MAX_WORK, grammar_error, refuse_number, translate_schema
 from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
 
 MAX_TOOLS, MAX_TOOLS_SOURCE = 128, 16 * MAX_SOURCE
+MIN_WORK = MAX_WORK // 16  # that each of many schemas may cost at least
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_OPENING_KEYS = (
+    "patternProperties",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+    "if",
+    "dependentSchemas",
+    "unevaluatedProperties",
+)
 
 
 def translate_tools(response: Response) -> Iterator[str]:
@@ -35,14 +48,16 @@ def translate_tools(response: Response) -> Iterator[str]:
     tools = source["tools"]
     if len(tools) > MAX_TOOLS:
         raise EngineError(f"there are {len(tools)} tools", where="tools", todo=f"give {MAX_TOOLS} at most")
-    rules, schemas = _rules(source), [_arguments_schema(response, tool) for tool in tools]
+    work = max(MAX_WORK // len(tools), MIN_WORK)
+    schemas = [_arguments_schema(response, tool, work) for tool in tools]
+    rules = _rules(source, is_auto=response.kind == "auto_tools")
     yield json.dumps({"rules": rules, "schemas": schemas}, default=float)
     looser = [schema if tool["strict"] else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)]
     if looser != schemas:
         yield json.dumps({"rules": rules, "schemas": looser}, default=float)
 
 
-def _arguments_schema(response: Response, tool: dict[str, Any]) -> dict[str, Any]:
+def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -> dict[str, Any]:
     """The schema of a tool's arguments, which are an object.
 
     Raises:
@@ -55,7 +70,10 @@ def _arguments_schema(response: Response, tool: dict[str, Any]) -> dict[str, Any
         types = schema.get("type", "object") if isinstance(schema, dict) else None
         if types != "object" and not (isinstance(types, list) and "object" in types):
             raise ValueError("its schema is none of an object")
-        translated: dict[str, Any] = translate_schema({**schema, "type": "object"})
+        schema = schema or {"properties": {}}
+        closes = "properties" in schema and not any(key in schema for key in _OPENING_KEYS)
+        closed = {"additionalProperties": False} if closes else {}
+        translated: dict[str, Any] = translate_schema({**closed, **schema, "type": "object"}, max_work)
         return translated
     except (ValueError, EngineError) as error:
         if tool["strict"]:
@@ -63,7 +81,7 @@ def _arguments_schema(response: Response, tool: dict[str, Any]) -> dict[str, Any
         return ANY_OBJECT
 
 
-def _rules(source: dict[str, Any]) -> str:
+def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
     """The rules around the arguments, which are ``args_0`` and so on."""
     form = source["format"]
     (first, last), (opening, closing), (before, between, after) = form["calls"], form["call"], form["body"]
@@ -74,7 +92,7 @@ def _rules(source: dict[str, Any]) -> str:
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(source["tools"]))))
     more = f"({_literal(form['separator'] + opening)} call)*" if source["parallel"] else ""
     calls = f"call {more} {_literal(last)}"
-    if source["auto"]:
+    if is_auto:
         begin = first or opening
         lines += ["TEXT: /(?s:.)*/", f"head[lazy]: TEXT {_literal(begin)}"]
         lines.append(f"start: TEXT | head {_literal(opening) if first else ''} {calls}")

@@ -137,6 +137,23 @@ def test_scores_are_right_whoever_makes_way(
     assert engine.check() == [] and preemptions > 0
 
 
+def test_answers_of_one_prompt_are_scored_each_by_itself(model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, max_batch=8)
+    scored = Sampling(max_tokens=3, prompt_logprobs=True, n=2)
+    outputs = engine.generate([LONG] * 3, [Sampling(max_tokens=3), scored, scored])
+    assert outputs[0].prompt_logprobs is None and len(outputs) == 5
+    for output in outputs[1:]:
+        compare(output, plain(model, LONG), 0)
+
+
+def test_a_prompt_that_fills_the_memory_is_scored(model: Transformer, tokenizer: Tokenizer) -> None:
+    fake = Fake(model.config.vocab_size)
+    engine = Engine(model, tokenizer, backend=fake, cache_bytes=2 * fake.block_bytes)
+    (output,) = engine.generate([LONG[:128]], ONLY_PROMPT)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 128
+    assert len(engine.embed([LONG[:128]])) == 1 and engine.check() == []
+
+
 def test_logits_of_a_long_prompt_are_never_held_at_once(model: Transformer, tokenizer: Tokenizer) -> None:
     class Counting(TorchBackend):
         most = 0

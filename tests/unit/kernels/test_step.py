@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -252,6 +253,25 @@ def test_drafts_equal_the_model_s_own_prediction_modules() -> None:
     model = model_of("mtp")
     worst, different = worst_guess(model, NativeBackend(model, threads=2), tokens_of(80))
     assert worst < 4e-5 and different > 5
+
+
+def test_rows_of_the_last_step_are_those_that_were_not_asked_before() -> None:
+    model, tokens = model_of("v3"), tokens_of(9)
+    backend = NativeBackend(model, threads=1)
+    backend.reserve(1)
+    batch = batch_of((tokens, 0), tables=[[0]])
+    every = backend.run(batch)
+    few = replace(batch, logits_index_R=np.array([8], np.int32))
+    backend.run(few)
+    index_R = np.array([1, 2, 7], np.int32)
+    assert torch.equal(backend.logits(few, index_R), every[[1, 2, 7]])
+    with torch.no_grad():
+        expected = model.hidden(torch.tensor([tokens])).x_BTD[0, [1, 2, 7]]
+    torch.testing.assert_close(backend.hidden(few, index_R), expected, atol=1e-5, rtol=1e-4)
+    for index in (-1, 9):
+        for call in (backend.logits, backend.hidden):
+            with pytest.raises(ValueError, match="not there"):
+                call(few, np.array([index], np.int32))
 
 
 def test_drafts_for_another_step_are_refused() -> None:

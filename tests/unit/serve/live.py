@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sprat.serve import ServeConfig, bind_socket, create_app
+from sprat.serve.app import ServedModel
 from sprat.serve.http_server import HttpServer
 from sprat.serve.server import socket_url
 from sprat.serve.tls import tls_context
@@ -34,16 +35,23 @@ def live(
     adapters: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[str]:
-    """The address of a server around ``engine``, by the name of tiny; ``settings`` are those of ``ServeConfig``."""
+    """The address of a server around an engine, or a client of one, by the name of tiny.
+
+    Args:
+        adapters: what the client calls them.
+        settings: those of ``ServeConfig``.
+    """
     serve_config = ServeConfig(port=0, **{"served_model_name": "tiny", "shutdown_timeout_seconds": 0, **settings})
-    app = create_app(engine, serve_config, adapters=adapters)
+    if hasattr(engine, "tokenizer") and hasattr(engine, "info"):  # a client, such as the scripted one
+        engine = [ServedModel(engine, engine.tokenizer, ("tiny",), adapters=adapters)]
+    app = create_app(engine, serve_config)
     with serving(app, serve_config) as address:
         yield address
 
 
 @contextmanager
 def serving(app: Any, serve_config: ServeConfig) -> Iterator[str]:
-    """The address of a server of any application whose state has a ``pool``, or can be drained (``serving``)."""
+    """The address of a server of any application that can be drained."""
     listener = bind_socket(serve_config)
     tls = tls_context(serve_config)
     started = threading.Event()

@@ -1,19 +1,22 @@
-"""A deterministic engine for tests of the server: it says what its script says, in the real engine's own types.
+"""A deterministic engine for tests of the server: it says what its script says, by the real engines' own contract.
 
-It does by hand what the real one does by a model: deltas, usage, cancelling, refusing. Tokens are words.
+It does by hand what a real one does by a model: events, counts, cancelling, refusing. Tokens are words.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import cache
 
 from sprat.engine.sampling_params import Sampling
-from sprat.engine.sequence import DEFAULT_TENANT, Delta, FinishReason, Output, Tenant, Usage
+from sprat.engine.stats import Stats
 from sprat.errors import EngineError
-from sprat.tokens.chat import Message
+from sprat.serve.engine_client import EngineInfo, Job, JobEvent
+from sprat.tokens import Tokenizer
 
 Script = Callable[[str, Sampling], tuple[str, str]]
 
@@ -28,78 +31,89 @@ def adds_up(question: str, sampling: Sampling) -> tuple[str, str]:
     return " ".join(steps), f"The sum is {total}"
 
 
-class ScriptedHandle:
-    """One scripted answer."""
+@cache
+def scripted_tokenizer() -> Tokenizer:
+    """A tokenizer of few words; it spells all others."""
+    return Tokenizer.train([f"what is {a} + {b}? the sum is {a + b}." for a in range(30) for b in range(30)], 512)
 
-    def __init__(self, prompt: Sequence[Message], sampling: Sampling, script: Script, pause: float, hold: bool) -> None:
-        reasoning, content = script(prompt[-1].content, sampling)
-        self.reasoning = "" if sampling.thinking is False else reasoning
-        self.content, self.sampling, self.pause = content, sampling, pause
-        self.prompt_tokens = sum(len(message.content.split()) for message in prompt)
+
+class ScriptedHandle:
+    """One scripted job."""
+
+    def __init__(self, job: Job, question: str, script: Script, pause: float, hold: bool) -> None:
+        self.job, self.question, self.script, self.pause = job, question, script, pause
+        self.prompt_tokens = len(question.split())
         self.said = 0
-        self.cancelled = threading.Event()
-        self.go = threading.Event()
+        self.cancelled, self.go, self.ended = threading.Event(), threading.Event(), threading.Event()
         if not hold:
             self.go.set()
-        self.ended = threading.Event()
 
     def cancel(self) -> None:
         self.cancelled.set()
         self.go.set()
 
-    def __iter__(self) -> Iterator[Delta]:
-        said = {"reasoning": "", "content": ""}
-        count = {"reasoning": 0, "content": 0}
-        reason: FinishReason = "stop"
-        pieces = [("reasoning", piece) for piece in re.findall(r"\S+\s*", self.reasoning)]
-        pieces += [("content", piece) for piece in re.findall(r"\S+\s*", self.content)]
-        for at, (kind, piece) in enumerate(pieces):
-            if at >= (self.sampling.max_tokens or 10**9):
-                reason = "length"
-                break
-            if at == 2:
-                self.go.wait(60)
-            if self.cancelled.wait(self.pause) if self.pause else self.cancelled.is_set():
-                reason = "cancelled"
-                break
-            said[kind] += piece
-            count[kind] += 1
-            yield Delta("reasoning" if kind == "reasoning" else "content", piece)
-        hit = min(2, self.prompt_tokens)
-        usage = Usage(self.prompt_tokens, sum(count.values()), count["reasoning"], hit, self.prompt_tokens - hit)
-        self.said = usage.completion_tokens
-        self.ended.set()
-        yield Delta("done", output=Output(said["content"], said["reasoning"], [], None, usage, reason, []))
+    def _pieces(self, sampling: Sampling) -> Iterator[tuple[str, str]]:
+        reasoning, content = self.script(self.question, sampling)
+        if sampling.thinking is not False:
+            yield from (("reasoning", piece) for piece in re.findall(r"\S+\s*", reasoning))
+        yield from (("content", piece) for piece in re.findall(r"\S+\s*", content))
+
+    async def __aiter__(self) -> AsyncIterator[JobEvent]:
+        if "too long" in self.question:
+            raise EngineError("the prompt has 9999 tokens, the context 128", where="prompt", todo="shorten it")
+        yield JobEvent("started", prompt_tokens=self.prompt_tokens, cached_tokens=min(2, self.prompt_tokens))
+        for choice, sampling in enumerate(self.job.samplings):
+            count, reason = {"reasoning": 0, "content": 0}, "stop"
+            for at, (kind, piece) in enumerate(self._pieces(sampling)):
+                if at >= (sampling.max_tokens or 10**9):
+                    reason = "length"
+                    break
+                while at == 2 and not self.go.is_set():
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(self.pause)
+                if self.cancelled.is_set():
+                    reason = "cancelled"
+                    break
+                count[kind] += 1
+                self.said += 1
+                yield JobEvent(kind, choice, piece)  # type: ignore[arg-type]
+            if choice == len(self.job.samplings) - 1:
+                self.ended.set()
+            yield JobEvent(
+                "done",
+                choice,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=min(2, self.prompt_tokens),
+                completion_tokens=sum(count.values()),
+                reasoning_tokens=count["reasoning"],
+                finish_reason=reason,  # type: ignore[arg-type]
+            )
 
 
 class ScriptedEngine:
-    """Answers every conversation by ``script``.
+    """Answers every prompt by ``script``.
 
     Args:
-        script: the last question and the sampling to (reasoning, content).
+        script: the prompt as text, and the sampling, to (reasoning, content).
         pause: seconds before each word.
         hold: stop after two words until ``release`` or a cancel.
     """
 
     def __init__(self, script: Script = adds_up, *, pause: float = 0.0, hold: bool = False) -> None:
         self.script, self.pause, self.hold = script, pause, hold
-        self.asked: list[tuple[list[Message], Sampling]] = []
+        self.tokenizer = scripted_tokenizer()
+        self.info = EngineInfo(1_000_000, 10_000_000, 4096, self.tokenizer.vocab_size, ())
         self.handles: list[ScriptedHandle] = []
-        self.running = False
+        self.alive, self.failure = False, None
 
-    def submit(
-        self,
-        prompt: Sequence[Message],
-        sampling: Sampling | None = None,
-        *,
-        tenant: Tenant = DEFAULT_TENANT,
-        adapter: str | None = None,
-    ) -> ScriptedHandle:
-        if "too long" in prompt[-1].content:
-            raise EngineError("the prompt has 9999 tokens, the context 128", where="prompt", todo="shorten it")
-        sampling = sampling or Sampling()
-        handle = ScriptedHandle(prompt, sampling, self.script, self.pause, self.hold)
-        self.asked.append((list(prompt), sampling))
+    @property
+    def asked(self) -> list[tuple[str, Sampling]]:
+        """Prompts as text, with the sampling of their first answer."""
+        return [(handle.question, handle.job.samplings[0]) for handle in self.handles]
+
+    def submit(self, job: Job) -> ScriptedHandle:
+        question = self.tokenizer.decode(job.prompt_ids, skip_special_tokens=True)
+        handle = ScriptedHandle(job, question, self.script, self.pause, self.hold)
         self.handles.append(handle)
         return handle
 
@@ -108,11 +122,21 @@ class ScriptedEngine:
         for handle in self.handles:
             handle.go.set()
 
-    def start(self) -> None:
-        self.running = True
+    async def start(self) -> None:
+        self.alive = True
 
-    def stop(self) -> None:
-        self.running = False
+    async def stop(self) -> None:
+        self.alive = False
+        for handle in self.handles:
+            handle.cancel()
+
+    async def stats(self) -> Stats:
+        running = sum(not handle.ended.is_set() for handle in self.handles)
+        said = sum(handle.said for handle in self.handles)
+        return Stats(running, 0, 1000, running, 0, 1, said, said, 0, 0, 0, 0, 0, 0.0)
+
+    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        return [[float(len(prompt)), 1.0] for prompt in prompts]
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from pydantic import TypeAdapter
 
 from sprat.serve.anthropic import parse_count_tokens, parse_messages
-from sprat.serve.anthropic_answers import error_body, stream_events, token_count, whole
-from sprat.serve.errors import RequestError
+from sprat.serve.anthropic_answers import stream_events, token_count, whole
+from sprat.serve.errors import RequestError, anthropic_body
 from sprat.serve.events import ChoiceFinished, Failed, Finished, Started, TextDelta, ToolCallDelta, Usage, collect
 from sprat.serve.fields import parse_json
 from sprat.tokens.chat import Message
@@ -143,7 +143,7 @@ def test_an_answer_cut_off_at_every_place_is_the_same_streamed_and_whole(replies
         ("length", "", "", ("max_tokens", None)),
         ("tool_calls", "", "", ("tool_use", None)),
         ("stop", "", "cancel", ("pause_turn", None)),
-        ("insufficient_system_resource", "", "shutdown", ("pause_turn", None)),
+        ("length", "", "shutdown", ("pause_turn", None)),
     ],
 )
 def test_why_an_answer_ended_is_said_in_their_words(
@@ -173,8 +173,9 @@ def test_a_silent_stream_pings_and_a_broken_one_ends_with_an_error(replies: Repl
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 429, 500, 503, 504])
 def test_an_error_is_one_of_their_types(status: int, replies: Replies) -> None:
-    body = error_body(RequestError(status, "no"), "req_1")
-    nothing_extra(types.ErrorResponse.model_validate(body, strict=True))
+    body = anthropic_body(RequestError(status, "no"), "req_1")
+    if status != 413:  # request_too_large, of which their documentation knows, and the types do not
+        nothing_extra(types.ErrorResponse.model_validate(body, strict=True))
     replies.say(body, status)
     with pytest.raises(anthropic.APIStatusError) as caught:
         client(replies.url).messages.create(**ASK)
@@ -183,7 +184,7 @@ def test_an_error_is_one_of_their_types(status: int, replies: Replies) -> None:
 
 def test_a_prompt_that_does_not_fit_is_said_in_their_words() -> None:
     error = RequestError(400, "9 tokens, and 8 fit", code="context_length_exceeded")
-    assert error_body(error)["error"]["message"].startswith("prompt is too long: ")
+    assert anthropic_body(error)["error"]["message"].startswith("prompt is too long: ")
 
 
 def test_tokens_are_counted_for_the_same_conversation(replies: Replies) -> None:

@@ -193,9 +193,10 @@ def test_a_client_that_leaves_while_tokens_flow_frees_its_blocks_within_a_second
             assert within(10, lambda: engine.stats().sampled_tokens > 10)
         assert within(1.0, lambda: engine.stats().running == 0 and engine.stats().blocks_used == 0)
         assert engine.stats().sampled_tokens < 120
-        assert within(5, lambda: httpx.get(f"{address}/healthz", timeout=30).json()["answered"] == 1), (
-            "and it is metered"
-        )
+        said = engine.stats().sampled_tokens
+        counted = f'sprat:generation_tokens_total{{model_name="tiny"}} {said}.0'
+        metrics = httpx.Client(base_url=address, follow_redirects=True, timeout=30)
+        assert within(5, lambda: counted in metrics.get("/metrics").text), "and it is metered to the token"
 
 
 HOST = b"Host: 127.0.0.1\r\n"

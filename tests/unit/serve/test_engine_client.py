@@ -20,7 +20,6 @@ from sprat.model import Transformer
 from sprat.serve.engine_client import EngineClient, Job, JobEvent, JobStream
 from sprat.serve.engine_process import ProcessEngineClient
 from sprat.serve.engine_thread import ThreadEngineClient
-from sprat.serve.engine_wire import Unpacker, pack, pack_job, unpack_job
 from sprat.tokens import Tokenizer
 
 T = TypeVar("T")
@@ -127,6 +126,38 @@ def test_the_events_of_an_answer_tell_what_the_engine_generates(side: Side, samp
     assert [event.kind for event in events].count("started") == 1 and events[0].kind == "started"
     assert events[0].prompt_tokens == len(ids)
     assert_tells(events, 0, side.expected(ids, sampling))
+
+
+def test_log_probabilities_come_with_their_text_and_the_stop_string_with_the_end(side: Side) -> None:
+    ids = side.ids("please keep what opens the door")
+    sampling = Sampling(seed=4, max_tokens=80, temperature=2, stop=("e",), logprobs=True, top_logprobs=2)
+    events, expected = side.run(collect(side.client.submit(Job(ids, [sampling], ANNA)))), side.expected(ids, sampling)
+    rows = [row for event in events for row in event.logprobs]
+    assert expected.logprobs is not None and expected.top_logprobs is not None and rows
+    whole = zip(expected.token_ids, expected.logprobs, map(tuple, expected.top_logprobs), strict=True)
+    assert rows == list(whole)[: len(rows)] and len(rows) >= len(expected.token_ids) - 1
+    assert (events[-1].stop, events[-1].finish_reason) == ("e", "stop")
+
+
+def test_a_prompt_that_is_scored_comes_before_the_text(side: Side) -> None:
+    ids = side.ids("please keep what opens the door")
+    sampling = Sampling(seed=4, max_tokens=5, logprobs=True, top_logprobs=1, prompt_logprobs=True)
+    events = side.run(collect(side.client.submit(Job(ids, [sampling, replace(sampling, seed=5)], ANNA))))
+    expected = side.expected(ids, sampling)
+    tops = [tuple(top or ()) for top in expected.prompt_top_logprobs or ()]
+    for choice in (0, 1):
+        kinds = [event.kind for event in events if event.choice == choice and event.kind != "started"]
+        assert kinds[0] == "prompt" and kinds.count("prompt") == 1
+        (prompt,) = [event for event in events if event.kind == "prompt" and event.choice == choice]
+        assert prompt.logprobs == tuple(zip(ids, expected.prompt_logprobs or (), tops, strict=True))
+
+
+def test_prompts_are_embedded_as_by_the_engine(side: Side) -> None:
+    prompts = [side.ids("door"), side.ids("what opens the door of our house")]
+    vectors = side.run(side.client.embed(prompts, tenant=ANNA))
+    assert vectors == side.reference.embed(prompts) and vectors[0] != vectors[1]
+    with pytest.raises(EngineError, match="empty"):
+        side.run(side.client.embed([[]]))
 
 
 def test_several_answers_share_the_computation_of_their_prompt(side: Side) -> None:
@@ -259,25 +290,3 @@ def test_a_slow_grammar_delays_nobody_else(side: Side) -> None:
         return time.monotonic() - start
 
     assert side.run(ask()) < 5  # two others would have taken 3 s each
-
-
-def test_settings_cross_the_wire_whole() -> None:
-    job = Job(
-        [1, 2, 3],
-        (
-            Sampling(),
-            Sampling(
-                temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, max_tokens=None, seed=-(2**80), stop=("\ud800", "é\n"),
-                thinking=False, logprobs=True, top_logprobs=3, frequency_penalty=0.5, logit_bias={7: 1.5, 3: -2.0},
-                bad_words=("cat", (1, 2)), stop_token_ids=(4,), response=Response.json(), fit=True,
-            ),
-        ),
-        Tenant("\x00ß", b"\xff\x00"),
-        "terse",
-    )  # fmt: skip
-    stream = pack(pack_job(job)) + pack({"cancel": 1})
-    for size in (1, 3, 7, len(stream)):
-        unpacker = Unpacker()
-        pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
-        first, second = [message for piece in pieces for message in unpacker.push(piece)]
-        assert unpack_job(first) == job and second == {"cancel": 1}

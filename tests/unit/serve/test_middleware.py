@@ -115,11 +115,10 @@ def test_a_key_comes_in_either_header(address: str) -> None:
     for headers in (BEARER, {"x-api-key": KEY}, {"Authorization": "Bearer none", "x-api-key": KEY}):
         assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
     assert httpx.get(f"{address}/v1/models", headers={"x-api-key": ""}).status_code == 401
-    for path in ("/", "/healthz", "/openapi.json"):
+    for path in ("/", "/healthz", "/health", "/health/live", "/health/ready", "/openapi.json"):
         assert httpx.get(address + path).status_code == 200
-    for path in ("/health/nothing", "/health"):
-        assert httpx.get(address + path).status_code == 404, "no key is asked for"
-    for path in ("/metrics", "/healthx", "//", "/health/../v1/models"):
+    assert httpx.get(f"{address}/health/nothing").status_code == 404, "no key is asked for"
+    for path in ("/metrics", "/metrics/", "/healthx", "//", "/health/../v1/models"):
         assert httpx.get(address + path).status_code in (401, 404) and "data" not in httpx.get(address + path).text
 
 

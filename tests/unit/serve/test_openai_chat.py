@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.serve.sdks import answers, called, said
 
 from sprat.serve.errors import RequestError
 from sprat.serve.events import Event, Started, collect
 from sprat.serve.generation import Generation, ToolChoice
 from sprat.serve.openai_chat import Head, parse_chat, stream_events, whole
+from tests.unit.serve.sdks import answers, called, said
 
 types = pytest.importorskip("openai.types.chat")
 HEAD = Head("chatcmpl-1", "tiny")

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from sprat.serve.errors import RequestError
-from sprat.serve.events import ChoiceFinished, Failed, Finished, Started, TextDelta, TokenLogprob, Usage, collect
+from sprat.serve.events import (
+    ChoiceFinished,
+    Failed,
+    Finished,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+    collect,
+)
 from sprat.serve.fields import parse_json
 from sprat.serve.openai_responses import parse_responses
 from sprat.serve.openai_responses_answers import echo, stream_events, whole
@@ -145,7 +155,11 @@ def test_an_answer_may_be_sent_back_as_the_sdk_has_it(replies: Replies, events: 
     assert [(turn.tool_call_id, turn.content) for turn in tools] == [(name, "3") for name, *_ in called(events)]
     assistant = turns[0] if turns else Message("assistant", "")
     assert (assistant.content, assistant.reasoning or "") == (said(events, "content"), said(events, "reasoning"))
-    assert [(call.id, call.name, call.arguments) for call in assistant.tool_calls] == called(events)
+    calls = called(events)
+    assert [(call.id, call.name) for call in assistant.tool_calls] == [(call_id, name) for call_id, name, _ in calls]
+    if events[-2].reason == "tool_calls":
+        assert [call.arguments for call in assistant.tool_calls] == [arguments for *_, arguments in calls]
+    assert all(isinstance(json.loads(call.arguments), dict) for call in assistant.tool_calls)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +167,7 @@ def test_an_answer_may_be_sent_back_as_the_sdk_has_it(replies: Replies, events: 
     [
         ("stop", "", "completed", None),
         ("length", "", "incomplete", "max_output_tokens"),
-        ("insufficient_system_resource", "shutdown", "incomplete", None),
+        ("length", "shutdown", "incomplete", None),
         ("stop", "cancel", "incomplete", None),
     ],
 )
@@ -162,6 +176,27 @@ def test_why_an_answer_ended_is_said_in_its_status(reason: Any, ended_by: Any, s
     body = whole_of(events)
     assert (body["status"], (body["incomplete_details"] or {}).get("reason")) == (status, why)
     assert body["output"][0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason", "items"),
+    [
+        ([], "stop", ["message"]),
+        ([], "length", []),
+        ([TextDelta(0, "reasoning", "Hm")], "stop", ["reasoning", "message"]),
+        ([TextDelta(0, "reasoning", "Hm")], "length", ["reasoning"]),
+        ([ToolCallDelta(0, 0, "{}", "c", "add")], "tool_calls", ["function_call"]),
+    ],
+)
+def test_an_answer_without_a_word_has_an_empty_message_where_it_is_complete(
+    parts: list[Any], reason: Any, items: list[str]
+) -> None:
+    events = [Started(5, 2), *parts, ChoiceFinished(0, reason), END]
+    body = whole_of(events)
+    assert [item["type"] for item in body["output"]] == items
+    assert sent(stream_of(events))[-1][1]["response"] == body
+    done = [event["item"] for name, event in sent(stream_of(events)) if name == "response.output_item.done"]
+    assert done == body["output"]
 
 
 def test_log_probabilities_come_with_their_tokens() -> None:

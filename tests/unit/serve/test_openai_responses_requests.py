@@ -74,9 +74,10 @@ def test_settings_become_the_engines() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("effort", "thinking"), [(None, None), ("none", False), ("minimal", True), ("ultra", True)])
-def test_an_effort_says_whether_to_think(effort: str | None, thinking: bool | None) -> None:
-    assert parse_responses({**ASK, "reasoning": {"effort": effort}}).thinking is thinking
+@pytest.mark.parametrize("effort", [None, "none", "minimal", "ultra"])
+def test_an_effort_says_how_hard_to_think(effort: str | None) -> None:
+    generation = parse_responses({**ASK, "reasoning": {"effort": effort}})
+    assert (generation.thinking, generation.effort) == (None, effort or "")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_the_form_of_the_text_is_chosen(form: dict[str, Any], expected: Any) -> 
         ({"background": True}, "background", "not_offered"),
         ({"prompt": {"id": "p"}}, "prompt", "not_offered"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "not_offered"),
+        ({"input": [CALL | {"arguments": "[1]"}]}, "input[0].arguments", "invalid_value"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"tool_choice": "sometimes"}, "tool_choice", "invalid_value"),

@@ -10,10 +10,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,13 +33,36 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import sys
 from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
 from tests.unit.serve.scripted import ScriptedEngine
-config = ServeConfig(port=0, served_model_name="tiny")
+config = ServeConfig(port=0, max_num_seqs=1, shutdown_timeout_seconds=float(sys.argv[2]))
 taken = bind_socket(config)
-app = create_app(ScriptedEngine(pause=float(sys.argv[1])), config)
+engine = ScriptedEngine(pause=float(sys.argv[1]))
+app = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config)
 serve(app, taken, on_ready=lambda at: print(at, flush=True))
 print("left", flush=True)
 """
+
+
+@contextmanager
+def program(text: str, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server as a process of its own, and its address; nothing of it is left afterwards."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", text, *words],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def left_quietly(process: subprocess.Popen[str]) -> bool:
+    out, err = process.communicate(timeout=60)
+    return (process.returncode, out.strip(), err.strip()) == (0, "left", "")
 
 
 def test_a_busy_port_is_one_clear_sentence_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -80,31 +105,88 @@ def test_port_0_takes_a_free_one_on_loopback() -> None:
         assert socket_url(first) != socket_url(second)
 
 
-def test_ctrl_c_stops_running_answers_and_leaves_quietly() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "0.5"],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert server.stdout is not None
-        address = server.stdout.readline().strip()
-        assert httpx.get(f"{address}/healthz", timeout=30).json()["status"] == "ok"
-        ask = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "add 1 2 3 4 5 6 7 8 9"}]}
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=ask, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            server.send_signal(signal.SIGINT)
-            began = time.monotonic()
-            rest = [line for line in lines if line]
-        assert "insufficient_system_resource" in rest[-2]
-        assert rest[-1] == "data: [DONE]"
-        out, err = server.communicate(timeout=60)
-        assert time.monotonic() - began < 30
-        assert (server.returncode, out.strip(), err.strip()) == (0, "left", "")
-    finally:
-        server.kill()
-        server.wait()
+def ask(address: str, **more: Any) -> AbstractContextManager[httpx.Response]:
+    """One streamed answer of eighteen words."""
+    body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "add 1 2 3"}], **more}
+    return httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_ctrl_c_lets_running_answers_finish_and_refuses_whoever_waits() -> None:
+    with program(PROGRAM, "0.1", "30") as (process, address), ask(address) as running:
+        lines = running.iter_lines()
+        next(lines)
+        refused: list[httpx.Response] = []
+
+        def wait_for_a_place() -> None:
+            with ask(address) as answer:
+                answer.read()
+                refused.append(answer)
+
+        waiting = threading.Thread(target=wait_for_a_place)
+        waiting.start()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        waiting.join(10)
+        assert refused[0].status_code == 503 and refused[0].json()["error"]["type"]
+        assert httpx.get(f"{address}/health/ready", timeout=10).status_code == 503
+        assert httpx.get(f"{address}/health/live", timeout=10).status_code == 200
+        with ask(address) as late:
+            assert late.status_code == 503
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert left_quietly(process)
+
+
+STARTING = """
+import asyncio, sys
+from sprat.errors import MachineError
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from tests.unit.serve.scripted import ScriptedEngine
+
+class Slow(ScriptedEngine):
+    async def start(self):
+        print("starting", flush=True)
+        try:
+            await asyncio.sleep(float(sys.argv[1]))
+        finally:
+            print("ended", flush=True)
+        raise MachineError("there is no memory for this model", where="engine", todo="take a smaller one")
+
+config, engine = ServeConfig(port=0), Slow()
+app = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config)
+try:
+    serve(app, bind_socket(config), on_ready=print)
+except MachineError as error:
+    print(error)
+print("left", flush=True)
+"""
+
+
+def test_an_engine_that_cannot_start_is_one_sentence() -> None:
+    with program(STARTING, "0") as (process, first):
+        out, err = process.communicate(timeout=60)
+    assert (first, err) == ("starting", "") and out.splitlines()[0] == "ended"
+    assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
+
+
+def test_a_signal_while_the_engine_starts_stops_at_once() -> None:
+    with program(STARTING, "600") as (process, first):
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert (first, out.split(), err, process.returncode) == ("starting", ["ended", "left"], "", 0)
+
+
+def test_what_runs_longer_than_the_time_to_stop_ends_with_an_error_and_uncleanly() -> None:
+    with program(PROGRAM, "1", "0.5") as (process, address), ask(address) as running:
+        got: list[str] = []
+        lines = running.iter_lines()
+        got.append(next(lines))
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            got += lines
+        last = json.loads([line for line in got if line][-1].removeprefix("data: "))
+        assert last["error"]["code"] == "shutting_down"
+        assert left_quietly(process)
 
 
 DRAINING = """
@@ -152,27 +234,6 @@ async def stream(seconds: float):
 serve(app, bind_socket(config), on_ready=lambda at: print(at, flush=True))
 print("left", flush=True)
 """
-
-
-@contextmanager
-def program(text: str, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server as a process of its own, and its address; nothing of it is left afterwards."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", text, *words],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.wait()
-
-
-def left_quietly(process: subprocess.Popen[str]) -> bool:
-    out, err = process.communicate(timeout=60)
-    return (process.returncode, out.strip(), err.strip()) == (0, "left", "")
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])

@@ -100,7 +100,7 @@ def written(drawn: list[tuple[str, tuple[dict[str, Any], bool, int | None]]]) ->
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(drawn=calls_drawn, before=st.sampled_from(["", "Let me see.", "a < b\n\n", "\n"]), cuts=st.lists(st.integers(0)))
 def test_calls_come_out_as_they_were_written_however_cut(name: str, drawn: Any, before: str, cuts: list[int]) -> None:
     before = before if name in TAGGED else ""
@@ -238,7 +238,7 @@ FRAGMENTS += [
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=30), cuts=st.lists(st.integers(0), max_size=8))
 def test_whatever_is_written_reads_the_same_however_cut(name: str, fragments: list[str], cuts: list[int]) -> None:
     text = "".join(fragments)

@@ -147,6 +147,7 @@ def test_families_without_a_template_and_models_without_a_family() -> None:
     assert select_tool_format(deepseek) is DEEPSEEK_V3_1
     assert deepseek.decode(render(deepseek, TURNS)).endswith("<｜tool output begin｜>12:00<｜tool output end｜>")
     assert deepseek.decode(render(deepseek, TURNS, thinking=True)).endswith("12:00<｜tool output end｜><think>")
+    assert deepseek.decode(render(deepseek, TURNS, thinking=False)).endswith("12:00<｜tool output end｜></think>")
     own = tokenizer_of(("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>"), eos="<|eos|>")
     assert select_tool_format(own) is None
     with pytest.raises(DataError, match="no chat template that writes tools"):
@@ -193,3 +194,12 @@ def test_a_continued_text_is_no_command(chatml: Tokenizer) -> None:
     ids = render(chatml, [Message("user", "a"), Message("assistant", HOSTILE)], continues=True)
     plain = render(chatml, [Message("user", "a"), Message("assistant", "x")], continues=True)
     assert sum(i in chatml.control_ids for i in ids) == sum(i in chatml.control_ids for i in plain)
+
+
+def test_tags_of_calls_are_seen_though_a_vocabulary_calls_them_special() -> None:
+    extra = [{"content": name, "special": True} for name in CHATML]
+    tokenizer = Tokenizer(byte_fallback(*extra, first=True), config={"eos_token": "<|im_end|>"})
+    text = '<tool_call>{"name": "f"}</tool_call>'
+    ids = tokenizer.encode(text + "<|im_start|>", parse_special=True)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.token_bytes(tokenizer.encode("<tool_call>", parse_special=True)[-1]) == b"<tool_call>"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+from sprat.engine import Engine
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.grammar_source import MAX_SOURCE
 from sprat.engine.sampling.processors import build_processors
@@ -19,9 +20,10 @@ from sprat.engine.sampling.tool_grammar import MAX_TOOLS
 from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import Sequence, noise_key
 from sprat.errors import EngineError
+from sprat.model import Transformer
 from sprat.tokens import Tokenizer, split_reasoning
 from sprat.tokens.tool_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, LLAMA3, ToolFormat
-from sprat.tokens.tool_parser import CallArguments, CallBegin, Content, ToolCallParser
+from sprat.tokens.tool_parser import CallArguments, CallBegin, Content, Piece, ToolCallParser
 from tests.unit.engine.sampling.test_processors import plain_tags
 
 FORMATS = {each.name: each for each in (HERMES, DEEPSEEK_V3_1, DEEPSEEK_V3, LLAMA3)}
@@ -235,3 +237,50 @@ def test_a_name_is_a_name_whatever_it_spells(either: Tokenizer, grammars: Gramma
     text, ended = say(either, grammars, response, 0)
     pieces = ToolCallParser(HERMES, [name]).push(text)
     assert ended and pieces[0] == CallBegin(0, name)
+
+
+def test_calls_that_an_engine_streams_are_read_as_they_come(drafter: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(drafter, tokenizer)
+    for seed, (name, thinking) in enumerate([("hermes", False), ("deepseek_v3", True), ("llama3", False)]):
+        response = Response.tool_calls(TOOLS, FORMATS[name])
+        assert (
+            Response(response.kind, json.loads(json.dumps(response.source))) == response
+        )  # to another process and back
+        sampling = Sampling(seed=seed, max_tokens=3000, thinking=thinking, max_think_tokens=5, response=response)
+        parser, pieces, text = ToolCallParser(FORMATS[name], SCHEMAS), list[Piece](), ""
+        for delta in engine.stream("the cat", sampling):
+            if delta.kind == "content":
+                pieces += parser.push(delta.text)
+                text += delta.text
+        pieces += parser.close()
+        assert not any(isinstance(piece, Content) for piece in pieces)
+        calls = read(FORMATS[name], text)[1]
+        streamed = ["".join(p.text for p in pieces if isinstance(p, CallArguments) and p.index == n) for n in range(9)]
+        assert calls and streamed[: len(calls)] == [arguments for _, arguments in calls]
+        check(calls)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "allowed", "refused"),
+    [
+        (None, "{}", '{"a": 1}'),
+        ({}, "{}", '{"a": 1}'),
+        ({"type": "object"}, '{"a": 1}', "[]"),
+        ({"type": "object", "properties": {}}, "{}", '{"a": 1}'),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', '{"b": 1}'),
+        ({"type": ["object", "null"], "properties": {"a": {}}, "additionalProperties": True}, '{"b": 1}', "null"),
+        ({"type": "object", "properties": {"a": {}}, "patternProperties": {"^b": {}}}, '{"b": 1}', "1"),
+        ({"type": "array"}, '{"b": 1}', "[]"),
+    ],
+)
+def test_arguments_are_those_that_the_schema_names(
+    tokenizer: Tokenizer, parameters: Any, allowed: str, refused: str
+) -> None:
+    made = GrammarCache(tokenizer, frozenset({tokenizer.special_ids.eos}))
+    response = Response.tool_calls([{"name": "f", "parameters": parameters}], HERMES, parallel=False)
+    before, after = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
+    for arguments, is_allowed in ((allowed, True), (refused, False)):
+        wanted = before + arguments + after
+        text, _ = say(tokenizer, made, response, 0, wanted, limit=len(tokenizer.encode(wanted)) + 1)
+        assert (text == wanted) == is_allowed
+    made.close()

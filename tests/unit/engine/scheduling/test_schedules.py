@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from sprat.engine import Engine, Sampling, Tenant
 from sprat.engine.request import RequestHandle
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
-from tests.unit.engine.fake import Fake, oracle
+from tests.unit.engine.fake import Fake, oracle, scores
 
 TEXT = [random.Random(7).randrange(5, 400) for _ in range(150)]
 SCHEDULES = int(os.environ.get("SPRAT_SCHEDULES", "120"))  # the whole proof is 10,000, a quarter of an hour
@@ -59,7 +60,16 @@ def walk(model: Transformer, tokenizer: Tokenizer, seed: int) -> int:
         if output.finish_reason == "length":
             assert len(output.token_ids) == handle.sequence.max_tokens
         assert output.finish_reason != "stop" or output.token_ids[-1] == tokenizer.special_ids.eos
+        if output.prompt_logprobs is not None and output.finish_reason != "cancelled":
+            assert output.prompt_logprobs[1:] == pytest.approx(scored(output.prompt_ids, vocab), abs=1e-4)
     return engine.stats().preemptions
+
+
+def scored(prompt: list[int], vocab: int) -> list[float]:
+    """The log-probability of each token of a prompt but the first, without any engine."""
+    rows = np.stack([scores(np.array(prompt[:end], np.int32).tobytes(), vocab) for end in range(1, len(prompt) + 1)])
+    logprobs_TV = rows - np.logaddexp.reduce(rows, axis=1, keepdims=True)
+    return [float(row[token]) for row, token in zip(logprobs_TV[:-1], prompt[1:], strict=True)]
 
 
 def ask(engine: Engine, chance: random.Random) -> list[RequestHandle]:
@@ -69,6 +79,8 @@ def ask(engine: Engine, chance: random.Random) -> list[RequestHandle]:
     if chance.random() < 0.3:
         prompt = prompt[:-1] + [chance.randrange(5, 400)]
     how = Sampling(temperature=0, max_tokens=chance.choice((1, 3, 20, 55)))
+    if chance.random() < 0.25:
+        how = Sampling(temperature=0, max_tokens=chance.choice((0, 3, 20)), prompt_logprobs=True)
     group = next(engine._prompt_groups)
     sequences = [
         engine._request_builder.build(prompt, how, prompt_group=group, tenant=tenant)
