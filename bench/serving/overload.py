@@ -93,7 +93,7 @@ def overload(folder: Path, plan: Plan, say: Say) -> list[Row]:
             Row("overload", "goodput at ten times the load over its peak", min(goodput, again) / peak, 0.9, "at least",
                 "x", f"{peak:.1f} answers/s at most, {len(answers)} came"),
             Row("overload", "p99 time of a refusal", slow * 1000, 100, unit="ms", note=f"{len(refused)} refused"),
-            Row("overload", "the gateway's processor time for each that came", cost * 1000 / max(1, came_first), unit="ms"),
+            Row("overload", "the gateway's processor time for each", cost * 1000 / max(1, came_first), unit="ms"),
             Row("overload", "neither answered nor refused", len(other), 0, note=_faults(other)),
             Row("overload", "memory grown in the second half", grown, 0.05, note=f"{before / 1e6:.0f} MB before"),
             Row("overload", "a tenant's share beside a greedy one, of its fair one", beside / min(alone, peak / 2),
