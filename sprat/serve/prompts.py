@@ -229,7 +229,7 @@ class PromptWriter:
                 self._tool_format,
                 choice=choice.mode,
                 name=choice.name,
-                parallel=generation.parallel_tool_calls,
+                parallel=generation.parallel_tool_calls and choice.mode != "named",
             )
         if form is None:
             return None
@@ -239,9 +239,13 @@ class PromptWriter:
 
 
 def schema_of(tool: Tool) -> dict[str, Any]:
-    """A tool in OpenAI's form, as chat formats take it."""
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function | ({"strict": True} if tool.strict else {})}
+    """A tool in OpenAI's form, as chat formats write it: what its caller did not say is not said."""
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = dict(tool.parameters)
+    return {"type": "function", "function": function}
 
 
 def join_systems(messages: tuple[Message, ...]) -> list[Message]:
