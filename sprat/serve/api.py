@@ -273,7 +273,8 @@ async def _embeddings(request: Request, state: AppState, body: Body) -> Body:
 
 def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
     """The ids of one input."""
-    where, vocab = f"input[{index}]", service.engine.info.vocab_size
+    where = f"input[{index}]" if reader.body["input"] is not row else "input"
+    vocab = service.engine.info.vocab_size
     if isinstance(row, list) and row and all(type(each) is int and 0 <= each < vocab for each in row):
         ids = row
     elif isinstance(row, str) and row:

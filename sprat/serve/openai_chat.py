@@ -143,8 +143,8 @@ def _logprobs(reasoning: Sequence[TokenLogprob], content: Sequence[TokenLogprob]
 
 
 def _whole_choice(generation: Generation, index: int, choice: CollectedChoice) -> dict[str, Any]:
-    reasoning = choice.reasoning or None
-    message = {"role": "assistant", "content": choice.content, "reasoning_content": reasoning, "refusal": None}
+    text: dict[str, Any] = {"content": choice.content, "reasoning_content": choice.reasoning or None}
+    message = {"role": "assistant", **text, "refusal": None}
     if choice.calls:
         message["content"] = choice.content or None
         message["tool_calls"] = [
