@@ -187,6 +187,8 @@ async def _read_stream(
 async def metrics(url: str, key: str) -> dict[str, float]:
     """``/metrics`` by name, without a prefix and summed over labels; empty where there is none."""
     answer = await ask(url, None, key=key, path="/metrics", timeout=10)
+    if answer.status == 307:
+        answer = await ask(url, None, key=key, path="/metrics/", timeout=10)
     found: dict[str, float] = {}
     if answer.status == 200:
         for line in answer.body.decode().splitlines():

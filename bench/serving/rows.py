@@ -17,7 +17,7 @@ class Plan:
         leavers: clients that leave in one wave, and ``waves`` of them.
         half_open: connections that are opened and left so; ``healthy`` of those that ask beside them.
         overload_seconds: of ten times the load that the server can bear.
-        schemas: requests with a slow schema.
+        schemas: requests with a schema that takes ``schema_seconds`` to compile.
         tokens: of each stream where speed is measured; ``rounds`` of it.
         trials: guesses of what another tenant asked.
     """
@@ -28,13 +28,14 @@ class Plan:
     healthy: int
     overload_seconds: float
     schemas: int
+    schema_seconds: float
     tokens: int
     rounds: int
     trials: int
 
 
-FULL = Plan(250, 4, 900, 100, 60.0, 200, 128, 3, 64)
-QUICK = Plan(120, 1, 300, 40, 12.0, 200, 32, 1, 24)
+FULL = Plan(250, 4, 900, 100, 60.0, 200, 3.0, 128, 3, 64)
+QUICK = Plan(120, 1, 300, 40, 12.0, 200, 1.0, 32, 1, 24)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def leave(folder: Path, plan: Plan, say: Say) -> list[Row]:
     what = f"{plan.leavers * plan.waves} clients leave: ended after"
     return [
         Row("leave", what, max(ended), 1.0, unit="s", note=f"of them running: {sum(ran)}"),
-        Row("leave", "cache in use afterwards by requests", seen.get("num_requests_running", float("inf")), 0),
+        Row("leave", "requests that still run", seen.get("num_requests_running", float("inf")), 0),
+        Row("leave", "share of the cache in use", seen.get("kv_cache_usage_perc", float("inf")), 0.0),
         Row("leave", "tokens still written a second later", max(grown), 0, unit="tokens"),
     ]
 
@@ -169,24 +170,23 @@ def schemas(folder: Path, plan: Plan, say: Say) -> list[Row]:
     """Requests with a schema that is slow to compile, before a queue of 16."""
     running_at_once, queued = 1, 16
 
-    def body(model: str, number: int, width: int) -> dict[str, Any]:
-        names = [f"value {number} of many {each} and {each * 7919 % 10007}" for each in range(width)]
-        form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"enum": names}}}
+    def body(model: str, number: int, size: int) -> dict[str, Any]:
+        # the numbers that two neighbors divide: an automaton of size² states, another one for each number
+        both = [{"type": "integer", "multipleOf": size + number}, {"type": "integer", "multipleOf": size + number + 1}]
+        form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"allOf": both}}}
         return {**request(model, 2, stream=False), "response_format": form}
 
     async def run(server: Server) -> list[Row]:
-        width, one = 500, Answer()
-        while one.seconds < 3 and one.status in (0, 200) and width < 100_000:
-            width *= 2
-            one = await ask(server.url, body(server.model, width, width), key=KEY)
-        say(f"schemas: {width} values took {one.seconds:.2f} s (status {one.status})")
-        if one.status not in (0, 200):
-            width //= 2
+        size, one = 300, await ask(server.url, body(server.model, 0, 100), key=KEY)
+        while one.seconds < plan.schema_seconds and size < 5000:
+            size = int(size * 1.3)
+            one = await ask(server.url, body(server.model, 0, size), key=KEY)
+        say(f"schemas: neighbors of {size} took {one.seconds:.2f} s (status {one.status})")
         honest = {"type": "json_schema", "json_schema": {"name": "b", "schema": {"enum": ["yes", "no"]}}}
         kind = {**request(server.model, 4, stream=False), "response_format": honest}
         alone = [await ask(server.url, kind, key=OTHER_KEY) for _ in range(9)]
         used = sum(server.processor_seconds())
-        storm = [asyncio.create_task(ask(server.url, body(server.model, n, width), key=KEY, timeout=300))
+        storm = [asyncio.create_task(ask(server.url, body(server.model, n + 1, size), key=KEY, timeout=300))
                  for n in range(plan.schemas)]  # fmt: skip
         await asyncio.sleep(0.3)
         beside = [await ask(server.url, kind, key=OTHER_KEY) for _ in range(9)]
@@ -216,30 +216,32 @@ def tenants(folder: Path, plan: Plan, say: Say) -> list[Row]:
     """What one tenant asked is no faster for another: neither by the counts of the cache nor by the clock."""
     chance, count = 0.25, 4
 
-    async def run(server: Server) -> list[Row]:
-        def text(trial: int, guess: int) -> str:
-            return f"secret {trial} {guess} " + f"what is {trial} + {guess}? " * 60
+    def text(trial: int, guess: int) -> str:
+        return f"secret {trial} {guess} " + f"what is {trial} + {guess}? " * 60
 
+    async def run(server: Server) -> list[Row]:
         async def probe(key: str, trial: int, guess: int) -> Answer:
             return await ask(server.url, request(server.model, 1, text(trial, guess), stream=False), key=key)
 
-        hits, right, own = 0, 0, 0
+        def hit(answer: Answer) -> int:
+            return int(answer.usage["prompt_cache_hit_tokens"]) if answer.usage else 10**6
+
+        own, others, right = 0, 0, 0
         for trial in range(plan.trials):
             secret = (trial * 7 + 3) % count
-            for _ in range(2):
-                first = await probe(KEY, trial, secret)
-            own += first.usage["prompt_cache_hit_tokens"] if first.usage else 0
+            await probe(KEY, trial, secret)
+            own += hit(await probe(KEY, trial, secret))
+            others += hit(await probe(f"witness-{trial}", trial, secret))  # who never asked anything before
             guesses = [await probe(OTHER_KEY, trial, guess) for guess in range(count)]
-            hits += sum(g.usage["prompt_cache_hit_tokens"] if g.usage else 10**6 for g in guesses)
             right += min(range(count), key=lambda guess: guesses[guess].seconds) == secret
-        say("tenants: done")
         spread = 3 * (chance * (1 - chance) / plan.trials) ** 0.5
         return [
-            Row("tenants", "hit tokens of the tenant that asked it before", own, 1, "at least", "tokens"),
-            Row("tenants", "hit tokens of another tenant with the same prompt", hits, 0, unit="tokens"),
+            Row("tenants", "hit tokens of the tenant that asked it before", own, plan.trials, "at least", "tokens"),
+            Row("tenants", "hit tokens of another tenant with the same prompt", others, 0, unit="tokens"),
             Row("tenants", f"the clock guesses the secret of {count} (chance {chance})", right / plan.trials,
                 chance + spread),
         ]  # fmt: skip
 
-    with running(folder) as server:
+    keys = (KEY, OTHER_KEY, *(f"witness-{trial}" for trial in range(plan.trials)))
+    with running(folder, keys=keys) as server:
         return asyncio.run(run(server))

@@ -119,9 +119,12 @@ class BoundedH11Protocol(WatchedReaderProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """Close what is idle; what waits for an answer closes after it."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Close what is idle, refuse what has not come in full; what waits for an answer closes after it."""
+        if not self._is_answering:
             self.transport.close()
+        elif self._phase is Phase.BODY:
+            message = "the server is shutting down; ask another, or again in a moment"
+            self._refuse(RequestError(503, message, code="shutting_down", kind="server_error", retry_after=5))
         else:
             self.cycle.keep_alive = False
 
@@ -167,7 +170,7 @@ class BoundedH11Protocol(WatchedReaderProtocol):
         if self._body_bytes < min_bytes:
             self._refuse(self._late("body", self.limits.body_timeout_seconds))
             return
-        window = self.limits.body_timeout_seconds / 8
+        window = self.limits.body_timeout_seconds / 10
         self._body_bytes = 0
         self._deadline = self.loop.call_later(window, self._check_body, window * MIN_BODY_RATE)
 

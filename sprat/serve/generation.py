@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call; ``parameters`` is a JSON schema of an object.
+    """A function that the model may call; ``parameters`` is a JSON schema of an object, None: it takes none.
 
     ``strict``: arguments must follow the schema; without it they are a JSON object.
     """
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] | None = None
     strict: bool = False
 
 

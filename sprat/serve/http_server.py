@@ -16,9 +16,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.server import ServerState
 
+from sprat.serve.api_keys import ApiKeys
 from sprat.serve.config import ServeConfig
 from sprat.serve.connections import bounded_protocol
+from sprat.serve.metrics import metrics_app
+from sprat.serve.middleware import SecurityMiddleware
 
 CLOSE_SECONDS = 5  # for connections to close, once their answers have ended
 FORCED_STOP_SECONDS = 2.0  # for the engine to end, at a second signal
@@ -32,31 +36,26 @@ class HttpServer(uvicorn.Server):
         config: its settings.
         tls: None: plain HTTP.
         on_started: called when requests are answered.
+        metrics_listener: where ``/metrics`` is told to whoever can reach it.
     """
 
     def __init__(
-        self, app: Any, config: ServeConfig, tls: ssl.SSLContext | None, on_started: Callable[[], None]
+        self,
+        app: Any,
+        config: ServeConfig,
+        tls: ssl.SSLContext | None,
+        on_started: Callable[[], None],
+        metrics_listener: socket.socket | None = None,
     ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=bounded_protocol(config),
-                log_level="error",  # a client that speaks no HTTP is told so, and is none of our warnings
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=CLOSE_SECONDS,
-                timeout_keep_alive=30,
-                lifespan="off",  # it is run here: uvicorn logs a traceback where an engine cannot start
-                ws="none",
-            )
-        )
+        super().__init__(_uvicorn_config(app, config))
         self._app, self._serve_config, self._tls, self._on_started = app, config, tls, on_started
+        self._metrics_listener, self._metrics_state = metrics_listener, ServerState()
         self._stopping, self._forced = asyncio.Event(), asyncio.Event()  # by a first signal, and a second one
         self._lifespan = contextlib.AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Have the application start, and listen; a TLS handshake has the time of a head.
+        """Have the application start, and listen.
 
         Raises:
             SpratError: an engine cannot start.
@@ -66,24 +65,27 @@ class HttpServer(uvicorn.Server):
         if not await _unless(self._stopping, self._lifespan.enter_async_context(context)):
             return
         await super().startup(sockets=[])
-        timeout = self._serve_config.header_timeout_seconds if self._tls else None
         for listener in sockets or []:
-            server = await self._loop.create_server(
-                self._make_protocol,
-                sock=listener,
-                ssl=self._tls,
-                ssl_handshake_timeout=timeout,
-                backlog=self.config.backlog,
-            )
-            self.servers.append(server)
+            await self._listen(listener, self.config, self.server_state)
+        if self._metrics_listener is not None:
+            metrics = _metrics_only(self._app.state.serving, self._serve_config)
+            config = _uvicorn_config(metrics, self._serve_config)
+            config.load()
+            await self._listen(self._metrics_listener, config, self._metrics_state)
         self._on_started()
 
-    def _make_protocol(self) -> asyncio.Protocol:
-        protocol_class: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = protocol_class(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+    async def _listen(self, listener: socket.socket, config: uvicorn.Config, state: ServerState) -> None:
+        """Answer on ``listener`` as ``config`` says; a TLS handshake has the time of a head."""
+        assert self._loop is not None
+        protocol_class: Any = config.http_protocol_class
+        server = await self._loop.create_server(
+            lambda: protocol_class(config=config, server_state=state, app_state={}),
+            sock=listener,
+            ssl=self._tls,
+            ssl_handshake_timeout=self._serve_config.header_timeout_seconds if self._tls else None,
+            backlog=config.backlog,
         )
-        return protocol
+        self.servers.append(server)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop at the first signal, stop at the second."""
@@ -95,6 +97,8 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers finish, then close everything."""
         await self._drain()
+        for connection in list(self._metrics_state.connections):
+            connection.shutdown()
         await super().shutdown(sockets=sockets)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._lifespan.aclose(), FORCED_STOP_SECONDS if self.force_exit else None)
@@ -103,9 +107,32 @@ class HttpServer(uvicorn.Server):
         """Wait for running answers, their time, or a second signal; whatever then still runs is stopped."""
         serving = self._app.state.serving
         timeout = self._serve_config.shutdown_timeout_seconds
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_unless(self._forced, serving.drain(timeout)), timeout + 1)
-        serving.abort()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_unless(self._forced, serving.drain(timeout)), timeout + 1)
+        finally:
+            serving.abort()
+
+
+def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
+    """How uvicorn serves ``app``: quietly, within the bounds of ``config``."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(config),
+        log_level="error",  # a client that speaks no HTTP is told so, and is none of our warnings
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        timeout_keep_alive=30,
+        lifespan="off",  # it is run here: uvicorn logs a traceback where an engine cannot start
+        ws="none",
+    )
+
+
+def _metrics_only(serving: Any, config: ServeConfig) -> SecurityMiddleware:
+    """The application of the metrics' own port: no key, and no other names of this machine than elsewhere."""
+    app = metrics_app(serving.metrics, serving.refresh_metrics)
+    return SecurityMiddleware(app, ApiKeys(), (*config.allowed_hosts, config.host), root_path=config.root_path)
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:

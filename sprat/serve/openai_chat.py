@@ -143,9 +143,8 @@ def _logprobs(reasoning: Sequence[TokenLogprob], content: Sequence[TokenLogprob]
 
 
 def _whole_choice(generation: Generation, index: int, choice: CollectedChoice) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
-    if choice.reasoning:
-        message["reasoning_content"] = choice.reasoning
+    reasoning = choice.reasoning or None
+    message = {"role": "assistant", "content": choice.content, "reasoning_content": reasoning, "refusal": None}
     if choice.calls:
         message["content"] = choice.content or None
         message["tool_calls"] = [
@@ -166,7 +165,10 @@ def whole(generation: Generation, collector: Collector, head: Head, extension: E
 
 
 class ChunkWriter:
-    """Events to server-sent events, each as it comes; by hand, since a chunk is written for each token."""
+    """Events to server-sent events, each as it comes; by hand, since a chunk is written for each token.
+
+    Every delta has ``reasoning_content``, if only as null: DeepSeek's own example reads it off each.
+    """
 
     def __init__(self, generation: Generation, head: Head) -> None:
         fields = json.dumps(head.fields("chat.completion.chunk"))
@@ -182,17 +184,17 @@ class ChunkWriter:
     def write(self, event: Event, extension: Extension | None = None) -> str:
         """What ``event`` sends, perhaps nothing; ``extension`` goes with the usage."""
         if isinstance(event, TextDelta):
-            name = "content" if event.kind == "content" else "reasoning_content"
+            own, other = ("content", "reasoning_content")[:: 1 if event.kind == "content" else -1]
             if not event.text and not event.logprobs:
                 return ""
             tokens = event.logprobs
             split = (tokens, ()) if event.kind == "reasoning" else ((), tokens)
             logprobs = json.dumps(_logprobs(*split)) if self._generation.logprobs else "null"
-            return self._chunk(event.choice, f'{{"{name}": {json_text(event.text)}}}', logprobs)
+            return self._chunk(event.choice, f'{{"{own}": {json_text(event.text)}, "{other}": null}}', logprobs)
         if isinstance(event, ToolCallDelta):
-            return self._chunk(event.choice, json_text({"tool_calls": [_call_delta(event)]}))
+            return self._chunk(event.choice, json_text({"reasoning_content": None, "tool_calls": [_call_delta(event)]}))
         if isinstance(event, Started):
-            begin = '{"role": "assistant", "content": ""}'
+            begin = '{"role": "assistant", "content": "", "reasoning_content": null}'
             return "".join(self._chunk(choice, begin) for choice in range(self._generation.n))
         if isinstance(event, ChoiceFinished):
             before, self._pending = self._finish_chunk(), event
@@ -204,7 +206,11 @@ class ChunkWriter:
     def _finish_chunk(self, more: str = "") -> str:
         """The finish of a choice, which waits for the next event: the last one may carry the usage."""
         event, self._pending = self._pending, None
-        return "" if event is None else self._chunk(event.choice, "{}", finish=f'"{event.reason}"', more=more)
+        return (
+            ""
+            if event is None
+            else self._chunk(event.choice, '{"reasoning_content": null}', finish=f'"{event.reason}"', more=more)
+        )
 
     def _write_usage(self, event: Finished, extension: Extension) -> str:
         usage = f', "usage": {json.dumps(usage_body(event.usage))}, "sprat": {json.dumps(extension)}'

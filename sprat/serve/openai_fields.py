@@ -108,8 +108,7 @@ def read_function(row: Reader) -> Tool:
     name = row.required("name", row.text("name"))
     if not TOOL_NAME.fullmatch(name):
         raise row.error("name", "must have 1 to 64 letters, digits, dots, dashes and underscores")
-    parameters = row.mapping("parameters") or {"type": "object", "properties": {}}
-    return Tool(name, row.text("description") or "", parameters, bool(row.flag("strict")))
+    return Tool(name, row.text("description") or "", row.mapping("parameters"), bool(row.flag("strict")))
 
 
 def check_tools(reader: Reader, tools: list[Tool]) -> tuple[Tool, ...]:

@@ -162,6 +162,8 @@ class PromptWriter:
         paths = generation.paths
         where, name = paths.get("messages", "messages"), paths.get("max_tokens", "max_tokens")
         asked, most = generation.max_tokens, self._max_tokens
+        if asked is not None and generation.sampling.get("fit"):  # it gives way to what there is
+            asked = max(1, min(asked, most or asked, self.context - prompt_tokens))
         if asked is not None and most is not None and asked > most:
             message = f"{name} is too large: this server gives at most {most} tokens; lower it or leave it out"
             raise RequestError(400, message, param=name)
@@ -227,7 +229,7 @@ class PromptWriter:
                 self._tool_format,
                 choice=choice.mode,
                 name=choice.name,
-                parallel=generation.parallel_tool_calls,
+                parallel=generation.parallel_tool_calls and choice.mode != "named",
             )
         if form is None:
             return None
@@ -237,9 +239,13 @@ class PromptWriter:
 
 
 def schema_of(tool: Tool) -> dict[str, Any]:
-    """A tool in OpenAI's form, as chat formats take it."""
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function | ({"strict": True} if tool.strict else {})}
+    """A tool in OpenAI's form, as chat formats write it: what its caller did not say is not said."""
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = dict(tool.parameters)
+    return {"type": "function", "function": function}
 
 
 def join_systems(messages: tuple[Message, ...]) -> list[Message]:

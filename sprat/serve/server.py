@@ -7,6 +7,7 @@ are missing, too few open files. The address is printed when requests are really
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import ipaddress
@@ -67,6 +68,11 @@ def bind_socket(config: ServeConfig) -> socket.socket:
     return listener
 
 
+def bind_metrics_socket(config: ServeConfig) -> socket.socket | None:
+    """A socket for the metrics' own port, if there is one; raises as ``bind_socket``."""
+    return None if config.metrics_port is None else bind_socket(config.replace(port=config.metrics_port))
+
+
 def _set_connection_options(listener: socket.socket) -> None:
     """What connections take over from their listener."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -103,13 +109,20 @@ def raise_file_limit(max_connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], None] = print) -> None:
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[str], None] = print,
+    metrics_listener: socket.socket | None = None,
+) -> None:
     """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
 
     Args:
         app: from ``create_app``.
         listener: from ``bind_socket``.
         on_ready: called once with the address when requests are answered.
+        metrics_listener: from ``bind_metrics_socket``.
 
     Raises:
         ServeError: TLS cannot be had of the files that the app's config names, or there are too few open files.
@@ -123,7 +136,7 @@ def serve(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[str], No
     # uvicorn sends itself the signal again when it has shut down
     previous_handler = _handle_as_interrupt(signal.SIGTERM)
     try:
-        HttpServer(app, config, tls, lambda: on_ready(url)).run(sockets=[listener])
+        HttpServer(app, config, tls, lambda: on_ready(url), metrics_listener).run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
@@ -171,11 +184,13 @@ def run(
         names = (config.served_model_name,) if config.served_model_name else ()
         own = {name: Path(folder) for name, folder in (adapters or {}).items()}
         models = [ModelSource(Path(models), (*names, *config.served_model_aliases), own)]
-    listener = bind_socket(config)
-    try:
-        serve(create_app([_served(source, config) for source in models], config), listener, on_ready=on_ready)
-    finally:
-        listener.close()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(bind_socket(config))
+        metrics_listener = bind_metrics_socket(config)
+        if metrics_listener is not None:
+            stack.enter_context(metrics_listener)
+        app = create_app([_served(source, config) for source in models], config)
+        serve(app, listener, on_ready=on_ready, metrics_listener=metrics_listener)
 
 
 def _served(source: ModelSource, config: ServeConfig) -> ServedModel:

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RENDER_THREADS = 2
+SETTINGS = frozenset(
+    ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    + ("logit_bias", "seed", "stop", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "tools")
+    + ("max_tokens", "max_think_tokens", "thinking", "response_format")
+)  # of the engine, which the caller knows by the same name unless ``Generation.paths`` says another
 _T = TypeVar("_T")
 
 
@@ -294,7 +299,10 @@ class Service:
             log.error("a request failed: %s", error)
             return RequestError(500, str(error), code="engine_error", kind="server_error")
         paths: Mapping[str, str] = generation.paths
-        param = paths.get(error.where, paths.get("messages", "messages"))
+        where = error.where
+        if where == "response":  # the grammar: of the tools, or of the form
+            where = "tools" if generation.tools else "response_format"
+        param = paths.get(where) or (where if where in SETTINGS else paths.get("messages", "messages"))
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")
 

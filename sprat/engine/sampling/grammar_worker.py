@@ -37,11 +37,21 @@ class _Vocabulary:
         self.tokens = [text or b"<%d>" % index for index, text in enumerate(tokens)]
         self.special_token_ids = [index for index, text in enumerate(tokens) if not text]
         self.eos_token_id = eos_token_ids[0]
-        self._singles = {text: index for index, text in enumerate(tokens) if len(text) == 1}
+        self._ids = {text: index for index, text in reversed(list(enumerate(tokens))) if text}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Ids of ``text``, a byte each; only forced text would be spelled so, and nothing is forced."""
-        return [self._singles[bytes([byte])] for byte in text if bytes([byte]) in self._singles]
+        """Ids of ``text``, the longest token first: where a grammar allows one text alone, it allows these alone."""
+        ids, start = list[int](), 0
+        while start < len(text):
+            for end in range(min(len(text), start + self._longest), start, -1):
+                if (index := self._ids.get(text[start:end])) is not None:
+                    ids.append(index)
+                    break
+            else:
+                end = start + 1  # a byte that no token has
+            start = end
+        return ids
 
 
 def build_tokenizer(tokens: Sequence[bytes], eos_token_ids: Sequence[int]) -> LLTokenizer:

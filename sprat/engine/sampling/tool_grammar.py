@@ -21,8 +21,8 @@ from sprat.engine.sampling.grammar_source import MAX_SOURCE, MAX_WORK, grammar_e
 from sprat.engine.sampling_params import Response
 from sprat.errors import EngineError
 
-MAX_TOOLS, MAX_TOOLS_SOURCE = 128, 16 * MAX_SOURCE
-MIN_WORK = MAX_WORK // 16  # that each of many schemas may cost at least
+MAX_TOOLS, MAX_TOOLS_SOURCE = 128, 4 * MAX_SOURCE
+MIN_WORK = MAX_WORK // 64  # that each of many schemas may cost at least
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _OPENING_KEYS = (
     "patternProperties",

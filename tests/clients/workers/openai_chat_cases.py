@@ -30,10 +30,14 @@ class Forecast(BaseModel):
     warm: bool
 
 
-def client(target: Target, base: str = "/v1", **settings: Any) -> openai.OpenAI:
-    """The SDK, which checks every answer and every chunk strictly."""
+def client(target: Target, base: str = "/v1", *, strict: bool = True, **settings: Any) -> openai.OpenAI:
+    """The SDK, which checks every answer and every chunk strictly.
+
+    ``strict`` must be off where OpenAI's service itself answers what its types do not say: null as the log-probability
+    of the first token, and embeddings in base64, which the SDK asks for by itself.
+    """
     settings = {"max_retries": 0, "timeout": 60, "api_key": target.key, **settings}
-    return openai.OpenAI(base_url=target.url + base, _strict_response_validation=True, **settings)
+    return openai.OpenAI(base_url=target.url + base, _strict_response_validation=strict, **settings)
 
 
 def ask(target: Target, base: str = "/v1", **fields: Any) -> Any:

@@ -348,13 +348,25 @@ def test_whoever_sends_a_body_is_not_put_out_by_those_who_say_nothing() -> None:
     body = json.dumps(
         {"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4" + " " * 400_000}]}
     ).encode()
-    with live(ScriptedEngine(), max_connections=20) as address, connect(address) as caller:
+    with (
+        live(ScriptedEngine(), max_connections=20) as address,
+        connect(address) as caller,
+        contextlib.ExitStack() as stack,
+    ):
         caller.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
         for start in range(0, len(body), 50_000):
             caller.sendall(body[start : start + 50_000])
-            with crowd(address, 15, b""):
-                pass
+            stack.enter_context(crowd(address, 15, b""))
         assert answered(caller)[0].status == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_whoever_sends_too_much_reads_why(declared: bool) -> None:
+    pieces = [b" " * 1_000_000] * 20
+    headers = {"Content-Type": "application/json"} | ({"Content-Length": "20000000"} if declared else {})
+    with live(ScriptedEngine(), max_body_bytes=1000) as address:
+        answer = httpx.post(address + CHAT, content=iter(pieces), headers=headers, timeout=30)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
 
 def test_a_request_that_gives_way_is_told_so() -> None:

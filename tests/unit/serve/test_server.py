@@ -90,7 +90,7 @@ def test_a_template_that_cannot_be_followed_is_served_on_request_alone(
     table["chat_template"] = "{{ messages | length }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
     served = list[object]()
-    monkeypatch.setattr(server, "serve", lambda app, listener, on_ready: served.append(app))
+    monkeypatch.setattr(server, "serve", lambda app, listener, **_: served.append(app))
     with pytest.raises(ServeError, match=r"template cannot be followed.*--chat-template accept"):
         run(tmp_path, ServeConfig(port=0))
     assert not served
@@ -134,6 +134,55 @@ def test_ctrl_c_lets_running_answers_finish_and_refuses_whoever_waits() -> None:
             assert late.status_code == 503
         assert [line for line in lines if line][-1] == "data: [DONE]"
         assert left_quietly(process)
+
+
+def test_who_has_sent_half_a_request_holds_up_nobody_and_is_told() -> None:
+    with program(PROGRAM, "0", "30") as (process, address):
+        host, port = address.removeprefix("http://").split(":")
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port)), timeout=10) as half, socket.socket() as silent:
+            silent.connect((host, int(port)))
+            half.sendall(head.replace("x", host).encode() + b"Content-Length: 500\r\n\r\n{")
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            assert half.recv(4096).startswith(b"HTTP/1.1 503 ") and silent.recv(1) == b""
+            assert left_quietly(process)
+
+
+METRICS = """
+import sys
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from sprat.serve.server import bind_metrics_socket, socket_url
+from tests.unit.serve.scripted import ScriptedEngine
+config, engine = ServeConfig(port=0, metrics_port=0, api_keys=("sk-1",)), ScriptedEngine()
+app, metrics = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config), bind_metrics_socket(config)
+print(socket_url(metrics), flush=True)
+serve(app, bind_socket(config), on_ready=lambda at: print(at, flush=True), metrics_listener=metrics)
+print("left", flush=True)
+"""
+
+
+def test_metrics_have_a_port_of_their_own_without_a_key_and_nothing_else_has() -> None:
+    with program(METRICS) as (process, metrics):
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with httpx.Client() as client:  # kept open, as Prometheus does
+            assert "sprat:num_requests_running" in client.get(f"{metrics}/metrics").text
+            assert client.get(f"{metrics}/v1/models").status_code == 404
+            assert client.get(f"{metrics}/metrics", headers={"Host": "evil.example"}).status_code == 403
+            assert client.get(f"{address}/metrics/").status_code == 401
+            process.send_signal(signal.SIGTERM)
+            assert left_quietly(process)
+
+
+def test_a_busy_port_for_metrics_is_one_sentence_too(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"already in use \\(127.0.0.1:{port}\\)"):
+            run(tmp_path / "no-such-model", ServeConfig(port=0, metrics_port=port))
 
 
 STARTING = """

@@ -284,3 +284,10 @@ def test_arguments_are_those_that_the_schema_names(
         text, _ = say(tokenizer, made, response, 0, wanted, limit=len(tokenizer.encode(wanted)) + 1)
         assert (text == wanted) == is_allowed
     made.close()
+
+
+def test_tools_that_are_too_long_together_are_refused(grammars: GrammarCache) -> None:
+    long = [{"name": f"f{number}", "description": "", "parameters": {"title": "x" * 60_000}} for number in range(5)]
+    grammars.grammar(Response.tool_calls(long[:4], HERMES), False)
+    with pytest.raises(EngineError, match="the tools are too long"):
+        grammars.grammar(Response.tool_calls(long, HERMES), False)

@@ -1,0 +1,45 @@
+"""How many tokens an answer may have: what was asked for, within what the context and the server give."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sprat.model import Transformer
+from sprat.serve.engine_client import EngineInfo
+from sprat.serve.errors import RequestError
+from sprat.serve.generation import Generation
+from sprat.serve.prompts import PromptWriter
+from sprat.tokens import Tokenizer
+from sprat.tokens.chat import Message
+
+ASK = Generation("m", (Message("user", "Hello"),))
+
+
+def writer_of(parts: tuple[Transformer, Tokenizer], **settings: Any) -> PromptWriter:
+    engine: Any = SimpleNamespace(info=EngineInfo(100, 100, 1, parts[1].vocab_size, ()))
+    return PromptWriter(parts[1], engine, default_sampling={}, **settings)
+
+
+def limit(writer: PromptWriter, max_tokens: int, **sampling: Any) -> int | None:
+    generation = Generation("m", ASK.messages, max_tokens=max_tokens, sampling=sampling)
+    return writer.write(generation, 0).samplings[0].max_tokens
+
+
+def test_more_than_there_is_is_refused_or_gives_way_where_it_was_said_so(parts: tuple[Transformer, Tokenizer]) -> None:
+    writer = writer_of(parts)
+    room = 100 - len(writer.ids(ASK))
+    assert limit(writer, 32_000, fit=True) == limit(writer, room) == room
+    assert limit(writer, 5, fit=True) == 5
+    with pytest.raises(RequestError) as caught:
+        limit(writer, room + 1)
+    assert caught.value.code == "context_length_exceeded"
+    assert limit(writer_of(parts, max_tokens=7), 32_000, fit=True) == 7
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_whatever_gives_way(parts: tuple[Transformer, Tokenizer]) -> None:
+    with pytest.raises(RequestError) as caught:
+        limit(writer_of(parts, max_model_len=len(writer_of(parts).ids(ASK))), 32_000, fit=True)
+    assert caught.value.code == "context_length_exceeded"
