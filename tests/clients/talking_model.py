@@ -45,7 +45,7 @@ def _rows() -> list[Row]:
     plain = [(messages, how, False, answer) for messages, answer in (hello, total) for how in (None, False)]
     plain += [(messages, True, False, thought + answer) for messages, answer in (hello, total)]
     called = [weather_call, both_calls, (one, talk.WEATHER_ANSWER), (two, talk.BOTH_ANSWER)]
-    with_tools = [(messages, None, True, answer) for messages, answer in called]
+    with_tools = [(messages, how, True, answer) for messages, answer in called for how in (None, False)]
     with_tools += [(messages, True, True, thought + answer) for messages, answer in (weather_call, called[2])]
     return [*plain, *with_tools]
 
