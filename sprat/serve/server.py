@@ -14,6 +14,7 @@ import ipaddress
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,25 +89,29 @@ def socket_url(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def raise_file_limit(max_connections: int) -> None:
-    """Let this process have enough files open for ``max_connections``, as far as it may.
+def raise_file_limit(max_connections: int) -> int:
+    """Let this process have enough files open for ``max_connections``; returns for how many it may, and warns of fewer.
 
     Raises:
-        ServeError: it may not have so many.
+        ServeError: it may not have enough for any.
     """
     try:
         import resource
     except ImportError:  # no such limit on this system
-        return
+        return max_connections
     needed = max_connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        what = f"{max_connections} connections need {needed} open files, and this process may have {hard}"
-        todo = "lower max_connections, or raise the limit (ulimit -Hn, LimitNOFILE of systemd)"
+        return max_connections
+    granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    what = f"{max_connections} connections need {needed} open files, and this process may have {granted}"
+    todo = "raise the limit (ulimit -Hn, LimitNOFILE of systemd), or lower max_connections"
+    if granted <= OTHER_FILES:
         raise ServeError(what, where="max_connections", todo=todo)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if granted < needed:
+        warnings.warn(f"{what}: {granted - OTHER_FILES} connections are taken; {todo}", stacklevel=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    return granted - OTHER_FILES
 
 
 def serve(
@@ -130,7 +135,7 @@ def serve(
     from sprat.serve.http_server import HttpServer
 
     config: ServeConfig = app.state.config
-    raise_file_limit(config.max_connections)
+    config = config.replace(max_connections=raise_file_limit(config.max_connections))
     tls = tls_context(config)
     url = socket_url(listener, "https" if tls else "http")
     # uvicorn sends itself the signal again when it has shut down
@@ -178,7 +183,7 @@ def run(
         if importlib.util.find_spec(package) is None:
             todo = f"pip install {package.replace('_', '-')}"
             raise MachineError(f"serving needs the package {package!r}", where="this Python", todo=todo)
-    raise_file_limit(config.max_connections)
+    config = config.replace(max_connections=raise_file_limit(config.max_connections))
     tls_context(config)  # what is wrong with it is said now, not when the model is there
     if isinstance(models, str | Path):
         names = (config.served_model_name,) if config.served_model_name else ()

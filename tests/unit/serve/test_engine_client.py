@@ -206,16 +206,19 @@ def test_cancelled_at_any_moment_the_counts_are_exact_and_nothing_is_held(side: 
     rng = random.Random(0)
     jobs = [Job(side.ids(f"door {n}: keep"), [endless(n), endless(n + 1000)], ANNA) for n in range(12)]
 
-    async def ask(job: Job, seconds: float) -> list[JobEvent]:
-        stream = side.client.submit(job)
-        asyncio.get_running_loop().call_later(seconds, stream.cancel)
-        events = await collect(stream)
+    async def ask(job: Job, count: int) -> list[JobEvent]:
+        stream, events = side.client.submit(job), list[JobEvent]()
+        if not count:
+            stream.cancel()
+        async for event in stream:
+            events.append(event)
+            if len(events) == count:
+                stream.cancel()
         stream.cancel()
         return events
 
     async def ask_all() -> list[list[JobEvent]]:
-        delays = [0.0, 0.0, *(rng.uniform(0, 0.8) for _ in jobs[2:])]
-        answers = await asyncio.gather(*map(ask, jobs, delays))
+        answers = await asyncio.gather(*map(ask, jobs, [0, 0, 1, *(rng.randint(2, 200) for _ in jobs[3:])]))
         await side.rests()
         return answers
 
