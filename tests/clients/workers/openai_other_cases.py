@@ -23,7 +23,8 @@ def case_completion(target: Target) -> None:
     assert answer.object == "text_completion" and answer.choices[0].text
     assert answer.usage.completion_tokens <= 8 and answer.usage.prompt_tokens > 0
     assert answer.choices[0].finish_reason in ("stop", "length")
-    chunks = list(complete(target, lenient(target), stream=True))
+    # The types know no chunk without a finish reason, though the service that they are of sends null until the last
+    chunks = list(complete(target, strict=False, stream=True))
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == answer.choices[0].text
     assert sum(chunk.usage is not None for chunk in chunks) == 1
     finishes = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
