@@ -222,7 +222,9 @@ class Admission:
 
     def _next(self) -> Place | None:
         """The request that may start now, if any may."""
-        place = None if self.closed else self._queue.first(self.max_num_seqs_per_tenant)
+        if self.closed or self.num_running_seqs >= self.max_num_seqs:
+            return None
+        place = self._queue.first(self.max_num_seqs_per_tenant)
         if place is None or not self.num_running or self.num_running_seqs + place.seqs <= self.max_num_seqs:
             return place
         return None
