@@ -64,8 +64,9 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
     """
     from fastapi import FastAPI
 
-    from sprat.serve.api import AppState, add_routes
+    from sprat.serve.api import add_routes
     from sprat.serve.api_keys import ApiKeys
+    from sprat.serve.app_state import AppState
     from sprat.serve.error_handlers import add_error_handlers
     from sprat.serve.metrics import Metrics
     from sprat.serve.middleware import SecurityMiddleware
