@@ -14,7 +14,7 @@ from sprat.serve.chat_page import load_chat_page
 from sprat.serve.errors import RequestError
 from sprat.serve.exchange import CLIENT_LEFT, Exchange
 from sprat.serve.fields import parse_json
-from sprat.serve.metrics import metrics_app
+from sprat.serve.metrics import CONTENT_TYPE
 from sprat.serve.openapi import request_schema
 from sprat.serve.receive import read_body
 from sprat.serve.side_endpoints import count_tokens, detokenize, embeddings, tokenize
@@ -59,7 +59,6 @@ def add_routes(app: FastAPI, state: AppState) -> None:
     _add_page(app)
     _add_health(app, state)
     _add_models(app, state)
-    app.mount("/metrics", metrics_app(state.metrics, state.refresh_metrics))
     for wire, path, bases in (
         (CHAT, "/chat/completions", OPENAI_BASES),
         (COMPLETIONS, "/completions", OPENAI_BASES),
@@ -127,7 +126,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_health(app: FastAPI, state: AppState) -> None:
-    """None of these ever waits for an engine."""
+    """None of these ever waits for a step of an engine."""
     from sprat import __version__
 
     async def live() -> Body:
@@ -143,12 +142,18 @@ def _add_health(app: FastAPI, state: AppState) -> None:
         """The version of Sprat."""
         return {"version": __version__}
 
+    async def metrics() -> Response:
+        """Everything that is counted, in Prometheus' text format."""
+        await state.refresh_metrics()
+        return Response(state.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})
+
     for path, handler in (
         ("/health", ready),
         ("/healthz", ready),
         ("/health/ready", ready),
         ("/health/live", live),
         ("/version", version),
+        ("/metrics", metrics),
     ):
         app.get(path)(handler)
 
