@@ -29,6 +29,7 @@ from sprat.engine.cache.disk import DiskCache
 from sprat.engine.cache.prefix import BlockKeys, model_digest
 from sprat.engine.core import EngineCore
 from sprat.engine.request import Listener, Prompt, RequestBuilder, RequestHandle, eos_token_ids
+from sprat.engine.response import Response
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling_params import Sampling
 from sprat.engine.scoring import embedding
@@ -278,6 +279,15 @@ class Engine:
     def must_compile(self, sampling: Sampling, tenant: Tenant) -> bool:
         """Whether ``prepare`` has to compile a grammar for this, which takes seconds at worst."""
         return sampling.response is not None and not self._grammars.is_known(sampling.response, tenant)
+
+    def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+        """Whether a grammar is known, so that ``prepare`` with it takes a moment; ``wait``: it is compiled first.
+
+        Any thread may. Raises EngineError: it cannot be used.
+        """
+        if wait:
+            self._grammars.grammar(response, None, tenant)
+        return self._grammars.is_known(response, tenant)
 
     def enqueue(self, sequences: list[Sequence], listeners: GenericSequence[Listener]) -> None:
         """Queue what ``prepare`` made. Each listener is called in the thread that steps, and must only take note."""

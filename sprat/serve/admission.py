@@ -176,10 +176,15 @@ class Admission:
 
     def _seat(self, place: Place, generation: Generation | None) -> None:
         """Let an arrival start or wait, or refuse it; whoever has to give way to it is refused."""
-        crowded_out = [] if self._next() is place else self._crowded_out(place)
+        if self._next() is place:
+            crowded_out = []
+        elif self._takes_too_many_seats(place):
+            raise self._refusal(place, own=True)
+        else:
+            crowded_out = self._queue.crowded_out(place)
         if place in crowded_out:
-            own = place.account.num_waiting > 1 and (self._queue.num_tenants > 1 or self._reached_own_limit(place))
-            raise self._refusal(place, own=own)
+            share_used = place.account.num_waiting > 1 and self._queue.num_tenants > 1
+            raise self._refusal(place, own=share_used or self._holds_all_its_places(place))
         error = self.admit(place.account.name, generation) if self.admit is not None else None
         if error is not None:
             raise error
@@ -189,12 +194,14 @@ class Admission:
         if place.waits and self.max_wait_seconds is not None:
             place.deadline = asyncio.get_running_loop().call_later(self.max_wait_seconds, self._expire, place)
 
-    def _reached_own_limit(self, place: Place) -> bool:
+    def _takes_too_many_seats(self, place: Place) -> bool:
         limit = self.max_num_queued_reqs_per_tenant
         return limit is not None and place.account.num_waiting > limit
 
-    def _crowded_out(self, place: Place) -> list[Place]:
-        return [place] if self._reached_own_limit(place) else self._queue.crowded_out(place)
+    def _holds_all_its_places(self, place: Place) -> bool:
+        """Whether it is the bound of its tenant that keeps a request from free places."""
+        own = place.account.running_seqs + place.seqs > self.max_num_seqs_per_tenant
+        return own and self.num_running_seqs + place.seqs <= self.max_num_seqs
 
     def leave(self, place: Place) -> None:
         """Give up the turn of a request, or its places; does nothing the second time."""
@@ -215,7 +222,9 @@ class Admission:
 
     def _next(self) -> Place | None:
         """The request that may start now, if any may."""
-        place = None if self.closed else self._queue.first(self.max_num_seqs_per_tenant)
+        if self.closed or self.num_running_seqs >= self.max_num_seqs:
+            return None
+        place = self._queue.first(self.max_num_seqs_per_tenant)
         if place is None or not self.num_running or self.num_running_seqs + place.seqs <= self.max_num_seqs:
             return place
         return None
@@ -257,7 +266,8 @@ class Admission:
     def _retry_after(self, place: Place) -> float:
         """Seconds after which a seat should be free for a request that is refused now; takes the moment for it."""
         account, now = place.account, self.clock()
-        speed = self.max_num_seqs / max(self._queue.num_tenants, 1) / self._rate.margin()  # places for this tenant
+        places = min(self.max_num_seqs / max(self._queue.num_tenants, 1), self.max_num_seqs_per_tenant)
+        speed = places / self._rate.margin()
         mean = account.waiting_tokens / account.num_waiting if account.num_waiting else place.tokens
         half_queue = account.waiting_seqs * self._rate.held_seconds(mean) / 2 / speed
         synchronous = max(self._rate.held_seconds() / 2 - self._rate.mean_age(), 0.0)  # all began a moment ago

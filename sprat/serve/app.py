@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sprat.serve.service import Service
     from sprat.tokens.tokenizer import Tokenizer
 
+COMPILING = 4  # tenants whose grammars are compiled at one time
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -120,5 +122,6 @@ def _service(model: ServedModel, config: ServeConfig, metrics: Metrics) -> Servi
     admission = Admission(
         config.max_num_seqs, config.max_num_queued_reqs, config.max_num_queued_tokens, config.max_wait_seconds
     )
+    compiling = Admission(COMPILING, config.max_num_queued_reqs, 0, config.max_wait_seconds, max_num_seqs_per_tenant=1)
     names = Names(model.names[0], tuple(model.names[1:]), tuple(model.adapters))
-    return Service(model.engine, prompts, admission, Meter(config.prices), metrics, names)
+    return Service(model.engine, prompts, admission, compiling, Meter(config.prices), metrics, names)

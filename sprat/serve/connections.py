@@ -170,7 +170,7 @@ class BoundedH11Protocol(WatchedReaderProtocol):
         if self._body_bytes < min_bytes:
             self._refuse(self._late("body", self.limits.body_timeout_seconds))
             return
-        window = self.limits.body_timeout_seconds / 10
+        window = max(1.0, self.limits.body_timeout_seconds / 10)
         self._body_bytes = 0
         self._deadline = self.loop.call_later(window, self._check_body, window * MIN_BODY_RATE)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from sprat.errors import SpratError
 
 if TYPE_CHECKING:
+    from sprat.engine.response import Response
     from sprat.engine.sampling_params import Sampling
     from sprat.engine.sequence import Tenant
     from sprat.engine.stats import Stats
@@ -113,6 +114,14 @@ class EngineClient(Protocol):
 
     async def stats(self) -> Stats:
         """What it has done and holds; the last known where it is busy or dead: never waits for a step."""
+        ...
+
+    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+        """Whether the engine knows a grammar, so that a job with it begins at once; ``wait``: it is compiled first.
+
+        That may take seconds, one after the other for each tenant. Raises SpratError: it cannot be used, or the engine
+        died.
+        """
         ...
 
     async def embed(

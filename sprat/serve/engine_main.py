@@ -20,7 +20,16 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_wire import Message, Unpacker, pack, pack_error, pack_notices, unpack_job, unpack_prompts
+from sprat.serve.engine_wire import (
+    Message,
+    Unpacker,
+    pack,
+    pack_error,
+    pack_notices,
+    unpack_grammar,
+    unpack_job,
+    unpack_prompts,
+)
 
 if TYPE_CHECKING:
     from sprat.engine import Engine
@@ -130,12 +139,15 @@ def _follow(worker: EngineWorker, connection: Connection, message: Message) -> N
         worker.cancel(message["cancel"])
     elif "stats" in message:
         connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
+    elif "compile" in message:
+        known = worker.compile(*unpack_grammar(message), message["wait"])
+        known.add_done_callback(lambda done: _reply(connection, message["compile"], done))
     elif "embed" in message:
         future = worker.embed(*unpack_prompts(message))
         future.add_done_callback(lambda done: _reply(connection, message["embed"], done))
 
 
-def _reply(connection: Connection, number: int, done: Future[list[list[float]]]) -> None:
+def _reply(connection: Connection, number: int, done: Future[Any]) -> None:
     """Send what a future gave."""
     try:
         connection.send({"reply": number, "value": done.result()})

@@ -22,12 +22,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sprat.engine.response import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
 from sprat.errors import MachineError, SpratError
 from sprat.serve.engine_client import EngineDied, EngineInfo, Job
 from sprat.serve.engine_jobs import Jobs, QueuedStream
-from sprat.serve.engine_wire import Message, Unpacker, pack, pack_job, pack_prompts, unpack_error, unpack_notices
+from sprat.serve.engine_wire import (
+    Message,
+    Unpacker,
+    pack,
+    pack_grammar,
+    pack_job,
+    pack_prompts,
+    unpack_error,
+    unpack_notices,
+)
 
 STATS_SECONDS = 1.0  # then the last known ones are good enough
 STOP_SECONDS = 10.0  # for an engine to end its jobs before it is killed
@@ -218,6 +228,10 @@ class ProcessEngineClient:
         if self._stats is None:
             raise _died("the engine was never up")
         return self._stats if self.alive else dataclasses.replace(self._stats, running=0, waiting=0, blocks_used=0)
+
+    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+        """See ``EngineClient``."""
+        return bool(await self._running().ask("compile", wait=wait, **pack_grammar(response, tenant)))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT

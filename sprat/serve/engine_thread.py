@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sprat.engine.engine import Engine
+from sprat.engine.response import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
 from sprat.serve.engine_client import EngineDied, Job
@@ -57,6 +58,12 @@ class ThreadEngineClient:
     async def stats(self) -> Stats:
         """See ``EngineClient``."""
         return await asyncio.to_thread(self._worker.stats)  # its books may be locked for a moment
+
+    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+        """See ``EngineClient``."""
+        if not self.alive:
+            raise _stopped()
+        return await asyncio.wrap_future(self._worker.compile(response, tenant, wait))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT

@@ -1,7 +1,7 @@
 """What the gateway and the engine's process say to each other: JSON objects, each behind its length in four bytes.
 
-To the engine, first ``{"load": …}`` and then ``submit``, ``cancel``, ``stats``, ``embed`` and ``stop``. From it
-``events`` (all those of a step in one message), and to ``load``, ``stats`` and ``embed`` a ``value`` or an ``error``.
+To the engine, first ``{"load": …}`` and then ``submit``, ``cancel``, ``stats``, ``compile``, ``embed`` and ``stop``.
+From it ``events`` (all those of a step in one message), and to all that ask for something a ``value`` or an ``error``.
 Nothing here needs torch.
 """
 
@@ -85,6 +85,17 @@ def unpack_job(message: Message) -> Job:
     name, secret = message["tenant"]
     samplings = tuple(_unpack_sampling(settings) for settings in message["samplings"])
     return Job(message["ids"], samplings, Tenant(name, bytes.fromhex(secret)), message["adapter"])
+
+
+def pack_grammar(response: Response, tenant: Tenant) -> Message:
+    """What is to be compiled, as JSON."""
+    return {"response": [response.kind, response.source], "tenant": [tenant.name, tenant.secret.hex()]}
+
+
+def unpack_grammar(message: Message) -> tuple[Response, Tenant]:
+    """What ``pack_grammar`` packed."""
+    (kind, source), (name, secret) = message["response"], message["tenant"]
+    return Response(kind, source), Tenant(name, bytes.fromhex(secret))
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Message:

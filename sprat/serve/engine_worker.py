@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.engine import Engine
+from sprat.engine.response import Response
 from sprat.engine.sampling.grammar import MAX_COMPILING
 from sprat.engine.sequence import Delta, Tenant
 from sprat.engine.sequence import Sequence as Request
@@ -130,6 +131,22 @@ class EngineWorker:
         stats = self.engine.stats()
         compiling = sum(running.unfinished for running in list(self._jobs.values()) if not running.queued)
         return dataclasses.replace(stats, waiting=stats.waiting + compiling)
+
+    def compile(self, response: Response, tenant: Tenant, wait: bool) -> Future[bool]:
+        """See ``EngineClient.compile``."""
+        known: Future[bool] = Future()
+
+        def work() -> None:
+            try:
+                known.set_result(self.engine.compile(response, tenant, wait=wait))
+            except Exception as error:
+                known.set_exception(_as_sprat_error(error))
+
+        if wait:
+            self._compiling.submit(tenant, work)
+        else:
+            work()
+        return known
 
     def embed(self, prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Future[list[list[float]]]:
         """See ``EngineClient.embed``."""

@@ -131,6 +131,8 @@ class FairQueue(Generic[W]):
         The tenant that has most of what is short gives up its newest, of equals the one of the ``arrival``. A tenant's
         only request is safe from the tokens of others, unless it takes more than half of what there is for all.
         """
+        if self.num_reqs > self.max_reqs and arrival.account.num_waiting >= max(map(len, self._queues.values())):
+            return [arrival]  # what the rest comes to as well: most refusals are made here, at once
         going: list[W] = []
         own = arrival.account.name
         reqs, tokens = self.num_reqs, self.num_tokens

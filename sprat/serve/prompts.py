@@ -80,7 +80,7 @@ class PromptWriter:
         """
         from sprat.engine.sampling_params import Sampling
 
-        generation = self._without_unused_tools(generation)
+        generation = self.without_unused_tools(generation)
         thinking = self._thinking(generation)
         ids = self.render(generation, thinking)
         sampling = Sampling(
@@ -89,7 +89,7 @@ class PromptWriter:
             thinking=self._answer_thinking(generation, thinking),
             max_think_tokens=generation.max_think_tokens if thinking else None,
             logprobs=generation.logprobs,
-            response=self._response(generation),
+            response=self.response(generation),
             prompt_logprobs=generation.echo and generation.logprobs,
         )
         samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
@@ -134,7 +134,7 @@ class PromptWriter:
 
     def ids(self, generation: Generation) -> list[int]:
         """The ids of the prompt of a request; raises as ``write``."""
-        generation = self._without_unused_tools(generation)
+        generation = self.without_unused_tools(generation)
         return self.render(generation, self._thinking(generation))
 
     def _thinking(self, generation: Generation) -> bool | None:
@@ -180,7 +180,7 @@ class PromptWriter:
             raise RequestError(400, message, param=where, code="context_length_exceeded")
         return min(room, most or room) if asked is None else asked
 
-    def _without_unused_tools(self, generation: Generation) -> Generation:
+    def without_unused_tools(self, generation: Generation) -> Generation:
         """The request without tools that may not be called.
 
         Raises:
@@ -210,8 +210,8 @@ class PromptWriter:
             return None
         return ToolCallParser(self._tool_format, [tool.name for tool in generation.tools])
 
-    def _response(self, generation: Generation) -> Response | None:
-        """The grammar of an answer.
+    def response(self, generation: Generation) -> Response | None:
+        """The grammar of an answer; it is written down here, and compiled by the engine.
 
         Raises:
             EngineError: it is none that can be followed.

@@ -212,6 +212,8 @@ class Service:
     """Answers generations with one engine.
 
     Args:
+        admission: of answers.
+        compiling: of grammars that the engine does not know yet.
         on_usage: called once for each answer, before its last event can be read.
     """
 
@@ -220,12 +222,14 @@ class Service:
         engine: EngineClient,
         prompts: PromptWriter,
         admission: Admission,
+        compiling: Admission,
         meter: Meter,
         metrics: Metrics,
         names: Names,
         on_usage: Callable[[Answer], None] | None = None,
     ) -> None:
         self.engine, self.prompts, self.admission = engine, prompts, admission
+        self.compiling = compiling
         self.meter, self.metrics, self.names = meter, metrics, names
         self.answers: dict[str, Answer] = {}
         self.closed = False
@@ -255,12 +259,16 @@ class Service:
         seed = asked if isinstance(asked, int) else secrets.randbits(31)
         answer = Answer(self, request_id, tenant, generation, seed)
         try:
+            await self._compile(generation, tenant)
             place = await self.admission.enter(
                 tenant.name, tokens=body_bytes // 4, seqs=generation.n, generation=generation
             )
         except RequestError as error:
             answer.reject(error.code)
             raise
+        except SpratError as error:
+            answer.reject("invalid_request")
+            raise self.refusal(error, generation) from error
         except BaseException:
             answer.reject("disconnect")
             raise
@@ -285,6 +293,23 @@ class Service:
             answer.cancel("disconnect")
             raise
         return answer
+
+    async def _compile(self, generation: Generation, tenant: Tenant) -> None:
+        """Have the grammar of a request compiled before it gets a place: nobody's place is held for that.
+
+        Whoever compiles is counted as whoever waits is, and a tenant compiles one grammar at a time.
+
+        Raises:
+            RequestError: too many wait for theirs.
+            SpratError: the grammar cannot be used, or the engine died.
+        """
+        if generation.response_format is None and not generation.tools:
+            return
+        response = self.prompts.response(self.prompts.without_unused_tools(generation))
+        if response is None or await self.engine.compile(response, tenant, wait=False):
+            return
+        async with self.compiling.place(tenant.name, tokens=0, generation=generation):
+            await self.engine.compile(response, tenant)
 
     def _leave(self, answer: Answer, place: Place) -> None:
         """Give the place back."""
@@ -319,6 +344,7 @@ class Service:
         """Admit nobody more, refuse whoever waits, and let running answers finish within ``timeout`` seconds."""
         self.closed = True
         self.admission.close()
+        self.compiling.close()
         pending = list(self._tasks)
         if pending:
             await asyncio.wait(pending, timeout=timeout)
@@ -328,6 +354,7 @@ class Service:
         """End whatever still runs."""
         self.closed = True
         self.admission.close()
+        self.compiling.close()
         for answer in list(self.answers.values()):
             answer.cancel("shutdown")
 

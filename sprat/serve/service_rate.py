@@ -9,6 +9,7 @@ though: until as many have left as there are, what they are half through is the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 MEMORY = 64  # departures after which an observation has faded to 1/e
@@ -69,9 +70,11 @@ class ServiceRate:
         return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
 
     def margin(self) -> float:
-        """By what factor a place may be held longer than is thought: one standard error, of times that vary as the
-        exponential distribution does."""
-        return 1 + float(max(self._requests, 1.0) ** -0.5)
+        """By what factor places may be held longer than is thought: one standard error.
+
+        Times are taken to vary as those of an exponential distribution do.
+        """
+        return 1 + 1 / math.sqrt(max(self._requests, 1.0))
 
     def mean_age(self) -> float:
         """For how many seconds the places in use have been held, on average; 0 where none is."""

@@ -12,7 +12,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import cache
 
+from sprat.engine.response import Response
 from sprat.engine.sampling_params import Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
 from sprat.errors import EngineError
 from sprat.serve.engine_client import EngineInfo, Job, JobEvent
@@ -135,7 +137,12 @@ class ScriptedEngine:
         said = sum(handle.said for handle in self.handles)
         return Stats(running, 0, 1000, running, 0, 1, said, said, 0, 0, 0, 0, 0, 0.0)
 
-    async def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+        return True
+
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
         return [[float(len(prompt)), 1.0] for prompt in prompts]
 
 

@@ -357,6 +357,31 @@ def test_a_tenant_s_own_limits() -> None:
     run(main)
 
 
+def test_who_holds_all_its_places_is_told_so() -> None:
+    async def main() -> None:
+        office = Office(make(seqs=4, reqs=1, max_num_seqs_per_tenant=2))
+        for n in range(4):
+            await office.send(f"a{n}", "a")
+        assert office.started == ["a0", "a1"] and office.refused[-1][:2] == ("a3", 429)
+        await office.send("b0", "b", seqs=2)
+        await office.send("b1", "b", seqs=1)
+        assert office.refused[-1][:2] == ("b1", 503)  # all four are taken, and the seat is
+        await office.finish()
+
+    run(main)
+
+
+def test_no_seats_for_one_tenant_is_its_own_limit() -> None:
+    async def main() -> None:
+        office = Office(make(reqs=5, max_num_queued_reqs_per_tenant=0))
+        await office.send("a0", "a")
+        await office.send("a1", "a")
+        assert office.refused[-1][:2] == ("a1", 429)
+        await office.finish()
+
+    run(main)
+
+
 def test_tokens_of_those_who_wait_are_bounded() -> None:
     async def main() -> None:
         office = Office(make(reqs=100, tokens=100))
@@ -402,6 +427,19 @@ def test_close_refuses_those_who_wait_and_lets_the_others_end() -> None:
         await office.admission.drained()
         assert clock() == 10 and office.started == ["0", "1"]
         await office.finish()
+
+    run(main)
+
+
+def test_close_starts_nobody_who_waited_behind_a_larger_one() -> None:
+    async def main() -> None:
+        office = Office(make(seqs=2))
+        await office.send("runs", seqs=1)
+        await office.send("large", seqs=2)
+        await office.send("small", seqs=1)
+        office.admission.close()
+        await office.finish()
+        assert office.started == ["runs"] and len(office.refused) == 2
 
     run(main)
 
