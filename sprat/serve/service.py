@@ -203,10 +203,10 @@ class Service:
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")
 
-    async def embed(self, prompts: Sequence[Sequence[int]], model: str) -> list[list[float]]:
+    async def embed(self, prompts: Sequence[Sequence[int]], model: str, tenant: Tenant) -> list[list[float]]:
         """Pooled hidden states of prompts; RequestError where the engine cannot."""
         try:
-            return await self.engine.embed(prompts, self.names.adapter(model))
+            return await self.engine.embed(prompts, self.names.adapter(model), tenant)
         except EngineError as error:
             raise RequestError(400, str(error), param="model", code="not_offered") from error
         except SpratError as error:

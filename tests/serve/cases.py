@@ -9,7 +9,21 @@ from typing import Any
 from tests.serve.lively import FAMILIES, MODES
 
 Json = dict[str, Any]
-WORDS = ["what is", "3 + 4", "Paris", "in", "sunny", "東京", "Größe", "?", "\n", "say it", "</think>", "<tool_call>", "{"]
+WORDS = [
+    "what is",
+    "3 + 4",
+    "Paris",
+    "in",
+    "sunny",
+    "東京",
+    "Größe",
+    "?",
+    "\n",
+    "say it",
+    "</think>",
+    "<tool_call>",
+    "{",
+]
 STOPS = ["e", " ", "}", '"', "an", "18", "1", "<", "\n", "é", '"}', "]<", "Par", "say"]
 CITY = {"type": "string", "maxLength": 8}
 PARAMETERS: list[Json] = [
