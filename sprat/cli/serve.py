@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,7 @@ def _serve(
 ) -> Result:
     """Join what was said on the command line with what the file says, and serve."""
     from sprat.serve import ServeConfig, meter, server
+    from sprat.serve.access_log import write_lines_to
     from sprat.serve.api_keys import read_api_keys
     from sprat.serve.server_file import ServerFile, read_server_file
 
@@ -128,6 +130,7 @@ def _serve(
     examples, max_turns = chat_defaults(sources[0].folder)
     page = {"examples": tuple(examples)} | ({} if max_turns is None else {"max_history_turns": max_turns})
     config = ServeConfig(**{**page, **table})
+    write_lines_to(sys.stderr)
     server.run(sources, config, on_ready=print_err)
     names = [name for source in sources for name in source.served_names]
     return Result({"models": names, "host": config.host, "port": config.port, "stopped": True})

@@ -64,8 +64,9 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
     """
     from fastapi import FastAPI
 
-    from sprat.serve.api import AppState, add_routes
+    from sprat.serve.api import add_routes
     from sprat.serve.api_keys import ApiKeys
+    from sprat.serve.app_state import AppState
     from sprat.serve.error_handlers import add_error_handlers
     from sprat.serve.metrics import Metrics
     from sprat.serve.middleware import SecurityMiddleware
@@ -84,7 +85,14 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
             await state.stop()
 
     # No /docs and no /redoc: those pages load scripts from elsewhere. The schema itself is served.
-    app = FastAPI(title="Sprat", docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
+    app = FastAPI(
+        title="Sprat",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.state.serving, app.state.config = state, config
     hosts = (*config.allowed_hosts, config.host)
     app.add_middleware(
