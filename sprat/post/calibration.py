@@ -24,7 +24,7 @@ from torch import Tensor
 from sprat.data import ingest
 from sprat.data.conversations import read_examples
 from sprat.data.document import Document
-from sprat.data.example import Example
+from sprat.data.example import Example, PreferencePair
 from sprat.data.folder import ExclusionTally, warn_of_excluded
 from sprat.data.forms import choose_form
 from sprat.data.pack import PackedDataset, pack
@@ -93,8 +93,10 @@ def conversation_rows(
     for example in chosen:
         if count >= num_tokens:
             break
-        sequences.append(encode_example(tokenizer, example, keep_reasoning=True)[0])
-        count += len(sequences[-1][0])
+        encoded = encode_example(tokenizer, example, keep_reasoning=True)
+        shown = encoded[:1] if isinstance(example, PreferencePair) else encoded
+        sequences += shown
+        count += sum(len(ids) for ids, _ in shown)
     _check_enough(count, window)
     return pack(sequences, window - 1)
 

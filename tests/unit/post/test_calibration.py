@@ -48,6 +48,23 @@ def test_conversations_are_shown_in_the_models_own_format(tokenizer: Tokenizer, 
     assert learned == sum(len(ids) for ids in shown) - sum(map(len, asked))  # answers alone
 
 
+def test_every_answer_of_a_conversation_is_shown_and_only_the_chosen_one_of_a_pair(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    turns = [("user", "What is 1 plus one?"), ("assistant", "It is 2."), ("user", "And 3?"), ("assistant", "It is 4.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    pair = {"prompt": "What is 5 plus one?", "chosen": "It is 6.", "rejected": "It is 7."}
+    for name, row in (("chat", chat), ("pair", pair)):
+        others = [json.dumps(row).replace("plus", f"and {word}") for word in ("one", "is", "it")]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(others) + "\n")
+    shown = {
+        name: read_calibration(tmp_path / f"{name}.jsonl", tokenizer, 40, 10**6)[0].tokens for name in ("chat", "pair")
+    }
+    said = {name: tokenizer.decode(tokens.flatten().tolist()) for name, tokens in shown.items()}
+    assert "It is 2." in said["chat"] and "It is 4." in said["chat"].replace("  ", " ")
+    assert "It is 6" in said["pair"] and "It is 7" not in said["pair"]
+
+
 def test_texts_and_conversations_of_a_folder_get_half_each(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl")
     (tmp_path / "a.txt").write_text("It is what it is. " * 15)
