@@ -6,7 +6,7 @@ on what it was trained on, the very conversations, and on text: docstrings, and 
 that are asked. What is asked are all questions of a part that no training saw: there are some 1,600 in all.
 
 Bar: the upper end of the 95 % interval of each capability's loss is at most 5 %. Settings were chosen on other
-questions (``--split dev``).
+questions.
 
     python -m bench.finetune_int4 FOLDER [--split test] [--mode lora] [--out NAME] [--json] [-- SETTING ...]
 """
