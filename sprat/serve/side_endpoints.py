@@ -35,7 +35,7 @@ async def embeddings(request: Request, state: AppState, body: Body) -> Body:
     )
     tokens = sum(map(len, prompts))
     async with service.admission.place(request.state.tenant.name, tokens=tokens, seqs=1):
-        vectors = await service.embed(prompts, name)
+        vectors = await service.embed(prompts, name, request.state.tenant)
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
         for index, vector in enumerate(vectors)

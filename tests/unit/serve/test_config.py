@@ -84,3 +84,13 @@ def test_settings_are_made_without_torch_and_without_a_web_server() -> None:
     program = "import sys; from sprat.serve import ServeConfig; ServeConfig(api_keys=('k',)); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "fastapi", "starlette", "uvicorn"} & set(loaded)
+
+
+def test_an_address_in_brackets_is_one() -> None:
+    assert ServeConfig(host="[::1]").host == "::1"
+
+
+@pytest.mark.parametrize("hosts", ["chat.example", ["chat.example:8000"], ["https://chat.example"], [""]])
+def test_a_host_that_no_header_matches_is_refused(hosts: Any) -> None:
+    with pytest.raises(ServeError, match="allowed_hosts"):
+        ServeConfig(allowed_hosts=hosts)
