@@ -1,4 +1,4 @@
-"""One choice of an answer: calls come out of its text, log-probabilities and the prompt stay with what they belong to."""
+"""One choice of an answer: calls come out of its text; log-probabilities and the prompt stay where they belong."""
 
 from __future__ import annotations
 
