@@ -119,9 +119,8 @@ def read_server_file(path: Path) -> ServerFile:
     others = [_read_model(_renamed(row, path), path) for row in rows]
     if not all(folder is not None for folder, _, _ in others):
         raise ServeError("a model has no folder", where=str(path), todo='write model = "FOLDER"')
-    return ServerFile(
-        table, model, names, adapters, tuple(ModelSource(folder, *more) for folder, *more in others if folder)
-    )
+    sources = tuple(ModelSource(folder, own, beside) for folder, own, beside in others if folder is not None)
+    return ServerFile(table, model, names, adapters, sources)
 
 
 def _renamed(row: Mapping[str, Any], path: Path) -> dict[str, Any]:
