@@ -58,13 +58,16 @@ class Choice:
         return events if echo is None else [TextDelta(self.index, "content", echo), *events]
 
     def _push(self, event: JobEvent, logprobs: tuple[TokenLogprob, ...]) -> list[Event]:
+        blanks: list[Event] = []
         if self._has_form and event.kind == "content" and (text := event.text.lstrip()):
-            self._parser, self._has_form = self._parser if text.startswith("<") else None, False
+            self._has_form = False
+            if self._parser is not None and not text.startswith("<"):
+                blanks, self._parser = self._events(self._parser.close()), None
         if event.kind == "content" and self._parser is not None:
             events = self._events(self._parser.push(event.text))
             return [TextDelta(self.index, "content", "", logprobs), *events] if logprobs else events
         kind: Literal["reasoning", "content"] = "reasoning" if event.kind == "reasoning" else "content"
-        return [TextDelta(self.index, kind, event.text, logprobs)]
+        return [*blanks, TextDelta(self.index, kind, event.text, logprobs)]
 
     def finish(self, event: JobEvent, ended_by: EndedBy) -> list[Event]:
         """The end, and what was held back."""

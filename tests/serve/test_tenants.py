@@ -69,7 +69,7 @@ def test_what_one_asked_is_new_when_another_asks_it(lively: Lively, protocol: st
 
 
 def test_guesses_of_anothers_prompt_are_counted_as_if_it_had_never_been(lively: Lively) -> None:
-    """Whoever guesses after the secret was asked counts what one counted who guessed before: the oracle is at chance."""
+    """Who guesses after the secret was asked counts what one counted who guessed before: the oracle is at chance."""
     draw = random.Random(5)
     for key in KEYS:  # what stands before every prompt is known to all
         hit_tokens(lively, "chat", PREFIX, key)
