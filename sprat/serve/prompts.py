@@ -95,7 +95,8 @@ class PromptWriter:
         samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
-        choices = [Choice(index, self._parser(generation), bytes_of, echo) for index in range(generation.n)]
+        has_form = generation.response_format is not None
+        choices = [Choice(index, self._parser(generation), bytes_of, echo, has_form) for index in range(generation.n)]
         return Prompt(ids, samplings, choices)
 
     def render(self, generation: Generation, thinking: bool | None) -> list[int]:
@@ -201,6 +202,9 @@ class PromptWriter:
             where = paths.get("response_format", "response_format")
             message = f"{where}: a call that is required has a form of its own; leave one of them out"
             raise RequestError(400, message, param=where)
+        if generation.response_format is not None and generation.response_format["type"] == "regex":
+            where = paths.get("response_format", "response_format")
+            raise RequestError(400, f"{where}: a pattern does not go with tools; use a JSON schema", param=where)
         return generation
 
     def _parser(self, generation: Generation) -> Any:
@@ -230,6 +234,7 @@ class PromptWriter:
                 choice=choice.mode,
                 name=choice.name,
                 parallel=generation.parallel_tool_calls and choice.mode != "named",
+                form=None if form is None else form.get("schema", {"type": "object"}),
             )
         if form is None:
             return None

@@ -199,8 +199,9 @@ class Service:
             return RequestError(500, message, code="engine_error", kind="server_error")
         paths: Mapping[str, str] = generation.paths
         where = error.where
-        if where == "response":  # the grammar: of the tools, or of the form
-            where = "tools" if generation.tools else "response_format"
+        if where == "response":  # the grammar: of the form, or of the tools
+            has_form = generation.response_format is not None
+            where = "tools" if not has_form else "response" if "response" in paths else "response_format"
         param = paths.get(where) or (where if where in SETTINGS else paths.get("messages", "messages"))
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")
