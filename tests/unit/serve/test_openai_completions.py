@@ -45,14 +45,18 @@ def test_chunks_and_the_whole_answer_say_the_same_to_openais_own_types(events: l
 
     lines = [line for line in asyncio.run(read()).split("\n\n") if line]
     assert lines.pop() == "data: [DONE]"
-    chunks = [types.Completion.model_validate(json.loads(line.removeprefix("data: "))) for line in lines]
+    rows = [json.loads(line.removeprefix("data: ")) for line in lines]
+    finishes = [choice["finish_reason"] for row in rows for choice in row["choices"]]
+    assert finishes[:-1] == [None] * (len(finishes) - 1)
+    for row in rows:  # their types know no null, which their server sends
+        row["choices"] = [{**choice, "finish_reason": choice["finish_reason"] or "stop"} for choice in row["choices"]]
+    chunks = [types.Completion.model_validate(row) for row in rows]
     answer = types.Completion.model_validate(whole(generation, collect(events), HEAD, {}))
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == answer.choices[0].text
     tokens = [token for c in chunks for choice in c.choices if choice.logprobs for token in choice.logprobs.tokens]
     assert tokens == answer.choices[0].logprobs.tokens
     assert [chunk.usage for chunk in chunks if chunk.usage] == [answer.usage]
-    finishes = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
-    assert finishes == [answer.choices[0].finish_reason]
+    assert finishes[-1] == answer.choices[0].finish_reason
 
 
 def test_offsets_of_tokens_are_places_in_the_text() -> None:
@@ -61,8 +65,31 @@ def test_offsets_of_tokens_are_places_in_the_text() -> None:
     events.append(Finished(Usage(1, 0, 3, 0), 0.1))
     logprobs = whole(Generation("tiny", logprobs=True), collect(events), HEAD, {})["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [0, 2, 3]
-    assert logprobs["top_logprobs"] == [{}, {"x": -0.5}, None]
+    assert logprobs["top_logprobs"] == [{"ab": -1.0}, {"é": -2.0, "x": -0.5}, None]
     assert logprobs["token_logprobs"] == [-1.0, -2.0, None]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_token_itself_is_among_its_alternatives_as_openai_says(count: int) -> None:
+    """Their reference: the API always returns the log-probability of the sampled token, so there may be one more."""
+    others = ((b"x", -0.5),)[:count]
+    events: list[Event] = [TextDelta(0, "content", "ab", (TokenLogprob(b"ab", -1.0, others),))]
+    events += [ChoiceFinished(0, "stop"), Finished(Usage(1, 0, 1, 0), 0.1)]
+    logprobs = whole(Generation("tiny", logprobs=True), collect(events), HEAD, {})["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"ab": -1.0} | ({"x": -0.5} if count else {})]
+
+
+def test_ids_are_named_where_the_caller_wrote_them() -> None:
+    cases: list[tuple[Any, str]] = [([7, 9], "prompt"), ([[7], [9]], "prompt[1]"), (["a", [7]], "prompt[1]")]
+    for prompt, path in cases:
+        assert parse_completion({"model": "tiny", "prompt": prompt})[-1].paths["ids"] == path
+
+
+def test_without_max_tokens_an_answer_has_openais_sixteen_or_what_there_is_room_for() -> None:
+    (silent,) = parse_completion({"model": "tiny", "prompt": "a"})
+    (said,) = parse_completion({"model": "tiny", "prompt": "a", "max_tokens": 40})
+    assert (silent.max_tokens, silent.sampling["fit"]) == (16, True)
+    assert (said.max_tokens, said.sampling["fit"]) == (40, False)
 
 
 @pytest.mark.parametrize(

@@ -43,3 +43,11 @@ def test_a_prompt_that_leaves_no_room_is_refused_whatever_gives_way(parts: tuple
     with pytest.raises(RequestError) as caught:
         limit(writer_of(parts, max_model_len=len(writer_of(parts).ids(ASK))), 32_000, fit=True)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, Tokenizer]) -> None:
+    vocab = parts[1].vocab_size
+    with pytest.raises(RequestError) as caught:
+        writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
+    assert caught.value.param == "prompt[2][1]"
+    assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"
