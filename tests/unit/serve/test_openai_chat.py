@@ -81,17 +81,14 @@ def test_any_message_that_openais_client_returned_may_be_sent_back() -> None:
     def check(events: list[Event]) -> None:
         answer = types.ChatCompletion.model_validate(whole(Generation("tiny"), collect(events), HEAD, {}))
         for row in (answer.choices[0].message.model_dump(), answer.choices[0].message.to_dict()):
-            try:
-                generation = parse_chat({**ASK, "messages": [*ASK["messages"], row, {"role": "user", "content": "?"}]})
-            except RequestError as error:  # a call that was cut off is no object, and nothing can be made of it
-                assert error.param is not None and error.param.endswith("arguments")
-                assert answer.choices[0].finish_reason == "length" or not answer.choices[0].message.tool_calls
-                return
+            generation = parse_chat({**ASK, "messages": [*ASK["messages"], row, {"role": "user", "content": "?"}]})
             turn = generation.messages[1]
             assert (turn.content, turn.reasoning or "") == (said(events, "content"), said(events, "reasoning"))
-            assert [(call.id, call.name, call.arguments or "{}") for call in turn.tool_calls] == [
-                (call_id, name, arguments or "{}") for call_id, name, arguments in called(events)
-            ]
+            calls = called(events)
+            assert [(call.id, call.name) for call in turn.tool_calls] == [(call_id, name) for call_id, name, _ in calls]
+            assert all(isinstance(json.loads(call.arguments), dict) for call in turn.tool_calls)
+            if answer.choices[0].finish_reason == "tool_calls":
+                assert [call.arguments for call in turn.tool_calls] == [arguments for *_, arguments in calls]
 
     check()
 
@@ -193,6 +190,40 @@ def test_a_named_tool_is_chosen() -> None:
     generation = parse_chat({**ASK, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False})
     assert generation.tool_choice == ToolChoice("named", "g")
     assert [tool.strict for tool in generation.tools] == [True, True] and not generation.parallel_tool_calls
+
+
+def test_a_call_that_was_cut_off_comes_back_as_far_as_it_is_whole() -> None:
+    function = {"name": "f", "arguments": '{"a": [1, 2], "city": "Par'}
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    rows = [*ASK["messages"], said, {"role": "tool", "tool_call_id": "c", "content": "invalid arguments"}]
+    assert parse_chat({**ASK, "messages": rows}).messages[1].tool_calls[0].arguments == '{"a": [1, 2]}'
+    function["arguments"] = "[1]"
+    with pytest.raises(RequestError) as caught:
+        parse_chat({**ASK, "messages": rows})
+    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_allowed_tools_the_model_is_shown_those_alone(mode: str) -> None:
+    """As OpenAI's reference has it: ``{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}``."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "h")]
+    allowed: dict[str, Any] = {"mode": mode, "tools": [tools[2], tools[0]]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    generation = parse_chat({**ASK, "tools": tools, "tool_choice": choice})
+    assert generation.tool_choice == ToolChoice(mode)  # type: ignore[arg-type]
+    assert [tool.name for tool in generation.tools] == ["f", "h"] and not generation.ignored
+    for rows, path in (([], "tools"), ([{"type": "function", "function": {"name": "x"}}], "tools[0].function.name")):
+        with pytest.raises(RequestError) as caught:
+            parse_chat({**ASK, "tools": tools, "tool_choice": {**choice, "allowed_tools": {**allowed, "tools": rows}}})
+        assert caught.value.param == f"tool_choice.allowed_tools.{path}"
+
+
+def test_a_form_has_no_beginning_where_a_message_is_gone_on_with() -> None:
+    rows = [*ASK["messages"], {"role": "assistant", "content": '{"a":', "prefix": True}]
+    with pytest.raises(RequestError) as caught:
+        parse_chat({**ASK, "messages": rows, "response_format": {"type": "json_object"}})
+    assert caught.value.param == "response_format"
+    assert parse_chat({**ASK, "messages": rows, "response_format": {"type": "text"}}).continues
 
 
 def test_a_stream_of_several_choices_begins_and_ends_each() -> None:
