@@ -21,7 +21,7 @@ from sprat.serve.chat_page import load_chat_page
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
 from sprat.serve.exchange import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Exchange, Wire
-from sprat.serve.fields import Reader, parse_json
+from sprat.serve.fields import Reader, header_list, parse_json
 from sprat.serve.metrics import Metrics, metrics_app
 from sprat.serve.openai_chat import parse_chat
 from sprat.serve.openapi import request_schema
@@ -36,6 +36,7 @@ MAX_EMBEDDINGS = 256
 CLIENT_LEFT = 499  # nobody reads it
 BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 Body = dict[str, Any]
+Worked = tuple[Body, tuple[str, ...]]  # an answer, and what of the request was ignored
 
 
 @dataclass
@@ -111,7 +112,9 @@ def model_card(state: AppState, name: str) -> Body:
 
 def _anthropic_card(state: AppState, name: str) -> Body:
     created = datetime.fromtimestamp(state.created, UTC).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    context = state.find(name).prompts.context
+    limits = {"max_input_tokens": context, "max_tokens": min(context, state.config.max_tokens or context)}
+    return {"type": "model", "id": name, "display_name": name, "created_at": created, **limits}
 
 
 def _is_anthropic(request: Request) -> bool:
@@ -178,12 +181,15 @@ def _answering(wire: Wire, state: AppState) -> Callable[..., Any]:
 
 
 def _working(work: Callable[[Request, AppState, Body], Any], state: AppState) -> Callable[..., Any]:
+    """What ``work`` makes of a body, and says that it ignored of it."""
+
     async def handler(request: Request) -> Response:
         try:
             body = await read_body(request, state.max_body_bytes)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(await work(request, state, parse_json(body)))
+        result, ignored = await work(request, state, parse_json(body))
+        return JSONResponse(result, headers={"x-ignored-fields": header_list(ignored)} if ignored else None)
 
     return handler
 
@@ -236,7 +242,9 @@ def _add_models(app: FastAPI, state: AppState) -> None:
         return {"object": "list", "data": [model_card(state, name) for name in names]}
 
     async def model(request: Request, name: str) -> Body:
-        """The card of one model."""
+        """The card of one model; of none, as a slash too many has it, all of them."""
+        if not name:
+            return await models(request)
         state.find(name)
         return _anthropic_card(state, name) if _is_anthropic(request) else model_card(state, name)
 
@@ -245,7 +253,7 @@ def _add_models(app: FastAPI, state: AppState) -> None:
         app.get(f"{base}/models/{{name:path}}", include_in_schema=base == "/v1")(model)
 
 
-async def _embeddings(request: Request, state: AppState, body: Body) -> Body:
+async def _embeddings(request: Request, state: AppState, body: Body) -> Worked:
     """Pooled hidden states of texts."""
     reader = Reader(body)
     name = reader.required("model", reader.text("model"))
@@ -257,6 +265,7 @@ async def _embeddings(request: Request, state: AppState, body: Body) -> Body:
     form = reader.choice("encoding_format", ("float", "base64")) or "float"
     if reader.integer("dimensions", 1) is not None:
         raise reader.not_offered("dimensions")
+    reader.text("user")
     prompts = await service.run_in_thread(
         lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
     )
@@ -268,7 +277,7 @@ async def _embeddings(request: Request, state: AppState, body: Body) -> Body:
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": name, "usage": usage}
+    return {"object": "list", "data": data, "model": name, "usage": usage}, reader.rest()
 
 
 def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
@@ -293,7 +302,7 @@ def _vector(vector: list[float], form: str) -> Any:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def _tokenize(request: Request, state: AppState, body: Body) -> Body:
+async def _tokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The ids of a text or of a conversation."""
     reader = Reader(body)
     name = reader.text("model") or state.services[0].names.served
@@ -301,16 +310,16 @@ async def _tokenize(request: Request, state: AppState, body: Body) -> Body:
     prompts = service.prompts
     if reader.has("messages"):
         generation = parse_chat({**body, "model": name})
-        ids = await service.run_in_thread(lambda: prompts.ids(generation))
+        ids, ignored = await service.run_in_thread(lambda: prompts.ids(generation)), generation.ignored
     else:
         text = reader.required("prompt", reader.text("prompt"))
         special = reader.flag("add_special_tokens") is not False
         encode = prompts.tokenizer.encode_prompt if special else prompts.tokenizer.encode
-        ids = await service.run_in_thread(lambda: encode(text))
-    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}
+        ids, ignored = await service.run_in_thread(lambda: encode(text)), reader.rest()
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}, ignored
 
 
-async def _detokenize(request: Request, state: AppState, body: Body) -> Body:
+async def _detokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The text of ids."""
     reader = Reader(body)
     service = state.find(reader.text("model") or state.services[0].names.served)
@@ -318,11 +327,12 @@ async def _detokenize(request: Request, state: AppState, body: Body) -> Body:
     for index, each in enumerate(ids):
         if type(each) is not int or not 0 <= each < vocab:
             raise reader.error(f"tokens[{index}]", f"must be an id of 0 … {vocab - 1}")
-    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}
+    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}, reader.rest()
 
 
-async def _count_tokens(request: Request, state: AppState, body: Body) -> Body:
+async def _count_tokens(request: Request, state: AppState, body: Body) -> Worked:
     """How many tokens a request of Anthropic's has."""
     generation = anthropic.parse_count_tokens(body)
     service = state.find(generation.model)
-    return anthropic_answers.token_count(len(await service.run_in_thread(lambda: service.prompts.ids(generation))))
+    ids = await service.run_in_thread(lambda: service.prompts.ids(generation))
+    return anthropic_answers.token_count(len(ids)), generation.ignored
