@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,12 +20,12 @@ NAMES = {"ttft": "time to first token", "itl": "between tokens", "e2e": "end to 
 
 
 def _run(command: list[str], place: str) -> None:
-    """Run a tool without any network.
+    """Run a tool. HF_HUB_OFFLINE stays unset: under it aiperf takes a folder for the name of a repository.
 
     Raises:
         RuntimeError: it failed; with its last words.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     done = subprocess.run(
         ["nice", "-n", "5", *command], cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS,
         check=False,
@@ -33,14 +34,26 @@ def _run(command: list[str], place: str) -> None:
         raise RuntimeError((done.stdout + done.stderr)[-1500:])
 
 
+def tokenizer_folder(model: Path, place: str) -> Path:
+    """The model's tokenizer as transformers reads it; guidellm makes up questions with it."""
+    folder = Path(place) / "tokenizer"
+    folder.mkdir()
+    shutil.copy(model / "tokenizer.json", folder)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 def aiperf(server: Server, model: Path, tokens: int, place: str) -> tuple[int, dict[str, tuple[float, float]]]:
     """Requests that were answered, and p50 and p99 in milliseconds."""
     program = str(make_clients("aiperf").with_name("aiperf"))
+    tokenizer = str(tokenizer_folder(model, place))
     words = [
         *("profile", "-m", server.model, "--url", server.url, "--api-key", server.key, "--endpoint-type", "chat"),
-        *("--streaming", "--concurrency", str(AT_ONCE), "--request-count", str(ASKED), "--tokenizer", str(model)),
+        *("--streaming", "--concurrency", str(AT_ONCE), "--request-count", str(ASKED), "--tokenizer", tokenizer),
         *("--prompt-input-tokens-mean", str(QUESTION), "--prompt-output-tokens-mean", str(tokens)),
-        *("--extra-inputs", "ignore_eos:true", "--output-artifact-dir", place, "--ui-type", "none", "--no-auto-plot"),
+        *("--use-server-token-count", "--extra-inputs", "ignore_eos:true", "--output-artifact-dir", place),
+        *("--ui-type", "none", "--no-auto-plot"),
     ]
     _run([program, *words], place)
     [file] = Path(place).rglob("profile_export_aiperf.json")
@@ -59,7 +72,7 @@ def guidellm(server: Server, model: Path, tokens: int, place: str) -> tuple[int,
     _run(
         [program, "run", "--backend", json.dumps(backend), "--profile", f"kind=concurrent,streams={AT_ONCE}",
          "--constraint", f"kind=max_requests,count={ASKED}", "--data", json.dumps(data),
-         "--tokenizer", json.dumps({"kind": "huggingface_auto", "model": str(model)}),
+         "--tokenizer", json.dumps({"kind": "huggingface_auto", "model": str(tokenizer_folder(model, place))}),
          "--output", "kind=json,path=report.json", "--disable-console"],
         place,
     )  # fmt: skip

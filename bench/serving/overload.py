@@ -15,6 +15,7 @@ from bench.serving.server import KEY, OTHER_KEY, Server, running
 from bench.serving.standing import idle, request
 
 SEQS, QUEUE, TOKENS = 8, 16, 256
+NOISE = {"temperature": 1.0}  # text that repeats itself would be guessed ahead, and an answer be next to no work
 FULL = (429, 503)
 SDK_RETRIES = 2  # what openai's SDK does where nobody says otherwise
 
@@ -26,7 +27,7 @@ async def closed_loop(server: Server, key: str, at_once: int, seconds: float) ->
 
     async def one() -> None:
         while time.perf_counter() < until:
-            body = request(server.model, TOKENS, f"what is {draw.randrange(30)} + {draw.randrange(30)}?")
+            body = request(server.model, TOKENS, f"what is {draw.randrange(30)} + {draw.randrange(30)}?", **NOISE)
             answers.append(await ask(server.url, body, key=key, timeout=60))
             if answers[-1].status in FULL:
                 await asyncio.sleep(float(answers[-1].headers.get("retry-after", 1)))
@@ -41,7 +42,7 @@ async def open_loop(server: Server, key: str, rate: float, seconds: float) -> tu
     tasks, began, number = [], time.perf_counter(), 0
     while (passed := time.perf_counter() - began) < seconds:
         while number < passed * rate:
-            body = request(server.model, TOKENS, f"what is {number % 30} + {number % 29}?")
+            body = request(server.model, TOKENS, f"what is {number % 30} + {number % 29}?", **NOISE)
             tasks.append(asyncio.create_task(ask(server.url, body, key=key, timeout=60)))
             number += 1
         await asyncio.sleep(0.005)
@@ -51,7 +52,7 @@ async def open_loop(server: Server, key: str, rate: float, seconds: float) -> tu
 
 async def as_an_sdk(server: Server, number: int) -> Answer:
     """One request, and again as often as openai's SDK does, after as long as the server says."""
-    body = request(server.model, TOKENS, f"what is {number % 30} + 5?", stream=False)
+    body = request(server.model, TOKENS, f"what is {number % 30} + 5?", stream=False, **NOISE)
     for _ in range(SDK_RETRIES + 1):
         answer = await ask(server.url, body, key=KEY, timeout=60)
         if answer.status not in FULL:

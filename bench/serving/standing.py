@@ -168,7 +168,7 @@ def half_open(folder: Path, plan: Plan, say: Say) -> list[Row]:
 
 def schemas(folder: Path, plan: Plan, say: Say) -> list[Row]:
     """Requests with a schema that is slow to compile, before a queue of 16."""
-    running_at_once, queued = 1, 16
+    running_at_once, queued = 4, 16
 
     def body(model: str, number: int, size: int) -> dict[str, Any]:
         # the numbers that two neighbors divide: an automaton of size² states, another one for each number

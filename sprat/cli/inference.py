@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sprat.cli.verb import ModelFolder, Result, Seed, output_stream, print_err
-from sprat.errors import ConfigError, DataError, EngineError
+from sprat.errors import CheckpointError, ConfigError, DataError, EngineError
 
 if TYPE_CHECKING:
     from sprat.engine import Engine, Output, Sampling
@@ -124,12 +124,16 @@ _THINKING_COMMANDS = {"/think": True, "/direct": False, "/auto": None}
 def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], int | None]:
     """Chat settings for the model in ``folder``: questions to offer, and how many past exchanges to send along.
 
-    A road's own model was taught single questions; its run names one of each task.
+    A road's own model was taught single questions; its run names one of each task. Raises CheckpointError: its record
+    cannot be read.
     """
     run_file = folder / "run.json"
     if not run_file.is_file():
         return [], turns
-    rows = json.loads(run_file.read_text(encoding="utf-8"))["facts"].get("scores", [])
+    try:
+        rows = json.loads(run_file.read_text(encoding="utf-8"))["facts"].get("scores", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError("not a run's record", where=str(run_file), todo="copy the run again") from None
     questions: dict[str, str] = {}
     for row in rows:
         if row["trained"] and row["samples"]:

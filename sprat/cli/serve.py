@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,6 @@ import typer
 
 from sprat.cli.inference import Prices, Turns, chat_defaults, parse_adapters
 from sprat.cli.verb import Result, print_err
-from sprat.errors import ConfigError
 
 _MODEL = "A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol. Left out: what --config says."
 Model = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL)]
@@ -115,23 +115,22 @@ def _serve(
 ) -> Result:
     """Join what was said on the command line with what the file says, and serve."""
     from sprat.serve import ServeConfig, meter, server
+    from sprat.serve.access_log import write_lines_to
     from sprat.serve.api_keys import read_api_keys
-    from sprat.serve.server_file import ModelSource, read_server_file
+    from sprat.serve.server_file import ServerFile, read_server_file
 
-    table, sources = read_server_file(file) if file is not None else ({}, [])
-    table |= {name: value for name, value in given.items() if value is not None}
-    if first["model"] is not None:
-        sources = [ModelSource(first["model"], first["names"], first["adapters"]), *sources[1:]]
-    elif first["names"] or first["adapters"]:
-        raise ConfigError("names and adapters are of no model", where="sprat serve", todo="give the model as well")
-    if not sources:
-        raise ConfigError("no model to serve", where="sprat serve", todo="give one, or a file with --config")
+    server_file = read_server_file(file) if file is not None else ServerFile()
+    table = {**server_file.settings, **{name: value for name, value in given.items() if value is not None}}
+    sources = server_file.sources(first["model"], first["names"], first["adapters"])
     key_file = keys[1] or table.pop("api_key_file", None)
     table["api_keys"] = [*table.pop("api_keys", ()), *(keys[0] or ()), *(read_api_keys(key_file) if key_file else ())]
     table["prices"] = meter.select_prices(meter.load_price_tables(), table.get("prices") or meter.DEFAULT_PRICES)
-    examples, max_turns = chat_defaults(sources[0].folder, turns)
+    if turns is not None:
+        table["max_history_turns"] = turns
+    examples, max_turns = chat_defaults(sources[0].folder)
     page = {"examples": tuple(examples)} | ({} if max_turns is None else {"max_history_turns": max_turns})
-    config = ServeConfig(**{**page, **table, "allowed_hosts": tuple(table.get("allowed_hosts", ()))})
+    config = ServeConfig(**{**page, **table})
+    write_lines_to(sys.stderr)
     server.run(sources, config, on_ready=print_err)
     names = [name for source in sources for name in source.served_names]
     return Result({"models": names, "host": config.host, "port": config.port, "stopped": True})

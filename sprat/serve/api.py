@@ -2,102 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import contextlib
-import struct
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from sprat.errors import SpratError
-from sprat.serve import anthropic, anthropic_answers
+from sprat.serve.app_state import AppState
 from sprat.serve.chat_page import load_chat_page
-from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
-from sprat.serve.exchange import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Exchange, Wire
-from sprat.serve.fields import Reader, header_list, parse_json
-from sprat.serve.metrics import Metrics, metrics_app
-from sprat.serve.openai_chat import parse_chat
+from sprat.serve.exchange import CLIENT_LEFT, Exchange
+from sprat.serve.fields import header_list, parse_json
+from sprat.serve.metrics import CONTENT_TYPE
 from sprat.serve.openapi import request_schema
 from sprat.serve.receive import read_body
-from sprat.serve.service import Service
+from sprat.serve.side_endpoints import count_tokens, detokenize, embeddings, tokenize
+from sprat.serve.wires import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Wire
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 OPENAI_BASES, ANTHROPIC_BASES = ("", "/v1", "/beta"), ("/v1", "/anthropic/v1", "/anthropic")
-MAX_EMBEDDINGS = 256
-CLIENT_LEFT = 499  # nobody reads it
-BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 Body = dict[str, Any]
-Worked = tuple[Body, tuple[str, ...]]  # an answer, and what of the request was ignored
-
-
-@dataclass
-class AppState:
-    """What the routes share: a service for each model that is loaded, the first of them the default."""
-
-    services: list[Service]
-    config: ServeConfig
-    metrics: Metrics
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a request may name as its model."""
-        return tuple(name for service in self.services for name in service.names.all())
-
-    def find(self, model: str) -> Service:
-        """The service that has ``model``; RequestError 404 where none has."""
-        for service in self.services:
-            if service.names.has(model):
-                return service
-        known = ", ".join(map(repr, self.names))
-        message = f"The model {model[:100]!r} does not exist here; this server has {known}"
-        raise RequestError(404, message, param="model", code="model_not_found")
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Bound of a request's body: what the longest context can take, unless it was set."""
-        context = max(service.prompts.context for service in self.services)
-        return self.config.max_body_bytes or BODY_BYTES + BYTES_OF_TOKEN * context
-
-    async def start(self) -> None:
-        """Have all engines up. Raises SpratError: one cannot be."""
-        await asyncio.gather(*(service.engine.start() for service in self.services))
-
-    async def stop(self) -> None:
-        """End them all."""
-        for service in self.services:
-            service.abort()
-            await service.engine.stop()
-            service.close()
-
-    async def drain(self, timeout: float) -> None:
-        """Admit nobody more; running answers may finish within ``timeout`` seconds."""
-        await asyncio.gather(*(service.drain(timeout) for service in self.services))
-
-    def abort(self) -> None:
-        """End whatever still runs."""
-        for service in self.services:
-            service.abort()
-
-    async def refresh_metrics(self) -> None:
-        """Bring in what the engines hold; never waits for a step."""
-        for service in self.services:
-            with contextlib.suppress(SpratError):
-                self.metrics.model(service.names.served).observe_stats(await service.engine.stats())
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are answered."""
-        return all(service.engine.alive and not service.closed for service in self.services)
 
 
 def model_card(state: AppState, name: str) -> Body:
@@ -124,8 +51,7 @@ def _is_anthropic(request: Request) -> bool:
 async def answer(request: Request, wire: Wire, state: AppState) -> Response:
     """Whatever is generated, in any protocol."""
     try:
-        body = await read_body(request, state.max_body_bytes)
-        return await Exchange(request, wire, request.state.tenant, state.find).respond(parse_json(body), len(body))
+        return await Exchange(request, wire, request.state.tenant, state.find).respond(state.max_body_bytes)
     except ClientDisconnect:
         return Response(status_code=CLIENT_LEFT)
 
@@ -135,7 +61,6 @@ def add_routes(app: FastAPI, state: AppState) -> None:
     _add_page(app)
     _add_health(app, state)
     _add_models(app, state)
-    app.mount("/metrics", metrics_app(state.metrics, state.refresh_metrics))
     for wire, path, bases in (
         (CHAT, "/chat/completions", OPENAI_BASES),
         (COMPLETIONS, "/completions", OPENAI_BASES),
@@ -145,10 +70,10 @@ def add_routes(app: FastAPI, state: AppState) -> None:
         for base in bases:
             _post(app, base + path, _answering(wire, state), path if base == "/v1" else "")
     for path, work, bases in (
-        ("/embeddings", _embeddings, OPENAI_BASES),
-        ("/tokenize", _tokenize, OPENAI_BASES),
-        ("/detokenize", _detokenize, OPENAI_BASES),
-        ("/messages/count_tokens", _count_tokens, ANTHROPIC_BASES),
+        ("/embeddings", embeddings, OPENAI_BASES),
+        ("/tokenize", tokenize, OPENAI_BASES),
+        ("/detokenize", detokenize, OPENAI_BASES),
+        ("/messages/count_tokens", count_tokens, ANTHROPIC_BASES),
     ):
         for base in bases:
             _post(app, base + path, _working(work, state), path if base == "/v1" else "")
@@ -206,7 +131,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_health(app: FastAPI, state: AppState) -> None:
-    """None of these ever waits for an engine."""
+    """None of these ever waits for a step of an engine."""
     from sprat import __version__
 
     async def live() -> Body:
@@ -222,12 +147,18 @@ def _add_health(app: FastAPI, state: AppState) -> None:
         """The version of Sprat."""
         return {"version": __version__}
 
+    async def metrics() -> Response:
+        """Everything that is counted, in Prometheus' text format."""
+        await state.refresh_metrics()
+        return Response(state.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})
+
     for path, handler in (
         ("/health", ready),
         ("/healthz", ready),
         ("/health/ready", ready),
         ("/health/live", live),
         ("/version", version),
+        ("/metrics", metrics),
     ):
         app.get(path)(handler)
 
@@ -251,88 +182,3 @@ def _add_models(app: FastAPI, state: AppState) -> None:
     for base in ("", "/v1", "/beta", "/anthropic/v1"):
         app.get(f"{base}/models", include_in_schema=base == "/v1")(models)
         app.get(f"{base}/models/{{name:path}}", include_in_schema=base == "/v1")(model)
-
-
-async def _embeddings(request: Request, state: AppState, body: Body) -> Worked:
-    """Pooled hidden states of texts."""
-    reader = Reader(body)
-    name = reader.required("model", reader.text("model"))
-    service = state.find(name)
-    value = reader.required("input", reader.raw("input"))
-    rows = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
-    if not isinstance(rows, list) or not rows or len(rows) > MAX_EMBEDDINGS:
-        raise reader.error("input", f"must be text, ids, or a list of 1 to {MAX_EMBEDDINGS} of them")
-    form = reader.choice("encoding_format", ("float", "base64")) or "float"
-    if reader.integer("dimensions", 1) is not None:
-        raise reader.not_offered("dimensions")
-    reader.text("user")
-    prompts = await service.run_in_thread(
-        lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
-    )
-    tokens = sum(map(len, prompts))
-    async with service.admission.place(request.state.tenant.name, tokens=tokens, seqs=1):
-        vectors = await service.embed(prompts, name)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
-        for index, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": name, "usage": usage}, reader.rest()
-
-
-def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
-    """The ids of one input."""
-    where = f"input[{index}]" if reader.body["input"] is not row else "input"
-    vocab = service.engine.info.vocab_size
-    if isinstance(row, list) and row and all(type(each) is int and 0 <= each < vocab for each in row):
-        ids = row
-    elif isinstance(row, str) and row:
-        ids = service.prompts.tokenizer.encode_prompt(row)
-    else:
-        raise reader.error(where, f"must be text that is not empty, or ids of 0 … {vocab - 1}")
-    if len(ids) > service.prompts.context:
-        message = f"has {len(ids)} tokens, and this model's maximum context length is {service.prompts.context} tokens"
-        raise reader.error(where, message, code="context_length_exceeded")
-    return ids
-
-
-def _vector(vector: list[float], form: str) -> Any:
-    if form == "float":
-        return vector
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-
-
-async def _tokenize(request: Request, state: AppState, body: Body) -> Worked:
-    """The ids of a text or of a conversation."""
-    reader = Reader(body)
-    name = reader.text("model") or state.services[0].names.served
-    service = state.find(name)
-    prompts = service.prompts
-    if reader.has("messages"):
-        generation = parse_chat({**body, "model": name})
-        ids, ignored = await service.run_in_thread(lambda: prompts.ids(generation)), generation.ignored
-    else:
-        text = reader.required("prompt", reader.text("prompt"))
-        special = reader.flag("add_special_tokens") is not False
-        encode = prompts.tokenizer.encode_prompt if special else prompts.tokenizer.encode
-        ids, ignored = await service.run_in_thread(lambda: encode(text)), reader.rest()
-    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}, ignored
-
-
-async def _detokenize(request: Request, state: AppState, body: Body) -> Worked:
-    """The text of ids."""
-    reader = Reader(body)
-    service = state.find(reader.text("model") or state.services[0].names.served)
-    ids, vocab = reader.required("tokens", reader.items("tokens")), service.engine.info.vocab_size
-    for index, each in enumerate(ids):
-        if type(each) is not int or not 0 <= each < vocab:
-            raise reader.error(f"tokens[{index}]", f"must be an id of 0 … {vocab - 1}")
-    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}, reader.rest()
-
-
-async def _count_tokens(request: Request, state: AppState, body: Body) -> Worked:
-    """How many tokens a request of Anthropic's has."""
-    generation = anthropic.parse_count_tokens(body)
-    service = state.find(generation.model)
-    ids = await service.run_in_thread(lambda: service.prompts.ids(generation))
-    return anthropic_answers.token_count(len(ids)), generation.ignored

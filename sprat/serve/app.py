@@ -64,8 +64,9 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
     """
     from fastapi import FastAPI
 
-    from sprat.serve.api import AppState, add_routes
+    from sprat.serve.api import add_routes
     from sprat.serve.api_keys import ApiKeys
+    from sprat.serve.app_state import AppState
     from sprat.serve.error_handlers import add_error_handlers
     from sprat.serve.metrics import Metrics
     from sprat.serve.middleware import SecurityMiddleware
@@ -108,9 +109,13 @@ def create_app(models: Engine | Sequence[ServedModel], config: ServeConfig) -> F
 
 def _check_names(served: Sequence[ServedModel]) -> None:
     names = [name for model in served for name in (*model.names, *model.adapters)]
+    names += [f"{name}:{adapter}" for model in served for name in model.names for adapter in model.adapters]
     for index, name in enumerate(names):
+        if not name.strip():
+            raise ServeError("a model or an adapter has an empty name", where="names", todo="give it one")
         if name in names[:index]:
-            raise ServeError(f"two models or adapters are called {name!r}", where="names", todo="rename one")
+            todo = "give one another name (served_model_name, --served-model-name)"
+            raise ServeError(f"two models or adapters are called {name!r}", where="names", todo=todo)
 
 
 def _service(model: ServedModel, config: ServeConfig, metrics: Metrics) -> Service:

@@ -130,6 +130,24 @@ class ServeConfig(Config):
                 raise ServeError("an API key is empty or holds blanks", where="api_keys, --api-key", todo=todo)
         return api_keys
 
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        """An IPv6 address as URLs have it is one as well."""
+        return host[1:-1] if host.startswith("[") and host.endswith("]") and ":" in host else host
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _check_allowed_hosts(cls, hosts: Any) -> Any:
+        """Refuse what no ``Host`` header can match: they are compared without their port."""
+        if isinstance(hosts, str):
+            raise ServeError("allowed_hosts is no list", where="allowed_hosts", todo='write ["chat.example"]')
+        for host in hosts:
+            if not isinstance(host, str) or not host or set(host) & set("/:@ "):
+                todo = "write it as chat.example, without scheme and port"
+                raise ServeError(f"{host!r} is no host's name", where="allowed_hosts, --allowed-host", todo=todo)
+        return hosts
+
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:

@@ -111,13 +111,14 @@ class CollectedCall:
 
 @dataclass
 class CollectedChoice:
-    """One choice as it is answered whole."""
+    """One choice as it is answered whole; ``call_logprobs`` are those that came once a call had begun."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[CollectedCall] = field(default_factory=list)
     reasoning_logprobs: list[TokenLogprob] = field(default_factory=list)
     content_logprobs: list[TokenLogprob] = field(default_factory=list)
+    call_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: ChoiceFinished | None = None
 
 
@@ -152,7 +153,7 @@ class Collector:
                 choice.reasoning_logprobs += event.logprobs
             else:
                 choice.content += event.text
-                choice.content_logprobs += event.logprobs
+                (choice.call_logprobs if choice.calls else choice.content_logprobs).extend(event.logprobs)
         elif isinstance(event, ToolCallDelta):
             calls = self.choices[event.choice].calls
             if event.index == len(calls):

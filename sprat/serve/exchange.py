@@ -12,85 +12,30 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from sprat.serve import (
-    anthropic,
-    anthropic_answers,
-    openai_chat,
-    openai_completions,
-    openai_responses,
-    openai_responses_answers,
-)
-from sprat.serve.errors import BrokenStream
+from sprat.serve.access_log import AccessRecord, log_request
+from sprat.serve.answer import Answer
+from sprat.serve.errors import BrokenStream, RequestError
 from sprat.serve.events import Collector, Event, Failed, Finished, Started, Usage
-from sprat.serve.fields import header_list
+from sprat.serve.fields import header_list, parse_json
 from sprat.serve.generation import Generation
 from sprat.serve.openai_chat import Head
-from sprat.serve.receive import disconnected
-from sprat.serve.service import Answer, Service
+from sprat.serve.receive import disconnected, read_body
+from sprat.serve.service import Service
+from sprat.serve.wires import Batches, Wire
 
 if TYPE_CHECKING:
     from sprat.engine.sequence import Tenant
 
 KEEP_ALIVE_SECONDS = 4.0  # a comment, or a ping, in a silent stream
-
-Extension = Callable[[], dict[str, Any]]
-Batches = AsyncIterator[list[Event] | None]
-
-
-@dataclass(frozen=True)
-class Wire:
-    """A protocol: how a body is read, and how events are written.
-
-    Attributes:
-        prefix: of the ids of answers.
-        parse: a body → requests, of which all but completions have one.
-    """
-
-    prefix: str
-    parse: Callable[[dict[str, Any]], Sequence[Generation]]
-    whole: Callable[[Generation, Collector, Head, dict[str, Any]], dict[str, Any]]
-    stream: Callable[[Generation, Batches, Head, Extension], AsyncIterator[str]]
-
-
-CHAT = Wire("chatcmpl-", lambda body: [openai_chat.parse_chat(body)], openai_chat.whole, openai_chat.stream_events)
-COMPLETIONS = Wire(
-    "cmpl-", openai_completions.parse_completion, openai_completions.whole, openai_completions.stream_events
-)
-MESSAGES = Wire(
-    "msg_",
-    lambda body: [anthropic.parse_messages(body)],
-    lambda request, collector, head, _: anthropic_answers.whole(collector, message_id=head.id, model=head.model),
-    lambda request, batches, head, _: anthropic_answers.stream_events(
-        _each(batches), message_id=head.id, model=head.model, request_id=head.request_id
-    ),
-)
-RESPONSES = Wire(
-    "resp_",
-    lambda body: [openai_responses.parse_responses(body)],
-    lambda request, collector, head, _: openai_responses_answers.whole(
-        openai_responses_answers.echo(head.body), collector, response_id=head.id, created=int(time.time())
-    ),
-    lambda request, batches, head, _: openai_responses_answers.stream_events(
-        openai_responses_answers.echo(head.body), _each(batches), response_id=head.id, created=int(time.time())
-    ),
-)
-
-
-async def _each(batches: Batches) -> AsyncIterator[Event | None]:
-    """Events one by one."""
-    async for batch in batches:
-        if batch is None:
-            yield None
-        else:
-            for event in batch:
-                yield event
+CLIENT_LEFT = 499  # nobody reads it
+_ENDING: set[asyncio.Task[None]] = set()  # exchanges whose answers still end
 
 
 class Exchange:
@@ -107,34 +52,51 @@ class Exchange:
         self._watch: asyncio.Task[None] | None = None
         self._generations: Sequence[Generation] = ()
         self._id = wire.prefix + secrets.token_hex(12)
+        self._start_time = time.monotonic()
+        self._status, self._code = 200, ""
+        self._is_closed = self._streams = False
         self.is_broken = False  # it ended with an error after it had begun
 
-    async def respond(self, body: dict[str, Any], body_bytes: int) -> Response:
-        """The response.
+    async def respond(self, max_body_bytes: int) -> Response:
+        """The response; the request is logged when all of it has ended.
+
+        Args:
+            max_body_bytes: bound of the body.
 
         Raises:
             RequestError: it cannot be answered.
             ClientDisconnect: nobody waits any more.
         """
+        try:
+            body = await read_body(self.request, max_body_bytes)
+            return await self._respond(parse_json(body), len(body))
+        except RequestError as error:
+            self._status, self._code = error.status, error.code
+            raise
+        except ClientDisconnect:
+            self._status = CLIENT_LEFT
+            raise
+        except BaseException:
+            self._status, self._code = 500, "internal_error"
+            raise
+        finally:
+            if not self._streams:
+                self.close()
+
+    async def _respond(self, body: dict[str, Any], body_bytes: int) -> Response:
         self._generations = self.wire.parse(body)
         self._watch = asyncio.create_task(disconnected(self.request))
-        streams = False
-        try:
-            await self._start(body_bytes)
-            first = self._generations[0]
-            request_id = self.request.scope["state"].get("request_id", "")
-            head = Head(self._id, first.model, first.include_usage, body, request_id)
-            headers = {"Cache-Control": "no-store"}
-            if first.ignored:
-                headers["x-ignored-fields"] = header_list(first.ignored)
-            if first.stream:
-                streams = True
-                chunks = self.wire.stream(first, self._events(), head, self._extension)
-                return EventStream(chunks, self, headers)
+        await self._start(body_bytes)
+        first = self._generations[0]
+        head = Head(self._id, first.model, first.include_usage, body, self._request_id)
+        headers = {"Cache-Control": "no-store"}
+        if first.ignored:
+            headers["x-ignored-fields"] = header_list(first.ignored)
+        if not first.stream:
             return JSONResponse(await self._whole(first, head), headers=headers)
-        finally:
-            if not streams:
-                self.close()
+        self._streams = True
+        chunks = self.wire.stream(first, self._events(), head, self._extension)
+        return EventStream(chunks, self, headers)
 
     async def _start(self, body_bytes: int) -> None:
         """Have all answers begun; who leaves meanwhile leaves the queue."""
@@ -163,9 +125,50 @@ class Exchange:
 
     def close(self) -> None:
         """However it ended: nothing runs on behalf of it any more."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.cancel()
         if self._watch is not None:
             self._watch.cancel()
+        ending = asyncio.create_task(self._log())
+        _ENDING.add(ending)
+        ending.add_done_callback(_ENDING.discard)
+
+    @property
+    def _request_id(self) -> str:
+        return str(self.request.scope["state"].get("request_id", ""))
+
+    async def _log(self) -> None:
+        """Write its line when the engine has let go of it: only then the counts are exact."""
+        for answer in self.answers:
+            await answer.ended.wait()
+        log_request(self._record())
+
+    def _record(self) -> AccessRecord:
+        answers, first = self.answers, self._generations[0] if self._generations else None
+        waits = [answer.queue_seconds for answer in answers if answer.queue_seconds is not None]
+        begins = [answer.first_token_seconds for answer in answers if answer.first_token_seconds is not None]
+        ended_by = next((answer.ended_by for answer in answers if answer.ended_by), "")
+        return AccessRecord(
+            request_id=self._request_id,
+            tenant=self._tenant.name,
+            method=self.request.method,
+            path=self.request.url.path,
+            status=self._status,
+            seconds=time.monotonic() - self._start_time,
+            model=first.model if first is not None else "",
+            stream=first is not None and first.stream,
+            prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
+            cached_tokens=sum(answer.usage.cached_tokens for answer in answers),
+            completion_tokens=sum(answer.usage.completion_tokens for answer in answers),
+            reasoning_tokens=sum(answer.usage.reasoning_tokens for answer in answers),
+            queue_seconds=max(waits, default=None),
+            first_token_seconds=min(begins, default=None),
+            finish_reason=answers[-1].finish_reason if answers else "",
+            ended_by=ended_by or ("disconnect" if self._status == CLIENT_LEFT else ""),
+            code=self._code,
+        )
 
     def _extension(self) -> dict[str, Any]:
         """The ``sprat`` object of a finished answer."""
@@ -193,7 +196,8 @@ class Exchange:
         else:
             batches = _merged(self.answers, self._generations[0].n)
         async for batch in batches:
-            self.is_broken = batch is not None and isinstance(batch[-1], Failed)
+            if batch is not None and isinstance(last := batch[-1], Failed):
+                self.is_broken, self._code = True, last.error.code
             yield batch
 
 

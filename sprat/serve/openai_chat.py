@@ -154,7 +154,8 @@ def _whole_choice(generation: Generation, index: int, choice: CollectedChoice) -
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in choice.calls
         ]
-    logprobs = _logprobs(choice.reasoning_logprobs, choice.content_logprobs) if generation.logprobs else None
+    tokens = [*choice.content_logprobs, *choice.call_logprobs]
+    logprobs = _logprobs(choice.reasoning_logprobs, tokens) if generation.logprobs else None
     reason = choice.finish.reason if choice.finish else "stop"
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 

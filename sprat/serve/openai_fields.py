@@ -76,24 +76,17 @@ def _calls(row: Reader) -> tuple[Any, ...]:
             call.known("type")
         function = call.required("function", call.object("function"))
         name = function.required("name", function.text("name"))
-        arguments = read_arguments(function, function.text("arguments") or "{}")
-        calls.append(ToolCall(name, arguments, call.text("id") or ""))
+        calls.append(ToolCall(name, _arguments(function), call.text("id") or ""))
         call.known("index")
     return tuple(calls)
 
 
-def read_arguments(reader: Reader, arguments: str) -> str:
-    """``arguments`` as the text of a JSON object, which a chat format may write as one.
-
-    A call that was cut off comes back as it was sent: what of it is whole counts.
-
-    Raises:
-        RequestError: 400; it is no beginning of an object.
-    """
+def _arguments(function: Reader) -> str:
+    """The text of a JSON object; that of a call that was cut off is closed, as far as it goes."""
     try:
-        return whole_arguments(arguments)
-    except ValueError:
-        raise reader.error("arguments", "must be the text of a JSON object") from None
+        return whole_arguments(function.text("arguments") or "{}")
+    except (ValueError, RecursionError):
+        raise function.error("arguments", "must be the text of a JSON object") from None
 
 
 def read_tools(reader: Reader) -> tuple[Tool, ...]:

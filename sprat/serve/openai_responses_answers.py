@@ -5,7 +5,8 @@ reasoning and messages) is added, deltas follow, and text, part and item are sai
 The last event carries the very body that is the answer where nobody streams: ``response.completed``, or
 ``response.incomplete`` where tokens or the server ended it, or ``response.failed``.
 
-An answer that is complete without a word or a call has a message with an empty text.
+An answer that is complete without a word or a call has a message with an empty text. Log-probabilities are those of
+the message's tokens: what came with no text waits for some, and those of calls have no place.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, 
     item_ids, items = _Ids(response_id), []
     if choice.reasoning:
         items.append(_reasoning_item(item_ids.reasoning, choice.reasoning))
-    if choice.content or choice.content_logprobs or (is_complete and not choice.calls):
+    if choice.content or (not choice.calls and (choice.content_logprobs or is_complete)):
         items.append(_message_item(item_ids.message, _text_part(choice.content, choice.content_logprobs)))
     items += [_call_item(item_ids.call(index), call) for index, call in enumerate(choice.calls)]
     if items and not is_complete:
@@ -121,6 +122,7 @@ class _Stream:
         self._count, self._index = 0, -1
         self._open: str | int | None = None  # "reasoning", "content", or the index of a call
         self._item_id = ""
+        self._held_logprobs: list[TokenLogprob] = []  # that came before the message had a word
 
     def push(self, event: Event) -> list[dict[str, Any]]:
         """The bodies of what one event makes."""
@@ -133,12 +135,14 @@ class _Stream:
             return self._text(event)
         if isinstance(event, ToolCallDelta):
             call = CollectedCall(event.id, event.name)
+            self._held_logprobs = []
             bodies = [] if self._open == event.index else self._begin(event.index, call)
             return bodies + self._piece("response.function_call_arguments.delta", event.arguments)
         if isinstance(event, ChoiceFinished):
             is_complete = _is_complete(event)
-            is_silent = is_complete and self._open in (None, "reasoning")
+            is_silent = self._open in (None, "reasoning") and (is_complete or bool(self._held_logprobs))
             bodies = self._begin("content") if is_silent else []
+            bodies += self._words("", self._take_logprobs(())) if self._held_logprobs else []
             return bodies + self._end("completed" if is_complete else "incomplete")
         body = whole(self.echoed, self.collector, response_id=self.response_id, created=self.created)
         return [self._numbered(f"response.{body['status']}", response=body)]
@@ -159,12 +163,23 @@ class _Stream:
                 return []
             bodies = [] if self._open == "reasoning" else self._begin("reasoning")
             return bodies + self._piece("response.reasoning_text.delta", event.text, content_index=0)
-        if not event.text and not event.logprobs:
+        logprobs = () if self.collector.choices[0].calls else event.logprobs
+        if not event.text and self._open != "content":
+            self._held_logprobs += logprobs
+            return []
+        if not event.text and not logprobs:
             return []
         bodies = [] if self._open == "content" else self._begin("content")
-        logprobs = [_short_logprob(token) for token in event.logprobs]
-        name = "response.output_text.delta"
-        return [*bodies, self._of_item(name, content_index=0, delta=event.text, logprobs=logprobs)]
+        return bodies + self._words(event.text, self._take_logprobs(logprobs))
+
+    def _take_logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[TokenLogprob]:
+        """``logprobs`` behind those that wait."""
+        taken, self._held_logprobs = [*self._held_logprobs, *logprobs], []
+        return taken
+
+    def _words(self, text: str, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        logprobs = [_short_logprob(token) for token in tokens]
+        return [self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)]
 
     def _piece(self, name: str, text: str, **fields: Any) -> list[dict[str, Any]]:
         return [self._of_item(name, delta=text, **fields)] if text else []

@@ -9,24 +9,23 @@ the *engine* has let go. Readers take events from a queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from sprat.errors import EngineError, SpratError
 from sprat.serve.admission import Admission, Place
-from sprat.serve.choices import Choice
-from sprat.serve.engine_client import EngineClient, EngineDied, Job, JobEvent, JobStream
+from sprat.serve.answer import Answer
+from sprat.serve.engine_client import EngineClient, EngineDied, Job
 from sprat.serve.errors import RequestError
-from sprat.serve.events import EndedBy, Event, Failed, Finished, Started, Usage
 from sprat.serve.generation import Generation
 from sprat.serve.meter import Meter
 from sprat.serve.metrics import Metrics
-from sprat.serve.prompts import Prompt, PromptWriter
+from sprat.serve.prompts import PromptWriter
 
 if TYPE_CHECKING:
     from sprat.engine.sequence import Tenant
@@ -39,136 +38,6 @@ SETTINGS = frozenset(
     + ("max_tokens", "max_think_tokens", "thinking", "response_format")
 )  # of the engine, which the caller knows by the same name unless ``Generation.paths`` says another
 _T = TypeVar("_T")
-
-
-class Answer:
-    """One request that the engine works on.
-
-    Attributes:
-        request_id, tenant, generation: whose and what.
-        model: the name that the caller gave.
-        seed: with which the same request gives the same answer.
-        usage: what was computed so far; exact once it has ended, as ``cost`` and ``seconds`` are.
-        ended_by: who ended it early.
-    """
-
-    def __init__(self, service: Service, request_id: str, tenant: Tenant, generation: Generation, seed: int) -> None:
-        self.request_id, self.tenant, self.generation, self.seed = request_id, tenant, generation, seed
-        self.start_time = time.monotonic()
-        self.usage = Usage(0, 0, 0, 0)
-        self.ended_by: EndedBy = ""
-        self.cost: dict[str, object] | None = None
-        self.seconds = 0.0
-        self.ended = asyncio.Event()
-        self._begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._begun.add_done_callback(lambda future: future.cancelled() or future.exception())  # seen, though unread
-        self._service = service
-        self._job: JobStream | None = None
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._choices: list[Choice] = []
-        self._metrics = service.metrics.request_started(service.names.served)
-
-    def cancel(self, ended_by: EndedBy) -> None:
-        """End it soon; its last events still come. Harmless once it has ended."""
-        if not self.ended.is_set():
-            self.ended_by = self.ended_by or ended_by
-            if self._job is not None:
-                self._job.cancel()
-
-    def reject(self, code: str) -> None:
-        """It got no place, or was not begun."""
-        self._metrics.rejected(code)
-
-    def begin(self, prompt: Prompt, job: JobStream) -> None:
-        """The engine has it."""
-        self._job, self._choices = job, prompt.choices
-        if self.ended_by:
-            job.cancel()
-
-    async def follow(self) -> None:
-        """Translate what the engine says, to its end; books what it cost. Raises nothing."""
-        assert self._job is not None
-        try:
-            async for job_event in self._job:
-                for event in self._translate(job_event):
-                    self._events.put_nowait(event)
-                self._has_begun(None)
-            if self.ended_by == "shutdown":
-                message = "the server is shutting down"
-                raise RequestError(503, message, code="shutting_down", kind="server_error", retry_after=5)
-            self._events.put_nowait(self._finish())
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self.ended.set()
-            self._metrics.cancelled(self.usage.completion_tokens)  # unless it has finished
-
-    def _has_begun(self, error: RequestError | None) -> None:
-        """Tell whoever waits for the first event."""
-        if self._begun.done():
-            return
-        if error is None:
-            self._begun.set_result(None)
-        else:
-            self._begun.set_exception(error)
-
-    async def begun(self) -> None:
-        """Returns when the engine has begun; raises RequestError where it refuses."""
-        await self._begun
-
-    def _fail(self, error: Exception) -> None:
-        """It broke off, or was refused before it began."""
-        if isinstance(error, EngineDied):
-            log.error("an answer broke off: %s", error)
-            message = "the engine stopped while it answered; ask again"
-            error = RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
-        elif isinstance(error, SpratError):
-            error = self._service.refusal(error, self.generation)
-        elif not isinstance(error, RequestError):
-            log.error("an answer broke off", exc_info=error)
-            error = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
-        self._has_begun(error)
-        self._events.put_nowait(Failed(error))
-
-    def _translate(self, event: JobEvent) -> Sequence[Event]:
-        if event.kind == "started":
-            self.usage = Usage(event.prompt_tokens, event.cached_tokens, 0, 0)
-            self._metrics.began(event.prompt_tokens, event.cached_tokens)
-            return [Started(event.prompt_tokens, event.cached_tokens)]
-        if event.kind != "done":
-            self._metrics.token(1, event.choice)
-            return self._choices[event.choice].push(event)
-        usage = self.usage
-        self.usage = Usage(
-            max(usage.prompt_tokens, event.prompt_tokens),
-            usage.cached_tokens,
-            usage.completion_tokens + event.completion_tokens,
-            usage.reasoning_tokens + event.reasoning_tokens,
-        )
-        return self._choices[event.choice].finish(event, self.ended_by)
-
-    def _finish(self) -> Finished:
-        usage, self.seconds = self.usage, time.monotonic() - self.start_time
-        hit, miss = usage.cached_tokens, usage.prompt_tokens - usage.cached_tokens
-        cost = self._service.meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
-        self.cost = cost.to_dict()
-        if not self.ended_by:
-            self._metrics.finished(usage.completion_tokens)
-        return Finished(usage, self.seconds, self.cost)
-
-    async def events(self, idle_seconds: float) -> AsyncIterator[list[Event] | None]:
-        """All events that are there, as they come; None after each ``idle_seconds`` without one. Ends by itself."""
-        while True:
-            try:
-                batch = [await asyncio.wait_for(self._events.get(), idle_seconds)]
-            except TimeoutError:
-                yield None
-                continue
-            while not self._events.empty():
-                batch.append(self._events.get_nowait())
-            yield batch
-            if isinstance(batch[-1], Finished | Failed):
-                return
 
 
 @dataclass(frozen=True)
@@ -214,7 +83,7 @@ class Service:
     Args:
         admission: of answers.
         compiling: of grammars that the engine does not know yet.
-        on_usage: called once for each answer, before its last event can be read.
+        on_usage: called once for each answer that ended in order, before its last event can be read.
     """
 
     def __init__(
@@ -235,7 +104,7 @@ class Service:
         self.closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="sprat-prompt")
-        self._on_usage = on_usage
+        self.on_usage = on_usage
 
     async def run_in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes the processor (writing and tokenising prompts) beside the event loop."""
@@ -272,6 +141,7 @@ class Service:
         except BaseException:
             answer.reject("disconnect")
             raise
+        answer.admitted()
         try:
             self.answers[request_id] = answer
             prompt = await self.run_in_thread(lambda: self.prompts.write(generation, seed))
@@ -315,11 +185,13 @@ class Service:
         """Give the place back."""
         place.charge(answer.usage.prompt_tokens - answer.usage.cached_tokens + answer.usage.completion_tokens)
         place.leave()
-        if self.answers.pop(answer.request_id, None) is not None and self._on_usage is not None:
-            self._on_usage(answer)
+        self.answers.pop(answer.request_id, None)
 
     def refusal(self, error: SpratError, generation: Generation) -> RequestError:
         """What the engine or a chat format refuses, in the caller's words."""
+        if isinstance(error, EngineDied):
+            message = "the engine stopped before it answered; ask again"
+            return RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
         if not isinstance(error, EngineError):
             log.error("a request failed: %s", error)
             return RequestError(500, str(error), code="engine_error", kind="server_error")
@@ -331,10 +203,10 @@ class Service:
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")
 
-    async def embed(self, prompts: Sequence[Sequence[int]], model: str) -> list[list[float]]:
+    async def embed(self, prompts: Sequence[Sequence[int]], model: str, tenant: Tenant) -> list[list[float]]:
         """Pooled hidden states of prompts; RequestError where the engine cannot."""
         try:
-            return await self.engine.embed(prompts, self.names.adapter(model))
+            return await self.engine.embed(prompts, self.names.adapter(model), tenant)
         except EngineError as error:
             raise RequestError(400, str(error), param="model", code="not_offered") from error
         except SpratError as error:
@@ -345,9 +217,8 @@ class Service:
         self.closed = True
         self.admission.close()
         self.compiling.close()
-        pending = list(self._tasks)
-        if pending:
-            await asyncio.wait(pending, timeout=timeout)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.admission.drained(), timeout)
         self.abort()
 
     def abort(self) -> None:

@@ -342,8 +342,8 @@ class Tokenizer:
                 table[token_id] = bytes(alphabet[char] for char in token)
             elif match := _BYTE_TOKEN.fullmatch(token):
                 table[token_id] = bytes([int(match[1], 16)])
-            else:
-                table[token_id] = token.replace("▁", " ").encode("utf-8")
+            else:  # "▁" is a space to SentencePiece, and a letter in DeepSeek's tags
+                table[token_id] = (token if self._byte_level else token.replace("▁", " ")).encode("utf-8")
         return table
 
     def _without_control_ids(self, text: str, ids: list[int]) -> list[int]:

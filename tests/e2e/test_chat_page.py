@@ -175,8 +175,8 @@ def test_regenerate_asks_again_and_replaces_only_the_last_answer(visit: Any) -> 
     here.page.locator(".answer", has_text="third").wait_for()
     here.settled()
     assert here.texts(".answer") == ["first", "third"]
-    messages, sampling = here.engine.asked[-1]
-    assert [(m.role, m.content) for m in messages] == [("user", "one"), ("assistant", "first"), ("user", "two")]
+    question, sampling = here.engine.asked[-1]
+    assert [said in question for said in ("one", "first", "two", "second")] == [True, True, True, False]
     assert here.engine.asked[1][1].temperature == 0 < sampling.temperature
 
 
@@ -217,7 +217,8 @@ def test_a_model_of_single_questions_gets_each_one_alone(visit: Any) -> None:
     for question in ("add 3 and 4", "add 5 and 6"):
         here.ask(question)
         here.settled()
-    assert [len(messages) for messages, _ in here.engine.asked] == [1, 1]
+    (first, _), (second, _) = here.engine.asked
+    assert "add 3" in first and "add 5" in second and "add 3" not in second
     assert "on its own" in here.texts("#note")[0]
 
 

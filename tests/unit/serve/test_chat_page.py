@@ -9,11 +9,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from sprat.serve import ServeConfig, chat_page, create_app
+from sprat.serve.app import ServedModel
 from tests.unit.serve.scripted import ScriptedEngine
 
 
 def test_the_page_comes_with_a_policy_that_admits_only_its_own_code() -> None:
-    client = TestClient(create_app(ScriptedEngine(), ServeConfig()), base_url="http://127.0.0.1")
+    engine = ScriptedEngine()
+    app = create_app([ServedModel(engine, engine.tokenizer, ("tiny",))], ServeConfig())
+    client = TestClient(app, base_url="http://127.0.0.1")
     answer = client.get("/")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = answer.headers["content-security-policy"]

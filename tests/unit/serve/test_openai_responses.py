@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,7 +209,23 @@ def test_log_probabilities_come_with_their_tokens() -> None:
     assert (first.token, first.bytes, first.logprob) == ("\ufffd", [0xC3], -0.25)
     assert [(top.token, top.logprob) for top in second.top_logprobs] == [("\ufffd", -0.25), ("a", -9999.0)]
     deltas = [body for name, body in sent(stream_of(events)) if name == "response.output_text.delta"]
-    assert [(body["delta"], len(body["logprobs"])) for body in deltas] == [("", 1), ("\u00e9", 1)]
+    assert [(body["delta"], len(body["logprobs"])) for body in deltas] == [("\u00e9", 2)]
+
+
+@pytest.mark.parametrize("text", ["", "Well."])
+def test_log_probabilities_of_calls_make_no_message(text: str) -> None:
+    """They come with each token of a call, as deltas without text."""
+    empty = TextDelta(0, "content", "", (TokenLogprob(b"x", -0.5),))
+    said = [replace(empty, text=text)] if text else []
+    call = [ToolCallDelta(0, 0, "{", "c", "add"), empty, ToolCallDelta(0, 0, "}"), empty]
+    events = [Started(1, 0), *said, empty, *call, ChoiceFinished(0, "tool_calls"), END]
+    body = whole_of(events)
+    kinds = ["message", "function_call"] if text else ["function_call"]
+    assert [item["type"] for item in body["output"]] == kinds
+    assert not text or len(body["output"][0]["content"][0]["logprobs"]) == 2
+    rows = sent(stream_of(events))
+    assert rows[-1][1]["response"] == body
+    assert [row["item"]["type"] for name, row in rows if name == "response.output_item.added"] == kinds
 
 
 @pytest.mark.parametrize("begun", [True, False])

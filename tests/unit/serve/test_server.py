@@ -171,7 +171,7 @@ def test_metrics_have_a_port_of_their_own_without_a_key_and_nothing_else_has() -
             assert "sprat:num_requests_running" in client.get(f"{metrics}/metrics").text
             assert client.get(f"{metrics}/v1/models").status_code == 404
             assert client.get(f"{metrics}/metrics", headers={"Host": "evil.example"}).status_code == 403
-            assert client.get(f"{address}/metrics/").status_code == 401
+            assert client.get(f"{address}/metrics").status_code == 401
             process.send_signal(signal.SIGTERM)
             assert left_quietly(process)
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import tokenizers
 
 from sprat.errors import DataError
 from sprat.tokens import Message, Tokenizer, encode_conversation, render
@@ -203,3 +204,17 @@ def test_tags_of_calls_are_seen_though_a_vocabulary_calls_them_special() -> None
     ids = tokenizer.encode(text + "<|im_start|>", parse_special=True)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert tokenizer.token_bytes(tokenizer.encode("<tool_call>", parse_special=True)[-1]) == b"<tool_call>"
+
+
+def test_a_tag_keeps_its_letters_where_the_vocabulary_is_one_of_bytes() -> None:
+    """DeepSeek's tags have a letter in them that means a space in SentencePiece's vocabularies, and not in theirs."""
+    table = json.loads(Tokenizer.train(["some text"], 500).files()["tokenizer.json"])
+    tags = (*DEEPSEEK_V3_1.calls, *DEEPSEEK_V3_1.call)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    first = max(table["model"]["vocab"].values()) + 1
+    table["added_tokens"] += [{"id": first + index, "content": tag, **flags} for index, tag in enumerate(tags)]
+    reader = tokenizers.Tokenizer.from_str(json.dumps(table))
+    tokenizer = Tokenizer(json.dumps(table))
+    for tag in tags:
+        (token,) = reader.encode(tag).ids
+        assert tokenizer.token_bytes(token).decode() == reader.decode([token]) == tag

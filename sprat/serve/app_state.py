@@ -1,0 +1,77 @@
+"""What the routes share: the services, the settings and the metrics of one server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+from sprat.errors import SpratError
+from sprat.serve.config import ServeConfig
+from sprat.serve.errors import RequestError
+from sprat.serve.metrics import Metrics
+from sprat.serve.service import Service
+
+BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
+
+
+@dataclass
+class AppState:
+    """What the routes share: a service for each model that is loaded, the first of them the default."""
+
+    services: list[Service]
+    config: ServeConfig
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may name as its model."""
+        return tuple(name for service in self.services for name in service.names.all())
+
+    def find(self, model: str) -> Service:
+        """The service that has ``model``; RequestError 404 where none has."""
+        for service in self.services:
+            if service.names.has(model):
+                return service
+        known = ", ".join(map(repr, self.names))
+        message = f"The model {model[:100]!r} does not exist here; this server has {known}"
+        raise RequestError(404, message, param="model", code="model_not_found")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Bound of a request's body: what the longest context can take, unless it was set."""
+        context = max(service.prompts.context for service in self.services)
+        return self.config.max_body_bytes or BODY_BYTES + BYTES_OF_TOKEN * context
+
+    async def start(self) -> None:
+        """Have all engines up. Raises SpratError: one cannot be."""
+        await asyncio.gather(*(service.engine.start() for service in self.services))
+
+    async def stop(self) -> None:
+        """End them all."""
+        for service in self.services:
+            service.abort()
+            await service.engine.stop()
+            service.close()
+
+    async def drain(self, timeout: float) -> None:
+        """Admit nobody more; running answers may finish within ``timeout`` seconds."""
+        await asyncio.gather(*(service.drain(timeout) for service in self.services))
+
+    def abort(self) -> None:
+        """End whatever still runs."""
+        for service in self.services:
+            service.abort()
+
+    async def refresh_metrics(self) -> None:
+        """Bring in what the engines hold; never waits for a step."""
+        for service in self.services:
+            with contextlib.suppress(SpratError):
+                self.metrics.model(service.names.served).observe_stats(await service.engine.stats())
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        return all(service.engine.alive and not service.closed for service in self.services)

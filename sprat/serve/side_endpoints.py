@@ -1,0 +1,104 @@
+"""What is asked of a model beside answers: embeddings, the ids of a text and back, and how many there are."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from typing import Any
+
+from starlette.requests import Request
+
+from sprat.serve import anthropic, anthropic_answers
+from sprat.serve.app_state import AppState
+from sprat.serve.fields import Reader
+from sprat.serve.openai_chat import parse_chat
+from sprat.serve.service import Service
+
+MAX_EMBEDDINGS = 256
+Body = dict[str, Any]
+Worked = tuple[Body, tuple[str, ...]]  # an answer, and what of the request was ignored
+
+
+async def embeddings(request: Request, state: AppState, body: Body) -> Worked:
+    """Pooled hidden states of texts."""
+    reader = Reader(body)
+    name = reader.required("model", reader.text("model"))
+    service = state.find(name)
+    value = reader.required("input", reader.raw("input"))
+    rows = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
+    if not isinstance(rows, list) or not rows or len(rows) > MAX_EMBEDDINGS:
+        raise reader.error("input", f"must be text, ids, or a list of 1 to {MAX_EMBEDDINGS} of them")
+    form = reader.choice("encoding_format", ("float", "base64")) or "float"
+    if reader.integer("dimensions", 1) is not None:
+        raise reader.not_offered("dimensions")
+    reader.text("user")
+    prompts = await service.run_in_thread(
+        lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
+    )
+    tokens = sum(map(len, prompts))
+    async with service.admission.place(request.state.tenant.name, tokens=tokens, seqs=1):
+        vectors = await service.embed(prompts, name, request.state.tenant)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": name, "usage": usage}, reader.rest()
+
+
+def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
+    """The ids of one input."""
+    where = f"input[{index}]" if reader.body["input"] is not row else "input"
+    vocab = service.engine.info.vocab_size
+    if isinstance(row, list) and row and all(type(each) is int and 0 <= each < vocab for each in row):
+        ids = row
+    elif isinstance(row, str) and row:
+        ids = service.prompts.tokenizer.encode_prompt(row)
+    else:
+        raise reader.error(where, f"must be text that is not empty, or ids of 0 … {vocab - 1}")
+    if len(ids) > service.prompts.context:
+        message = f"has {len(ids)} tokens, and this model's maximum context length is {service.prompts.context} tokens"
+        raise reader.error(where, message, code="context_length_exceeded")
+    return ids
+
+
+def _vector(vector: list[float], form: str) -> Any:
+    if form == "float":
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def tokenize(request: Request, state: AppState, body: Body) -> Worked:
+    """The ids of a text or of a conversation."""
+    reader = Reader(body)
+    name = reader.text("model") or state.services[0].names.served
+    service = state.find(name)
+    prompts = service.prompts
+    if reader.has("messages"):
+        generation = parse_chat({**body, "model": name})
+        ids, ignored = await service.run_in_thread(lambda: prompts.ids(generation)), generation.ignored
+    else:
+        text = reader.required("prompt", reader.text("prompt"))
+        special = reader.flag("add_special_tokens") is not False
+        encode = prompts.tokenizer.encode_prompt if special else prompts.tokenizer.encode
+        ids, ignored = await service.run_in_thread(lambda: encode(text)), reader.rest()
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}, ignored
+
+
+async def detokenize(request: Request, state: AppState, body: Body) -> Worked:
+    """The text of ids."""
+    reader = Reader(body)
+    service = state.find(reader.text("model") or state.services[0].names.served)
+    ids, vocab = reader.required("tokens", reader.items("tokens")), service.engine.info.vocab_size
+    for index, each in enumerate(ids):
+        if type(each) is not int or not 0 <= each < vocab:
+            raise reader.error(f"tokens[{index}]", f"must be an id of 0 … {vocab - 1}")
+    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}, reader.rest()
+
+
+async def count_tokens(request: Request, state: AppState, body: Body) -> Worked:
+    """How many tokens a request of Anthropic's has."""
+    generation = anthropic.parse_count_tokens(body)
+    service = state.find(generation.model)
+    ids = await service.run_in_thread(lambda: service.prompts.ids(generation))
+    return anthropic_answers.token_count(len(ids)), generation.ignored
