@@ -182,6 +182,8 @@ class SecurityMiddleware:
         tenant = self.api_keys.tenant(*(headers.get(name, b"").decode("latin-1") for name in names))
         if tenant is None and not is_public(route_path(scope)) and not _is_preflight(scope, headers):
             message = "this server needs an API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            if any(name in headers for name in names):
+                message = "the API key that was sent is none of this server's; it knows those it was started with"
             return RequestError(401, message, param="Authorization", code="invalid_api_key")
         scope["state"]["tenant"] = tenant
         return None

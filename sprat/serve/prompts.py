@@ -110,7 +110,7 @@ class PromptWriter:
         if isinstance(generation.prompt, str):
             return self._fill_in(generation) if generation.suffix else self.tokenizer.encode_prompt(generation.prompt)
         if generation.prompt is not None:
-            return list(generation.prompt)
+            return self._given_ids(generation.prompt, generation.paths.get("ids", "prompt"))
         tools = [schema_of(tool) for tool in generation.tools]
         messages = join_systems(generation.messages)
         try:
@@ -118,6 +118,19 @@ class PromptWriter:
         except DataError as error:
             param = generation.paths.get(error.where, error.where)
             raise RequestError(400, f"{param}: {error.what}; {error.todo}", param=param, code="not_possible") from None
+
+    def _given_ids(self, ids: tuple[int, ...], where: str) -> list[int]:
+        """Ids that the caller wrote at ``where``.
+
+        Raises:
+            RequestError: 400; one is no token of this model.
+        """
+        vocab = self._engine.info.vocab_size
+        for index, each in enumerate(ids):
+            if not 0 <= each < vocab:
+                param = f"{where}[{index}]"
+                raise RequestError(400, f"{param}: must be an id of 0 … {vocab - 1}, not {each}", param=param)
+        return list(ids)
 
     def _fill_in(self, generation: Generation) -> list[int]:
         """The ids of a text with a gap.

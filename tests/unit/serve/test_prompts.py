@@ -61,3 +61,11 @@ def test_what_a_request_says_counts_more_than_the_folder_and_each_answer_has_a_s
     samplings = writer.write(Generation("m", ASK.messages, n=3, sampling={"temperature": 0.1}), 7).samplings
     assert [(each.temperature, each.top_k) for each in samplings] == [(0.1, 9)] * 3
     assert [each.seed for each in samplings] == [7, 8, 9]
+
+
+def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, Tokenizer]) -> None:
+    vocab = parts[1].vocab_size
+    with pytest.raises(RequestError) as caught:
+        writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
+    assert caught.value.param == "prompt[2][1]"
+    assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"
