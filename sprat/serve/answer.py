@@ -28,7 +28,6 @@ class Answer:
 
     Attributes:
         request_id, tenant, generation: whose and what.
-        model: the name that the caller gave.
         seed: with which the same request gives the same answer.
         usage: what was computed so far; exact once it has ended, as ``cost`` and ``seconds`` are.
         ended_by: who ended it early.
@@ -131,9 +130,10 @@ class Answer:
             self._metrics.began(event.prompt_tokens, event.cached_tokens)
             return [Started(event.prompt_tokens, event.cached_tokens)]
         if event.kind != "done":
-            if self.first_token_seconds is None and event.kind != "prompt":
-                self.first_token_seconds = time.monotonic() - self.start_time
-            self._metrics.token(1, event.choice)
+            if event.kind != "prompt":
+                if self.first_token_seconds is None:
+                    self.first_token_seconds = time.monotonic() - self.start_time
+                self._metrics.token(1, event.choice)
             return self._choices[event.choice].push(event)
         usage = self.usage
         self.usage = Usage(
@@ -153,6 +153,8 @@ class Answer:
         self.cost = cost.to_dict()
         if not self.ended_by:
             self._metrics.finished(usage.completion_tokens, "length" if self.finish_reason == "length" else "stop")
+        if self._service.on_usage is not None:
+            self._service.on_usage(self)
         return Finished(usage, self.seconds, self.cost)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[list[Event] | None]:

@@ -59,9 +59,10 @@ class Choice:
 
     def finish(self, event: JobEvent, ended_by: EndedBy) -> list[Event]:
         """The end, and what was held back."""
-        events = self._echoed([] if self._parser is None else self._events(self._parser.close()))
+        parser, is_cut = self._parser, event.finish_reason != "stop" or bool(event.stop)
+        events = self._echoed([] if parser is None else self._events(parser.close(is_cut=is_cut)))
         reason: FinishReason = "length" if event.finish_reason == "length" else "stop"
-        if self._parser is not None and self._parser.num_calls and event.finish_reason == "stop":
+        if parser is not None and parser.has_whole_calls and event.finish_reason == "stop":
             reason = "tool_calls"
         cancelled = event.finish_reason == "cancelled"
         return [*events, ChoiceFinished(self.index, reason, event.stop, ended_by if cancelled else "")]

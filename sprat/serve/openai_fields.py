@@ -6,10 +6,10 @@ here and is ignored.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from sprat.serve.arguments import whole_arguments
 from sprat.serve.fields import Reader
 from sprat.serve.generation import Tool, ToolChoice
 
@@ -76,21 +76,17 @@ def _calls(row: Reader) -> tuple[Any, ...]:
             call.known("type")
         function = call.required("function", call.object("function"))
         name = function.required("name", function.text("name"))
-        arguments = function.text("arguments") or "{}"
-        check_arguments(function, arguments)
-        calls.append(ToolCall(name, arguments, call.text("id") or ""))
+        calls.append(ToolCall(name, _arguments(function), call.text("id") or ""))
         call.known("index")
     return tuple(calls)
 
 
-def check_arguments(reader: Reader, arguments: str) -> None:
-    """Raise RequestError unless ``arguments`` is the text of a JSON object: a chat format may write it as one."""
+def _arguments(function: Reader) -> str:
+    """The text of a JSON object; that of a call that was cut off is closed, as far as it goes."""
     try:
-        is_object = isinstance(json.loads(arguments), dict)
+        return whole_arguments(function.text("arguments") or "{}")
     except (ValueError, RecursionError):
-        is_object = False
-    if not is_object:
-        raise reader.error("arguments", "must be the text of a JSON object")
+        raise function.error("arguments", "must be the text of a JSON object") from None
 
 
 def read_tools(reader: Reader) -> tuple[Tool, ...]:

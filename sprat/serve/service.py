@@ -9,6 +9,7 @@ the *engine* has let go. Readers take events from a queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ class Service:
     Args:
         admission: of answers.
         compiling: of grammars that the engine does not know yet.
-        on_usage: called once for each answer, before its last event can be read.
+        on_usage: called once for each answer that ended in order, before its last event can be read.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Service:
         self.closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="sprat-prompt")
-        self._on_usage = on_usage
+        self.on_usage = on_usage
 
     async def run_in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes the processor (writing and tokenising prompts) beside the event loop."""
@@ -184,8 +185,7 @@ class Service:
         """Give the place back."""
         place.charge(answer.usage.prompt_tokens - answer.usage.cached_tokens + answer.usage.completion_tokens)
         place.leave()
-        if self.answers.pop(answer.request_id, None) is not None and self._on_usage is not None:
-            self._on_usage(answer)
+        self.answers.pop(answer.request_id, None)
 
     def refusal(self, error: SpratError, generation: Generation) -> RequestError:
         """What the engine or a chat format refuses, in the caller's words."""
@@ -247,9 +247,8 @@ class Service:
         self.closed = True
         self.admission.close()
         self.compiling.close()
-        pending = list(self._tasks)
-        if pending:
-            await asyncio.wait(pending, timeout=timeout)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.admission.drained(), timeout)
         self.abort()
 
     def abort(self) -> None:

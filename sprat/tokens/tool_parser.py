@@ -81,7 +81,7 @@ class ToolCallParser:
         self._buffer, self._opening = "", ""  # text that waits; what stands before it where it may be a call
         self._step: Callable[[bool], bool] = self._read_text
         self._brackets, self._position = Brackets(), 0
-        self._index, self._after_call, self._closed_by = -1, False, 0
+        self._index, self._after_call, self._closed_by, self._is_whole = -1, False, 0, False
         self._pieces: list[Piece] = []
 
     @property
@@ -89,13 +89,28 @@ class ToolCallParser:
         """Calls that have begun."""
         return self._index + 1
 
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls, and the arguments of each are all there."""
+        return self.num_calls > 0 and self._is_whole
+
     def push(self, text: str) -> list[Piece]:
         """What is known now that ``text`` came."""
         self._buffer += text
         return self._run(is_end=False)
 
-    def close(self) -> list[Piece]:
-        """What is left when the answer is at its end."""
+    def close(self, *, is_cut: bool = False) -> list[Piece]:
+        """What is left when the answer is at its end.
+
+        Args:
+            is_cut: it was not the model that ended it: what it had begun of the head of a call is no content.
+        """
+        first = self._format.calls[0]
+        if is_cut and self._step in (self._read_head, self._read_text):
+            if self._step == self._read_head or self._after_call:
+                self._buffer, self._step = "", self._read_text
+            elif first in self._buffer and first:
+                self._buffer = self._buffer.partition(first)[0].rstrip()
         return self._run(is_end=True)
 
     def _run(self, *, is_end: bool) -> list[Piece]:
@@ -196,7 +211,7 @@ class ToolCallParser:
 
     def _begin(self, name: str, length: int) -> bool:
         """A call, whose arguments stand behind ``length`` characters."""
-        self._index += 1
+        self._index, self._is_whole = self._index + 1, False
         self._pieces.append(CallBegin(self._index, name))
         self._buffer, self._brackets, self._step = self._buffer[length:], Brackets(), self._read_arguments
         return True
@@ -217,6 +232,7 @@ class ToolCallParser:
         name, arguments = call
         self._begin(name, length)
         self._pieces.append(CallArguments(self._index, arguments))
+        self._is_whole = True
         return self._end_call(self._read_closers)
 
     def _read_arguments(self, is_end: bool) -> bool:
@@ -225,7 +241,8 @@ class ToolCallParser:
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         if text:
             self._pieces.append(CallArguments(self._index, text))
-        if is_whole and self._brackets.depth <= 0 and self._format.is_json:
+        self._is_whole = is_whole and self._brackets.depth <= 0
+        if self._is_whole and self._format.is_json:
             return self._end_call(self._read_rest)
         if is_whole or is_end:
             return self._end_call(self._read_closers)

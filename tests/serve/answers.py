@@ -65,7 +65,9 @@ def add_up(usages: list[Json]) -> Json:
     total: Json = {}
     for usage in usages:
         for name, value in usage.items():
-            total[name] = add_up([total.get(name, {}), value]) if isinstance(value, dict) else total.get(name, 0) + value
+            total[name] = (
+                add_up([total.get(name, {}), value]) if isinstance(value, dict) else total.get(name, 0) + value
+            )
     return total
 
 

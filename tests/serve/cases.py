@@ -9,7 +9,21 @@ from typing import Any
 from tests.serve.lively import FAMILIES, MODES
 
 Json = dict[str, Any]
-WORDS = ["what is", "3 + 4", "Paris", "in", "sunny", "東京", "Größe", "?", "\n", "say it", "</think>", "<tool_call>", "{"]
+WORDS = [
+    "what is",
+    "3 + 4",
+    "Paris",
+    "in",
+    "sunny",
+    "東京",
+    "Größe",
+    "?",
+    "\n",
+    "say it",
+    "</think>",
+    "<tool_call>",
+    "{",
+]
 STOPS = ["e", " ", "}", '"', "an", "18", "1", "<", "\n", "é", '"}', "]<", "Par", "say"]
 CITY = {"type": "string", "maxLength": 8}
 PARAMETERS: list[Json] = [
@@ -60,7 +74,9 @@ def case(number: int) -> Case:
     if protocol in ("chat", "completions"):
         body["n"] = n = draw.choice([1, 1, 1, 2, 3])
         body |= {"stream_options": {"include_usage": True}} if draw.random() < 0.5 else {}
-        body |= draw.choice([{}, {}, {"frequency_penalty": 0.5}, {"min_tokens": 2}, {"ignore_eos": True}, {"top_k": 9}])
+        body |= draw.choice(
+            [{}, {}, {"frequency_penalty": 0.5}, {"min_tokens": min(2, max_tokens)}, {"ignore_eos": True}, {"top_k": 9}]
+        )
     body |= {"stop_sequences" if protocol == "messages" else "stop": list(stops)} if stops else {}
     body |= _BODIES[protocol](draw, text, family)
     limit = "max_output_tokens" if protocol == "responses" else "max_tokens"

@@ -5,21 +5,24 @@ Each case is asked for by two tenants, whole by one and as a stream by the other
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from sprat.kernels import native
 from tests.serve import answers
 from tests.serve.answers import PATHS, Answer
-from tests.serve.cases import Case, case
+from tests.serve.cases import FUNCTIONS, Case, case
 from tests.serve.lively import FAMILIES, KEYS, Lively, lively_server
 
 CASES = int(os.environ.get("SPRAT_SERVE_CASES", "100"))  # the whole bar is 300
-LENGTH = ("length", "max_tokens", ("max_tokens", None), ("incomplete", "max_output_tokens"))
+SCHEMAS = {function["name"]: function["parameters"] for function in FUNCTIONS}
+LENGTH: tuple[Any, ...] = ("length", ("max_tokens", None), ("incomplete", "max_output_tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -76,5 +79,8 @@ def _check_truth(each: Case, answer: Answer) -> None:
     for one in choices:
         if one.finish in ("tool_calls", ("tool_use", None)):
             assert one.calls
+            for name, arguments in one.calls:
+                value = arguments if isinstance(arguments, dict) else json.loads(arguments)
+                Draft202012Validator(SCHEMAS[name]).validate(value)
         if one.finish not in LENGTH and not {"echo", "min_tokens"} & each.body.keys():
             assert not any(stop in one.content for stop in each.stops), (one, each)

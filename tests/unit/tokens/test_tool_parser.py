@@ -126,6 +126,21 @@ def test_every_cut_and_every_loss_of_the_end(name: str) -> None:
             assert content == text[:position]
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_head_of_a_call_that_was_cut_off_is_no_content(name: str) -> None:
+    calls = [("get_weather", '{"city": "K"}'), ("now", '{"a": {}}')]
+    before = "Well." if name in TAGGED else ""
+    text = before + WRITERS[name][1](calls)
+    tag = WRITERS[name][0].calls[0] or WRITERS[name][0].call[0]
+    for position in range(len(before) + len(tag), len(text) + 1):
+        parser = ToolCallParser(WRITERS[name][0], NAMES)
+        pieces = parser.push(text[:position]) + parser.close(is_cut=True)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Content)) == before
+        said = "".join(piece.text for piece in pieces if isinstance(piece, CallArguments))
+        begun = said not in ("", calls[0][1], calls[0][1] + calls[1][1])
+        assert parser.has_whole_calls == (parser.num_calls > 0 and not begun)
+
+
 def test_arguments_are_not_held_back() -> None:
     parser = ToolCallParser(tool_formats.HERMES, NAMES)
     assert parser.push('<tool_call>\n{"name": "f", "arguments": {') == [CallBegin(0, "f"), CallArguments(0, "{")]
