@@ -117,6 +117,10 @@ class Answer:
         elif not isinstance(error, RequestError):
             log.error("an answer broke off", exc_info=error)
             error = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
+        if error.status < 500 and not self._begun.done():
+            self.reject(error.code)
+        elif error.code != "shutting_down":
+            self._metrics.failed(self.usage.completion_tokens)
         self._has_begun(error)
         self._events.put_nowait(Failed(error))
 
