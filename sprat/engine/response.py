@@ -78,6 +78,7 @@ class Response:
         choice: str = "required",
         name: str = "",
         parallel: bool = True,
+        content: Mapping[str, Any] | None = None,
     ) -> Response:
         """Calls of ``tools``, as the model's family writes them (``tokens.tool_formats``).
 
@@ -89,6 +90,7 @@ class Response:
             choice: ``required``: the content is calls and nothing else; ``named``: it is calls of the tool ``name``;
                 ``auto``: it is free text, but a call that was opened is one, and only calls follow it.
             parallel: whether one call may follow another.
+            content: with ``auto``, the JSON schema of an answer that calls nothing; None: it is free text.
 
         Raises:
             EngineError: there is no such tool, two have one name, a name or a schema cannot be written as JSON, or
@@ -109,8 +111,11 @@ class Response:
             raise EngineError(fault, where="tools", todo="give tools with different names")
         form = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
         source = {"format": form, "tools": rows, "parallel": parallel and tool_format.parallel}
+        is_free = choice == "auto" and content is None
         try:
-            return cls("auto_tools" if choice == "auto" else "tools", json.dumps(source))
+            if choice == "auto" and content is not None:
+                source["content"] = dict(content)
+            return cls("auto_tools" if is_free else "tools", json.dumps(source))
         except (TypeError, ValueError, RecursionError) as error:
             raise EngineError(f"the tools are no JSON: {error}", where="tools", todo="give JSON schemas") from None
 

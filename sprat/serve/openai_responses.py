@@ -25,7 +25,7 @@ _PATHS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "thinking": "reasoning.effort",
-    "response": "text.format",
+    "response_format": "text.format",
     "top_logprobs": "top_logprobs",
 }
 _CHOICES: Mapping[str, ToolChoice] = {

@@ -210,10 +210,6 @@ class PromptWriter:
             where = paths.get("tool_choice", "tool_choice")
             message = f"{where}: this model's calls cannot be told from text; say 'required', or name a function"
             raise RequestError(400, message, param=where, code="not_offered")
-        if generation.response_format is not None and generation.tool_choice.mode != "auto":
-            where = paths.get("response_format", "response_format")
-            message = f"{where}: a call that is required has a form of its own; leave one of them out"
-            raise RequestError(400, message, param=where)
         return generation
 
     def _parser(self, generation: Generation) -> Any:
@@ -237,12 +233,14 @@ class PromptWriter:
                 {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict} for tool in generation.tools
             ]
             choice = generation.tool_choice
+            content = None if form is None else form.get("schema", {"type": "object"})
             return Response.tool_calls(
                 tools,
                 self._tool_format,
                 choice=choice.mode,
                 name=choice.name,
                 parallel=generation.parallel_tool_calls and choice.mode != "named",
+                content=content,
             )
         if form is None:
             return None

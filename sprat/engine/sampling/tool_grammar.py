@@ -2,7 +2,8 @@
 
 Where the model may choose, everything is allowed until it opens a call. The rule ``head`` is lazy: the first opening
 tag ends it, so that what follows is a call whatever the text before was, and behind calls only calls may follow.
-Without tags there is nothing to wait for, so there the first call stands at the beginning.
+Without tags there is nothing to wait for, so there the first call stands at the beginning. Where an answer that calls
+nothing has a schema too, the first token decides which of the two it is.
 
 Each schema has the bounds of one that is given alone (``grammar_source``). One that cannot be translated or compiled
 is an error only for a tool that is ``strict``; of the others any JSON object is taken. A tool without a schema has no
@@ -50,11 +51,28 @@ def translate_tools(response: Response) -> Iterator[str]:
         raise EngineError(f"there are {len(tools)} tools", where="tools", todo=f"give {MAX_TOOLS} at most")
     work = max(MAX_WORK // len(tools), MIN_WORK)
     schemas = [_arguments_schema(response, tool, work) for tool in tools]
+    content = [_content_schema(source["content"], work)] if "content" in source else []
     rules = _rules(source, is_auto=response.kind == "auto_tools")
-    yield json.dumps({"rules": rules, "schemas": schemas}, default=float)
+    yield json.dumps({"rules": rules, "schemas": schemas + content}, default=float)
     looser = [schema if tool["strict"] else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)]
     if looser != schemas:
-        yield json.dumps({"rules": rules, "schemas": looser}, default=float)
+        yield json.dumps({"rules": rules, "schemas": looser + content}, default=float)
+
+
+def _content_schema(schema: dict[str, Any], max_work: int) -> dict[str, Any]:
+    """The schema of an answer that calls nothing.
+
+    Raises:
+        EngineError: it cannot be used.
+    """
+    try:
+        if len(json.dumps(schema, default=float)) > MAX_SOURCE:
+            raise ValueError("the schema is too long")
+        translated: dict[str, Any] = translate_schema(schema, max_work)
+        return translated
+    except ValueError as error:
+        fault = f"the schema cannot be used: {error}"
+        raise EngineError(fault, where="response_format", todo="correct or simplify it") from None
 
 
 def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -> dict[str, Any]:
@@ -82,7 +100,7 @@ def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -
 
 
 def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
-    """The rules around the arguments, which are ``args_0`` and so on."""
+    """The rules around the arguments, which are ``args_0`` and so on; the last is an answer that calls nothing."""
     form = source["format"]
     (first, last), (opening, closing), (before, between, after) = form["calls"], form["call"], form["body"]
     lines = ["%llguidance {}"]
@@ -97,7 +115,8 @@ def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
         lines += ["TEXT: /(?s:.)*/", f"head[lazy]: TEXT {_literal(begin)}"]
         lines.append(f"start: TEXT | head {_literal(opening) if first else ''} {calls}")
     else:
-        lines.append(f"start: {_literal(first + opening)} {calls}")
+        answer = f"args_{len(source['tools'])} | " if "content" in source else ""
+        lines.append(f"start: {answer}{_literal(first + opening)} {calls}")
     return "\n".join(lines)
 
 

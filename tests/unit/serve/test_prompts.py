@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 from sprat.model import Transformer
 from sprat.serve.engine_client import EngineInfo
 from sprat.serve.errors import RequestError
-from sprat.serve.generation import Generation
+from sprat.serve.generation import Generation, Tool, ToolChoice
 from sprat.serve.prompts import PromptWriter
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import Message
+from sprat.tokens.tool_formats import HERMES
 
 ASK = Generation("m", (Message("user", "Hello"),))
 
@@ -51,3 +54,19 @@ def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, 
         writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
     assert caught.value.param == "prompt[2][1]"
     assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"
+
+
+def test_tools_and_a_form_hold_together_and_a_required_call_has_its_own(
+    parts: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = writer_of(parts)
+    monkeypatch.setattr(writer, "_tool_format", HERMES)
+    form = {"type": "json_schema", "schema": {"type": "array"}}
+    asked = replace(ASK, tools=(Tool("now"),), response_format=form)
+    found = [writer.response(writer.without_unused_tools(asked)), writer.response(replace(asked, response_format=None))]
+    assert [json.loads(each.source).get("content") for each in found if each] == [{"type": "array"}, None]
+    assert [each.shapes_content for each in found if each] == [True, False]
+    required = replace(asked, tool_choice=ToolChoice("required"))
+    assert writer.response(writer.without_unused_tools(required)) == writer.response(
+        replace(required, response_format=None)
+    )
