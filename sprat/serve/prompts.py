@@ -95,7 +95,8 @@ class PromptWriter:
         samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
-        choices = [Choice(index, self._parser(generation), bytes_of, echo) for index in range(generation.n)]
+        names = {index: name.encode() for name, index in self.tokenizer.control_tokens.items()}
+        choices = [Choice(index, self._parser(generation), bytes_of, echo, names) for index in range(generation.n)]
         return Prompt(ids, samplings, choices)
 
     def render(self, generation: Generation, thinking: bool | None) -> list[int]:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from sprat.model import Transformer
-from sprat.serve.engine_client import EngineInfo
+from sprat.serve.engine_client import EngineInfo, JobEvent
 from sprat.serve.errors import RequestError
+from sprat.serve.events import TextDelta
 from sprat.serve.generation import Generation, Tool, ToolChoice
 from sprat.serve.prompts import PromptWriter
 from sprat.tokens import Tokenizer
@@ -70,3 +71,18 @@ def test_tools_and_a_form_hold_together_and_a_required_call_has_its_own(
     assert writer.response(writer.without_unused_tools(required)) == writer.response(
         replace(required, response_format=None)
     )
+
+
+def test_tokens_that_stand_in_no_text_are_spelled_by_their_names(parts: tuple[Transformer, Tokenizer]) -> None:
+    tokenizer = parts[1]
+    eos, letter = tokenizer.special_ids.eos, tokenizer.encode("a")[0]
+    assert tokenizer.token_bytes(eos) == b""
+    name = next(name for name, index in tokenizer.control_tokens.items() if index == eos).encode()
+    (choice,) = writer_of(parts).write(replace(ASK, logprobs=True), 0).choices
+    event = JobEvent("content", text="a", logprobs=((letter, -1.0, ((eos, -2.0),)), (eos, -3.0, ())))
+    (delta,) = choice.push(event)
+    assert isinstance(delta, TextDelta)
+    assert [(each.token, each.top, each.hidden) for each in delta.logprobs] == [
+        (b"a", ((name, -2.0),), False),
+        (name, (), True),
+    ]
