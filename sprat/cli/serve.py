@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sprat.cli.inference import Prices, Turns, chat_defaults, parse_adapters
 from sprat.cli.verb import Result, print_err
+
+if TYPE_CHECKING:
+    from sprat.serve import ServeConfig
+    from sprat.serve.server_file import ModelSource
 
 _MODEL = "A run folder, a Hugging Face folder, a GGUF file, or a name to fetch: smol. Left out: what --config says."
 Model = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL)]
@@ -55,6 +59,9 @@ Hosts = Annotated[list[str] | None, typer.Option("--allowed-host", metavar="NAME
 _METRICS = "/metrics on a port of its own, for a collector without a key."
 MetricsPort = Annotated[int | None, typer.Option("--metrics-port", min=0, max=65535, help=_METRICS)]
 
+_ACCESS = "A line of JSON on stderr for each request: who, what, how long; never what was said."
+AccessLog = Annotated[bool | None, typer.Option("--access-log/--no-access-log", help=_ACCESS)]
+
 
 def serve(
     model: Model = None,
@@ -81,8 +88,14 @@ def serve(
     turns: Turns = None,
     prices: Prices = None,
     chat_template: ChatTemplate = None,
+    access_log: AccessLog = None,
 ) -> Result:
-    """Serve models and a chat page until Ctrl-C: OpenAI's chat, completions and responses, Anthropic's messages."""
+    """Serve models and a chat page until Ctrl-C: OpenAI's chat, completions and responses, Anthropic's messages.
+
+    Each request leaves one line of JSON on stderr. docs/api.md says what may be asked.
+
+    Example: sprat serve smol --port 0 --api-key secret --max-num-seqs 32
+    """
     given = {
         "host": host,
         "port": port,
@@ -100,6 +113,7 @@ def serve(
         "allowed_hosts": allowed_host,
         "metrics_port": metrics_port,
         "chat_template": chat_template,
+        "access_log": access_log,
         "prices": prices,
     }
     names = {"model": model, "names": tuple(served_model_name or ()), "adapters": parse_adapters(adapter or [])}
@@ -114,8 +128,40 @@ def _serve(
     turns: int | None,
 ) -> Result:
     """Join what was said on the command line with what the file says, and serve."""
-    from sprat.serve import ServeConfig, meter, server
-    from sprat.serve.access_log import write_lines_to
+    from sprat.serve.stop_signals import stop_signals
+
+    url = ""
+
+    def on_ready(address: str) -> None:
+        nonlocal url
+        url = address
+        print_err(address)
+
+    names: list[str] = []
+    with stop_signals() as stopped:
+        from sprat.serve import server
+        from sprat.serve.access_log import write_lines_to
+        from sprat.serve.server_log import write_log_to
+
+        write_log_to(sys.stderr)
+        sources, config = _settings(file, given, first, keys, turns)
+        names += [name for source in sources for name in source.served_names]
+        if config.access_log:
+            write_lines_to(sys.stderr)
+        if not stopped.is_set():
+            server.run(sources, config, on_ready=on_ready)
+    return Result({"models": names, "url": url, "stopped": True})
+
+
+def _settings(
+    file: Path | None,
+    given: dict[str, Any],
+    first: dict[str, Any],
+    keys: tuple[list[str] | None, Path | None],
+    turns: int | None,
+) -> tuple[list[ModelSource], ServeConfig]:
+    """The models and the settings; what was said on the command line counts more than what the file says."""
+    from sprat.serve import ServeConfig, meter
     from sprat.serve.api_keys import read_api_keys
     from sprat.serve.server_file import ServerFile, read_server_file
 
@@ -123,14 +169,11 @@ def _serve(
     table = {**server_file.settings, **{name: value for name, value in given.items() if value is not None}}
     sources = server_file.sources(first["model"], first["names"], first["adapters"])
     key_file = keys[1] or table.pop("api_key_file", None)
+    table.pop("api_key_file", None)
     table["api_keys"] = [*table.pop("api_keys", ()), *(keys[0] or ()), *(read_api_keys(key_file) if key_file else ())]
     table["prices"] = meter.select_prices(meter.load_price_tables(), table.get("prices") or meter.DEFAULT_PRICES)
     if turns is not None:
         table["max_history_turns"] = turns
     examples, max_turns = chat_defaults(sources[0].folder)
     page = {"examples": tuple(examples)} | ({} if max_turns is None else {"max_history_turns": max_turns})
-    config = ServeConfig(**{**page, **table})
-    write_lines_to(sys.stderr)
-    server.run(sources, config, on_ready=print_err)
-    names = [name for source in sources for name in source.served_names]
-    return Result({"models": names, "host": config.host, "port": config.port, "stopped": True})
+    return sources, ServeConfig(**{**page, **table})

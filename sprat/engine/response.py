@@ -78,7 +78,7 @@ class Response:
         choice: str = "required",
         name: str = "",
         parallel: bool = True,
-        content: Mapping[str, Any] | None = None,
+        form: Mapping[str, Any] | None = None,
     ) -> Response:
         """Calls of ``tools``, as the model's family writes them (``tokens.tool_formats``).
 
@@ -90,11 +90,11 @@ class Response:
             choice: ``required``: the content is calls and nothing else; ``named``: it is calls of the tool ``name``;
                 ``auto``: it is free text, but a call that was opened is one, and only calls follow it.
             parallel: whether one call may follow another.
-            content: with ``auto``, the JSON schema of an answer that calls nothing; None: it is free text.
+            form: with auto, a JSON schema: the content is a value that it describes, or it is calls.
 
         Raises:
             EngineError: there is no such tool, two have one name, a name or a schema cannot be written as JSON, or
-                ``choice`` is auto and the format has no tags.
+                ``choice`` is auto and the format has no tags, or there is a form and calls are required.
         """
         if choice not in ("auto", "required", "named"):
             raise EngineError(f"{choice!r} is no choice of tools", where="tools", todo="use auto, required or named")
@@ -103,19 +103,18 @@ class Response:
             raise EngineError(
                 "this model cannot choose whether to call: its calls have no tags", where="tools", todo=todo
             )
+        if form is not None and choice != "auto":
+            raise EngineError("a call has a form of its own", where="response", todo="leave the form out")
         rows = [_tool(row) for row in tools if choice != "named" or row.get("name") == name]
         if not rows or len({row["name"] for row in rows}) < len(rows):
             fault = (
                 "two tools have the same name" if rows else f"there is no tool {name!r}" if name else "there is no tool"
             )
             raise EngineError(fault, where="tools", todo="give tools with different names")
-        form = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
-        source = {"format": form, "tools": rows, "parallel": parallel and tool_format.parallel}
-        is_free = choice == "auto" and content is None
+        strings = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
+        source = {"format": strings, "tools": rows, "parallel": parallel and tool_format.parallel, "form": form}
         try:
-            if choice == "auto" and content is not None:
-                source["content"] = dict(content)
-            return cls("auto_tools" if is_free else "tools", json.dumps(source))
+            return cls("auto_tools" if choice == "auto" and form is None else "tools", json.dumps(source))
         except (TypeError, ValueError, RecursionError) as error:
             raise EngineError(f"the tools are no JSON: {error}", where="tools", todo="give JSON schemas") from None
 

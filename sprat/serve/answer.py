@@ -117,6 +117,10 @@ class Answer:
         elif not isinstance(error, RequestError):
             log.error("an answer broke off", exc_info=error)
             error = RequestError(500, "the server made a mistake", code="internal_error", kind="server_error")
+        if error.status < 500 and not self._begun.done():
+            self.reject(error.code)
+        elif error.code != "shutting_down":
+            self._metrics.failed(self.usage.completion_tokens)
         self._has_begun(error)
         self._events.put_nowait(Failed(error))
 
@@ -148,7 +152,7 @@ class Answer:
         cost = self._service.meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
         self.cost = cost.to_dict()
         if not self.ended_by:
-            self._metrics.finished(usage.completion_tokens)
+            self._metrics.finished(usage.completion_tokens, self.finish_reason)
         if self._service.on_usage is not None:
             self._service.on_usage(self)
         return Finished(usage, self.seconds, self.cost)

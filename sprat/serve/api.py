@@ -140,8 +140,9 @@ def _add_health(app: FastAPI, state: AppState) -> None:
 
     async def ready() -> Response:
         """Requests are answered: the engines are up and nobody shuts the server down."""
-        status = "ok" if state.ready else "closing" if state.services[0].closed else "starting"
-        return JSONResponse({"status": status, "model": state.services[0].names.served}, 200 if state.ready else 503)
+        return JSONResponse(
+            {"status": state.status, "model": state.services[0].names.served}, 200 if state.ready else 503
+        )
 
     async def version() -> Body:
         """The version of Sprat."""

@@ -58,20 +58,30 @@ def read_api_keys(path: str | Path) -> tuple[str, ...]:
     Warns where others than its owner can read it.
 
     Raises:
-        ServeError: it cannot be read, or holds no key.
+        ServeError: it cannot be read, holds no key, or one that cannot stand in a header.
     """
     try:
         mode = os.stat(path).st_mode
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot read the API keys: {getattr(error, 'strerror', None) or 'it is no text'}"
         raise ServeError(what, where=str(path), todo="give a text file with one key a line") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    rows = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")]
+    for number, key in rows:
+        check_api_key(key, f"{path}, line {number}")
+    keys = tuple(key for _, key in rows)
     if not keys:
         raise ServeError("there is no API key in this file", where=str(path), todo="write one key a line")
     if mode & 0o077:
         warnings.warn(f"{path}: others can read these API keys; chmod 600 it", stacklevel=2)
     return keys
+
+
+def check_api_key(key: str, where: str) -> None:
+    """Raise ServeError where ``key`` cannot stand in an ``Authorization`` header; the message does not have it."""
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        todo = "use letters, digits and punctuation, for example of: openssl rand -hex 32"
+        raise ServeError("an API key is empty, or holds blanks or other letters than ASCII's", where=where, todo=todo)
 
 
 def _digest(purpose: bytes, key: str) -> bytes:

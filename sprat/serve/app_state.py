@@ -47,7 +47,14 @@ class AppState:
 
     async def start(self) -> None:
         """Have all engines up. Raises SpratError: one cannot be."""
-        await asyncio.gather(*(service.engine.start() for service in self.services))
+        starts = [asyncio.ensure_future(service.engine.start()) for service in self.services]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:  # no other may come up after it was stopped
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            raise
 
     async def stop(self) -> None:
         """End them all."""
@@ -75,3 +82,12 @@ class AppState:
     def ready(self) -> bool:
         """Whether requests are answered."""
         return all(service.engine.alive and not service.closed for service in self.services)
+
+    @property
+    def status(self) -> str:
+        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good) or ``starting``."""
+        if any(service.closed for service in self.services):
+            return "closing"
+        if any(service.engine.failure is not None for service in self.services):
+            return "failed"
+        return "ok" if self.ready else "starting"

@@ -11,6 +11,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_va
 from sprat.config.base import Config
 from sprat.errors import ServeError
 from sprat.serve import meter
+from sprat.serve.api_keys import check_api_key
 from sprat.serve.meter import Prices
 
 
@@ -52,6 +53,7 @@ class ServeConfig(Config):
             None for no limit. Requests made otherwise are not touched.
         chat_template: "refuse" a model whose own template cannot be followed, since it would be asked in a format that
             it has not learned, or "accept" it, in the format that stands in its place.
+        access_log: whether ``sprat serve`` writes a line for each request (see ``access_log``).
 
     Raises:
         ServeError: a setting is unknown or out of its bounds, or a key cannot stand in a header.
@@ -99,6 +101,7 @@ class ServeConfig(Config):
     examples: tuple[str, ...] = ()
     max_history_turns: int | None = Field(None, ge=0)
     chat_template: Literal["refuse", "accept"] = "refuse"
+    access_log: bool = True
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated again; the secrets, which no dump has, stay."""
@@ -125,9 +128,7 @@ class ServeConfig(Config):
     def _check_api_keys(cls, api_keys: tuple[str, ...]) -> tuple[str, ...]:
         """Refuse what cannot stand in an ``Authorization`` header."""
         for key in api_keys:
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
-                todo = "use letters, digits and punctuation, for example of: openssl rand -hex 32"
-                raise ServeError("an API key is empty or holds blanks", where="api_keys, --api-key", todo=todo)
+            check_api_key(key, "api_keys, --api-key")
         return api_keys
 
     @field_validator("host")

@@ -268,7 +268,7 @@ class ProcessEngineClient:
 
     async def _watch(self, process: EngineProcess) -> None:
         """Whenever the engine dies: end its jobs, and start it again, unless it dies of that."""
-        quick_deaths = 0
+        quick_deaths, folder = 0, self._load["model_folder"]
         while True:
             await process.ended.wait()
             quick_deaths = quick_deaths + 1 if process.seconds < QUICK_SECONDS else 1
@@ -276,10 +276,10 @@ class ProcessEngineClient:
             while True:
                 if quick_deaths >= MAX_QUICK_DEATHS:
                     self.failure = reason
-                    log.error("the engine is not started again after %d ends in a row: %s", quick_deaths, reason)
+                    log.error("%s: not started again after %d ends in a row: %s", folder, quick_deaths, reason.what)
                     return
                 pause = min(FIRST_PAUSE * 2**quick_deaths, LONGEST_PAUSE)
-                log.warning("%s It is started again in %.1f s.", reason, pause)
+                log.warning("%s: %s; it is started again in %.1f s", folder, reason.what, pause)
                 await asyncio.sleep(pause)
                 try:
                     process = await self._launch()
@@ -287,7 +287,7 @@ class ProcessEngineClient:
                 except (SpratError, OSError) as error:
                     quick_deaths += 1
                     reason = error if isinstance(error, SpratError) else _died(f"the engine cannot be started: {error}")
-            log.warning("the engine is up again")
+            log.warning("%s: the engine is up again", folder)
 
 
 def _died(what: str, todo: str = "start it") -> EngineDied:

@@ -77,7 +77,7 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._generation = counter("generation_tokens", "Tokens of answers, thinking included.")
         self._success = counter("request_success", "Requests that ended, by how.", "finished_reason")
-        self._rejections = counter("admission_rejections", "Requests that were refused a place, by why.", "reason")
+        self._rejections = counter("admission_rejections", "Requests that were refused, by the code.", "reason")
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS)
         self._between = histogram("inter_token_latency_seconds", "From a token to the next one.", INTER_TOKEN_BUCKETS)
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS)
@@ -120,7 +120,7 @@ class ModelMetrics:
         self._success.labels(self._name, reason).inc()
 
     def rejected(self, reason: str) -> None:
-        """Count a request that was refused a place, by why: the ``code`` of its error."""
+        """Count a request that was refused, by why: the ``code`` of its error."""
         self._rejections.labels(self._name, reason).inc()
 
 
@@ -136,16 +136,17 @@ class RequestMetrics:
         self._state: Gauge | None = model.waiting
         model.waiting.inc()
 
-    def began(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """The engine has begun; ``cached_tokens`` of the prompt were in its cache."""
+    def began(self, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """The engine has begun; ``cached_tokens`` of the prompt were in its cache, None: that is not asked."""
         model = self._model
         if self._state is model.waiting:
             model.waiting.dec()
             model.running.inc()
             self._state = model.running
             model.prompt.inc(prompt_tokens)
-            model.queries.inc(prompt_tokens)
-            model.hits.inc(cached_tokens)
+            if cached_tokens is not None:
+                model.queries.inc(prompt_tokens)
+                model.hits.inc(cached_tokens)
 
     def token(self, n: int = 1, choice: int = 0) -> None:
         """``n`` tokens of a choice have come together: each took its part of the time since the last ones."""
@@ -168,12 +169,17 @@ class RequestMetrics:
             self._model.whole.observe(self._clock() - self._start)
 
     def cancelled(self, completion_tokens: int = 0) -> None:
-        """Its client has left, or it broke off, after ``completion_tokens``."""
+        """Somebody ended it early, after ``completion_tokens``."""
         if self._end(completion_tokens):
             self._model.ended("abort")
 
+    def failed(self, completion_tokens: int = 0) -> None:
+        """It broke off by a fault of ours, after ``completion_tokens``."""
+        if self._end(completion_tokens):
+            self._model.ended("error")
+
     def rejected(self, reason: str) -> None:
-        """It was refused a place."""
+        """It was refused, and nothing was computed."""
         if self._end(0):
             self._model.rejected(reason)
 

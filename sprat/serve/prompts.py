@@ -95,8 +95,11 @@ class PromptWriter:
         samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
+        has_form = generation.response_format is not None
         names = {index: name.encode() for name, index in self.tokenizer.control_tokens.items()}
-        choices = [Choice(index, self._parser(generation), bytes_of, echo, names) for index in range(generation.n)]
+        choices = [
+            Choice(index, self._parser(generation), bytes_of, echo, names, has_form) for index in range(generation.n)
+        ]
         return Prompt(ids, samplings, choices)
 
     def render(self, generation: Generation, thinking: bool | None) -> list[int]:
@@ -211,6 +214,13 @@ class PromptWriter:
             where = paths.get("tool_choice", "tool_choice")
             message = f"{where}: this model's calls cannot be told from text; say 'required', or name a function"
             raise RequestError(400, message, param=where, code="not_offered")
+        if generation.response_format is not None and generation.tool_choice.mode != "auto":
+            where = paths.get("response_format", "response_format")
+            message = f"{where}: a call that is required has a form of its own; leave one of them out"
+            raise RequestError(400, message, param=where)
+        if generation.response_format is not None and generation.response_format["type"] == "regex":
+            where = paths.get("response_format", "response_format")
+            raise RequestError(400, f"{where}: a pattern does not go with tools; use a JSON schema", param=where)
         return generation
 
     def _parser(self, generation: Generation) -> Any:
@@ -234,14 +244,13 @@ class PromptWriter:
                 {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict} for tool in generation.tools
             ]
             choice = generation.tool_choice
-            content = None if form is None else form.get("schema", {"type": "object"})
             return Response.tool_calls(
                 tools,
                 self._tool_format,
                 choice=choice.mode,
                 name=choice.name,
                 parallel=generation.parallel_tool_calls and choice.mode != "named",
-                content=content,
+                form=None if form is None else form.get("schema", {"type": "object"}),
             )
         if form is None:
             return None

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib.util
 import ipaddress
+import logging
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sprat.errors import MachineError, ServeError
+from sprat.errors import CheckpointError, MachineError, ServeError
 from sprat.serve.app import ServedModel, create_app
 from sprat.serve.config import ServeConfig
 from sprat.serve.server_file import ModelSource
@@ -28,6 +29,8 @@ from sprat.serve.tls import tls_context
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+log = logging.getLogger(__name__)
+ADAPTER_FILE = "adapter_config.json"
 OTHER_FILES = 256  # beside connections: the model's, the engine's, those of libraries
 SEND_BUFFER_BYTES = 1 << 18  # in the system, for each connection; it would grow to megabytes for one that does not read
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a peer that vanished is gone after a minute
@@ -140,8 +143,14 @@ def serve(
     url = socket_url(listener, "https" if tls else "http")
     # uvicorn sends itself the signal again when it has shut down
     previous_handler = _handle_as_interrupt(signal.SIGTERM)
+
+    def is_ready() -> None:
+        on_ready(url)
+        if metrics_listener is not None:
+            log.info("metrics: %s/metrics", socket_url(metrics_listener, "https" if tls else "http"))
+
     try:
-        HttpServer(app, config, tls, lambda: on_ready(url), metrics_listener).run(sockets=[listener])
+        HttpServer(app, config, tls, is_ready, metrics_listener).run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
@@ -203,11 +212,16 @@ def _served(source: ModelSource, config: ServeConfig) -> ServedModel:
 
     Raises:
         ServeError: its chat template cannot be followed.
+        CheckpointError: there is no adapter in a folder.
         SpratError: see ``load_tokenizer``.
     """
     from sprat.formats.load import load_tokenizer
     from sprat.serve.engine_process import ProcessEngineClient
 
+    for name, folder in source.adapters.items():  # said now, not when the model is there
+        if not (folder / ADAPTER_FILE).is_file():
+            what, todo = f"the adapter {name!r} has no {ADAPTER_FILE}", "give the folder of a LoRA adapter (PEFT)"
+            raise CheckpointError(what, where=str(folder), todo=todo)
     tokenizer = load_tokenizer(source.folder)
     if (mismatch := tokenizer.chat_format.mismatch) and config.chat_template == "refuse":
         what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"

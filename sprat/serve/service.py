@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from sprat.errors import EngineError, SpratError
-from sprat.serve.admission import Admission, Place
+from sprat.serve.admission import LONGEST_RETRY_SECONDS, Admission, Place
 from sprat.serve.answer import Answer
 from sprat.serve.engine_client import EngineClient, EngineDied, Job
 from sprat.serve.errors import RequestError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RENDER_THREADS = 2
+FAULT_OF_THE_ENGINE = "engine"  # where an error happened that no caller can mend, and whose text is for the log
 SETTINGS = frozenset(
     ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
     + ("logit_bias", "seed", "stop", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "tools")
@@ -122,8 +123,7 @@ class Service:
         """
         adapter = self.names.adapter(generation.model)
         if not self.engine.alive:
-            message = "the engine is being started again; try again in a moment"
-            raise RequestError(503, message, code="engine_not_ready", kind="server_error", retry_after=2)
+            raise self._not_ready()
         asked = generation.sampling.get("seed")
         seed = asked if isinstance(asked, int) else secrets.randbits(31)
         answer = Answer(self, request_id, tenant, generation, seed)
@@ -136,8 +136,9 @@ class Service:
             answer.reject(error.code)
             raise
         except SpratError as error:
-            answer.reject("invalid_request")
-            raise self.refusal(error, generation) from error
+            refused = self.refusal(error, generation)
+            answer.reject(refused.code)
+            raise refused from error
         except BaseException:
             answer.reject("disconnect")
             raise
@@ -149,10 +150,10 @@ class Service:
             answer.begin(prompt, self.engine.submit(job))
         except BaseException as error:
             self._leave(answer, place)
-            answer.reject("invalid_request")
             if isinstance(error, SpratError):
-                raise self.refusal(error, generation) from error
-            raise
+                error = self.refusal(error, generation)
+            answer.reject(error.code if isinstance(error, RequestError) else "disconnect")
+            raise error
         task = asyncio.create_task(answer.follow())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -192,25 +193,56 @@ class Service:
         if isinstance(error, EngineDied):
             message = "the engine stopped before it answered; ask again"
             return RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
-        if not isinstance(error, EngineError):
+        if not isinstance(error, EngineError) or error.where == FAULT_OF_THE_ENGINE:
             log.error("a request failed: %s", error)
-            return RequestError(500, str(error), code="engine_error", kind="server_error")
+            message = "the engine made a mistake; ask again"
+            return RequestError(500, message, code="engine_error", kind="server_error")
         paths: Mapping[str, str] = generation.paths
         where = error.where
-        if where == "response":  # the grammar: of the tools, or of the form
-            where = "tools" if generation.tools else "response_format"
+        if where == "response":  # the grammar: of the form, or of the tools
+            where = "tools" if generation.response_format is None else "response_format"
         param = paths.get(where) or (where if where in SETTINGS else paths.get("messages", "messages"))
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")
 
+    def _not_ready(self) -> RequestError:
+        """What a request is told while the engine is down; it is counted."""
+        message, retry_after = "the engine is being started again; try again in a moment", 2.0
+        if self.engine.failure is not None:
+            message = "the engine is down and is not started again; whoever runs this server has to start it anew"
+            retry_after = LONGEST_RETRY_SECONDS
+        self.metrics.model(self.names.served).rejected("engine_not_ready")
+        return RequestError(503, message, code="engine_not_ready", kind="server_error", retry_after=retry_after)
+
     async def embed(self, prompts: Sequence[Sequence[int]], model: str, tenant: Tenant) -> list[list[float]]:
-        """Pooled hidden states of prompts; RequestError where the engine cannot."""
+        """Pooled hidden states of prompts, admitted and counted as one request.
+
+        Raises:
+            RequestError: 400 the engine cannot; 429 or 503 no place; 503 the engine is down.
+        """
+        adapter, tokens = self.names.adapter(model), sum(map(len, prompts))
+        if not self.engine.alive:
+            raise self._not_ready()
+        metrics = self.metrics.request_started(self.names.served)
         try:
-            return await self.engine.embed(prompts, self.names.adapter(model), tenant)
+            async with self.admission.place(tenant.name, tokens=tokens) as place:
+                metrics.began(tokens, None)
+                vectors = await self.engine.embed(prompts, adapter, tenant)
+                place.charge(tokens)
+            metrics.finished(0)
+        except RequestError as error:
+            metrics.rejected(error.code)
+            raise
         except EngineError as error:
+            metrics.rejected("not_offered")
             raise RequestError(400, str(error), param="model", code="not_offered") from error
         except SpratError as error:
-            raise RequestError(503, str(error), code="engine_died", kind="server_error", retry_after=1) from error
+            metrics.failed()
+            message = "the engine stopped before it answered; ask again"
+            raise RequestError(503, message, code="engine_died", kind="server_error", retry_after=1) from error
+        finally:
+            metrics.cancelled()  # unless it has ended
+        return vectors
 
     async def drain(self, timeout: float) -> None:
         """Admit nobody more, refuse whoever waits, and let running answers finish within ``timeout`` seconds."""

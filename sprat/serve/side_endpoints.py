@@ -36,8 +36,7 @@ async def embeddings(request: Request, state: AppState, body: Body) -> Worked:
         lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
     )
     tokens = sum(map(len, prompts))
-    async with service.admission.place(request.state.tenant.name, tokens=tokens, seqs=1):
-        vectors = await service.embed(prompts, name, request.state.tenant)
+    vectors = await service.embed(prompts, name, request.state.tenant)
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
         for index, vector in enumerate(vectors)

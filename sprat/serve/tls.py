@@ -29,9 +29,11 @@ def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=lambda: password)
     except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or str(error)
-        todo = "give the certificate and its own key as PEM files, and the key's password with ssl_keyfile_password"
-        raise ServeError(f"the TLS certificate cannot be used: {_spoken(reason)}", where=where, todo=todo) from None
+        reason, todo = _spoken(getattr(error, "reason", None) or str(error)), "give the certificate and its own key"
+        if "mismatch" not in reason:
+            reason, todo = _fault_of_files(config) or (reason, todo)
+        what = f"the TLS certificate cannot be used: {reason}"
+        raise ServeError(what, where=where, todo=todo) from None
     if config.ssl_ca_certs is not None:
         try:
             context.load_verify_locations(config.ssl_ca_certs)
@@ -40,6 +42,23 @@ def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
             raise ServeError(what, where=config.ssl_ca_certs, todo="give a PEM file of certificates") from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _fault_of_files(config: ServeConfig) -> tuple[str, str] | None:
+    """What is wrong and what to do, where the files tell: OpenSSL says "PEM lib" of all of it."""
+    assert config.ssl_certfile is not None
+    key_file = config.ssl_keyfile or config.ssl_certfile
+    certificate, key = (
+        Path(file).read_text(encoding="ascii", errors="replace") for file in (config.ssl_certfile, key_file)
+    )
+    if "BEGIN CERTIFICATE" not in certificate:
+        return f"there is no certificate in {config.ssl_certfile}", "give a PEM file"
+    if "PRIVATE KEY-----" not in key:
+        return f"there is no private key in {key_file}", "give one with ssl_keyfile, as PEM"
+    if "ENCRYPTED" in key:
+        what = "the password of its key is wrong" if config.ssl_keyfile_password else "its key has a password"
+        return what, "say ssl_keyfile_password in the file of --config, or take it off (openssl pkey -in KEY -out FILE)"
+    return None
 
 
 def _check_readable(name: str, file: str) -> None:

@@ -99,8 +99,8 @@ def grammar_error(response: Response, why: str) -> EngineError:
     what, where = response.language, "tools" if response.language == "tools" else "response"
     if response.kind == "tools":
         source = json.loads(response.source)
-        if "content" in source and not any(tool["strict"] for tool in source["tools"]):  # theirs are never at fault
-            what, where = "schema", "response_format"
+        if source["form"] is not None and not any(tool["strict"] for tool in source["tools"]):  # whose fault it is not
+            what, where = "schema", "response"
     return EngineError(f"the {what} cannot be used: {why}", where=where, todo="correct or simplify it")
 
 

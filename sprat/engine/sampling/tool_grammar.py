@@ -2,8 +2,8 @@
 
 Where the model may choose, everything is allowed until it opens a call. The rule ``head`` is lazy: the first opening
 tag ends it, so that what follows is a call whatever the text before was, and behind calls only calls may follow.
-Without tags there is nothing to wait for, so there the first call stands at the beginning. Where an answer that calls
-nothing has a schema too, the first token decides which of the two it is.
+Without tags there is nothing to wait for, so there the first call stands at the beginning. So it does where the content
+has a form: it is either a value of that schema or calls, as the first character says.
 
 Each schema has the bounds of one that is given alone (``grammar_source``). One that cannot be translated or compiled
 is an error only for a tool that is ``strict``; of the others any JSON object is taken. A tool without a schema has no
@@ -51,28 +51,28 @@ def translate_tools(response: Response) -> Iterator[str]:
         raise EngineError(f"there are {len(tools)} tools", where="tools", todo=f"give {MAX_TOOLS} at most")
     work = max(MAX_WORK // len(tools), MIN_WORK)
     schemas = [_arguments_schema(response, tool, work) for tool in tools]
-    content = [_content_schema(source["content"], work)] if "content" in source else []
+    forms = [] if source["form"] is None else [_form_schema(source["form"])]
     rules = _rules(source, is_auto=response.kind == "auto_tools")
-    yield json.dumps({"rules": rules, "schemas": schemas + content}, default=float)
+    yield json.dumps({"rules": rules, "schemas": [*schemas, *forms]}, default=float)
     looser = [schema if tool["strict"] else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)]
     if looser != schemas:
-        yield json.dumps({"rules": rules, "schemas": looser + content}, default=float)
+        yield json.dumps({"rules": rules, "schemas": [*looser, *forms]}, default=float)
 
 
-def _content_schema(schema: dict[str, Any], max_work: int) -> dict[str, Any]:
-    """The schema of an answer that calls nothing.
+def _form_schema(schema: dict[str, Any]) -> Any:
+    """The schema of the content where no tool is called.
 
     Raises:
         EngineError: it cannot be used.
     """
     try:
         if len(json.dumps(schema, default=float)) > MAX_SOURCE:
-            raise ValueError("the schema is too long")
-        translated: dict[str, Any] = translate_schema(schema, max_work)
-        return translated
-    except ValueError as error:
-        fault = f"the schema cannot be used: {error}"
-        raise EngineError(fault, where="response_format", todo="correct or simplify it") from None
+            raise ValueError("it is too long")
+        return translate_schema(schema)
+    except (ValueError, EngineError) as error:
+        raise EngineError(
+            f"the schema cannot be used: {error}", where="response", todo="correct or simplify it"
+        ) from None
 
 
 def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
         begin = first or opening
         lines += ["TEXT: /(?s:.)*/", f"head[lazy]: TEXT {_literal(begin)}"]
         lines.append(f"start: TEXT | head {_literal(opening) if first else ''} {calls}")
-    else:
-        answer = f"args_{len(source['tools'])} | " if "content" in source else ""
-        lines.append(f"start: {answer}{_literal(first + opening)} {calls}")
+    else:  # the form is the last schema
+        form_rule = "" if source["form"] is None else f"args_{len(source['tools'])} | "
+        lines.append(f"start: {form_rule}{_literal(first + opening)} {calls}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,10 @@ from sprat.model import Transformer
 from sprat.serve.engine_client import EngineInfo, JobEvent
 from sprat.serve.errors import RequestError
 from sprat.serve.events import TextDelta
-from sprat.serve.generation import Generation, Tool, ToolChoice
-from sprat.serve.prompts import PromptWriter
+from sprat.serve.generation import Generation
+from sprat.serve.prompts import PromptWriter, join_systems
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import Message
-from sprat.tokens.tool_formats import HERMES
 
 ASK = Generation("m", (Message("user", "Hello"),))
 
@@ -49,28 +47,30 @@ def test_a_prompt_that_leaves_no_room_is_refused_whatever_gives_way(parts: tuple
     assert caught.value.code == "context_length_exceeded"
 
 
+def test_all_systems_become_one_that_stands_first() -> None:
+    said = (Message("system", "a"), Message("user", "b"), Message("system", "c"), Message("assistant", "d"))
+    assert [(each.role, each.content) for each in join_systems(said)] == [
+        ("system", "a\n\nc"), ("user", "b"), ("assistant", "d")
+    ]  # fmt: skip
+    assert join_systems(said[1:2]) == [said[1]] and join_systems(said[:2]) == list(said[:2])
+
+
+def test_what_a_request_says_counts_more_than_the_folder_and_each_answer_has_a_seed_of_its_own(
+    parts: tuple[Transformer, Tokenizer],
+) -> None:
+    engine: Any = SimpleNamespace(info=EngineInfo(100, 100, 1, parts[1].vocab_size, ()))
+    writer = PromptWriter(parts[1], engine, default_sampling={"temperature": 0.5, "top_k": 9})
+    samplings = writer.write(Generation("m", ASK.messages, n=3, sampling={"temperature": 0.1}), 7).samplings
+    assert [(each.temperature, each.top_k) for each in samplings] == [(0.1, 9)] * 3
+    assert [each.seed for each in samplings] == [7, 8, 9]
+
+
 def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, Tokenizer]) -> None:
     vocab = parts[1].vocab_size
     with pytest.raises(RequestError) as caught:
         writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
     assert caught.value.param == "prompt[2][1]"
     assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"
-
-
-def test_tools_and_a_form_hold_together_and_a_required_call_has_its_own(
-    parts: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer = writer_of(parts)
-    monkeypatch.setattr(writer, "_tool_format", HERMES)
-    form = {"type": "json_schema", "schema": {"type": "array"}}
-    asked = replace(ASK, tools=(Tool("now"),), response_format=form)
-    found = [writer.response(writer.without_unused_tools(asked)), writer.response(replace(asked, response_format=None))]
-    assert [json.loads(each.source).get("content") for each in found if each] == [{"type": "array"}, None]
-    assert [each.shapes_content for each in found if each] == [True, False]
-    required = replace(asked, tool_choice=ToolChoice("required"))
-    assert writer.response(writer.without_unused_tools(required)) == writer.response(
-        replace(required, response_format=None)
-    )
 
 
 def test_tokens_that_stand_in_no_text_are_spelled_by_their_names(parts: tuple[Transformer, Tokenizer]) -> None:

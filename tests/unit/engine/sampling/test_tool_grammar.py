@@ -135,7 +135,7 @@ def test_an_answer_is_calls_or_has_the_form_that_is_asked_for(
 ) -> None:
     form = {"type": "object", "properties": {"sails": {"type": "boolean"}}, "required": ["sails"]}
     form["additionalProperties"] = False
-    response = Response.tool_calls(TOOLS, FORMATS[name], choice="auto", parallel=False, content=form)
+    response = Response.tool_calls(TOOLS, FORMATS[name], choice="auto", parallel=False, form=form)
     opening = FORMATS[name].calls[0] or FORMATS[name].call[0]
     for seed in range(5):
         text, ended = say(either, grammars, response, seed, "{")
@@ -151,10 +151,10 @@ def test_an_answer_is_calls_or_has_the_form_that_is_asked_for(
 @pytest.mark.parametrize("case", ["look-around", "no schema"])
 def test_a_form_that_cannot_be_followed_is_an_error_of_the_form(grammars: GrammarCache, case: str) -> None:
     tools = [{**tool, "strict": False} for tool in TOOLS]
-    response = Response.tool_calls(tools, HERMES, choice="auto", content=UNUSABLE[case])
+    response = Response.tool_calls(tools, HERMES, choice="auto", form=UNUSABLE[case])
     with pytest.raises(EngineError, match="the schema cannot be used") as caught:
         grammars.grammar(response, False)
-    assert caught.value.where == "response_format"
+    assert caught.value.where == "response"
 
 
 def test_a_named_tool_is_the_one_that_is_called(either: Tokenizer, grammars: GrammarCache) -> None:
@@ -319,3 +319,28 @@ def test_tools_that_are_too_long_together_are_refused(grammars: GrammarCache) ->
     grammars.grammar(Response.tool_calls(long[:4], HERMES), False)
     with pytest.raises(EngineError, match="the tools are too long"):
         grammars.grammar(Response.tool_calls(long, HERMES), False)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_content_has_its_form_or_is_calls(either: Tokenizer, grammars: GrammarCache, name: str) -> None:
+    """With a form the model chooses by its first character: JSON, or a tag; and no word stands beside either."""
+    tool_format = FORMATS[name]
+    form = {"type": "object", "properties": {"sky": {"enum": ["a", "<tool_call>"]}}, "required": ["sky"]}
+    form |= {"additionalProperties": False}
+    response = Response.tool_calls(TOOLS, tool_format, choice="auto", form=form)
+    assert response.shapes_content
+    for seed in range(6):
+        text, ended = say(either, grammars, response, seed, "{")
+        Draft202012Validator(form).validate(json.loads(text))
+        assert ended
+        text, ended = say(either, grammars, response, seed, tool_format.calls[0] or tool_format.call[0])
+        content, calls = read(tool_format, text)
+        assert ended and content == "" and calls
+        check(calls)
+        text, ended = say(either, grammars, response, seed, "Well, ")
+        assert ended and text[0] in "{<" and "Well" not in text
+    with pytest.raises(EngineError, match="schema cannot be used") as caught:
+        grammars.grammar(Response.tool_calls(TOOLS, tool_format, choice="auto", form=LOOKS_AROUND), False)
+    assert caught.value.where == "response"
+    with pytest.raises(EngineError, match="form"):
+        Response.tool_calls(TOOLS, tool_format, choice="required", form=form)

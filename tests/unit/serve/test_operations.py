@@ -1,0 +1,151 @@
+"""What an operator reads of a server: counters that tell apart what happened, and health that tells the truth."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from sprat.engine.sampling_params import Sampling
+from sprat.engine.sequence import DEFAULT_TENANT, Tenant
+from sprat.errors import CheckpointError, ServeError
+from sprat.serve import ServeConfig, create_app
+from sprat.serve.app import ServedModel
+from sprat.serve.app_state import AppState
+from sprat.serve.engine_client import EngineDied
+from tests.unit.serve.scripted import ScriptedEngine
+
+CHAT = "/v1/chat/completions"
+ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "add 3 and 4 and 5"}]}
+EMBED: dict[str, Any] = {"model": "tiny", "input": "a boat"}
+
+
+def client_of(*engines: Any, adapters: Sequence[str] = (), **settings: Any) -> TestClient:
+    names = ("tiny", "other")
+    models = [
+        ServedModel(engine, engine.tokenizer, (names[index],), adapters=adapters)
+        for index, engine in enumerate(engines)
+    ]
+    return TestClient(create_app(models, ServeConfig(**settings)), base_url="http://127.0.0.1:8000")
+
+
+def counts(client: TestClient, name: str) -> dict[str, float]:
+    """Values of a counter above 0, by the last of their labels."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == f"sprat:{name}_total"]
+    return {
+        each.labels.get("finished_reason", each.labels.get("reason", "")): each.value for each in samples if each.value
+    }
+
+
+class Dying(ScriptedEngine):
+    """Its process ends at the first word, or before an embedding."""
+
+    def __init__(self) -> None:
+        def script(question: str, sampling: Sampling) -> tuple[str, str]:
+            raise EngineDied("the engine's process ended (signal 9, Killed)")
+
+        super().__init__(script)
+
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
+    ) -> list[list[float]]:
+        raise EngineDied("the engine's process ended (signal 9, Killed)")
+
+
+def test_an_answer_that_was_cut_by_max_tokens_counts_as_length() -> None:
+    with client_of(ScriptedEngine()) as client:
+        for limit in (3, 100):
+            assert client.post(CHAT, json={**ASK, "max_tokens": limit}).status_code == 200
+        assert counts(client, "request_success") == {"length": 1, "stop": 1}
+
+
+def test_what_broke_off_is_no_abort() -> None:
+    with client_of(Dying()) as client:
+        assert client.post(CHAT, json=ASK).status_code == 503
+        assert client.post("/v1/embeddings", json=EMBED).status_code == 503
+        assert counts(client, "request_success") == {"error": 2}
+
+
+def test_embeddings_are_counted_and_are_of_their_tenant() -> None:
+    tenants: list[Tenant] = []
+
+    class Noting(ScriptedEngine):
+        async def embed(
+            self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
+        ) -> list[list[float]]:
+            tenants.append(tenant)
+            return await super().embed(prompts, adapter, tenant)
+
+    with client_of(Noting(), api_keys=("k1", "k2")) as client:
+        tokens = 0
+        for key in ("k1", "k2"):
+            client.headers["authorization"] = f"Bearer {key}"
+            tokens += client.post("/v1/embeddings", json=EMBED).json()["usage"]["prompt_tokens"]
+        assert counts(client, "request_success") == {"stop": 2}
+        assert counts(client, "prompt_tokens") == {"": tokens}
+        assert counts(client, "prefix_cache_queries") == {}  # none is looked for
+    assert len({tenant.name for tenant in tenants}) == 2 and DEFAULT_TENANT not in tenants
+
+
+def test_refusals_are_counted_by_their_code() -> None:
+    engine = ScriptedEngine()
+    engine.info = type(engine.info)(8, 8, 1, engine.info.vocab_size, ())
+    with client_of(engine) as client:
+        assert client.post(CHAT, json=ASK).json()["error"]["code"] == "context_length_exceeded"
+        engine.alive = False
+        assert client.post(CHAT, json=ASK).json()["error"]["code"] == "engine_not_ready"
+        assert client.post("/v1/embeddings", json={"model": "tiny", "input": [5]}).status_code == 503
+        assert counts(client, "admission_rejections") == {"context_length_exceeded": 1, "engine_not_ready": 2}
+
+
+def test_an_engine_that_stays_down_is_no_engine_that_starts() -> None:
+    engine: Any = ScriptedEngine()
+    with client_of(engine) as client:
+        engine.alive = False
+        assert client.get("/health").json()["status"] == "starting"
+        engine.failure = CheckpointError("no weights")
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+        answer = client.post(CHAT, json=ASK)
+        assert answer.status_code == 503 and "not started again" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) == 60  # what the SDKs still obey
+
+
+def test_no_engine_comes_up_after_another_one_failed() -> None:
+    class Broken(ScriptedEngine):
+        async def start(self) -> None:
+            raise CheckpointError("no weights")
+
+    class Slow(ScriptedEngine):
+        async def start(self) -> None:
+            await asyncio.sleep(0.2)
+            await super().start()
+
+    async def start() -> bool:
+        slow = Slow()
+        app = create_app([ServedModel(e, e.tokenizer, (n,)) for e, n in ((slow, "a"), (Broken(), "b"))], ServeConfig())
+        state: AppState = app.state.serving
+        with pytest.raises(CheckpointError):
+            await state.start()
+        await state.stop()
+        await asyncio.sleep(0.4)
+        return slow.alive
+
+    assert not asyncio.run(start())
+
+
+def test_no_name_hides_behind_an_adapter() -> None:
+    one, two = ScriptedEngine(), ScriptedEngine()
+    models = [
+        ServedModel(one, one.tokenizer, ("a",), adapters=("x",)),
+        ServedModel(two, two.tokenizer, ("a:x",)),
+    ]
+    with pytest.raises(ServeError, match="'a:x'"):
+        create_app(models, ServeConfig())
+    with pytest.raises(ServeError, match="empty"):
+        create_app([ServedModel(one, one.tokenizer, ("",))], ServeConfig())
