@@ -33,20 +33,25 @@ SETTINGS = {
 PARTS = ("train", "dev", "test")
 
 
-def problems() -> dict[str, list[dict[str, str]]]:
-    """Questions and answers of each part; a hash of the question alone decides which."""
+def problems(drawn: int = 12_000, asked: int = ASKED) -> dict[str, list[dict[str, str]]]:
+    """Questions and answers of each part; a hash of the question alone decides which.
+
+    Args:
+        drawn: how many are drawn, some of them more than once; the first are the same whatever it is.
+        asked: how many of dev and of test are kept at most.
+    """
     import reasoning_gym
 
     size = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
-    drawn = reasoning_gym.create_dataset("chain_sum", seed=7, size=12_000, **size)
+    entries = reasoning_gym.create_dataset("chain_sum", seed=7, size=drawn, **size)
     parts: dict[str, list[dict[str, str]]] = {name: [] for name in PARTS}
-    answers = {entry["question"]: str(entry["answer"]) for entry in drawn}
+    answers = {entry["question"]: str(entry["answer"]) for entry in entries}
     for question, answer in answers.items():
         place = hashlib.sha256(question.encode()).digest()[0] % 10
         parts["dev" if place == 0 else "test" if place == 1 else "train"].append(
             {"question": question, "answer": answer}
         )
-    return {name: listed[: TRAIN if name == "train" else ASKED] for name, listed in parts.items()}
+    return {name: listed[: TRAIN if name == "train" else asked] for name, listed in parts.items()}
 
 
 def write_files(folder: Path, split: str) -> None:

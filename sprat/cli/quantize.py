@@ -14,7 +14,7 @@ from sprat.errors import ConfigError
 
 _MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
 _METHOD_HELP = "How to round; left out: gptq with --calibrate, else nearest."
-_CALIBRATE_HELP = "A folder or file of text like what the model will see."
+_CALIBRATE_HELP = "A folder or file of text or conversations like what the model will see."
 _DEQUANTIZE_HELP = "Start from what a quantised model stands for."
 _RECIPE_HELP = "A TOML file of the keys of docs/quant.md; without MODEL, a road's recipe."
 
@@ -49,8 +49,9 @@ def quantize(
     from sprat.post.quantize import quantize_model
 
     config = load_quantize_config(method, has_text=calibrate is not None, recipe=recipe, overrides=overrides or ())
-    with progress_bar("quantise") as on_progress:
-        facts = quantize_model(model, out, config, calibrate, dequantize=dequantize, on_progress=on_progress)
+    with progress_bar("quantise") as on_progress, progress_bar("tune") as on_tuned:
+        options: dict[str, Any] = {"dequantize": dequantize, "on_progress": on_progress, "on_tuned": on_tuned}
+        facts = quantize_model(model, out, config, calibrate, **options)
     return Result({"model": str(out), **config.model_dump(), **facts}, _summary(out, facts))
 
 
@@ -61,4 +62,9 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
         shown = ", ".join(few["names"][:3]) + (", …" if few["count"] > 3 else "")
         done = {"nearest": "rounded to the nearest", "all": "judged by all tokens"}.get(few["handled"], "")
         print_err(f"sprat: {few['count']} experts saw too few tokens and were {done}: {shown}")
-    return f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
+    size = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
+    if (tuned := facts.get("tuned")) is None:
+        return size
+    if not tuned["kept"]:
+        print_err("sprat: the scales were no better for having learned, and stay as they were: give more text")
+    return f"{size}; KL to the original {tuned['kl_before']:.4f} before tuning, {tuned['kl_after']:.4f} after"

@@ -90,7 +90,12 @@ def serve(
     chat_template: ChatTemplate = None,
     access_log: AccessLog = None,
 ) -> Result:
-    """Serve models and a chat page until Ctrl-C: OpenAI's chat, completions and responses, Anthropic's messages."""
+    """Serve models and a chat page until Ctrl-C: OpenAI's chat, completions and responses, Anthropic's messages.
+
+    Each request leaves one line of JSON on stderr. docs/api.md says what may be asked.
+
+    Example: sprat serve smol --port 0 --api-key secret --max-num-seqs 32
+    """
     given = {
         "host": host,
         "port": port,

@@ -40,6 +40,9 @@ class QuantizeConfig(QuantConfig):
         0, ge=0, lt=2**31
     )  # an expert that fewer reach is not fitted; 0: one for each input channel
     few_tokens: FewTokens = "nearest"  # such an expert is rounded to the nearest, sees all tokens, or is an error
+    eight_bits: tuple[str, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
+    tune_steps: int = Field(0, ge=0, lt=2**31)  # in which scales learn what the dense model says (arXiv 2305.14152)
+    tune_lr: float = Field(1e-4, gt=0, le=1)  # of the relative change of a scale
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
@@ -51,12 +54,14 @@ class QuantizeConfig(QuantConfig):
             raise ValueError("zero_points is for symmetric=false")
         if self.precision == "float32" and not self.symmetric:
             raise ValueError("precision=float32 is for symmetric=true")
+        if self.tune_steps and self.zero_points:
+            raise ValueError("tune_steps is for zero_points=false: scales that move have no whole zero")
         return self
 
     @property
     def needs_text(self) -> bool:
         """Whether nothing can be done without calibration text."""
-        return self.awq or self.rounding == "gptq"
+        return self.awq or self.rounding == "gptq" or self.tune_steps > 0
 
 
 METHODS: Mapping[str, Sequence[str]] = {
@@ -88,11 +93,12 @@ def load_quantize_config(
         raise ConfigError(f"no method {method!r}", where="--method", todo=f"use one of {', '.join(METHODS)}")
     base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
     chosen = override(dict(table or {}), overrides)
-    decided = method is not None or base.needs_text or base.clip == "mse" or {"rounding", "awq", "clip"} & chosen.keys()
+    fitted = base.rounding == "gptq" or base.awq or base.clip == "mse"
+    decided = method is not None or fitted or {"rounding", "awq", "clip"} & chosen.keys()
     settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
     merged = merge_tables(override(base.model_dump(mode="json"), settled), dict(table or {}))
     config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)
     if has_text and not config.needs_text and config.clip != "mse":
-        todo = "leave out --calibrate, or use gptq, awq or clip=mse"
+        todo = "leave out --calibrate, or use gptq, awq, clip=mse or tune_steps"
         raise ConfigError("rounding to the nearest takes no text", where="--calibrate", todo=todo)
     return config

@@ -15,7 +15,7 @@ not read is counted, with the reason, never passed over in silence:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +49,33 @@ def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterato
             text, or no text at all.
         MachineError: a Parquet file, and pyarrow is not installed.
     """
-    path = Path(path)
     tally = tally or ExclusionTally()
+    yield from read_text_files(path, find_text_files(path, tally), tally)
+
+
+def find_text_files(path: str | Path, tally: ExclusionTally) -> list[Path]:
+    """The files of ``path`` that ``read_texts`` would read; see there."""
+    path = Path(path)
     if not path.exists():
         raise DataError("no such folder or file", where=str(path), todo="give a folder with text in it")
     if path.is_dir():
-        root, files = path, list(walk_files(path, _is_known, KNOWN_SUFFIXES, tally))
+        files = list(walk_files(path, _is_known, KNOWN_SUFFIXES, tally))
         if not files:
             what = "no text files in the folder" + (f": {tally}" if tally.excluded() else "")
             raise DataError(what, where=str(path), todo=f"put {KNOWN_SUFFIXES} files there")
-    else:
-        root, files = path.parent, [path]
-        if not path.is_file():
-            raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
-        if not _is_known(path) and record_kind(path) not in RECORD_SUFFIXES:
-            todo = f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
-            raise DataError("no text file by its name", where=str(path), todo=todo)
-    has_text = False
+        return files
+    if not path.is_file():
+        raise DataError("a pipe or a device, no file", where=str(path), todo="save its text in a file")
+    if not _is_known(path) and record_kind(path) not in RECORD_SUFFIXES:
+        todo = f"give {KNOWN_SUFFIXES}; .txt is learned as it is"
+        raise DataError("no text file by its name", where=str(path), todo=todo)
+    return [path]
+
+
+def read_text_files(path: str | Path, files: Sequence[Path], tally: ExclusionTally) -> Iterator[Document]:
+    """The documents of ``files``, which are of ``path``; see ``read_texts``."""
+    path, has_text = Path(path), False
+    root = path if path.is_dir() else path.parent
     for file in files:
         name = file.relative_to(root).as_posix()
         for document in _read_file(file, name, tally if path.is_dir() else None):

@@ -78,6 +78,7 @@ class Response:
         choice: str = "required",
         name: str = "",
         parallel: bool = True,
+        form: Mapping[str, Any] | None = None,
     ) -> Response:
         """Calls of ``tools``, as the model's family writes them (``tokens.tool_formats``).
 
@@ -89,10 +90,11 @@ class Response:
             choice: ``required``: the content is calls and nothing else; ``named``: it is calls of the tool ``name``;
                 ``auto``: it is free text, but a call that was opened is one, and only calls follow it.
             parallel: whether one call may follow another.
+            form: with auto, a JSON schema: the content is a value that it describes, or it is calls.
 
         Raises:
             EngineError: there is no such tool, two have one name, a name or a schema cannot be written as JSON, or
-                ``choice`` is auto and the format has no tags.
+                ``choice`` is auto and the format has no tags, or there is a form and calls are required.
         """
         if choice not in ("auto", "required", "named"):
             raise EngineError(f"{choice!r} is no choice of tools", where="tools", todo="use auto, required or named")
@@ -101,16 +103,18 @@ class Response:
             raise EngineError(
                 "this model cannot choose whether to call: its calls have no tags", where="tools", todo=todo
             )
+        if form is not None and choice != "auto":
+            raise EngineError("a call has a form of its own", where="response", todo="leave the form out")
         rows = [_tool(row) for row in tools if choice != "named" or row.get("name") == name]
         if not rows or len({row["name"] for row in rows}) < len(rows):
             fault = (
                 "two tools have the same name" if rows else f"there is no tool {name!r}" if name else "there is no tool"
             )
             raise EngineError(fault, where="tools", todo="give tools with different names")
-        form = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
-        source = {"format": form, "tools": rows, "parallel": parallel and tool_format.parallel}
+        strings = {key: getattr(tool_format, key) for key in ("calls", "call", "separator", "body", "is_json")}
+        source = {"format": strings, "tools": rows, "parallel": parallel and tool_format.parallel, "form": form}
         try:
-            return cls("auto_tools" if choice == "auto" else "tools", json.dumps(source))
+            return cls("auto_tools" if choice == "auto" and form is None else "tools", json.dumps(source))
         except (TypeError, ValueError, RecursionError) as error:
             raise EngineError(f"the tools are no JSON: {error}", where="tools", todo="give JSON schemas") from None
 

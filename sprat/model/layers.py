@@ -82,15 +82,14 @@ class RMSNorm(nn.Module):
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Make the products of the dense linears of ``model``, its head's included, in ``dtype``: mixed precision.
+    """Make the products of the linears of ``model``, its head's included, in ``dtype``: mixed precision.
 
     ``torch.bfloat16`` is for training on processors that multiply it (AVX512-BF16, AMX), at twice float32's rate or
     more; on others it is slower. Weights, activations between products, norms, attention, adapters and the loss stay
     as they are; stacked experts do, too. None undoes it.
     """
     for _, module in linears(model):
-        if isinstance(module, Linear):
-            module.compute_dtype = dtype
+        module.compute_dtype = dtype
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:

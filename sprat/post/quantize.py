@@ -6,27 +6,22 @@ What was asked and what came up stand in ``quantize.json`` beside the weights.
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sprat import quant
 from sprat.config.quant import QuantizeConfig
-from sprat.data import ingest
-from sprat.data.document import Document
-from sprat.errors import CheckpointError, ConfigError, DataError
+from sprat.errors import CheckpointError, ConfigError
 from sprat.files.json import write_json
 from sprat.formats.export import new_folder, refuse_existing_folder
 from sprat.formats.load import load, save
+from sprat.model import Transformer
+from sprat.post.calibration import join_rows, read_calibration
+from sprat.post.tune_scales import HELD_OUT_ROWS, STEP_ROWS, WINDOW, tune_scales
 from sprat.tokens import Tokenizer
 
-CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights
 CALIBRATION_WINDOW = 512  # tokens of a row
-EXCERPT_CHARS = 2000  # characters of one document, so that many are heard
 FACTS = "quantize.json"
 
 
@@ -38,14 +33,16 @@ def quantize_model(
     *,
     dequantize: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    on_tuned: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Quantise the model at ``model`` into ``folder``, which is there whole or not at all; its sizes and what came up.
 
     Args:
         model: whatever ``sprat.load`` takes.
-        text: what to calibrate on; a folder or file as ``read_texts`` takes it.
+        text: what to calibrate on; a folder or file as ``read_calibration`` takes it.
         dequantize: whether a model that is quantised already may be taken for what its codes stand for.
         on_progress: hears how many matrices are done, of how many.
+        on_tuned: hears how many steps of ``tune_scales`` are done, of how many.
 
     Raises:
         CheckpointError: the model cannot be read, is quantised already or is not finite, or ``folder`` is in a run.
@@ -55,7 +52,8 @@ def quantize_model(
         DataError: the text is missing, binary or too short, or reaches too few experts where that is refused.
     """
     if text is None and config.needs_text:
-        what = "GPTQ needs text to calibrate on" if config.rounding == "gptq" else "AWQ needs text to calibrate on"
+        name = "GPTQ" if config.rounding == "gptq" else "AWQ" if config.awq else "tune_steps"
+        what = f"{name} needs text to calibrate on"
         raise ConfigError(what, where="--calibrate", todo="give a folder or file of text, or round to the nearest")
     if folder.resolve() == model.resolve():
         raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
@@ -70,44 +68,36 @@ def quantize_model(
             raise CheckpointError("the model is quantised already", where=str(model), todo=todo)
         dense = quant.dequantize_model(dense)
     rows_BT = segments_BT = None
+    window = min(CALIBRATION_WINDOW, dense.config.max_position_embeddings)
     if text is not None:
-        window = min(CALIBRATION_WINDOW, dense.config.max_position_embeddings)
-        rows_BT, segments_BT = calibration_rows(ingest.read_texts(text), tokenizer, window, config.calibration_tokens)
+        rows_BT, segments_BT = join_rows(read_calibration(text, tokenizer, window, config.calibration_tokens))
     seen = quant.QuantizeFacts()
     small = quant.quantize_model(
         dense, config, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress, facts=seen
     )
     facts: dict[str, Any] = {"size_bytes": quant.size_bytes(small), "dense_bytes": quant.size_bytes(dense)}
-    facts |= {"calibration_tokens": 0 if rows_BT is None else rows_BT.numel(), **seen.experts}
+    facts |= {"calibration_tokens": 0 if segments_BT is None else int((segments_BT > 0).sum()), **seen.experts}
     facts |= {"mtp_dropped": seen.mtp_dropped} if seen.mtp_dropped else {}
+    if text is not None and config.tune_steps:
+        facts["tuned"] = _tune(small, dense, tokenizer, text, config, on_tuned)
     with new_folder(Path(os.path.abspath(folder))) as temporary:
         save(small, tokenizer, temporary)
         write_json(temporary / FACTS, {"config": config.model_dump(mode="json"), "facts": facts})
     return facts
 
 
-def calibration_rows(
-    documents: Iterable[Document], tokenizer: Tokenizer, window: int, num_tokens: int = CALIBRATION_TOKENS
-) -> tuple[Tensor, Tensor]:
-    """Rows [B, window] (long) of excerpts of many documents, and their segments.
-
-    ``num_tokens`` tokens, or what there is.
-
-    Raises:
-        DataError: there is not one row of text.
-    """
-    chosen = list(documents)
-    random.Random(0).shuffle(chosen)
-    ids: list[int] = []
-    segment_ids: list[int] = []
-    for number, document in enumerate(chosen, 1):
-        ids += tokenizer.encode(document.text[:EXCERPT_CHARS])
-        segment_ids += [number] * (len(ids) - len(segment_ids))
-        if len(ids) >= num_tokens:
-            break
-    rows = min(len(ids), num_tokens) // window
-    if not rows:
-        what = f"{len(ids)} tokens of text are too few to calibrate on"
-        raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {num_tokens}")
-    tokens, segments = (torch.tensor(values[: rows * window]).view(rows, window) for values in (ids, segment_ids))
-    return tokens, segments
+def _tune(
+    small: Transformer,
+    dense: Transformer,
+    tokenizer: Tokenizer,
+    text: Path,
+    config: QuantizeConfig,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """``tune_scales`` on as much of ``text`` as its steps take; what came of it."""
+    window = min(WINDOW, dense.config.max_position_embeddings)
+    num_tokens = max(config.calibration_tokens, (config.tune_steps + HELD_OUT_ROWS) * STEP_ROWS * window)
+    parts = read_calibration(text, tokenizer, window, num_tokens)
+    return tune_scales(
+        small, dense, parts, steps=config.tune_steps, lr=config.tune_lr, seed=config.seed, on_progress=on_progress
+    )

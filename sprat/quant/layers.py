@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprat.config import QuantConfig
 from sprat.config.quant import QuantizeConfig
+from sprat.kernels import mixed_precision
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.layers import LinearBase, linears, matrix_names, replace_linears
 from sprat.quant.int4 import QuantizedTensor, Scheme, dequantize_tensor
@@ -71,7 +71,7 @@ class QuantLinear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out], same dtype."""
-        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        return mixed_precision.linear(x, self.dense_weight().to(self.compute_dtype or x.dtype), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The float32 matrix [out, in]."""
@@ -144,6 +144,8 @@ def scheme_of(config: QuantConfig, name: str) -> Scheme:
     bits, group = bits_and_group(config, name)
     if not isinstance(config, QuantizeConfig):
         return Scheme(bits, group)
+    if bits == 4 and any(part in name for part in config.eight_bits):
+        bits = 8
     return Scheme(bits, group, config.symmetric or bits != 4, config.clip, config.zero_points and bits == 4)
 
 

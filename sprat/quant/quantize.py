@@ -55,7 +55,8 @@ def quantize_model(
 
     Raises:
         CheckpointError: a weight, or what the text makes of it, is not finite; experts are stacked otherwise than here.
-        ConfigError: there is no calibration text for a rounding that needs it; MTP modules stand in a rotation's way.
+        ConfigError: there is no calibration text for a rounding that needs it; MTP modules stand in a rotation's way;
+            no matrix has a name that ``eight_bits`` says.
         DataError: too few tokens reach an expert, and the config refuses that.
     """
     config, facts = config or QuantConfig(), facts or QuantizeFacts()
@@ -65,6 +66,7 @@ def quantize_model(
         raise ConfigError(f"{name} needs text to calibrate on", where=where, todo=todo)
     _check(model)
     model = _prepared(model, config, facts)
+    _check_names(model, config)
     done, total = set[str](), len(quantizable_weights(model))
     schemes = functools.partial(scheme_of, config)
     if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
@@ -113,6 +115,19 @@ def _prepared(model: Transformer, config: QuantConfig, facts: QuantizeFacts) -> 
         facts.mtp_dropped = len(model.mtp)
         model = without_mtp(model)
     return rotate(model, config.seed) if config.rotation == "hadamard" else model
+
+
+def _check_names(model: Transformer, config: QuantConfig) -> None:
+    """Refuse a part of names that no matrix has.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    names = list(quantizable_weights(model))
+    for part in config.eight_bits if isinstance(config, QuantizeConfig) else ():
+        if not any(part in name for name in names):
+            todo = f"say a part of a name, as of {names[-1]!r}"
+            raise ConfigError(f"no matrix of the model is called {part!r}", where="eight_bits", todo=todo)
 
 
 def _check(model: Transformer) -> None:

@@ -152,7 +152,7 @@ class Answer:
         cost = self._service.meter.record(hit=hit, miss=miss, output=usage.completion_tokens)
         self.cost = cost.to_dict()
         if not self.ended_by:
-            self._metrics.finished(usage.completion_tokens, "length" if self.finish_reason == "length" else "stop")
+            self._metrics.finished(usage.completion_tokens, self.finish_reason)
         if self._service.on_usage is not None:
             self._service.on_usage(self)
         return Finished(usage, self.seconds, self.cost)

@@ -88,13 +88,17 @@ def _conversation(reader: Reader) -> Generation:
     thinking, budget = _thinking(reader)
     tools = _tools(reader)
     tool_choice, parallel = _tool_choice(reader, tools)
+    response_format = _response_format(reader)
+    if continues and response_format is not None:
+        where = "output_format" if reader.has("output_format") else "output_config.format"
+        raise reader.error(where, "has no beginning where an assistant's message is gone on with; end with the user's")
     return Generation(
         model=reader.required("model", reader.text("model", longest=256)),
         messages=tuple(turns),
         continues=continues,
         thinking=thinking,
         max_think_tokens=budget,
-        response_format=_response_format(reader),
+        response_format=response_format,
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel,

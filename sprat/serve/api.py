@@ -13,7 +13,7 @@ from sprat.serve.app_state import AppState
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.errors import RequestError
 from sprat.serve.exchange import CLIENT_LEFT, Exchange
-from sprat.serve.fields import parse_json
+from sprat.serve.fields import header_list, parse_json
 from sprat.serve.metrics import CONTENT_TYPE
 from sprat.serve.openapi import request_schema
 from sprat.serve.receive import read_body
@@ -39,7 +39,9 @@ def model_card(state: AppState, name: str) -> Body:
 
 def _anthropic_card(state: AppState, name: str) -> Body:
     created = datetime.fromtimestamp(state.created, UTC).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    context = state.find(name).prompts.context
+    limits = {"max_input_tokens": context, "max_tokens": min(context, state.config.max_tokens or context)}
+    return {"type": "model", "id": name, "display_name": name, "created_at": created, **limits}
 
 
 def _is_anthropic(request: Request) -> bool:
@@ -104,12 +106,15 @@ def _answering(wire: Wire, state: AppState) -> Callable[..., Any]:
 
 
 def _working(work: Callable[[Request, AppState, Body], Any], state: AppState) -> Callable[..., Any]:
+    """What ``work`` makes of a body, and says that it ignored of it."""
+
     async def handler(request: Request) -> Response:
         try:
             body = await read_body(request, state.max_body_bytes)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(await work(request, state, parse_json(body)))
+        result, ignored = await work(request, state, parse_json(body))
+        return JSONResponse(result, headers={"x-ignored-fields": header_list(ignored)} if ignored else None)
 
     return handler
 
@@ -169,7 +174,9 @@ def _add_models(app: FastAPI, state: AppState) -> None:
         return {"object": "list", "data": [model_card(state, name) for name in names]}
 
     async def model(request: Request, name: str) -> Body:
-        """The card of one model."""
+        """The card of one model; of none, as a slash too many has it, all of them."""
+        if not name:
+            return await models(request)
         state.find(name)
         return _anthropic_card(state, name) if _is_anthropic(request) else model_card(state, name)
 

@@ -30,11 +30,18 @@ class Choice:
         parser: finds calls in its content; None where none may come.
         token_bytes: what an id stands for.
         echo: what the answer begins with: the prompt.
+        has_form: its content, where it is no call, is JSON, in which a tag is a letter like any other.
     """
 
     def __init__(
-        self, index: int, parser: ToolCallParser | None, token_bytes: TokenBytes, echo: str | None = None
+        self,
+        index: int,
+        parser: ToolCallParser | None,
+        token_bytes: TokenBytes,
+        echo: str | None = None,
+        has_form: bool = False,
     ) -> None:
+        self._has_form = has_form
         self.index, self._parser, self._token_bytes, self._echo = index, parser, token_bytes, echo
 
     def push(self, event: JobEvent) -> list[Event]:
@@ -51,11 +58,16 @@ class Choice:
         return events if echo is None else [TextDelta(self.index, "content", echo), *events]
 
     def _push(self, event: JobEvent, logprobs: tuple[TokenLogprob, ...]) -> list[Event]:
+        blanks: list[Event] = []
+        if self._has_form and event.kind == "content" and (text := event.text.lstrip()):
+            self._has_form = False
+            if self._parser is not None and not text.startswith("<"):
+                blanks, self._parser = self._events(self._parser.close()), None
         if event.kind == "content" and self._parser is not None:
             events = self._events(self._parser.push(event.text))
             return [TextDelta(self.index, "content", "", logprobs), *events] if logprobs else events
         kind: Literal["reasoning", "content"] = "reasoning" if event.kind == "reasoning" else "content"
-        return [TextDelta(self.index, kind, event.text, logprobs)]
+        return [*blanks, TextDelta(self.index, kind, event.text, logprobs)]
 
     def finish(self, event: JobEvent, ended_by: EndedBy) -> list[Event]:
         """The end, and what was held back."""

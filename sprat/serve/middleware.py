@@ -18,11 +18,14 @@ import ipaddress
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sprat.serve.access_log import AccessRecord, log_request
 from sprat.serve.api_keys import ApiKeys
 from sprat.serve.error_handlers import internal_error
 from sprat.serve.errors import RequestError, error_body, is_anthropic_path, route_path
@@ -117,27 +120,36 @@ class SecurityMiddleware:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         inner = {**scope, "method": method, "root_path": self.root_path or scope.get("root_path", "")}
         added = self._added_headers(inner, headers, request_id)
-        started = False
+        status, start_time = 0, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
+        try:
+            await self._answer(inner, headers, receive, send_with_headers, lambda: bool(status))
+        finally:
+            _log(inner, status, time.monotonic() - start_time)
+
+    async def _answer(
+        self, inner: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send, started: Callable[[], bool]
+    ) -> None:
+        """Refuse a request, or have it answered."""
         error = self._check_request(inner, headers)
         if error is not None:
-            await _send_error(error, inner, send_with_headers)
+            await _send_error(error, inner, send)
         elif _is_preflight(inner, headers):
-            await send_with_headers({"type": "http.response.start", "status": 204, "headers": _preflight(headers)})
-            await send_with_headers({"type": "http.response.body"})
+            await send({"type": "http.response.start", "status": 204, "headers": _preflight(headers)})
+            await send({"type": "http.response.body"})
         else:
             try:
-                await self.app(inner, receive, send_with_headers)
+                await self.app(inner, receive, send)
             except Exception:
-                if not started:
-                    await _send_error(internal_error(), inner, send_with_headers)
+                if not started():
+                    await _send_error(internal_error(), inner, send)
                 raise
 
     def _added_headers(
@@ -182,6 +194,8 @@ class SecurityMiddleware:
         tenant = self.api_keys.tenant(*(headers.get(name, b"").decode("latin-1") for name in names))
         if tenant is None and not is_public(route_path(scope)) and not _is_preflight(scope, headers):
             message = "this server needs an API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            if any(name in headers for name in names):
+                message = "the API key that was sent is none of this server's; it knows those it was started with"
             return RequestError(401, message, param="Authorization", code="invalid_api_key")
         scope["state"]["tenant"] = tenant
         return None
@@ -208,8 +222,20 @@ def _preflight(headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """The line of a request that no ``Exchange`` writes one of; none of what is asked again and again by machines."""
+    state, path = scope["state"], route_path(scope)
+    if state.get("is_logged") or path.startswith(("/health", "/metrics")):
+        return
+    tenant = state.get("tenant")
+    name = "" if tenant is None else tenant.name
+    record = AccessRecord(state["request_id"], name, scope["method"], scope["path"], status, seconds)
+    log_request(replace(record, code=state.get("error_code", "")))
+
+
 async def _send_error(error: RequestError, scope: Scope, send: Send) -> None:
     """Answer with ``error``; where the next request would be read wrongly, the connection ends with it."""
+    scope["state"]["error_code"] = error.code
     body = json.dumps(error_body(error, route_path(scope), scope["state"]["request_id"])).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers().items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

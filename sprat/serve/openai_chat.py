@@ -81,7 +81,7 @@ def parse_chat(body: dict[str, Any]) -> Generation:
     for item in reader.items("modalities") or ():
         if item != "text":
             raise reader.not_offered("modalities", f"{item!r:.40}")
-    tools = read_tools(reader)
+    tool_choice, tools = read_tool_choice(reader, read_tools(reader))
     limits = {name: reader.integer(name, 1) for name in ("max_tokens", "max_completion_tokens")}
     limit_name = "max_tokens" if limits["max_completion_tokens"] is None else "max_completion_tokens"
     thinking, effort, budget, paths = read_thinking(reader)
@@ -90,6 +90,9 @@ def parse_chat(body: dict[str, Any]) -> Generation:
     top_logprobs = reader.integer("top_logprobs", 0, 20)
     if top_logprobs and not logprobs:
         raise reader.error("top_logprobs", "needs logprobs: true")
+    response_format = read_response_format(reader)
+    if continues and response_format is not None:
+        raise reader.error("response_format", "has no beginning where a message is gone on with; leave prefix out")
     options = reader.object("stream_options")
     generation = Generation(
         model=model,
@@ -102,9 +105,9 @@ def parse_chat(body: dict[str, Any]) -> Generation:
         sampling={**sampling, "top_logprobs": top_logprobs or 0},
         n=reader.integer("n", 1, MAX_N) or 1,
         logprobs=logprobs,
-        response_format=read_response_format(reader),
+        response_format=response_format,
         tools=tools,
-        tool_choice=read_tool_choice(reader, tools),
+        tool_choice=tool_choice,
         parallel_tool_calls=reader.flag("parallel_tool_calls") is not False,
         stream=bool(reader.flag("stream")),
         include_usage=bool(options and options.flag("include_usage")),

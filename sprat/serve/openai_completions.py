@@ -6,6 +6,7 @@ tokens for it. Several prompts are one request; choice ``i * n + j`` is the j-th
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sprat.serve.events import ChoiceFinished as Ended
@@ -17,6 +18,7 @@ from sprat.serve.openai_fields import read_sampling
 from sprat.serve.sse import server_sent
 
 MAX_PROMPTS, MAX_LOGPROBS = 64, 20
+DEFAULT_MAX_TOKENS = 16  # OpenAI's: a plain text has no end at which a model would stop
 
 
 def parse_completion(body: dict[str, Any]) -> list[Generation]:
@@ -42,8 +44,8 @@ def parse_completion(body: dict[str, Any]) -> list[Generation]:
     options = reader.object("stream_options")
     common = Generation(
         model=model,
-        max_tokens=limit,
-        sampling={**read_sampling(reader), "top_logprobs": logprobs or 0},
+        max_tokens=DEFAULT_MAX_TOKENS if limit is None else limit,
+        sampling={**read_sampling(reader), "top_logprobs": logprobs or 0, "fit": limit is None},
         n=n,
         logprobs=logprobs is not None,
         echo=echo,
@@ -53,7 +55,9 @@ def parse_completion(body: dict[str, Any]) -> list[Generation]:
         user=reader.text("user") or "",
         paths={"messages": "prompt", "prompt": "prompt", "max_tokens": "max_tokens"},
     ).with_ignored(reader.rest())
-    return [common.with_prompt(prompt) for prompt in prompts]
+    is_list = isinstance(body["prompt"], list) and not all(type(row) is int for row in body["prompt"])
+    paths = [{**common.paths, "ids": f"prompt[{index}]" if is_list else "prompt"} for index in range(len(prompts))]
+    return [replace(common, prompt=prompt, paths=where) for prompt, where in zip(prompts, paths, strict=True)]
 
 
 def _prompts(reader: Reader) -> list[str | tuple[int, ...]]:
@@ -86,13 +90,18 @@ def _ids(reader: Reader, name: str, rows: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The ``logprobs`` of a piece of text that begins at character ``offset``."""
+    """The ``logprobs`` of a piece of text that begins at character ``offset``.
+
+    Each token is among its own ``top_logprobs``, so there may be one more than was asked for, as OpenAI has it.
+    """
     texts = [each.token.decode("utf-8", "replace") for each in tokens]
     offsets = [offset]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
     tops = [
-        {top.decode("utf-8", "replace"): value for top, value in each.top} if each.logprob is not None else None
+        {top.decode("utf-8", "replace"): value for top, value in ((each.token, each.logprob), *each.top)}
+        if each.logprob is not None
+        else None
         for each in tokens
     ]
     return {

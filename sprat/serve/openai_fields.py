@@ -116,21 +116,35 @@ def check_tools(reader: Reader, tools: list[Tool]) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
-def read_tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> ToolChoice:
-    """``tool_choice``: a mode, or the function by name."""
+def read_tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    """``tool_choice``: a mode, the function by name, or a mode for some; and the tools that the model is shown."""
     if isinstance(reader.body.get("tool_choice"), dict):
         row = reader.object("tool_choice")
         assert row is not None
-        row.required("type", row.choice("type", ("function",)))
-        function = row.required("function", row.object("function"))
-        name = function.required("name", function.text("name"))
-        if name not in [tool.name for tool in tools]:
-            raise function.error("name", f"no tool is called {name[:64]!r}")
-        return ToolChoice("named", name)
+        if row.required("type", row.choice("type", ("function", "allowed_tools"))) == "function":
+            return ToolChoice("named", _tool_name(row, tools)), tools
+        allowed = row.required("allowed_tools", row.object("allowed_tools"))
+        among = allowed.required("mode", allowed.choice("mode", ("auto", "required")))
+        rows = allowed.required("tools", allowed.objects("tools"))
+        for each in rows:
+            each.choice("type", ("function",))
+        names = {_tool_name(each, tools) for each in rows}
+        if not names:
+            raise allowed.error("tools", "names no tool")
+        return ToolChoice(among), tuple(tool for tool in tools if tool.name in names)  # type: ignore[arg-type]
     mode = reader.choice("tool_choice", ("none", "auto", "required"))
     if mode == "required" and not tools:
         raise reader.error("tool_choice", "there are no tools to call")
-    return ToolChoice(mode or "auto")  # type: ignore[arg-type]
+    return ToolChoice(mode or "auto"), tools  # type: ignore[arg-type]
+
+
+def _tool_name(row: Reader, tools: tuple[Tool, ...]) -> str:
+    """The name of the tool that ``row`` refers to."""
+    function = row.required("function", row.object("function"))
+    name = function.required("name", function.text("name"))
+    if name not in [tool.name for tool in tools]:
+        raise function.error("name", f"no tool is called {name[:64]!r}")
+    return name
 
 
 def read_response_format(reader: Reader) -> dict[str, Any] | None:

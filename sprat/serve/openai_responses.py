@@ -3,7 +3,8 @@
 The input is a list of items, of which several make one turn of ours: reasoning, a message and calls in a row are what
 the assistant said and did. An item may be sent back as it came. Nothing is stored: a request that refers to what would
 have been (``previous_response_id``, ``conversation``, ``item_reference``, ``prompt``) or shall be answered later
-(``background``) is refused, and ``store`` is ignored. Of tools there are functions alone.
+(``background``) is refused, and ``store`` is ignored. Of tools there are functions alone; others beside them are
+ignored, as agents list all that they have.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
         if reader.raw(name):
             what = "it: every request brings its whole conversation along, and is answered at once"
             raise reader.not_offered(name, what)
-    tools = _tools(reader)
+    tools, others = _tools(reader)
     tool_choice, tools = _tool_choice(reader, tools)
     reasoning = reader.object("reasoning")
     effort = (reasoning.choice("effort", EFFORTS) if reasoning else None) or ""
@@ -66,7 +67,7 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
         stream=bool(reader.flag("stream")),
         user=_user(reader),
         paths=_PATHS,
-        ignored=_ignored(reader),
+        ignored=(*_ignored(reader), *others),
     )
 
 
@@ -208,17 +209,25 @@ def _response_format(reader: Reader) -> Mapping[str, Any] | None:
     return {"type": kind, "schema": form.required("schema", form.mapping("schema"))}
 
 
-def _tools(reader: Reader) -> tuple[Tool, ...]:
+def _tools(reader: Reader) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
+    """The functions, and the paths of tools that are none; those alone are refused."""
     tools: dict[str, Tool] = {}
-    for item in reader.objects("tools", most=MAX_TOOLS) or ():
-        kind = item.required("type", item.text("type"))
-        if kind != "function":
-            raise item.not_offered("type", f"the tool {shorten(kind)!r}, only functions")
+    others: dict[str, Reader] = {}
+    for item in reader.objects("tools") or ():
+        if item.required("type", item.text("type")) != "function":
+            item.known(*item.body)
+            others[item.path] = item
+            continue
         tool = read_function(item)
         if tool.name in tools:
             raise item.error("name", "stands twice; names of tools must be unique")
         tools[tool.name] = tool
-    return tuple(tools.values())
+    if len(tools) > MAX_TOOLS:
+        raise reader.error("tools", f"must have at most {MAX_TOOLS} functions, not {len(tools)}")
+    if others and not tools:
+        first = next(iter(others.values()))
+        raise first.not_offered("type", f"the tool {shorten(first.body['type'])!r}, only functions")
+    return tuple(tools.values()), tuple(others)
 
 
 def _tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, tuple[Tool, ...]]:

@@ -95,7 +95,8 @@ class PromptWriter:
         samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
-        choices = [Choice(index, self._parser(generation), bytes_of, echo) for index in range(generation.n)]
+        has_form = generation.response_format is not None
+        choices = [Choice(index, self._parser(generation), bytes_of, echo, has_form) for index in range(generation.n)]
         return Prompt(ids, samplings, choices)
 
     def render(self, generation: Generation, thinking: bool | None) -> list[int]:
@@ -109,7 +110,7 @@ class PromptWriter:
         if isinstance(generation.prompt, str):
             return self._fill_in(generation) if generation.suffix else self.tokenizer.encode_prompt(generation.prompt)
         if generation.prompt is not None:
-            return list(generation.prompt)
+            return self._given_ids(generation.prompt, generation.paths.get("ids", "prompt"))
         tools = [schema_of(tool) for tool in generation.tools]
         messages = join_systems(generation.messages)
         try:
@@ -117,6 +118,19 @@ class PromptWriter:
         except DataError as error:
             param = generation.paths.get(error.where, error.where)
             raise RequestError(400, f"{param}: {error.what}; {error.todo}", param=param, code="not_possible") from None
+
+    def _given_ids(self, ids: tuple[int, ...], where: str) -> list[int]:
+        """Ids that the caller wrote at ``where``.
+
+        Raises:
+            RequestError: 400; one is no token of this model.
+        """
+        vocab = self._engine.info.vocab_size
+        for index, each in enumerate(ids):
+            if not 0 <= each < vocab:
+                param = f"{where}[{index}]"
+                raise RequestError(400, f"{param}: must be an id of 0 … {vocab - 1}, not {each}", param=param)
+        return list(ids)
 
     def _fill_in(self, generation: Generation) -> list[int]:
         """The ids of a text with a gap.
@@ -201,6 +215,9 @@ class PromptWriter:
             where = paths.get("response_format", "response_format")
             message = f"{where}: a call that is required has a form of its own; leave one of them out"
             raise RequestError(400, message, param=where)
+        if generation.response_format is not None and generation.response_format["type"] == "regex":
+            where = paths.get("response_format", "response_format")
+            raise RequestError(400, f"{where}: a pattern does not go with tools; use a JSON schema", param=where)
         return generation
 
     def _parser(self, generation: Generation) -> Any:
@@ -230,6 +247,7 @@ class PromptWriter:
                 choice=choice.mode,
                 name=choice.name,
                 parallel=generation.parallel_tool_calls and choice.mode != "named",
+                form=None if form is None else form.get("schema", {"type": "object"}),
             )
         if form is None:
             return None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RENDER_THREADS = 2
+FAULT_OF_THE_ENGINE = "engine"  # where an error happened that no caller can mend, and whose text is for the log
 SETTINGS = frozenset(
     ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
     + ("logit_bias", "seed", "stop", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "tools")
@@ -192,13 +193,15 @@ class Service:
         if isinstance(error, EngineDied):
             message = "the engine stopped before it answered; ask again"
             return RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
-        if not isinstance(error, EngineError):
+        if not isinstance(error, EngineError) or error.where == FAULT_OF_THE_ENGINE:
             log.error("a request failed: %s", error)
-            return RequestError(500, str(error), code="engine_error", kind="server_error")
+            message = "the engine made a mistake; ask again"
+            return RequestError(500, message, code="engine_error", kind="server_error")
         paths: Mapping[str, str] = generation.paths
         where = error.where
-        if where == "response":  # the grammar: of the tools, or of the form
-            where = "tools" if generation.tools else "response_format"
+        if where == "response":  # the grammar: of the form, or of the tools
+            has_form = generation.response_format is not None
+            where = "tools" if not has_form else "response" if "response" in paths else "response_format"
         param = paths.get(where) or (where if where in SETTINGS else paths.get("messages", "messages"))
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")

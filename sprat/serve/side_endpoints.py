@@ -16,9 +16,10 @@ from sprat.serve.service import Service
 
 MAX_EMBEDDINGS = 256
 Body = dict[str, Any]
+Worked = tuple[Body, tuple[str, ...]]  # an answer, and what of the request was ignored
 
 
-async def embeddings(request: Request, state: AppState, body: Body) -> Body:
+async def embeddings(request: Request, state: AppState, body: Body) -> Worked:
     """Pooled hidden states of texts."""
     reader = Reader(body)
     name = reader.required("model", reader.text("model"))
@@ -30,6 +31,7 @@ async def embeddings(request: Request, state: AppState, body: Body) -> Body:
     form = reader.choice("encoding_format", ("float", "base64")) or "float"
     if reader.integer("dimensions", 1) is not None:
         raise reader.not_offered("dimensions")
+    reader.text("user")
     prompts = await service.run_in_thread(
         lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
     )
@@ -40,7 +42,7 @@ async def embeddings(request: Request, state: AppState, body: Body) -> Body:
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": name, "usage": usage}
+    return {"object": "list", "data": data, "model": name, "usage": usage}, reader.rest()
 
 
 def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> list[int]:
@@ -65,7 +67,7 @@ def _vector(vector: list[float], form: str) -> Any:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-async def tokenize(request: Request, state: AppState, body: Body) -> Body:
+async def tokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The ids of a text or of a conversation."""
     reader = Reader(body)
     name = reader.text("model") or state.services[0].names.served
@@ -73,16 +75,16 @@ async def tokenize(request: Request, state: AppState, body: Body) -> Body:
     prompts = service.prompts
     if reader.has("messages"):
         generation = parse_chat({**body, "model": name})
-        ids = await service.run_in_thread(lambda: prompts.ids(generation))
+        ids, ignored = await service.run_in_thread(lambda: prompts.ids(generation)), generation.ignored
     else:
         text = reader.required("prompt", reader.text("prompt"))
         special = reader.flag("add_special_tokens") is not False
         encode = prompts.tokenizer.encode_prompt if special else prompts.tokenizer.encode
-        ids = await service.run_in_thread(lambda: encode(text))
-    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}
+        ids, ignored = await service.run_in_thread(lambda: encode(text)), reader.rest()
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids}, ignored
 
 
-async def detokenize(request: Request, state: AppState, body: Body) -> Body:
+async def detokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The text of ids."""
     reader = Reader(body)
     service = state.find(reader.text("model") or state.services[0].names.served)
@@ -90,11 +92,12 @@ async def detokenize(request: Request, state: AppState, body: Body) -> Body:
     for index, each in enumerate(ids):
         if type(each) is not int or not 0 <= each < vocab:
             raise reader.error(f"tokens[{index}]", f"must be an id of 0 … {vocab - 1}")
-    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}
+    return {"prompt": await service.run_in_thread(lambda: service.prompts.tokenizer.decode(ids))}, reader.rest()
 
 
-async def count_tokens(request: Request, state: AppState, body: Body) -> Body:
+async def count_tokens(request: Request, state: AppState, body: Body) -> Worked:
     """How many tokens a request of Anthropic's has."""
     generation = anthropic.parse_count_tokens(body)
     service = state.find(generation.model)
-    return anthropic_answers.token_count(len(await service.run_in_thread(lambda: service.prompts.ids(generation))))
+    ids = await service.run_in_thread(lambda: service.prompts.ids(generation))
+    return anthropic_answers.token_count(len(ids)), generation.ignored

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from sprat.tokens.tool_formats import ToolFormat
 from sprat.tokens.tool_json import Brackets, read_call, read_string
 
+HALF = "\ufffd"  # what comes of a character that was cut off
 HEAD_CHARS = 1024  # of what stands between the opening tag and the arguments
 
 
@@ -278,7 +279,7 @@ class ToolCallParser:
             if closer and text.startswith(closer):
                 self._buffer, self._closed_by = text[len(closer) :], number
                 return True
-        if any(closer.startswith(text) for closer in pending):
+        if any(closer.startswith(text.rstrip(HALF)) for closer in pending):
             if is_end:  # a closing tag that was cut off, or blanks
                 self._buffer = ""
             return False
@@ -287,12 +288,13 @@ class ToolCallParser:
 
 
 def _without_beginning(text: str, tag: str) -> str:
-    """``text`` without the longest beginning of ``tag`` with which it ends.
+    """``text`` without the longest beginning of ``tag`` with which it ends, and half a character behind that.
 
     >>> _without_beginning("a <tool", "<tool_call>")
     'a '
     """
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return text[:-length]
+    known = text.rstrip(HALF)
+    for length in range(min(len(tag) - 1, len(known)), 0, -1):
+        if known.endswith(tag[:length]):
+            return known[:-length]
     return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +82,7 @@ def test_a_call_that_is_cut_at_any_token_is_the_beginning_of_the_whole_one(
             assert streamed == whole
             (cut,) = whole.choices
             assert whole.usage["completion_tokens"] == limit
-            content = re.sub(f"<[^<]*{HALF}$", "", cut.content)  # a tag that is spelled in bytes
-            assert said.content.startswith(content.rstrip(HALF))
+            assert said.content.startswith(cut.content.rstrip(HALF))
             assert len(cut.calls) <= len(said.calls)
             for number, (name, arguments) in enumerate(cut.calls):
                 assert name == said.calls[number][0]

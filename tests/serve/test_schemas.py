@@ -85,3 +85,31 @@ def test_reasoning_is_free_and_holds_none_of_the_content(lively: Lively) -> None
             assert word not in said.reasoning and '"word"' not in said.reasoning
             reasonings.append(said.reasoning)
     assert len(set(reasonings)) > 10
+
+
+@pytest.mark.parametrize("fault", [{"type": "string", "pattern": "(?=x)y"}, {"type": "integer", "minimum": 2**60}])
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_a_schema_that_cannot_be_followed_is_refused_by_its_own_path(
+    lively: Lively, fault: dict[str, Any], with_tools: bool
+) -> None:
+    form = {"type": "object", "properties": {"a": fault}, "required": ["a"]}
+    turns = [{"role": "user", "content": "x"}]
+    empty = {"type": "object", "properties": {}}
+    tools = {
+        "chat": [{"type": "function", "function": {"name": "f", "parameters": empty}}],
+        "responses": [{"type": "function", "name": "f", "parameters": empty}],
+        "messages": [{"name": "f", "input_schema": empty}],
+    }
+    bodies = {
+        "chat": {"messages": turns, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "f", "schema": form}}},
+        "responses": {"input": "x", "text": {"format": {"type": "json_schema", "name": "f", "schema": form}}},
+        "messages": {"messages": turns, "max_tokens": 9, "output_config": {
+            "format": {"type": "json_schema", "schema": form}}},
+    }  # fmt: skip
+    paths = {"chat": "response_format", "responses": "text.format", "messages": "output_config.format"}
+    for protocol, body in bodies.items():
+        more = {"tools": tools[protocol]} if with_tools else {}
+        reply = lively.post(PATHS[protocol], {**body, **more, "model": "chatml-ngram"})
+        assert reply.status_code == 400, (protocol, reply.text)
+        assert paths[protocol] in reply.json()["error"]["message"], reply.text

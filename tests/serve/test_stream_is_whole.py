@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from sprat.kernels import native
 from tests.serve import answers
 from tests.serve.answers import PATHS, Answer
-from tests.serve.cases import FUNCTIONS, Case, case
+from tests.serve.cases import FORM, FUNCTIONS, Case, case
 from tests.serve.lively import FAMILIES, KEYS, Lively, lively_server
 
 CASES = int(os.environ.get("SPRAT_SERVE_CASES", "100"))  # the whole bar is 300
@@ -53,6 +53,7 @@ def test_a_stream_says_what_the_whole_answer_says(lively: Lively) -> None:
                 other = ask(lively, each, mode=mode, key=KEYS[2])
                 assert _without_cache(other) == _without_cache(whole), (number, mode, each)
         _check_truth(each, whole)
+        _check_form(each, whole)
         seen.update(str(one.finish) for one in whole.choices)
         seen.update(name for one in whole.choices for name in ("reasoning", "content", "calls") if getattr(one, name))
     assert min(seen[name] for name in ("reasoning", "content", "calls")) > CASES // 10, seen
@@ -84,3 +85,17 @@ def _check_truth(each: Case, answer: Answer) -> None:
                 Draft202012Validator(SCHEMAS[name]).validate(value)
         if one.finish not in LENGTH and not {"echo", "min_tokens"} & each.body.keys():
             assert not any(stop in one.content for stop in each.stops), (one, each)
+
+
+def _check_form(each: Case, answer: Answer) -> None:
+    """Where a form is asked for, the content has it or is not there because tools are called."""
+    is_asked = {"response_format", "text", "output_config"} & each.body.keys()
+    is_any = "json_object" in str(each.body)
+    for one in answer.choices if is_asked else ():
+        if one.calls:
+            assert not one.content, each
+        elif one.finish in ("stop", ("completed", None), ("end_turn", None)) and not each.stops:
+            value = json.loads(one.content)
+            assert isinstance(value, dict)
+            if not is_any:
+                Draft202012Validator(FORM).validate(value)

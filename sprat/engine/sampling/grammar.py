@@ -15,6 +15,7 @@ The grammar begins where the content begins: at once, or after ``</think>``.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -173,7 +174,10 @@ class GrammarCache:
                     if "error" not in reply:
                         break
             if "error" in reply:
-                return grammar_error(response, str(reply["error"])), 0
+                form = json.loads(response.source)["form"] if is_tools else None
+                alone = None if form is None else self._compile(Response.json(form), tenant)[0]  # is it the fault?
+                fault = alone if isinstance(alone, EngineError) else grammar_error(response, str(reply["error"]))
+                return fault, 0
             with self._lock:
                 if self._vocabulary is None:
                     self._vocabulary = grammar_worker.build_tokenizer(self._tokens(), self._eos_token_ids)

@@ -2,7 +2,8 @@
 
 Where the model may choose, everything is allowed until it opens a call. The rule ``head`` is lazy: the first opening
 tag ends it, so that what follows is a call whatever the text before was, and behind calls only calls may follow.
-Without tags there is nothing to wait for, so there the first call stands at the beginning.
+Without tags there is nothing to wait for, so there the first call stands at the beginning. So it does where the content
+has a form: it is either a value of that schema or calls, as the first character says.
 
 Each schema has the bounds of one that is given alone (``grammar_source``). One that cannot be translated or compiled
 is an error only for a tool that is ``strict``; of the others any JSON object is taken. A tool without a schema has no
@@ -50,11 +51,28 @@ def translate_tools(response: Response) -> Iterator[str]:
         raise EngineError(f"there are {len(tools)} tools", where="tools", todo=f"give {MAX_TOOLS} at most")
     work = max(MAX_WORK // len(tools), MIN_WORK)
     schemas = [_arguments_schema(response, tool, work) for tool in tools]
+    forms = [] if source["form"] is None else [_form_schema(source["form"])]
     rules = _rules(source, is_auto=response.kind == "auto_tools")
-    yield json.dumps({"rules": rules, "schemas": schemas}, default=float)
+    yield json.dumps({"rules": rules, "schemas": [*schemas, *forms]}, default=float)
     looser = [schema if tool["strict"] else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)]
     if looser != schemas:
-        yield json.dumps({"rules": rules, "schemas": looser}, default=float)
+        yield json.dumps({"rules": rules, "schemas": [*looser, *forms]}, default=float)
+
+
+def _form_schema(schema: dict[str, Any]) -> Any:
+    """The schema of the content where no tool is called.
+
+    Raises:
+        EngineError: it cannot be used.
+    """
+    try:
+        if len(json.dumps(schema, default=float)) > MAX_SOURCE:
+            raise ValueError("it is too long")
+        return translate_schema(schema)
+    except (ValueError, EngineError) as error:
+        raise EngineError(
+            f"the schema cannot be used: {error}", where="response", todo="correct or simplify it"
+        ) from None
 
 
 def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -> dict[str, Any]:
@@ -96,8 +114,9 @@ def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
         begin = first or opening
         lines += ["TEXT: /(?s:.)*/", f"head[lazy]: TEXT {_literal(begin)}"]
         lines.append(f"start: TEXT | head {_literal(opening) if first else ''} {calls}")
-    else:
-        lines.append(f"start: {_literal(first + opening)} {calls}")
+    else:  # the form is the last schema
+        form_rule = "" if source["form"] is None else f"args_{len(source['tools'])} | "
+        lines.append(f"start: {form_rule}{_literal(first + opening)} {calls}")
     return "\n".join(lines)
 
 

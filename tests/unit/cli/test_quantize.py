@@ -114,6 +114,21 @@ def test_awq_on_the_users_text_writes_down_what_it_did(model_folder: Path, text:
     assert all((packed.minimums is not None) == (packed.bits == 4) for packed in codes.values())
 
 
+def test_scales_are_tuned_on_conversations(model_folder: Path, tmp_path: Path) -> None:
+    """What came of it is told and kept, and the model loads again with matrices of four and of eight bits."""
+    chats, out = tmp_path / "chats.jsonl", tmp_path / "small"
+    rows = [json.dumps({"prompt": f"{number} + 4?", "completion": str(number + 4)}) for number in range(200)]
+    chats.write_text("\n".join(rows) + "\n")
+    words = ["quantize", str(model_folder), "--calibrate", str(chats), "--out", str(out), "--set", "tune_steps=3"]
+    done = CliRunner().invoke(app, [*words, "--set", 'eight_bits=["down_proj"]', "--json"])
+    assert done.exit_code == 0, done.stderr
+    told, kept = json.loads(done.stdout), json.loads((out / "quantize.json").read_text())
+    assert told["rounding"] == "gptq" and told["tuned"] == kept["facts"]["tuned"] and told["tuned"]["steps"] == 3
+    assert told["tuned"]["kl_before"] > 0
+    packed = quant.quantized_weights(sprat.load(out)[0])
+    assert all((each.bits == 8) == ("down_proj" in name) for name, each in packed.items() if "layers" in name)
+
+
 def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
     model_folder: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +143,12 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         ("quantised already", "--dequantize"): [str(small), "--out", str(out)],
         ("write group=64",): [str(model_folder), "--out", str(out), "--set", "quant.group=64"],
         ("'grup'", "'group'"): [str(model_folder), "--out", str(out), "--set", "grup=64"],
+        ("tune_steps needs text",): [*(str(model_folder), "--out", str(out)), *("--set", "tune_steps=3")],
+        ("zero_points=false",): [
+            *(str(model_folder), "--calibrate", str(text), "--out", str(out), "--set", "tune_steps=3"),
+            *("--set", "symmetric=false", "--set", "zero_points=true"),
+        ],
+        ("'down_prj'",): [str(model_folder), "--out", str(out), "--set", 'eight_bits=["down_prj"]'],
         ("bits=4",): [str(model_folder), "--out", str(out), "--set", "symmetric=false", "--set", "bits=8"],
         ("'best'", "awq"): [str(model_folder), "--out", str(out), "--method", "best"],
         ("AWQ needs text",): [str(model_folder), "--out", str(out), "--method", "awq"],
@@ -205,9 +226,11 @@ def test_the_page_on_quantizing_is_true(
     Path("held-out").mkdir()
     for number in range(3):
         (Path("held-out") / f"{number}.txt").write_text(f"State the sum of {number} + 4 + 5. " * 20)
+    chats = [json.dumps({"prompt": f"{number} + 4?", "completion": str(number + 4)}) for number in range(60)]
+    Path("chats.jsonl").write_text("\n".join(chats) + "\n")
     Path("questions.jsonl").write_text('{"question": "3 + 4?", "answer": 7}\n{"question": "1 + 1?", "answer": 2}\n')
     for line in block.splitlines():
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, (line, done.stderr)
     assert (Path("certificate") / "certificate.html").is_file()
-    assert all(quant.quantized_weights(sprat.load(name)[0]) for name in ("small", "scaled", "turned"))
+    assert all(quant.quantized_weights(sprat.load(name)[0]) for name in ("small", "scaled", "turned", "tuned"))

@@ -17,8 +17,8 @@ from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline
 from sprat.pipeline.quantize import relative_loss
 from sprat.pipeline.recipe import load_recipe
+from sprat.post.calibration import text_rows
 from sprat.post.distill import sample_traces
-from sprat.post.quantize import calibration_rows
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 
@@ -113,7 +113,7 @@ def test_no_excerpt_hears_its_neighbour_in_calibration() -> None:
     texts = ["one two three four", "five six", "seven eight nine ten eleven"] * 40
     tokenizer = Tokenizer.train(texts, 300, numbers=10)
     documents = [Document(f"{number}", text, "s", "", "prose") for number, text in enumerate(texts)]
-    tokens, segments = calibration_rows(documents, tokenizer, 16)
-    pairs = zip(tokens.flatten().tolist(), segments.flatten().tolist(), strict=True)
+    rows = text_rows(documents, tokenizer, 16)
+    pairs = zip(rows.tokens.flatten().tolist(), rows.segments.flatten().tolist(), strict=True)
     said = [tokenizer.decode([index for index, _ in run]) for _, run in itertools.groupby(pairs, lambda pair: pair[1])]
     assert set(said[:-1]) == set(texts)  # the last one is cut at the end of the last row

@@ -136,6 +136,10 @@ CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers", "not_offered"),
         ({"container": "c"}, "container", "not_offered"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type", "invalid_value"),
+        # their documentation: structured outputs are incompatible with prefilling
+        ({"messages": [*ASK["messages"], {"role": "assistant", "content": "{"}],
+          "output_config": {"format": {"type": "json_schema", "schema": {}}}},
+         "output_config.format", "invalid_value"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_its_path(changes: dict[str, Any], param: str, code: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_the_command_line_changes_only_what_it_is_told(tmp_path: Path, monkeypat
     assert served[0] == ServeConfig(**page)
     assert served[1] == ServeConfig(**page, max_num_seqs=3, metrics_port=0, allowed_hosts=("box.lan",))
     assert inspect.signature(quickstart.quickstart).parameters["port"].default == ServeConfig().port
+
+
+def test_the_example_of_the_help_page_serves_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[tuple[Any, ServeConfig]] = []
+    monkeypatch.setattr(server, "run", lambda sources, config, **_: served.append((sources, config)))
+    monkeypatch.setattr(access_log, "write_lines_to", lambda stream: None)
+    help_page = CliRunner().invoke(app, ["serve", "--help"]).output
+    (example,) = re.findall(r"Example: sprat (serve .*(?:\n +--.*)*)", help_page)
+    done = CliRunner().invoke(app, example.split())
+    assert done.exit_code == 0, done.output
+    ((source,), config) = served[0]
+    assert source.served_names == ("smol",)
+    assert (config.port, config.api_keys, config.max_num_seqs) == (0, ("secret",), 32)
 
 
 def test_settings_are_made_without_torch_and_without_a_web_server() -> None:

@@ -115,6 +115,14 @@ def test_a_key_comes_in_either_header(address: str) -> None:
     for headers in (BEARER, {"x-api-key": KEY}, {"Authorization": "Bearer none", "x-api-key": KEY}):
         assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
     assert httpx.get(f"{address}/v1/models", headers={"x-api-key": ""}).status_code == 401
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}x"}, {"x-api-key": f"{KEY}x"}])
+def test_who_sends_a_wrong_key_is_not_told_to_send_one(address: str, headers: dict[str, str]) -> None:
+    wrong, none = (httpx.get(f"{address}/v1/models", headers=each).json()["error"] for each in (headers, {}))
+    assert wrong["code"] == none["code"] == "invalid_api_key"
+    assert "needs an API key" in none["message"]
+    assert "needs" not in wrong["message"] and "none of this server's" in wrong["message"] and KEY not in str(wrong)
     for path in ("/", "/healthz", "/health", "/health/live", "/health/ready", "/openapi.json"):
         assert httpx.get(address + path).status_code == 200
     assert httpx.get(f"{address}/health/nothing").status_code == 404, "no key is asked for"

@@ -193,6 +193,40 @@ def test_a_named_tool_is_chosen() -> None:
     assert [tool.strict for tool in generation.tools] == [True, True] and not generation.parallel_tool_calls
 
 
+def test_a_call_that_was_cut_off_comes_back_as_far_as_it_is_whole() -> None:
+    function = {"name": "f", "arguments": '{"a": [1, 2], "city": "Par'}
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    rows = [*ASK["messages"], said, {"role": "tool", "tool_call_id": "c", "content": "invalid arguments"}]
+    assert parse_chat({**ASK, "messages": rows}).messages[1].tool_calls[0].arguments == '{"a": [1, 2]}'
+    function["arguments"] = "[1]"
+    with pytest.raises(RequestError) as caught:
+        parse_chat({**ASK, "messages": rows})
+    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_allowed_tools_the_model_is_shown_those_alone(mode: str) -> None:
+    """As OpenAI's reference has it: ``{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}``."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "h")]
+    allowed: dict[str, Any] = {"mode": mode, "tools": [tools[2], tools[0]]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    generation = parse_chat({**ASK, "tools": tools, "tool_choice": choice})
+    assert generation.tool_choice == ToolChoice(mode)  # type: ignore[arg-type]
+    assert [tool.name for tool in generation.tools] == ["f", "h"] and not generation.ignored
+    for rows, path in (([], "tools"), ([{"type": "function", "function": {"name": "x"}}], "tools[0].function.name")):
+        with pytest.raises(RequestError) as caught:
+            parse_chat({**ASK, "tools": tools, "tool_choice": {**choice, "allowed_tools": {**allowed, "tools": rows}}})
+        assert caught.value.param == f"tool_choice.allowed_tools.{path}"
+
+
+def test_a_form_has_no_beginning_where_a_message_is_gone_on_with() -> None:
+    rows = [*ASK["messages"], {"role": "assistant", "content": '{"a":', "prefix": True}]
+    with pytest.raises(RequestError) as caught:
+        parse_chat({**ASK, "messages": rows, "response_format": {"type": "json_object"}})
+    assert caught.value.param == "response_format"
+    assert parse_chat({**ASK, "messages": rows, "response_format": {"type": "text"}}).continues
+
+
 def test_a_stream_of_several_choices_begins_and_ends_each() -> None:
     events: list[Event] = [Started(3, 0)]
     assert [c["choices"][0]["index"] for c in stream_begin(Generation("tiny", n=3), events)] == [0, 1, 2]

@@ -65,8 +65,31 @@ def test_offsets_of_tokens_are_places_in_the_text() -> None:
     events.append(Finished(Usage(1, 0, 3, 0), 0.1))
     logprobs = whole(Generation("tiny", logprobs=True), collect(events), HEAD, {})["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [0, 2, 3]
-    assert logprobs["top_logprobs"] == [{}, {"x": -0.5}, None]
+    assert logprobs["top_logprobs"] == [{"ab": -1.0}, {"é": -2.0, "x": -0.5}, None]
     assert logprobs["token_logprobs"] == [-1.0, -2.0, None]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_token_itself_is_among_its_alternatives_as_openai_says(count: int) -> None:
+    """Their reference: the API always returns the log-probability of the sampled token, so there may be one more."""
+    others = ((b"x", -0.5),)[:count]
+    events: list[Event] = [TextDelta(0, "content", "ab", (TokenLogprob(b"ab", -1.0, others),))]
+    events += [ChoiceFinished(0, "stop"), Finished(Usage(1, 0, 1, 0), 0.1)]
+    logprobs = whole(Generation("tiny", logprobs=True), collect(events), HEAD, {})["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"ab": -1.0} | ({"x": -0.5} if count else {})]
+
+
+def test_ids_are_named_where_the_caller_wrote_them() -> None:
+    cases: list[tuple[Any, str]] = [([7, 9], "prompt"), ([[7], [9]], "prompt[1]"), (["a", [7]], "prompt[1]")]
+    for prompt, path in cases:
+        assert parse_completion({"model": "tiny", "prompt": prompt})[-1].paths["ids"] == path
+
+
+def test_without_max_tokens_an_answer_has_openais_sixteen_or_what_there_is_room_for() -> None:
+    (silent,) = parse_completion({"model": "tiny", "prompt": "a"})
+    (said,) = parse_completion({"model": "tiny", "prompt": "a", "max_tokens": 40})
+    assert (silent.max_tokens, silent.sampling["fit"]) == (16, True)
+    assert (said.max_tokens, said.sampling["fit"]) == (40, False)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,21 @@ def test_settings_become_the_engines() -> None:
     }  # fmt: skip
 
 
+def test_tools_of_other_kinds_beside_functions_are_ignored_and_said_to_be() -> None:
+    """What Codex lists: functions, and tools that only OpenAI's own server runs."""
+    others = [
+        {"type": "web_search", "external_web_access": False},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+        {"type": "namespace", "name": "mcp", "tools": [SUB]},
+        {"type": "local_shell"},
+    ]
+    generation = parse_responses({**ASK, "tools": [others[0], SUB, *others[1:]], "tool_choice": "required"})
+    assert [tool.name for tool in generation.tools] == ["sub"]
+    assert [name for name in generation.ignored if name.startswith("tools[") and "[]" not in name] == [
+        "tools[0]", "tools[2]", "tools[3]", "tools[4]"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("effort", [None, "none", "minimal", "ultra"])
 def test_an_effort_says_how_hard_to_think(effort: str | None) -> None:
     generation = parse_responses({**ASK, "reasoning": {"effort": effort}})

@@ -11,7 +11,7 @@ from sprat.model import Transformer
 from sprat.serve.engine_client import EngineInfo
 from sprat.serve.errors import RequestError
 from sprat.serve.generation import Generation
-from sprat.serve.prompts import PromptWriter
+from sprat.serve.prompts import PromptWriter, join_systems
 from sprat.tokens import Tokenizer
 from sprat.tokens.chat import Message
 
@@ -43,3 +43,29 @@ def test_a_prompt_that_leaves_no_room_is_refused_whatever_gives_way(parts: tuple
     with pytest.raises(RequestError) as caught:
         limit(writer_of(parts, max_model_len=len(writer_of(parts).ids(ASK))), 32_000, fit=True)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_all_systems_become_one_that_stands_first() -> None:
+    said = (Message("system", "a"), Message("user", "b"), Message("system", "c"), Message("assistant", "d"))
+    assert [(each.role, each.content) for each in join_systems(said)] == [
+        ("system", "a\n\nc"), ("user", "b"), ("assistant", "d")
+    ]  # fmt: skip
+    assert join_systems(said[1:2]) == [said[1]] and join_systems(said[:2]) == list(said[:2])
+
+
+def test_what_a_request_says_counts_more_than_the_folder_and_each_answer_has_a_seed_of_its_own(
+    parts: tuple[Transformer, Tokenizer],
+) -> None:
+    engine: Any = SimpleNamespace(info=EngineInfo(100, 100, 1, parts[1].vocab_size, ()))
+    writer = PromptWriter(parts[1], engine, default_sampling={"temperature": 0.5, "top_k": 9})
+    samplings = writer.write(Generation("m", ASK.messages, n=3, sampling={"temperature": 0.1}), 7).samplings
+    assert [(each.temperature, each.top_k) for each in samplings] == [(0.1, 9)] * 3
+    assert [each.seed for each in samplings] == [7, 8, 9]
+
+
+def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, Tokenizer]) -> None:
+    vocab = parts[1].vocab_size
+    with pytest.raises(RequestError) as caught:
+        writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
+    assert caught.value.param == "prompt[2][1]"
+    assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"

@@ -291,3 +291,28 @@ def test_tools_that_are_too_long_together_are_refused(grammars: GrammarCache) ->
     grammars.grammar(Response.tool_calls(long[:4], HERMES), False)
     with pytest.raises(EngineError, match="the tools are too long"):
         grammars.grammar(Response.tool_calls(long, HERMES), False)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_content_has_its_form_or_is_calls(either: Tokenizer, grammars: GrammarCache, name: str) -> None:
+    """With a form the model chooses by its first character: JSON, or a tag; and no word stands beside either."""
+    tool_format = FORMATS[name]
+    form = {"type": "object", "properties": {"sky": {"enum": ["a", "<tool_call>"]}}, "required": ["sky"]}
+    form |= {"additionalProperties": False}
+    response = Response.tool_calls(TOOLS, tool_format, choice="auto", form=form)
+    assert response.shapes_content
+    for seed in range(6):
+        text, ended = say(either, grammars, response, seed, "{")
+        Draft202012Validator(form).validate(json.loads(text))
+        assert ended
+        text, ended = say(either, grammars, response, seed, tool_format.calls[0] or tool_format.call[0])
+        content, calls = read(tool_format, text)
+        assert ended and content == "" and calls
+        check(calls)
+        text, ended = say(either, grammars, response, seed, "Well, ")
+        assert ended and text[0] in "{<" and "Well" not in text
+    with pytest.raises(EngineError, match="schema cannot be used") as caught:
+        grammars.grammar(Response.tool_calls(TOOLS, tool_format, choice="auto", form=LOOKS_AROUND), False)
+    assert caught.value.where == "response"
+    with pytest.raises(EngineError, match="form"):
+        Response.tool_calls(TOOLS, tool_format, choice="required", form=form)

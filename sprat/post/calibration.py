@@ -1,0 +1,155 @@
+"""What a model is shown while it is rounded: text, conversations, or both, as rows of tokens.
+
+Text alone is not what a model that answers questions sees: the markers of its chat format, its system turn and the
+first token of an answer come in no text. So a file of conversations, in any form that ``sprat sft`` takes, is shown as
+the model was trained on it, each turn in the model's own chat format. Where a folder has texts and conversations, each
+gets half of the tokens.
+
+Of texts, excerpts of many documents are heard; where the documents are few, they go on until there are enough tokens.
+"""
+
+# R rows, W tokens of a row
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sprat.data import ingest
+from sprat.data.conversations import read_examples
+from sprat.data.document import Document
+from sprat.data.example import Example, PreferencePair
+from sprat.data.folder import ExclusionTally, warn_of_excluded
+from sprat.data.forms import choose_form
+from sprat.data.pack import PackedDataset, pack
+from sprat.data.record import Record
+from sprat.data.records import RECORD_SUFFIXES, read_file, record_kind
+from sprat.errors import DataError
+from sprat.post.examples import encode_example
+from sprat.tokens import Tokenizer
+
+CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights
+EXCERPT_CHARS = 2000  # characters of one document, so that many are heard
+
+
+def read_calibration(path: Path, tokenizer: Tokenizer, window: int, num_tokens: int) -> list[PackedDataset]:
+    """Rows of ``window`` tokens of the texts at ``path``, and rows of its conversations; what there is of both.
+
+    Args:
+        path: a file or folder as ``read_texts`` takes it, whose files of rows may also be conversations or preference
+            pairs (of which the chosen answer counts).
+        num_tokens: of all rows; fewer where there are not as many.
+
+    Raises:
+        DataError: see ``read_texts`` and ``read_examples``; there is not one row of tokens, or a conversation has no
+            place in the model's chat format.
+    """
+    tally, examples = ExclusionTally(), list[Example]()
+    files = ingest.find_text_files(path, tally)
+    conversations = [file for file in files if _has_conversations(file)]
+    for file in conversations:
+        found = read_examples(file)
+        warn_of_excluded(found.skipped, file)
+        examples += found.examples
+    texts = [file for file in files if file not in conversations]
+    documents = list(ingest.read_text_files(path, texts, tally)) if texts else []
+    share = num_tokens // 2 if examples and documents else num_tokens
+    window = min(window, share)
+    rows = [conversation_rows(examples, tokenizer, window, share)] if examples else []
+    return [*rows, text_rows(documents, tokenizer, window, share)] if documents else rows
+
+
+def _has_conversations(file: Path) -> bool:
+    """Whether the first row of ``file`` has no text, and the columns of a conversation."""
+    if record_kind(file) not in RECORD_SUFFIXES:
+        return False
+    first = next(iter(read_file(file, str(file))), None)
+    if not isinstance(first, Record) or "text" in first.values:
+        return False
+    try:
+        choose_form(first.values, {}, first.where)
+    except DataError:
+        return False
+    return True
+
+
+def conversation_rows(
+    examples: Sequence[Example], tokenizer: Tokenizer, window: int, num_tokens: int = CALIBRATION_TOKENS
+) -> PackedDataset:
+    """Rows of ``window`` tokens of conversations drawn from ``examples``, their answers marked as learned.
+
+    Raises:
+        DataError: there are not as many tokens as a row has, or see ``encode_example``.
+    """
+    chosen = list(examples)
+    random.Random(0).shuffle(chosen)
+    sequences, count = list[tuple[list[int], list[int]]](), 0
+    for example in chosen:
+        if count >= num_tokens:
+            break
+        encoded = encode_example(tokenizer, example, keep_reasoning=True)
+        shown = encoded[:1] if isinstance(example, PreferencePair) else encoded
+        sequences += shown
+        count += sum(len(ids) for ids, _ in shown)
+    _check_enough(count, window)
+    return pack(sequences, window - 1)
+
+
+def text_rows(
+    documents: Iterable[Document], tokenizer: Tokenizer, window: int, num_tokens: int = CALIBRATION_TOKENS
+) -> PackedDataset:
+    """Rows of ``window`` tokens of excerpts of many documents, each with a segment of its own.
+
+    Raises:
+        DataError: there is not one row of text.
+    """
+    ids: list[int] = []
+    segment_ids: list[int] = []
+    for number, excerpt in enumerate(_excerpts(list(documents)), 1):
+        ids += tokenizer.encode(excerpt)
+        segment_ids += [number] * (len(ids) - len(segment_ids))
+        if len(ids) >= num_tokens:
+            break
+    _check_enough(len(ids), window)
+    rows = min(len(ids), num_tokens) // window
+    tokens, segments = (
+        np.array(values[: rows * window], np.int32).reshape(rows, window) for values in (ids, segment_ids)
+    )
+    return PackedDataset(tokens, segments, np.ones_like(tokens, np.uint8))
+
+
+def _excerpts(documents: list[Document]) -> Iterator[str]:
+    """The beginning of each document, in random order; then what follows it of each that goes on; and so on."""
+    random.Random(0).shuffle(documents)
+    for start in itertools.count(0, EXCERPT_CHARS):
+        documents = [document for document in documents if len(document.text) > start]
+        if not documents:
+            return
+        for document in documents:
+            yield document.text[start : start + EXCERPT_CHARS]
+
+
+def _check_enough(count: int, window: int) -> None:
+    """Refuse what is shorter than a row.
+
+    Raises:
+        DataError: it is.
+    """
+    if count < window:
+        what = f"{count} tokens of text are too few to calibrate on"
+        raise DataError(what, where="--calibrate", todo=f"give at least {window}, better {CALIBRATION_TOKENS}")
+
+
+def join_rows(parts: Sequence[PackedDataset]) -> tuple[Tensor, Tensor]:
+    """All rows [R, W] of ``parts``, tokens (long) and segments."""
+    tokens, segments = (
+        torch.from_numpy(np.concatenate(arrays)).long()
+        for arrays in zip(*((part.tokens, part.segments) for part in parts), strict=True)
+    )
+    return tokens, segments
