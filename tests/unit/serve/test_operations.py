@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -185,3 +186,13 @@ def test_every_request_has_one_line_and_machines_that_ask_again_and_again_have_n
         ("GET", "/v1/models", 200, "", True),
     ])  # fmt: skip
     assert "k1" not in stream.getvalue()
+
+
+def test_more_than_the_context_holds_is_said_when_the_engine_is_there(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine()
+    engine.info = replace(engine.info, context=128)
+    with caplog.at_level(logging.WARNING, "sprat.serve"), client_of(engine, max_model_len=128, max_tokens=100_000):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        "tiny: max_tokens is 100000, but there is room for 128 tokens"
+    ]
