@@ -18,7 +18,6 @@ from sprat.serve.openai_fields import read_sampling
 from sprat.serve.sse import server_sent
 
 MAX_PROMPTS, MAX_LOGPROBS = 64, 20
-DEFAULT_MAX_TOKENS = 16  # OpenAI's: a plain text has no end at which a model would stop
 
 
 def parse_completion(body: dict[str, Any]) -> list[Generation]:
@@ -44,8 +43,8 @@ def parse_completion(body: dict[str, Any]) -> list[Generation]:
     options = reader.object("stream_options")
     common = Generation(
         model=model,
-        max_tokens=DEFAULT_MAX_TOKENS if limit is None else limit,
-        sampling={**read_sampling(reader), "top_logprobs": logprobs or 0, "fit": limit is None},
+        max_tokens=limit,
+        sampling={**read_sampling(reader), "top_logprobs": logprobs or 0},
         n=n,
         logprobs=logprobs is not None,
         echo=echo,

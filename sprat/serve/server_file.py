@@ -116,11 +116,13 @@ def read_server_file(path: Path) -> ServerFile:
     top = {key: table.pop(key) for key in sorted(MODEL_KEYS) if key in table}
     _check_settings(table, path)
     model, names, adapters = _read_model(top, path)
-    others = [_read_model(_renamed(row, path), path) for row in rows]
-    if not all(folder is not None for folder, _, _ in others):
-        raise ServeError("a model has no folder", where=str(path), todo='write model = "FOLDER"')
-    sources = tuple(ModelSource(folder, own, beside) for folder, own, beside in others if folder is not None)
-    return ServerFile(table, model, names, adapters, sources)
+    others = []
+    for row in rows:
+        folder, *_ = read = _read_model(_renamed(row, path), path)
+        if folder is None:
+            raise ServeError("a model has no folder", where=str(path), todo='write model = "FOLDER"')
+        others.append(ModelSource(folder, read[1], read[2]))
+    return ServerFile(table, model, names, adapters, tuple(others))
 
 
 def _renamed(row: Mapping[str, Any], path: Path) -> dict[str, Any]:
