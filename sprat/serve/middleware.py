@@ -113,6 +113,7 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _without_authority(scope)
         headers = dict(scope["headers"])
         request_id = request_id_of(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
@@ -181,7 +182,10 @@ class SecurityMiddleware:
         if len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MAX_TARGET_BYTES:
             return RequestError(414, f"the path is longer than {MAX_TARGET_BYTES} bytes", code="uri_too_long")
         host = headers.get(b"host", b"").decode("latin-1")
-        if not host_allowed(host, self.allowed_hosts):
+        is_check = not host and route_path(scope).startswith(
+            "/health"
+        )  # of a load balancer, by HTTP/1.0; of no browser
+        if not is_check and not host_allowed(host, self.allowed_hosts):
             message = (
                 f"the host {host[:100]!r} is not served here; use the address the server printed, or --allowed-host"
             )
@@ -204,6 +208,18 @@ class SecurityMiddleware:
         """Whether a page of ``origin`` may ask this server, which it calls ``host``."""
         scheme, _, place = origin.partition("://")
         return (scheme in ("http", "https") and place.lower() == host.lower()) or self._origin_allowed(origin)
+
+
+def _without_authority(scope: Scope) -> Scope:
+    """A request for a whole URL as one for its path; the URL's authority is the host (RFC 9112, 3.2.2)."""
+    match = re.match("https?://([^/?#]*)(/.*)?", scope["path"], re.IGNORECASE | re.DOTALL)
+    if match is None:
+        return scope
+    path, raw_path = match[2] or "/", scope.get("raw_path", b"")
+    headers = [(b"host", match[1].encode("latin-1", "replace"))]
+    headers += [(name, value) for name, value in scope["headers"] if name != b"host"]
+    raw_path = b"/" + raw_path.split(b"://", 1)[-1].partition(b"/")[2]
+    return {**scope, "path": path, "raw_path": raw_path, "headers": headers}
 
 
 def _is_preflight(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
