@@ -7,7 +7,9 @@ only answers count, of texts all tokens; where there are both, each counts for h
 the file has the same size and the same kernels (``quant.scales``).
 
 That scales alone may learn is from PEQA (Kim et al., arXiv 2305.14152) and EfficientQAT (Chen et al., arXiv
-2407.11062, section 3.3). Some rows are kept apart. If the scales are no better on these than they were, they stay as they were.
+2407.11062, section 3.3).
+
+Some rows are kept apart. If the scales are no better on these than they were, they stay as they were.
 """
 
 # B rows, T positions, N positions that count, D hidden, V vocabulary, C positions of a chunk
