@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from sprat.serve.errors import RequestError
 from sprat.serve.metrics import Metrics
 from sprat.serve.service import Service
 
+log = logging.getLogger(__name__)
 BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 
 
@@ -55,6 +57,17 @@ class AppState:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
             raise
+        for service in self.services:
+            self._warn_of_limits(service)
+
+    def _warn_of_limits(self, service: Service) -> None:
+        """Say what was asked for and is not had: the model's context, or the memory for it, is smaller."""
+        info = service.engine.info
+        context = min(info.context, info.cache_tokens)
+        for name in ("max_model_len", "max_tokens"):
+            asked = getattr(self.config, name)
+            if asked is not None and asked > context:
+                log.warning("%s: %s is %d, but there is room for %d tokens", service.names.served, name, asked, context)
 
     async def stop(self) -> None:
         """End them all."""

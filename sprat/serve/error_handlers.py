@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def error_response(error: RequestError, scope: Scope) -> Response:
     """An error as the response to the request of ``scope``."""
-    request_id = scope.get("state", {}).get("request_id", "")
+    state = scope.setdefault("state", {})
+    request_id, state["error_code"] = state.get("request_id", ""), error.code
     body = error_body(error, route_path(scope), request_id)
     content = json.dumps(body)  # in ASCII, since a caller's text that is quoted may hold half a surrogate pair
     return Response(content, error.status, error.headers(), media_type="application/json")

@@ -48,6 +48,7 @@ class Exchange:
 
     def __init__(self, request: Request, wire: Wire, tenant: Tenant, find: Callable[[str], Service]) -> None:
         self.request, self.wire, self._tenant, self._find = request, wire, tenant, find
+        request.scope["state"]["is_logged"] = True  # here, when all of it has ended
         self.answers: list[Answer] = []
         self._watch: asyncio.Task[None] | None = None
         self._generations: Sequence[Generation] = ()

@@ -18,11 +18,14 @@ import ipaddress
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sprat.serve.access_log import AccessRecord, log_request
 from sprat.serve.api_keys import ApiKeys
 from sprat.serve.error_handlers import internal_error
 from sprat.serve.errors import RequestError, error_body, is_anthropic_path, route_path
@@ -110,6 +113,7 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _without_authority(scope)
         headers = dict(scope["headers"])
         request_id = request_id_of(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
@@ -117,27 +121,36 @@ class SecurityMiddleware:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         inner = {**scope, "method": method, "root_path": self.root_path or scope.get("root_path", "")}
         added = self._added_headers(inner, headers, request_id)
-        started = False
+        status, start_time = 0, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
+        try:
+            await self._answer(inner, headers, receive, send_with_headers, lambda: bool(status))
+        finally:
+            _log(inner, status, time.monotonic() - start_time)
+
+    async def _answer(
+        self, inner: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send, started: Callable[[], bool]
+    ) -> None:
+        """Refuse a request, or have it answered."""
         error = self._check_request(inner, headers)
         if error is not None:
-            await _send_error(error, inner, send_with_headers)
+            await _send_error(error, inner, send)
         elif _is_preflight(inner, headers):
-            await send_with_headers({"type": "http.response.start", "status": 204, "headers": _preflight(headers)})
-            await send_with_headers({"type": "http.response.body"})
+            await send({"type": "http.response.start", "status": 204, "headers": _preflight(headers)})
+            await send({"type": "http.response.body"})
         else:
             try:
-                await self.app(inner, receive, send_with_headers)
+                await self.app(inner, receive, send)
             except Exception:
-                if not started:
-                    await _send_error(internal_error(), inner, send_with_headers)
+                if not started():
+                    await _send_error(internal_error(), inner, send)
                 raise
 
     def _added_headers(
@@ -169,7 +182,10 @@ class SecurityMiddleware:
         if len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MAX_TARGET_BYTES:
             return RequestError(414, f"the path is longer than {MAX_TARGET_BYTES} bytes", code="uri_too_long")
         host = headers.get(b"host", b"").decode("latin-1")
-        if not host_allowed(host, self.allowed_hosts):
+        is_check = not host and route_path(scope).startswith(
+            "/health"
+        )  # of a load balancer, by HTTP/1.0; of no browser
+        if not is_check and not host_allowed(host, self.allowed_hosts):
             message = (
                 f"the host {host[:100]!r} is not served here; use the address the server printed, or --allowed-host"
             )
@@ -194,6 +210,18 @@ class SecurityMiddleware:
         return (scheme in ("http", "https") and place.lower() == host.lower()) or self._origin_allowed(origin)
 
 
+def _without_authority(scope: Scope) -> Scope:
+    """A request for a whole URL as one for its path; the URL's authority is the host (RFC 9112, 3.2.2)."""
+    match = re.match("https?://([^/?#]*)(/.*)?", scope["path"], re.IGNORECASE | re.DOTALL)
+    if match is None:
+        return scope
+    path, raw_path = match[2] or "/", scope.get("raw_path", b"")
+    headers = [(b"host", match[1].encode("latin-1", "replace"))]
+    headers += [(name, value) for name, value in scope["headers"] if name != b"host"]
+    raw_path = b"/" + raw_path.split(b"://", 1)[-1].partition(b"/")[2]
+    return {**scope, "path": path, "raw_path": raw_path, "headers": headers}
+
+
 def _is_preflight(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
     """Whether a browser asks what a page may send; it has no key then, and no route sees it."""
     return scope["method"] == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
@@ -210,8 +238,20 @@ def _preflight(headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """The line of a request that no ``Exchange`` writes one of; none of what is asked again and again by machines."""
+    state, path = scope["state"], route_path(scope)
+    if state.get("is_logged") or path.startswith(("/health", "/metrics")):
+        return
+    tenant = state.get("tenant")
+    name = "" if tenant is None else tenant.name
+    record = AccessRecord(state["request_id"], name, scope["method"], scope["path"], status, seconds)
+    log_request(replace(record, code=state.get("error_code", "")))
+
+
 async def _send_error(error: RequestError, scope: Scope, send: Send) -> None:
     """Answer with ``error``; where the next request would be read wrongly, the connection ends with it."""
+    scope["state"]["error_code"] = error.code
     body = json.dumps(error_body(error, route_path(scope), scope["state"]["request_id"])).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers().items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

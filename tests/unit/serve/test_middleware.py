@@ -291,3 +291,28 @@ def test_a_file_without_keys_is_one_sentence(tmp_path: Any, content: bytes | Non
 def test_the_bodies_of_errors_are_json_for_any_message() -> None:
     for path in ("/v1/messages", "/v1/models"):
         assert json.loads(json.dumps(error_body(RequestError(400, "\ud800 \x00 ü"), path)))
+
+
+def first_line(address: str, head: str) -> str:
+    """The first line of the answer to a request's head, written by hand."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode())
+        return connection.makefile("rb").readline().decode().strip()
+
+
+def test_the_check_of_a_load_balancer_needs_no_host(address: str) -> None:
+    # HAProxy's "option httpchk GET /health" sends HTTP/1.0 without a Host, which no browser does
+    assert first_line(address, "GET /health HTTP/1.0").endswith("200 OK")
+    assert first_line(address, f"GET /v1/models HTTP/1.0\r\nx-api-key: {KEY}").endswith("403 Forbidden")
+    assert first_line(address, "GET /health HTTP/1.0\r\nHost: evil.example").endswith("403 Forbidden")
+
+
+def test_a_whole_url_is_a_path_and_its_authority_the_host(address: str) -> None:
+    def ask(url: str, host: str) -> str:
+        return first_line(address, f"GET {url} HTTP/1.1\r\nHost: {host}\r\nx-api-key: {KEY}\r\nConnection: close")
+
+    assert ask(f"{address}/v1/models", "box.lan").endswith("200 OK")  # RFC 9112, 3.2.2: it has to be accepted
+    assert ask("http://box.lan/v1/models", "evil.example").endswith("200 OK")  # and the Host that was sent is ignored
+    assert ask("http://evil.example/v1/models", "box.lan").endswith("403 Forbidden")
+    assert ask("http://box.lan", "box.lan").endswith("200 OK")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +18,8 @@ from sprat.engine.sampling_params import Sampling
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.errors import CheckpointError, ServeError
 from sprat.serve import ServeConfig, create_app
+from sprat.serve.access_log import log as access_log
+from sprat.serve.access_log import write_lines_to
 from sprat.serve.app import ServedModel
 from sprat.serve.app_state import AppState
 from sprat.serve.engine_client import EngineDied
@@ -149,3 +155,44 @@ def test_no_name_hides_behind_an_adapter() -> None:
         create_app(models, ServeConfig())
     with pytest.raises(ServeError, match="empty"):
         create_app([ServedModel(one, one.tokenizer, ("",))], ServeConfig())
+
+
+def test_every_request_has_one_line_and_machines_that_ask_again_and_again_have_none() -> None:
+    stream = io.StringIO()
+    handler, propagates = write_lines_to(stream), access_log.propagate
+    try:
+        with client_of(ScriptedEngine(), api_keys=("k1",)) as client:
+            assert client.post(CHAT, json=ASK).status_code == 401
+            assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+            client.headers["authorization"] = "Bearer k1"
+            assert client.post(CHAT, json=ASK).status_code == 200
+            assert client.post(CHAT, json={**ASK, "model": "none"}).status_code == 404
+            assert client.post("/v1/embeddings", json={**EMBED, "input": ""}).status_code == 400
+            assert client.get("/v1/models?key=k1").status_code == 200
+            for path in ("/health", "/health/live", "/metrics"):
+                assert client.get(path).status_code == 200
+    finally:
+        access_log.removeHandler(handler)
+        access_log.propagate = propagates
+        access_log.setLevel(logging.NOTSET)
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    said = [(row["method"], row["path"], row["status"], row["code"], bool(row["tenant"])) for row in rows]
+    assert sorted(said) == sorted([
+        ("POST", CHAT, 401, "invalid_api_key", False),
+        ("GET", "/v1/models", 403, "host_not_allowed", False),
+        ("POST", CHAT, 200, "", True),
+        ("POST", CHAT, 404, "model_not_found", True),
+        ("POST", "/v1/embeddings", 400, "invalid_value", True),
+        ("GET", "/v1/models", 200, "", True),
+    ])  # fmt: skip
+    assert "k1" not in stream.getvalue()
+
+
+def test_more_than_the_context_holds_is_said_when_the_engine_is_there(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine()
+    engine.info = replace(engine.info, context=128)
+    with caplog.at_level(logging.WARNING, "sprat.serve"), client_of(engine, max_model_len=128, max_tokens=100_000):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        "tiny: max_tokens is 100000, but there is room for 128 tokens"
+    ]
