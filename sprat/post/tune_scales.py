@@ -6,7 +6,8 @@ matrices. So the rounded model is shown what it was calibrated on once more, and
 only answers count, of texts all tokens; where there are both, each counts for half. Codes stay as they are, so that
 the file has the same size and the same kernels (``quant.scales``).
 
-Some rows are kept apart. If the scales are no better on these than they were, they stay as they were.
+That scales alone may learn is from PEQA (Kim et al., arXiv 2305.14152) and EfficientQAT (Chen et al., arXiv
+2407.11062, section 3.3). Some rows are kept apart. If the scales are no better on these than they were, they stay as they were.
 """
 
 # B rows, T positions, N positions that count, D hidden, V vocabulary, C positions of a chunk

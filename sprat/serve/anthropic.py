@@ -29,7 +29,7 @@ _PATHS = {
     "max_tokens": "max_tokens",
     "max_think_tokens": "thinking.budget_tokens",
     "stop": "stop_sequences",
-    "response": "output_config.format",
+    "response_format": "output_config.format",
 }
 _STATE = ("container", "mcp_servers", "thread")  # what they keep or call, and we do not
 _CHOICES: Mapping[str, ToolChoice] = {
@@ -88,10 +88,14 @@ def _conversation(reader: Reader) -> Generation:
     thinking, budget = _thinking(reader)
     tools = _tools(reader)
     tool_choice, parallel = _tool_choice(reader, tools)
-    response_format = _response_format(reader)
+    response_format, paths = _response_format(reader), dict(_PATHS)
+    if reader.has("output_format"):
+        paths["response_format"] = "output_format"
     if continues and response_format is not None:
-        where = "output_format" if reader.has("output_format") else "output_config.format"
-        raise reader.error(where, "has no beginning where an assistant's message is gone on with; end with the user's")
+        raise reader.error(
+            paths["response_format"],
+            "has no beginning where an assistant's message is gone on with; end with the user's",
+        )
     return Generation(
         model=reader.required("model", reader.text("model", longest=256)),
         messages=tuple(turns),
@@ -102,7 +106,7 @@ def _conversation(reader: Reader) -> Generation:
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel,
-        paths=_PATHS,
+        paths=paths,
     )
 
 

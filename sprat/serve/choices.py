@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sprat.serve.engine_client import JobEvent
@@ -30,6 +30,7 @@ class Choice:
         parser: finds calls in its content; None where none may come.
         token_bytes: what an id stands for.
         echo: what the answer begins with: the prompt.
+        names: of control tokens, which may stand for no bytes.
         has_form: its content, where it is no call, is JSON, in which a tag is a letter like any other.
     """
 
@@ -39,10 +40,12 @@ class Choice:
         parser: ToolCallParser | None,
         token_bytes: TokenBytes,
         echo: str | None = None,
+        names: Mapping[int, bytes] | None = None,
         has_form: bool = False,
     ) -> None:
         self._has_form = has_form
         self.index, self._parser, self._token_bytes, self._echo = index, parser, token_bytes, echo
+        self._names = names or {}
 
     def push(self, event: JobEvent) -> list[Event]:
         """A piece of text, or what the prompt was worth."""
@@ -80,8 +83,11 @@ class Choice:
         return [*events, ChoiceFinished(self.index, reason, event.stop, ended_by if cancelled else "")]
 
     def _logprob(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> TokenLogprob:
-        bytes_of = self._token_bytes
-        return TokenLogprob(bytes_of(token), logprob, tuple((bytes_of(each), value) for each, value in top))
+        def spelled(token: int) -> bytes:
+            return self._token_bytes(token) or self._names.get(token, b"")
+
+        others = tuple((spelled(each), value) for each, value in top)
+        return TokenLogprob(spelled(token), logprob, others, hidden=not self._token_bytes(token))
 
     def _events(self, pieces: Sequence[Piece]) -> list[Event]:
         from sprat.tokens.tool_parser import CallArguments, CallBegin, Content

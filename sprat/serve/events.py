@@ -24,12 +24,14 @@ EndedBy = Literal["", "cancel", "disconnect", "shutdown"]
 class TokenLogprob:
     """A token, as bytes, its log-probability (nats), and the likeliest tokens of its place, best first.
 
-    The first token of a prompt has none.
+    The first token of a prompt has none. One that is ``hidden`` (the end of a turn) stands in no text, and has its name
+    for bytes.
     """
 
     token: bytes
     logprob: float | None
     top: tuple[tuple[bytes, float], ...] = ()
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,8 +95,8 @@ def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
     """
     texts = [each.token.decode("utf-8", "replace") for each in tokens]
     offsets = [offset]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
+    for text, each in zip(texts, tokens, strict=True):
+        offsets.append(offsets[-1] + (0 if each.hidden else len(text)))
     tops = [
         {top.decode("utf-8", "replace"): value for top, value in ((each.token, each.logprob), *each.top)}
         if each.logprob is not None

@@ -20,12 +20,13 @@ from sprat.serve.openai_fields import EFFORTS, MAX_TOOLS, read_content, read_fun
 from sprat.tokens.chat import Message, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` calls them
+ADDED_TOOLS = "additional_tools"  # an item with tools beside those of the request
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
 _PATHS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "thinking": "reasoning.effort",
-    "response": "text.format",
+    "response_format": "text.format",
     "top_logprobs": "top_logprobs",
 }
 _CHOICES: Mapping[str, ToolChoice] = {
@@ -118,7 +119,8 @@ def _turns(reader: Reader) -> list[Message]:
         return [*turns, Message("user", reader.body["input"])]
     assistant: _Assistant | None = None
     for item in reader.required("input", reader.objects("input")):
-        kind = _kind(item)
+        if (kind := _kind(item)) == ADDED_TOOLS:
+            continue
         is_assistant = kind in ("reasoning", "function_call") or item.body.get("role") == "assistant"
         if assistant and (not is_assistant or (kind == "reasoning" and (assistant.texts or assistant.calls))):
             turns.append(assistant.turn())
@@ -146,7 +148,7 @@ def _kind(item: Reader) -> str:
     kind = item.text("type") or ("message" if item.has("role") else "item_reference")
     if kind == "item_reference":
         raise item.error("", "refers to an item that was not stored; send the item itself", code="not_offered")
-    if kind not in ("message", "reasoning", "function_call", "function_call_output"):
+    if kind not in ("message", "reasoning", "function_call", "function_call_output", ADDED_TOOLS):
         raise item.not_offered("type", f"items of type {shorten(kind)!r}")
     item.known("id", "status")
     return kind
@@ -213,7 +215,7 @@ def _tools(reader: Reader) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
     """The functions, and the paths of tools that are none; those alone are refused."""
     tools: dict[str, Tool] = {}
     others: dict[str, Reader] = {}
-    for item in reader.objects("tools") or ():
+    for item in [*(reader.objects("tools") or ()), *_added_tools(reader)]:
         if item.required("type", item.text("type")) != "function":
             item.known(*item.body)
             others[item.path] = item
@@ -224,10 +226,21 @@ def _tools(reader: Reader) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
         tools[tool.name] = tool
     if len(tools) > MAX_TOOLS:
         raise reader.error("tools", f"must have at most {MAX_TOOLS} functions, not {len(tools)}")
-    if others and not tools:
+    if reader.raw("tools") and not tools:
         first = next(iter(others.values()))
         raise first.not_offered("type", f"the tool {shorten(first.body['type'])!r}, only functions")
     return tuple(tools.values()), tuple(others)
+
+
+def _added_tools(reader: Reader) -> list[Reader]:
+    """Tools that come as items, which agents add to those of the request."""
+    items = reader.objects("input") if isinstance(reader.raw("input"), list) else None
+    rows: list[Reader] = []
+    for item in items or ():
+        if item.body.get("type") == ADDED_TOOLS:
+            item.known("type", "role")
+            rows += item.required("tools", item.objects("tools"))
+    return rows
 
 
 def _tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, tuple[Tool, ...]]:

@@ -96,7 +96,10 @@ class PromptWriter:
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
         has_form = generation.response_format is not None
-        choices = [Choice(index, self._parser(generation), bytes_of, echo, has_form) for index in range(generation.n)]
+        names = {index: name.encode() for name, index in self.tokenizer.control_tokens.items()}
+        choices = [
+            Choice(index, self._parser(generation), bytes_of, echo, names, has_form) for index in range(generation.n)
+        ]
         return Prompt(ids, samplings, choices)
 
     def render(self, generation: Generation, thinking: bool | None) -> list[int]:

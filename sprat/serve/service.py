@@ -200,8 +200,7 @@ class Service:
         paths: Mapping[str, str] = generation.paths
         where = error.where
         if where == "response":  # the grammar: of the form, or of the tools
-            has_form = generation.response_format is not None
-            where = "tools" if not has_form else "response" if "response" in paths else "response_format"
+            where = "tools" if generation.response_format is None else "response_format"
         param = paths.get(where) or (where if where in SETTINGS else paths.get("messages", "messages"))
         text = str(EngineError(error.what, where=param, todo=error.todo))
         return RequestError(400, text, param=param, code="not_possible")

@@ -96,8 +96,12 @@ def translate_schema(tree: Any, max_work: int = MAX_WORK) -> Any:
 
 def grammar_error(response: Response, why: str) -> EngineError:
     """The error of a grammar that cannot be used."""
-    where = "tools" if response.language == "tools" else "response"
-    return EngineError(f"the {response.language} cannot be used: {why}", where=where, todo="correct or simplify it")
+    what, where = response.language, "tools" if response.language == "tools" else "response"
+    if response.kind == "tools":
+        source = json.loads(response.source)
+        if source["form"] is not None and not any(tool["strict"] for tool in source["tools"]):  # whose fault it is not
+            what, where = "schema", "response"
+    return EngineError(f"the {what} cannot be used: {why}", where=where, todo="correct or simplify it")
 
 
 def refuse_number(text: str) -> None:

@@ -100,7 +100,7 @@ def _arguments_schema(response: Response, tool: dict[str, Any], max_work: int) -
 
 
 def _rules(source: dict[str, Any], *, is_auto: bool) -> str:
-    """The rules around the arguments, which are ``args_0`` and so on."""
+    """The rules around the arguments, which are ``args_0`` and so on; the last is an answer that calls nothing."""
     form = source["format"]
     (first, last), (opening, closing), (before, between, after) = form["calls"], form["call"], form["body"]
     lines = ["%llguidance {}"]

@@ -69,6 +69,14 @@ def test_offsets_of_tokens_are_places_in_the_text() -> None:
     assert logprobs["token_logprobs"] == [-1.0, -2.0, None]
 
 
+def test_a_token_that_stands_in_no_text_has_a_name_and_takes_no_place() -> None:
+    tokens = (TokenLogprob(b"ab", -1.0), TokenLogprob(b"<|end|>", -2.0, hidden=True), TokenLogprob(b"c", -3.0))
+    events: list[Event] = [TextDelta(0, "content", "abc", tokens), ChoiceFinished(0, "stop")]
+    events.append(Finished(Usage(1, 0, 3, 0), 0.1))
+    logprobs = whole(Generation("tiny", logprobs=True), collect(events), HEAD, {})["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == (["ab", "<|end|>", "c"], [0, 2, 2])
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_the_token_itself_is_among_its_alternatives_as_openai_says(count: int) -> None:
     """Their reference: the API always returns the log-probability of the sampled token, so there may be one more."""

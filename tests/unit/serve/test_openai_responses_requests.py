@@ -89,6 +89,18 @@ def test_tools_of_other_kinds_beside_functions_are_ignored_and_said_to_be() -> N
     ]  # fmt: skip
 
 
+def test_tools_may_come_as_an_item() -> None:
+    """As Codex sends them since 0.150: an item beside the messages."""
+    added = {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "exec"}, SUB]}
+    generation = parse_responses({**ASK, "input": [added, {"role": "user", "content": "Hi"}], "tools": [TOOL]})
+    assert [tool.name for tool in generation.tools] == ["add", "sub"]
+    assert generation.messages == (Message("user", "Hi"),) and "input[0].tools[0]" in generation.ignored
+    alone = parse_responses(
+        {**ASK, "input": [{**added, "tools": added["tools"][:1]}, {"role": "user", "content": "Hi"}]}
+    )
+    assert not alone.tools
+
+
 @pytest.mark.parametrize("effort", [None, "none", "minimal", "ultra"])
 def test_an_effort_says_how_hard_to_think(effort: str | None) -> None:
     generation = parse_responses({**ASK, "reasoning": {"effort": effort}})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sprat.model import Transformer
-from sprat.serve.engine_client import EngineInfo
+from sprat.serve.engine_client import EngineInfo, JobEvent
 from sprat.serve.errors import RequestError
+from sprat.serve.events import TextDelta
 from sprat.serve.generation import Generation
 from sprat.serve.prompts import PromptWriter, join_systems
 from sprat.tokens import Tokenizer
@@ -69,3 +71,18 @@ def test_an_id_that_is_no_token_is_named_by_its_place(parts: tuple[Transformer, 
         writer_of(parts).write(Generation("m", prompt=(1, vocab), paths={"ids": "prompt[2]"}), 0)
     assert caught.value.param == "prompt[2][1]"
     assert caught.value.message == f"prompt[2][1]: must be an id of 0 … {vocab - 1}, not {vocab}"
+
+
+def test_tokens_that_stand_in_no_text_are_spelled_by_their_names(parts: tuple[Transformer, Tokenizer]) -> None:
+    tokenizer = parts[1]
+    eos, letter = tokenizer.special_ids.eos, tokenizer.encode("a")[0]
+    assert tokenizer.token_bytes(eos) == b""
+    name = next(name for name, index in tokenizer.control_tokens.items() if index == eos).encode()
+    (choice,) = writer_of(parts).write(replace(ASK, logprobs=True), 0).choices
+    event = JobEvent("content", text="a", logprobs=((letter, -1.0, ((eos, -2.0),)), (eos, -3.0, ())))
+    (delta,) = choice.push(event)
+    assert isinstance(delta, TextDelta)
+    assert [(each.token, each.top, each.hidden) for each in delta.logprobs] == [
+        (b"a", ((name, -2.0),), False),
+        (name, (), True),
+    ]

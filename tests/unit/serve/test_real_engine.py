@@ -57,6 +57,26 @@ def test_the_same_seed_gives_the_same_answer_alone_in_a_crowd_and_as_a_stream(cl
     assert again["choices"] == crowd[0]["choices"]
 
 
+FORM = {"type": "json_schema", "name": "x", "schema": {"type": "object", "not": {"type": "string"}}}
+ANTHROPIC = {"messages": ASK["messages"], "max_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        (CHAT, {**ASK, "response_format": {"type": "json_schema", "json_schema": FORM}}, "response_format"),
+        ("/v1/responses", {"input": "a", "text": {"format": FORM}}, "text.format"),
+        ("/v1/messages", {**ANTHROPIC, "output_config": {"format": FORM}}, "output_config.format"),
+        ("/v1/messages", {**ANTHROPIC, "output_format": FORM}, "output_format"),
+    ],
+)
+def test_a_form_that_cannot_be_followed_is_named_as_the_caller_named_it(
+    client: httpx.Client, path: str, body: dict[str, Any], where: str
+) -> None:
+    answer = client.post(path, json={"model": "tiny", **body})
+    assert answer.status_code == 400 and f"({where})" in answer.json()["error"]["message"], answer.text
+
+
 def test_a_prompt_longer_than_the_context_is_refused_by_name(client: httpx.Client) -> None:
     ask = {**ASK, "messages": [{"role": "user", "content": "what is 3 + 4? " * 100}], "stream": True}
     answer = client.post(CHAT, json=ask)

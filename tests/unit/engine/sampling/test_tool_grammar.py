@@ -129,6 +129,34 @@ def test_forced_calls_are_read_and_follow_their_schemas(either: Tokenizer, gramm
     assert len(names) > 1 and (counts != {1} or not FORMATS[name].parallel)
 
 
+@pytest.mark.parametrize("name", TAGGED)
+def test_an_answer_is_calls_or_has_the_form_that_is_asked_for(
+    either: Tokenizer, grammars: GrammarCache, name: str
+) -> None:
+    form = {"type": "object", "properties": {"sails": {"type": "boolean"}}, "required": ["sails"]}
+    form["additionalProperties"] = False
+    response = Response.tool_calls(TOOLS, FORMATS[name], choice="auto", parallel=False, form=form)
+    opening = FORMATS[name].calls[0] or FORMATS[name].call[0]
+    for seed in range(5):
+        text, ended = say(either, grammars, response, seed, "{")
+        assert ended and read(FORMATS[name], text)[1] == []
+        assert json.loads(text).keys() == {"sails"} and isinstance(json.loads(text)["sails"], bool)
+        text, ended = say(either, grammars, response, seed, opening)
+        content, calls = read(FORMATS[name], text)
+        assert ended and content == "" and len(calls) == 1
+        check(calls)
+    assert response.shapes_content
+
+
+@pytest.mark.parametrize("case", ["look-around", "no schema"])
+def test_a_form_that_cannot_be_followed_is_an_error_of_the_form(grammars: GrammarCache, case: str) -> None:
+    tools = [{**tool, "strict": False} for tool in TOOLS]
+    response = Response.tool_calls(tools, HERMES, choice="auto", form=UNUSABLE[case])
+    with pytest.raises(EngineError, match="the schema cannot be used") as caught:
+        grammars.grammar(response, False)
+    assert caught.value.where == "response"
+
+
 def test_a_named_tool_is_the_one_that_is_called(either: Tokenizer, grammars: GrammarCache) -> None:
     response = Response.tool_calls(TOOLS, HERMES, choice="named", name="get_weather", parallel=False)
     for seed in range(8):
