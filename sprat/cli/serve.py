@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -138,16 +139,15 @@ def _serve(
         print_err(address)
 
     names: list[str] = []
-    with stop_signals() as stopped:
-        from sprat.serve import server
-        from sprat.serve.access_log import write_lines_to
-        from sprat.serve.server_log import write_log_to
+    with stop_signals() as stopped, contextlib.ExitStack() as stack:
+        from sprat.serve import access_log, server
+        from sprat.serve.server_log import log_to
 
-        write_log_to(sys.stderr)
+        stack.enter_context(log_to(sys.stderr))
         sources, config = _settings(file, given, first, keys, turns)
         names += [name for source in sources for name in source.served_names]
         if config.access_log:
-            write_lines_to(sys.stderr)
+            stack.callback(access_log.log.removeHandler, access_log.write_lines_to(sys.stderr))
         if not stopped.is_set():
             server.run(sources, config, on_ready=on_ready)
     return Result({"models": names, "url": url, "stopped": True})

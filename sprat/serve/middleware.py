@@ -239,9 +239,10 @@ def _preflight(headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    """The line of a request that no ``Exchange`` writes one of; none of what is asked again and again by machines."""
+    """The line of a request that no ``Exchange`` writes one of: what was refused, or computed beside answers."""
     state, path = scope["state"], route_path(scope)
-    if state.get("is_logged") or path.startswith(("/health", "/metrics")):
+    is_read = status < 400 and scope["method"] in ("GET", "OPTIONS")
+    if state.get("is_logged") or is_read or path.startswith(("/health", "/metrics")):
         return
     tenant = state.get("tenant")
     name = "" if tenant is None else tenant.name

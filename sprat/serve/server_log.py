@@ -8,21 +8,30 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 log = logging.getLogger("sprat.serve")
 
 
-def write_log_to(stream: TextIO) -> logging.Handler:
-    """Have what this process logs, and what it warns of, written to ``stream``; returns the handler."""
+@contextmanager
+def log_to(stream: TextIO) -> Iterator[None]:
+    """Have what this process logs, and what it warns of, written to ``stream`` for as long as the block lasts."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)
-    logging.getLogger().addHandler(handler)
+    root, level, show = logging.getLogger(), log.level, warnings.showwarning
+    root.addHandler(handler)
     log.setLevel(logging.INFO)
     warnings.showwarning = _log_warning
-    return handler
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        log.setLevel(level)
+        warnings.showwarning = show
 
 
 def _log_warning(message: Warning | str, *where: object, **more: object) -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sprat.cli.main import app
-from sprat.serve import ServeConfig, server
+from sprat.serve import ServeConfig, access_log, server
 from sprat.serve.server_file import ModelSource
 
 Served = list[tuple[Sequence[ModelSource], ServeConfig]]
@@ -22,9 +22,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """What would be served; nothing is."""
     calls: Served = []
     monkeypatch.setattr(server, "run", lambda models, config, **_: calls.append((models, config)))
-    monkeypatch.setattr("sprat.serve.server_log.write_log_to", lambda stream: None)
-    monkeypatch.setattr("sprat.serve.access_log.write_lines_to", lambda stream: None)
+    level, propagates = access_log.log.level, access_log.log.propagate
     yield calls
+    access_log.log.setLevel(level)
+    access_log.log.propagate = propagates
 
 
 def serve(*words: str | Path) -> Any:

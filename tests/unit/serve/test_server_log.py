@@ -7,21 +7,15 @@ import logging
 import re
 import warnings
 
-from sprat.serve.server_log import write_log_to
+from sprat.serve.server_log import log_to
 
 
 def test_events_and_warnings_are_lines_with_time_level_and_place() -> None:
-    stream, root, show = io.StringIO(), logging.getLogger(), warnings.showwarning
-    handler = write_log_to(stream)
-    try:
+    stream, handlers, show = io.StringIO(), list(logging.getLogger().handlers), warnings.showwarning
+    with log_to(stream):
         logging.getLogger("sprat.serve.engine").warning("%s: the engine is up again", "models/mine")
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.warn("others can read these API keys", stacklevel=1)
-    finally:
-        root.removeHandler(handler)
-        warnings.showwarning = show
-        logging.getLogger("sprat.serve").setLevel(logging.NOTSET)
+        warnings.showwarning(UserWarning("others can read these API keys"), UserWarning, "api_keys.py", 60)
+    assert logging.getLogger().handlers == handlers and warnings.showwarning is show
     lines = stream.getvalue().splitlines()
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     assert re.fullmatch(time + r" WARNING sprat\.serve\.engine: models/mine: the engine is up again", lines[0])
