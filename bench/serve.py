@@ -3,9 +3,9 @@
     python -m bench.serve [--quick] [--json] [--only BAR …]
 
 Each bar starts a server of its own in another process and asks it over loopback sockets, all bounded in number and in
-time. `leave`, `half-open`, `overload`, `schemas` and `tenants` have a tiny random model; `health`, `gateway`, `versus`
-and `tools` have SmolLM2 in INT4 (`bench.inference.models`). `versus` builds llama.cpp's server, `tools` installs aiperf
-and guidellm (`bench.oracles`).
+time. `leave`, `half-open`, `stress`, `schemas` and `tenants` have a tiny random model; the others have
+SmolLM2 in INT4 (`bench.inference.models`). `versus` builds llama.cpp's server, `tools` installs aiperf and guidellm
+(`bench.oracles`).
 Exit 1 where a bar is missed.
 """
 
@@ -28,11 +28,12 @@ Bar = Callable[[Path, Plan, Say], list[Row]]
 TINY: dict[str, Bar] = {
     "leave": standing.leave,
     "half-open": standing.half_open,
-    "overload": overload.overload,
+    "stress": overload.stress,
     "schemas": standing.schemas,
     "tenants": standing.tenants,
 }
 REAL: dict[str, Bar] = {
+    "overload": overload.overload,
     "health": overload.health,
     "gateway": speed.gateway,
     "versus": speed.versus,

@@ -42,6 +42,8 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=2, max=2
 MaxSeqs = Annotated[
     int | None, typer.Option("--max-num-seqs", min=1, max=4096, help="Answers worked on at a time: 64.")
 ]
+_CACHE = "Bytes of memory for keys and values, kept prompts included, at most; left out: by what is free."
+CacheBytes = Annotated[int | None, typer.Option("--kv-cache-memory-bytes", min=1, help=_CACHE)]
 _QUEUED = "Requests that wait at most: 256; more are refused with 429 or 503, and told when to come again."
 MaxQueued = Annotated[int | None, typer.Option("--max-num-queued-reqs", min=0, help=_QUEUED)]
 _QUEUED_TOKENS = "Tokens of the prompts that wait at most, as estimated from their bytes."
@@ -76,6 +78,7 @@ def serve(
     max_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxSeqs = None,
+    kv_cache_memory_bytes: CacheBytes = None,
     max_num_queued_reqs: MaxQueued = None,
     max_num_queued_tokens: MaxQueuedTokens = None,
     shutdown_timeout: Shutdown = None,
@@ -103,6 +106,7 @@ def serve(
         "max_tokens": max_tokens,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
         "max_num_queued_reqs": max_num_queued_reqs,
         "max_num_queued_tokens": max_num_queued_tokens,
         "shutdown_timeout_seconds": shutdown_timeout,
