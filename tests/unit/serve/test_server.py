@@ -212,7 +212,7 @@ print("left", flush=True)
 
 
 def test_an_engine_that_cannot_start_is_one_sentence() -> None:
-    with program(STARTING, "0") as (process, first):
+    with program(STARTING, "0.5") as (process, first):  # later than its first line is read
         out, err = process.communicate(timeout=60)
     assert (first, err) == ("starting", "") and out.splitlines()[0] == "ended"
     assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
