@@ -116,10 +116,10 @@ class EngineClient(Protocol):
         """What it has done and holds; the last known where it is busy or dead: never waits for a step."""
         ...
 
-    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
-        """Whether the engine knows a grammar, so that a job with it begins at once; ``wait``: it is compiled first.
+    async def compile(self, response: Response, tenant: Tenant) -> None:
+        """Have a grammar compiled, so that a job with it begins at once; returns soon where it is known.
 
-        That may take seconds, one after the other for each tenant. Raises SpratError: it cannot be used, or the engine
+        It may take seconds, one after the other for each tenant. Raises SpratError: it cannot be used, or the engine
         died.
         """
         ...

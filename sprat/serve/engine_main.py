@@ -140,7 +140,7 @@ def _follow(worker: EngineWorker, connection: Connection, message: Message) -> N
     elif "stats" in message:
         connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
     elif "compile" in message:
-        known = worker.compile(*unpack_grammar(message), message["wait"])
+        known = worker.compile(*unpack_grammar(message))
         known.add_done_callback(lambda done: _reply(connection, message["compile"], done))
     elif "embed" in message:
         future = worker.embed(*unpack_prompts(message))

@@ -229,9 +229,9 @@ class ProcessEngineClient:
             raise _died("the engine was never up")
         return self._stats if self.alive else dataclasses.replace(self._stats, running=0, waiting=0, blocks_used=0)
 
-    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+    async def compile(self, response: Response, tenant: Tenant) -> None:
         """See ``EngineClient``."""
-        return bool(await self._running().ask("compile", wait=wait, **pack_grammar(response, tenant)))
+        await self._running().ask("compile", **pack_grammar(response, tenant))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT

@@ -59,11 +59,11 @@ class ThreadEngineClient:
         """See ``EngineClient``."""
         return await asyncio.to_thread(self._worker.stats)  # its books may be locked for a moment
 
-    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
+    async def compile(self, response: Response, tenant: Tenant) -> None:
         """See ``EngineClient``."""
         if not self.alive:
             raise _stopped()
-        return await asyncio.wrap_future(self._worker.compile(response, tenant, wait))
+        await asyncio.wrap_future(self._worker.compile(response, tenant))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT

@@ -132,21 +132,22 @@ class EngineWorker:
         compiling = sum(running.unfinished for running in list(self._jobs.values()) if not running.queued)
         return dataclasses.replace(stats, waiting=stats.waiting + compiling)
 
-    def compile(self, response: Response, tenant: Tenant, wait: bool) -> Future[bool]:
+    def compile(self, response: Response, tenant: Tenant) -> Future[None]:
         """See ``EngineClient.compile``."""
-        known: Future[bool] = Future()
+        compiled: Future[None] = Future()
 
         def work() -> None:
             try:
-                known.set_result(self.engine.compile(response, tenant, wait=wait))
+                self.engine.compile(response, tenant)
+                compiled.set_result(None)
             except Exception as error:
-                known.set_exception(_as_sprat_error(error))
+                compiled.set_exception(_as_sprat_error(error))
 
-        if wait:
-            self._compiling.submit(tenant, work)
+        if self.engine.compile(response, tenant, wait=False):
+            compiled.set_result(None)
         else:
-            work()
-        return known
+            self._compiling.submit(tenant, work)
+        return compiled
 
     def embed(self, prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Future[list[list[float]]]:
         """See ``EngineClient.embed``."""

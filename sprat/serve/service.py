@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from sprat.serve.metrics import Metrics
 from sprat.serve.prompts import PromptWriter
 
 if TYPE_CHECKING:
+    from sprat.engine.response import Response
     from sprat.engine.sequence import Tenant
 
 log = logging.getLogger(__name__)
 RENDER_THREADS = 2
+KNOWN_GRAMMARS = 64  # as many as an engine keeps; one that it has given up is compiled while its place is held
 FAULT_OF_THE_ENGINE = "engine"  # where an error happened that no caller can mend, and whose text is for the log
 SETTINGS = frozenset(
     ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -106,6 +109,7 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="sprat-prompt")
         self.on_usage = on_usage
+        self._grammars: OrderedDict[tuple[Tenant, Response], None] = OrderedDict()  # that the engine has compiled
 
     async def run_in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes the processor (writing and tokenising prompts) beside the event loop."""
@@ -177,10 +181,14 @@ class Service:
         if generation.response_format is None and not generation.tools:
             return
         response = self.prompts.response(self.prompts.without_unused_tools(generation))
-        if response is None or await self.engine.compile(response, tenant, wait=False):
+        known = self._grammars
+        if response is None or (tenant, response) in known:
             return
         async with self.compiling.place(tenant.name, tokens=0, generation=generation):
             await self.engine.compile(response, tenant)
+        known[tenant, response] = None
+        if len(known) > KNOWN_GRAMMARS:
+            known.popitem(last=False)
 
     def _leave(self, answer: Answer, place: Place) -> None:
         """Give the place back."""

@@ -137,8 +137,8 @@ class ScriptedEngine:
         said = sum(handle.said for handle in self.handles)
         return Stats(running, 0, 1000, running, 0, 1, said, said, 0, 0, 0, 0, 0, 0.0)
 
-    async def compile(self, response: Response, tenant: Tenant, *, wait: bool = True) -> bool:
-        return True
+    async def compile(self, response: Response, tenant: Tenant) -> None:
+        pass
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, tenant: Tenant = DEFAULT_TENANT
