@@ -205,7 +205,8 @@ def schemas(folder: Path, plan: Plan, say: Say) -> list[Row]:
         return [
             Row("schemas", f"of {plan.schemas}, each {one.seconds:.1f} s to compile: refused", len(refused),
                 plan.schemas - queued - running_at_once, "at least"),
-            Row("schemas", "slowest refusal, all within a second", slow * 1000, 100, unit="ms"),
+            Row("schemas", "slowest refusal, all within a second", slow * 1000, 100, unit="ms",
+                note=_quantiles(refused)),
             Row("schemas", "slowest refusal of as many more, all at one moment", max(at_once, default=0) * 1000,
                 unit="ms", note="most of it the client's own time"),
             Row("schemas", "processor seconds, in compilations of one", used / max(one.seconds, 1e-3),
@@ -219,6 +220,12 @@ def schemas(folder: Path, plan: Plan, say: Say) -> list[Row]:
     options = ("--max-num-seqs", str(running_at_once), "--max-num-queued-reqs", str(queued))
     with running(folder, *options) as server:
         return asyncio.run(run(server))
+
+
+def _quantiles(answers: list[Answer]) -> str:
+    """How long answers took, in the middle and at the end."""
+    seconds = [answer.seconds for answer in answers] or [0.0]
+    return ", ".join(f"p{100 * at:.0f} {quantile(seconds, at) * 1000:.0f} ms" for at in (0.5, 0.9, 0.99))
 
 
 def tenants(folder: Path, plan: Plan, say: Say) -> list[Row]:
