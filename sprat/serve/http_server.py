@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
@@ -72,6 +73,8 @@ class HttpServer(uvicorn.Server):
             config = _uvicorn_config(metrics, self._serve_config)
             config.load()
             await self._listen(self._metrics_listener, config, self._metrics_state)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: nobody waits while it is looked through for garbage
         self._on_started()
 
     async def _listen(self, listener: socket.socket, config: uvicorn.Config, state: ServerState) -> None:
