@@ -118,7 +118,7 @@ def server_of(name: str, folder: Path, threads: int) -> Iterator[Server]:
         health, model = "/health", "any"
     else:
         program = str(Path(sys.executable).with_name("transformers"))
-        command = [program, "serve", "--force-model", str(folder / "hf"), "--host", "127.0.0.1", "--port", "{port}",
+        command = [program, "serve", str(folder / "hf"), "--host", "127.0.0.1", "--port", "{port}",
                    "--device", "cpu"]  # fmt: skip
         command += ["--continuous-batching"] if "batching" in name else []
         health, model = "/health", str(folder / "hf")
