@@ -25,12 +25,16 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Server:
-    """A running server: its address, the model's name there, its process, and what it has said on stderr so far."""
+    """A running server: its address, the model's name there, its process, and what it has said on stderr so far.
+
+    ``is_strict``: it refuses fields that are not OpenAI's.
+    """
 
     url: str
     process: subprocess.Popen[str]
     model: str = ""
     key: str = KEY
+    is_strict: bool = False
     stderr: list[str] = field(default_factory=list)
 
     @property

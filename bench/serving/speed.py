@@ -28,6 +28,10 @@ from bench.serving.server import Server, foreign, running
 
 STREAMS = (8, 32)
 SHARE, PROCESSOR, LLAMA, TRANSFORMERS = 0.9, 1e-3, 2.0, 4.0
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SLOT = 512  # tokens of context for each of llama.cpp's streams
 
 
@@ -55,7 +59,9 @@ def press(server: Server, streams: int, tokens: int, number: int) -> Load:
 
     async def run() -> list[Answer]:
         fields: dict[str, Any] = {"model": server.model, "max_tokens": tokens, "temperature": 0, "stream": True,
-                                  "ignore_eos": True, "stream_options": {"include_usage": True}}  # fmt: skip
+                                  "stream_options": {"include_usage": True}}  # fmt: skip
+        if not server.is_strict:
+            fields["ignore_eos"] = True
         asked = ({**fields, "messages": [{"role": "user", "content": text}]} for text in prompts(streams, number))
         return list(await asyncio.gather(*(ask(server.url, body, key=server.key, timeout=900) for body in asked)))
 
@@ -102,6 +108,18 @@ def gateway(model: Path, plan: Plan, say: Say) -> list[Row]:
     ]  # fmt: skip
 
 
+def _with_template(folder: Path) -> Path:
+    """The same model with ChatML as its template beside it: transformers answers conversations with no other help."""
+    chatting = folder.with_name(f"{folder.name}-chat")
+    chatting.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        link = chatting / file.name
+        if not link.exists():
+            link.symlink_to(file.resolve())
+    (chatting / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    return chatting
+
+
 @contextmanager
 def server_of(name: str, folder: Path, threads: int) -> Iterator[Server]:
     """A running server: sprat, llama.cpp, transformers, or transformers with continuous batching."""
@@ -118,11 +136,13 @@ def server_of(name: str, folder: Path, threads: int) -> Iterator[Server]:
         health, model = "/health", "any"
     else:
         program = str(Path(sys.executable).with_name("transformers"))
-        command = [program, "serve", str(folder / "hf"), "--host", "127.0.0.1", "--port", "{port}",
+        chatting = _with_template(folder / "hf")
+        command = [program, "serve", str(chatting), "--host", "127.0.0.1", "--port", "{port}",
                    "--device", "cpu"]  # fmt: skip
         command += ["--continuous-batching"] if "batching" in name else []
-        health, model = "/health", str(folder / "hf")
+        health, model = "/health", str(chatting)
     with foreign(command, health, model, threads) as server:
+        server.is_strict = "transformers" in name
         yield server
 
 
