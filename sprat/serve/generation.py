@@ -89,7 +89,3 @@ class Generation:
     def with_ignored(self, names: tuple[str, ...]) -> Generation:
         """The same, with what of its body was ignored."""
         return replace(self, ignored=names)
-
-    def with_prompt(self, prompt: str | tuple[int, ...]) -> Generation:
-        """The same for a prompt."""
-        return replace(self, prompt=prompt)

@@ -64,6 +64,7 @@ class PromptWriter:
         self.tokenizer, self._engine, self._max_model_len = tokenizer, engine, max_model_len
         self._defaults, self._max_tokens = dict(default_sampling), max_tokens
         self._tool_format: ToolFormat | None = select_tool_format(tokenizer)
+        self._control_names = {index: name.encode() for name, index in tokenizer.control_tokens.items()}
 
     @property
     def context(self) -> int:
@@ -83,22 +84,23 @@ class PromptWriter:
         generation = self.without_unused_tools(generation)
         thinking = self._thinking(generation)
         ids = self.render(generation, thinking)
-        sampling = Sampling(
-            **{**self._defaults, **generation.sampling, "seed": seed},
-            max_tokens=self._limit(generation, len(ids)),
-            thinking=self._answer_thinking(generation, thinking),
-            max_think_tokens=generation.max_think_tokens if thinking else None,
-            logprobs=generation.logprobs,
-            response=self.response(generation),
-            prompt_logprobs=generation.echo and generation.logprobs,
-        )
-        samplings = [replace(sampling, seed=seed + index) for index in range(generation.n)]
+        settings = {
+            **self._defaults,
+            **generation.sampling,
+            "max_tokens": self._limit(generation, len(ids)),
+            "thinking": self._answer_thinking(generation, thinking),
+            "max_think_tokens": generation.max_think_tokens if thinking else None,
+            "logprobs": generation.logprobs,
+            "response": self.response(generation),
+            "prompt_logprobs": generation.echo and generation.logprobs,
+        }
+        samplings = [Sampling(**{**settings, "seed": seed + index}) for index in range(generation.n)]
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
         has_form = generation.response_format is not None
-        names = {index: name.encode() for name, index in self.tokenizer.control_tokens.items()}
         choices = [
-            Choice(index, self._parser(generation), bytes_of, echo, names, has_form) for index in range(generation.n)
+            Choice(index, self._parser(generation), bytes_of, echo, self._control_names, has_form)
+            for index in range(generation.n)
         ]
         return Prompt(ids, samplings, choices)
 

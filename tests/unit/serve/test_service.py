@@ -298,3 +298,22 @@ def test_many_at_once_are_counted_apart(client: httpx.Client, lines: Lines) -> N
     for thread in threads:
         thread.join()
     assert sorted(line["completion_tokens"] for line in lines.wait(8)) == list(range(1, 9))
+
+
+def test_a_grammar_is_compiled_outside_of_places_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, compiled = ScriptedEngine(), list[tuple[int, int]]()
+    app = create_app([ServedModel(engine, engine.tokenizer, ("tiny",))], ServeConfig(port=0))
+    (service,) = app.state.serving.services
+
+    async def compile_grammar(*_: Any) -> None:
+        compiled.append((service.admission.num_running, service.compiling.num_running))
+
+    monkeypatch.setattr(engine, "compile", compile_grammar)
+    told: list[tuple[int, bool]] = []
+    service.on_usage = lambda answer: told.append((answer.usage.completion_tokens, answer.ended.is_set()))
+    with serving(app, app.state.config) as url:
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "1 + 2"}], "response_format": form}
+        usages = [httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json()["usage"] for _ in range(2)]
+    assert compiled == [(0, 1)], "no place was held, and the second request knew it"
+    assert told == [(usage["completion_tokens"], False) for usage in usages], "once each, before it has ended"
