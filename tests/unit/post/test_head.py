@@ -17,10 +17,10 @@ from sprat.data.pack import pack
 from sprat.eval.bits_per_byte import bits_per_byte
 from sprat.model import Linear, Transformer
 from sprat.model.layers import replace_linears
-from sprat.post import grpo
 from sprat.post.distill import distillation_loss
-from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout
+from sprat.post.rl import grpo
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout
 from sprat.train import next_token_loss, optim
 
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]

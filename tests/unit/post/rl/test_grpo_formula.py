@@ -16,10 +16,10 @@ from torch import Tensor
 from sprat.config import Config, RLConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
-from sprat.post import grpo as rl
-from sprat.post.grpo import ClippedSurrogate, advantages, grpo
-from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl import grpo as rl
+from sprat.post.rl.grpo import ClippedSurrogate, advantages, grpo
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run
 from sprat.trust.run_record import read_metrics
@@ -156,7 +156,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     config = RL.replace(kl_weight=0.2, max_mismatch=9.0, importance_cap=cap, clip_high=0.3, grad_clip=0.7)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
-    monkeypatch.setattr("sprat.post.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
+    monkeypatch.setattr("sprat.post.rl.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
     found = rl._update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
     model.zero_grad()
     total, gaps = torch.zeros(()), []

@@ -67,10 +67,10 @@ from sprat.config import GRPOConfig, OptimConfig, RLConfig
 from sprat.engine import Engine
 from sprat.errors import CheckpointError, TrainingError
 from sprat.model import Transformer, flops_per_token
-from sprat.post.batch import forward_responses, micro_batches
-from sprat.post.rewards import Reward, Verifier
-from sprat.post.rl_gate import evaluate_gate
-from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl.batch import forward_responses, micro_batches
+from sprat.post.rl.gate import evaluate_gate
+from sprat.post.rl.rewards import Reward, Verifier
+from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine, optim, schedule
