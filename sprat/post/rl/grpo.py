@@ -1,4 +1,3 @@
-# size: one algorithm is one flat file
 """GRPO: reinforcement learning with a group of answers as its own baseline, in one flat file.
 
 What it is (DeepSeekMath, arXiv 2402.03300, section 4.1). For each question sample a group of G answers
@@ -55,30 +54,22 @@ Dims: G answers in a group, P groups, B rows, T positions, D hidden, V vocabular
 from __future__ import annotations
 
 import copy
-import math
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sprat.config import GRPOConfig, OptimConfig, RLConfig
+from sprat.config import GRPOConfig, RLConfig
 from sprat.engine import Engine
-from sprat.errors import CheckpointError, TrainingError
+from sprat.errors import CheckpointError
 from sprat.model import Transformer, flops_per_token
-from sprat.post.rl.batch import forward_responses, micro_batches
 from sprat.post.rl.gate import evaluate_gate
+from sprat.post.rl.losses import advantages, reward_tensor
 from sprat.post.rl.rewards import Reward, Verifier
 from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl.update import optim_config, update_policy
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine, optim, schedule
-from sprat.train.losses import policy_loss, token_logprob
 from sprat.trust.run import Run
-
-ANSWERS_PER_OUTLIER = 50  # of as many answers one may be far off by a router's near tie
-_ROUNDING_STEPS = 4  # steps of the rewards' own precision that still count as equal
 
 
 @dataclass
@@ -90,216 +81,6 @@ class RLResult:
     flops: float = 0.0
     reward: float = 0.0
     accuracy: float = 0.0
-
-
-def advantages(reward_PG: Tensor, normalize_std: bool) -> Tensor:
-    """Group-relative advantages [P, G] of float rewards [P, G]; groups without spread get exactly 0.
-
-    Whatever the unit of the rewards and wherever their zero: two rewards are equal where they differ by no more than
-    rounding. NaN abstains: it is no part of its group and gets 0. The deviation is that of the population.
-
-    >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), True).tolist()
-    [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
-    """
-    valid_PG = ~reward_PG.isnan()
-    count_P1 = valid_PG.sum(1, keepdim=True).clamp(min=1)
-    value_PG = reward_PG.double().masked_fill(~valid_PG, 0.0)
-    high_P1 = value_PG.masked_fill(~valid_PG, -torch.inf).amax(1, keepdim=True)
-    spread_P1 = high_P1 - value_PG.masked_fill(~valid_PG, torch.inf).amin(1, keepdim=True)
-    noise_P1 = _ROUNDING_STEPS * torch.finfo(reward_PG.dtype).eps * value_PG.abs().amax(1, keepdim=True)
-    has_spread_PG = valid_PG & (spread_P1 > noise_P1)
-    centered_PG = value_PG - value_PG.sum(1, keepdim=True) / count_P1
-    if normalize_std:
-        # divided by the spread first: the squares can be held, whatever the unit
-        centered_PG = (centered_PG / spread_P1).masked_fill(~has_spread_PG, 0.0)
-        centered_PG = centered_PG / (centered_PG.square().sum(1, keepdim=True) / count_P1).sqrt()
-    return torch.where(has_spread_PG, centered_PG, 0.0).float()
-
-
-def reward_tensor(rollouts: Sequence[Rollout], group_size: int) -> Tensor:
-    """What the answers were paid [P, G], NaN where nobody paid; in float64, for rewards far from zero differ too."""
-    rewards = [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts]
-    return torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)
-
-
-@dataclass
-class ClippedSurrogate:
-    """The clipped surrogate with optional KL, elementwise in the new log-probability (see ``policy_loss``).
-
-    Args:
-        old_N: log-probabilities under the policy that sampled.
-        advantage_N: of each token's answer.
-        weight: of one token, one over the tokens of the minibatch.
-        reference_N: log-probabilities under the frozen start, or None.
-        kl_ratio: weigh the KL by the ratio, so that its gradient is unbiased.
-        importance_N: truncated weights of the tokens, or None.
-    """
-
-    old_N: Tensor
-    advantage_N: Tensor
-    weight: float
-    low: float
-    high: float
-    reference_N: Tensor | None = None
-    kl_weight: float = 0.0
-    kl_ratio: bool = False
-    importance_N: Tensor | None = None
-
-    def __call__(self, logprob_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Loss of each token of a chunk and its derivative by the log-probability."""
-        advantage_C = self.advantage_N[rows]
-        ratio_C = (logprob_C - self.old_N[rows]).exp()
-        clipped_C = ratio_C.clamp(1 - self.low, 1 + self.high)
-        unclipped_C = ratio_C * advantage_C <= clipped_C * advantage_C  # the minimum is the unclipped branch
-        loss_C = -torch.where(unclipped_C, ratio_C, clipped_C) * advantage_C
-        slope_C = torch.where(unclipped_C, -ratio_C * advantage_C, 0.0)
-        if self.importance_N is not None:
-            loss_C, slope_C = loss_C * self.importance_N[rows], slope_C * self.importance_N[rows]
-        if self.reference_N is not None:
-            log_ratio_ref_C = self.reference_N[rows] - logprob_C
-            kl_C, kl_slope_C = log_ratio_ref_C.exp() - 1 - log_ratio_ref_C, 1 - log_ratio_ref_C.exp()
-            if self.kl_ratio:
-                kl_C, kl_slope_C = ratio_C * kl_C, ratio_C * (kl_C + kl_slope_C)
-            loss_C = loss_C + self.kl_weight * kl_C
-            slope_C = slope_C + self.kl_weight * kl_slope_C
-        return loss_C * self.weight, slope_C * self.weight
-
-    def clipped(self, logprob_N: Tensor) -> Tensor:
-        """Bool [N]: tokens that the clip has taken out of the gradient."""
-        ratio_N = (logprob_N - self.old_N).exp()
-        high_N = (self.advantage_N > 0) & (ratio_N > 1 + self.high)
-        return high_N | ((self.advantage_N < 0) & (ratio_N < 1 - self.low))
-
-
-@dataclass
-class _TokenMetrics:
-    """Sums over tokens, divided at the end of the step."""
-
-    total: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, loss: ClippedSurrogate, logprob_N: Tensor, entropy_N: Tensor) -> None:
-        gap_N = logprob_N - loss.old_N
-        self.total["tokens"] += len(gap_N)
-        self.total["entropy"] += float(entropy_N.sum())
-        self.total["clip_fraction"] += float(loss.clipped(logprob_N).sum())
-        self.total["kl"] += float((gap_N.exp() - 1 - gap_N).sum())
-        if loss.reference_N is not None:
-            log_ratio_ref_N = loss.reference_N - logprob_N
-            self.total["kl_reference"] += float((log_ratio_ref_N.exp() - 1 - log_ratio_ref_N).sum())
-
-    def means(self) -> dict[str, float]:
-        tokens = max(self.total["tokens"], 1.0)
-        return {name: value / tokens for name, value in self.total.items() if name != "tokens"}
-
-
-@dataclass
-class _LogprobMismatch:
-    """How far the trainer's log-probabilities lie from those that were sampled with, before a weight moved.
-
-    Where two experts are as good as equal, the last bit of a sum decides which is taken, and all that follows in that
-    answer is another computation. That is one answer in thousands and no fault; so the bound is on the mean over the
-    answers but the worst of every ``ANSWERS_PER_OUTLIER``.
-    """
-
-    largest: float = 0.0
-    answers: list[tuple[float, int]] = field(default_factory=list)  # sum of gaps, tokens
-
-    def add(self, trainer_N: Tensor, sampler_N: Tensor, sizes: Sequence[int]) -> None:
-        gap_N = (trainer_N - sampler_N).abs()
-        self.largest = max(self.largest, float(gap_N.max()))
-        self.answers += [(float(part.sum()), len(part)) for part in gap_N.split(list(sizes))]
-
-    def check(self, limit: float, step: int) -> dict[str, float]:
-        """The two metrics. Raises: TrainingError: the mean is above ``limit``, or no number."""
-        ranked = sorted(self.answers, key=lambda a: -math.inf if math.isnan(a[0]) else -a[0] / a[1])
-        outliers = math.ceil(len(ranked) / ANSWERS_PER_OUTLIER) if len(ranked) > 1 else 0
-        mean, trimmed = _mean(ranked), _mean(ranked[outliers:])
-        if not trimmed <= limit or math.isnan(mean):
-            what = f"in step {step} the trainer's log-probabilities are {trimmed:.2g} nats from the sampler's (mean)"
-            todo = "train float32 weights, or raise rl.max_mismatch and correct for it by rl.importance_cap = 2"
-            raise TrainingError(f"{what}, rl.max_mismatch is {limit:g}", where="rl", todo=todo)
-        return {"mismatch": self.largest, "mismatch_mean": mean}
-
-
-def _mean(answers: Sequence[tuple[float, int]]) -> float:
-    """The mean gap of the tokens of ``answers``."""
-    return sum(total for total, _ in answers) / max(1, sum(count for _, count in answers))
-
-
-def _update_policy(
-    model: Transformer,
-    optimizer: optim.OptimizersContainer,
-    rollouts: Sequence[Rollout],
-    advantage_B: Tensor,
-    config: RLConfig,
-    step: int,
-    reference: Transformer | None,
-) -> dict[str, float]:
-    """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch."""
-    token_metrics, norms, mismatch = _TokenMetrics(), list[float](), _LogprobMismatch()
-    if config.importance_cap is not None:
-        rollouts = _with_importance(model, rollouts, config, mismatch)
-        metrics = mismatch.check(config.max_mismatch, step)
-    for epoch in range(config.epochs):
-        generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
-        shuffled = torch.randperm(len(rollouts), generator=generator)
-        for minibatch_index, minibatch in enumerate(shuffled.tensor_split(math.ceil(len(rollouts) / config.minibatch))):
-            rows = minibatch.tolist()
-            weight = 1 / sum(len(rollouts[row].token_ids) for row in rows)
-            for micro in micro_batches(rollouts, rows):
-                selected = [rollouts[row] for row in micro]
-                tokens = forward_responses(model, selected, advantage_B[micro])
-                loss = ClippedSurrogate(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
-                loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
-                if reference is not None:
-                    loss.kl_weight = config.kl_weight
-                    loss.reference_N, _ = _logprobs(reference, selected, config)
-                head_VD, temperature = model.head.dense_weight(), config.temperature
-                total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, temperature)
-                total.backward()
-                token_metrics.add(loss, logprob_N, entropy_N)
-                if epoch + minibatch_index == 0 and config.importance_cap is None:
-                    mismatch.add(logprob_N, tokens.old_N, [len(answer.token_ids) for answer in selected])
-            if not norms and config.importance_cap is None:
-                metrics = mismatch.check(config.max_mismatch, step)
-            norms.append(_step(optimizer, config, step))
-    return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
-
-
-def _with_importance(
-    model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: _LogprobMismatch
-) -> list[Rollout]:
-    """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
-    with_importance = list(rollouts)
-    for micro in micro_batches(rollouts, range(len(rollouts))):
-        selected = [rollouts[row] for row in micro]
-        trainer_N, sampler_N = _logprobs(model, selected, config)
-        sizes = [len(rollout.token_ids) for rollout in selected]
-        mismatch.add(trainer_N, sampler_N, sizes)
-        importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
-        parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
-        for row, logprob_N, weight_N in parts:
-            with_importance[row] = replace(rollouts[row], logprobs=logprob_N.tolist(), importance=weight_N.tolist())
-    return with_importance
-
-
-@torch.no_grad()
-def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens under ``model``, and those of the rollouts; no gradient."""
-    tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)))
-    logprob_N, _ = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)
-    return logprob_N, tokens.old_N
-
-
-def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> float:
-    """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
-    norm = optimizer.clip_grad_norm(config.grad_clip)
-    if not math.isfinite(norm):
-        todo = "lower rl.lr and go on from the run's last checkpoint: --init-from RUN"
-        raise TrainingError(f"the gradient is not finite in RL step {step}", where="rl", todo=todo)
-    optimizer.step(lr_factor=schedule.lr_factor(_optim_config(config), step - 1, config.steps))
-    optimizer.zero_grad()
-    return norm
 
 
 def grpo(
@@ -328,7 +109,7 @@ def grpo(
     optim.check_trainable(model, run)
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    optimizer = optim.build(model, _optim_config(config))
+    optimizer = optim.build(model, optim_config(config))
     result = _resume(model, optimizer, config, run)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
     if reward is not None and not isinstance(reward, Verifier):
@@ -341,7 +122,7 @@ def grpo(
             faults = {} if reward is None else {"reward_faults": reward.pop_faults()}
             run.log(step, **_train_step(model, optimizer, rollouts, config, step, reference, result), **faults)
             extra = {"config": config.digest(), "result": vars(result)}
-            if step == schedule.stable_steps(_optim_config(config), config.steps):
+            if step == schedule.stable_steps(optim_config(config), config.steps):
                 checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimizer, extra)
             if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
                 checkpoint.save(run.checkpoints, step, model, optimizer, extra)
@@ -353,12 +134,6 @@ def grpo(
     return result
 
 
-def _optim_config(config: GRPOConfig) -> OptimConfig:
-    """One rate for all weights, without a warm-up."""
-    lr, decay_fraction = config.lr, config.decay_fraction
-    return OptimConfig(name=config.optim, muon_lr=lr, adam_lr=lr, warmup_steps=0, decay_fraction=decay_fraction)
-
-
 def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:
     """Refuse a checkpoint from which ``grpo`` could not start, before anything is set aside for it.
 
@@ -366,7 +141,7 @@ def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOCo
         CheckpointError: it is not before the last step, or of another model or optimizer.
     """
     loop.check_start_step(start, config.steps)
-    checkpoint.check_compatible(start, model, optim.build(model, _optim_config(config)))
+    checkpoint.check_compatible(start, model, optim.build(model, optim_config(config)))
 
 
 def _train_step(
@@ -386,7 +161,7 @@ def _train_step(
     selected = [rollouts[row] for row in rows]
     metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
     if selected:
-        metrics |= _update_policy(model, optimizer, selected, advantage_PG.flatten()[rows], config, step, reference)
+        metrics |= update_policy(model, optimizer, selected, advantage_PG.flatten()[rows], config, step, reference)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 

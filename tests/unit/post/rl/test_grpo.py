@@ -20,7 +20,8 @@ from sprat.model import Transformer
 from sprat.post.rl import grpo as rl
 from sprat.post.rl.batch import micro_batches
 from sprat.post.rl.gate import evaluate_gate
-from sprat.post.rl.grpo import ClippedSurrogate, advantages, grpo
+from sprat.post.rl.grpo import grpo
+from sprat.post.rl.losses import ClippedSurrogate, advantages
 from sprat.post.rl.rewards import Response
 from sprat.post.rl.rollout import Rollout, sample_groups
 from sprat.tasks import Problem

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.post.rl.grpo import advantages, reward_tensor
+from sprat.post.rl.losses import advantages, reward_tensor
 from sprat.post.rl.rewards import Response, Verifier, load_reward
 from sprat.post.rl.rollout import Rollout
 from sprat.tasks import Problem
