@@ -98,9 +98,11 @@ class AppState:
 
     @property
     def status(self) -> str:
-        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good) or ``starting``."""
+        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good), ``stalled`` or ``starting``."""
         if any(service.closed for service in self.services):
             return "closing"
         if any(service.engine.failure is not None for service in self.services):
             return "failed"
+        if any(service.engine.stalled for service in self.services):
+            return "stalled"
         return "ok" if self.ready else "starting"

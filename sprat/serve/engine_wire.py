@@ -1,7 +1,8 @@
 """What the gateway and the engine's process say to each other: JSON objects, each behind its length in four bytes.
 
 To the engine, first ``{"load": …}`` and then ``submit``, ``cancel``, ``stats``, ``compile``, ``embed`` and ``stop``.
-From it ``events`` (all those of a step in one message), and to all that ask for something a ``value`` or an ``error``.
+From it ``events`` (all those of a step in one message), to all that ask for something a ``value`` or an ``error``, and
+every second ``beat`` (see ``engine_watchdog``).
 Nothing here needs torch.
 """
 

@@ -67,6 +67,7 @@ class EngineWorker:
         self._jobs: dict[int, RunningJob] = {}
         self._stopping = False
         self._notices: list[Notice] = []  # of this step; touched by the thread that steps
+        self._num_steps = 0
         self._compiling = CompilingThreads()
         self._embedding = ThreadPoolExecutor(EMBEDDING_THREADS, thread_name_prefix="sprat-embed")
 
@@ -78,7 +79,11 @@ class EngineWorker:
 
     def start(self) -> None:
         """Step from now on."""
-        self.engine.start(self._flush)
+        self.engine.start(self._end_step)
+
+    def step_mark(self) -> int | None:
+        """Which step it is at; None while there is nothing to do. Takes no lock: who asks must not hang with it."""
+        return self._num_steps if self.engine.busy else None
 
     def stop(self) -> None:
         """End all jobs as cancelled, and the engine; returns when their last events were sent."""
@@ -210,8 +215,13 @@ class EngineWorker:
         running.ended = True
         self._jobs.pop(running.number, None)
 
+    def _end_step(self) -> None:
+        """After each step, also one that failed."""
+        self._num_steps += 1
+        self._flush()
+
     def _flush(self) -> None:
-        """After each step: send what it gave."""
+        """Send what a step gave."""
         if self._notices:
             notices, self._notices = self._notices, []
             self._send(notices)

@@ -227,6 +227,11 @@ def _served(source: ModelSource, config: ServeConfig) -> ServedModel:
         what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"
         raise ServeError(what, where=str(source.folder), todo="mend the template, or say --chat-template accept")
     settings = {"max_batch": config.max_num_seqs, "cache_bytes": config.kv_cache_memory_bytes}
-    engine = ProcessEngineClient(source.folder, adapters=source.adapters, **settings)
+    engine = ProcessEngineClient(
+        source.folder,
+        adapters=source.adapters,
+        iteration_timeout_seconds=config.engine_iteration_timeout_seconds,
+        **settings,
+    )
     default_sampling = tokenizer.generation_config.default_sampling
     return ServedModel(engine, tokenizer, source.served_names, default_sampling, tuple(source.adapters))

@@ -216,6 +216,8 @@ class Service:
     def _not_ready(self) -> RequestError:
         """What a request is told while the engine is down; it is counted."""
         message, retry_after = "the engine is being started again; try again in a moment", 2.0
+        if self.engine.stalled:
+            message = "the engine does not get on, and is started again if that lasts; try again in a moment"
         if self.engine.failure is not None:
             message = "the engine is down and is not started again; whoever runs this server has to start it anew"
             retry_after = LONGEST_RETRY_SECONDS

@@ -117,8 +117,9 @@ def test_who_dies_with_its_first_words_is_not_taken_for_alive(
 
     def receive_and_die(self: engine_process.EngineProcess, data: bytes) -> None:
         receive(self, data)
-        os.kill(self.pid, signal.SIGKILL)
-        self.connection_lost(None)
+        if self.up:
+            os.kill(self.pid, signal.SIGKILL)
+            self.connection_lost(None)
 
     monkeypatch.setattr(engine_process.EngineProcess, "data_received", receive_and_die)
     client = ProcessEngineClient(folder)
