@@ -218,6 +218,38 @@ def test_an_engine_that_cannot_start_is_one_sentence() -> None:
     assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
 
 
+GIVEN_UP = """
+from sprat.errors import EngineDeadError
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from sprat.serve.engine_client import EngineDied
+from tests.unit.serve.scripted import ScriptedEngine
+config, engines = ServeConfig(port=0), [ScriptedEngine(), ScriptedEngine()]
+app = create_app([ServedModel(each, each.tokenizer, [name]) for each, name in zip(engines, "ab")], config)
+
+def lose(number):
+    engines[number].alive, engines[number].failure = False, EngineDied("its process ended (signal 9, Killed)")
+
+def on_ready(at):
+    import asyncio
+    lose(0)
+    print("up", flush=True)
+    asyncio.get_running_loop().call_later(1.5, lambda: (print("one", flush=True), lose(1)))
+
+try:
+    serve(app, bind_socket(config), on_ready=on_ready)
+except EngineDeadError as error:
+    print(error)
+"""
+
+
+def test_a_server_whose_engines_are_all_down_for_good_ends() -> None:
+    with program(GIVEN_UP) as (process, first):
+        out, err = process.communicate(timeout=60)
+    assert (first, err) == ("up", "") and out.splitlines()[0] == "one", "while one is up it goes on"
+    assert "signal 9, Killed" in out.splitlines()[1]
+
+
 def test_a_signal_while_the_engine_starts_stops_at_once() -> None:
     with program(STARTING, "600") as (process, first):
         process.send_signal(signal.SIGTERM)
@@ -245,7 +277,7 @@ from starlette.responses import StreamingResponse
 from sprat.serve import ServeConfig, bind_socket, serve
 
 class Service:
-    running, closing, aborted = set(), False, False
+    running, closing, aborted, failure = set(), False, False, None
 
     async def drain(self, timeout):
         self.closing = True
