@@ -16,10 +16,11 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import EngineError, SpratError
+from sprat.serve.engine_client import EngineDied
 from sprat.serve.engine_watchdog import Heartbeat
 from sprat.serve.engine_wire import (
     Message,
@@ -174,6 +175,9 @@ def _reply(connection: Connection, number: int, done: Future[Any]) -> None:
     """Send what a future gave."""
     try:
         connection.send({"reply": number, "value": done.result()})
+    except CancelledError:
+        died = EngineDied("the engine is being stopped", where="engine", todo="start it again")
+        connection.send({"reply": number, "error": pack_error(died)})
     except SpratError as error:
         connection.send({"reply": number, "error": pack_error(error)})
     except Exception as error:

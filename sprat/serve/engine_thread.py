@@ -71,7 +71,13 @@ class ThreadEngineClient:
         """See ``EngineClient``."""
         if not self.alive:
             raise _stopped()
-        return await asyncio.wrap_future(self._worker.embed(prompts, tenant, adapter))
+        vectors = self._worker.embed(prompts, tenant, adapter)
+        try:
+            return await asyncio.wrap_future(vectors)
+        except asyncio.CancelledError:
+            if self.alive or not vectors.cancelled():  # it is the caller who was cancelled
+                raise
+            raise _stopped() from None
 
     def _cancel(self, number: int) -> None:
         """Tell the worker; the job was submitted before."""

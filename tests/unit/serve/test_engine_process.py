@@ -27,6 +27,7 @@ from sprat.serve.engine_process import ProcessEngineClient
 from sprat.serve.engine_thread import ThreadEngineClient
 from sprat.tokens import Tokenizer
 from tests.unit.serve.scripted import within
+from tests.unit.serve.test_engine_client import SLOW
 
 ANNA = Tenant("anna")
 LONG = Sampling(temperature=2, seed=1, max_tokens=3000, logit_bias={0: -100.0, 1: -100.0, 2: -100.0})
@@ -155,6 +156,28 @@ def test_stopped_amid_answers_they_end_as_cancelled_with_exact_counts(folder: Pa
         assert (done.kind, done.finish_reason) == ("done", "cancelled") and 0 < done.completion_tokens < 3000
         (whole,) = engine.generate([ids], replace(LONG, max_tokens=done.completion_tokens))
         assert "".join(event.text for event in events) == whole.reasoning + whole.text
+
+
+def test_stopped_amid_embeddings_and_grammars_nobody_is_blamed_and_nobody_waits_on(
+    folder: Path, runner: asyncio.Runner
+) -> None:
+    """A grammar that takes seconds, more of the same tenant behind it, and more embeddings than work at a time."""
+    grammars = [replace(SLOW, source=f"{SLOW.source}{' ' * n}") for n in range(2)]
+
+    async def scenario(client: ProcessEngineClient | ThreadEngineClient) -> list[list[object]]:
+        await client.start()
+        asked = [asyncio.create_task(client.compile(grammar, ANNA)) for grammar in grammars]
+        embedding = [asyncio.create_task(client.embed([[5 + n % 300 for n in range(4000)]] * 20)) for _ in range(20)]
+        while not (await client.stats()).running:
+            await asyncio.sleep(0.01)
+        await client.stop()
+        async with asyncio.timeout(10):
+            return [await asyncio.gather(task, return_exceptions=True) for task in [*asked, *embedding]]
+
+    for client in (ProcessEngineClient(folder), ThreadEngineClient(Engine(*load(folder), frozen=True))):
+        results = [result for (result,) in runner.run(scenario(client))]
+        errors = [each for each in results if isinstance(each, BaseException) and "took over" not in str(each)]
+        assert errors and {type(each) for each in errors} == {EngineDied}, errors
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_batch": 0}])
