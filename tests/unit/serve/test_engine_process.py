@@ -70,6 +70,23 @@ def test_no_torch_where_the_engine_is_not() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
+def test_no_step_looks_through_what_was_loaded_for_garbage(folder: Path) -> None:
+    """As the process begins, but with its connection in the hand: it may not be asked what its collector does."""
+    program = f"""
+        import gc
+        from sprat.serve.engine_main import _start_worker
+
+        class Connection:
+            def send(self, message):
+                print(gc.get_freeze_count(), len(gc.get_objects()))
+
+        _start_worker(Connection(), {{"load": {{"model_folder": {str(folder)!r}, "adapters": {{}}, "settings": {{}}}}}})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    frozen, others = map(int, subprocess.check_output(command, text=True).split())
+    assert frozen > 10_000 and others < frozen / 10
+
+
 def test_killed_amid_answers_it_fails_them_clearly_and_is_started_again(folder: Path, runner: asyncio.Runner) -> None:
     engine = Engine(*load(folder), frozen=True)
     ids, short = engine.tokenizer.encode("what opens the door"), Sampling(seed=3, max_tokens=20)

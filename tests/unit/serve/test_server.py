@@ -149,6 +149,31 @@ def test_who_has_sent_half_a_request_holds_up_nobody_and_is_told() -> None:
             assert left_quietly(process)
 
 
+FROZEN = """
+import gc
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from tests.unit.serve.scripted import ScriptedEngine
+config, engine = ServeConfig(port=0), ScriptedEngine()
+app, before = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config), gc.get_freeze_count()
+
+def on_ready(at):
+    print(before, gc.get_freeze_count(), len(gc.get_objects()), flush=True)
+
+serve(app, bind_socket(config), on_ready=on_ready)
+print("left", flush=True)
+"""
+
+
+def test_nobody_waits_while_what_was_loaded_is_looked_through_for_garbage() -> None:
+    """The collector leaves alone what was there before the first request: most of all that there is."""
+    with program(FROZEN) as (process, line):
+        before, frozen, others = map(int, line.split())
+        assert before == 0 and frozen > 10_000 and others < frozen / 10
+        process.send_signal(signal.SIGTERM)
+        assert left_quietly(process)
+
+
 METRICS = """
 import sys
 from sprat.serve import ServeConfig, bind_socket, create_app, serve
