@@ -91,16 +91,28 @@ class AppState:
             with contextlib.suppress(SpratError):
                 self.metrics.model(service.names.served).observe_stats(await service.engine.stats())
 
-    @property
-    def ready(self) -> bool:
-        """Whether requests are answered."""
-        return all(service.engine.alive and not service.closed for service in self.services)
+    def status(self, model: str = "") -> str:
+        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good), ``stalled`` or ``starting``.
+
+        Args:
+            model: of which it is asked; the empty string: of all of them.
+
+        Raises:
+            RequestError: 404, there is no such model.
+        """
+        services = [service for service in self.services if not model or service.names.has(model)]
+        if not services:  # who asks may have no key: no word of the others
+            raise RequestError(404, "no such model", param="model", code="model_not_found")
+        if any(service.closed for service in services):
+            return "closing"
+        if any(service.engine.failure is not None for service in services):
+            return "failed"
+        if any(service.engine.stalled for service in services):
+            return "stalled"
+        return "ok" if all(service.engine.alive for service in services) else "starting"
 
     @property
-    def status(self) -> str:
-        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good) or ``starting``."""
-        if any(service.closed for service in self.services):
-            return "closing"
-        if any(service.engine.failure is not None for service in self.services):
-            return "failed"
-        return "ok" if self.ready else "starting"
+    def failure(self) -> SpratError | None:
+        """Why no model is answered for any more: all engines are down for good. None while one is up or will be."""
+        failures = [service.engine.failure for service in self.services]
+        return failures[-1] if all(failures) else None

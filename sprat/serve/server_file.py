@@ -35,6 +35,7 @@ OPTION_NAMES = {
     "allowed_host": "allowed_hosts",
     "adapter": "adapters",
     "shutdown_timeout": "shutdown_timeout_seconds",
+    "engine_iteration_timeout": "engine_iteration_timeout_seconds",
     "turns": "max_history_turns",
 }  # what an option is called → the setting
 LISTS = {"api_keys", "allowed_hosts", "allowed_origins", "served_model_aliases", "examples"}  # of strings

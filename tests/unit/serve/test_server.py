@@ -149,6 +149,31 @@ def test_who_has_sent_half_a_request_holds_up_nobody_and_is_told() -> None:
             assert left_quietly(process)
 
 
+FROZEN = """
+import gc
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from tests.unit.serve.scripted import ScriptedEngine
+config, engine = ServeConfig(port=0), ScriptedEngine()
+app, before = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config), gc.get_freeze_count()
+
+def on_ready(at):
+    print(before, gc.get_freeze_count(), len(gc.get_objects()), flush=True)
+
+serve(app, bind_socket(config), on_ready=on_ready)
+print("left", flush=True)
+"""
+
+
+def test_nobody_waits_while_what_was_loaded_is_looked_through_for_garbage() -> None:
+    """The collector leaves alone what was there before the first request: most of all that there is."""
+    with program(FROZEN) as (process, line):
+        before, frozen, others = map(int, line.split())
+        assert before == 0 and frozen > 10_000 and others < frozen / 10
+        process.send_signal(signal.SIGTERM)
+        assert left_quietly(process)
+
+
 METRICS = """
 import sys
 from sprat.serve import ServeConfig, bind_socket, create_app, serve
@@ -218,6 +243,38 @@ def test_an_engine_that_cannot_start_is_one_sentence() -> None:
     assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
 
 
+GIVEN_UP = """
+from sprat.errors import EngineDeadError
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from sprat.serve.engine_client import EngineDied
+from tests.unit.serve.scripted import ScriptedEngine
+config, engines = ServeConfig(port=0), [ScriptedEngine(), ScriptedEngine()]
+app = create_app([ServedModel(each, each.tokenizer, [name]) for each, name in zip(engines, "ab")], config)
+
+def lose(number):
+    engines[number].alive, engines[number].failure = False, EngineDied("its process ended (signal 9, Killed)")
+
+def on_ready(at):
+    import asyncio
+    lose(0)
+    print("up", flush=True)
+    asyncio.get_running_loop().call_later(1.5, lambda: (print("one", flush=True), lose(1)))
+
+try:
+    serve(app, bind_socket(config), on_ready=on_ready)
+except EngineDeadError as error:
+    print(error)
+"""
+
+
+def test_a_server_whose_engines_are_all_down_for_good_ends() -> None:
+    with program(GIVEN_UP) as (process, first):
+        out, err = process.communicate(timeout=60)
+    assert (first, err) == ("up", "") and out.splitlines()[0] == "one", "while one is up it goes on"
+    assert "signal 9, Killed" in out.splitlines()[1]
+
+
 def test_a_signal_while_the_engine_starts_stops_at_once() -> None:
     with program(STARTING, "600") as (process, first):
         process.send_signal(signal.SIGTERM)
@@ -245,7 +302,7 @@ from starlette.responses import StreamingResponse
 from sprat.serve import ServeConfig, bind_socket, serve
 
 class Service:
-    running, closing, aborted = set(), False, False
+    running, closing, aborted, failure = set(), False, False, None
 
     async def drain(self, timeout):
         self.closing = True
