@@ -20,13 +20,14 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.serving.server import running
 from sprat.errors import ServeError
 from sprat.formats.load import save
 from sprat.model import Transformer
 from sprat.serve import ServeConfig, server
 from sprat.serve.server import bind_socket, run, socket_url
 from tests.lucky import lucky_shape, lucky_tokenizer
-from tests.unit.serve.live import live
+from tests.unit.serve.live import live, tiny_model
 from tests.unit.serve.scripted import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,6 +97,18 @@ def test_a_template_that_cannot_be_followed_is_served_on_request_alone(
     assert not served
     run(tmp_path, ServeConfig(port=0, chat_template="accept"))
     assert len(served) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
+def test_the_process_that_answers_has_no_torch_and_its_engine_has(tmp_path: Path) -> None:
+    """180 MB and a second of its start; the models are in the engines' processes."""
+    tiny_model(tmp_path / "tiny")
+    with running(tmp_path / "tiny") as server:
+        ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "what is 3?"}]}
+        headers, url = {"Authorization": f"Bearer {server.key}"}, server.url + "/v1/chat/completions"
+        assert httpx.post(url, json=ask, headers=headers, timeout=60).status_code == 200
+        has_torch = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in server.processes()]
+    assert has_torch == [False, True]
 
 
 def test_port_0_takes_a_free_one_on_loopback() -> None:
@@ -459,6 +472,7 @@ def test_the_password_of_a_key_is_in_nothing_that_is_written_and_in_every_copy()
 def test_a_low_limit_of_open_files_is_raised_and_too_low_a_one_is_told() -> None:
     text = """
 import resource, warnings
+from bench.serving.server import running
 from sprat.errors import ServeError
 from sprat.serve.server import raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2000))
