@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 log = logging.getLogger("sprat.serve.access")
 
@@ -70,6 +71,15 @@ class AccessRecord:
                 fields[name] = round(value, 4)
         time = at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return json.dumps({"time": time, **fields})
+
+
+def describe(state: MutableMapping[str, Any], **fields: Any) -> None:
+    """Say what the line of a request shall hold that is no answer, by the names of ``AccessRecord``.
+
+    Args:
+        state: of its ASGI scope.
+    """
+    state.setdefault("access_fields", {}).update(fields)
 
 
 def log_request(record: AccessRecord) -> None:

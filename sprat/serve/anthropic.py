@@ -1,10 +1,6 @@
 """Anthropic's Messages: the body of ``POST /v1/messages`` and of ``/v1/messages/count_tokens`` as a ``Generation``.
 
-A message of theirs is a list of blocks, one of ours is a role and a text. What falls apart: a user's turn may hold
-several ``tool_result`` blocks, each of which becomes a turn of the role ``tool``. What comes together: turns of one
-role in a row are one turn, as their documentation has it. Blocks of text are paragraphs, so they are joined by a line
-break, but for the assistant's, which are what it said without a gap. ``thinking`` blocks come back as reasoning, which
-the chat format shows or leaves out; their signature means nothing here, and redacted ones say nothing.
+The conversation is read in ``anthropic_turns``, the tools in ``anthropic_tools``.
 
 A request that does not mention ``thinking`` does without: such clients read the first block as the answer. A request
 may ask for more tokens than the context holds and gets what there is.
@@ -12,17 +8,16 @@ may ask for more tokens than the context holds and gets what there is.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sprat.serve.errors import RequestError
-from sprat.serve.fields import Reader, shorten
-from sprat.serve.generation import Generation, Tool, ToolChoice
-from sprat.tokens.chat import Message, ToolCall
+from sprat.serve.anthropic_tools import read_tool_choice, read_tools
+from sprat.serve.anthropic_turns import read_turns
+from sprat.serve.fields import Reader
+from sprat.serve.generation import Generation
 
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # as many as the engine takes
 _PATHS = {
     "messages": "messages",
     "thinking": "thinking",
@@ -32,11 +27,6 @@ _PATHS = {
     "response_format": "output_config.format",
 }
 _STATE = ("container", "mcp_servers", "thread")  # what they keep or call, and we do not
-_CHOICES: Mapping[str, ToolChoice] = {
-    "auto": ToolChoice("auto"),
-    "any": ToolChoice("required"),
-    "none": ToolChoice("none"),
-}
 
 
 def parse_messages(body: Mapping[str, Any]) -> Generation:
@@ -63,14 +53,15 @@ def parse_messages(body: Mapping[str, Any]) -> Generation:
         sampling=sampling,
         stream=bool(reader.flag("stream")),
         user=(metadata.text("user_id") if metadata else None) or "",
-        ignored=reader.rest(),
+        ignored=(*reader.rest(), *generation.ignored),
     )
 
 
 def parse_count_tokens(body: Mapping[str, Any]) -> Generation:
     """What a body of ``POST /v1/messages/count_tokens`` asks to count; raises as ``parse_messages``."""
     reader = Reader(body)
-    return replace(_conversation(reader), ignored=reader.rest())
+    generation = _conversation(reader)
+    return replace(generation, ignored=(*reader.rest(), *generation.ignored))
 
 
 def _conversation(reader: Reader) -> Generation:
@@ -78,16 +69,15 @@ def _conversation(reader: Reader) -> Generation:
     for name in _STATE:
         if reader.raw(name):
             raise reader.not_offered(name)
-    turns = _turns(reader)
+    turns = read_turns(reader)
     continues = turns[-1].role == "assistant"
     if continues and turns[-1].tool_calls:
         last = len(reader.body["messages"]) - 1
         raise reader.error(f"messages[{last}]", "calls tools, and no tool_result follows", code="invalid_messages")
     if continues and not (turns[-1].content or turns[-1].reasoning) and len(turns) > 1:
         turns, continues = turns[:-1], False  # an empty beginning is none
-    thinking, budget = _thinking(reader)
-    tools = _tools(reader)
-    tool_choice, parallel = _tool_choice(reader, tools)
+    (tools, others), (thinking, budget, wishes) = read_tools(reader), _thinking(reader)
+    tool_choice, parallel = read_tool_choice(reader, tools)
     response_format, paths = _response_format(reader), dict(_PATHS)
     if reader.has("output_format"):
         paths["response_format"] = "output_format"
@@ -101,146 +91,29 @@ def _conversation(reader: Reader) -> Generation:
         messages=tuple(turns),
         continues=continues,
         thinking=thinking,
+        thinking_wishes=wishes,
         max_think_tokens=budget,
         response_format=response_format,
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel,
         paths=paths,
+        ignored=others,
     )
 
 
-def _turns(reader: Reader) -> list[Message]:
-    """The conversation, the system's prompt first; turns of one role in a row are one."""
-    runs: list[list[Message]] = []
-    if system := _text(reader, "system"):
-        runs.append([Message("system", system)])
-    for message in reader.required("messages", reader.objects("messages")):
-        role = message.required("role", message.choice("role", tuple(_ROLES)))
-        for turn in _ROLES[role](message):
-            last = runs[-1][-1] if runs else None
-            if last and last.role == turn.role != "tool" and not last.tool_calls:
-                runs[-1].append(turn)
-            else:
-                runs.append([turn])
-    if not runs or runs[-1][-1].role == "system":
-        raise reader.error("messages", "needs at least one message to answer")
-    return [_merge(run) for run in runs]
-
-
-def _merge(turns: list[Message]) -> Message:
-    """Turns of one role, as one."""
-    reasoning = "\n".join(turn.reasoning for turn in turns if turn.reasoning) or None
-    content = "\n".join(turn.content for turn in turns if turn.content)
-    return replace(turns[-1], content=content, reasoning=reasoning)
-
-
-def _blocks(owner: Reader, name: str) -> list[Reader]:
-    """The blocks of a content; a string is one block of text."""
-    value = owner.raw(name)
-    if isinstance(value, str):
-        return [Reader({"type": "text", "text": value}, owner.path)]
-    return owner.objects(name) or []
-
-
-def _block_text(block: Reader) -> str:
-    """The text of a block that must be one of text."""
-    kind = _kind(block)
-    if kind != "text":
-        raise _refusal(block, kind)
-    block.known("citations", "cache_control")
-    return block.required("text", block.text("text"))
-
-
-def _kind(block: Reader) -> str:
-    return block.required("type", block.text("type"))
-
-
-def _refusal(block: Reader, kind: str) -> RequestError:
-    """What is said to a block that cannot be read: of pictures and files, the source is named."""
-    return block.not_offered("source" if block.has("source") else "type", f"blocks of type {shorten(kind)!r}")
-
-
-def _text(owner: Reader, name: str) -> str:
-    """Blocks of text, as one."""
-    return "\n".join(filter(None, map(_block_text, _blocks(owner, name))))
-
-
-def _system_turns(message: Reader) -> list[Message]:
-    return [Message("system", _text(message, "content"))]
-
-
-def _user_turns(message: Reader) -> list[Message]:
-    """A user's message: what tools answered, each a turn of its own, and what the user says, in their order."""
-    turns: list[Message] = []
-    texts: list[str] = []
-    for block in _blocks(message, "content"):
-        if _kind(block) == "tool_result":
-            if texts:
-                turns.append(Message("user", "\n".join(texts)))
-                texts = []
-            turns.append(_tool_turn(block))
-        elif text := _block_text(block):
-            texts.append(text)
-    if texts:
-        turns.append(Message("user", "\n".join(texts)))
-    if not turns:
-        raise message.error("content", "is empty")
-    return turns
-
-
-def _tool_turn(block: Reader) -> Message:
-    """What a tool answered; that it failed is said in words, as no chat format has a sign for it."""
-    call_id = block.required("tool_use_id", block.text("tool_use_id"))
-    block.known("cache_control")
-    text = _text(block, "content")
-    if block.flag("is_error"):
-        text = f"Error: {text}" if text else "Error"
-    return Message("tool", text, tool_call_id=call_id)
-
-
-def _assistant_turns(message: Reader) -> list[Message]:
-    """An assistant's message: its thinking, what it said, and what it called."""
-    texts, reasoning, calls = [], [], []
-    for block in _blocks(message, "content"):
-        kind = _kind(block)
-        if kind == "thinking":
-            reasoning.append(block.required("thinking", block.text("thinking")))
-            block.known("signature")
-        elif kind == "redacted_thinking":
-            block.known("data")
-        elif kind == "tool_use":
-            calls.append(_tool_call(block))
-        else:
-            texts.append(_block_text(block))
-    return [Message("assistant", "".join(texts), "\n".join(filter(None, reasoning)) or None, tuple(calls))]
-
-
-def _tool_call(block: Reader) -> ToolCall:
-    block.known("caller", "cache_control")
-    arguments = block.required("input", block.mapping("input"))
-    name = block.required("name", block.text("name"))
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False), block.required("id", block.text("id")))
-
-
-_ROLES: Mapping[str, Callable[[Reader], list[Message]]] = {
-    "user": _user_turns,
-    "assistant": _assistant_turns,
-    "system": _system_turns,
-}
-
-
-def _thinking(reader: Reader) -> tuple[bool | None, int | None]:
-    """Whether to think, and with how many tokens. An effort without more says: as the model likes."""
+def _thinking(reader: Reader) -> tuple[bool | None, int | None, tuple[str, ...]]:
+    """Whether to think, with how many tokens, and where that is wished. An effort alone says: as the model likes."""
     config, output = reader.object("thinking"), reader.object("output_config")
     effort = output.choice("effort", ("low", "medium", "high", "xhigh", "max")) if output else None
+    wishes = ("output_config.effort",) if effort else ()
     if config is None:
-        return (None if effort else False), None
-    kind = config.required("type", config.choice("type", ("enabled", "disabled", "adaptive")))
+        return (None if effort else False), None, wishes
+    kind = config.required("type", config.choice("type", ("enabled", "disabled", "adaptive", "between_tools")))
     budget = config.integer("budget_tokens", 1, 2**31 - 1)
     if kind == "disabled":
-        return False, None
-    return (True if kind == "enabled" else None), budget
+        return False, None, wishes
+    return (True if kind == "enabled" else None), budget, ("thinking", *wishes)
 
 
 def _response_format(reader: Reader) -> Mapping[str, Any] | None:
@@ -251,35 +124,3 @@ def _response_format(reader: Reader) -> Mapping[str, Any] | None:
         return None
     kind = form.required("type", form.choice("type", ("json_schema",)))
     return {"type": kind, "schema": form.required("schema", form.mapping("schema"))}
-
-
-def _tools(reader: Reader) -> tuple[Tool, ...]:
-    tools: dict[str, Tool] = {}
-    for item in reader.objects("tools") or ():
-        kind = item.text("type")
-        if kind not in (None, "custom"):
-            raise item.not_offered("type", f"the tool {shorten(kind)!r}, only tools of your own with an input_schema")
-        name = item.required("name", item.text("name", longest=128))
-        if not name or name in tools:
-            raise item.error("name", "is empty" if not name else "stands twice; names of tools must be unique")
-        item.known("cache_control")
-        schema = item.required("input_schema", item.mapping("input_schema"))
-        tools[name] = Tool(name, item.text("description") or "", schema, strict=bool(item.flag("strict")))
-    return tuple(tools.values())
-
-
-def _tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, bool]:
-    """Which tools are called, and whether several may be."""
-    choice = reader.object("tool_choice")
-    if choice is None:
-        return ToolChoice(), True
-    kind = choice.required("type", choice.choice("type", (*_CHOICES, "tool")))
-    parallel = not choice.flag("disable_parallel_tool_use")
-    if kind in ("any", "tool") and not tools:
-        raise choice.error("type", f"{kind!r} needs tools, and there are none")
-    if kind != "tool":
-        return _CHOICES[kind], parallel
-    name = choice.required("name", choice.text("name"))
-    if name not in {tool.name for tool in tools}:
-        raise choice.error("name", "names none of the tools")
-    return ToolChoice("named", name), parallel

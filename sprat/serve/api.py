@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from sprat.serve.access_log import describe
 from sprat.serve.app_state import AppState
 from sprat.serve.chat_page import load_chat_page
 from sprat.serve.errors import RequestError
@@ -17,7 +18,7 @@ from sprat.serve.fields import header_list, parse_json
 from sprat.serve.metrics import CONTENT_TYPE
 from sprat.serve.openapi import request_schema
 from sprat.serve.receive import read_body
-from sprat.serve.side_endpoints import count_tokens, detokenize, embeddings, tokenize
+from sprat.serve.side_endpoints import count_tokens, detokenize, embeddings, input_tokens, tokenize
 from sprat.serve.wires import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Wire
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def add_routes(app: FastAPI, state: AppState) -> None:
         ("/embeddings", embeddings, OPENAI_BASES),
         ("/tokenize", tokenize, OPENAI_BASES),
         ("/detokenize", detokenize, OPENAI_BASES),
+        ("/responses/input_tokens", input_tokens, OPENAI_BASES),
         ("/messages/count_tokens", count_tokens, ANTHROPIC_BASES),
     ):
         for base in bases:
@@ -83,6 +85,7 @@ def add_routes(app: FastAPI, state: AppState) -> None:
         for service in state.services:
             running = service.answers.get(name)
             if running is not None and running.tenant == request.state.tenant:
+                describe(request.scope["state"], model=running.generation.model)
                 running.cancel("cancel")
                 return Response(status_code=204)
         raise RequestError(404, "no such answer is running", param="id", code="not_running")

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from sprat.serve.custom_tools import InputReader
 from sprat.serve.engine_client import JobEvent
 from sprat.serve.events import (
     ChoiceFinished,
@@ -16,6 +17,7 @@ from sprat.serve.events import (
     TokenLogprob,
     ToolCallDelta,
 )
+from sprat.serve.generation import Tool
 
 if TYPE_CHECKING:
     from sprat.tokens.tool_parser import Piece, ToolCallParser
@@ -32,6 +34,7 @@ class Choice:
         echo: what the answer begins with: the prompt.
         names: of control tokens, which may stand for no bytes.
         has_form: its content, where it is no call, is JSON, in which a tag is a letter like any other.
+        tools: by the names that the model knows them by.
     """
 
     def __init__(
@@ -42,7 +45,10 @@ class Choice:
         echo: str | None = None,
         names: Mapping[int, bytes] | None = None,
         has_form: bool = False,
+        tools: Mapping[str, Tool] | None = None,
     ) -> None:
+        self._tools = tools or {}
+        self._input: InputReader | None = None  # of the call that comes, where it is one of a custom tool
         self._has_form = has_form
         self.index, self._parser, self._token_bytes, self._echo = index, parser, token_bytes, echo
         self._names = names or {}
@@ -97,8 +103,12 @@ class Choice:
             if isinstance(piece, Content):
                 events.append(TextDelta(self.index, "content", piece.text))
             elif isinstance(piece, CallBegin):
-                call_id = f"call_{secrets.token_hex(12)}"
-                events.append(ToolCallDelta(self.index, piece.index, id=call_id, name=piece.name))
+                call_id, tool = f"call_{secrets.token_hex(12)}", self._tools.get(piece.name, Tool(piece.name))
+                self._input = InputReader() if tool.is_custom else None
+                named = (tool.member or tool.name, tool.is_custom, tool.namespace)
+                events.append(ToolCallDelta(self.index, piece.index, "", call_id, *named))
             elif isinstance(piece, CallArguments):
-                events.append(ToolCallDelta(self.index, piece.index, piece.text))
+                text = piece.text if self._input is None else self._input.push(piece.text)
+                if text or self._input is None:
+                    events.append(ToolCallDelta(self.index, piece.index, text, is_custom=self._input is not None))
         return events

@@ -54,13 +54,18 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a call: ``id`` and ``name`` come once, with the first one of an ``index``, then only arguments do."""
+    """A piece of a call: ``id``, ``name`` and ``namespace`` come once, with the first one of an ``index``.
+
+    Of a call of a custom tool ``arguments`` are its input: plain text, no JSON.
+    """
 
     choice: int
     index: int
     arguments: str = ""
     id: str = ""
     name: str = ""
+    is_custom: bool = False
+    namespace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +109,13 @@ Event = Started | TextDelta | ToolCallDelta | ChoiceFinished | Finished | Failed
 
 @dataclass
 class CollectedCall:
-    """A call as it is answered whole."""
+    """A call as it is answered whole; of a custom tool, with its input as ``arguments``."""
 
     id: str
     name: str
     arguments: str = ""
+    is_custom: bool = False
+    namespace: str = ""
 
 
 @dataclass
@@ -159,7 +166,7 @@ class Collector:
         elif isinstance(event, ToolCallDelta):
             calls = self.choices[event.choice].calls
             if event.index == len(calls):
-                calls.append(CollectedCall(event.id, event.name))
+                calls.append(CollectedCall(event.id, event.name, "", event.is_custom, event.namespace))
             calls[event.index].arguments += event.arguments
         elif isinstance(event, ChoiceFinished):
             self.choices[event.choice].finish = event

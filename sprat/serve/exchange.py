@@ -52,6 +52,7 @@ class Exchange:
         self.answers: list[Answer] = []
         self._watch: asyncio.Task[None] | None = None
         self._generations: Sequence[Generation] = ()
+        self._model = ""
         self._id = wire.prefix + secrets.token_hex(12)
         self._start_time = time.monotonic()
         self._status, self._code = 200, ""
@@ -85,14 +86,15 @@ class Exchange:
                 self.close()
 
     async def _respond(self, body: dict[str, Any], body_bytes: int) -> Response:
+        self._model = model if isinstance(model := body.get("model"), str) else ""
         self._generations = self.wire.parse(body)
         self._watch = asyncio.create_task(disconnected(self.request))
         await self._start(body_bytes)
         first = self._generations[0]
         head = Head(self._id, first.model, first.include_usage, body, self._request_id)
         headers = {"Cache-Control": "no-store"}
-        if first.ignored:
-            headers["x-ignored-fields"] = header_list(first.ignored)
+        if ignored := (*first.ignored, *self._find(first.model).prompts.unmet_wishes(first)):
+            headers["x-ignored-fields"] = header_list(ignored)
         if not first.stream:
             return JSONResponse(await self._whole(first, head), headers=headers)
         self._streams = True
@@ -158,7 +160,7 @@ class Exchange:
             path=self.request.url.path,
             status=self._status,
             seconds=time.monotonic() - self._start_time,
-            model=first.model if first is not None else "",
+            model=self._model,
             stream=first is not None and first.stream,
             prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
             cached_tokens=sum(answer.usage.cached_tokens for answer in answers),

@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 class Tool:
     """A function that the model may call; ``parameters`` is a JSON schema of an object, None: it takes none.
 
-    ``strict``: arguments must follow the schema; without it they are a JSON object.
+    ``strict``: arguments must follow the schema; without it they are a JSON object. ``is_custom``: its caller knows it
+    by one text, which is its only argument (``custom_tools``). ``path``: where the caller wrote what that must match.
+    ``namespace``: of the caller's, in which the tool is called ``member``; ``name`` is how the model knows it.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    is_custom: bool = False
+    path: str = ""
+    namespace: str = ""
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,9 @@ class Generation:
         echo: begin the answer with the prompt.
         suffix: text that stands behind what is written.
         continues: the last message is the assistant's and is gone on with (DeepSeek's ``prefix``).
-        thinking: whether to think; None: as the model likes.
-        effort: how hard, where that was said: ``none`` … ``ultra``; a wish, which a model that cannot think ignores.
+        thinking: whether to think; None: as the model likes. A wish, as the effort: a model that cannot ignores both.
+        thinking_wishes: the JSON paths of what asks for thinking.
+        effort: how hard, where that was said: ``none`` … ``ultra``.
         max_think_tokens: tokens of thinking at most.
         max_tokens: None: the room that is left in the context.
         sampling: settings of ``engine.Sampling`` that were asked for, by its names; the rest is the model's default.
@@ -70,6 +77,7 @@ class Generation:
     suffix: str = ""
     continues: bool = False
     thinking: bool | None = None
+    thinking_wishes: tuple[str, ...] = ()
     effort: str = ""
     max_think_tokens: int | None = None
     max_tokens: int | None = None
@@ -89,3 +97,12 @@ class Generation:
     def with_ignored(self, names: tuple[str, ...]) -> Generation:
         """The same, with what of its body was ignored."""
         return replace(self, ignored=names)
+
+
+def left_out(kind: str) -> str:
+    """What a model reads in the place of a picture or a file that a tool answered with.
+
+    >>> left_out("image")
+    '[image: left out, as this model reads text alone]'
+    """
+    return f"[{kind}: left out, as this model reads text alone]"

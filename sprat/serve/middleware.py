@@ -113,7 +113,7 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _without_authority(scope)
+        scope = _with_plain_path(_without_authority(scope), self.root_path)
         headers = dict(scope["headers"])
         request_id = request_id_of(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
@@ -222,6 +222,12 @@ def _without_authority(scope: Scope) -> Scope:
     return {**scope, "path": path, "raw_path": raw_path, "headers": headers}
 
 
+def _with_plain_path(scope: Scope, root_path: str) -> Scope:
+    """A path with a slash too many, as of a base URL that ends in one, as the one that was meant; so the bare root."""
+    path = re.sub("/{2,}", "/", scope["path"])
+    return {**scope, "path": f"{path}/" if root_path and path == root_path else path}
+
+
 def _is_preflight(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
     """Whether a browser asks what a page may send; it has no key then, and no route sees it."""
     return scope["method"] == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
@@ -247,7 +253,7 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     tenant = state.get("tenant")
     name = "" if tenant is None else tenant.name
     record = AccessRecord(state["request_id"], name, scope["method"], scope["path"], status, seconds)
-    log_request(replace(record, code=state.get("error_code", "")))
+    log_request(replace(record, **state.get("access_fields", {}), code=state.get("error_code", "")))
 
 
 async def _send_error(error: RequestError, scope: Scope, send: Send) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sprat.serve.events import (
     ChoiceFinished,
+    CollectedCall,
     CollectedChoice,
     Collector,
     Event,
@@ -28,13 +29,13 @@ from sprat.serve.events import (
 from sprat.serve.fields import Reader
 from sprat.serve.generation import Generation
 from sprat.serve.openai_fields import (
+    read_limit,
     read_messages,
     read_response_format,
     read_sampling,
     read_thinking,
-    read_tool_choice,
-    read_tools,
 )
+from sprat.serve.openai_tools import read_tool_choice, read_tools
 from sprat.serve.sse import json_text
 
 MAX_N = 8
@@ -82,9 +83,9 @@ def parse_chat(body: dict[str, Any]) -> Generation:
         if item != "text":
             raise reader.not_offered("modalities", f"{item!r:.40}")
     tool_choice, tools = read_tool_choice(reader, read_tools(reader))
-    limits = {name: reader.integer(name, 1) for name in ("max_tokens", "max_completion_tokens")}
+    limits = {name: read_limit(reader, name) for name in ("max_tokens", "max_completion_tokens")}
     limit_name = "max_tokens" if limits["max_completion_tokens"] is None else "max_completion_tokens"
-    thinking, effort, budget, paths = read_thinking(reader)
+    thinking, paths = read_thinking(reader)
     sampling = read_sampling(reader)
     logprobs = bool(reader.flag("logprobs"))
     top_logprobs = reader.integer("top_logprobs", 0, 20)
@@ -98,9 +99,7 @@ def parse_chat(body: dict[str, Any]) -> Generation:
         model=model,
         messages=messages,
         continues=continues,
-        thinking=thinking,
-        effort=effort,
-        max_think_tokens=budget,
+        **thinking,
         max_tokens=limits[limit_name],
         sampling={**sampling, "top_logprobs": top_logprobs or 0},
         n=reader.integer("n", 1, MAX_N) or 1,
@@ -150,14 +149,17 @@ def _whole_choice(generation: Generation, index: int, choice: CollectedChoice) -
     message = {"role": "assistant", **text, "refusal": None}
     if choice.calls:
         message["content"] = choice.content or None
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in choice.calls
-        ]
+        message["tool_calls"] = [_whole_call(call) for call in choice.calls]
     tokens = [*choice.content_logprobs, *choice.call_logprobs]
     logprobs = _logprobs(choice.reasoning_logprobs, tokens) if generation.logprobs else None
     reason = choice.finish.reason if choice.finish else "stop"
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _whole_call(call: CollectedCall) -> dict[str, Any]:
+    if call.is_custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def whole(generation: Generation, collector: Collector, head: Head, extension: Extension) -> dict[str, Any]:
@@ -224,10 +226,11 @@ class ChunkWriter:
 
 
 def _call_delta(event: ToolCallDelta) -> dict[str, Any]:
-    function: dict[str, Any] = {"arguments": event.arguments}
+    kind, text = ("custom", "input") if event.is_custom else ("function", "arguments")
+    said: dict[str, Any] = {text: event.arguments}
     if not event.name:
-        return {"index": event.index, "function": function}
-    return {"index": event.index, "id": event.id, "type": "function", "function": {"name": event.name, **function}}
+        return {"index": event.index, kind: said}
+    return {"index": event.index, "id": event.id, "type": kind, kind: {"name": event.name, **said}}
 
 
 async def stream_events(

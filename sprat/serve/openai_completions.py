@@ -14,7 +14,7 @@ from sprat.serve.events import Collector, Event, Failed, Finished, TextDelta, To
 from sprat.serve.fields import Reader
 from sprat.serve.generation import Generation
 from sprat.serve.openai_chat import DONE, MAX_N, Extension, Head, usage_body
-from sprat.serve.openai_fields import read_sampling
+from sprat.serve.openai_fields import read_limit, read_sampling
 from sprat.serve.sse import server_sent
 
 MAX_PROMPTS, MAX_LOGPROBS = 64, 20
@@ -34,7 +34,7 @@ def parse_completion(body: dict[str, Any]) -> list[Generation]:
         raise reader.error("best_of", f"must be n, which is {n}: this server does not choose among {best_of}")
     logprobs = reader.integer("logprobs", 0, MAX_LOGPROBS)
     echo = bool(reader.flag("echo"))
-    limit = reader.integer("max_tokens", 0)
+    limit = read_limit(reader, "max_tokens", 0)
     if limit == 0 and not echo:
         raise reader.error("max_tokens", "must be at least 1, or the prompt be said again with echo")
     suffix = reader.text("suffix")

@@ -1,4 +1,4 @@
-"""The fields that OpenAI's protocols share: messages, tools, forms of an answer, thinking, sampling.
+"""The fields that OpenAI's protocols share: messages, forms of an answer, thinking, sampling (tools: ``openai_tools``).
 
 Any message that an SDK returned may be sent back as it is: what it holds beside text, calls and reasoning means nothing
 here and is ignored.
@@ -6,20 +6,20 @@ here and is ignored.
 
 from __future__ import annotations
 
-import re
+import json
 from typing import TYPE_CHECKING, Any
 
 from sprat.serve.arguments import whole_arguments
+from sprat.serve.custom_tools import input_arguments
 from sprat.serve.fields import Reader
-from sprat.serve.generation import Tool, ToolChoice
+from sprat.serve.generation import left_out
 
 if TYPE_CHECKING:
     from sprat.tokens.chat import Message
 
-MAX_TOOLS, MAX_STOPS, STOP_CHARACTERS = 128, 16, 256
+MAX_STOPS, STOP_CHARACTERS = 64, 256  # as many as the engine takes
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 INT64 = 2**63 - 1
 
 
@@ -41,9 +41,9 @@ def _message(row: Reader) -> Message:
 
     role = row.required("role", row.choice("role", ROLES))
     role = {"developer": "system", "function": "tool"}.get(role, role)
-    content = read_content(row, "content")
+    content = read_content(row, "content", is_output=role == "tool")
     calls = _calls(row) if role == "assistant" else ()
-    if content is None and role != "assistant":
+    if content is None and role not in ("assistant", "tool"):
         raise row.error("content", "is missing", code="missing_required_parameter")
     reasoning = row.text("reasoning_content") if role == "assistant" else None
     call_id = (row.text("tool_call_id") or row.text("name") or "") if role == "tool" else ""
@@ -51,8 +51,11 @@ def _message(row: Reader) -> Message:
     return Message(role, content or "", reasoning or None, calls, call_id)  # type: ignore[arg-type]
 
 
-def read_content(row: Reader, name: str) -> str | None:
-    """Text, or parts of text."""
+def read_content(row: Reader, name: str, *, is_output: bool = False) -> str | None:
+    """Text, or parts of text; in the output of a tool a note stands in the place of a picture or a file.
+
+    There nobody can leave it out, and it would be sent with every further request of the conversation.
+    """
     if not isinstance(row.body.get(name), list):
         return row.text(name)
     texts = []
@@ -62,6 +65,8 @@ def read_content(row: Reader, name: str) -> str | None:
             texts.append(part.required("text", part.text("text")))
         elif kind == "refusal":
             texts.append(part.text("refusal") or "")
+        elif is_output:
+            texts.append(left_out(kind.removeprefix("input_").removesuffix("_url")))
         else:
             raise part.not_offered("type", f"parts of the type {kind!r:.40}")
     return "".join(texts)
@@ -72,79 +77,24 @@ def _calls(row: Reader) -> tuple[Any, ...]:
 
     calls = []
     for call in row.objects("tool_calls") or ():
-        if call.choice("type", ("function",)) is None:
-            call.known("type")
-        function = call.required("function", call.object("function"))
-        name = function.required("name", function.text("name"))
-        calls.append(ToolCall(name, _arguments(function), call.text("id") or ""))
-        call.known("index")
+        is_custom = call.choice("type", ("function", "custom")) == "custom"
+        call.known("type", "index")
+        kind = "custom" if is_custom else "function"
+        row_of_call = call.required(kind, call.object(kind))
+        name = row_of_call.required("name", row_of_call.text("name"))
+        arguments = input_arguments(row_of_call.text("input") or "") if is_custom else _arguments(row_of_call)
+        calls.append(ToolCall(name, arguments, call.text("id") or ""))
     return tuple(calls)
 
 
 def _arguments(function: Reader) -> str:
     """The text of a JSON object; that of a call that was cut off is closed, as far as it goes."""
+    if isinstance(arguments := function.raw("arguments"), dict):  # as Ollama has them
+        return json.dumps(arguments, ensure_ascii=False)
     try:
         return whole_arguments(function.text("arguments") or "{}")
     except (ValueError, RecursionError):
         raise function.error("arguments", "must be the text of a JSON object") from None
-
-
-def read_tools(reader: Reader) -> tuple[Tool, ...]:
-    """``tools``, of which only functions are had."""
-    tools = []
-    for row in reader.objects("tools", most=MAX_TOOLS) or ():
-        if (kind := row.text("type")) not in (None, "function"):
-            raise row.not_offered("type", f"tools of the type {kind!r:.40}")
-        tools.append(read_function(row.required("function", row.object("function"))))
-    return check_tools(reader, tools)
-
-
-def read_function(row: Reader) -> Tool:
-    """A function's name, description, schema and whether it is strict."""
-    name = row.required("name", row.text("name"))
-    if not TOOL_NAME.fullmatch(name):
-        raise row.error("name", "must have 1 to 64 letters, digits, dots, dashes and underscores")
-    return Tool(name, row.text("description") or "", row.mapping("parameters"), bool(row.flag("strict")))
-
-
-def check_tools(reader: Reader, tools: list[Tool]) -> tuple[Tool, ...]:
-    """The tools, no two of one name."""
-    names = [tool.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise reader.error(f"tools[{index}].function.name", f"{name!r} comes twice")
-    return tuple(tools)
-
-
-def read_tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """``tool_choice``: a mode, the function by name, or a mode for some; and the tools that the model is shown."""
-    if isinstance(reader.body.get("tool_choice"), dict):
-        row = reader.object("tool_choice")
-        assert row is not None
-        if row.required("type", row.choice("type", ("function", "allowed_tools"))) == "function":
-            return ToolChoice("named", _tool_name(row, tools)), tools
-        allowed = row.required("allowed_tools", row.object("allowed_tools"))
-        among = allowed.required("mode", allowed.choice("mode", ("auto", "required")))
-        rows = allowed.required("tools", allowed.objects("tools"))
-        for each in rows:
-            each.choice("type", ("function",))
-        names = {_tool_name(each, tools) for each in rows}
-        if not names:
-            raise allowed.error("tools", "names no tool")
-        return ToolChoice(among), tuple(tool for tool in tools if tool.name in names)  # type: ignore[arg-type]
-    mode = reader.choice("tool_choice", ("none", "auto", "required"))
-    if mode == "required" and not tools:
-        raise reader.error("tool_choice", "there are no tools to call")
-    return ToolChoice(mode or "auto"), tools  # type: ignore[arg-type]
-
-
-def _tool_name(row: Reader, tools: tuple[Tool, ...]) -> str:
-    """The name of the tool that ``row`` refers to."""
-    function = row.required("function", row.object("function"))
-    name = function.required("name", function.text("name"))
-    if name not in [tool.name for tool in tools]:
-        raise function.error("name", f"no tool is called {name[:64]!r}")
-    return name
 
 
 def read_response_format(reader: Reader) -> dict[str, Any] | None:
@@ -162,21 +112,31 @@ def read_response_format(reader: Reader) -> dict[str, Any] | None:
     return {"type": kind, "schema": inner.required("schema", inner.mapping("schema"))}
 
 
-def read_thinking(reader: Reader) -> tuple[bool | None, str, int | None, dict[str, str]]:
-    """Whether to think, how hard ("" : not said), tokens at most, and where that is said."""
+def read_thinking(reader: Reader) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a ``Generation`` has of thinking (whether, how hard, tokens at most, wishes), and where that is said."""
     thinking: bool | None = None
     budget = None
+    wishes = []
     if (row := reader.object("thinking")) is not None:
         kind = row.required("type", row.choice("type", ("enabled", "disabled", "adaptive", "auto")))
         thinking = {"enabled": True, "disabled": False}.get(kind)
+        wishes += [] if kind == "disabled" else ["thinking"]
         budget = row.integer("budget_tokens", 1, 2**31 - 1)
     path = "thinking"
     if (row := reader.object("chat_template_kwargs")) is not None:
         for name in ("enable_thinking", "thinking"):
             if thinking is None and (said := row.flag(name)) is not None:
                 thinking, path = said, f"chat_template_kwargs.{name}"
+                wishes += [path] if said else []
     effort = reader.choice("reasoning_effort", EFFORTS) or ""
-    return thinking, effort, budget, {"thinking": path, "max_think_tokens": "thinking.budget_tokens"}
+    wishes += [] if effort in ("", "none") else ["reasoning_effort"]
+    fields = {"thinking": thinking, "effort": effort, "max_think_tokens": budget, "thinking_wishes": tuple(wishes)}
+    return fields, {"thinking": path, "max_think_tokens": "thinking.budget_tokens"}
+
+
+def read_limit(reader: Reader, name: str, least: int = 1) -> int | None:
+    """Tokens of an answer at most; -1, as LM Studio and llama.cpp have it, is none."""
+    return None if reader.raw(name) == -1 else reader.integer(name, least)
 
 
 def read_sampling(reader: Reader) -> dict[str, Any]:

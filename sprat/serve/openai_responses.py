@@ -3,8 +3,7 @@
 The input is a list of items, of which several make one turn of ours: reasoning, a message and calls in a row are what
 the assistant said and did. An item may be sent back as it came. Nothing is stored: a request that refers to what would
 have been (``previous_response_id``, ``conversation``, ``item_reference``, ``prompt``) or shall be answered later
-(``background``) is refused, and ``store`` is ignored. Of tools there are functions alone; others beside them are
-ignored, as agents list all that they have.
+(``background``) is refused, and ``store`` is ignored. Tools are read in ``openai_responses_tools``.
 """
 
 from __future__ import annotations
@@ -14,14 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sprat.serve.arguments import whole_arguments
+from sprat.serve.custom_tools import input_arguments
 from sprat.serve.fields import Reader, shorten
-from sprat.serve.generation import Generation, Tool, ToolChoice
-from sprat.serve.openai_fields import EFFORTS, MAX_TOOLS, read_content, read_function, read_sampling
+from sprat.serve.generation import Generation
+from sprat.serve.openai_fields import EFFORTS, read_content, read_sampling
+from sprat.serve.openai_responses_tools import ADDED_TOOLS, qualified, read_tool_choice, read_tools
 from sprat.tokens.chat import Message, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` calls them
-ADDED_TOOLS = "additional_tools"  # an item with tools beside those of the request
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
+_CALLS = ("function_call", "custom_tool_call")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_HOSTED = (  # what somebody else's server called for itself: what came of it was said
+    *("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call"),
+    *("mcp_call", "mcp_list_tools", "tool_search_call", "tool_search_output"),
+)
 _PATHS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -29,11 +35,20 @@ _PATHS = {
     "response_format": "text.format",
     "top_logprobs": "top_logprobs",
 }
-_CHOICES: Mapping[str, ToolChoice] = {
-    "auto": ToolChoice("auto"),
-    "none": ToolChoice("none"),
-    "required": ToolChoice("required"),
-}
+
+
+def parse_input_tokens(body: Mapping[str, Any], model: str) -> Generation:
+    """What a body of ``POST /v1/responses/input_tokens`` asks to count; ``model`` where it names none.
+
+    Raises:
+        RequestError: as ``parse_responses``, which reads the same fields.
+    """
+    return parse_responses(body if body.get("model") is not None else {**body, "model": model})
+
+
+def input_tokens(prompt_tokens: int) -> dict[str, Any]:
+    """The body that answers it."""
+    return {"object": "response.input_tokens", "input_tokens": prompt_tokens}
 
 
 def parse_responses(body: Mapping[str, Any]) -> Generation:
@@ -47,8 +62,8 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
         if reader.raw(name):
             what = "it: every request brings its whole conversation along, and is answered at once"
             raise reader.not_offered(name, what)
-    tools, others = _tools(reader)
-    tool_choice, tools = _tool_choice(reader, tools)
+    tools, others = read_tools(reader)
+    tool_choice, tools = read_tool_choice(reader, tools)
     reasoning = reader.object("reasoning")
     effort = (reasoning.choice("effort", EFFORTS) if reasoning else None) or ""
     logprobs = LOGPROBS in _include(reader)
@@ -58,6 +73,7 @@ def parse_responses(body: Mapping[str, Any]) -> Generation:
         model=reader.required("model", reader.text("model", longest=256)),
         messages=tuple(_turns(reader)),
         effort=effort,
+        thinking_wishes=() if effort in ("", "none") else ("reasoning.effort",),
         max_tokens=reader.integer("max_output_tokens", 1, 2**31 - 1),
         sampling=read_sampling(reader) | {"top_logprobs": top_logprobs if logprobs else 0},
         logprobs=logprobs,
@@ -119,26 +135,26 @@ def _turns(reader: Reader) -> list[Message]:
         return [*turns, Message("user", reader.body["input"])]
     assistant: _Assistant | None = None
     for item in reader.required("input", reader.objects("input")):
-        if (kind := _kind(item)) == ADDED_TOOLS:
+        if (kind := _kind(item)) == ADDED_TOOLS or kind in _HOSTED:
             continue
-        is_assistant = kind in ("reasoning", "function_call") or item.body.get("role") == "assistant"
+        is_assistant = kind in ("reasoning", *_CALLS) or item.body.get("role") == "assistant"
         if assistant and (not is_assistant or (kind == "reasoning" and (assistant.texts or assistant.calls))):
             turns.append(assistant.turn())
             assistant = None
         if not is_assistant:
-            turns.append(_function_output(item) if kind == "function_call_output" else _message(item))
+            turns.append(_call_output(item) if kind in _OUTPUTS else _message(item))
             continue
         assistant = assistant or _Assistant()
         if kind == "reasoning":
             assistant.reasoning.append(_reasoning(item))
-        elif kind == "function_call":
+        elif kind in _CALLS:
             assistant.calls.append(_call(item))
         else:
             assistant.texts.append(_message(item).content)
     if assistant and assistant.calls:
         raise reader.error("input", "no function_call_output follows the last function_call", code="invalid_messages")
     turns += [assistant.turn()] if assistant else []
-    if not turns or turns[-1].role == "system":
+    if all(turn.role == "system" for turn in turns):
         raise reader.error("input", "needs at least one message to answer")
     return turns
 
@@ -148,7 +164,7 @@ def _kind(item: Reader) -> str:
     kind = item.text("type") or ("message" if item.has("role") else "item_reference")
     if kind == "item_reference":
         raise item.error("", "refers to an item that was not stored; send the item itself", code="not_offered")
-    if kind not in ("message", "reasoning", "function_call", "function_call_output", ADDED_TOOLS):
+    if kind not in _HOSTED and kind not in ("message", "reasoning", *_CALLS, *_OUTPUTS, ADDED_TOOLS):
         raise item.not_offered("type", f"items of type {shorten(kind)!r}")
     item.known("id", "status")
     return kind
@@ -163,9 +179,9 @@ def _message(item: Reader) -> Message:
     return Message("user" if role == "user" else "system", text)
 
 
-def _text(item: Reader, name: str) -> str:
+def _text(item: Reader, name: str, *, is_output: bool = False) -> str:
     """A string, or parts of text as one."""
-    text = item.required(name, read_content(item, name))
+    text = item.required(name, read_content(item, name, is_output=is_output))
     for part in item.objects(name) or () if isinstance(item.body[name], list) else ():
         part.known("annotations", "logprobs")
     return text
@@ -183,7 +199,10 @@ def _reasoning(item: Reader) -> str:
 
 def _call(item: Reader) -> ToolCall:
     item.known("caller")
-    name = item.required("name", item.text("name"))
+    name = qualified(item.text("namespace") or "", item.required("name", item.text("name")))
+    if item.body.get("type") == "custom_tool_call":
+        arguments = input_arguments(item.required("input", item.text("input")))
+        return ToolCall(name, arguments, item.required("call_id", item.text("call_id")))
     try:
         arguments = whole_arguments(item.required("arguments", item.text("arguments")))
     except ValueError:
@@ -191,10 +210,10 @@ def _call(item: Reader) -> ToolCall:
     return ToolCall(name, arguments, item.required("call_id", item.text("call_id")))
 
 
-def _function_output(item: Reader) -> Message:
+def _call_output(item: Reader) -> Message:
     call_id = item.required("call_id", item.text("call_id"))
     item.known("name")
-    return Message("tool", _text(item, "output"), tool_call_id=call_id)
+    return Message("tool", _text(item, "output", is_output=True), tool_call_id=call_id)
 
 
 def _response_format(reader: Reader) -> Mapping[str, Any] | None:
@@ -209,70 +228,3 @@ def _response_format(reader: Reader) -> Mapping[str, Any] | None:
     form.text("description")
     form.flag("strict")
     return {"type": kind, "schema": form.required("schema", form.mapping("schema"))}
-
-
-def _tools(reader: Reader) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
-    """The functions, and the paths of tools that are none; those alone are refused."""
-    tools: dict[str, Tool] = {}
-    others: dict[str, Reader] = {}
-    for item in [*(reader.objects("tools") or ()), *_added_tools(reader)]:
-        if item.required("type", item.text("type")) != "function":
-            item.known(*item.body)
-            others[item.path] = item
-            continue
-        tool = read_function(item)
-        if tool.name in tools:
-            raise item.error("name", "stands twice; names of tools must be unique")
-        tools[tool.name] = tool
-    if len(tools) > MAX_TOOLS:
-        raise reader.error("tools", f"must have at most {MAX_TOOLS} functions, not {len(tools)}")
-    if reader.raw("tools") and not tools:
-        first = next(iter(others.values()))
-        raise first.not_offered("type", f"the tool {shorten(first.body['type'])!r}, only functions")
-    return tuple(tools.values()), tuple(others)
-
-
-def _added_tools(reader: Reader) -> list[Reader]:
-    """Tools that come as items, which agents add to those of the request."""
-    items = reader.objects("input") if isinstance(reader.raw("input"), list) else None
-    rows: list[Reader] = []
-    for item in items or ():
-        if item.body.get("type") == ADDED_TOOLS:
-            item.known("type", "role")
-            rows += item.required("tools", item.objects("tools"))
-    return rows
-
-
-def _tool_choice(reader: Reader, tools: tuple[Tool, ...]) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """Which tools are called, and which of them the model is shown."""
-    names = {tool.name for tool in tools}
-    if reader.raw("tool_choice") is None:
-        return ToolChoice(), tools
-    if isinstance(reader.raw("tool_choice"), str):
-        mode = reader.required("tool_choice", reader.choice("tool_choice", tuple(_CHOICES)))
-        if mode == "required" and not tools:
-            raise reader.error("tool_choice", "'required' needs tools, and there are none")
-        return _CHOICES[mode], tools
-    choice = reader.required("tool_choice", reader.object("tool_choice"))
-    kind = choice.required("type", choice.text("type"))
-    if kind == "function":
-        name = choice.required("name", choice.text("name"))
-        if name not in names:
-            raise choice.error("name", "names none of the tools")
-        return ToolChoice("named", name), tools
-    if kind != "allowed_tools":
-        raise choice.not_offered("type", f"the choice {shorten(kind)!r}")
-    mode = choice.required("mode", choice.choice("mode", ("auto", "required")))
-    allowed = {_allowed(item, names) for item in choice.required("tools", choice.objects("tools"))}
-    if not allowed:
-        raise choice.error("tools", "names no tool")
-    return _CHOICES[mode], tuple(tool for tool in tools if tool.name in allowed)
-
-
-def _allowed(item: Reader, names: set[str]) -> str:
-    """The name of an allowed tool."""
-    item.known("type")
-    name = item.required("name", item.text("name"))
-    if name not in names:
-        raise item.error("name", "names none of the tools")
-    return name

@@ -25,14 +25,21 @@ from sprat.serve.events import (
     TextDelta,
     TokenLogprob,
     ToolCallDelta,
-    Usage,
+)
+from sprat.serve.openai_responses_items import (
+    ItemIds,
+    call_item,
+    message_item,
+    reasoning_item,
+    short_logprob,
+    text_part,
+    usage,
 )
 from sprat.serve.sse import server_sent
 
 KEEP_ALIVE = ": keep-alive\n\n"
-_LOWEST = -9999.0  # in place of minus infinity, which JSON has not
 _FORMAT_FIELDS = ("type", "name", "description", "schema", "strict")
-_CHOICE_FIELDS = {"function": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
+_CHOICE_FIELDS = {"function": ("type", "name"), "custom": ("type", "name"), "allowed_tools": ("type", "mode", "tools")}
 
 
 def echo(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +49,6 @@ def echo(body: Mapping[str, Any]) -> dict[str, Any]:
     form = {name: form[name] for name in _FORMAT_FIELDS if form.get(name) is not None}
     if isinstance(choice, Mapping) and choice:
         choice = {name: choice[name] for name in _CHOICE_FIELDS[choice["type"]]}
-    names = ("type", "name", "description", "parameters", "strict")
     own = ("temperature", "top_p", "instructions", "prompt_cache_key", "safety_identifier", "user")
     limit = body.get("max_output_tokens")
     return {
@@ -53,10 +59,17 @@ def echo(body: Mapping[str, Any]) -> dict[str, Any]:
         "reasoning": {"effort": None if effort == "ultra" else effort, "summary": None},
         "text": {"format": form or {"type": "text"}},
         "tool_choice": choice or "auto",
-        "tools": [{name: tool.get(name) for name in names} for tool in body.get("tools") or ()],
+        "tools": [_echoed_tool(tool) for tool in body.get("tools") or ()],
         "top_logprobs": int(body.get("top_logprobs") or 0),
         **{name: body.get(name) for name in own},
     }
+
+
+def _echoed_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"custom": ("type", "name", "description", "format"), "namespace": ("type", "name", "description", "tools")}
+    if tool["type"] in names:
+        return {name: tool[name] for name in names[tool["type"]] if tool.get(name) is not None}
+    return {name: tool.get(name) for name in ("type", "name", "description", "parameters", "strict")}
 
 
 def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, created: int) -> dict[str, Any]:
@@ -72,16 +85,18 @@ def whole(echoed: Mapping[str, Any], collector: Collector, *, response_id: str, 
     if choice.finish is None or finished is None:
         raise RuntimeError("the answer has not ended")
     is_complete = _is_complete(choice.finish)
-    item_ids, items = _Ids(response_id), []
+    item_ids, items = ItemIds(response_id), []
     if choice.reasoning:
-        items.append(_reasoning_item(item_ids.reasoning, choice.reasoning))
+        items.append(reasoning_item(item_ids.reasoning, choice.reasoning))
     if choice.content or (not choice.calls and (choice.content_logprobs or is_complete)):
-        items.append(_message_item(item_ids.message, _text_part(choice.content, choice.content_logprobs)))
-    items += [_call_item(item_ids.call(index), call) for index, call in enumerate(choice.calls)]
+        items.append(message_item(item_ids.message, text_part(choice.content, choice.content_logprobs)))
+    items += [
+        call_item(item_ids.call(index, is_custom=call.is_custom), call) for index, call in enumerate(choice.calls)
+    ]
     if items and not is_complete:
         items[-1]["status"] = "incomplete"
     body = _response(echoed, response_id, created, "completed" if is_complete else "incomplete")
-    body |= {"output": items, "usage": _usage(finished.usage)}
+    body |= {"output": items, "usage": usage(finished.usage)}
     if not is_complete:
         reason = "max_output_tokens" if choice.finish.reason == "length" and not choice.finish.ended_by else None
         body["incomplete_details"] = {"reason": reason}
@@ -101,24 +116,12 @@ async def stream_events(
             yield server_sent(body, str(body["type"]))
 
 
-class _Ids:
-    """The ids of an answer's items."""
-
-    def __init__(self, response_id: str) -> None:
-        self.suffix = response_id.removeprefix("resp_")
-        self.reasoning, self.message = f"rs_{self.suffix}", f"msg_{self.suffix}"
-
-    def call(self, index: int) -> str:
-        """Of the call at ``index``."""
-        return f"fc_{self.suffix}_{index}"
-
-
 class _Stream:
     """Where a stream is: how many events there were, the item that is open, and the answer so far."""
 
     def __init__(self, echoed: Mapping[str, Any], response_id: str, created: int) -> None:
         self.echoed, self.response_id, self.created = echoed, response_id, created
-        self.collector, self.item_ids = Collector(1), _Ids(response_id)
+        self.collector, self.item_ids = Collector(1), ItemIds(response_id)
         self._count, self._index = 0, -1
         self._open: str | int | None = None  # "reasoning", "content", or the index of a call
         self._item_id = ""
@@ -134,10 +137,11 @@ class _Stream:
         if isinstance(event, TextDelta):
             return self._text(event)
         if isinstance(event, ToolCallDelta):
-            call = CollectedCall(event.id, event.name)
+            call = CollectedCall(event.id, event.name, "", event.is_custom, event.namespace)
             self._held_logprobs = []
             bodies = [] if self._open == event.index else self._begin(event.index, call)
-            return bodies + self._piece("response.function_call_arguments.delta", event.arguments)
+            name = "custom_tool_call_input" if event.is_custom else "function_call_arguments"
+            return bodies + self._piece(f"response.{name}.delta", event.arguments)
         if isinstance(event, ChoiceFinished):
             is_complete = _is_complete(event)
             is_silent = self._open in (None, "reasoning") and (is_complete or bool(self._held_logprobs))
@@ -178,7 +182,7 @@ class _Stream:
         return taken
 
     def _words(self, text: str, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        logprobs = [_short_logprob(token) for token in tokens]
+        logprobs = [short_logprob(token) for token in tokens]
         return [self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)]
 
     def _piece(self, name: str, text: str, **fields: Any) -> list[dict[str, Any]]:
@@ -189,14 +193,14 @@ class _Stream:
         bodies = self._end("completed")
         self._open, self._index = name, self._index + 1
         if call is not None:
-            self._item_id = self.item_ids.call(int(name))
-            item = _call_item(self._item_id, call)
+            self._item_id = self.item_ids.call(int(name), is_custom=call.is_custom)
+            item = call_item(self._item_id, call)
         elif name == "reasoning":
             self._item_id = self.item_ids.reasoning
-            item = _reasoning_item(self._item_id, "")
+            item = reasoning_item(self._item_id, "")
         else:
             self._item_id = self.item_ids.message
-            item = _message_item(self._item_id, _text_part("", ()))
+            item = message_item(self._item_id, text_part("", ()))
         parts = [] if call is not None else item["content"]
         item |= {"status": "in_progress"} | ({} if call is not None else {"content": []})
         bodies.append(self._numbered("response.output_item.added", output_index=self._index, item=item))
@@ -211,14 +215,16 @@ class _Stream:
         first: dict[str, Any] = {"content_index": 0}
         if isinstance(self._open, int):
             call = choice.calls[self._open]
-            item = _call_item(self._item_id, call)
+            item = call_item(self._item_id, call)
             done, fields = "function_call_arguments", {"name": call.name, "arguments": call.arguments}
+            if call.is_custom:
+                done, fields = "custom_tool_call_input", {"input": call.arguments}
         elif self._open == "reasoning":
-            item = _reasoning_item(self._item_id, choice.reasoning)
+            item = reasoning_item(self._item_id, choice.reasoning)
             done, fields = "reasoning_text", first | {"text": choice.reasoning}
         else:
-            item = _message_item(self._item_id, _text_part(choice.content, choice.content_logprobs))
-            logprobs = [_short_logprob(token) for token in choice.content_logprobs]
+            item = message_item(self._item_id, text_part(choice.content, choice.content_logprobs))
+            logprobs = [short_logprob(token) for token in choice.content_logprobs]
             done, fields = "output_text", first | {"text": choice.content, "logprobs": logprobs}
         bodies = [self._of_item(f"response.{done}.done", **fields)]
         for part in item.get("content", ()):
@@ -253,48 +259,4 @@ def _response(echoed: Mapping[str, Any], response_id: str, created: int, status:
         "truncation": "disabled",
         "usage": None,
         **echoed,
-    }
-
-
-def _reasoning_item(item_id: str, text: str) -> dict[str, Any]:
-    content = [{"type": "reasoning_text", "text": text}]
-    return {"id": item_id, "type": "reasoning", "summary": [], "content": content, "status": "completed"}
-
-
-def _message_item(item_id: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": item_id, "type": "message", "role": "assistant", "content": [part], "status": "completed"}
-
-
-def _text_part(text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [_logprob(item) for item in logprobs]}
-
-
-def _call_item(item_id: str, call: CollectedCall) -> dict[str, Any]:
-    item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
-    return {**item, "arguments": call.arguments, "status": "completed"}
-
-
-def _logprob(item: TokenLogprob) -> dict[str, Any]:
-    return _token(item.token, item.logprob) | {"top_logprobs": [_token(*other) for other in item.top]}
-
-
-def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
-    text = token.decode("utf-8", "replace")
-    return {"token": text, "bytes": list(token), "logprob": _LOWEST if logprob is None else max(logprob, _LOWEST)}
-
-
-def _short_logprob(item: TokenLogprob) -> dict[str, Any]:
-    """As in the events of a stream, where tokens have no bytes."""
-    full = _logprob(item)
-    top = [{"token": other["token"], "logprob": other["logprob"]} for other in full["top_logprobs"]]
-    return {"token": full["token"], "logprob": full["logprob"], "top_logprobs": top}
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

@@ -26,7 +26,7 @@ def _object(required: list[str], **properties: Schema) -> Schema:
 _MODEL: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
 _PART = _object(["type", "text"], type={"enum": ["text"]}, text=_TEXT)
 _CONTENT: Schema = {"oneOf": [_TEXT, {"type": "array", "items": _PART}]}
-_STOP: Schema = {"type": ["string", "array", "null"], "items": {"type": "string", "minLength": 1}, "maxItems": 16}
+_STOP: Schema = {"type": ["string", "array", "null"], "items": {"type": "string", "minLength": 1}, "maxItems": 64}
 _SAMPLING: dict[str, Schema] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -46,6 +46,10 @@ _SAMPLING: dict[str, Schema] = {
     "user": {"type": ["string", "null"]},
 }
 _FUNCTION = _object(["name"], name=_TEXT, description=_TEXT, parameters={"type": "object"}, strict=_FLAG)
+_FUNCTION_TOOL = _object(["type", "function"], type={"enum": ["function"]}, function=_FUNCTION)
+_FORM = _object(["type"], type={"enum": ["text"]})  # or a grammar, each protocol in its own form
+_CUSTOM = _object(["name"], name=_TEXT, description=_TEXT, format=_FORM)
+_CUSTOM_TOOL = _object(["type", "custom"], type={"enum": ["custom"]}, custom=_CUSTOM)
 _MESSAGE = _object(
     ["role"],
     role={"enum": ["system", "developer", "user", "assistant", "tool"]},
@@ -65,7 +69,7 @@ _CHAT = _object(
     logprobs=_FLAG,
     top_logprobs=_integer(0, 20),
     response_format=_object(["type"], type={"enum": ["text", "json_object", "json_schema"]}),
-    tools={"type": "array", "maxItems": 128, "items": _object(["type", "function"], function=_FUNCTION)},
+    tools={"type": "array", "maxItems": 128, "items": {"oneOf": [_FUNCTION_TOOL, _CUSTOM_TOOL]}},
     tool_choice={"oneOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]},
     parallel_tool_calls=_FLAG,
     **_SAMPLING,
@@ -107,22 +111,25 @@ _MESSAGES = _object(
     temperature=_number(0, 1),
     top_p=_number(0, 1),
     top_k=_integer(0),
-    thinking=_object(["type"], type={"enum": ["enabled", "disabled"]}, budget_tokens=_integer(1)),
+    thinking=_object(["type"], type={"enum": ["enabled", "disabled", "adaptive"]}, budget_tokens=_integer(1)),
     tools={"type": "array", "items": _object(["name", "input_schema"], name=_TEXT, input_schema={"type": "object"})},
     tool_choice={"type": "object"},
     stream=_FLAG,
 )
 _COUNT = _object(["model", "messages"], **_MESSAGES["properties"])
+_INPUT_TOKENS = _object(["input"], **_RESPONSES["properties"])
 _EMBEDDINGS = _object(
     ["model", "input"],
     model=_MODEL,
     input={"oneOf": [_TEXT, _IDS, {"type": "array", "items": _TEXT, "minItems": 1}]},
     encoding_format={"enum": ["float", "base64"]},
+    dimensions=_integer(1),
 )
 _SCHEMAS = {
     "/chat/completions": _CHAT,
     "/completions": _COMPLETIONS,
     "/responses": _RESPONSES,
+    "/responses/input_tokens": _INPUT_TOKENS,
     "/messages": _MESSAGES,
     "/messages/count_tokens": _COUNT,
     "/embeddings": _EMBEDDINGS,

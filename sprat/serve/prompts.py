@@ -98,8 +98,9 @@ class PromptWriter:
         bytes_of = self.tokenizer.token_bytes
         echo = self.tokenizer.decode(ids, skip_special_tokens=True) if generation.echo else None
         has_form = generation.response_format is not None
+        tools = {tool.name: tool for tool in generation.tools}
         choices = [
-            Choice(index, self._parser(generation), bytes_of, echo, self._control_names, has_form)
+            Choice(index, self._parser(generation), bytes_of, echo, self._control_names, has_form, tools)
             for index in range(generation.n)
         ]
         return Prompt(ids, samplings, choices)
@@ -156,13 +157,20 @@ class PromptWriter:
         generation = self.without_unused_tools(generation)
         return self.render(generation, self._thinking(generation))
 
+    def unmet_wishes(self, generation: Generation) -> tuple[str, ...]:
+        """JSON paths of what is asked for and ignored because this model cannot: to think."""
+        return () if self._can_think else generation.thinking_wishes
+
+    @property
+    def _can_think(self) -> bool:
+        return self.tokenizer.chat_format.thinking_prompt is not None
+
     def _thinking(self, generation: Generation) -> bool | None:
-        """Whether to think: what was said; an effort only where the model can."""
-        if generation.thinking is not None or not generation.effort:
-            return generation.thinking
-        if generation.effort == "none":
-            return False
-        return True if self.tokenizer.chat_format.thinking_prompt is not None else None
+        """Whether to think: what was said, by the effort where by nothing else; a model that cannot is not made to."""
+        thinking = generation.thinking
+        if thinking is None and generation.effort:
+            thinking = generation.effort != "none"
+        return None if thinking and not self._can_think else thinking
 
     def _answer_thinking(self, generation: Generation, thinking: bool | None) -> bool | None:
         """How the answer begins: what is gone on with may be in its reasoning, and a plain text has none."""
@@ -224,6 +232,16 @@ class PromptWriter:
             where = paths.get("response_format", "response_format")
             raise RequestError(400, f"{where}: a pattern does not go with tools; use a JSON schema", param=where)
         return generation
+
+    def text_grammars(self, generation: Generation) -> list[tuple[Response, str]]:
+        """What the texts of custom tools must match, each as a grammar of its own, and its JSON path.
+
+        It is compiled before all tools together are, so that whoever wrote a wrong one is told which.
+        """
+        from sprat.engine.response import Response
+
+        tools = [(tool.parameters, tool.path) for tool in generation.tools if tool.path]
+        return [(Response.json(schema["properties"]["input"]), path) for schema, path in tools if schema]
 
     def _parser(self, generation: Generation) -> Any:
         from sprat.tokens.tool_parser import ToolCallParser

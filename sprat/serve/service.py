@@ -15,7 +15,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sprat.errors import EngineError, SpratError
@@ -182,11 +182,17 @@ class Service:
         """
         if generation.response_format is None and not generation.tools:
             return
-        response = self.prompts.response(self.prompts.without_unused_tools(generation))
-        known = self._grammars
+        generation = self.prompts.without_unused_tools(generation)
+        response, known = self.prompts.response(generation), self._grammars
         if response is None or (tenant, response) in known:
             return
         async with self.compiling.place(tenant.name, tokens=0, generation=generation):
+            for text, path in self.prompts.text_grammars(generation):
+                try:
+                    await self.engine.compile(text, tenant)
+                except EngineError as error:
+                    at = {"tools": path, "response_format": path}
+                    raise self.refusal(error, replace(generation, paths={**generation.paths, **at})) from error
             await self.engine.compile(response, tenant)
         known[tenant, response] = None
         if len(known) > KNOWN_GRAMMARS:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 from typing import Any
 
 from starlette.requests import Request
 
-from sprat.serve import anthropic, anthropic_answers
+from sprat.serve import anthropic, anthropic_answers, openai_responses
+from sprat.serve.access_log import describe
 from sprat.serve.app_state import AppState
 from sprat.serve.fields import Reader
+from sprat.serve.generation import Generation
 from sprat.serve.openai_chat import parse_chat
 from sprat.serve.service import Service
 
@@ -20,25 +23,32 @@ Worked = tuple[Body, tuple[str, ...]]  # an answer, and what of the request was 
 
 
 async def embeddings(request: Request, state: AppState, body: Body) -> Worked:
-    """Pooled hidden states of texts."""
+    """Pooled hidden states of texts; ``dimensions`` are the first of them, scaled to length 1 again.
+
+    Raises:
+        RequestError: 400, a field is wrong; 404, no such model; 429 or 503, no place.
+    """
     reader = Reader(body)
     name = reader.required("model", reader.text("model"))
+    describe(request.scope["state"], model=name)
     service = state.find(name)
     value = reader.required("input", reader.raw("input"))
     rows = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
     if not isinstance(rows, list) or not rows or len(rows) > MAX_EMBEDDINGS:
         raise reader.error("input", f"must be text, ids, or a list of 1 to {MAX_EMBEDDINGS} of them")
     form = reader.choice("encoding_format", ("float", "base64")) or "float"
-    if reader.integer("dimensions", 1) is not None:
-        raise reader.not_offered("dimensions")
+    dimensions = reader.integer("dimensions", 1)
     reader.text("user")
     prompts = await service.run_in_thread(
         lambda: [_embedding_ids(reader, service, n, row) for n, row in enumerate(rows)]
     )
     tokens = sum(map(len, prompts))
     vectors = await service.embed(prompts, name, request.state.tenant)
+    describe(request.scope["state"], prompt_tokens=tokens)
+    if dimensions is not None and dimensions > len(vectors[0]):
+        raise reader.error("dimensions", f"must be at most {len(vectors[0])}, which is what this model has")
     data = [
-        {"object": "embedding", "index": index, "embedding": _vector(vector, form)}
+        {"object": "embedding", "index": index, "embedding": _vector(_shortened(vector, dimensions), form)}
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -61,6 +71,19 @@ def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> li
     return ids
 
 
+def _shortened(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first ``dimensions`` of a vector, scaled to length 1 again (Matryoshka, arXiv 2205.13147).
+
+    >>> _shortened([0.48, 0.64, 0.6], 2)
+    [0.6, 0.8]
+    """
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    kept = vector[:dimensions]
+    length = math.hypot(*kept)
+    return [value / length for value in kept] if length else kept
+
+
 def _vector(vector: list[float], form: str) -> Any:
     if form == "float":
         return vector
@@ -71,11 +94,11 @@ async def tokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The ids of a text or of a conversation."""
     reader = Reader(body)
     name = reader.text("model") or state.services[0].names.served
+    describe(request.scope["state"], model=name)
     service = state.find(name)
     prompts = service.prompts
     if reader.has("messages"):
-        generation = parse_chat({**body, "model": name})
-        ids, ignored = await service.run_in_thread(lambda: prompts.ids(generation)), generation.ignored
+        ids, ignored = await _ids(request, state, parse_chat({**body, "model": name}))
     else:
         text = reader.required("prompt", reader.text("prompt"))
         special = reader.flag("add_special_tokens") is not False
@@ -87,7 +110,9 @@ async def tokenize(request: Request, state: AppState, body: Body) -> Worked:
 async def detokenize(request: Request, state: AppState, body: Body) -> Worked:
     """The text of ids."""
     reader = Reader(body)
-    service = state.find(reader.text("model") or state.services[0].names.served)
+    name = reader.text("model") or state.services[0].names.served
+    describe(request.scope["state"], model=name)
+    service = state.find(name)
     ids, vocab = reader.required("tokens", reader.items("tokens")), service.engine.info.vocab_size
     for index, each in enumerate(ids):
         if type(each) is not int or not 0 <= each < vocab:
@@ -97,7 +122,20 @@ async def detokenize(request: Request, state: AppState, body: Body) -> Worked:
 
 async def count_tokens(request: Request, state: AppState, body: Body) -> Worked:
     """How many tokens a request of Anthropic's has."""
-    generation = anthropic.parse_count_tokens(body)
+    ids, ignored = await _ids(request, state, anthropic.parse_count_tokens(body))
+    return anthropic_answers.token_count(len(ids)), ignored
+
+
+async def input_tokens(request: Request, state: AppState, body: Body) -> Worked:
+    """How many tokens a request of OpenAI's Responses has."""
+    generation = openai_responses.parse_input_tokens(body, state.services[0].names.served)
+    ids, ignored = await _ids(request, state, generation)
+    return openai_responses.input_tokens(len(ids)), ignored
+
+
+async def _ids(request: Request, state: AppState, generation: Generation) -> tuple[list[int], tuple[str, ...]]:
+    """The ids of the prompt of a request that is not answered, and what of it is ignored."""
+    describe(request.scope["state"], model=generation.model)
     service = state.find(generation.model)
     ids = await service.run_in_thread(lambda: service.prompts.ids(generation))
-    return anthropic_answers.token_count(len(ids)), generation.ignored
+    return ids, (*generation.ignored, *service.prompts.unmet_wishes(generation))

@@ -81,6 +81,16 @@ def streamed(protocol: str, text: str) -> Answer:
     return _STREAM[protocol](text)
 
 
+def _named(call: Json) -> str:
+    """The name of a function or of a custom tool, where a call, or a piece of one, says it."""
+    return str((call.get("function") or call["custom"]).get("name", ""))
+
+
+def _text(call: Json) -> str:
+    """The arguments of a function, or the input of a custom tool."""
+    return str(call["function"]["arguments"] if "function" in call else call["custom"]["input"])
+
+
 def _chat(body: Json) -> Answer:
     answer = Answer([], body["usage"])
     for index, row in enumerate(body["choices"]):
@@ -90,7 +100,7 @@ def _chat(body: Json) -> Answer:
         answer.ids += [call["id"] for call in calls]
         answer.choices.append(Said(
             message["reasoning_content"] or "", message["content"] or "",
-            [[call["function"]["name"], call["function"]["arguments"]] for call in calls], row["finish_reason"],
+            [[_named(call), _text(call)] for call in calls], row["finish_reason"],
             [*logprobs.get("reasoning_content", []), *logprobs.get("content", [])],
         ))  # fmt: skip
     return answer
@@ -109,11 +119,11 @@ def _chat_stream(text: str) -> Answer:
             for call in delta.get("tool_calls") or ():
                 if call["index"] == len(choice.calls):
                     ids.append(call["id"])
-                    choice.calls.append([call["function"]["name"], ""])
+                    choice.calls.append([_named(call), ""])
                 else:
                     assert call["index"] == len(choice.calls) - 1 and "id" not in call
-                    assert "name" not in call["function"]
-                choice.calls[-1][1] += call["function"]["arguments"]
+                    assert not _named(call)
+                choice.calls[-1][1] += _text(call)
             if logprobs := row["logprobs"]:
                 choice.logprobs += [*logprobs.get("reasoning_content", []), *logprobs["content"]]
             choice.finish = row["finish_reason"]
@@ -158,8 +168,8 @@ def _responses(body: Json) -> Answer:
     said = Said(finish=(body["status"], (body["incomplete_details"] or {}).get("reason")))
     ids = []
     for item in body["output"]:
-        if item["type"] == "function_call":
-            said.calls.append([item["name"], item["arguments"]])
+        if item["type"] in ("function_call", "custom_tool_call"):
+            said.calls.append([item["name"], item["arguments" if item["type"] == "function_call" else "input"]])
             ids.append(item["call_id"])
             continue
         (part,) = item["content"]
@@ -192,7 +202,8 @@ def _responses_stream(text: str) -> Answer:
     answer = _responses(last["response"])
     for row in items.values():  # what was said bit by bit is what is said at the end
         item = row["done"]
-        assert row["text"] == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        written = {"function_call": "arguments", "custom_tool_call": "input"}.get(item["type"])
+        assert row["text"] == (item[written] if written else item["content"][0]["text"])
         assert item["id"] == row["item"]["id"]
     return answer
 

@@ -22,6 +22,12 @@ FULL: dict[str, Any] = {
     "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
     "service_tier": "auto", "speed": None, "context_management": {"edits": []},
 }  # fmt: skip
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
+
+
+def _user(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
 def test_a_whole_conversation_is_read_in_order() -> None:
@@ -45,14 +51,13 @@ def test_a_whole_conversation_is_read_in_order() -> None:
     system = [{"type": "text", "text": "S1"}, {"type": "text", "text": "S2"}]
     generation = parse_messages({**ASK, "system": system, "messages": messages})
     assert generation.messages == (
-        Message("system", "S1\nS2"),
+        Message("system", "S1\nS2\n\nHurry."),
         Message("user", "1\n2"),
         Message("assistant", "A", "Hm", (ToolCall("add", '{"a": 1}', "t1"),)),
         Message("tool", "2", tool_call_id="t1"),
         Message("tool", "Error: broken", tool_call_id="t2"),
         Message("tool", "", tool_call_id="t3"),
         Message("user", "And\nnow?"),
-        Message("system", "Hurry."),
         Message("assistant", "The answer is ("),
     )
     assert generation.continues
@@ -71,17 +76,65 @@ def test_settings_become_the_engines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "thinking"),
+    ("changes", "thinking", "wishes"),
     [
-        ({}, False),
-        ({"thinking": {"type": "disabled"}}, False),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, True),
-        ({"thinking": {"type": "adaptive"}}, None),
-        ({"output_config": {"effort": "high"}}, None),
+        ({}, False, ()),
+        ({"thinking": {"type": "disabled"}}, False, ()),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, True, ("thinking",)),
+        ({"thinking": {"type": "adaptive", "display": "omitted"}}, None, ("thinking",)),
+        ({"thinking": {"type": "between_tools"}}, None, ("thinking",)),
+        ({"output_config": {"effort": "high"}}, None, ("output_config.effort",)),
+        # more than there is room for: the budget then ends nothing
+        ({"thinking": {"type": "enabled", "budget_tokens": 31_999}, "max_tokens": 5}, True, ("thinking",)),
     ],
 )
-def test_thinking_is_asked_for_or_left_out(changes: dict[str, Any], thinking: bool | None) -> None:
-    assert parse_messages({**ASK, **changes}).thinking is thinking
+def test_thinking_is_asked_for_or_left_out(
+    changes: dict[str, Any], thinking: bool | None, wishes: tuple[str, ...]
+) -> None:
+    generation = parse_messages({**ASK, **changes})
+    assert (generation.thinking, generation.thinking_wishes) == (thinking, wishes)
+
+
+def test_what_a_tool_answered_is_text_and_pictures_are_noted() -> None:
+    blocks = [
+        {"type": "text", "text": "A"},
+        IMAGE,
+        {"type": "tool_reference", "tool_name": "add"},
+        {"type": "search_result", "source": "https://x", "title": "T", "content": [{"type": "text", "text": "B"}]},
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "C"}, "title": "D"},
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA=="}},
+    ]
+    generation = parse_messages({**ASK, **_user({"type": "tool_result", "tool_use_id": "t", "content": blocks})})
+    note = "left out, as this model reads text alone]"
+    text = f"A\n[image: {note}\nadd\nT\nhttps://x\nB\nD\nC\n[document: {note}"
+    assert generation.messages == (Message("tool", text, tool_call_id="t"),)
+    assert "messages[].content[].content[].source" in generation.ignored
+    said = parse_messages({**ASK, **_user(*blocks[3:5])})
+    assert said.messages == (Message("user", "T\nhttps://x\nB\nD\nC"),)
+
+
+def test_the_system_speaks_before_between_and_behind_the_turns() -> None:
+    """As Claude Code has it since 2.1.154: the list of its agents stands behind the user's turn."""
+    billing = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.c7a; cc_entrypoint=cli;"}
+    messages = [*ASK["messages"], {"role": "system", "content": "Agents"}]
+    generation = parse_messages({**ASK, "system": [billing, {"type": "text", "text": "S"}], "messages": messages})
+    assert generation.messages == (Message("system", "S\n\nAgents"), Message("user", "Hi"))
+    assert not generation.continues and "system[].text" in generation.ignored
+    split = [*messages, {"role": "user", "content": "Go"}, {"role": "developer", "content": "D"}]
+    assert parse_messages({**ASK, "messages": split}).messages == (
+        Message("system", "Agents\n\nD"), Message("user", "Hi\nGo")
+    )  # fmt: skip
+
+
+def test_what_others_run_themselves_is_ignored_beside_what_is_had() -> None:
+    search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+    generation = parse_messages({**ASK, "tools": [search, TOOL]})
+    assert [tool.name for tool in generation.tools] == ["add"] and "tools[0]" in generation.ignored
+    asked = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
+    blocks = [asked, {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}]
+    blocks.append({"type": "text", "text": "Found."})
+    history = [*ASK["messages"], {"role": "assistant", "content": blocks}, *ASK["messages"]]
+    assert parse_messages({**ASK, "messages": history}).messages[1] == Message("assistant", "Found.")
 
 
 @pytest.mark.parametrize(
@@ -91,14 +144,6 @@ def test_thinking_is_asked_for_or_left_out(changes: dict[str, Any], thinking: bo
 def test_which_tools_are_called_is_chosen(choice: str, expected: ToolChoice) -> None:
     generation = parse_messages({**ASK, "tools": [TOOL], "tool_choice": {"type": choice}})
     assert (generation.tool_choice, generation.parallel_tool_calls) == (expected, True)
-
-
-def _user(*blocks: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(blocks)}]}
-
-
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
-CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
 
 
 @pytest.mark.parametrize(
@@ -120,14 +165,16 @@ CALL = {"type": "tool_use", "id": "t", "name": "add", "input": {}}
         (_user({"text": "x"}), "messages[0].content[0].type", "missing_required_parameter"),
         (_user({"type": "tool_result", "content": "x"}), "messages[0].content[0].tool_use_id",
          "missing_required_parameter"),
-        (_user({"type": "tool_result", "tool_use_id": "x", "content": [IMAGE]}),
-         "messages[0].content[0].content[0].source", "not_offered"),
+        (_user({**IMAGE, "type": "document"}), "messages[0].content[0].source", "not_offered"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "invalid_value"),
         ({"system": [IMAGE]}, "system[0].source", "not_offered"),
         ({"temperature": 3}, "temperature", "invalid_value"),
-        ({"stop_sequences": ["x"] * 10_000}, "stop_sequences", "invalid_value"),
+        ({"stop_sequences": ["x"] * 65}, "stop_sequences", "invalid_value"),
         ({"stop_sequences": [""]}, "stop_sequences[0]", "invalid_value"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type", "invalid_value"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens", "invalid_value"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "2048"}}, "thinking.budget_tokens", "invalid_type"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 1.5}}, "thinking.budget_tokens", "invalid_value"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type", "not_offered"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name", "invalid_value"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema", "missing_required_parameter"),

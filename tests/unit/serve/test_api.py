@@ -315,15 +315,32 @@ def test_what_a_request_leaves_unsaid_the_models_folder_says(engine: ScriptedEng
     assert (said.temperature, said.top_k, said.repetition_penalty) == (1.0, 0, 1.1)
 
 
-def test_a_model_that_does_not_think_says_so_and_names_the_field() -> None:
+def test_to_think_is_a_wish_and_a_model_that_cannot_answers_without() -> None:
+    """Claude Code asks every server for it."""
     from sprat.engine import Engine
     from tests.unit.engine.test_request import thoughtless
 
     app = create_app(Engine(*thoughtless()), TINY)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
-        answer = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled"}})
-        quiet = client.post(CHAT, json={**ASK, "thinking": {"type": "disabled"}, "max_tokens": 2})
-        effort = client.post(CHAT, json={**ASK, "reasoning_effort": "low", "max_tokens": 2})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
-    assert "does not think" in answer.json()["error"]["message"]
-    assert quiet.status_code == effort.status_code == 200, "an effort is a wish: all clients send one"
+        for path, wish, listed in (
+            (CHAT, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+            (CHAT, {"thinking": {"type": "auto"}, "reasoning_effort": "low"}, "thinking, reasoning_effort"),
+            (CHAT, {"reasoning_effort": "none"}, None),
+            (CHAT, {"thinking": {"type": "disabled"}}, None),
+            (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+            (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, None),
+            ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+            ("/v1/messages", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+             "thinking, output_config.effort"),
+            ("/v1/messages", {"thinking": {"type": "disabled"}}, None),
+        ):  # fmt: skip
+            answer = client.post(path, json={**ASK, "max_tokens": 2, **wish})
+            assert (answer.status_code, answer.headers.get("x-ignored-fields")) == (200, listed), (path, wish)
+            streamed = client.post(path, json={**ASK, "max_tokens": 2, "stream": True, **wish})
+            assert (streamed.status_code, streamed.headers.get("x-ignored-fields")) == (200, listed), (path, wish)
+        responses = {"model": "tiny", "input": "Hi", "max_output_tokens": 2, "reasoning": {"effort": "high"}}
+        assert client.post("/v1/responses", json=responses).headers["x-ignored-fields"] == "reasoning.effort"
+        counted = client.post("/v1/messages/count_tokens", json={**ASK, "thinking": {"type": "adaptive"}})
+        assert counted.headers["x-ignored-fields"] == "thinking"
+        wrong = client.post(CHAT, json={**ASK, "thinking": {"type": "enabled", "budget_tokens": "many"}})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "thinking.budget_tokens")

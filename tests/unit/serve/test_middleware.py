@@ -126,7 +126,7 @@ def test_who_sends_a_wrong_key_is_not_told_to_send_one(address: str, headers: di
     for path in ("/", "/healthz", "/health", "/health/live", "/health/ready", "/openapi.json"):
         assert httpx.get(address + path).status_code == 200
     assert httpx.get(f"{address}/health/nothing").status_code == 404, "no key is asked for"
-    for path in ("/metrics", "/metrics/", "/healthx", "//", "/health/../v1/models"):
+    for path in ("/metrics", "/metrics/", "/healthx", "//metrics", "//v1/models", "/health/../v1/models"):
         assert httpx.get(address + path).status_code in (401, 404) and "data" not in httpx.get(address + path).text
 
 
@@ -182,8 +182,20 @@ def test_behind_a_proxy_all_is_where_it_was_whether_or_not_the_prefix_is_taken_o
             assert httpx.get(f"{address}{prefix}/v1/models", headers=BEARER).status_code == 200
             assert httpx.get(f"{address}{prefix}/v1/models").status_code == 401
             assert httpx.get(f"{address}{prefix}/anthropic/x").json()["type"] == "error"
-            assert httpx.get(f"{address}{prefix}/").status_code == 200
+            page = httpx.get(f"{address}{prefix}/")
+            assert page.status_code == 200 and httpx.get(f"{address}{prefix}").content == page.content
         assert httpx.get(f"{address}/llms/healthz").status_code == 401
+        assert httpx.get(f"{address}/llms").status_code == 401
+        assert httpx.post(f"{address}/llm").status_code == 405
+
+
+def test_a_slash_too_many_is_as_if_it_were_not_there() -> None:
+    """Of a base URL that ends in one, to which clients append a path that begins with one."""
+    with live(ScriptedEngine(), api_keys=(KEY,), root_path="/llm") as address:
+        for path in ("//v1/models", "/v1//models", "//llm//v1/models"):
+            assert httpx.get(f"{address}{path}", headers=BEARER).status_code == 200
+            assert httpx.get(f"{address}{path}").status_code == 401, "a path is looked at as it is read"
+        assert httpx.get(f"{address}//v1/none", headers=BEARER).status_code == 404
 
 
 def raw(address: str, request: bytes) -> bytes:

@@ -141,7 +141,7 @@ def test_a_budget_of_thinking_is_the_engines_bound() -> None:
         ({"temperature": 3}, "temperature"),
         ({"n": 9}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"stop": ["a", ""]}, "stop[1]"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"logit_bias": {"1": "x"}}, "logit_bias.1"),

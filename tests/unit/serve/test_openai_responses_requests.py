@@ -14,6 +14,13 @@ from sprat.tokens.chat import Message, ToolCall
 ASK: dict[str, Any] = {"model": "m", "input": "Hi"}
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": True, "description": "Adds."}
 SUB = {"type": "function", "name": "sub", "parameters": None, "strict": None}
+PICK = {
+    "type": "custom",
+    "name": "pick",
+    "description": "Picks.",
+    "format": {"type": "grammar", "syntax": "regex", "definition": "a|b"},
+}
+LARK = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}}
 CALL = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a":1}'}
 LOGPROBS = ["message.output_text.logprobs", "reasoning.encrypted_content"]
 
@@ -78,8 +85,8 @@ def test_tools_of_other_kinds_beside_functions_are_ignored_and_said_to_be() -> N
     """What Codex lists: functions, and tools that only OpenAI's own server runs."""
     others = [
         {"type": "web_search", "external_web_access": False},
-        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
-        {"type": "namespace", "name": "mcp", "tools": [SUB]},
+        LARK,
+        {"type": "tool_search", "execution": "client"},
         {"type": "local_shell"},
     ]
     generation = parse_responses({**ASK, "tools": [others[0], SUB, *others[1:]], "tool_choice": "required"})
@@ -91,7 +98,7 @@ def test_tools_of_other_kinds_beside_functions_are_ignored_and_said_to_be() -> N
 
 def test_tools_may_come_as_an_item() -> None:
     """As Codex sends them since 0.150: an item beside the messages."""
-    added = {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "exec"}, SUB]}
+    added = {"type": "additional_tools", "role": "developer", "tools": [LARK, SUB]}
     generation = parse_responses({**ASK, "input": [added, {"role": "user", "content": "Hi"}], "tools": [TOOL]})
     assert [tool.name for tool in generation.tools] == ["add", "sub"]
     assert generation.messages == (Message("user", "Hi"),) and "input[0].tools[0]" in generation.ignored
@@ -99,6 +106,66 @@ def test_tools_may_come_as_an_item() -> None:
         {**ASK, "input": [{**added, "tools": added["tools"][:1]}, {"role": "user", "content": "Hi"}]}
     )
     assert not alone.tools
+
+
+def test_custom_tools_take_a_text_and_are_sent_back_with_it() -> None:
+    items = [
+        {"role": "user", "content": "Hi"},
+        {
+            "type": "custom_tool_call",
+            "id": "ctc_1",
+            "call_id": "c1",
+            "name": "pick",
+            "input": 'a "b"',
+            "status": "completed",
+        },
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "Done"}]},
+    ]
+    generation = parse_responses(
+        {**ASK, "input": items, "tools": [TOOL, PICK], "tool_choice": {"type": "custom", "name": "pick"}}
+    )
+    assert generation.messages[1:] == (
+        Message("assistant", "", tool_calls=(ToolCall("pick", '{"input": "a \\"b\\""}', "c1"),)),
+        Message("tool", "Done", tool_call_id="c1"),
+    )
+    assert generation.tool_choice == ToolChoice("named", "pick")
+    text = {"type": "string", "pattern": "^(?:a|b)$"}
+    assert generation.tools[1].parameters == {
+        "type": "object", "properties": {"input": text}, "required": ["input"], "additionalProperties": False
+    }  # fmt: skip
+    free = parse_responses({**ASK, "tools": [{"type": "custom", "name": "say", "format": {"type": "text"}}]})
+    assert (free.tools[0].parameters or {})["properties"] == {"input": {"type": "string"}}
+
+
+def test_tools_in_namespaces_have_longer_names() -> None:
+    """As Codex lists those of an MCP server."""
+    space = {"type": "namespace", "name": "mcp__math__", "description": "Math.", "tools": [TOOL, SUB]}
+    items = [
+        {"role": "user", "content": "Hi"},
+        CALL | {"namespace": "mcp__math__"},
+        {"type": "function_call_output", "call_id": "c1", "output": "2"},
+    ]
+    generation = parse_responses({**ASK, "input": items, "tools": [space, TOOL]})
+    assert [(tool.name, tool.namespace, tool.member) for tool in generation.tools] == [
+        ("mcp__math__add", "mcp__math__", "add"), ("mcp__math__sub", "mcp__math__", "sub"), ("add", "", "")
+    ]  # fmt: skip
+    assert generation.messages[1].tool_calls[0].name == "mcp__math__add"
+
+
+def test_the_system_may_speak_last_and_what_others_ran_is_ignored() -> None:
+    items = [
+        {"role": "user", "content": "Hi"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "q"}},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": ""},
+        CALL,
+        {"type": "function_call_output", "call_id": "c1",
+         "output": [{"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "high"}]},
+        {"role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+    ]  # fmt: skip
+    generation = parse_responses({**ASK, "input": items})
+    assert [message.role for message in generation.messages] == ["user", "assistant", "tool", "system"]
+    assert generation.messages[2].content == "[image: left out, as this model reads text alone]"
+    assert {"input[].action", "input[].output[].image_url"} <= set(generation.ignored)
 
 
 @pytest.mark.parametrize("effort", [None, "none", "minimal", "ultra"])
@@ -139,7 +206,24 @@ def test_the_form_of_the_text_is_chosen(form: dict[str, Any], expected: Any) -> 
         ({"input": ["x"]}, "input[0]", "invalid_type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "not_offered"),
         ({"input": [{"id": "x"}]}, "input[0]", "not_offered"),
-        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "not_offered"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0].type", "not_offered"),
+        ({"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input[0].type", "not_offered"),
+        ({"input": [{"role": "system", "content": "x"}]}, "input", "invalid_value"),
+        ({"tools": [LARK]}, "tools[0].format.syntax", "not_offered"),
+        ({"tools": [PICK | {"format": {"type": "grammar", "syntax": "peg", "definition": "x"}}]},
+         "tools[0].format.syntax", "invalid_value"),
+        ({"tools": [PICK | {"format": {"type": "grammar", "syntax": "regex"}}]}, "tools[0].format.definition",
+         "missing_required_parameter"),
+        ({"tools": [PICK | {"format": {"type": "grammar", "syntax": "regex", "definition": "[a"}}]},
+         "tools[0].format.definition", "invalid_value"),
+        ({"tools": [PICK | {"format": {"type": "xml"}}]}, "tools[0].format.type", "invalid_value"),
+        ({"tools": [PICK, PICK]}, "tools[1].name", "invalid_value"),
+        ({"tools": [PICK], "tool_choice": {"type": "function", "name": "pick"}}, "tool_choice.name", "invalid_value"),
+        ({"tools": [{"type": "namespace", "name": "mcp"}]}, "tools[0].tools", "missing_required_parameter"),
+        ({"tools": [{"type": "namespace", "name": "mcp", "tools": [SUB, SUB]}]}, "tools[0].tools[1].name",
+         "invalid_value"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "pick"}]}, "input[0].input",
+         "missing_required_parameter"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "invalid_value"),
         ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},

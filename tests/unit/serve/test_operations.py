@@ -168,6 +168,13 @@ def test_what_is_refused_or_computed_has_a_line_and_what_is_read_again_and_again
             assert client.post(CHAT, json=ASK).status_code == 200
             assert client.post(CHAT, json={**ASK, "model": "none"}).status_code == 404
             assert client.post("/v1/embeddings", json={**EMBED, "input": ""}).status_code == 400
+            assert client.post(CHAT, json={**ASK, "temperature": 9}).status_code == 400
+            embedded = client.post("/v1/embeddings", json=EMBED).json()["usage"]["prompt_tokens"]
+            for path, body in (
+                ("/v1/messages/count_tokens", ASK), ("/v1/responses/input_tokens", {"model": "tiny", "input": "Hi"}),
+                ("/tokenize", {"prompt": "Hi"}), ("/detokenize", {"tokens": [5]}),
+            ):  # fmt: skip
+                assert client.post(path, json=body).status_code == 200
             assert client.get("/v1/models?key=k1").status_code == 200
             for path in ("/health", "/health/live", "/metrics"):
                 assert client.get(path).status_code == 200
@@ -176,14 +183,23 @@ def test_what_is_refused_or_computed_has_a_line_and_what_is_read_again_and_again
         access_log.propagate = propagates
         access_log.setLevel(logging.NOTSET)
     rows = [json.loads(line) for line in stream.getvalue().splitlines()]
-    said = [(row["method"], row["path"], row["status"], row["code"], bool(row["tenant"])) for row in rows]
+    said = [(row["path"], row["status"], row["code"], bool(row["tenant"]), row["model"]) for row in rows]
     assert sorted(said) == sorted([
-        ("POST", CHAT, 401, "invalid_api_key", False),
-        ("GET", "/v1/models", 403, "host_not_allowed", False),
-        ("POST", CHAT, 200, "", True),
-        ("POST", CHAT, 404, "model_not_found", True),
-        ("POST", "/v1/embeddings", 400, "invalid_value", True),
+        (CHAT, 401, "invalid_api_key", False, ""),
+        ("/v1/models", 403, "host_not_allowed", False, ""),
+        (CHAT, 200, "", True, "tiny"),
+        (CHAT, 404, "model_not_found", True, "none"),
+        (CHAT, 400, "invalid_value", True, "tiny"),
+        ("/v1/embeddings", 400, "invalid_value", True, "tiny"),
+        ("/v1/embeddings", 200, "", True, "tiny"),
+        ("/v1/messages/count_tokens", 200, "", True, "tiny"),
+        ("/v1/responses/input_tokens", 200, "", True, "tiny"),
+        ("/tokenize", 200, "", True, "tiny"),
+        ("/detokenize", 200, "", True, "tiny"),
     ])  # fmt: skip
+    computed = {row["path"]: row["prompt_tokens"] for row in rows if row["status"] == 200}
+    assert computed.pop("/v1/embeddings") == embedded > 0
+    assert computed.pop(CHAT) > 0 and set(computed.values()) == {0}, "what is counted is not computed"
     assert "k1" not in stream.getvalue()
 
 
