@@ -8,13 +8,14 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from sprat.errors import SpratError
+from sprat.errors import EngineError, ServeError, SpratError
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
 from sprat.serve.metrics import Metrics
 from sprat.serve.service import Service
 
 log = logging.getLogger(__name__)
+SETTINGS = {"cache_bytes": "kv_cache_memory_bytes"}  # what an engine calls them → ours
 BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 
 
@@ -48,14 +49,22 @@ class AppState:
         return self.config.max_body_bytes or BODY_BYTES + BYTES_OF_TOKEN * context
 
     async def start(self) -> None:
-        """Have all engines up. Raises SpratError: one cannot be."""
+        """Have all engines up.
+
+        Raises:
+            ServeError: a setting of this server is none for an engine.
+            SpratError: one cannot be.
+        """
         starts = [asyncio.ensure_future(service.engine.start()) for service in self.services]
         try:
             await asyncio.gather(*starts)
-        except BaseException:  # no other may come up after it was stopped
+        except BaseException as error:  # no other may come up after it was stopped
             for start in starts:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
+            if isinstance(error, EngineError):
+                where = SETTINGS.get(error.where, error.where)
+                raise ServeError(error.what, where=where, todo=error.todo) from error
             raise
         for service in self.services:
             self._warn_of_limits(service)

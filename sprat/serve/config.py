@@ -41,7 +41,7 @@ class ServeConfig(Config):
         kv_cache_memory_bytes: of keys and values of all requests and of prompts that are kept, of each model, at most;
             None: twice what all answers need, and half of the memory that is free at most.
         engine_iteration_timeout_seconds: an engine's process that is at one step, or says nothing, for longer is taken
-            for hung: it is killed and started again. inf: never.
+            for hung: it is killed and started again.
         max_num_queued_reqs: requests that wait for that at most; one more is refused with 429 or 503. 0: none waits.
         max_num_queued_tokens: of their prompts, estimated from their bytes.
         max_wait_seconds: until a request begins; then it is refused with 503.
