@@ -78,7 +78,8 @@ CLAUDE_CODE: Json = {
 }
 CODEX: Json = {
     "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"summary": "auto"}, "stream": True,
-    "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "01a2", "client_metadata": {"turn_id": "01a2"},
+    "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "01a2",
+    "client_metadata": {"turn_id": "01a2"},
 }  # fmt: skip
 
 
