@@ -112,6 +112,7 @@ class Service:
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="sprat-prompt")
         self.on_usage = on_usage
         self._grammars: OrderedDict[tuple[Tenant, Response], None] = OrderedDict()  # that the engine has compiled
+        self._faults: OrderedDict[tuple[Tenant, Response], EngineError] = OrderedDict()  # of texts of custom tools
 
     async def run_in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes the processor (writing and tokenising prompts) beside the event loop."""
@@ -188,15 +189,26 @@ class Service:
             return
         async with self.compiling.place(tenant.name, tokens=0, generation=generation):
             for text, path in self.prompts.text_grammars(generation):
-                try:
-                    await self.engine.compile(text, tenant)
-                except EngineError as error:
+                if (error := await self._fault_of(text, tenant)) is not None:
                     at = {"tools": path, "response_format": path}
-                    raise self.refusal(error, replace(generation, paths={**generation.paths, **at})) from error
+                    raise self.refusal(error, replace(generation, paths={**generation.paths, **at}))
             await self.engine.compile(response, tenant)
         known[tenant, response] = None
         if len(known) > KNOWN_GRAMMARS:
             known.popitem(last=False)
+
+    async def _fault_of(self, text: Response, tenant: Tenant) -> EngineError | None:
+        """Why a grammar cannot be used; an engine says so once, and of a grammar that it knows only with the answer."""
+        faults, key = self._faults, (tenant, text)
+        if key not in faults:
+            try:
+                await self.engine.compile(text, tenant)
+                return None
+            except EngineError as error:
+                faults[key] = error
+                if len(faults) > KNOWN_GRAMMARS:
+                    faults.popitem(last=False)
+        return faults[key]
 
     def _leave(self, answer: Answer, place: Place) -> None:
         """Give the place back."""

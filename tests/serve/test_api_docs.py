@@ -33,8 +33,10 @@ def test_the_blocks_for_a_call_and_a_form_give_what_they_ask_for(served: Server)
         if "tool_choice" in block or "json_schema" in block:
             script = block.replace("http://127.0.0.1:8000", served.url)
             text = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60).stdout
-            answers.append(json.loads(text)["choices"][0])
-    call, form = answers
+            answers.append(json.loads(text))
+    call, form, custom = answers
+    call, form = call["choices"][0], form["choices"][0]
+    assert custom["output"][-1]["type"] == "custom_tool_call" and custom["output"][-1]["input"] in ("red", "blue")
     function = call["message"]["tool_calls"][0]["function"]
     assert function["name"] == "weather" and json.loads(function["arguments"])["city"] in ("Paris", "Rome")
     assert call["finish_reason"] == "tool_calls"

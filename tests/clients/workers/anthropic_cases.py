@@ -107,6 +107,29 @@ def case_system_and_blocks(target: Target) -> None:
     assert ask(target, messages=blocks).content[0].text == HELLO_ANSWER
 
 
+def case_what_claude_code_sends(target: Target) -> None:
+    """The system between and behind the turns, wishes about thinking, a picture that a tool read."""
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    use = {"type": "tool_use", "id": "t", "name": WEATHER_CALL["name"], "input": json.loads(WEATHER_CALL["arguments"])}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [image]}
+    turns = [*user(WEATHER), {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    for fields in (
+        {"messages": [*user(HELLO), {"role": "system", "content": "Be brief."}]},
+        {"thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "high"}},
+        {"messages": turns, "tools": [*ANTHROPIC_TOOLS, {"type": "web_search_20250305", "name": "web_search"}]},
+    ):
+        answer = client(target).beta.messages.create(
+            **{"model": MODEL, "messages": user(HELLO), "max_tokens": 32000, "stream": False, "timeout": 60, **fields},
+            extra_body={"context_management": {"edits": []}, "temperature": 0},
+            betas=["context-management-2025-06-27", "mid-conversation-system-2026-04-07"],
+        )
+        assert answer.usage.output_tokens > 0, fields
+    system = {"role": "system", "content": "Be brief."}
+    first = client(target).messages.count_tokens(model=MODEL, messages=user(HELLO), system="Be brief.")
+    last = client(target).messages.count_tokens(model=MODEL, messages=[*user(HELLO), system])
+    assert first.input_tokens == last.input_tokens
+
+
 def case_assistant_last_is_continued(target: Target) -> None:
     answer = ask(target, messages=[*user(HELLO), {"role": "assistant", "content": "Hello! How can"}])
     assert answer.content[0].text == " I help you today?", answer

@@ -291,7 +291,7 @@ def case_context_error(target: Target) -> None:
 def case_errors_name_the_field(target: Target) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     wrong: dict[str, dict[str, Any]] = {
-        "temperature": {"temperature": 9}, "top_p": {"top_p": -1}, "n": {"n": 1000}, "stop": {"stop": ["a"] * 17},
+        "temperature": {"temperature": 9}, "top_p": {"top_p": -1}, "n": {"n": 1000}, "stop": {"stop": ["a"] * 65},
         "top_logprobs": {"logprobs": True, "top_logprobs": 10**4}, "max_tokens": {"max_tokens": 0},
         "messages[0].role": {"messages": [{"role": "king", "content": "x"}]}, "messages": {"messages": []},
         "messages[0].content[1]": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]},

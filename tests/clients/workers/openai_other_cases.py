@@ -87,6 +87,13 @@ def case_embeddings(target: Target) -> None:
     strict = client(target).embeddings.create(model=MODEL, input=HELLO, encoding_format="float")
     floats = strict.data[0].embedding
     assert all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(first, floats, strict=True))
+    few = sdk.embeddings.create(model=MODEL, input=HELLO, dimensions=5).data[0].embedding
+    length = math.sqrt(math.fsum(x * x for x in first[:5]))
+    assert len(few) == 5 and all(math.isclose(x, y / length, abs_tol=1e-5) for x, y in zip(few, first, strict=False))
+    for wrong in (0, len(first) + 1):
+        error = raised(openai.BadRequestError, lambda wrong=wrong: sdk.embeddings.create(
+            model=MODEL, input=HELLO, dimensions=wrong))  # fmt: skip
+        assert error.param == "dimensions", error
     ids = sdk.embeddings.create(model=MODEL, input=[300, 301, 302])
     assert ids.usage.prompt_tokens == 3
     error = raised(openai.BadRequestError, lambda: sdk.embeddings.create(model=MODEL, input=""))

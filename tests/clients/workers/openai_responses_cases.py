@@ -27,6 +27,8 @@ from openai_chat_cases import client
 from pydantic import BaseModel
 
 TOOLS = [{"type": "function", "strict": True, **function} for function in FUNCTIONS]
+COLOR = {"type": "custom", "name": "color", "description": "Sets a color.", "format": {
+    "type": "grammar", "syntax": "regex", "definition": "(red|blue)"}}  # fmt: skip
 
 
 class Forecast(BaseModel):
@@ -155,6 +157,54 @@ def case_tool_events(target: Target) -> None:
     assert done and pieces == done
     calls = [item for item in events[-1].response.output if item.type == "function_call"]
     assert {call.id: call.arguments for call in calls} == done
+
+
+def case_custom_tools(target: Target) -> None:
+    answer = ask(target, tools=[COLOR], tool_choice="required", parallel_tool_calls=False)
+    [call] = [item for item in answer.output if item.type == "custom_tool_call"]
+    assert (call.name, call.input) in (("color", "red"), ("color", "blue")) and call.call_id and call.id
+    chosen = ask(target, tools=[*TOOLS, COLOR], tool_choice={"type": "custom", "name": "color"})
+    assert chosen.output[-1].type == "custom_tool_call" and chosen.output[-1].input in ("red", "blue")
+    result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "Done."}
+    for items in (answer.output, [item.model_dump() for item in answer.output], [i.to_dict() for i in answer.output]):
+        again = ask(target, input=[*user(HELLO), *items, result], tools=[COLOR], max_output_tokens=9)
+        assert again.usage.output_tokens > 0
+    assert ask(target, tools=[{"type": "custom", "name": "say"}], max_output_tokens=3).usage.output_tokens > 0
+
+
+def case_custom_tool_events(target: Target) -> None:
+    fields = {"tools": [COLOR], "tool_choice": "required", "parallel_tool_calls": False}
+    events = list(ask(target, stream=True, **fields))
+    text = "".join(event.delta for event in events if event.type == "response.custom_tool_call_input.delta")
+    [done] = [event for event in events if event.type == "response.custom_tool_call_input.done"]
+    [item] = [event.item for event in events if event.type == "response.output_item.done"]
+    assert text == done.input == item.input in ("red", "blue") and done.item_id == item.id
+    assert events[-1].type == "response.completed" and events[-1].response.output[-1].input == text
+    with client(target).responses.stream(model=MODEL, input=HELLO, temperature=0, **fields) as stream:
+        assert stream.get_final_response().output[-1].input in ("red", "blue")
+
+
+def case_custom_tools_that_are_not_had(target: Target) -> None:
+    lark = {**COLOR, "format": {"type": "grammar", "syntax": "lark", "definition": "start: RED"}}
+    error = raised(openai.BadRequestError, lambda: ask(target, tools=[lark]))
+    assert error.param == "tools[0].format.syntax", error
+    wrong = {**COLOR, "format": {"type": "grammar", "syntax": "regex", "definition": "(?=red)"}}
+    error = raised(openai.BadRequestError, lambda: ask(target, tools=[*TOOLS, wrong]))
+    assert error.param == "tools[2].format.definition", error
+
+
+def case_input_tokens(target: Target) -> None:
+    call = {"type": "function_call", "call_id": "c", **WEATHER_CALL}
+    result = {"type": "function_call_output", "call_id": "c", "output": WEATHER_RESULT}
+    for fields in (
+        {}, {"instructions": "Be brief."}, {"tools": TOOLS}, {"tools": [*TOOLS, COLOR], "tool_choice": "required"},
+        {"reasoning": {"effort": "high"}}, {"input": [*user(WEATHER), call, result], "tools": TOOLS},
+    ):  # fmt: skip
+        counted = client(target).responses.input_tokens.count(**{"model": MODEL, "input": HELLO, **fields})
+        assert counted.object == "response.input_tokens"
+        assert counted.input_tokens == ask(target, max_output_tokens=2, **fields).usage.input_tokens, fields
+    error = raised(openai.NotFoundError, lambda: client(target).responses.input_tokens.count(model="none", input=HELLO))
+    assert error.code == "model_not_found"
 
 
 def case_what_has_a_state(target: Target) -> None:

@@ -170,6 +170,27 @@ def case_several_choices(target: Target) -> None:
         check_calls(choice.message.tool_calls)
 
 
+def case_custom_tools(target: Target) -> None:
+    form = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "(red|blue)"}}
+    color = {"type": "custom", "custom": {"name": "color", "description": "Sets a color.", "format": form}}
+    choice = {"type": "custom", "custom": {"name": "color"}}
+    answer = ask(target, tools=[*TOOLS, color], tool_choice=choice).choices[0]
+    [call] = answer.message.tool_calls
+    assert (call.type, call.custom.name) == ("custom", "color") and call.custom.input in ("red", "blue")
+    assert answer.finish_reason == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Done."}
+    for sent in (answer.message, answer.message.model_dump(), answer.message.to_dict()):
+        again = ask(target, messages=[*user(HELLO), sent, result], tools=[*TOOLS, color], max_tokens=9)
+        assert again.usage.completion_tokens > 0
+    said = {"name": "", "input": ""}
+    chunks = client(target, strict=False).chat.completions.create(  # whose types know functions alone in a stream
+        model=MODEL, messages=user(HELLO), tools=[color], tool_choice=choice, temperature=0, stream=True
+    )
+    for piece in (piece for chunk in chunks for piece in chunk.choices[0].delta.tool_calls or ()):
+        said = {name: text + piece.to_dict()["custom"].get(name, "") for name, text in said.items()}
+    assert said == {"name": "color", "input": call.custom.input}, said
+
+
 def case_wrong_tools(target: Target) -> None:
     unnamed = {"type": "function", "function": {"name": "none_such"}}
     for fields in (
