@@ -106,14 +106,22 @@ def text_rows(
 ) -> PackedDataset:
     """Rows of ``window`` tokens of excerpts of many documents, each with a segment of its own.
 
+    Where the model's texts begin with a token of their own, each segment of a row does: nothing that the model is asked
+    comes without it, and to a model the first token of a sequence is unlike all others.
+
     Raises:
         DataError: there is not one row of text.
     """
     ids: list[int] = []
     segment_ids: list[int] = []
+    begin = [tokenizer.special_ids.bos] if tokenizer.special_ids.bos >= 0 and window > 1 else []
     for number, excerpt in enumerate(_excerpts(list(documents)), 1):
-        ids += tokenizer.encode(excerpt)
-        segment_ids += [number] * (len(ids) - len(segment_ids))
+        rest = tokenizer.encode(excerpt)
+        while rest:  # a row at a time: what goes on in the next one is a segment there
+            piece = [*begin, *rest][: window - len(ids) % window]
+            rest = rest[len(piece) - len(begin) :]
+            ids += piece
+            segment_ids += [number] * len(piece)
         if len(ids) >= num_tokens:
             break
     _check_enough(len(ids), window)

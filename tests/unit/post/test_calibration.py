@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -81,8 +82,28 @@ def test_few_documents_go_on_until_there_is_enough(tokenizer: Tokenizer) -> None
     documents = [Document(name, f"{name} " * 5000, "s", "", "prose") for name in "abc"]
     rows = text_rows(documents, tokenizer, 64, 8192)
     assert rows.tokens.shape == (8192 // 64, 64)
-    order = [tokenizer.decode([ids[0]]).strip() for ids in sequences(text_rows(documents, tokenizer, 4096, 8192))]
+    order = [tokenizer.decode(ids[1:2]).strip() for ids in sequences(text_rows(documents, tokenizer, 4096, 8192))]
     assert sorted(order[:3]) == ["a", "b", "c"]  # none goes on before all have begun
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_texts_begin_as_a_text_that_the_model_is_asked(
+    tokenizer: Tokenizer, has_bos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the token that begins texts, also where an excerpt goes on in another row; if there is one."""
+    asked = tokenizer.encode_prompt("It is 4.")
+    if not has_bos:
+        asked = tokenizer.encode("It is 4.")
+        monkeypatch.setattr(tokenizer, "special_ids", dataclasses.replace(tokenizer.special_ids, bos=-1))
+    long = "What is one plus one? " * 40
+    rows = text_rows([Document("short", "It is 4.", "s", "", "prose")] * 9, tokenizer, 16, 64)
+    assert sequences(rows)[0] == asked
+    rows = text_rows([Document("long", long, "s", "", "prose")], tokenizer, 16, 128)
+    assert len(sequences(rows)) == len(rows.tokens) == 8
+    begins = {int(ids[0]) for ids in rows.tokens}
+    assert (begins == {asked[0]}) == has_bos
+    said = [token for ids in sequences(rows) for token in ids[has_bos:]]
+    assert said == tokenizer.encode(long)[: len(said)]  # no token is lost between two rows
 
 
 def test_what_is_neither_text_nor_a_conversation_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
