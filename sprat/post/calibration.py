@@ -31,7 +31,7 @@ from sprat.data.pack import PackedDataset, pack
 from sprat.data.record import Record
 from sprat.data.records import RECORD_SUFFIXES, read_file, record_kind
 from sprat.errors import DataError
-from sprat.post.examples import encode_example
+from sprat.post.examples import MaskedIds, encode_example, fit_rows
 from sprat.tokens import Tokenizer
 
 CALIBRATION_TOKENS = 16_384  # two to three minutes of one core for 135 million weights
@@ -84,19 +84,24 @@ def conversation_rows(
 ) -> PackedDataset:
     """Rows of ``window`` tokens of conversations drawn from ``examples``, their answers marked as learned.
 
+    Of a conversation longer than a row the pieces that hold something of an answer are shown; all together have not
+    much more than ``num_tokens`` tokens.
+
     Raises:
         DataError: there are not as many tokens as a row has, or see ``encode_example``.
     """
     chosen = list(examples)
     random.Random(0).shuffle(chosen)
-    sequences, count = list[tuple[list[int], list[int]]](), 0
+    sequences, count = list[MaskedIds](), 0
     for example in chosen:
         if count >= num_tokens:
             break
         encoded = encode_example(tokenizer, example, keep_reasoning=True)
-        shown = encoded[:1] if isinstance(example, PreferencePair) else encoded
-        sequences += shown
-        count += sum(len(ids) for ids, _ in shown)
+        for sequence in encoded[:1] if isinstance(example, PreferencePair) else encoded:
+            for piece in fit_rows(sequence, window - 1, "split"):
+                if count < num_tokens:
+                    sequences.append(piece)
+                    count += len(piece[0])
     _check_enough(count, window)
     return pack(sequences, window - 1)
 

@@ -26,7 +26,7 @@ import torch
 from sprat.config import OptimConfig
 from sprat.data.loader import IGNORE_INDEX, Batch, MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
-from sprat.errors import TrainingError
+from sprat.errors import DataError, TrainingError
 from sprat.kernels.mixed_precision import linear
 from sprat.model import Transformer
 from sprat.model.layers import set_compute_dtype
@@ -59,12 +59,13 @@ def tune_scales(
         on_progress: hears how many steps are done, of how many.
 
     Raises:
+        DataError: of a part nothing is learned.
         TrainingError: the loss is not finite.
     """
     machine.tune_allocator()
     held, sources = [], []
     for number, part in enumerate(parts):
-        train, apart = _hold_out(part, seed)
+        train, apart = _hold_out(_rows_that_count(part), seed)
         held.append(gather_rows(apart, range(apart.num_rows)))
         rows = 1 if number else max(1, STEP_ROWS - len(parts) + 1)
         sources.append(MixedBatchSource([(train, 1.0)], rows=rows, seed=seed))
@@ -103,11 +104,25 @@ def _hold_out(part: PackedDataset, seed: int) -> tuple[PackedDataset, PackedData
 
 
 def _mean_kl(rounded: Transformer, original: Transformer, parts: Sequence[Batch]) -> float:
-    """The mean over parts of their mean KL."""
+    """The mean over parts of the mean KL of their rows."""
     with torch.no_grad():
         return sum(
             sum(_kl(rounded, original, part[row : row + 1]) for row in range(len(part))) / len(part) for part in parts
         ) / len(parts)
+
+
+def _rows_that_count(part: PackedDataset) -> PackedDataset:
+    """The rows of ``part`` of which something is learned: of the others nothing can be said, not that all is well.
+
+    Raises:
+        DataError: there is none.
+    """
+    batch = gather_rows(part, range(part.num_rows))
+    at = (batch.targets_BT != IGNORE_INDEX).any(1).numpy()
+    if not at.any():
+        todo = "give conversations whose answers are learned, or text"
+        raise DataError("no answer to learn scales by", where="tune_steps", todo=todo)
+    return PackedDataset(part.tokens[at], part.segments[at], part.loss_mask[at])
 
 
 def _kl(rounded: Transformer, original: Transformer, batch: Batch, weight: float = 1.0) -> float:

@@ -86,6 +86,19 @@ def test_few_documents_go_on_until_there_is_enough(tokenizer: Tokenizer) -> None
     assert sorted(order[:3]) == ["a", "b", "c"]  # none goes on before all have begun
 
 
+def test_a_conversation_longer_than_all_that_is_asked_for_is_shown_where_it_answers(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """One of a hundred thousand tokens once was calibrated on whole, all of it at once."""
+    long = "What is one plus one? " * 4000
+    chats = [{"prompt": f"{number} {long}", "completion": f"It is {number}. " * 40} for number in range(3)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
+    [rows] = read_calibration(tmp_path / "chats.jsonl", tokenizer, 128, 512)
+    assert 512 <= (rows.segments > 0).sum() < 512 + 128 and rows.tokens.size <= 2 * 640
+    assert all(rows.loss_mask[:, 1:].any(1))
+    assert "It is" in tokenizer.decode(rows.tokens.flatten().tolist())
+
+
 @pytest.mark.parametrize("has_bos", [True, False])
 def test_texts_begin_as_a_text_that_the_model_is_asked(
     tokenizer: Tokenizer, has_bos: bool, monkeypatch: pytest.MonkeyPatch
