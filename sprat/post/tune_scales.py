@@ -36,7 +36,7 @@ from sprat.train.losses import attention_segments
 
 WINDOW = 256  # tokens of a row, at most
 STEP_ROWS = 3  # of all parts together; the first has more of them than the others
-HELD_OUT_ROWS = 8  # of each part, at most; and at most a quarter
+HELD_OUT_ROWS = 8  # of each part, at most; and at most a quarter, but one
 _CHUNK = 256  # positions whose logits are held at once
 
 
@@ -59,13 +59,13 @@ def tune_scales(
         on_progress: hears how many steps are done, of how many.
 
     Raises:
-        DataError: of a part nothing is learned.
+        DataError: see ``hold_out``.
         TrainingError: the loss is not finite.
     """
     machine.tune_allocator()
     held, sources = [], []
     for number, part in enumerate(parts):
-        train, apart = _hold_out(_rows_that_count(part), seed)
+        train, apart = hold_out(part, seed)
         held.append(gather_rows(apart, range(apart.num_rows)))
         rows = 1 if number else max(1, STEP_ROWS - len(parts) + 1)
         sources.append(MixedBatchSource([(train, 1.0)], rows=rows, seed=seed))
@@ -92,12 +92,21 @@ def tune_scales(
     return {"steps": steps, "kl_before": before, "kl_after": after, "kept": after < before}
 
 
-def _hold_out(part: PackedDataset, seed: int) -> tuple[PackedDataset, PackedDataset]:
-    """Rows to train on, and others; the same where there is one row."""
-    order = np.random.default_rng(seed).permutation(part.num_rows)
-    count = min(HELD_OUT_ROWS, part.num_rows // 4)
-    if not count:
-        return part, part
+def hold_out(part: PackedDataset, seed: int) -> tuple[PackedDataset, PackedDataset]:
+    """Rows of ``part`` to train on, and others; of rows of which nothing is learned nothing can be said.
+
+    Raises:
+        DataError: there are not two rows of which something is learned.
+    """
+    learned_BT = gather_rows(part, range(part.num_rows)).targets_BT != IGNORE_INDEX
+    rows = np.flatnonzero(learned_BT.any(1).numpy())
+    if len(rows) < 2:
+        what = f"{len(rows)} rows of {part.seq_len + 1} tokens with something to learn are too few to tune scales on"
+        raise DataError(
+            what, where="tune_steps", todo="give more text, or more conversations whose answers are learned"
+        )
+    order = rows[np.random.default_rng(seed).permutation(len(rows))]
+    count = max(1, min(HELD_OUT_ROWS, len(rows) // 4))
     pieces = (order[count:], order[:count])
     train, apart = (PackedDataset(part.tokens[at], part.segments[at], part.loss_mask[at]) for at in pieces)
     return train, apart
@@ -109,20 +118,6 @@ def _mean_kl(rounded: Transformer, original: Transformer, parts: Sequence[Batch]
         return sum(
             sum(_kl(rounded, original, part[row : row + 1]) for row in range(len(part))) / len(part) for part in parts
         ) / len(parts)
-
-
-def _rows_that_count(part: PackedDataset) -> PackedDataset:
-    """The rows of ``part`` of which something is learned: of the others nothing can be said, not that all is well.
-
-    Raises:
-        DataError: there is none.
-    """
-    batch = gather_rows(part, range(part.num_rows))
-    at = (batch.targets_BT != IGNORE_INDEX).any(1).numpy()
-    if not at.any():
-        todo = "give conversations whose answers are learned, or text"
-        raise DataError("no answer to learn scales by", where="tune_steps", todo=todo)
-    return PackedDataset(part.tokens[at], part.segments[at], part.loss_mask[at])
 
 
 def _kl(rounded: Transformer, original: Transformer, batch: Batch, weight: float = 1.0) -> float:
