@@ -61,7 +61,7 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
     if few["count"]:
         shown = ", ".join(few["names"][:3]) + (", …" if few["count"] > 3 else "")
         done = {"nearest": "rounded to the nearest", "all": "judged by all tokens"}.get(few["handled"], "")
-        print_err(f"sprat: {few['count']} experts saw too few tokens and were {done}: {shown}")
+        print_err(f"sprat: {few['count']} matrices or experts saw too few tokens and were {done}: {shown}")
     size = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     if (tuned := facts.get("tuned")) is None:
         return size

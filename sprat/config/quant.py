@@ -39,7 +39,9 @@ class QuantizeConfig(QuantConfig):
     expert_tokens: int = Field(
         0, ge=0, lt=2**31
     )  # an expert that fewer reach is not fitted; 0: one for each input channel
-    few_tokens: FewTokens = "nearest"  # such an expert is rounded to the nearest, sees all tokens, or is an error
+    few_tokens: FewTokens = (
+        "nearest"  # such an expert, or matrix of more channels than tokens, is rounded so, sees all, or is an error
+    )
     eight_bits: tuple[str, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
     tune_steps: int = Field(0, ge=0, lt=2**31)  # in which scales learn what the dense model says (arXiv 2305.14152)
     tune_lr: float = Field(1e-4, gt=0, le=1)  # of the relative change of a scale

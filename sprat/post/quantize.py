@@ -51,7 +51,7 @@ def quantize_model(
         MachineError: the disk is full or closed to us; nothing is left.
         ConfigError: the config needs text and there is none, or asks for what the model's structure does not allow;
             something is at ``folder`` already.
-        DataError: the text is missing, binary or too short, or reaches too few experts where that is refused.
+        DataError: the text is missing, binary or too short, or reaches too little where that is refused.
     """
     if text is None and config.needs_text:
         name = "GPTQ" if config.rounding == "gptq" else "AWQ" if config.awq else "tune_steps"
@@ -83,7 +83,7 @@ def quantize_model(
         dense, config, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress, facts=seen
     )
     facts: dict[str, Any] = {"size_bytes": quant.size_bytes(small), "dense_bytes": quant.size_bytes(dense)}
-    facts |= {"calibration_tokens": 0 if segments_BT is None else int((segments_BT > 0).sum()), **seen.experts}
+    facts |= {"calibration_tokens": 0 if segments_BT is None else int((segments_BT > 0).sum()), **seen.tokens}
     facts |= {"mtp_dropped": seen.mtp_dropped} if seen.mtp_dropped else {}
     if parts:
         settings: dict[str, Any] = {"steps": config.tune_steps, "lr": config.tune_lr, "seed": config.seed}
