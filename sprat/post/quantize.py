@@ -60,7 +60,7 @@ def quantize_model(
     if folder.resolve() == model.resolve():
         raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
     for parent in (folder.resolve(), *folder.resolve().parents):
-        if (parent / "run.json").is_file():
+        if os.path.isfile(parent / "run.json"):
             raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
     refuse_existing_folder(folder)
     data = None if text is None else read_calibration(text)

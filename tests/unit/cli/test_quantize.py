@@ -177,6 +177,23 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("verb", ["quantize", "merge", "export --hf", "export --gguf"])
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: there is no model at all here, and nobody comes to look for it."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    folders = {"file/out": "Not a directory", "n" * 255: "File name too long", "n" * 250: "File name too long"}
+    folders |= {} if "gguf" in verb else {"nowhere": "something is there already"}
+    words = [*verb.split()[:1], "no-model", *(["no-adapter"] if verb == "merge" else []), *verb.split()[1:]]
+    for name, said in folders.items():
+        out = tmp_path / name
+        done = CliRunner().invoke(app, [*words, *([] if verb.startswith("export") else ["--out"]), str(out)])
+        assert done.exit_code in (2, 9) and said in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
