@@ -96,7 +96,7 @@ def load_quantize_config(
     base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
     chosen = override(dict(table or {}), overrides)
     fitted = base.rounding == "gptq" or base.awq or base.clip == "mse"
-    decided = method is not None or fitted or {"rounding", "awq", "clip"} & chosen.keys()
+    decided = method is not None or fitted or "rounding" in chosen or chosen.get("awq") is True
     settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
     merged = merge_tables(override(base.model_dump(mode="json"), settled), dict(table or {}))
     config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)
