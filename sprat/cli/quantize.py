@@ -65,6 +65,9 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
     size = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     if (tuned := facts.get("tuned")) is None:
         return size
-    if not tuned["kept"]:
-        print_err("sprat: the scales were no better for having learned, and stay as they were: give more text")
-    return f"{size}; KL to the original {tuned['kl_before']:.4f} before tuning, {tuned['kl_after']:.4f} after"
+    before, after = tuned["kl_before"], tuned["kl_after"]
+    if tuned["kept"]:
+        return f"{size}; KL to the original {before:.4f} before tuning, {after:.4f} after"
+    todo = "give more text, or lower tune_lr" if after > before else "raise tune_steps or tune_lr"
+    print_err(f"sprat: the scales were no better for having learned ({after:.4f}), and stay as they were: {todo}")
+    return f"{size}; KL to the original {before:.4f}"

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sprat
 from sprat import quant
 from sprat.cli.main import app
+from sprat.cli.quantize import _summary
 from sprat.config import QuantConfig
 from sprat.config.model import LoRAConfig
 from sprat.formats import quantized
@@ -175,6 +176,23 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
         assert done.exit_code in (2, 3, 4) and len(done.stderr.splitlines()) == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("tuned", "advice", "said"),
+    [
+        ((0.5, 0.25, True), "", "; KL to the original 0.5000 before tuning, 0.2500 after"),
+        ((0.5, 0.75, False), "lower tune_lr", "; KL to the original 0.5000"),  # 0.75 is of what was thrown away
+        ((0.5, 0.5, False), "raise tune_steps or tune_lr", "; KL to the original 0.5000"),  # no scale moved
+    ],
+)
+def test_the_figure_is_that_of_the_model_that_is_written(
+    tuned: tuple[float, float, bool], advice: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"size_bytes": 10**6, "dense_bytes": 10**7}
+    line = _summary(Path("small"), {**facts, "tuned": dict(zip(("kl_before", "kl_after", "kept"), tuned, strict=True))})
+    assert line.endswith(said)
+    assert (advice in capsys.readouterr().err) and line.startswith("small: 1.0 MB")
 
 
 @pytest.mark.parametrize("verb", ["quantize", "merge", "export --hf", "export --gguf"])
