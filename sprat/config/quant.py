@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from sprat.errors import ConfigError
 
 Clip = Literal["extreme", "mse", "minmax"]
 ActivationOrder = Literal["static", "none"]
+Part = Annotated[str, Field(min_length=1)]
 FewTokens = Literal["nearest", "all", "refuse"]
 
 
@@ -42,7 +43,7 @@ class QuantizeConfig(QuantConfig):
     few_tokens: FewTokens = (
         "nearest"  # such an expert, or matrix of more channels than tokens, is rounded so, sees all, or is an error
     )
-    eight_bits: tuple[str, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
+    eight_bits: tuple[Part, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
     tune_steps: int = Field(0, ge=0, lt=2**31)  # in which scales learn what the dense model says (arXiv 2305.14152)
     tune_lr: float = Field(1e-4, gt=0, le=1)  # of the relative change of a scale
 

@@ -19,7 +19,7 @@ from sprat.quant.awq import awq_scale
 from sprat.quant.calibration import calibrate
 from sprat.quant.gptq import GPTQSettings
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
-from sprat.quant.layers import quantizable_weights, replace_with_quantized, scheme_of
+from sprat.quant.layers import is_part_of_name, quantizable_weights, replace_with_quantized, scheme_of
 from sprat.quant.rotation import rotate, without_mtp
 
 
@@ -125,7 +125,7 @@ def _check_names(model: Transformer, config: QuantConfig) -> None:
     """
     names = list(quantizable_weights(model))
     for part in config.eight_bits if isinstance(config, QuantizeConfig) else ():
-        if not any(part in name for name in names):
+        if not any(is_part_of_name(part, name) for name in names):
             todo = f"say a part of a name, as of {names[-1]!r}"
             raise ConfigError(f"no matrix of the model is called {part!r}", where="eight_bits", todo=todo)
 
