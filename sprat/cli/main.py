@@ -92,8 +92,10 @@ VERBS = (
     ("verify-export", verify_export.verify_export, "Prove what was taken away."),
 )
 
+GOES_ON = {"quickstart", "road", "data", "train", "sft", "dpo", "rl", "distill", "quantize"}  # when it was stopped
+
 for _name, _function, _short in VERBS:
-    app.command(_name, cls=Command, short_help=_short)(verb(_function))
+    app.command(_name, cls=Command, short_help=_short)(verb(_function, goes_on=_name in GOES_ON))
 
 
 def main() -> None:

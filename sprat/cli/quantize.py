@@ -9,7 +9,7 @@ import typer
 
 from sprat.cli import stages
 from sprat.cli.progress import progress_bar
-from sprat.cli.verb import Overrides, Result, print_err
+from sprat.cli.verb import Overrides, Result, begins_anew, print_err
 from sprat.errors import ConfigError
 
 _MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
@@ -43,6 +43,7 @@ def quantize(
             todo = "name the model first: sprat quantize MODEL --out DIR"
             raise ConfigError(f"{name} is of a model of yours, and none was named", where="quantize", todo=todo)
         return stages.quantize(out or stages.DEFAULT_OUT, recipe or "quickstart", overrides)
+    begins_anew()
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.quant import load_quantize_config

@@ -243,7 +243,8 @@ def test_what_dies_while_it_writes_leaves_no_folder(
 
     monkeypatch.setattr(Tokenizer, "save", die)
     words = [verb, str(model_folder), *([str(tmp_path / "adapter")] if verb == "merge" else [])]
-    CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    stopped = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert stopped.exit_code == 130 and "begin anew: nothing is kept" in stopped.stderr  # it has no checkpoints
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.undo()
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
