@@ -105,9 +105,11 @@ VERBS = (
     ("verify-export", verify_export.verify_export, "Prove what was taken away."),
 )
 
+GOES_ON = {"quickstart", "road", "data", "train", "sft", "dpo", "rl", "distill", "quantize"}  # when it was stopped
+
 for _name, _function, _short in VERBS:
     _class = ServeCommand if _name == "serve" else Command
-    app.command(_name, cls=_class, short_help=_short)(verb(_function))
+    app.command(_name, cls=_class, short_help=_short)(verb(_function, goes_on=_name in GOES_ON))
 
 
 def main() -> None:
