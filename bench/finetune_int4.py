@@ -27,7 +27,7 @@ MAX_LOSS = "5%"
 DRAWN = 60_000  # questions; nearly all that there are of two numbers of two digits
 TEXT_CHARS = 300_000  # of each language
 ASKED_PAGES = 100  # manual pages that certify may ask
-SETTINGS = ("tune_steps=40",)
+SETTINGS = ("tune_steps=200",)
 
 
 def write_files(folder: Path, split: str) -> None:
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--split", choices=PARTS[1:], default="test", help="which questions are asked (dev: to tune)")
     parser.add_argument("--mode", choices=("lora", "full"), default="lora", help="which of the two runs")
     parser.add_argument("--out", default="int4", help="the quantized model's name in the folder")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of sprat quantize (tune_steps=40)")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of sprat quantize (tune_steps=200)")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     measured = measure(asked.folder, asked.split, asked.mode, asked.out, asked.set or list(SETTINGS))

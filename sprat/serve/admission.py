@@ -106,7 +106,7 @@ class Admission:
         *,
         max_num_seqs_per_tenant: int | None = None,
         max_num_queued_reqs_per_tenant: int | None = None,
-        expected_seconds: float = 1.0,
+        expected_seconds: float = 3.0,
         admit: Callable[[str, Generation | None], RequestError | None] | None = None,
         on_usage: Callable[[str, Usage], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
