@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from sprat.errors import CheckpointError, ConfigError
-from sprat.files import lock
+from sprat.files import digest, lock
 from sprat.formats import compressed_tensors, fetch, gguf, hf, quantized
 from sprat.model import Transformer
 from sprat.quant import dequantize_model, quantized_weights
@@ -130,6 +130,19 @@ def find_model(path: str | Path) -> Path:
     """
     path = _gguf_of_run(locate(path))
     return path if path.suffix == ".gguf" or gguf.is_gguf(path) else _folder(path)
+
+
+def fingerprint(path: str | Path) -> tuple[int, str]:
+    """Bytes of the weight files that ``load`` reads the model at ``path`` from; SHA-256 (hex) of these and config.json.
+
+    Raises:
+        CheckpointError, MachineError: see ``find_model``.
+    """
+    place = find_model(path)
+    weights = [place] if place.is_file() else hf.weight_files(place)
+    files = weights if place.is_file() else [*weights, place / "config.json"]
+    listing = {file.name: digest.of_file(file.resolve()) for file in files}
+    return sum(file.stat().st_size for file in weights), digest.of_listing(listing)
 
 
 def _folder(path: Path) -> Path:
