@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from sprat.errors import CheckpointError, ConfigError
-from sprat.files import lock
+from sprat.files import digest, lock
 from sprat.formats import fetch, gguf, hub
 from sprat.tokens import Tokenizer
 from sprat.tokens.hf_files import GENERATION_CONFIG_FILE
@@ -140,6 +140,21 @@ def find_model(path: str | Path) -> Path:
     """
     path = _gguf_of_run(locate(path))
     return path if path.suffix == ".gguf" or gguf.is_gguf(path) else _folder(path)
+
+
+def fingerprint(path: str | Path) -> tuple[int, str]:
+    """Bytes of the weight files that ``load`` reads the model at ``path`` from; SHA-256 (hex) of these and config.json.
+
+    Raises:
+        CheckpointError, MachineError: see ``find_model``.
+    """
+    from sprat.formats import hf
+
+    place = find_model(path)
+    weights = [place] if place.is_file() else hf.weight_files(place)
+    files = weights if place.is_file() else [*weights, place / "config.json"]
+    listing = {file.name: digest.of_file(file.resolve()) for file in files}
+    return sum(file.stat().st_size for file in weights), digest.of_listing(listing)
 
 
 def _folder(path: Path) -> Path:

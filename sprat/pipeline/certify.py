@@ -30,13 +30,13 @@ from sprat.eval.continuation import compare_continuations
 from sprat.eval.divergence import Window, compare_on_text, compare_routing, cut_windows, routers_agree
 from sprat.eval.intervals import relative_loss
 from sprat.eval.speed import ROUNDS, compare_speed
-from sprat.files import digest
-from sprat.formats.hf import weight_files
-from sprat.formats.load import find_model, load
+from sprat.files.json import read_json
+from sprat.formats.load import find_model, fingerprint, load
 from sprat.formats.memory import check_available_memory
 from sprat.machine import processor_name
 from sprat.model import Transformer
 from sprat.pipeline.pipeline import load_task
+from sprat.post.quantize import FACTS, MADE_FROM
 from sprat.quant import size_bytes
 from sprat.tasks import HeldOutTask, Problem, Task, held_out_problems, load_user_task
 from sprat.tokens import Tokenizer
@@ -138,7 +138,7 @@ def certify(
         routing=tuple(routing),
         continuations=continuations,
         speeds=speeds,
-        missing=tuple(missing),
+        missing=(*_origin(model, described[1]), *missing),
         settings={"window": window, "thinking": settings.thinking, "backend": type(new).__name__},
     )
 
@@ -182,11 +182,16 @@ def _load_pair(model: str | Path, original: str | Path) -> _Pair:
 
 def _describe(path: str | Path) -> CertifiedModel:
     """Size and digest of the files that ``load`` reads the model from."""
-    place = find_model(path)
-    files = [place] if place.is_file() else [*weight_files(place), place / "config.json"]
-    digests = {file.name: digest.of_file(file.resolve()) for file in files}
-    weights = [file for file in files if file.suffix != ".json"]
-    return CertifiedModel(str(path), sum(file.stat().st_size for file in weights), digest.of_listing(digests))
+    return CertifiedModel(str(path), *fingerprint(path))
+
+
+def _origin(model: str | Path, original: CertifiedModel) -> list[str]:
+    """A sentence where the model says of itself that it was made from other files than those of ``original``."""
+    facts = (read_json(find_model(model) / FACTS) or {}).get("facts")
+    made_from = facts.get(MADE_FROM) if isinstance(facts, dict) else None
+    if made_from in (None, original.digest):
+        return []
+    return [f"{model} was made from other files than those of {original.path}: what it lost since, these do not say"]
 
 
 def _tasks(settings: CertifySettings, recipe: PipelineRecipe) -> list[tuple[Task, list[Problem], bool]]:

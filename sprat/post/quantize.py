@@ -17,14 +17,14 @@ from sprat.data.pack import PackedDataset
 from sprat.errors import CheckpointError, ConfigError
 from sprat.files.json import write_json
 from sprat.formats.export import new_folder, refuse_existing_folder
-from sprat.formats.load import load, save
+from sprat.formats.load import fingerprint, load, save
 from sprat.model import Transformer
 from sprat.post.calibration import CalibrationData, calibration_rows, join_rows, read_calibration
 from sprat.post.tune_scales import HELD_OUT_ROWS, STEP_ROWS, WINDOW, hold_out, tune_scales
 from sprat.tokens import Tokenizer
 
 CALIBRATION_WINDOW = 512  # tokens of a row
-FACTS = "quantize.json"
+FACTS, MADE_FROM = "quantize.json", "made_from"
 
 
 def quantize_model(
@@ -64,6 +64,7 @@ def quantize_model(
             raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
     refuse_existing_folder(folder)
     data = None if text is None else read_calibration(text)
+    _, source = fingerprint(model)
     dense, tokenizer = load(model)
     if quant.quantized_weights(dense):
         if not dequantize:
@@ -78,11 +79,12 @@ def quantize_model(
         rows_BT, segments_BT = join_rows(calibration_rows(data, tokenizer, window, config.calibration_tokens, tally))
         warn_of_excluded(tally.excluded(), data.path)
         parts = _rows_to_tune_on(data, tokenizer, dense, config) if config.tune_steps else []
-    seen = quant.QuantizeFacts()
-    small = quant.quantize_model(
-        dense, config, calibration_BT=rows_BT, segments_BT=segments_BT, on_progress=on_progress, facts=seen
+    seen, dense_bytes = quant.QuantizeFacts(), quant.size_bytes(dense)
+    calibration: dict[str, Any] = {"calibration_BT": rows_BT, "segments_BT": segments_BT}
+    small = quant.quantize_model(  # the original is needed once more where scales are tuned
+        dense, config, **calibration, in_place=not parts, on_progress=on_progress, facts=seen
     )
-    facts: dict[str, Any] = {"size_bytes": quant.size_bytes(small), "dense_bytes": quant.size_bytes(dense)}
+    facts: dict[str, Any] = {"size_bytes": quant.size_bytes(small), "dense_bytes": dense_bytes, MADE_FROM: source}
     facts |= {"calibration_tokens": 0 if segments_BT is None else int((segments_BT > 0).sum()), **seen.tokens}
     facts |= {"mtp_dropped": seen.mtp_dropped} if seen.mtp_dropped else {}
     if parts:

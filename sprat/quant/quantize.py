@@ -38,10 +38,11 @@ def quantize_model(
     calibration_BT: Tensor | None = None,
     segments_BT: Tensor | None = None,
     materialize: bool = True,
+    in_place: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     facts: QuantizeFacts | None = None,
 ) -> Transformer:
-    """A quantized copy of ``model``; the model itself stays as it is.
+    """A quantized copy of ``model``; the model itself stays as it is, unless it is to be used up (``in_place``).
 
     Args:
         config: bits and group of all matrices and experts, the bits of embedding and head, and how to round; a
@@ -50,6 +51,8 @@ def quantize_model(
             AWQ needs it, too; with the nearest codes it weights the error by which ``clip = "mse"`` chooses scales.
         segments_BT: which document each of them is of, 0 for padding; one a row if not given.
         materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
+        in_place: use ``model`` up, so that its weights are in memory once, and not again while they are calibrated. It
+            is what is returned, or worth nothing after an error.
         on_progress: called with how many matrices are done, of how many.
         facts: filled with what came up.
 
@@ -65,14 +68,15 @@ def quantize_model(
         todo = "give calibration text, or round to the nearest"
         raise ConfigError(f"{name} needs text to calibrate on", where=where, todo=todo)
     _check(model)
-    model = _prepared(model, config, facts)
+    prepared = _prepared(model, config, facts, in_place=in_place)
+    owned, model = in_place or prepared is not model, prepared
     _check_names(model, config)
     done, total = set[str](), len(quantizable_weights(model))
     schemes = functools.partial(scheme_of, config)
     if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
         floor: dict[str, Any] = {"expert_tokens": config.expert_tokens, "few_tokens": config.few_tokens}
         awq_scale(model, calibration_BT, schemes, segments_BT=segments_BT, **floor)
-    tensors, fitted = model.state_dict(), dict[str, QuantizedTensor]()
+    fitted = dict[str, QuantizedTensor]()
 
     def on_quantized(name: str) -> None:
         done.add(name)
@@ -80,15 +84,25 @@ def quantize_model(
 
     def pack(name: str) -> QuantizedTensor:
         on_quantized(name)
-        return fitted[name] if name in fitted else quantize_tensor(tensors[name], **schemes(name)._asdict())
+        if name in fitted:
+            return fitted[name]
+        return quantize_tensor(model.get_parameter(name), **schemes(name)._asdict())
 
     if calibration_BT is not None and _reads_text(config):
-        dense = copy.deepcopy(model).float()
-        dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
+        fitted["embed_tokens.weight"] = embedding = pack("embed_tokens.weight")
+        dense = model.float() if owned else copy.deepcopy(model).float()
+        dense.embed_tokens.weight.data = dequantize_tensor(embedding)
         options = {} if not isinstance(config, QuantizeConfig) else _options(config)
         fit = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
-        fitted, facts.tokens = fit.codes, fit.seen.facts(options.get("few_tokens", "nearest"))
-    return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
+        del dense
+        fitted |= fit.codes
+        facts.tokens = fit.seen.facts(options.get("few_tokens", "nearest"))
+    return replace_with_quantized(model if owned else _with_the_same_matrices(model), pack, materialize=materialize)
+
+
+def _with_the_same_matrices(model: Transformer) -> Transformer:
+    """A copy of ``model`` with its very matrices, which are about to be replaced."""
+    return copy.deepcopy(model, {id(weight): weight for weight in quantizable_weights(model).values()})
 
 
 def _reads_text(config: QuantConfig) -> bool:
@@ -106,11 +120,11 @@ def _options(config: QuantizeConfig) -> dict[str, Any]:
     }
 
 
-def _prepared(model: Transformer, config: QuantConfig, facts: QuantizeFacts) -> Transformer:
+def _prepared(model: Transformer, config: QuantConfig, facts: QuantizeFacts, *, in_place: bool) -> Transformer:
     """The model that is rounded: itself, or a float32 copy where its weights are about to be changed."""
     if not isinstance(config, QuantizeConfig) or not (config.awq or config.drop_mtp or config.rotation != "none"):
         return model
-    model = copy.deepcopy(model).float()
+    model = (model if in_place else copy.deepcopy(model)).float()
     if config.drop_mtp:
         facts.mtp_dropped = len(model.mtp)
         model = without_mtp(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import re
 import shlex
@@ -9,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sprat
@@ -17,10 +20,14 @@ from sprat.cli.main import app
 from sprat.cli.quantize import _summary
 from sprat.config import QuantConfig
 from sprat.config.model import LoRAConfig
+from sprat.config.quant import load_quantize_config
 from sprat.formats import quantized
 from sprat.formats.peft import save_peft
+from sprat.model import Transformer
 from sprat.model.lora import add_lora
+from sprat.post.quantize import quantize_model
 from sprat.tokens import Tokenizer
+from tests.unit.model.conftest import tiny_dense
 
 
 @pytest.fixture
@@ -219,6 +226,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_the_files_it_was_made_from_are_written_down(model_folder: Path, tmp_path: Path) -> None:
+    for name in ("small", "again"):
+        done = CliRunner().invoke(app, ["quantize", str(model_folder), "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.stderr
+    first, second = ((tmp_path / name / "quantize.json").read_bytes() for name in ("small", "again"))
+    names = [model_folder / name for name in ("config.json", "model.safetensors")]  # as sha256sum would list them
+    listing = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in names)
+    assert json.loads(first)["facts"]["made_from"] == hashlib.sha256(listing.encode()).hexdigest()
+    assert first == second
+
+
 def test_another_model_is_never_written_over(model_folder: Path, text: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     shutil.copytree(model_folder, precious)
@@ -249,6 +267,31 @@ def test_what_dies_while_it_writes_leaves_no_folder(
     monkeypatch.undo()
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
+
+
+def float_bytes() -> int:
+    """Bytes of all float32 tensors that Python knows, each storage once."""
+    alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.dtype == torch.float32]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in alive}.values())
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
+def test_the_model_is_in_memory_once(method: str, text: Path, tmp_path: Path) -> None:
+    """docs/quant.md; it once was three times with gptq, and four with awq."""
+    tokenizer = Tokenizer.train(["State the sum of 3 + 4 + 5 = 12.", "one two three"], 600)
+    shape = {"vocab_size": 600, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    sprat.save(Transformer.create(tiny_dense(**shape), 1), tokenizer, tmp_path / "model")
+    size, seen = quant.size_bytes(sprat.load(tmp_path / "model")[0]), list[int]()
+    before = float_bytes()
+
+    def on_progress(done: int, of: int) -> None:
+        if done in (1, of // 2, of):
+            seen.append(float_bytes() - before)
+
+    config = load_quantize_config(method, has_text=method != "nearest", overrides=["calibration_tokens=512"])
+    data = None if method == "nearest" else text
+    quantize_model(tmp_path / "model", tmp_path / "out", config, data, on_progress=on_progress)
+    assert max(seen) < 1.9 * size  # and what passes through one layer
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import sprat
+from sprat.config.quant import QuantizeConfig
 from sprat.errors import CheckpointError, DataError
 from sprat.model import Transformer
 from sprat.pipeline.certify import CertifySettings, certify
 from sprat.pipeline.recipe import load_recipe
+from sprat.post.quantize import quantize_model as quantize_folder
 from sprat.quant import quantize_model
 from sprat.tokens import Tokenizer
 from tests.gguf_files import write
@@ -114,6 +116,20 @@ def test_the_files_that_were_measured_are_those_that_are_named(place: Path, tmp_
     assert found.model.bytes == (folder / "model.safetensors").stat().st_size
     found = certify(tmp_path / "run", file, quick, RECIPE)
     assert found.model.bytes == file.stat().st_size and found.model.digest == found.original.digest
+
+
+def test_a_certificate_against_another_model_says_so(place: Path, tmp_path: Path) -> None:
+    """As one whose tokenizer is the same: the figures are of two models, and not of what rounding took."""
+    small, other = tmp_path / "small", tmp_path / "other"
+    quantize_folder(place / "original", small, QuantizeConfig(bits=8), None)
+    shutil.copytree(place / "original", other)
+    model, tokenizer = sprat.load(other)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.01)
+    sprat.save(model, tokenizer, other)
+    assert certify(small, place / "original", settings(place), RECIPE).missing == ()
+    [said] = certify(small, other, settings(place), RECIPE).missing
+    assert "made from other files" in said and str(small) in said and str(other) in said
 
 
 def test_what_cannot_be_compared_is_one_sentence(place: Path, tmp_path: Path) -> None:
