@@ -54,17 +54,18 @@ Dims: G answers in a group, P groups, B rows, T positions, D hidden, V vocabular
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sprat.config import GRPOConfig, RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
 from sprat.errors import CheckpointError
 from sprat.model import Transformer, flops_per_token
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.losses import advantages, reward_tensor
 from sprat.post.rl.rewards import Reward, Verifier
-from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl.rollout import InProcess, Rollout, RolloutSource, rollout_metrics
 from sprat.post.rl.update import optim_config, update_policy
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
@@ -107,20 +108,47 @@ def grpo(
             the trainer's, ``reward`` fails on every answer of a step, or the gradient is not finite.
     """
     optim.check_trainable(model, run)
+    if reward is not None and not isinstance(reward, Verifier):
+        reward = Verifier(reward, timeout_seconds=config.reward_timeout)
+    engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
+    source = InProcess(engine, tasks, weights, RLRunConfig.from_station(config), reward)
+
+    def check_gate() -> None:
+        if gate:
+            evaluate_gate(engine, tasks, weights, config, reward).raise_if_failed()
+
+    pop_faults = reward.pop_faults if isinstance(reward, Verifier) else None
+    return train(model, source, config, run, before_start=check_gate, pop_faults=pop_faults)
+
+
+def train(
+    model: Transformer,
+    source: RolloutSource,
+    config: RLConfig,
+    run: Run,
+    *,
+    before_start: Callable[[], None] = lambda: None,
+    pop_faults: Callable[[], int] | None = None,
+) -> RLResult:
+    """Train ``model`` in place on what ``source`` samples; see ``grpo``.
+
+    Args:
+        before_start: is called before the first step of all, and may refuse it.
+        pop_faults: the verifier's faults since it was last asked.
+    """
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
     optimizer = optim.build(model, optim_config(config))
     result = _resume(model, optimizer, config, run)
-    engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
-    if reward is not None and not isinstance(reward, Verifier):
-        reward = Verifier(reward, timeout_seconds=config.reward_timeout)
-    if gate and result.steps == 0:
-        evaluate_gate(engine, tasks, weights, config, reward).raise_if_failed()
+    source.publish(result.steps, model)
+    if result.steps == 0:
+        before_start()
     with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
         for step in range(result.steps + 1, config.steps + 1):
-            rollouts = sample_groups(engine, tasks, weights, config, step, reward)
-            faults = {} if reward is None else {"reward_faults": reward.pop_faults()}
+            rollouts = source.groups(step)
+            faults = {} if pop_faults is None else {"reward_faults": pop_faults()}
             run.log(step, **_train_step(model, optimizer, rollouts, config, step, reference, result), **faults)
+            source.publish(step, model)
             extra = {"config": config.digest(), "result": vars(result)}
             if step == schedule.stable_steps(optim_config(config), config.steps):
                 checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimizer, extra)

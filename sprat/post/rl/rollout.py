@@ -2,7 +2,10 @@
 
 The engine samples from the very model that is trained, so its log-probabilities are those of the policy
 and need not be computed again (decision: one model definition; a test holds the parity). Everything here
-is a pure function of (weights, seed, step): a run that was killed samples the same answers again.
+is a pure function of (weights, seed, group): a run that was killed samples the same answers again.
+
+Groups are numbered over the whole run, in order of dispatch: with P = ``prompts_per_step``, step s trains exactly the
+groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``).
 """
 
 from __future__ import annotations
@@ -10,11 +13,16 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
 
 from sprat.config import RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
+from sprat.model import Transformer
 from sprat.post.rl.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
 from sprat.post.sft import sample_problems
 from sprat.tasks import Problem, Task, is_correct
@@ -27,6 +35,15 @@ class Rollout:
 
     ``reward`` is None where the verifier abstained; ``score`` is the judge's, from 0 to 1. ``importance`` holds a
     weight for each token where the trainer corrects for its mismatch with the sampler.
+
+    Attributes:
+        group: number of its group in the whole run, in order of dispatch.
+        sample: its place in the group.
+        problem_id: what the question is known by in its task.
+        versions: of the weights that sampled each token of the response; s is after step s, 0 the start.
+        routes: experts that each place of prompt and response took, uint8 or int16 [positions, MoE layers, top_k]; None
+            of dense models, and where nobody asked.
+        finish: why the answer ended, as the engine says it.
     """
 
     task: str
@@ -38,11 +55,66 @@ class Rollout:
     score: float
     prefill_tokens: int  # prompt tokens that were computed for this row
     importance: list[float] | None = None
+    group: int = 0
+    sample: int = 0
+    problem_id: str = ""
+    versions: list[int] = field(default_factory=list)
+    routes: Tensor | None = None
+    finish: str = "stop"
 
     @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.token_ids)
+
+
+class RolloutSource(Protocol):
+    """Where the trainer's answers come from: sampled in this process (``InProcess``), or by others."""
+
+    def groups(self, step: int) -> list[Rollout]:
+        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
+        ...
+
+    def publish(self, version: int, model: Transformer) -> None:
+        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was started for it."""
+        ...
+
+
+class InProcess:
+    """Samples with an engine on the very model that is trained.
+
+    Args:
+        weights: share of each task among the questions.
+        reward: pays instead of the tasks' own judges; the format reward is added either way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Sequence[Task],
+        weights: Sequence[float],
+        config: RLRunConfig,
+        reward: Reward | None = None,
+    ) -> None:
+        self._engine, self._tasks, self._weights = engine, tasks, weights
+        self._config, self._reward, self._version = config, reward, 0
+
+    def groups(self, step: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        return sample_groups(
+            self._engine, self._tasks, self._weights, self._config, step, self._reward, version=self._version
+        )
+
+    def publish(self, version: int, model: Transformer) -> None:
+        """See ``RolloutSource``: the engine computes with these very weights."""
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def sample_groups(
@@ -52,25 +124,49 @@ def sample_groups(
     config: RLConfig,
     step: int,
     reward: Reward | None = None,
+    *,
+    version: int = 0,
 ) -> list[Rollout]:
     """``prompts_per_step`` groups of ``group_size`` answers, group after group.
 
     Args:
         reward: pays instead of the task's own judge; the format reward is added either way.
+        version: of the engine's weights.
     """
-    problems = sample_problems(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
-    sampling = Sampling(
+    first, by_group = (step - 1) * config.prompts_per_step, getattr(config, "seeding", "step") == "group"
+    groups = range(first, first + config.prompts_per_step)
+    if by_group:
+        problems = [sample_problems(tasks, weights, 1, f"rl/{config.seed}/group/{group}")[0] for group in groups]
+        settings = [_sampling(config, f"rollout/{config.seed}/group/{group}") for group in groups]
+    else:
+        problems = sample_problems(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
+        settings = [_sampling(config, f"rollout/{config.seed}/{step}")] * len(problems)
+    outputs = engine.generate([problem_messages(problem) for _, problem in problems], settings)
+    size, rollouts = config.group_size, list[Rollout]()
+    for place, output in enumerate(outputs):
+        task, problem = problems[place // size]
+        group, sample = first + place // size, place % size
+        rollout = _pay_rollout(engine.tokenizer, task, problem, output, config, reward)
+        versions = [version] * len(output.token_ids)
+        rollouts.append(replace(rollout, group=group, sample=sample, versions=versions))
+    return rollouts
+
+
+def _sampling(config: RLConfig, key: str) -> Sampling:
+    """How the answers of a group are drawn, with the noise of ``key``."""
+    return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_tokens,
-        seed=random.Random(f"rollout/{config.seed}/{step}").randrange(1 << 31),
+        seed=random.Random(key).randrange(1 << 31),
         thinking=None,
         logprobs=True,
         n=config.group_size,
     )
-    outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
-    sampled_problems = [pair for pair in problems for _ in range(config.group_size)]
-    pairs = zip(sampled_problems, outputs, strict=True)
-    return [_pay_rollout(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs]
+
+
+def problem_id(problem: Problem) -> str:
+    """What ``problem`` is known by in its task: the id that its row has, else its number."""
+    return str(problem.meta.get("id", problem.index))
 
 
 def _pay_rollout(
@@ -89,6 +185,8 @@ def _pay_rollout(
         reward=None if task_reward is None else task_reward + config.format_weight * format_reward(problem, response),
         score=score,
         prefill_tokens=output.usage.cache_miss_tokens,
+        problem_id=problem_id(problem),
+        finish=str(output.finish_reason),
     )
 
 

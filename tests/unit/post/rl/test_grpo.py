@@ -17,13 +17,12 @@ from sprat.errors import TrainingError
 from sprat.eval.score import two_proportion_p_value
 from sprat.eval.tasks import evaluate
 from sprat.model import Transformer
-from sprat.post.rl import grpo as rl
 from sprat.post.rl.batch import micro_batches
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.grpo import grpo
 from sprat.post.rl.losses import PolicyLoss, advantages
 from sprat.post.rl.rewards import Response
-from sprat.post.rl.rollout import Rollout, sample_groups
+from sprat.post.rl.rollout import InProcess, Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
@@ -140,12 +139,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     whole = copy.deepcopy(guesser)
     expected = grpo(whole, tokenizer, [task], [1.0], config, open_stage("whole", config), gate=False)
 
-    def dying(engine: Any, tasks: Any, weights: Any, config: Any, step: int, reward: Any) -> list[Rollout]:
+    groups = InProcess.groups
+
+    def dying(source: InProcess, step: int) -> list[Rollout]:
         if step == 4:
             raise KeyboardInterrupt
-        return sample_groups(engine, tasks, weights, config, step, reward)
+        return groups(source, step)
 
-    monkeypatch.setattr(rl, "sample_groups", dying)
+    monkeypatch.setattr(InProcess, "groups", dying)
     with pytest.raises(KeyboardInterrupt):
         grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, open_stage("killed", config), gate=False)
     monkeypatch.undo()

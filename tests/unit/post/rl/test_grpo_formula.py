@@ -21,7 +21,7 @@ from sprat.post.rl import update
 from sprat.post.rl.grpo import grpo
 from sprat.post.rl.losses import PolicyLoss, advantages
 from sprat.post.rl.rewards import Response
-from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl.rollout import InProcess, Rollout, rollout_metrics
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run
 from sprat.trust.run_record import read_metrics
@@ -215,10 +215,12 @@ def test_a_policy_that_was_not_sampled_from_stops_the_run_before_a_weight_moves(
 def test_by_default_a_tenth_of_a_nat_is_far_too_much(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, open_stage: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def otherwise(*args: Any) -> list[Rollout]:
-        return [replace(row, logprobs=[each - 0.1 for each in row.logprobs]) for row in sample_groups(*args)]
+    groups = InProcess.groups
 
-    monkeypatch.setattr(rl, "sample_groups", otherwise)
+    def otherwise(source: InProcess, step: int) -> list[Rollout]:
+        return [replace(row, logprobs=[each - 0.1 for each in row.logprobs]) for row in groups(source, step)]
+
+    monkeypatch.setattr(InProcess, "groups", otherwise)
     with pytest.raises(TrainingError, match=r"0\.1 nats"):
         grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], RL, open_stage("rl", RL), gate=False)
 
