@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.oracles import ROOT, make_trl
+from bench.trl_losses import _tiny
 
 BAR = 1e-6
 WORDS, GROUPS, GROUP, LONGEST, MAX_TOKENS = 31, 4, 4, 24, 32
@@ -109,8 +110,12 @@ def worker(path: str) -> None:
     """In TRL's environment: read cases from ``path``, leave what they give beside it."""
     wanted = json.loads(Path(path).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
+        for part in _tiny():
+            part.save_pretrained(Path(folder, "model"))
         found = {
-            f"{number}.{name}": value for number, case in enumerate(wanted) for name, value in theirs(case, folder).items()
+            f"{number}.{name}": value
+            for number, case in enumerate(wanted)
+            for name, value in theirs(case, folder).items()
         }
     np.savez(Path(path).with_suffix(".npz"), allow_pickle=False, **found)  # type: ignore[arg-type]
 
@@ -122,9 +127,6 @@ def theirs(case: dict[str, Any], folder: str) -> Arrays:
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import selective_log_softmax
 
-    from bench.trl_losses import _tiny
-
-    model, tokenizer = _tiny()
     gspo = case["loss"] == "gspo"
     settings = GRPOConfig(
         output_dir=folder, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
@@ -133,24 +135,25 @@ def theirs(case: dict[str, Any], folder: str) -> Arrays:
         loss_type="grpo" if gspo else case["loss"], importance_sampling_level="sequence" if gspo else "token",
         epsilon=LOW, epsilon_high=1 + HIGH if case["loss"] == "cispo" else HIGH, delta=None,
         beta=0.0 if case["kl"] == "off" else KL_WEIGHT, use_bias_correction_kl=case["kl"] == "k3 unbiased",
-        scale_rewards="group" if case["std"] else "none", off_policy_mask_threshold=OFF_POLICY if case["mask"] else None,
+        scale_rewards="group" if case["std"] else "none",
+        off_policy_mask_threshold=OFF_POLICY if case["mask"] else None,
         mask_truncated_completions=False, top_entropy_quantile=1.0, entropy_coef=0.0, use_vllm=False,
         multi_objective_aggregation="sum_then_normalize",
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": "w3 w4"}] * GROUPS)
     trainer = GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=settings,
-        train_dataset=dataset, processing_class=tokenizer,
+        model=str(Path(folder, "model")), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=settings,
+        train_dataset=dataset,
     )  # fmt: skip
     given = {name: torch.from_numpy(value) for name, value in inputs(case["seed"]).items()}
     logits, ids, mask = given["logits"].requires_grad_(), given["ids"], given["mask"]
     zeros = torch.zeros(len(ids), LONGEST, dtype=torch.float64)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (selective_log_softmax(logits, ids), zeros, None)
     trainer.current_gradient_accumulation_steps = 1
-    model.train()
+    trainer.model.train()
     advantages = _advantages(trainer, given["rewards"])
     loss = trainer._compute_loss(
-        model,
+        trainer.model,
         {
             "prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids, "completion_mask": mask,
             "advantages": advantages, "old_per_token_logps": selective_log_softmax(given["sampled"], ids),

@@ -3,25 +3,25 @@
 All six move a token of an answer by the answer's advantage A, and by how likely the token has become since it was
 sampled, ratio = p_new / p_old. They differ in three places:
 
-| ``loss`` | a token's loss | ratio of | a token's weight |
-|---|---|---|---|
-| ``grpo`` (DeepSeekMath, arXiv 2402.03300, eq. 3) | -min(ratio A, clip(ratio) A) | the token | 1 / (answers x its answer's tokens) |
-| ``bnpo`` (token-level, as in TRL) | the same | the token | 1 / tokens of the minibatch |
-| ``dapo`` (arXiv 2503.14476, eq. 8) | the same | the token | 1 / (tokens of the step / minibatches) |
-| ``dr_grpo`` (arXiv 2503.20783, section 3.2) | the same | the token | 1 / (answers x max_tokens), a constant |
-| ``gspo`` (arXiv 2507.18071, eq. 5) | the same | the answer: geometric mean over its tokens | as ``grpo`` |
-| ``cispo`` (MiniMax-M1, arXiv 2506.13585, eq. 4) | -min(ratio, 1 + high) A log p_new, the factor without gradient | the token | as ``dapo`` |
+| ``loss`` | a token's loss | a token's weight |
+|---|---|---|
+| ``grpo`` (DeepSeekMath, arXiv 2402.03300, eq. 3) | -min(ratio A, clip(ratio) A) | 1 / (answers x tokens of its own) |
+| ``bnpo`` (token-level, as in TRL) | the same | 1 / tokens of the minibatch |
+| ``dapo`` (arXiv 2503.14476, eq. 8) | the same | 1 / (tokens of the step / minibatches) |
+| ``dr_grpo`` (arXiv 2503.20783, section 3.2) | the same | 1 / (answers x max_tokens), a constant |
+| ``gspo`` (arXiv 2507.18071, eq. 5) | the same, the ratio of the whole answer (geometric mean) | as ``grpo`` |
+| ``cispo`` (MiniMax-M1, arXiv 2506.13585, eq. 4) | -min(ratio, 1 + high) A log p, no gradient of min | as ``dapo`` |
 
-``clip(ratio)`` lies in [1 - low, 1 + high]. Answers of groups without spread are no part of what is learned, and are not
-counted in a weight, but in that of ``dr_grpo``, which must not depend on how many there are. Names as in TRL, whose own
+``clip(ratio)`` lies in [1 - low, 1 + high]. Answers of groups without spread are no part of what is learned, and do not
+count in a weight, but in that of ``dr_grpo``, which must not depend on how many there are. Names are as in TRL, whose
 numbers these are (``bench/trl_policy_losses.py``), but that TRL's ``epsilon_high`` of cispo is ``1 + high`` here.
 
 On each token may come, added or multiplied, what is the same for all six:
 - *KL to the start* (estimator k3, Schulman 2020): its value estimates KL(policy || start), but its gradient through the
   log-probability alone is that of KL(start || policy). Multiplied by the ratio it is KL(policy || start)'s own
   (DeepSeek-V3.2, arXiv 2512.02556, section 3.1; TRL's ``use_bias_correction_kl``, there the default).
-- *Off-policy sequence mask* (DeepSeek-V3.2, section 3.1): a bad answer (A < 0) that the policy has left, by more than so
-  many nats a token in the mean, is not learned from: it is far off policy, and pushing it further down only disturbs.
+- *Off-policy sequence mask* (DeepSeek-V3.2, section 3.1): a bad answer (A < 0) that the policy has left, by more than
+  so many nats a token in the mean, is not learned from: to push it further down only disturbs.
 - *Truncated importance weights* (Ionides 2008): min(p_trainer / p_sampler, cap) where two programs disagree.
 
 Dims: G answers in a group, P groups, B answers, N response tokens, C those of a chunk.
@@ -41,9 +41,7 @@ LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 _ROUNDING_STEPS = 4  # steps of the rewards' own precision that still count as equal
 
 
-def advantages(
-    reward_PG: Tensor, normalize_std: bool, *, sample_std: bool = False, std_epsilon: float = 0.0
-) -> Tensor:
+def advantages(reward_PG: Tensor, normalize_std: bool, *, sample_std: bool = False, std_epsilon: float = 0.0) -> Tensor:
     """Group-relative advantages [P, G] of float rewards [P, G]; groups without spread get exactly 0.
 
     Whatever the unit of the rewards and wherever their zero: two rewards are equal where they differ by no more than
@@ -82,7 +80,7 @@ def overlong_penalty(tokens: int, max_tokens: int, buffer: int) -> float:
     >>> [overlong_penalty(tokens, 100, 20) for tokens in (80, 90, 100)]
     [0.0, -0.5, -1.0]
     """
-    return -min(1.0, max(0.0, (tokens - (max_tokens - buffer)) / buffer)) if buffer else 0.0
+    return max(-1.0, min(0.0, (max_tokens - buffer - tokens) / buffer)) if buffer else 0.0
 
 
 def answer_weights(

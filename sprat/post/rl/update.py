@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sprat.config import GRPOConfig, OptimConfig, RLConfig
+from sprat.config import GRPOConfig, OptimConfig
+from sprat.config.rl import RLRunConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.rl.batch import ResponseTokens, forward_responses, micro_batches
@@ -103,14 +104,20 @@ def update_policy(
         rollouts = _with_importance(model, rollouts, config, mismatch)
         metrics = mismatch.check(config.max_mismatch, step)
     sizes, minibatches = [len(rollout.token_ids) for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
-    step_totals = {"step_tokens": sum(sizes), "step_answers": step_answers, "minibatches": minibatches}
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
         shuffled = torch.randperm(len(rollouts), generator=generator)
         for minibatch_index, minibatch in enumerate(shuffled.tensor_split(minibatches)):
             rows = minibatch.tolist()
             row_sizes = [sizes[row] for row in rows]
-            weights = answer_weights(config.loss, row_sizes, max_tokens=config.max_tokens, **step_totals)
+            weights = answer_weights(
+                config.loss,
+                row_sizes,
+                step_tokens=sum(sizes),
+                step_answers=step_answers,
+                minibatches=minibatches,
+                max_tokens=config.max_tokens,
+            )
             weight_B = torch.zeros(len(rollouts)).index_copy(0, minibatch, torch.tensor(weights))
             for micro in micro_batches(rollouts, rows):
                 selected = [rollouts[row] for row in micro]
@@ -160,7 +167,7 @@ def _head_loss(
 
 
 def _with_importance(
-    model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: LogprobMismatch
+    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, mismatch: LogprobMismatch
 ) -> list[Rollout]:
     """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
     with_importance = list(rollouts)
@@ -177,14 +184,14 @@ def _with_importance(
 
 
 @torch.no_grad()
-def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> tuple[Tensor, Tensor]:
+def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens under ``model``, and those of the rollouts; no gradient."""
     tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)))
     logprob_N, _ = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)
     return logprob_N, tokens.old_N
 
 
-def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> float:
+def _step(optimizer: optim.OptimizersContainer, config: RLRunConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
     norm = optimizer.clip_grad_norm(config.grad_clip)
     if not math.isfinite(norm):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sprat.config import Config, RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.rl import grpo as rl
@@ -159,7 +160,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
     monkeypatch.setattr("sprat.post.rl.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
-    found = update.update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
+    found = update.update_policy(model, noted, rows, advantage, RLRunConfig.from_station(config), 1, start)  # type: ignore[arg-type]
     model.zero_grad()
     total, gaps = torch.zeros(()), []
     for row, value in zip(rows, advantage, strict=True):
