@@ -17,7 +17,7 @@ from typing import Any
 
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Sampling
-from sprat.eval.comparison import Comparison, compare, sign_test_p_value
+from sprat.eval.comparison import Comparison, compare, paired_interval, sign_test_p_value
 from sprat.eval.task_score import ProblemScore, TaskScore
 from sprat.eval.tasks import problem_messages
 from sprat.files import atomic
@@ -57,7 +57,7 @@ class Change:
 
     Attributes:
         count, better, worse: problems in all, and those that are paid more, or less.
-        difference: of the mean rewards, with its 95 % interval ``low`` to ``high`` (normal, of paired differences).
+        difference: of the mean rewards, with its 95 % interval ``low`` to ``high``.
         p_value: two-sided, of the sign test.
     """
 
@@ -137,18 +137,13 @@ class HeldOut:
     def change(self, first: int, second: int) -> Change:
         """The evaluation after step ``second`` against that after ``first``."""
         before = {each.key: each.reward for each in self.results[first]}
-        pairs = [
-            (before[each.key], each.reward)
-            for each in self.results[second]
-            if before.get(each.key) is not None and each.reward is not None
-        ]
-        differences = [float(b) - float(a) for a, b in pairs if a is not None]
-        count = len(differences)
-        mean = statistics.fmean(differences) if differences else 0.0
-        error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0
+        known = ((before.get(each.key), each.reward) for each in self.results[second])
+        pairs = [(float(a), float(b)) for a, b in known if a is not None and b is not None]
+        differences = [b - a for a, b in pairs]
         better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
-        low, high = mean - _Z95 * error, mean + _Z95 * error
-        return Change(count, better, worse, mean, low, high, sign_test_p_value(better, worse))
+        mean = statistics.fmean(differences) if differences else 0.0
+        low, high = _interval(pairs, mean) if pairs else (0.0, 0.0)
+        return Change(len(pairs), better, worse, mean, low, high, sign_test_p_value(better, worse))
 
     def compare(self, first: int, second: int) -> Comparison | None:
         """Two evaluations by right answers (those of full marks); None where no problem was paid in both."""
@@ -181,6 +176,16 @@ class HeldOut:
         ]
         self._folder.mkdir(exist_ok=True)
         atomic.write_text(self._folder / FILE_NAME, "".join(line + "\n" for line in lines))
+
+
+def _interval(pairs: Sequence[tuple[float, float]], mean: float) -> tuple[float, float]:
+    """95 % interval of the difference: Newcombe's where rewards are from 0 to 1, else that of a normal mean."""
+    if all(0 <= value <= 1 for pair in pairs for value in pair):
+        return paired_interval([a for a, _ in pairs], [b for _, b in pairs])
+    half = 0.0
+    if len(pairs) > 1:
+        half = _Z95 * statistics.stdev(b - a for a, b in pairs) / math.sqrt(len(pairs))
+    return mean - half, mean + half
 
 
 def _result(pair: tuple[Task, Problem], group: Sequence[Rollout]) -> ProblemResult:
