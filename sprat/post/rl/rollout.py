@@ -2,21 +2,38 @@
 
 The engine samples from the very model that is trained, so its log-probabilities are those of the policy
 and need not be computed again (decision: one model definition; a test holds the parity). Everything here
-is a pure function of (weights, seed, step): a run that was killed samples the same answers again.
+is a pure function of (weights, seed, group): a run that was killed samples the same answers again.
+
+Groups are numbered over the whole run, in order of dispatch: with P = ``prompts_per_step``, step s trains exactly the
+groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``).
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
 
 from sprat.config import RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
-from sprat.post.rl.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
-from sprat.post.sft import sample_problems
+from sprat.model import Transformer
+from sprat.post.rl.losses import overlong_penalty
+from sprat.post.rl.problem_mix import ProblemSource
+from sprat.post.rl.rewards import (
+    BatchReward,
+    Outcome,
+    Response,
+    Verdict,
+    accuracy_reward,
+    format_reward,
+    parse_response,
+)
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
 
@@ -27,6 +44,17 @@ class Rollout:
 
     ``reward`` is None where the verifier abstained; ``score`` is the judge's, from 0 to 1. ``importance`` holds a
     weight for each token where the trainer corrects for its mismatch with the sampler.
+
+    Attributes:
+        group: number of its group in the whole run, in order of dispatch.
+        sample: its place in the group.
+        problem_id: what the question is known by in its task.
+        versions: of the weights that sampled each token of the response; s is after step s, 0 the start.
+        routes: experts that each place of prompt and response took, uint8 or int16 [positions, MoE layers, top_k]; None
+            of dense models, and where nobody asked.
+        finish: why the answer ended, as the engine says it.
+        outcome, detail: what became of it at the verifier, and of a fault what was said.
+        second: what the hidden second judge says; None where there is none, or it abstained.
     """
 
     task: str
@@ -38,6 +66,15 @@ class Rollout:
     score: float
     prefill_tokens: int  # prompt tokens that were computed for this row
     importance: list[float] | None = None
+    group: int = 0
+    sample: int = 0
+    problem_id: str = ""
+    versions: list[int] = field(default_factory=list)
+    routes: Tensor | None = None
+    finish: str = "stop"
+    outcome: Outcome = "paid"
+    detail: str = ""
+    second: float | None = None
 
     @property
     def length(self) -> int:
@@ -45,51 +82,186 @@ class Rollout:
         return len(self.prompt_ids) + len(self.token_ids)
 
 
-def sample_groups(
-    engine: Engine,
-    tasks: Sequence[Task],
-    weights: Sequence[float],
-    config: RLConfig,
-    step: int,
-    reward: Reward | None = None,
-) -> list[Rollout]:
-    """``prompts_per_step`` groups of ``group_size`` answers, group after group.
+class RolloutSource(Protocol):
+    """Where the trainer's answers come from: sampled in this process (``InProcess``), or by others."""
+
+    def groups(self, step: int) -> list[Rollout]:
+        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
+        ...
+
+    def publish(self, version: int, model: Transformer) -> None:
+        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was started for it."""
+        ...
+
+
+class InProcess:
+    """Samples with an engine in this process, on the very weights that are trained.
 
     Args:
-        reward: pays instead of the task's own judge; the format reward is added either way.
+        take_over: called with the model that is trained after each step, where the engine computes with a copy of it.
     """
-    problems = sample_problems(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
-    sampling = Sampling(
+
+    def __init__(
+        self,
+        engine: Engine,
+        problems: ProblemSource,
+        config: RLRunConfig,
+        payer: Payer,
+        take_over: Callable[[Transformer], None] = lambda model: None,
+    ) -> None:
+        self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
+        self._take_over, self._version = take_over, 0
+
+    def groups(self, step: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        first = (step - 1) * self._config.prompts_per_step
+        numbers = range(first, first + self._config.prompts_per_step)
+        return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
+
+    def publish(self, version: int, model: Transformer) -> None:
+        """See ``RolloutSource``."""
+        self._take_over(model)
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class Payer:
+    """Reads sampled answers and pays them.
+
+    Args:
+        reward: pays instead of the tasks' own judges.
+        second: a judge that pays nothing and is never shown to the policy; see ``trip_wires``.
+        by_reward: an answer's score is what the reward pays, not what the task's own judge says.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: RLRunConfig,
+        reward: BatchReward | None = None,
+        *,
+        second: BatchReward | None = None,
+        by_reward: bool = False,
+    ) -> None:
+        self.tokenizer, self.reward, self.second = tokenizer, reward, second
+        self._config, self._by_reward = config, by_reward and reward is not None
+
+    def pay(
+        self, asked: Sequence[tuple[Task, Problem]], outputs: Sequence[Output], *, shaped: bool = True
+    ) -> list[Rollout]:
+        """The answers to ``asked``, one of each.
+
+        Args:
+            shaped: the reward is what policies are trained with: ``format_weight`` for the form is added, long answers
+                lose, cut ones may abstain. Else it is what the judge (or plug-in) pays, and nothing else.
+
+        Raises:
+            TrainingError: the verifier is broken.
+        """
+        responses = [
+            parse_response(self.tokenizer, each.token_ids, thinking=None, finished=each.finish_reason == "stop")
+            for each in outputs
+        ]
+        pairs = [(problem, response) for (_, problem), response in zip(asked, responses, strict=True)]
+        verdicts = self.judge(asked, responses)
+        if self._by_reward or self.reward is None:
+            scores = [verdict.reward or 0.0 for verdict in verdicts]
+        else:
+            scores = _own_scores(asked, responses)
+        seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
+        rewards = [verdict.reward for verdict in verdicts]
+        if shaped:
+            rewards = [self._shaped(*each) for each in zip(rewards, pairs, outputs, strict=True)]
+        return [
+            Rollout(
+                task=task.name,
+                prompt_ids=output.prompt_ids,
+                token_ids=output.token_ids,
+                logprobs=output.logprobs or [],
+                response=response,
+                reward=reward,
+                score=score,
+                prefill_tokens=output.usage.cache_miss_tokens,
+                problem_id=problem_id(problem),
+                finish=str(output.finish_reason),
+                outcome=verdict.outcome,
+                detail=verdict.detail,
+                second=second,
+            )
+            for (task, problem), response, output, reward, score, verdict, second in zip(
+                asked, responses, outputs, rewards, scores, verdicts, seconds, strict=True
+            )
+        ]
+
+    def judge(self, asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[Verdict]:
+        """What the reward says of ``responses``, or without one the tasks' own judges."""
+        if self.reward is None:
+            return [Verdict(score) for score in _own_scores(asked, responses)]
+        return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
+
+    def _shaped(self, reward: float | None, pair: tuple[Problem, Response], output: Output) -> float | None:
+        config, tokens = self._config, len(output.token_ids)
+        if reward is None or (config.mask_truncated and output.finish_reason == "length"):
+            return None
+        form = config.format_weight * format_reward(*pair)
+        return reward + form + overlong_penalty(tokens, config.max_tokens, config.overlong_buffer)
+
+
+def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float]:
+    """What each task's own judge says, from 0 to 1."""
+    return [accuracy_reward(task)(problem, each) for (task, problem), each in zip(asked, responses, strict=True)]
+
+
+def sample_groups(
+    engine: Engine,
+    problems: ProblemSource,
+    config: RLRunConfig,
+    groups: Sequence[int],
+    payer: Payer,
+    *,
+    version: int = 0,
+) -> list[Rollout]:
+    """The paid answers of ``groups``, ``group_size`` of each, group after group.
+
+    Args:
+        groups: numbers of groups; with ``seeding = "step"`` all those of one step, together.
+        version: of the engine's weights.
+    """
+    asked = [problems.problem(group) for group in groups]
+    keys = [f"group/{group}" for group in groups]
+    if config.seeding == "step":
+        keys = [str(group // config.prompts_per_step + 1) for group in groups]
+    settings = [_sampling(config, f"rollout/{config.seed}/{key}") for key in keys]
+    outputs = engine.generate([problem_messages(problem) for _, problem in asked], settings)
+    size = config.group_size
+    rollouts = payer.pay([pair for pair in asked for _ in range(size)], outputs)
+    for place, rollout in enumerate(rollouts):
+        versions = [version] * len(rollout.token_ids)
+        rollouts[place] = replace(rollout, group=groups[place // size], sample=place % size, versions=versions)
+    return rollouts
+
+
+def _sampling(config: RLConfig, key: str) -> Sampling:
+    """How the answers of a group are drawn, with the noise of ``key``."""
+    return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_tokens,
-        seed=random.Random(f"rollout/{config.seed}/{step}").randrange(1 << 31),
+        seed=random.Random(key).randrange(1 << 31),
         thinking=None,
         logprobs=True,
         n=config.group_size,
     )
-    outputs = engine.generate([problem_messages(problem) for _, problem in problems], sampling)
-    sampled_problems = [pair for pair in problems for _ in range(config.group_size)]
-    pairs = zip(sampled_problems, outputs, strict=True)
-    return [_pay_rollout(engine.tokenizer, task, problem, output, config, reward) for (task, problem), output in pairs]
 
 
-def _pay_rollout(
-    tokenizer: Tokenizer, task: Task, problem: Problem, output: Output, config: RLConfig, reward: Reward | None
-) -> Rollout:
-    """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""
-    response = parse_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
-    score = accuracy_reward(task)(problem, response)
-    task_reward = score if reward is None else reward(problem, response)
-    return Rollout(
-        task=task.name,
-        prompt_ids=output.prompt_ids,
-        token_ids=output.token_ids,
-        logprobs=output.logprobs or [],
-        response=response,
-        reward=None if task_reward is None else task_reward + config.format_weight * format_reward(problem, response),
-        score=score,
-        prefill_tokens=output.usage.cache_miss_tokens,
-    )
+def problem_id(problem: Problem) -> str:
+    """What ``problem`` is known by in its task: the id that its row has, else its number."""
+    return str(problem.meta.get("id", problem.index))
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -12,18 +12,19 @@ import pytest
 import torch
 
 from sprat.config import Config, RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
 from sprat.eval.score import two_proportion_p_value
 from sprat.eval.tasks import evaluate
 from sprat.model import Transformer
-from sprat.post.rl import grpo as rl
 from sprat.post.rl.batch import micro_batches
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.grpo import grpo
-from sprat.post.rl.losses import ClippedSurrogate, advantages
-from sprat.post.rl.rewards import Response
-from sprat.post.rl.rollout import Rollout, sample_groups
+from sprat.post.rl.losses import PolicyLoss, advantages
+from sprat.post.rl.problem_mix import StationProblems
+from sprat.post.rl.rewards import Response, Verifier
+from sprat.post.rl.rollout import InProcess, Payer, Rollout
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
@@ -33,6 +34,15 @@ from sprat.trust.run_record import read_metrics
 
 Open = Callable[[str, Config], Run]
 RL = RLConfig(steps=12, prompts_per_step=8, group_size=8, max_tokens=10, lr=3e-3, format_weight=0.0, checkpoint_every=2)
+
+
+def sampled(
+    model: Transformer, tokenizer: Tokenizer, task: Any, config: RLConfig, step: int, reward: Verifier | None = None
+) -> list[Rollout]:
+    """The answers of one step of the station."""
+    settings = RLRunConfig.from_station(config)
+    problems, payer = StationProblems([task], [1.0], config), Payer(tokenizer, settings, reward)
+    return InProcess(Engine(model, tokenizer, max_batch=64), problems, settings, payer).groups(step)
 
 
 def test_advantages_are_those_of_the_paper() -> None:
@@ -51,14 +61,14 @@ def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
     old = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
     new = (torch.tensor([1.5, 1.5, 0.5, 0.5]) * 0.5).log().requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, slope = ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
+    loss, slope = PolicyLoss(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
     expected = torch.tensor([-1.28, 1.5, -0.5, 0.8]) / 4  # -min(ratio A, clip(ratio, 0.8, 1.28) A)
     torch.testing.assert_close(loss.detach(), expected)
     ratio = (new - old).exp()
     plain = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum() / 4
     (wanted,) = torch.autograd.grad(plain, new)
     torch.testing.assert_close(slope.detach(), wanted)
-    assert ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [
+    assert PolicyLoss(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [
         True,
         False,
         False,
@@ -69,7 +79,7 @@ def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
 def test_kl_to_the_start_is_k3_with_its_gradient() -> None:
     old, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     new = torch.tensor([-1.2, -2.1], requires_grad=True)
-    loss, slope = ClippedSurrogate(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
+    loss, slope = PolicyLoss(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
     back = reference - new
     plain = 0.3 * (back.exp() - 1 - back)
     torch.testing.assert_close(loss, plain)
@@ -82,7 +92,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
     x, head = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator).requires_grad_()
     targets = torch.tensor([3, 1, 4, 1, 5, 9])
     before, _ = token_logprob(x, head.detach(), targets)
-    loss, _, _ = policy_loss(x, head, targets, ClippedSurrogate(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
+    loss, _, _ = policy_loss(x, head, targets, PolicyLoss(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
     loss.backward()
     assert head.grad is not None
     after, _ = token_logprob(x, head.detach() - 0.1 * head.grad, targets)
@@ -140,12 +150,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     whole = copy.deepcopy(guesser)
     expected = grpo(whole, tokenizer, [task], [1.0], config, open_stage("whole", config), gate=False)
 
-    def dying(engine: Any, tasks: Any, weights: Any, config: Any, step: int, reward: Any) -> list[Rollout]:
+    groups = InProcess.groups
+
+    def dying(source: InProcess, step: int) -> list[Rollout]:
         if step == 4:
             raise KeyboardInterrupt
-        return sample_groups(engine, tasks, weights, config, step, reward)
+        return groups(source, step)
 
-    monkeypatch.setattr(rl, "sample_groups", dying)
+    monkeypatch.setattr(InProcess, "groups", dying)
     with pytest.raises(KeyboardInterrupt):
         grpo(copy.deepcopy(guesser), tokenizer, [task], [1.0], config, open_stage("killed", config), gate=False)
     monkeypatch.undo()
@@ -178,8 +190,7 @@ def test_a_users_reward_replaces_the_judge(guesser: Transformer, tokenizer: Toke
     def brief(problem: Problem, answer: Response) -> float:
         return -float(len(answer.content))
 
-    engine = Engine(guesser, tokenizer, max_batch=64)
-    rollouts = sample_groups(engine, [task], [1.0], RL.replace(format_weight=0.5), 1, brief)
+    rollouts = sampled(guesser, tokenizer, task, RL.replace(format_weight=0.5), 1, Verifier(brief))
     assert len(rollouts) == 64
     for rollout in rollouts:
         assert rollout.reward == 0.5 * rollout.response.well_formed - len(rollout.response.content)
@@ -242,12 +253,10 @@ def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [(task, task.problem("train", 1))] * 8
-    monkeypatch.setattr("sprat.post.rl.rollout.sample_problems", lambda *_: same)
-    engine = Engine(guesser, tokenizer, max_batch=64)
+    monkeypatch.setattr("sprat.post.rl.problem_mix.sample_problems", lambda *_: same)
 
     def drawn(step: int, seed: int = 0) -> list[tuple[int, ...]]:
-        rollouts = sample_groups(engine, [task], [1.0], RL.replace(seed=seed), step)
-        return [tuple(rollout.token_ids) for rollout in rollouts]
+        return [tuple(rollout.token_ids) for rollout in sampled(guesser, tokenizer, task, RL.replace(seed=seed), step)]
 
     first = drawn(1)
     groups = [first[start : start + 8] for start in range(0, 64, 8)]
