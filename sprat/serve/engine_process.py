@@ -25,7 +25,7 @@ from typing import Any
 from sprat.engine.response import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
-from sprat.errors import MachineError, SpratError
+from sprat.errors import EngineError, MachineError, SpratError, unpack_error
 from sprat.serve.engine_client import EngineDied, EngineInfo, Job
 from sprat.serve.engine_jobs import Jobs, QueuedStream
 from sprat.serve.engine_wire import (
@@ -35,7 +35,6 @@ from sprat.serve.engine_wire import (
     pack_grammar,
     pack_job,
     pack_prompts,
-    unpack_error,
     unpack_notices,
 )
 
@@ -133,7 +132,7 @@ class EngineProcess(asyncio.Protocol):
             future = self._replies.get(message["reply"]) if "reply" in message else self._ready
             if future is not None and not future.done():
                 if "error" in message:
-                    future.set_exception(unpack_error(message["error"]))
+                    future.set_exception(unpack_error(message["error"], EngineError))
                     continue
                 future.set_result(message["value"])
                 if future is self._ready:  # at once: it may die before whoever waits for this hears of it

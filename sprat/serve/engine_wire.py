@@ -7,16 +7,14 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sprat import errors
-from sprat.engine.sampling_params import Response, Sampling
+from sprat.engine.sampling_params import Response, pack_sampling, unpack_sampling
 from sprat.engine.sequence import Tenant
-from sprat.errors import EngineError, SpratError
+from sprat.errors import EngineError, SpratError, pack_error, unpack_error
 from sprat.serve.engine_client import Job, JobEvent
 from sprat.serve.engine_jobs import Notice
 
@@ -24,8 +22,6 @@ Message = dict[str, Any]
 LENGTH = struct.Struct("!I")
 MAX_BYTES = 1 << 30  # of one message; more means that the two are out of step
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "finish_reason", "stop")
-_ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SpratError)}
-_DEFAULTS = {item.name: item.default for item in dataclasses.fields(Sampling)}
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -74,7 +70,7 @@ def pack_job(job: Job) -> Message:
         raise EngineError("processors do not reach an engine of another process", where="processors", todo=todo)
     return {
         "ids": list(map(int, job.prompt_ids)),
-        "samplings": [_pack_sampling(sampling) for sampling in job.samplings],
+        "samplings": [pack_sampling(sampling) for sampling in job.samplings],
         "tenant": [job.tenant.name, job.tenant.secret.hex()],
         "adapter": job.adapter,
     }
@@ -83,7 +79,7 @@ def pack_job(job: Job) -> Message:
 def unpack_job(message: Message) -> Job:
     """The job of ``pack_job``."""
     name, secret = message["tenant"]
-    samplings = tuple(_unpack_sampling(settings) for settings in message["samplings"])
+    samplings = tuple(unpack_sampling(settings) for settings in message["samplings"])
     return Job(message["ids"], samplings, Tenant(name, bytes.fromhex(secret)), message["adapter"])
 
 
@@ -120,33 +116,6 @@ def unpack_notices(message: Message) -> list[Notice]:
     return [(number, _unpack_event(*event)) for number, *event in message["events"]]
 
 
-def pack_error(error: SpratError) -> list[str]:
-    """An error as JSON."""
-    return [type(error).__name__, error.what, error.where, error.todo]
-
-
-def unpack_error(packed: list[str]) -> SpratError:
-    """The error of ``pack_error``: the same sentence, and the same type if it is one of ``sprat.errors``."""
-    name, what, where, todo = packed
-    return _ERRORS.get(name, EngineError)(what, where=where, todo=todo)
-
-
-def _pack_sampling(sampling: Sampling) -> Message:
-    """Settings that are not the default ones."""
-    changed = {name: value for name, default in _DEFAULTS.items() if (value := getattr(sampling, name)) != default}
-    if sampling.response is not None:
-        changed["response"] = [sampling.response.kind, sampling.response.source]
-    return changed
-
-
-def _unpack_sampling(settings: Message) -> Sampling:
-    """The settings of ``_pack_sampling``; they are checked again."""
-    if "response" in settings:
-        kind, source = settings["response"]
-        settings = {**settings, "response": Response(kind, source)}
-    return Sampling(**settings)
-
-
 def _pack_event(event: JobEvent | SpratError) -> list[Any]:
     """[kind, choice, text], where needed with log-probabilities, or counts; or an error."""
     if isinstance(event, SpratError):
@@ -159,6 +128,6 @@ def _pack_event(event: JobEvent | SpratError) -> list[Any]:
 def _unpack_event(kind: Any, choice: int, text: str, rest: Any = (), *counts: Any) -> JobEvent | SpratError:
     """The event of ``_pack_event``."""
     if kind == "failed":
-        return unpack_error(rest)
+        return unpack_error(rest, EngineError)
     logprobs = tuple((token, logprob, tuple((other, its) for other, its in top)) for token, logprob, top in rest)
     return JobEvent(kind, choice, text, logprobs, *counts)
