@@ -204,6 +204,8 @@ class RolloutLedger:
     def record_step(self, row: StepRow) -> None:
         """Keep what became of a step; one that is known must have become the same.
 
+        A row that says nothing of what was trained is of weights that were only put back.
+
         Raises:
             TrustError: it was redone, and other weights came out.
         """
@@ -212,8 +214,9 @@ class RolloutLedger:
             if known is None:
                 values = (row.step, row.version_in, row.weights, row.trained, canonical_json(row.metrics))
                 db.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?)", values)
-        if known is not None and (known.weights, known.trained) != (row.weights, row.trained):
-            part = "answers" if known.trained != row.trained else "weights"
+        trained = row.trained or (known.trained if known is not None else "")
+        if known is not None and (known.weights, known.trained) != (row.weights, trained):
+            part = "answers" if known.trained != trained else "weights"
             what = f"step {row.step} was done again, and its {part} are not those that it had"
             todo = "go on where it ran before: same processor, torch and number of threads (sprat replay says more)"
             raise TrustError(what, where=str(self.path), todo=todo)
