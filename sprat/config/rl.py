@@ -7,16 +7,77 @@ whatever a key that is here alone does not leave as it was there stands in ``_ST
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from sprat.config.recipe import RLConfig
+from pydantic import Field, model_validator
+
+from sprat.config.base import Config, load, merge_tables, parse
+from sprat.config.model import LoRAConfig
+from sprat.config.recipe import Count, RLConfig
+
+
+class VerifierConfig(Config):
+    """How the user's verifier is run; its time limit for an answer is ``reward_timeout``."""
+
+    workers: int = Field(4, ge=1, le=1024)  # answers that are judged at once, each in a process of its own
+    keep_alive: bool = False  # of a command: it stays and answers line for line, instead of one process for each answer
+    repeat: int = Field(32, ge=0, lt=2**31)  # answers that the gate has judged twice; 0: none
+    min_agreement: float = Field(0.5, ge=0, le=1)  # of the two judgements; less is chance, and no verifier
+
+
+class HeldOutConfig(Config):
+    """Problems that are kept from training, by a hash of the question, and asked before, during and after."""
+
+    share: float = Field(0.2, ge=0, lt=1)  # of a file that does not say which of its rows are held out; 0: none
+    problems: Count = 100  # at most
+    every: int = Field(10, ge=0, lt=2**31)  # steps between two evaluations; 0: only before and after
+    samples: int = Field(1, ge=1, le=1000)  # answers of each problem; more than one are drawn at rl's temperature
+    kept_answers: int = Field(4, ge=0, le=1000)  # problems whose answers are kept, to be read
+
+
+class TripWiresConfig(Config):
+    """What ends a run that goes wrong, and what then happens; 0 leaves a wire out."""
+
+    action: Literal["rollback", "stop", "off"] = "rollback"  # rollback: once, with a lower rate; the next time it stops
+    lr_factor: float = Field(0.5, gt=0, le=1)  # of the rate after a rollback
+    window: int = Field(5, ge=1, lt=2**31)  # steps over which a wire takes the mean
+    min_entropy: float = Field(0.002, ge=0, le=100)  # nats a token: below, the policy has stopped exploring
+    max_kl: float = Field(2.0, ge=0, le=1e9)  # nats a token from the start
+    max_length_growth: float = Field(4.0, ge=0, le=1e9)  # times the length of the first steps' answers
+    max_cut_share: float = Field(0.5, ge=0, le=1)  # of answers that end at max_tokens, where they did not at the start
+    min_z: float = Field(3.3, ge=0, le=1e9)  # standard errors by which reward rises and the second judge's falls
+    held_out_p: float = Field(0.01, ge=0, le=1)  # of the paired test by which the held-out score has fallen
+    no_spread: int = Field(5, ge=0, lt=2**31)  # steps in a row in which every group was paid alike
 
 
 class RLRunConfig(RLConfig):
     """One run of RL: GRPO's keys, and those of ``sprat rl MODEL``."""
 
-    _STATION: ClassVar[dict[str, Any]] = {"seeding": "step"}  # what the station's runs do otherwise than the defaults
+    # What the station's runs do otherwise than the defaults here.
+    _STATION: ClassVar[dict[str, Any]] = {
+        "seeding": "step",
+        "held_out": HeldOutConfig(share=0, every=0, kept_answers=0),
+        "trip_wires": TripWiresConfig(action="off"),
+    }
+    lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
 
+    steps: Count = 60
+    prompts_per_step: Count = 8
+    group_size: int = Field(8, ge=2, lt=2**31)
+    max_tokens: Count = 128
+    lr: float = Field(1e-5, gt=0, le=1e9)
+    minibatch: Count = 64
+    format_weight: float = Field(0.0, ge=0, le=1e9)
+    gate_pass_at_8: float = Field(0.1, ge=0, le=1)
+    checkpoint_every: Count = 10
+
+    lora: LoRAConfig | None = None  # train adapters instead of all weights
+    verifier: VerifierConfig = VerifierConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
+    trip_wires: TripWiresConfig = TripWiresConfig()
+    gate_problems: Count = 32  # that the gate asks eight times each
     # What a group's question and its noise are drawn by: its own number, so that any process can draw it alone, or its
     # step, all of whose groups are then drawn together.
     seeding: Literal["group", "step"] = "group"
@@ -25,3 +86,50 @@ class RLRunConfig(RLConfig):
     def from_station(cls, config: RLConfig) -> Self:
         """The run that the quickstart's station makes of its own ``config``."""
         return cls(**config.model_dump(), **cls._STATION)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_lora_rate(cls, table: Any) -> Any:
+        """Give adapters their own rate, however they were asked for."""
+        if not isinstance(table, dict) or table.get("lora") is None:
+            return table
+        return {"lr": cls.lora_lr} | table
+
+
+def load_rl_config(
+    *,
+    lora: int | None = None,
+    recipe: str | Path | None = None,
+    table: dict[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    where: str = "rl",
+) -> RLRunConfig:
+    """The config of one run of ``sprat rl MODEL``.
+
+    Args:
+        lora: rank of adapters.
+        recipe: a TOML file.
+        table: keys as a recipe has them, instead of one.
+        overrides: ``a.b=value``.
+        where: what a fault in ``table`` is said to be in.
+
+    Raises:
+        ConfigError: the file is missing, a key is unknown, or a value does not fit.
+    """
+    if recipe is not None:
+        rank = [] if lora is None else [f"lora.rank={lora}"]
+        return load(RLRunConfig, recipe, (*rank, *overrides))
+    adapters: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
+    return parse(RLRunConfig, merge_tables(adapters, table or {}), where=where, overrides=overrides)
+
+
+class RewardInput(Config):
+    """How a reward is called, as a run names it among its inputs: the function in its file, or a command's words."""
+
+    call: list[str]
+
+
+class TasksInput(Config):
+    """The tasks that are not files, as a run names them among its inputs."""
+
+    names: list[str]

@@ -52,7 +52,7 @@ def read_prompts(path: str | Path, *, column_map: Mapping[str, str] | None = Non
     for record in read_records(path, tally):
         if not isinstance(record, BadRecord):
             try:
-                prompt = _parse(rename_columns(record.values, column_map or {}))
+                prompt = parse_prompt(rename_columns(record.values, column_map or {}))
                 key = tuple((message.role, normalize(message.content)) for message in prompt)
                 if key not in prompts:
                     prompts[key] = prompt
@@ -81,7 +81,7 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _parse(values: Mapping[str, Any]) -> Prompt:
+def parse_prompt(values: Mapping[str, Any]) -> Prompt:
     """The question of a record.
 
     Raises:

@@ -64,8 +64,9 @@ from sprat.errors import CheckpointError
 from sprat.model import Transformer, flops_per_token
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.losses import advantages, reward_tensor
+from sprat.post.rl.problem_mix import StationProblems
 from sprat.post.rl.rewards import Reward, Verifier
-from sprat.post.rl.rollout import InProcess, Rollout, RolloutSource, rollout_metrics
+from sprat.post.rl.rollout import InProcess, Payer, Rollout, RolloutSource, rollout_metrics
 from sprat.post.rl.update import optim_config, update_policy
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
@@ -111,7 +112,8 @@ def grpo(
     if reward is not None and not isinstance(reward, Verifier):
         reward = Verifier(reward, timeout_seconds=config.reward_timeout)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
-    source = InProcess(engine, tasks, weights, RLRunConfig.from_station(config), reward)
+    problems, payer = StationProblems(tasks, weights, config), Payer(tokenizer, config, reward)
+    source = InProcess(engine, problems, RLRunConfig.from_station(config), payer)
 
     def check_gate() -> None:
         if gate:

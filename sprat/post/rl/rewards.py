@@ -2,7 +2,8 @@
 
 A reward is a function of the problem and of what the model wrote, never another model: it cannot be
 flattered (DeepSeek-R1, arXiv 2501.12948, section 2.2.2). A plug-in is named as ``package.module:function``
-or ``path/to/file.py:function``; it is the user's own code and runs with the user's rights (see ``Verifier``).
+or ``path/to/file.py:function``; it is the user's own code and runs with the user's rights, in this process
+(``Verifier``) or in processes that can be killed (``judge_pool``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl.reward_sources import split_reward_name
@@ -30,12 +32,37 @@ class Response(Answer):
     """A sampled answer as rewards see it: ``Answer``'s reasoning, content and closed, and
 
     ``well_formed``: exactly one think, opened first and closed, then a non-empty answer and the end token.
+    ``text``: all of it as one text, the think between its tags.
     """
 
     well_formed: bool = False
+    text: str = ""
 
 
 Reward = Callable[[Problem, Response], float | None]  # None abstains: the answer neither teaches nor counts
+Outcome = Literal["paid", "abstained", "raised", "timeout", "crashed"]
+FAULTS: tuple[Outcome, ...] = ("raised", "timeout", "crashed")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier said of one answer: ``reward`` is None where it abstained or failed, and ``detail`` says how."""
+
+    reward: float | None
+    outcome: Outcome = "paid"
+    detail: str = ""
+
+
+class BatchReward(Protocol):
+    """Whoever pays many answers at once; None of them ends a run by itself."""
+
+    def pay(self, pairs: Sequence[tuple[Problem, Response]]) -> list[Verdict]:
+        """A verdict for each of ``pairs``, in their order.
+
+        Raises:
+            TrainingError: the verifier is broken, and not the answers.
+        """
+        ...
 
 
 def parse_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool | None, finished: bool) -> Response:
@@ -61,7 +88,9 @@ def parse_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool |
     tags_in_prompt = 0 if thinking is None else 1 if thinking else 2  # tags that the prompt ends with
     tags_in_order = tags == expected_tags[tags_in_prompt:] and (opens_with_think or tags_in_prompt > 0)
     well_formed = tags_in_order and finished and bool(answer.content.strip())
-    return Response(answer.reasoning, answer.content, answer.closed, well_formed)
+    opened, closed = tokenizer.chat_format.think_tags
+    begun = f"{opened}{answer.reasoning}{closed if answer.closed else ''}" if answer.reasoning else ""
+    return Response(answer.reasoning, answer.content, answer.closed, well_formed, begun + answer.content)
 
 
 def visible_text(answer: Answer) -> str | None:
@@ -117,19 +146,28 @@ class Verifier:
 
     def __call__(self, problem: Problem, answer: Response) -> float | None:
         """What the user's code pays ``answer``."""
+        return self.verdict(problem, answer).reward
+
+    def pay(self, pairs: Sequence[tuple[Problem, Response]]) -> list[Verdict]:
+        """See ``BatchReward``; one answer after the other."""
+        return [self.verdict(problem, answer) for problem, answer in pairs]
+
+    def verdict(self, problem: Problem, answer: Response) -> Verdict:
+        """What the user's code says of ``answer``."""
         self.num_calls += 1
+        outcome: Outcome = "raised"
         try:
             with time_limit(self.timeout_seconds):
                 value = self.function(problem, answer)
-            return None if value is None else finite_float(value)
+            return Verdict(None, "abstained") if value is None else Verdict(finite_float(value))
         except TimeUpError:
-            fault = f"took longer than {self.timeout_seconds:g} s"
+            outcome, fault = "timeout", f"took longer than {self.timeout_seconds:g} s"
         except (Exception, SystemExit) as error:
             fault = f"raised {type(error).__name__}: {error}"
         if not self.faults:
             log.warning("reward %s %s (question %r)", self.name, fault, problem.question)
         self.faults, self.last_fault = self.faults + 1, fault
-        return None
+        return Verdict(None, outcome, fault)
 
     def pop_faults(self) -> int:
         """The faults since the last call.
@@ -140,9 +178,14 @@ class Verifier:
         num_calls, faults = self.num_calls, self.faults
         self.num_calls = self.faults = 0
         if num_calls and faults == num_calls:
-            what = f"the reward failed on each of {num_calls} answers; the last time it {self.last_fault}"
-            raise TrainingError(what, where=f"reward {self.name}", todo="mend the function")
+            raise all_failed(self.name, num_calls, self.last_fault)
         return faults
+
+
+def all_failed(name: str, count: int, last_fault: str) -> TrainingError:
+    """What is said where the reward ``name`` failed on each of ``count`` answers."""
+    what = f"the reward failed on each of {count} answers; the last time it {last_fault}"
+    return TrainingError(what, where=f"reward {name}", todo="mend the reward")
 
 
 def load_reward(name: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Verifier:

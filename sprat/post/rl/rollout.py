@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,8 +23,16 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
-from sprat.post.rl.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
-from sprat.post.sft import sample_problems
+from sprat.post.rl.problem_mix import ProblemSource
+from sprat.post.rl.rewards import (
+    BatchReward,
+    Outcome,
+    Response,
+    Verdict,
+    accuracy_reward,
+    format_reward,
+    parse_response,
+)
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
 
@@ -44,6 +52,8 @@ class Rollout:
         routes: experts that each place of prompt and response took, uint8 or int16 [positions, MoE layers, top_k]; None
             of dense models, and where nobody asked.
         finish: why the answer ended, as the engine says it.
+        outcome, detail: what became of it at the verifier, and of a fault what was said.
+        second: what the hidden second judge says; None where there is none, or it abstained.
     """
 
     task: str
@@ -61,6 +71,9 @@ class Rollout:
     versions: list[int] = field(default_factory=list)
     routes: Tensor | None = None
     finish: str = "stop"
+    outcome: Outcome = "paid"
+    detail: str = ""
+    second: float | None = None
 
     @property
     def length(self) -> int:
@@ -85,70 +98,138 @@ class RolloutSource(Protocol):
 
 
 class InProcess:
-    """Samples with an engine on the very model that is trained.
+    """Samples with an engine in this process, on the very weights that are trained.
 
     Args:
-        weights: share of each task among the questions.
-        reward: pays instead of the tasks' own judges; the format reward is added either way.
+        take_over: called with the model that is trained after each step, where the engine computes with a copy of it.
     """
 
     def __init__(
         self,
         engine: Engine,
-        tasks: Sequence[Task],
-        weights: Sequence[float],
+        problems: ProblemSource,
         config: RLRunConfig,
-        reward: Reward | None = None,
+        payer: Payer,
+        take_over: Callable[[Transformer], None] = lambda model: None,
     ) -> None:
-        self._engine, self._tasks, self._weights = engine, tasks, weights
-        self._config, self._reward, self._version = config, reward, 0
+        self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
+        self._take_over, self._version = take_over, 0
 
     def groups(self, step: int) -> list[Rollout]:
         """See ``RolloutSource``."""
-        return sample_groups(
-            self._engine, self._tasks, self._weights, self._config, step, self._reward, version=self._version
-        )
+        first = (step - 1) * self._config.prompts_per_step
+        numbers = range(first, first + self._config.prompts_per_step)
+        return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
 
     def publish(self, version: int, model: Transformer) -> None:
-        """See ``RolloutSource``: the engine computes with these very weights."""
+        """See ``RolloutSource``."""
+        self._take_over(model)
         self._version = version
 
     def close(self) -> None:
         """Nothing was started."""
 
 
+class Payer:
+    """Reads sampled answers and pays them.
+
+    Args:
+        reward: pays instead of the tasks' own judges.
+        second: a judge that pays nothing and is never shown to the policy; see ``trip_wires``.
+        by_reward: an answer's score is what the reward pays, not what the task's own judge says.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: RLConfig,
+        reward: BatchReward | None = None,
+        *,
+        second: BatchReward | None = None,
+        by_reward: bool = False,
+    ) -> None:
+        self.tokenizer, self.reward, self.second = tokenizer, reward, second
+        self._config, self._by_reward = config, by_reward and reward is not None
+
+    def pay(self, asked: Sequence[tuple[Task, Problem]], outputs: Sequence[Output]) -> list[Rollout]:
+        """The answers to ``asked``, one of each; judge (or plug-in) plus ``format_weight`` for the form.
+
+        Raises:
+            TrainingError: the verifier is broken.
+        """
+        responses = [
+            parse_response(self.tokenizer, each.token_ids, thinking=None, finished=each.finish_reason == "stop")
+            for each in outputs
+        ]
+        pairs = [(problem, response) for (_, problem), response in zip(asked, responses, strict=True)]
+        scores = [0.0] * len(pairs)
+        if not self._by_reward:
+            scores = [
+                accuracy_reward(task)(problem, response)
+                for (task, problem), response in zip(asked, responses, strict=True)
+            ]
+        verdicts = self.reward.pay(pairs) if self.reward is not None else [Verdict(score) for score in scores]
+        if self._by_reward:
+            scores = [verdict.reward or 0.0 for verdict in verdicts]
+        seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
+        return [
+            self._rollout(task, *rest)
+            for (task, _), rest in zip(asked, zip(pairs, outputs, scores, verdicts, seconds, strict=True), strict=True)
+        ]
+
+    def _rollout(
+        self,
+        task: Task,
+        pair: tuple[Problem, Response],
+        output: Output,
+        score: float,
+        verdict: Verdict,
+        second: float | None,
+    ) -> Rollout:
+        form = self._config.format_weight * format_reward(*pair)
+        return Rollout(
+            task=task.name,
+            prompt_ids=output.prompt_ids,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs or [],
+            response=pair[1],
+            reward=None if verdict.reward is None else verdict.reward + form,
+            score=score,
+            prefill_tokens=output.usage.cache_miss_tokens,
+            problem_id=problem_id(pair[0]),
+            finish=str(output.finish_reason),
+            outcome=verdict.outcome,
+            detail=verdict.detail,
+            second=second,
+        )
+
+
 def sample_groups(
     engine: Engine,
-    tasks: Sequence[Task],
-    weights: Sequence[float],
-    config: RLConfig,
-    step: int,
-    reward: Reward | None = None,
+    problems: ProblemSource,
+    config: RLRunConfig,
+    groups: Sequence[int],
+    payer: Payer,
     *,
     version: int = 0,
 ) -> list[Rollout]:
-    """``prompts_per_step`` groups of ``group_size`` answers, group after group.
+    """The paid answers of ``groups``, ``group_size`` of each, group after group.
 
     Args:
-        reward: pays instead of the task's own judge; the format reward is added either way.
+        groups: numbers of groups; with ``seeding = "step"`` all those of one step, together.
         version: of the engine's weights.
     """
-    first, by_group = (step - 1) * config.prompts_per_step, getattr(config, "seeding", "step") == "group"
-    groups = range(first, first + config.prompts_per_step)
-    if by_group:
-        problems = [sample_problems(tasks, weights, 1, f"rl/{config.seed}/group/{group}")[0] for group in groups]
-        settings = [_sampling(config, f"rollout/{config.seed}/group/{group}") for group in groups]
-    else:
-        problems = sample_problems(tasks, weights, config.prompts_per_step, f"rl/{config.seed}/{step}")
-        settings = [_sampling(config, f"rollout/{config.seed}/{step}")] * len(problems)
-    outputs = engine.generate([problem_messages(problem) for _, problem in problems], settings)
-    size, rollouts = config.group_size, list[Rollout]()
-    for place, output in enumerate(outputs):
-        task, problem = problems[place // size]
-        group, sample = first + place // size, place % size
-        rollout = _pay_rollout(engine.tokenizer, task, problem, output, config, reward)
-        versions = [version] * len(output.token_ids)
-        rollouts.append(replace(rollout, group=group, sample=sample, versions=versions))
+    asked = [problems.problem(group) for group in groups]
+    keys = [f"group/{group}" for group in groups]
+    if config.seeding == "step":
+        keys = [str(group // config.prompts_per_step + 1) for group in groups]
+    settings = [_sampling(config, f"rollout/{config.seed}/{key}") for key in keys]
+    outputs = engine.generate([problem_messages(problem) for _, problem in asked], settings)
+    size = config.group_size
+    rollouts = payer.pay([pair for pair in asked for _ in range(size)], outputs)
+    for place, rollout in enumerate(rollouts):
+        versions = [version] * len(rollout.token_ids)
+        rollouts[place] = replace(rollout, group=groups[place // size], sample=place % size, versions=versions)
     return rollouts
 
 
@@ -167,27 +248,6 @@ def _sampling(config: RLConfig, key: str) -> Sampling:
 def problem_id(problem: Problem) -> str:
     """What ``problem`` is known by in its task: the id that its row has, else its number."""
     return str(problem.meta.get("id", problem.index))
-
-
-def _pay_rollout(
-    tokenizer: Tokenizer, task: Task, problem: Problem, output: Output, config: RLConfig, reward: Reward | None
-) -> Rollout:
-    """Read one answer and pay it: judge (or plug-in) plus ``format_weight`` for the form."""
-    response = parse_response(tokenizer, output.token_ids, thinking=None, finished=output.finish_reason == "stop")
-    score = accuracy_reward(task)(problem, response)
-    task_reward = score if reward is None else reward(problem, response)
-    return Rollout(
-        task=task.name,
-        prompt_ids=output.prompt_ids,
-        token_ids=output.token_ids,
-        logprobs=output.logprobs or [],
-        response=response,
-        reward=None if task_reward is None else task_reward + config.format_weight * format_reward(problem, response),
-        score=score,
-        prefill_tokens=output.usage.cache_miss_tokens,
-        problem_id=problem_id(problem),
-        finish=str(output.finish_reason),
-    )
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sprat.config import Config, RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
 from sprat.errors import TrainingError
 from sprat.eval.score import two_proportion_p_value
@@ -21,8 +22,9 @@ from sprat.post.rl.batch import micro_batches
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.grpo import grpo
 from sprat.post.rl.losses import ClippedSurrogate, advantages
-from sprat.post.rl.rewards import Response
-from sprat.post.rl.rollout import InProcess, Rollout, sample_groups
+from sprat.post.rl.problem_mix import StationProblems
+from sprat.post.rl.rewards import Response, Verifier
+from sprat.post.rl.rollout import InProcess, Payer, Rollout
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
@@ -32,6 +34,16 @@ from sprat.trust.run_record import read_metrics
 
 Open = Callable[[str, Config], Run]
 RL = RLConfig(steps=12, prompts_per_step=8, group_size=8, max_tokens=10, lr=3e-3, format_weight=0.0, checkpoint_every=2)
+
+
+def sampled(
+    model: Transformer, tokenizer: Tokenizer, task: Any, config: RLConfig, step: int, reward: Verifier | None = None
+) -> list[Rollout]:
+    """The answers of one step of the station."""
+    problems, payer = StationProblems([task], [1.0], config), Payer(tokenizer, config, reward)
+    return InProcess(Engine(model, tokenizer, max_batch=64), problems, RLRunConfig.from_station(config), payer).groups(
+        step
+    )
 
 
 def test_advantages_are_those_of_the_paper() -> None:
@@ -179,8 +191,7 @@ def test_a_users_reward_replaces_the_judge(guesser: Transformer, tokenizer: Toke
     def brief(problem: Problem, answer: Response) -> float:
         return -float(len(answer.content))
 
-    engine = Engine(guesser, tokenizer, max_batch=64)
-    rollouts = sample_groups(engine, [task], [1.0], RL.replace(format_weight=0.5), 1, brief)
+    rollouts = sampled(guesser, tokenizer, task, RL.replace(format_weight=0.5), 1, Verifier(brief))
     assert len(rollouts) == 64
     for rollout in rollouts:
         assert rollout.reward == 0.5 * rollout.response.well_formed - len(rollout.response.content)
@@ -243,12 +254,10 @@ def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [(task, task.problem("train", 1))] * 8
-    monkeypatch.setattr("sprat.post.rl.rollout.sample_problems", lambda *_: same)
-    engine = Engine(guesser, tokenizer, max_batch=64)
+    monkeypatch.setattr("sprat.post.rl.problem_mix.sample_problems", lambda *_: same)
 
     def drawn(step: int, seed: int = 0) -> list[tuple[int, ...]]:
-        rollouts = sample_groups(engine, [task], [1.0], RL.replace(seed=seed), step)
-        return [tuple(rollout.token_ids) for rollout in rollouts]
+        return [tuple(rollout.token_ids) for rollout in sampled(guesser, tokenizer, task, RL.replace(seed=seed), step)]
 
     first = drawn(1)
     groups = [first[start : start + 8] for start in range(0, 64, 8)]
