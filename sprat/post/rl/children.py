@@ -78,7 +78,7 @@ class Child:
                     pass_fds=[theirs.fileno(), self._held],
                     env=self.role.environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=sys.stderr.fileno(),  # stdout is the command's own
+                    stdout=2,  # stdout is the command's own
                     start_new_session=True,
                 )
             except OSError as error:
@@ -121,17 +121,16 @@ class Child:
             with suppress(ProcessLookupError):
                 self.process.send_signal(number)
 
-    def end(self, seconds: float) -> int | None:
-        """Wait so long until it has ended, then kill it; how it ended, None where it was not there."""
+    def end(self, seconds: float | None) -> None:
+        """Wait so long (None: however long) until it has ended, then kill it; nothing where it is not there."""
         if self.process is None:
-            return None
+            return
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
         self._forget(code)
-        return code
 
 
 def worker_environment(workers: int) -> dict[str, str]:

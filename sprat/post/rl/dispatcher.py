@@ -254,6 +254,12 @@ class Dispatcher:
             self._stopped, self._failure = True, self._failure or failure
             self._changed.notify_all()
 
+    def raise_if_failed(self) -> None:
+        """Raises: SpratError: the run has failed."""
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+
     def _is_over(self, name: str) -> bool:
         """Whether there is nothing more to wait for. Raises SpratError: the run has failed."""
         if self._failure is not None:

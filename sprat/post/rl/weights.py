@@ -30,6 +30,7 @@ from sprat.model import Transformer
 from sprat.train.checkpoint import digest_tensors, trained_tensors
 
 WEIGHTS_FOLDER = "weights"  # in the run's checkpoints, with which it goes
+CHUNK_BYTES = 1 << 24  # of a file that goes over the wire
 _NAME = re.compile(r"version-(\d{8})\.safetensors")
 
 
@@ -113,3 +114,20 @@ def check_base(own: str, expected: str, where: str) -> None:
     if own != expected:
         todo = "give the worker the model that the run was started with"
         raise CheckpointError("adapters would lie over another base than the trainer's", where=where, todo=todo)
+
+
+def read_chunk(folder: Path, version: int, offset: int, size: int = CHUNK_BYTES) -> tuple[bytes, int]:
+    """At most ``size`` bytes of the file of ``version``, for a worker that cannot see it; and the file's size.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    path = weights_file(folder, version)
+    try:
+        with open(path, "rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            stream.seek(offset)
+            return stream.read(size), total
+    except OSError as error:
+        what = f"version {version} of the weights cannot be read: {error.strerror or error}"
+        raise CheckpointError(what, where=str(path), todo="ask for the newest version") from None
