@@ -204,8 +204,16 @@ def worker(side: str, folder: Path, threads: int, settings: list[Any]) -> None:
 class Side:
     """A worker process."""
 
-    def __init__(self, python: Path, side: str, folder: Path, threads: int, settings: list[Any]) -> None:
-        command = [str(python), "-m", "bench.finetune_speed", "--threads", str(threads)]
+    def __init__(
+        self,
+        python: Path,
+        side: str,
+        folder: Path,
+        threads: int,
+        settings: list[Any],
+        module: str = "bench.finetune_speed",
+    ) -> None:
+        command = [str(python), "-m", module, "--threads", str(threads)]
         command += ["--worker", side, str(folder), json.dumps(settings)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         self.settings, self._errors = settings, tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -214,14 +222,14 @@ class Side:
             stderr=self._errors,
         )  # fmt: skip
 
-    def ask(self, data: str, steps: int) -> dict[str, Any]:
-        """What ``steps`` steps on ``data`` took.
+    def ask(self, *request: Any) -> dict[str, Any]:
+        """What the worker answers to ``request``.
 
         Raises:
             RuntimeError: the worker died; with its last words.
         """
         assert self._process.stdin and self._process.stdout
-        print(json.dumps([data, steps]), file=self._process.stdin, flush=True)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         if not (line := self._process.stdout.readline()):
             self._errors.seek(0)
             raise RuntimeError(f"{self.settings}: {self._errors.read()[-1500:]}")

@@ -184,14 +184,17 @@ def _train_step(
     result: RLResult,
 ) -> dict[str, float]:
     """Turn the rewards of one step into advantages and learn from the groups with spread; returns the metrics."""
-    reward_PG = reward_tensor(rollouts, config.group_size)
-    advantage_PG = advantages(reward_PG, config.normalize_std)
+    settings = config if isinstance(config, RLRunConfig) else RLRunConfig.from_station(config)
+    reward_PG = reward_tensor([rollout.reward for rollout in rollouts], config.group_size)
+    sample_std, epsilon = settings.sample_std, settings.std_epsilon
+    advantage_PG = advantages(reward_PG, config.normalize_std, sample_std=sample_std, std_epsilon=epsilon)
     has_spread_P = advantage_PG.any(1)
     rows = (has_spread_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
     selected = [rollouts[row] for row in rows]
     metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
     if selected:
-        metrics |= update_policy(model, optimizer, selected, advantage_PG.flatten()[rows], config, step, reference)
+        advantage_B = advantage_PG.flatten()[rows]
+        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, len(rollouts))
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 

@@ -162,20 +162,22 @@ class Payer:
             for each in outputs
         ]
         pairs = [(problem, response) for (_, problem), response in zip(asked, responses, strict=True)]
-        scores = [0.0] * len(pairs)
-        if not self._by_reward:
-            scores = [
-                accuracy_reward(task)(problem, response)
-                for (task, problem), response in zip(asked, responses, strict=True)
-            ]
-        verdicts = self.reward.pay(pairs) if self.reward is not None else [Verdict(score) for score in scores]
-        if self._by_reward:
+        verdicts = self.judge(asked, responses)
+        if self._by_reward or self.reward is None:
             scores = [verdict.reward or 0.0 for verdict in verdicts]
+        else:
+            scores = _own_scores(asked, responses)
         seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
         return [
             self._rollout(task, *rest)
             for (task, _), rest in zip(asked, zip(pairs, outputs, scores, verdicts, seconds, strict=True), strict=True)
         ]
+
+    def judge(self, asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[Verdict]:
+        """What the reward says of ``responses``, or without one the tasks' own judges."""
+        if self.reward is None:
+            return [Verdict(score) for score in _own_scores(asked, responses)]
+        return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
 
     def _rollout(
         self,
@@ -202,6 +204,11 @@ class Payer:
             detail=verdict.detail,
             second=second,
         )
+
+
+def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float]:
+    """What each task's own judge says, from 0 to 1."""
+    return [accuracy_reward(task)(problem, each) for (task, problem), each in zip(asked, responses, strict=True)]
 
 
 def sample_groups(

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sprat.config import GRPOConfig, OptimConfig, RLConfig
+from sprat.config import GRPOConfig, OptimConfig
+from sprat.config.rl import RLRunConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
-from sprat.post.rl.batch import forward_responses, micro_batches
-from sprat.post.rl.losses import ClippedSurrogate
+from sprat.post.rl.batch import ResponseTokens, forward_responses, micro_batches
+from sprat.post.rl.losses import PolicyLoss, WholeAnswers, answer_weights
 from sprat.post.rl.rollout import Rollout
 from sprat.train import optim, schedule
 from sprat.train.losses import policy_loss, token_logprob
@@ -31,7 +32,7 @@ class TokenMetrics:
 
     total: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, loss: ClippedSurrogate, logprob_N: Tensor, entropy_N: Tensor) -> None:
+    def add(self, loss: PolicyLoss, logprob_N: Tensor, entropy_N: Tensor) -> None:
         """Count the tokens of one micro-batch; their new log-probabilities and entropies, in nats."""
         gap_N = logprob_N - loss.old_N
         self.total["tokens"] += len(gap_N)
@@ -88,43 +89,85 @@ def update_policy(
     optimizer: optim.OptimizersContainer,
     rollouts: Sequence[Rollout],
     advantage_B: Tensor,
-    config: RLConfig,
+    config: RLRunConfig,
     step: int,
     reference: Transformer | None,
+    step_answers: int | None = None,
 ) -> dict[str, float]:
-    """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch."""
+    """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch.
+
+    Args:
+        step_answers: of the step, with those that teach nothing; as many as ``rollouts`` where nothing else is said.
+    """
     token_metrics, norms, mismatch = TokenMetrics(), list[float](), LogprobMismatch()
     if config.importance_cap is not None:
         rollouts = _with_importance(model, rollouts, config, mismatch)
         metrics = mismatch.check(config.max_mismatch, step)
+    sizes, minibatches = [len(rollout.token_ids) for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
         shuffled = torch.randperm(len(rollouts), generator=generator)
-        for minibatch_index, minibatch in enumerate(shuffled.tensor_split(math.ceil(len(rollouts) / config.minibatch))):
+        for minibatch_index, minibatch in enumerate(shuffled.tensor_split(minibatches)):
             rows = minibatch.tolist()
-            weight = 1 / sum(len(rollouts[row].token_ids) for row in rows)
+            row_sizes = [sizes[row] for row in rows]
+            weights = answer_weights(
+                config.loss,
+                row_sizes,
+                step_tokens=sum(sizes),
+                step_answers=step_answers,
+                minibatches=minibatches,
+                max_tokens=config.max_tokens,
+            )
+            weight_B = torch.zeros(len(rollouts)).index_copy(0, minibatch, torch.tensor(weights))
             for micro in micro_batches(rollouts, rows):
                 selected = [rollouts[row] for row in micro]
                 tokens = forward_responses(model, selected, advantage_B[micro])
-                loss = ClippedSurrogate(tokens.old_N, tokens.advantage_N, weight, config.clip_low, config.clip_high)
-                loss.importance_N, loss.kl_ratio = tokens.importance_N, config.kl_bias_correction
+                loss = _policy_loss(tokens, weight_B[micro], [sizes[row] for row in micro], config)
                 if reference is not None:
                     loss.kl_weight = config.kl_weight
                     loss.reference_N, _ = _logprobs(reference, selected, config)
-                head_VD, temperature = model.head.dense_weight(), config.temperature
-                total, logprob_N, entropy_N = policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, temperature)
+                total, logprob_N, entropy_N = _head_loss(model, tokens, loss, config.temperature)
                 total.backward()
                 token_metrics.add(loss, logprob_N, entropy_N)
                 if epoch + minibatch_index == 0 and config.importance_cap is None:
-                    mismatch.add(logprob_N, tokens.old_N, [len(answer.token_ids) for answer in selected])
+                    mismatch.add(logprob_N, tokens.old_N, [sizes[row] for row in micro])
             if not norms and config.importance_cap is None:
                 metrics = mismatch.check(config.max_mismatch, step)
             norms.append(_step(optimizer, config, step))
     return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
 
 
+def _policy_loss(tokens: ResponseTokens, weight_B: Tensor, sizes: Sequence[int], config: RLRunConfig) -> PolicyLoss:
+    """What ``config`` minimizes on the tokens of answers of ``sizes`` tokens, each token of a weight."""
+    size_B = torch.tensor(sizes)
+    device = tokens.old_N.device
+    return PolicyLoss(
+        tokens.old_N,
+        tokens.advantage_N,
+        weight_B.repeat_interleave(size_B).to(device),
+        config.clip_low,
+        config.clip_high,
+        kl_ratio=config.kl_bias_correction,
+        importance_N=tokens.importance_N,
+        loss=config.loss,
+        answer_N=torch.arange(len(sizes)).repeat_interleave(size_B).to(device),
+        off_policy_limit=config.off_policy_limit,
+    )
+
+
+def _head_loss(
+    model: Transformer, tokens: ResponseTokens, loss: PolicyLoss, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``policy_loss``; a loss of whole answers takes one more pass over the head, to know them whole."""
+    head_VD = model.head.dense_weight()
+    if loss.is_of_tokens:
+        return policy_loss(tokens.x_ND, head_VD, tokens.targets_N, loss, temperature)
+    logprob_N, _ = token_logprob(tokens.x_ND, head_VD, tokens.targets_N, temperature)
+    return policy_loss(tokens.x_ND, head_VD, tokens.targets_N, WholeAnswers(loss, logprob_N), temperature)
+
+
 def _with_importance(
-    model: Transformer, rollouts: Sequence[Rollout], config: RLConfig, mismatch: LogprobMismatch
+    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, mismatch: LogprobMismatch
 ) -> list[Rollout]:
     """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
     with_importance = list(rollouts)
@@ -141,14 +184,14 @@ def _with_importance(
 
 
 @torch.no_grad()
-def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> tuple[Tensor, Tensor]:
+def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens under ``model``, and those of the rollouts; no gradient."""
     tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)))
     logprob_N, _ = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)
     return logprob_N, tokens.old_N
 
 
-def _step(optimizer: optim.OptimizersContainer, config: RLConfig, step: int) -> float:
+def _step(optimizer: optim.OptimizersContainer, config: RLRunConfig, step: int) -> float:
     """Clip the gradient, move the weights, forget the gradient; returns the norm before clipping."""
     norm = optimizer.clip_grad_norm(config.grad_clip)
     if not math.isfinite(norm):

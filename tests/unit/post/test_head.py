@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sprat.config import DistillConfig, OptimConfig, RLConfig
+from sprat.config import DistillConfig, OptimConfig
 from sprat.config.model import ModelConfig
+from sprat.config.rl import RLRunConfig
 from sprat.data.loader import Batch
 from sprat.data.pack import pack
 from sprat.eval.bits_per_byte import bits_per_byte
@@ -77,7 +78,7 @@ def test_rl_learns_through_it(swapped: Transformer, cap: float | None) -> None:
     optimizer = optim.build(swapped, OptimConfig())
     before = [value.detach().clone() for value in swapped.head.parameters()]
     reference = copy.deepcopy(swapped)
-    config = RLConfig(kl_weight=0.1, minibatch=1, importance_cap=cap)
+    config = RLRunConfig(kl_weight=0.1, minibatch=1, importance_cap=cap)
     found: dict[str, Any] = update.update_policy(swapped, optimizer, rollouts, torch.ones(1), config, 1, reference)
     assert found["mismatch"] < 1e-5
     assert all((value != old).any() for value, old in zip(swapped.head.parameters(), before, strict=True))

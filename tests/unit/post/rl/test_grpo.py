@@ -21,7 +21,7 @@ from sprat.model import Transformer
 from sprat.post.rl.batch import micro_batches
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.grpo import grpo
-from sprat.post.rl.losses import ClippedSurrogate, advantages
+from sprat.post.rl.losses import PolicyLoss, advantages
 from sprat.post.rl.problem_mix import StationProblems
 from sprat.post.rl.rewards import Response, Verifier
 from sprat.post.rl.rollout import InProcess, Payer, Rollout
@@ -62,14 +62,14 @@ def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
     old = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
     new = (torch.tensor([1.5, 1.5, 0.5, 0.5]) * 0.5).log().requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, slope = ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
+    loss, slope = PolicyLoss(old, advantage, 0.25, 0.2, 0.28)(new, slice(0, 4))
     expected = torch.tensor([-1.28, 1.5, -0.5, 0.8]) / 4  # -min(ratio A, clip(ratio, 0.8, 1.28) A)
     torch.testing.assert_close(loss.detach(), expected)
     ratio = (new - old).exp()
     plain = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum() / 4
     (wanted,) = torch.autograd.grad(plain, new)
     torch.testing.assert_close(slope.detach(), wanted)
-    assert ClippedSurrogate(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [
+    assert PolicyLoss(old, advantage, 0.25, 0.2, 0.28).clipped(new.detach()).tolist() == [
         True,
         False,
         False,
@@ -80,7 +80,7 @@ def test_surrogate_equals_the_paper_on_fixed_numbers() -> None:
 def test_kl_to_the_start_is_k3_with_its_gradient() -> None:
     old, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     new = torch.tensor([-1.2, -2.1], requires_grad=True)
-    loss, slope = ClippedSurrogate(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
+    loss, slope = PolicyLoss(old, torch.zeros(2), 1.0, 0.2, 0.28, reference, 0.3)(new, slice(0, 2))
     back = reference - new
     plain = 0.3 * (back.exp() - 1 - back)
     torch.testing.assert_close(loss, plain)
@@ -93,7 +93,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
     x, head = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator).requires_grad_()
     targets = torch.tensor([3, 1, 4, 1, 5, 9])
     before, _ = token_logprob(x, head.detach(), targets)
-    loss, _, _ = policy_loss(x, head, targets, ClippedSurrogate(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
+    loss, _, _ = policy_loss(x, head, targets, PolicyLoss(before, torch.full((6,), advantage), 1 / 6, 0.2, 0.28))
     loss.backward()
     assert head.grad is not None
     after, _ = token_logprob(x, head.detach() - 0.1 * head.grad, targets)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sprat.config import Config, RLConfig
+from sprat.config.rl import RLRunConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.rl import grpo as rl
 from sprat.post.rl import update
 from sprat.post.rl.grpo import grpo
-from sprat.post.rl.losses import ClippedSurrogate, advantages
+from sprat.post.rl.losses import PolicyLoss, advantages
 from sprat.post.rl.rewards import Response
 from sprat.post.rl.rollout import InProcess, Rollout, rollout_metrics
 from sprat.tokens import Tokenizer
@@ -84,7 +85,7 @@ def test_every_token_is_lost_and_moved_as_in_trl(corrected: bool) -> None:
     config = RL.replace(kl_weight=0.3, kl_bias_correction=corrected, clip_low=0.1, clip_high=0.4)
     logp.requires_grad_()
     wanted = trl_loss(logp, old, advantage, ref, importance, config)
-    surrogate = ClippedSurrogate(old, advantage, 0.25, 0.1, 0.4, ref, 0.3, corrected, importance)
+    surrogate = PolicyLoss(old, advantage, 0.25, 0.1, 0.4, ref, 0.3, corrected, importance)
     loss, slope = surrogate(logp.detach(), slice(0, 200))
     torch.testing.assert_close(loss, 0.25 * wanted.detach())
     torch.testing.assert_close(slope, 0.25 * torch.autograd.grad(wanted.sum(), logp)[0])
@@ -97,7 +98,7 @@ def test_only_the_corrected_kl_has_the_gradient_of_policy_against_start() -> Non
     def expected(ratio: bool) -> Tensor:
         """The mean over all tokens, drawn by the policy, of the estimator's gradient."""
         logp = logits.log_softmax(0)
-        loss = ClippedSurrogate(logp.detach(), torch.zeros(7), 1.0, 0.2, 0.2, start, 1.0, ratio)
+        loss = PolicyLoss(logp.detach(), torch.zeros(7), 1.0, 0.2, 0.2, start, 1.0, ratio)
         slope = loss(logp.detach(), slice(0, 7))[1]
         return torch.autograd.grad((logp.exp().detach() * slope * logp).sum(), logits)[0]
 
@@ -159,7 +160,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
     monkeypatch.setattr("sprat.post.rl.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
-    found = update.update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
+    found = update.update_policy(model, noted, rows, advantage, RLRunConfig.from_station(config), 1, start)  # type: ignore[arg-type]
     model.zero_grad()
     total, gaps = torch.zeros(()), []
     for row, value in zip(rows, advantage, strict=True):

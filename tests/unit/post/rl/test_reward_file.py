@@ -35,4 +35,4 @@ def test_a_reward_that_calls_exit_abstains() -> None:
 @pytest.mark.parametrize("zero", [0.0, 1e9, -1e12])
 def test_rewards_have_no_preferred_zero(zero: float) -> None:
     paid = [Rollout("sums", [1], [2], [0.0], ANSWER, zero + more, 0.0, 1) for more in (0, 1, 0, 1)]
-    assert advantages(reward_tensor(paid, 4), True).tolist() == [[-1.0, 1.0, -1.0, 1.0]]
+    assert advantages(reward_tensor([each.reward for each in paid], 4), True).tolist() == [[-1.0, 1.0, -1.0, 1.0]]
