@@ -65,7 +65,7 @@ class Child:
         self._quick_deaths = 0
 
     def keep_alive(self) -> None:
-        """Start it if it is not there, once its pause is over. Raises MachineError: it cannot be, or dies of its start."""
+        """Start it if it is not there, once its pause is over. Raises MachineError: it cannot be."""
         if self.process is None and time.monotonic() >= self._starts_at:
             self._start()
 
@@ -101,7 +101,9 @@ class Child:
         code, self._quick_deaths = self.exit_code, self._quick_deaths + 1
         how = f"status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
         if self._quick_deaths >= MAX_DEATHS:
-            what = f"{self.role.name} ended {MAX_DEATHS} times in a row, and did nothing in between (the last time: {how})"
+            what = (
+                f"{self.role.name} ended {MAX_DEATHS} times in a row, and did nothing in between (the last time: {how})"
+            )
             todo = "see what it said; lower rollout.workers or rollout.batch if memory ran out"
             raise MachineError(what, where=self.role.name, todo=todo)
         pause = min(FIRST_PAUSE * 2.0 ** (self._quick_deaths - 1), LONGEST_PAUSE)

@@ -77,7 +77,7 @@ class RolloutLedger:
     def _open(self) -> None:
         """Make the tables, or check whose they are."""
         expected = {"schema": SCHEMA_VERSION, "identity": self.identity}
-        with self._transaction("IMMEDIATE") as db:
+        with self.transaction("IMMEDIATE") as db:
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 for statement in SCHEMA.split(";"):
                     db.execute(statement)
@@ -127,7 +127,7 @@ class RolloutLedger:
         Raises:
             TrustError: its answers are known already, or it had another question.
         """
-        with self._transaction("IMMEDIATE") as db:
+        with self.transaction("IMMEDIATE") as db:
             for question in questions:
                 prompt = np.asarray(question.prompt_ids, "<i4").tobytes()
                 row = db.execute("SELECT prompt_ids, state FROM groups WHERE number = ?", (question.group,)).fetchone()
@@ -149,7 +149,7 @@ class RolloutLedger:
         """
         check_group(rollouts, group, self.group_size)
         prompts = {np.asarray(rollout.prompt_ids, "<i4").tobytes() for rollout in rollouts}
-        with self._transaction("IMMEDIATE") as db:
+        with self.transaction("IMMEDIATE") as db:
             row = db.execute("SELECT state, prompt_ids FROM groups WHERE number = ?", (group,)).fetchone()
             if row is None or prompts != {row[1]}:
                 raise torn(self.path, f"nobody asked what was answered as group {group}")
@@ -174,7 +174,7 @@ class RolloutLedger:
         Raises:
             TrustError: some before it was not either.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             count, highest = db.execute("SELECT count(*), max(number) FROM groups").fetchone()
         if count and count != highest - first + 1:
             raise torn(self.path, f"{count} groups from {first} on, and the last one is {highest}")
@@ -186,7 +186,7 @@ class RolloutLedger:
         Raises:
             TrustError: there are none, or they are torn.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             head = db.execute("SELECT task, problem_id, prompt_ids FROM groups WHERE number = ?", (number,)).fetchone()
             rows = db.execute("SELECT * FROM trajectories WHERE group_number = ? ORDER BY sample", (number,)).fetchall()
         try:
@@ -209,7 +209,7 @@ class RolloutLedger:
         Raises:
             TrustError: it was redone, and other weights came out.
         """
-        with self._transaction("IMMEDIATE") as db:
+        with self.transaction("IMMEDIATE") as db:
             known = self.step(row.step)
             if known is None:
                 values = (row.step, row.version_in, row.weights, row.trained, canonical_json(row.metrics))
@@ -223,13 +223,13 @@ class RolloutLedger:
 
     def step(self, step: int) -> StepRow | None:
         """What is known of ``step``; None where it was not trained."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             row = db.execute("SELECT * FROM steps WHERE step = ?", (step,)).fetchone()
         return None if row is None else _step_row(*row)
 
     def steps(self) -> list[StepRow]:
         """All that is known of steps, in order."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             rows = db.execute("SELECT * FROM steps ORDER BY step").fetchall()
         return [_step_row(*row) for row in rows]
 
@@ -237,7 +237,7 @@ class RolloutLedger:
         """Groups, those answered, dispatches, answers, and answers from which the verifier abstained."""
         groups = "SELECT count(*), coalesce(sum(state = 'done'), 0), coalesce(sum(dispatches), 0) FROM groups"
         answers = "SELECT count(*), coalesce(sum(reward IS NULL), 0) FROM trajectories"
-        with self._transaction() as db:
+        with self.transaction() as db:
             values = [*db.execute(groups).fetchone(), *db.execute(answers).fetchone()]
         return dict(zip(("groups", "done", "dispatches", "answers", "abstained"), values, strict=True))
 
@@ -247,11 +247,11 @@ class RolloutLedger:
         return digest_rollouts(one for number in numbers for one in self.group(number))
 
     def _numbers(self, query: str, *values: int) -> list[int]:
-        with self._transaction() as db:
+        with self.transaction() as db:
             return [number for (number,) in db.execute(query, values)]
 
     @contextmanager
-    def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
         """All of the block, or nothing of it; a block within a block is part of the outer one."""
         with self._lock, self._explained():
             if self._db.in_transaction:

@@ -82,7 +82,7 @@ class StepRow:
     Attributes:
         step: its number; 0, or where the run started from another, is the start itself.
         version_in: of the weights that it moved; None for the start.
-        weights: digest of the weights after it (``weights.digest_weights``).
+        weights: digest of the weights after it (``weights.TrainedWeights``).
         trained: digest of the answers that it was given (``trajectory.digest_rollouts``); empty for the start.
         metrics: the row of the log.
     """

@@ -7,12 +7,15 @@ same tokens from them.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 
+from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
+from sprat.formats.load import load_dense
 from sprat.model import Transformer
-from sprat.model.lora import LoRAExperts, LoRALinear, adapters, merge_lora
+from sprat.model.lora import LoRAExperts, LoRALinear, adapters, add_lora, merge_lora
 from sprat.tokens import Tokenizer
 
 
@@ -46,3 +49,15 @@ class Policy:
             elif isinstance(module, LoRAExperts):
                 for leaf, weight in module.dense_weights().items():
                     self._merged.get_submodule(name).get_parameter(leaf).copy_(weight)
+
+
+def load_policy(path: str | Path, config: RLRunConfig, *, dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model at ``path``, in float32, as a run of ``config`` trains it: adapters beside it where it asks for them.
+
+    Raises:
+        SpratError: see ``load_dense`` and ``add_lora``.
+    """
+    model, tokenizer = load_dense(path, dequantize=dequantize)
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
+    return model, tokenizer

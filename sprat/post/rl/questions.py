@@ -62,5 +62,4 @@ def _as_output(prompt_ids: list[int], answer: SampledAnswer) -> Output:
     cached = len(prompt_ids) - answer.prefill_tokens
     usage = Usage(len(prompt_ids), len(answer.token_ids), 0, cached, answer.prefill_tokens)
     ids, logprobs = answer.token_ids, answer.logprobs
-    finish = "stop" if answer.finish == "stop" else "length"
-    return Output("", "", ids, logprobs, usage, finish, prompt_ids)
+    return Output("", "", ids, logprobs, usage, "stop" if answer.finish == "stop" else "length", prompt_ids)

@@ -55,7 +55,7 @@ class Service:
         on_progress: Callable[[str], None],
     ) -> None:
         self._run, self._dispatcher, self._folder, self._job = run, dispatcher, weights_folder, dict(job)
-        self._on_progress = on_progress
+        self._note_progress = on_progress
         self._metrics: dict[int, dict[str, Any]] = {}
         self.finish: dict[str, Any] | None = None
         names = "hello take answer refuse weights groups group publish log truncate facts progress finish failed"
@@ -108,7 +108,7 @@ class Service:
         if question is not None:
             answers = unpack_answers(message, len(question.prompt_ids), self._dispatcher.ledger.group_size)
             self._dispatcher.answered(Sampled(question, name, answers))
-            self._on_progress(name)
+            self._note_progress(name)
         return {}, {}
 
     def _on_refuse(self, name: str, message: Message) -> Reply:
@@ -130,7 +130,7 @@ class Service:
             self._metrics.pop(version, {}) if trained else {},
         )
         newest = self._dispatcher.publish(row)
-        self._on_progress(name)
+        self._note_progress(name)
         return {"version": newest}, {}
 
     def _on_groups(self, name: str, message: Message) -> Reply:

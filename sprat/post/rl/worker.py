@@ -25,11 +25,10 @@ from sprat.engine import Engine, Output
 from sprat.errors import CheckpointError, MachineError, SpratError, pack_error
 from sprat.machine import end_with_parent
 from sprat.post.rl.connection import Caller, Connection, connect
-from sprat.post.rl.policy import Policy, load_model
+from sprat.post.rl.policy import Policy, load_policy
 from sprat.post.rl.sampled import Request, SampledAnswer, pack_answers, unpack_requests
-from sprat.post.rl.weights import check_base, load_weights
+from sprat.post.rl.weights import TrainedWeights
 from sprat.post.rl.wire import Message
-from sprat.train.checkpoint import frozen_digest
 
 RECONNECT_SECONDS = 600.0  # a run that was killed may come back
 _RETRY_SECONDS = 2.0
@@ -65,8 +64,9 @@ class Worker:
     def __init__(self, caller: Caller, model: str = "", sampler: Sample = sample) -> None:
         self._caller, self._sampler, self._job = caller, sampler, caller.ask("hello", role="worker").body
         self._config = RLRunConfig.model_validate(self._job["config"])
-        own, tokenizer = load_model(self._job, self._config, model)
-        check_base(frozen_digest(own), self._job["base"], model or self._job["model"])
+        path = model or self._job["model"]
+        own, tokenizer = load_policy(path, self._config, dequantize=self._job["dequantize"])
+        self._weights = TrainedWeights(own)
         self._policy = Policy(own, tokenizer, self._job["room"] * self._config.group_size)
         self._version: int | None = None
 
@@ -89,12 +89,12 @@ class Worker:
         if version == self._version:
             return
         if file.is_file():
-            load_weights(self._policy.model, file, digest)
+            self._weights.load(file, digest)
         else:
             with tempfile.TemporaryDirectory(prefix="sprat-rl-") as folder:
                 path = Path(folder, file.name)
                 self._download(version, path)
-                load_weights(self._policy.model, path, digest)
+                self._weights.load(path, digest)
         self._policy.take_over()
         self._version = version
 
@@ -149,14 +149,14 @@ def serve_parent(work: Callable[[Caller], Any]) -> None:
     os._exit(code)  # its threads are not waited for
 
 
-def main() -> None:
+def main(sampler: Sample = sample) -> None:
     """See the module's text."""
     if len(sys.argv) > 3:
         address, key_file, model = sys.argv[1:4]
-        work_at(address, bytes.fromhex(Path(key_file).read_text(encoding="ascii")), model)
+        work_at(address, bytes.fromhex(Path(key_file).read_text(encoding="ascii")), model, sampler)
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve_parent(lambda caller: Worker(caller).work())
+    serve_parent(lambda caller: Worker(caller, "", sampler).work())
 
 
 if __name__ == "__main__":
