@@ -1,4 +1,4 @@
-"""Rollouts of this process with a ledger: what was sampled once is not sampled again, and every step can be replayed."""
+"""Rollouts of this process with a ledger: what was sampled is not sampled again, and every step can be replayed."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class TrainedWeights:
         self.model, self._base = model, frozen_digest(model)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the weights as they are: of what training moves, and of what it does not, if there is any."""
+        """SHA-256 (hex) of the weights as they are: of what training moves, and of what is frozen, if anything is."""
         return self._digest(trained_tensors(self.model))
 
     def _digest(self, tensors: Mapping[str, Tensor]) -> str:
