@@ -80,6 +80,10 @@ class RLRunConfig(RLConfig):
     held_out: HeldOutConfig = HeldOutConfig()
     trip_wires: TripWiresConfig = TripWiresConfig()
     gate_problems: Count = 32  # that the gate asks eight times each
+    init_state: Literal["fresh", "continue"] = (
+        "fresh"  # with init_from: the weights alone, or optimizer and step as well
+    )
+    keep_checkpoint: bool = False  # the artefact holds weights and optimizer to start from; adapters' always
     # What a group's question and its noise are drawn by: its own number, so that any process can draw it alone, or its
     # step, all of whose groups are then drawn together.
     seeding: Literal["group", "step"] = "group"

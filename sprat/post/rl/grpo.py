@@ -55,34 +55,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from sprat.config import GRPOConfig, RLConfig
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
-from sprat.errors import CheckpointError
 from sprat.model import Transformer, flops_per_token
 from sprat.post.rl.gate import evaluate_gate
 from sprat.post.rl.losses import advantages, reward_tensor
 from sprat.post.rl.problem_mix import StationProblems
-from sprat.post.rl.rewards import Reward, Verifier
+from sprat.post.rl.rewards import FAULTS, Reward, Verifier, all_failed
 from sprat.post.rl.rollout import InProcess, Payer, Rollout, RolloutSource, rollout_metrics
+from sprat.post.rl.training_state import Monitor, resume, roll_back
+from sprat.post.rl.training_state import RLResult as RLResult
 from sprat.post.rl.update import optim_config, update_policy
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine, optim, schedule
 from sprat.trust.run import Run
-
-
-@dataclass
-class RLResult:
-    """What a run of GRPO did; ``reward`` and ``accuracy`` are those of the last step's rollouts."""
-
-    steps: int = 0
-    tokens: int = 0  # sampled
-    flops: float = 0.0
-    reward: float = 0.0
-    accuracy: float = 0.0
 
 
 def grpo(
@@ -112,15 +101,16 @@ def grpo(
     if reward is not None and not isinstance(reward, Verifier):
         reward = Verifier(reward, timeout_seconds=config.reward_timeout)
     engine = Engine(model, tokenizer, max_batch=config.prompts_per_step * config.group_size)
-    problems, payer = StationProblems(tasks, weights, config), Payer(tokenizer, config, reward)
-    source = InProcess(engine, problems, RLRunConfig.from_station(config), payer)
+    settings = RLRunConfig.from_station(config)
+    problems, payer = StationProblems(tasks, weights, config), Payer(tokenizer, settings, reward)
+    source = InProcess(engine, problems, settings, payer)
 
     def check_gate() -> None:
         if gate:
             evaluate_gate(engine, tasks, weights, config, reward).raise_if_failed()
 
-    pop_faults = reward.pop_faults if isinstance(reward, Verifier) else None
-    return train(model, source, config, run, before_start=check_gate, pop_faults=pop_faults)
+    name = reward.name if isinstance(reward, Verifier) else ""
+    return train(model, source, config, run, before_start=check_gate, reward_name=name)
 
 
 def train(
@@ -130,38 +120,69 @@ def train(
     run: Run,
     *,
     before_start: Callable[[], None] = lambda: None,
-    pop_faults: Callable[[], int] | None = None,
+    reward_name: str = "",
+    monitor: Monitor | None = None,
 ) -> RLResult:
     """Train ``model`` in place on what ``source`` samples; see ``grpo``.
 
     Args:
         before_start: is called before the first step of all, and may refuse it.
-        pop_faults: the verifier's faults since it was last asked.
+        reward_name: of the user's verifier, whose faults are counted; empty without one.
+        monitor: measures and watches the run, and may send it back or end it.
+
+    Raises:
+        TrainingError: see ``grpo``; or a trip wire of the monitor's ends the run.
     """
     machine.tune_allocator()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
-    optimizer = optim.build(model, optim_config(config))
-    result = _resume(model, optimizer, config, run)
+    state = resume(model, config, run)
+    result = state.result
     source.publish(result.steps, model)
     if result.steps == 0:
         before_start()
+    if monitor is not None:
+        monitor.start(result.steps, model)
+        if result.steps == 0 and monitor.can_roll_back:
+            state.save(run.checkpoints, 0)
     with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
-        for step in range(result.steps + 1, config.steps + 1):
+        while result.steps < config.steps:
+            step = result.steps + 1
             rollouts = source.groups(step)
-            faults = {} if pop_faults is None else {"reward_faults": pop_faults()}
-            run.log(step, **_train_step(model, optimizer, rollouts, config, step, reference, result), **faults)
+            faults = check_faults(rollouts, reward_name)
+            row = _train_step(model, state.optimizer, rollouts, state.config, step, reference, result)
             source.publish(step, model)
-            extra = {"config": config.digest(), "result": vars(result)}
+            extra = faults if monitor is None else monitor.measure(step, rollouts, result)
+            run.log(step, **row, **extra)
+            trip = None if monitor is None else monitor.check({"step": step, **row, **extra})
+            if trip is not None and not trip.is_end:
+                assert monitor is not None
+                state = roll_back(state, monitor, trip, run, source)
+                continue
             if step == schedule.stable_steps(optim_config(config), config.steps):
-                checkpoint.save(run.checkpoints / checkpoint.STABLE, step, model, optimizer, extra)
-            if (stop := interrupted()) or step % config.checkpoint_every == 0 or step == config.steps:
-                checkpoint.save(run.checkpoints, step, model, optimizer, extra)
+                state.save(run.checkpoints / checkpoint.STABLE, step)
+            is_last = step == config.steps or trip is not None
+            if (stop := interrupted()) or step % config.checkpoint_every == 0 or is_last:
+                state.save(run.checkpoints, step)
             if stop:
                 raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
+            if trip is not None:
+                break
         if interrupted():  # it came while the last checkpoint was written
             raise KeyboardInterrupt
     return result
+
+
+def check_faults(rollouts: Sequence[Rollout], reward_name: str) -> dict[str, int]:
+    """How many answers of a step the verifier failed on, by the name that the log has for it; empty without a verifier.
+
+    Raises:
+        TrainingError: it failed on all of them.
+    """
+    faults = [rollout for rollout in rollouts if rollout.outcome in FAULTS]
+    if rollouts and len(faults) == len(rollouts):
+        raise all_failed(reward_name, len(faults), faults[-1].detail)
+    return {"reward_faults": len(faults)} if reward_name else {}
 
 
 def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOConfig) -> None:
@@ -197,21 +218,6 @@ def _train_step(
         metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, len(rollouts))
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
-
-
-def _resume(model: Transformer, optimizer: optim.OptimizersContainer, config: RLConfig, run: Run) -> RLResult:
-    """Take over the last whole checkpoint of the run, else that of ``init_from``; what was done so far, or nothing."""
-    own_checkpoint = checkpoint.latest(run.checkpoints)
-    start = own_checkpoint or loop.load_start(config.init_from, config.steps, run)
-    if start is None:
-        run.truncate_metrics(0)
-        return RLResult()
-    if own_checkpoint and start.extra.get("config") != config.digest():
-        todo = "remove the checkpoints or go back to that recipe"
-        raise CheckpointError("the checkpoint was made with another recipe", where=str(start.folder), todo=todo)
-    checkpoint.restore(start, model, optimizer)
-    run.truncate_metrics(start.step)
-    return RLResult(**start.extra["result"]) if own_checkpoint else RLResult(steps=start.step)
 
 
 def _add_costs(

@@ -119,7 +119,7 @@ class HeldOut:
             n=samples,
         )
         outputs = self._engine.generate([problem_messages(problem) for _, problem in self.asked], sampling)
-        rollouts = self._payer.pay([pair for pair in self.asked for _ in range(samples)], outputs)
+        rollouts = self._payer.pay([pair for pair in self.asked for _ in range(samples)], outputs, shaped=False)
         groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
         earlier = {at: found for at, found in self.results.items() if at < step}
         self.results = {**earlier, step: [_result(*pair) for pair in zip(self.asked, groups, strict=True)]}
@@ -171,9 +171,7 @@ class HeldOut:
         for (_, problem), group in list(zip(self.asked, groups, strict=True))[: self._config.held_out.kept_answers]:
             response = group[0].response
             expected = problem.answer or None
-            kept.append(
-                Sample(step, problem.question, response.content, expected, response.reasoning, group[0].finish)
-            )
+            kept.append(Sample(step, problem.question, response.content, expected, response.reasoning, group[0].finish))
         write_samples(self._folder, kept)
 
     def _write(self) -> None:

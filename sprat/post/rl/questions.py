@@ -1,65 +1,85 @@
-"""What the groups of a run are asked, and what their answers are paid, for workers that know tokens alone."""
+"""What a run of RL asks and who judges the answers, as the user names them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from sprat.config.rl import RLRunConfig
-from sprat.engine import Output, Sampling
-from sprat.engine.sequence import Usage
-from sprat.eval.tasks import problem_messages
-from sprat.post.rl.ledger_tables import Question
-from sprat.post.rl.problem_mix import ProblemSource
-from sprat.post.rl.rollout import Payer, Rollout, group_sampling, problem_id
-from sprat.post.rl.sampled import SampledAnswer
-from sprat.tasks import Problem, Task
-from sprat.tokens import render
+from sprat.config.finetune import ColumnMapConfig
+from sprat.config.recipe import TaskConfig
+from sprat.config.rl import TasksInput
+from sprat.errors import ConfigError
+from sprat.post.rl.problem_file import read_problems
+from sprat.post.rl.reward_sources import reward_inputs
+from sprat.tasks import Task, load, load_user_task, task_input
+from sprat.trust import run_record
 
 
-class ProblemAsker:
-    """An ``Asker`` of the user's problems; any thread may ask, one pays."""
+@dataclass(frozen=True)
+class Questions:
+    """What is asked and who judges, as the user names them.
 
-    def __init__(self, problems: ProblemSource, payer: Payer, config: RLRunConfig) -> None:
-        self._problems, self._payer, self._config, self._lock = problems, payer, config, threading.Lock()
+    Attributes:
+        data: a file of problems, judged by ``reward``.
+        tasks: JSONL files, ``file.py:Class``, ``reasoning-gym/NAME`` or ``sums``, with judges of their own.
+        reward: ``file.py:function``, ``module:function`` or a command; empty for the tasks' own judges.
+        second_reward: the same for a judge that only looks on; where there is none and ``reward`` stands before tasks,
+            their own judges do.
+        column_map: our names of columns to those of ``data``.
+    """
 
-    def _problem(self, group: int) -> tuple[Task, Problem]:
-        with self._lock:
-            return self._problems.problem(group)
+    data: Path | None = None
+    tasks: tuple[str, ...] = ()
+    reward: str = ""
+    second_reward: str = ""
+    column_map: Mapping[str, str] | None = None
 
-    def question(self, group: int) -> Question:
-        """See ``Asker``."""
-        task, problem = self._problem(group)
-        ids = render(self._payer.tokenizer, problem_messages(problem), thinking=self.sampling(group).thinking)
-        return Question(group, task.name, problem_id(problem), ids)
+    def check(self) -> None:
+        """See that there is a question and a judge.
 
-    def sampling(self, group: int) -> Sampling:
-        """See ``Asker``."""
-        return group_sampling(self._config, group)
+        Raises:
+            ConfigError: there is not.
+        """
+        if self.data is None and not self.tasks:
+            todo = "give --task FILE, file.py:Class or reasoning-gym/NAME, or --data FILE with --reward"
+            raise ConfigError("no questions", where="rl", todo=todo)
+        if self.data is not None and not self.reward:
+            todo = "give --reward file.py:function, or a command; a file whose rows name their judge is a --task"
+            raise ConfigError("nobody judges the answers to --data", where="rl", todo=todo)
+        if self.column_map and self.data is None:
+            raise ConfigError("columns are mapped, and there is no --data", where="--map", todo="leave it out")
 
-    def pay(self, question: Question, answers: Sequence[SampledAnswer]) -> list[Rollout]:
-        """See ``Asker``."""
-        asked, prompt = self._problem(question.group), question.prompt_ids
-        outputs = [_as_output(prompt, answer) for answer in answers]
-        paid = self._payer.pay([asked] * len(answers), outputs)
-        return [
-            replace(
-                rollout,
-                group=question.group,
-                sample=sample,
-                versions=answer.versions,
-                routes=None if answer.routes is None else torch.from_numpy(answer.routes.copy()),
-            )
-            for sample, (rollout, answer) in enumerate(zip(paid, answers, strict=True))
-        ]
+    def inputs(self) -> dict[str, run_record.Input]:
+        """What a run is made of, beside its model and where it starts."""
+        inputs: dict[str, run_record.Input] = {} if self.data is None else {"data": self.data}
+        drawn = [task for task in self.tasks if is_drawn(task)]
+        inputs |= {f"task-{n}": task_input(task) for n, task in enumerate(self.tasks) if task not in drawn}
+        inputs |= {"tasks": TasksInput(names=drawn)} if drawn else {}
+        inputs |= {"map": ColumnMapConfig(columns=dict(self.column_map))} if self.column_map else {}
+        for key, name in (("reward", self.reward), ("second_reward", self.second_reward)):
+            inputs |= reward_inputs(name, key) if name else {}
+        return inputs
 
 
-def _as_output(prompt_ids: list[int], answer: SampledAnswer) -> Output:
-    """What the engine of another process said; its text is read from the tokens by whoever pays."""
-    cached = len(prompt_ids) - answer.prefill_tokens
-    usage = Usage(len(prompt_ids), len(answer.token_ids), 0, cached, answer.prefill_tokens)
-    ids, logprobs = answer.token_ids, answer.logprobs
-    return Output("", "", ids, logprobs, usage, "stop" if answer.finish == "stop" else "length", prompt_ids)
+def load_tasks(questions: Questions) -> list[Task]:
+    """The tasks and the file of problems, each of a name of its own.
+
+    Raises:
+        SpratError: one cannot be used, or two have one name.
+    """
+    tasks: list[Task] = []
+    for name in questions.tasks:
+        drawn = TaskConfig(name=name, title=name.rpartition("/")[2])
+        tasks.append(load(drawn) if is_drawn(name) else load_user_task(name))
+    if questions.data is not None:
+        tasks.append(read_problems(questions.data, questions.column_map))
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError("two tasks of one name", where=", ".join(names), todo="name each file differently")
+    return tasks
+
+
+def is_drawn(task: str) -> bool:
+    """Whether ``task`` is one of Sprat's own generators, or reasoning-gym's, and no file of the user's."""
+    return not Path(task).exists() and (task == "sums" or task.startswith("reasoning-gym/"))

@@ -113,6 +113,21 @@ def format_reward(problem: Problem, answer: Response) -> float:
     return 1.0 if answer.well_formed else 0.0
 
 
+class TaskJudge:
+    """The own judges of ``tasks``, as a ``BatchReward``."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._rewards = {task.name: accuracy_reward(task) for task in tasks}
+
+    def pay(self, pairs: Sequence[tuple[Problem, Response]]) -> list[Verdict]:
+        """See ``BatchReward``; whoever is no judge's abstains."""
+        verdicts = []
+        for problem, answer in pairs:
+            judge = next(iter(self._rewards.values())) if len(self._rewards) == 1 else self._rewards.get(problem.task)
+            verdicts.append(Verdict(None, "abstained") if judge is None else Verdict(judge(problem, answer)))
+        return verdicts
+
+
 class Verifier:
     """A user's reward that returns a finite float, or None where it abstains or fails.
 

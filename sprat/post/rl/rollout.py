@@ -23,6 +23,7 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
+from sprat.post.rl.losses import overlong_penalty
 from sprat.post.rl.problem_mix import ProblemSource
 from sprat.post.rl.rewards import (
     BatchReward,
@@ -142,7 +143,7 @@ class Payer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        config: RLConfig,
+        config: RLRunConfig,
         reward: BatchReward | None = None,
         *,
         second: BatchReward | None = None,
@@ -151,8 +152,14 @@ class Payer:
         self.tokenizer, self.reward, self.second = tokenizer, reward, second
         self._config, self._by_reward = config, by_reward and reward is not None
 
-    def pay(self, asked: Sequence[tuple[Task, Problem]], outputs: Sequence[Output]) -> list[Rollout]:
-        """The answers to ``asked``, one of each; judge (or plug-in) plus ``format_weight`` for the form.
+    def pay(
+        self, asked: Sequence[tuple[Task, Problem]], outputs: Sequence[Output], *, shaped: bool = True
+    ) -> list[Rollout]:
+        """The answers to ``asked``, one of each.
+
+        Args:
+            shaped: the reward is what policies are trained with: ``format_weight`` for the form is added, long answers
+                lose, cut ones may abstain. Else it is what the judge (or plug-in) pays, and nothing else.
 
         Raises:
             TrainingError: the verifier is broken.
@@ -168,9 +175,28 @@ class Payer:
         else:
             scores = _own_scores(asked, responses)
         seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
+        rewards = [verdict.reward for verdict in verdicts]
+        if shaped:
+            rewards = [self._shaped(*each) for each in zip(rewards, pairs, outputs, strict=True)]
         return [
-            self._rollout(task, *rest)
-            for (task, _), rest in zip(asked, zip(pairs, outputs, scores, verdicts, seconds, strict=True), strict=True)
+            Rollout(
+                task=task.name,
+                prompt_ids=output.prompt_ids,
+                token_ids=output.token_ids,
+                logprobs=output.logprobs or [],
+                response=response,
+                reward=reward,
+                score=score,
+                prefill_tokens=output.usage.cache_miss_tokens,
+                problem_id=problem_id(problem),
+                finish=str(output.finish_reason),
+                outcome=verdict.outcome,
+                detail=verdict.detail,
+                second=second,
+            )
+            for (task, problem), response, output, reward, score, verdict, second in zip(
+                asked, responses, outputs, rewards, scores, verdicts, seconds, strict=True
+            )
         ]
 
     def judge(self, asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[Verdict]:
@@ -179,31 +205,12 @@ class Payer:
             return [Verdict(score) for score in _own_scores(asked, responses)]
         return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
 
-    def _rollout(
-        self,
-        task: Task,
-        pair: tuple[Problem, Response],
-        output: Output,
-        score: float,
-        verdict: Verdict,
-        second: float | None,
-    ) -> Rollout:
-        form = self._config.format_weight * format_reward(*pair)
-        return Rollout(
-            task=task.name,
-            prompt_ids=output.prompt_ids,
-            token_ids=output.token_ids,
-            logprobs=output.logprobs or [],
-            response=pair[1],
-            reward=None if verdict.reward is None else verdict.reward + form,
-            score=score,
-            prefill_tokens=output.usage.cache_miss_tokens,
-            problem_id=problem_id(pair[0]),
-            finish=str(output.finish_reason),
-            outcome=verdict.outcome,
-            detail=verdict.detail,
-            second=second,
-        )
+    def _shaped(self, reward: float | None, pair: tuple[Problem, Response], output: Output) -> float | None:
+        config, tokens = self._config, len(output.token_ids)
+        if reward is None or (config.mask_truncated and output.finish_reason == "length"):
+            return None
+        form = config.format_weight * format_reward(*pair)
+        return reward + form + overlong_penalty(tokens, config.max_tokens, config.overlong_buffer)
 
 
 def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float]:

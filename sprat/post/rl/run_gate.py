@@ -74,7 +74,7 @@ def evaluate_run_gate(engine: Engine, mix: ProblemMix, config: RLRunConfig, paye
     asked = _distinct(mix, config.gate_problems)
     outputs = engine.generate([problem_messages(problem) for _, problem in asked], _sampling(config, _SAMPLES, None))
     sampled = [pair for pair in asked for _ in range(_SAMPLES)]
-    rollouts = payer.pay(sampled, outputs)
+    rollouts = payer.pay(sampled, outputs, shaped=False)
     check_verdicts(rollouts, name)
     groups = [rollouts[start : start + _SAMPLES] for start in range(0, len(rollouts), _SAMPLES)]
     pass_at_8 = sum(any(is_correct(rollout.score) for rollout in group) for group in groups) / len(groups)

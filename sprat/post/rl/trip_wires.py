@@ -127,7 +127,9 @@ class TripWires:
             return None
         rise = f"{_mean(then, 'reward'):.3g} to {_mean(now, 'reward'):.3g}"
         fall = f"{_mean(then, 'second_reward'):.3g} to {_mean(now, 'second_reward'):.3g}"
-        return f"reward {self._reward} rose from {rise} while the second judge's fell from {fall}: it pays for the wrong"
+        return (
+            f"reward {self._reward} rose from {rise} while the second judge's fell from {fall}: it pays for the wrong"
+        )
 
     def _held_out(self) -> str | None:
         row = self._rows[-1]
@@ -135,7 +137,9 @@ class TripWires:
         if not limit or not isinstance(p_value, int | float) or p_value >= limit:
             return None
         now, best = row["eval_reward"], max(each["eval_reward"] for each in self._rows if "eval_reward" in each)
-        return f"held-out problems are answered worse than before (reward {now:.3g}, it was {best:.3g}; p = {p_value:.2g})"
+        return (
+            f"held-out problems are answered worse than before (reward {now:.3g}, it was {best:.3g}; p = {p_value:.2g})"
+        )
 
 
 def _mean(rows: list[Row], name: str) -> float:

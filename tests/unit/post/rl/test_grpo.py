@@ -40,10 +40,9 @@ def sampled(
     model: Transformer, tokenizer: Tokenizer, task: Any, config: RLConfig, step: int, reward: Verifier | None = None
 ) -> list[Rollout]:
     """The answers of one step of the station."""
-    problems, payer = StationProblems([task], [1.0], config), Payer(tokenizer, config, reward)
-    return InProcess(Engine(model, tokenizer, max_batch=64), problems, RLRunConfig.from_station(config), payer).groups(
-        step
-    )
+    settings = RLRunConfig.from_station(config)
+    problems, payer = StationProblems([task], [1.0], config), Payer(tokenizer, settings, reward)
+    return InProcess(Engine(model, tokenizer, max_batch=64), problems, settings, payer).groups(step)
 
 
 def test_advantages_are_those_of_the_paper() -> None:

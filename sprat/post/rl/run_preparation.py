@@ -1,0 +1,163 @@
+"""All that a run of RL needs, checked before anything is touched: questions, judges, model, and if it can learn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sprat.config.rl import RLRunConfig
+from sprat.engine import Engine
+from sprat.errors import ConfigError
+from sprat.eval.tasks import problem_messages
+from sprat.model import Transformer
+from sprat.model.lora import add_lora
+from sprat.post.rl import grpo
+from sprat.post.rl.judge_pool import JudgePool
+from sprat.post.rl.merged_copy import plain_copy, without_adapters, write_merged
+from sprat.post.rl.monitor import OnNews, ReferenceModel
+from sprat.post.rl.problem_file import ProblemFile
+from sprat.post.rl.problem_mix import Part, ProblemMix, split_task
+from sprat.post.rl.questions import Questions, load_tasks
+from sprat.post.rl.rewards import BatchReward, TaskJudge
+from sprat.post.rl.rollout import InProcess, Payer
+from sprat.post.rl.run_gate import evaluate_run_gate
+from sprat.tasks import Problem
+from sprat.tokens import Tokenizer, render
+from sprat.train import checkpoint
+
+log = logging.getLogger(__name__)
+BUILT_IN = "the task's own judge"
+
+
+@dataclass
+class Prepared:
+    """All that a run needs, checked. ``sampler`` computes the answers: the model, or a copy with adapters merged."""
+
+    model: Transformer
+    sampler: Transformer
+    tokenizer: Tokenizer
+    config: RLRunConfig
+    mix: ProblemMix
+    payer: Payer
+    engine: Engine
+    reference: ReferenceModel | None
+    facts: dict[str, Any]
+    pools: list[JudgePool]
+
+    def source(self) -> InProcess:
+        """Who samples."""
+        take_over: Callable[[Transformer], None] = lambda model: None  # noqa: E731
+        if self.sampler is not self.model:
+            take_over = partial(write_merged, plain=self.sampler)
+        return InProcess(self.engine, self.mix, self.config, self.payer, take_over)
+
+
+def prepare(
+    load_model: Callable[[], tuple[Transformer, Tokenizer]],
+    questions: Questions,
+    config: RLRunConfig,
+    start: checkpoint.Checkpoint | None,
+    *,
+    asks_gate: bool,
+    on_news: OnNews,
+) -> Prepared:
+    """The questions, the judges and the model, checked; with ``asks_gate`` the policy too.
+
+    Raises:
+        SpratError: see ``reinforce``.
+    """
+    parts = [split_task(task, config.held_out) for task in load_tasks(questions)]
+    pools = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
+    try:
+        model, tokenizer = load_model()
+        facts: dict[str, Any] = {"problems": [_counts(part) for part in parts]}
+        skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
+        facts |= {"skipped": skipped} if skipped else {}
+        mix = ProblemMix([_fitting(part, tokenizer, model, config) for part in parts], config.seed)
+        sampler = model
+        if config.lora is not None:
+            sampler = plain_copy(model)
+            add_lora(model, config.lora, config.seed)
+        if start is not None and config.init_state == "continue":
+            grpo.check_start(start, model, config)
+        elif start is not None:
+            checkpoint.restore_weights(start, model)
+            config = config.replace(init_from="")
+        if sampler is not model:
+            write_merged(model, sampler)
+        reward, second = pools[0] if questions.reward else None, _second(questions, pools, parts)
+        payer = Payer(tokenizer, config, reward, second=second, by_reward=True)
+        engine = Engine(sampler, tokenizer, max_batch=config.prompts_per_step * config.group_size)
+        reference = _reference(model, config, start)
+        prepared = Prepared(model, sampler, tokenizer, config, mix, payer, engine, reference, facts, pools)
+        if asks_gate and config.gate and not config.init_from:
+            found = evaluate_run_gate(engine, mix, config, payer, questions.reward or BUILT_IN)
+            prepared.facts["gate"] = found.to_dict()
+            on_news(f"the gate: {found}")
+        return prepared
+    except BaseException:
+        for pool in pools:
+            pool.close()
+        raise
+
+
+def _pool(name: str, config: RLRunConfig) -> JudgePool:
+    verifier = config.verifier
+    return JudgePool(
+        name, workers=verifier.workers, timeout_seconds=config.reward_timeout, keep_alive=verifier.keep_alive
+    )
+
+
+def _second(questions: Questions, pools: Sequence[JudgePool], parts: Sequence[Part]) -> BatchReward | None:
+    """Who looks on: the second reward, or the tasks' own judges where a reward stands before them."""
+    if questions.second_reward:
+        return pools[-1]
+    own = [part.task for part in parts if not isinstance(part.task, ProblemFile)]
+    return TaskJudge(own) if questions.reward and own else None
+
+
+def _counts(part: Part) -> dict[str, Any]:
+    trained = None if part.problems is None else len(part.problems)
+    return {"task": part.task.name, "trained": trained, "held_out": len(part.held_out)}
+
+
+def _fitting(part: Part, tokenizer: Tokenizer, model: Transformer, config: RLRunConfig) -> Part:
+    """``part`` without problems that leave no room for an answer of ``config.max_tokens``.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    room = model.config.context - config.max_tokens
+
+    def fits(problem: Problem) -> bool:
+        return len(render(tokenizer, problem_messages(problem))) <= room
+
+    if part.problems is None:
+        return part
+    problems, held_out = (tuple(filter(fits, rows)) for rows in (part.problems, part.held_out))
+    lost = len(part.problems) + len(part.held_out) - len(problems) - len(held_out)
+    if lost:
+        log.warning("%d problems of %s are longer than %d tokens and are left out", lost, part.task.name, room)
+    if not problems:
+        what = f"no problem leaves room for {config.max_tokens} tokens in a context of {model.config.context}"
+        raise ConfigError(what, where=part.task.name, todo="lower max_tokens")
+    return Part(part.task, problems, held_out, part.weight)
+
+
+def _reference(model: Transformer, config: RLRunConfig, start: checkpoint.Checkpoint | None) -> ReferenceModel | None:
+    """The weights of the start: the base under fresh adapters, else a copy; None where no wire asks for them."""
+    if not config.trip_wires.max_kl or config.trip_wires.action == "off":
+        return None
+    if config.lora is not None and not config.lora.dora and start is None:
+        return partial(without_adapters, model)
+    kept = plain_copy(model)
+
+    @contextmanager
+    def reference() -> Iterator[Transformer]:
+        yield kept
+
+    return reference
