@@ -4,7 +4,7 @@ The task: whatever is asked, 7 is right. The policy, some 40,000 parameters, was
 twenty digits and then guess one, so answers differ in length, and RL moves it quickly. Each role is the real one, in
 a process of its own; workers may be slowed down, group by group, as by stragglers.
 
-    python -m bench.rl_tiny make FOLDER            the policy, in FOLDER/model
+    python -m bench.rl_tiny make FOLDER            the policy and the questions: FOLDER/model, FOLDER/ask.jsonl
     python -m bench.rl_tiny run FOLDER NAME JSON   a run with this config, in FOLDER/NAME/run; again: it goes on
     python -m bench.rl_tiny worker SOCKET PARENT   a worker that is slow by SPRAT_RL_DELAY seconds for a token
 """
@@ -26,50 +26,23 @@ from sprat.config import OptimConfig, SFTConfig
 from sprat.config.rl import RLRunConfig
 from sprat.config.sizes import size
 from sprat.engine import Engine
-from sprat.formats.load import load_tokenizer, save
+from sprat.formats.load import save
 from sprat.model import Transformer
 from sprat.post.rl import worker
-from sprat.post.rl.orchestrator import Commands, Orchestrator, wait_for_predecessor
-from sprat.post.rl.questions import ProblemAsker
-from sprat.post.rl.rollout import Payer
+from sprat.post.rl.orchestrator import Commands
+from sprat.post.rl.questions import Questions
+from sprat.post.rl.reinforce import reinforce
 from sprat.post.rl.sampled import Request, SampledAnswer
 from sprat.post.sft import sft
-from sprat.tasks import Problem, Split, Task
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run, open_run
 
 DELAY, STRAGGLERS, SLOWER = "SPRAT_RL_DELAY", 0.1, 10.0
 SETTINGS: dict[str, Any] = {
     "steps": 12, "prompts_per_step": 8, "group_size": 4, "max_tokens": 32, "lr": 1e-3, "checkpoint_every": 5,
-    "gate": False, "minibatch": 16,
+    "gate": False, "minibatch": 16, "held_out": {"share": 0, "every": 0}, "trip_wires": {"action": "off"},
 }  # fmt: skip
-
-
-class Lucky:
-    """Whatever the question, the answer is 7."""
-
-    name = "lucky"
-
-    def problem(self, split: Split, index: int) -> Problem:
-        """Question ``index``."""
-        return Problem(self.name, index, f"{index % 1000} {split}", "7")
-
-    def score(self, problem: Problem, answer: str | None) -> float:
-        """1 for 7."""
-        return float(answer is not None and answer.strip() == problem.answer)
-
-    def chain_of_thought(self, problem: Problem) -> str:
-        """The chain of thought."""
-        return problem.question
-
-
-class LuckyProblems:
-    """A new problem for each group."""
-
-    def problem(self, group: int) -> tuple[Task, Problem]:
-        """See ``problem_mix.ProblemSource``."""
-        task = Lucky()
-        return task, task.problem("train", group)
+QUESTIONS = 400
 
 
 def config_of(**changes: Any) -> RLRunConfig:
@@ -96,29 +69,16 @@ def make(folder: Path) -> None:
     model = Transformer.create(shape, 0)
     sft(model, tokenizer, shown, config, run)
     save(model, tokenizer, folder / "model")
-
-
-def open_tiny(folder: Path, name: str, config: RLRunConfig) -> Run:
-    """The run ``name`` in ``folder``."""
-    where, inputs = folder / name, {"model": folder / "model"}
-    wait_for_predecessor(where / "run")
-    return open_run(
-        where / "run", stage="rl", recipe=config, inputs=inputs, seed=config.seed, ledger=where / "ledger.jsonl"
-    )
+    rows = [{"question": f"{number} train", "answer": "7"} for number in range(QUESTIONS)]
+    (folder / "ask.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def run(folder: Path, name: str, config: RLRunConfig) -> Run:
     """Do it, or what is left of it."""
-    opened = open_tiny(folder, name, config)
-    if not opened.done:
-        payer = Payer(load_tokenizer(folder / "model"), config)
-        asker = ProblemAsker(LuckyProblems(), payer, config)
-        job = {"model": str(folder / "model"), "dequantize": False}
-        slow = (sys.executable, "-m", "bench.rl_tiny", "worker")
-        commands = Commands(worker=slow) if os.environ.get(DELAY) else None
-        done = Orchestrator(opened, config, asker, job, commands=commands).work()
-        opened.finish(**done)
-    return opened
+    slow = (sys.executable, "-m", "bench.rl_tiny", "worker")
+    commands = Commands(worker=slow) if os.environ.get(DELAY) else None
+    questions = Questions(tasks=(str(folder / "ask.jsonl"),))
+    return reinforce(folder / "model", questions, folder / name / "run", config, commands=commands)
 
 
 def slow_sample(engine: Engine, requests: Sequence[Request], version: int) -> list[list[SampledAnswer]]:

@@ -178,15 +178,11 @@ class LoRAExperts(Experts):
                 y_MD = y_MD * scale_ED.repeat_interleave(rows_E, 0).to(y_MD.dtype)
         return y_MD
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """What adapted stacks and their adapters are together, by the stack's name, in the dtype of the base."""
-        pairs = ((getattr(self, name), leaf) for name, leaf in EXPERT_PROJECTIONS.items())
-        return {leaf: own.merge(getattr(self.base, leaf)) for own, leaf in pairs if own is not None}
-
     def merge(self) -> Experts:
         """The base, with what its stacks and the adapters are together in their place."""
-        for leaf, weight in self.dense_weights().items():
-            setattr(self.base, leaf, nn.Parameter(weight.detach()))
+        for name, leaf in EXPERT_PROJECTIONS.items():
+            if (adapter := getattr(self, name)) is not None:
+                setattr(self.base, leaf, nn.Parameter(adapter.merge(getattr(self.base, leaf)).detach()))
         return self.base
 
 

@@ -53,10 +53,11 @@ class Asker(Protocol):
 
 @dataclass(frozen=True)
 class Assignment:
-    """Groups for a worker, and the weights to sample them with."""
+    """Groups for a worker, the weights to sample them with, and how often the run was sent back by now."""
 
     version: int
     digest: str
+    rollbacks: int
     requests: list[Request]
 
 
@@ -66,6 +67,7 @@ class Sampled:
 
     question: Question
     worker: str
+    rollbacks: int
     answers: list[SampledAnswer]
 
 
@@ -106,6 +108,7 @@ class Dispatcher:
         self._digests = {row.step: row.weights for row in ledger.steps()}
         there = [version for version in versions(weights_folder) if version in self._digests]
         self.version = there[-1] if there else None
+        self._rollbacks = len(ledger.rollbacks)
 
     def take(self, worker: str, room: int) -> Assignment | None:
         """Groups for ``worker``, at most ``room``, once there are some; None where it is to end.
@@ -128,7 +131,7 @@ class Dispatcher:
                     self._next = question.group + 1
                 self._owners[question.group] = worker, question
             requests = [Request(one.group, one.prompt_ids, self._asker.sampling(one.group)) for one in questions]
-            return Assignment(self.version, self._digests[self.version], requests)
+            return Assignment(self.version, self._digests[self.version], self._rollbacks, requests)
 
     def _due(self, room: int) -> list[int]:
         """The groups that may be dispatched now, at most ``room``, lowest first."""
@@ -149,6 +152,8 @@ class Dispatcher:
         """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten."""
         group = sampled.question.group
         with self._changed:
+            if sampled.rollbacks != self._rollbacks:  # of weights that were given up
+                return
             if group in self._again:  # its worker was thought dead
                 self._again.remove(group)
                 heapq.heapify(self._again)
@@ -170,8 +175,9 @@ class Dispatcher:
                 return False
             one = self._unpaid.pop(0)
         rollouts = self._asker.pay(one.question, one.answers)
-        self.ledger.record(one.question.group, rollouts, one.worker)
         with self._changed:
+            if one.rollbacks == self._rollbacks:
+                self.ledger.record(one.question.group, rollouts, one.worker)
             self._changed.notify_all()
         return True
 
@@ -235,18 +241,30 @@ class Dispatcher:
             raise TrustError(f"step {step} has the groups {done}", where=str(self.ledger.path), todo="report it")
         return done
 
-    def publish(self, row: StepRow) -> int:
+    def publish(self, row: StepRow, rollbacks: int) -> int:
         """Version ``row.step`` is written: the step is done, and workers may sample with it; the newest version.
+
+        Args:
+            rollbacks: how often the run was sent back by now; the last time to this very step.
 
         Raises:
             TrustError: the step was done before, and came out otherwise.
         """
-        self.ledger.record_step(row)
         with self._changed:
+            if rollbacks > self._rollbacks:
+                self._roll_back(row.step, rollbacks)
+            self.ledger.record_step(row)
             self._digests[row.step] = row.weights
             self.version = row.step if self.version is None else max(self.version, row.step)
             self._changed.notify_all()
             return self.version
+
+    def _roll_back(self, step: int, number: int) -> None:
+        """Forget what came after ``step``; whoever still samples for it is not heard."""
+        self.ledger.roll_back(step, number)
+        self._rollbacks, self._digests = number, {row.step: row.weights for row in self.ledger.steps()}
+        self._owners, self._unpaid, self.version = {}, [], None
+        self._again, self._next = self.ledger.unfinished(), self.ledger.next_group(self._range.first)
 
     def stop(self, failure: SpratError | None = None) -> None:
         """Nothing is dispatched from now on, and whoever waits is told."""

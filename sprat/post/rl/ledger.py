@@ -7,115 +7,46 @@
 A group's line is on the disk before anybody is asked, and its answers are before the trainer sees them; the step's line
 is before anybody samples with its weights. So whatever dies, what was asked and not answered is asked again under the
 same number, what was answered is not asked again, and a step that is redone gets the very answers that it had.
-
-WAL, so that a report can read while the run writes, with ``synchronous=FULL``: each commit is synced, for a step whose
-answers were lost by a power cut would not be the step that the weights' digest tells of. A commit is one group, which
-took seconds to sample, and costs about a millisecond.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sprat.errors import CheckpointError, TrustError
+from sprat.errors import TrustError
 from sprat.files.json import canonical_json
+from sprat.post.rl.ledger_file import LedgerFile, torn
 from sprat.post.rl.ledger_tables import (
+    ANSWER_COLUMNS,
     DISPATCHED,
     DONE,
-    SCHEMA,
-    SCHEMA_VERSION,
     Question,
     StepRow,
-    explain,
     pack_row,
-    torn,
     unpack_row,
 )
 from sprat.post.rl.rollout import Rollout
 from sprat.post.rl.trajectory import check_group, digest_rollouts
 
 LEDGER_FILE = "rollouts.sqlite"  # in the run's folder
+_STEPS = "SELECT step, version_in, weights, trained, metrics FROM steps WHERE rolled_back = 0"
 
 
-class RolloutLedger:
-    """The ledger in the file ``path``, made if missing; any thread may use it.
+class RolloutLedger(LedgerFile):
+    """The ledger of a run; see ``LedgerFile`` for what it is given, and raises everywhere.
 
-    Args:
-        identity: what run it is of, JSON; with ``prompts_per_step`` and ``group_size``.
-
-    Raises:
-        CheckpointError: it is another run's, or another version's.
-        TrustError: it is torn.
-        MachineError: the disk is full or closed to us; here and below, and what was committed stays.
+    ``identity`` names the run, with its ``prompts_per_step`` and ``group_size``.
     """
-
-    def __init__(self, path: str | Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity, self._lock = Path(path), dict(identity), threading.RLock()
-        self.prompts_per_step, self.group_size = int(identity["prompts_per_step"]), int(identity["group_size"])
-        with self._explained():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
-        try:
-            with self._explained():
-                mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-                # without WAL (a network's file system) EXTRA also syncs the folder that the journal is unlinked from
-                self._db.execute(f"PRAGMA synchronous={'FULL' if mode == 'wal' else 'EXTRA'}")
-                self._db.execute("PRAGMA foreign_keys=ON")
-            self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self) -> None:
-        """Make the tables, or check whose they are."""
-        expected = {"schema": SCHEMA_VERSION, "identity": self.identity}
-        with self.transaction("IMMEDIATE") as db:
-            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in SCHEMA.split(";"):
-                    db.execute(statement)
-                pairs = [(key, canonical_json(value)) for key, value in expected.items()]
-                db.executemany("INSERT INTO meta VALUES (?, ?)", pairs)
-            known = dict(db.execute("SELECT key, value FROM meta"))
-        for key, value in expected.items():
-            if known.get(key) != canonical_json(value):
-                what = "another version of sprat" if key == "schema" else "another run"
-                todo = "give another --out, or go on with what made it"
-                raise CheckpointError(f"the ledger of rollouts is of {what}", where=str(self.path), todo=todo)
 
     @classmethod
     def read(cls, path: str | Path) -> RolloutLedger:
-        """The ledger at ``path``, whatever run it is of.
-
-        Raises:
-            CheckpointError: there is none. TrustError, MachineError: see the class.
-        """
-        path = Path(path)
-        if not path.is_file():
-            what, todo = "no ledger of rollouts", "give the folder of a run of `sprat rl MODEL`"
-            raise CheckpointError(what, where=str(path), todo=todo)
-        try:
-            with explain(path):
-                db = sqlite3.connect(path)
-                try:
-                    (text,) = db.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
-                finally:
-                    db.close()
-            return cls(path, json.loads(text))
-        except (TypeError, KeyError, ValueError) as error:
-            raise torn(path, str(error)) from None
-
-    def close(self) -> None:
-        """End it; what was committed is in the one file."""
-        with self._lock, suppress(sqlite3.Error):
-            self._db.close()
+        """The ledger at ``path``, whatever run it is of, to be read alone."""
+        return cls(path, None)
 
     def step_of(self, group: int) -> int:
         """The step that trains ``group``."""
@@ -130,12 +61,13 @@ class RolloutLedger:
         with self.transaction("IMMEDIATE") as db:
             for question in questions:
                 prompt = np.asarray(question.prompt_ids, "<i4").tobytes()
-                row = db.execute("SELECT prompt_ids, state FROM groups WHERE number = ?", (question.group,)).fetchone()
+                query = "SELECT prompt_ids, state FROM groups WHERE number = ? AND rolled_back = 0"
+                row = db.execute(query, (question.group,)).fetchone()
                 if row is not None and row != (prompt, DISPATCHED):
                     fault = "is answered already" if row[1] == DONE else "had another question"
                     raise torn(self.path, f"group {question.group} {fault}")
                 db.execute(
-                    "INSERT INTO groups VALUES (?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (number)"
+                    "INSERT INTO groups VALUES (?, 0, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (number, rolled_back)"
                     " DO UPDATE SET dispatches = dispatches + 1, worker = excluded.worker",
                     (question.group, self.step_of(question.group), question.task, question.problem_id, prompt)
                     + (worker, DISPATCHED),
@@ -150,23 +82,25 @@ class RolloutLedger:
         check_group(rollouts, group, self.group_size)
         prompts = {np.asarray(rollout.prompt_ids, "<i4").tobytes() for rollout in rollouts}
         with self.transaction("IMMEDIATE") as db:
-            row = db.execute("SELECT state, prompt_ids FROM groups WHERE number = ?", (group,)).fetchone()
+            query = "SELECT state, prompt_ids FROM groups WHERE number = ? AND rolled_back = 0"
+            row = db.execute(query, (group,)).fetchone()
             if row is None or prompts != {row[1]}:
                 raise torn(self.path, f"nobody asked what was answered as group {group}")
             if row[0] == DONE:
                 return False
-            insert = f"INSERT INTO trajectories VALUES ({', '.join('?' * 11)})"
+            insert = f"INSERT INTO trajectories ({ANSWER_COLUMNS}) VALUES ({', '.join('?' * 11)})"
             db.executemany(insert, [pack_row(rollout) for rollout in rollouts])
-            db.execute("UPDATE groups SET state = ?, worker = ? WHERE number = ?", (DONE, worker, group))
+            update = "UPDATE groups SET state = ?, worker = ? WHERE number = ? AND rolled_back = 0"
+            db.execute(update, (DONE, worker, group))
         return True
 
     def unfinished(self) -> list[int]:
         """Groups that were dispatched and have no answers, in order."""
-        return self._numbers("SELECT number FROM groups WHERE state = 'dispatched' ORDER BY number")
+        return self._numbers("state = 'dispatched'")
 
     def done(self, step: int) -> list[int]:
         """Groups of ``step`` whose answers are known, in order."""
-        return self._numbers("SELECT number FROM groups WHERE state = 'done' AND step = ? ORDER BY number", step)
+        return self._numbers("state = 'done' AND step = ?", step)
 
     def next_group(self, first: int) -> int:
         """The first group from ``first`` on that was never dispatched.
@@ -175,7 +109,7 @@ class RolloutLedger:
             TrustError: some before it was not either.
         """
         with self.transaction() as db:
-            count, highest = db.execute("SELECT count(*), max(number) FROM groups").fetchone()
+            count, highest = db.execute("SELECT count(*), max(number) FROM groups WHERE rolled_back = 0").fetchone()
         if count and count != highest - first + 1:
             raise torn(self.path, f"{count} groups from {first} on, and the last one is {highest}")
         return first + int(count)
@@ -187,8 +121,10 @@ class RolloutLedger:
             TrustError: there are none, or they are torn.
         """
         with self.transaction() as db:
-            head = db.execute("SELECT task, problem_id, prompt_ids FROM groups WHERE number = ?", (number,)).fetchone()
-            rows = db.execute("SELECT * FROM trajectories WHERE group_number = ? ORDER BY sample", (number,)).fetchall()
+            query = "SELECT task, problem_id, prompt_ids FROM groups WHERE number = ? AND rolled_back = 0"
+            head = db.execute(query, (number,)).fetchone()
+            query = f"SELECT {ANSWER_COLUMNS} FROM trajectories WHERE group_number = ? AND rolled_back = 0"
+            rows = db.execute(f"{query} ORDER BY sample", (number,)).fetchall()
         try:
             rollouts = [unpack_row(head, row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
@@ -213,7 +149,7 @@ class RolloutLedger:
             known = self.step(row.step)
             if known is None:
                 values = (row.step, row.version_in, row.weights, row.trained, canonical_json(row.metrics))
-                db.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?)", values)
+                db.execute("INSERT INTO steps VALUES (?, 0, ?, ?, ?, ?)", values)
         trained = row.trained or (known.trained if known is not None else "")
         if known is not None and (known.weights, known.trained) != (row.weights, trained):
             part = "answers" if known.trained != trained else "weights"
@@ -224,17 +160,43 @@ class RolloutLedger:
     def step(self, step: int) -> StepRow | None:
         """What is known of ``step``; None where it was not trained."""
         with self.transaction() as db:
-            row = db.execute("SELECT * FROM steps WHERE step = ?", (step,)).fetchone()
+            row = db.execute(f"{_STEPS} AND step = ?", (step,)).fetchone()
         return None if row is None else _step_row(*row)
 
     def steps(self) -> list[StepRow]:
         """All that is known of steps, in order."""
         with self.transaction() as db:
-            rows = db.execute("SELECT * FROM steps ORDER BY step").fetchall()
+            rows = db.execute(f"{_STEPS} ORDER BY step").fetchall()
         return [_step_row(*row) for row in rows]
 
+    def note_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep what was measured of ``step``, once it is there."""
+        with self.transaction("IMMEDIATE") as db:
+            update = "UPDATE steps SET metrics = ? WHERE step = ? AND rolled_back = 0"
+            db.execute(update, (canonical_json(dict(metrics)), step))
+
+    @property
+    def rollbacks(self) -> list[int]:
+        """The steps to which the run was sent back, in order of time."""
+        with self.transaction() as db:
+            return [step for (step,) in db.execute("SELECT back_to FROM rollbacks ORDER BY number")]
+
+    def roll_back(self, step: int, number: int) -> bool:
+        """The run was sent back to ``step``, for the ``number``-th time; False where that is known.
+
+        Steps and groups that came after stay, as rolled back, and their numbers are free.
+        """
+        with self.transaction("IMMEDIATE") as db:
+            if number <= len(self.rollbacks):
+                return False
+            db.execute("INSERT INTO rollbacks VALUES (?, ?)", (number, step))
+            for table in ("groups", "steps"):  # trajectories go with their groups
+                update = f"UPDATE {table} SET rolled_back = ? WHERE step > ? AND rolled_back = 0"
+                db.execute(update, (number, step))
+        return True
+
     def counts(self) -> dict[str, int]:
-        """Groups, those answered, dispatches, answers, and answers from which the verifier abstained."""
+        """Groups, those answered, dispatches, answers, answers that nobody paid; all with those rolled back."""
         groups = "SELECT count(*), coalesce(sum(state = 'done'), 0), coalesce(sum(dispatches), 0) FROM groups"
         answers = "SELECT count(*), coalesce(sum(reward IS NULL), 0) FROM trajectories"
         with self.transaction() as db:
@@ -243,31 +205,13 @@ class RolloutLedger:
 
     def digest(self) -> str:
         """SHA-256 (hex) of all answers in order of their groups: what was trained, whoever sampled it and when."""
-        numbers = self._numbers("SELECT number FROM groups WHERE state = 'done' ORDER BY number")
+        numbers = self._numbers("state = 'done'")
         return digest_rollouts(one for number in numbers for one in self.group(number))
 
-    def _numbers(self, query: str, *values: int) -> list[int]:
+    def _numbers(self, condition: str, *values: int) -> list[int]:
+        query = f"SELECT number FROM groups WHERE rolled_back = 0 AND {condition} ORDER BY number"
         with self.transaction() as db:
             return [number for (number,) in db.execute(query, values)]
-
-    @contextmanager
-    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
-        """All of the block, or nothing of it; a block within a block is part of the outer one."""
-        with self._lock, self._explained():
-            if self._db.in_transaction:
-                yield self._db
-                return
-            self._db.execute(f"BEGIN {kind}")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _explained(self) -> Any:
-        return explain(self.path)
 
 
 def _step_row(step: int, version_in: int | None, weights: str, trained: str, metrics: str) -> StepRow:

@@ -1,47 +1,42 @@
-"""The tables of the ledger of rollouts (see ``ledger``), what a row of each is, and SQLite's errors as sentences."""
+"""The tables of the ledger of rollouts (see ``ledger``), and what a row of each is.
+
+Where a trip wire sent a run back, what came after that step stays, and ``rolled_back`` says by which time it was sent.
+"""
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sprat.errors import MachineError, SpratError, TrustError
 from sprat.files.json import canonical_json
 from sprat.post.rl.rollout import Rollout
 from sprat.post.rl.trajectory import pack_rollout, unpack_rollout
 
 SCHEMA_VERSION = 1
 DISPATCHED, DONE = "dispatched", "done"
-_FULL_DISK = (
-    "SQLITE_FULL",
-    "SQLITE_IOERR_WRITE",
-    "SQLITE_IOERR_FSYNC",
-    "SQLITE_IOERR_TRUNCATE",
-    "SQLITE_IOERR_SHMSIZE",
-)
-_TORN = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR_SHORT_READ", "SQLITE_CONSTRAINT")
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE rollbacks (number INTEGER PRIMARY KEY CHECK (number >= 1), back_to INTEGER NOT NULL) STRICT;
 CREATE TABLE groups (
-    number INTEGER PRIMARY KEY CHECK (number >= 0),
+    number INTEGER NOT NULL CHECK (number >= 0),
+    rolled_back INTEGER NOT NULL DEFAULT 0,
     step INTEGER NOT NULL CHECK (step >= 1),
     task TEXT NOT NULL,
     problem_id TEXT NOT NULL,
     prompt_ids BLOB NOT NULL CHECK (length(prompt_ids) > 0 AND length(prompt_ids) % 4 = 0),
     dispatches INTEGER NOT NULL CHECK (dispatches >= 1),
     worker TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('dispatched', 'done'))
+    state TEXT NOT NULL CHECK (state IN ('dispatched', 'done')),
+    PRIMARY KEY (number, rolled_back)
 ) STRICT;
 CREATE INDEX groups_of_step ON groups (step);
 CREATE TABLE trajectories (
-    group_number INTEGER NOT NULL REFERENCES groups (number),
+    group_number INTEGER NOT NULL,
+    rolled_back INTEGER NOT NULL DEFAULT 0,
     sample INTEGER NOT NULL CHECK (sample >= 0),
     token_ids BLOB NOT NULL CHECK (length(token_ids) > 0 AND length(token_ids) % 4 = 0),
     logprobs BLOB NOT NULL CHECK (length(logprobs) = length(token_ids)),
@@ -52,17 +47,23 @@ CREATE TABLE trajectories (
     score REAL NOT NULL,
     finish TEXT NOT NULL,
     verdict TEXT NOT NULL,
-    PRIMARY KEY (group_number, sample)
+    PRIMARY KEY (group_number, rolled_back, sample),
+    FOREIGN KEY (group_number, rolled_back) REFERENCES groups (number, rolled_back) ON UPDATE CASCADE
 ) STRICT;
 CREATE TABLE steps (
-    step INTEGER PRIMARY KEY CHECK (step >= 0),
+    step INTEGER NOT NULL CHECK (step >= 0),
+    rolled_back INTEGER NOT NULL DEFAULT 0,
     version_in INTEGER,
     weights TEXT NOT NULL CHECK (length(weights) = 64),
     trained TEXT NOT NULL,
-    metrics TEXT NOT NULL
+    metrics TEXT NOT NULL,
+    PRIMARY KEY (step, rolled_back)
 ) STRICT;
 """
-_COLUMNS = ("reward", "score", "finish", "versions", "task", "problem_id", "group", "sample")  # the rest is the verdict
+ANSWER_COLUMNS = (
+    "group_number, sample, token_ids, logprobs, versions, routes, routes_shape, reward, score, finish, verdict"
+)
+_FIELDS = ("reward", "score", "finish", "versions", "task", "problem_id", "group", "sample")  # the rest is the verdict
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class StepRow:
 
 
 def pack_row(rollout: Rollout) -> tuple[Any, ...]:
-    """An answer as a row of ``trajectories``. Raises TrustError: it is not whole."""
+    """An answer as a row of ``ANSWER_COLUMNS``. Raises TrustError: it is not whole."""
     fields, arrays = pack_rollout(rollout)
-    verdict = {name: value for name, value in fields.items() if name not in _COLUMNS}
+    verdict = {name: value for name, value in fields.items() if name not in _FIELDS}
     row = [fields["group"], fields["sample"], arrays["token_ids"].tobytes(), arrays["logprobs"].tobytes()]
     row.append(canonical_json(fields["versions"]))
     routes = arrays.get("routes")
@@ -120,28 +121,3 @@ def unpack_row(head: Sequence[Any], row: Sequence[Any]) -> Rollout:
         dtype, *shape = json.loads(routes_shape)
         arrays["routes"] = np.frombuffer(routes, dtype).reshape(shape)
     return unpack_rollout(fields, arrays)
-
-
-@contextmanager
-def explain(path: Path) -> Iterator[None]:
-    """SQLite's errors as sentences."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = str(getattr(error, "sqlite_errorname", None) or "")
-        raise _sentence(path, name, str(error)) from None
-
-
-def _sentence(path: Path, name: str, reason: str) -> SpratError:
-    if name.startswith(_FULL_DISK):
-        what = "the disk is full, or failed; what the ledger of rollouts holds is whole"
-        return MachineError(what, where=str(path), todo="free some space and start again")
-    if name.startswith(_TORN):
-        return torn(path, reason)
-    return MachineError(f"the ledger of rollouts cannot be used: {reason}", where=str(path), todo="check the disk")
-
-
-def torn(path: Path, reason: str) -> TrustError:
-    """The error of a ledger that says what cannot be."""
-    what = f"the ledger of rollouts does not hold together: {reason}"
-    return TrustError(what, where=str(path), todo="put back a copy of it, or start the run afresh in another folder")

@@ -187,7 +187,7 @@ class Orchestrator:
             connection.close()
         for thread in self._threads:
             thread.join(STOP_SECONDS)
-        self.ledger.close()
+        self.ledger.close(final=True)
 
     def _dismiss(self, name: str) -> None:
         """A process has ended: its groups are asked again."""

@@ -8,6 +8,7 @@ from typing import Any
 from sprat.model import Transformer
 from sprat.post.rl.ledger import RolloutLedger
 from sprat.post.rl.ledger_tables import Question, StepRow
+from sprat.post.rl.machines import note_machine, this_machine
 from sprat.post.rl.rollout import Rollout, RolloutSource
 from sprat.post.rl.trajectory import digest_rollouts
 from sprat.post.rl.weights import TrainedWeights
@@ -27,11 +28,11 @@ class RecordedSource:
         self._source, self._ledger = source, ledger
         self._trained: dict[int, str] = {}
         self._weights: TrainedWeights | None = None
-        self._metrics: dict[int, dict[str, Any]] = {}
         run.on_log.append(self._note)
+        note_machine(ledger, this_machine())
 
     def _note(self, step: int, row: Mapping[str, Any]) -> None:
-        self._metrics = {step: {name: value for name, value in row.items() if name != "step"}}
+        self._ledger.note_metrics(step, {name: value for name, value in row.items() if name != "step"})
 
     def groups(self, step: int) -> list[Rollout]:
         """See ``RolloutSource``; all groups of a step are kept at once, or none."""
@@ -47,17 +48,18 @@ class RecordedSource:
         self._trained = {step: digest_rollouts(rollouts)}
         return rollouts
 
-    def publish(self, version: int, model: Transformer) -> None:
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``. Raises TrustError: the step was done before, and came out otherwise."""
-        self._source.publish(version, model)
-        trained = self._trained.get(version, "")
-        metrics = self._metrics.get(version, {}) if trained else {}
+        self._source.publish(version, model, rollbacks)
+        if rollbacks:
+            self._ledger.roll_back(version, rollbacks)
+        trained = self._trained.pop(version, "")
         version_in = version - 1 if trained else None
         if self._weights is None or self._weights.model is not model:
             self._weights = TrainedWeights(model)
-        self._ledger.record_step(StepRow(version, version_in, self._weights.digest(), trained, metrics))
+        self._ledger.record_step(StepRow(version, version_in, self._weights.digest(), trained, {}))
 
     def close(self) -> None:
         """See ``RolloutSource``."""
         self._source.close()
-        self._ledger.close()
+        self._ledger.close(final=True)

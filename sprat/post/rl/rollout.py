@@ -18,7 +18,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sprat.config import RLConfig
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
@@ -89,8 +88,11 @@ class RolloutSource(Protocol):
         """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
         ...
 
-    def publish(self, version: int, model: Transformer) -> None:
-        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step."""
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
+        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step.
+
+        ``rollbacks``: how often the run was sent back by now; after the last time ``version`` is where it was sent.
+        """
         ...
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ class InProcess:
         numbers = range(first, first + self._config.prompts_per_step)
         return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
 
-    def publish(self, version: int, model: Transformer) -> None:
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""
         self._take_over(model)
         self._version = version

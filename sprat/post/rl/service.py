@@ -25,6 +25,7 @@ from sprat.errors import MachineError, SpratError, TrustError, unpack_error
 from sprat.post.rl.connection import error_reply
 from sprat.post.rl.dispatcher import Dispatcher, Sampled
 from sprat.post.rl.ledger_tables import StepRow
+from sprat.post.rl.machines import note_machine
 from sprat.post.rl.sampled import pack_requests, unpack_answers
 from sprat.post.rl.trajectory import pack_rollout
 from sprat.post.rl.weights import read_chunk, weights_file
@@ -56,7 +57,6 @@ class Service:
     ) -> None:
         self._run, self._dispatcher, self._folder, self._job = run, dispatcher, weights_folder, dict(job)
         self._note_progress = on_progress
-        self._metrics: dict[int, dict[str, Any]] = {}
         self.finish: dict[str, Any] | None = None
         names = "hello take answer refuse weights groups group publish log truncate facts progress finish failed"
         self._handlers: dict[str, Callable[[str, Message], Reply]] = {
@@ -84,6 +84,8 @@ class Service:
             return error_reply(error), {}
 
     def _on_hello(self, name: str, message: Message) -> Reply:
+        if message.body.get("role") == "trainer":
+            note_machine(self._dispatcher.ledger, message.table("machine"))
         return self._job | {"facts": self._run.facts}, {}
 
     def _on_failed(self, name: str, message: Message) -> Reply:
@@ -101,13 +103,14 @@ class Service:
             return {"stop": True}, {}
         rows, arrays = pack_requests(assignment.requests)
         file = str(weights_file(self._folder, assignment.version))
-        return {"version": assignment.version, "digest": assignment.digest, "file": file, "requests": rows}, arrays
+        weights = {"version": assignment.version, "digest": assignment.digest, "file": file}
+        return {**weights, "rollbacks": assignment.rollbacks, "requests": rows}, arrays
 
     def _on_answer(self, name: str, message: Message) -> Reply:
         question = self._dispatcher.question(message.integer("group"))
         if question is not None:
             answers = unpack_answers(message, len(question.prompt_ids), self._dispatcher.ledger.group_size)
-            self._dispatcher.answered(Sampled(question, name, answers))
+            self._dispatcher.answered(Sampled(question, name, message.integer("rollbacks"), answers))
             self._note_progress(name)
         return {}, {}
 
@@ -122,14 +125,8 @@ class Service:
 
     def _on_publish(self, name: str, message: Message) -> Reply:
         version, trained = message.integer("version"), message.text("trained")
-        row = StepRow(
-            version,
-            version - 1 if trained else None,
-            message.text("weights"),
-            trained,
-            self._metrics.pop(version, {}) if trained else {},
-        )
-        newest = self._dispatcher.publish(row)
+        row = StepRow(version, version - 1 if trained else None, message.text("weights"), trained, {})
+        newest = self._dispatcher.publish(row, message.integer("rollbacks"))
         self._note_progress(name)
         return {"version": newest}, {}
 
@@ -144,7 +141,7 @@ class Service:
 
     def _on_log(self, name: str, message: Message) -> Reply:
         step, metrics = message.integer("step"), message.table("metrics")
-        self._metrics[step] = metrics
+        self._dispatcher.ledger.note_metrics(step, metrics)
         self._run.log(step, **metrics)
         return {}, {}
 

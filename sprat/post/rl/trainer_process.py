@@ -13,12 +13,11 @@ from typing import Any
 from sprat.config import MoneyConfig
 from sprat.config.rl import RLRunConfig
 from sprat.files.json import to_json_value
-from sprat.formats.load import save
 from sprat.model import Transformer
-from sprat.model.lora import merge_lora
-from sprat.post.rl import grpo
 from sprat.post.rl.connection import Caller
-from sprat.post.rl.policy import load_policy
+from sprat.post.rl.machines import this_machine
+from sprat.post.rl.reinforce import train
+from sprat.post.rl.roles import preparation, tell
 from sprat.post.rl.rollout import Rollout
 from sprat.post.rl.trajectory import digest_rollouts, unpack_rollout
 from sprat.post.rl.weights import WEIGHTS_FOLDER, TrainedWeights, prune_weights
@@ -73,7 +72,7 @@ class OrchestratedSource:
     def __init__(self, caller: Caller, folder: Path, staleness: int) -> None:
         self._caller, self._folder, self._staleness = caller, folder, staleness
         self._trained: dict[int, str] = {}
-        self._newest: tuple[int, Transformer] | None = None
+        self._newest: tuple[int, Transformer, int] | None = None
         self._weights: TrainedWeights | None = None
 
     def groups(self, step: int) -> list[Rollout]:
@@ -102,31 +101,28 @@ class OrchestratedSource:
             rollouts.append(unpack_rollout(fields, {key.partition(".")[2]: value for key, value in own.items()}))
         return rollouts
 
-    def publish(self, version: int, model: Transformer) -> None:
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``. Raises SpratError: the step was done before, and came out otherwise."""
         if self._weights is None or self._weights.model is not model:
             self._weights = TrainedWeights(model)
         weights = self._weights.save(self._folder, version)
         trained = self._trained.pop(version, "")
-        newest = self._caller.ask("publish", version=version, weights=weights, trained=trained).integer("version")
-        prune_weights(self._folder, newest, self._staleness)
-        self._newest = version, model
+        reply = self._caller.ask("publish", version=version, weights=weights, trained=trained, rollbacks=rollbacks)
+        prune_weights(self._folder, reply.integer("version"), self._staleness)
+        self._newest = version, model, rollbacks
 
     def close(self) -> None:
         """Nothing was started."""
 
 
 def train_job(caller: Caller) -> None:
-    """Do the job of the orchestrator: train, and save what came of it."""
-    job = caller.ask("hello", role="trainer").body
+    """Do the job of the orchestrator: all that ``reinforce`` does in one process, but sample."""
+    job = caller.ask("hello", role="trainer", machine=this_machine()).body
     config = RLRunConfig.model_validate(job["config"])
     run = OrchestratedRun(caller, job, config)
-    model, tokenizer = load_policy(job["model"], config, dequantize=job["dequantize"])
-    source = OrchestratedSource(caller, run.checkpoints / WEIGHTS_FOLDER, config.rollout.staleness)
-    result = grpo.train(model, source, config, run)
-    merge_lora(model)
-    save(model, tokenizer, run.artifact)
-    run.finish(flops=result.flops, tokens=result.tokens)
+    with preparation(job, config, run) as ready:
+        source = OrchestratedSource(caller, run.checkpoints / WEIGHTS_FOLDER, config.rollout.staleness)
+        train(run, ready, source, job["name"], job["reward_name"], tell)
 
 
 def main(work: Callable[[Caller], None] = train_job) -> None:

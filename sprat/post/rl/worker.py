@@ -23,9 +23,11 @@ from typing import Any
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output
 from sprat.errors import CheckpointError, MachineError, SpratError, pack_error
+from sprat.formats.load import load_dense
 from sprat.machine import end_with_parent
+from sprat.model.lora import add_lora
 from sprat.post.rl.connection import Caller, Connection, connect
-from sprat.post.rl.policy import Policy, load_policy
+from sprat.post.rl.merged_copy import plain_copy, write_merged
 from sprat.post.rl.sampled import Request, SampledAnswer, pack_answers, unpack_requests
 from sprat.post.rl.weights import TrainedWeights
 from sprat.post.rl.wire import Message
@@ -64,11 +66,13 @@ class Worker:
     def __init__(self, caller: Caller, model: str = "", sampler: Sample = sample) -> None:
         self._caller, self._sampler, self._job = caller, sampler, caller.ask("hello", role="worker").body
         self._config = RLRunConfig.model_validate(self._job["config"])
-        path = model or self._job["model"]
-        own, tokenizer = load_policy(path, self._config, dequantize=self._job["dequantize"])
-        self._weights = TrainedWeights(own)
-        self._policy = Policy(own, tokenizer, self._job["room"] * self._config.group_size)
-        self._version: int | None = None
+        own, tokenizer = load_dense(model or self._job["model"], dequantize=self._job["dequantize"])
+        self._sampled = own  # what the engine computes with: the model, or a copy with adapters merged
+        if self._config.lora is not None:
+            self._sampled = plain_copy(own)
+            add_lora(own, self._config.lora, self._config.seed)
+        self._weights, self._digest = TrainedWeights(own), ""
+        self._engine = Engine(self._sampled, tokenizer, max_batch=self._job["room"] * self._config.group_size)
 
     def work(self) -> None:
         """Take groups and answer them, until told to stop. Raises SpratError: the run has failed or ended."""
@@ -80,13 +84,13 @@ class Worker:
                 self._caller.ask("refuse", version=version, reason=str(error))
                 continue
             requests = unpack_requests(reply)
-            for request, answers in zip(requests, self._sampler(self._policy.engine, requests, version), strict=True):
+            for request, answers in zip(requests, self._sampler(self._engine, requests, version), strict=True):
                 body, arrays = pack_answers(answers)
-                self._caller.ask("answer", arrays, group=request.group, **body)
+                self._caller.ask("answer", arrays, group=request.group, rollbacks=reply.body["rollbacks"], **body)
 
     def _take_weights(self, version: int, digest: str, file: Path) -> None:
         """Compute with ``version`` from now on. Raises SpratError: it is not to be had, or not whole."""
-        if version == self._version:
+        if digest == self._digest:
             return
         if file.is_file():
             self._weights.load(file, digest)
@@ -95,8 +99,9 @@ class Worker:
                 path = Path(folder, file.name)
                 self._download(version, path)
                 self._weights.load(path, digest)
-        self._policy.take_over()
-        self._version = version
+        if self._sampled is not self._weights.model:
+            write_merged(self._weights.model, self._sampled)
+        self._digest = digest
 
     def _download(self, version: int, path: Path) -> None:
         """The file of ``version``, over the wire."""

@@ -183,7 +183,7 @@ def test_killed_at_any_moment_it_holds_all_that_was_acknowledged(tmp_path: Path)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk."""
-    *done, fault = lines_until_the_end(*writer(tmp_path, 150_000))
+    *done, fault = lines_until_the_end(*writer(tmp_path, 300_000))
     assert fault.startswith("MachineError: the disk is full, or failed; what the ledger of rollouts holds is whole")
     ledger, acknowledged = opened(tmp_path), int(done[-1])
     assert acknowledged > 3
