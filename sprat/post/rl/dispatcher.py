@@ -117,10 +117,10 @@ class Dispatcher:
             SpratError: the run has failed.
         """
         with self._changed:
-            while not (due := self._due(room)):
-                if self._is_over(worker):
-                    return None
+            while not self._is_over(worker) and not (due := self._due(room)):
                 self._changed.wait()
+            if self._is_over(worker):
+                return None
             assert self.version is not None
             questions = [self._asker.question(group) for group in due]
             self.ledger.dispatch(questions, worker)
