@@ -25,6 +25,7 @@ from sprat.model.lora import merge_lora
 from sprat.post.rl import grpo
 from sprat.post.rl.held_out import FILE_NAME, HeldOut
 from sprat.post.rl.judge_pool import JudgePool
+from sprat.post.rl.ledger import LEDGER_FILE
 from sprat.post.rl.monitor import OnNews, RunMonitor
 from sprat.post.rl.orchestrator import Commands, open_ledger, wait_for_predecessor
 from sprat.post.rl.questions import Questions
@@ -96,7 +97,9 @@ def reinforce(
             train_with_roles(run, asker, questions, config, described, start=steps_before, commands=commands)
         elif not run.done:
             source = RecordedSource(prepared[0].source(), open_ledger(run, config), run)
-            train(run, prepared[0], source, str(model), questions.reward or BUILT_IN, on_news)
+            result = train(run, prepared[0], source, str(model), questions.reward or BUILT_IN, on_news)
+            run.ledger.add_file(run.folder / LEDGER_FILE)
+            run.finish(flops=result.flops, tokens=result.tokens)
         return run
     finally:
         for pool in pools:
@@ -119,8 +122,10 @@ def _find_start(start_input: Mapping[str, Path | str], config: RLRunConfig, out:
     return checkpoint.find_start(config.init_from, out, expected_digest)
 
 
-def train(run: Run, ready: Prepared, source: RolloutSource, base_model: str, reward_name: str, on_news: OnNews) -> None:
-    """Train, measure, save, finish.
+def train(
+    run: Run, ready: Prepared, source: RolloutSource, base_model: str, reward_name: str, on_news: OnNews
+) -> grpo.RLResult:
+    """Train, measure, save; the run can then be finished.
 
     Args:
         source: who samples; it is closed.
@@ -152,7 +157,7 @@ def train(run: Run, ready: Prepared, source: RolloutSource, base_model: str, rew
             },
         )
     _save(run, ready, base_model)
-    run.finish(flops=result.flops, tokens=result.tokens)
+    return result
 
 
 def _save(run: Run, ready: Prepared, base_model: str) -> None:

@@ -122,7 +122,8 @@ def train_job(caller: Caller) -> None:
     run = OrchestratedRun(caller, job, config)
     with preparation(job, config, run) as ready:
         source = OrchestratedSource(caller, run.checkpoints / WEIGHTS_FOLDER, config.rollout.staleness)
-        train(run, ready, source, job["name"], job["reward_name"], tell)
+        result = train(run, ready, source, job["name"], job["reward_name"], tell)
+    run.finish(flops=result.flops, tokens=result.tokens)
 
 
 def main(work: Callable[[Caller], None] = train_job) -> None:
