@@ -1,12 +1,13 @@
-"""Runs of fine-tuning that are stopped at random instants and started again, each compared with one never stopped.
+"""Runs of fine-tuning and RL that are stopped at random instants and started again, beside one never stopped.
 
     python tests/fault/stops.py FOLDER KIND COUNT SEED
 
-FOLDER holds ``model``, ``pairs.jsonl``, ``talks.jsonl``, ``ask.jsonl`` and ``book.txt``. One process imports torch;
-each attempt at a run is a fork of it, and dies as a process does: by SIGKILL, or by SIGINT to its group as a terminal
-sends it, in turn. Three of five instants are drawn evenly over the time that a whole run takes, two of five over its
-end: from the first file of the artefact until the process leaves. A run is stopped once or twice, then it may end. What
-is printed is one JSON object: the stops with their instants, and the runs that ended unlike the one never stopped.
+FOLDER holds ``model``, ``pairs.jsonl``, ``talks.jsonl``, ``ask.jsonl``, ``book.txt`` and ``judge.py``. One process
+imports torch; each attempt at a run is a fork of it, and dies as a process does: by SIGKILL, or by SIGINT to its group
+as a terminal sends it, in turn. Three of five instants are drawn evenly over the time that a whole run takes, two of
+five over its end: from the first file of the artefact until the process leaves. A run is stopped once or twice, then it
+may end. What is printed is one JSON object: the stops with their instants, and the runs that ended unlike the one never
+stopped.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from typing import Any
 import torch
 
 from sprat.config.finetune import DPOConfig, FinetuneConfig
+from sprat.config.rl import RLRunConfig
 from sprat.files import digest
 from sprat.post.finetune import finetune
+from sprat.post.rl.questions import Questions
+from sprat.post.rl.reinforce import reinforce
 from sprat.trust.verify import verify
 
 INTERRUPTED = 130
@@ -47,6 +51,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "best": BEST,
     "replay": LORA | {"keep_best": True},
 }
+RL: dict[str, Any] = {
+    "steps": 8,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "max_tokens": 6,
+    "lr": 0.01,
+    "checkpoint_every": 2,
+    "gate": False,
+    "held_out": {"every": 3},
+    "verifier": {"workers": 1},
+    "keep_checkpoint": True,
+}
+RL_CHANGES: dict[str, dict[str, Any]] = {
+    "rl": {},
+    "rl lora": {"lora": {"rank": 2}},
+}
 CLOCK_FACTS = {"tokens_per_second"}
 CLOCK_RECORD = {
     "device_seconds", "wall_seconds", "energy_joules_estimated", "nano_yuan", "started", "finished", "ledger_root",
@@ -62,6 +82,11 @@ def attempt(base: Path, kind: str, name: str) -> int:
         return child
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
+        if kind in RL_CHANGES:
+            settings = RLRunConfig.model_validate(RL | RL_CHANGES[kind])
+            questions = Questions(data=base / "ask.jsonl", reward=f"{base / 'judge.py'}:reward")
+            reinforce(base / "model", questions, base / name / "run", settings)
+            os._exit(0)
         config = (DPOConfig if kind == "dpo" else FinetuneConfig).model_validate(SETTINGS | CHANGES[kind])
         data = base / ("pairs.jsonl" if kind == "dpo" else "talks.jsonl")
         tasks = [str(base / "ask.jsonl")] if kind == "best" else []

@@ -1,4 +1,4 @@
-"""kill -9 and Ctrl-C at random instants of SFT, LoRA, DPO and a search for the best: it ends with the same bits.
+"""kill -9 and Ctrl-C at random instants of SFT, LoRA, DPO, RL and a search for the best: it ends with the same bits.
 
 SPRAT_KILLS=20 stops each kind twenty times; SPRAT_KILLS_SEED draws other instants, or those of a failure again.
 """
@@ -23,7 +23,7 @@ SEED = int(os.environ.get("SPRAT_KILLS_SEED", "1"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["full", "lora", "dpo", "best", "replay"])
+@pytest.mark.parametrize("kind", ["full", "lora", "dpo", "best", "replay", "rl", "rl lora"])
 def test_stopped_at_random_instants_it_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
     tokenizer = lucky_tokenizer()
     save(Transformer.create(lucky_shape(tokenizer), 0), tokenizer, tmp_path / "model")
@@ -33,6 +33,8 @@ def test_stopped_at_random_instants_it_ends_with_the_same_bits(kind: str, tmp_pa
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     asked = [{"question": f"{number} test", "answer": "7"} for number in range(8)]
     (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    judge = "def reward(problem, answer):\n    return len(set(answer.content)) / 10\n"
+    (tmp_path / "judge.py").write_text(judge)
     (tmp_path / "book.txt").write_text("".join(f"one sprat and {number} whales\n" for number in range(60)))
     script = Path(__file__).with_name("stops.py")
     line = [sys.executable, str(script), str(tmp_path), kind, str(COUNT), str(SEED)]

@@ -60,7 +60,7 @@ class Part:
     problems: tuple[Problem, ...] | None
     held_out: tuple[Problem, ...]
     weight: float = 1.0
-    _orders: dict[int, list[int]] = field(default_factory=dict)
+    _orders: dict[str, list[int]] = field(default_factory=dict)
 
     def nth(self, number: int, key: str) -> Problem:
         """The problem that is trained ``number``-th of this task.
@@ -70,11 +70,11 @@ class Part:
         """
         if self.problems is not None:
             around, place = divmod(number, len(self.problems))
-            if around not in self._orders:
+            if (name := f"{key}/{around}") not in self._orders:
                 order = list(range(len(self.problems)))
-                random.Random(f"{key}/{around}").shuffle(order)
-                self._orders = {around: order}
-            return self.problems[self._orders[around][place]]
+                random.Random(name).shuffle(order)
+                self._orders = {name: order}
+            return self.problems[self._orders[name][place]]
         rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out}
         for _ in range(_MAX_ATTEMPTS):
             problem = self.task.problem("train", rng.randrange(_NUM_TRAIN_INDICES))

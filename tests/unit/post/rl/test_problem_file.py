@@ -1,0 +1,125 @@
+"""A file of questions is read in the columns that people of TRL, verl and OpenRLHF have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sprat.config.rl import HeldOutConfig
+from sprat.errors import DataError
+from sprat.eval.tasks import problem_messages
+from sprat.post.rl.problem_file import ProblemFile, read_problems
+from sprat.post.rl.problem_mix import ProblemMix, split_task
+from sprat.tasks import Problem, Sums, read_task
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+
+
+def read(folder: Path, rows: list[dict[str, Any]], column_map: dict[str, str] | None = None) -> ProblemFile:
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_problems(path, column_map)
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"question": "2+2?", "answer": "4"}, "2+2?", "4"),
+        ({"prompt": "2+2?", "solution": "4"}, "2+2?", "4"),
+        ({"prompt": TURNS, "ground_truth": 4}, "Be brief.\n\n2+2?", 4),
+        ({"problem": "2+2?", "solution": "4", "level": 1}, "2+2?", "4"),
+        ({"messages": TURNS, "label": ["4", "four"]}, "Be brief.\n\n2+2?", ["4", "four"]),
+        (
+            {"prompt": TURNS[1:], "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "x"},
+            "2+2?",
+            "4",
+        ),
+        ({"question": "2+2?"}, "2+2?", None),
+        ({"question": "2+2?", "answer": {"tests": ["f(2) == 4"]}}, "2+2?", {"tests": ["f(2) == 4"]}),
+    ],
+)
+def test_the_columns_of_other_trainers_are_read(
+    row: dict[str, Any], question: str, answer: Any, tmp_path: Path
+) -> None:
+    (problem,) = read(tmp_path, [row]).problems
+    assert problem.question == question and problem.meta["answer_data"] == answer and problem.meta["row"] == row
+    turns = [(message.role, message.content) for message in problem_messages(problem)]
+    assert turns == [(turn["role"], turn["content"]) for turn in (TURNS if "brief" in question else TURNS[1:])]
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    rows = [{"Frage": "2+2?", "Lösung": "4", "prompt": "not this"}]
+    (problem,) = read(tmp_path, rows, {"question": "Frage", "answer": "Lösung"}).problems
+    assert (problem.question, problem.answer) == ("2+2?", "4")
+    with pytest.raises(DataError, match="no column 'frage'"):
+        read(tmp_path, rows, {"prompt": "frage"})
+    with pytest.raises(DataError, match="map question, answer"):
+        read(tmp_path, rows, {"completion": "Frage"})
+
+
+def test_what_is_no_question_or_was_asked_before_is_left_out_and_counted(tmp_path: Path) -> None:
+    file = read(tmp_path, [{"question": "a?"}, {"answer": "4"}, {"question": " A? "}, {"question": "b?"}])
+    assert [problem.question for problem in file.problems] == ["a?", "b?"]
+    assert sum(each["count"] for each in file.skipped) == 2
+    with pytest.raises(DataError, match="no question to train on.*--map question"):
+        read(tmp_path, [{"x": "y"}])
+
+
+def test_rows_that_say_so_are_held_out(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "split": "test" if n < 3 else "train"} for n in range(10)]
+    part = split_task(read(tmp_path, rows), HeldOutConfig())
+    assert sorted(problem.question for problem in part.held_out) == ["0?", "1?", "2?"]
+    assert part.problems is not None and len(part.problems) == 7
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row | {"answer": "x"}) + "\n" for row in rows))
+    task = split_task(read_task(tmp_path / "task.jsonl"), HeldOutConfig())
+    assert {problem.question for problem in task.held_out} == {"0?", "1?", "2?"}
+
+
+def test_else_a_share_is_by_what_a_question_says_and_no_group_is_asked_one(tmp_path: Path) -> None:
+    rows = [{"question": f"question {n}"} for n in range(50)]
+    part = split_task(read(tmp_path, rows), HeldOutConfig(share=0.2))
+    again = split_task(read(tmp_path, rows[::-1]), HeldOutConfig(share=0.2))
+    held_out = {problem.question for problem in part.held_out}
+    assert len(held_out) == 10 and held_out == {problem.question for problem in again.held_out}
+    mix = ProblemMix([part], seed=5)
+    asked = [mix.problem(group)[1].question for group in range(80)]
+    assert not held_out & set(asked)
+    assert sorted(asked[:40]) == sorted(asked[40:]) and len(set(asked[:40])) == 40, "each once, then each again"
+    assert asked[:40] != asked[40:]
+    other = ProblemMix([part], seed=5)
+    assert [other.problem(group)[1].question for group in reversed(range(80))] == asked[::-1], (
+        "a function of the number"
+    )
+    assert [ProblemMix([part], seed=6).problem(group)[1].question for group in range(40)] != asked[:40]
+    few = split_task(read(tmp_path, rows), HeldOutConfig(share=0.5, problems=4))
+    assert few.problems is not None and (len(few.held_out), len(few.problems)) == (4, 46)
+    assert not split_task(read(tmp_path, rows), HeldOutConfig(share=0)).held_out
+
+
+class Repeating:
+    """A generator whose splits are the same four questions."""
+
+    name = "repeating"
+
+    def problem(self, split: str, index: int) -> Problem:
+        return Problem(self.name, index, f"question {index % 4}", "7")
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        return 1.0
+
+    def chain_of_thought(self, problem: Problem) -> str:
+        return ""
+
+
+def test_a_generator_is_never_trained_on_what_is_held_out() -> None:
+    part = split_task(Repeating(), HeldOutConfig(problems=2))  # type: ignore[arg-type]
+    held_out = {problem.question for problem in part.held_out}
+    mix = ProblemMix([part], 0)
+    assert len(held_out) == 2 and not held_out & {mix.problem(group)[1].question for group in range(40)}
+    with pytest.raises(DataError, match="held-out ones"):
+        ProblemMix([split_task(Repeating(), HeldOutConfig(problems=4))], 0).problem(0)  # type: ignore[arg-type]
+    sums = split_task(Sums("sums"), HeldOutConfig(problems=5))
+    assert sums.problems is None and len(sums.held_out) == 5
