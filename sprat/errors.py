@@ -80,3 +80,17 @@ class EngineDeadError(SpratError):
     """The engines of a server died again and again, and are not started any more."""
 
     exit_code = 10
+
+
+def pack_error(error: SpratError) -> list[str]:
+    """An error as JSON, for another process."""
+    return [type(error).__name__, error.what, error.where, error.todo]
+
+
+def unpack_error(packed: list[str], unknown: type[SpratError] = EngineError) -> SpratError:
+    """The error of ``pack_error``: the same sentence, and the same type if it is one of these, else ``unknown``."""
+    name, what, where, todo = packed
+    kind = globals().get(name)
+    if not isinstance(kind, type) or not issubclass(kind, SpratError):
+        kind = unknown
+    return kind(what, where=where, todo=todo)

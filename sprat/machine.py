@@ -1,9 +1,13 @@
-"""This machine: its processor's name, and its memory within every bound of the control groups above this process."""
+"""This machine: its processor's name, its memory within every bound of the control groups above this process, and a
+process that ends with the one that started it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +55,17 @@ def total_bytes(root: Path = Path("/")) -> int | None:
     if not candidates and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(candidates) if candidates else None
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the *thread* of the process ``parent`` that started it ends (Linux), however that is.
+
+    Elsewhere, and where the parent was gone before, the end of a pipe or socket to it has to tell.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _meminfo(root: Path, name: str) -> Iterator[int]:

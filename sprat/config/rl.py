@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from sprat.config.base import Config, load, merge_tables, parse
 from sprat.config.model import LoRAConfig
 from sprat.config.recipe import Count, RLConfig
+from sprat.config.rollout import RolloutConfig
 
 
 class VerifierConfig(Config):
@@ -86,6 +87,7 @@ class RLRunConfig(RLConfig):
     # What a group's question and its noise are drawn by: its own number, so that any process can draw it alone, or its
     # step, all of whose groups are then drawn together.
     seeding: Literal["group", "step"] = "group"
+    rollout: RolloutConfig = RolloutConfig()
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"  # see post.rl.losses
     sample_std: bool = False  # divide by the deviation of a sample (over G - 1), not of the group as a population
     std_epsilon: float = Field(0.0, ge=0, le=1e9)  # added to that deviation (TRL: 1e-4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as GenericSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -158,6 +158,25 @@ class Sampling:
         if self.response is not None and not isinstance(self.response, Response):
             fault = f"{type(self.response).__name__} is no form of a response"
             raise EngineError(fault, where="response", todo="use Response.json, .regex, .choice or .tool_calls")
+
+
+_DEFAULTS = {item.name: item.default for item in fields(Sampling)}
+
+
+def pack_sampling(sampling: Sampling) -> dict[str, Any]:
+    """Settings that are not the default ones, as JSON, for an engine of another process; ``processors`` are code."""
+    changed = {name: value for name, default in _DEFAULTS.items() if (value := getattr(sampling, name)) != default}
+    if sampling.response is not None:
+        changed["response"] = [sampling.response.kind, sampling.response.source]
+    return changed
+
+
+def unpack_sampling(settings: Mapping[str, Any]) -> Sampling:
+    """The settings of ``pack_sampling``; they are checked again."""
+    if "response" in settings:
+        kind, source = settings["response"]
+        settings = {**settings, "response": Response(kind, source)}
+    return Sampling(**settings)
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from sprat.files import atomic
 
 LOCK_NAME = ".lock"
 _MAX_BYTES = 32  # bytes
+_POLL_SECONDS = 0.02
 _open_handles: set[int] = set()
 
 
@@ -39,8 +41,13 @@ os.register_at_fork(after_in_child=_close_handles)
 
 
 @contextmanager
-def lock_folder(folder: str | Path) -> Iterator[None]:
+def lock_folder(folder: str | Path, *, wait_seconds: float = 0.0) -> Iterator[int]:
     """Hold ``folder`` (made if missing) for this process while the block runs.
+
+    Yields the lock's descriptor: a program that is started with it (``pass_fds``) holds the folder as well.
+
+    Args:
+        wait_seconds: for another process that may be about to end.
 
     Raises:
         MachineError: another process holds it (its pid is named), or the folder cannot be written.
@@ -53,9 +60,10 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         raise MachineError("the folder is a file", where=str(folder), todo="give another folder") from None
     except OSError as error:
         raise (atomic.as_machine_error(error, folder) or error) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    deadline = time.monotonic() + wait_seconds
+    while not (held := _try_lock(handle)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    if not held:
         pid = os.read(handle, _MAX_BYTES).decode("ascii", "replace").strip() or "unknown"
         os.close(handle)
         what = f"another sprat is at work in this folder (pid {pid})"
@@ -64,11 +72,19 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     _open_handles.add(handle)
     try:
         os.pwrite(handle, f"{os.getpid():<{_MAX_BYTES - 1}}\n".encode(), 0)
-        yield
+        yield handle
     finally:
         if handle in _open_handles:
             _open_handles.discard(handle)
             os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def hold_file(path: Path) -> None:

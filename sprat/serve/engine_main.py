@@ -7,7 +7,6 @@ service manager are not meant for it: the server lets running answers finish fir
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import os
@@ -19,14 +18,14 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
-from sprat.errors import EngineError, SpratError
+from sprat.errors import EngineError, SpratError, pack_error
+from sprat.machine import end_with_parent
 from sprat.serve.engine_client import EngineDied
 from sprat.serve.engine_watchdog import Heartbeat
 from sprat.serve.engine_wire import (
     Message,
     Unpacker,
     pack,
-    pack_error,
     pack_notices,
     unpack_grammar,
     unpack_job,
@@ -67,7 +66,9 @@ class Connection:
 def main() -> None:
     """Serve until told to stop, or until the server is gone."""
     descriptor, parent, beat_seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    _live_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(parent)
     sys.setswitchinterval(SWITCH_SECONDS)
     connection = Connection(socket.socket(fileno=descriptor))
     heartbeat = Heartbeat(lambda stuck_seconds: connection.send({"beat": stuck_seconds}), beat_seconds)
@@ -82,16 +83,6 @@ def main() -> None:
     commands.follow(messages)
     sys.stderr.flush()
     os._exit(0)  # a grammar that compiles, or the threads of a back end, are not waited for
-
-
-def _live_with(parent: int) -> None:
-    """End when ``parent`` does, and not when somebody presses Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _start_worker(connection: Connection, message: Message) -> EngineWorker | None:

@@ -8,16 +8,15 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sprat import errors
-from sprat.engine.sampling_params import Response, Sampling
+from sprat.engine.sampling_params import Response, pack_sampling, unpack_sampling
 from sprat.engine.sequence import Tenant
-from sprat.errors import EngineError, SpratError
+from sprat.errors import EngineError, SpratError, pack_error
 from sprat.serve.engine_client import EngineDied, Job, JobEvent
 from sprat.serve.engine_jobs import Notice
 
@@ -25,9 +24,6 @@ Message = dict[str, Any]
 LENGTH = struct.Struct("!I")
 MAX_BYTES = 1 << 30  # of one message; more means that the two are out of step
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "finish_reason", "stop")
-_ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SpratError)}
-_ERRORS["EngineDied"] = EngineDied
-_DEFAULTS = {item.name: item.default for item in dataclasses.fields(Sampling)}
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -76,7 +72,7 @@ def pack_job(job: Job) -> Message:
         raise EngineError("processors do not reach an engine of another process", where="processors", todo=todo)
     return {
         "ids": list(map(int, job.prompt_ids)),
-        "samplings": [_pack_sampling(sampling) for sampling in job.samplings],
+        "samplings": [pack_sampling(sampling) for sampling in job.samplings],
         "tenant": [job.tenant.name, job.tenant.secret.hex()],
         "adapter": job.adapter,
     }
@@ -85,7 +81,7 @@ def pack_job(job: Job) -> Message:
 def unpack_job(message: Message) -> Job:
     """The job of ``pack_job``."""
     name, secret = message["tenant"]
-    samplings = tuple(_unpack_sampling(settings) for settings in message["samplings"])
+    samplings = tuple(unpack_sampling(settings) for settings in message["samplings"])
     return Job(message["ids"], samplings, Tenant(name, bytes.fromhex(secret)), message["adapter"])
 
 
@@ -122,31 +118,12 @@ def unpack_notices(message: Message) -> list[Notice]:
     return [(number, _unpack_event(*event)) for number, *event in message["events"]]
 
 
-def pack_error(error: SpratError) -> list[str]:
-    """An error as JSON."""
-    return [type(error).__name__, error.what, error.where, error.todo]
-
-
 def unpack_error(packed: list[str]) -> SpratError:
-    """The error of ``pack_error``: the same sentence, and the same type if it is one of ours."""
+    """The error of ``errors.pack_error``: the same sentence, and the same type if it is one of ours."""
     name, what, where, todo = packed
-    return _ERRORS.get(name, EngineError)(what, where=where, todo=todo)
-
-
-def _pack_sampling(sampling: Sampling) -> Message:
-    """Settings that are not the default ones."""
-    changed = {name: value for name, default in _DEFAULTS.items() if (value := getattr(sampling, name)) != default}
-    if sampling.response is not None:
-        changed["response"] = [sampling.response.kind, sampling.response.source]
-    return changed
-
-
-def _unpack_sampling(settings: Message) -> Sampling:
-    """The settings of ``_pack_sampling``; they are checked again."""
-    if "response" in settings:
-        kind, source = settings["response"]
-        settings = {**settings, "response": Response(kind, source)}
-    return Sampling(**settings)
+    return (
+        EngineDied(what, where=where, todo=todo) if name == "EngineDied" else errors.unpack_error(packed, EngineError)
+    )
 
 
 def _pack_event(event: JobEvent | SpratError) -> list[Any]:

@@ -85,11 +85,11 @@ def save(
         _remove_partial(folder)
         hidden.mkdir()
         _check_disk_space(folder, _size(model, optimizer))
-        save_file(_trained(model), hidden / _FILES[0])
+        save_file(trained_tensors(model), hidden / _FILES[0])
         save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, hidden / _FILES[1])
         digests = {name: digest.of_file(hidden / name) for name in _FILES}
         state = {"format": _FORMAT, "step": step, "files": digests, "extra": dict(extra)}
-        if frozen := _frozen_digest(model):
+        if frozen := frozen_digest(model):
             state["frozen"] = frozen
         (hidden / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
         for path in (*hidden.iterdir(), hidden):
@@ -250,7 +250,7 @@ def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def _check_frozen(checkpoint: Checkpoint, model: nn.Module) -> None:
-    if checkpoint.frozen and checkpoint.frozen != _frozen_digest(model):
+    if checkpoint.frozen and checkpoint.frozen != frozen_digest(model):
         what, todo = "the checkpoint is over other frozen weights", "load the base model that its run started from"
         raise CheckpointError(what, where=str(checkpoint.folder), todo=todo)
 
@@ -269,7 +269,7 @@ def check_compatible(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
         CheckpointError: it is of another one, or cannot be read.
     """
     todo = "keep the model and the optimiser of that run, or leave init_from out and start afresh"
-    models = [_trained(model)] if checkpoint.frozen else [_tensors(model)]
+    models = [trained_tensors(model)] if checkpoint.frozen else [_tensors(model)]
     parts = ((models, "model"), (optimizer.layouts(), "optimiser")) if optimizer else ((models, "model"),)
     for name, (layouts, part) in zip(_FILES, parts, strict=False):
         try:
@@ -293,25 +293,31 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Those that training moves: without parameters that want no gradient."""
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves, by name: parameters that want a gradient, and persistent buffers; a tied weight once."""
     frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
     return {name: value for name, value in _tensors(model).items() if value.data_ptr() not in frozen}
 
 
-def _frozen_digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of the parameters that want no gradient, names and shapes included; empty where there is none."""
-    trained, sha = _trained(model), hashlib.sha256()
-    frozen = {name: value for name, value in _tensors(model).items() if name not in trained}
-    for name, value in sorted(frozen.items()):
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of tensors in the order of their names; names, dtypes and shapes included."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest() if frozen else ""
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """The digest of the parameters that want no gradient; empty where there is none."""
+    trained = trained_tensors(model)
+    frozen = {name: value for name, value in _tensors(model).items() if name not in trained}
+    return digest_tensors(frozen) if frozen else ""
 
 
 def _size(model: nn.Module, optimizer: OptimizersContainer) -> int:
     """Bytes that a checkpoint takes, nearly."""
-    return sum(value.nbytes for value in (*_trained(model).values(), *optimizer.state_dict().values()))
+    return sum(value.nbytes for value in (*trained_tensors(model).values(), *optimizer.state_dict().values()))
 
 
 def _check_disk_space(folder: Path, needed: int) -> None:

@@ -58,6 +58,7 @@ class Run:
         facts: what ``add_facts`` was given, also of a finished run.
         record: the content of ``run.json`` (empty until finished).
         on_log: each is told every row of ``metrics.jsonl``, step and row, after it was written.
+        other_cpu_seconds: CPU seconds that others have worked for it, beside this process and its finished children.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, identity: dict[str, Any], recipe: Config, money: MoneyConfig):
@@ -71,6 +72,7 @@ class Run:
         self.done = False
         self.set_aside: Path | None = None
         self.on_log: list[Callable[[int, Mapping[str, Any]], None]] = []
+        self.other_cpu_seconds: Callable[[], float] = lambda: 0.0
         self._spent = {"device_seconds": 0.0, "wall_seconds": 0.0}
         self._started, self._step, self._steps = utc_now(), 0, 0
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
@@ -162,7 +164,7 @@ class Run:
 
     def _cost(self) -> dict[str, Any]:
         return {
-            "device_seconds": self._spent["device_seconds"] + _cpu_seconds() - self._cpu,
+            "device_seconds": self._spent["device_seconds"] + _cpu_seconds() - self._cpu + self.other_cpu_seconds(),
             "wall_seconds": self._spent["wall_seconds"] + time.monotonic() - self._wall,
             "started": self._started,
         }

@@ -137,7 +137,7 @@ def train(
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.kl_weight > 0 else None
     state = resume(model, config, run)
     result = state.result
-    source.publish(result.steps, model)
+    source.publish(result.steps, model, state.rollbacks)
     if result.steps == 0:
         before_start()
     if monitor is not None:
@@ -149,8 +149,8 @@ def train(
             step = result.steps + 1
             rollouts = source.groups(step)
             faults = check_faults(rollouts, reward_name)
-            row = _train_step(model, state.optimizer, rollouts, state.config, step, reference, result)
-            source.publish(step, model)
+            row = train_step(model, state.optimizer, rollouts, state.config, step, reference, result)
+            source.publish(step, model, state.rollbacks)
             extra = faults if monitor is None else monitor.measure(step, rollouts, result)
             run.log(step, **row, **extra)
             trip = None if monitor is None else monitor.check({"step": step, **row, **extra})
@@ -195,7 +195,7 @@ def check_start(start: checkpoint.Checkpoint, model: Transformer, config: GRPOCo
     checkpoint.check_compatible(start, model, optim.build(model, optim_config(config)))
 
 
-def _train_step(
+def train_step(
     model: Transformer,
     optimizer: optim.OptimizersContainer,
     rollouts: list[Rollout],

@@ -24,8 +24,14 @@ from sprat.formats.load import load_dense, locate, save
 from sprat.model.lora import merge_lora
 from sprat.post.rl import grpo
 from sprat.post.rl.held_out import FILE_NAME, HeldOut
+from sprat.post.rl.judge_pool import JudgePool
+from sprat.post.rl.ledger import LEDGER_FILE
 from sprat.post.rl.monitor import OnNews, RunMonitor
+from sprat.post.rl.orchestrator import Commands, open_ledger, wait_for_predecessor
 from sprat.post.rl.questions import Questions
+from sprat.post.rl.recorded import RecordedSource
+from sprat.post.rl.roles import keep_questions, train_with_roles
+from sprat.post.rl.rollout import RolloutSource
 from sprat.post.rl.run_preparation import BUILT_IN, Prepared, prepare
 from sprat.train import checkpoint
 from sprat.trust import run_record
@@ -44,6 +50,7 @@ def reinforce(
     *,
     dequantize: bool = False,
     on_news: OnNews = lambda text: None,
+    commands: Commands | None = None,
 ) -> Run:
     """RL of ``model`` on ``questions``; the finished run, also where it was finished before.
 
@@ -52,6 +59,7 @@ def reinforce(
         out: the run's folder; its ledger lies in the folder above it.
         dequantize: train a quantised model as the dense one that its codes stand for.
         on_news: is told what a person at the terminal should know.
+        commands: how processes are started, where ``config.rollout`` asks for them.
 
     Raises:
         SpratError: a model, questions, a reward or a recipe that cannot be, before anything was touched; the policy is
@@ -62,12 +70,16 @@ def reinforce(
     model_path = locate(model)
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
     inputs: dict[str, run_record.Input] = {"model": model_path, **questions.inputs(), **start_input}
-    prepared = list[Prepared]()
+    prepared, pools, steps_before = list[Prepared](), list[JudgePool](), 0
+    wait_for_predecessor(out)
 
     def check(resuming: bool) -> None:
+        nonlocal steps_before
         start = _find_start(start_input, config, out)
+        steps_before = start.step if start is not None and config.init_state == "continue" else 0
         load_model = partial(load_dense, model_path, dequantize=dequantize)
         prepared.append(prepare(load_model, questions, config, start, asks_gate=not resuming, on_news=on_news))
+        pools.extend(prepared[0].pools)
 
     try:
         run = open_run(
@@ -79,11 +91,18 @@ def reinforce(
             ledger=out.parent / LEDGER_NAME,
             prepare=check,
         )
-        if not run.done:
-            train(run, prepared[0], str(model), questions.reward or BUILT_IN, on_news)
+        if not run.done and config.rollout.workers:
+            described = {"name": str(model), "path": model_path, "dequantize": dequantize}
+            asker = keep_questions(run, prepared.pop(), config)
+            train_with_roles(run, asker, questions, config, described, start=steps_before, commands=commands)
+        elif not run.done:
+            source = RecordedSource(prepared[0].source(), open_ledger(run, config), run)
+            result = train(run, prepared[0], source, str(model), questions.reward or BUILT_IN, on_news)
+            run.ledger.add_file(run.folder / LEDGER_FILE)
+            run.finish(flops=result.flops, tokens=result.tokens)
         return run
     finally:
-        for pool in (pool for each in prepared for pool in each.pools):
+        for pool in pools:
             pool.close()
 
 
@@ -103,10 +122,13 @@ def _find_start(start_input: Mapping[str, Path | str], config: RLRunConfig, out:
     return checkpoint.find_start(config.init_from, out, expected_digest)
 
 
-def train(run: Run, ready: Prepared, base_model: str, reward_name: str, on_news: OnNews) -> None:
-    """Train, measure, save, finish.
+def train(
+    run: Run, ready: Prepared, source: RolloutSource, base_model: str, reward_name: str, on_news: OnNews
+) -> grpo.RLResult:
+    """Train, measure, save; the run can then be finished.
 
     Args:
+        source: who samples; it is closed.
         base_model: what PEFT shall take an adapter's base to be.
         reward_name: of the verifier.
 
@@ -117,7 +139,6 @@ def train(run: Run, ready: Prepared, base_model: str, reward_name: str, on_news:
     run.add_facts(steps=config.steps, **ready.facts)
     held_out = HeldOut(ready.engine, ready.mix.held_out, config, ready.payer, run.checkpoints)
     monitor = RunMonitor(run, config, held_out, ready.reference, reward_name, on_news)
-    source = ready.source()
     try:
         result = grpo.train(ready.model, source, config, run, reward_name=reward_name, monitor=monitor)
     finally:
@@ -136,7 +157,7 @@ def train(run: Run, ready: Prepared, base_model: str, reward_name: str, on_news:
             },
         )
     _save(run, ready, base_model)
-    run.finish(flops=result.flops, tokens=result.tokens)
+    return result
 
 
 def _save(run: Run, ready: Prepared, base_model: str) -> None:

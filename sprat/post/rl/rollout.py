@@ -18,7 +18,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sprat.config import RLConfig
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
@@ -89,8 +88,11 @@ class RolloutSource(Protocol):
         """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
         ...
 
-    def publish(self, version: int, model: Transformer) -> None:
-        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step."""
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
+        """Take over the weights after step ``version`` (0: the start), before anything is asked and after each step.
+
+        ``rollbacks``: how often the run was sent back by now; after the last time ``version`` is where it was sent.
+        """
         ...
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ class InProcess:
         numbers = range(first, first + self._config.prompts_per_step)
         return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
 
-    def publish(self, version: int, model: Transformer) -> None:
+    def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""
         self._take_over(model)
         self._version = version
@@ -234,25 +236,27 @@ def sample_groups(
         version: of the engine's weights.
     """
     asked = [problems.problem(group) for group in groups]
-    keys = [f"group/{group}" for group in groups]
-    if config.seeding == "step":
-        keys = [str(group // config.prompts_per_step + 1) for group in groups]
-    settings = [_sampling(config, f"rollout/{config.seed}/{key}") for key in keys]
+    settings = [group_sampling(config, group) for group in groups]
     outputs = engine.generate([problem_messages(problem) for _, problem in asked], settings)
     size = config.group_size
     rollouts = payer.pay([pair for pair in asked for _ in range(size)], outputs)
     for place, rollout in enumerate(rollouts):
-        versions = [version] * len(rollout.token_ids)
-        rollouts[place] = replace(rollout, group=groups[place // size], sample=place % size, versions=versions)
+        group, sample, versions = groups[place // size], place % size, [version] * len(rollout.token_ids)
+        rollouts[place] = replace(rollout, group=group, sample=sample, versions=versions)
+        if config.seeding == "group":  # a group's cost does not depend on what is sampled beside it
+            prefill = len(rollout.prompt_ids) if sample == 0 else 0
+            rollouts[place] = replace(rollouts[place], prefill_tokens=prefill)
     return rollouts
 
 
-def _sampling(config: RLConfig, key: str) -> Sampling:
-    """How the answers of a group are drawn, with the noise of ``key``."""
+def group_sampling(config: RLRunConfig, group: int) -> Sampling:
+    """How the answers of ``group`` are drawn: by its own noise, or with ``seeding = "step"`` by that of its step."""
+    own = config.seeding == "group"
+    key = f"group/{group}" if own else str(group // config.prompts_per_step + 1)
     return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_tokens,
-        seed=random.Random(key).randrange(1 << 31),
+        seed=random.Random(f"rollout/{config.seed}/{key}").randrange(1 << 31),
         thinking=None,
         logprobs=True,
         n=config.group_size,

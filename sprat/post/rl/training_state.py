@@ -120,5 +120,5 @@ def roll_back(state: TrainingState, monitor: Monitor, trip: Trip, run: Run, sour
     after.save(run.checkpoints, good.step)  # so that a kill from here on goes on with the lower rate
     run.truncate_metrics(good.step)
     monitor.start(good.step, state.model)
-    source.publish(good.step, state.model)
+    source.publish(good.step, state.model, after.rollbacks)
     return after

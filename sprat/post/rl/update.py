@@ -55,17 +55,22 @@ class LogprobMismatch:
 
     Where two experts are as good as equal, the last bit of a sum decides which is taken, and all that follows in that
     answer is another computation. That is one answer in thousands and no fault; so the bound is on the mean over the
-    answers but the worst of every ``ANSWERS_PER_OUTLIER``.
+    answers but the worst of every ``ANSWERS_PER_OUTLIER``. Answers of older weights than the trainer's are no part of
+    it: they differ because the policy has moved.
     """
 
     largest: float = 0.0
     answers: list[tuple[float, int]] = field(default_factory=list)  # sum of gaps, tokens
 
-    def add(self, trainer_N: Tensor, sampler_N: Tensor, sizes: Sequence[int]) -> None:
-        """Compare the tokens of answers of ``sizes`` tokens."""
-        gap_N = (trainer_N - sampler_N).abs()
-        self.largest = max(self.largest, float(gap_N.max()))
-        self.answers += [(float(part.sum()), len(part)) for part in gap_N.split(list(sizes))]
+    def add(
+        self, trainer_N: Tensor, sampler_N: Tensor, sizes: Sequence[int], stale: Sequence[bool] | None = None
+    ) -> None:
+        """Compare the tokens of answers of ``sizes`` tokens, but for those that are ``stale``."""
+        gaps = (trainer_N - sampler_N).abs().split(list(sizes))
+        for gap_N, is_stale in zip(gaps, stale or [False] * len(gaps), strict=True):
+            if not is_stale:
+                self.largest = max(self.largest, float(gap_N.max()))
+                self.answers.append((float(gap_N.sum()), len(gap_N)))
 
     def check(self, limit: float, step: int) -> dict[str, float]:
         """The two metrics. Raises: TrainingError: the mean is above ``limit``, or no number."""
@@ -77,6 +82,11 @@ class LogprobMismatch:
             todo = "train float32 weights, or raise rl.max_mismatch and correct for it by rl.importance_cap = 2"
             raise TrainingError(f"{what}, rl.max_mismatch is {limit:g}", where="rl", todo=todo)
         return {"mismatch": self.largest, "mismatch_mean": mean}
+
+
+def _stale(rollouts: Sequence[Rollout], step: int) -> list[bool]:
+    """Of each answer, whether other weights sampled it than those that ``step`` moves."""
+    return [any(version != step - 1 for version in rollout.versions) for rollout in rollouts]
 
 
 def _mean(answers: Sequence[tuple[float, int]]) -> float:
@@ -101,7 +111,7 @@ def update_policy(
     """
     token_metrics, norms, mismatch = TokenMetrics(), list[float](), LogprobMismatch()
     if config.importance_cap is not None:
-        rollouts = _with_importance(model, rollouts, config, mismatch)
+        rollouts = _with_importance(model, rollouts, config, mismatch, step)
         metrics = mismatch.check(config.max_mismatch, step)
     sizes, minibatches = [len(rollout.token_ids) for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
     for epoch in range(config.epochs):
@@ -130,7 +140,7 @@ def update_policy(
                 total.backward()
                 token_metrics.add(loss, logprob_N, entropy_N)
                 if epoch + minibatch_index == 0 and config.importance_cap is None:
-                    mismatch.add(logprob_N, tokens.old_N, [sizes[row] for row in micro])
+                    mismatch.add(logprob_N, tokens.old_N, [sizes[row] for row in micro], _stale(selected, step))
             if not norms and config.importance_cap is None:
                 metrics = mismatch.check(config.max_mismatch, step)
             norms.append(_step(optimizer, config, step))
@@ -167,7 +177,7 @@ def _head_loss(
 
 
 def _with_importance(
-    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, mismatch: LogprobMismatch
+    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, mismatch: LogprobMismatch, step: int
 ) -> list[Rollout]:
     """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
     with_importance = list(rollouts)
@@ -175,7 +185,7 @@ def _with_importance(
         selected = [rollouts[row] for row in micro]
         trainer_N, sampler_N = _logprobs(model, selected, config)
         sizes = [len(rollout.token_ids) for rollout in selected]
-        mismatch.add(trainer_N, sampler_N, sizes)
+        mismatch.add(trainer_N, sampler_N, sizes, _stale(selected, step))
         importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
         parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
         for row, logprob_N, weight_N in parts:

@@ -269,7 +269,7 @@ def test_only_paid_answers_of_groups_with_spread_are_learned_from(
         return {}
 
     monkeypatch.setattr(rl, "update_policy", noted)
-    found = rl._train_step(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
+    found = rl.train_step(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
     assert [row.token_ids[1] for row in heard[0][0]] == [0, 2, 3]
     assert heard[0][1] == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])
     assert found["live_groups"] == pytest.approx(1 / 3)
