@@ -107,7 +107,7 @@ def read_task(path: str | Path, *, name: str = "", judge: str | None = None) -> 
                 todo = "leave one of them out" if kind == "question" else "give each row its own"
                 raise DataError(f"the {kind} of line {lines[key]} again", where=where, todo=todo)
             lines[key] = number
-        judges[row_id] = _judge(row, defaults, where)
+        judges[row_id] = _judge(row, defaults, where, problem.question)
         problems[split].append(_with_answer(problem, judges[row_id]))
     if not judges:
         raise DataError("no row in it", where=str(path), todo='write {"question": …, "answer": …}, a row a line')
@@ -223,7 +223,7 @@ def _with_answer(problem: Problem, judge: Judge) -> Problem:
     return Problem(problem.task, problem.index, problem.question, judge.expected, problem.meta, problem.canonical)
 
 
-def _judge(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Judge:
+def _judge(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str, question: str) -> Judge:
     """The judge of a row.
 
     Raises:
@@ -240,7 +240,7 @@ def _judge(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> J
             raise DataError(f"{option} says nothing to the judge {name!r}", where=where, todo="leave it out")
     options = {**defaults, **row}
     try:
-        return _build_judge(name, answer, options, where)
+        return _build_judge(name, answer, options, where, question)
     except DataError as error:
         raise DataError(error.what, where=where, todo=error.todo) from None
 
@@ -251,7 +251,7 @@ def _default_judge(answer: object) -> str:
     return "numeric" if all(isinstance(value, (int, float)) for value in values) else "exact"
 
 
-def _build_judge(name: str, answer: Any, options: Mapping[str, Any], where: str) -> Judge:
+def _build_judge(name: str, answer: Any, options: Mapping[str, Any], where: str, question: str) -> Judge:
     ignore_case = options.get("ignore_case", False)
     if not isinstance(ignore_case, bool):
         raise DataError("ignore_case is neither true nor false", todo="write true or false")
@@ -271,7 +271,7 @@ def _build_judge(name: str, answer: Any, options: Mapping[str, Any], where: str)
     if name == "exact":
         return judging.Exact(tuple(texts), ignore_case)
     if name == "math":
-        return judging.Formula(tuple(texts), where)
+        return judging.Formula(tuple(texts), where, question)
     rel_tol, extract = options.get("rel_tol", 0), options.get("extract", "only")
     if isinstance(rel_tol, bool) or not isinstance(rel_tol, (int, float)) or not 0 <= rel_tol < 1:
         raise DataError("rel_tol is no number from 0 to below 1", todo="0.01 lets an answer be off by one percent")
