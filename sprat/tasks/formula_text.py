@@ -53,6 +53,7 @@ _LOGIC_WORDS = frozenset(
     "none any all every some each maybe either both hundred thousand million billion trillion dozen percent half "
     "double twice correct right wrong answer".split()
 )
+_TOWER = re.compile(r"\^(?=[^+\-=,;]{0,20}\^)")
 _MARKS = "!|%:;'?@#&"  # that change a value, or what is said; as often as the expected answer has them
 
 
@@ -160,6 +161,10 @@ def _form_refusal(expected: str, answer: str, question: str) -> str:
         return "it states a relation, and none is asked for"
     if text.count("=") > max(right.count("="), 1 + right.count(",")):
         return "it is a chain of equations"
+    if text.count("^") > 1 and len(re.findall(_TOWER, text)) > len(re.findall(_TOWER, right)):
+        return "it is a power of powers"
+    if re.fullmatch(r"\(.*,.*\)", text, re.DOTALL) and not re.search(r"[(\[]", right):
+        return "it is ordered, or an interval"
     if "=" in text and any(not re.search(r"[A-Za-z]", side) for side in re.split(r"=[^,;]*[,;]?", text)[:-1]):
         return "it equates what has no name"
     if set(re.findall(r"[0-9]_\{?[0-9]+|\.\.+", text)) - set(re.findall(r"[0-9]_\{?[0-9]+|\.\.+", right)):
