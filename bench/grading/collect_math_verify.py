@@ -60,7 +60,9 @@ def parameters(function: Any) -> Iterator[dict[str, Any]]:
     sets = []
     for mark in getattr(function, "pytestmark", []):
         if mark.name == "parametrize":
-            names = [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
+            names = (
+                [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
+            )
             rows = [row if len(names) > 1 else (row,) for row in mark.args[1]]
             sets.append([dict(zip(names, row, strict=True)) for row in rows])
     for combination in itertools.product(*sets):

@@ -1,4 +1,4 @@
-r"""Questions with their formulas, for hack families to be made for; and math-verify's own test cases, read at run time."""
+r"""Questions with their formulas, to make hacks for; and math-verify's own test cases, read from its source."""
 
 from __future__ import annotations
 

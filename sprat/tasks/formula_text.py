@@ -47,12 +47,13 @@ _GREEK = (
 )
 _FREE_COMMANDS = frozenset(f"frac sqrt cdot times div pi pm mp cup infty in circ mathbb emptyset {_GREEK}".split())
 _GROUPS = ({"sin", "cos", "tan", "cot", "sec", "csc"}, {"ln", "log", "exp"}, {"le", "leq", "lt", "ge", "geq", "gt"})
-_FUNCTION_WORDS = frozenset("sqrt sin cos tan log exp".split())
-_LOGIC_WORDS = frozenset(
+_FUNCTION_WORDS = {"sqrt", "sin", "cos", "tan", "log", "exp"}
+_LOGIC = (
     "or and not more less than at least most about approximately between to from plus minus times over if is are no "
     "none any all every some each maybe either both hundred thousand million billion trillion dozen percent half "
-    "double twice correct right wrong answer".split()
+    "double twice correct right wrong answer"
 )
+_LOGIC_WORDS = frozenset(_LOGIC.split())
 _TOWER = re.compile(r"\^(?=[^+\-=,;]{0,20}\^)")
 _MARKS = "!|%:;'?@#&"  # that change a value, or what is said; as often as the expected answer has them
 
@@ -81,7 +82,7 @@ def formula_of(answer: str) -> str | None:
 
 
 def plain_number(formula: str) -> PlainNumber | None:
-    r"""``formula`` as a number that is worked out, perhaps with ``x =`` before and a unit behind it; None if it is none.
+    r"""``formula`` as a number that is worked out, perhaps with ``x =`` before and a unit behind it; None if none.
 
     >>> plain_number(r"x = 1\frac{1}{2} \text{ cm}")
     PlainNumber(value=Fraction(3, 2), unit='cm', is_percent=False, is_decimal=False)

@@ -1,6 +1,6 @@
 """Asks math-verify whether two formulas are the same, and checks by numbers what it says. Runs in ``judge_worker``.
 
-math-verify reads a formula loosely and compares loosely: it takes ``0.0`` for ``10^{-7}`` (six places behind the point),
+math-verify reads a formula loosely and compares loosely: it takes ``0.0`` for ``10^{-7}`` (it looks at six places),
 ``1/2006!`` for ``1/2004!`` (their difference vanishes), ``101_3`` for ``101``. It was made to score benchmarks, whose
 answers nobody bends; a policy in training does. So its yes is held against the numbers: what has a value must be close
 by the size of that value, and what has variables must agree where they are given values. Its no is never changed.

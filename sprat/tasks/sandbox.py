@@ -14,14 +14,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import random
 import selectors
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +26,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sprat.errors import MachineError
+from sprat.tasks.sandbox_shell import SPARES, START_SECONDS, TODO, Shell, readable_paths
 
 Mode = Literal["program", "module", "facts"]
-FOLDER = "/sandbox"
 FIRST_UID, NUM_UIDS = 61_000, 4_000  # no user's, and mapped in most containers
 _POLL_SECONDS = 0.1
-_START_SECONDS = 60.0
-_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin")
 
 
 @dataclass(frozen=True)
@@ -86,41 +81,23 @@ class SandboxedProcess:
     """
 
     def __init__(self, code: str, mode: Mode, limits: Limits, stdin: str = "") -> None:
-        self.limits, self._start = limits, time.monotonic()
-        self._idle, self._last_seen = 0.0, 0.0
-        self.control, theirs = socket.socketpair()
-        self.control.settimeout(_START_SECONDS)
-        facts_in, facts_out = os.pipe()
-        try:
-            self.process = subprocess.Popen(
-                [*_command(limits, facts_out), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if mode != "facts" else subprocess.PIPE,
-                pass_fds=(theirs.fileno(), facts_out),
-                env={"PYTHONHASHSEED": "0"},
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise MachineError(f"bubblewrap cannot be started: {error}", where="sandbox", todo=_TODO) from None
-        finally:
-            theirs.close()
-            os.close(facts_out)
         uid = random.SystemRandom().randrange(FIRST_UID, FIRST_UID + NUM_UIDS) if os.getuid() == 0 else 0
         bounds = {name: int(value) for name, value in dataclasses.asdict(limits).items()}
-        job = {"mode": mode, "code": code, "stdin": stdin, "limits": bounds, "uid": uid, "readable": _readable()}
-        try:
-            self.control.sendall(json.dumps(job).encode() + b"\n")
-            with os.fdopen(facts_in, "rb") as stream:
-                self._pid = int(json.loads(stream.read() or b"{}").get("child-pid", 0))
-            self.facts = json.loads(_read_line(self.control) or b"{}")
-        except (OSError, ValueError):
-            self.facts = {}
-        if not self.facts:
-            said = (self.process.stderr.read() if self.process.stderr else b"").decode("utf-8", "replace")
-            self.close()
-            what = " ".join(f"a sandbox could not be made: {said or 'bubblewrap ended'}".split())[:300]
-            raise MachineError(what, where="sandbox", todo=_TODO)
+        job = {"mode": mode, "code": code, "stdin": stdin, "limits": bounds, "uid": uid, "readable": readable_paths()}
+        self.limits = limits
+        for is_last in (False, True):  # a spare dies with the thread that started it
+            self._shell = Shell(limits.disk_bytes) if is_last or mode == "facts" else SPARES.take(limits.disk_bytes)
+            self._pid, self.facts = self._shell.begin(job)
+            if self.facts:
+                break
+            said = self._shell.process.stderr.read(2000) if self._shell.process.stderr else b""
+            self._shell.close()
+        else:
+            what = f"a sandbox could not be made: {said.decode('utf-8', 'replace') or 'bubblewrap ended'}"
+            raise MachineError(" ".join(what.split())[-300:], where="sandbox", todo=TODO)
+        self.control, self.process = self._shell.control, self._shell.process
+        self._start, self._last_seen = time.monotonic(), 0.0
+        self._seen_at_start = self._active_seconds() or 0.0
 
     def __enter__(self) -> SandboxedProcess:
         return self
@@ -135,10 +112,10 @@ class SandboxedProcess:
         now = time.monotonic()
         if now - self._start > self.limits.wall_seconds:
             return "wall"
-        seen = self._active_seconds()
-        if seen is not None:
-            self._idle = max(0.0, now - self._start - seen)
-        return "idle" if self._idle > self.limits.idle_seconds else ""
+        active = self._active_seconds()
+        if active is None:
+            return ""
+        return "idle" if now - self._start - (active - self._seen_at_start) > self.limits.idle_seconds else ""
 
     def _active_seconds(self) -> float | None:
         """Seconds that the process ran or waited for a processor, over its threads; None where nobody counts them."""
@@ -180,12 +157,7 @@ class SandboxedProcess:
 
     def close(self) -> None:
         """End the process and all that is in its sandbox."""
-        self.process.kill()  # bubblewrap dies, and the namespace with it
-        self.process.wait()
-        self.control.close()
-        for pipe in (self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
+        self._shell.close()
 
 
 def run_program(code: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
@@ -209,7 +181,7 @@ def sandbox_facts() -> dict[str, Any]:
         try:
             with SandboxedProcess("", "facts", Limits()) as process:
                 facts |= process.facts
-                process.process.wait(_START_SECONDS)
+                process.process.wait(START_SECONDS)
         except MachineError as error:
             facts["problem"] = error.what
         except subprocess.TimeoutExpired:
@@ -230,53 +202,7 @@ def require_sandbox() -> None:
         MachineError: it cannot; says why, and what to do.
     """
     if problem := sandbox_facts()["problem"]:
-        raise MachineError(f"code cannot be run safely here: {problem}", where="judge 'code'", todo=_TODO)
-
-
-_TODO = (
-    "apt-get install bubblewrap, and run where Linux lets it make namespaces (as root, or with unprivileged user "
-    "namespaces; in Docker: --security-opt seccomp=unconfined --cap-add SYS_ADMIN)"
-)
-
-
-def _command(limits: Limits, facts_out: int) -> list[str]:
-    """Bubblewrap's command line, but for the socket at its end."""
-    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    if os.getuid() == 0:
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user"]
-    for folder in _SYSTEM_FOLDERS:
-        path = Path(folder)
-        if path.is_symlink():
-            command += ["--symlink", os.readlink(path), folder]
-        elif path.is_dir():
-            command += ["--ro-bind", folder, folder]
-    for folder in (*(str(parent) for parent in reversed(Path(sys.base_prefix).parents)), FOLDER, "/dev"):
-        if folder != "/" and not _is_below(folder, _SYSTEM_FOLDERS):  # another user is to pass through
-            command += ["--perms", "0755", "--dir", folder]
-    if not _is_below(sys.base_prefix, _SYSTEM_FOLDERS):
-        command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
-    for name in ("sandbox_init.py", "sandbox_calls.py"):
-        command += ["--ro-bind", str(Path(__file__).with_name(name)), f"{FOLDER}/{name}"]
-    command += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
-    command += ["--perms", "0777", "--size", str(limits.disk_bytes), "--tmpfs", "/box", "--remount-ro", "/"]
-    command += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
-    command += ["--info-fd", str(facts_out), "--chdir", "/box", "--"]
-    return [*command, _python(), "-I", "-S", f"{FOLDER}/sandbox_init.py"]
-
-
-def _python() -> str:
-    """The interpreter itself, not the link to it in a virtual environment."""
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-def _readable() -> list[str]:
-    return [path for path in ("/usr", sys.base_prefix, FOLDER, "/dev/urandom") if os.path.exists(path) or path == FOLDER]
-
-
-def _is_below(path: str, folders: tuple[str, ...]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
+        raise MachineError(f"code cannot be run safely here: {problem}", where="judge 'code'", todo=TODO)
 
 
 def _children(pid: int) -> list[int]:
@@ -284,14 +210,3 @@ def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
-
-
-def _read_line(connection: socket.socket, limit: int = 1 << 16) -> bytes:
-    """A line of at most ``limit`` bytes, byte by byte, so that nothing behind it is taken away."""
-    line = bytearray()
-    while len(line) < limit and not line.endswith(b"\n"):
-        chunk = connection.recv(1)
-        if not chunk:
-            break
-        line += chunk
-    return bytes(line)

@@ -37,7 +37,8 @@ def encode(value: Any, objects: dict[int, Any], depth: int = 0) -> Any:
         return {"c": [float.__repr__(value.real), float.__repr__(value.imag)]}
     if isinstance(value, (bytes, bytearray)):
         return {"b": bytes(value).hex()}
-    for tag, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
+    kinds: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset}
+    for tag, kind in kinds.items():
         if isinstance(value, kind):
             return {tag: [encode(item, objects, depth + 1) for item in kind.__iter__(value)]}
     if isinstance(value, dict):
@@ -58,16 +59,16 @@ def decode(value: Any, objects: dict[int, Any]) -> Any:
     if not isinstance(value, dict) or len(value) != 1:
         raise ValueError("no value")
     ((tag, content),) = value.items()
-    scalars = {"i": lambda digits: int(digits, 16), "f": float, "b": bytes.fromhex}
+    scalars: dict[str, Any] = {"i": lambda digits: int(digits, 16), "f": float, "b": bytes.fromhex}
     if tag in scalars:
-        return scalars[tag](content)  # type: ignore[operator]
+        return scalars[tag](content)
     if tag == "c":
         return complex(float(content[0]), float(content[1]))
     if tag == "d":
         return {decode(key, objects): decode(item, objects) for key, item in content}
     if tag == "o":
         return objects[content]
-    kinds = {"l": list, "t": tuple, "s": set, "z": frozenset}
+    kinds: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset}
     return kinds[tag](decode(item, objects) for item in content)
 
 
@@ -82,7 +83,10 @@ def call(request: dict[str, Any], objects: dict[int, Any]) -> dict[str, Any]:
         except StopIteration:
             return {"end": True}
     if request["do"] == "operate":
-        target = getattr(type(target), request["name"]).__get__(target)
+        method = getattr(type(target), request["name"], None)
+        if method is None:
+            raise TypeError(f"{type(target).__name__} has no {request['name']}")
+        target = method.__get__(target)
     arguments = [decode(item, objects) for item in request["arguments"]]
     named = {name: decode(item, objects) for name, item in request["named"].items()}
     value = target(*arguments, **named)

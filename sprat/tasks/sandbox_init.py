@@ -189,7 +189,7 @@ def main() -> None:
     if job["mode"] == "program":
         stream.close()
         control.close()
-        os.close(nothing)
+        os.dup2(nothing, 2)
         sys.argv = [path]
         runpy.run_path(path, run_name="__main__")
         return
