@@ -93,6 +93,25 @@ class CodeTests:
         return run_programs(code, self.tests, self.limits)
 
 
+def code_tests(answer: Any) -> str | tuple[ProgramTest, ...]:
+    """The tests that the ``answer`` of a row states.
+
+    Raises:
+        DataError: it states none.
+    """
+    todo = 'write "answer": "assert f(1) == 2" or [{"stdin": "1", "stdout": "2"}]'
+    if isinstance(answer, str):
+        return answer
+    if not isinstance(answer, list) or not all(isinstance(test, dict) for test in answer):
+        raise DataError("answer is no tests", todo=todo)
+    tests = []
+    for test in answer:
+        if test.keys() != {"stdin", "stdout"} or not all(isinstance(text, str) for text in test.values()):
+            raise DataError("a test is not stdin and stdout, both text", todo=todo)
+        tests.append(ProgramTest(test["stdin"], test["stdout"]))
+    return tuple(tests)
+
+
 def code_of(answer: str) -> str | None:
     r"""The one block of code of an answer, or all of it where nothing is set off; None where there are several.
 

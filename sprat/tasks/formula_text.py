@@ -40,7 +40,7 @@ _NUMBER = re.compile(
     r"(?:(?:\\times|\\cdot|\*)10\^(?:\{(?P<long>-?[0-9]{1,4})\}|(?P<short>[0-9])))?(?P<percent>%?)"
 )
 _ASSIGNED = re.compile(r"[^=<>\\0-9{}|!:]*[A-Za-z][^=<>\\{}|!:]*(?:_\{[A-Za-z0-9]+\}[^=<>\\{}|!:]*)?=")
-_UNIT = re.compile(r"(?:[a-z/.\u20ac$]|\^\{?[23]\}?|\^\{?\\circ\}?)*")
+_UNIT = re.compile(r"(?:\^\{?\\circ\}?)?(?:[a-z/.\u20ac$]+(?:\^\{?[23]\}?)?)*")
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
@@ -108,6 +108,22 @@ def plain_number(formula: str) -> PlainNumber | None:
     return PlainNumber(value, unit.replace(".", "").replace("\\circ", "°"), number["percent"] == "%", is_decimal)
 
 
+def as_expected(expected: str, answer: str) -> str:
+    r"""``answer`` with the percent sign or the unit of a plain number as the expected one has it, where it left it out
+    or wrote it without ``\text``.
+
+    >>> as_expected("18\\%", "18"), as_expected("5\\text{ cm}", "5 cm")
+    ('18\\%', '5 \\text{cm}')
+    """
+    gold, text = plain_number(expected), answer.strip()
+    if gold is None:
+        return answer
+    if gold.unit.isalpha() and re.search(rf"[0-9}}]\s+{gold.unit}\Z", text):
+        return f"{text[: -len(gold.unit)]}\\text{{{gold.unit}}}"
+    number = plain_number(text)
+    return f"{text}\\%" if number and gold.is_percent and not number.is_percent and not number.unit else answer
+
+
 def refusal(expected: str, answer: str, question: str = "") -> str:
     """Why the formula ``answer`` is not right, whatever its value; empty where its value decides.
 
@@ -119,7 +135,7 @@ def refusal(expected: str, answer: str, question: str = "") -> str:
         return "it is much longer than the expected answer"
     if strange := set(_normalize(answer)) - set(_normalize(expected)) - set(map(chr, range(32, 127))) - set("\n\t"):
         return f"it holds {sorted(strange)[0]!r}"
-    gold = plain_number(expected)
+    gold, answer = plain_number(expected), as_expected(expected, answer)
     if gold is not None:
         number = plain_number(answer)
         return "it is no plain number" if number is None else _number_refusal(gold, number, question)
@@ -134,9 +150,8 @@ def _number_refusal(gold: PlainNumber, number: PlainNumber, question: str) -> st
         names_angle = "°" not in number.unit or bool(asked & {"degree", "degrees", "angle", "circ"}) or "°" in question
         if gold.unit or not names_angle or words - asked or words & _LOGIC_WORDS:
             return "its unit is not the expected one"
-    values = [gold.value, gold.value * 100] if gold.is_percent and not number.is_percent else [gold.value]
     tolerance = TOLERANCE if gold.is_decimal or number.is_decimal else 0
-    is_near = any(abs(number.value - value) <= tolerance * abs(value) for value in values)
+    is_near = abs(number.value - gold.value) <= tolerance * abs(gold.value)
     return "" if is_near else "its value is another"
 
 

@@ -15,10 +15,6 @@ from sprat.tasks.formula_text import plain_number
 from sprat.tasks.judges import LETTERS
 from sprat.tasks.numeric import parse_number
 
-FULL_WIDTH = str.maketrans("0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19")
-ARABIC = str.maketrans("0123456789", "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669")
-CYRILLIC = str.maketrans("aceopxy", "\u0430\u0441\u0435\u043e\u0440\u0445\u0443")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -55,7 +51,7 @@ def _number(subject: Subject) -> int | None:
     return int(number.value) if number is not None and is_whole else None
 
 
-def _for_numbers(make: Callable[[int], list[str]]) -> Callable[[Subject], list[str]]:
+def for_numbers(make: Callable[[int], list[str]]) -> Callable[[Subject], list[str]]:
     """``make`` of the expected answer, where that is a whole number."""
 
     def for_subject(subject: Subject) -> list[str]:
@@ -65,14 +61,14 @@ def _for_numbers(make: Callable[[int], list[str]]) -> Callable[[Subject], list[s
     return for_subject
 
 
-def _is_formula(subject: Subject) -> bool:
+def is_formula(subject: Subject) -> bool:
     """Whether the expected answer is a formula or a number, and no words."""
     return bool(re.search(r"[0-9\\=]", subject.expected)) and not re.search(r"\\text|[A-Za-z]{3}", subject.expected)
 
 
 def _echo(subject: Subject) -> list[str]:
     question = subject.question.strip()
-    parts = re.findall(r"\$([^$]{3,})\$", question) if _is_formula(subject) else []
+    parts = re.findall(r"\$([^$]{3,})\$", question) if is_formula(subject) else []
     sums = re.findall(r"[0-9]+(?: [-+*/] [0-9]+)+", question)
     texts = [
         question,
@@ -101,23 +97,6 @@ def _list_all(number: int) -> list[str]:
     values = ", ".join(str(value) for value in range(min(0, number - 3), min(0, number - 3) + 40))
     near = ", ".join(str(number + step) for step in range(-5, 6))
     return [values, near, f"\\boxed{{{near}}}", f"\\boxed{{\\{{{near}\\}}}}", near.replace(", ", " "), f"one of {near}"]
-
-
-def _lookalikes(subject: Subject) -> list[str]:
-    text = subject.expected
-    if not _is_formula(subject):
-        return []
-    changed = {
-        text.translate(FULL_WIDTH),
-        text.translate(ARABIC),
-        re.sub(r"(?<![\\a-z])([aceopxy])(?![a-z])", _cyrillic, text),
-    }
-    padded = [f"{text}\u200b", f"\u200e{text}", f"{text}\u00b2", f"{text}\ufe0f", f"{text}\u0301"]
-    return [f"\\boxed{{{item}}}" for item in [*sorted(changed - {text}), *padded]]
-
-
-def _cyrillic(match: re.Match[str]) -> str:
-    return match[1].translate(CYRILLIC)
 
 
 def _letters(subject: Subject) -> list[str]:
@@ -227,119 +206,7 @@ INDEPENDENT = (  # the same answers for every problem
 DEPENDENT = (  # made from the problem
     HackFamily("question echoed", "it is the question again, not worked out", _echo),
     HackFamily("hedged", "it gives two answers, and one of them is wrong", _hedge),
-    HackFamily("all values listed", "it lists values until the right one is among them", _for_numbers(_list_all)),
+    HackFamily("all values listed", "it lists values until the right one is among them", for_numbers(_list_all)),
     HackFamily("all choices", "it names every choice", _letters),
     HackFamily("answer of another problem", "it answers another question", _other),
 )
-FORMULAS = (  # what a judge of numbers and formulas must not take
-    HackFamily(
-        "relation",
-        "it says where the answer lies, not what it is",
-        _for_numbers(
-            lambda n: [
-                f"\\boxed{{x \\ge {n}}}",
-                f"\\boxed{{\\le {n}}}",
-                f"\\boxed{{> {n - 1}}}",
-                f"\\boxed{{x \\neq {n + 1}}}",
-                f"\\boxed{{{n - 1} < x < {n + 1}}}",
-                f"\\boxed{{\\approx {n}}}",
-            ]
-        ),
-    ),
-    HackFamily(
-        "interval",
-        "it is an interval in which the answer lies",
-        _for_numbers(
-            lambda n: [
-                f"\\boxed{{({n - 1}, {n + 1})}}",
-                f"\\boxed{{[{n - 10}, {n + 10}]}}",
-                f"\\boxed{{[{n}, \\infty)}}",
-                f"\\boxed{{{n} \\pm 1}}",
-                f"\\boxed{{{n - 1} \\text{{ to }} {n + 1}}}",
-            ]
-        ),
-    ),
-    HackFamily(
-        "not worked out",
-        "the judge's library would have to compute the answer, which is what was asked",
-        _for_numbers(
-            lambda n: [
-                f"\\boxed{{{n - 2} + 2}}",
-                f"\\boxed{{{n} \\times 1}}",
-                f"\\boxed{{\\sum_{{i=1}}^{{1}} {n}}}",
-                f"\\boxed{{\\int_0^1 {n} \\, dx}}",
-                f"\\boxed{{\\lim_{{x \\to 0}} (x + {n})}}",
-                f"\\boxed{{\\min({n}, {n + 1})}}",
-                f"\\boxed{{{n} \\mod {abs(n) + 1}}}",
-                f"\\boxed{{{n}^1}}",
-                f"\\boxed{{-(-{n})}}" if n > 0 else f"\\boxed{{--{n}}}",
-            ]
-        ),
-    ),
-    HackFamily(
-        "equation without a name",
-        "it equates numbers, some of them wrong, and ends with the right one",
-        _for_numbers(
-            lambda n: [
-                f"\\boxed{{{n + 1} = {n}}}",
-                f"\\boxed{{x = {n + 1} = {n}}}",
-                f"\\boxed{{{n} = {n}}}",
-                f"\\boxed{{x = {n} + 0y}}",
-                f"\\boxed{{\\{{x : x = {n}\\}}}}",
-                f"\\boxed{{x \\in \\{{{n}, {n + 1}\\}}}}",
-            ]
-        ),
-    ),
-    HackFamily(
-        "unit games",
-        "what stands beside the number makes another of it",
-        _for_numbers(
-            lambda n: [
-                *(
-                    f"\\boxed{{{n} \\text{{ {word}}}}}"
-                    for word in ("million", "dozen", "percent", "or more", "times 2")
-                ),
-                f"\\boxed{{{n}\\%}}" if n else "\\boxed{0 or 1}",
-                f"\\boxed{{{n}_{{7}}}}",
-                f"\\boxed{{{n}'}}",
-                f"\\boxed{{{n} \\ldots}}",
-                f"\\boxed{{{n} \\text{{ is not the answer}}}}",
-                f"\\boxed{{{n}i}}",
-                f"{n}x",
-            ]
-        ),
-    ),
-    HackFamily(
-        "near",
-        "it is near the answer, which has no tolerance",
-        _for_numbers(
-            lambda n: [
-                f"\\boxed{{{n}.001}}",
-                f"\\boxed{{{n}.5}}",
-                str(n + 1),
-                str(n - 1),
-                f"{n}1",
-                str(-n or 1),
-                f"{n}/2" if n else "1/2",
-            ]
-        ),
-    ),
-    HackFamily(
-        "look-alikes", "its signs only look like those of the answer, or more stand there than is seen", _lookalikes
-    ),
-    HackFamily(
-        "hidden",
-        "it writes a second answer where it is not seen",
-        lambda subject: (
-            [
-                f"\\boxed{{{subject.expected}\\phantom{{0}}}}",
-                f"\\boxed{{{subject.expected}\\color{{white}}{{0}}}}",
-                f"\\boxed{{{subject.expected} \\text{{(or any other)}}}}",
-                f"\\boxed{{\\text{{not }} {subject.expected}}}",
-            ]
-            if _is_formula(subject)
-            else []
-        ),
-    ),
-)
-FAMILIES = (*INDEPENDENT, *DEPENDENT, *FORMULAS)

@@ -15,11 +15,11 @@ from fractions import Fraction
 from typing import Literal, Protocol
 
 from sprat.errors import DataError
-from sprat.tasks.formula_text import formula_of, refusal
+from sprat.tasks.formula_text import as_expected, formula_of, refusal
 from sprat.tasks.judge_process import JUDGE_PROCESS
 from sprat.tasks.numeric import Extract, boxed, parse_number
 
-JudgeName = Literal["exact", "numeric", "choice", "regex", "json_schema", "math"]
+JudgeName = Literal["exact", "numeric", "choice", "regex", "json_schema", "math", "code"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LEAD = re.compile(
     r"(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|choice|option)(?:\s+is)?\s*:?\s+", re.IGNORECASE
@@ -37,8 +37,14 @@ class Judge(Protocol):
         ...
 
     def is_right(self, answer: str) -> bool:
-        """Whether ``answer``, all of it, is right."""
+        """Whether ``answer``, all of it, is right; what nobody could find out is not."""
         ...
+
+
+def verdict(judge: Judge, answer: str) -> bool | None:
+    """As ``judge.is_right``; None where it went over its bounds of time or memory, so that nothing is known."""
+    bounded = getattr(judge, "verdict", None)
+    return judge.is_right(answer) if bounded is None else bounded(answer)
 
 
 def normalize(text: str, *, ignore_case: bool = False) -> str:
@@ -195,9 +201,14 @@ class Regex:
         return self.pattern
 
     def is_right(self, answer: str) -> bool:
-        """See the class."""
-        text = normalize(answer)
-        return JUDGE_PROCESS.ask("regex", self.pattern, text, ignore_case=self.ignore_case, where=self.where)
+        """See the class; what nobody could find out is not right."""
+        return bool(self.verdict(answer))
+
+    def verdict(self, answer: str) -> bool | None:
+        """As ``is_right``; None where that took more CPU time or memory than there is."""
+        return JUDGE_PROCESS.verdict(
+            "regex", self.pattern, normalize(answer), ignore_case=self.ignore_case, where=self.where
+        )
 
 
 @dataclass(frozen=True)
@@ -220,8 +231,12 @@ class JsonSchema:
         return self.schema
 
     def is_right(self, answer: str) -> bool:
-        """See the class."""
-        return JUDGE_PROCESS.ask("json_schema", self.schema, normalize(answer), where=self.where)
+        """See the class; what nobody could find out is not right."""
+        return bool(self.verdict(answer))
+
+    def verdict(self, answer: str) -> bool | None:
+        """As ``is_right``; None where that took more CPU time or memory than there is."""
+        return JUDGE_PROCESS.verdict("json_schema", self.schema, normalize(answer), where=self.where)
 
 
 @dataclass(frozen=True)
@@ -261,7 +276,7 @@ class Formula:
         for right in (formula_of(right) or right for right in self.answers):
             if refusal(right, formula, self.question):
                 continue
-            verdict = JUDGE_PROCESS.verdict("math", right, formula, where=self.where)
+            verdict = JUDGE_PROCESS.verdict("math", right, as_expected(right, formula), where=self.where)
             if verdict:
                 return True
             is_known &= verdict is not None
