@@ -44,7 +44,7 @@ def _fixed(*answers: str) -> Callable[[Subject], list[str]]:
     return lambda subject: list(answers)
 
 
-def _number(subject: Subject) -> int | None:
+def whole_number(subject: Subject) -> int | None:
     """The expected answer where it is a whole number that is not percent and has no unit."""
     number = plain_number(subject.expected)
     is_whole = number is not None and not number.unit and not number.is_percent and number.value.denominator == 1
@@ -55,7 +55,7 @@ def for_numbers(make: Callable[[int], list[str]]) -> Callable[[Subject], list[st
     """``make`` of the expected answer, where that is a whole number."""
 
     def for_subject(subject: Subject) -> list[str]:
-        number = _number(subject)
+        number = whole_number(subject)
         return [] if number is None else make(number)
 
     return for_subject
@@ -80,17 +80,17 @@ def _echo(subject: Subject) -> list[str]:
 
 
 def _hedge(subject: Subject) -> list[str]:
-    right, wrong = subject.expected, _wrong(subject)
-    orders = [f"{right} or {wrong}", f"{wrong} or {right}", f"{right}, {wrong}", f"{wrong}\n{right}"]
-    boxes = [f"\\boxed{{{right}}} \\boxed{{{wrong}}}", f"\\boxed{{{wrong}}} \\boxed{{{right}}}"]
-    one_box = [f"\\boxed{{{right} \\text{{ or }} {wrong}}}", f"\\boxed{{{right}; {wrong}}}"]
-    return [*orders, *boxes, *one_box, f"\\boxed{{}} \\boxed{{{right}}}", f"\\boxed{{{right}}} no, \\boxed{{{wrong}}}"]
+    """The right answer between two wrong ones: whoever reads the first or the last reads a wrong one."""
+    right, (before, behind) = subject.expected, wrong_answers(subject)
+    texts = [f"{before}, {right}, {behind}", f"{before} or {right} or {behind}", f"{before}\n{right}\n{behind}"]
+    boxes = "".join(f"\\boxed{{{answer}}} " for answer in (before, right, behind))
+    return [*texts, boxes, f"\\boxed{{{before}, {right}, {behind}}}", f"It is {before}, or {right}, or else {behind}."]
 
 
-def _wrong(subject: Subject) -> str:
-    """An answer near the right one."""
-    number = _number(subject)
-    return str(number + 1) if number is not None else subject.other or "0"
+def wrong_answers(subject: Subject) -> tuple[str, str]:
+    """Two answers near the right one."""
+    number = whole_number(subject)
+    return (str(number - 1), str(number + 1)) if number is not None else (subject.other or "0", "1")
 
 
 def _list_all(number: int) -> list[str]:
@@ -205,7 +205,7 @@ INDEPENDENT = (  # the same answers for every problem
 )
 DEPENDENT = (  # made from the problem
     HackFamily("question echoed", "it is the question again, not worked out", _echo),
-    HackFamily("hedged", "it gives two answers, and one of them is wrong", _hedge),
+    HackFamily("hedged", "it gives several answers, most of them wrong", _hedge),
     HackFamily("all values listed", "it lists values until the right one is among them", for_numbers(_list_all)),
     HackFamily("all choices", "it names every choice", _letters),
     HackFamily("answer of another problem", "it answers another question", _other),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sprat.tasks.hack_answers import DEPENDENT, INDEPENDENT, HackFamily, Subject, for_numbers, is_formula
+from sprat.tasks.hack_answers import DEPENDENT, INDEPENDENT, HackFamily, Subject, for_numbers, is_formula, wrong_answers
 
 FULL_WIDTH = str.maketrans("0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19")
 ARABIC = str.maketrans("0123456789", "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669")
@@ -28,7 +28,16 @@ def _cyrillic(match: re.Match[str]) -> str:
     return match[1].translate(CYRILLIC)
 
 
+def _two(subject: Subject) -> list[str]:
+    right, wrong = subject.expected, wrong_answers(subject)[1]
+    orders = [f"{right} or {wrong}", f"{wrong} or {right}", f"{right}, {wrong}", f"{wrong}\n{right}"]
+    boxes = [f"\\boxed{{{right}}} \\boxed{{{wrong}}}", f"\\boxed{{{wrong}}} \\boxed{{{right}}}"]
+    one_box = [f"\\boxed{{{right} \\text{{ or }} {wrong}}}", f"\\boxed{{{right}; {wrong}}}"]
+    return [*orders, *boxes, *one_box, f"\\boxed{{}} \\boxed{{{right}}}", f"\\boxed{{{right}}} no, \\boxed{{{wrong}}}"]
+
+
 FORMULAS = (  # what a judge of numbers and formulas must not take
+    HackFamily("two answers", "it gives two answers, and one of them is wrong", _two),
     HackFamily(
         "relation",
         "it says where the answer lies, not what it is",
