@@ -3,10 +3,10 @@
 A reward that rises is what everybody hopes for, and what a hack looks like. The difference is in the answers: those
 that are paid stop being answers. Each sign of that (``hack_signals``) is cheap and weak; an honest run shows some of
 each too, but at a share that is there from the start. So what is watched is the change: for each sign, the share of
-answers that show it at the start is what is normal here, and from then on a one-sided CUSUM (Page 1954; the log-likelihood
-ratio of a share that is larger by ``MIN_RISE`` or fourfold) adds up evidence answer by answer, forgets what turns out to
-be nothing, and alarms at ``THRESHOLD``. It needs two or three such answers where there were none, and a real rise where
-some were normal. Nothing that training asks is changed, and no model is called.
+answers that show it at the start is what is normal here, and from then on a one-sided CUSUM (Page 1954; the
+log-likelihood ratio of a share that is larger by ``MIN_RISE`` or fourfold) adds up evidence step by step, forgets what
+turns out to be nothing, and alarms at ``THRESHOLD``. It needs two or three such answers where there were none, and a
+real rise where some were normal. Nothing that training asks is changed, and no model is called.
 
 Beside the signs of single answers it watches
 
@@ -186,4 +186,7 @@ class HackMonitor:
         self._paid_for = {text: list(keys) for text, keys in state["paid_for"].items()}
         self._expected = dict.fromkeys(state["expected"])
         self._usual = dict.fromkeys(state["usual"])
-        self.alarms = [HackAlarm(*told, Observation(**example)) for *told, example in state["told"]]
+        told = state["told"]
+        self.alarms = [
+            HackAlarm(step, name, share, usual, Observation(**seen)) for step, name, share, usual, seen in told
+        ]
