@@ -16,6 +16,7 @@ from sprat.cli.verb import Result
 from sprat.errors import MachineError
 from sprat.kernels import native, unavailable_reason
 from sprat.machine import available_bytes, processor_name, total_bytes
+from sprat.tasks.sandbox import sandbox_facts
 
 GIB = 1 << 30
 NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
@@ -37,6 +38,7 @@ OPTIONAL_PACKAGES = {
     "reasoning-gym": "its procedural tasks (chain_sum, simple_equations, ...)",
     "pycosat": "reasoning-gym's logic puzzles; it compiles C",
     "pyarrow": "reading Parquet",
+    "math-verify": "the judge of formulas",
     "huggingface-hub": "models by hub id; local folders still load",
     "transformers": "the parity tests against the Hugging Face models",
     "playwright": "the browser tests",
@@ -126,6 +128,7 @@ def collect_facts() -> dict[str, Any]:
         "kernels": None if kernels is None else kernels.isa,
         "packages": packages,
         "chromium": browser,
+        "sandbox": sandbox_facts(),
         "apt": shutil.which("apt-get"),
     }
     problems, losses = [], []
@@ -143,9 +146,20 @@ def collect_facts() -> dict[str, Any]:
         losses.append(f"no native kernels ({unavailable_reason()}): {consequence}")
     if browser is None:
         losses.append("no chromium: the browser tests skip")
+    if not facts["sandbox"]["ready"]:
+        losses.append(f"no sandbox ({facts['sandbox']['problem']}): the judge of code refuses to run it")
     if facts["apt"] is None:
         losses.append("no apt-get: the default text is Python's own library alone; --text DIR takes yours")
     return {**facts, "problems": problems, "losses": losses, "ok": not problems}
+
+
+def _sandbox_line(facts: dict[str, Any]) -> str:
+    """What holds code that is judged, in words."""
+    if not facts["ready"]:
+        return "none"
+    landlock = f"Landlock {facts['landlock']}" if facts["landlock"] else "no Landlock"
+    user = f"user {facts['uid']}" if facts["uid"] else "a user namespace"
+    return f"bubblewrap, {user}, seccomp, {landlock}"
 
 
 def facts_table(facts: dict[str, Any]) -> Any:
@@ -165,6 +179,7 @@ def facts_table(facts: dict[str, Any]) -> Any:
     grid.add_row("disk", f"{facts['disk']['free_bytes'] / GIB:.1f} GiB free in {facts['disk']['path']}")
     grid.add_row("kernels", facts["kernels"] or "none")
     grid.add_row("chromium", facts["chromium"] or "none")
+    grid.add_row("sandbox", _sandbox_line(facts["sandbox"]))
     grid.add_row("apt-get", facts["apt"] or "none")
     for name, row in (torch or {"backends": {}})["backends"].items():
         grid.add_row(f"back end {name}", f"{'here' if row['present'] else 'not here'}; {row['tested']}")

@@ -1,8 +1,11 @@
 """Judges one answer by foreign code: a user's pattern, a JSON schema, a formula. A process of its own.
 
 A pattern can take longer than the universe (``(a+)+b``), a schema holds patterns, and a formula is a program of a large
-library. So each request has bounded CPU time, all of them bounded memory, and files cannot be written. A process that
-goes over its bound is ended by the system, also where nobody waits for it any more.
+library (``9^{9^9}`` alone never ends). So each request has bounded CPU time, all of them bounded memory, and files
+cannot be written. Requests are answered in a fork of this process, which has imported the libraries already: one that
+goes over its bound is ended by the system, also where nobody waits for it any more, and the next one is there in
+milliseconds. The bound is CPU time because a busy machine does not shorten it; a reply that says ``over`` is no
+judgement of the answer.
 
 Run as a script: a JSON object a line on stdin, one a line on stdout. It must not import sprat.
 """
@@ -10,15 +13,21 @@ Run as a script: a JSON object a line on stdin, one a line on stdout. It must no
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import json
+import os
 import re
 import resource
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
-MEMORY_BYTES, CPU_SECONDS, IMPORT_SECONDS = 1 << 30, 1, 60
+MEMORY_BYTES = 1 << 30
+ANSWERS_OF_A_FORK = 500  # a library's caches grow
 
 
 def match_regex(source: str, answer: str | None, ignore_case: bool) -> bool:
@@ -78,48 +87,42 @@ def match_schema(source: str, answer: str | None, ignore_case: bool) -> bool:
 
 
 def match_formula(source: str, answer: str | None, ignore_case: bool) -> bool:
-    """Whether math-verify takes the answer for the same as the formula; without an answer, whether it can read it.
-
-    Only its LaTeX reader is asked: the other one executes what it reads.
-
-    Raises:
-        ValueError: it cannot read the formula.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    def read(text: str) -> Any:
-        return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
-
-    gold = read(source)
-    if not gold:
-        raise ValueError("math-verify cannot read the formula")
-    if answer is None:
-        return True
-    target = read(answer)
-    return bool(target) and bool(verify(gold, target, timeout_seconds=None, strict=True))
+    """Whether math-verify and our own check take the answer for the formula; without one, whether it can be read."""
+    return bool(_formulas().is_same(source, answer))
 
 
-KINDS: dict[str, tuple[str, Callable[[str, str | None, bool], bool]]] = {  # the package that each needs
-    "regex": ("re", match_regex),
-    "json_schema": ("jsonschema", match_schema),
-    "math": ("math_verify", match_formula),
+def match_texts(source: str, answer: str | None, ignore_case: bool) -> bool:
+    """What math-verify itself says of two texts; ``source`` is JSON with its options (``formula_worker.compare``)."""
+    return bool(_formulas().compare(json.loads(source), answer))
+
+
+KINDS: dict[str, tuple[str, int, Callable[[str, str | None, bool], bool]]] = {  # package, CPU seconds of one answer
+    "regex": ("re", 1, match_regex),
+    "json_schema": ("jsonschema", 1, match_schema),
+    "math": ("math_verify", 4, match_formula),
+    "math_verify": ("math_verify", 10, match_texts),
 }
 
 
 def respond(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request: ``right``, or ``error``, or the package that is ``missing``."""
-    package, match = KINDS[request["kind"]]
-    if package not in sys.modules:
-        _limit_cpu(IMPORT_SECONDS)
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            return {"missing": package}
-    _limit_cpu(CPU_SECONDS)
+    """The reply to one request: ``right``, or ``error``."""
+    _, seconds, match = KINDS[request["kind"]]
+    _limit_cpu(seconds)
     try:
         return {"right": match(request["source"], request["answer"], request["ignore_case"])}
     except ValueError as error:
         return {"error": " ".join(str(error).split())[:200]}
+
+
+@functools.cache
+def _formulas() -> Any:
+    """The module beside this script that asks math-verify."""
+    path = Path(__file__).with_name("formula_worker.py")
+    spec = importlib.util.spec_from_file_location("formula_worker", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _references(schema: Any) -> Iterator[str]:
@@ -153,23 +156,89 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def _limit_resources() -> None:
-    """Bound what this process can take, all its life."""
+    """Bound what this process and those that it forks can take, all their lives."""
     for limit, value in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))
 
 
-def main() -> None:
-    """Answer line by line, until there is none."""
-    _limit_resources()
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # what a library prints is no reply
-    for line in sys.stdin:
+class Fork:
+    """A forked copy of this process that answers requests until one of them kills it."""
+
+    def __init__(self, libraries: int) -> None:
+        self.libraries, self.num_answered = libraries, 0
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._requests)
+            os.close(self._replies)
+            serve(os.fdopen(requests, "r", encoding="utf-8"), os.fdopen(replies, "w", encoding="utf-8"))
+            os._exit(0)
+        os.close(requests)
+        os.close(replies)
+        self._writer = os.fdopen(self._requests, "w", encoding="utf-8")
+        self._reader = os.fdopen(self._replies, "r", encoding="utf-8")
+
+    def ask(self, line: str) -> str:
+        """The reply to a request; empty if the fork died of it."""
+        self.num_answered += 1
+        with contextlib.suppress(OSError):
+            self._writer.write(line)
+            self._writer.flush()
+        return self._reader.readline()
+
+    def end(self) -> int:
+        """Close it; the signal that killed it, or 0."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._reader.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) * -1
+
+
+def serve(requests: Iterable[str], replies: TextIO) -> None:
+    """Answer line by line, until there is none, or the memory was full."""
+    for line in requests:
         try:
             reply = respond(json.loads(line))
+        except MemoryError:
+            reply = {"fault": "MemoryError", "over": True}
         except Exception as error:  # whatever foreign code does, the answer is not right
             reply = {"right": False, "fault": type(error).__name__}
         replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+        if reply.get("over"):
+            return
+
+
+def main() -> None:
+    """Import what is asked for once, and hand each request to a fork; a fork that dies has a fresh one after it."""
+    _limit_resources()
+    replies, fork, libraries = sys.stdout, None, 0
+    sys.stdout = sys.stderr  # what a library prints is no reply
+    for line in sys.stdin:
+        package = KINDS[json.loads(line)["kind"]][0]
+        reply = ""
+        if package not in sys.modules:
+            libraries += 1
+            try:
+                importlib.import_module(package)
+            except ImportError:
+                reply = json.dumps({"missing": package}) + "\n"
+        if fork is not None and (fork.libraries < libraries or fork.num_answered >= ANSWERS_OF_A_FORK):
+            fork.end()
+            fork = None
+        fork = fork or Fork(libraries)
+        reply = reply or fork.ask(line)
+        if not reply:
+            signal_number = fork.end()
+            fork = None
+            told = "CPU time" if signal_number == signal.SIGXCPU else f"signal {signal_number}"
+            reply = json.dumps({"fault": told, "over": True}) + "\n"
+        elif '"over": true' in reply:
+            fork.end()
+            fork = None
+        replies.write(reply)
         replies.flush()
 
 

@@ -15,10 +15,11 @@ from fractions import Fraction
 from typing import Literal, Protocol
 
 from sprat.errors import DataError
+from sprat.tasks.formula_text import as_expected, formula_of, refusal
 from sprat.tasks.judge_process import JUDGE_PROCESS
 from sprat.tasks.numeric import Extract, boxed, parse_number
 
-JudgeName = Literal["exact", "numeric", "choice", "regex", "json_schema", "math"]
+JudgeName = Literal["exact", "numeric", "choice", "regex", "json_schema", "math", "code"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LEAD = re.compile(
     r"(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|choice|option)(?:\s+is)?\s*:?\s+", re.IGNORECASE
@@ -36,8 +37,14 @@ class Judge(Protocol):
         ...
 
     def is_right(self, answer: str) -> bool:
-        """Whether ``answer``, all of it, is right."""
+        """Whether ``answer``, all of it, is right; what nobody could find out is not."""
         ...
+
+
+def verdict(judge: Judge, answer: str) -> bool | None:
+    """As ``judge.is_right``; None where it went over its bounds of time or memory, so that nothing is known."""
+    bounded = getattr(judge, "verdict", None)
+    return judge.is_right(answer) if bounded is None else bounded(answer)
 
 
 def normalize(text: str, *, ignore_case: bool = False) -> str:
@@ -194,9 +201,14 @@ class Regex:
         return self.pattern
 
     def is_right(self, answer: str) -> bool:
-        """See the class."""
-        text = normalize(answer)
-        return JUDGE_PROCESS.ask("regex", self.pattern, text, ignore_case=self.ignore_case, where=self.where)
+        """See the class; what nobody could find out is not right."""
+        return bool(self.verdict(answer))
+
+    def verdict(self, answer: str) -> bool | None:
+        """As ``is_right``; None where that took more CPU time or memory than there is."""
+        return JUDGE_PROCESS.verdict(
+            "regex", self.pattern, normalize(answer), ignore_case=self.ignore_case, where=self.where
+        )
 
 
 @dataclass(frozen=True)
@@ -219,23 +231,32 @@ class JsonSchema:
         return self.schema
 
     def is_right(self, answer: str) -> bool:
-        """See the class."""
-        return JUDGE_PROCESS.ask("json_schema", self.schema, normalize(answer), where=self.where)
+        """See the class; what nobody could find out is not right."""
+        return bool(self.verdict(answer))
+
+    def verdict(self, answer: str) -> bool | None:
+        """As ``is_right``; None where that took more CPU time or memory than there is."""
+        return JUDGE_PROCESS.verdict("json_schema", self.schema, normalize(answer), where=self.where)
 
 
 @dataclass(frozen=True)
 class Formula:
-    r"""A formula that math-verify takes for the same as one of ``answers`` (needs ``math-verify``; LaTeX).
+    r"""A formula that is worked out as one of ``answers`` is (``formula_text``), and equal to it (``formula_worker``).
 
-    What stands in the ``\boxed{…}``, of which there may be one; else the whole answer, without ``$`` around it.
+    What stands in the ``\boxed{…}``, of which there may be one; else the whole answer, without ``$`` around it. Needs
+    ``math-verify``.
+
+    Args:
+        question: what was asked; an answer that repeats it is none.
     """
 
     answers: tuple[str, ...]
     where: str = ""
+    question: str = ""
 
     def __post_init__(self) -> None:
         for answer in self.answers:
-            JUDGE_PROCESS.ask("math", _formula(answer) or answer, None, where=self.where)
+            JUDGE_PROCESS.ask("math", formula_of(answer) or answer, None, where=self.where)
 
     @property
     def expected(self) -> str:
@@ -243,25 +264,23 @@ class Formula:
         return self.answers[0]
 
     def is_right(self, answer: str) -> bool:
-        """See the class."""
-        formula = _formula(normalize(answer))
+        """See the class; what nobody could find out is not right."""
+        return bool(self.verdict(answer))
+
+    def verdict(self, answer: str) -> bool | None:
+        """Whether ``answer`` is right; None where that took more CPU time or memory than there is."""
+        formula = formula_of(normalize(answer))
         if formula is None:
             return False
-        gold = (_formula(right) or right for right in self.answers)
-        return any(JUDGE_PROCESS.ask("math", right, formula, where=self.where) for right in gold)
-
-
-def _formula(answer: str) -> str | None:
-    """The one formula of an answer, without what sets it off from text; None where there is none, or several."""
-    boxes = boxed(answer)
-    if boxes is None or len(set(boxes)) > 1:
-        return None
-    text = boxes[0] if boxes else answer.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-            text = text[len(opening) : -len(closing)].strip()
-            break
-    return None if "$" in text or not text else text
+        is_known = True
+        for right in (formula_of(right) or right for right in self.answers):
+            if refusal(right, formula, self.question):
+                continue
+            verdict = JUDGE_PROCESS.verdict("math", right, as_expected(right, formula), where=self.where)
+            if verdict:
+                return True
+            is_known &= verdict is not None
+        return False if is_known else None
 
 
 def accepted_texts(answer: object) -> Sequence[str] | None:

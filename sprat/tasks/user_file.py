@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,14 @@ from typing import Any, get_args
 from sprat.errors import DataError, TrustError
 from sprat.files.json import reject_duplicate_keys
 from sprat.files.regular_file import open_regular_file
-from sprat.tasks import judges as judging
 from sprat.tasks.base import Problem, Split
-from sprat.tasks.judges import LETTERS, Choice, Judge, JudgeName
-from sprat.tasks.numeric import Extract
+from sprat.tasks.judge_rows import JUDGES as JUDGES
+from sprat.tasks.judge_rows import row_judge
+from sprat.tasks.judges import LETTERS, Judge, verdict
 
-JUDGES: tuple[str, ...] = get_args(JudgeName)
 DEFAULTS = ("judge", "rel_tol", "extract", "ignore_case", "split")  # what a first line without a question may say
 FIELDS = ("id", "question", "messages", "choices", "answer", *DEFAULTS)
 ROLES = ("system", "user", "assistant")
-_OPTIONS = {  # which judges read an option
-    "rel_tol": ("numeric",),
-    "extract": ("numeric",),
-    "ignore_case": ("exact", "choice", "regex"),
-    "choices": ("choice",),
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,12 @@ class UserTask:
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """1.0 for an answer that the judge of the row takes for right, else 0.0."""
-        return float(answer is not None and self.judges[str(problem.meta["id"])].is_right(answer))
+        return self.verdict(problem, answer) or 0.0
+
+    def verdict(self, problem: Problem, answer: str | None) -> float | None:
+        """As ``score``; None where the judge could not find out: training leaves such an answer out."""
+        right = False if answer is None else verdict(self.judges[str(problem.meta["id"])], answer)
+        return None if right is None else float(right)
 
     def chain_of_thought(self, problem: Problem) -> str:
         """There is none.
@@ -107,7 +104,7 @@ def read_task(path: str | Path, *, name: str = "", judge: str | None = None) -> 
                 todo = "leave one of them out" if kind == "question" else "give each row its own"
                 raise DataError(f"the {kind} of line {lines[key]} again", where=where, todo=todo)
             lines[key] = number
-        judges[row_id] = _judge(row, defaults, where)
+        judges[row_id] = row_judge(row, defaults, where, problem.question)
         problems[split].append(_with_answer(problem, judges[row_id]))
     if not judges:
         raise DataError("no row in it", where=str(path), todo='write {"question": …, "answer": …}, a row a line')
@@ -221,75 +218,3 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 def _with_answer(problem: Problem, judge: Judge) -> Problem:
     return Problem(problem.task, problem.index, problem.question, judge.expected, problem.meta, problem.canonical)
-
-
-def _judge(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Judge:
-    """The judge of a row.
-
-    Raises:
-        DataError: the row names none that there is, or its answer or options are none for it.
-    """
-    answer = row.get("answer")
-    if answer is None or answer in ("", [], {}):
-        raise DataError("no answer", where=where, todo='give "answer"')
-    name = row.get("judge", "choice" if "choices" in row else defaults.get("judge") or _default_judge(answer))
-    if name not in JUDGES:
-        raise DataError(f"unknown judge {name!r}", where=where, todo=f"use {', '.join(JUDGES)}")
-    for option, readers in _OPTIONS.items():
-        if option in row and name not in readers:
-            raise DataError(f"{option} says nothing to the judge {name!r}", where=where, todo="leave it out")
-    options = {**defaults, **row}
-    try:
-        return _build_judge(name, answer, options, where)
-    except DataError as error:
-        raise DataError(error.what, where=where, todo=error.todo) from None
-
-
-def _default_judge(answer: object) -> str:
-    """Numbers are compared by value, all else as text."""
-    values = answer if isinstance(answer, list) else [answer]
-    return "numeric" if all(isinstance(value, (int, float)) for value in values) else "exact"
-
-
-def _build_judge(name: str, answer: Any, options: Mapping[str, Any], where: str) -> Judge:
-    ignore_case = options.get("ignore_case", False)
-    if not isinstance(ignore_case, bool):
-        raise DataError("ignore_case is neither true nor false", todo="write true or false")
-    if name == "choice":
-        return _build_choice(answer, options.get("choices"), ignore_case)
-    if name == "json_schema":
-        if not isinstance(answer, dict):
-            raise DataError("answer is no JSON schema", todo='write "answer": {"type": "object", …}')
-        return judging.JsonSchema(json.dumps(answer), where)
-    if name == "regex":
-        if not isinstance(answer, str):
-            raise DataError("answer is no regular expression", todo='write "answer": "a|b"')
-        return judging.Regex(answer, ignore_case, where)
-    texts = judging.accepted_texts(answer)
-    if texts is None:
-        raise DataError("answer is no text, number or list of them", todo='write "answer": "7" or ["7", "seven"]')
-    if name == "exact":
-        return judging.Exact(tuple(texts), ignore_case)
-    if name == "math":
-        return judging.Formula(tuple(texts), where)
-    rel_tol, extract = options.get("rel_tol", 0), options.get("extract", "only")
-    if isinstance(rel_tol, bool) or not isinstance(rel_tol, (int, float)) or not 0 <= rel_tol < 1:
-        raise DataError("rel_tol is no number from 0 to below 1", todo="0.01 lets an answer be off by one percent")
-    if not math.isfinite(rel_tol) or extract not in get_args(Extract):
-        raise DataError(f"unknown extract {extract!r}", todo=f"use {', '.join(get_args(Extract))}")
-    return judging.Numeric(tuple(texts), float(rel_tol), extract)
-
-
-def _build_choice(answer: Any, choices: Any, ignore_case: bool) -> Choice:
-    """A choice whose answer is a place from 0, a letter, or the text of one of ``choices``."""
-    if choices is None:
-        raise DataError("no choices", todo='write "choices": ["Rome", "Paris"]')
-    texts = tuple(choice.strip() for choice in choices)
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if str(answer) in texts and texts.index(str(answer)) != answer:
-            raise DataError(f"answer {answer} may be a place from 0 or a text", todo="give the letter of the choice")
-        return Choice(texts, answer, ignore_case)
-    place = Choice(texts, 0, ignore_case).place(answer) if isinstance(answer, str) else None
-    if place is None:
-        raise DataError(f"answer {answer!r} is none of the choices", todo="give its place from 0, its letter or text")
-    return Choice(texts, place, ignore_case)
