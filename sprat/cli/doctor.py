@@ -16,7 +16,6 @@ from sprat.cli.verb import Result
 from sprat.errors import MachineError
 from sprat.kernels import native, unavailable_reason
 from sprat.machine import available_bytes, processor_name, total_bytes
-from sprat.tasks.sandbox import sandbox_facts
 
 GIB = 1 << 30
 NEEDED_MEMORY = 3 * GIB  # peak RSS of the quickstart
@@ -116,6 +115,8 @@ def collect_facts() -> dict[str, Any]:
     free = shutil.disk_usage(Path.cwd()).free
     kernels = native()
     browser = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+    from sprat.tasks.sandbox import sandbox_facts
+
     packages = {name: installed(name) for name in OPTIONAL_PACKAGES}
     facts: dict[str, Any] = {
         "sprat": __version__,

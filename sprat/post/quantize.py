@@ -53,16 +53,7 @@ def quantize_model(
             something is at ``folder`` already.
         DataError: the text is missing, binary or too short, or reaches too little where that is refused.
     """
-    if text is None and config.needs_text:
-        name = "GPTQ" if config.rounding == "gptq" else "AWQ" if config.awq else "tune_steps"
-        what = f"{name} needs text to calibrate on"
-        raise ConfigError(what, where="--calibrate", todo="give a folder or file of text, or round to the nearest")
-    if folder.resolve() == model.resolve():
-        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
-    for parent in (folder.resolve(), *folder.resolve().parents):
-        if os.path.isfile(parent / "run.json"):
-            raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
-    refuse_existing_folder(folder)
+    _check(model, folder, config, text)
     data = None if text is None else read_calibration(text)
     _, source = fingerprint(model)
     dense, tokenizer = load(model)
@@ -94,6 +85,20 @@ def quantize_model(
         save(small, tokenizer, temporary)
         write_json(temporary / FACTS, {"config": config.model_dump(mode="json"), "facts": facts})
     return facts
+
+
+def _check(model: Path, folder: Path, config: QuantizeConfig, text: Path | None) -> None:
+    """Refuse what cannot be before anything is read; raises as ``quantize_model``."""
+    if text is None and config.needs_text:
+        name = "GPTQ" if config.rounding == "gptq" else "AWQ" if config.awq else "tune_steps"
+        what = f"{name} needs text to calibrate on"
+        raise ConfigError(what, where="--calibrate", todo="give a folder or file of text, or round to the nearest")
+    if folder.resolve() == model.resolve():
+        raise CheckpointError("it would overwrite the model", where=str(folder), todo="give another folder")
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if os.path.isfile(parent / "run.json"):
+            raise CheckpointError("it would change a finished run", where=str(parent), todo="give another folder")
+    refuse_existing_folder(folder)
 
 
 def _rows_to_tune_on(

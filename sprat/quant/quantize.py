@@ -47,32 +47,27 @@ def quantize_model(
     Args:
         config: bits and group of all matrices and experts, the bits of embedding and head, and how to round; a
             ``QuantizeConfig`` also says what is done before.
-        calibration_BT: tokens (long) of real text that ``rounding = "gptq"`` fits the codes to; see ``calibrate``.
-            AWQ needs it, too; with the nearest codes it weights the error by which ``clip = "mse"`` chooses scales.
+        calibration_BT: tokens (long) of real text that GPTQ and AWQ fit the codes to (see ``calibrate``); with the
+            nearest codes it weights the error by which ``clip = "mse"`` chooses scales.
         segments_BT: which document each of them is of, 0 for padding; one a row if not given.
         materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
-        in_place: use ``model`` up, so that its weights are in memory once, and not again while they are calibrated. It
-            is what is returned, or worth nothing after an error.
+        in_place: use ``model`` up, so that its weights are in memory once; it is worth nothing after an error.
         on_progress: called with how many matrices are done, of how many.
         facts: filled with what came up.
 
     Raises:
         CheckpointError: a weight, or what the text makes of it, is not finite; experts are stacked otherwise than here.
-        ConfigError: there is no calibration text for a rounding that needs it; MTP modules stand in a rotation's way;
-            no matrix has a name that ``eight_bits`` says.
+        ConfigError: a rounding without the text it needs; MTP modules in a rotation's way; a name in ``eight_bits``
+            that no matrix has.
         DataError: too few tokens reach a matrix or an expert, and the config refuses that.
     """
     config, facts = config or QuantConfig(), facts or QuantizeFacts()
-    if calibration_BT is None and (config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.awq)):
-        name, where = ("GPTQ", "quant.rounding") if config.rounding == "gptq" else ("AWQ", "awq")
-        todo = "give calibration text, or round to the nearest"
-        raise ConfigError(f"{name} needs text to calibrate on", where=where, todo=todo)
+    _check_text(config, calibration_BT)
     _check(model)
     prepared = _prepared(model, config, facts, in_place=in_place)
     owned, model = in_place or prepared is not model, prepared
     _check_names(model, config)
-    done, total = set[str](), len(quantizable_weights(model))
-    schemes = functools.partial(scheme_of, config)
+    done, total, schemes = set[str](), len(quantizable_weights(model)), functools.partial(scheme_of, config)
     if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
         floor: dict[str, Any] = {"expert_tokens": config.expert_tokens, "few_tokens": config.few_tokens}
         awq_scale(model, calibration_BT, schemes, segments_BT=segments_BT, **floor)
@@ -84,9 +79,7 @@ def quantize_model(
 
     def pack(name: str) -> QuantizedTensor:
         on_quantized(name)
-        if name in fitted:
-            return fitted[name]
-        return quantize_tensor(model.get_parameter(name), **schemes(name)._asdict())
+        return fitted[name] if name in fitted else quantize_tensor(model.get_parameter(name), **schemes(name)._asdict())
 
     if calibration_BT is not None and _reads_text(config):
         fitted["embed_tokens.weight"] = embedding = pack("embed_tokens.weight")
@@ -98,6 +91,14 @@ def quantize_model(
         fitted |= fit.codes
         facts.tokens = fit.seen.facts(options.get("few_tokens", "nearest"))
     return replace_with_quantized(model if owned else _with_the_same_matrices(model), pack, materialize=materialize)
+
+
+def _check_text(config: QuantConfig, calibration_BT: Tensor | None) -> None:
+    """Raise ConfigError where there is no text for a rounding that needs it."""
+    if calibration_BT is None and (config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.awq)):
+        name, where = ("GPTQ", "quant.rounding") if config.rounding == "gptq" else ("AWQ", "awq")
+        todo = "give calibration text, or round to the nearest"
+        raise ConfigError(f"{name} needs text to calibrate on", where=where, todo=todo)
 
 
 def _with_the_same_matrices(model: Transformer) -> Transformer:

@@ -121,8 +121,9 @@ def _check_names(served: Sequence[ServedModel]) -> None:
 def _service(model: ServedModel, config: ServeConfig, metrics: Metrics) -> Service:
     from sprat.serve.admission import Admission
     from sprat.serve.meter import Meter
+    from sprat.serve.names import Names
     from sprat.serve.prompts import PromptWriter
-    from sprat.serve.service import Names, Service
+    from sprat.serve.service import Service
 
     prompts = PromptWriter(
         model.tokenizer,

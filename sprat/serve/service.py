@@ -15,7 +15,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sprat.errors import EngineError, SpratError
@@ -26,6 +26,7 @@ from sprat.serve.errors import RequestError
 from sprat.serve.generation import Generation
 from sprat.serve.meter import Meter
 from sprat.serve.metrics import Metrics
+from sprat.serve.names import Names
 from sprat.serve.prompts import PromptWriter
 
 if TYPE_CHECKING:
@@ -44,43 +45,6 @@ SETTINGS = frozenset(
     + ("max_tokens", "max_think_tokens", "thinking", "response_format")
 )  # of the engine, which the caller knows by the same name unless ``Generation.paths`` says another
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a request may give as its model: the served name, other names of it, and adapters (``base:adapter`` too)."""
-
-    served: str
-    aliases: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ()
-
-    def all(self) -> tuple[str, ...]:
-        """Every name, the served one first; adapters as ``served:adapter``."""
-        return (self.served, *self.aliases, *(f"{self.served}:{adapter}" for adapter in self.adapters))
-
-    def adapter(self, model: str) -> str | None:
-        """The adapter that ``model`` means, None for the model alone.
-
-        Raises:
-            RequestError: 404, no such model.
-        """
-        if model in (self.served, *self.aliases):
-            return None
-        base, _, adapter = model.rpartition(":")
-        if adapter in self.adapters and base in ("", self.served, *self.aliases):
-            return adapter
-        message = f"The model {model[:100]!r} does not exist here"
-        raise RequestError(404, message, param="model", code="model_not_found")
-
-    def has(self, model: str) -> bool:
-        """Whether ``model`` is one of them; an adapter may be named without its base."""
-        base, _, adapter = model.rpartition(":")
-        names = (self.served, *self.aliases)
-        return model in names or (adapter in self.adapters and base in ("", *names))
-
-    def parent(self, model: str) -> str | None:
-        """The model that an adapter's name stands beside; None for the model itself."""
-        return None if model in (self.served, *self.aliases) else self.served
 
 
 class Service:

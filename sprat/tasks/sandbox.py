@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sprat.errors import MachineError
-from sprat.tasks.sandbox_shell import SPARES, START_SECONDS, TODO, Shell, readable_paths
+from sprat.tasks.sandbox_shell import ADVICE, SPARES, START_SECONDS, Shell, readable_paths
 
 Mode = Literal["program", "module", "facts"]
 FIRST_UID, NUM_UIDS = 61_000, 4_000  # no user's, and mapped in most containers
@@ -94,7 +94,7 @@ class SandboxedProcess:
             self._shell.close()
         else:
             what = f"a sandbox could not be made: {said.decode('utf-8', 'replace') or 'bubblewrap ended'}"
-            raise MachineError(" ".join(what.split())[-300:], where="sandbox", todo=TODO)
+            raise MachineError(" ".join(what.split())[-300:], where="sandbox", todo=ADVICE)
         self.control, self.process = self._shell.control, self._shell.process
         self._start, self._last_seen = time.monotonic(), 0.0
         self._seen_at_start = self._active_seconds() or 0.0
@@ -202,7 +202,7 @@ def require_sandbox() -> None:
         MachineError: it cannot; says why, and what to do.
     """
     if problem := sandbox_facts()["problem"]:
-        raise MachineError(f"code cannot be run safely here: {problem}", where="judge 'code'", todo=TODO)
+        raise MachineError(f"code cannot be run safely here: {problem}", where="judge 'code'", todo=ADVICE)
 
 
 def _children(pid: int) -> list[int]:

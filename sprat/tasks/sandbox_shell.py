@@ -19,7 +19,7 @@ from sprat.errors import MachineError
 FOLDER = "/sandbox"
 START_SECONDS = 60.0
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin")
-TODO = (
+ADVICE = (
     "apt-get install bubblewrap, and run where Linux lets it make namespaces (as root, or with unprivileged user "
     "namespaces; in Docker: --security-opt seccomp=unconfined --cap-add SYS_ADMIN)"
 )
@@ -45,7 +45,7 @@ class Shell:
         except OSError as error:
             self.control.close()
             os.close(facts_in)
-            raise MachineError(f"bubblewrap cannot be started: {error}", where="sandbox", todo=TODO) from None
+            raise MachineError(f"bubblewrap cannot be started: {error}", where="sandbox", todo=ADVICE) from None
         finally:
             theirs.close()
             os.close(facts_out)

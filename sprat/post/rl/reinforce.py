@@ -82,15 +82,8 @@ def reinforce(
         pools.extend(prepared[0].pools)
 
     try:
-        run = open_run(
-            out,
-            stage="rl",
-            recipe=config,
-            inputs=inputs,
-            seed=config.seed,
-            ledger=out.parent / LEDGER_NAME,
-            prepare=check,
-        )
+        ledger = out.parent / LEDGER_NAME
+        run = open_run(out, stage="rl", recipe=config, inputs=inputs, seed=config.seed, ledger=ledger, prepare=check)
         if not run.done and config.rollout.workers:
             described = {"name": str(model), "path": model_path, "dequantize": dequantize}
             asker = keep_questions(run, prepared.pop(), config)
