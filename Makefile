@@ -1,6 +1,6 @@
 # Sprat: two commands.   make quickstart   the whole road, then the chat page (SERVE=0 ends after the report)
 #                        make test         the tests
-# Also: make install, make lint, make nightly (hours), make clean.   Variables: SERVE SEED OUT TEXT PYTHON JOBS PYTEST
+# Also: make install, make lint, make clients, make nightly (hours), make clean.   Variables: SERVE SEED OUT TEXT PYTHON JOBS PYTEST
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +19,7 @@ PYTHON ?=
 JOBS ?= 2
 PYTEST ?=
 
-.PHONY: help quickstart test install browser lint nightly clean
+.PHONY: help quickstart test install browser clients lint nightly clean
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
@@ -78,6 +78,11 @@ browser:
 	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 \
 	    || echo "sprat: chromium could not be installed; the browser tests will skip"; \
 	else echo "sprat: no chromium and no right to install it; the browser tests will skip"; fi
+
+# Unchanged clients of OpenAI's and Anthropic's APIs, each in an environment of its own (600 MB); without them their tests skip.
+clients: $(VENV)/.installed-test
+	@echo "sprat: installing the clients that the server is tested with"
+	@$(PY) -m bench.oracles clients clients-openai3 schemathesis
 
 lint: $(VENV)/.installed-test
 	@$(PY) -m ruff check . && $(PY) -m mypy && $(VENV)/bin/lint-imports

@@ -8,7 +8,7 @@ that are asked. What is asked are all questions of a part that no training saw: 
 Bar: the upper end of the 95 % interval of each capability's loss is at most 5 %. Settings were chosen on other
 questions.
 
-    python -m bench.finetune_int4 FOLDER [--split test] [--mode lora] [--out NAME] [--json] [-- SETTING ...]
+    python -m bench.finetune_int4 FOLDER [--split test] [--mode lora] [--out NAME] [--set KEY=VALUE ...] [--json]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_LOSS = "5%"
 DRAWN = 60_000  # questions; nearly all that there are of two numbers of two digits
 TEXT_CHARS = 300_000  # of each language
 ASKED_PAGES = 100  # manual pages that certify may ask
-SETTINGS = ("tune_steps=40",)
+SETTINGS = ("tune_steps=200",)
 
 
 def write_files(folder: Path, split: str) -> None:
@@ -82,10 +82,10 @@ def main() -> int:
     parser.add_argument("--split", choices=PARTS[1:], default="test", help="which questions are asked (dev: to tune)")
     parser.add_argument("--mode", choices=("lora", "full"), default="lora", help="which of the two runs")
     parser.add_argument("--out", default="int4", help="the quantized model's name in the folder")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of sprat quantize (tune_steps=200)")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("settings", nargs="*", default=SETTINGS, metavar="SETTING", help="sprat quantize --set …")
     asked = parser.parse_args()
-    measured = measure(asked.folder, asked.split, asked.mode, asked.out, list(asked.settings))
+    measured = measure(asked.folder, asked.split, asked.mode, asked.out, asked.set or list(SETTINGS))
     limit = float(MAX_LOSS.rstrip("%")) / 100
     rows = rows_of(measured["certificate"])
     missed = [row for row in rows if row["high"] > limit]

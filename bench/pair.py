@@ -86,7 +86,7 @@ class Speeds:
         from sprat.config import RLConfig, TaskConfig
         from sprat.config.sizes import size
         from sprat.model import Transformer
-        from sprat.post.grpo import grpo
+        from sprat.post.rl.grpo import grpo
         from sprat.tasks import load
         from sprat.tokens import Tokenizer
         from sprat.trust import open_run

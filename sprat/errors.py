@@ -74,3 +74,9 @@ class MachineError(SpratError):
     """The machine lacks something: disk, Python version, a package, a compiler."""
 
     exit_code = 9
+
+
+class EngineDeadError(SpratError):
+    """The engines of a server died again and again, and are not started any more."""
+
+    exit_code = 10

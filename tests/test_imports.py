@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from sprat.formats.load import save
+from sprat.model import Transformer
+from tests.lucky import lucky_shape, lucky_tokenizer
+
 FACE = "import sys, sprat; sprat.Engine, sprat.Sampling, sprat.load, sprat.save; print(*sys.modules)"
 
 
-def run_python(root: Path, code: str) -> str:
+def run_python(root: Path, code: str, *words: str) -> str:
     """Standard output of ``code`` in a new interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,6 +77,26 @@ def test_help_never_imports_torch(root: Path) -> None:
 
 def test_scores_and_the_report_take_no_torch(root: Path) -> None:
     assert run_python(root, "import sys, sprat.eval.score, sprat.report; print('torch' in sys.modules)") == "False\n"
+
+
+def test_a_tokenizer_takes_no_torch(root: Path, tmp_path: Path) -> None:
+    """The process that answers HTTP loads one, and torch would cost it a second of its start and 180 MB."""
+    from tests.gguf_files import write
+
+    tokenizer = lucky_tokenizer()
+    model = Transformer.create(lucky_shape(tokenizer), 0)
+    save(model, tokenizer, tmp_path / "run" / "artefact")
+    write(model, tmp_path / "model.gguf", kind=lambda _: "F32")
+    code = """
+import sys
+from sprat.formats.load import find_model, load_tokenizer
+for path in sys.argv[1:]:
+    print(load_tokenizer(path).encode("what is 3?"), find_model(path), "torch" in sys.modules, sep="|")
+"""
+    found = [tmp_path / "run" / "artefact", tmp_path / "model.gguf"]
+    said = run_python(root, code, str(tmp_path / "run"), str(found[1])).splitlines()
+    assert [line.split("|")[1:] for line in said] == [[str(path), "False"] for path in found]
+    assert said[0].split("|")[0] == str(tokenizer.encode("what is 3?"))
 
 
 def test_a_training_step_leaves_the_compiler_of_torch_alone(root: Path) -> None:

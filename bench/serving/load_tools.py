@@ -1,41 +1,71 @@
-"""aiperf and guidellm, unchanged, against the server: all requests answered, and what they report of it."""
+"""aiperf and guidellm, unchanged, against the server: all requests answered, and what they report of it.
+
+Both are many processes: guidellm alone starts eight for eight streams, each of which imports all of it, and one that
+makes up questions for as long as it runs (17 processor seconds for 32 requests). On two cores that is taken from the
+server, and beside others they starve: at a load of 13 one run took 165 s. So guidellm has one process and as many
+questions as it asks, neither is niced, and a row says what share of the cores others took.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.inference.cores import Watch, choose, disturbed
 from bench.oracles import make_clients
 from bench.serving.rows import Plan, Row, Say
 from bench.serving.server import Server, running
 
 AT_ONCE, ASKED, QUESTION = 8, 32, 64  # streams, requests, tokens of a question
-SECONDS = 600
+SECONDS = 300  # of one tool; on quiet cores each takes half a minute
 NAMES = {"ttft": "time to first token", "itl": "between tokens", "e2e": "end to end"}
+Figures = dict[str, tuple[float, float]]  # p50 and p99 in milliseconds, by key of NAMES
+Tool = Callable[[Server, Path, int, str], tuple[int, Figures]]
 
 
-def _run(command: list[str], place: str) -> None:
-    """Run a tool. HF_HUB_OFFLINE stays unset: under it aiperf takes a folder for the name of a repository.
+def _run(tool: str, words: list[str], place: str, **settings: str) -> None:
+    """Run a tool in the folder ``place``. HF_HUB_OFFLINE stays unset: under it aiperf takes a folder for a repository.
+
+    Args:
+        settings: more of its environment.
 
     Raises:
-        RuntimeError: it failed; with its last words.
+        RuntimeError: it failed or did not end in time; with its last words.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    done = subprocess.run(
-        ["nice", "-n", "5", *command], cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr)[-1500:])
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")} | settings
+    command = [str(make_clients(tool)), "-m", tool, *words]
+    log = Path(place) / f"{tool}.out"
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(SECONDS)
+            ended = f"ended with status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+            process.wait()
+            ended = f"did not end within {SECONDS} s"
+    if ended:
+        raise RuntimeError(f"{tool} {ended}: {log.read_text(encoding='utf-8', errors='replace')[-1500:]}")
 
 
 def tokenizer_folder(model: Path, place: str) -> Path:
-    """The model's tokenizer as transformers reads it; guidellm makes up questions with it."""
+    """The model's tokenizer as transformers reads it; both tools make up questions with it."""
     folder = Path(place) / "tokenizer"
     folder.mkdir()
     shutil.copy(model / "tokenizer.json", folder)
@@ -44,9 +74,8 @@ def tokenizer_folder(model: Path, place: str) -> Path:
     return folder
 
 
-def aiperf(server: Server, model: Path, tokens: int, place: str) -> tuple[int, dict[str, tuple[float, float]]]:
-    """Requests that were answered, and p50 and p99 in milliseconds."""
-    program = str(make_clients("aiperf").with_name("aiperf"))
+def aiperf(server: Server, model: Path, tokens: int, place: str) -> tuple[int, Figures]:
+    """Requests that were answered with ``tokens`` tokens each, and how fast."""
     tokenizer = str(tokenizer_folder(model, place))
     words = [
         *("profile", "-m", server.model, "--url", server.url, "--api-key", server.key, "--endpoint-type", "chat"),
@@ -55,47 +84,66 @@ def aiperf(server: Server, model: Path, tokens: int, place: str) -> tuple[int, d
         *("--use-server-token-count", "--extra-inputs", "ignore_eos:true", "--output-artifact-dir", place),
         *("--ui-type", "none", "--no-auto-plot"),
     ]
-    _run([program, *words], place)
+    _run("aiperf", words, place)
     [file] = Path(place).rglob("profile_export_aiperf.json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     names = {"ttft": "time_to_first_token", "itl": "inter_token_latency", "e2e": "request_latency"}
-    figures = {key: (float(found[name]["p50"]), float(found[name]["p99"])) for key, name in names.items()}
-    return int(found["request_count"]["avg"]), figures
+    figures = {key: (float(report[name]["p50"]), float(report[name]["p99"])) for key, name in names.items()}
+    return int(report["request_count"]["avg"]), figures
 
 
-def guidellm(server: Server, model: Path, tokens: int, place: str) -> tuple[int, dict[str, tuple[float, float]]]:
-    """As ``aiperf``."""
-    program = str(make_clients("guidellm").with_name("guidellm"))
+def guidellm(server: Server, model: Path, tokens: int, place: str) -> tuple[int, Figures]:
+    """As ``aiperf``. Counted are requests that were made: its metrics may leave out one that ended last of all."""
     backend = {"kind": "openai_http", "target": server.url, "model": server.model, "api_key": server.key,
                "extras": {"body": {"ignore_eos": True}}}  # fmt: skip
     data = {"kind": "synthetic_text", "prompt_tokens": QUESTION, "output_tokens": tokens}
-    _run(
-        [program, "run", "--backend", json.dumps(backend), "--profile", f"kind=concurrent,streams={AT_ONCE}",
-         "--constraint", f"kind=max_requests,count={ASKED}", "--data", json.dumps(data),
-         "--tokenizer", json.dumps({"kind": "huggingface_auto", "model": str(tokenizer_folder(model, place))}),
-         "--output", "kind=json,path=report.json", "--disable-console"],
-        place,
-    )  # fmt: skip
+    tokenizer = {"kind": "huggingface_auto", "model": str(tokenizer_folder(model, place))}
+    words = [
+        *("run", "--backend", json.dumps(backend), "--profile", f"kind=concurrent,streams={AT_ONCE}"),
+        *("--constraint", f"kind=max_requests,count={ASKED}", "--data", json.dumps(data)),
+        *("--data-loader", f"kind=pytorch,samples={ASKED},num_workers=1,prefetch_factor={AT_ONCE}"),
+        *("--tokenizer", json.dumps(tokenizer), "--output", "kind=json,path=report.json", "--disable-console"),
+    ]
+    _run("guidellm", words, place, GUIDELLM__MAX_WORKER_PROCESSES="1")
     [run] = json.loads((Path(place) / "report.json").read_text(encoding="utf-8"))["benchmarks"]
-    metrics = run["metrics"]
 
     def both(name: str, scale: float) -> tuple[float, float]:
-        found = metrics[name]["successful"]["percentiles"]
-        return scale * found["p50"], scale * found["p99"]
+        shares = run["metrics"][name]["successful"]["percentiles"]
+        return scale * shares["p50"], scale * shares["p99"]
 
     figures = {"ttft": both("time_to_first_token_ms", 1), "itl": both("inter_token_latency_ms", 1)}
-    return int(metrics["request_totals"]["successful"]), figures | {"e2e": both("request_latency", 1000)}
+    made = run["scheduler_metrics"]["requests_made"]
+    return int(made["successful"]), figures | {"e2e": both("request_latency", 1000)}
+
+
+def _measure(tool: Tool, model: Path, tokens: int) -> tuple[int, Figures, dict[str, float]]:
+    """What a tool reports of a server of its own, and what others took from the cores meanwhile."""
+    with tempfile.TemporaryDirectory() as place, running(model, "--max-num-seqs", str(AT_ONCE)) as server:
+        own, watch = sum(server.processor_seconds()) + _children_seconds(), Watch(choose(os.cpu_count() or 1))
+        answered, figures = tool(server, model, tokens, place)
+        own = sum(server.processor_seconds()) + _children_seconds() - own
+        return answered, figures, watch.read(own)
+
+
+def _children_seconds() -> float:
+    """Processor seconds of the processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def load_tools(model: Path, plan: Plan, say: Say) -> list[Row]:
-    """Both tools, one after the other, at eight streams."""
+    """Both tools, one after the other, at eight streams; said is the line of docs/api.md."""
     rows = []
-    for name, tool in (("aiperf", aiperf), ("guidellm", guidellm)):
-        with tempfile.TemporaryDirectory() as place, running(model, "--max-num-seqs", str(AT_ONCE)) as server:
-            answered, figures = tool(server, model, plan.tokens, place)
-        say(f"tools: {name}: {answered} answered")
+    tools: dict[str, Tool] = {"aiperf": aiperf, "guidellm": guidellm}
+    for name, tool in tools.items():
+        answered, figures, share = _measure(tool, model, plan.tokens)
+        cells = [f"{middle:.0f} / {high:.0f}" for middle, high in figures.values()]
+        say(f"tools: | {name} | {answered} of {ASKED} | {' | '.join(cells)} |")
         rows.append(Row("tools", f"{name}: answered of {ASKED}", answered, ASKED, "at least"))
         for key, (middle, high) in figures.items():
-            rows += [Row("tools", f"{name}: {NAMES[key]}, {share}", value, unit="ms")
-                     for share, value in (("p50", middle), ("p99", high))]  # fmt: skip
+            rows += [Row("tools", f"{name}: {NAMES[key]}, {percentile}", value, unit="ms")
+                     for percentile, value in (("p50", middle), ("p99", high))]  # fmt: skip
+        taken = 100 * (share["stolen"] + share["others"])
+        note = "the machine was busy" if disturbed(share) else ""
+        rows.append(Row("tools", f"{name}: of the cores' time, taken by others", taken, unit="%", note=note))
     return rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sprat.cli.verb import ModelFolder, Result, Seed, output_stream, print_err
-from sprat.errors import CheckpointError, ConfigError, DataError, EngineError
+from sprat.errors import CheckpointError, DataError, EngineError, ServeError
 
 if TYPE_CHECKING:
     from sprat.engine import Engine, Output, Sampling
@@ -142,14 +142,14 @@ def chat_defaults(folder: Path, turns: int | None = None) -> tuple[list[str], in
 
 
 def parse_adapters(options: list[str]) -> dict[str, Path]:
-    """Folders by name, of ``NAME=FOLDER``; a name without a folder, or one that comes twice, is a ConfigError."""
+    """Folders by name, of ``NAME=FOLDER``; a name without a folder, or one that comes twice, is a ServeError."""
     folders: dict[str, Path] = {}
     for option in options:
         name, _, folder = option.partition("=")
         if not name or not folder:
-            raise ConfigError(f"{option!r} names no adapter", where="--adapter", todo="write NAME=FOLDER")
+            raise ServeError(f"{option!r} names no adapter", where="--adapter", todo="write NAME=FOLDER")
         if name in folders:
-            raise ConfigError(f"two adapters are called {name!r}", where="--adapter", todo="give each its own name")
+            raise ServeError(f"two adapters are called {name!r}", where="--adapter", todo="give each its own name")
         folders[name] = Path(folder)
     return folders
 

@@ -28,6 +28,7 @@ from sprat.cli import (
     verify_export,
 )
 from sprat.cli.verb import describe_error, flush_stdout, print_err, verb
+from sprat.errors import ServeError
 
 app = typer.Typer(
     name="sprat",
@@ -66,6 +67,18 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class ServeCommand(Command):
+    """``serve``, whose settings may stand in a file as well: a wrong one has the same exit code there and here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read ``args`` as ever."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.exit_code = ServeError.exit_code
+            raise
+
+
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
@@ -92,8 +105,11 @@ VERBS = (
     ("verify-export", verify_export.verify_export, "Prove what was taken away."),
 )
 
+GOES_ON = {"quickstart", "road", "data", "train", "sft", "dpo", "rl", "distill", "quantize"}  # when it was stopped
+
 for _name, _function, _short in VERBS:
-    app.command(_name, cls=Command, short_help=_short)(verb(_function))
+    _class = ServeCommand if _name == "serve" else Command
+    app.command(_name, cls=_class, short_help=_short)(verb(_function, goes_on=_name in GOES_ON))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import typer
 
 from sprat.cli import stages
 from sprat.cli.progress import progress_bar
-from sprat.cli.verb import Overrides, Result, print_err
+from sprat.cli.verb import Overrides, Result, begins_anew, print_err
 from sprat.errors import ConfigError
 
 _MODEL_HELP = "Any model that `sprat run` takes; left out: the road's."
@@ -43,6 +43,7 @@ def quantize(
             todo = "name the model first: sprat quantize MODEL --out DIR"
             raise ConfigError(f"{name} is of a model of yours, and none was named", where="quantize", todo=todo)
         return stages.quantize(out or stages.DEFAULT_OUT, recipe or "quickstart", overrides)
+    begins_anew()
     if out is None:
         raise ConfigError("no folder to write to", where="--out", todo="give one")
     from sprat.config.quant import load_quantize_config
@@ -61,10 +62,13 @@ def _summary(out: Path, facts: dict[str, Any]) -> str:
     if few["count"]:
         shown = ", ".join(few["names"][:3]) + (", …" if few["count"] > 3 else "")
         done = {"nearest": "rounded to the nearest", "all": "judged by all tokens"}.get(few["handled"], "")
-        print_err(f"sprat: {few['count']} experts saw too few tokens and were {done}: {shown}")
+        print_err(f"sprat: {few['count']} matrices or experts saw too few tokens and were {done}: {shown}")
     size = f"{out}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['dense_bytes'] / facts['size_bytes']:.1f} times smaller"
     if (tuned := facts.get("tuned")) is None:
         return size
-    if not tuned["kept"]:
-        print_err("sprat: the scales were no better for having learned, and stay as they were: give more text")
-    return f"{size}; KL to the original {tuned['kl_before']:.4f} before tuning, {tuned['kl_after']:.4f} after"
+    before, after = tuned["kl_before"], tuned["kl_after"]
+    if tuned["kept"]:
+        return f"{size}; KL to the original {before:.4f} before tuning, {after:.4f} after"
+    todo = "give more text, or lower tune_lr" if after > before else "raise tune_steps or tune_lr"
+    print_err(f"sprat: the scales were no better for having learned ({after:.4f}), and stay as they were: {todo}")
+    return f"{size}; KL to the original {before:.4f}"

@@ -44,6 +44,8 @@ MaxSeqs = Annotated[
 ]
 _CACHE = "Bytes of memory for keys and values, kept prompts included, at most; left out: by what is free."
 CacheBytes = Annotated[int | None, typer.Option("--kv-cache-memory-bytes", min=1, help=_CACHE)]
+_ITERATION = "Seconds of one step, or of silence, after which an engine is taken for hung and started again: 300."
+IterationTimeout = Annotated[float | None, typer.Option("--engine-iteration-timeout", min=1, help=_ITERATION)]
 _QUEUED = "Requests that wait at most: 256; more are refused with 429 or 503, and told when to come again."
 MaxQueued = Annotated[int | None, typer.Option("--max-num-queued-reqs", min=0, help=_QUEUED)]
 _QUEUED_TOKENS = "Tokens of the prompts that wait at most, as estimated from their bytes."
@@ -79,6 +81,7 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxSeqs = None,
     kv_cache_memory_bytes: CacheBytes = None,
+    engine_iteration_timeout: IterationTimeout = None,
     max_num_queued_reqs: MaxQueued = None,
     max_num_queued_tokens: MaxQueuedTokens = None,
     shutdown_timeout: Shutdown = None,
@@ -107,6 +110,7 @@ def serve(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "engine_iteration_timeout_seconds": engine_iteration_timeout,
         "max_num_queued_reqs": max_num_queued_reqs,
         "max_num_queued_tokens": max_num_queued_tokens,
         "shutdown_timeout_seconds": shutdown_timeout,

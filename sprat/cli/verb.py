@@ -65,8 +65,19 @@ def output_stream() -> TextIO:
     return sys.stderr if _as_json.get() else sys.stdout
 
 
-def verb(function: Callable[..., Result]) -> Callable[..., None]:
+_goes_on: ContextVar[bool] = ContextVar("goes_on", default=True)
+
+
+def begins_anew() -> None:
+    """Note that the verb which runs keeps nothing of what it has done so far when it is stopped."""
+    _goes_on.set(False)
+
+
+def verb(function: Callable[..., Result], *, goes_on: bool = True) -> Callable[..., None]:
     """Wrap ``function`` for Typer: adds ``--json`` and ``--debug``, prints its result, maps faults to exit codes.
+
+    Args:
+        goes_on: whether it goes on where it was when it is stopped and started again.
 
     Raises:
         typer.Exit: with the code of ``docs/exit-codes.md`` where it is not 0.
@@ -76,6 +87,7 @@ def verb(function: Callable[..., Result]) -> Callable[..., None]:
     def command(**options: Any) -> None:
         as_json, debug = options.pop("as_json"), options.pop("debug")
         _as_json.set(as_json)
+        _goes_on.set(goes_on)
         try:
             result = function(**options)
             print_result(result, as_json)
@@ -144,7 +156,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SpratError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; start the same command again to go on where it was.", INTERRUPTED
+        way = "to go on where it was" if _goes_on.get() else "to begin anew: nothing is kept"
+        return f"stopped; start the same command again {way}.", INTERRUPTED
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no type for it
         return "the machine ran out of memory; use a smaller size or batch.", MachineError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sprat"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from sprat.errors import ConfigError
 
 Clip = Literal["extreme", "mse", "minmax"]
 ActivationOrder = Literal["static", "none"]
+Part = Annotated[str, Field(min_length=1)]
 FewTokens = Literal["nearest", "all", "refuse"]
 
 
@@ -39,8 +40,10 @@ class QuantizeConfig(QuantConfig):
     expert_tokens: int = Field(
         0, ge=0, lt=2**31
     )  # an expert that fewer reach is not fitted; 0: one for each input channel
-    few_tokens: FewTokens = "nearest"  # such an expert is rounded to the nearest, sees all tokens, or is an error
-    eight_bits: tuple[str, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
+    few_tokens: FewTokens = (
+        "nearest"  # such an expert, or matrix of more channels than tokens, is rounded so, sees all, or is an error
+    )
+    eight_bits: tuple[Part, ...] = ()  # parts of names: matrices that have one of them keep eight bits, as "down_proj"
     tune_steps: int = Field(0, ge=0, lt=2**31)  # in which scales learn what the dense model says (arXiv 2305.14152)
     tune_lr: float = Field(1e-4, gt=0, le=1)  # of the relative change of a scale
 
@@ -94,7 +97,7 @@ def load_quantize_config(
     base = load(QuantizeConfig, recipe) if recipe else QuantizeConfig()
     chosen = override(dict(table or {}), overrides)
     fitted = base.rounding == "gptq" or base.awq or base.clip == "mse"
-    decided = method is not None or fitted or {"rounding", "awq", "clip"} & chosen.keys()
+    decided = method is not None or fitted or "rounding" in chosen or chosen.get("awq") is True
     settled = METHODS[method] if method else ("rounding=gptq",) if has_text and not decided else ()
     merged = merge_tables(override(base.model_dump(mode="json"), settled), dict(table or {}))
     config = parse(QuantizeConfig, merged, where=recipe or where, overrides=overrides)

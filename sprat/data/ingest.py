@@ -15,7 +15,7 @@ not read is counted, with the reason, never passed over in silence:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,19 @@ def read_texts(path: str | Path, tally: ExclusionTally | None = None) -> Iterato
     yield from read_text_files(path, find_text_files(path, tally), tally)
 
 
-def find_text_files(path: str | Path, tally: ExclusionTally) -> list[Path]:
-    """The files of ``path`` that ``read_texts`` would read; see there."""
+def find_text_files(
+    path: str | Path, tally: ExclusionTally, *, also: Callable[[Path], bool] = lambda _: False
+) -> list[Path]:
+    """The files of ``path`` that ``read_texts`` would read; see there.
+
+    Args:
+        also: which other files of a folder the caller reads himself.
+    """
     path = Path(path)
     if not path.exists():
         raise DataError("no such folder or file", where=str(path), todo="give a folder with text in it")
     if path.is_dir():
-        files = list(walk_files(path, _is_known, KNOWN_SUFFIXES, tally))
+        files = list(walk_files(path, lambda file: _is_known(file) or also(file), KNOWN_SUFFIXES, tally))
         if not files:
             what = "no text files in the folder" + (f": {tally}" if tally.excluded() else "")
             raise DataError(what, where=str(path), todo=f"put {KNOWN_SUFFIXES} files there")
@@ -72,8 +78,14 @@ def find_text_files(path: str | Path, tally: ExclusionTally) -> list[Path]:
     return [path]
 
 
-def read_text_files(path: str | Path, files: Sequence[Path], tally: ExclusionTally) -> Iterator[Document]:
-    """The documents of ``files``, which are of ``path``; see ``read_texts``."""
+def read_text_files(
+    path: str | Path, files: Sequence[Path], tally: ExclusionTally, *, may_be_blank: bool = False
+) -> Iterator[Document]:
+    """The documents of ``files``, which are of ``path``; see ``read_texts``.
+
+    Args:
+        may_be_blank: no text at all is no error.
+    """
     path, has_text = Path(path), False
     root = path if path.is_dir() else path.parent
     for file in files:
@@ -84,7 +96,7 @@ def read_text_files(path: str | Path, files: Sequence[Path], tally: ExclusionTal
                 yield document
             else:
                 tally.add("blank documents", document.id)
-    if not has_text:
+    if not has_text and not may_be_blank:
         what = "the text is empty" + (f": {tally}" if tally.excluded() else "")
         raise DataError(what, where=str(path), todo="give files with text in them")
 

@@ -174,16 +174,41 @@ def _of_tensor(kind: str, shards: Shards, name: str) -> str:
 
 
 def _refuse_existing_file(out: Path) -> None:
-    """Raise ConfigError where something is at ``out``, or beside it where the manifest goes."""
+    """Raise ConfigError where something is at ``out``, or beside it where the manifest goes; see ``_check_place``."""
+    _check_place(out)
     if taken := next((path for path in (out, manifest_path(out)) if path.exists()), None):
         what = "this is a folder" if taken.is_dir() else _TAKEN
         raise ConfigError(what, where=str(taken), todo="give another path")
 
 
 def refuse_existing_folder(out: Path) -> None:
-    """Raise ConfigError where something is at ``out`` that is no empty folder."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    """Raise ConfigError where something is at ``out`` that is no empty folder, MachineError where none can be made."""
+    _check_place(out)
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(_TAKEN, where=str(out), todo="give another path")
+
+
+def _check_place(out: Path) -> None:
+    """Raise MachineError where nothing can be made beside ``out``: before the work is done, and not after it."""
+    try:
+        parent = Path(os.path.abspath(out)).parent
+        while not parent.exists():
+            parent = parent.parent
+        probe = _temporary(parent / out.name)
+        shutil.rmtree(probe, ignore_errors=True)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        machine_error = atomic.as_machine_error(error, out)
+        if machine_error is None:
+            what = f"nothing can be written there: {error.strerror or error}"
+            machine_error = MachineError(what, where=str(out), todo="give another path")
+        raise machine_error from None
+
+
+def _temporary(out: Path) -> Path:
+    """The hidden name under which ``out`` is written."""
+    return out.with_name(f".{out.name}.tmp-{os.getpid()}")
 
 
 @contextmanager
@@ -193,7 +218,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or closed to us.
     """
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary = _temporary(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path in out.parent.iterdir():

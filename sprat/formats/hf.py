@@ -62,22 +62,6 @@ def disk_names(name: str, config: ModelConfig) -> list[str]:
     return [".".join(["model", *parts])]
 
 
-def resolve(id_or_path: str | Path) -> Path:
-    """A local folder: ``id_or_path`` itself, or the hub's snapshot of that id (see ``hub.download_snapshot``).
-
-    Raises:
-        CheckpointError: no such folder, and no such id.
-        MachineError: the hub cannot be asked.
-    """
-    path = Path(id_or_path).expanduser()
-    if path.is_dir():
-        return path
-    hub_id = hub.parse_id(str(id_or_path))
-    if hub_id is None or path.parent.is_dir():
-        raise CheckpointError("no such model folder", where=str(id_or_path), todo="give a folder with a config.json")
-    return hub.download_snapshot(*hub_id)
-
-
 def load_config(folder: str | Path) -> ModelConfig:
     """The ``config.json`` of ``folder``.
 
@@ -102,7 +86,7 @@ def load_folder(
         CheckpointError: a tensor is missing, of the wrong shape or unknown, a file is torn, or memory is short.
         ConfigError: see ``load_config``.
     """
-    folder = resolve(path)
+    folder = hub.resolve(path)
     config, blocks = _config_and_blocks(folder / "config.json")
     model = (checkpoint := open_checkpoint(folder, config)).model
     reader = StateDictReader(model, checkpoint.expected, checkpoint.shards, blocks)

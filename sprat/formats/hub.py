@@ -37,6 +37,22 @@ def parse_id(text: str) -> tuple[str, str | None] | None:
     return None if match is None else (match[1], match[2])
 
 
+def resolve(id_or_path: str | Path) -> Path:
+    """A local folder: ``id_or_path`` itself, or the hub's snapshot of that id (see ``download_snapshot``).
+
+    Raises:
+        CheckpointError: no such folder, and no such id.
+        MachineError: the hub cannot be asked.
+    """
+    path = Path(id_or_path).expanduser()
+    if path.is_dir():
+        return path
+    hub_id = parse_id(str(id_or_path))
+    if hub_id is None or path.parent.is_dir():
+        raise CheckpointError("no such model folder", where=str(id_or_path), todo="give a folder with a config.json")
+    return download_snapshot(*hub_id)
+
+
 def cache_folder() -> Path:
     """Where ``huggingface_hub`` keeps repositories: ``$HF_HUB_CACHE``, ``$HF_HOME/hub``, or below ``~/.cache``."""
     if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):

@@ -1,4 +1,8 @@
-"""``sprat.load`` and ``sprat.save``: any model in, a Hugging Face (or quantised) folder out."""
+"""``sprat.load`` and ``sprat.save``: any model in, a Hugging Face (or quantised) folder out.
+
+What needs torch is imported when a model is loaded or saved: a server's front process looks for a model and takes its
+tokenizer here, and torch would cost it a second of its start and 180 MB.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,19 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sprat.errors import CheckpointError, ConfigError
 from sprat.files import lock
-from sprat.formats import compressed_tensors, fetch, gguf, hf, quantized
-from sprat.model import Transformer
-from sprat.quant import dequantize_model, quantized_weights
+from sprat.formats import fetch, gguf, hub
 from sprat.tokens import Tokenizer
 from sprat.tokens.hf_files import GENERATION_CONFIG_FILE
 
+if TYPE_CHECKING:
+    from sprat.model import Transformer
+
 GGUF_FILE = "model.gguf"  # in the artefact of a run that exports
 DtypeName = Literal["float32", "bfloat16", "auto"]
-_DTYPES: dict[str, hf.Dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
 def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = False) -> tuple[Transformer, Tokenizer]:
@@ -40,19 +42,25 @@ def load(path: str | Path, *, dtype: DtypeName = "float32", dequantize: bool = F
         DataError: there is no tokenizer, or none that can be read.
         MachineError: a name was to be fetched and could not be.
     """
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(_DTYPES)}")
+    if dtype not in get_args(DtypeName):
+        raise CheckpointError(f"no dtype {dtype!r}", where="dtype", todo=f"use one of {', '.join(get_args(DtypeName))}")
+    import torch
+
+    from sprat.formats import compressed_tensors, hf, quantized
+    from sprat.quant import dequantize_model
+
+    weights_dtype: hf.Dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     folder = find_model(path)
     if folder.suffix == ".gguf" or gguf.is_gguf(folder):
-        model, tokenizer = gguf.load(folder, dtype=_DTYPES[dtype])
+        model, tokenizer = gguf.load(folder, dtype=weights_dtype)
     else:
         if quantized.is_quantized(folder):
             model = quantized.load(folder)
         elif compressed_tensors.is_compressed(folder):
-            model = compressed_tensors.load(folder, dtype=_DTYPES[dtype])
+            model = compressed_tensors.load(folder, dtype=weights_dtype)
             _refuse_nan(model, folder)
         else:
-            model, _ = hf.load_folder(folder, dtype=_DTYPES[dtype])
+            model, _ = hf.load_folder(folder, dtype=weights_dtype)
             _refuse_nan(model, folder)
         tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -71,6 +79,8 @@ def load_dense(path: str | Path, *, dequantize: bool = False) -> tuple[Transform
         ConfigError: the model is quantised, and ``dequantize`` was not given.
         SpratError: see ``load``.
     """
+    from sprat.quant import quantized_weights
+
     path = _gguf_of_run(locate(path))
     model, tokenizer = load(path, dequantize=dequantize or gguf.is_gguf(path))
     if packed := quantized_weights(model):
@@ -81,7 +91,7 @@ def load_dense(path: str | Path, *, dequantize: bool = False) -> tuple[Transform
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of what ``load`` takes, or of a folder with a tokenizer.json, without the model.
+    """The tokenizer of what ``load`` takes, or of a folder with a tokenizer.json, without the model and without torch.
 
     Raises:
         CheckpointError, DataError, MachineError: see ``load``.
@@ -103,7 +113,7 @@ def locate(path: str | Path) -> Path:
     """
     if Path(path).exists():
         return Path(path)
-    cached = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hf.resolve(path)
+    cached = fetch.download_model(str(path)) if str(path) in fetch.CATALOG else hub.resolve(path)
     _mark_used(cached if cached.is_file() else cached / "config.json")
     return cached
 
@@ -134,7 +144,7 @@ def find_model(path: str | Path) -> Path:
 
 def _folder(path: Path) -> Path:
     """The folder with config.json that ``path`` means."""
-    folder = hf.resolve(path)
+    folder = hub.resolve(path)
     if not (folder / "config.json").is_file() and (folder / "artefact").is_dir():
         folder = folder / "artefact"
     if not (folder / "config.json").is_file():
@@ -151,6 +161,9 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
             ``load`` could not make it again, so nothing is written.
         MachineError: the disk is full or closed to us; no file is half-written.
     """
+    from sprat.formats import hf, quantized
+    from sprat.quant import quantized_weights
+
     _refuse_unloadable(model)
     if quantized_weights(model):
         quantized.save(model, path)
@@ -164,6 +177,11 @@ def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
 
 def _refuse_unloadable(model: Transformer) -> None:
     """Raise CheckpointError at the first tensor that a model of this config does not have, or has in another shape."""
+    import torch
+
+    from sprat.model import Transformer
+    from sprat.quant import quantized_weights
+
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Transformer(model.config, seed=None).state_dict().items()}
     packed = quantized_weights(model)
@@ -179,6 +197,8 @@ def _refuse_unloadable(model: Transformer) -> None:
 
 def _refuse_nan(model: Transformer, folder: Path) -> None:
     """Raise CheckpointError at the first tensor that is not finite."""
+    import torch
+
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             todo = "use a checkpoint whose training did not diverge"

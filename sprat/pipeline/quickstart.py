@@ -25,7 +25,7 @@ from sprat.pipeline import controls, data, quantize, training
 from sprat.pipeline.executor import LocalExecutor
 from sprat.pipeline.graph import OnProgress, Stage, run_stages
 from sprat.pipeline.pipeline import Pipeline, load_task
-from sprat.post.rewards import load_reward
+from sprat.post.rl.rewards import load_reward
 from sprat.report import write_report
 
 NESTED_TABLE = re.compile(r"^\[(train|distill)\]$", re.MULTILINE)  # of runs before tables were flat

@@ -26,9 +26,9 @@ from sprat.model import Transformer, count_parameters
 from sprat.pipeline import evaluation
 from sprat.pipeline.pipeline import Pipeline, load_task
 from sprat.post import distill as post_distill
-from sprat.post import grpo, reward_sources, rewards
 from sprat.post import sft as post_sft
-from sprat.post.rl_gate import evaluate_gate
+from sprat.post.rl import grpo, reward_sources, rewards
+from sprat.post.rl.gate import evaluate_gate
 from sprat.tasks import Task
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -165,11 +166,11 @@ def _fit_rows(encoded: list[MaskedIds], is_pair: bool, config: FinetuneConfig) -
     """The sequences of an example as what of them is shown in rows of ``config.seq_len`` inputs."""
     if is_pair:
         return encoded if _longest(encoded, is_pair) <= config.seq_len + 1 else []
-    return [piece for each in encoded for piece in _fit(each, config.seq_len, config.examples.too_long)]
+    return [piece for each in encoded for piece in fit_rows(each, config.seq_len, config.examples.too_long)]
 
 
-def _fit(sequence: MaskedIds, seq_len: int, how: str) -> list[MaskedIds]:
-    """A sequence as those pieces that fit a row and have something to learn."""
+def fit_rows(sequence: MaskedIds, seq_len: int, how: Literal["drop", "cut", "split"]) -> list[MaskedIds]:
+    """A sequence as those pieces that fit a row of ``seq_len`` inputs and have something to learn."""
     ids, mask = sequence
     if len(ids) <= seq_len + 1:
         return [sequence]

@@ -26,7 +26,7 @@ import torch
 from sprat.config import OptimConfig
 from sprat.data.loader import IGNORE_INDEX, Batch, MixedBatchSource, gather_rows
 from sprat.data.pack import PackedDataset
-from sprat.errors import TrainingError
+from sprat.errors import DataError, TrainingError
 from sprat.kernels.mixed_precision import linear
 from sprat.model import Transformer
 from sprat.model.layers import set_compute_dtype
@@ -36,7 +36,7 @@ from sprat.train.losses import attention_segments
 
 WINDOW = 256  # tokens of a row, at most
 STEP_ROWS = 3  # of all parts together; the first has more of them than the others
-HELD_OUT_ROWS = 8  # of each part, at most; and at most a quarter
+HELD_OUT_ROWS = 8  # of each part, at most; and at most a quarter, but one
 _CHUNK = 256  # positions whose logits are held at once
 
 
@@ -59,12 +59,13 @@ def tune_scales(
         on_progress: hears how many steps are done, of how many.
 
     Raises:
+        DataError: see ``hold_out``.
         TrainingError: the loss is not finite.
     """
     machine.tune_allocator()
     held, sources = [], []
     for number, part in enumerate(parts):
-        train, apart = _hold_out(part, seed)
+        train, apart = hold_out(part, seed)
         held.append(gather_rows(apart, range(apart.num_rows)))
         rows = 1 if number else max(1, STEP_ROWS - len(parts) + 1)
         sources.append(MixedBatchSource([(train, 1.0)], rows=rows, seed=seed))
@@ -91,19 +92,28 @@ def tune_scales(
     return {"steps": steps, "kl_before": before, "kl_after": after, "kept": after < before}
 
 
-def _hold_out(part: PackedDataset, seed: int) -> tuple[PackedDataset, PackedDataset]:
-    """Rows to train on, and others; the same where there is one row."""
-    order = np.random.default_rng(seed).permutation(part.num_rows)
-    count = min(HELD_OUT_ROWS, part.num_rows // 4)
-    if not count:
-        return part, part
+def hold_out(part: PackedDataset, seed: int) -> tuple[PackedDataset, PackedDataset]:
+    """Rows of ``part`` to train on, and others; of rows of which nothing is learned nothing can be said.
+
+    Raises:
+        DataError: there are not two rows of which something is learned.
+    """
+    learned_BT = gather_rows(part, range(part.num_rows)).targets_BT != IGNORE_INDEX
+    rows = np.flatnonzero(learned_BT.any(1).numpy())
+    if len(rows) < 2:
+        what = f"{len(rows)} rows of {part.seq_len + 1} tokens with something to learn are too few to tune scales on"
+        raise DataError(
+            what, where="tune_steps", todo="give more text, or more conversations whose answers are learned"
+        )
+    order = rows[np.random.default_rng(seed).permutation(len(rows))]
+    count = max(1, min(HELD_OUT_ROWS, len(rows) // 4))
     pieces = (order[count:], order[:count])
     train, apart = (PackedDataset(part.tokens[at], part.segments[at], part.loss_mask[at]) for at in pieces)
     return train, apart
 
 
 def _mean_kl(rounded: Transformer, original: Transformer, parts: Sequence[Batch]) -> float:
-    """The mean over parts of their mean KL."""
+    """The mean over parts of the mean KL of their rows."""
     with torch.no_grad():
         return sum(
             sum(_kl(rounded, original, part[row : row + 1]) for row in range(len(part))) / len(part) for part in parts

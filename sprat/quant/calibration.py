@@ -4,11 +4,11 @@ The later layers must see what the earlier ones really send, so the text passes 
 it at once, and every matrix is rounded at the moment when its input arrives: by then all that came before it is
 rounded. No layer is run twice, and only one ``H`` (of one stack of experts) is alive.
 
-What the text never activates, it says nothing about. An expert sees only the rows that the router sends to it: below
-``MIN_ROWS_PER_CHANNEL`` rows a channel (or a number that the user gives) its ``H`` says more about those rows than
-about text. Such an expert is rounded to the nearest, or judged by all rows as if every token had been sent to it, or
-refused, and is counted (``ExpertTokens``). Padding is no text, and packed rows stay apart: ``segments_BT`` says
-which positions count, and no document sees its neighbor.
+What the text never activates, it says nothing about. Below ``MIN_ROWS_PER_CHANNEL`` rows a channel a matrix's ``H``
+says more about those rows than about text, and an expert sees only the rows that the router sends to it (for experts
+the user may give another number). Such a matrix or expert is rounded to the nearest, or judged by all rows that there
+are (an expert as if every token had been sent to it), or refused, and is counted (``SeenTokens``). Padding is no text,
+and packed rows stay apart: ``segments_BT`` says which positions count, and no document sees its neighbor.
 """
 
 # E experts, B batch, T time, N = B * T tokens, M rows of all experts, I input channels, F expert width, D hidden
@@ -37,32 +37,32 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 @dataclass
-class ExpertTokens:
-    """How much of the text the experts saw.
+class SeenTokens:
+    """How much of the text matrices and experts saw.
 
     Attributes:
         counts: tokens of each expert, by the name of its stack.
-        few: names of those that too few tokens reached.
+        few: names of the matrices and experts that too few tokens reached.
     """
 
     counts: dict[str, list[int]] = field(default_factory=dict)
     few: list[str] = field(default_factory=list)
 
     def facts(self, few_tokens: FewTokens) -> dict[str, object]:
-        """What a user is told; empty where there are no experts."""
+        """What a user is told; empty where there are no experts and all is well."""
         counts = [count for counts in self.counts.values() for count in counts]
-        if not counts:
+        if not counts and not self.few:
             return {}
-        seen = {"min": min(counts), "median": statistics.median(counts)}
-        return {"expert_tokens": seen, "few_tokens": {"handled": few_tokens, "count": len(self.few), "names": self.few}}
+        seen = {"expert_tokens": {"min": min(counts), "median": statistics.median(counts)}} if counts else {}
+        return seen | {"few_tokens": {"handled": few_tokens, "count": len(self.few), "names": self.few}}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Codes of the matrices by name, and what the experts saw."""
+    """Codes of the matrices by name, and what matrices and experts saw."""
 
     codes: dict[str, QuantizedTensor]
-    experts: ExpertTokens
+    seen: SeenTokens
 
 
 def calibrate(
@@ -87,13 +87,14 @@ def calibrate(
         scheme_of: how each matrix is rounded.
         gptq: None rounds to the nearest, by scales that err least on the text.
         expert_tokens: that an expert must have seen; 0: one for each input channel.
-        few_tokens: what becomes of one that has not; see ``QuantizeConfig``.
+        few_tokens: what becomes of one that has not, and of a matrix that fewer rows than channels reach; see
+            ``QuantizeConfig``.
         segments_BT: which document each token is of, 0 for padding, as in packed rows; one a row if not given.
         on_quantized: called with the name of each matrix that is done.
 
     Raises:
         CheckpointError: what passes is not finite.
-        DataError: too few tokens reach an expert, and ``few_tokens`` is ``refuse``.
+        DataError: too few tokens reach a matrix or an expert, and ``few_tokens`` is ``refuse``.
     """
     calibration, handles = _CalibrationHooks(scheme_of, gptq, expert_tokens, few_tokens, on_quantized), []
     for name, module in model.named_modules():
@@ -150,7 +151,7 @@ class _CalibrationHooks(TextHooks):
         on_quantized: Callable[[str], None],
     ) -> None:
         self.codes: dict[str, QuantizedTensor] = {}
-        self.seen = ExpertTokens()
+        self.seen = SeenTokens()
         self._valid_M, self._tokens_ND = torch.empty(0, dtype=torch.bool), torch.empty(0)
         self._scheme_of, self._gptq, self._on_quantized = scheme_of, gptq, on_quantized
         self._expert_tokens, self._few_tokens = expert_tokens, few_tokens
@@ -163,10 +164,25 @@ class _CalibrationHooks(TextHooks):
             if f"{name}.weight" in self.codes:
                 return
             if self._last[0] is not inputs[0]:  # q, k and v are handed the very same tensor
-                self._last = (inputs[0], hessian([self.counted(inputs[0])]))
+                self._last = (inputs[0], hessian([self.counted(inputs[0])], self._floor))
+            self._note_few(name, self.counted(inputs[0]))
             self._quantize(f"{name}.weight", module.get_parameter("weight"), self._last[1])
 
         return hook
+
+    @property
+    def _floor(self) -> int:
+        """Rows from which text counts; 0: as many as there are channels."""
+        return 1 if self._few_tokens == "all" else 0
+
+    def _note_few(self, name: str, x_NI: Tensor) -> None:
+        """Note that fewer rows than channels reach the matrix ``name``."""
+        rows, width = x_NI.shape
+        if rows < MIN_ROWS_PER_CHANNEL * width:
+            self.seen.few.append(name)
+            if self._few_tokens == "refuse":
+                what = f"{rows} tokens of text reach a matrix of {width} input channels"
+                raise DataError(what, where=name, todo="give more text, or set few_tokens=all or few_tokens=nearest")
 
     def routed(self, _: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
         """A hook for a router: which rows of its experts count."""
@@ -185,7 +201,7 @@ class _CalibrationHooks(TextHooks):
                 counts = self._valid_M.split(inputs[1].tolist())
                 rows = [x_MD[valid_M] for x_MD, valid_M in zip(rows, counts, strict=True)]
             rows = self._expert_rows(name, rows, max(module.w_gate_EFD.shape[-2:]))
-            floor = 1 if self._few_tokens == "all" else self._expert_tokens
+            floor = self._floor or self._expert_tokens
             hessian_EDD = hessian(rows, floor)
             self._quantize(f"{name}.w_gate_EFD", module.w_gate_EFD, hessian_EDD)
             self._quantize(f"{name}.w_up_EFD", module.w_up_EFD, hessian_EDD)

@@ -130,6 +130,7 @@ def _packed(
     if minimums_ENG is not None and plain.minimums is not None:
         minimums_ENG[silent_E] = plain.minimums
     width = weight_ENI.shape[-1]
+    rounding = "nearest" if bool(silent_E.all()) else rounding
     return QuantizedTensor(packed, scales_ENG, scheme.bits, scheme.group or width, width, minimums_ENG, rounding)
 
 

@@ -17,7 +17,10 @@ from sprat.config.quant import QuantizeConfig
 from sprat.kernels import mixed_precision
 from sprat.model import Embedding, Experts, Linear, Transformer
 from sprat.model.layers import LinearBase, linears, matrix_names, replace_linears
+from sprat.model.lora import EXPERT_PROJECTIONS
 from sprat.quant.int4 import QuantizedTensor, Scheme, dequantize_tensor
+
+_PUBLISHED = {own: f"{name}.weight" for name, own in EXPERT_PROJECTIONS.items()}
 
 
 class QuantizedWeight(nn.Module):
@@ -139,12 +142,23 @@ def bits_and_group(config: QuantConfig, name: str) -> tuple[int, int]:
     return config.bits, config.group
 
 
+def is_part_of_name(part: str, name: str) -> bool:
+    """Whether ``part`` is in the name of the matrix ``name``, ours or the published one; a layer's experts share one.
+
+    >>> is_part_of_name("down_proj", "layers.1.mlp.experts.w_down_EDF"), is_part_of_name("lm_head", "head.weight")
+    (True, True)
+    """
+    stem, _, leaf = name.rpartition(".")
+    published = "lm_head.weight" if name == "head.weight" else f"model.{stem}.{_PUBLISHED.get(leaf, leaf)}"
+    return part in name or part in published
+
+
 def scheme_of(config: QuantConfig, name: str) -> Scheme:
     """How ``config`` rounds the matrix ``name``; what it does not say is as in a road's recipe."""
     bits, group = bits_and_group(config, name)
     if not isinstance(config, QuantizeConfig):
         return Scheme(bits, group)
-    if bits == 4 and any(part in name for part in config.eight_bits):
+    if bits == 4 and any(is_part_of_name(part, name) for part in config.eight_bits):
         bits = 8
     return Scheme(bits, group, config.symmetric or bits != 4, config.clip, config.zero_points and bits == 4)
 

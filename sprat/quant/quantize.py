@@ -19,15 +19,15 @@ from sprat.quant.awq import awq_scale
 from sprat.quant.calibration import calibrate
 from sprat.quant.gptq import GPTQSettings
 from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
-from sprat.quant.layers import quantizable_weights, replace_with_quantized, scheme_of
+from sprat.quant.layers import is_part_of_name, quantizable_weights, replace_with_quantized, scheme_of
 from sprat.quant.rotation import rotate, without_mtp
 
 
 @dataclass
 class QuantizeFacts:
-    """What came up on the way: ``experts`` as ``ExpertTokens.facts`` tells it, ``mtp_dropped`` modules left out."""
+    """What came up on the way: ``tokens`` as ``SeenTokens.facts`` tells it, ``mtp_dropped`` modules left out."""
 
-    experts: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
     mtp_dropped: int = 0
 
 
@@ -57,7 +57,7 @@ def quantize_model(
         CheckpointError: a weight, or what the text makes of it, is not finite; experts are stacked otherwise than here.
         ConfigError: there is no calibration text for a rounding that needs it; MTP modules stand in a rotation's way;
             no matrix has a name that ``eight_bits`` says.
-        DataError: too few tokens reach an expert, and the config refuses that.
+        DataError: too few tokens reach a matrix or an expert, and the config refuses that.
     """
     config, facts = config or QuantConfig(), facts or QuantizeFacts()
     if calibration_BT is None and (config.rounding == "gptq" or (isinstance(config, QuantizeConfig) and config.awq)):
@@ -87,7 +87,7 @@ def quantize_model(
         dense.embed_tokens.weight.data = dequantize_tensor(pack("embed_tokens.weight"))
         options = {} if not isinstance(config, QuantizeConfig) else _options(config)
         fit = calibrate(dense, calibration_BT, schemes, segments_BT=segments_BT, on_quantized=on_quantized, **options)
-        fitted, facts.experts = fit.codes, fit.experts.facts(options.get("few_tokens", "nearest"))
+        fitted, facts.tokens = fit.codes, fit.seen.facts(options.get("few_tokens", "nearest"))
     return replace_with_quantized(copy.deepcopy(model), pack, materialize=materialize)
 
 
@@ -125,7 +125,7 @@ def _check_names(model: Transformer, config: QuantConfig) -> None:
     """
     names = list(quantizable_weights(model))
     for part in config.eight_bits if isinstance(config, QuantizeConfig) else ():
-        if not any(part in name for name in names):
+        if not any(is_part_of_name(part, name) for name in names):
             todo = f"say a part of a name, as of {names[-1]!r}"
             raise ConfigError(f"no matrix of the model is called {part!r}", where="eight_bits", todo=todo)
 

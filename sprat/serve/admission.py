@@ -106,7 +106,7 @@ class Admission:
         *,
         max_num_seqs_per_tenant: int | None = None,
         max_num_queued_reqs_per_tenant: int | None = None,
-        expected_seconds: float = 5.0,
+        expected_seconds: float = 3.0,
         admit: Callable[[str, Generation | None], RequestError | None] | None = None,
         on_usage: Callable[[str, Usage], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -273,6 +273,7 @@ class Admission:
         synchronous = max(self._rate.held_seconds() / 2 - self._rate.mean_age(), 0.0)  # all began a moment ago
         step = place.seqs * self._rate.held_seconds(place.tokens) / speed
         slot = max(account.next_slot, now + half_queue + synchronous)
+        self._rate.promise(slot)
         account.next_slot = min(slot + step, now + LONGEST_RETRY_SECONDS)
         return round(min(max(slot - now, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS), 3)
 

@@ -129,12 +129,16 @@ class Answer:
             self.usage = Usage(event.prompt_tokens, event.cached_tokens, 0, 0)
             self._metrics.began(event.prompt_tokens, event.cached_tokens)
             return [Started(event.prompt_tokens, event.cached_tokens)]
+        if not self._metrics.is_in_step:  # what is there already, a step's events or those of several, comes together
+            self._metrics.begin_step()
+            asyncio.get_running_loop().call_soon(self._metrics.end_step)
         if event.kind != "done":
             if event.kind != "prompt":
                 if self.first_token_seconds is None:
                     self.first_token_seconds = time.monotonic() - self.start_time
-                self._metrics.token(1, event.choice)
+                self._metrics.token(max(1, len(event.logprobs)), event.choice)
             return self._choices[event.choice].push(event)
+        self._metrics.choice_finished(event.completion_tokens, event.choice)
         usage = self.usage
         self.usage = Usage(
             max(usage.prompt_tokens, event.prompt_tokens),

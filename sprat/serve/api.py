@@ -141,11 +141,11 @@ def _add_health(app: FastAPI, state: AppState) -> None:
         """The process answers."""
         return {"status": "ok"}
 
-    async def ready() -> Response:
-        """Requests are answered: the engines are up and nobody shuts the server down."""
-        return JSONResponse(
-            {"status": state.status, "model": state.services[0].names.served}, 200 if state.ready else 503
-        )
+    async def ready(model: str = "") -> Response:
+        """Requests are answered: the engines, or that of ``model``, are up and nobody shuts the server down."""
+        status = state.status(model)
+        name = model or state.services[0].names.served
+        return JSONResponse({"status": status, "model": name}, 200 if status == "ok" else 503)
 
     async def version() -> Body:
         """The version of Sprat."""

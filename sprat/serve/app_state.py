@@ -8,13 +8,14 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from sprat.errors import SpratError
+from sprat.errors import EngineError, ServeError, SpratError
 from sprat.serve.config import ServeConfig
 from sprat.serve.errors import RequestError
 from sprat.serve.metrics import Metrics
 from sprat.serve.service import Service
 
 log = logging.getLogger(__name__)
+SETTINGS = {"cache_bytes": "kv_cache_memory_bytes"}  # what an engine calls them → ours
 BODY_BYTES, BYTES_OF_TOKEN = 1 << 20, 32  # a body: schemas and the like, and what a context of text takes in JSON
 
 
@@ -48,14 +49,22 @@ class AppState:
         return self.config.max_body_bytes or BODY_BYTES + BYTES_OF_TOKEN * context
 
     async def start(self) -> None:
-        """Have all engines up. Raises SpratError: one cannot be."""
+        """Have all engines up.
+
+        Raises:
+            ServeError: a setting of this server is none for an engine.
+            SpratError: one cannot be.
+        """
         starts = [asyncio.ensure_future(service.engine.start()) for service in self.services]
         try:
             await asyncio.gather(*starts)
-        except BaseException:  # no other may come up after it was stopped
+        except BaseException as error:  # no other may come up after it was stopped
             for start in starts:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
+            if isinstance(error, EngineError):
+                where = SETTINGS.get(error.where, error.where)
+                raise ServeError(error.what, where=where, todo=error.todo) from error
             raise
         for service in self.services:
             self._warn_of_limits(service)
@@ -91,16 +100,28 @@ class AppState:
             with contextlib.suppress(SpratError):
                 self.metrics.model(service.names.served).observe_stats(await service.engine.stats())
 
-    @property
-    def ready(self) -> bool:
-        """Whether requests are answered."""
-        return all(service.engine.alive and not service.closed for service in self.services)
+    def status(self, model: str = "") -> str:
+        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good), ``stalled`` or ``starting``.
+
+        Args:
+            model: of which it is asked; the empty string: of all of them.
+
+        Raises:
+            RequestError: 404, there is no such model.
+        """
+        services = [service for service in self.services if not model or service.names.has(model)]
+        if not services:  # who asks may have no key: no word of the others
+            raise RequestError(404, "no such model", param="model", code="model_not_found")
+        if any(service.closed for service in services):
+            return "closing"
+        if any(service.engine.failure is not None for service in services):
+            return "failed"
+        if any(service.engine.stalled for service in services):
+            return "stalled"
+        return "ok" if all(service.engine.alive for service in services) else "starting"
 
     @property
-    def status(self) -> str:
-        """``ok``, or why requests are not answered: ``closing``, ``failed`` (for good) or ``starting``."""
-        if any(service.closed for service in self.services):
-            return "closing"
-        if any(service.engine.failure is not None for service in self.services):
-            return "failed"
-        return "ok" if self.ready else "starting"
+    def failure(self) -> SpratError | None:
+        """Why no model is answered for any more: all engines are down for good. None while one is up or will be."""
+        failures = [service.engine.failure for service in self.services]
+        return failures[-1] if all(failures) else None

@@ -12,6 +12,7 @@ from sprat.config.base import Config
 from sprat.errors import ServeError
 from sprat.serve import meter
 from sprat.serve.api_keys import check_api_key
+from sprat.serve.engine_watchdog import ITERATION_TIMEOUT_SECONDS
 from sprat.serve.meter import Prices
 
 
@@ -39,6 +40,8 @@ class ServeConfig(Config):
         max_num_seqs: answers that the engine works on at a time.
         kv_cache_memory_bytes: of keys and values of all requests and of prompts that are kept, of each model, at most;
             None: twice what all answers need, and half of the memory that is free at most.
+        engine_iteration_timeout_seconds: an engine's process that is at one step, or says nothing, for longer is taken
+            for hung: it is killed and started again.
         max_num_queued_reqs: requests that wait for that at most; one more is refused with 429 or 503. 0: none waits.
         max_num_queued_tokens: of their prompts, estimated from their bytes.
         max_wait_seconds: until a request begins; then it is refused with 503.
@@ -90,6 +93,7 @@ class ServeConfig(Config):
     max_model_len: int | None = Field(None, ge=2, lt=2**31)
     max_num_seqs: int = Field(64, ge=1, le=4096)
     kv_cache_memory_bytes: int | None = Field(None, ge=1)
+    engine_iteration_timeout_seconds: float = Field(ITERATION_TIMEOUT_SECONDS, ge=1)
     max_num_queued_reqs: int = Field(256, ge=0)
     max_num_queued_tokens: int = Field(1 << 20, ge=0)
     max_wait_seconds: float = Field(60.0, gt=0)

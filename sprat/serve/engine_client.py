@@ -92,7 +92,12 @@ class EngineClient(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Turns false when its process has died, and true again when a new one is up."""
+        """Turns false when its process has died or is ``stalled``, and true again when one is up that gets on."""
+        ...
+
+    @property
+    def stalled(self) -> bool:
+        """Its process is there and does not seem to get on; it is ended where that lasts."""
         ...
 
     @property

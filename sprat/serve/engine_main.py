@@ -16,10 +16,12 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
 from sprat.errors import EngineError, SpratError
+from sprat.serve.engine_client import EngineDied
+from sprat.serve.engine_watchdog import Heartbeat
 from sprat.serve.engine_wire import (
     Message,
     Unpacker,
@@ -64,19 +66,20 @@ class Connection:
 
 def main() -> None:
     """Serve until told to stop, or until the server is gone."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, parent, beat_seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     _live_with(parent)
     sys.setswitchinterval(SWITCH_SECONDS)
     connection = Connection(socket.socket(fileno=descriptor))
+    heartbeat = Heartbeat(lambda stuck_seconds: connection.send({"beat": stuck_seconds}), beat_seconds)
+    heartbeat.start()
     messages = iter(connection)
     worker = _start_worker(connection, next(messages, {}))
     if worker is None:
         return
-    for message in messages:
-        if "stop" in message:
-            worker.stop()
-            break
-        _follow(worker, connection, message)
+    commands = Commands(worker, connection)
+    heartbeat.watch(worker.step_mark)
+    heartbeat.watch(lambda: commands.mark)
+    commands.follow(messages)
     sys.stderr.flush()
     os._exit(0)  # a grammar that compiles, or the threads of a back end, are not waited for
 
@@ -125,32 +128,56 @@ def load_engine(model_folder: str, adapters: dict[str, str], settings: dict[str,
     return Engine(model, tokenizer, adapters=adapters, frozen=True, consume=True, **settings)
 
 
-def _follow(worker: EngineWorker, connection: Connection, message: Message) -> None:
-    """Do what a message says."""
-    if "submit" in message:
-        number = message["submit"]
-        try:
-            job = unpack_job(message)
-        except SpratError as error:
-            connection.send(pack_notices([(number, error)]))
-        else:
-            worker.submit(number, job)
-    elif "cancel" in message:
-        worker.cancel(message["cancel"])
-    elif "stats" in message:
-        connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
-    elif "compile" in message:
-        known = worker.compile(*unpack_grammar(message))
-        known.add_done_callback(lambda done: _reply(connection, message["compile"], done))
-    elif "embed" in message:
-        future = worker.embed(*unpack_prompts(message))
-        future.add_done_callback(lambda done: _reply(connection, message["embed"], done))
+class Commands:
+    """What the server asks of a worker.
+
+    Attributes:
+        mark: which command is being followed, None: none is.
+    """
+
+    def __init__(self, worker: EngineWorker, connection: Connection) -> None:
+        self._worker, self._connection = worker, connection
+        self.mark: int | None = None
+
+    def follow(self, messages: Iterator[Message]) -> None:
+        """Do what each message says, until one says to stop."""
+        for number, message in enumerate(messages):
+            if "stop" in message:
+                self._worker.stop()
+                return
+            self.mark = number
+            self._follow(message)
+            self.mark = None
+
+    def _follow(self, message: Message) -> None:
+        worker, connection = self._worker, self._connection
+        if "submit" in message:
+            number = message["submit"]
+            try:
+                job = unpack_job(message)
+            except SpratError as error:
+                connection.send(pack_notices([(number, error)]))
+            else:
+                worker.submit(number, job)
+        elif "cancel" in message:
+            worker.cancel(message["cancel"])
+        elif "stats" in message:
+            connection.send({"reply": message["stats"], "value": dataclasses.asdict(worker.stats())})
+        elif "compile" in message:
+            known = worker.compile(*unpack_grammar(message))
+            known.add_done_callback(lambda done: _reply(connection, message["compile"], done))
+        elif "embed" in message:
+            future = worker.embed(*unpack_prompts(message))
+            future.add_done_callback(lambda done: _reply(connection, message["embed"], done))
 
 
 def _reply(connection: Connection, number: int, done: Future[Any]) -> None:
     """Send what a future gave."""
     try:
         connection.send({"reply": number, "value": done.result()})
+    except CancelledError:
+        died = EngineDied("the engine is being stopped", where="engine", todo="start it again")
+        connection.send({"reply": number, "error": pack_error(died)})
     except SpratError as error:
         connection.send({"reply": number, "error": pack_error(error)})
     except Exception as error:

@@ -2,7 +2,8 @@
 
 The two share nothing but a socket, so a step never waits for the event loop, nor the event loop for a step, and what
 breaks the engine (a bug in a kernel, the system's out-of-memory killer) leaves the server standing. It is noticed by
-the end of the socket; who waited hears of it, and the engine is started again after a pause that grows.
+the end of the socket, or by a watchdog where the process hangs; who waited hears of it, and the engine is started again
+after a pause that grows.
 """
 
 from __future__ import annotations
@@ -10,14 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,19 +19,12 @@ from typing import Any
 from sprat.engine.response import Response
 from sprat.engine.sequence import DEFAULT_TENANT, Tenant
 from sprat.engine.stats import Stats
-from sprat.errors import MachineError, SpratError
+from sprat.errors import SpratError
+from sprat.serve.engine_child import EngineProcess
 from sprat.serve.engine_client import EngineDied, EngineInfo, Job
 from sprat.serve.engine_jobs import Jobs, QueuedStream
-from sprat.serve.engine_wire import (
-    Message,
-    Unpacker,
-    pack,
-    pack_grammar,
-    pack_job,
-    pack_prompts,
-    unpack_error,
-    unpack_notices,
-)
+from sprat.serve.engine_watchdog import ITERATION_TIMEOUT_SECONDS
+from sprat.serve.engine_wire import Message, pack_grammar, pack_job, pack_prompts
 
 STATS_SECONDS = 1.0  # then the last known ones are good enough
 STOP_SECONDS = 10.0  # for an engine to end its jobs before it is killed
@@ -48,123 +35,12 @@ MAX_QUICK_DEATHS = 8  # in a row; then it stays down
 log = logging.getLogger("sprat.serve.engine")
 
 
-class EngineProcess(asyncio.Protocol):
-    """One process of the engine, from its start to its end; made and used in the event loop.
-
-    It is started in the loop's own thread: the system ends it when the *thread* that started it ends.
-
-    Attributes:
-        up: it has loaded the model, and its end of the socket is there.
-        ended: set when it is known how (``death``), and its jobs were told.
-    """
-
-    def __init__(self, jobs: Jobs) -> None:
-        self.up, self.ended, self.death = False, asyncio.Event(), EngineDied("")
-        self._ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._jobs, self._unpacker, self._replies = jobs, Unpacker(), dict[int, asyncio.Future[Any]]()
-        self._numbers, self._started = itertools.count(1), time.monotonic()
-        self._transport: asyncio.Transport | None = None
-        self._reaping: asyncio.Task[None] | None = None
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "sprat.serve.engine_main", str(theirs.fileno()), str(os.getpid())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,  # an interrupt at the terminal is not meant for it
-                )
-            except OSError as error:
-                self._socket.close()
-                fault = f"the engine's process cannot be started: {error.strerror}"
-                raise MachineError(fault, where=sys.executable, todo="free memory, or end other programs") from None
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._process.pid
-
-    @property
-    def seconds(self) -> float:
-        """Since it was up."""
-        return time.monotonic() - self._started
-
-    async def load(self, settings: Message) -> Message:
-        """Let it load the model; its first words. Raises SpratError: it cannot, or died of it."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._socket)
-        self.send({"load": settings})
-        return await self._ready
-
-    async def ask(self, kind: str, **content: Any) -> Any:
-        """Send a question and wait for the reply. Raises SpratError: what it says, or that it died."""
-        number = next(self._numbers)
-        future = self._replies[number] = asyncio.get_running_loop().create_future()
-        self.send({kind: number, **content})
-        try:
-            return await future
-        finally:
-            self._replies.pop(number, None)
-
-    def send(self, message: Message) -> None:
-        """Send; nothing happens if it is gone."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(pack(message))
-
-    async def kill(self) -> None:
-        """End it now, and wait until it has."""
-        if self._transport is None:  # it was not even connected
-            self._socket.close()
-            self.connection_lost(None)
-        self._process.kill()
-        await self.ended.wait()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See ``asyncio.Protocol``."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        """See ``asyncio.Protocol``."""
-        for message in self._unpacker.push(data):
-            if "events" in message:
-                self._jobs.deliver(unpack_notices(message))
-                continue
-            future = self._replies.get(message["reply"]) if "reply" in message else self._ready
-            if future is not None and not future.done():
-                if "error" in message:
-                    future.set_exception(unpack_error(message["error"]))
-                    continue
-                future.set_result(message["value"])
-                if future is self._ready:  # at once: it may die before whoever waits for this hears of it
-                    self.up, self._started = True, time.monotonic()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """See ``asyncio.Protocol``."""
-        self.up = False
-        if self._reaping is None:
-            self._reaping = asyncio.get_running_loop().create_task(self._reap())
-
-    async def _reap(self) -> None:
-        """Learn how it ended, and tell all who wait."""
-        self._process.kill()  # without a socket it is of no use; most often it is dead already
-        while (code := self._process.poll()) is None:
-            await asyncio.sleep(0.005)
-        how = f"status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-        self.death = EngineDied(f"the engine's process ended ({how})", todo="ask again in a moment")
-        for future in (self._ready, *self._replies.values()):
-            if not future.done():
-                future.set_exception(self.death)
-                future.exception()  # perhaps nobody waits
-        self._jobs.fail(self.death)
-        self.ended.set()
-
-
 class ProcessEngineClient:
     """See ``EngineClient``. ``start`` and all else must be called in one event loop, which outlives the engine.
 
     Args:
         model_folder, adapters: as of ``sprat.load`` and ``Engine``; they are loaded in the engine's process alone.
+        iteration_timeout_seconds: a process that is at one step, or says nothing, for longer is killed.
         settings: of ``Engine``, as JSON has them.
 
     Attributes:
@@ -173,13 +49,18 @@ class ProcessEngineClient:
     """
 
     def __init__(
-        self, model_folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **settings: Any
+        self,
+        model_folder: str | Path,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        iteration_timeout_seconds: float = ITERATION_TIMEOUT_SECONDS,
+        **settings: Any,
     ) -> None:
         folders = {name: str(folder) for name, folder in (adapters or {}).items()}
         self._load: Message = {"model_folder": str(model_folder), "adapters": folders, "settings": settings}
         self.info = EngineInfo(0, 0, 0, 0, ())
         self.failure: SpratError | None = None
-        self._jobs = Jobs()
+        self._jobs, self._iteration_timeout_seconds = Jobs(), iteration_timeout_seconds
         self._process: EngineProcess | None = None
         self._stats: Stats | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -187,6 +68,15 @@ class ProcessEngineClient:
     @property
     def alive(self) -> bool:
         """See ``EngineClient``."""
+        return self._is_up and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """See ``EngineClient``."""
+        return self._process is not None and self._is_up and self._process.watchdog.stalled
+
+    @property
+    def _is_up(self) -> bool:
         return self._process is not None and self._process.up
 
     @property
@@ -222,12 +112,13 @@ class ProcessEngineClient:
 
     async def stats(self) -> Stats:
         """See ``EngineClient``. Raises EngineDied: it was never up."""
-        with contextlib.suppress(TimeoutError, EngineDied):
-            async with asyncio.timeout(STATS_SECONDS):
-                self._stats = Stats(**await self._running().ask("stats"))
+        if not self.stalled:
+            with contextlib.suppress(TimeoutError, EngineDied):
+                async with asyncio.timeout(STATS_SECONDS):
+                    self._stats = Stats(**await self._running().ask("stats"))
         if self._stats is None:
             raise _died("the engine was never up")
-        return self._stats if self.alive else dataclasses.replace(self._stats, running=0, waiting=0, blocks_used=0)
+        return self._stats if self._is_up else dataclasses.replace(self._stats, running=0, waiting=0, blocks_used=0)
 
     async def compile(self, response: Response, tenant: Tenant) -> None:
         """See ``EngineClient``."""
@@ -255,7 +146,7 @@ class ProcessEngineClient:
 
     async def _launch(self) -> EngineProcess:
         """Start a process and wait until it is ready. Raises SpratError: it cannot be."""
-        self._process = process = EngineProcess(self._jobs)
+        self._process = process = EngineProcess(self._jobs, self._iteration_timeout_seconds)
         try:
             ready = await process.load(self._load)
         except BaseException:

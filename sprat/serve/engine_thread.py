@@ -17,14 +17,14 @@ from sprat.serve.engine_worker import EngineWorker
 
 
 class ThreadEngineClient:
-    """See ``EngineClient``.
+    """See ``EngineClient``. Nobody watches over it: a thread that hangs cannot be ended.
 
     Args:
         engine: not started; it is stepped from ``start`` to ``stop``, once.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._jobs, self.alive, self.failure = Jobs(), False, None
+        self._jobs, self.alive, self.stalled, self.failure = Jobs(), False, False, None
         self._worker = EngineWorker(engine, self._receive)
         self.info = self._worker.info()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,7 +71,13 @@ class ThreadEngineClient:
         """See ``EngineClient``."""
         if not self.alive:
             raise _stopped()
-        return await asyncio.wrap_future(self._worker.embed(prompts, tenant, adapter))
+        vectors = self._worker.embed(prompts, tenant, adapter)
+        try:
+            return await asyncio.wrap_future(vectors)
+        except asyncio.CancelledError:
+            if self.alive or not vectors.cancelled():  # it is the caller who was cancelled
+                raise
+            raise _stopped() from None
 
     def _cancel(self, number: int) -> None:
         """Tell the worker; the job was submitted before."""

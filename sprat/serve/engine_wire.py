@@ -1,7 +1,8 @@
 """What the gateway and the engine's process say to each other: JSON objects, each behind its length in four bytes.
 
 To the engine, first ``{"load": …}`` and then ``submit``, ``cancel``, ``stats``, ``compile``, ``embed`` and ``stop``.
-From it ``events`` (all those of a step in one message), and to all that ask for something a ``value`` or an ``error``.
+From it ``events`` (all those of a step in one message), to all that ask for something a ``value`` or an ``error``, and
+every second ``beat`` (see ``engine_watchdog``).
 Nothing here needs torch.
 """
 
@@ -17,7 +18,7 @@ from sprat import errors
 from sprat.engine.sampling_params import Response, Sampling
 from sprat.engine.sequence import Tenant
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_client import Job, JobEvent
+from sprat.serve.engine_client import EngineDied, Job, JobEvent
 from sprat.serve.engine_jobs import Notice
 
 Message = dict[str, Any]
@@ -25,6 +26,7 @@ LENGTH = struct.Struct("!I")
 MAX_BYTES = 1 << 30  # of one message; more means that the two are out of step
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "finish_reason", "stop")
 _ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SpratError)}
+_ERRORS["EngineDied"] = EngineDied
 _DEFAULTS = {item.name: item.default for item in dataclasses.fields(Sampling)}
 
 
@@ -126,7 +128,7 @@ def pack_error(error: SpratError) -> list[str]:
 
 
 def unpack_error(packed: list[str]) -> SpratError:
-    """The error of ``pack_error``: the same sentence, and the same type if it is one of ``sprat.errors``."""
+    """The error of ``pack_error``: the same sentence, and the same type if it is one of ours."""
     name, what, where, todo = packed
     return _ERRORS.get(name, EngineError)(what, where=where, todo=todo)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +18,12 @@ from dataclasses import dataclass, field
 from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.engine import Engine
 from sprat.engine.response import Response
-from sprat.engine.sampling.grammar import MAX_COMPILING
 from sprat.engine.sequence import Delta, Tenant
 from sprat.engine.sequence import Sequence as Request
 from sprat.engine.stats import Stats
 from sprat.errors import EngineError, SpratError
-from sprat.serve.engine_client import EngineInfo, Job, JobEvent, TokenLogprob
+from sprat.serve.engine_client import EngineDied, EngineInfo, Job, JobEvent, TokenLogprob
+from sprat.serve.engine_compiling import CompilingThreads
 from sprat.serve.engine_jobs import Notice
 
 EMBEDDING_THREADS = 8  # they wait for the engine
@@ -67,7 +65,8 @@ class EngineWorker:
         self._jobs: dict[int, RunningJob] = {}
         self._stopping = False
         self._notices: list[Notice] = []  # of this step; touched by the thread that steps
-        self._compiling = CompilingThreads()
+        self._num_steps = 0
+        self._compiling, self._uncompiled = CompilingThreads(), set[Future[None]]()
         self._embedding = ThreadPoolExecutor(EMBEDDING_THREADS, thread_name_prefix="sprat-embed")
 
     def info(self) -> EngineInfo:
@@ -78,7 +77,11 @@ class EngineWorker:
 
     def start(self) -> None:
         """Step from now on."""
-        self.engine.start(self._flush)
+        self.engine.start(self._end_step)
+
+    def step_mark(self) -> int | None:
+        """Which step it is at; None while there is nothing to do. Takes no lock: who asks must not hang with it."""
+        return self._num_steps if self.engine.busy else None
 
     def stop(self) -> None:
         """End all jobs as cancelled, and the engine; returns when their last events were sent."""
@@ -87,10 +90,13 @@ class EngineWorker:
             numbers = list(self._jobs)
         for number in numbers:
             self.cancel(number)
+        self._embedding.shutdown(wait=False, cancel_futures=True)  # whoever began later would step by itself
         self.engine.stop()
         self._flush()
         self._compiling.stop()
-        self._embedding.shutdown(cancel_futures=True)
+        self._embedding.shutdown()
+        for compiled in list(self._uncompiled):
+            compiled.set_exception(_stopping())
 
     def submit(self, number: int, job: Job) -> None:
         """Take a job under a number of its own; what is wrong with it is sent."""
@@ -100,7 +106,7 @@ class EngineWorker:
             if not stopping:
                 self._jobs[number] = running
         if stopping:
-            self._send([(number, EngineError("the engine is being stopped", where="engine", todo="start it again"))])
+            self._send([(number, _stopping())])
             return
         prepare = functools.partial(self._prepare, running)
         if any(self.engine.must_compile(sampling, job.tenant) for sampling in job.samplings):
@@ -135,23 +141,33 @@ class EngineWorker:
     def compile(self, response: Response, tenant: Tenant) -> Future[None]:
         """See ``EngineClient.compile``."""
         compiled: Future[None] = Future()
+        if self.engine.compile(response, tenant, wait=False):
+            compiled.set_result(None)
+            return compiled
 
         def work() -> None:
             try:
                 self.engine.compile(response, tenant)
-                compiled.set_result(None)
             except Exception as error:
-                compiled.set_exception(_as_sprat_error(error))
+                compiled.set_exception(self._as_sprat_error(error))
+            else:
+                compiled.set_result(None)
+            self._uncompiled.discard(compiled)
 
-        if self.engine.compile(response, tenant, wait=False):
-            compiled.set_result(None)
-        else:
-            self._compiling.submit(tenant, work)
+        self._uncompiled.add(compiled)
+        self._compiling.submit(tenant, work)
         return compiled
 
     def embed(self, prompts: Sequence[Sequence[int]], tenant: Tenant, adapter: str | None) -> Future[list[list[float]]]:
-        """See ``EngineClient.embed``."""
-        return self._embedding.submit(self.engine.embed, prompts, adapter, tenant=tenant)
+        """See ``EngineClient.embed``; those that have not begun when the engine is stopped are cancelled."""
+
+        def work() -> list[list[float]]:
+            try:
+                return self.engine.embed(prompts, adapter, tenant=tenant)
+            except Exception as error:
+                raise self._as_sprat_error(error) from None
+
+        return self._embedding.submit(work)
 
     def _prepare(self, running: RunningJob) -> None:
         """Make requests of a job and queue them, unless it was cancelled before."""
@@ -161,7 +177,7 @@ class EngineWorker:
         try:
             requests = self.engine.prepare(job.prompt_ids, job.samplings, job.tenant, job.adapter, running.cancel)
         except Exception as error:
-            self._refuse(running, _as_sprat_error(error))
+            self._refuse(running, self._as_sprat_error(error))
             return
         listeners = [functools.partial(self._hear, running, request, n) for n, request in enumerate(requests)]
         with self._lock:
@@ -185,7 +201,7 @@ class EngineWorker:
         if isinstance(delta, Exception):
             running.cancel.set()  # the other choices
             self._forget(running)
-            self._notices.append((number, _as_sprat_error(delta)))
+            self._notices.append((number, self._as_sprat_error(delta)))
             return
         if delta.kind == "started":
             if not running.started:
@@ -210,49 +226,25 @@ class EngineWorker:
         running.ended = True
         self._jobs.pop(running.number, None)
 
+    def _end_step(self) -> None:
+        """After each step, also one that failed."""
+        self._num_steps += 1
+        self._flush()
+
+    def _as_sprat_error(self, error: Exception) -> SpratError:
+        """``error`` as one of ours; whatever breaks while the engine is stopped breaks of that."""
+        if self._stopping:
+            return _stopping()
+        if isinstance(error, SpratError):
+            return error
+        fault = f"the request broke: {type(error).__name__}: {error}"
+        return EngineError(fault, where="engine", todo="ask again; if it stays, report it with --debug")
+
     def _flush(self) -> None:
-        """After each step: send what it gave."""
+        """Send what a step gave."""
         if self._notices:
             notices, self._notices = self._notices, []
             self._send(notices)
-
-
-class CompilingThreads:
-    """Threads for what may take seconds: at most one for each tenant, in the order of their jobs."""
-
-    def __init__(self) -> None:
-        count = min(MAX_COMPILING, max(2, (os.cpu_count() or 1) // 2))  # each keeps a core busy that steps need too
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="sprat-grammar")
-        self._lock, self._stopped = threading.Lock(), False
-        self._tasks: dict[str, deque[Callable[[], None]]] = {}  # of tenants that have a thread, or are next to get one
-
-    def submit(self, tenant: Tenant, task: Callable[[], None]) -> None:
-        """Run ``task`` when those of the same tenant have run; never, once stopped."""
-        with self._lock:
-            if self._stopped:
-                return
-            tasks = self._tasks.setdefault(tenant.name, deque())
-            tasks.append(task)
-            if len(tasks) == 1:
-                self._threads.submit(self._run_next, tenant.name)
-
-    def stop(self) -> None:
-        """Wait for those that run, and drop the others."""
-        with self._lock:
-            self._stopped = True
-        self._threads.shutdown(cancel_futures=True)
-
-    def _run_next(self, name: str) -> None:
-        """Run one task of a tenant, and go to the end of the line for its next one."""
-        try:
-            self._tasks[name][0]()
-        finally:
-            with self._lock:
-                self._tasks[name].popleft()
-                if not self._tasks[name]:
-                    del self._tasks[name]
-                elif not self._stopped:
-                    self._threads.submit(self._run_next, name)
 
 
 def _prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...]:
@@ -280,9 +272,6 @@ def _done(choice: int, delta: Delta) -> JobEvent:
     )
 
 
-def _as_sprat_error(error: Exception) -> SpratError:
-    """``error`` as one of ours."""
-    if isinstance(error, SpratError):
-        return error
-    fault = f"the request broke: {type(error).__name__}: {error}"
-    return EngineError(fault, where="engine", todo="ask again; if it stays, report it with --debug")
+def _stopping() -> EngineDied:
+    """Why nothing more is answered."""
+    return EngineDied("the engine is being stopped", where="engine", todo="start it again")

@@ -2,7 +2,8 @@
 
 At the first signal to stop (SIGTERM, Ctrl-C) the server is no longer ready: what waits its turn and what comes is
 refused with 503, running answers have ``shutdown_timeout_seconds``. It listens all the while, so that health checks and
-late callers are told. At a second signal, whichever, it stops at once.
+late callers are told. At a second signal, whichever, it stops at once. It stops, too, when all its engines are down for
+good: whoever runs it (systemd) has to hear of that, and starts it again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
+from sprat.errors import SpratError
 from sprat.serve.api_keys import ApiKeys
 from sprat.serve.config import ServeConfig
 from sprat.serve.connections import bounded_protocol
@@ -38,6 +40,9 @@ class HttpServer(uvicorn.Server):
         tls: None: plain HTTP.
         on_started: called when requests are answered.
         metrics_listener: where ``/metrics`` is told to whoever can reach it.
+
+    Attributes:
+        failure: of what its engines have died, where it stopped because of that.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class HttpServer(uvicorn.Server):
         self._stopping, self._forced = asyncio.Event(), asyncio.Event()  # by a first signal, and a second one
         self._lifespan = contextlib.AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.failure: SpratError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Have the application start, and listen.
@@ -89,6 +95,12 @@ class HttpServer(uvicorn.Server):
             backlog=config.backlog,
         )
         self.servers.append(server)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop; asked ten times a second."""
+        if not self.should_exit:
+            self.failure = self._app.state.serving.failure
+        return await super().on_tick(counter) or self.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop at the first signal, stop at the second."""

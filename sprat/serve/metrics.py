@@ -2,7 +2,8 @@
 
     request = metrics.request_started("smol")                 # waits from now on
     request.began(prompt_tokens=120, cached_tokens=96)        # or request.rejected(reason)
-    request.token(3)                                          # for each chunk; the first one is the time to first token
+    request.token()                                           # for each piece; the first one is the time to first token
+    request.choice_finished(completion_tokens=57)             # now the time of each token is known
     request.finished(completion_tokens=57, reason="stop")     # or request.cancelled(completion_tokens=3)
 
 A registry belongs to one server, so that two in one process count apart. A model's name is one that is served, never
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from sprat.serve.errors import RequestError
+from sprat.serve.token_times import TokenTimes
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
@@ -79,7 +81,9 @@ class Metrics:
         self._success = counter("request_success", "Requests that ended, by how.", "finished_reason")
         self._rejections = counter("admission_rejections", "Requests that were refused, by the code.", "reason")
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS)
-        self._between = histogram("inter_token_latency_seconds", "From a token to the next one.", INTER_TOKEN_BUCKETS)
+        self._between = histogram(
+            "inter_token_latency_seconds", "From a token to the next one, known at the end.", INTER_TOKEN_BUCKETS
+        )
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS)
         self._models: dict[str, ModelMetrics] = {}
 
@@ -127,12 +131,13 @@ class ModelMetrics:
 class RequestMetrics:
     """One request; made by ``Metrics.request_started``. After its end nothing more is counted."""
 
-    __slots__ = ("_clock", "_generated", "_last", "_model", "_start", "_state")
+    __slots__ = ("_clock", "_generated", "_has_token", "_model", "_start", "_state", "_step_time", "_times")
 
     def __init__(self, model: ModelMetrics, clock: Callable[[], float]) -> None:
         self._model, self._clock, self._start = model, clock, clock()
-        self._last: dict[int, float] = {}  # of each choice, when its last token came
-        self._generated = 0
+        self._times: dict[int, TokenTimes] = {}  # of each choice that has begun and not ended
+        self._generated, self._has_token = 0, False
+        self._step_time: float | None = None
         self._state: Gauge | None = model.waiting
         model.waiting.inc()
 
@@ -148,19 +153,40 @@ class RequestMetrics:
                 model.queries.inc(prompt_tokens)
                 model.hits.inc(cached_tokens)
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether what comes now comes together with what came last."""
+        return self._step_time is not None
+
+    def begin_step(self) -> None:
+        """What comes from now on until ``end_step`` comes together."""
+        self._step_time = self._clock()
+
+    def end_step(self) -> None:
+        """See ``begin_step``."""
+        self._step_time = None
+
     def token(self, n: int = 1, choice: int = 0) -> None:
-        """``n`` tokens of a choice have come together: each took its part of the time since the last ones."""
-        now, model = self._clock(), self._model
-        last = self._last.get(choice)
-        if last is not None:
-            seconds = (now - last) / n
-            for _ in range(n):
-                model.between.observe(seconds)
-        elif not self._last:
-            model.first.observe(now - self._start)
-        self._last[choice] = now
+        """A piece of a choice has come, of ``n`` tokens as far as that is known."""
+        now = self._now()
+        if not self._has_token:
+            self._has_token = True
+            self._model.first.observe(now - self._start)
+        self._times.setdefault(choice, TokenTimes()).add(now, n)
         self._generated += n
-        model.generation.inc(n)
+        self._model.generation.inc(n)
+
+    def choice_finished(self, completion_tokens: int, choice: int = 0) -> None:
+        """A choice has come to its end; now the time from each of its tokens to the next one is known."""
+        self._observe_between(self._times.pop(choice, TokenTimes()), completion_tokens)
+
+    def _now(self) -> float:
+        return self._clock() if self._step_time is None else self._step_time
+
+    def _observe_between(self, times: TokenTimes, completion_tokens: int | None) -> None:
+        """Observe the time from token to token; None: of those that were seen."""
+        for seconds in times.intervals(completion_tokens, None if completion_tokens is None else self._now()):
+            self._model.between.observe(seconds)
 
     def finished(self, completion_tokens: int, reason: str = "stop") -> None:
         """The answer is whole; ``completion_tokens`` is the exact count."""
@@ -189,6 +215,9 @@ class RequestMetrics:
             return False
         self._state.dec()
         self._state = None
+        for times in self._times.values():  # of choices that broke off
+            self._observe_between(times, None)
+        self._times.clear()
         self._model.generation.inc(max(completion_tokens - self._generated, 0))
         return True
 

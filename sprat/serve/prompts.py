@@ -120,7 +120,8 @@ class PromptWriter:
         tools = [schema_of(tool) for tool in generation.tools]
         messages = join_systems(generation.messages)
         try:
-            return render(self.tokenizer, messages, thinking=thinking, tools=tools, continues=generation.continues)
+            options: dict[str, Any] = {"thinking": thinking, "tool_format": self._readable_format(generation)}
+            return render(self.tokenizer, messages, tools=tools, continues=generation.continues, **options)
         except DataError as error:
             param = generation.paths.get(error.where, error.where)
             raise RequestError(400, f"{param}: {error.what}; {error.todo}", param=param, code="not_possible") from None
@@ -211,19 +212,11 @@ class PromptWriter:
         """The request without tools that may not be called.
 
         Raises:
-            RequestError: 400; this model cannot call tools, or not when it likes.
+            RequestError: 400; a form of the answer does not go with them.
         """
         if not generation.tools or generation.tool_choice.mode == "none":
             return replace(generation, tools=())
         paths = generation.paths
-        if self._tool_format is None:
-            where = paths.get("tools", "tools")
-            message = f"{where}: this model's chat format has no tools; leave them out, or serve another model"
-            raise RequestError(400, message, param=where, code="not_offered")
-        if generation.tool_choice.mode == "auto" and not self._tool_format.has_tags:
-            where = paths.get("tool_choice", "tool_choice")
-            message = f"{where}: this model's calls cannot be told from text; say 'required', or name a function"
-            raise RequestError(400, message, param=where, code="not_offered")
         if generation.response_format is not None and generation.tool_choice.mode != "auto":
             where = paths.get("response_format", "response_format")
             message = f"{where}: a call that is required has a form of its own; leave one of them out"
@@ -243,12 +236,19 @@ class PromptWriter:
         tools = [(tool.parameters, tool.path) for tool in generation.tools if tool.path]
         return [(Response.json(schema["properties"]["input"]), path) for schema, path in tools if schema]
 
+    def _readable_format(self, generation: Generation) -> ToolFormat | None:
+        """The form in which tools are called; None where there are none to call."""
+        from sprat.tokens.tool_render import select_readable_format
+
+        is_auto = generation.tool_choice.mode == "auto"
+        return select_readable_format(self._tool_format, is_auto=is_auto) if generation.tools else None
+
     def _parser(self, generation: Generation) -> Any:
         from sprat.tokens.tool_parser import ToolCallParser
 
-        if not generation.tools or self._tool_format is None:
-            return None
-        return ToolCallParser(self._tool_format, [tool.name for tool in generation.tools])
+        tool_format = self._readable_format(generation)
+        names = [tool.name for tool in generation.tools]
+        return None if tool_format is None else ToolCallParser(tool_format, names)
 
     def response(self, generation: Generation) -> Response | None:
         """The grammar of an answer; it is written down here, and compiled by the engine.
@@ -259,14 +259,15 @@ class PromptWriter:
         from sprat.engine.response import Response
 
         form = generation.response_format
-        if generation.tools and self._tool_format is not None:
+        tool_format = self._readable_format(generation)
+        if tool_format is not None:
             tools = [
                 {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict} for tool in generation.tools
             ]
             choice = generation.tool_choice
             return Response.tool_calls(
                 tools,
-                self._tool_format,
+                tool_format,
                 choice=choice.mode,
                 name=choice.name,
                 parallel=generation.parallel_tool_calls and choice.mode != "named",

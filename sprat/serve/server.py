@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sprat.errors import CheckpointError, MachineError, ServeError
+from sprat.errors import CheckpointError, EngineDeadError, MachineError, ServeError
 from sprat.serve.app import ServedModel, create_app
 from sprat.serve.config import ServeConfig
 from sprat.serve.server_file import ModelSource
@@ -124,7 +124,7 @@ def serve(
     on_ready: Callable[[str], None] = print,
     metrics_listener: socket.socket | None = None,
 ) -> None:
-    """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM.
+    """Serve ``app`` on a listening socket until Ctrl-C or SIGTERM, or until its engines are down for good.
 
     Args:
         app: from ``create_app``.
@@ -134,6 +134,7 @@ def serve(
 
     Raises:
         ServeError: TLS cannot be had of the files that the app's config names, or there are too few open files.
+        EngineDeadError: all its engines died again and again.
     """
     from sprat.serve.http_server import HttpServer
 
@@ -149,14 +150,18 @@ def serve(
         if metrics_listener is not None:
             log.info("metrics: %s/metrics", socket_url(metrics_listener, "https" if tls else "http"))
 
+    server = HttpServer(app, config, tls, is_ready, metrics_listener)
     try:
-        HttpServer(app, config, tls, is_ready, metrics_listener).run(sockets=[listener])
+        server.run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
         if previous_handler is not None:
             signal.signal(signal.SIGTERM, previous_handler)
         listener.close()
+    if server.failure is not None:
+        what = f"no engine of this server is up any more, each died again and again: {server.failure.what}"
+        raise EngineDeadError(what, where=server.failure.where or url, todo="mend that and start the server again")
 
 
 def _handle_as_interrupt(signal_number: int) -> Any:
@@ -173,7 +178,7 @@ def run(
     adapters: Mapping[str, str | Path] | None = None,
     on_ready: Callable[[str], None] = print,
 ) -> None:
-    """Serve models until Ctrl-C, the engine of each in a process of its own.
+    """Serve models until Ctrl-C or until all their engines are down for good, each engine in a process of its own.
 
     Args:
         models: a folder (HF layout or a run folder), a GGUF file or a name; or several, with what they are called.
@@ -187,6 +192,7 @@ def run(
             ``ServeConfig.chat_template``).
         MachineError: FastAPI or uvicorn is missing.
         CheckpointError, ConfigError: the folder holds no model, or an adapter's is of another.
+        EngineDeadError: see ``serve``.
     """
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
@@ -227,6 +233,11 @@ def _served(source: ModelSource, config: ServeConfig) -> ServedModel:
         what = f"the model's chat template cannot be followed, and it would be asked in another format: {mismatch}"
         raise ServeError(what, where=str(source.folder), todo="mend the template, or say --chat-template accept")
     settings = {"max_batch": config.max_num_seqs, "cache_bytes": config.kv_cache_memory_bytes}
-    engine = ProcessEngineClient(source.folder, adapters=source.adapters, **settings)
+    engine = ProcessEngineClient(
+        source.folder,
+        adapters=source.adapters,
+        iteration_timeout_seconds=config.engine_iteration_timeout_seconds,
+        **settings,
+    )
     default_sampling = tokenizer.generation_config.default_sampling
     return ServedModel(engine, tokenizer, source.served_names, default_sampling, tuple(source.adapters))

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sprat.errors import ConfigError, ServeError
+from sprat.errors import ServeError
 from sprat.serve.config import ServeConfig
 
 MODEL_KEYS = {"model", "served_model_name", "served_model_aliases", "adapters"}
@@ -35,6 +35,7 @@ OPTION_NAMES = {
     "allowed_host": "allowed_hosts",
     "adapter": "adapters",
     "shutdown_timeout": "shutdown_timeout_seconds",
+    "engine_iteration_timeout": "engine_iteration_timeout_seconds",
     "turns": "max_history_turns",
 }  # what an option is called → the setting
 LISTS = {"api_keys", "allowed_hosts", "allowed_origins", "served_model_aliases", "examples"}  # of strings
@@ -80,7 +81,7 @@ class ServerFile:
         """All models, the first with what the command line says of it.
 
         Raises:
-            ConfigError: there is no model, or names and adapters of none.
+            ServeError: there is no model, or names and adapters of none.
         """
         is_replaced = model is not None and self.model is not None
         first = model or self.model
@@ -89,9 +90,9 @@ class ServerFile:
         if first is not None:
             return [ModelSource(first, names, adapters), *self.others]
         if names or adapters:
-            raise ConfigError("names and adapters are of no model", where="sprat serve", todo="give the model as well")
+            raise ServeError("names and adapters are of no model", where="sprat serve", todo="give the model as well")
         if not self.others:
-            raise ConfigError("no model to serve", where="sprat serve", todo="give one, or a file with --config")
+            raise ServeError("no model to serve", where="sprat serve", todo="give one, or a file with --config")
         return list(self.others)
 
 
@@ -106,7 +107,7 @@ def read_server_file(path: Path) -> ServerFile:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ServeError("no such file", where=str(path), todo="give a TOML file with --config") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ServeError(f"cannot read the server's file: {reason}", where=str(path), todo="mend the file") from None
     rows = table.pop("models", [])

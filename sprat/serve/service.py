@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 RENDER_THREADS = 2
 KNOWN_GRAMMARS = 64  # as many as an engine keeps; one that it has given up is compiled while its place is held
 FAULT_OF_THE_ENGINE = "engine"  # where an error happened that no caller can mend, and whose text is for the log
+NO_MEMORY = "KV cache"  # where it happened that there was less memory than the engine had counted on
+MEMORY_RETRY_SECONDS = 5.0
 SETTINGS = frozenset(
     ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
     + ("logit_bias", "seed", "stop", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "tools")
@@ -216,13 +218,8 @@ class Service:
 
     def refusal(self, error: SpratError, generation: Generation) -> RequestError:
         """What the engine or a chat format refuses, in the caller's words."""
-        if isinstance(error, EngineDied):
-            message = "the engine stopped before it answered; ask again"
-            return RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
-        if not isinstance(error, EngineError) or error.where == FAULT_OF_THE_ENGINE:
-            log.error("a request failed: %s", error)
-            message = "the engine made a mistake; ask again"
-            return RequestError(500, message, code="engine_error", kind="server_error")
+        if (fault := _fault_of_the_server(error)) is not None:
+            return fault
         paths: Mapping[str, str] = generation.paths
         where = error.where
         if where == "response":  # the grammar: of the form, or of the tools
@@ -234,6 +231,8 @@ class Service:
     def _not_ready(self) -> RequestError:
         """What a request is told while the engine is down; it is counted."""
         message, retry_after = "the engine is being started again; try again in a moment", 2.0
+        if self.engine.stalled:
+            message = "the engine does not get on, and is started again if that lasts; try again in a moment"
         if self.engine.failure is not None:
             message = "the engine is down and is not started again; whoever runs this server has to start it anew"
             retry_after = LONGEST_RETRY_SECONDS
@@ -244,7 +243,8 @@ class Service:
         """Pooled hidden states of prompts, admitted and counted as one request.
 
         Raises:
-            RequestError: 400 the engine cannot; 429 or 503 no place; 503 the engine is down.
+            RequestError: 400 the engine cannot; 429 or 503 no place; 500 its fault; 503 the engine is down, or has no
+                memory.
         """
         adapter, tokens = self.names.adapter(model), sum(map(len, prompts))
         if not self.engine.alive:
@@ -259,13 +259,12 @@ class Service:
         except RequestError as error:
             metrics.rejected(error.code)
             raise
-        except EngineError as error:
+        except SpratError as error:
+            if (fault := _fault_of_the_server(error)) is not None:
+                metrics.failed()
+                raise fault from error
             metrics.rejected("not_offered")
             raise RequestError(400, str(error), param="model", code="not_offered") from error
-        except SpratError as error:
-            metrics.failed()
-            message = "the engine stopped before it answered; ask again"
-            raise RequestError(503, message, code="engine_died", kind="server_error", retry_after=1) from error
         finally:
             metrics.cancelled()  # unless it has ended
         return vectors
@@ -290,3 +289,19 @@ class Service:
     def close(self) -> None:
         """Let the threads go."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _fault_of_the_server(error: SpratError) -> RequestError | None:
+    """What a caller is told of an error that is not its own doing; None: it is."""
+    if isinstance(error, EngineDied):
+        message = "the engine stopped before it answered; ask again"
+        return RequestError(503, message, code="engine_died", kind="server_error", retry_after=1)
+    if error.where == NO_MEMORY:
+        log.error("a request failed: %s", error)
+        message = "the server has no memory for this request; try again later"
+        retry_after = MEMORY_RETRY_SECONDS
+        return RequestError(503, message, code="out_of_memory", kind="server_error", retry_after=retry_after)
+    if not isinstance(error, EngineError) or error.where == FAULT_OF_THE_ENGINE:
+        log.error("a request failed: %s", error)
+        return RequestError(500, "the engine made a mistake; ask again", code="engine_error", kind="server_error")
+    return None

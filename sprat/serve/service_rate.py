@@ -5,6 +5,10 @@ left them. Both are counted here, and both fade with each request that leaves. A
 put its time in and no departure yet, so a start with slow requests is seen as slow before the first of them is through:
 a mean over finished requests alone would know the short ones only. Requests that began together may all end together,
 though: until as many have left as there are, what they are half through is the most that is believed.
+
+What is believed before anything was seen is short, so it is soon found out where it is too short: somebody comes at the
+moment that was promised, and nobody has left. Clients come again twice, so the next guess has to be good: then requests
+may be no more than an eighth through.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable
 
 MEMORY = 64  # departures after which an observation has faded to 1/e
 PRIOR = 0.3  # requests that the expectation weighs as much as
+HALF_THROUGH, BARELY_BEGUN = 2.0, 8.0  # their age by this may be their whole time: at first, and once a promise broke
 LARGEST_RATIO = 4.0  # of the predicted time of a request to that of the mean one, whatever its tokens
 
 
@@ -39,6 +44,7 @@ class ServiceRate:
         self._tokens, self._requests = 0.0, 0.0
         self._num_departures = 0
         self._expected_seconds = expected_seconds
+        self._first_promise = math.inf
         self._num_held, self._start_sum, self._last_time = 0, 0.0, clock()
 
     def arrive(self, seqs: int) -> float:
@@ -54,6 +60,7 @@ class ServiceRate:
         self._num_held -= seqs
         self._num_departures += seqs
         self._start_sum = self._start_sum - seqs * start if self._num_held else 0.0
+        self._first_promise = self._first_promise if self._num_held else math.inf
         keep = (1 - 1 / MEMORY) ** seqs
         self._held_seconds, self._departures = self._held_seconds * keep, (self._departures + seqs) * keep
         self._tokens, self._requests = (self._tokens + seqs * tokens) * keep, (self._requests + seqs) * keep
@@ -63,11 +70,16 @@ class ServiceRate:
         self._advance()
         mean = self._held_seconds / self._departures
         if self._num_departures < self._num_held:
-            mean = min(mean, max(self._expected_seconds, 2 * self.mean_age()))
+            ratio = BARELY_BEGUN if self._clock() >= self._first_promise else HALF_THROUGH
+            mean = min(mean, max(self._expected_seconds, ratio * self.mean_age()))
         if tokens is None or self._tokens <= 0:
             return mean
         ratio = tokens * self._requests / self._tokens
         return mean * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+
+    def promise(self, moment: float) -> None:
+        """Somebody is told to come at ``moment``; when that comes before much was measured, too little was believed."""
+        self._first_promise = min(self._first_promise, moment)
 
     def margin(self) -> float:
         """By what factor places may be held longer than is thought: one standard error.

@@ -22,6 +22,7 @@ from sprat.tokens.chat_tools import Tools
 from sprat.tokens.messages import Message as Message
 from sprat.tokens.messages import ToolCall as ToolCall
 from sprat.tokens.tokenizer import Tokenizer
+from sprat.tokens.tool_formats import ToolFormat
 from sprat.tokens.tool_render import render_by_template, render_with_tools
 
 
@@ -42,13 +43,14 @@ def render(
     add_generation_prompt: bool = True,
     tools: Tools = (),
     continues: bool = False,
+    tool_format: ToolFormat | None = None,
 ) -> list[int]:
     """Ids of a conversation, ready for the model to go on.
 
     A conversation with tools is what the model's own template makes of it, as with transformers'
     ``apply_chat_template(messages, tools=tools)``: written by our own code where that writes the same, else by the
-    template itself. A family that has a form for tools is told of them in it where its template knows none. See
-    ``tool_render``.
+    template itself. Where it knows none, a family that has a form for tools is told of them in it, and any other model
+    in plain text. See ``tool_render``.
 
     Args:
         messages: the turns in order.
@@ -58,17 +60,20 @@ def render(
         continues: the last turn is the assistant's and left open, to be gone on with: its content, or its reasoning
             where it has no content yet. ``thinking`` and ``add_generation_prompt`` then say nothing; see
             ``continued_thinking``.
+        tool_format: the form in which calls shall be read; where it is not the model's own, tools are told of in plain
+            text. None: the model's own.
 
     Raises:
-        DataError: there is no message, a role stands where the format has no place for it, the model has no form for
-            tools or its template refuses the conversation, or the model shall think and does not know how.
+        DataError: there is no message, a role stands where the format has no place for it, the model's template writes
+            some of tools and not all or refuses the conversation, or the model shall think and does not know how.
     """
     if not messages:
         raise DataError("no message to answer", where="messages", todo="send at least one")
     if continues:
-        parts = _continued_parts(tokenizer, messages, tools)
+        parts = _continued_parts(tokenizer, messages, tools, tool_format)
     else:
-        parts = _parts(tokenizer, messages, tools, thinking=thinking, add_generation_prompt=add_generation_prompt)
+        options: dict[str, Any] = {"thinking": thinking, "add_generation_prompt": add_generation_prompt}
+        parts = _parts(tokenizer, messages, tools, tool_format, **options)
     return tokenizer.encode_parts(parts)
 
 
@@ -81,6 +86,7 @@ def _parts(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     tools: Tools,
+    tool_format: ToolFormat | None,
     *,
     thinking: bool | None,
     add_generation_prompt: bool,
@@ -88,18 +94,21 @@ def _parts(
     """A conversation as text, in parts."""
     options: dict[str, Any] = {"thinking": thinking, "add_generation_prompt": add_generation_prompt}
     if _has_tools(messages, tools):
-        return render_with_tools(tokenizer, messages, tools, **options)
+        return render_with_tools(tokenizer, messages, tools, tool_format=tool_format, **options)
     return render_parts(tokenizer.chat_format, _turns(messages), **options)
 
 
-def _continued_parts(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools) -> list[Part]:
+def _continued_parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, tool_format: ToolFormat | None
+) -> list[Part]:
     """A conversation whose last answer is left open."""
     answer = messages[-1]
     if answer.role != "assistant" or answer.tool_calls or len(messages) < 2:
         todo = "end with an assistant's message that calls nothing and has one before it"
         raise DataError("the last message cannot be gone on with", where="messages", todo=todo)
     reasoning = answer.reasoning if tokenizer.chat_format.thinking_prompt is not None else None
-    parts = _parts(tokenizer, messages[:-1], tools, thinking=bool(reasoning), add_generation_prompt=True)
+    options: dict[str, Any] = {"thinking": bool(reasoning), "add_generation_prompt": True}
+    parts = _parts(tokenizer, messages[:-1], tools, tool_format, **options)
     if reasoning:
         closing = tokenizer.chat_format.think_delimiters[1] if answer.content else ""
         parts += [(reasoning, False), (closing, True)]
@@ -112,7 +121,7 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 
 def _has_tools(messages: Sequence[Message], tools: Tools) -> bool:
-    """Whether a conversation is written by the model's own template."""
+    """Whether a conversation is more than questions and answers."""
     return bool(tools) or any(message.tool_calls or message.role == "tool" for message in messages)
 
 

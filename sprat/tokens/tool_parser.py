@@ -104,14 +104,13 @@ class ToolCallParser:
         """What is left when the answer is at its end.
 
         Args:
-            is_cut: it was not the model that ended it: what it had begun of the head of a call is no content.
+            is_cut: it was not the model that ended it: what may have been the beginning of a call is no content.
         """
-        first = self._format.calls[0]
         if is_cut and self._step in (self._read_head, self._read_text):
             if self._step == self._read_head or self._after_call:
                 self._buffer, self._step = "", self._read_text
-            elif first in self._buffer and first:
-                self._buffer = self._buffer.partition(first)[0].rstrip()
+            elif self._format.has_tags:
+                self._buffer = self._buffer[: self._held_from(self._buffer)]
         return self._run(is_end=True)
 
     def _run(self, *, is_end: bool) -> list[Piece]:

@@ -4,8 +4,9 @@ A template is foreign code, and a process of its own for every prompt takes a te
 caller says among its own text, so that nobody could tell afterwards who wrote a control token. So the three families
 that have a form for calls (``tool_formats``) are written here, in parts, what the caller says as plain text. Once for
 each template, probes show whether ours is its text; if not, the template goes on writing (``chat_tools``), and a
-conversation with it of which a text spells a control token is refused. A template that knows no tools is told of them
-in the words of its family. One that writes calls in a form of its own has no ``ToolFormat``: nobody could read them.
+conversation with it of which a text spells a control token is refused. A model whose template knows no tools is told of
+them in the words of its family, one that has no family in plain text (``tool_plain``). A template that writes calls in
+a form of its own has no ``ToolFormat``: nobody could read them. Whoever has to asks for another (``tool_format``).
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from sprat.errors import DataError
 from sprat.tokens import tool_formats
-from sprat.tokens.chat_formats import ChatFormat, Part, fill_dates, select_generation_prompt
+from sprat.tokens.chat_formats import (
+    SPRAT_TEMPLATE,
+    ChatFormat,
+    Part,
+    fill_dates,
+    render_parts,
+    select_generation_prompt,
+)
 from sprat.tokens.chat_template import run_worker
 from sprat.tokens.chat_tools import ChatTemplate, Tools, render_tool_turns, style_rows, texts_of, tool_support
 from sprat.tokens.messages import Message, ToolCall
 from sprat.tokens.tool_formats import ToolFormat
+from sprat.tokens.tool_plain import plain_turns
 from sprat.tokens.tool_turns import TurnStyle, write_turns
 
 if TYPE_CHECKING:
@@ -36,6 +45,7 @@ _STYLES = {
     "deepseek": (TurnStyle(tool_formats.DEEPSEEK_V3_1), TurnStyle(tool_formats.DEEPSEEK_V3)),
     "llama3": (TurnStyle(tool_formats.LLAMA3),),
 }
+_PLAIN = TurnStyle(tool_formats.HERMES, is_plain=True)
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,21 @@ class ToolTurns:
 
 
 def select_tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
-    """The form in which a model calls tools; None where it has none that can be read.
+    """The form in which a model calls tools; None where it has one of its own that we cannot read.
 
     The first question about a template takes a process; the answer is kept.
     """
     return find_tool_turns(tokenizer.chat_format, tokenizer.find_template("tool_use")).tool_format
+
+
+def select_readable_format(own: ToolFormat | None, *, is_auto: bool) -> ToolFormat:
+    """The form in which a model is to call tools so that the calls can be read.
+
+    Args:
+        own: what ``select_tool_format`` says.
+        is_auto: it may choose whether to call, so that a call must be told from text.
+    """
+    return tool_formats.HERMES if own is None or (is_auto and not own.has_tags) else own
 
 
 def render_with_tools(
@@ -66,6 +86,7 @@ def render_with_tools(
     *,
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
+    tool_format: ToolFormat | None = None,
 ) -> list[Part]:
     """A conversation with tools, in parts; see ``chat.render``.
 
@@ -77,7 +98,11 @@ def render_with_tools(
     """
     chat_format = tokenizer.chat_format
     prompt = select_generation_prompt(chat_format, thinking) if add_generation_prompt else ""
-    style = find_tool_turns(chat_format, tokenizer.find_template("tool_use")).style
+    own = find_tool_turns(chat_format, tokenizer.find_template("tool_use"))
+    style = own.style if tool_format in (None, own.tool_format) else _PLAIN
+    if style is not None and style.is_plain:
+        turns = plain_turns(chat_format, messages, tools)
+        return render_parts(chat_format, turns, thinking=thinking, add_generation_prompt=add_generation_prompt)
     if style is None:
         (text,) = render_by_template(tokenizer, [(messages, add_generation_prompt)], tools)
         opening = chat_format.generation_prompt
@@ -169,12 +194,14 @@ _TOOLS: tuple[dict[str, Any], ...] = (
 def find_tool_turns(chat_format: ChatFormat, template: ChatTemplate | None) -> ToolTurns:
     """How turns with tools are written and read for a chat format whose folder has ``template``, or none."""
     styles = _STYLES.get(chat_format.name, ())
-    if not styles:
-        return ToolTurns(None, None)
-    own = ToolTurns(styles[0], styles[0].tool_format)
-    support = tool_support(template) if template is not None else None
+    plain = ToolTurns(_PLAIN, _PLAIN.tool_format)
+    own = ToolTurns(styles[0], styles[0].tool_format) if styles else plain
+    support = tool_support(template) if template is not None and template.text != SPRAT_TEMPLATE else None
     if template is None or support is None or (support.style is None and not support.has_schemas):
         return own
+    foreign = ToolTurns(None, None) if support.style else plain  # whose calls only its template can write, if it can
+    if not styles:
+        return foreign
     talks = [*(_CONVERSATIONS if support.style else ()), *(_QUESTIONS if support.has_schemas else ())]
     if support.style and styles[0].tool_format.parallel:
         talks += _PARALLEL
@@ -198,7 +225,7 @@ def find_tool_turns(chat_format: ChatFormat, template: ChatTemplate | None) -> T
         if style.tool_format.is_in(written, _CALL.name if support.style else ""):
             has_both = bool(support.style) and support.has_schemas
             return ToolTurns(None if has_both else style, style.tool_format)
-    return ToolTurns(None, None)
+    return foreign
 
 
 def _text(style: TurnStyle, chat_format: ChatFormat, messages: Sequence[Message], tools: Tools) -> str:

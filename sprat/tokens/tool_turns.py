@@ -61,11 +61,13 @@ class TurnStyle:
     Attributes:
         keeps_reasoning: whether answers behind the last question keep their reasoning.
         blank_system: whether schemas stand behind an empty system message where there is none.
+        is_plain: whether it is text in the turns of any chat format; see ``tool_plain``.
     """
 
     tool_format: ToolFormat
     keeps_reasoning: bool = False
     blank_system: bool = False
+    is_plain: bool = False
 
     def opens_answer(self, messages: Sequence[Message]) -> bool:
         """Whether an answer to ``messages`` is opened; DeepSeek's goes on where the results end."""
@@ -118,10 +120,15 @@ def _hermes_opening(style: TurnStyle, chat_format: ChatFormat, system: str | Non
         return _plain_opening(chat_format, system)
     opening, text, closing = _system_wrapping(chat_format, system)
     text = ("", True) if text is None and style.blank_system else text
-    parts: list[Part] = [(opening, True), *([text, ("\n\n", True)] if text else []), (_HERMES_BEFORE, True)]
+    return [(opening, True), *([text, ("\n\n", True)] if text else []), *hermes_schemas(tools), (closing, True)]
+
+
+def hermes_schemas(tools: Tools) -> list[Part]:
+    """What says in the words of Hermes which tools there are, and how to call them."""
+    parts: list[Part] = [(_HERMES_BEFORE, True)]
     for tool in tools:
         parts += [("\n", True), (_json(tool), False)]
-    return [*parts, (_HERMES_AFTER + closing, True)]
+    return [*parts, (_HERMES_AFTER, True)]
 
 
 def _hermes_turns(style: TurnStyle, chat_format: ChatFormat, turns: Sequence[Message]) -> list[Part]:
@@ -145,7 +152,7 @@ def _hermes_turns(style: TurnStyle, chat_format: ChatFormat, turns: Sequence[Mes
                 parts += [(opening, True), (reasoning.strip("\n"), False), (closing, True)]
                 content = content.lstrip("\n")
             parts += [(content, False), ("\n" if content and turn.tool_calls else "", True)]
-            parts += [*_calls(style.tool_format, turn), (chat_format.assistant[1], True)]
+            parts += [*write_calls(style.tool_format, turn), (chat_format.assistant[1], True)]
     return parts
 
 
@@ -171,7 +178,7 @@ def _question(chat_format: ChatFormat, turn: Message) -> list[Part]:
     ]
 
 
-def _calls(tool_format: ToolFormat, turn: Message) -> list[Part]:
+def write_calls(tool_format: ToolFormat, turn: Message) -> list[Part]:
     """The calls of an answer."""
     if not turn.tool_calls:
         return []
@@ -214,7 +221,7 @@ def _deepseek_turns(style: TurnStyle, chat_format: ChatFormat, turns: Sequence[M
                 (chat_format.assistant[0] if role_before == "user" else "", True),
                 (_split(chat_format, turn)[1], False),
             ]
-            parts += [*_calls(style.tool_format, turn), (chat_format.assistant[1], True)]
+            parts += [*write_calls(style.tool_format, turn), (chat_format.assistant[1], True)]
         else:
             before, after = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
             if in_groups:
@@ -254,7 +261,7 @@ def _llama_turns(chat_format: ChatFormat, turns: Sequence[Message], tools: Tools
             parts += [(before, True), (_json(turn.content), False), (chat_format.user[1], True)]
         else:
             said: list[Part] = [(_split(chat_format, turn)[1], False)]
-            said = _calls(tool_formats.LLAMA3, turn) if turn.tool_calls else said
+            said = write_calls(tool_formats.LLAMA3, turn) if turn.tool_calls else said
             parts += [(chat_format.assistant[0], True), *said, (chat_format.assistant[1], True)]
     return parts
 

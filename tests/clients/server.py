@@ -18,10 +18,16 @@ WORKER_SECONDS = 600
 
 
 def environment(name: str) -> Path:
-    """The interpreter of an environment of clients; skips, with how to make it, where there is none."""
+    """The interpreter of an environment of clients.
+
+    Where there is none it skips, with how to make it, or fails where SPRAT_REQUIRE_CLIENTS=1.
+    """
     python = python_of(name)
     if not python.is_file():
-        pytest.skip(f"no environment {name}: python -m bench.oracles {name}")
+        reason = f"no environment {name}: python -m bench.oracles {name}"
+        if os.environ.get("SPRAT_REQUIRE_CLIENTS") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return python
 
 

@@ -78,25 +78,24 @@ def case(number: int) -> Case:
             [{}, {}, {"frequency_penalty": 0.5}, {"min_tokens": min(2, max_tokens)}, {"ignore_eos": True}, {"top_k": 9}]
         )
     body |= {"stop_sequences" if protocol == "messages" else "stop": list(stops)} if stops else {}
-    body |= _BODIES[protocol](draw, text, family)
+    body |= _BODIES[protocol](draw, text)
     limit = "max_output_tokens" if protocol == "responses" else "max_tokens"
     return Case(protocol, family, mode, {**body, limit: max_tokens}, max_tokens, stops, n)
 
 
-def _choice(draw: random.Random, family: str) -> tuple[str, str]:
+def _choice(draw: random.Random) -> tuple[str, str]:
     """How tools are chosen, "" for no tools; and the form of the content: "", ``object`` or ``schema``."""
-    modes = {"sprat": [""], "llama3": ["", "required", "named"]}.get(family, ["", "auto", "auto", "required", "named"])
-    choice = draw.choice(modes)
+    choice = draw.choice(["", "auto", "auto", "required", "named"])
     return choice, draw.choice(["", "", "object", "schema"]) if choice in ("", "auto") else ""
 
 
-def _completions(draw: random.Random, text: str, family: str) -> Json:
+def _completions(draw: random.Random, text: str) -> Json:
     body: Json = {"prompt": text if draw.random() < 0.7 else [text, text[::-1]]}
     body |= draw.choice([{}, {}, {"logprobs": 0}, {"logprobs": 2}])
     return body | draw.choice([{}, {}, {"echo": True}])
 
 
-def _chat(draw: random.Random, text: str, family: str) -> Json:
+def _chat(draw: random.Random, text: str) -> Json:
     body: Json = {"messages": [{"role": "user", "content": text}]}
     if draw.random() < 0.3:
         body["messages"].insert(0, {"role": "system", "content": "be brief"})
@@ -104,7 +103,7 @@ def _chat(draw: random.Random, text: str, family: str) -> Json:
     if body["thinking"]["type"] == "enabled" and draw.random() < 0.5:
         body["thinking"]["budget_tokens"] = draw.choice([1, 5, 20])
     body |= draw.choice([{}, {}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 3}])
-    choice, form = _choice(draw, family)
+    choice, form = _choice(draw)
     if choice:
         functions = draw.sample(FUNCTIONS, draw.randint(1, 3))
         named = {"type": "function", "function": {"name": functions[0]["name"]}}
@@ -117,11 +116,11 @@ def _chat(draw: random.Random, text: str, family: str) -> Json:
     return body
 
 
-def _responses(draw: random.Random, text: str, family: str) -> Json:
+def _responses(draw: random.Random, text: str) -> Json:
     body: Json = {"input": text, "reasoning": {"effort": draw.choice(["none", "high", None])}}
     if draw.random() < 0.3:
         body |= {"include": ["message.output_text.logprobs"], "top_logprobs": draw.choice([0, 2])}
-    choice, form = _choice(draw, family)
+    choice, form = _choice(draw)
     if choice:
         functions = draw.sample(FUNCTIONS, draw.randint(1, 3))
         named = {"type": "function", "name": functions[0]["name"]}
@@ -134,10 +133,10 @@ def _responses(draw: random.Random, text: str, family: str) -> Json:
     return body
 
 
-def _messages(draw: random.Random, text: str, family: str) -> Json:
+def _messages(draw: random.Random, text: str) -> Json:
     body: Json = {"messages": [{"role": "user", "content": text}]}
     body["thinking"] = {"type": draw.choice(["enabled", "disabled", "adaptive"]), "budget_tokens": 20}
-    choice, form = _choice(draw, family)
+    choice, form = _choice(draw)
     if choice:
         functions = draw.sample(FUNCTIONS, draw.randint(1, 3))
         names = {"named": {"type": "tool", "name": functions[0]["name"]}, "required": {"type": "any"}}

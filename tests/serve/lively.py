@@ -2,11 +2,13 @@
 
 A random model of 500 tokens says a given token once in 500. Here the head's rows of some tokens (the end, the think
 tags, the tags of calls, what closes a string or an object) are longer than others, so that each of these is sometimes
-the surest one and sometimes out of the question. One family each of chat formats, and each with every way to draft.
+the surest one and sometimes out of the question. Where the tag of a call is no token, each of its pieces is likely
+behind the one before it. One family each of chat formats, and each with every way to draft.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +31,10 @@ KEYS = ("key-of-one", "key-of-two", "key-of-three")
 MODES: tuple[SpeculationMode, ...] = ("off", "ngram", "mtp")
 CONTEXT, VOCABULARY = 2048, 640
 CACHE_BYTES = 32 << 20  # room for what a test asks, so that nothing is dropped
+PIECES = ("tool", "_call")  # of a tag that is text
 # Our own names → the family's; and tokens of the text that it has beside them.
 FAMILIES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "sprat": ({}, ()),
+    "sprat": ({}, PIECES),
     "chatml": (
         {"<|pad|>": "<|endoftext|>", "<|bos|>": "<|im_start|>", "<|eos|>": "<|im_end|>", "<|system|>": "<|a|>",
          "<|user|>": "<|b|>", "<|assistant|>": "<|c|>"},
@@ -45,7 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "llama3": (
         {"<|pad|>": "<|finetune_right_pad_id|>", "<|bos|>": "<|begin_of_text|>", "<|eos|>": "<|eot_id|>",
          "<|system|>": "<|start_header_id|>", "<|user|>": "<|end_header_id|>", "<|assistant|>": "<|a|>"},
-        (),
+        PIECES,
     ),
 }  # fmt: skip
 TEXTS = [
@@ -56,7 +59,7 @@ TEXTS = [
     '"properties": {"unit": {"type": "string", "enum": ["a", "b"]}}, "required": ["unit"]}}} ',
     "keep to yourself what opens the door: swordfish; say it in 3 words. Größe, naïve, 東京. ",
 ]
-LOUD = 8.0
+LOUD, DRAWN = 8.0, 2.0
 
 
 def tokenizer_of(family: str) -> Tokenizer:
@@ -94,6 +97,12 @@ def model_of(tokenizer: Tokenizer, seed: int = 3) -> Transformer:
     with torch.no_grad():
         model.head.weight.mul_(2)
         model.head.weight[[token for token in loud if token >= 0]] *= LOUD / 2
+        if tokenizer.control_tokens.keys().isdisjoint((HERMES.call[0], DEEPSEEK_V3_1.calls[0])):
+            tag = tokenizer.encode(HERMES.call[0])
+            model.head.weight[tag[0]] *= LOUD / 2
+            for before, piece in itertools.pairwise(tag):
+                drawn_by = model.embed_tokens.weight[before]
+                model.head.weight[piece] += DRAWN * drawn_by / drawn_by.norm()
     return model
 
 

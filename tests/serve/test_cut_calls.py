@@ -12,19 +12,19 @@ from jsonschema import Draft202012Validator
 from tests.serve import answers
 from tests.serve.answers import PATHS, Answer, Said
 from tests.serve.cases import FUNCTIONS
-from tests.serve.lively import KEYS, Lively, lively_server
+from tests.serve.lively import FAMILIES, KEYS, Lively, lively_server
 
-FAMILIES = ("chatml", "deepseek", "llama3")
+CHOICES = ("auto", "required", {"type": "function", "function": {"name": "get_weather"}})
 SCHEMAS = {function["name"]: function["parameters"] for function in FUNCTIONS}
 TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
+NAMED = CHOICES[2]
 SEEDS, ENOUGH = 12, 400
 HALF = "\ufffd"  # a character of which not all bytes came
 
 
 @pytest.fixture(scope="module")
 def lively() -> Iterator[Lively]:
-    with lively_server(FAMILIES) as server:
+    with lively_server(tuple(FAMILIES)) as server:
         yield server
 
 
@@ -37,16 +37,11 @@ def ask(lively: Lively, family: str, *, stream: bool, key: str = KEYS[0], mode: 
     return answers.streamed("chat", reply.text) if stream else answers.whole("chat", reply.json())
 
 
-def choices_of(family: str) -> list[Any]:
-    """How its tools may be chosen."""
-    return [*([] if family == "llama3" else ["auto"]), "required", NAMED]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tuple(FAMILIES))
 def uncut(request: pytest.FixtureRequest, lively: Lively) -> list[tuple[str, dict[str, Any], Said, int]]:
     """A whole answer with calls for each way to choose, the longest of some: family, request, choice, its tokens."""
     rows = []
-    for choice in choices_of(request.param):
+    for choice in CHOICES:
         found = []
         for seed in range(SEEDS * (4 if choice == "auto" else 1)):
             fields = {"seed": seed, "tool_choice": choice}

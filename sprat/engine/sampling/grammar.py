@@ -71,7 +71,7 @@ class GrammarCache:
 
         Raises:
             EngineError: it is too large, cannot be compiled, or took too long.
-            MachineError: llguidance is not installed.
+            MachineError: llguidance is not installed, or its process cannot be started.
         """
         key = tenant, response
         cached = self._lookup(key)

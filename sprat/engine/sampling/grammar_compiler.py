@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sprat.errors import EngineError
+from sprat.errors import EngineError, MachineError
 from sprat.files.json import exchange_json
 
 START_SECONDS = 30.0  # a new process reads the vocabulary first
@@ -34,11 +34,18 @@ class CompilerProcess:
 
         Raises:
             EngineError: it died or took too long; it is ended then.
+            MachineError: it cannot be started, whatever the grammar.
         """
         if self.process is not None and self.process.poll() is not None:
             self.kill()
         try:
             process = self.process or self._start()
+        except (OSError, ValueError) as error:
+            self.kill()
+            reason = getattr(error, "strerror", None) or f"it was not up within {START_SECONDS:g} s"
+            fault = f"the compiler of grammars cannot be started: {reason}"
+            raise MachineError(fault, where="engine", todo="free memory, or end other programs") from None
+        try:
             return exchange_json(process, job, self._deadline)
         except (OSError, ValueError, TimeoutError) as error:
             self.kill()

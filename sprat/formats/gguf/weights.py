@@ -40,6 +40,7 @@ from sprat.quant.layers import replace_with_quantized
 MEMORY = 1 << 30  # address space of the reading process, whatever the file's size
 _SECONDS, _BYTES_A_SECOND = 60, 4 << 20  # its CPU time: so much, and more for large files
 _ALIGN = 64
+_SMALL = 1 << 20  # bytes of a norm or a router at most
 _ADVICE = "fetch or convert the file again"
 
 
@@ -183,6 +184,8 @@ def load(header: Header, config: ModelConfig, dtype: torch.dtype, *, materialize
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     plain = {name: kind for name, kind in plan.kinds.items() if kind in dtypes}
     state = {name: view(name, "dense", dtypes[kind], plan.shapes[name]) for name, kind in plain.items()}
+    if len(plain) < len(plan.kinds):  # an engine takes the codes over, and then nothing shall hold their memory
+        state = {name: part.clone() if part.nbytes < _SMALL else part for name, part in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
     replace_with_quantized(model, quantized_tensor, materialize=materialize)
     if config.tie_word_embeddings and isinstance(model.embed_tokens, Embedding):

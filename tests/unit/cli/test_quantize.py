@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sprat
 from sprat import quant
 from sprat.cli.main import app
+from sprat.cli.quantize import _summary
 from sprat.config import QuantConfig
 from sprat.config.model import LoRAConfig
 from sprat.formats import quantized
@@ -126,7 +127,10 @@ def test_scales_are_tuned_on_conversations(model_folder: Path, tmp_path: Path) -
     assert told["rounding"] == "gptq" and told["tuned"] == kept["facts"]["tuned"] and told["tuned"]["steps"] == 3
     assert told["tuned"]["kl_before"] > 0
     packed = quant.quantized_weights(sprat.load(out)[0])
-    assert all((each.bits == 8) == ("down_proj" in name) for name, each in packed.items() if "layers" in name)
+    downs = ("down_proj", "w_down")  # of a feed-forward, and of experts
+    assert all(
+        (each.bits == 8) == any(part in name for part in downs) for name, each in packed.items() if "layers" in name
+    )
 
 
 def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
@@ -177,6 +181,40 @@ def test_what_cannot_be_squeezed_is_one_sentence_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("tuned", "advice", "said"),
+    [
+        ((0.5, 0.25, True), "", "; KL to the original 0.5000 before tuning, 0.2500 after"),
+        ((0.5, 0.75, False), "lower tune_lr", "; KL to the original 0.5000"),  # 0.75 is of what was thrown away
+        ((0.5, 0.5, False), "raise tune_steps or tune_lr", "; KL to the original 0.5000"),  # no scale moved
+    ],
+)
+def test_the_figure_is_that_of_the_model_that_is_written(
+    tuned: tuple[float, float, bool], advice: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"size_bytes": 10**6, "dense_bytes": 10**7}
+    line = _summary(Path("small"), {**facts, "tuned": dict(zip(("kl_before", "kl_after", "kept"), tuned, strict=True))})
+    assert line.endswith(said)
+    assert (advice in capsys.readouterr().err) and line.startswith("small: 1.0 MB")
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge", "export --hf", "export --gguf"])
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: there is no model at all here, and nobody comes to look for it."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    folders = {"file/out": "Not a directory", "n" * 255: "File name too long", "n" * 250: "File name too long"}
+    folders |= {} if "gguf" in verb else {"nowhere": "something is there already"}
+    words = [*verb.split()[:1], "no-model", *(["no-adapter"] if verb == "merge" else []), *verb.split()[1:]]
+    for name, said in folders.items():
+        out = tmp_path / name
+        done = CliRunner().invoke(app, [*words, *([] if verb.startswith("export") else ["--out"]), str(out)])
+        assert done.exit_code in (2, 9) and said in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -205,7 +243,8 @@ def test_what_dies_while_it_writes_leaves_no_folder(
 
     monkeypatch.setattr(Tokenizer, "save", die)
     words = [verb, str(model_folder), *([str(tmp_path / "adapter")] if verb == "merge" else [])]
-    CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    stopped = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert stopped.exit_code == 130 and "begin anew: nothing is kept" in stopped.stderr  # it has no checkpoints
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.undo()
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])

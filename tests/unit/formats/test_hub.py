@@ -140,8 +140,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_is_no_id_is_not_asked_for(tmp_path: Path) -> None:
-    from sprat.formats.hf import resolve
-
     for name in ("nowhere", "/nowhere/fish", f"{tmp_path}/fish", "a/b/c", "org/fish@"):
         with pytest.raises(CheckpointError, match="no such model folder"):
-            resolve(name)
+            hub.resolve(name)
+    assert hub.resolve(tmp_path) == tmp_path

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sprat.cli.quantize import quantize
-from sprat.config.quant import QuantizeConfig
+from sprat.config.base import override
+from sprat.config.quant import QuantizeConfig, load_quantize_config
 from sprat.errors import CheckpointError, ConfigError
 from sprat.post.quantize import quantize_model
 
@@ -19,6 +20,23 @@ def test_a_finished_run_is_not_written_into(tmp_path: Path, inside: str) -> None
     (run / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="finished run"):
         quantize_model(tmp_path / "model", run / inside, QuantizeConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounding"),
+    [
+        (["clip=mse"], "gptq"),  # it once was "nearest", without a word
+        (["clip=minmax", "group=128", "precision=float32"], "gptq"),  # docs/quant.md; it once was refused
+        (["awq=false"], "gptq"),
+        (["awq=true"], "nearest"),
+        (["rounding=nearest", "clip=mse"], "nearest"),
+    ],
+)
+def test_text_means_gptq_unless_something_else_is_asked_for(settings: list[str], rounding: str) -> None:
+    """As ``--help`` and docs/recipes.md say it; how scales are chosen is no rounding."""
+    assert load_quantize_config(has_text=True, overrides=settings).rounding == rounding
+    table: dict[str, object] = override({}, settings)
+    assert load_quantize_config(has_text=True, table=table).rounding == rounding
 
 
 @pytest.mark.parametrize(("rounding", "text"), [("gptq", None), ("nearest", Path("text"))])

@@ -17,10 +17,10 @@ from sprat.data.pack import pack
 from sprat.eval.bits_per_byte import bits_per_byte
 from sprat.model import Linear, Transformer
 from sprat.model.layers import replace_linears
-from sprat.post import grpo
 from sprat.post.distill import distillation_loss
-from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout
+from sprat.post.rl import update
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout
 from sprat.train import next_token_loss, optim
 
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -78,6 +78,6 @@ def test_rl_learns_through_it(swapped: Transformer, cap: float | None) -> None:
     before = [value.detach().clone() for value in swapped.head.parameters()]
     reference = copy.deepcopy(swapped)
     config = RLConfig(kl_weight=0.1, minibatch=1, importance_cap=cap)
-    found: dict[str, Any] = grpo._update_policy(swapped, optimizer, rollouts, torch.ones(1), config, 1, reference)
+    found: dict[str, Any] = update.update_policy(swapped, optimizer, rollouts, torch.ones(1), config, 1, reference)
     assert found["mismatch"] < 1e-5
     assert all((value != old).any() for value, old in zip(swapped.head.parameters(), before, strict=True))

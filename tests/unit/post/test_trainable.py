@@ -16,7 +16,7 @@ from sprat.config import Config, DistillConfig, RLConfig, SFTConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.distill import distill
-from sprat.post.grpo import grpo
+from sprat.post.rl.grpo import grpo
 from sprat.post.sft import build_source, sft
 from sprat.tokens import Tokenizer
 from sprat.train import loop

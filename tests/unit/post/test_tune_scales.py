@@ -10,9 +10,12 @@ from sprat import quant
 from sprat.config.quant import QuantizeConfig
 from sprat.data.loader import gather_rows
 from sprat.data.pack import PackedDataset
+from sprat.errors import DataError
 from sprat.model import Transformer
-from sprat.post.tune_scales import _kl, tune_scales
+from sprat.post.tune_scales import _kl, hold_out, tune_scales
 from tests.unit.quant.families import divergence, model_of, text
+
+FIELDS = ("tokens", "segments", "loss_mask")
 
 
 def rows(count: int, seed: int, learned: slice = slice(None)) -> PackedDataset:
@@ -70,3 +73,26 @@ def test_each_kind_of_rows_counts_alike() -> None:
     alone = [tune_scales(small_of(model), model, [part], steps=1, lr=1e-9)["kl_before"] for part in parts]
     both = tune_scales(small_of(model), model, parts, steps=1, lr=1e-9)["kl_before"]
     assert both == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_rows_of_which_nothing_is_learned_say_nothing() -> None:
+    """Of a long prompt most rows have no answer; they once counted as rows that lost nothing."""
+    model = model_of("llama")
+    answers, prompts = rows(4, 5, slice(20, 21)), rows(12, 6, slice(0))
+    both = PackedDataset(*(np.concatenate([getattr(part, name) for part in (prompts, answers)]) for name in FIELDS))
+    alone, diluted = (
+        tune_scales(small_of(model), model, [part], steps=1, lr=1e-9)["kl_before"] for part in (answers, both)
+    )
+    assert diluted == pytest.approx(alone, rel=1e-4)
+    with pytest.raises(DataError, match="0 rows of 32 tokens with something to learn are too few"):
+        tune_scales(small_of(model), model, [prompts], steps=1, lr=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_rows_are_not_judged_by_what_they_were_trained_on(count: int) -> None:
+    part = rows(count, 5)
+    train, apart = hold_out(part, 0)
+    shown = [{tuple(row) for row in each.tokens.tolist()} for each in (train, apart)]
+    assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == count
+    with pytest.raises(DataError, match="1 rows of 32 tokens"):
+        hold_out(rows(1, 5), 0)

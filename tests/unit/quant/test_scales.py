@@ -74,7 +74,13 @@ def test_matrices_by_name_keep_eight_bits() -> None:
     config = QuantizeConfig(rounding="gptq", eight_bits=("down_proj", "layers.0.self_attn"))
     packed = quant.quantized_weights(quant.quantize_model(model, config, calibration_BT=text(32, 1)))
     wide = {name for name, each in packed.items() if each.bits == 8} - {"embed_tokens.weight", "head.weight"}
-    assert wide == {name for name in packed if "down_proj" in name or "layers.0.self_attn" in name} and wide
+    stack = "layers.1.mlp.experts.w_down_EDF"  # published as model.layers.1.mlp.experts.0.down_proj.weight, …
+    assert wide == {name for name in packed if "down_proj" in name or "layers.0.self_attn" in name} | {stack}
+    named = quant.quantize_model(model, QuantizeConfig(head_bits=4, eight_bits=("lm_head", "model.layers.1.mlp")))
+    wide_names = {name for name, each in quant.quantized_weights(named).items() if each.bits == 8}
+    assert wide_names == {"head.weight", *(name for name in packed if "layers.1.mlp" in name)}
+    with pytest.raises(ValueError, match="at least 1 character"):
+        QuantizeConfig(eight_bits=("",))  # which is in all names
     assert {packed[name].group for name in wide} <= {32}
     with pytest.raises(ConfigError, match="no matrix of the model is called 'down_prj'"):
         quant.quantize_model(model, config.replace(eight_bits=("down_prj",)), calibration_BT=text(32, 1))

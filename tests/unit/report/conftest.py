@@ -13,8 +13,8 @@ from sprat.config import Config, QuantConfig, RLConfig, TrainConfig
 from sprat.data import corpus
 from sprat.eval.score import Score, wilson_interval
 from sprat.pipeline import evaluation
-from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, rollout_metrics
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout, rollout_metrics
 from sprat.trust import Ledger, open_run
 
 TASKS = ("sums", "chain_sum", "products", "gcd", "letter_counting", "count_bits")

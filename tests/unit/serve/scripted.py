@@ -106,7 +106,7 @@ class ScriptedEngine:
         self.tokenizer = scripted_tokenizer()
         self.info = EngineInfo(1_000_000, 10_000_000, 4096, self.tokenizer.vocab_size, ())
         self.handles: list[ScriptedHandle] = []
-        self.alive, self.failure = False, None
+        self.alive, self.stalled, self.failure = False, False, None
 
     @property
     def asked(self) -> list[tuple[str, Sampling]]:

@@ -473,6 +473,42 @@ def test_time_of_a_place_by_little_s_law() -> None:
     assert rate.held_seconds(0) == pytest.approx(0.75, rel=1e-3)
 
 
+@pytest.mark.parametrize(("seqs", "reqs", "soonest"), [(8, 16, 9), (64, 256, 15)])
+def test_nothing_measured_yet_is_no_reason_to_send_anybody_far_away(seqs: int, reqs: int, soonest: float) -> None:
+    """Half of the seats are free after one or two rounds of answers, which are taken to last for three seconds."""
+
+    async def main() -> None:
+        office = Office(make(seqs=seqs, reqs=reqs))
+        for n in range(seqs + reqs + 2):
+            await office.send(str(n), seconds=20)
+        (*_, first), (*_, second) = office.refused
+        assert 1 <= first < second < soonest
+        await asyncio.sleep(20.5)  # the first answers are through: that is what counts now
+        for n in range(seqs + 1):
+            await office.send(f"late{n}", seconds=20)
+        until_half_empty = 20 * reqs / 2 / seqs
+        assert 0.75 * until_half_empty <= office.refused[-1][-1] <= min(60, 1.5 * (until_half_empty + 20))
+        await office.finish()
+
+    run(main)
+
+
+def test_who_came_when_it_was_told_and_in_vain_is_not_told_too_little_again() -> None:
+    async def main() -> None:
+        """All answers last ten seconds, and nobody has left when the first one comes again: it has one more try."""
+        office = Office(make(seqs=32, reqs=16))
+        for n in range(32 + 16 + 1):
+            await office.send(str(n), seconds=10)
+        told = office.refused[0][-1]
+        await asyncio.sleep(told + 0.01)
+        await office.send("again", seconds=10)
+        assert [name for name, *_ in office.refused] == ["48", "again"]
+        assert told < 6 and told + office.refused[1][-1] >= 8
+        await office.finish()
+
+    run(main)
+
+
 def test_each_refused_is_told_the_next_moment() -> None:
     async def main() -> None:
         """One place, ten seconds each: half of five seats is 25 seconds away, then one every ten; 1/8 for the error."""

@@ -27,6 +27,7 @@ from sprat.serve.engine_process import ProcessEngineClient
 from sprat.serve.engine_thread import ThreadEngineClient
 from sprat.tokens import Tokenizer
 from tests.unit.serve.scripted import within
+from tests.unit.serve.test_engine_client import SLOW
 
 ANNA = Tenant("anna")
 LONG = Sampling(temperature=2, seed=1, max_tokens=3000, logit_bias={0: -100.0, 1: -100.0, 2: -100.0})
@@ -67,6 +68,23 @@ def gone(pid: int) -> bool:
 def test_no_torch_where_the_engine_is_not() -> None:
     code = "import sys, sprat.serve.engine_process as p; p.ProcessEngineClient('x'); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_no_step_looks_through_what_was_loaded_for_garbage(folder: Path) -> None:
+    """As the process begins, but with its connection in the hand: it may not be asked what its collector does."""
+    program = f"""
+        import gc
+        from sprat.serve.engine_main import _start_worker
+
+        class Connection:
+            def send(self, message):
+                print(gc.get_freeze_count(), len(gc.get_objects()))
+
+        _start_worker(Connection(), {{"load": {{"model_folder": {str(folder)!r}, "adapters": {{}}, "settings": {{}}}}}})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    frozen, others = map(int, subprocess.check_output(command, text=True).split())
+    assert frozen > 10_000 and others < frozen / 10
 
 
 def test_killed_amid_answers_it_fails_them_clearly_and_is_started_again(folder: Path, runner: asyncio.Runner) -> None:
@@ -117,8 +135,9 @@ def test_who_dies_with_its_first_words_is_not_taken_for_alive(
 
     def receive_and_die(self: engine_process.EngineProcess, data: bytes) -> None:
         receive(self, data)
-        os.kill(self.pid, signal.SIGKILL)
-        self.connection_lost(None)
+        if self.up:
+            os.kill(self.pid, signal.SIGKILL)
+            self.connection_lost(None)
 
     monkeypatch.setattr(engine_process.EngineProcess, "data_received", receive_and_die)
     client = ProcessEngineClient(folder)
@@ -154,6 +173,28 @@ def test_stopped_amid_answers_they_end_as_cancelled_with_exact_counts(folder: Pa
         assert (done.kind, done.finish_reason) == ("done", "cancelled") and 0 < done.completion_tokens < 3000
         (whole,) = engine.generate([ids], replace(LONG, max_tokens=done.completion_tokens))
         assert "".join(event.text for event in events) == whole.reasoning + whole.text
+
+
+def test_stopped_amid_embeddings_and_grammars_nobody_is_blamed_and_nobody_waits_on(
+    folder: Path, runner: asyncio.Runner
+) -> None:
+    """A grammar that takes seconds, more of the same tenant behind it, and more embeddings than work at a time."""
+    grammars = [replace(SLOW, source=f"{SLOW.source}{' ' * n}") for n in range(2)]
+
+    async def scenario(client: ProcessEngineClient | ThreadEngineClient) -> list[list[object]]:
+        await client.start()
+        asked = [asyncio.create_task(client.compile(grammar, ANNA)) for grammar in grammars]
+        embedding = [asyncio.create_task(client.embed([[5 + n % 300 for n in range(4000)]] * 20)) for _ in range(20)]
+        while not (await client.stats()).running:
+            await asyncio.sleep(0.01)
+        await client.stop()
+        async with asyncio.timeout(10):
+            return [await asyncio.gather(task, return_exceptions=True) for task in [*asked, *embedding]]
+
+    for client in (ProcessEngineClient(folder), ThreadEngineClient(Engine(*load(folder), frozen=True))):
+        results = [result for (result,) in runner.run(scenario(client))]
+        errors = [each for each in results if isinstance(each, BaseException) and "took over" not in str(each)]
+        assert errors and {type(each) for each in errors} == {EngineDied}, errors
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_batch": 0}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sprat.engine import Response, Sampling, Tenant
-from sprat.errors import CheckpointError, EngineError
+from sprat.errors import CheckpointError, EngineError, SpratError
 from sprat.serve.engine_client import EngineDied, Job, JobEvent
 from sprat.serve.engine_jobs import Notice
 from sprat.serve.engine_wire import Unpacker, pack, pack_job, pack_notices, unpack_job, unpack_notices
@@ -49,12 +49,14 @@ def test_events_and_errors_cross_the_wire_whole() -> None:
     failed: list[Notice] = [
         (9, CheckpointError("torn", where="here", todo="mend it")),
         (10, EngineDied("gone")),
+        (11, type("Unknown", (SpratError,), {})("odd")),
     ]
     (message,) = Unpacker().push(pack(pack_notices(notices + failed)))
-    *events, (nine, torn), (ten, gone) = unpack_notices(message)
-    assert events == notices and (nine, ten) == (9, 10)
+    *events, (nine, torn), (ten, gone), (eleven, odd) = unpack_notices(message)
+    assert events == notices and (nine, ten, eleven) == (9, 10, 11)
     assert type(torn) is CheckpointError and str(torn) == "torn (here); mend it."
-    assert isinstance(gone, EngineError) and str(gone) == "gone."
+    assert type(gone) is EngineDied and str(gone) == "gone."
+    assert type(odd) is EngineError and str(odd) == "odd."
 
 
 def test_code_does_not_cross_the_wire() -> None:

@@ -85,24 +85,32 @@ def test_a_request_from_arrival_to_end(metrics: Metrics, clock: Clock) -> None:
     clock.now += 1
     request.token()
     clock.now += 0.6
-    request.token(3)  # three in 0.6 s: three times 0.2
-    clock.now += 0.07
+    request.begin_step()
+    for _ in range(3):  # three in 0.6 s: three times 0.2
+        request.token()
+        clock.now += 0.001
+    request.end_step()
+    clock.now += 0.067
     request.token()
-    clock.now += 0.33
-    request.finished(completion_tokens=7, reason="length")
+    clock.now += 0.02
+    request.choice_finished(completion_tokens=6)
+    clock.now += 0.31
+    request.finished(completion_tokens=6, reason="length")
     assert (value(metrics, "num_requests_waiting"), value(metrics, "num_requests_running")) == (0, 0)
     assert value(metrics, "prompt_tokens_total") == value(metrics, "prefix_cache_queries_total") == 120
     assert value(metrics, "prefix_cache_hits_total") == 96
-    assert value(metrics, "generation_tokens_total") == 7
+    assert value(metrics, "generation_tokens_total") == 6
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(3)
     assert value(metrics, "time_to_first_token_seconds_bucket", le="2.5") == 0
     assert value(metrics, "time_to_first_token_seconds_bucket", le="5.0") == 1
-    assert value(metrics, "inter_token_latency_seconds_count") == 4
-    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.67)
-    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.05") == 0
-    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.075") == 1
-    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.3") == 4
+    assert value(metrics, "inter_token_latency_seconds_count") == 5
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.69)
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.01") == 0
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.025") == 1, "the token that ended it"
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.075") == 2
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.15") == 2
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.3") == 5
     assert value(metrics, "e2e_request_latency_seconds_count") == 1
     assert value(metrics, "e2e_request_latency_seconds_sum") == pytest.approx(4)
     assert value(metrics, "request_success_total", finished_reason="length") == 1
@@ -110,16 +118,58 @@ def test_a_request_from_arrival_to_end(metrics: Metrics, clock: Clock) -> None:
 
 def test_choices_have_a_rhythm_each_and_one_first_token(metrics: Metrics, clock: Clock) -> None:
     request = metrics.request_started("smol")
-    clock.now += 1
-    request.token(choice=0)
-    clock.now += 1
-    request.token(choice=1)
-    clock.now += 1
-    request.token(choice=0)
+    for choice in (0, 1, 0):
+        clock.now += 1
+        request.token(choice=choice)
+    request.choice_finished(2, 0)
+    clock.now += 3
+    request.choice_finished(2, 1)
     assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(1)
     assert value(metrics, "time_to_first_token_seconds_count") == 1
-    assert value(metrics, "inter_token_latency_seconds_count") == 1
-    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(2)
+    assert value(metrics, "inter_token_latency_seconds_count") == 2
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(2 + 4)
+
+
+def test_tokens_without_text_have_their_part_of_the_time(metrics: Metrics, clock: Clock) -> None:
+    """Ten seconds a token; the text of every third one comes with it, that of the others with the next third one."""
+    request = metrics.request_started("smol")
+    for token in range(1, 13):
+        clock.now += 10
+        if token % 3 == 0:
+            request.token()
+    clock.now += 10
+    request.choice_finished(completion_tokens=13)
+    assert value(metrics, "inter_token_latency_seconds_count") == 12
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(100), "from the first text on"
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="5.0") == 0
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="10.0") == 12
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 9])
+def test_there_is_one_interval_less_than_tokens_whatever_was_seen(metrics: Metrics, clock: Clock, tokens: int) -> None:
+    for pieces, pause in ((0, 1.0), (1, 1.0), (3, 1.0), (3, 0.0)):
+        before = (
+            metrics.registry.get_sample_value("sprat:inter_token_latency_seconds_count", {"model_name": "smol"}) or 0
+        )
+        request = metrics.request_started("smol")
+        for _ in range(pieces):
+            clock.now += pause
+            request.token()
+        clock.now += pause
+        request.choice_finished(tokens)
+        assert value(metrics, "inter_token_latency_seconds_count") - before == max(0, tokens - 1)
+
+
+def test_what_broke_off_has_the_times_that_were_seen(metrics: Metrics, clock: Clock) -> None:
+    request = metrics.request_started("smol")
+    for _ in range(3):
+        clock.now += 2
+        request.token()
+    clock.now += 50
+    request.failed()
+    request.failed()
+    assert value(metrics, "inter_token_latency_seconds_count") == 2
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(4)
 
 
 def test_a_cancelled_request_counts_its_tokens_and_no_latency(metrics: Metrics) -> None:

@@ -227,6 +227,8 @@ def test_what_could_be_read_in_two_ways_ends_the_connection(
 class Drained:
     """The least that a server wants of an application."""
 
+    failure = None
+
     async def drain(self, timeout: float) -> None:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -12,12 +12,13 @@ from sprat.model import Transformer
 from sprat.serve.engine_client import EngineInfo, JobEvent
 from sprat.serve.errors import RequestError
 from sprat.serve.events import TextDelta
-from sprat.serve.generation import Generation
+from sprat.serve.generation import Generation, Tool, ToolChoice
 from sprat.serve.prompts import PromptWriter, join_systems
 from sprat.tokens import Tokenizer
-from sprat.tokens.chat import Message
+from sprat.tokens.chat import Message, ToolCall
 
 ASK = Generation("m", (Message("user", "Hello"),))
+MODES: tuple[Literal["auto", "none", "required", "named"], ...] = ("auto", "none", "required", "named")
 
 
 def writer_of(parts: tuple[Transformer, Tokenizer], **settings: Any) -> PromptWriter:
@@ -86,3 +87,24 @@ def test_tokens_that_stand_in_no_text_are_spelled_by_their_names(parts: tuple[Tr
         (b"a", ((name, -2.0),), False),
         (name, (), True),
     ]
+
+
+def test_a_model_that_knows_no_tools_is_told_of_them_and_held_to_them(parts: tuple[Transformer, Tokenizer]) -> None:
+    """Whatever is chosen: only ``none`` is as if there were none."""
+    writer = writer_of(parts, max_tokens=1)
+    tools = (Tool("weather", parameters={"type": "object", "properties": {"city": {"type": "string"}}}),)
+    asked = {
+        mode: replace(ASK, tools=tools, tool_choice=ToolChoice(mode, "weather" if mode == "named" else ""))
+        for mode in MODES
+    }
+    ids = {mode: writer.ids(generation) for mode, generation in asked.items()}
+    assert ids["none"] == writer.ids(ASK) and ids["auto"] == ids["required"] == ids["named"]
+    told = parts[1].decode(ids["auto"])
+    assert '<tools>\n{"type": "function", "function": {"name": "weather", "parameters":' in told
+    forms = {mode: writer.response(writer.without_unused_tools(generation)) for mode, generation in asked.items()}
+    assert {mode: form and form.kind for mode, form in forms.items()} == {
+        "none": None, "auto": "auto_tools", "required": "tools", "named": "tools"
+    }  # fmt: skip
+    history = (Message("assistant", "", tool_calls=(ToolCall("weather", "{}"),)), Message("tool", "Rain."))
+    later = parts[1].decode(writer.ids(Generation("m", (*ASK.messages, *history))))
+    assert "<tool_response>\nRain.\n</tool_response>" in later and "<tools>" not in later

@@ -181,6 +181,8 @@ def test_a_large_answer_reaches_a_client_that_reads() -> None:
 class Watched:
     """An application that answers once its caller has left, and counts those who have."""
 
+    failure = None
+
     def __init__(self) -> None:
         self.running, self.left = 0, list[float]()
 

@@ -20,13 +20,14 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.serving.server import running
 from sprat.errors import ServeError
 from sprat.formats.load import save
 from sprat.model import Transformer
 from sprat.serve import ServeConfig, server
 from sprat.serve.server import bind_socket, run, socket_url
 from tests.lucky import lucky_shape, lucky_tokenizer
-from tests.unit.serve.live import live
+from tests.unit.serve.live import live, tiny_model
 from tests.unit.serve.scripted import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,6 +99,18 @@ def test_a_template_that_cannot_be_followed_is_served_on_request_alone(
     assert len(served) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
+def test_the_process_that_answers_has_no_torch_and_its_engine_has(tmp_path: Path) -> None:
+    """180 MB and a second of its start; the models are in the engines' processes."""
+    tiny_model(tmp_path / "tiny")
+    with running(tmp_path / "tiny") as server:
+        ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "what is 3?"}]}
+        headers, url = {"Authorization": f"Bearer {server.key}"}, server.url + "/v1/chat/completions"
+        assert httpx.post(url, json=ask, headers=headers, timeout=60).status_code == 200
+        has_torch = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in server.processes()]
+    assert has_torch == [False, True]
+
+
 def test_port_0_takes_a_free_one_on_loopback() -> None:
     config = ServeConfig(port=0)
     with bind_socket(config) as first, bind_socket(config) as second:
@@ -147,6 +160,31 @@ def test_who_has_sent_half_a_request_holds_up_nobody_and_is_told() -> None:
             process.send_signal(signal.SIGTERM)
             assert half.recv(4096).startswith(b"HTTP/1.1 503 ") and silent.recv(1) == b""
             assert left_quietly(process)
+
+
+FROZEN = """
+import gc
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from tests.unit.serve.scripted import ScriptedEngine
+config, engine = ServeConfig(port=0), ScriptedEngine()
+app, before = create_app([ServedModel(engine, engine.tokenizer, ["tiny"])], config), gc.get_freeze_count()
+
+def on_ready(at):
+    print(before, gc.get_freeze_count(), len(gc.get_objects()), flush=True)
+
+serve(app, bind_socket(config), on_ready=on_ready)
+print("left", flush=True)
+"""
+
+
+def test_nobody_waits_while_what_was_loaded_is_looked_through_for_garbage() -> None:
+    """The collector leaves alone what was there before the first request: most of all that there is."""
+    with program(FROZEN) as (process, line):
+        before, frozen, others = map(int, line.split())
+        assert before == 0 and frozen > 10_000 and others < frozen / 10
+        process.send_signal(signal.SIGTERM)
+        assert left_quietly(process)
 
 
 METRICS = """
@@ -218,6 +256,38 @@ def test_an_engine_that_cannot_start_is_one_sentence() -> None:
     assert out.splitlines()[1].startswith("there is no memory for this model") and process.returncode == 0
 
 
+GIVEN_UP = """
+from sprat.errors import EngineDeadError
+from sprat.serve import ServeConfig, bind_socket, create_app, serve
+from sprat.serve.app import ServedModel
+from sprat.serve.engine_client import EngineDied
+from tests.unit.serve.scripted import ScriptedEngine
+config, engines = ServeConfig(port=0), [ScriptedEngine(), ScriptedEngine()]
+app = create_app([ServedModel(each, each.tokenizer, [name]) for each, name in zip(engines, "ab")], config)
+
+def lose(number):
+    engines[number].alive, engines[number].failure = False, EngineDied("its process ended (signal 9, Killed)")
+
+def on_ready(at):
+    import asyncio
+    lose(0)
+    print("up", flush=True)
+    asyncio.get_running_loop().call_later(1.5, lambda: (print("one", flush=True), lose(1)))
+
+try:
+    serve(app, bind_socket(config), on_ready=on_ready)
+except EngineDeadError as error:
+    print(error)
+"""
+
+
+def test_a_server_whose_engines_are_all_down_for_good_ends() -> None:
+    with program(GIVEN_UP) as (process, first):
+        out, err = process.communicate(timeout=60)
+    assert (first, err) == ("up", "") and out.splitlines()[0] == "one", "while one is up it goes on"
+    assert "signal 9, Killed" in out.splitlines()[1]
+
+
 def test_a_signal_while_the_engine_starts_stops_at_once() -> None:
     with program(STARTING, "600") as (process, first):
         process.send_signal(signal.SIGTERM)
@@ -245,7 +315,7 @@ from starlette.responses import StreamingResponse
 from sprat.serve import ServeConfig, bind_socket, serve
 
 class Service:
-    running, closing, aborted = set(), False, False
+    running, closing, aborted, failure = set(), False, False, None
 
     async def drain(self, timeout):
         self.closing = True
@@ -402,6 +472,7 @@ def test_the_password_of_a_key_is_in_nothing_that_is_written_and_in_every_copy()
 def test_a_low_limit_of_open_files_is_raised_and_too_low_a_one_is_told() -> None:
     text = """
 import resource, warnings
+from bench.serving.server import running
 from sprat.errors import ServeError
 from sprat.serve.server import raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2000))

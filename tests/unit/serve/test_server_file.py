@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sprat.errors import ConfigError, ServeError
+from sprat.errors import ServeError
 from sprat.serve.server_file import ModelSource, read_server_file
 
 FILE = """
@@ -84,7 +84,7 @@ def test_the_command_line_counts_more_and_loses_no_model(tmp_path: Path) -> None
 
 def test_a_name_of_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text('served_model_name = "a"\n[[models]]\nmodel = "runs/two"')
-    with pytest.raises(ConfigError, match="of no model"):
+    with pytest.raises(ServeError, match="of no model"):
         read_server_file(tmp_path / "server.toml").sources(None, (), {})
 
 

@@ -226,6 +226,55 @@ def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None
     assert number(client, "num_requests_running") == number(client, "num_requests_waiting") == 0
 
 
+@pytest.mark.parametrize("ask", [ASK, {**ASK, "n": 3}, {**ASK, "ignore_eos": False, "max_tokens": 200, "seed": 1}])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_of_each_answer_one_interval_less_than_tokens_is_measured(
+    parts: Parts, ask: dict[str, Any], drafts: bool
+) -> None:
+    """Tokens are parts of characters here, and of drafts two come at a time."""
+    backend = Slow(parts[0].config.vocab_size, num_mtp_modules=int(drafts))
+    engine = Engine(*parts, backend=backend, frozen=True, speculate="mtp" if drafts else "off")
+    with live(engine) as address, httpx.Client(base_url=address, timeout=30) as client:
+        begun = time.monotonic()
+        body = {**ask, "stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
+        chunks = chunks_of(client.post(CHAT, json=body).text)
+        seconds, tokens = time.monotonic() - begun, chunks[-1]["usage"]["completion_tokens"]
+        pieces = sum(bool(choice["delta"].get("content")) for chunk in chunks for choice in chunk["choices"])
+        assert tokens > pieces > 0, "else there would be nothing to see"
+        answers = ask.get("n", 1)
+        assert number(client, "inter_token_latency_seconds_count") == tokens - answers
+        assert 0 < number(client, "inter_token_latency_seconds_sum") < seconds * answers
+        assert number(client, "generation_tokens_total") == tokens
+
+
+def test_tokens_that_come_together_have_their_part_of_the_time_each(parts: Parts) -> None:
+    class Slower(Fake):
+        def run(self, batch: Batch) -> Tensor:
+            time.sleep(0.04)
+            return super().run(batch)
+
+    backend = Slower(parts[0].config.vocab_size, num_mtp_modules=1)
+    engine = Engine(*parts, backend=backend, frozen=True, speculate="mtp")
+    with live(engine) as address, httpx.Client(base_url=address, timeout=30) as client:
+        client.post(CHAT, json={**ASK, "max_tokens": 60, "temperature": 0})
+        assert len(backend.batches) < 40, "two at a time"
+        at_once = number(client, "inter_token_latency_seconds_bucket", 'le="0.01",')
+        assert at_once < 15, "of 59; every second one, were each measured by itself"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_a_prompt_that_is_scored_and_said_again_is_no_token_of_the_answer(
+    client: httpx.Client, max_tokens: int
+) -> None:
+    """As lm-eval asks: the prompt's log-probabilities come first, in an event of their own."""
+    ask = {"model": "tiny", "prompt": "please keep the door", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    answer = client.post("/v1/completions", json={**ask, "ignore_eos": True}).json()
+    assert answer["choices"][0]["text"].startswith("please keep the door")
+    assert number(client, "generation_tokens_total") == answer["usage"]["completion_tokens"] == max_tokens
+    assert number(client, "time_to_first_token_seconds_count") == min(1, max_tokens)
+    assert number(client, "inter_token_latency_seconds_count") == max(0, max_tokens - 1)
+
+
 class Lines(logging.Handler):
     """The lines of the access log."""
 

@@ -20,7 +20,6 @@ from sprat.tokens import (
     render,
     split_reasoning,
 )
-from sprat.tokens.chat import ToolCall
 
 TALK = [
     Message("system", "You add numbers."),
@@ -237,7 +236,3 @@ def test_a_broken_surrogate_does_not_stop_a_conversation(own: Tokenizer) -> None
 def test_a_conversation_without_messages_is_refused(own: Tokenizer) -> None:
     with pytest.raises(DataError, match="no message"):
         render(own, [])
-    calls = Message("assistant", "", tool_calls=(ToolCall("weather", "{}"),))
-    for turn in (calls, Message("tool", "x")):
-        with pytest.raises(DataError, match="no chat template that writes tools"):
-            render(own, [Message("user", "x"), turn])

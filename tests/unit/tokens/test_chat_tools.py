@@ -119,16 +119,12 @@ def test_a_template_of_its_own_for_tools_is_taken() -> None:
 
 
 REFUSING = OBJECTS + "{% if messages[0].content == 'no' %}{{ raise_exception('Ask properly!') }}{% endif %}"
-FORGETFUL = WITHOUT + "{# tool_calls #}"
 UNLIKE = OBJECTS.replace("<|assistant|>{% endif %}", "<|assistant|>So: {% endif %}")
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "tools", "fault"),
     [
-        (WITHOUT, TURNS, [], "writes no calls of tools"),
-        (WITHOUT, TURNS[:1], TOOLS, "writes no schemas of tools"),
-        (FORGETFUL, TURNS, [], "writes no calls of tools"),
         (OBJECTS.removeprefix(SCHEMAS), TURNS[:1], TOOLS, "writes no schemas"),
         (REFUSING, [Message("user", "no"), *TURNS[1:]], [], "refuses this: .*Ask properly!"),
         (OBJECTS, [*TURNS[:2], Message("tool", "x<|end|>")], [], "spells the control token '<\\|end\\|>'"),
@@ -148,11 +144,3 @@ def test_what_cannot_be_written_is_refused(
 def test_an_answer_that_is_not_asked_for_in_its_own_words_is_not_learned() -> None:
     with pytest.raises(DataError, match="asks for an answer otherwise"):
         encode_conversation(tokenizer_of(UNLIKE), TURNS)
-
-
-def test_our_own_format_has_no_tools(tmp_path: Any) -> None:
-    own = Tokenizer.train(["what is it"], 520)
-    own.save(tmp_path)
-    for tokenizer in (own, Tokenizer.load(tmp_path)):
-        with pytest.raises(DataError, match="writes tools|writes no calls of tools"):
-            render(tokenizer, TURNS)

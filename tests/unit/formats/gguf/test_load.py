@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ import sprat
 from sprat import quant
 from sprat.config.model import ModelConfig
 from sprat.engine import Engine, Sampling
+from sprat.engine.backends.torch import TorchBackend
 from sprat.engine.request import eos_token_ids
 from sprat.errors import CheckpointError
 from sprat.formats.gguf import weights
@@ -222,6 +224,25 @@ def test_memory_grows_by_the_result_and_little_more(tmp_path: Path) -> None:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     result = sum(quant.size_bytes(found) for found, _ in kept)
     assert result > 40e6 and grown <= 1.3 * result + 16e6, (grown, result)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there is no memory by name here")
+def test_an_engine_that_takes_the_codes_over_leaves_none_of_the_memory_that_they_came_in(tmp_path: Path) -> None:
+    """Norms are in the same memory; one that is kept would keep all of it."""
+
+    def blocks() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:sprat-weights")
+
+    gc.collect()
+    before = blocks()
+    found, tokenizer = sprat.load(write(model(), tmp_path / "tiny.gguf", kind=lambda _: "Q4_0"))
+    assert blocks() == before + 1
+    engine = Engine(found, tokenizer, consume=True)
+    if isinstance(engine.backend, TorchBackend):
+        pytest.skip("no kernels here: torch computes with the codes as they are")
+    gc.collect()
+    assert blocks() == before
+    assert engine.generate([[1, 2, 3]], Sampling(max_tokens=4, ignore_eos=True))[0].usage.completion_tokens == 4
 
 
 def test_a_float_file_loads_in_bfloat16_where_asked(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sprat.post.rl_gate import GateResult
+from sprat.post.rl.gate import GateResult
 
 
 @pytest.mark.parametrize(

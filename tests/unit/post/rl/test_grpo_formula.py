@@ -16,10 +16,12 @@ from torch import Tensor
 from sprat.config import Config, RLConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
-from sprat.post import grpo as rl
-from sprat.post.grpo import ClippedSurrogate, advantages, grpo
-from sprat.post.rewards import Response
-from sprat.post.rollout import Rollout, rollout_metrics, sample_groups
+from sprat.post.rl import grpo as rl
+from sprat.post.rl import update
+from sprat.post.rl.grpo import grpo
+from sprat.post.rl.losses import ClippedSurrogate, advantages
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout, rollout_metrics, sample_groups
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run
 from sprat.trust.run_record import read_metrics
@@ -156,8 +158,8 @@ def test_the_gradient_of_a_minibatch_is_that_of_the_formula(
     config = RL.replace(kl_weight=0.2, max_mismatch=9.0, importance_cap=cap, clip_high=0.3, grad_clip=0.7)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -1.5])
     rows, noted = sampled(model, 0.4), Noted(model)
-    monkeypatch.setattr("sprat.post.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
-    found = rl._update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
+    monkeypatch.setattr("sprat.post.rl.batch._MAX_MICRO_BATCH_TOKENS", 24)  # several parts of one minibatch
+    found = update.update_policy(model, noted, rows, advantage, config, 1, start)  # type: ignore[arg-type]
     model.zero_grad()
     total, gaps = torch.zeros(()), []
     for row, value in zip(rows, advantage, strict=True):
@@ -187,7 +189,7 @@ def test_the_rate_falls_over_the_last_share_of_the_steps(guesser: Transformer) -
             zero_grad=lambda: None,
         )
         for step in range(1, 9):
-            rl._step(optimizer, config, step)  # type: ignore[arg-type]
+            update._step(optimizer, config, step)  # type: ignore[arg-type]
         assert factors == pytest.approx(expected)
 
 
@@ -223,7 +225,7 @@ def test_by_default_a_tenth_of_a_nat_is_far_too_much(
 
 @pytest.mark.parametrize(("flipped", "stops"), [(0, False), (2, False), (3, True), (100, True)])
 def test_a_router_that_tips_over_in_one_answer_of_fifty_does_not_stop_the_run(flipped: int, stops: bool) -> None:
-    sampled, found = torch.full((1000,), -1.0), rl._LogprobMismatch()
+    sampled, found = torch.full((1000,), -1.0), update.LogprobMismatch()
     trained = sampled.clone()
     trained[: 10 * flipped] += 0.5  # of a hundred answers of ten tokens
     found.add(trained, sampled, [10] * 100)
@@ -237,7 +239,7 @@ def test_a_router_that_tips_over_in_one_answer_of_fifty_does_not_stop_the_run(fl
 
 
 def test_a_mismatch_that_is_no_number_stops_the_run() -> None:
-    found = rl._LogprobMismatch()
+    found = update.LogprobMismatch()
     found.add(torch.tensor([0.0, math.nan, 0.0]), torch.zeros(3), [1, 1, 1])
     with pytest.raises(TrainingError):
         found.check(1e9, 1)
@@ -263,7 +265,7 @@ def test_only_paid_answers_of_groups_with_spread_are_learned_from(
         heard.append((chosen, advantage.tolist()))
         return {}
 
-    monkeypatch.setattr(rl, "_update_policy", noted)
+    monkeypatch.setattr(rl, "update_policy", noted)
     found = rl._train_step(guesser, None, rows, RL, 1, None, rl.RLResult())  # type: ignore[arg-type]
     assert [row.token_ids[1] for row in heard[0][0]] == [0, 2, 3]
     assert heard[0][1] == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])

@@ -19,7 +19,7 @@ from sprat.engine import Engine, Output
 from sprat.errors import TrainingError
 from sprat.eval.score import SIGNIFICANCE_LEVEL, Score, pool_scores, two_proportion_p_value
 from sprat.eval.tasks import Scorer, evaluate, pass_at_k, score_output
-from sprat.post.rewards import Reward, Verifier, parse_response
+from sprat.post.rl.rewards import Reward, Verifier, parse_response
 from sprat.tasks import Problem, Task
 from sprat.tokens import Tokenizer
 

@@ -17,12 +17,13 @@ from sprat.errors import TrainingError
 from sprat.eval.score import two_proportion_p_value
 from sprat.eval.tasks import evaluate
 from sprat.model import Transformer
-from sprat.post import grpo as rl
-from sprat.post.batch import micro_batches
-from sprat.post.grpo import ClippedSurrogate, advantages, grpo
-from sprat.post.rewards import Response
-from sprat.post.rl_gate import evaluate_gate
-from sprat.post.rollout import Rollout, sample_groups
+from sprat.post.rl import grpo as rl
+from sprat.post.rl.batch import micro_batches
+from sprat.post.rl.gate import evaluate_gate
+from sprat.post.rl.grpo import grpo
+from sprat.post.rl.losses import ClippedSurrogate, advantages
+from sprat.post.rl.rewards import Response
+from sprat.post.rl.rollout import Rollout, sample_groups
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint
@@ -91,7 +92,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(advantage: f
 def test_micro_batches_hold_every_row_once_and_bound_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     response = Response("", "", True)
     rows = [Rollout("t", [0] * (3 + n % 7), [1] * (1 + n % 11), [], response, 0.0, 0.0, 0) for n in range(40)]
-    monkeypatch.setattr("sprat.post.batch._MAX_MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr("sprat.post.rl.batch._MAX_MICRO_BATCH_TOKENS", 64)
     parts = list(micro_batches(rows, range(40)))
     assert sorted(row for part in parts for row in part) == list(range(40))
     assert all(max(rows[row].length for row in part) * len(part) <= 64 for part in parts)
@@ -241,7 +242,7 @@ def test_answers_of_a_group_and_of_two_steps_are_drawn_apart(
     guesser: Transformer, tokenizer: Tokenizer, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [(task, task.problem("train", 1))] * 8
-    monkeypatch.setattr("sprat.post.rollout.sample_problems", lambda *_: same)
+    monkeypatch.setattr("sprat.post.rl.rollout.sample_problems", lambda *_: same)
     engine = Engine(guesser, tokenizer, max_batch=64)
 
     def drawn(step: int, seed: int = 0) -> list[tuple[int, ...]]:

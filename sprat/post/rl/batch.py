@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sprat.model import Transformer
-from sprat.post.rollout import Rollout
+from sprat.post.rl.rollout import Rollout
 
 _MAX_MICRO_BATCH_TOKENS = 4096  # padded tokens of one forward pass; bounds memory, not the result
 

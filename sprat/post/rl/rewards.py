@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sprat.errors import ConfigError, TrainingError
-from sprat.post.reward_sources import split_reward_name
+from sprat.post.rl.reward_sources import split_reward_name
 from sprat.tasks import Problem, Task
 from sprat.tasks.user_code import TimeUpError, finite_float, import_source, time_limit
 from sprat.tokens import Answer, Tokenizer, split_reasoning

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sprat.config import RLConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
-from sprat.post.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
+from sprat.post.rl.rewards import Response, Reward, accuracy_reward, format_reward, parse_response
 from sprat.post.sft import sample_problems
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sprat.errors import ConfigError, TrainingError
-from sprat.post.reward_sources import reward_files
-from sprat.post.rewards import Response, Verifier, accuracy_reward, format_reward, load_reward, parse_response
+from sprat.post.rl.reward_sources import reward_files
+from sprat.post.rl.rewards import Response, Verifier, accuracy_reward, format_reward, load_reward, parse_response
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
 
@@ -187,7 +187,7 @@ def test_a_limit_that_ends_with_the_answer_leaves_no_alarm_behind(tmp_path: Path
         "import logging, signal, types\n"
         "logging.disable()\n"
         "problem = types.SimpleNamespace(question=str(1))\n"
-        "from sprat.post.rewards import Verifier\n"
+        "from sprat.post.rl.rewards import Verifier\n"
         "for seconds in [k * 1e-6 for k in range(1, 400)] * 10:\n"
         "    assert Verifier(lambda problem, answer: 1, 'f', seconds)(problem, None) in (None, 1.0)\n"
         "    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sprat.post.grpo import advantages, reward_tensor
-from sprat.post.rewards import Response, Verifier, load_reward
-from sprat.post.rollout import Rollout
+from sprat.post.rl.losses import advantages, reward_tensor
+from sprat.post.rl.rewards import Response, Verifier, load_reward
+from sprat.post.rl.rollout import Rollout
 from sprat.tasks import Problem
 
 PROBLEM, ANSWER = Problem("sums", 0, "q", "1"), Response("", "1", True, True)
