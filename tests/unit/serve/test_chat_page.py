@@ -41,3 +41,9 @@ def test_a_page_with_a_second_script_is_refused(tmp_path: Path) -> None:
     wrong.write_text("<style></style><script></script><script src='x'></script>")
     with pytest.raises(ValueError, match="exactly one plain <script>"):
         chat_page.load_chat_page(wrong)
+
+
+def test_the_page_asks_the_server_where_the_page_itself_is() -> None:
+    """Behind a proxy that shows the server at /llm, /v1/models is somebody else's."""
+    text = chat_page.load_chat_page().body.decode()
+    assert text.count("fetch(") == 1 and 'fetch(location.pathname.replace(/\\/+$/, "") + path' in text
