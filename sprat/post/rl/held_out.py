@@ -93,6 +93,11 @@ class HeldOut:
             row = json.loads(line)
             self.results[int(row["step"])] = [ProblemResult(**each) for each in row["problems"]]
 
+    @property
+    def first(self) -> int:
+        """The step of the first evaluation; -1 where there is none yet."""
+        return min(self.results, default=-1)
+
     def forget_after(self, step: int) -> None:
         """Drop the evaluations of later steps than ``step``."""
         self.results = {at: found for at, found in self.results.items() if at <= step}
@@ -107,9 +112,9 @@ class HeldOut:
     def evaluate(self, step: int) -> dict[str, float]:
         """Ask all problems now; the scores for the log, ``eval_NAME``.
 
-        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; after
-        step 0 ``eval_gain``, over the first evaluation, with ``eval_p_value``, and ``eval_loss_p_value``, of a fall
-        below the best evaluation so far (1 where it did not fall).
+        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; but for
+        the first evaluation ``eval_gain``, over that, with ``eval_p_value``, and ``eval_loss_p_value``, of a fall below
+        the best evaluation so far (1 where it did not fall).
         """
         samples = self._config.held_out.samples
         sampling = Sampling(
@@ -126,8 +131,8 @@ class HeldOut:
         self._write()
         self._keep_samples(step, groups)
         scores = _scores(self.results[step])
-        if 0 in earlier:
-            gain = self.change(0, step)
+        if earlier:
+            gain = self.change(self.first, step)
             best = max(earlier, key=lambda at: (_mean_reward(earlier[at]), -at))
             loss = self.change(best, step)
             scores |= {"gain": gain.difference, "p_value": gain.p_value}
