@@ -13,9 +13,11 @@ from sprat.config.base import Config
 from sprat.config.finetune import DPOConfig, FinetuneConfig
 from sprat.config.model import LoRAConfig
 from sprat.config.recipe import DistillConfig, RFTConfig, RLConfig, SFTConfig, TrainConfig
+from sprat.config.rl import RLRunConfig
 from sprat.eval.score import wilson_interval
 from sprat.report import plots, run_plots, tables
 from sprat.report.document import document, panels, section
+from sprat.report.rl_page import reinforcement
 from sprat.report.runs import PipelineRuns, StageRun, printable, read_run
 from sprat.report.tables import escape, format_duration, format_percent, format_yuan, table
 from sprat.trust.run_record import read_progress
@@ -29,7 +31,7 @@ _TITLES = {
     "rl": "Reinforcement learning",
 }
 _CONFIGS: tuple[type[Config], ...] = (
-    FinetuneConfig, DPOConfig, SFTConfig, RFTConfig, RLConfig, DistillConfig, TrainConfig,
+    FinetuneConfig, DPOConfig, SFTConfig, RFTConfig, RLConfig, RLRunConfig, DistillConfig, TrainConfig,
 )  # fmt: skip
 _COUNTS = {
     "shown": "learned from",
@@ -58,6 +60,7 @@ def render_run(folder: Path) -> str:
         section(
             "Before and after", "On what was kept from training; tasks with 95 % intervals (Wilson).", _scores(run)
         ),
+        section("Verifier", "", reinforcement(run)),
         section("Accuracy", "Held-out problems, with 95 % intervals.", tables.accuracy(one) + tables.thinking(one)),
         section("Accuracy by length", "", panels(plots.accuracy_by_length(one))),
         section("Experts", "", panels(plots.expert_loads(one))),

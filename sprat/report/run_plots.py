@@ -13,17 +13,25 @@ _TITLES = {
     "reward_accuracy": "Pairs whose chosen answer gained more",
     "reward_margin": "Margin of rewards",
     "reward": "Mean reward",
-    "accuracy": "Accuracy of rollouts",
-    "think_share": "Answers that think",
+    "accuracy": "Right answers",
+    "second_reward": "Reward of the second judge",
     "response_length": "Tokens of an answer",
+    "cut_share": "Answers cut at the limit",
+    "entropy": "Entropy of the policy (nats a token)",
+    "kl_start": "KL from the start (nats a token)",
+    "live_groups": "Questions whose answers were paid differently",
+    "clip_fraction": "Tokens that the clip left out",
+    "mismatch_mean": "Gap of trainer and sampler (nats a token)",
+    "staleness": "Age of the sampling weights (steps)",
+    "think_share": "Answers that think",
     "sample_tokens": "Tokens of a sample",
     "mtp_loss": "Loss of the token after next",
     "max_violation": "Load of the busiest expert above even",
     "grad_norm": "Norm of the gradient",
     "lr_factor": "Learning rate (share of its peak)",
 }
-_SHARES = {"reward_accuracy", "accuracy", "think_share"}
-_OWN = {"step", "tokens"}
+_SHARES = {"reward_accuracy", "accuracy", "think_share", "cut_share", "live_groups", "clip_fraction"}
+_OWN = {"step", "tokens", "petaflops", "reward_error", "second_reward_error", "gain", "p_value", "loss_p_value"}
 _MAX_PANELS = 12
 _ACCURACY = "accuracy/"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Sampling
-from sprat.eval.comparison import Comparison, compare, sign_test_p_value
+from sprat.eval.comparison import Comparison, compare, paired_interval, sign_test_p_value
 from sprat.eval.task_score import ProblemScore, TaskScore
 from sprat.eval.tasks import problem_messages
 from sprat.files import atomic
@@ -57,7 +57,7 @@ class Change:
 
     Attributes:
         count, better, worse: problems in all, and those that are paid more, or less.
-        difference: of the mean rewards, with its 95 % interval ``low`` to ``high`` (normal, of paired differences).
+        difference: of the mean rewards, with its 95 % interval ``low`` to ``high``.
         p_value: two-sided, of the sign test.
     """
 
@@ -93,6 +93,11 @@ class HeldOut:
             row = json.loads(line)
             self.results[int(row["step"])] = [ProblemResult(**each) for each in row["problems"]]
 
+    @property
+    def first(self) -> int:
+        """The step of the first evaluation; -1 where there is none yet."""
+        return min(self.results, default=-1)
+
     def forget_after(self, step: int) -> None:
         """Drop the evaluations of later steps than ``step``."""
         self.results = {at: found for at, found in self.results.items() if at <= step}
@@ -107,9 +112,9 @@ class HeldOut:
     def evaluate(self, step: int) -> dict[str, float]:
         """Ask all problems now; the scores for the log, ``eval_NAME``.
 
-        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; after
-        step 0 ``eval_gain``, over the first evaluation, with ``eval_p_value``, and ``eval_loss_p_value``, of a fall
-        below the best evaluation so far (1 where it did not fall).
+        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; but for
+        the first evaluation ``eval_gain``, over that, with ``eval_p_value``, and ``eval_loss_p_value``, of a fall below
+        the best evaluation so far (1 where it did not fall).
         """
         samples = self._config.held_out.samples
         sampling = Sampling(
@@ -126,8 +131,8 @@ class HeldOut:
         self._write()
         self._keep_samples(step, groups)
         scores = _scores(self.results[step])
-        if 0 in earlier:
-            gain = self.change(0, step)
+        if earlier:
+            gain = self.change(self.first, step)
             best = max(earlier, key=lambda at: (_mean_reward(earlier[at]), -at))
             loss = self.change(best, step)
             scores |= {"gain": gain.difference, "p_value": gain.p_value}
@@ -137,18 +142,13 @@ class HeldOut:
     def change(self, first: int, second: int) -> Change:
         """The evaluation after step ``second`` against that after ``first``."""
         before = {each.key: each.reward for each in self.results[first]}
-        pairs = [
-            (before[each.key], each.reward)
-            for each in self.results[second]
-            if before.get(each.key) is not None and each.reward is not None
-        ]
-        differences = [float(b) - float(a) for a, b in pairs if a is not None]
-        count = len(differences)
-        mean = statistics.fmean(differences) if differences else 0.0
-        error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0
+        known = ((before.get(each.key), each.reward) for each in self.results[second])
+        pairs = [(float(a), float(b)) for a, b in known if a is not None and b is not None]
+        differences = [b - a for a, b in pairs]
         better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
-        low, high = mean - _Z95 * error, mean + _Z95 * error
-        return Change(count, better, worse, mean, low, high, sign_test_p_value(better, worse))
+        mean = statistics.fmean(differences) if differences else 0.0
+        low, high = _interval(pairs, mean) if pairs else (0.0, 0.0)
+        return Change(len(pairs), better, worse, mean, low, high, sign_test_p_value(better, worse))
 
     def compare(self, first: int, second: int) -> Comparison | None:
         """Two evaluations by right answers (those of full marks); None where no problem was paid in both."""
@@ -181,6 +181,16 @@ class HeldOut:
         ]
         self._folder.mkdir(exist_ok=True)
         atomic.write_text(self._folder / FILE_NAME, "".join(line + "\n" for line in lines))
+
+
+def _interval(pairs: Sequence[tuple[float, float]], mean: float) -> tuple[float, float]:
+    """95 % interval of the difference: Newcombe's where rewards are from 0 to 1, else that of a normal mean."""
+    if all(0 <= value <= 1 for pair in pairs for value in pair):
+        return paired_interval([a for a, _ in pairs], [b for _, b in pairs])
+    half = 0.0
+    if len(pairs) > 1:
+        half = _Z95 * statistics.stdev(b - a for a, b in pairs) / math.sqrt(len(pairs))
+    return mean - half, mean + half
 
 
 def _result(pair: tuple[Task, Problem], group: Sequence[Rollout]) -> ProblemResult:

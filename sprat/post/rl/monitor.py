@@ -46,14 +46,14 @@ class RunMonitor:
         self.can_roll_back, self.lr_factor = config.trip_wires.action == "rollback", config.trip_wires.lr_factor
 
     def start(self, step: int, model: Transformer) -> None:
-        """See ``grpo.Monitor``; before the very first step the held-out problems are asked."""
-        rows = read_metrics(self._run.folder)
+        """See ``grpo.Monitor``; before its very first step the held-out problems are asked."""
         self._held_out.forget_after(step)
-        if step == 0 and self._held_out.asked and not (0 in self._held_out.results and rows):
-            scores = self._held_out.evaluate(0)
-            self._run.truncate_metrics(-1)
-            self._run.log(0, **scores)
-            self._tell(0, scores)
+        steps = {row["step"] for row in read_metrics(self._run.folder)}
+        if self._held_out.asked and self._held_out.first not in steps:
+            scores = self._held_out.evaluate(step)
+            self._run.truncate_metrics(step - 1)
+            self._run.log(step, **scores)
+            self._tell(step, scores)
         self._wires.replay(read_metrics(self._run.folder))
 
     def measure(self, step: int, rollouts: Sequence[Rollout], result: RLResult) -> dict[str, float]:
@@ -88,8 +88,10 @@ class RunMonitor:
         self._run.add_facts(trips=trips)
 
     def _tell(self, step: int, scores: Mapping[str, float]) -> None:
-        when = "before training" if step == 0 else f"after step {step}"
-        gain = f", {scores['eval_gain']:+.3f} since the start (p = {scores['eval_p_value']:.2g})" if step else ""
+        when = f"after step {step}" if "eval_gain" in scores else "before training"
+        gain = ""
+        if "eval_gain" in scores:
+            gain = f", {scores['eval_gain']:+.3f} since the start (p = {scores['eval_p_value']:.2g})"
         reward, accuracy = scores["eval_reward"], scores["eval_accuracy"]
         count = len(self._held_out.asked)
         self._on_news(f"{count} held-out problems {when}: reward {reward:.3f}, {accuracy:.1%} right{gain}")

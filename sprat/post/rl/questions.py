@@ -9,7 +9,7 @@ from pathlib import Path
 from sprat.config.finetune import ColumnMapConfig
 from sprat.config.recipe import TaskConfig
 from sprat.config.rl import TasksInput
-from sprat.errors import ConfigError
+from sprat.errors import ConfigError, DataError
 from sprat.post.rl.problem_file import read_problems
 from sprat.post.rl.reward_sources import reward_inputs
 from sprat.tasks import Task, load, load_user_task, task_input
@@ -39,7 +39,7 @@ class Questions:
         """See that there is a question and a judge.
 
         Raises:
-            ConfigError: there is not.
+            ConfigError, DataError: there is not.
         """
         if self.data is None and not self.tasks:
             todo = "give --task FILE, file.py:Class or reasoning-gym/NAME, or --data FILE with --reward"
@@ -47,6 +47,9 @@ class Questions:
         if self.data is not None and not self.reward:
             todo = "give --reward file.py:function, or a command; a file whose rows name their judge is a --task"
             raise ConfigError("nobody judges the answers to --data", where="rl", todo=todo)
+        for path in (self.data, *(Path(task) for task in self.tasks if task.endswith(".jsonl"))):
+            if path is not None and not path.exists():
+                raise DataError("no such file of questions", where=str(path), todo="give the path of one")
         if self.column_map and self.data is None:
             raise ConfigError("columns are mapped, and there is no --data", where="--map", todo="leave it out")
 

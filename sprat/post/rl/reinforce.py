@@ -145,14 +145,14 @@ def train(
         source.close()
     run.add_facts(last_step=result.steps, reward=result.reward, accuracy=result.accuracy)
     if held_out.asked:
-        last = max(held_out.results)
-        comparison = held_out.compare(0, last)
+        first, last = held_out.first, max(held_out.results)
+        comparison = held_out.compare(first, last)
         run.add_facts(
-            validation_before=held_out.summary(0),
+            validation_before=held_out.summary(first),
             validation_after=held_out.summary(last),
             eval_tasks={"accuracy": len(held_out.asked)},
             held_out={
-                "change": held_out.change(0, last).to_dict(),
+                "change": held_out.change(first, last).to_dict(),
                 "comparison": None if comparison is None else comparison.to_dict(),
             },
         )

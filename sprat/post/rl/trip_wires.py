@@ -68,8 +68,8 @@ class TripWires:
         return values[:window] if first else values[-window:]
 
     def _is_solved(self) -> bool:
-        accuracy = self._window("accuracy")
-        return bool(accuracy) and statistics.fmean(accuracy) >= _SOLVED
+        rows = self._rows[-self._config.no_spread :]
+        return statistics.fmean(float(row.get("accuracy") or 0.0) for row in rows) >= _SOLVED
 
     def _no_spread(self) -> str | None:
         count = self._config.no_spread
