@@ -11,7 +11,7 @@ registry's are built for another torch, so they are taken out again.
 `.oracles/llmcompressor` holds llm-compressor without what it depends on (it asks for an older transformers): torch and
 the rest are those of the environment that makes it, so both round with the very same products.
 
-`.oracles/ray` holds Ray, behind which the development environment stands: workers as its actors are tried there.
+`.oracles/ray` holds Ray, with the development environment behind it: rollout workers on Ray are tried there.
 
 `.oracles/lm-eval` holds the harness; it sees the development environment behind its own packages, so that both of its
 models compute with the same torch.

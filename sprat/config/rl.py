@@ -96,6 +96,12 @@ class RLRunConfig(RLConfig):
     mask_truncated: bool = False  # answers cut off at max_tokens abstain (DAPO's overlong filtering)
 
     @model_validator(mode="after")
+    def _check_seeding(self) -> Self:
+        if self.rollout.workers and self.seeding != "group":
+            raise ValueError("rollout.workers draw each group alone: set seeding=group")
+        return self
+
+    @model_validator(mode="after")
     def _check_buffer(self) -> Self:
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer ({self.overlong_buffer}) is longer than max_tokens ({self.max_tokens})")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from sprat.errors import MachineError, SpratError, pack_error, unpack_error
+from sprat.errors import MachineError, SpratError, TrustError, pack_error, unpack_error
 from sprat.post.rl.wire import LENGTHS, Arrays, Message, pack, unpack, unpack_header
 
 ALIVE_SECONDS = 2.0  # between two signs of life
@@ -152,7 +152,7 @@ def connect(address: str, key: bytes) -> Connection:
     """A connection to the orchestrator that listens at ``address``.
 
     Raises:
-        MachineError: nobody is there, or it has another key.
+        MachineError: nobody is there. TrustError: it has another key.
     """
     try:
         connected = socket.create_connection(parse_address(address), timeout=HANDSHAKE_SECONDS)
@@ -166,7 +166,7 @@ def accept(connected: socket.socket, peer: str, key: bytes) -> Connection:
     """The connection of a ``peer`` that proves to have the key.
 
     Raises:
-        MachineError: it does not, or not in time.
+        TrustError: it has another one. MachineError: it says nothing, or not in time.
     """
     return Connection(_shake_hands(connected, peer, key, b"orchestrator", b"worker"), peer)
 
@@ -183,22 +183,29 @@ def _shake_hands(connected: socket.socket, peer: str, key: bytes, own: bytes, ot
         connected.sendall(_GREETING + nonce)
         greeting = _receive_exactly(connected, len(_GREETING) + _NONCE_BYTES, deadline)
         if not greeting.startswith(_GREETING):
-            raise OSError("it speaks another language")
+            raise _untrusted(peer, "it speaks another language")
         theirs = greeting[len(_GREETING) :]
         connected.sendall(proof(own, nonce, theirs))
         if not hmac.compare_digest(_receive_exactly(connected, _PROOF_BYTES, deadline), proof(other, theirs, nonce)):
-            raise OSError("it has another key")
+            raise _untrusted(peer, "it has another key")
     except OSError as error:
         connected.close()
-        what = f"the other side cannot be trusted: {error}"
-        raise MachineError(what, where=peer, todo="give it the key of this run") from None
+        what = f"the connection ended before the key was proved: {error}"
+        raise MachineError(what, where=peer, todo="start it again") from None
+    except TrustError:
+        connected.close()
+        raise
     return connected
+
+
+def _untrusted(peer: str, fault: str) -> TrustError:
+    return TrustError(f"the other side cannot be trusted: {fault}", where=peer, todo="give it the key of this run")
 
 
 def _receive_exactly(connected: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
         if time.monotonic() > deadline or not (piece := connected.recv(size - len(data))):
-            raise OSError("it ended before it proved anything")
+            raise OSError("it said nothing")
         data += piece
     return data

@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class Listening(Placement):
 
     def close(self) -> None:
         """Nobody else may come."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # whoever waits in accept() is told
         self._listener.close()
 
 
@@ -108,7 +111,8 @@ class RayPlacement(Listening):
         self._ray, self._model = ray, str(job["model"])
         self._is_own = not ray.is_initialized()
         if self._is_own:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
+            here = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+            ray.init(log_to_driver=False, configure_logging=False, **here)
         host, _ = parse_address(self.address)
         if host in ("0.0.0.0", "::"):
             self.address = f"{ray.util.get_node_ip_address()}:{self.port}"

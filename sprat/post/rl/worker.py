@@ -126,6 +126,7 @@ def work_at(address: str, key: bytes, model: str, sampler: Sample = sample) -> N
     while True:
         try:
             caller = Caller(connect(address, key), lambda: None)
+            deadline = time.monotonic() + RECONNECT_SECONDS
             Worker(caller, model, sampler).work()
             return
         except MachineError:
@@ -158,7 +159,11 @@ def main(sampler: Sample = sample) -> None:
     """See the module's text."""
     if len(sys.argv) > 3:
         address, key_file, model = sys.argv[1:4]
-        work_at(address, bytes.fromhex(Path(key_file).read_text(encoding="ascii")), model, sampler)
+        try:
+            work_at(address, bytes.fromhex(Path(key_file).read_text(encoding="ascii")), model, sampler)
+        except SpratError as error:
+            print(f"sprat: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve_parent(lambda caller: Worker(caller, "", sampler).work())
