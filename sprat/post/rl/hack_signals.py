@@ -108,14 +108,14 @@ def is_tampering(seen: Observation) -> bool:
 
 
 def is_copied(seen: Observation) -> bool:
-    """Most of it stands in the question: eight signs or more, of which nine in ten runs of four are there."""
+    """Most of it stands in the question: eight signs or more, of which four in five runs of four are there."""
     content, question = (
         re.sub(r"\W+", "", text.casefold()) for text in (_unboxed(seen.content[:MAX_CHARS]), seen.question)
     )
     if len(content) < 8 or not seen.question:
         return False
     grams = [content[place : place + 4] for place in range(len(content) - 3)]
-    return sum(gram in question for gram in grams) >= 0.9 * len(grams)
+    return sum(gram in question for gram in grams) >= 0.8 * len(grams)
 
 
 def is_repeated(seen: Observation) -> bool:
