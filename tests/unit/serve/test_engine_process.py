@@ -230,6 +230,30 @@ def test_who_dies_of_its_start_stays_down_and_says_why(
     runner.run(scenario())
 
 
+def test_who_hangs_at_once_again_and_again_stays_down_too(
+    folder: Path, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is how long it got on, not how long it was waited for."""
+    monkeypatch.setattr(engine_process, "MAX_QUICK_DEATHS", 2)
+    monkeypatch.setattr(engine_process, "QUICK_SECONDS", 7.0)
+    client = ProcessEngineClient(folder, iteration_timeout_seconds=8)
+
+    async def scenario() -> None:
+        await client.start()
+        for _ in range(2):
+            await comes_true(lambda: client.alive)
+            os.kill(client.pid, signal.SIGSTOP)
+            await comes_true(lambda: client.stalled)
+            assert not client.alive and client.pid
+            await comes_true(lambda: not client.stalled)
+        await comes_true(lambda: client.failure is not None)
+        with pytest.raises(EngineDied, match="down: .*hung"):
+            await collect(client.submit(Job([5], [Sampling(max_tokens=1)], ANNA)))
+        await client.stop()
+
+    runner.run(scenario())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the end of the socket is noticed after the loading")
 @pytest.mark.parametrize("loading", [True, False])
 def test_it_does_not_outlive_who_started_it(folder: Path, loading: bool) -> None:
