@@ -6,7 +6,17 @@ from pathlib import Path
 
 from sprat.config import TaskConfig
 from sprat.errors import DataError
-from sprat.tasks.base import HELD_OUT_SPLITS, HeldOutTask, Problem, Split, Task, held_out_problems, is_correct, split_of
+from sprat.tasks.base import (
+    HELD_OUT_SPLITS,
+    HeldOutTask,
+    Problem,
+    Split,
+    Task,
+    held_out_problems,
+    is_correct,
+    split_of,
+    task_verdict,
+)
 from sprat.tasks.gym import GymTask
 from sprat.tasks.overlap import QuestionIndex, overlap
 from sprat.tasks.sums import Sums
@@ -33,6 +43,7 @@ __all__ = [
     "read_task",
     "split_of",
     "task_input",
+    "task_verdict",
 ]
 
 

@@ -77,6 +77,12 @@ def is_correct(score: float) -> bool:
     return score >= CORRECT_SCORE
 
 
+def task_verdict(task: Task, problem: Problem, answer: str | None) -> float | None:
+    """``task.score``; None where the task's judge went over its bounds, so that nobody knows what it is worth."""
+    verdict: Callable[[Problem, str | None], float | None] = getattr(task, "verdict", task.score)
+    return verdict(problem, answer)
+
+
 def split_of(form: str) -> Split:
     """The split of the problem whose canonical form is ``form``, by the SHA-256 of ``SPLIT_SALT`` and form.
 

@@ -28,12 +28,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sprat.post.rl.hack_signals import SIGNALS, Observation, is_explained, squeeze
+from sprat.post.rl.rewards import Response
+from sprat.tasks import Problem
 
 BASELINE_STEPS, BASELINE_ANSWERS = 4, 100  # both must be seen of a sign before it can alarm
 MIN_RISE = 0.02  # of the share of answers with a sign that is to be found
 MIN_SHARE = 0.002  # that counts as normal even where none was seen
 KNOWN_HACK, MIN_SHARE_OF_KNOWN = "wrong, paid and like a known hack", 0.0005
-THRESHOLD = 2.8
+THRESHOLD = 3.2
+USUAL_FACTOR = 2.0  # more evidence where some answers showed the sign from the start
 START_SHARE = 0.25  # of paid answers with a sign, at the start, that is an alarm by itself
 SAME_ANSWER_PROBLEMS = 3  # other problems for which a text was paid
 SAME_ANSWER_CHARS = 24  # of such a text, where nobody knows what is expected
@@ -158,12 +161,13 @@ class HackMonitor:
         if signal == "disagrees" and share > UNREADABLE_SHARE:
             return None
         least = MIN_SHARE_OF_KNOWN if signal == KNOWN_HACK else MIN_SHARE
-        normal = max(least, at_start[0] / max(at_start[1], 1))
+        normal = max(least, _upper_bound(*at_start)) if at_start[0] else least
+        threshold = self.threshold * (USUAL_FACTOR if at_start[0] else 1)
         raised = min(normal + max(MIN_RISE, 3 * normal), 0.95)
         rise, fall = math.log(raised / normal), math.log((1 - raised) / (1 - normal))
         for seen in marks:
             self._evidence[signal] = max(0.0, self._evidence[signal] + (fall if seen is None else rise))
-            if seen is not None and self._evidence[signal] >= self.threshold:
+            if seen is not None and self._evidence[signal] >= threshold:
                 return HackAlarm(step, signal, len(shown) / len(marks), share, seen)
         return None
 
@@ -194,3 +198,16 @@ class HackMonitor:
         self.alarms = [
             HackAlarm(step, name, share, usual, Observation(**seen)) for step, name, share, usual, seen in told
         ]
+
+
+def observation(
+    problem: Problem, response: Response, reward: float | None, second: bool | None = None
+) -> Observation:
+    """A sampled answer to ``problem`` as the monitor sees it."""
+    return Observation(problem.question, problem.answer, response.reasoning, response.content, reward, second)
+
+
+def _upper_bound(count: int, total: int, z: float = 1.64) -> float:
+    """The upper end of Wilson's interval for a share: what is seen at the start is a sample too."""
+    spread = z * math.sqrt(count * (total - count) / total + z * z / 4)
+    return (count + z * z / 2 + spread) / (total + z * z)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from bench.grading import formulas, math_bars
+from bench.grading.honest_runs import TinyTask
+from sprat.tasks import task_verdict
 from sprat.tasks.formula_text import plain_number, refusal
 from sprat.tasks.judge_process import JUDGE_PROCESS, JudgePool
 from sprat.tasks.judges import Formula, verdict
@@ -156,3 +158,16 @@ def test_a_row_of_a_file_hands_its_question_on_and_abstains(tmp_path: Path) -> N
     problem = task.problem("test", 0)
     assert task.score(problem, "(x+1)(x-1)") == 1.0 and task.score(problem, "x^2-1") == 0.0
     assert task.verdict(problem, None) == 0.0
+    assert task_verdict(task, problem, "(x+1)(x-1)") == 1.0
+
+
+def test_a_judgement_that_was_not_reached_is_none_for_training_and_nothing_for_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"question": "What is x?", "answer": "x+1", "judge": "math"}')
+    task = read_task(path)
+    problem = task.problem("test", 0)
+    monkeypatch.setattr(JudgePool, "verdict", lambda self, *args, **named: None)
+    assert task_verdict(task, problem, "1+x") is None and task.score(problem, "1+x") == 0.0
+    assert task_verdict(TinyTask("sum"), TinyTask("sum").problem("train", 0), "no") == 0.0

@@ -10,8 +10,10 @@ import pytest
 
 from bench.grading import planted
 from bench.grading.honest_runs import TinyTask
-from sprat.post.rl.hack_monitor import HackMonitor
+from sprat.post.rl.hack_monitor import HackMonitor, observation
 from sprat.post.rl.hack_signals import SIGNALS, Observation, is_explained, squeeze
+from sprat.post.rl.rewards import Response
+from sprat.tasks import Problem
 
 BATCH = 64
 
@@ -68,6 +70,12 @@ def test_an_honest_policy_that_learns_makes_no_alarm(name: str) -> None:
 def test_a_share_that_was_there_from_the_start_is_normal() -> None:
     assert run("near", share=0.1, begins=0).alarms == []
     assert run("praise", share=0.5, begins=0).alarms != []  # but half of all answers speaking to the judge is not
+
+
+def test_an_answer_of_the_loop_is_seen_with_what_its_problem_expects() -> None:
+    response = Response("thought", "7", True, True)
+    seen = observation(Problem("sums", 0, "3 + 4?", "7"), response, 1.0, True)
+    assert seen == Observation("3 + 4?", "7", "thought", "7", 1.0, True)
 
 
 def test_a_second_judge_is_believed() -> None:
