@@ -200,9 +200,7 @@ class HackMonitor:
         ]
 
 
-def observation(
-    problem: Problem, response: Response, reward: float | None, second: bool | None = None
-) -> Observation:
+def observation(problem: Problem, response: Response, reward: float | None, second: bool | None = None) -> Observation:
     """A sampled answer to ``problem`` as the monitor sees it."""
     return Observation(problem.question, problem.answer, response.reasoning, response.content, reward, second)
 
