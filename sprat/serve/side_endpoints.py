@@ -74,7 +74,7 @@ def _embedding_ids(reader: Reader, service: Service, index: int, row: Any) -> li
 def _shortened(vector: list[float], dimensions: int | None) -> list[float]:
     """The first ``dimensions`` of a vector, scaled to length 1 again (Matryoshka, arXiv 2205.13147).
 
-    >>> _shortened([0.48, 0.64, 0.6], 2)
+    >>> [round(value, 6) for value in _shortened([0.48, 0.64, 0.6], 2)]
     [0.6, 0.8]
     """
     if dimensions is None or dimensions == len(vector):

@@ -42,7 +42,10 @@ class CompilerProcess:
             process = self.process or self._start()
         except (OSError, ValueError) as error:
             self.kill()
-            reason = getattr(error, "strerror", None) or f"it was not up within {START_SECONDS:g} s"
+            late = (
+                f"it was not up within {START_SECONDS:g} s" if isinstance(error, TimeoutError) else "it ended at once"
+            )
+            reason = getattr(error, "strerror", None) or late
             fault = f"the compiler of grammars cannot be started: {reason}"
             raise MachineError(fault, where="engine", todo="free memory, or end other programs") from None
         try:

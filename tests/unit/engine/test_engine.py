@@ -210,7 +210,6 @@ def test_what_cannot_be_asked_is_one_clear_sentence(model: Transformer, tokenize
         ([{"role": "user"}], short, "no message.*just role and content"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], short, "no message"),
         ([{"role": "user", "content": "a", "name": "b"}], short, "no message"),
-        ([{"role": "tool", "content": "a"}], short, "no chat template that writes tools"),
         ([{"role": "user", "content": " "}], short, "empty"),
         ([1] * 196, short, "exceed the context of 200"),
         ([1] * 300, Sampling(max_tokens=None), "exceed the context of 200"),
