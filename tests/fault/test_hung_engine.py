@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,25 @@ def until_it_breaks(lines: Iterator[str]) -> dict[str, Any]:
     got = [""]
     with pytest.raises(httpx.RemoteProtocolError):
         got += lines
-    error: dict[str, Any] = json.loads([line for line in got if line][-1].removeprefix("data: "))["error"]
-    return error
+    event: dict[str, Any] = json.loads([line for line in got if line][-1].removeprefix("data: "))
+    return event
 
 
 def test_a_process_that_is_stopped_is_killed_and_started_again(model: Path) -> None:
     with running(model, "--engine-iteration-timeout", str(LIMIT)) as server:
         first = engine_pid(server)
-        with ask(server, 1900, n=8) as answer:
+        with ask(server, 1900, n=8) as answer, ThreadPoolExecutor() as reader:
             lines = answer.iter_lines()
             next(lines)
             os.kill(first, signal.SIGSTOP)
+            last = reader.submit(until_it_breaks, lines)  # who does not read on is dropped
             stop_time = time.monotonic()
             assert within(LIMIT, lambda: ready(server) == (503, "stalled"))
             with ask(server, 8) as refused:
                 assert refused.status_code == 503 and refused.headers["retry-after"]
                 assert json.loads(refused.read())["error"]["code"] == "engine_not_ready"
             assert httpx.get(f"{server.url}/health/live", timeout=5).status_code == 200
-            error = until_it_breaks(lines)
+            error = last.result()["error"]
             assert (error["code"], error["type"]) == ("engine_died", "server_error")
             assert time.monotonic() - stop_time <= 3 * LIMIT
         assert ended(server, "error") == 1
@@ -108,14 +110,15 @@ def test_a_process_that_is_stopped_is_killed_and_started_again(model: Path) -> N
 def test_one_that_goes_on_in_time_loses_nothing(model: Path) -> None:
     with running(model, "--engine-iteration-timeout", "20") as server:
         first = engine_pid(server)
-        with ask(server, 1900) as answer:
+        with ask(server, 1900) as answer, ThreadPoolExecutor() as reader:
             lines = answer.iter_lines()
             next(lines)
             os.kill(first, signal.SIGSTOP)
+            rest = reader.submit(list, lines)
             assert within(19, lambda: ready(server) == (503, "stalled"))
             os.kill(first, signal.SIGCONT)
             assert within(5, lambda: ready(server) == (200, "ok"))
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert [line for line in rest.result() if line][-1] == "data: [DONE]"
         assert engine_pid(server) == first and whole(server)
 
 
