@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.grading.hack_formulas import FAMILIES
 from sprat.tasks.hack_answers import Subject
-from sprat.tasks.hack_formulas import FAMILIES
 
 MATH_VERIFY = "math-verify==0.9.0"
 SUBJECTS = (

@@ -161,7 +161,7 @@ class HackMonitor:
         if signal == "disagrees" and share > UNREADABLE_SHARE:
             return None
         least = MIN_SHARE_OF_KNOWN if signal == KNOWN_HACK else MIN_SHARE
-        normal = max(least, _upper_bound(*at_start)) if at_start[0] else least
+        normal = min(max(least, _upper_bound(*at_start)), 0.9) if at_start[0] else least
         threshold = self.threshold * (USUAL_FACTOR if at_start[0] else 1)
         raised = min(normal + max(MIN_RISE, 3 * normal), 0.95)
         rise, fall = math.log(raised / normal), math.log((1 - raised) / (1 - normal))
