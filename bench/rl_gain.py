@@ -96,7 +96,7 @@ class Tickets:
         self.rows = {side: [row for row in rows if row["split"] == side] for side in ("train", "test")}
 
     def __len__(self):
-        return min(map(len, self.rows.values()))
+        return len(self.rows["test"])
 
     def problem(self, split, index):
         rows = self.rows["train" if split == "train" else "test"]
@@ -105,6 +105,13 @@ class Tickets:
 
     def score(self, problem, answer):
         return float(pay(problem.answer, answer) == 1.0)
+
+
+class Training(Tickets):
+    """All of the training questions, where `sprat distill` asks them."""
+
+    def __len__(self):
+        return len(self.rows["train"])
 '''
 SETTINGS = {
     "smol": ["--set", "steps=40", "--set", "lr=3e-4", "--set", "max_tokens=12"],
@@ -179,11 +186,11 @@ def measure(folder: Path, model: str) -> list[dict[str, Any]]:
     lora = ["--lora", "16"] if model == "smol" else []
     asking = ["--task", "judge.py:Tickets", "--max-tokens", "12"]
     (folder / "before.json").write_text(json.dumps(sprat(folder, "eval", model, *asking)), encoding="utf-8")
-    own = ["--task", "judge.py:Tickets", "--samples", "8", "--temperature", "1", "--max-tokens", "12"]
+    own = ["--task", "judge.py:Training", "--samples", "8", "--temperature", "1", "--max-tokens", "12"]
     ways = {
         "rl": ["rl", model, "--data", "problems.jsonl", "--reward", "judge.py:reward", *SETTINGS[model]],
-        "sft": ["sft", model, "--data", "chat.jsonl"],
-        "rejection": ["distill", model, "--student", model, *own, "--max-faults", "1"],
+        "sft": ["sft", model, "--data", "chat.jsonl", "--set", "seq_len=128"],
+        "rejection": ["distill", model, "--student", model, *own, "--max-faults", "1", "--set", "seq_len=128"],
     }
     rows = []
     for name, words in ways.items():

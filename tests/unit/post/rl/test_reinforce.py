@@ -21,6 +21,7 @@ from sprat.post.rl.questions import Questions
 from sprat.post.rl.reinforce import reinforce
 from sprat.post.rl.rollout import InProcess, Rollout
 from sprat.tokens import Tokenizer
+from sprat.train import checkpoint
 from sprat.trust.run_record import read_metrics
 from sprat.trust.stage_facts import read_samples
 from sprat.trust.verify import verify
@@ -268,5 +269,7 @@ def test_a_run_that_was_sent_back_and_killed_goes_on_with_the_lower_rate(
         with pytest.raises(TrainingError, match="trip_wires: kl") as caught:
             reinforce("base", mine(), f"{name}/run", config)
         sentences.append(str(caught.value).replace(name, ""))
+        good = checkpoint.latest(Path(name, "run", "checkpoints"))
+        assert good is not None and good.extra["lr"] == config.lr / 2
     assert sentences[0] == sentences[1] and seen
     assert read_metrics(Path("killed/run")) == read_metrics(Path("whole/run"))
