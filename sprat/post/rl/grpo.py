@@ -145,7 +145,7 @@ def train(
         if result.steps == 0 and monitor.can_roll_back:
             state.save(run.checkpoints, 0)
     with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
-        while result.steps < config.steps:
+        while result.steps < config.steps and not (monitor is not None and monitor.has_ended(result.steps)):
             step = result.steps + 1
             rollouts = source.groups(step)
             faults = check_faults(rollouts, reward_name)
@@ -166,8 +166,6 @@ def train(
             if stop:
                 raise KeyboardInterrupt
             advance(step, f"reward {result.reward:.3f}")
-            if trip is not None:
-                break
         if interrupted():  # it came while the last checkpoint was written
             raise KeyboardInterrupt
     return result

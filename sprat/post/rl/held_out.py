@@ -112,9 +112,9 @@ class HeldOut:
     def evaluate(self, step: int) -> dict[str, float]:
         """Ask all problems now; the scores for the log, ``eval_NAME``.
 
-        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; but for
-        the first evaluation ``eval_gain``, over that, with ``eval_p_value``, and ``eval_loss_p_value``, of a fall below
-        the best evaluation so far (1 where it did not fall).
+        ``eval_reward``, ``eval_accuracy``, ``eval_response_length``, ``eval_cut_share``, ``eval_second_reward``; from
+        the second evaluation on ``eval_gain``, over the first, with ``eval_p_value``, and ``eval_loss_p_value``, of a
+        fall below the best so far (1 where it did not fall).
         """
         samples = self._config.held_out.samples
         sampling = Sampling(

@@ -23,7 +23,7 @@ ReferenceModel = Callable[[], AbstractContextManager[Transformer]]
 
 
 class RunMonitor:
-    """See ``grpo.Monitor``.
+    """See ``training_state.Monitor``.
 
     Args:
         held_out: asks the problems that are kept from training.
@@ -46,7 +46,7 @@ class RunMonitor:
         self.can_roll_back, self.lr_factor = config.trip_wires.action == "rollback", config.trip_wires.lr_factor
 
     def start(self, step: int, model: Transformer) -> None:
-        """See ``grpo.Monitor``; before its very first step the held-out problems are asked."""
+        """See ``training_state.Monitor``; before its very first step the held-out problems are asked."""
         self._held_out.forget_after(step)
         steps = {row["step"] for row in read_metrics(self._run.folder)}
         if self._held_out.asked and self._held_out.first not in steps:
@@ -57,7 +57,7 @@ class RunMonitor:
         self._wires.replay(read_metrics(self._run.folder))
 
     def measure(self, step: int, rollouts: Sequence[Rollout], result: RLResult) -> dict[str, float]:
-        """See ``grpo.Monitor``."""
+        """See ``training_state.Monitor``."""
         metrics = run_metrics(rollouts, step, self._config.group_size)
         metrics |= {"tokens": result.tokens, "petaflops": result.flops / 1e15}
         if self._reference is not None:
@@ -70,7 +70,7 @@ class RunMonitor:
         return metrics
 
     def check(self, row: Mapping[str, Any]) -> Trip | None:
-        """See ``grpo.Monitor``."""
+        """See ``training_state.Monitor``."""
         trip = self._wires.add(row)
         if trip is not None and trip.is_end:
             if self._held_out.asked and trip.step not in self._held_out.results:
@@ -79,13 +79,19 @@ class RunMonitor:
         return trip
 
     def note(self, trip: Trip, back_to: int | None) -> None:
-        """See ``grpo.Monitor``."""
+        """See ``training_state.Monitor``."""
         what = "nothing is left to learn" if trip.is_end else "stopped"
         what = what if back_to is None else f"back to step {back_to}, with a lower rate"
         self._on_news(f"step {trip.step}: {trip.sentence}; {what}")
-        trips = [*self._run.facts.get("trips", []), {"wire": trip.wire, "step": trip.step, "sentence": trip.sentence}]
-        trips[-1] |= {} if back_to is None else {"back_to": back_to}
-        self._run.add_facts(trips=trips)
+        entry = {"wire": trip.wire, "step": trip.step, "sentence": trip.sentence, "is_end": trip.is_end}
+        entry |= {} if back_to is None else {"back_to": back_to}
+        trips = self._run.facts.get("trips", [])
+        if entry not in trips:  # noted by a session that was killed before its checkpoint
+            self._run.add_facts(trips=[*trips, entry])
+
+    def has_ended(self, step: int) -> bool:
+        """See ``training_state.Monitor``."""
+        return any(trip["is_end"] and trip["step"] == step for trip in self._run.facts.get("trips", []))
 
     def _tell(self, step: int, scores: Mapping[str, float]) -> None:
         when = f"after step {step}" if "eval_gain" in scores else "before training"

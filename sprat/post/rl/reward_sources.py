@@ -54,8 +54,8 @@ def split_command(name: str) -> list[str]:
 def reward_inputs(name: str, key: str = "reward") -> dict[str, Input]:
     """What the reward ``name`` is made of, as inputs of a run under ``key``: how it is called, and its files.
 
-    Of a command those of its arguments that are files, and what a Python file among them imports from its own folder;
-    the programs of the machine are not listed.
+    Of a command those of its words that are files, and what a Python file among them imports from its own folder; of
+    programs that is a script below this folder, and none of the machine's.
 
     Raises:
         ConfigError: there is no such module, file or program.
@@ -64,7 +64,9 @@ def reward_inputs(name: str, key: str = "reward") -> dict[str, Input]:
     if is_command(name):
         words = split_command(name)
         for word in words:
-            if (path := Path(word)).is_file() and not (word == words[0] and "/" not in word):
+            path = Path(word)
+            is_program = word == words[0] and not ("/" in word and path.resolve().is_relative_to(Path.cwd()))
+            if path.is_file() and not is_program:
                 own = source_files(path) if path.suffix == ".py" else {path: path.name}
                 files |= {f"{key}/{place}": file for file, place in own.items()}
     else:

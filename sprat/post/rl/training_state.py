@@ -55,6 +55,10 @@ class Monitor(Protocol):
         """Look at the row of a step."""
         ...
 
+    def has_ended(self, step: int) -> bool:
+        """Whether a wire has said after ``step`` that nothing is left to learn."""
+        ...
+
     def note(self, trip: Trip, back_to: int | None) -> None:
         """Keep that ``trip`` sent the run back to a step, or ended it."""
         ...

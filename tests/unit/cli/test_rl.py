@@ -19,7 +19,8 @@ from tests.unit.cli.test_finetune import _small_llama
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "rl.md"
 TEMPLATE = (  # that of SmolLM2: it knows no thinking
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 JUDGE = "def reward(problem, answer):\n    return len(set(answer.content)) % 7 / 7\n"  # a random model is never right
@@ -30,8 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A random model called smol, questions, and a judge."""
     monkeypatch.chdir(tmp_path)
     _small_llama(tmp_path / "smol")
-    settings = tmp_path / "smol" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    settings = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
+    (tmp_path / "smol" / "tokenizer_config.json").write_text(json.dumps(settings))
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "judge.py").write_text(JUDGE)

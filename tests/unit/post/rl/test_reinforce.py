@@ -21,6 +21,7 @@ from sprat.post.rl.questions import Questions
 from sprat.post.rl.reinforce import reinforce
 from sprat.post.rl.rollout import InProcess, Rollout
 from sprat.tokens import Tokenizer
+from sprat.train import checkpoint
 from sprat.trust.run_record import read_metrics
 from sprat.trust.stage_facts import read_samples
 from sprat.trust.verify import verify
@@ -139,7 +140,7 @@ def test_adapters_are_sampled_as_they_are_trained_and_taken_away_in_pefts_layout
     (_, row) = read_metrics(onward.folder)
     assert row["step"] == 1 and row["kl_start"] < 1e-6, "its own start is where the other one ended"
     steps = settings(lora={"rank": 4}, lr=1e-2, steps=6, init_from=str(run.folder), init_state="continue")
-    assert [row["step"] for row in read_metrics(reinforce("base", mine(), "runs/on", steps).folder)] == [5, 6]
+    assert [row["step"] for row in read_metrics(reinforce("base", mine(), "runs/on", steps).folder)] == [4, 5, 6]
 
 
 def test_tasks_bring_their_judges_and_a_reward_before_them_makes_them_the_second(folder: Path) -> None:
@@ -268,5 +269,7 @@ def test_a_run_that_was_sent_back_and_killed_goes_on_with_the_lower_rate(
         with pytest.raises(TrainingError, match="trip_wires: kl") as caught:
             reinforce("base", mine(), f"{name}/run", config)
         sentences.append(str(caught.value).replace(name, ""))
+        good = checkpoint.latest(Path(name, "run", "checkpoints"))
+        assert good is not None and good.extra["lr"] == config.lr / 2
     assert sentences[0] == sentences[1] and seen
     assert read_metrics(Path("killed/run")) == read_metrics(Path("whole/run"))
