@@ -65,9 +65,15 @@ class Child:
         self._quick_deaths = 0
 
     def keep_alive(self) -> None:
-        """Start it if it is not there, once its pause is over. Raises MachineError: it cannot be."""
+        """Start it if it is not there, once its pause is over, and end it if it does not speak any more.
+
+        Raises:
+            MachineError: it cannot be started.
+        """
         if self.process is None and time.monotonic() >= self._starts_at:
             self._start()
+        elif self.process is not None and self.connection is not None and self.connection.closed:
+            self.process.kill()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

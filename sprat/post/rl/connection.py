@@ -14,6 +14,7 @@ from __future__ import annotations
 import hmac
 import queue
 import secrets
+import select
 import socket
 import threading
 import time
@@ -37,10 +38,13 @@ class Connection:
     Args:
         connected: a stream socket.
         peer: who is at the other end, for error messages.
+
+    Attributes:
+        closed: it was ended from here.
     """
 
     def __init__(self, connected: socket.socket, peer: str) -> None:
-        self.peer, self._socket, self._lock = peer, connected, threading.Lock()
+        self.peer, self._socket, self._lock, self.closed = peer, connected, threading.Lock(), False
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.settimeout(SILENT_SECONDS)
@@ -51,6 +55,18 @@ class Connection:
         with self._lock:
             for part in parts:
                 self._socket.sendall(part)
+
+    def send_alive(self) -> None:
+        """Say that this process lives, unless that is said by what is being sent, or nobody takes it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if select.select([], [self._socket], [], 0)[1]:
+                    for part in pack({"kind": "alive"}):
+                        self._socket.sendall(part)
+            except (OSError, ValueError):  # it was closed; whoever receives notices
+                pass
+            finally:
+                self._lock.release()
 
     def receive(self) -> Message | None:
         """The next message; None where the other side has ended, or has been silent for ``SILENT_SECONDS``.
@@ -80,6 +96,7 @@ class Connection:
 
     def close(self) -> None:
         """End it; whoever receives at either side gets None."""
+        self.closed = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -24,13 +24,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sprat.config.rl import RLRunConfig
-from sprat.errors import SpratError, TrustError
+from sprat.errors import SpratError
 from sprat.files.digest import of_json
 from sprat.files.lock import LOCK_NAME, lock_folder
 from sprat.post.rl.children import STOP_SECONDS, Child, Role, worker_environment
@@ -38,7 +37,7 @@ from sprat.post.rl.connection import ALIVE_SECONDS, Connection
 from sprat.post.rl.dispatcher import Asker, Dispatcher, Range
 from sprat.post.rl.ledger import LEDGER_FILE, RolloutLedger
 from sprat.post.rl.placement import Placement, start_placement
-from sprat.post.rl.service import Service
+from sprat.post.rl.service import TRAINER, Service
 from sprat.post.rl.weights import WEIGHTS_FOLDER
 from sprat.train.loop import deferred_interrupt
 from sprat.trust.run import Run
@@ -46,7 +45,6 @@ from sprat.trust.run import Run
 log = logging.getLogger("sprat.post.rl")
 PREDECESSOR_SECONDS = 30.0  # for the processes of a session that was killed to end
 PAY_SECONDS = 0.05  # without answers to pay, until the processes are looked at again
-TRAINER = "trainer"
 
 
 def open_ledger(run: Run, config: RLRunConfig) -> RolloutLedger:
@@ -219,7 +217,7 @@ class Orchestrator:
                 self._cpu[name] = message.number("cpu")
                 if message.kind != "alive":
                     connection.send(*self._service.answer(name, message))
-        except TrustError as error:  # what it says is not believed
+        except SpratError as error:  # what it says is not believed
             log.warning("%s: %s", name, error)
         except OSError:
             pass
@@ -235,5 +233,4 @@ class Orchestrator:
         """Tell all who wait that this process lives."""
         while not self._closing.wait(ALIVE_SECONDS):
             for connection in list(self._connections):
-                with suppress(OSError):
-                    connection.send({"kind": "alive"})
+                connection.send_alive()

@@ -34,6 +34,9 @@ from sprat.trust.run import Run
 
 log = logging.getLogger("sprat.post.rl")
 Reply = tuple[Mapping[str, Any], Arrays]
+TRAINER = "trainer"
+_OF_ALL = ("hello", "take", "answer", "refuse", "weights", "failed")
+_OF_THE_TRAINER = ("groups", "group", "publish", "log", "truncate", "facts", "progress", "finish")
 
 
 class Service:
@@ -58,19 +61,18 @@ class Service:
         self._run, self._dispatcher, self._folder, self._job = run, dispatcher, weights_folder, dict(job)
         self._note_progress = on_progress
         self.finish: dict[str, Any] | None = None
-        names = "hello take answer refuse weights groups group publish log truncate facts progress finish failed"
         self._handlers: dict[str, Callable[[str, Message], Reply]] = {
-            name: getattr(self, f"_on_{name}") for name in names.split()
+            kind: getattr(self, f"_on_{kind}") for kind in (*_OF_ALL, *_OF_THE_TRAINER)
         }
 
     def answer(self, name: str, message: Message) -> Reply:
         """The reply to one question of ``name``; an error ends the run, and is said to whoever asked.
 
         Raises:
-            TrustError: it is not whole, and whoever sent it cannot be believed.
+            TrustError: it is not whole, or not for its sender to ask, who cannot be believed.
         """
         handler = self._handlers.get(message.kind)
-        if handler is None:
+        if handler is None or (message.kind in _OF_THE_TRAINER and name.partition(".")[0] != TRAINER):
             raise TrustError(f"nobody answers {message.kind!r:.40}", where=name, todo="run the same version of sprat")
         try:
             return handler(name, message)

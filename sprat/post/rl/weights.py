@@ -35,6 +35,10 @@ CHUNK_BYTES = 1 << 24  # of a file that goes over the wire
 _NAME = re.compile(r"version-(\d{8})\.safetensors")
 
 
+class OtherModelError(CheckpointError):
+    """Weights are of another model than they are given to."""
+
+
 class TrainedWeights:
     """What training moves in ``model``, as versions; its frozen part is digested once, here."""
 
@@ -68,8 +72,9 @@ class TrainedWeights:
         """Take the version in the file ``path``, in place.
 
         Raises:
-            CheckpointError: the file is missing or torn. TrustError: it is whole, but of another model or not what was
-                published, or the frozen part is another one. Nothing is changed in either case.
+            CheckpointError: the file is missing or torn, or (``OtherModelError``) of another model.
+            TrustError: it is not what was published, or the frozen part is another one. Nothing is changed, here and
+                above.
         """
         shards = Shards([path])
         tensors = {name: shards.read(name) for name in shards.entries}
@@ -77,7 +82,7 @@ class TrainedWeights:
         expected = {name: (value.shape, value.dtype) for name, value in own.items()}
         todo = "give the worker the model that the run was started with"
         if expected != {name: (value.shape, value.dtype) for name, value in tensors.items()}:
-            raise TrustError("weights of another model", where=str(path), todo=todo)
+            raise OtherModelError("weights of another model", where=str(path), todo=todo)
         if (actual := self._digest(tensors)) != expected_digest:
             what = f"weights have the digest {actual[:12]}, and {expected_digest[:12]} was published"
             todo = "check disk and network: the trainer writes them again" + (f"; or {todo}" if self._base else "")

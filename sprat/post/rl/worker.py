@@ -22,14 +22,14 @@ from typing import Any
 
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output
-from sprat.errors import CheckpointError, MachineError, SpratError, pack_error
+from sprat.errors import CheckpointError, MachineError, SpratError, TrustError, pack_error
 from sprat.formats.load import load_dense
 from sprat.machine import end_with_parent
 from sprat.model.lora import add_lora
 from sprat.post.rl.connection import Caller, Connection, connect
 from sprat.post.rl.merged_copy import plain_copy, write_merged
 from sprat.post.rl.sampled import Request, SampledAnswer, pack_answers, unpack_requests
-from sprat.post.rl.weights import TrainedWeights
+from sprat.post.rl.weights import OtherModelError, TrainedWeights
 from sprat.post.rl.wire import Message
 
 RECONNECT_SECONDS = 600.0  # a run that was killed may come back
@@ -80,6 +80,8 @@ class Worker:
             version = reply.integer("version")
             try:
                 self._take_weights(version, reply.text("digest"), Path(reply.text("file")))
+            except OtherModelError:
+                raise
             except SpratError as error:
                 self._caller.ask("refuse", version=version, reason=str(error))
                 continue
@@ -92,10 +94,12 @@ class Worker:
         """Compute with ``version`` from now on. Raises SpratError: it is not to be had, or not whole."""
         if digest == self._digest:
             return
-        if file.is_file():
+        try:
             self._weights.load(file, digest)
-        else:
-            with tempfile.TemporaryDirectory(prefix="sprat-rl-") as folder:
+        except (CheckpointError, TrustError) as error:
+            if isinstance(error, OtherModelError):
+                raise
+            with tempfile.TemporaryDirectory(prefix="sprat-rl-") as folder:  # another machine's, or just removed
                 path = Path(folder, file.name)
                 self._download(version, path)
                 self._weights.load(path, digest)

@@ -15,7 +15,7 @@ from sprat.errors import CheckpointError, SpratError, TrustError
 from sprat.model import Transformer
 from sprat.model.lora import add_lora
 from sprat.post.rl.merged_copy import plain_copy, write_merged
-from sprat.post.rl.weights import TrainedWeights, prune_weights, read_chunk, versions, weights_file
+from sprat.post.rl.weights import OtherModelError, TrainedWeights, prune_weights, read_chunk, versions, weights_file
 
 
 def moved(model: Transformer, seed: int = 1) -> Transformer:
@@ -84,7 +84,7 @@ def test_a_torn_file_another_version_and_another_model_are_refused(model: Transf
     TrainedWeights(moved(model, 2)).save(tmp_path, 2)
     with pytest.raises(TrustError, match="and .* was published.*the trainer writes them again"):
         TrainedWeights(worker).load(weights_file(tmp_path, 2), digest)
-    with pytest.raises(TrustError, match="weights of another model"):
+    with pytest.raises(OtherModelError, match="weights of another model"):
         TrainedWeights(adapted(model)).load(weights_file(tmp_path, 1), digest)
     content = weights_file(tmp_path, 1).read_bytes()
     weights_file(tmp_path, 1).write_bytes(content[:-7])
