@@ -112,7 +112,9 @@ def test_who_takes_nothing_delays_nobody() -> None:
 
     ours, _theirs = socket.socketpair()
     stuck = Connection(ours, "stopped")
-    threading.Thread(target=lambda: pytest.raises(OSError, stuck.send, {"kind": "x", "long": "y" * (1 << 22)}), daemon=True).start()
+    threading.Thread(
+        target=lambda: pytest.raises(OSError, stuck.send, {"kind": "x", "long": "y" * (1 << 22)}), daemon=True
+    ).start()
     time.sleep(0.1)
     began = time.monotonic()
     for _ in range(10):

@@ -222,7 +222,6 @@ def test_a_reward_is_an_input_of_the_run_with_what_it_imports(tmp_path: Path, mo
     assert not isinstance(called, Path | str) and called.model_dump() == {"call": ["judge.py", "f"]}
     monkeypatch.chdir(tmp_path)
     command = reward_inputs(f"{sys.executable} judge.py --strict", "second_reward")
-    program = f"second_reward/{Path(sys.executable).name}"  # it is named by its path
-    assert [key for key in command if "/" in key] == [program, "second_reward/judge.py", "second_reward/rules.py"]
+    assert [key for key in command if "/" in key] == ["second_reward/judge.py", "second_reward/rules.py"]
     with pytest.raises(ConfigError, match=r"judge\.py:function"):
         reward_inputs("judge.py")
