@@ -34,9 +34,11 @@ from typing import Any
 
 from bench.rl_tiny import DELAY
 from sprat.errors import SpratError
+from sprat.formats.load import load_dense
 from sprat.post.rl.audit import audit
 from sprat.post.rl.ledger import LEDGER_FILE, RolloutLedger
 from sprat.post.rl.replay import replay
+from sprat.post.rl.weights import TrainedWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS, MIN_P = 4, 0.05
@@ -177,6 +179,8 @@ def judge(folder: Path, name: str, reference: str, staleness: int, steps: int) -
         ledger = RolloutLedger.read(folder / name / "run" / LEDGER_FILE)
         rows = [(row.step, one) for row in ledger.steps()[1:] for one in ledger.rollouts(row.step)]
         behind = [step - 1 - version for step, one in rows for version in one.versions]
+        model, _ = load_dense(folder / name / "run")
+        found["bits"] = found["bits"] and TrainedWeights(model).digest() == ledger.steps()[-1].weights
         found |= {"mean_staleness": sum(behind) / len(behind), "largest_staleness": max(behind)}
         found["bits"] = found["bits"] and max(behind) <= staleness
     found["p_value"] = ks_p_value(lengths(folder, name), lengths(folder, reference))

@@ -23,6 +23,7 @@ bit become INT8.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ def encode_model(model: Transformer) -> tuple[dict[str, Tensor], dict[str, Any]]
     scheme = Counter(schemes.values()).most_common(1)[0][0]
     packed = {name for name, own in schemes.items() if own == scheme}
     packed -= {name for name in packed if not _siblings(name, weights.keys()) <= packed}
+    _warn_of_dense({name for name, each in weights.items() if each.bits <= 8 and not _stays_dense(name)}, packed)
     tensors = hf.disk_tensors(config, dequantize_model(model).state_dict())
     for name in packed:
         codes = _split(weights[name]) if hf.is_stack(name) else [weights[name]]
@@ -104,6 +106,16 @@ def encode_model(model: Transformer) -> tuple[dict[str, Tensor], dict[str, Any]]
     if "lm_head" not in ignore:
         ignore.append("lm_head")  # one tensor with the embedding
     return tensors, _config_of(scheme, ignore)
+
+
+def _warn_of_dense(names: set[str], packed: set[str]) -> None:
+    """Say which of the matrices ``names``, whose codes were meant to be small, are written dense."""
+    if dense := sorted(names - packed):
+        shown = ", ".join(dense[:3]) + (", …" if len(dense) > 3 else "")
+        why = "their rows are no whole groups, their codes not as most, or they go with one that is dense"
+        warnings.warn(
+            f"{FORMAT}: {len(dense)} of {len(names)} matrices are written dense, since {why}: {shown}", stacklevel=4
+        )
 
 
 def matrix_names_of(config: ModelConfig) -> list[str]:
@@ -139,9 +151,14 @@ def _config_of(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     }
 
 
+def _stays_dense(name: str) -> bool:
+    """Whether no runtime has the matrix ``name`` in codes."""
+    return name in ("embed_tokens.weight", "head.weight") or name.endswith(".eh_proj.weight")
+
+
 def _scheme_of(name: str, tensor: QuantizedTensor) -> Scheme | None:
     """How a matrix can be packed; None where it must be dense."""
-    if name in ("embed_tokens.weight", "head.weight") or name.endswith(".eh_proj.weight") or tensor.bits > 8:
+    if _stays_dense(name) or tensor.bits > 8:
         return None
     group = tensor.group if tensor.group in (32, 64, 128) or tensor.group < tensor.width else 0
     if tensor.width % 32 or (group and tensor.width % group):

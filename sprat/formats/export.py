@@ -175,23 +175,25 @@ def _of_tensor(kind: str, shards: Shards, name: str) -> str:
 
 def _refuse_existing_file(out: Path) -> None:
     """Raise ConfigError where something is at ``out``, or beside it where the manifest goes; see ``_check_place``."""
-    _check_place(out)
-    if taken := next((path for path in (out, manifest_path(out)) if path.exists()), None):
+    manifest = out.with_name(f"{out.name}.{MANIFEST}") if out.name else out
+    if taken := next((path for path in (out, manifest) if os.path.exists(path)), None):
         what = "this is a folder" if taken.is_dir() else _TAKEN
         raise ConfigError(what, where=str(taken), todo="give another path")
+    _check_place(out)
 
 
 def refuse_existing_folder(out: Path) -> None:
     """Raise ConfigError where something is at ``out`` that is no empty folder, MachineError where none can be made."""
-    _check_place(out)
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(_TAKEN, where=str(out), todo="give another path")
+    _check_place(out)
 
 
 def _check_place(out: Path) -> None:
     """Raise MachineError where nothing can be made beside ``out``: before the work is done, and not after it."""
     try:
-        parent = Path(os.path.abspath(out)).parent
+        out = Path(os.path.abspath(out))
+        parent = out.parent
         while not parent.exists():
             parent = parent.parent
         probe = _temporary(parent / out.name)

@@ -163,6 +163,9 @@ def _folder(path: Path) -> Path:
     if not (folder / "config.json").is_file() and (folder / "artefact").is_dir():
         folder = folder / "artefact"
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            todo = "put it into its base, and give that folder: sprat merge BASE ADAPTER --out DIR"
+            raise CheckpointError("an adapter, and no model by itself", where=str(folder), todo=todo)
         todo = "give a folder with config.json, a GGUF file, or the folder of a finished run"
         raise CheckpointError("no model in this folder", where=str(folder), todo=todo)
     return folder

@@ -44,7 +44,7 @@ CHUNK = 1 << 16  # weights at once: they stay in the cache of a core
 # the group's extreme divided by these: it lies at one end of the codes
 EXTREME_DIVISORS = {4: (-8.0, 7.0), 8: (-128.0, 127.0)}
 CLIP_RATIOS = tuple(1 - step / 20 for step in range(10))  # of the range that codes reach, for ``clip="mse"``
-_TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest float16
+FLOAT16_TINY, FLOAT16_MAX = 2.0**-24, 65504.0  # the least and the largest float16
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -234,7 +234,7 @@ def search_ranges(
         if not zero_points:
             return _as_float16(scale), _as_float16(minimum)
         scale = _seven_digits(scale)
-        zero = torch.where(scale < _TINY, 0.0, -minimum / scale).round_().clamp_(0, 15)
+        zero = torch.where(scale < FLOAT16_TINY, 0.0, -minimum / scale).round_().clamp_(0, 15)
         return scale, -zero * scale
 
     def refit(codes: Tensor) -> Grid:
@@ -276,16 +276,16 @@ def _least_error(
 def round_to_codes(values: Tensor, scales: Tensor, bits: int, minimums: Tensor | None = None) -> Tensor:
     """The nearest codes (float32 whole numbers) of ``values``; zero where the scale is zero."""
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if minimums is None else (0, (1 << bits) - 1)
-    inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
+    inverse = torch.where(scales.abs() < FLOAT16_TINY, 0.0, 1.0 / scales)
     return ((values if minimums is None else values - minimums) * inverse).round_().clamp_(low, high)
 
 
 def _as_float16(scale: Tensor) -> Tensor:
     """``scale`` as float16 holds it, in float32, never beyond its range."""
-    return scale.clamp(-_HUGE, _HUGE).to(torch.float16).float()
+    return scale.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).float()
 
 
 def _seven_digits(scale: Tensor) -> Tensor:
     """``scale`` (not negative) in float16 with seven binary digits: fifteen times it is still exact there."""
-    bits = (scale.clamp(max=_HUGE / 16).to(torch.float16).view(torch.int16) + 8) & -16
+    bits = (scale.clamp(max=FLOAT16_MAX / 16).to(torch.float16).view(torch.int16) + 8) & -16
     return bits.view(torch.float16).float()

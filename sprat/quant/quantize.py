@@ -16,9 +16,16 @@ from sprat.config.quant import QuantizeConfig
 from sprat.errors import CheckpointError, ConfigError
 from sprat.model import Experts, Transformer
 from sprat.quant.awq import awq_scale
-from sprat.quant.calibration import calibrate
+from sprat.quant.calibration import SchemeOf, calibrate
 from sprat.quant.gptq import GPTQSettings
-from sprat.quant.int4 import QuantizedTensor, dequantize_tensor, quantize_tensor
+from sprat.quant.int4 import (
+    FLOAT16_MAX,
+    FLOAT16_TINY,
+    QuantizedTensor,
+    Scheme,
+    dequantize_tensor,
+    quantize_tensor,
+)
 from sprat.quant.layers import is_part_of_name, quantizable_weights, replace_with_quantized, scheme_of
 from sprat.quant.rotation import rotate, without_mtp
 
@@ -52,26 +59,26 @@ def quantize_model(
         segments_BT: which document each of them is of, 0 for padding; one a row if not given.
         materialize: keep dense float32 weights after the first use (fast on CPUs, but then only the file is small).
         in_place: use ``model`` up, so that its weights are in memory once; it is worth nothing after an error.
-        on_progress: called with how many matrices are done, of how many.
-        facts: filled with what came up.
+        on_progress, facts: called with how many matrices are done, of how many; filled with what came up.
 
     Raises:
-        CheckpointError: a weight, or what the text makes of it, is not finite; experts are stacked otherwise than here.
+        CheckpointError: a weight, or what the text makes of it, is not finite, or beyond what scales in float16 hold;
+            experts are stacked otherwise than here.
         ConfigError: a rounding without the text it needs; MTP modules in a rotation's way; a name in ``eight_bits``
             that no matrix has.
         DataError: too few tokens reach a matrix or an expert, and the config refuses that.
     """
     config, facts = config or QuantConfig(), facts or QuantizeFacts()
+    schemes = functools.partial(scheme_of, config)
     _check_text(config, calibration_BT)
-    _check(model)
+    _check(model, schemes)
     prepared = _prepared(model, config, facts, in_place=in_place)
     owned, model = in_place or prepared is not model, prepared
     _check_names(model, config)
-    done, total, schemes = set[str](), len(quantizable_weights(model)), functools.partial(scheme_of, config)
+    total, done, fitted = len(quantizable_weights(model)), set[str](), dict[str, QuantizedTensor]()
     if isinstance(config, QuantizeConfig) and config.awq and calibration_BT is not None:
         floor: dict[str, Any] = {"expert_tokens": config.expert_tokens, "few_tokens": config.few_tokens}
         awq_scale(model, calibration_BT, schemes, segments_BT=segments_BT, **floor)
-    fitted = dict[str, QuantizedTensor]()
 
     def on_quantized(name: str) -> None:
         done.add(name)
@@ -145,8 +152,8 @@ def _check_names(model: Transformer, config: QuantConfig) -> None:
             raise ConfigError(f"no matrix of the model is called {part!r}", where="eight_bits", todo=todo)
 
 
-def _check(model: Transformer) -> None:
-    """Refuse what is not finite, and experts stacked otherwise than [E, F, D], [E, F, D] and [E, D, F].
+def _check(model: Transformer, schemes: SchemeOf) -> None:
+    """Refuse what is not finite or not in reach, and experts stacked otherwise than [E, F, D], [E, F, D], [E, D, F].
 
     Raises:
         CheckpointError: see above.
@@ -164,3 +171,24 @@ def _check(model: Transformer) -> None:
     for name, weight in quantizable_weights(model).items():
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError("a weight is not finite", where=name, todo="use a checkpoint that did not diverge")
+        least, most = _reach(schemes(name))
+        if (largest := float(weight.detach().abs().max())) and not least <= largest <= most:
+            what = (
+                f"weights of up to {largest:.1e} are beyond what scales in float16 can hold, {least:.1e} to {most:.1e}"
+            )
+            raise CheckpointError(what, where=name, todo="move their size into the norm before, or train anew")
+
+
+def _reach(scheme: Scheme) -> tuple[float, float]:
+    """How large the largest weight of a matrix must be, and may be, for its scales and minimums to be in float16.
+
+    The least scale that counts is twice the step between the least numbers of float16; below it a weight is off by a
+    quarter, and soon all are zero.
+    """
+    if scheme.bits >= 16:
+        return 0.0, float("inf")
+    if scheme.symmetric:
+        codes = 1 << (scheme.bits - 1)
+        return 2 * FLOAT16_TINY * codes, FLOAT16_MAX * codes
+    step = FLOAT16_TINY * 16 if scheme.zero_points else FLOAT16_TINY  # such scales have four binary digits less
+    return 2 * step * 7.5, FLOAT16_MAX

@@ -127,9 +127,13 @@ def test_weights_that_were_damaged_on_the_disk_are_refused_and_written_again(fol
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
-    ended(started(folder, name), folder, name)
+    parent, log = started(folder, name), folder / f"{name}.log"
+    trainer = the(parent, "trainer")
+    os.kill(trainer, signal.SIGSTOP)  # or it is sometimes first, and has written them again before a worker looks
+    until(lambda: "was published" in log.read_text())
+    os.kill(trainer, signal.SIGCONT)
+    ended(parent, folder, name)
     assert rl_once.record(folder, name) == rl_once.record(folder, "undisturbed")
-    assert "was published" in (folder / f"{name}.log").read_text()
 
 
 def test_workers_elsewhere_come_over_tcp_with_the_key_and_others_do_not(folder: Path) -> None:

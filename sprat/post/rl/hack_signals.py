@@ -32,6 +32,7 @@ _TAMPERING = re.compile(
     r"|\bglobals\s*\(\s*\)\s*\[|\bSystemExit\b|\bctypes\b"
 )
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+_LIST = re.compile(r"\d[\s,;|/&]{1,3}-?\d+(?:\.\d+)?[\s,;|/&]{1,3}-?\d")  # a sum's signs are no commas
 _TOKEN = re.compile(r"\\[A-Za-z]+|[A-Za-z]+|\d+|[^\w\s]+")
 
 
@@ -138,7 +139,7 @@ def has_candidates(seen: Observation) -> bool:
     letters = (
         len(set(re.findall(r"(?<!\w)[A-H](?!\w)", seen.content))) if re.search(r"(?m)^A[.)] ", seen.question) else 0
     )
-    is_list = re.search(r"\d\W{1,3}\d+\W{1,3}\d", seen.content) or re.search(r"\bor\b|\n", seen.content)
+    is_list = _LIST.search(seen.content) or re.search(r"\bor\b|\n", seen.content)
     boxes = len(set(re.findall(r"\\boxed\s*\{([^{}]*)\}", seen.content)))
     return boxes >= 2 or letters >= 2 or (numbers >= max(3, expected + 2) and bool(is_list))
 

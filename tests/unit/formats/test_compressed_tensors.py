@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import sprat
 from sprat.config import QuantConfig
+from sprat.config.quant import QuantizeConfig
 from sprat.config.sizes import size
 from sprat.errors import CheckpointError, ConfigError
 from sprat.formats import compressed_tensors, hf
@@ -250,3 +252,32 @@ def test_sprat_load_keeps_the_codes(tmp_path: Path) -> None:
     own, came = quantized_weights(mine), quantized_weights(theirs)
     assert came.keys() == own.keys() - {"embed_tokens.weight", "head.weight", "mtp.0.eh_proj.weight"}
     assert all(torch.equal(came[name].codes, own[name].codes) for name in came)
+
+
+@pytest.mark.parametrize(
+    ("width", "changes", "dense", "of"),
+    [
+        (
+            96,
+            {"group": 64},
+            "10 of 14",
+            "layers.0.mlp.gate_proj.weight",
+        ),  # inputs of 96, as SmolLM2: 576 in groups of 128
+        (128, {"eight_bits": ("v_proj",)}, "6 of 14", "layers.0.self_attn.k_proj.weight"),  # q and k go with v
+        (128, {}, "", ""),
+    ],
+)
+def test_what_was_meant_to_be_small_and_is_written_dense_is_said(
+    width: int, changes: dict[str, Any], dense: str, of: str
+) -> None:
+    """An export of 447 MB of a model of 83 MB once came without a word."""
+    shape = {**MODELS["llama"], "hidden_size": width}
+    model = quantize_model(Transformer.create(size("pico", **shape), 1), QuantizeConfig(**changes))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compressed_tensors.encode_model(model)
+    said = [str(each.message) for each in caught]
+    if dense:
+        assert len(said) == 1 and f"{dense} matrices are written dense" in said[0] and of in said[0]
+    else:
+        assert said == []

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sprat import quant
+from sprat.config.model import LoRAConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import CheckpointError, SpratError
 from sprat.formats.load import GGUF_FILE, load, load_dense, load_tokenizer, save
+from sprat.formats.peft import save_peft
 from sprat.model import Transformer
+from sprat.model.lora import add_lora
 from sprat.tokens import Tokenizer
 from tests.gguf_files import write
 
@@ -134,3 +137,13 @@ def test_one_file_of_weights_goes_before_an_index_as_in_transformers(
     tokens = torch.arange(1, 30)[None]
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "both")[0](tokens), other(tokens))
+
+
+def test_an_adapter_by_itself_is_called_one(folder: Path, tmp_path: Path) -> None:
+    """It once was told to be a folder with config.json, which it never will be."""
+    model, _ = load(folder)
+    add_lora(model, LoRAConfig(rank=2, targets=("q_proj",)))
+    save_peft(model, tmp_path)
+    for read in (load, load_dense, load_tokenizer):
+        with pytest.raises(CheckpointError, match="an adapter, and no model by itself.*sprat merge BASE ADAPTER"):
+            read(tmp_path)

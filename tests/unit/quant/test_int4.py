@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sprat.config.quant import QuantizeConfig
+from sprat.errors import CheckpointError
+from sprat.quant import quantize_model, quantized_weights
 from sprat.quant.int4 import dequantize_tensor, pack_int4, quantize_tensor, unpack_int4
+from tests.unit.quant.families import model_of
 
 
 def plain(weight: Tensor, group: int) -> Tensor:
@@ -93,3 +98,28 @@ def test_large_matrices_in_chunks_are_what_small_ones_are() -> None:
     for expert in range(3):
         alone = quantize_tensor(weight[expert])
         assert torch.equal(alone.codes, whole.codes[expert]) and torch.equal(alone.scales, whole.scales[expert])
+
+
+FORMS = {
+    "four": QuantizeConfig(head_bits=16),
+    "eight": QuantizeConfig(bits=8, head_bits=16),
+    "minimums": QuantizeConfig(symmetric=False, head_bits=16),
+    "zeros": QuantizeConfig(symmetric=False, zero_points=True, head_bits=16),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [10.0**power for power in range(-9, 7)])
+def test_weights_are_kept_to_a_third_or_refused_by_name(form: str, size: float) -> None:
+    """A matrix of weights that float16's scales do not reach once became all zeros, or was clipped, without a word."""
+    model = model_of("llama")
+    linear = model.layers[1].mlp.down_proj  # type: ignore[union-attr]
+    with torch.no_grad():
+        weight = linear.weight.normal_(generator=torch.Generator().manual_seed(3)).mul_(size).clone()  # type: ignore[union-attr,operator]
+    try:
+        small = quantize_model(model, FORMS[form])
+    except CheckpointError as error:
+        assert "layers.1.mlp.down_proj.weight" in str(error) and not 1e-4 <= size <= 1e4
+    else:
+        kept = quantized_weights(small)["layers.1.mlp.down_proj.weight"].dequantize()
+        assert float((kept - weight).norm() / weight.norm()) < 1 / 3
