@@ -5,7 +5,8 @@ and need not be computed again (decision: one model definition; a test holds the
 is a pure function of (weights, seed, group): a run that was killed samples the same answers again.
 
 Groups are numbered over the whole run, in order of dispatch: with P = ``prompts_per_step``, step s trains exactly the
-groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``).
+groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``); with dynamic sampling, those that
+follow on the step before until P of them have spread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +24,7 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
+from sprat.post.rl.dynamic_sampling import sample_step
 from sprat.post.rl.losses import overlong_penalty
 from sprat.post.rl.problem_mix import ProblemSource
 from sprat.post.rl.rewards import (
@@ -84,8 +87,11 @@ class Rollout:
 class RolloutSource(Protocol):
     """Where the trainer's answers come from: sampled in this process (``InProcess``), or by others."""
 
-    def groups(self, step: int) -> list[Rollout]:
-        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
+        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch.
+
+        ``first``: number of its first group, for whoever does not know where the step before ended.
+        """
         ...
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
@@ -118,11 +124,11 @@ class InProcess:
         self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
         self._take_over, self._version = take_over, 0
 
-    def groups(self, step: int) -> list[Rollout]:
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
         """See ``RolloutSource``."""
-        first = (step - 1) * self._config.prompts_per_step
-        numbers = range(first, first + self._config.prompts_per_step)
-        return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
+        config = self._config
+        sample = partial(sample_groups, self._engine, self._problems, config, payer=self._payer, version=self._version)
+        return sample_step(sample, (step - 1) * config.prompts_per_step if first is None else first, config)
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""

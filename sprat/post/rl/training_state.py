@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sprat.config import RLConfig
-from sprat.errors import CheckpointError, TrainingError
+from sprat.config.rl import RLRunConfig
+from sprat.errors import CheckpointError, TrainingError, TrustError
 from sprat.model import Transformer
 from sprat.post.rl.rollout import Rollout, RolloutSource
 from sprat.post.rl.trip_wires import Trip
@@ -68,7 +69,8 @@ class Monitor(Protocol):
 class TrainingState:
     """What a checkpoint holds: the trained weights, the optimizer, what was done, and how often it was sent back.
 
-    ``config`` has the rate that holds now; ``digest`` is that of the recipe's.
+    ``config`` has the rate that holds now; ``digest`` is that of the recipe's. ``next_group`` is the one with which the
+    next step begins, where dynamic sampling decides that.
     """
 
     model: Transformer
@@ -77,10 +79,32 @@ class TrainingState:
     digest: str
     result: RLResult
     rollbacks: int = 0
+    next_group: int = 0
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether dynamic sampling decides where a step ends."""
+        return isinstance(self.config, RLRunConfig) and self.config.dynamic_sampling > 0
+
+    def note_groups(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """The answers of ``step`` are here, and the next step begins after them.
+
+        Raises:
+            TrustError: they do not follow on those of the step before.
+        """
+        if not self.is_dynamic:
+            return
+        if rollouts[0].group != self.next_group:
+            what = f"step {step} begins with group {rollouts[0].group}, and the one before ended at {self.next_group}"
+            todo = "put back the checkpoints or the ledger of rollouts that belong together, or start afresh"
+            raise TrustError(what, where="dynamic_sampling", todo=todo)
+        self.next_group = rollouts[-1].group + 1
 
     def save(self, folder: Path, step: int) -> None:
         """Write the checkpoint after ``step``."""
         extra: dict[str, Any] = {"config": self.digest, "result": vars(self.result)}
+        if self.is_dynamic:
+            extra["next_group"] = self.next_group
         if self.rollbacks:
             extra |= {"rollbacks": self.rollbacks, "lr": self.config.lr}
         checkpoint.save(folder, step, self.model, self.optimizer, extra)
@@ -100,9 +124,15 @@ def resume(model: Transformer, config: RLConfig, run: Run) -> TrainingState:
     rollbacks = int(start.extra.get("rollbacks", 0)) if own_checkpoint else 0
     now = config.replace(lr=float(start.extra["lr"])) if rollbacks else config
     state = TrainingState(model, optim.build(model, optim_config(now)), now, config.digest(), result, rollbacks)
+    state.next_group = first_group_after(start, config)
     checkpoint.restore(start, model, state.optimizer)
     run.truncate_metrics(start.step)
     return state
+
+
+def first_group_after(start: checkpoint.Checkpoint, config: RLConfig) -> int:
+    """The group with which the step after ``start`` begins."""
+    return int(start.extra.get("next_group", start.step * config.prompts_per_step))
 
 
 def roll_back(state: TrainingState, monitor: Monitor, trip: Trip, run: Run, source: RolloutSource) -> TrainingState:
@@ -120,6 +150,7 @@ def roll_back(state: TrainingState, monitor: Monitor, trip: Trip, run: Run, sour
     now = state.config.replace(lr=state.config.lr * monitor.lr_factor)
     result.steps = good.step
     after = TrainingState(state.model, optim.build(state.model, optim_config(now)), now, state.digest, result, 1)
+    after.next_group = first_group_after(good, now)
     checkpoint.restore(good, after.model, after.optimizer)
     after.save(run.checkpoints, good.step)  # so that a kill from here on goes on with the lower rate
     run.truncate_metrics(good.step)
