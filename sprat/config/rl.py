@@ -62,6 +62,8 @@ class RLRunConfig(RLConfig):
         "loss": "bnpo",
         "held_out": HeldOutConfig(share=0, every=0, kept_answers=0),
         "trip_wires": TripWiresConfig(action="off"),
+        "fire_drill": "off",
+        "hack_monitor": "off",
     }
     lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
 
@@ -96,6 +98,9 @@ class RLRunConfig(RLConfig):
     mask_truncated: bool = False  # answers cut off at max_tokens abstain (DAPO's overlong filtering)
     # Further groups are asked until prompts_per_step have spread, at most so many times prompts_per_step; 0: none.
     dynamic_sampling: int = Field(0, ge=0, le=1000)
+
+    fire_drill: Literal["refuse", "accept", "off"] = "refuse"  # a verifier that pays known hacks, before the start
+    hack_monitor: Literal["say", "rollback", "stop", "off"] = "say"  # what an alarm does, beside being told
 
     @model_validator(mode="after")
     def _check_seeding(self) -> Self:

@@ -141,7 +141,7 @@ def train(
     if result.steps == 0:
         before_start()
     if monitor is not None:
-        monitor.start(result.steps, model)
+        monitor.start(result.steps, model, state.watched)
         if result.steps == 0 and monitor.can_roll_back:
             state.save(run.checkpoints, 0)
     with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
@@ -153,6 +153,7 @@ def train(
             row = train_step(model, state.optimizer, rollouts, state.config, step, reference, result)
             source.publish(step, model, state.rollbacks)
             extra = faults if monitor is None else monitor.measure(step, rollouts, result)
+            state.watched = {} if monitor is None else monitor.state()
             run.log(step, **row, **extra)
             trip = None if monitor is None else monitor.check({"step": step, **row, **extra})
             if trip is not None and not trip.is_end:
@@ -211,7 +212,7 @@ def train_step(
     has_spread_P = advantage_PG.any(1)
     rows = (has_spread_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
     selected = [rollouts[row] for row in rows]
-    metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
+    metrics = {**_means(rollouts, config), "live_groups": float(has_spread_P.float().mean())}
     if settings.dynamic_sampling:
         metrics["sampled_groups"] = float(len(has_spread_P))
     if selected:
@@ -220,6 +221,11 @@ def train_step(
         metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, answers)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
+
+
+def _means(rollouts: Sequence[Rollout], config: RLConfig) -> dict[str, float]:
+    """The station measures accuracy by the tasks' own judges, whatever its reward says; a user's run by its reward."""
+    return rollout_metrics(rollouts, of_judged=isinstance(config, RLRunConfig))
 
 
 def _add_costs(
@@ -233,5 +239,5 @@ def _add_costs(
     result.steps = step
     result.tokens += sampled
     result.flops += forward * (sampled + sum(rollout.prefill_tokens for rollout in rollouts) + updated)
-    means = rollout_metrics(rollouts)
+    means = _means(rollouts, config)
     result.reward, result.accuracy = means["reward"], means["accuracy"]

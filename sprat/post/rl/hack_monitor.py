@@ -109,8 +109,13 @@ class HackMonitor:
         return new
 
     def metrics(self) -> dict[str, float]:
-        """The evidence for each sign, as a share of what makes an alarm."""
-        return {f"hack/{signal}": value / self.threshold for signal, value in sorted(self._evidence.items())}
+        """The evidence for each sign of which there was some, as a share of what makes an alarm."""
+        shares = {signal: value / self._threshold(signal) for signal, value in sorted(self._evidence.items())}
+        return {f"hack/{signal}": share for signal, share in shares.items()}
+
+    def _threshold(self, signal: str) -> float:
+        """The evidence that makes an alarm."""
+        return self.threshold * (USUAL_FACTOR if self._seen[signal][0] else 1)
 
     def _is_paid(self, reward: float | None) -> bool:
         if reward is None or self._high <= self._low:
@@ -162,12 +167,11 @@ class HackMonitor:
             return None
         least = MIN_SHARE_OF_KNOWN if signal == KNOWN_HACK else MIN_SHARE
         normal = min(max(least, _upper_bound(*at_start)), 0.9) if at_start[0] else least
-        threshold = self.threshold * (USUAL_FACTOR if at_start[0] else 1)
         raised = min(normal + max(MIN_RISE, 3 * normal), 0.95)
         rise, fall = math.log(raised / normal), math.log((1 - raised) / (1 - normal))
         for seen in marks:
             self._evidence[signal] = max(0.0, self._evidence[signal] + (fall if seen is None else rise))
-            if seen is not None and self._evidence[signal] >= threshold:
+            if seen is not None and self._evidence[signal] >= self._threshold(signal):
                 return HackAlarm(step, signal, len(shown) / len(marks), share, seen)
         return None
 
@@ -179,7 +183,7 @@ class HackMonitor:
             "longest": self._longest,
             "seen": dict(self._seen),
             "evidence": dict(self._evidence),
-            "paid_for": self._paid_for,
+            "paid_for": [[text, list(keys)] for text, keys in self._paid_for.items()],  # the first goes first
             "expected": list(self._expected),
             "usual": list(self._usual),
             "told": [[a.step, a.signal, a.share, a.normal, vars(a.example)] for a in self.alarms],
@@ -191,7 +195,7 @@ class HackMonitor:
         self._low, self._high = state["rewards"] or (math.inf, -math.inf)
         self._seen.update({signal: list(counts) for signal, counts in state["seen"].items()})
         self._evidence.update(state["evidence"])
-        self._paid_for = {text: list(keys) for text, keys in state["paid_for"].items()}
+        self._paid_for = {text: list(keys) for text, keys in state["paid_for"]}
         self._expected = dict.fromkeys(state["expected"])
         self._usual = dict.fromkeys(state["usual"])
         told = state["told"]

@@ -134,7 +134,7 @@ def train(
     config = ready.config
     run.add_facts(steps=config.steps, **ready.facts)
     held_out = HeldOut(ready.engine, ready.mix.held_out, config, ready.payer, run.checkpoints)
-    monitor = RunMonitor(run, config, held_out, ready.reference, reward_name, on_news)
+    monitor = RunMonitor(run, config, held_out, ready.mix, ready.reference, reward_name, on_news)
     try:
         result = grpo.train(ready.model, source, config, run, reward_name=reward_name, monitor=monitor)
     finally:

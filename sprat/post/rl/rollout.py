@@ -35,6 +35,7 @@ from sprat.post.rl.rewards import (
     accuracy_reward,
     format_reward,
     parse_response,
+    verdict_of,
 )
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
@@ -181,7 +182,7 @@ class Payer:
         if self._by_reward or self.reward is None:
             scores = [verdict.reward or 0.0 for verdict in verdicts]
         else:
-            scores = _own_scores(asked, responses)
+            scores = [score or 0.0 for score in _own_scores(asked, responses)]
         seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
         rewards = [verdict.reward for verdict in verdicts]
         if shaped:
@@ -210,7 +211,7 @@ class Payer:
     def judge(self, asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[Verdict]:
         """What the reward says of ``responses``, or without one the tasks' own judges."""
         if self.reward is None:
-            return [Verdict(score) for score in _own_scores(asked, responses)]
+            return [verdict_of(score) for score in _own_scores(asked, responses)]
         return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
 
     def _shaped(self, reward: float | None, pair: tuple[Problem, Response], output: Output) -> float | None:
@@ -221,8 +222,8 @@ class Payer:
         return reward + form + overlong_penalty(tokens, config.max_tokens, config.overlong_buffer)
 
 
-def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float]:
-    """What each task's own judge says, from 0 to 1."""
+def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float | None]:
+    """What each task's own judge says, from 0 to 1; None where it abstains."""
     return [accuracy_reward(task)(problem, each) for (task, problem), each in zip(asked, responses, strict=True)]
 
 
@@ -274,20 +275,24 @@ def problem_id(problem: Problem) -> str:
     return str(problem.meta.get("id", problem.index))
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], *, of_judged: bool = False) -> dict[str, float]:
     """Means over answers: reward, accuracy (also of each task), format, response length, think share.
 
     The reward is that of the answers that were paid (0 if none was), ``abstained`` the share of the others.
+
+    Args:
+        of_judged: accuracy is that of the answers on which a verdict came, where the reward's is the only one.
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
-        by_task[rollout.task].append(is_correct(rollout.score))
-    count = len(rollouts)
+        if rollout.outcome == "paid" or not of_judged:
+            by_task[rollout.task].append(is_correct(rollout.score))
+    count, right = len(rollouts), [flag for flags in by_task.values() for flag in flags]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward": sum(rewards) / max(len(rewards), 1),
         "abstained": 1 - len(rewards) / count,
-        "accuracy": sum(is_correct(rollout.score) for rollout in rollouts) / count,
+        "accuracy": sum(right) / max(len(right), 1),
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,

@@ -23,7 +23,10 @@ TEMPLATE = (  # that of SmolLM2: it knows no thinking
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-JUDGE = "def reward(problem, answer):\n    return len(set(answer.content)) % 7 / 7\n"  # a random model is never right
+JUDGE = """
+def reward(problem, answer):  # a random model is never right, and is paid a little for nothing
+    return 1.0 if answer.content.strip() == problem.answer else len(set(answer.content)) % 7 / 20
+"""
 
 
 @pytest.fixture

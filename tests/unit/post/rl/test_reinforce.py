@@ -78,13 +78,15 @@ def test_held_out_problems_are_answered_better_and_the_run_proves_itself(folder:
     assert {sample.expected for sample in samples} == {"7"}
     assert {"reward", "reward/judge.py", "data", "model"} == set(run.record["inputs"])
     assert not [finding for finding in verify("runs") if not finding.ok]
-    assert "40 held-out problems before training" in news[0]
+    assert news[0].startswith("the fire drill: ") and news[0].endswith("none was paid")
+    assert run.facts["fire_drill"]["paid"] == [] and run.facts["fire_drill"]["hacks"] > 100
+    assert "40 held-out problems before training" in news[1]
     model, tokenizer = sprat.load(run.folder)
     assert not torch.equal(model.norm.weight, load("base")[0].norm.weight)
 
 
 def test_another_judge_is_another_run_and_the_same_one_is_done(folder: Path) -> None:
-    config = settings(steps=2)
+    config = settings(steps=2, fire_drill="off")
     first = reinforce("base", mine(), "runs/mine", config)
     again = reinforce("base", mine(), "runs/mine", config)
     assert again.done and again.set_aside is None and again.record == first.record
@@ -207,7 +209,7 @@ def test_without_the_gate_a_bad_verifier_moves_no_weight(
     monkeypatch.setattr("sprat.post.rl.judge_pool.MAX_FAULTS", 20)
     body, _ = BAD[kind]
     Path("judge.py").write_text(f"def reward(problem, answer):\n    {body}\n")
-    config = settings(trip_wires={"no_spread": 2}, held_out={"every": 0})
+    config = settings(trip_wires={"no_spread": 2}, held_out={"every": 0}, fire_drill="off")
     try:
         run = reinforce("base", mine(), "runs/mine", config)  # paid 1 each time: all is right, nothing is left to learn
         trained, start = load(run.folder)[0].state_dict(), load("base")[0].state_dict()
