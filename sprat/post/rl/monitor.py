@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,7 @@ from sprat.post.rl.held_out import HeldOut
 from sprat.post.rl.problem_mix import ProblemSource
 from sprat.post.rl.rollout import Rollout
 from sprat.post.rl.run_metrics import kl_from_start, run_metrics
+from sprat.post.rl.step_line import spent_so_far, step_line
 from sprat.post.rl.trip_wires import Trip, TripWires
 from sprat.tasks import Problem, is_correct
 from sprat.trust.run import Run
@@ -51,13 +53,13 @@ class RunMonitor:
         self._run, self._config, self._held_out, self._on_news = run, config, held_out, on_news
         self._problems, self._reference = problems, reference
         self._wires, self._reward_name = TripWires(config.trip_wires, reward_name), reward_name
-        self._hacks, self._new_alarms = HackMonitor(), list[HackAlarm]()
+        self._hacks, self._new_alarms, self._last_step = HackMonitor(), list[HackAlarm](), time.monotonic()
         self.can_roll_back = "rollback" in (config.trip_wires.action, config.hack_monitor)
         self.lr_factor = config.trip_wires.lr_factor
 
     def start(self, step: int, model: Transformer, state: Mapping[str, Any]) -> None:
         """See ``training_state.Monitor``; before its very first step the held-out problems are asked."""
-        self._hacks = HackMonitor()
+        self._hacks, self._last_step = HackMonitor(), time.monotonic()
         if state:
             self._hacks.restore(state)
         self._held_out.forget_after(step)
@@ -117,6 +119,9 @@ class RunMonitor:
 
     def check(self, row: Mapping[str, Any]) -> Trip | None:
         """See ``training_state.Monitor``."""
+        now, spent = time.monotonic(), spent_so_far(self._run.folder, float(row.get("tokens") or 0))
+        self._on_news(step_line(row, self._config.steps, now - self._last_step, spent))
+        self._last_step = now
         trip = self._wires.add(row) or self._hack_trip()
         if trip is not None and trip.is_end:
             if self._held_out.asked and trip.step not in self._held_out.results:
