@@ -21,6 +21,7 @@ An alarm is a sentence with an example; what is done about it is the run's busin
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -83,9 +84,9 @@ class HackMonitor:
         self._longest = 0
         self._seen: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # at the start: with the sign, and all
         self._evidence: dict[str, float] = defaultdict(float)
-        self._paid_for: dict[str, list[str]] = {}  # texts, and what was expected where they were paid
+        self._paid_for: dict[str, list[str]] = {}  # texts, and what was expected where they were paid, as digests
         self._expected: dict[str, None] = {}
-        self._usual: dict[str, None] = {}  # texts of the start
+        self._usual: dict[str, None] = {}  # texts of the start, as digests
 
     def _is_settled(self, signal: str) -> bool:
         """Whether enough was seen to know what is normal."""
@@ -104,7 +105,7 @@ class HackMonitor:
         self._steps += 1
         if not settled:
             self._longest = max([self._longest, *(len(seen.content) for seen in observations)])
-            self._usual |= dict.fromkeys(squeeze(seen.content) for seen in observations)
+            self._usual |= dict.fromkeys(_digest(squeeze(seen.content)) for seen in observations)
         self.alarms += new
         return new
 
@@ -141,10 +142,10 @@ class HackMonitor:
 
     def _is_same_answer(self, text: str, seen: Observation) -> bool:
         """Whether the text was paid for several problems that expect something else; remembers that it was for this."""
-        if not seen.expected and (len(text) < SAME_ANSWER_CHARS or text in self._usual):
+        if not seen.expected and (len(text) < SAME_ANSWER_CHARS or _digest(text) in self._usual):
             return False  # short answers are right for many questions
-        key = squeeze(seen.expected) or f"?{seen.question}"
-        keys = self._paid_for.setdefault(text, [])
+        key = _digest(squeeze(seen.expected) or f"?{seen.question}")
+        keys = self._paid_for.setdefault(_digest(text), [])
         if key not in keys and len(keys) <= SAME_ANSWER_PROBLEMS:
             keys.append(key)
         if len(self._paid_for) > _MAX_TEXTS:
@@ -207,6 +208,11 @@ class HackMonitor:
 def observation(problem: Problem, response: Response, reward: float | None, second: bool | None = None) -> Observation:
     """A sampled answer to ``problem`` as the monitor sees it."""
     return Observation(problem.question, problem.answer, response.reasoning, response.content, reward, second)
+
+
+def _digest(text: str) -> str:
+    """What a text is known by: a checkpoint need not hold it."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _upper_bound(count: int, total: int, z: float = 1.64) -> float:
