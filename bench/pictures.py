@@ -1,8 +1,9 @@
 """Takes the pictures of the pages: of a finished pipeline the chat page answering and the top of the report, of a
-fine-tuning the top of its report, and a certificate.
+fine-tuning or of RL the top of its report, and a certificate.
 
     python -m bench.pictures runs/quickstart [--model RUN] [--out docs]
     python -m bench.pictures --finetune runs/mine [--out docs]
+    python -m bench.pictures --rl runs/mine [--out docs]
     python -m bench.pictures --certificate certificate [--out docs]
 
 Needs the test extras (Playwright) and Debian's chromium.
@@ -22,16 +23,20 @@ WAIT = 120_000  # milliseconds that an answer may take
 
 
 def main() -> int:
-    """Save chat.png and report.png of a pipeline, finetune.png of a run, or certificate.png."""
+    """Save chat.png and report.png of a pipeline, finetune.png or rl.png of a run, or certificate.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("road", type=Path, nargs="?", default=Path("runs/quickstart"))
     parser.add_argument("--finetune", type=Path, help="take finetune.png of the report of this run, and nothing else")
+    parser.add_argument("--rl", type=Path, help="take rl.png of the report of this run, and nothing else")
     parser.add_argument("--certificate", type=Path, help="take certificate.png of this folder, and nothing else")
     parser.add_argument("--model", type=Path, help="the run to talk to; ROAD/quantize if left out")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     if options.finetune is not None:
         take_page(options.finetune / "report.html", options.out / "finetune.png", height=860)
+        return 0
+    if options.rl is not None:
+        take_page(options.rl / "report.html", options.out / "rl.png", height=1180)
         return 0
     if options.certificate is not None:
         take_page(options.certificate / "certificate.html", options.out / "certificate.png", height=900)

@@ -69,6 +69,7 @@ ASK = (
 JUDGE = '''
 """One team must be named, and it must be the right one: 1 for that, 0.2 for a wrong one, 0 for none or several."""
 import json
+import re
 from pathlib import Path
 
 from sprat.tasks import Problem
@@ -77,11 +78,13 @@ TEAMS = ("billing", "delivery", "returns", "technical", "sales")
 
 
 def reward(problem, answer):
-    return pay(problem.answer, answer.content)
+    """The question asks for one word: a team among other words is paid less, or a list of guesses would be paid."""
+    alone = len(re.findall(r"\\w+", answer.content)) == 1
+    return pay(problem.answer, answer.content) * (1.0 if alone else 0.4)
 
 
 def pay(right, text):
-    words = text.lower().replace(".", " ").replace(",", " ").split()
+    words = re.findall(r"\\w+", text.lower())
     named = {team for team in TEAMS if team in words}
     return 0.0 if len(named) != 1 else 1.0 if named == {right} else 0.2
 

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sprat.cli.verb import Result
-from sprat.errors import TrustError
+from sprat.cli.verb import Result, print_err
+from sprat.errors import SpratError, TrustError
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a whole road.")]
 
 
-def report(folder: RunFolder = Path("runs/quickstart")) -> Result:
+def report(
+    folder: RunFolder = Path("runs/quickstart"),
+    watch: Annotated[
+        float | None,
+        typer.Option("--watch", metavar="SECONDS", min=0.1, help="Write it again so often, until the run is finished."),
+    ] = None,
+) -> Result:
     """Write report.html of a run, also while it goes on, or of a road: curves, answers, data, cost in one file.
 
     Example: sprat report runs/mine
     """
     from sprat.report import write_report
 
-    path = write_report(folder)
+    path = write_report(folder, is_final=watch is None)
+    if watch is not None:
+        print_err(f"sprat: {path} is written every {watch:g} s; a browser that shows it reads it again")
+        try:
+            while (folder / "open.json").is_file():
+                time.sleep(watch)
+                with suppress(SpratError):  # the run is just being finished
+                    write_report(folder, is_final=False)
+        finally:
+            path = write_report(folder)
     return Result({"report": str(path), "bytes": path.stat().st_size}, str(path))
 
 

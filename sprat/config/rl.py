@@ -62,6 +62,8 @@ class RLRunConfig(RLConfig):
         "loss": "bnpo",
         "held_out": HeldOutConfig(share=0, every=0, kept_answers=0),
         "trip_wires": TripWiresConfig(action="off"),
+        "fire_drill": "off",
+        "hack_monitor": "off",
     }
     lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
 
@@ -94,6 +96,11 @@ class RLRunConfig(RLConfig):
     off_policy_limit: float | None = Field(None, gt=0, le=1e9)  # nats a token: bad answers further off are masked
     overlong_buffer: int = Field(0, ge=0, lt=2**31)  # last tokens before max_tokens over which the reward falls by 1
     mask_truncated: bool = False  # answers cut off at max_tokens abstain (DAPO's overlong filtering)
+    # Further groups are asked until prompts_per_step have spread, at most so many times prompts_per_step; 0: none.
+    dynamic_sampling: int = Field(0, ge=0, le=1000)
+
+    fire_drill: Literal["refuse", "accept", "off"] = "refuse"  # a verifier that pays known hacks, before the start
+    hack_monitor: Literal["say", "rollback", "stop", "off"] = "say"  # what an alarm does, beside being told
 
     @model_validator(mode="after")
     def _check_seeding(self) -> Self:
@@ -105,6 +112,18 @@ class RLRunConfig(RLConfig):
     def _check_buffer(self) -> Self:
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer ({self.overlong_buffer}) is longer than max_tokens ({self.max_tokens})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dynamic_sampling(self) -> Self:
+        if self.dynamic_sampling and self.rollout.staleness:
+            what = f"dynamic_sampling = {self.dynamic_sampling} and rollout.staleness = {self.rollout.staleness}"
+            raise ValueError(
+                f"{what}: which groups a step trains is known once its answers are paid, so no later step can be "
+                "sampled before; set one of them to 0"
+            )
+        if self.dynamic_sampling and self.seeding != "group":
+            raise ValueError("dynamic_sampling asks groups one by one: set seeding=group")
         return self
 
     @classmethod

@@ -8,14 +8,19 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page of ``parts``, HTML already, of which empty ones are left out; ``title`` is plain text."""
+def document(title: str, parts: Iterable[str], *, refresh_seconds: int = 0) -> str:
+    """A whole page of ``parts``, HTML already, of which empty ones are left out; ``title`` is plain text.
+
+    Args:
+        refresh_seconds: after which a browser reads the file again, of a page that is written again; 0: never.
+    """
+    refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
     style = resources.files("sprat.report").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style></head>\n"
+        f"{refresh}<title>{html.escape(title)}</title>\n<style>\n{style}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 

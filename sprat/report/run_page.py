@@ -15,9 +15,8 @@ from sprat.config.model import LoRAConfig
 from sprat.config.recipe import DistillConfig, RFTConfig, RLConfig, SFTConfig, TrainConfig
 from sprat.config.rl import RLRunConfig
 from sprat.eval.score import wilson_interval
-from sprat.report import plots, run_plots, tables
+from sprat.report import plots, rl_page, rl_plots, run_plots, tables
 from sprat.report.document import document, panels, section
-from sprat.report.rl_page import reinforcement
 from sprat.report.runs import PipelineRuns, StageRun, printable, read_run
 from sprat.report.tables import escape, format_duration, format_percent, format_yuan, table
 from sprat.trust.run_record import read_progress
@@ -41,6 +40,7 @@ _COUNTS = {
     "learned": "tokens that carry loss",
 }
 _MAX_PROMPTS = 8
+_REFRESH_SECONDS = 10  # of the page of a run that goes on
 
 
 def render_run(folder: Path) -> str:
@@ -53,14 +53,14 @@ def render_run(folder: Path) -> str:
     run = read_run(folder)
     is_done = "finished" in run.record
     samples = read_samples(folder / ("artefact" if is_done else "checkpoints"))
-    one = PipelineRuns([run], [run])
+    one, is_rl = PipelineRuns([run], [run]), rl_plots.is_rl(run)
     parts = [
         _head(run, read_progress(folder)),
-        section("While it learned", _curves_lead(run), panels(run_plots.curves(run))),
+        section("While it learned", _curves_lead(run), panels((rl_plots if is_rl else run_plots).curves(run))),
         section(
             "Before and after", "On what was kept from training; tasks with 95 % intervals (Wilson).", _scores(run)
         ),
-        section("Verifier", "", reinforcement(run)),
+        section("Verifier", "", rl_page.reinforcement(run)),
         section("Accuracy", "Held-out problems, with 95 % intervals.", tables.accuracy(one) + tables.thinking(one)),
         section("Accuracy by length", "", panels(plots.accuracy_by_length(one))),
         section("Experts", "", panels(plots.expert_loads(one))),
@@ -76,7 +76,7 @@ def render_run(folder: Path) -> str:
         ),
         _foot(run),
     ]
-    return document(f"Sprat: {run.name}", parts)
+    return document(f"Sprat: {run.name}", parts, refresh_seconds=0 if is_done else _REFRESH_SECONDS)
 
 
 def _head(run: StageRun, progress: tuple[int, int]) -> str:
@@ -88,18 +88,20 @@ def _head(run: StageRun, progress: tuple[int, int]) -> str:
         spent = f"{format_duration(seconds)} of one CPU core, {format_yuan(nano)}"
     else:
         state = f"not finished: step {progress[0]:,} of {progress[1]:,}"
-        spent = f"{format_duration(seconds)} of one CPU core so far"
+        spent = f"{format_duration(seconds)} of one CPU core so far, {format_yuan(nano)}"
     steps = facts.get("last_step") or facts.get("steps")
     parts = [f"{int(steps):,} steps" if steps else "", spent, state]
     best = facts.get("best") or {}
     note = f"The model is that of step {int(best['step']):,}, the best by {escape(best['metric'])}." if best else ""
-    if facts.get("last_step", 0) < facts.get("steps", 0) and "finished" in record:
+    if facts.get("last_step", 0) < facts.get("steps", 0) and "finished" in record and not rl_plots.is_rl(run):
         note += f" Training ended before step {int(facts['steps']):,}: no evaluation got better."
-    cards = "".join(_card(run, name) for name in _score_names(run))
+    cards = f'<div class="road">{"".join(_card(run, name) for name in _score_names(run))}</div>'
+    if rl_plots.is_rl(run):
+        cards = rl_page.verdict(run) + rl_page.cards(run)
     title = _TITLES.get(str(record.get("stage")), str(record.get("stage")))
     return (
         f'<h1>{escape(run.name)}</h1><p class="lead">{escape(title)}: {", ".join(part for part in parts if part)}.</p>'
-        f'{f"<p>{note.strip()}</p>" if note else ""}<div class="road">{cards}</div>'
+        f"{f'<p>{note.strip()}</p>' if note else ''}{cards}"
     )
 
 
@@ -144,6 +146,11 @@ def _scores(run: StageRun) -> str:
 
 def _curves_lead(run: StageRun) -> str:
     best = run.facts.get("best") or {}
+    if rl_plots.is_rl(run):
+        marked = " A dotted line marks a step at which a trip wire or the hack monitor spoke." * bool(
+            rl_plots.marks(run)
+        )
+        return "A point is a step; shaded and upright: 95 % intervals, over the questions that were asked." + marked
     return f"The line marks step {int(best['step']):,}, whose model was kept." if best else ""
 
 
@@ -155,7 +162,8 @@ def _samples(run: StageRun, samples: list[Sample]) -> str:
     chosen = sorted({*shown, *({best} & set(steps))})
     blocks = []
     for prompt, expected in list(dict.fromkeys((sample.prompt, sample.expected) for sample in samples))[:_MAX_PROMPTS]:
-        expects = "" if expected is None else f"<small>its example says: {escape(printable(expected))}</small>"
+        says = "right is" if rl_plots.is_rl(run) else "its example says"
+        expects = "" if expected is None else f"<small>{says}: {escape(printable(expected))}</small>"
         own = {sample.step: sample for sample in samples if (sample.prompt, sample.expected) == (prompt, expected)}
         answers = "".join(_answer(own[step], best) for step in chosen if step in own)
         question = f'<p class="ask">{escape(printable(prompt))} {expects}</p>'
@@ -167,6 +175,7 @@ def _answer(sample: Sample, best: int) -> str:
     title = "before training" if sample.step == 0 else f"step {sample.step:,}"
     mark = ' <span class="tag">kept</span>' if best and sample.step == best else ""
     cut = ' <span class="tag">cut at the limit</span>' if sample.finish_reason == "length" else ""
+    cut += "" if sample.reward is None else f' <span class="tag">paid {sample.reward:g}</span>'
     thought = printable(sample.reasoning).strip()
     details = f"<details><summary>thinking</summary><pre>{escape(thought)}</pre></details>" if thought else ""
     answer = escape(printable(sample.answer).strip() or "(nothing)")

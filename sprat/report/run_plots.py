@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sprat.eval.score import wilson_interval
@@ -58,9 +59,14 @@ def series(run: StageRun, name: str) -> tuple[list[int], list[float]]:
     return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
 
 
-def curves(run: StageRun) -> list[str]:
-    """A panel for each number that has at least two points, training and validation in one; loss and tasks first."""
-    logged = dict.fromkeys(name.removeprefix("eval_") for row in run.metrics for name in row if name not in _OWN)
+def curves(run: StageRun, shown: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """A panel for each number that has at least two points, training and validation in one; loss and tasks first.
+
+    Args:
+        shown: whether a column of the log is to have one.
+    """
+    columns = dict.fromkeys(name for row in run.metrics for name in row if name not in _OWN and shown(name))
+    logged = dict.fromkeys(name.removeprefix("eval_") for name in columns)
     order = {name: number for number, name in enumerate(_TITLES)}
     names = sorted(
         logged, key=lambda name: (name != "loss", not name.startswith(_ACCURACY), order.get(name, len(order)))

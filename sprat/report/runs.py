@@ -182,10 +182,11 @@ def read_run(folder: Path) -> StageRun:
     except (OSError, ValueError) as error:
         raise TrustError(f"recipe.toml cannot be read: {error}", where=str(folder), todo="go on with the run") from None
     spent = {key: value for key, value in (read_json(folder / "spent.json") or {}).items() if key != "step"}
+    metrics = printable(run_record.read_metrics(folder))
+    last = metrics[-1] if metrics else {}
+    spent |= {"tokens": last.get("tokens") or 0, "flops": 1e15 * float(last.get("petaflops") or 0)}
     record = printable({**(record or {}), **spent, "recipe": recipe, "facts": facts or {}})
-    return StageRun(
-        folder.name, str(record.get("stage")), folder.name, "", record, printable(run_record.read_metrics(folder))
-    )
+    return StageRun(folder.name, str(record.get("stage")), folder.name, "", record, metrics)
 
 
 def _stage_index(stage: StageRun) -> int:

@@ -213,7 +213,9 @@ def copy_to_artefact(checkpoint: Checkpoint | None, artefact: Path) -> None:
     try:
         shutil.copytree(checkpoint.folder, target)
         state = json.loads((target / "state.json").read_text())
-        state["extra"] = {name: value for name, value in checkpoint.extra.items() if name not in ("config", "data")}
+        state["extra"] = {
+            name: value for name, value in checkpoint.extra.items() if name not in ("config", "data", "monitor")
+        }
         (target / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n")
     except (OSError, shutil.Error) as error:
         raise (atomic.as_machine_error(error, target) or error) from None

@@ -95,6 +95,9 @@ class Run:
     def write_progress(self) -> None:
         """Note what was spent and reached so far: a kill does not make it free, and others can watch."""
         state = {**self._cost(), "step": self._step, "steps": self._steps}
+        seconds = float(state["device_seconds"])
+        state |= {"energy_joules_estimated": run_record.energy_joules(seconds, self.money)}
+        state |= {"nano_yuan": run_record.price_nano_yuan(seconds, self.money)}
         write_json(self.folder / "spent.json", state, durable=False)
 
     @property

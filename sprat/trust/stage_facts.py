@@ -80,7 +80,7 @@ class Sample:
     """What a model answered to one question while it was trained, after ``step`` steps; ``expected`` is its example's.
 
     ``expected`` is None where the question is the user's. ``finish_reason`` is the engine's: ``length`` where it was
-    cut.
+    cut. ``reward`` is what a verifier paid; None where there is none, or it abstained.
     """
 
     step: int
@@ -89,6 +89,7 @@ class Sample:
     expected: str | None = None
     reasoning: str = ""
     finish_reason: str = ""
+    reward: float | None = None
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Sample:
@@ -99,7 +100,8 @@ class Sample:
         """
         expected = None if row.get("expected") is None else str(row["expected"])
         texts = {name: str(row.get(name) or "") for name in ("reasoning", "finish_reason")}
-        return cls(int(row["step"]), str(row["prompt"]), str(row["answer"]), expected, **texts)
+        reward = None if row.get("reward") is None else float(row["reward"])
+        return cls(int(row["step"]), str(row["prompt"]), str(row["answer"]), expected, **texts, reward=reward)
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -119,4 +121,8 @@ def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     Raises:
         MachineError: the disk is full.
     """
-    atomic.write_text(folder / SAMPLES_FILE, "".join(json.dumps(asdict(each)) + "\n" for each in samples))
+    rows = [
+        {name: value for name, value in asdict(each).items() if name != "reward" or value is not None}
+        for each in samples
+    ]
+    atomic.write_text(folder / SAMPLES_FILE, "".join(json.dumps(row) + "\n" for row in rows))

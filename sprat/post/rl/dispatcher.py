@@ -9,6 +9,8 @@ groups (s - 1) P to s P - 1, in that order. Group g may be dispatched while floo
   dropped because it was slow, so long answers are trained as often as short ones;
 - the position to go on from is a number of steps, whatever was in flight.
 
+With ``dynamic_sampling``, synchronous alone, a step's groups follow on those of the step before (``plan_step``).
+
 A group belongs to the worker that was asked until its answers are here or its connection ends; then it is asked again,
 lowest number first, under the same number, question and seed. Who is thought dead and answers all the same is heard,
 unless another was faster: the ledger takes the first.
@@ -73,7 +75,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Range:
-    """The groups of a run: from ``first`` to before ``end``, ``per_step`` in each step."""
+    """The groups of a run: from ``first`` to before ``end``, ``per_step`` in each step; of a dynamic one more."""
 
     first: int
     end: int
@@ -123,7 +125,7 @@ class Dispatcher:
                 return None
             assert self.version is not None
             questions = [self._asker.question(group) for group in due]
-            self.ledger.dispatch(questions, worker)
+            self.ledger.dispatch(questions, worker, self.version + 1 if self.ledger.dynamic_sampling else None)
             for question in questions:
                 if self._again and self._again[0] == question.group:
                     heapq.heappop(self._again)
@@ -138,8 +140,14 @@ class Dispatcher:
         if self.version is None or self._stopped or self._failure:
             return []
         limit = min((self.version + self._staleness + 1) * self._range.per_step, self._range.end)
+        limit = self._end_of_wave(self.version + 1) if self.ledger.dynamic_sampling else limit
         candidates = heapq.nsmallest(room, self._again) + list(range(self._next, min(self._next + room, limit)))
         return [group for group in candidates[:room] if group < limit]
+
+    def _end_of_wave(self, step: int) -> int:
+        """With dynamic sampling, the group before which all may be asked for ``step`` by now."""
+        first = self.ledger.end_of(step - 1, self._range.first)
+        return first + self.ledger.plan(step).size if step * self._range.per_step <= self._range.end else first
 
     def question(self, group: int) -> Question | None:
         """What ``group`` was asked; None where nobody waits for its answers."""
@@ -229,15 +237,16 @@ class Dispatcher:
         Raises:
             KeyboardInterrupt: the run was stopped, or ``trainer`` has ended. SpratError: it has failed.
         """
-        first = (step - 1) * self._range.per_step
         with self._changed:
-            while len(done := self.ledger.done(step)) < self._range.per_step:
+            while not self.ledger.plan(step).is_complete:
                 if self._is_over(trainer):
                     raise KeyboardInterrupt
                 if self.version is None:
                     return None
                 self._changed.wait()
-        if done != list(range(first, first + self._range.per_step)):
+            done, first = self.ledger.done(step), (step - 1) * self._range.per_step
+            first = self.ledger.end_of(step - 1, self._range.first) if self.ledger.dynamic_sampling else first
+        if done != list(range(first, first + len(done))):
             raise TrustError(f"step {step} has the groups {done}", where=str(self.ledger.path), todo="report it")
         return done
 

@@ -23,8 +23,8 @@ Later corrections, and what became of them here:
   solved weigh most. ``normalize_std = false`` turns it off; tiny groups learn faster with it.
 - *Clip higher* (DAPO, section 3.1): a rare token may rise by more than it may fall (0.28 against 0.2), else
   exploration dies: a token at 1 % could only reach 1.2 %.
-- *Groups without spread teach nothing* (DAPO, section 3.2) and are skipped, not sampled again: that
-  would bias the mix of tasks.
+- *Groups without spread teach nothing* (DAPO, section 3.2) and are skipped. Further ones are sampled in their
+  place only where ``dynamic_sampling`` says so, for that shifts the mix of tasks (see the file of that name).
 - *KL to the start* (``kl_weight``; estimator k3 of Schulman 2020) is off, as in DAPO: rule rewards
   cannot be flattered, and the policy is meant to move. On, it costs one more forward pass. The value of k3 estimates
   KL(policy || start), but its gradient, taken through the log-probability alone as GRPO does, is that of
@@ -141,17 +141,19 @@ def train(
     if result.steps == 0:
         before_start()
     if monitor is not None:
-        monitor.start(result.steps, model)
+        monitor.start(result.steps, model, state.watched)
         if result.steps == 0 and monitor.can_roll_back:
             state.save(run.checkpoints, 0)
     with loop.progress_bar(run, config.steps, result.steps) as advance, loop.deferred_interrupt() as interrupted:
         while result.steps < config.steps and not (monitor is not None and monitor.has_ended(result.steps)):
             step = result.steps + 1
             rollouts = source.groups(step)
+            state.note_groups(step, rollouts)
             faults = check_faults(rollouts, reward_name)
             row = train_step(model, state.optimizer, rollouts, state.config, step, reference, result)
             source.publish(step, model, state.rollbacks)
             extra = faults if monitor is None else monitor.measure(step, rollouts, result)
+            state.watched = {} if monitor is None else monitor.state()
             run.log(step, **row, **extra)
             trip = None if monitor is None else monitor.check({"step": step, **row, **extra})
             if trip is not None and not trip.is_end:
@@ -210,12 +212,20 @@ def train_step(
     has_spread_P = advantage_PG.any(1)
     rows = (has_spread_P.unsqueeze(1) & ~reward_PG.isnan()).flatten().nonzero().flatten().tolist()
     selected = [rollouts[row] for row in rows]
-    metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
+    metrics = {**_means(rollouts, config), "live_groups": float(has_spread_P.float().mean())}
+    if settings.dynamic_sampling:
+        metrics["sampled_groups"] = float(len(has_spread_P))
     if selected:
         advantage_B = advantage_PG.flatten()[rows]
-        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, len(rollouts))
+        answers = settings.prompts_per_step * settings.group_size if settings.dynamic_sampling else len(rollouts)
+        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, answers)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
+
+
+def _means(rollouts: Sequence[Rollout], config: RLConfig) -> dict[str, float]:
+    """The station measures accuracy by the tasks' own judges, whatever its reward says; a user's run by its reward."""
+    return rollout_metrics(rollouts, of_judged=isinstance(config, RLRunConfig))
 
 
 def _add_costs(
@@ -229,5 +239,5 @@ def _add_costs(
     result.steps = step
     result.tokens += sampled
     result.flops += forward * (sampled + sum(rollout.prefill_tokens for rollout in rollouts) + updated)
-    means = rollout_metrics(rollouts)
+    means = _means(rollouts, config)
     result.reward, result.accuracy = means["reward"], means["accuracy"]

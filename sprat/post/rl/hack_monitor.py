@@ -21,6 +21,7 @@ An alarm is a sentence with an example; what is done about it is the run's busin
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -83,9 +84,9 @@ class HackMonitor:
         self._longest = 0
         self._seen: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # at the start: with the sign, and all
         self._evidence: dict[str, float] = defaultdict(float)
-        self._paid_for: dict[str, list[str]] = {}  # texts, and what was expected where they were paid
+        self._paid_for: dict[str, list[str]] = {}  # texts, and what was expected where they were paid, as digests
         self._expected: dict[str, None] = {}
-        self._usual: dict[str, None] = {}  # texts of the start
+        self._usual: dict[str, None] = {}  # texts of the start, as digests
 
     def _is_settled(self, signal: str) -> bool:
         """Whether enough was seen to know what is normal."""
@@ -104,13 +105,18 @@ class HackMonitor:
         self._steps += 1
         if not settled:
             self._longest = max([self._longest, *(len(seen.content) for seen in observations)])
-            self._usual |= dict.fromkeys(squeeze(seen.content) for seen in observations)
+            self._usual |= dict.fromkeys(_digest(squeeze(seen.content)) for seen in observations)
         self.alarms += new
         return new
 
     def metrics(self) -> dict[str, float]:
-        """The evidence for each sign, as a share of what makes an alarm."""
-        return {f"hack/{signal}": value / self.threshold for signal, value in sorted(self._evidence.items())}
+        """The evidence for each sign of which there was some, as a share of what makes an alarm."""
+        shares = {signal: value / self._threshold(signal) for signal, value in sorted(self._evidence.items())}
+        return {f"hack/{signal}": share for signal, share in shares.items()}
+
+    def _threshold(self, signal: str) -> float:
+        """The evidence that makes an alarm."""
+        return self.threshold * (USUAL_FACTOR if self._seen[signal][0] else 1)
 
     def _is_paid(self, reward: float | None) -> bool:
         if reward is None or self._high <= self._low:
@@ -136,10 +142,10 @@ class HackMonitor:
 
     def _is_same_answer(self, text: str, seen: Observation) -> bool:
         """Whether the text was paid for several problems that expect something else; remembers that it was for this."""
-        if not seen.expected and (len(text) < SAME_ANSWER_CHARS or text in self._usual):
+        if not seen.expected and (len(text) < SAME_ANSWER_CHARS or _digest(text) in self._usual):
             return False  # short answers are right for many questions
-        key = squeeze(seen.expected) or f"?{seen.question}"
-        keys = self._paid_for.setdefault(text, [])
+        key = _digest(squeeze(seen.expected) or f"?{seen.question}")
+        keys = self._paid_for.setdefault(_digest(text), [])
         if key not in keys and len(keys) <= SAME_ANSWER_PROBLEMS:
             keys.append(key)
         if len(self._paid_for) > _MAX_TEXTS:
@@ -162,12 +168,11 @@ class HackMonitor:
             return None
         least = MIN_SHARE_OF_KNOWN if signal == KNOWN_HACK else MIN_SHARE
         normal = min(max(least, _upper_bound(*at_start)), 0.9) if at_start[0] else least
-        threshold = self.threshold * (USUAL_FACTOR if at_start[0] else 1)
         raised = min(normal + max(MIN_RISE, 3 * normal), 0.95)
         rise, fall = math.log(raised / normal), math.log((1 - raised) / (1 - normal))
         for seen in marks:
             self._evidence[signal] = max(0.0, self._evidence[signal] + (fall if seen is None else rise))
-            if seen is not None and self._evidence[signal] >= threshold:
+            if seen is not None and self._evidence[signal] >= self._threshold(signal):
                 return HackAlarm(step, signal, len(shown) / len(marks), share, seen)
         return None
 
@@ -179,7 +184,7 @@ class HackMonitor:
             "longest": self._longest,
             "seen": dict(self._seen),
             "evidence": dict(self._evidence),
-            "paid_for": self._paid_for,
+            "paid_for": [[text, list(keys)] for text, keys in self._paid_for.items()],  # the first goes first
             "expected": list(self._expected),
             "usual": list(self._usual),
             "told": [[a.step, a.signal, a.share, a.normal, vars(a.example)] for a in self.alarms],
@@ -191,7 +196,7 @@ class HackMonitor:
         self._low, self._high = state["rewards"] or (math.inf, -math.inf)
         self._seen.update({signal: list(counts) for signal, counts in state["seen"].items()})
         self._evidence.update(state["evidence"])
-        self._paid_for = {text: list(keys) for text, keys in state["paid_for"].items()}
+        self._paid_for = {text: list(keys) for text, keys in state["paid_for"]}
         self._expected = dict.fromkeys(state["expected"])
         self._usual = dict.fromkeys(state["usual"])
         told = state["told"]
@@ -203,6 +208,11 @@ class HackMonitor:
 def observation(problem: Problem, response: Response, reward: float | None, second: bool | None = None) -> Observation:
     """A sampled answer to ``problem`` as the monitor sees it."""
     return Observation(problem.question, problem.answer, response.reasoning, response.content, reward, second)
+
+
+def _digest(text: str) -> str:
+    """What a text is known by: a checkpoint need not hold it."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _upper_bound(count: int, total: int, z: float = 1.64) -> float:

@@ -171,7 +171,8 @@ class HeldOut:
         for (_, problem), group in list(zip(self.asked, groups, strict=True))[: self._config.held_out.kept_answers]:
             response = group[0].response
             expected = problem.answer or None
-            kept.append(Sample(step, problem.question, response.content, expected, response.reasoning, group[0].finish))
+            texts = problem.question, response.content, expected, response.reasoning, group[0].finish
+            kept.append(Sample(step, *texts, group[0].reward))
         write_samples(self._folder, kept)
 
     def _write(self) -> None:

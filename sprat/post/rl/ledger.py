@@ -1,6 +1,7 @@
 """The ledger of a run of RL: every group that was asked, every answer, every step that used them, in SQLite.
 
-    groups        number in order of dispatch, the step that trains it, the question, who was asked and how often
+    groups        number in order of dispatch, the step that trains it, the question, who was asked and how often;
+                  once it is answered, why nothing is learned from it, if nothing is
     trajectories  tokens, log-probabilities, the weights' version of each token, what was paid and why
     steps         version in, what was trained, digest of the weights out, metrics
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from sprat.errors import TrustError
 from sprat.files.json import canonical_json
+from sprat.post.rl.dynamic_sampling import StepPlan, plan_step, unused_reason
 from sprat.post.rl.ledger_file import LedgerFile, torn
 from sprat.post.rl.ledger_tables import (
     ANSWER_COLUMNS,
@@ -40,7 +42,7 @@ _STEPS = "SELECT step, version_in, weights, trained, metrics FROM steps WHERE ro
 class RolloutLedger(LedgerFile):
     """The ledger of a run; see ``LedgerFile`` for what it is given, and raises everywhere.
 
-    ``identity`` names the run, with its ``prompts_per_step`` and ``group_size``.
+    ``identity`` names the run, with its ``prompts_per_step`` and ``group_size``, and ``dynamic_sampling`` if it is on.
     """
 
     @classmethod
@@ -49,11 +51,14 @@ class RolloutLedger(LedgerFile):
         return cls(path, None)
 
     def step_of(self, group: int) -> int:
-        """The step that trains ``group``."""
+        """The step that trains ``group``, without dynamic sampling."""
         return group // self.prompts_per_step + 1
 
-    def dispatch(self, questions: Sequence[Question], worker: str) -> None:
+    def dispatch(self, questions: Sequence[Question], worker: str, step: int | None = None) -> None:
         """Note that ``worker`` is about to be asked; a group that was asked before is counted again.
+
+        Args:
+            step: that will train them; ``step_of`` each where nothing is said.
 
         Raises:
             TrustError: its answers are known already, or it had another question.
@@ -67,10 +72,10 @@ class RolloutLedger(LedgerFile):
                     fault = "is answered already" if row[1] == DONE else "had another question"
                     raise torn(self.path, f"group {question.group} {fault}")
                 db.execute(
-                    "INSERT INTO groups VALUES (?, 0, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (number, rolled_back)"
+                    "INSERT INTO groups VALUES (?, 0, ?, ?, ?, ?, 1, ?, ?, NULL) ON CONFLICT (number, rolled_back)"
                     " DO UPDATE SET dispatches = dispatches + 1, worker = excluded.worker",
-                    (question.group, self.step_of(question.group), question.task, question.problem_id, prompt)
-                    + (worker, DISPATCHED),
+                    (question.group, step or self.step_of(question.group), question.task, question.problem_id)
+                    + (prompt, worker, DISPATCHED),
                 )
 
     def record(self, group: int, rollouts: Sequence[Rollout], worker: str) -> bool:
@@ -90,8 +95,9 @@ class RolloutLedger(LedgerFile):
                 return False
             insert = f"INSERT INTO trajectories ({ANSWER_COLUMNS}) VALUES ({', '.join('?' * 11)})"
             db.executemany(insert, [pack_row(rollout) for rollout in rollouts])
-            update = "UPDATE groups SET state = ?, worker = ? WHERE number = ? AND rolled_back = 0"
-            db.execute(update, (DONE, worker, group))
+            unused = unused_reason([rollout.reward for rollout in rollouts])
+            update = "UPDATE groups SET state = ?, worker = ?, unused = ? WHERE number = ? AND rolled_back = 0"
+            db.execute(update, (DONE, worker, unused, group))
         return True
 
     def unfinished(self) -> list[int]:
@@ -101,6 +107,27 @@ class RolloutLedger(LedgerFile):
     def done(self, step: int) -> list[int]:
         """Groups of ``step`` whose answers are known, in order."""
         return self._numbers("state = 'done' AND step = ?", step)
+
+    def plan(self, step: int) -> StepPlan:
+        """How ``step`` goes on, by what is known of its groups."""
+        query = "SELECT unused FROM groups WHERE step = ? AND rolled_back = 0 ORDER BY number"
+        with self.transaction() as db:
+            reasons = [reason for (reason,) in db.execute(query, (step,))]
+        spread = [None if reason is None else not reason for reason in reasons]
+        return plan_step(spread, self.prompts_per_step, self.dynamic_sampling)
+
+    def end_of(self, step: int, default: int) -> int:
+        """The number after the last group of ``step``; ``default`` where no group of it or an earlier one is known."""
+        with self.transaction() as db:
+            query = "SELECT max(number) + 1 FROM groups WHERE step <= ? AND rolled_back = 0"
+            (end,) = db.execute(query, (step,)).fetchone()
+        return default if end is None else int(end)
+
+    def unused(self) -> dict[int, str]:
+        """Groups that were answered and from which nothing is learned, and why."""
+        query = "SELECT number, unused FROM groups WHERE rolled_back = 0 AND unused != '' ORDER BY number"
+        with self.transaction() as db:
+            return dict(db.execute(query))
 
     def next_group(self, first: int) -> int:
         """The first group from ``first`` on that was never dispatched.
@@ -135,7 +162,12 @@ class RolloutLedger(LedgerFile):
     def rollouts(self, step: int) -> list[Rollout]:
         """The answers that ``step`` trains: those of its groups, in order. Raises TrustError: some are missing."""
         first = (step - 1) * self.prompts_per_step
-        return [one for number in range(first, first + self.prompts_per_step) for one in self.group(number)]
+        numbers: Sequence[int] = range(first, first + self.prompts_per_step)
+        if self.dynamic_sampling:
+            numbers = self.done(step)
+            if not self.plan(step).is_complete:
+                raise torn(self.path, f"of step {step} only the groups {numbers} are answered")
+        return [one for number in numbers for one in self.group(number)]
 
     def record_step(self, row: StepRow) -> None:
         """Keep what became of a step; one that is known must have become the same.

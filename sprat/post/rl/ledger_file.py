@@ -88,6 +88,7 @@ class LedgerFile:
             todo = "give another --out, or go on with what made it"
             raise CheckpointError(f"the ledger of rollouts is of {what}", where=str(self.path), todo=todo)
         self.prompts_per_step, self.group_size = sizes
+        self.dynamic_sampling = int(identity.get("dynamic_sampling", 0))
         return dict(identity)
 
     def meta(self, key: str) -> Any:

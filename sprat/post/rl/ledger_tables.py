@@ -16,7 +16,7 @@ from sprat.files.json import canonical_json
 from sprat.post.rl.rollout import Rollout
 from sprat.post.rl.trajectory import pack_rollout, unpack_rollout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DISPATCHED, DONE = "dispatched", "done"
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -31,6 +31,7 @@ CREATE TABLE groups (
     dispatches INTEGER NOT NULL CHECK (dispatches >= 1),
     worker TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('dispatched', 'done')),
+    unused TEXT CHECK ((unused IS NULL) = (state = 'dispatched')),
     PRIMARY KEY (number, rolled_back)
 ) STRICT;
 CREATE INDEX groups_of_step ON groups (step);

@@ -52,6 +52,7 @@ def open_ledger(run: Run, config: RLRunConfig) -> RolloutLedger:
     inputs = {name: item["digest"] for name, item in run.identity["inputs"].items()}
     identity = {"run": of_json([run.stage, run.identity["recipe_digest"], run.seed, inputs])}
     sizes = {"prompts_per_step": config.prompts_per_step, "group_size": config.group_size}
+    sizes |= {"dynamic_sampling": config.dynamic_sampling} if config.dynamic_sampling else {}
     return RolloutLedger(run.folder / LEDGER_FILE, identity | sizes)
 
 
@@ -84,6 +85,7 @@ class Orchestrator:
         asker: draws questions, and has answers paid in the thread that calls ``work``.
         job: what trainer and workers need to know beside, JSON: ``model`` at least.
         start: the step after which training starts.
+        first_group: of the step after that.
         commands: how the roles are started.
     """
 
@@ -95,12 +97,14 @@ class Orchestrator:
         job: Mapping[str, Any],
         *,
         start: int = 0,
+        first_group: int | None = None,
         commands: Commands | None = None,
     ) -> None:
         self._run, self._config, self._commands = run, config, commands or Commands()
         weights_folder, per_step = run.checkpoints / WEIGHTS_FOLDER, config.prompts_per_step
         self.ledger = open_ledger(run, config)
-        groups = Range(start * per_step, config.steps * per_step, per_step)
+        first = start * per_step if first_group is None else first_group
+        groups = Range(first, config.steps * per_step, per_step)
         self.dispatcher = Dispatcher(self.ledger, asker, groups, config.rollout.staleness, weights_folder)
         opened = {"folder": str(run.folder), "ledger": str(run.ledger.path), "identity": run.identity}
         room = config.rollout.batch or -(-per_step // config.rollout.workers)

@@ -22,10 +22,11 @@ class RecordedSource:
 
     Args:
         run: whose log's rows are kept with their steps.
+        first_group: of the run's first step, with dynamic sampling; a later one follows on the step before.
     """
 
-    def __init__(self, source: RolloutSource, ledger: RolloutLedger, run: Run) -> None:
-        self._source, self._ledger = source, ledger
+    def __init__(self, source: RolloutSource, ledger: RolloutLedger, run: Run, first_group: int = 0) -> None:
+        self._source, self._ledger, self._first_group = source, ledger, first_group
         self._trained: dict[int, str] = {}
         self._weights: TrainedWeights | None = None
         run.on_log.append(self._note)
@@ -34,19 +35,24 @@ class RecordedSource:
     def _note(self, step: int, row: Mapping[str, Any]) -> None:
         self._ledger.note_metrics(step, {name: value for name, value in row.items() if name != "step"})
 
-    def groups(self, step: int) -> list[Rollout]:
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
         """See ``RolloutSource``; all groups of a step are kept at once, or none."""
         if not self._ledger.done(step):
-            rollouts, size = self._source.groups(step), self._ledger.group_size
+            rollouts, size = self._sample(step), self._ledger.group_size
             groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
             asked = [Question(one.group, one.task, one.problem_id, one.prompt_ids) for one, *_ in groups]
             with self._ledger.transaction("IMMEDIATE"):
-                self._ledger.dispatch(asked, _OWN)
+                self._ledger.dispatch(asked, _OWN, step)
                 for group in groups:
                     self._ledger.record(group[0].group, group, _OWN)
         rollouts = self._ledger.rollouts(step)
         self._trained = {step: digest_rollouts(rollouts)}
         return rollouts
+
+    def _sample(self, step: int) -> list[Rollout]:
+        if not self._ledger.dynamic_sampling:
+            return self._source.groups(step)
+        return self._source.groups(step, self._ledger.end_of(step - 1, self._first_group))
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``. Raises TrustError: the step was done before, and came out otherwise."""

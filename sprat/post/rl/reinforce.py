@@ -33,6 +33,7 @@ from sprat.post.rl.recorded import RecordedSource
 from sprat.post.rl.roles import keep_questions, train_with_roles
 from sprat.post.rl.rollout import RolloutSource
 from sprat.post.rl.run_preparation import BUILT_IN, Prepared, prepare
+from sprat.post.rl.training_state import first_group_after
 from sprat.train import checkpoint
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
@@ -70,13 +71,15 @@ def reinforce(
     model_path = locate(model)
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
     inputs: dict[str, run_record.Input] = {"model": model_path, **questions.inputs(), **start_input}
-    prepared, pools, steps_before = list[Prepared](), list[JudgePool](), 0
+    prepared, pools, steps_before, first_group = list[Prepared](), list[JudgePool](), 0, 0
     wait_for_predecessor(out)
 
     def check(resuming: bool) -> None:
-        nonlocal steps_before
+        nonlocal steps_before, first_group
         start = _find_start(start_input, config, out)
-        steps_before = start.step if start is not None and config.init_state == "continue" else 0
+        if start is not None and config.init_state == "continue":
+            steps_before, first_group = start.step, start.step * config.prompts_per_step
+            first_group = first_group_after(start, config) if config.dynamic_sampling else first_group
         load_model = partial(load_dense, model_path, dequantize=dequantize)
         prepared.append(prepare(load_model, questions, config, start, asks_gate=not resuming, on_news=on_news))
         pools.extend(prepared[0].pools)
@@ -87,9 +90,9 @@ def reinforce(
         if not run.done and config.rollout.workers:
             described = {"name": str(model), "path": model_path, "dequantize": dequantize}
             asker = keep_questions(run, prepared.pop(), config)
-            train_with_roles(run, asker, questions, config, described, start=steps_before, commands=commands)
+            train_with_roles(run, asker, questions, config, described, steps_before, first_group, commands=commands)
         elif not run.done:
-            source = RecordedSource(prepared[0].source(), open_ledger(run, config), run)
+            source = RecordedSource(prepared[0].source(), open_ledger(run, config), run, first_group)
             result = train(run, prepared[0], source, str(model), questions.reward or BUILT_IN, on_news)
             run.ledger.add_file(run.folder / LEDGER_FILE)
             run.finish(flops=result.flops, tokens=result.tokens)
@@ -131,7 +134,7 @@ def train(
     config = ready.config
     run.add_facts(steps=config.steps, **ready.facts)
     held_out = HeldOut(ready.engine, ready.mix.held_out, config, ready.payer, run.checkpoints)
-    monitor = RunMonitor(run, config, held_out, ready.reference, reward_name, on_news)
+    monitor = RunMonitor(run, config, held_out, ready.mix, ready.reference, reward_name, on_news)
     try:
         result = grpo.train(ready.model, source, config, run, reward_name=reward_name, monitor=monitor)
     finally:

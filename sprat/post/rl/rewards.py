@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl.reward_sources import split_reward_name
-from sprat.tasks import Problem, Task
+from sprat.tasks import Problem, Task, task_verdict
 from sprat.tasks.user_code import TimeUpError, finite_float, import_source, time_limit
 from sprat.tokens import Answer, Tokenizer, split_reasoning
 from sprat.tokens.chat import resolve_thinking
@@ -51,6 +51,11 @@ class Verdict:
     reward: float | None
     outcome: Outcome = "paid"
     detail: str = ""
+
+
+def verdict_of(reward: float | None) -> Verdict:
+    """``reward`` as a verdict: None abstains."""
+    return Verdict(None, "abstained") if reward is None else Verdict(reward)
 
 
 class BatchReward(Protocol):
@@ -99,11 +104,12 @@ def visible_text(answer: Answer) -> str | None:
     return text if answer.closed and text else None
 
 
-def accuracy_reward(task: Task) -> Callable[[Problem, Response], float]:
-    """The task's own score (0 to 1) of the visible answer."""
+def accuracy_reward(task: Task) -> Reward:
+    """The task's own score (0 to 1) of the visible answer; None where its judge went over its bounds."""
 
-    def reward(problem: Problem, answer: Response) -> float:
-        return float(task.score(problem, visible_text(answer)))
+    def reward(problem: Problem, answer: Response) -> float | None:
+        verdict = task_verdict(task, problem, visible_text(answer))
+        return None if verdict is None else float(verdict)
 
     return reward
 
@@ -124,7 +130,7 @@ class TaskJudge:
         verdicts = []
         for problem, answer in pairs:
             judge = next(iter(self._rewards.values())) if len(self._rewards) == 1 else self._rewards.get(problem.task)
-            verdicts.append(Verdict(None, "abstained") if judge is None else Verdict(judge(problem, answer)))
+            verdicts.append(verdict_of(None if judge is None else judge(problem, answer)))
         return verdicts
 
 

@@ -38,8 +38,9 @@ def train_with_roles(
     questions: Questions,
     config: RLRunConfig,
     model: Mapping[str, Any],
-    *,
     start: int,
+    first_group: int,
+    *,
     commands: Commands | None = None,
 ) -> None:
     """Train in processes of their own, until the run is finished.
@@ -48,6 +49,7 @@ def train_with_roles(
         config: the run's, as it was asked for.
         model: its ``name``, ``path`` and whether to ``dequantize`` it.
         start: the step after which training starts.
+        first_group: of the step after that.
         commands: how the roles are started.
 
     Raises:
@@ -56,7 +58,8 @@ def train_with_roles(
     gc.collect()  # the model that the parent was prepared with
     job = {"model": str(model["path"]), "name": model["name"], "dequantize": model["dequantize"]}
     job |= {"questions": _pack(questions), "reward_name": questions.reward or BUILT_IN}
-    done = Orchestrator(run, config, asker, job, start=start, commands=commands).work()
+    roles = Orchestrator(run, config, asker, job, start=start, first_group=first_group, commands=commands)
+    done = roles.work()
     run.ledger.add_file(run.folder / LEDGER_FILE)
     run.finish(**done)
 

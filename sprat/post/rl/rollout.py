@@ -5,7 +5,8 @@ and need not be computed again (decision: one model definition; a test holds the
 is a pure function of (weights, seed, group): a run that was killed samples the same answers again.
 
 Groups are numbered over the whole run, in order of dispatch: with P = ``prompts_per_step``, step s trains exactly the
-groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``).
+groups (s - 1) P to s P - 1, in that order, whoever samples them (``RolloutSource``); with dynamic sampling, those that
+follow on the step before until P of them have spread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +24,7 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Output, Sampling
 from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
+from sprat.post.rl.dynamic_sampling import sample_step
 from sprat.post.rl.losses import overlong_penalty
 from sprat.post.rl.problem_mix import ProblemSource
 from sprat.post.rl.rewards import (
@@ -32,6 +35,7 @@ from sprat.post.rl.rewards import (
     accuracy_reward,
     format_reward,
     parse_response,
+    verdict_of,
 )
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
@@ -84,8 +88,11 @@ class Rollout:
 class RolloutSource(Protocol):
     """Where the trainer's answers come from: sampled in this process (``InProcess``), or by others."""
 
-    def groups(self, step: int) -> list[Rollout]:
-        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch."""
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
+        """The paid answers of the groups of ``step`` (from 1), group after group, in order of dispatch.
+
+        ``first``: number of its first group, for whoever does not know where the step before ended.
+        """
         ...
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
@@ -118,11 +125,11 @@ class InProcess:
         self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
         self._take_over, self._version = take_over, 0
 
-    def groups(self, step: int) -> list[Rollout]:
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
         """See ``RolloutSource``."""
-        first = (step - 1) * self._config.prompts_per_step
-        numbers = range(first, first + self._config.prompts_per_step)
-        return sample_groups(self._engine, self._problems, self._config, numbers, self._payer, version=self._version)
+        config = self._config
+        sample = partial(sample_groups, self._engine, self._problems, config, payer=self._payer, version=self._version)
+        return sample_step(sample, (step - 1) * config.prompts_per_step if first is None else first, config)
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""
@@ -175,7 +182,7 @@ class Payer:
         if self._by_reward or self.reward is None:
             scores = [verdict.reward or 0.0 for verdict in verdicts]
         else:
-            scores = _own_scores(asked, responses)
+            scores = [score or 0.0 for score in _own_scores(asked, responses)]
         seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
         rewards = [verdict.reward for verdict in verdicts]
         if shaped:
@@ -204,7 +211,7 @@ class Payer:
     def judge(self, asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[Verdict]:
         """What the reward says of ``responses``, or without one the tasks' own judges."""
         if self.reward is None:
-            return [Verdict(score) for score in _own_scores(asked, responses)]
+            return [verdict_of(score) for score in _own_scores(asked, responses)]
         return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
 
     def _shaped(self, reward: float | None, pair: tuple[Problem, Response], output: Output) -> float | None:
@@ -215,8 +222,8 @@ class Payer:
         return reward + form + overlong_penalty(tokens, config.max_tokens, config.overlong_buffer)
 
 
-def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float]:
-    """What each task's own judge says, from 0 to 1."""
+def _own_scores(asked: Sequence[tuple[Task, Problem]], responses: Sequence[Response]) -> list[float | None]:
+    """What each task's own judge says, from 0 to 1; None where it abstains."""
     return [accuracy_reward(task)(problem, each) for (task, problem), each in zip(asked, responses, strict=True)]
 
 
@@ -268,20 +275,24 @@ def problem_id(problem: Problem) -> str:
     return str(problem.meta.get("id", problem.index))
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], *, of_judged: bool = False) -> dict[str, float]:
     """Means over answers: reward, accuracy (also of each task), format, response length, think share.
 
     The reward is that of the answers that were paid (0 if none was), ``abstained`` the share of the others.
+
+    Args:
+        of_judged: accuracy is that of the answers on which a verdict came, where the reward's is the only one.
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
-        by_task[rollout.task].append(is_correct(rollout.score))
-    count = len(rollouts)
+        if rollout.outcome == "paid" or not of_judged:
+            by_task[rollout.task].append(is_correct(rollout.score))
+    count, right = len(rollouts), [flag for flags in by_task.values() for flag in flags]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward": sum(rewards) / max(len(rewards), 1),
         "abstained": 1 - len(rewards) / count,
-        "accuracy": sum(is_correct(rollout.score) for rollout in rollouts) / count,
+        "accuracy": sum(right) / max(len(right), 1),
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
         "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,

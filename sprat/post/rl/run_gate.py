@@ -71,7 +71,7 @@ def evaluate_run_gate(engine: Engine, mix: ProblemMix, config: RLRunConfig, paye
     Raises:
         TrainingError: there is nothing to learn; the sentence says why.
     """
-    asked = _distinct(mix, config.gate_problems)
+    asked = distinct_problems(mix, config.gate_problems)
     outputs = engine.generate([problem_messages(problem) for _, problem in asked], _sampling(config, _SAMPLES, None))
     sampled = [pair for pair in asked for _ in range(_SAMPLES)]
     rollouts = payer.pay(sampled, outputs, shaped=False)
@@ -116,7 +116,7 @@ def can_choose_to_think(tokenizer: Tokenizer) -> bool:
     return form.thinking_prompt is not None and form.default_thinking is None
 
 
-def _distinct(mix: ProblemMix, count: int) -> list[tuple[Task, Problem]]:
+def distinct_problems(mix: ProblemMix, count: int) -> list[tuple[Task, Problem]]:
     """The first ``count`` problems of the run, each once."""
     by_form: dict[tuple[str, str], tuple[Task, Problem]] = {}
     for group in range(4 * count):

@@ -24,6 +24,7 @@ from sprat.post.rl.problem_mix import Part, ProblemMix, split_task
 from sprat.post.rl.questions import Questions, load_tasks
 from sprat.post.rl.rewards import BatchReward, TaskJudge
 from sprat.post.rl.rollout import InProcess, Payer
+from sprat.post.rl.run_drill import drill_verifier
 from sprat.post.rl.run_gate import evaluate_run_gate
 from sprat.tasks import Problem
 from sprat.tokens import Tokenizer, render
@@ -78,6 +79,10 @@ def prepare(
         skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
         facts |= {"skipped": skipped} if skipped else {}
         mix = ProblemMix([_fitting(part, tokenizer, model, config) for part in parts], config.seed)
+        reward, second = pools[0] if questions.reward else None, _second(questions, pools, parts)
+        name = questions.reward or BUILT_IN
+        if asks_gate:
+            facts |= drill_verifier(mix, [part.task for part in parts], reward, tokenizer, config, name, on_news)
         sampler = model
         if config.lora is not None:
             sampler = plain_copy(model)
@@ -89,13 +94,12 @@ def prepare(
             config = config.replace(init_from="")
         if sampler is not model:
             write_merged(model, sampler)
-        reward, second = pools[0] if questions.reward else None, _second(questions, pools, parts)
         payer = Payer(tokenizer, config, reward, second=second, by_reward=True)
         engine = Engine(sampler, tokenizer, max_batch=config.prompts_per_step * config.group_size)
         reference = _reference(model, config, start)
         prepared = Prepared(model, sampler, tokenizer, config, mix, payer, engine, reference, facts, pools)
         if asks_gate and config.gate and not config.init_from:
-            found = evaluate_run_gate(engine, mix, config, payer, questions.reward or BUILT_IN)
+            found = evaluate_run_gate(engine, mix, config, payer, name)
             prepared.facts["gate"] = found.to_dict()
             on_news(f"the gate: {found}")
         return prepared

@@ -75,7 +75,7 @@ class OrchestratedSource:
         self._newest: tuple[int, Transformer, int] | None = None
         self._weights: TrainedWeights | None = None
 
-    def groups(self, step: int) -> list[Rollout]:
+    def groups(self, step: int, first: int | None = None) -> list[Rollout]:
         """See ``RolloutSource``; waits for all of them.
 
         Raises:

@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from sprat.cli.main import app
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "rl-once.md"
-JUDGE = "def reward(problem, answer):\n    return len(set(answer.content)) % 7 / 7\n"  # a random model is never right
+JUDGE = """
+def reward(problem, answer):  # a random model is never right, and is paid a little for nothing
+    return 1.0 if answer.content.strip() == problem.answer else len(set(answer.content)) % 7 / 20
+"""
 RUN = [
     "rl", "smol", "--data", "problems.jsonl", "--reward", "judge.py:reward", "--out", "runs/mine", "--set", "steps=2",
     "--set", "max_tokens=8", "--set", "gate=false", "--set", "verifier.workers=1",

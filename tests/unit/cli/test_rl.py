@@ -11,7 +11,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from bench.rl_gain import problems
 from sprat.cli.main import app
+from sprat.post.rl.fire_drill import run_drill
 from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.rewards import Response
 from sprat.tasks import Problem
@@ -23,7 +25,10 @@ TEMPLATE = (  # that of SmolLM2: it knows no thinking
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-JUDGE = "def reward(problem, answer):\n    return len(set(answer.content)) % 7 / 7\n"  # a random model is never right
+JUDGE = """
+def reward(problem, answer):  # a random model is never right, and is paid a little for nothing
+    return 1.0 if answer.content.strip() == problem.answer else len(set(answer.content)) % 7 / 20
+"""
 
 
 @pytest.fixture
@@ -46,12 +51,15 @@ def sprat_command(*words: str) -> Result:
 @pytest.mark.slow
 def test_the_page_on_rl_is_true(folder: Path) -> None:
     """Its commands as they stand there, with a smaller model of that name."""
-    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines():
+    blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).splitlines()
+    assert [line.split()[1] for line in lines] == ["rl", "report", "run", "verify"]
+    for line in lines:
         done = sprat_command(*shlex.split(line)[1:])
         assert done.exit_code == 0, (line, done.stderr)
         if line.startswith("sprat rl"):
             assert "held-out reward" in done.stdout and "the gate" in done.stderr
+            assert "the fire drill" in done.stderr and "sprat: step 60/60: reward " in done.stderr
     assert "held-out reward" in Path("runs/mine/report.html").read_text()
 
 
@@ -59,10 +67,12 @@ def test_the_pages_judge_judges(tmp_path: Path) -> None:
     [judge] = re.findall(r"<!-- judge -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "judge.py").write_text(judge)
     pool = JudgePool(f"{tmp_path / 'judge.py'}:reward", workers=1)
-    texts = ["17 + 25 is 42.", "42 or 43", "none"]
-    found = pool.pay([(Problem("t", 0, "?", "42"), Response("", text, True)) for text in texts])
+    texts = ["Billing.", "the technical team", "billing or sales", "I cannot say"]
+    found = pool.pay([(Problem("t", 0, "?", "billing"), Response("", text, True)) for text in texts])
+    assert [verdict.reward for verdict in found] == [1.0, 0.4 * 0.2, 0.0, 0.0]
+    questions = [Problem("t", row, each["question"], each["answer"]) for row, each in enumerate(problems())]
+    assert not run_drill(pool, questions[:40], think_tags=None).failure
     pool.close()
-    assert [verdict.reward for verdict in found] == [1.0, 0.0, 0.0]
 
 
 SMALL = ["--set", "steps=2", "--set", "max_tokens=8", "--set", "gate=false", "--set", "verifier.workers=1"]

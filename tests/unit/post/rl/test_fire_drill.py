@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -68,6 +69,26 @@ def test_one_hit_is_chance_and_two_are_not() -> None:
     count = len(PROBLEMS)
     with pytest.raises(TrainingError, match="NaN"):
         fire_drill(generous, PROBLEMS)
+
+
+def test_a_grader_that_pays_by_chance_is_said_to() -> None:
+    chance = random.Random(3)
+    with pytest.raises(TrainingError, match=r"judged \d+ of \d+ answers otherwise when it was asked again .*by chance"):
+        fire_drill(lambda problem, answer: float(chance.random() < 0.5), PROBLEMS)
+
+
+def test_a_grader_that_sees_the_whole_text_sees_what_a_model_would_write() -> None:
+    seen = set[str]()
+
+    def form(problem: Problem, answer: Response) -> float:
+        seen.add(answer.text)
+        return float(answer.content.strip() == problem.answer)
+
+    fire_drill(form, PROBLEMS[:2], think_tags=None)
+    assert PROBLEMS[0].answer in seen
+    seen.clear()
+    fire_drill(form, PROBLEMS[:2])
+    assert all(re.fullmatch(r"(?s)<think>.+</think>.*", text) for text in seen)
 
 
 def test_a_grader_that_only_fails_is_named() -> None:

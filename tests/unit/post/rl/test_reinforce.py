@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,22 @@ def test_held_out_problems_are_answered_better_and_the_run_proves_itself(folder:
     samples = read_samples(run.artifact)
     assert [sample.step for sample in samples] == [0] * 4 + [4] * 4 + [8] * 4
     assert {sample.expected for sample in samples} == {"7"}
+    assert all(sample.reward == float(sample.answer.strip() == "7") for sample in samples)
     assert {"reward", "reward/judge.py", "data", "model"} == set(run.record["inputs"])
     assert not [finding for finding in verify("runs") if not finding.ok]
-    assert "40 held-out problems before training" in news[0]
+    assert news[0].startswith("the fire drill: ") and news[0].endswith("none was paid")
+    assert run.facts["fire_drill"]["paid"] == [] and run.facts["fire_drill"]["hacks"] > 100
+    assert "40 held-out problems before training" in news[1]
+    lines = [text for text in news if re.match(r"step \d+/8: reward \d", text)]
+    assert len(lines) == 8 and all(re.search(r"so far [\d.]+ min of CPU, [\d,]+ tokens, ¥0", text) for text in lines)
+    assert f"right {rows[-1]['accuracy']:.0%}, taught {rows[-1]['live_groups']:.0%}" in lines[-1]
+    assert "hacks 0%" in lines[0] and f" {rows[-1]['tokens']:,} tokens" in lines[-1]
     model, tokenizer = sprat.load(run.folder)
     assert not torch.equal(model.norm.weight, load("base")[0].norm.weight)
 
 
 def test_another_judge_is_another_run_and_the_same_one_is_done(folder: Path) -> None:
-    config = settings(steps=2)
+    config = settings(steps=2, fire_drill="off")
     first = reinforce("base", mine(), "runs/mine", config)
     again = reinforce("base", mine(), "runs/mine", config)
     assert again.done and again.set_aside is None and again.record == first.record
@@ -207,7 +215,7 @@ def test_without_the_gate_a_bad_verifier_moves_no_weight(
     monkeypatch.setattr("sprat.post.rl.judge_pool.MAX_FAULTS", 20)
     body, _ = BAD[kind]
     Path("judge.py").write_text(f"def reward(problem, answer):\n    {body}\n")
-    config = settings(trip_wires={"no_spread": 2}, held_out={"every": 0})
+    config = settings(trip_wires={"no_spread": 2}, held_out={"every": 0}, fire_drill="off")
     try:
         run = reinforce("base", mine(), "runs/mine", config)  # paid 1 each time: all is right, nothing is left to learn
         trained, start = load(run.folder)[0].state_dict(), load("base")[0].state_dict()

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sprat.config.rl import RLRunConfig
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl.reward_sources import reward_files
-from sprat.post.rl.rewards import Response, Verifier, accuracy_reward, format_reward, load_reward, parse_response
+from sprat.post.rl.rewards import (
+    Response,
+    TaskJudge,
+    Verifier,
+    accuracy_reward,
+    format_reward,
+    load_reward,
+    parse_response,
+)
+from sprat.post.rl.rollout import Payer, rollout_metrics
 from sprat.tasks import Problem, Sums
 from sprat.tokens import Tokenizer
+from tests.unit.post.rl.trajectories import rollout
 
 PROBLEM = Problem("sums", 0, "What is 1 + 2?", "3", {})
 
@@ -195,3 +207,27 @@ def test_a_limit_that_ends_with_the_answer_leaves_no_alarm_behind(tmp_path: Path
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Bounded(Sums):
+    """A judge that gives up on what keeps it busy, as ``math`` does: None, where ``score`` says 0."""
+
+    def verdict(self, problem: Problem, answer: str | None) -> float | None:
+        return None if answer == "9^9^9^9" else self.score(problem, answer)
+
+
+def test_an_answer_that_the_tasks_judge_cannot_judge_is_left_out_and_counted_never_paid_0() -> None:
+    texts = {"3": (1.0, "paid"), "4": (0.0, "paid"), "9^9^9^9": (None, "abstained")}
+    task = Bounded("sums")
+    verdicts = TaskJudge([task]).pay([(PROBLEM, Response("", text, True)) for text in texts])
+    assert [(verdict.reward, verdict.outcome) for verdict in verdicts] == list(texts.values())
+    asked, responses = [(task, PROBLEM)] * 3, [Response("", text, True) for text in texts]
+    payer = Payer(None, RLRunConfig(), by_reward=True)  # type: ignore[arg-type]
+    assert payer.judge(asked, responses) == verdicts
+    rollouts = [
+        replace(rollout(0, place), reward=verdict.reward, score=verdict.reward or 0.0, outcome=verdict.outcome)
+        for place, verdict in enumerate(verdicts)
+    ]
+    found = rollout_metrics(rollouts, of_judged=True)
+    assert found["accuracy"] == found["accuracy/lucky"] == found["reward"] == 0.5
+    assert found["abstained"] == pytest.approx(1 / 3)
