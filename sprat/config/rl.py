@@ -62,6 +62,7 @@ class RLRunConfig(RLConfig):
         "loss": "bnpo",
         "held_out": HeldOutConfig(share=0, every=0, kept_answers=0),
         "trip_wires": TripWiresConfig(action="off"),
+        "replay_routes": False,
     }
     lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
 
@@ -88,6 +89,7 @@ class RLRunConfig(RLConfig):
     # step, all of whose groups are then drawn together.
     seeding: Literal["group", "step"] = "group"
     rollout: RolloutConfig = RolloutConfig()
+    replay_routes: bool = True  # mixtures of experts are trained with the experts that sampled, see post.rl.batch
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"  # see post.rl.losses
     sample_std: bool = False  # divide by the deviation of a sample (over G - 1), not of the group as a population
     std_epsilon: float = Field(0.0, ge=0, le=1e9)  # added to that deviation (TRL: 1e-4)

@@ -110,7 +110,7 @@ class Engine:
         self.limits = limits
         self._grammars = GrammarCache(tokenizer, eos_ids)
         vocab, names = model.config.vocab_size, [each.name for each in backend.adapters]
-        self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names)
+        self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names, model.config)
         digests = [each.digest for each in backend.adapters]
         keys = BlockKeys(digest, adapter, tokenizer.digest, backend.kv_format, digests)
         speculation = Speculation(speculate, self.backend, tokenizer.vocab_size)
@@ -167,12 +167,12 @@ class Engine:
             fault = "prompts, settings and adapters differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
         seen: Counter[tuple[int, str | None, tuple[int, ...]]] = Counter()
-        groups: dict[tuple[str | None, tuple[int, ...]], int] = {}
+        groups: dict[tuple[str | None, tuple[int, ...], bool], int] = {}
         build, sequences = self._request_builder.build, list[Sequence]()
         for prompt, params, own in zip(prompts, settings, adapters, strict=True):
             ids = self._request_builder.tokenize(prompt, params)
             key = own, tuple(ids)
-            group = groups.setdefault(key, next(self._prompt_groups))
+            group = groups.setdefault((*key, params.routes), next(self._prompt_groups))
             for _ in range(params.n):
                 stream = seen[params.seed, *key]
                 sequence = build(
@@ -268,7 +268,8 @@ class Engine:
         if any(sampling.n != 1 for sampling in samplings):
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
         ids = self._request_builder.tokenize(prompt, samplings[0])
-        group = next(self._prompt_groups) if len(samplings) > 1 else 0
+        is_shared = len(samplings) > 1 and len({sampling.routes for sampling in samplings}) == 1
+        group = next(self._prompt_groups) if is_shared else 0
         return [
             self._request_builder.build(
                 ids, sampling, tenant=tenant, prompt_group=group, cancel_event=cancel, adapter=adapter

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sprat.config.rl import RLRunConfig
@@ -195,6 +196,7 @@ class Payer:
                 outcome=verdict.outcome,
                 detail=verdict.detail,
                 second=second,
+                routes=None if output.routes is None else torch.from_numpy(output.routes),
             )
             for (task, problem), response, output, reward, score, verdict, second in zip(
                 asked, responses, outputs, rewards, scores, verdicts, seconds, strict=True
@@ -259,6 +261,7 @@ def group_sampling(config: RLRunConfig, group: int) -> Sampling:
         seed=random.Random(f"rollout/{config.seed}/{key}").randrange(1 << 31),
         thinking=None,
         logprobs=True,
+        routes=config.replay_routes,
         n=config.group_size,
     )
 

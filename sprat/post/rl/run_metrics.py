@@ -47,7 +47,9 @@ def kl_from_start(reference: Transformer, rollouts: Sequence[Rollout], config: R
         return 0.0
     total, count, head_VD = 0.0, 0, reference.head.dense_weight()
     for micro in micro_batches(first, range(len(first))):
-        tokens = forward_responses(reference, [first[row] for row in micro], torch.zeros(len(micro)))
+        tokens = forward_responses(
+            reference, [first[row] for row in micro], torch.zeros(len(micro)), replay_routes=False
+        )
         start_N, _ = token_logprob(tokens.x_ND, head_VD, tokens.targets_N, config.temperature)
         log_ratio_N = start_N.double() - tokens.old_N.double()
         total, count = total + float((log_ratio_N.exp() - 1 - log_ratio_N).sum()), count + len(log_ratio_N)

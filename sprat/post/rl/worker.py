@@ -51,8 +51,9 @@ def sample(engine: Engine, requests: Sequence[Request], version: int) -> list[li
 def _as_answer(output: Output, version: int, is_first: bool) -> SampledAnswer:
     versions = getattr(output, "versions", None) or [version] * len(output.token_ids)
     prefill = len(output.prompt_ids) if is_first else 0
-    routes = getattr(output, "routes", None)
-    return SampledAnswer(output.token_ids, output.logprobs or [], versions, output.finish_reason, prefill, routes)
+    return SampledAnswer(
+        output.token_ids, output.logprobs or [], versions, output.finish_reason, prefill, output.routes
+    )
 
 
 class Worker:
