@@ -51,6 +51,11 @@ class TripWiresConfig(Config):
     min_z: float = Field(3.3, ge=0, le=1e9)  # standard errors by which reward rises and the second judge's falls
     held_out_p: float = Field(0.01, ge=0, le=1)  # of the paired test by which the held-out score has fallen
     no_spread: int = Field(5, ge=0, lt=2**31)  # steps in a row in which every group was paid alike
+    # Trainer against sampler, where both have the same weights: nats of a token's log-probability.
+    max_logprob_gap: float = Field(0.0, ge=0, le=1e9)  # of the furthest token of a step
+    max_logprob_gap_mean: float = Field(0.0, ge=0, le=1e9)  # rl.max_mismatch stops before a weight moves
+    max_logprob_gap_p99: float = Field(1.0, ge=0, le=1e9)
+    max_route_flips: float = Field(0.5, ge=0, le=1)  # share of experts that the trainer would choose otherwise
 
 
 class RLRunConfig(RLConfig):

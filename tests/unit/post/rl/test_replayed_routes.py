@@ -71,7 +71,9 @@ def test_a_layer_takes_the_experts_that_it_is_given_with_its_own_weights(model: 
         for place in range(5):
             x, ids = x_BTD[row, place], given_BTK[row, place].tolist()
             scores = logits[row, place].sigmoid().double()
-            expected = torch.zeros_like(x) if layer.shared_experts is None else layer.shared_experts(x[None, None])[0, 0]
+            expected = (
+                torch.zeros_like(x) if layer.shared_experts is None else layer.shared_experts(x[None, None])[0, 0]
+            )
             for expert in ids:
                 weight = scores[expert] / scores[ids].sum() * config.routed_scaling_factor
                 gate, up = layer.experts.w_gate_EFD[expert] @ x, layer.experts.w_up_EFD[expert] @ x
