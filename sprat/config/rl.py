@@ -70,6 +70,8 @@ class RLRunConfig(RLConfig):
         "replay_routes": False,
     }
     lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
+    # max_mismatch where nobody says and answers are sampled in fewer bits: several times what rounding makes of it.
+    rounded_mismatch: ClassVar[dict[str, float]] = {"bfloat16": 0.05, "int4": 0.5}
 
     steps: Count = 60
     prompts_per_step: Count = 8
@@ -107,6 +109,24 @@ class RLRunConfig(RLConfig):
         if self.rollout.workers and self.seeding != "group":
             raise ValueError("rollout.workers draw each group alone: set seeding=group")
         return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        precision = self.rollout.precision
+        if precision != "float32" and self.importance_cap is None:
+            what = f"rollout.precision={precision} samples from another policy than the one that is trained"
+            raise ValueError(f"{what}: correct for it by importance_cap=2, or sample in float32")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_mismatch(cls, table: Any) -> Any:
+        """Let rounded weights differ by what rounding makes of them."""
+        rollout = table.get("rollout") if isinstance(table, dict) else None
+        precision = rollout.get("precision") if isinstance(rollout, dict) else getattr(rollout, "precision", None)
+        if not isinstance(precision, str) or precision not in cls.rounded_mismatch:
+            return table
+        return {"max_mismatch": cls.rounded_mismatch[precision]} | table
 
     @model_validator(mode="after")
     def _check_buffer(self) -> Self:

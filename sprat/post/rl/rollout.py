@@ -105,7 +105,8 @@ class InProcess:
     """Samples with an engine in this process, on the very weights that are trained.
 
     Args:
-        take_over: called with the model that is trained after each step, where the engine computes with a copy of it.
+        take_over: called with the model that is trained after each step, where the engine computes with a copy of it;
+            the engine to go on with, where that is another one.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class InProcess:
         problems: ProblemSource,
         config: RLRunConfig,
         payer: Payer,
-        take_over: Callable[[Transformer], None] = lambda model: None,
+        take_over: Callable[[Transformer], Engine | None] = lambda model: None,
     ) -> None:
         self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
         self._take_over, self._version = take_over, 0
@@ -127,7 +128,7 @@ class InProcess:
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""
-        self._take_over(model)
+        self._engine = self._take_over(model) or self._engine
         self._version = version
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from sprat.machine import end_with_parent
 from sprat.model.lora import add_lora
 from sprat.post.rl.connection import Caller, Connection, connect
 from sprat.post.rl.merged_copy import plain_copy, write_merged
+from sprat.post.rl.rollout_engine import RolloutEngine
 from sprat.post.rl.sampled import Request, SampledAnswer, pack_answers, unpack_requests
 from sprat.post.rl.weights import OtherModelError, TrainedWeights
 from sprat.post.rl.wire import Message
@@ -73,7 +74,8 @@ class Worker:
             self._sampled = plain_copy(own)
             add_lora(own, self._config.lora, self._config.seed)
         self._weights, self._digest = TrainedWeights(own), ""
-        self._engine = Engine(self._sampled, tokenizer, max_batch=self._job["room"] * self._config.group_size)
+        max_batch = self._job["room"] * self._config.group_size
+        self._rollouts = RolloutEngine(self._sampled, tokenizer, self._config, max_batch)
 
     def work(self) -> None:
         """Take groups and answer them, until told to stop. Raises SpratError: the run has failed or ended."""
@@ -87,7 +89,7 @@ class Worker:
                 self._caller.ask("refuse", version=version, reason=str(error))
                 continue
             requests = unpack_requests(reply)
-            for request, answers in zip(requests, self._sampler(self._engine, requests, version), strict=True):
+            for request, answers in zip(requests, self._sampler(self._rollouts.engine, requests, version), strict=True):
                 body, arrays = pack_answers(answers)
                 self._caller.ask("answer", arrays, group=request.group, rollbacks=reply.body["rollbacks"], **body)
 
@@ -106,6 +108,7 @@ class Worker:
                 self._weights.load(path, digest)
         if self._sampled is not self._weights.model:
             write_merged(self._weights.model, self._sampled)
+        self._rollouts.take_over()
         self._digest = digest
 
     def _download(self, version: int, path: Path) -> None:
