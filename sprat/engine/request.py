@@ -282,6 +282,7 @@ class RequestHandle:
             prompt_logprobs=[None, *sequence.prompt_logprobs] if scored else None,
             prompt_top_logprobs=[None, *sequence.prompt_top_logprobs] if scored and sampling.top_logprobs else None,
             stop="" if detokenizer is None else detokenizer.stop,
+            versions=sequence.token_versions(),
             routes=None if sequence.routes is None else sequence.routes.upto(sequence.num_tokens, sequence.num_routed),
         )
         self._emit([Delta("done", output=self._output)])

@@ -90,6 +90,8 @@ class Output:
     ``routes``, where asked for, are the experts that each token of prompt and answer took in each MoE layer, uint8 or
     int16 [tokens, layers, experts of a token], in no particular order. The last token's are 0, for nobody computes it.
     None for models without experts.
+
+    ``versions``: of the weights that sampled each token, where they changed meanwhile (``Engine.update_weights``).
     """
 
     text: str
@@ -105,6 +107,7 @@ class Output:
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     stop: str = ""
     routes: NDArray[Any] | None = None
+    versions: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Sequence:
     prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
     hidden_sum_D: NDArray[np.float64] | None = None  # of the last norm's output
     routes: Routes | None = None  # the experts that it took, where it asks
+    versions: list[tuple[int, int]] = field(default_factory=list)  # (tokens before, weights from then on); none: one
     # In the engine
     slot: int = -1
     # Prompt and answer to prefill
@@ -203,6 +207,13 @@ class Sequence:
         prompt = len(self.prompt_ids)
         answer = self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
         return np.array(self.prompt_ids[start:stop] + answer, np.int32)
+
+    def token_versions(self) -> list[int] | None:
+        """Of the weights that sampled each token of the answer; None where they never changed."""
+        ends = [start for start, _ in self.versions[1:]] + [len(self.output_ids)]
+        return [
+            version for (start, version), end in zip(self.versions, ends, strict=False) for _ in range(start, end)
+        ] or None
 
     @property
     def is_cancelled(self) -> bool:

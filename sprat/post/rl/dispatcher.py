@@ -133,6 +133,13 @@ class Dispatcher:
             requests = [Request(one.group, one.prompt_ids, self._asker.sampling(one.group)) for one in questions]
             return Assignment(self.version, self._digests[self.version], self._rollbacks, requests)
 
+    def newest(self) -> Assignment | None:
+        """The newest weights, and no groups; None while there are none to be had."""
+        with self._changed:
+            if self.version is None:
+                return None
+            return Assignment(self.version, self._digests[self.version], self._rollbacks, [])
+
     def _due(self, room: int) -> list[int]:
         """The groups that may be dispatched now, at most ``room``, lowest first."""
         if self.version is None or self._stopped or self._failure:
@@ -149,11 +156,19 @@ class Dispatcher:
             return self._asker.question(group) if group in self._again else None
 
     def answered(self, sampled: Sampled) -> None:
-        """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten."""
+        """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten.
+
+        Raises:
+            TrustError: a token is older than the group may be.
+        """
         group = sampled.question.group
+        oldest = min(version for answer in sampled.answers for version in answer.versions)
         with self._changed:
             if sampled.rollbacks != self._rollbacks:  # of weights that were given up
                 return
+            if oldest < group // self._range.per_step - self._staleness:
+                what = f"a token of group {group} was sampled with version {oldest} of the weights, which is too old"
+                raise TrustError(what, where=sampled.worker, todo="run the same version of sprat on all machines")
             if group in self._again:  # its worker was thought dead
                 self._again.remove(group)
                 heapq.heapify(self._again)
