@@ -18,8 +18,8 @@ token is dropped and no slot is padded. Left out: expert parallelism (it belongs
 
 Given routes. Where two experts are as good as equal the last bit of a sum decides, and a trainer that decides otherwise
 than the sampler trains another policy. So the choice may be given: experts are those, and only their weights are the
-router's own, from its own scores and with gradient ("rollout routing replay", Ma et al. 2025, arXiv 2510.11370, section
-4). ``flipped_N`` says where it would have chosen otherwise.
+router's own, from its own scores and with gradient ("rollout routing replay", Ma et al. 2025, arXiv 2510.11370).
+``flipped_N`` says where it would have chosen otherwise.
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs

@@ -28,7 +28,7 @@ from sprat.errors import SpratError, TrainingError, TrustError
 from sprat.post.rl.ledger import RolloutLedger
 from sprat.post.rl.ledger_tables import Question, StepRow
 from sprat.post.rl.rollout import Rollout
-from sprat.post.rl.sampled import Request, SampledAnswer
+from sprat.post.rl.sampled import Request, SampledAnswer, check_versions
 from sprat.post.rl.weights import versions
 
 MAX_REFUSALS = 3  # of one version, before the run ends
@@ -159,16 +159,14 @@ class Dispatcher:
         """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten.
 
         Raises:
-            TrustError: a token is older than the group may be.
+            TrustError: a token is of older weights than the group may have, or of newer ones than there are.
         """
         group = sampled.question.group
-        oldest = min(version for answer in sampled.answers for version in answer.versions)
+        newest = group // self._range.per_step  # its own step is not trained yet
         with self._changed:
             if sampled.rollbacks != self._rollbacks:  # of weights that were given up
                 return
-            if oldest < group // self._range.per_step - self._staleness:
-                what = f"a token of group {group} was sampled with version {oldest} of the weights, which is too old"
-                raise TrustError(what, where=sampled.worker, todo="run the same version of sprat on all machines")
+            check_versions(sampled.answers, newest - self._staleness, newest, f"group {group} of {sampled.worker}")
             if group in self._again:  # its worker was thought dead
                 self._again.remove(group)
                 heapq.heapify(self._again)
