@@ -13,11 +13,13 @@ import torch.nn.functional as F
 
 from sprat.config import Config
 from sprat.config.rl import RLRunConfig
+from sprat.config.sizes import size
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.model import MoE, Transformer
 from sprat.post.rl import grpo
-from sprat.post.rl.batch import forward_responses
+from sprat.post.rl.batch import ResponseTokens, RouteCounts, forward_responses
+from sprat.post.rl.logprob_gap import LogprobGap
 from sprat.post.rl.problem_mix import StationProblems
 from sprat.post.rl.rewards import Response
 from sprat.post.rl.rollout import InProcess, Payer, Rollout
@@ -104,6 +106,34 @@ def test_the_trainer_is_the_sampler_where_their_routers_choose_otherwise(
     assert routes.places == layers * tokens and routes.replayed == layers * sum(one.length - 1 for one in half[:4])
     assert 0 < routes.flipped <= routes.replayed
     assert forward_responses(guesser, sampled(guesser, tokenizer), torch.zeros(8)).routes.flipped == 0
+
+
+def test_each_layer_takes_its_own(tokenizer: Tokenizer) -> None:
+    trainer = Transformer.create(size("pico", vocab_size=tokenizer.vocab_size, num_hidden_layers=4), 1)
+    with torch.no_grad():
+        trainer.head.weight.mul_(4)
+    assert len(trainer.moe_layers()) == 3 and not isinstance(trainer.layers[0].mlp, MoE)
+    rollouts = sampled(other_choices(trainer), tokenizer)
+    assert largest_gap(trainer, [replace(one, routes=None) for one in rollouts]) > 1e-2
+    assert largest_gap(trainer, rollouts) <= 1e-4
+    trainer.activation_checkpointing = True
+    tokens = forward_responses(trainer, rollouts, torch.zeros(8))
+    assert tokens.routes.replayed == tokens.routes.places
+    tokens.x_ND.sum().backward()
+
+
+def test_the_gap_is_that_of_tokens_of_the_trainers_own_weights() -> None:
+    answer = Rollout(
+        "t", [1], [2] * 200, [0.0] * 200, Response("", "", True), 0.0, 0.0, 0, versions=[2] * 100 + [3] * 100
+    )
+    gap_N = torch.cat((torch.full((100,), 50.0), torch.linspace(0.01, 1.0, 100)))
+    gap = LogprobGap(step=4)
+    nothing = torch.zeros(0)
+    tokens = ResponseTokens(nothing, nothing, torch.zeros(200), nothing, None, RouteCounts(40, 40, 10))
+    gap.compare(-gap_N, tokens, [answer])
+    found = gap.metrics()
+    assert found["logprob_gap_mean"] == pytest.approx(0.505) and found["logprob_gap_p99"] == pytest.approx(0.99)
+    assert found["logprob_gap_max"] == 1.0 and found["route_flips"] == 0.25
 
 
 def test_the_gradient_is_that_of_the_experts_that_sampled(guesser: Transformer, tokenizer: Tokenizer) -> None:
