@@ -26,6 +26,7 @@ _TITLES = {
     "logprob_gap_max": "Gap of trainer and sampler, largest (nats)",
     "route_flips": "Experts that the trainer would choose otherwise",
     "staleness": "Age of the sampling weights (steps)",
+    "versions_per_answer": "Versions of the weights in an answer",
     "think_share": "Answers that think",
     "sample_tokens": "Tokens of a sample",
     "mtp_loss": "Loss of the token after next",

@@ -213,9 +213,9 @@ def train_step(
     metrics = {**rollout_metrics(rollouts), "live_groups": float(has_spread_P.float().mean())}
     if selected:
         advantage_B = advantage_PG.flatten()[rows]
-        is_own = isinstance(config, RLRunConfig)  # the station's log keeps its columns
-        more = {"step_answers": len(rollouts), "measure_gap": is_own}
-        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, **more)
+        is_own, count = isinstance(config, RLRunConfig), len(rollouts)  # the station's log keeps its columns
+        parts = model, optimizer, selected, advantage_B, settings, step, reference, count
+        metrics |= update_policy(*parts, measure_gap=is_own)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 

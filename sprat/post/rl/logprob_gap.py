@@ -23,15 +23,21 @@ class LogprobGap:
     """The gaps of a step's tokens that the trainer's own weights sampled, and what became of the sampler's experts.
 
     Others differ because the policy has moved since.
+
+    Args:
+        measures: False where nobody asks; it costs nothing then.
     """
 
     step: int
+    measures: bool = True
     gaps: list[Tensor] = field(default_factory=list)
     first: RouteCounts = RouteCounts()  # of the tokens that are compared
     trained: RouteCounts = RouteCounts()  # of all
 
     def compare(self, trainer_N: Tensor, tokens: ResponseTokens, rollouts: Sequence[Rollout]) -> None:
         """The log-probabilities of ``tokens``, those of ``rollouts``, before a weight moves."""
+        if not self.measures:
+            return
         is_own_N = torch.tensor([version == self.step - 1 for rollout in rollouts for version in rollout.versions])
         gap_N = (trainer_N.double() - tokens.old_N.double()).abs().cpu()
         self.gaps.append(gap_N[is_own_N] if len(is_own_N) == len(gap_N) else gap_N)

@@ -113,7 +113,12 @@ def update_policy(
         step_answers: of the step, with those that teach nothing; as many as ``rollouts`` where nothing else is said.
         measure_gap: tell what ``LogprobGap`` does as well.
     """
-    token_metrics, norms, mismatch, gap = TokenMetrics(), list[float](), LogprobMismatch(), LogprobGap(step)
+    token_metrics, norms, mismatch, gap = (
+        TokenMetrics(),
+        list[float](),
+        LogprobMismatch(),
+        LogprobGap(step, measure_gap),
+    )
     if config.importance_cap is not None:
         rollouts = _with_importance(model, rollouts, config, mismatch, gap, step)
         metrics = mismatch.check(config.max_mismatch, step)
