@@ -49,6 +49,8 @@ class LogprobGap:
         ``routes_replayed`` is of all that is trained, ``route_flips`` of what is compared.
         """
         gap_N, metrics = torch.cat(self.gaps) if self.gaps else torch.zeros(0), dict[str, float]()
+        if not self.measures:
+            return metrics
         if count := len(gap_N):
             place = math.ceil(0.99 * count)
             metrics = {

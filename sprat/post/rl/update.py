@@ -104,7 +104,6 @@ def update_policy(
     step: int,
     reference: Transformer | None,
     step_answers: int | None = None,
-    *,
     measure_gap: bool = False,
 ) -> dict[str, float]:
     """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch.
@@ -155,8 +154,7 @@ def update_policy(
             if not norms and config.importance_cap is None:
                 metrics = mismatch.check(config.max_mismatch, step)
             norms.append(_step(optimizer, config, step))
-    metrics |= gap.metrics() if measure_gap else {}
-    return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
+    return {**token_metrics.means(), **metrics, **gap.metrics(), "grad_norm": sum(norms) / len(norms)}
 
 
 def _policy_loss(tokens: ResponseTokens, weight_B: Tensor, sizes: Sequence[int], config: RLRunConfig) -> PolicyLoss:
