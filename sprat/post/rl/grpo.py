@@ -214,8 +214,7 @@ def train_step(
     if selected:
         advantage_B = advantage_PG.flatten()[rows]
         is_own, count = isinstance(config, RLRunConfig), len(rollouts)  # the station's log keeps its columns
-        parts = model, optimizer, selected, advantage_B, settings, step, reference, count
-        metrics |= update_policy(*parts, measure_gap=is_own)
+        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, count, is_own)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 
