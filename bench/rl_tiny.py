@@ -6,7 +6,8 @@ a process of its own; workers may be slowed down, group by group, as by straggle
 
     python -m bench.rl_tiny make FOLDER            the policy and the questions: FOLDER/model, FOLDER/ask.jsonl
     python -m bench.rl_tiny run FOLDER NAME JSON   a run with this config, in FOLDER/NAME/run; again: it goes on
-    python -m bench.rl_tiny worker SOCKET PARENT   a worker that is slow by SPRAT_RL_DELAY seconds for a token
+    python -m bench.rl_tiny worker SOCKET PARENT   a worker that is slow by SPRAT_RL_DELAY seconds for a token, after
+                                                   its answers, or with SPRAT_RL_SLOW_STEPS=1 while it gives them
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sprat.post.sft import sft
 from sprat.tokens import Tokenizer
 from sprat.trust.run import Run, open_run
 
-DELAY, STRAGGLERS, SLOWER = "SPRAT_RL_DELAY", 0.1, 10.0
+DELAY, SLOW_STEPS, STRAGGLERS, SLOWER = "SPRAT_RL_DELAY", "SPRAT_RL_SLOW_STEPS", 0.1, 10.0
 SETTINGS: dict[str, Any] = {
     "steps": 12, "prompts_per_step": 8, "group_size": 4, "max_tokens": 32, "lr": 1e-3, "checkpoint_every": 5,
     "gate": False, "minibatch": 16, "held_out": {"share": 0, "every": 0}, "trip_wires": {"action": "off"},
@@ -83,11 +84,34 @@ def run(folder: Path, name: str, config: RLRunConfig) -> Run:
 
 def slow_sample(engine: Engine, requests: Sequence[Request], version: int) -> list[list[SampledAnswer]]:
     """``worker.sample``, and then a pause: as long as the longest answers, ten times that for one group in ten."""
+    if os.environ.get(SLOW_STEPS):
+        return _sample_slowly(engine, requests, version)
     answers = worker.sample(engine, requests, version)
     for request, group in zip(requests, answers, strict=True):
-        factor = SLOWER if random.Random(request.group).random() < STRAGGLERS else 1.0
-        time.sleep(float(os.environ[DELAY]) * factor * max(len(answer.token_ids) for answer in group))
+        time.sleep(_seconds(request) * max(len(answer.token_ids) for answer in group))
     return answers
+
+
+def _sample_slowly(engine: Engine, requests: Sequence[Request], version: int) -> list[list[SampledAnswer]]:
+    """``worker.sample``, with a pause before each step of the engine, and a look for newer weights after it."""
+    look, seconds, worker.POLL_SECONDS = engine.before_step, max(map(_seconds, requests)), 0.0
+
+    def before_step() -> None:
+        time.sleep(seconds)
+        if look is not None:
+            look()
+
+    engine.before_step = before_step
+    try:
+        return worker.sample(engine, requests, version)
+    finally:
+        engine.before_step = look
+
+
+def _seconds(request: Request) -> float:
+    """The pause for a token of a group."""
+    is_slow = random.Random(request.group).random() < STRAGGLERS
+    return float(os.environ[DELAY]) * (SLOWER if is_slow else 1.0)
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ class TripWiresConfig(Config):
     min_z: float = Field(3.3, ge=0, le=1e9)  # standard errors by which reward rises and the second judge's falls
     held_out_p: float = Field(0.01, ge=0, le=1)  # of the paired test by which the held-out score has fallen
     no_spread: int = Field(5, ge=0, lt=2**31)  # steps in a row in which every group was paid alike
+    # Trainer against sampler, where both have the same weights: nats of a token's log-probability.
+    max_logprob_gap: float = Field(0.0, ge=0, le=1e9)  # of the furthest token of a step
+    max_logprob_gap_mean: float = Field(0.0, ge=0, le=1e9)  # rl.max_mismatch stops before a weight moves
+    max_logprob_gap_p99: float = Field(1.0, ge=0, le=1e9)
+    max_route_flips: float = Field(0.5, ge=0, le=1)  # share of experts that the trainer would choose otherwise
 
 
 class RLRunConfig(RLConfig):
@@ -64,8 +69,11 @@ class RLRunConfig(RLConfig):
         "trip_wires": TripWiresConfig(action="off"),
         "fire_drill": "off",
         "hack_monitor": "off",
+        "replay_routes": False,
     }
     lora_lr: ClassVar[float] = 1e-4  # of adapters where nobody says: several times that of whole weights
+    # max_mismatch where nobody says and answers are sampled in fewer bits: several times what rounding makes of it.
+    rounded_mismatch: ClassVar[dict[str, float]] = {"bfloat16": 0.05, "int4": 0.5}
 
     steps: Count = 60
     prompts_per_step: Count = 8
@@ -90,6 +98,7 @@ class RLRunConfig(RLConfig):
     # step, all of whose groups are then drawn together.
     seeding: Literal["group", "step"] = "group"
     rollout: RolloutConfig = RolloutConfig()
+    replay_routes: bool = True  # mixtures of experts are trained with the experts that sampled, see post.rl.batch
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"  # see post.rl.losses
     sample_std: bool = False  # divide by the deviation of a sample (over G - 1), not of the group as a population
     std_epsilon: float = Field(0.0, ge=0, le=1e9)  # added to that deviation (TRL: 1e-4)
@@ -107,6 +116,24 @@ class RLRunConfig(RLConfig):
         if self.rollout.workers and self.seeding != "group":
             raise ValueError("rollout.workers draw each group alone: set seeding=group")
         return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        precision = self.rollout.precision
+        if precision != "float32" and self.importance_cap is None:
+            what = f"rollout.precision={precision} samples from another policy than the one that is trained"
+            raise ValueError(f"{what}: correct for it by importance_cap=2, or sample in float32")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_mismatch(cls, table: Any) -> Any:
+        """Let rounded weights differ by what rounding makes of them."""
+        rollout = table.get("rollout") if isinstance(table, dict) else None
+        precision = rollout.get("precision") if isinstance(rollout, dict) else getattr(rollout, "precision", None)
+        if not isinstance(precision, str) or precision not in cls.rounded_mismatch:
+            return table
+        return {"max_mismatch": cls.rounded_mismatch[precision]} | table
 
     @model_validator(mode="after")
     def _check_buffer(self) -> Self:

@@ -16,7 +16,8 @@ Invariants that every back end holds, and a test for each of them:
 - Blocks that no table names are not touched.
 """
 
-# S sequences, T new tokens of all of them, W blocks of the longest table, R rows whose logits are asked, V vocabulary
+# S sequences, T new tokens of all of them, W blocks of the longest table, R rows whose logits are asked, V vocabulary,
+# L MoE layers, K experts of a token in each
 
 from __future__ import annotations
 
@@ -43,6 +44,8 @@ class Batch:
         block_tables_SW: int32, C-contiguous; block numbers, -1 where a sequence has fewer than W.
         logits_index_R: int32, ascending; the indices of tokens (of 0 … T-1) whose logits are asked. May be empty.
         adapters_S: int32, which of the back end's adapters each sequence has, -1: none; empty: none has one.
+        routes_TLK: int16, C-contiguous; ``run`` and ``argmax`` write there which experts each token took in each of the
+            L MoE layers (MTP's not included), in no particular order. None: nobody asks, and it costs nothing.
     """
 
     tokens_T: NDArray[np.int32]
@@ -51,6 +54,7 @@ class Batch:
     block_tables_SW: NDArray[np.int32]
     logits_index_R: NDArray[np.int32]
     adapters_S: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    routes_TLK: NDArray[np.int16] | None = None
 
 
 class Backend(Protocol):

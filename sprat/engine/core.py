@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 from sprat.engine.backend import Backend
 from sprat.engine.cache.blocks import Blocks
@@ -53,6 +54,7 @@ class EngineCore:
         self._counters: Counter[str] = Counter()
         self._steps = self._sampled = 0
         self._seconds = 0.0
+        self._version = 0
         self._reset()
 
     def step(self) -> list[RequestHandle]:
@@ -92,6 +94,17 @@ class EngineCore:
                 self.scheduler.add(handle.sequence)
                 if handle.sequence.cancel_event is not None:
                     self._cancel_events[handle.sequence.cancel_event] += 1
+
+    def update_weights(self, write: Callable[[], None], version: int) -> None:
+        """See ``Engine``."""
+        with self._stepping, self._lock:
+            self.scheduler.preempt_all()
+            write()
+            for handle in self.handles.values():
+                sequence = handle.sequence
+                sequence.versions = sequence.versions or [(0, self._version)]
+                sequence.versions.append((len(sequence.output_ids), version))
+            self._version = version
 
     def flush(self) -> None:
         """Write what is known of prompts to the disk tier, if there is one."""

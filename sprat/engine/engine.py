@@ -65,6 +65,10 @@ class Engine:
             memory twice.
         speculate: ``off``, ``ngram``, ``mtp``, or ``auto``: whichever the model can and while it pays.
 
+    Attributes:
+        before_step: called by ``generate`` before each of its steps, where there is no background thread; it may
+            ``update_weights``.
+
     Raises:
         EngineError: the tokenizer has more ids than the model, a limit is below 1, or settings contradict.
         ConfigError, CheckpointError: an adapter is not of this model, see ``adapter.load_adapters``.
@@ -110,7 +114,7 @@ class Engine:
         self.limits = limits
         self._grammars = GrammarCache(tokenizer, eos_ids)
         vocab, names = model.config.vocab_size, [each.name for each in backend.adapters]
-        self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names)
+        self._request_builder = RequestBuilder(vocab, tokenizer, self._grammars, limits, names, model.config)
         digests = [each.digest for each in backend.adapters]
         keys = BlockKeys(digest, adapter, tokenizer.digest, backend.kv_format, digests)
         speculation = Speculation(speculate, self.backend, tokenizer.vocab_size)
@@ -120,6 +124,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._after_step: Callable[[], None] = lambda: None
+        self.before_step: Callable[[], None] | None = None
 
     def sampling(self, **overrides: Any) -> Sampling:
         """Settings of a request: what is said (None says nothing), else what the model's folder says, else our own.
@@ -137,6 +142,26 @@ class Engine:
                 failed with it; those that wait are still there.
         """
         return self.core.step()
+
+    def update_weights(self, write: Callable[[], None], version: int) -> None:
+        """Let ``write`` change the model's weights between two steps; what runs goes on with them.
+
+        Answers keep their tokens and log-probabilities, which are those of the weights that sampled each
+        (``Output.versions``). Their keys and values are computed anew, as in AReaL (Fu et al. 2025, arXiv 2505.24298).
+        So each further token is drawn from a policy that there is, that of ``version`` after all tokens before it, and
+        its log-probability is what a trainer with these weights computes. PipelineRL (Piché et al. 2025, arXiv
+        2509.19128) keeps the old ones, which costs nothing and samples from a mixture that no trainer can compute.
+
+        Args:
+            write: changes the model that the engine was given, in place.
+            version: what the new weights are called; those of the beginning are 0.
+
+        Raises:
+            EngineError: the engine is frozen.
+        """
+        if self.limits.frozen:
+            raise EngineError("the weights of a frozen engine cannot change", where="frozen", todo="leave it out")
+        self.core.update_weights(write, version)
 
     def generate(
         self,
@@ -167,12 +192,12 @@ class Engine:
             fault = "prompts, settings and adapters differ in number"
             raise EngineError(fault, where="generate", todo="give lists of one length")
         seen: Counter[tuple[int, str | None, tuple[int, ...]]] = Counter()
-        groups: dict[tuple[str | None, tuple[int, ...]], int] = {}
+        groups: dict[tuple[str | None, tuple[int, ...], bool], int] = {}
         build, sequences = self._request_builder.build, list[Sequence]()
         for prompt, params, own in zip(prompts, settings, adapters, strict=True):
             ids = self._request_builder.tokenize(prompt, params)
             key = own, tuple(ids)
-            group = groups.setdefault(key, next(self._prompt_groups))
+            group = groups.setdefault((*key, params.routes), next(self._prompt_groups))
             for _ in range(params.n):
                 stream = seen[params.seed, *key]
                 sequence = build(
@@ -182,6 +207,9 @@ class Engine:
                 seen[params.seed, *key] += 1
         handles = self._enqueue(sequences, streams=False)
         try:
+            while self.before_step is not None and not all(handle.finished.is_set() for handle in handles):
+                self.before_step()
+                self._step_unless_threaded()
             return [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
@@ -268,7 +296,8 @@ class Engine:
         if any(sampling.n != 1 for sampling in samplings):
             raise EngineError("one request gives one answer", where="n", todo="submit it n times with n seeds")
         ids = self._request_builder.tokenize(prompt, samplings[0])
-        group = next(self._prompt_groups) if len(samplings) > 1 else 0
+        is_shared = len(samplings) > 1 and len({sampling.routes for sampling in samplings}) == 1
+        group = next(self._prompt_groups) if is_shared else 0
         return [
             self._request_builder.build(
                 ids, sampling, tenant=tenant, prompt_group=group, cancel_event=cancel, adapter=adapter

@@ -17,6 +17,7 @@ from typing import Any
 from sprat.config.model import ModelConfig
 from sprat.engine.backend import BLOCK_SIZE
 from sprat.engine.detokenizer import Detokenizer
+from sprat.engine.routes import new_routes
 from sprat.engine.sampling.grammar import GrammarCache
 from sprat.engine.sampling.processors import build_processors
 from sprat.engine.sampling_params import Sampling
@@ -48,6 +49,7 @@ class RequestBuilder:
     Args:
         vocab: ids that the model has.
         adapters: names of the back end's adapters, by their place.
+        config: the model's; without it no request is told its experts.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class RequestBuilder:
         grammars: GrammarCache,
         limits: EngineLimits,
         adapters: GenericSequence[str] = (),
+        config: ModelConfig | None = None,
     ) -> None:
+        self._config = config
         self._adapters = {name: place for place, name in enumerate(adapters)}
         self._vocab, self._tokenizer, self._grammars, self._limits = vocab, tokenizer, grammars, limits
         self._request_ids = itertools.count(1)
@@ -142,6 +146,7 @@ class RequestBuilder:
             cancel_event=cancel_event,
             adapter=-1 if adapter is None else self._adapters[adapter],
             scoring=scoring,
+            routes=new_routes(self._config, len(ids) + max_tokens) if sampling.routes and self._config else None,
             min_think_tokens=max(1, sampling.min_think_tokens) if sampling.thinking else 0,
             processors=build_processors(sampling, ids, self._tokenizer, self._grammars, tenant),
         )
@@ -277,6 +282,8 @@ class RequestHandle:
             prompt_logprobs=[None, *sequence.prompt_logprobs] if scored else None,
             prompt_top_logprobs=[None, *sequence.prompt_top_logprobs] if scored and sampling.top_logprobs else None,
             stop="" if detokenizer is None else detokenizer.stop,
+            versions=sequence.token_versions(),
+            routes=None if sequence.routes is None else sequence.routes.upto(sequence.num_tokens, sequence.num_routed),
         )
         self._emit([Delta("done", output=self._output)])
         self.finished.set()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sprat.engine.backend import Backend, Batch
+from sprat.engine.routes import record_routes, room_for_routes, share_routes
 from sprat.engine.sampling.ops import Integers, add_at, not_finite, put_at, row_index
 from sprat.engine.sampling.sampler import Sampler, SamplerOutput
 from sprat.engine.scheduling.scheduler import Scheduler
@@ -96,8 +97,11 @@ class Runner:
         scheduler, inputs = self.scheduler, self._decode_inputs(step, self._row_counts(step))
         batch = self._build_batch(step, inputs)
         logits_RV, seconds = self._forward(batch)
+        record_routes(batch, step)
         scheduler.num_computed[step.slots_S] += 1
         starting = scheduler.commit_chunks(step.chunks)
+        for group in starting:
+            share_routes(group)
         new = [sequence for group in starting for sequence in group]
         for sequence in new:
             self.sampler.add(sequence.slot, sequence)
@@ -125,6 +129,8 @@ class Runner:
         else:
             logits_RV, seconds = self._forward(steady.batch)
             samples = sampler.sample(logits_RV, inputs.slots_A, inputs.draft_offset_A, step.drafts)
+        if steady.batch.routes_TLK is not None:
+            record_routes(steady.batch, step)
         add_at(self.scheduler.num_computed, step.slot_index, 1)
         steady.sampled = samples.tokens
         return StepResult(step.decoding, step.slot_index, samples, steady.batch, seconds)
@@ -189,6 +195,7 @@ class Runner:
             block_tables_SW=np.ascontiguousarray(blocks.tables[slots, : blocks.blocks_per_slot[slots].max(initial=0)]),
             logits_index_R=np.array(logits_index, np.int32),
             adapters_S=np.array(adapters if max(adapters, default=-1) >= 0 else [], np.int32),
+            routes_TLK=room_for_routes(sequences, end),
         )
 
     def _sample(

@@ -75,6 +75,8 @@ class Sampling:
         prompt_logprobs: whether to return the log-probability of each token of the prompt but the first (nats, at
             temperature 1). Such a prompt is computed whole, whatever is cached. ``max_tokens`` may be 0 then:
             nothing is sampled.
+        routes: whether to return the experts that each token of prompt and answer took (``Output.routes``). Such a
+            prompt is computed whole, once for all answers to it, whatever is cached.
         min_think_tokens: with thinking=True, ``</think>`` and the end are banned for this many tokens
             (one at least).
         max_think_tokens: after this many tokens of reasoning ``</think>`` is forced; None never forces it.
@@ -117,6 +119,7 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     prompt_logprobs: bool = False
+    routes: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples, so that settings cannot change behind the engine's back."""

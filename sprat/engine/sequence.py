@@ -12,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sprat.engine.sampling_params import Processor, Sampling
+
+if TYPE_CHECKING:
+    from sprat.engine.routes import Routes
 
 FinishReason = Literal["stop", "length", "cancelled"]
 TopLogprobs = list[tuple[int, float]]  # likeliest tokens with their log-probabilities (nats), best first
@@ -83,6 +86,12 @@ class Output:
     ``top_logprobs`` holds for each token the likeliest ids with their log-probabilities (nats), best first.
     ``prompt_logprobs`` and ``prompt_top_logprobs`` say the same of ``prompt_ids``, where asked for: of the first token,
     which nothing stands before, None. ``stop`` is the stop string that ended the answer, empty if none did.
+
+    ``routes``, where asked for, are the experts that each token of prompt and answer took in each MoE layer, uint8 or
+    int16 [tokens, layers, experts of a token], in no particular order. The last token's are 0, for nobody computes it.
+    None for models without experts.
+
+    ``versions``: of the weights that sampled each token, where they changed meanwhile (``Engine.update_weights``).
     """
 
     text: str
@@ -97,6 +106,8 @@ class Output:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     stop: str = ""
+    routes: NDArray[Any] | None = None
+    versions: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,8 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)  # of all but the first token
     prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
     hidden_sum_D: NDArray[np.float64] | None = None  # of the last norm's output
+    routes: Routes | None = None  # the experts that it took, where it asks
+    versions: list[tuple[int, int]] = field(default_factory=list)  # (tokens before, weights from then on); none: one
     # In the engine
     slot: int = -1
     # Prompt and answer to prefill
@@ -179,13 +192,28 @@ class Sequence:
         The last one always is, since its logits are needed, and so is all that is still to be scored.
         """
         whole = self.num_tokens - 1
+        if self.routes is not None:
+            whole = min(whole, self.num_routed)
         return min(whole, self.num_scored) if self.num_scored < self.num_to_score else whole
+
+    @property
+    def num_routed(self) -> int:
+        """Tokens at the beginning whose experts are known, where they are asked for."""
+        assert self.routes is not None
+        return self.num_tokens - 1 if self.output_ids else self.routes.num_prompt
 
     def ids_between(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens ``start`` … ``stop - 1`` of prompt and answer."""
         prompt = len(self.prompt_ids)
         answer = self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
         return np.array(self.prompt_ids[start:stop] + answer, np.int32)
+
+    def token_versions(self) -> list[int] | None:
+        """Of the weights that sampled each token of the answer; None where they never changed."""
+        ends = [start for start, _ in self.versions[1:]] + [len(self.output_ids)]
+        return [
+            version for (start, version), end in zip(self.versions, ends, strict=False) for _ in range(start, end)
+        ] or None
 
     @property
     def is_cancelled(self) -> bool:

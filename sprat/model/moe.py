@@ -15,6 +15,11 @@ transformers; no published V2 sets it.
 Computing. Token-expert pairs are sorted by expert, so that each expert's tokens lie side by side (``dispatch``), and
 three grouped matrix products serve all experts (``Experts``). The results are added back weighted (``combine``). No
 token is dropped and no slot is padded. Left out: expert parallelism (it belongs to ``parallel``).
+
+Given routes. Where two experts are as good as equal the last bit of a sum decides, and a trainer that decides otherwise
+than the sampler trains another policy. So the choice may be given: experts are those, and only their weights are the
+router's own, from its own scores and with gradient ("rollout routing replay", Ma et al. 2025, arXiv 2510.11370).
+``flipped_N`` says where it would have chosen otherwise.
 """
 
 # B batch, T time, N = B * T tokens, D hidden, E experts, K chosen experts, F expert width, M = N * K pairs
@@ -44,6 +49,8 @@ class Routing:
         rows_E: pairs that each expert computes, those of padding included (long).
         load_E: tokens that each expert received (long): the pairs without those of padding.
         valid_N: bool, False on padding; None where all places hold tokens.
+        flipped_N: bool, True where the choice was given and the router's own would have been another; None where none
+            was given.
     """
 
     scores_NE: Tensor
@@ -52,6 +59,7 @@ class Routing:
     rows_E: Tensor
     load_E: Tensor
     valid_N: Tensor | None = None
+    flipped_N: Tensor | None = None
 
 
 class MLP(nn.Module):
@@ -86,8 +94,11 @@ class Gate(nn.Module):
         if self.has_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None) -> Routing:
-        """Choose experts for ``x_ND``, in float32 whatever the model's dtype; ``valid_N`` is False on padding."""
+    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None, given_NK: Tensor | None = None) -> Routing:
+        """Choose experts for ``x_ND``, in float32 whatever the model's dtype; ``valid_N`` is False on padding.
+
+        ``given_NK`` (long) are the experts to take instead; a row of -1 leaves the choice to the router.
+        """
         config = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
@@ -96,6 +107,11 @@ class Gate(nn.Module):
             if config.limits_groups:
                 choice_NE = self._limit_groups(choice_NE)
             index_NK = choice_NE.topk(config.num_experts_per_tok, -1, sorted=False).indices
+            flipped_N = None
+            if given_NK is not None:
+                is_given_N1 = given_NK[:, :1] >= 0
+                flipped_N = (index_NK.sort(-1).values != given_NK.sort(-1).values).any(-1) & is_given_N1[:, 0]
+                index_NK = torch.where(is_given_N1, given_NK, index_NK)
             rows_E = load_E = torch.bincount(index_NK.flatten(), minlength=config.n_routed_experts)
             if valid_N is not None:
                 load_E = rows_E - torch.bincount(index_NK[~valid_N].flatten(), minlength=config.n_routed_experts)
@@ -104,7 +120,7 @@ class Gate(nn.Module):
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
         if config.routed_scaling_factor != 1.0:
             weight_NK = weight_NK * config.routed_scaling_factor
-        return Routing(scores_NE, index_NK, weight_NK, rows_E, load_E, valid_N)
+        return Routing(scores_NE, index_NK, weight_NK, rows_E, load_E, valid_N, flipped_N)
 
     def _limit_groups(self, choice_NE: Tensor) -> Tensor:
         """Put experts outside the ``topk_group`` best groups out of reach."""
@@ -166,10 +182,16 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """(output [B, T, D], what the router decided); ``valid_BT`` is False on padding, which is not counted."""
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None = None, given_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """(output [B, T, D], what the router decided); ``valid_BT`` is False on padding, which is not counted.
+
+        ``given_BTK``: see ``Gate.forward``.
+        """
         x_ND = x_BTD.flatten(0, 1)
-        routing: Routing = self.gate(x_ND, None if valid_BT is None else valid_BT.flatten())
+        given_NK = None if given_BTK is None else given_BTK.flatten(0, 1)
+        routing: Routing = self.gate(x_ND, None if valid_BT is None else valid_BT.flatten(), given_NK)
         x_MD, token_M, weight_M = dispatch(x_ND, routing)
         out_ND = combine(self.experts(x_MD, routing.rows_E), token_M, weight_M, x_ND)
         if self.shared_experts is not None:

@@ -10,7 +10,7 @@ gains are one, biases and the router's correction bias zero. Each tensor draws f
 (seed, name): adding a module does not change the others.
 """
 
-# B batch, T time, D hidden, V vocabulary
+# B batch, T time, D hidden, V vocabulary, L MoE layers, K chosen experts
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,17 @@ class Block(nn.Module):
         dense = not config.is_moe(layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing | None]:
-        """``x_BTD`` -> [B, T, D], and what the router decided; None for a dense layer."""
+    def forward(
+        self, x_BTD: Tensor, context: ForwardContext, given_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """``x_BTD`` -> [B, T, D], and what the router decided; None for a dense layer.
+
+        ``given_BTK``: see ``Gate.forward``.
+        """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
         normed_BTD, routing = self.post_attention_layernorm(x_BTD), None
         if isinstance(self.mlp, MoE):
-            out_BTD, routing = self.mlp(normed_BTD, context.valid_BT)
+            out_BTD, routing = self.mlp(normed_BTD, context.valid_BT, given_BTK)
         else:
             out_BTD = self.mlp(normed_BTD)
         return x_BTD + out_BTD, routing
@@ -121,6 +126,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
+        routes_BTLK: Tensor | None = None,
     ) -> Hidden:
         """Run the stack.
 
@@ -131,6 +137,8 @@ class Transformer(nn.Module):
             positions_BT: long; default 0..T-1, which packed rows may keep since only differences count.
             cache: stores the new tokens and lets them attend to what each row holds.
             valid_BT: bool; False marks right padding, which is neither stored nor counted.
+            routes_BTLK: long; the experts to take in each MoE layer, instead of those that the routers choose; -1
+                leaves a token to the router.
 
         Raises:
             EngineError: the cache does not fit the call.
@@ -138,7 +146,7 @@ class Transformer(nn.Module):
         context = self.context(
             tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, valid_BT=valid_BT
         )
-        x_BTD, routing = self.run_layers(self.embed_tokens(tokens_BT), context)
+        x_BTD, routing = self.run_layers(self.embed_tokens(tokens_BT), context, routes_BTLK)
         return Hidden(self.norm(x_BTD), routing)
 
     def context(
@@ -163,15 +171,23 @@ class Transformer(nn.Module):
             window=self.config.sliding_window,
         )
 
-    def run_layers(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, list[Routing]]:
-        """The decoder layers over ``x_BTD``, then the cache moves on -> ([B, T, D], a routing for each MoE layer)."""
+    def run_layers(
+        self, x_BTD: Tensor, context: ForwardContext, routes_BTLK: Tensor | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """The decoder layers over ``x_BTD``, then the cache moves on -> ([B, T, D], a routing for each MoE layer).
+
+        ``routes_BTLK``: see ``hidden``.
+        """
         routing: list[Routing] = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            inputs: list[Any] = [x_BTD, context]
+            if routes_BTLK is not None and self.config.is_moe(number):
+                inputs.append(routes_BTLK[:, :, len(routing)])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # nothing here draws, so no random state need be kept
-                x_BTD, layer_routing = checkpoint(layer, x_BTD, context, use_reentrant=False, preserve_rng_state=False)
+                x_BTD, layer_routing = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD, layer_routing = layer(x_BTD, context)
+                x_BTD, layer_routing = layer(*inputs)
             if layer_routing is not None:
                 routing.append(layer_routing)
         if context.cache is not None:

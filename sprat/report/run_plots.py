@@ -23,7 +23,11 @@ _TITLES = {
     "live_groups": "Questions whose answers were paid differently",
     "clip_fraction": "Tokens that the clip left out",
     "mismatch_mean": "Gap of trainer and sampler (nats a token)",
+    "logprob_gap_p99": "Gap of trainer and sampler, 99th percentile (nats)",
+    "logprob_gap_max": "Gap of trainer and sampler, largest (nats)",
+    "route_flips": "Experts that the trainer would choose otherwise",
     "staleness": "Age of the sampling weights (steps)",
+    "versions_per_answer": "Versions of the weights in an answer",
     "think_share": "Answers that think",
     "sample_tokens": "Tokens of a sample",
     "mtp_loss": "Loss of the token after next",
@@ -31,7 +35,7 @@ _TITLES = {
     "grad_norm": "Norm of the gradient",
     "lr_factor": "Learning rate (share of its peak)",
 }
-_SHARES = {"reward_accuracy", "accuracy", "think_share", "cut_share", "live_groups", "clip_fraction"}
+_SHARES = {"reward_accuracy", "accuracy", "think_share", "cut_share", "live_groups", "clip_fraction", "route_flips"}
 _OWN = {"step", "tokens", "petaflops", "reward_error", "second_reward_error", "gain", "p_value", "loss_p_value"}
 _MAX_PANELS = 12
 _ACCURACY = "accuracy/"

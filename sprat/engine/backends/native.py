@@ -144,12 +144,16 @@ class NativeBackend:
     def run(self, batch: Batch) -> Tensor:
         """See ``Backend``."""
         logits_RV = np.empty((len(batch.logits_index_R), self.vocab), np.float32)
+        if batch.routes_TLK is not None:
+            self._decoder.record_routes(batch.routes_TLK)
         self._call(self._decoder.run, batch, logits_RV)
         return torch.from_numpy(logits_RV)
 
     def argmax(self, batch: Batch, vocab: int) -> NDArray[np.int64]:
         """See ``Backend``."""
         tokens_R = np.empty(len(batch.logits_index_R), np.int64)
+        if batch.routes_TLK is not None:
+            self._decoder.record_routes(batch.routes_TLK)
         self._call(self._decoder.run_argmax, batch, vocab, tokens_R)
         return tokens_R
 

@@ -127,8 +127,12 @@ class TorchBackend:
         hidden_TD: Tensor | None = None
         for group in _groups(batch):
             cache, tokens_GN, valid_GN = self._open(batch, group)
-            hidden_GND = self._model(group.adapter).hidden(tokens_GN, cache=cache, valid_BT=valid_GN).x_BTD
-            hidden_TD = self._scatter(hidden_TD, hidden_GND, batch, group)
+            out = self._model(group.adapter).hidden(tokens_GN, cache=cache, valid_BT=valid_GN)
+            hidden_TD = self._scatter(hidden_TD, out.x_BTD, batch, group)
+            if batch.routes_TLK is not None:
+                real = group.tokens_GN.ravel() >= 0
+                routes_NLK = torch.stack([layer.index_NK for layer in out.routing], 1).cpu().numpy()
+                batch.routes_TLK[group.tokens_GN.ravel()[real]] = routes_NLK[real]
         self._hidden_TD = hidden_TD
         return self._head(batch, hidden_TD)
 

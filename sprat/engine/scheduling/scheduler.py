@@ -114,6 +114,13 @@ class Scheduler:
             self._free(sequence)
         self.queue.drop_if_idle(sequence)
 
+    def preempt_all(self) -> None:
+        """Send all that runs back to the front of its queue, the oldest first, and forget what is cached of prompts."""
+        self._repeated_step = None
+        while running := self.running:
+            self._requeue(max(running, key=lambda sequence: sequence.id))
+        self.blocks.clear_prefix_index()
+
     def take_unschedulable(self) -> list[Sequence]:
         """Requests that left since the last call because they can never run: there are fewer blocks than it seemed."""
         unschedulable, self._unschedulable = self._unschedulable, []

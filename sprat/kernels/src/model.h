@@ -58,14 +58,24 @@ public:
         Index vocab;
     };
 
-    // The hidden states of all tokens stay for `draft`.
-    void run(const Batch& b, const Outputs& outputs) {
+    // Experts that a token takes, over all MoE layers.
+    Index experts_per_token() const {
+        Index count = 0;
+        for (const Layer& l : layers) count += l.router.rows ? l.routing.top_k : 0;
+        return count;
+    }
+
+    // The hidden states of all tokens stay for `draft`. `routes`: where the experts of each token go, [T, MoE layers, top_k];
+    // or none.
+    void run(const Batch& b, const Outputs& outputs, std::int16_t* routes = nullptr) {
+        routes_ = routes, routes_stride_ = routes ? experts_per_token() : 0;
         find_adapted(b);
         float* x = x_.need(b.num_tokens * dims_.hidden);
         for (Index t = 0; t < b.num_tokens; ++t) read_row(embedding, b.tokens[t], x + t * dims_.hidden);
         for (std::size_t l = 0; l < layers.size(); ++l) {
             layer(layers[l], static_cast<Index>(l), b, x, l + 1 < layers.size() ? &layers[l + 1] : nullptr);
         }
+        routes_ = nullptr;
         compute_logits(b, norm_last, x, outputs);
     }
 
@@ -369,6 +379,12 @@ private:
             float* scratch = logits + count * r.experts + thread * (r.experts + r.groups);
             for (Index t = from; t < to; ++t) route(r, logits + t * r.experts, l.router_bias, index + t * r.top_k, weight + t * r.top_k, scratch);
         });
+        if (routes_) {
+            for (Index t = 0; t < count; ++t) {
+                for (Index k = 0; k < r.top_k; ++k) routes_[t * routes_stride_ + k] = static_cast<std::int16_t>(index[t * r.top_k + k]);
+            }
+            routes_ += r.top_k;  // the next MoE layer's
+        }
         // Tokens sorted by expert, in their own order within each (a counting sort).
         std::int32_t* sorted = index + count * r.top_k;
         float* sorted_weight = weight + count * r.top_k;
@@ -399,6 +415,8 @@ private:
     }
 
     Adapted adapted_;  // of this step
+    std::int16_t* routes_ = nullptr;  // of the MoE layer that comes next
+    Index routes_stride_ = 0;         // experts of a token, over all layers
     KVCacheBuffer kv_cache_;
     ThreadPool pool_;
     Attention attention_;

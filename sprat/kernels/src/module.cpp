@@ -25,6 +25,7 @@ using Int32s = nb::ndarray<const std::int32_t, nb::c_contig, nb::device::cpu>;
 using Int64s = nb::ndarray<const std::int64_t, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using OutInt64s = nb::ndarray<std::int64_t, nb::c_contig, nb::device::cpu>;
+using OutInt16s = nb::ndarray<std::int16_t, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<std::uint8_t, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void refuse(const char* what) { throw nb::value_error(what); }
@@ -222,16 +223,22 @@ public:
     void run(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, OutFloats logits) {
         const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
         check_logits(b, logits);
+        std::int16_t* routes = take_routes(b);
         nb::gil_scoped_release free;
-        model_.run(b, {logits.data(), nullptr, 0});
+        model_.run(b, {logits.data(), nullptr, 0}, routes);
     }
+
+    // Where the next run writes the experts of each of its tokens: [T, MoE layers, top_k]. Given anew for each run, so that
+    // those that nobody asks pay nothing.
+    void record_routes(OutInt16s routes) { routes_ = {routes}, routes_asked_ = true; }
 
     // `run`, of which only the likeliest token of each row is wanted.
     void run_argmax(Int32s tokens, Int32s positions, Int32s starts, Int32s tables, Int32s wanted, Int32s adapters, Index vocab, OutInt64s argmax) {
         const Batch b = batch(tokens, positions, starts, tables, wanted, adapters);
         if (static_cast<Index>(argmax.size()) != b.num_logits || vocab < 1 || vocab > model_.dims_.vocab) refuse("tokens of another number of rows");
+        std::int16_t* routes = take_routes(b);
         nb::gil_scoped_release free;
-        model_.run(b, {nullptr, argmax.data(), vocab});
+        model_.run(b, {nullptr, argmax.data(), vocab}, routes);
     }
 
     // Of the tokens of the last `run`.
@@ -337,6 +344,14 @@ private:
         if (at < 0 || at >= blocks_) refuse("no such block");
     }
 
+    // What `record_routes` gave for this run; none where nobody asks.
+    std::int16_t* take_routes(const Batch& b) {
+        if (!routes_asked_) return nullptr;
+        routes_asked_ = false;
+        if (static_cast<Index>(routes_[0].size()) != b.num_tokens * model_.experts_per_token()) refuse("routes of another shape");
+        return routes_[0].data();
+    }
+
     void check_logits(const Batch& b, const OutFloats& logits) const {
         if (static_cast<Index>(logits.size()) != b.num_logits * model_.dims_.vocab) refuse("logits of another shape");
     }
@@ -376,6 +391,8 @@ private:
     Index blocks_ = 0, last_count_ = 0;
     std::vector<nb::object> owned_;
     std::vector<Floats> gains_, freqs_cis_;
+    std::vector<OutInt16s> routes_;
+    bool routes_asked_ = false;
 };
 
 }  // namespace
@@ -399,6 +416,7 @@ NB_MODULE(SPRAT_MODULE, m) {
         .def("run_argmax", &Decoder::run_argmax)
         .def("logits", &Decoder::logits)
         .def("hidden", &Decoder::hidden)
+        .def("record_routes", &Decoder::record_routes)
         .def("draft", &Decoder::draft)
         .def("copy", &Decoder::copy)
         .def("read", &Decoder::read)

@@ -30,7 +30,7 @@ from sprat.errors import SpratError, TrainingError, TrustError
 from sprat.post.rl.ledger import RolloutLedger
 from sprat.post.rl.ledger_tables import Question, StepRow
 from sprat.post.rl.rollout import Rollout
-from sprat.post.rl.sampled import Request, SampledAnswer
+from sprat.post.rl.sampled import Request, SampledAnswer, check_versions
 from sprat.post.rl.weights import versions
 
 MAX_REFUSALS = 3  # of one version, before the run ends
@@ -115,8 +115,7 @@ class Dispatcher:
     def take(self, worker: str, room: int) -> Assignment | None:
         """Groups for ``worker``, at most ``room``, once there are some; None where it is to end.
 
-        Raises:
-            SpratError: the run has failed.
+        Raises SpratError: the run has failed.
         """
         with self._changed:
             while not self._is_over(worker) and not (due := self._due(room)):
@@ -134,6 +133,12 @@ class Dispatcher:
                 self._owners[question.group] = worker, question
             requests = [Request(one.group, one.prompt_ids, self._asker.sampling(one.group)) for one in questions]
             return Assignment(self.version, self._digests[self.version], self._rollbacks, requests)
+
+    def newest(self) -> Assignment | None:
+        """The newest weights, and no groups; None while there are none to be had."""
+        with self._changed:
+            version = self.version
+            return None if version is None else Assignment(version, self._digests[version], self._rollbacks, [])
 
     def _due(self, room: int) -> list[int]:
         """The groups that may be dispatched now, at most ``room``, lowest first."""
@@ -157,11 +162,16 @@ class Dispatcher:
             return self._asker.question(group) if group in self._again else None
 
     def answered(self, sampled: Sampled) -> None:
-        """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten."""
+        """Take in the answers to a group, to be paid; those to one that nobody waits for any more are forgotten.
+
+        Raises TrustError: a token is of older weights than the group may have, or of newer ones than there are.
+        """
         group = sampled.question.group
+        newest = group // self._range.per_step  # its own step is not trained yet
         with self._changed:
             if sampled.rollbacks != self._rollbacks:  # of weights that were given up
                 return
+            check_versions(sampled.answers, newest - self._staleness, newest, sampled.worker)
             if group in self._again:  # its worker was thought dead
                 self._again.remove(group)
                 heapq.heapify(self._again)
@@ -173,8 +183,7 @@ class Dispatcher:
     def pay_next(self, seconds: float) -> bool:
         """Pay and record the answers to one group, if any come within ``seconds``; whether some did.
 
-        Raises:
-            SpratError: the verifier is broken, or the ledger cannot be written.
+        Raises SpratError: the verifier is broken, or the ledger cannot be written.
         """
         with self._changed:
             if not self._unpaid:

@@ -217,8 +217,9 @@ def train_step(
         metrics["sampled_groups"] = float(len(has_spread_P))
     if selected:
         advantage_B = advantage_PG.flatten()[rows]
-        answers = settings.prompts_per_step * settings.group_size if settings.dynamic_sampling else len(rollouts)
-        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, answers)
+        own = isinstance(config, RLRunConfig)  # the station's log keeps its columns
+        count = settings.prompts_per_step * settings.group_size if settings.dynamic_sampling else len(rollouts)
+        metrics |= update_policy(model, optimizer, selected, advantage_B, settings, step, reference, count, own)
     _add_costs(result, model, rollouts, selected, config, step)
     return metrics
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sprat.config.rl import RLRunConfig
@@ -111,7 +112,8 @@ class InProcess:
     """Samples with an engine in this process, on the very weights that are trained.
 
     Args:
-        take_over: called with the model that is trained after each step, where the engine computes with a copy of it.
+        take_over: called with the model that is trained after each step, where the engine computes with a copy of it;
+            the engine to go on with, where that is another one.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class InProcess:
         problems: ProblemSource,
         config: RLRunConfig,
         payer: Payer,
-        take_over: Callable[[Transformer], None] = lambda model: None,
+        take_over: Callable[[Transformer], Engine | None] = lambda model: None,
     ) -> None:
         self._engine, self._problems, self._config, self._payer = engine, problems, config, payer
         self._take_over, self._version = take_over, 0
@@ -133,7 +135,7 @@ class InProcess:
 
     def publish(self, version: int, model: Transformer, rollbacks: int = 0) -> None:
         """See ``RolloutSource``."""
-        self._take_over(model)
+        self._engine = self._take_over(model) or self._engine
         self._version = version
 
     def close(self) -> None:
@@ -202,6 +204,7 @@ class Payer:
                 outcome=verdict.outcome,
                 detail=verdict.detail,
                 second=second,
+                routes=None if output.routes is None else torch.from_numpy(output.routes),
             )
             for (task, problem), response, output, reward, score, verdict, second in zip(
                 asked, responses, outputs, rewards, scores, verdicts, seconds, strict=True
@@ -266,6 +269,7 @@ def group_sampling(config: RLRunConfig, group: int) -> Sampling:
         seed=random.Random(f"rollout/{config.seed}/{key}").randrange(1 << 31),
         thinking=None,
         logprobs=True,
+        routes=config.replay_routes,
         n=config.group_size,
     )
 

@@ -19,8 +19,9 @@ from sprat.train.losses import token_logprob
 def run_metrics(rollouts: Sequence[Rollout], step: int, group_size: int) -> dict[str, float]:
     """Faults by kind, answers at the limit, staleness, the second judge's mean, and errors of the means.
 
-    ``staleness``: how many steps older than the trainer's the weights were that sampled a token, on average. Errors are
-    standard errors over groups, of which each is one draw.
+    ``staleness``: how many steps older than the trainer's the weights were that sampled a token, on average.
+    ``versions_per_answer``: of the weights, where they changed in the middle of one. Errors are standard errors over
+    groups, of which each is one draw.
     """
     count = len(rollouts)
     groups = [rollouts[start : start + group_size] for start in range(0, count, group_size)]
@@ -32,6 +33,8 @@ def run_metrics(rollouts: Sequence[Rollout], step: int, group_size: int) -> dict
         "staleness": statistics.fmean(versions) if versions else 0.0,
         "reward_error": _standard_error([_mean([each.reward for each in group]) for group in groups]),
     }
+    if (spans := [len(set(rollout.versions)) for rollout in rollouts]) and max(spans) > 1:
+        metrics["versions_per_answer"] = statistics.fmean(spans)
     seconds = [_mean([each.second for each in group]) for group in groups]
     if any(each is not None for each in seconds):
         means = [each for each in seconds if each is not None]
@@ -47,7 +50,9 @@ def kl_from_start(reference: Transformer, rollouts: Sequence[Rollout], config: R
         return 0.0
     total, count, head_VD = 0.0, 0, reference.head.dense_weight()
     for micro in micro_batches(first, range(len(first))):
-        tokens = forward_responses(reference, [first[row] for row in micro], torch.zeros(len(micro)))
+        tokens = forward_responses(
+            reference, [first[row] for row in micro], torch.zeros(len(micro)), replay_routes=False
+        )
         start_N, _ = token_logprob(tokens.x_ND, head_VD, tokens.targets_N, config.temperature)
         log_ratio_N = start_N.double() - tokens.old_N.double()
         total, count = total + float((log_ratio_N.exp() - 1 - log_ratio_N).sum()), count + len(log_ratio_N)

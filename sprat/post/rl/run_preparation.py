@@ -24,6 +24,7 @@ from sprat.post.rl.problem_mix import Part, ProblemMix, split_task
 from sprat.post.rl.questions import Questions, load_tasks
 from sprat.post.rl.rewards import BatchReward, TaskJudge
 from sprat.post.rl.rollout import InProcess, Payer
+from sprat.post.rl.rollout_engine import RolloutEngine
 from sprat.post.rl.run_drill import drill_verifier
 from sprat.post.rl.run_gate import evaluate_run_gate
 from sprat.tasks import Problem
@@ -51,10 +52,15 @@ class Prepared:
 
     def source(self) -> InProcess:
         """Who samples."""
-        take_over: Callable[[Transformer], None] = lambda model: None  # noqa: E731
-        if self.sampler is not self.model:
-            take_over = partial(write_merged, plain=self.sampler)
-        return InProcess(self.engine, self.mix, self.config, self.payer, take_over)
+        max_batch = self.config.prompts_per_step * self.config.group_size
+        rollouts = RolloutEngine(self.sampler, self.tokenizer, self.config, max_batch, self.engine)
+
+        def take_over(model: Transformer) -> Engine:
+            if self.sampler is not self.model:
+                write_merged(model, self.sampler)
+            return rollouts.take_over()
+
+        return InProcess(rollouts.engine, self.mix, self.config, self.payer, take_over)
 
 
 def prepare(

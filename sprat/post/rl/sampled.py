@@ -130,5 +130,17 @@ def unpack_answers(message: Message, prompt_tokens: int, count: int) -> list[Sam
     return answers
 
 
+def check_versions(answers: Sequence[SampledAnswer], oldest: int, newest: int, where: str) -> None:
+    """Refuse answers with a token of other weights than versions ``oldest`` to ``newest``.
+
+    Raises:
+        TrustError: there is one.
+    """
+    found = [version for answer in answers for version in answer.versions]
+    if not oldest <= min(found) <= max(found) <= newest:
+        what = f"versions {min(found)} to {max(found)} of the weights sampled it, and {oldest} to {newest} may have"
+        raise TrustError(what, where=where, todo="run the same version of sprat on all machines")
+
+
 def _refused(fault: str) -> TrustError:
     return TrustError(f"a message cannot be read: {fault}", where="wire", todo="run the same version on all machines")

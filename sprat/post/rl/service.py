@@ -4,6 +4,7 @@
 |---|---|---|
 | ``hello`` | all | the job |
 | ``take`` | worker | groups, and the weights to sample them with; waits until there are some |
+| ``newest`` | worker | the newest weights, if there are any |
 | ``answer``, ``refuse`` | worker | nothing: the answers to a group; that weights were not whole |
 | ``weights`` | worker | a piece of a version's file, for who cannot see it |
 | ``groups``, ``group`` | trainer | the groups of a step, once all are answered; the answers of one |
@@ -23,7 +24,7 @@ import numpy as np
 
 from sprat.errors import MachineError, SpratError, TrustError, unpack_error
 from sprat.post.rl.connection import error_reply
-from sprat.post.rl.dispatcher import Dispatcher, Sampled
+from sprat.post.rl.dispatcher import Assignment, Dispatcher, Sampled
 from sprat.post.rl.ledger_tables import StepRow
 from sprat.post.rl.machines import note_machine
 from sprat.post.rl.sampled import pack_requests, unpack_answers
@@ -35,7 +36,7 @@ from sprat.trust.run import Run
 log = logging.getLogger("sprat.post.rl")
 Reply = tuple[Mapping[str, Any], Arrays]
 TRAINER = "trainer"
-_OF_ALL = ("hello", "take", "answer", "refuse", "weights", "failed")
+_OF_ALL = ("hello", "take", "newest", "answer", "refuse", "weights", "failed")
 _OF_THE_TRAINER = ("groups", "group", "publish", "log", "truncate", "facts", "progress", "finish")
 
 
@@ -104,9 +105,16 @@ class Service:
         if assignment is None:
             return {"stop": True}, {}
         rows, arrays = pack_requests(assignment.requests)
+        return {**self._weights(assignment), "requests": rows}, arrays
+
+    def _on_newest(self, name: str, message: Message) -> Reply:
+        assignment = self._dispatcher.newest()
+        return ({} if assignment is None else self._weights(assignment)), {}
+
+    def _weights(self, assignment: Assignment) -> dict[str, Any]:
         file = str(weights_file(self._folder, assignment.version))
         weights = {"version": assignment.version, "digest": assignment.digest, "file": file}
-        return {**weights, "rollbacks": assignment.rollbacks, "requests": rows}, arrays
+        return {**weights, "rollbacks": assignment.rollbacks}
 
     def _on_answer(self, name: str, message: Message) -> Reply:
         question = self._dispatcher.question(message.integer("group"))

@@ -2,7 +2,8 @@
 
 RL finds whatever raises the reward. Where that is no longer what was meant, other numbers tell: the policy stops
 exploring (entropy), runs far from its start (KL), talks ever longer or into the limit; a second judge that pays nothing
-and is never seen by the policy thinks less of what is paid more; problems that are never trained are answered worse.
+and is never seen by the policy thinks less of what is paid more; problems that are never trained are answered worse;
+the trainer computes another policy than the one that samples.
 Every number is a column of the run's log, so that wires need no state: after a kill they are strung again from the
 rows, and trip at the same step.
 """
@@ -18,6 +19,11 @@ from typing import Any
 from sprat.config.rl import TripWiresConfig
 
 _MIN_CUT_RISE = 0.25  # share of answers by which those at the limit must have become more
+_GAPS = {  # column of the log, limit, how it is called
+    "logprob_gap_mean": ("max_logprob_gap_mean", "on average"),
+    "logprob_gap_p99": ("max_logprob_gap_p99", "at the 99th percentile"),
+    "logprob_gap_max": ("max_logprob_gap", "at the furthest token"),
+}
 _SOLVED = 0.99  # accuracy from which answers that are all paid alike are no fault
 
 Row = Mapping[str, Any]
@@ -53,7 +59,8 @@ class TripWires:
         self._rows.append(row)
         if self._config.action == "off":
             return None
-        for wire in (self._no_spread, self._entropy, self._kl, self._length, self._cut, self._judges, self._held_out):
+        wires = (self._no_spread, self._entropy, self._kl, self._length, self._cut, self._judges, self._held_out)
+        for wire in (*wires, self._logprob_gap, self._route_flips):
             if (sentence := wire()) is not None:
                 is_end = wire == self._no_spread and self._is_solved()
                 return Trip(wire.__name__.removeprefix("_"), int(row["step"]), sentence, is_end)
@@ -112,6 +119,21 @@ class TripWires:
         if share <= max(limit, before + _MIN_CUT_RISE):
             return None
         return f"{share:.0%} of the answers end at max_tokens, at the start {before:.0%} did"
+
+    def _logprob_gap(self) -> str | None:
+        for name, (key, which) in _GAPS.items():
+            values, limit = self._window(name), getattr(self._config, key)
+            if limit and values and not statistics.fmean(values) <= limit:
+                apart = f"{statistics.fmean(values):.2g} nats apart {which}: what is trained is not what sampled"
+                return f"trainer and sampler are {apart}; trip_wires.{key} is {limit:g}"
+        return None
+
+    def _route_flips(self) -> str | None:
+        values, limit = self._window("route_flips"), self._config.max_route_flips
+        if not limit or not values or statistics.fmean(values) <= limit:
+            return None
+        share = f"{statistics.fmean(values):.0%} of the sampler's experts"
+        return f"the trainer would choose others than {share}; trip_wires.max_route_flips is {limit:g}"
 
     def _judges(self) -> str | None:
         """Reward significantly up, the second judge's significantly down, since it thought best of the answers."""

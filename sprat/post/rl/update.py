@@ -18,6 +18,7 @@ from sprat.config.rl import RLRunConfig
 from sprat.errors import TrainingError
 from sprat.model import Transformer
 from sprat.post.rl.batch import ResponseTokens, forward_responses, micro_batches
+from sprat.post.rl.logprob_gap import LogprobGap
 from sprat.post.rl.losses import PolicyLoss, WholeAnswers, answer_weights
 from sprat.post.rl.rollout import Rollout
 from sprat.train import optim, schedule
@@ -103,15 +104,22 @@ def update_policy(
     step: int,
     reference: Transformer | None,
     step_answers: int | None = None,
+    measure_gap: bool = False,
 ) -> dict[str, float]:
     """``epochs`` passes over the rollouts that have an advantage; one optimizer step for each minibatch.
 
     Args:
         step_answers: of the step, with those that teach nothing; as many as ``rollouts`` where nothing else is said.
+        measure_gap: tell what ``LogprobGap`` does as well.
     """
-    token_metrics, norms, mismatch = TokenMetrics(), list[float](), LogprobMismatch()
+    token_metrics, norms, mismatch, gap = (
+        TokenMetrics(),
+        list[float](),
+        LogprobMismatch(),
+        LogprobGap(step, measure_gap),
+    )
     if config.importance_cap is not None:
-        rollouts = _with_importance(model, rollouts, config, mismatch, step)
+        rollouts = _with_importance(model, rollouts, config, mismatch, gap, step)
         metrics = mismatch.check(config.max_mismatch, step)
     sizes, minibatches = [len(rollout.token_ids) for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
     for epoch in range(config.epochs):
@@ -135,16 +143,18 @@ def update_policy(
                 loss = _policy_loss(tokens, weight_B[micro], [sizes[row] for row in micro], config)
                 if reference is not None:
                     loss.kl_weight = config.kl_weight
-                    loss.reference_N, _ = _logprobs(reference, selected, config)
+                    loss.reference_N, _ = _logprobs(reference, selected, config, replay_routes=False)
                 total, logprob_N, entropy_N = _head_loss(model, tokens, loss, config.temperature)
                 total.backward()
                 token_metrics.add(loss, logprob_N, entropy_N)
+                gap.trained += tokens.routes
                 if epoch + minibatch_index == 0 and config.importance_cap is None:
+                    gap.compare(logprob_N, tokens, selected)
                     mismatch.add(logprob_N, tokens.old_N, [sizes[row] for row in micro], _stale(selected, step))
             if not norms and config.importance_cap is None:
                 metrics = mismatch.check(config.max_mismatch, step)
             norms.append(_step(optimizer, config, step))
-    return {**token_metrics.means(), **metrics, "grad_norm": sum(norms) / len(norms)}
+    return {**token_metrics.means(), **metrics, **gap.metrics(), "grad_norm": sum(norms) / len(norms)}
 
 
 def _policy_loss(tokens: ResponseTokens, weight_B: Tensor, sizes: Sequence[int], config: RLRunConfig) -> PolicyLoss:
@@ -177,14 +187,20 @@ def _head_loss(
 
 
 def _with_importance(
-    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, mismatch: LogprobMismatch, step: int
+    model: Transformer,
+    rollouts: Sequence[Rollout],
+    config: RLRunConfig,
+    mismatch: LogprobMismatch,
+    gap: LogprobGap,
+    step: int,
 ) -> list[Rollout]:
     """The rollouts with the trainer's log-probabilities, and with truncated weights for what the sampler's were."""
     with_importance = list(rollouts)
     for micro in micro_batches(rollouts, range(len(rollouts))):
         selected = [rollouts[row] for row in micro]
-        trainer_N, sampler_N = _logprobs(model, selected, config)
-        sizes = [len(rollout.token_ids) for rollout in selected]
+        trainer_N, tokens = _logprobs(model, selected, config)
+        sampler_N, sizes = tokens.old_N, [len(rollout.token_ids) for rollout in selected]
+        gap.compare(trainer_N, tokens, selected)
         mismatch.add(trainer_N, sampler_N, sizes, _stale(selected, step))
         importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
         parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
@@ -194,11 +210,13 @@ def _with_importance(
 
 
 @torch.no_grad()
-def _logprobs(model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens under ``model``, and those of the rollouts; no gradient."""
-    tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)))
+def _logprobs(
+    model: Transformer, rollouts: Sequence[Rollout], config: RLRunConfig, *, replay_routes: bool = True
+) -> tuple[Tensor, ResponseTokens]:
+    """Log-probabilities of the response tokens under ``model``, and the tokens; no gradient."""
+    tokens = forward_responses(model, rollouts, torch.zeros(len(rollouts)), replay_routes=replay_routes)
     logprob_N, _ = token_logprob(tokens.x_ND, model.head.dense_weight(), tokens.targets_N, config.temperature)
-    return logprob_N, tokens.old_N
+    return logprob_N, tokens
 
 
 def _step(optimizer: optim.OptimizersContainer, config: RLRunConfig, step: int) -> float:

@@ -4,8 +4,10 @@
     python -m sprat.post.rl.worker HOST:PORT KEYFILE MODEL  of a run on another machine (``placement``)
 
 Between two batches of groups it takes the newest weights, which it believes by their digest alone. Within a batch the
-weights stay as they are: ``versions`` of an answer's tokens are then all the same, unless the engine itself says
-otherwise (``Output.versions``), as one that takes weights in the middle of an answer does.
+weights stay as they are, and ``versions`` of an answer's tokens are all the same; with ``rollout.in_flight`` it looks
+for newer ones between two steps of the engine, and each token has the version that sampled it
+(``Engine.update_weights``). The oldest token of an answer is of the weights that its group was dispatched with, so that
+staleness is bounded as ever.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ from sprat.machine import end_with_parent
 from sprat.model.lora import add_lora
 from sprat.post.rl.connection import Caller, Connection, connect
 from sprat.post.rl.merged_copy import plain_copy, write_merged
+from sprat.post.rl.rollout_engine import RolloutEngine
 from sprat.post.rl.sampled import Request, SampledAnswer, pack_answers, unpack_requests
 from sprat.post.rl.weights import OtherModelError, TrainedWeights
 from sprat.post.rl.wire import Message
 
 RECONNECT_SECONDS = 600.0  # a run that was killed may come back
 _RETRY_SECONDS = 2.0
+POLL_SECONDS = 0.1  # between two looks for newer weights
 Sample = Callable[[Engine, Sequence[Request], int], list[list[SampledAnswer]]]
 
 
@@ -49,10 +54,11 @@ def sample(engine: Engine, requests: Sequence[Request], version: int) -> list[li
 
 
 def _as_answer(output: Output, version: int, is_first: bool) -> SampledAnswer:
-    versions = getattr(output, "versions", None) or [version] * len(output.token_ids)
+    versions = output.versions or [version] * len(output.token_ids)
     prefill = len(output.prompt_ids) if is_first else 0
-    routes = getattr(output, "routes", None)
-    return SampledAnswer(output.token_ids, output.logprobs or [], versions, output.finish_reason, prefill, routes)
+    return SampledAnswer(
+        output.token_ids, output.logprobs or [], versions, output.finish_reason, prefill, output.routes
+    )
 
 
 class Worker:
@@ -72,26 +78,51 @@ class Worker:
             self._sampled = plain_copy(own)
             add_lora(own, self._config.lora, self._config.seed)
         self._weights, self._digest = TrainedWeights(own), ""
-        self._engine = Engine(self._sampled, tokenizer, max_batch=self._job["room"] * self._config.group_size)
+        max_batch = self._job["room"] * self._config.group_size
+        self._rollouts = RolloutEngine(self._sampled, tokenizer, self._config, max_batch)
+        self._next_look = 0.0
 
     def work(self) -> None:
         """Take groups and answer them, until told to stop. Raises SpratError: the run has failed or ended."""
         while "stop" not in (reply := self._caller.ask("take", room=self._job["room"])).body:
             version = reply.integer("version")
             try:
-                self._take_weights(version, reply.text("digest"), Path(reply.text("file")))
+                self._take_weights(reply)
             except OtherModelError:
                 raise
             except SpratError as error:
                 self._caller.ask("refuse", version=version, reason=str(error))
                 continue
             requests = unpack_requests(reply)
-            for request, answers in zip(requests, self._sampler(self._engine, requests, version), strict=True):
+            engine = self._rollouts.engine
+            engine.update_weights(lambda: None, version)  # what they are called; nothing runs
+            if self._config.rollout.in_flight:
+                engine.before_step = partial(self._take_newer_weights, reply.integer("rollbacks"))
+            for request, answers in zip(requests, self._sampler(engine, requests, version), strict=True):
                 body, arrays = pack_answers(answers)
                 self._caller.ask("answer", arrays, group=request.group, rollbacks=reply.body["rollbacks"], **body)
 
-    def _take_weights(self, version: int, digest: str, file: Path) -> None:
-        """Compute with ``version`` from now on. Raises SpratError: it is not to be had, or not whole."""
+    def _take_newer_weights(self, rollbacks: int) -> None:
+        """Go on with newer weights, if there are any, unless the run was sent back since its groups were asked.
+
+        What cannot be read now is left for a later look, or for the end of the batch, where it is refused.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + POLL_SECONDS
+        reply = self._caller.ask("newest")
+        if reply.body.get("rollbacks") != rollbacks or reply.text("digest") == self._digest:
+            return
+        try:
+            self._take_weights(reply)
+        except (CheckpointError, TrustError):
+            self._next_look += 10 * POLL_SECONDS
+            return
+        self._rollouts.engine.update_weights(lambda: None, reply.integer("version"))  # nothing stepped in between
+
+    def _take_weights(self, reply: Message) -> None:
+        """Compute with the version that ``reply`` names. Raises SpratError: it is not to be had, or not whole."""
+        version, digest, file = reply.integer("version"), reply.text("digest"), Path(reply.text("file"))
         if digest == self._digest:
             return
         try:
@@ -105,6 +136,7 @@ class Worker:
                 self._weights.load(path, digest)
         if self._sampled is not self._weights.model:
             write_merged(self._weights.model, self._sampled)
+        self._rollouts.take_over()
         self._digest = digest
 
     def _download(self, version: int, path: Path) -> None:

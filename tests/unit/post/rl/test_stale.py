@@ -58,5 +58,6 @@ def test_only_answers_of_the_trainers_own_weights_are_compared(
         return
     grpo.train(model, source, CONFIG, run)
     rows = read_metrics(run.folder)
+    assert rows[0]["logprob_gap_max"] < 1e-4 and not any("logprob_gap_max" in row for row in rows[1:])
     assert rows[0]["mismatch"] < 1e-4 and [row["mismatch"] for row in rows[1:]] == [0.0] * 3
     assert all(row["kl"] > 1e-6 for row in rows[1:])  # the policy has moved from what sampled

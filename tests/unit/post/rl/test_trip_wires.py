@@ -52,6 +52,18 @@ WRONG: dict[str, tuple[dict[str, Callable[[int], Any]], str]] = {
         {"second_reward": lambda step: 0.6 - 0.015 * step, "second_reward_error": lambda step: 0.1},
         r"judge\.py:f rose from .* while the second judge's fell from",
     ),
+    "logprob_gap": (
+        {
+            "logprob_gap_mean": lambda s: 1e-6,
+            "logprob_gap_p99": lambda step: 0.1 * step,
+            "logprob_gap_max": lambda s: 9.0,
+        },
+        "nats apart at the 99th percentile.*max_logprob_gap_p99 is 1",
+    ),
+    "route_flips": (
+        {"route_flips": lambda step: min(1, 0.03 * step)},
+        "would choose others than 5.% of the sampler's experts.*max_route_flips is 0.5",
+    ),
     "held_out": (
         {"eval_reward": lambda step: 0.5 if step < 15 else 0.2, "eval_loss_p_value": lambda s: 1.0 if s < 15 else 1e-4},
         "held-out problems are answered worse.*0.2, it was 0.5",
@@ -101,7 +113,21 @@ def test_wires_that_are_strung_again_from_the_log_trip_at_the_same_step(wire: st
 @pytest.mark.parametrize(
     ("wire", "key"),
     [("entropy", "min_entropy"), ("kl", "max_kl"), ("length", "max_length_growth"), ("cut", "max_cut_share"),
-     ("no_spread", "no_spread"), ("judges", "min_z"), ("held_out", "held_out_p")],
+     ("no_spread", "no_spread"), ("judges", "min_z"), ("held_out", "held_out_p"),
+     ("logprob_gap", "max_logprob_gap_p99"), ("route_flips", "max_route_flips")],
 )  # fmt: skip
 def test_each_wire_can_be_left_out(wire: str, key: str) -> None:
     assert first_trip(rows(**WRONG[wire][0]), TripWiresConfig.model_validate({key: 0})) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "column", "which"),
+    [("max_logprob_gap", "logprob_gap_max", "at the furthest token"),
+     ("max_logprob_gap_mean", "logprob_gap_mean", "on average")],
+)  # fmt: skip
+def test_each_gap_has_its_own_limit(key: str, column: str, which: str) -> None:
+    log = rows(**{column: lambda step: 0.02 * step})
+    assert first_trip(log) is None, "nobody asked"
+    trip = first_trip(log, TripWiresConfig.model_validate({key: 0.3}))
+    assert trip is not None and trip.wire == "logprob_gap" and trip.step == 18  # the mean of steps 14 to 18 is 0.32
+    assert which in trip.sentence and f"trip_wires.{key} is 0.3" in trip.sentence
