@@ -46,13 +46,15 @@ def forward_responses(model: Transformer, rollouts: Sequence[Rollout], advantage
     is_response_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
-        is_response_BT[row, len(rollout.prompt_ids) : rollout.length] = True
+        is_response_BT[row, torch.tensor(rollout.trained_places, dtype=torch.int64) + len(rollout.prompt_ids)] = True
     device = model.norm.weight.device
-    old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
+    old = [rollout.logprobs[place] for rollout in rollouts for place in rollout.trained_places]
+    old_N = torch.tensor(old, device=device)
     advantage_N = advantage_B.repeat_interleave(is_response_BT.sum(1)).to(device)
     importance_N = None
     if all(rollout.importance is not None for rollout in rollouts):
-        importance_N = torch.tensor([w for rollout in rollouts for w in rollout.importance or ()], device=device)
+        weights = [rollout.importance[p] for rollout in rollouts if rollout.importance for p in rollout.trained_places]
+        importance_N = torch.tensor(weights, device=device)
     tokens_BT, selected_BT = tokens_BT.to(device), is_response_BT[:, 1:].to(device)
     x_BTD = model.hidden(tokens_BT[:, :-1]).x_BTD
     return ResponseTokens(x_BTD[selected_BT], tokens_BT[:, 1:][selected_BT], old_N, advantage_N, importance_N)
