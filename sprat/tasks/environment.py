@@ -22,10 +22,13 @@ from typing import Any, Protocol, Self
 
 @dataclass(frozen=True)
 class Call:
-    """A tool that the model calls, with its arguments as JSON has them; ``id`` is what its result names."""
+    """A tool that the model calls; ``id`` is what its result names.
+
+    ``arguments`` are those of the call's JSON object; the text itself where a model wrote none.
+    """
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] | str
     id: str = ""
 
 

@@ -88,7 +88,9 @@ class Episode:
     ) -> Rollout:
         """What the trainer gets, paid ``reward``."""
         is_empty = not self.token_ids  # an episode that never began has one token, of nobody
-        observed = len(self.token_ids) - sum(count for _, count in self.turns)
+        computed = sum(
+            len(self.prompt_ids) + first for first, _ in self.turns[1:]
+        )  # the engine keeps nothing in between
         return Rollout(
             task=self.task.name,
             prompt_ids=self.prompt_ids,
@@ -97,7 +99,7 @@ class Episode:
             response=response,
             reward=reward,
             score=verdict.reward or 0.0,
-            prefill_tokens=observed + (len(self.prompt_ids) if self.sample == 0 else 0),
+            prefill_tokens=computed + (len(self.prompt_ids) if self.sample == 0 else 0),
             sample=self.sample,
             problem_id=problem_id(self.problem),
             finish=self.finish,

@@ -71,6 +71,17 @@ class EpisodeProcess:
         return self._pool.wait(self._pid)
 
     def _ask(self, request: Row) -> Row:
+        if self._pool.is_broken:
+            raise FaultError("crashed", "was not asked any more")
+        try:
+            reply = self._exchange(request)
+        except FaultError as fault:
+            self._pool.note_request(fault)
+            raise
+        self._pool.note_request(None)
+        return reply
+
+    def _exchange(self, request: Row) -> Row:
         limit = self._pool.config.step_timeout
         deadline, reply = time.monotonic() + limit, None
         try:
@@ -110,6 +121,7 @@ class EnvironmentPool:
     Attributes:
         pays: whether the environment says what an episode is worth.
         takes_problem: whether its ``reset`` asks for a problem.
+        is_broken: nothing is asked any more.
 
     Raises:
         SpratError: there is no such environment, it is of no form, or this machine cannot hold it.
@@ -119,7 +131,8 @@ class EnvironmentPool:
         self.name, self.config, self._lock = name, config, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: Lines | None = None
-        self._row_of_faults, self._last_fault = 0, ""
+        self._row_of_faults, self._failed_requests = 0, 0
+        self.is_broken, self._last_detail = False, ""
         facts = self._start()
         self.pays, self.takes_problem = bool(facts["pays"]), bool(facts["takes_problem"])
 
@@ -171,6 +184,13 @@ class EnvironmentPool:
         with ThreadPoolExecutor(self.config.workers) as executor:
             return list(executor.map(function, items))
 
+    def note_request(self, fault: FaultError | None) -> None:
+        """Count what was asked; where the last ``MAX_FAULTS`` were all faults, nothing is asked any more."""
+        with self._lock:
+            self._failed_requests = 0 if fault is None else self._failed_requests + 1
+            self._last_detail = self._last_detail if fault is None else fault.detail
+            self.is_broken = self.is_broken or self._failed_requests >= MAX_FAULTS
+
     def note(self, fault: FaultError | None) -> None:
         """Count an episode that is over.
 
@@ -178,9 +198,9 @@ class EnvironmentPool:
             TrainingError: the last ``MAX_FAULTS`` were all faults.
         """
         self._row_of_faults = 0 if fault is None else self._row_of_faults + 1
-        if fault is not None and self._row_of_faults >= MAX_FAULTS:
-            what = f"the environment failed in each of {self._row_of_faults} episodes in a row; the last time it "
-            raise TrainingError(what + fault.detail, where=self.label, todo="mend the environment")
+        if fault is not None and (self.is_broken or self._row_of_faults >= MAX_FAULTS):
+            what = f"the environment failed {MAX_FAULTS} times in a row; the last time it {self._last_detail}"
+            raise TrainingError(what, where=self.label, todo="mend the environment")
 
     def close(self) -> None:
         """End all processes: episodes end with the one that began them."""

@@ -28,7 +28,7 @@ class EnvironmentTask:
     """
 
     def __init__(self, pool: EnvironmentPool) -> None:
-        self.name, self._pool = pool.name.rpartition(":")[2], pool
+        self.name, self._pool = pool.name.rpartition(":")[2].rpartition("/")[2], pool
         self._process: EpisodeProcess | None = None
         if pool.takes_problem:
             todo = "give questions: --data FILE or --task FILE"

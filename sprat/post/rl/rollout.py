@@ -304,9 +304,10 @@ def sample_groups(
     for place, rollout in enumerate(rollouts):
         group, sample, versions = groups[place // size], place % size, [version] * len(rollout.token_ids)
         rollouts[place] = replace(rollout, group=group, sample=sample, versions=versions)
-        if config.seeding == "group":  # a group's cost does not depend on what is sampled beside it
+        if (
+            config.seeding == "group" and rollout.trained is None
+        ):  # a group's cost does not depend on what is sampled beside it
             prefill = len(rollout.prompt_ids) if sample == 0 else 0
-            prefill += len(rollout.token_ids) - rollout.num_sampled
             rollouts[place] = replace(rollouts[place], prefill_tokens=prefill)
     return rollouts
 
