@@ -25,6 +25,8 @@ _REWARD_HELP = "Your verifier: file.py:function, or a command that reads a JSON 
 Reward = Annotated[str | None, typer.Option("--reward", metavar="NAME", help=_REWARD_HELP)]
 _SECOND_HELP = "A second judge that never pays: where it falls while the reward rises, the run is stopped."
 SecondReward = Annotated[str | None, typer.Option("--second-reward", metavar="NAME", help=_SECOND_HELP)]
+_ENVIRONMENT_HELP = "What answers the model turn by turn: file.py:Class, calculator, python or reasoning-gym/NAME."
+Environment = Annotated[str | None, typer.Option("--environment", metavar="NAME", help=_ENVIRONMENT_HELP)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run to write; without MODEL, the road.")]
 _LORA_HELP = "Train adapters of this rank instead of all weights."
 Lora = Annotated[int | None, typer.Option("--lora", metavar="RANK", min=1, help=_LORA_HELP)]
@@ -42,6 +44,7 @@ def rl(
     data: Data = None,
     reward: Reward = None,
     second_reward: SecondReward = None,
+    environment: Environment = None,
     out: Out = None,
     lora: Lora = None,
     map_columns: Map = None,
@@ -56,7 +59,7 @@ def rl(
     """
     if model is None:
         given: dict[str, Any] = {"--task": task, "--data": data, "--reward": reward, "--second-reward": second_reward}
-        given |= {"--lora": lora, "--map": map_columns, "--dequantize": dequantize}
+        given |= {"--environment": environment, "--lora": lora, "--map": map_columns, "--dequantize": dequantize}
         if alone := [name for name, value in given.items() if value]:
             todo = "name the model first: sprat rl smol --data FILE --reward file.py:function --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="rl", todo=todo)
@@ -72,7 +75,8 @@ def rl(
     start = [] if init_from is None else [f"init_from={json.dumps(init_from)}"]
     config = load_rl_config(lora=lora, recipe=recipe, overrides=[*start, *(overrides or ())])
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
-    questions = Questions(data, tuple(task or ()), reward or "", second_reward or "", column_map)
+    asked = tuple(task or ())
+    questions = Questions(data, asked, reward or "", second_reward or "", column_map, environment or "")
     run = reinforce(
         model, questions, out, config, dequantize=dequantize, on_news=lambda text: print_err(f"sprat: {text}")
     )

@@ -58,6 +58,16 @@ class TripWiresConfig(Config):
     max_route_flips: float = Field(0.5, ge=0, le=1)  # share of experts that the trainer would choose otherwise
 
 
+class EnvironmentConfig(Config):
+    """Episodes of an environment (``--environment``), and their limits."""
+
+    max_turns: Count = 8  # of the model in an episode
+    max_tokens: int = Field(0, ge=0, lt=2**31)  # of an episode behind its question; 0: what the context holds
+    step_timeout: float = Field(10.0, gt=0, le=1e6)  # seconds of one reset or step
+    cpu_seconds: float = Field(10.0, gt=0, le=1e6)  # CPU seconds of one
+    workers: int = Field(4, ge=1, le=1024)  # environments that compute at once
+
+
 class RLRunConfig(RLConfig):
     """One run of RL: GRPO's keys, and those of ``sprat rl MODEL``."""
 
@@ -104,6 +114,7 @@ class RLRunConfig(RLConfig):
     std_epsilon: float = Field(0.0, ge=0, le=1e9)  # added to that deviation (TRL: 1e-4)
     off_policy_limit: float | None = Field(None, gt=0, le=1e9)  # nats a token: bad answers further off are masked
     overlong_buffer: int = Field(0, ge=0, lt=2**31)  # last tokens before max_tokens over which the reward falls by 1
+    environment: EnvironmentConfig = EnvironmentConfig()  # of --environment
     mask_truncated: bool = False  # answers cut off at max_tokens abstain (DAPO's overlong filtering)
     # Further groups are asked until prompts_per_step have spread, at most so many times prompts_per_step; 0: none.
     dynamic_sampling: int = Field(0, ge=0, le=1000)
@@ -198,6 +209,12 @@ class RewardInput(Config):
     """How a reward is called, as a run names it among its inputs: the function in its file, or a command's words."""
 
     call: list[str]
+
+
+class EnvironmentInput(Config):
+    """A built-in environment, as a run names it among its inputs."""
+
+    name: str
 
 
 class TasksInput(Config):

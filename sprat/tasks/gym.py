@@ -46,7 +46,7 @@ class GymTask:
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem ``index`` of ``split``."""
-        return sample_problem(self._generate, split, index)
+        return sample_problem(self.generate, split, index)
 
     def score(self, problem: Problem, answer: str | None) -> float:
         """1.0 for an answer that the family gives full marks, a whole number as it is written; else 0.0."""
@@ -67,7 +67,12 @@ class GymTask:
             raise DataError(f"no chain of thought for {self.family}", where=self.name, todo=todo)
         return CHAINS_OF_THOUGHT[self.family](problem.meta["entry"]["metadata"])
 
-    def _generate(self, key: int) -> Problem:
+    def generate(self, key: int) -> Problem:
+        """Problem number ``key`` of all, whatever its split.
+
+        Raises:
+            DataError: reasoning-gym makes none.
+        """
         try:
             entry = self._dataset[key]
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:

@@ -195,14 +195,14 @@ def sandbox_facts() -> dict[str, Any]:
     return facts
 
 
-def require_sandbox() -> None:
-    """See that code can be run here.
+def require_sandbox(where: str = "judge 'code'") -> None:
+    """See that code can be run here; ``where`` is what an error says about who wants to.
 
     Raises:
         MachineError: it cannot; says why, and what to do.
     """
     if problem := sandbox_facts()["problem"]:
-        raise MachineError(f"code cannot be run safely here: {problem}", where="judge 'code'", todo=ADVICE)
+        raise MachineError(f"code cannot be run safely here: {problem}", where=where, todo=ADVICE)
 
 
 def _children(pid: int) -> list[int]:

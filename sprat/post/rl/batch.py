@@ -80,13 +80,15 @@ def forward_responses(
     is_response_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         tokens_BT[row, : rollout.length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
-        is_response_BT[row, len(rollout.prompt_ids) : rollout.length] = True
+        is_response_BT[row, torch.tensor(rollout.trained_places, dtype=torch.int64) + len(rollout.prompt_ids)] = True
     device = model.norm.weight.device
-    old_N = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], device=device)
+    old = [rollout.logprobs[place] for rollout in rollouts for place in rollout.trained_places]
+    old_N = torch.tensor(old, device=device)
     advantage_N = advantage_B.repeat_interleave(is_response_BT.sum(1)).to(device)
     importance_N = None
     if all(rollout.importance is not None for rollout in rollouts):
-        importance_N = torch.tensor([w for rollout in rollouts for w in rollout.importance or ()], device=device)
+        weights = [rollout.importance[p] for rollout in rollouts if rollout.importance for p in rollout.trained_places]
+        importance_N = torch.tensor(weights, device=device)
     tokens_BT, selected_BT = tokens_BT.to(device), is_response_BT[:, 1:].to(device)
     routes_BTLK = _routes(model.config, rollouts, width - 1) if replay_routes else None
     out = model.hidden(tokens_BT[:, :-1], routes_BTLK=None if routes_BTLK is None else routes_BTLK.to(device))

@@ -234,7 +234,7 @@ def _add_costs(
 ) -> None:
     """Add one step's sampled tokens and FLOPs: a forward pass to sample, three to train, one for the reference."""
     forward = flops_per_token(model.config, sum(rollout.length for rollout in rollouts) // len(rollouts))
-    sampled = sum(len(rollout.token_ids) for rollout in rollouts)
+    sampled = sum(rollout.num_sampled for rollout in rollouts)
     passes = config.epochs * (4 if config.kl_weight > 0 else 3) + (config.importance_cap is not None)
     updated = passes * sum(rollout.length for rollout in trained)
     result.steps = step

@@ -19,7 +19,6 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Sampling
 from sprat.eval.comparison import Comparison, compare, paired_interval, sign_test_p_value
 from sprat.eval.task_score import ProblemScore, TaskScore
-from sprat.eval.tasks import problem_messages
 from sprat.files import atomic
 from sprat.files.digest import of_bytes, of_json
 from sprat.post.rl.rollout import Payer, Rollout
@@ -123,8 +122,7 @@ class HeldOut:
             seed=self._config.seed,
             n=samples,
         )
-        outputs = self._engine.generate([problem_messages(problem) for _, problem in self.asked], sampling)
-        rollouts = self._payer.pay([pair for pair in self.asked for _ in range(samples)], outputs, shaped=False)
+        rollouts = self._payer.sample(self._engine, self.asked, [sampling] * len(self.asked), shaped=False)
         groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
         earlier = {at: found for at, found in self.results.items() if at < step}
         self.results = {**earlier, step: [_result(*pair) for pair in zip(self.asked, groups, strict=True)]}
@@ -171,8 +169,9 @@ class HeldOut:
         for (_, problem), group in list(zip(self.asked, groups, strict=True))[: self._config.held_out.kept_answers]:
             response = group[0].response
             expected = problem.answer or None
-            texts = problem.question, response.content, expected, response.reasoning, group[0].finish
-            kept.append(Sample(step, *texts, group[0].reward))
+            is_episode = len(group[0].trained or ()) > 1  # then all that was said is shown
+            content, reasoning = (response.text, "") if is_episode else (response.content, response.reasoning)
+            kept.append(Sample(step, problem.question, content, expected, reasoning, group[0].finish, group[0].reward))
         write_samples(self._folder, kept)
 
     def _write(self) -> None:
@@ -203,7 +202,7 @@ def _result(pair: tuple[Task, Problem], group: Sequence[Rollout]) -> ProblemResu
         reward=sum(rollout.reward or 0.0 for rollout in paid) / len(paid) if paid else None,
         correct=sum(is_correct(rollout.score) for rollout in paid),
         samples=len(paid),
-        tokens=sum(len(rollout.token_ids) for rollout in group) / len(group),
+        tokens=sum(rollout.num_sampled for rollout in group) / len(group),
         cut=sum(rollout.finish == "length" for rollout in group) / len(group),
         second=sum(seconds) / len(seconds) if seconds else None,
     )

@@ -8,12 +8,16 @@ from pathlib import Path
 
 from sprat.config.finetune import ColumnMapConfig
 from sprat.config.recipe import TaskConfig
-from sprat.config.rl import TasksInput
+from sprat.config.rl import EnvironmentInput, TasksInput
 from sprat.errors import ConfigError, DataError
 from sprat.post.rl.problem_file import read_problems
 from sprat.post.rl.reward_sources import reward_inputs
+from sprat.post.rl.rewards import ENVIRONMENT
 from sprat.tasks import Task, load, load_user_task, task_input
+from sprat.tasks.environments import check_name, is_built_in
 from sprat.trust import run_record
+
+BUILT_IN = "the task's own judge"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Questions:
         second_reward: the same for a judge that only looks on; where there is none and ``reward`` stands before tasks,
             their own judges do.
         column_map: our names of columns to those of ``data``.
+        environment: ``file.py:Class``, ``module:Class`` or a built-in one that answers the model turn by turn; empty
+            where one answer is all.
     """
 
     data: Path | None = None
@@ -34,6 +40,13 @@ class Questions:
     reward: str = ""
     second_reward: str = ""
     column_map: Mapping[str, str] | None = None
+    environment: str = ""
+
+    @property
+    def judge(self) -> str:
+        """What errors call who judges."""
+        built_in = f"{ENVIRONMENT}{self.environment}" if self.environment else BUILT_IN
+        return self.reward or built_in
 
     def check(self) -> None:
         """See that there is a question and a judge.
@@ -41,12 +54,14 @@ class Questions:
         Raises:
             ConfigError, DataError: there is not.
         """
-        if self.data is None and not self.tasks:
+        if self.data is None and not self.tasks and not self.environment:
             todo = "give --task FILE, file.py:Class or reasoning-gym/NAME, or --data FILE with --reward"
             raise ConfigError("no questions", where="rl", todo=todo)
-        if self.data is not None and not self.reward:
+        if self.data is not None and not self.reward and not self.environment:
             todo = "give --reward file.py:function, or a command; a file whose rows name their judge is a --task"
             raise ConfigError("nobody judges the answers to --data", where="rl", todo=todo)
+        if self.environment:
+            check_name(self.environment)
         for path in (self.data, *(Path(task) for task in self.tasks if task.endswith(".jsonl"))):
             if path is not None and not path.exists():
                 raise DataError("no such file of questions", where=str(path), todo="give the path of one")
@@ -60,7 +75,11 @@ class Questions:
         inputs |= {f"task-{n}": task_input(task) for n, task in enumerate(self.tasks) if task not in drawn}
         inputs |= {"tasks": TasksInput(names=drawn)} if drawn else {}
         inputs |= {"map": ColumnMapConfig(columns=dict(self.column_map))} if self.column_map else {}
-        for key, name in (("reward", self.reward), ("second_reward", self.second_reward)):
+        if is_built_in(self.environment):
+            inputs |= {"environment": EnvironmentInput(name=self.environment)}
+        named = {"reward": self.reward, "second_reward": self.second_reward}
+        named |= {} if is_built_in(self.environment) else {"environment": self.environment}
+        for key, name in named.items():
             inputs |= reward_inputs(name, key) if name else {}
         return inputs
 

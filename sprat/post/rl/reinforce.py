@@ -24,7 +24,6 @@ from sprat.formats.load import load_dense, locate, save
 from sprat.model.lora import merge_lora
 from sprat.post.rl import grpo
 from sprat.post.rl.held_out import FILE_NAME, HeldOut
-from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.ledger import LEDGER_FILE
 from sprat.post.rl.monitor import OnNews, RunMonitor
 from sprat.post.rl.orchestrator import Commands, open_ledger, wait_for_predecessor
@@ -32,7 +31,7 @@ from sprat.post.rl.questions import Questions
 from sprat.post.rl.recorded import RecordedSource
 from sprat.post.rl.roles import keep_questions, train_with_roles
 from sprat.post.rl.rollout import RolloutSource
-from sprat.post.rl.run_preparation import BUILT_IN, Prepared, prepare
+from sprat.post.rl.run_preparation import Closable, Prepared, prepare
 from sprat.post.rl.training_state import first_group_after
 from sprat.train import checkpoint
 from sprat.trust import run_record
@@ -71,7 +70,7 @@ def reinforce(
     model_path = locate(model)
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
     inputs: dict[str, run_record.Input] = {"model": model_path, **questions.inputs(), **start_input}
-    prepared, pools, steps_before, first_group = list[Prepared](), list[JudgePool](), 0, 0
+    prepared, pools, steps_before, first_group = list[Prepared](), list[Closable](), 0, 0
     wait_for_predecessor(out)
 
     def check(resuming: bool) -> None:
@@ -93,7 +92,7 @@ def reinforce(
             train_with_roles(run, asker, questions, config, described, steps_before, first_group, commands=commands)
         elif not run.done:
             source = RecordedSource(prepared[0].source(), open_ledger(run, config), run, first_group)
-            result = train(run, prepared[0], source, str(model), questions.reward or BUILT_IN, on_news)
+            result = train(run, prepared[0], source, str(model), questions.judge, on_news)
             run.ledger.add_file(run.folder / LEDGER_FILE)
             run.finish(flops=result.flops, tokens=result.tokens)
         return run

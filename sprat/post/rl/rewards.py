@@ -42,6 +42,7 @@ class Response(Answer):
 Reward = Callable[[Problem, Response], float | None]  # None abstains: the answer neither teaches nor counts
 Outcome = Literal["paid", "abstained", "raised", "timeout", "crashed"]
 FAULTS: tuple[Outcome, ...] = ("raised", "timeout", "crashed")
+ENVIRONMENT = "environment "  # how the name of a judge begins that is one
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,14 @@ class Verifier:
 
 def all_failed(name: str, count: int, last_fault: str) -> TrainingError:
     """What is said where the reward ``name`` failed on each of ``count`` answers."""
-    what = f"the reward failed on each of {count} answers; the last time it {last_fault}"
-    return TrainingError(what, where=f"reward {name}", todo="mend the reward")
+    kind = "environment" if name.startswith(ENVIRONMENT) else "reward"
+    what = f"the {kind} failed on each of {count} answers; the last time it {last_fault}"
+    return TrainingError(what, where=place_of(name), todo=f"mend the {kind}")
+
+
+def place_of(name: str) -> str:
+    """What an error says about the place of the judge ``name``: a reward, or ``environment NAME``."""
+    return name if name.startswith(ENVIRONMENT) else f"reward {name}"
 
 
 def load_reward(name: str, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Verifier:

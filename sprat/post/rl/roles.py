@@ -21,7 +21,7 @@ from sprat.post.rl.ledger import LEDGER_FILE
 from sprat.post.rl.orchestrator import Commands, Orchestrator
 from sprat.post.rl.problem_asker import ProblemAsker
 from sprat.post.rl.questions import Questions
-from sprat.post.rl.run_preparation import BUILT_IN, Prepared, prepare
+from sprat.post.rl.run_preparation import Prepared, prepare
 from sprat.train import checkpoint
 from sprat.trust.run import Run
 
@@ -57,7 +57,7 @@ def train_with_roles(
     """
     gc.collect()  # the model that the parent was prepared with
     job = {"model": str(model["path"]), "name": model["name"], "dequantize": model["dequantize"]}
-    job |= {"questions": _pack(questions), "reward_name": questions.reward or BUILT_IN}
+    job |= {"questions": _pack(questions), "reward_name": questions.judge}
     roles = Orchestrator(run, config, asker, job, start=start, first_group=first_group, commands=commands)
     done = roles.work()
     run.ledger.add_file(run.folder / LEDGER_FILE)

@@ -1,3 +1,4 @@
+# size: a rollout, who samples it, who pays it and what is measured of it are one contract
 """Rollouts: groups of sampled answers to the same question, read and paid.
 
 The engine samples from the very model that is trained, so its log-probabilities are those of the policy
@@ -59,6 +60,10 @@ class Rollout:
         finish: why the answer ended, as the engine says it.
         outcome, detail: what became of it at the verifier, and of a fault what was said.
         second: what the hidden second judge says; None where there is none, or it abstained.
+        trained: of an episode of several turns, where in ``token_ids`` the tokens lie that the model sampled: first
+            place and count of each turn. The others are an environment's: they are context, have a log-probability of
+            0, and no part in any loss. None: all are the model's.
+        tool_calls, tool_errors, environment_seed: of an episode: calls, those that failed, and the seed it began with.
     """
 
     task: str
@@ -79,11 +84,35 @@ class Rollout:
     outcome: Outcome = "paid"
     detail: str = ""
     second: float | None = None
+    trained: list[tuple[int, int]] | None = None
+    tool_calls: int = 0
+    tool_errors: int = 0
+    environment_seed: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def trained_places(self) -> list[int]:
+        """The places in ``token_ids`` of the tokens that the model sampled."""
+        spans = [(0, len(self.token_ids))] if self.trained is None else self.trained
+        return [place for first, count in spans for place in range(first, first + count)]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the model sampled."""
+        return len(self.token_ids) if self.trained is None else sum(count for _, count in self.trained)
+
+    def spread(self, values: Sequence[float]) -> list[float]:
+        """One value for each of ``token_ids``, of one for each that the model sampled; 0 for the others."""
+        if self.trained is None:
+            return list(values)
+        spread = [0.0] * len(self.token_ids)
+        for place, value in zip(self.trained_places, values, strict=True):
+            spread[place] = value
+        return spread
 
 
 class RolloutSource(Protocol):
@@ -163,12 +192,34 @@ class Payer:
         self.tokenizer, self.reward, self.second = tokenizer, reward, second
         self._config, self._by_reward = config, by_reward and reward is not None
 
+    def sample(
+        self,
+        engine: Engine,
+        asked: Sequence[tuple[Task, Problem]],
+        settings: Sequence[Sampling],
+        *,
+        shaped: bool = True,
+    ) -> list[Rollout]:
+        """The paid answers to ``asked``, ``n`` of each by its own of ``settings``, those of one problem side by side.
+
+        All settings have one ``thinking``. See ``pay``.
+        """
+        outputs = engine.generate([problem_messages(problem) for _, problem in asked], settings)
+        pairs = [pair for pair, own in zip(asked, settings, strict=True) for _ in range(own.n)]
+        return self.pay(pairs, outputs, shaped=shaped, thinking=settings[0].thinking if settings else None)
+
     def pay(
-        self, asked: Sequence[tuple[Task, Problem]], outputs: Sequence[Output], *, shaped: bool = True
+        self,
+        asked: Sequence[tuple[Task, Problem]],
+        outputs: Sequence[Output],
+        *,
+        shaped: bool = True,
+        thinking: bool | None = None,
     ) -> list[Rollout]:
         """The answers to ``asked``, one of each.
 
         Args:
+            thinking: that they were asked with.
             shaped: the reward is what policies are trained with: ``format_weight`` for the form is added, long answers
                 lose, cut ones may abstain. Else it is what the judge (or plug-in) pays, and nothing else.
 
@@ -176,7 +227,7 @@ class Payer:
             TrainingError: the verifier is broken.
         """
         responses = [
-            parse_response(self.tokenizer, each.token_ids, thinking=None, finished=each.finish_reason == "stop")
+            parse_response(self.tokenizer, each.token_ids, thinking=thinking, finished=each.finish_reason == "stop")
             for each in outputs
         ]
         pairs = [(problem, response) for (_, problem), response in zip(asked, responses, strict=True)]
@@ -188,7 +239,8 @@ class Payer:
         seconds = [None] * len(pairs) if self.second is None else [each.reward for each in self.second.pay(pairs)]
         rewards = [verdict.reward for verdict in verdicts]
         if shaped:
-            rewards = [self._shaped(*each) for each in zip(rewards, pairs, outputs, strict=True)]
+            ends = [(len(each.token_ids), each.finish_reason == "length") for each in outputs]
+            rewards = [self.shaped(*each) for each in zip(rewards, pairs, ends, strict=True)]
         return [
             Rollout(
                 task=task.name,
@@ -217,9 +269,19 @@ class Payer:
             return [verdict_of(score) for score in _own_scores(asked, responses)]
         return self.reward.pay([(problem, each) for (_, problem), each in zip(asked, responses, strict=True)])
 
-    def _shaped(self, reward: float | None, pair: tuple[Problem, Response], output: Output) -> float | None:
-        config, tokens = self._config, len(output.token_ids)
-        if reward is None or (config.mask_truncated and output.finish_reason == "length"):
+    def again(
+        self, asked: Sequence[tuple[Task, Problem]], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Verdict], list[Verdict]] | None:
+        """Twice what the reward says of answers that were given; None where there is none to ask."""
+        if self.reward is None:
+            return None
+        pairs = [(problem, rollout.response) for (_, problem), rollout in zip(asked, rollouts, strict=True)]
+        return self.reward.pay(pairs), self.reward.pay(pairs)
+
+    def shaped(self, reward: float | None, pair: tuple[Problem, Response], end: tuple[int, bool]) -> float | None:
+        """What an answer is trained with that was paid ``reward``; ``end``: its tokens, and whether it was cut off."""
+        config, (tokens, is_cut) = self._config, end
+        if reward is None or (config.mask_truncated and is_cut):
             return None
         form = config.format_weight * format_reward(*pair)
         return reward + form + overlong_penalty(tokens, config.max_tokens, config.overlong_buffer)
@@ -247,13 +309,14 @@ def sample_groups(
     """
     asked = [problems.problem(group) for group in groups]
     settings = [group_sampling(config, group) for group in groups]
-    outputs = engine.generate([problem_messages(problem) for _, problem in asked], settings)
     size = config.group_size
-    rollouts = payer.pay([pair for pair in asked for _ in range(size)], outputs)
+    rollouts = payer.sample(engine, asked, settings)
     for place, rollout in enumerate(rollouts):
         group, sample, versions = groups[place // size], place % size, [version] * len(rollout.token_ids)
         rollouts[place] = replace(rollout, group=group, sample=sample, versions=versions)
-        if config.seeding == "group":  # a group's cost does not depend on what is sampled beside it
+        if (
+            config.seeding == "group" and rollout.trained is None
+        ):  # a group's cost does not depend on what is sampled beside it
             prefill = len(rollout.prompt_ids) if sample == 0 else 0
             rollouts[place] = replace(rollouts[place], prefill_tokens=prefill)
     return rollouts
@@ -298,7 +361,20 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, of_judged: bool = False) -> 
         "abstained": 1 - len(rewards) / count,
         "accuracy": sum(right) / max(len(right), 1),
         "format": sum(rollout.response.well_formed for rollout in rollouts) / count,
-        "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / count,
+        "response_length": sum(rollout.num_sampled for rollout in rollouts) / count,
         "think_share": sum(bool(rollout.response.reasoning.strip()) for rollout in rollouts) / count,
         **{f"accuracy/{task}": sum(flags) / len(flags) for task, flags in sorted(by_task.items())},
+        **_episode_metrics(rollouts),
+    }
+
+
+def _episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over episodes: turns, calls of tools, calls that failed; nothing where there are none."""
+    episodes = [rollout for rollout in rollouts if rollout.trained is not None]
+    if not episodes:
+        return {}
+    return {
+        "turns": sum(len(rollout.trained or ()) for rollout in episodes) / len(episodes),
+        "tool_calls": sum(rollout.tool_calls for rollout in episodes) / len(episodes),
+        "tool_errors": sum(rollout.tool_errors for rollout in episodes) / len(episodes),
     }

@@ -8,7 +8,6 @@ would follow all the same. Whether thinking helps is asked only of a model that 
 
 from __future__ import annotations
 
-import functools
 import logging
 import statistics
 from collections.abc import Sequence
@@ -19,10 +18,9 @@ from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine, Sampling
 from sprat.errors import TrainingError
 from sprat.eval.score import Score, two_proportion_p_value, wilson_interval
-from sprat.eval.tasks import problem_messages
 from sprat.post.rl.gate import GateResult
 from sprat.post.rl.problem_mix import ProblemMix
-from sprat.post.rl.rewards import FAULTS, all_failed, parse_response
+from sprat.post.rl.rewards import FAULTS, all_failed, place_of
 from sprat.post.rl.rollout import Payer, Rollout
 from sprat.tasks import Problem, Task, is_correct
 from sprat.tokens import Tokenizer
@@ -72,9 +70,9 @@ def evaluate_run_gate(engine: Engine, mix: ProblemMix, config: RLRunConfig, paye
         TrainingError: there is nothing to learn; the sentence says why.
     """
     asked = distinct_problems(mix, config.gate_problems)
-    outputs = engine.generate([problem_messages(problem) for _, problem in asked], _sampling(config, _SAMPLES, None))
+    settings = [_sampling(config, _SAMPLES, None)] * len(asked)
     sampled = [pair for pair in asked for _ in range(_SAMPLES)]
-    rollouts = payer.pay(sampled, outputs, shaped=False)
+    rollouts = payer.sample(engine, asked, settings, shaped=False)
     check_verdicts(rollouts, name)
     groups = [rollouts[start : start + _SAMPLES] for start in range(0, len(rollouts), _SAMPLES)]
     pass_at_8 = sum(any(is_correct(rollout.score) for rollout in group) for group in groups) / len(groups)
@@ -102,7 +100,7 @@ def check_verdicts(rollouts: Sequence[Rollout], name: str) -> None:
     if len(faults) == count:
         raise all_failed(name, count, faults[-1].detail)
     paid = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    where, todo = f"reward {name}", "check it on a few answers by hand, or ask questions of the right difficulty"
+    where, todo = place_of(name), "check it on a few answers by hand, or ask questions of the right difficulty"
     if not paid:
         raise TrainingError(f"the verifier abstained from each of {count} answers", where=where, todo=todo)
     if len(set(paid)) == 1:
@@ -150,11 +148,12 @@ def _agreement(
         TrainingError: no further than by chance.
     """
     count = config.verifier.repeat
-    if payer.reward is None or not count:
+    if not count:
         return None
     chosen = range(0, len(rollouts), max(1, len(rollouts) // count))[:count]
-    pairs = [(sampled[place][1], rollouts[place].response) for place in chosen]
-    first, second = payer.reward.pay(pairs), payer.reward.pay(pairs)
+    if (judged := payer.again([sampled[place] for place in chosen], [rollouts[place] for place in chosen])) is None:
+        return None
+    first, second = judged
     both = [
         (a.reward, b.reward)
         for a, b in zip(first, second, strict=True)
@@ -169,7 +168,7 @@ def _agreement(
     what = f"the verifier judged {len(differing)} of {len(both)} answers otherwise when it was asked again ({shown})"
     if agreement < config.verifier.min_agreement:
         todo = "let it be a function of question and answer, or set verifier.min_agreement"
-        raise TrainingError(f"{what}: it pays by chance", where=f"reward {name}", todo=todo)
+        raise TrainingError(f"{what}: it pays by chance", where=place_of(name), todo=todo)
     log.warning("%s; an agreement of %.2f", what, agreement)
     return agreement
 
@@ -182,10 +181,8 @@ def _check_thinking(engine: Engine, asked: Asked, config: RLRunConfig, payer: Pa
     """
     scores = dict[bool, Score]()
     for thinking in (True, False):
-        outputs = engine.generate([problem_messages(problem) for _, problem in asked], _sampling(config, 1, thinking))
-        read = functools.partial(parse_response, engine.tokenizer, thinking=thinking)
-        responses = [read(each.token_ids, finished=each.finish_reason == "stop") for each in outputs]
-        rewards = [verdict.reward or 0.0 for verdict in payer.judge(asked, responses)]
+        rollouts = payer.sample(engine, asked, [_sampling(config, 1, thinking)] * len(asked), shaped=False)
+        rewards = [rollout.reward or 0.0 for rollout in rollouts]
         correct = sum(is_correct(value) for value in rewards)
         low, high = wilson_interval(correct, len(rewards))
         mean = sum(rewards) / len(rewards)

@@ -45,7 +45,7 @@ def run_metrics(rollouts: Sequence[Rollout], step: int, group_size: int) -> dict
 @torch.no_grad()
 def kl_from_start(reference: Transformer, rollouts: Sequence[Rollout], config: RLConfig) -> float:
     """KL(policy || start) a token, in nats, on the first answer of each group (k3 of Schulman 2020)."""
-    first = [rollout for rollout in rollouts if rollout.sample == 0 and rollout.token_ids]
+    first = [rollout for rollout in rollouts if rollout.sample == 0 and rollout.num_sampled]
     if not first:
         return 0.0
     total, count, head_VD = 0.0, 0, reference.head.dense_weight()

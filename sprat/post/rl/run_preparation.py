@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
@@ -16,6 +16,8 @@ from sprat.eval.tasks import problem_messages
 from sprat.model import Transformer
 from sprat.model.lora import add_lora
 from sprat.post.rl import grpo
+from sprat.post.rl.environment import EpisodePayer
+from sprat.post.rl.environment_task import EnvironmentTask, check_paid, open_environment
 from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.merged_copy import plain_copy, without_adapters, write_merged
 from sprat.post.rl.monitor import OnNews, ReferenceModel
@@ -32,7 +34,14 @@ from sprat.tokens import Tokenizer, render
 from sprat.train import checkpoint
 
 log = logging.getLogger(__name__)
-BUILT_IN = "the task's own judge"
+
+
+class Closable(Protocol):
+    """What has processes that end with the run."""
+
+    def close(self) -> None:
+        """End them."""
+        ...
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Prepared:
     engine: Engine
     reference: ReferenceModel | None
     facts: dict[str, Any]
-    pools: list[JudgePool]
+    pools: list[Closable]
 
     def source(self) -> InProcess:
         """Who samples."""
@@ -77,18 +86,25 @@ def prepare(
     Raises:
         SpratError: see ``reinforce``.
     """
-    parts = [split_task(task, config.held_out) for task in load_tasks(questions)]
-    pools = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
+    environment = open_environment(questions.environment, config) if questions.environment else None
+    pools: list[Closable] = [] if environment is None else [environment]
     try:
+        tasks = load_tasks(questions)
+        if environment is not None:
+            tasks = tasks or [EnvironmentTask(environment)]
+            check_paid(environment, tasks, bool(questions.reward))
+        parts = [split_task(task, config.held_out) for task in tasks]
+        judges = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
+        pools += judges
         model, tokenizer = load_model()
         facts: dict[str, Any] = {"problems": [_counts(part) for part in parts]}
         skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
         facts |= {"skipped": skipped} if skipped else {}
         mix = ProblemMix([_fitting(part, tokenizer, model, config) for part in parts], config.seed)
-        reward, second = pools[0] if questions.reward else None, _second(questions, pools, parts)
-        name = questions.reward or BUILT_IN
-        if asks_gate:
-            facts |= drill_verifier(mix, [part.task for part in parts], reward, tokenizer, config, name, on_news)
+        reward, second = judges[0] if questions.reward else None, _second(questions, judges, parts)
+        if asks_gate and (environment is None or reward is not None):  # an environment is no judge of single answers
+            own = [part.task for part in parts]
+            facts |= drill_verifier(mix, own, reward, tokenizer, config, questions.judge, on_news)
         sampler = model
         if config.lora is not None:
             sampler = plain_copy(model)
@@ -101,11 +117,13 @@ def prepare(
         if sampler is not model:
             write_merged(model, sampler)
         payer = Payer(tokenizer, config, reward, second=second, by_reward=True)
+        if environment is not None:
+            payer = EpisodePayer(tokenizer, config, environment, reward, second=second)
         engine = Engine(sampler, tokenizer, max_batch=config.prompts_per_step * config.group_size)
         reference = _reference(model, config, start)
         prepared = Prepared(model, sampler, tokenizer, config, mix, payer, engine, reference, facts, pools)
         if asks_gate and config.gate and not config.init_from:
-            found = evaluate_run_gate(engine, mix, config, payer, name)
+            found = evaluate_run_gate(engine, mix, config, payer, questions.judge)
             prepared.facts["gate"] = found.to_dict()
             on_news(f"the gate: {found}")
         return prepared
@@ -122,11 +140,11 @@ def _pool(name: str, config: RLRunConfig) -> JudgePool:
     )
 
 
-def _second(questions: Questions, pools: Sequence[JudgePool], parts: Sequence[Part]) -> BatchReward | None:
+def _second(questions: Questions, judges: Sequence[JudgePool], parts: Sequence[Part]) -> BatchReward | None:
     """Who looks on: the second reward, or the tasks' own judges where a reward stands before them."""
     if questions.second_reward:
-        return pools[-1]
-    own = [part.task for part in parts if not isinstance(part.task, ProblemFile)]
+        return judges[-1]
+    own = [part.task for part in parts if not isinstance(part.task, ProblemFile | EnvironmentTask)]
     return TaskJudge(own) if questions.reward and own else None
 
 

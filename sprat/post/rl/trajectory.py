@@ -25,7 +25,14 @@ from sprat.post.rl.rollout import Rollout
 _IDS, _FLOATS = "<i4", "<f4"
 _ROUTES = {torch.uint8: "|u1", torch.int16: "<i2"}
 _ARRAYS = {"prompt_ids": _IDS, "token_ids": _IDS, "logprobs": _FLOATS}
-_OTHERS = {"versions", "response", "routes", "importance"}  # fields that are neither arrays nor JSON as they are
+_EPISODE = ("trained", "tool_calls", "tool_errors", "environment_seed")  # of an environment's episodes alone
+_OTHERS = {
+    "versions",
+    "response",
+    "routes",
+    "importance",
+    *_EPISODE,
+}  # fields that are neither arrays nor JSON as they are
 _PLAIN = [item.name for item in dataclasses.fields(Rollout) if item.name not in _OTHERS | _ARRAYS.keys()]
 
 
@@ -39,6 +46,9 @@ def pack_rollout(rollout: Rollout) -> tuple[dict[str, Any], dict[str, NDArray[An
     spans = [[version, len(list(run))] for version, run in itertools.groupby(rollout.versions)]
     fields |= {"versions": spans, "response": dataclasses.asdict(rollout.response)}
     fields |= {name: None if fields[name] is None else float(fields[name]) + 0.0 for name in ("reward", "score")}
+    if rollout.trained is not None:
+        turns = [list(span) for span in rollout.trained]
+        fields["episode"] = [turns, rollout.tool_calls, rollout.tool_errors, rollout.environment_seed]
     arrays: dict[str, NDArray[Any]] = {
         name: np.asarray(getattr(rollout, name), dtype) for name, dtype in _ARRAYS.items()
     }
@@ -56,6 +66,10 @@ def unpack_rollout(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     """
     _check(fields, arrays)
     routes = torch.from_numpy(np.array(arrays["routes"])) if "routes" in arrays else None
+    episode: dict[str, Any] = {}
+    if "episode" in fields:
+        turns, *counts = fields["episode"]
+        episode = dict(zip(_EPISODE, ([(first, count) for first, count in turns], *counts), strict=True))
     return Rollout(
         **{name: fields[name] for name in _PLAIN},
         prompt_ids=arrays["prompt_ids"].tolist(),
@@ -64,13 +78,14 @@ def unpack_rollout(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
         response=Response(**fields["response"]),
         versions=[version for version, count in fields["versions"] for _ in range(count)],
         routes=routes,
+        **episode,
     )
 
 
 def _check(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Raise TrustError where an answer is not whole."""
     where = f"group {fields.get('group')!r:.20}, answer {fields.get('sample')!r:.20}"
-    if fields.keys() != {*_PLAIN, "versions", "response"} or arrays.keys() - {"routes"} != _ARRAYS.keys():
+    if fields.keys() - {"episode"} != {*_PLAIN, "versions", "response"} or arrays.keys() - {"routes"} != _ARRAYS.keys():
         raise _refused("its fields are not those of an answer", where)
     for name, dtype in _ARRAYS.items():
         if arrays[name].dtype != np.dtype(dtype) or arrays[name].ndim != 1:
@@ -84,6 +99,8 @@ def _check(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Non
         raise _refused("the versions of its tokens are no spans", where)
     if sum(count for _, count in spans) != tokens:
         raise _refused("its tokens and their versions differ in number", where)
+    if "episode" in fields and not _is_episode(fields["episode"], tokens):
+        raise _refused("its turns are no parts of it", where)
     if "routes" in arrays and (arrays["routes"].ndim != 3 or len(arrays["routes"]) != prompt + tokens):
         raise _refused("its routes are not those of its tokens", where)
     if not np.isfinite(arrays["logprobs"]).all() or min(arrays["prompt_ids"].min(), arrays["token_ids"].min()) < 0:
@@ -92,6 +109,19 @@ def _check(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Non
         value = fields[name]
         if not (may_miss and value is None) and (type(value) not in (int, float) or not math.isfinite(value)):
             raise _refused(f"its {name} is {value!r:.40}", where)
+
+
+def _is_episode(value: Any, tokens: int) -> bool:
+    """Whether ``value`` is turns, each behind the one before and all within ``tokens``, and three counts."""
+    if not isinstance(value, list) or len(value) != 4 or not isinstance(value[0], list):
+        return False
+    turns, *counts = value
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        return False
+    if not all(type(n) is int and n >= 0 for n in (*counts, *(n for turn in turns for n in turn))):
+        return False
+    places = [edge for first, count in turns for edge in (first, first + count)]
+    return places == sorted(places) and (not places or places[-1] <= tokens)
 
 
 def _refused(fault: str, where: str) -> TrustError:

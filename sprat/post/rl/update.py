@@ -121,7 +121,7 @@ def update_policy(
     if config.importance_cap is not None:
         rollouts = _with_importance(model, rollouts, config, mismatch, gap, step)
         metrics = mismatch.check(config.max_mismatch, step)
-    sizes, minibatches = [len(rollout.token_ids) for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
+    sizes, minibatches = [rollout.num_sampled for rollout in rollouts], math.ceil(len(rollouts) / config.minibatch)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(((config.seed * 100_003 + step) * 101 + epoch) % 2**63)
         shuffled = torch.randperm(len(rollouts), generator=generator)
@@ -199,13 +199,14 @@ def _with_importance(
     for micro in micro_batches(rollouts, range(len(rollouts))):
         selected = [rollouts[row] for row in micro]
         trainer_N, tokens = _logprobs(model, selected, config)
-        sampler_N, sizes = tokens.old_N, [len(rollout.token_ids) for rollout in selected]
+        sampler_N, sizes = tokens.old_N, [rollout.num_sampled for rollout in selected]
         gap.compare(trainer_N, tokens, selected)
         mismatch.add(trainer_N, sampler_N, sizes, _stale(selected, step))
         importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
         parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
         for row, logprob_N, weight_N in parts:
-            with_importance[row] = replace(rollouts[row], logprobs=logprob_N.tolist(), importance=weight_N.tolist())
+            own, values = rollouts[row], (logprob_N.tolist(), weight_N.tolist())
+            with_importance[row] = replace(own, logprobs=own.spread(values[0]), importance=own.spread(values[1]))
     return with_importance
 
 
