@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sprat.cli.progress import progress_bar
 from sprat.cli.rl import Data, Map, Reward, Task
 from sprat.cli.verb import ModelFolder, Overrides, Result
 from sprat.errors import ConfigError
@@ -42,7 +43,8 @@ def sample(
     config = parse(SampleConfig, {}, where="sample", overrides=overrides or ())
     column_map = parse_column_map(",".join(map_columns)) if map_columns else None
     questions = Questions(data, tuple(task or ()), reward or "", "", column_map)
-    run = sample_examples(model, questions, out, config, mix=mix)
+    with progress_bar("questions") as on_progress:
+        run = sample_examples(model, questions, out, config, mix=mix, on_progress=on_progress)
     facts: dict[str, Any] = run.facts
     lines = [
         f"{run.folder}: {facts['kept']} of {facts['answers']} answers kept, to {facts['answered']} of "

@@ -10,6 +10,7 @@ from sprat.config.rl import RLRunConfig, load_rl_config
 from sprat.config.road import EvalStage, QuestionsStage, RLStage, SampleStage
 from sprat.config.sample import AskConfig, SampleConfig
 from sprat.formats.load import locate
+from sprat.pipeline.executor import notify
 from sprat.post.rl.asking import score_held_out
 from sprat.post.rl.questions import Questions
 from sprat.post.rl.reinforce import reinforce
@@ -36,7 +37,14 @@ def rl_settings(stage: RLStage, where: str) -> RLRunConfig:
 
 def rl(stage: RLStage, settings: RLRunConfig, out: Path) -> Run:
     """``sprat rl``."""
-    return reinforce(stage.model, questions_of(stage), out, settings, dequantize=stage.dequantize)
+    return reinforce(
+        stage.model,
+        questions_of(stage),
+        out,
+        settings,
+        dequantize=stage.dequantize,
+        on_news=lambda text: notify(stage.name, f"says: {text}"),
+    )
 
 
 def sample_settings(stage: SampleStage, where: str) -> SampleConfig:

@@ -191,18 +191,27 @@ def _value_of(config: Config, key: str) -> Any:
 
 
 def _check_examples(stages: Sequence[RoadStage]) -> None:
-    """Refuse data that are to come from a stage that writes no examples.
+    """Refuse data that are to come from a stage that writes no examples, or longer ones than are learned.
 
     Raises:
         ConfigError: there are some.
     """
-    uses = {str(stage.folder): stage.config.uses for stage in stages}
+    makers = {str(stage.folder): stage for stage in stages}
     for stage in stages:
         for key in stage.config.examples:
-            maker = uses.get(_value_of(stage.config, key), "sample")
-            if maker != "sample":
-                what = f"{key} names a stage that writes no examples (it uses {maker})"
+            if (maker := makers.get(_value_of(stage.config, key))) is None:
+                continue
+            if maker.config.uses != "sample":
+                what = f"{key} names a stage that writes no examples (it uses {maker.config.uses})"
                 raise ConfigError(what, where=stage.where, todo='name a stage that uses "sample", or a file')
+            longest, rows = (
+                _value_of(each.settings, name) for each, name in ((maker, "max_tokens"), (stage, "seq_len"))
+            )
+            if longest > rows:
+                what = f"answers of {maker.name!r} may have {longest} tokens, and rows of {stage.name!r} hold {rows}"
+                raise ConfigError(
+                    what, where=stage.where, todo="raise seq_len of the one, or lower max_tokens of the other"
+                )
 
 
 def _check_splits(stages: Sequence[RoadStage]) -> None:

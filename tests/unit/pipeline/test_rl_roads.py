@@ -34,7 +34,7 @@ SMALL = [
 ]  # fmt: skip
 SMALL_R1 = [
     *SMALL, "seq_len=64", "cold-answers.problems=24", "answers.problems=24", "cold-answers.samples=4",
-    "cold.optim.adam_lr=2e-3", "sft.optim.adam_lr=2e-3",
+    "cold.optim.adam_lr=2e-3", "sft.optim.adam_lr=2e-3", "answers.mix_share=0.9",
 ]  # fmt: skip
 
 
@@ -161,6 +161,7 @@ def test_a_cold_start_of_ones_own_takes_the_place_of_answers(place: Path) -> Non
         ({}, ["rl-1.steps=0"], "greater than or equal to 1"),
         ({}, ["rl-1.uses=sft"], "'uses' is what a stage is"),
         ({}, ["rl-1.held_out.share=0.5"], "hold out different questions of ask.jsonl"),
+        ({}, ["answers.max_tokens=900"], "'answers' may have 900 tokens, and rows of 'sft' hold 512"),
         ({}, ["sft.data=cold"], "data names a stage that writes no examples .it uses sft."),
     ],
 )
@@ -227,3 +228,11 @@ def test_of_several_questions_in_a_talk_the_last_turn_is_held_out(place: Path) -
     assert left == (other,) and facts["count"] == 1
     with pytest.raises(DataError, match="1 of 1 examples ask what is held out"):
         remove_held_out([asking], held_out)
+
+
+def test_every_question_that_is_held_out_is_kept_from_being_learned_not_only_those_that_are_asked(place: Path) -> None:
+    sides = ["test"] * 10 + ["train"] * 10
+    rows = [{"question": f"{n} train", "answer": "7", "split": side} for n, side in enumerate(sides)]
+    (place / "sides.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = held_out_questions(HeldOutOfConfig(data="sides.jsonl", problems=2))
+    assert {problem.question for problem in found} == {f"{n} train" for n in range(10)}
