@@ -28,6 +28,10 @@ _MAX_TOKENS_HELP = "Tokens of an answer, thinking included; left out: the recipe
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, max=2**31 - 1, help=_MAX_TOKENS_HELP)]
 _TEXT_HELP = "Score a text instead: bits per byte and perplexity of a file or folder."
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help=_TEXT_HELP)]
+_DATA_HELP = "Score the held-out part of a file of questions instead, as `sprat rl` splits it; needs --reward."
+Data = Annotated[Path | None, typer.Option("--data", metavar="FILE", help=_DATA_HELP)]
+_REWARD_HELP = "With --data: your verifier, file.py:function or a command."
+Reward = Annotated[str | None, typer.Option("--reward", metavar="NAME", help=_REWARD_HELP)]
 _AGAINST_HELP = "What `sprat eval OTHER --task … --json` printed, to compare with problem by problem."
 Against = Annotated[Path | None, typer.Option("--against", metavar="FILE", help=_AGAINST_HELP)]
 _LM_EVAL_HELP = "Tasks of EleutherAI's lm-evaluation-harness instead (extra lm-eval); * stands for any text."
@@ -49,6 +53,8 @@ def evaluate(
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = None,
     text: Text = None,
+    data: Data = None,
+    reward: Reward = None,
     against: Against = None,
     lm_eval: LMEval = None,
     num_fewshot: NumFewshot = None,
@@ -72,6 +78,11 @@ def evaluate(
     harness: dict[str, object] = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
     harness["--apply-chat-template"] = apply_chat_template
     _refuse(harness, "this is for tasks of the harness", "name one: --lm-eval TASK")
+    if data is not None or reward is not None:
+        excluded = {"--task": task, "--text": text, "--against": against, "--count": count}
+        excluded |= {"--think/--no-think": think is not None, "--recipe": recipe != "quickstart"}
+        _refuse(excluded, "questions with a verifier are asked alone", "leave it out")
+        return _score_held_out(model, data, reward, samples, temperature, max_tokens, overrides)
     files = [name for name in task or () if name.endswith(".jsonl") or ".py:" in name]
     if text is not None:
         if task or against:
@@ -79,9 +90,8 @@ def evaluate(
         return _score_text(model, text)
     if files:
         if others := [name for name in task or () if name not in files]:
-            raise ConfigError(
-                f"{others[0]!r} is a task of a recipe", where="--task", todo="ask for files by themselves"
-            )
+            todo = "ask for files by themselves"
+            raise ConfigError(f"{others[0]!r} is a task of a recipe", where="--task", todo=todo)
         return _score_files(model, files, count, think, samples, temperature, max_tokens, against)
     if against is not None or samples > 1:
         given = "--against" if against is not None else "--samples"
@@ -123,6 +133,33 @@ def _score_harness(
             think=think,
         )
     return Result({"model": str(model), "lm_eval": report.results}, report.table)
+
+
+def _score_held_out(
+    model: Path,
+    data: Path | None,
+    reward: str | None,
+    samples: int,
+    temperature: float,
+    max_tokens: int | None,
+    overrides: Overrides,
+) -> Result:
+    import tempfile
+
+    from sprat.config import parse
+    from sprat.config.sample import AskConfig
+    from sprat.formats.load import locate
+    from sprat.post.rl.asking import score_held_out
+    from sprat.post.rl.questions import Questions
+
+    settings = {"samples": samples, "temperature": temperature or None, "max_tokens": max_tokens}
+    changes = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    config = parse(AskConfig, {}, where="eval", overrides=[*changes, *(overrides or ())])
+    with tempfile.TemporaryDirectory() as folder:
+        score = score_held_out(locate(model), Questions(data, reward=reward or ""), config, Path(folder))
+    share = f"{score['accuracy']:.1%} of {score['count']} held-out questions right"
+    line = f"{share} ({score['low']:.1%} to {score['high']:.1%}), reward {score['reward']:.3f}"
+    return Result({"model": str(model), "held_out_score": score}, line)
 
 
 def _score_text(model: Path, text: Path) -> Result:

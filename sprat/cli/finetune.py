@@ -30,6 +30,8 @@ _DEQUANTIZE_HELP = "Train what a quantised model stands for, in float32."
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)]
 _EVAL_TASK_HELP = "Questions asked while it trains: a JSONL file, or file.py:Class; repeat for more."
 EvalTask = Annotated[list[str] | None, typer.Option("--eval-task", metavar="FILE", help=_EVAL_TASK_HELP)]
+_HELD_OUT_HELP = "Questions for RL: examples that ask one of their held-out part are left out."
+HeldOut = Annotated[Path | None, typer.Option("--held-out", metavar="FILE", help=_HELD_OUT_HELP)]
 _DEVICE_HELP = "Where to train: cpu, or cuda, on which no test of ours has run."
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help=_DEVICE_HELP)]
 _DTYPE_HELP = "Of matrix products: auto (bfloat16 where the device has it), float32, bfloat16; weights stay float32."
@@ -52,6 +54,7 @@ def sft(
     replay: Replay = None,
     dequantize: Dequantize = False,
     eval_task: EvalTask = None,
+    held_out: HeldOut = None,
     init_from: stages.InitFrom = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -66,13 +69,26 @@ def sft(
     if model is None:
         given: dict[str, Any] = {"--data": data, "--lora": lora, "--map": map_columns, "--replay": replay}
         given |= {"--dequantize": dequantize, "--eval-task": eval_task, "--device": device, "--dtype": dtype}
+        given |= {"--held-out": held_out}
         if alone := [name for name, value in (given | {"--tensorboard": tensorboard}).items() if value]:
             todo = "name the model first: sprat sft smol --data FILE --out RUN"
             raise ConfigError(f"{alone[0]} is of a model of yours, and none was named", where="sft", todo=todo)
         return stages.sft(out or stages.DEFAULT_OUT, init_from, recipe or "quickstart", overrides)
     changes = _changes(overrides, {"init_from": init_from, "device": device, "dtype": dtype})
     return _finetune(
-        "sft", model, data, out, lora, map_columns, replay, dequantize, eval_task, tensorboard, recipe, changes
+        "sft",
+        model,
+        data,
+        out,
+        lora,
+        map_columns,
+        replay,
+        dequantize,
+        eval_task,
+        tensorboard,
+        recipe,
+        changes,
+        held_out,
     )
 
 
@@ -122,9 +138,11 @@ def _finetune(
     tensorboard: bool,
     recipe: str | None,
     changes: list[str],
+    held_out: Path | None = None,
 ) -> Result:
     """The run of ``stage``, finished."""
     from sprat.config.finetune import load_finetune_config
+    from sprat.config.sample import HeldOutOfConfig
     from sprat.data.conversations import parse_column_map
     from sprat.post.finetune import finetune
 
@@ -143,6 +161,7 @@ def _finetune(
         replay=replay,
         dequantize=dequantize,
         eval_tasks=eval_tasks or (),
+        held_out=None if held_out is None else HeldOutOfConfig(data=str(held_out)),
         tensorboard=tensorboard,
         on_prepared=show_examples,
     )

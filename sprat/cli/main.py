@@ -23,6 +23,7 @@ from sprat.cli import (
     replay,
     rl,
     road,
+    sample,
     serve,
     stages,
     train,
@@ -84,13 +85,14 @@ class ServeCommand(Command):
 # Verb, function, and what the list of verbs says of it.
 VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
-    ("road", road.road, "A road of your own: stages from one file."),
+    ("road", road.road, "Stages of your own from one file; or zero, r1."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
     ("train", train.train, "Pre-train on them; or any model on text of yours."),
     ("sft", finetune.sft, "Fine-tune any model on conversations of yours."),
     ("dpo", finetune.dpo, "Let a model prefer the chosen of two answers."),
     ("rl", rl.rl, "Reinforce what a verifier of yours pays, on questions of yours."),
+    ("sample", sample.sample, "Keep a model's own right answers as examples."),
     ("replay", replay.replay, "Recompute a step of RL, bit for bit."),
     ("distill", distill.distill, "A student from any teacher's answers."),
     ("quantize", quantize.quantize, "Any model, or a road's student, in INT4 or INT8."),
@@ -108,7 +110,18 @@ VERBS = (
     ("verify-export", verify_export.verify_export, "Prove what was taken away."),
 )
 
-GOES_ON = {"quickstart", "road", "data", "train", "sft", "dpo", "rl", "distill", "quantize"}  # when it was stopped
+GOES_ON = {
+    "quickstart",
+    "road",
+    "data",
+    "train",
+    "sft",
+    "dpo",
+    "rl",
+    "sample",
+    "distill",
+    "quantize",
+}  # when it was stopped
 
 for _name, _function, _short in VERBS:
     _class = ServeCommand if _name == "serve" else Command

@@ -2,6 +2,10 @@
 
 A stage's own keys name what goes in, a stage before it, a file or a model, and are those of the verb's options. What
 the station's run is set to stands in its table ``set``, whose keys are those of the verb's ``--set``.
+
+A road may be of any model and data: its ``inputs`` are named on the command line (``--model smol``), and a value
+``"{model}"`` stands for what was named there. A key whose input was not named, and has no default, is left out, and so
+is a stage that says ``unless`` it was.
 """
 
 from __future__ import annotations
@@ -11,22 +15,39 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from sprat.config.base import Config
+from sprat.config.sample import HeldOutOfConfig
+
+InputName = Literal["model", "data", "reward", "lora", "examples", "general", "teacher"]
+
+
+class InputConfig(Config):
+    """Something that is named on the command line, by the option of the same name."""
+
+    default: str = ""  # what it is where nobody names it: a value, a stage, or another input as "{model}"
+    optional: bool = False  # keys with it are left out where nobody names it
 
 
 class RoadConfig(Config):
     """The file as it stands; each of ``stages`` is read by the class of its station."""
 
+    jobs: int | None = Field(None, ge=1, le=1024)  # stages side by side; None: as many as ever could
+    inputs: dict[InputName, InputConfig] = {}
     stages: tuple[dict[str, Any], ...] = Field(min_length=1)
 
 
 class StageConfig(Config):
     """What every stage has.
 
-    ``references`` are keys that name another stage, or a model; ``files`` those that name files, one or a list.
+    ``references`` are keys that name another stage, or a model; ``files`` those that name files, one or a list, a
+    dotted one in a table; ``examples`` those of ``files`` that may name a stage that wrote examples; ``rewards`` those
+    that name a verifier; ``drawn`` those of ``files`` that may name a generator of problems.
     """
 
     references: ClassVar[tuple[str, ...]] = ("model",)
     files: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = ()
+    rewards: ClassVar[tuple[str, ...]] = ()
+    drawn: ClassVar[tuple[str, ...]] = ()
 
     name: str
     uses: str
@@ -51,15 +72,50 @@ class FinetuneStage(StageConfig):
     """``sprat sft`` and ``sprat dpo``."""
 
     references: ClassVar[tuple[str, ...]] = ("model", "init_from")
-    files: ClassVar[tuple[str, ...]] = ("data", "replay", "eval_tasks")
+    files: ClassVar[tuple[str, ...]] = ("data", "replay", "eval_tasks", "held_out.data")
+    examples: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str
     init_from: str = ""
     replay: str = ""
     eval_tasks: tuple[str, ...] = ()
+    held_out: HeldOutOfConfig = HeldOutOfConfig()
     lora: int | None = Field(None, ge=1, lt=2**31)
     map: dict[str, str] = {}
     dequantize: bool = False
+
+
+class QuestionsStage(StageConfig):
+    """A stage that asks the user's questions and has the answers judged."""
+
+    files: ClassVar[tuple[str, ...]] = ("data", "tasks")
+    rewards: ClassVar[tuple[str, ...]] = ("reward",)
+    drawn: ClassVar[tuple[str, ...]] = ("tasks",)
+
+    data: str = ""
+    tasks: tuple[str, ...] = ()
+    reward: str = ""
+    map: dict[str, str] = {}
+
+
+class RLStage(QuestionsStage):
+    """``sprat rl``."""
+
+    references: ClassVar[tuple[str, ...]] = ("model", "init_from")
+    rewards: ClassVar[tuple[str, ...]] = ("reward", "second_reward")
+
+    second_reward: str = ""
+    init_from: str = ""
+    lora: int | None = Field(None, ge=1, lt=2**31)
+    dequantize: bool = False
+
+
+class SampleStage(QuestionsStage):
+    """``sprat sample``."""
+
+    files: ClassVar[tuple[str, ...]] = ("data", "tasks", "mix")
+
+    mix: str = ""
 
 
 class DistillStage(StageConfig):
@@ -96,12 +152,16 @@ class MergeStage(StageConfig):
 
 
 class EvalStage(StageConfig):
-    """``sprat eval``."""
+    """``sprat eval``: tasks, a text, or the held-out part of ``data``, which ``reward`` judges."""
 
-    files: ClassVar[tuple[str, ...]] = ("tasks", "text")
+    files: ClassVar[tuple[str, ...]] = ("tasks", "text", "data")
+    rewards: ClassVar[tuple[str, ...]] = ("reward",)
 
     tasks: tuple[str, ...] = ()
     text: str = ""
+    data: str = ""
+    reward: str = ""
+    map: dict[str, str] = {}
 
 
 class ExportConfig(Config):

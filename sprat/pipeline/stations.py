@@ -19,6 +19,7 @@ from sprat.config.base import parse
 from sprat.config.finetune import DPOConfig, FinetuneConfig, load_finetune_config
 from sprat.config.pretrain import ContinuedPretrainConfig, ScratchConfig, load_pretrain_config
 from sprat.config.quant import QuantizeConfig, load_quantize_config
+from sprat.config.rl import RLRunConfig
 from sprat.config.road import (
     DistillStage,
     EvalConfig,
@@ -28,9 +29,12 @@ from sprat.config.road import (
     MergeConfig,
     MergeStage,
     QuantizeStage,
+    RLStage,
+    SampleStage,
     StageConfig,
     TrainStage,
 )
+from sprat.config.sample import AskConfig, SampleConfig
 from sprat.config.teach import TeachConfig, load_teach_config
 from sprat.engine import Engine
 from sprat.errors import ConfigError
@@ -43,9 +47,11 @@ from sprat.formats.load import GGUF_FILE, load, locate, save
 from sprat.formats.peft import load_peft
 from sprat.model import Transformer
 from sprat.model.lora import merge_lora
+from sprat.pipeline import asking_stations
 from sprat.post import teach
 from sprat.post.collect import collect_traces
-from sprat.post.finetune import finetune
+from sprat.post.evaluation import load_tasks
+from sprat.post.finetune import examples_inputs, finetune
 from sprat.post.preparation import resolve_dtype
 from sprat.post.quantize import quantize_model
 from sprat.tasks import task_input
@@ -67,12 +73,14 @@ class Station:
         settings: the classes that ``settings_of`` may give, whose keys stand in ``set``.
         settings_of: ``settings_of(stage, where)`` is the config of the run; a fault is said to be in ``where``.
         run: ``run(stage, settings, out)`` makes the run in the folder ``out``, or finds it done.
+        inputs: what the run notes as its inputs, but for models; None where the keys of the stage are called as those.
     """
 
     stage: type[StageConfig]
     settings: tuple[type[Config], ...]
     settings_of: Callable[[Any, str], Config]
     run: Callable[[Any, Any, Path], Run]
+    inputs: Callable[[Any], dict[str, run_record.Input]] | None = None
 
 
 def _train_settings(stage: TrainStage, where: str) -> Config:
@@ -103,7 +111,13 @@ def _finetune(stage: FinetuneStage, settings: FinetuneConfig, out: Path) -> Run:
         replay=stage.replay or None,
         dequantize=stage.dequantize,
         eval_tasks=stage.eval_tasks,
+        held_out=stage.held_out if stage.held_out.data else None,
     )
+
+
+def _finetune_inputs(stage: FinetuneStage) -> dict[str, run_record.Input]:
+    tasks, held_out = load_tasks(stage.eval_tasks), stage.held_out if stage.held_out.data else None
+    return examples_inputs(Path(stage.data), stage.map or None, stage.replay or None, tasks, held_out)
 
 
 def _distill_settings(stage: DistillStage, where: str) -> Config:
@@ -176,17 +190,19 @@ def _export(stage: StageConfig, settings: ExportConfig, out: Path) -> Run:
 
 
 def _eval_settings(stage: EvalStage, where: str) -> Config:
-    if bool(stage.tasks) == bool(stage.text):
-        raise ConfigError("an eval asks tasks, or scores a text", where=where, todo='give tasks = ["…"] or text = "…"')
-    return parse(EvalConfig, stage.set, where=where)
+    if [bool(stage.tasks), bool(stage.text), bool(stage.data)].count(True) != 1:
+        todo = 'give tasks = ["…"], text = "…", or data = "…" with a reward'
+        raise ConfigError("an eval asks tasks, or scores a text", where=where, todo=todo)
+    if stage.data:
+        asking_stations.questions_of(stage).check()
+    return parse(AskConfig if stage.data else EvalConfig, stage.set, where=where)
 
 
-def _eval(stage: EvalStage, settings: EvalConfig, out: Path) -> Run:
+def _eval(stage: EvalStage, settings: Any, out: Path) -> Run:
+    if stage.data:
+        return asking_stations.held_out_score(stage, settings, out)
     path = locate(stage.model)
-    inputs: dict[str, run_record.Input] = {"model": path}
-    if stage.text:
-        inputs["text"] = Path(stage.text)
-    inputs |= {f"asked-{number}": task_input(task) for number, task in enumerate(stage.tasks)}
+    inputs: dict[str, run_record.Input] = {"model": path, **_eval_inputs(stage)}
 
     def produce(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(path)
@@ -195,6 +211,13 @@ def _eval(stage: EvalStage, settings: EvalConfig, out: Path) -> Run:
         return {"eval": facts}
 
     return _run_of_files(stage, settings, inputs, out, produce)
+
+
+def _eval_inputs(stage: EvalStage) -> dict[str, run_record.Input]:
+    if stage.data:
+        return asking_stations.inputs_of(stage)
+    text: dict[str, run_record.Input] = {"text": Path(stage.text)} if stage.text else {}
+    return text | {f"asked-{number}": task_input(task) for number, task in enumerate(stage.tasks)}
 
 
 def _scores(stage: EvalStage, settings: EvalConfig, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -235,11 +258,15 @@ def _plain_settings(config_class: type[Config]) -> Callable[[StageConfig, str], 
 
 STATIONS = {
     "train": Station(TrainStage, (ScratchConfig, ContinuedPretrainConfig), _train_settings, _train),
-    "sft": Station(FinetuneStage, (FinetuneConfig,), _finetune_settings, _finetune),
-    "dpo": Station(FinetuneStage, (DPOConfig,), _finetune_settings, _finetune),
+    "sft": Station(FinetuneStage, (FinetuneConfig,), _finetune_settings, _finetune, _finetune_inputs),
+    "dpo": Station(FinetuneStage, (DPOConfig,), _finetune_settings, _finetune, _finetune_inputs),
     "distill": Station(DistillStage, (TeachConfig,), _distill_settings, _distill),
     "quantize": Station(QuantizeStage, (QuantizeConfig,), _quantize_settings, _quantize),
     "merge": Station(MergeStage, (MergeConfig,), _plain_settings(MergeConfig), _merge),
     "export": Station(StageConfig, (ExportConfig,), _plain_settings(ExportConfig), _export),
-    "eval": Station(EvalStage, (EvalConfig,), _eval_settings, _eval),
+    "eval": Station(EvalStage, (EvalConfig, AskConfig), _eval_settings, _eval, _eval_inputs),
+    "rl": Station(RLStage, (RLRunConfig,), asking_stations.rl_settings, asking_stations.rl, asking_stations.inputs_of),
+    "sample": Station(
+        SampleStage, (SampleConfig,), asking_stations.sample_settings, asking_stations.sample, asking_stations.inputs_of
+    ),
 }

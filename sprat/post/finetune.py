@@ -31,6 +31,7 @@ import torch
 
 from sprat.config import LoopConfig
 from sprat.config.finetune import ColumnMapConfig, DPOConfig, FinetuneConfig
+from sprat.config.sample import HeldOutOfConfig, SplitConfig
 from sprat.data import loader
 from sprat.data.pack import PackedDataset
 from sprat.errors import ConfigError, DataError
@@ -41,7 +42,10 @@ from sprat.model import Transformer
 from sprat.model.lora import merge_lora
 from sprat.post import dpo, evaluation
 from sprat.post.preparation import OnPrepared, Prepared, prepare, resolve_dtype
+from sprat.post.rl.asking import held_out_questions
+from sprat.post.rl.rejection import EXAMPLES_FILE
 from sprat.post.tensorboard import TensorBoardLog, load_summary_writer
+from sprat.tasks import UserClassTask, UserTask
 from sprat.train import checkpoint, loop, losses
 from sprat.trust import run_record
 from sprat.trust.ledger import LEDGER_NAME
@@ -61,6 +65,7 @@ def finetune(
     replay: str | Path | None = None,
     dequantize: bool = False,
     eval_tasks: Sequence[str] = (),
+    held_out: HeldOutOfConfig | None = None,
     tensorboard: bool = False,
     on_prepared: OnPrepared = lambda tokenizer, encoded: None,
 ) -> Run:
@@ -68,12 +73,14 @@ def finetune(
 
     Args:
         model: as ``sprat.load`` takes it.
-        data: a file or folder of conversations or texts (of preference pairs for DPO); see ``data.conversations``.
+        data: a file or folder of conversations or texts (of preference pairs for DPO), see ``data.conversations``; or a
+            run of ``sprat sample``.
         out: the run's folder; its ledger lies in the folder above it.
         column_map: our names of columns to those of ``data``.
         replay: text, as ``data.ingest.read_texts`` takes it, that is mixed in (``examples.replay_share``); SFT only.
         dequantize: train a quantised model as the dense one that its codes stand for.
         eval_tasks: tasks of the user's that are asked at each evaluation; see ``tasks.load_user_task``.
+        held_out: a file of questions for RL; examples and replayed text that ask one of its held-out part are left out.
         tensorboard: write the log as TensorBoard's events as well, into ``tensorboard/`` of the run.
         on_prepared: is shown what will be trained, before it is.
 
@@ -82,44 +89,63 @@ def finetune(
     """
     out, prepared, config = Path(out), list[Prepared](), resolve_dtype(config)
     model_path, data = locate(model), Path(data)
-    if not data.exists():
-        raise DataError("no such file or folder of examples", where=str(data), todo="give the path of one")
-    tasks = evaluation.load_tasks(eval_tasks)
+    for path in (data, *([] if held_out is None else [Path(held_out.data)])):
+        if not path.exists():
+            raise DataError("no such file or folder of examples", where=str(path), todo="give the path of one")
+    examples, tasks = examples_file(data), evaluation.load_tasks(eval_tasks)
     make_writer = load_summary_writer() if tensorboard else None
     start_input = checkpoint.start_input(config.init_from, out, config.digest())
     if replay is not None and isinstance(config, DPOConfig):
         raise ConfigError("DPO replays no text", where="replay", todo="leave it out")
-    inputs = _inputs(model_path, data, column_map, replay) | {f"task:{task.name}": task.digest for task in tasks}
+    inputs = {"model": model_path, **examples_inputs(data, column_map, replay, tasks, held_out)}
 
     def check(resuming: bool) -> None:
         load_model = partial(load_dense, model_path, dequantize=dequantize)
         options: dict[str, Any] = {"replay": replay, "tasks": tasks, "start": _find_start(start_input, config, out)}
-        prepared.append(prepare(load_model, data, config, column_map or {}, on_prepared, **options))
+        options["test_questions"] = () if held_out is None else held_out_questions(held_out)
+        prepared.append(prepare(load_model, examples, config, column_map or {}, on_prepared, **options))
         if columns := prepared[0].facts.get("unread_columns"):
             log.warning("columns of %s that are not read (see --map): %s", data, ", ".join(columns))
 
-    run = open_run(
-        out,
-        stage="dpo" if isinstance(config, DPOConfig) else "sft",
-        recipe=config,
-        inputs=inputs | start_input,
-        seed=config.seed,
-        ledger=out.parent / LEDGER_NAME,
-        prepare=check,
-    )
+    stage, ledger = "dpo" if isinstance(config, DPOConfig) else "sft", out.parent / LEDGER_NAME
+    inputs |= start_input
+    run = open_run(out, stage=stage, recipe=config, inputs=inputs, seed=config.seed, ledger=ledger, prepare=check)
     if not run.done:
         writer = None if make_writer is None else TensorBoardLog(make_writer, run.folder)
         train(run, prepared[0], str(model), tensorboard=writer)
     return run
 
 
-def _inputs(
-    model: Path, data: Path, column_map: Mapping[str, str] | None, replay: str | Path | None
+def examples_inputs(
+    data: Path,
+    column_map: Mapping[str, str] | None,
+    replay: str | Path | None,
+    tasks: Sequence[UserTask | UserClassTask],
+    held_out: HeldOutOfConfig | None,
 ) -> dict[str, run_record.Input]:
-    """What a run is made of, beside its tasks and where it starts."""
-    inputs: dict[str, run_record.Input] = {"model": model, "data": data}
+    """What a run of fine-tuning is made of, beside its model and where it starts."""
+    inputs: dict[str, run_record.Input] = {"data": data}
     inputs |= {"map": ColumnMapConfig(columns=dict(column_map))} if column_map else {}
-    return inputs | ({"replay": Path(replay)} if replay is not None else {})
+    inputs |= {"replay": Path(replay)} if replay is not None else {}
+    inputs |= {f"task:{task.name}": task.digest for task in tasks}
+    if held_out is not None:
+        split = SplitConfig(share=held_out.share, problems=held_out.problems)
+        inputs |= {"held_out": Path(held_out.data), "held_out_split": split}
+    return inputs
+
+
+def examples_file(data: Path) -> Path:
+    """Where the examples of ``data`` are: of a run of ``sprat sample`` in its artefact.
+
+    Raises:
+        DataError: a run that holds none.
+    """
+    if not (data / "run.json").is_file():
+        return data
+    if not (path := data / "artefact" / EXAMPLES_FILE).is_file():
+        todo = "give a run of sprat sample, or a file of examples"
+        raise DataError("a run that holds no examples", where=str(data), todo=todo)
+    return path
 
 
 def _find_start(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sprat.data.example import Conversation, Example, Text
 from sprat.errors import DataError
 from sprat.eval.task_files import select_problems
-from sprat.tasks import QuestionIndex, UserClassTask, UserTask
+from sprat.tasks import Problem, QuestionIndex, UserClassTask, UserTask
 
 log = logging.getLogger(__name__)
 _MIN_WORDS = 4  # of a question that is looked for within a longer text; "why?" stands in many
@@ -58,6 +58,27 @@ def remove_overlap(
     )
     facts = {"count": len(sources), "how": how, "tasks": by_task, "names": sources[:_NUM_NAMES]}
     return tuple(clean if how == "drop" else examples), facts
+
+
+def remove_held_out(
+    examples: Sequence[Example], questions: Sequence[Problem], noun: str = "examples"
+) -> tuple[tuple[Example, ...], dict[str, Any]]:
+    """``examples`` without those that ask one of ``questions``, as ``remove_overlap`` compares, and how many those are.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    index = QuestionIndex(questions)
+    asking = [example for example in examples if any(index.find(text, _MIN_WORDS) for text in _asked(example))]
+    if not asking:
+        return tuple(examples), {}
+    names = [str(example.where) for example in asking[:_NUM_NAMES]]
+    what = f"{len(asking)} of {len(examples)} {noun} ask what is held out"
+    if len(asking) == len(examples):
+        raise DataError(what, where=", ".join(names), todo=f"give other {noun}")
+    log.warning("%s and are left out: %s", what, ", ".join(names))
+    found = set(map(id, asking))
+    return tuple(each for each in examples if id(each) not in found), {"count": len(asking), "names": names}
 
 
 def _asked(example: Example) -> list[str]:

@@ -24,8 +24,8 @@ from sprat.model.layers import set_compute_dtype
 from sprat.model.lora import add_lora
 from sprat.post import evaluation
 from sprat.post.examples import EncodedExamples, encode_example, encode_examples, has_rows
-from sprat.post.overlap import remove_overlap
-from sprat.tasks import UserClassTask, UserTask
+from sprat.post.overlap import remove_held_out, remove_overlap
+from sprat.tasks import Problem, UserClassTask, UserTask
 from sprat.tokens import Tokenizer
 from sprat.train import checkpoint, loop, machine
 from sprat.train.selection import Selection
@@ -73,6 +73,7 @@ def prepare(
     *,
     replay: str | Path | None = None,
     tasks: Sequence[UserTask | UserClassTask] = (),
+    test_questions: Sequence[Problem] = (),
     start: checkpoint.Checkpoint | None = None,
 ) -> Prepared:
     """The model and its rows, checked.
@@ -81,6 +82,7 @@ def prepare(
         load_model: the model to train, with its tokenizer.
         replay: text that is mixed in.
         tasks: what is asked at each evaluation.
+        test_questions: what must not be learned, beside that.
         start: the checkpoint of ``config.init_from``.
 
     Raises:
@@ -91,12 +93,12 @@ def prepare(
     warn_of_excluded(examples.skipped, data)
     model, tokenizer = load_model()
     _check_form(model, examples, config, data)
-    train, overlap = remove_overlap(examples.examples, tasks, config.examples.overlap)
+    train, overlap = _remove_asked(examples.examples, tasks, test_questions, config)
     train, validation = _split(tokenizer, train, config)
     shown = encode_examples(tokenizer, train, config)
     on_prepared(tokenizer, shown)
     facts: dict[str, Any] = {"examples": shown.counts, "skipped": [asdict(each) for each in examples.skipped]}
-    facts |= {"overlap": overlap} if overlap else {}
+    facts |= overlap
     facts |= {"unread_columns": list(examples.ignored_columns)} if examples.ignored_columns else {}
     if tasks:
         facts["eval_tasks"] = {task.name: len(select_problems(task, count=config.eval.problems)) for task in tasks}
@@ -109,7 +111,7 @@ def prepare(
     _place(model, device, config)
     parts = [(shown.rows, 1.0)]
     if replay is not None:
-        replayed, facts["replay"] = _text_rows(tokenizer, replay, tasks, config)
+        replayed, facts["replay"] = _text_rows(tokenizer, replay, tasks, test_questions, config)
         parts = [(shown.rows, 1 - config.examples.replay_share), (replayed, config.examples.replay_share)]
     resolved, source = _resolve(config, parts, start)
     if start is not None and config.init_state == "continue":
@@ -122,6 +124,20 @@ def prepare(
     return Prepared(
         model, tokenizer, resolved, source, train, shown.rows, held_out, facts, tasks, prompts, selection, start
     )
+
+
+def _remove_asked(
+    examples: Sequence[Example],
+    tasks: Sequence[UserTask | UserClassTask],
+    test_questions: Sequence[Problem],
+    config: FinetuneConfig,
+    noun: str = "examples",
+) -> tuple[tuple[Example, ...], dict[str, Any]]:
+    """``examples`` without those that ask what is asked to score the model, and what is to be said of them."""
+    left, held_out_overlap = remove_held_out(examples, test_questions, noun)
+    left, overlap = remove_overlap(left, tasks, config.examples.overlap, noun)
+    facts = {"overlap": overlap, "held_out_overlap": held_out_overlap}
+    return left, {name: value for name, value in facts.items() if value}
 
 
 def _split(
@@ -169,18 +185,22 @@ def _check_form(model: Transformer, examples: ExampleSet, config: FinetuneConfig
 
 
 def _text_rows(
-    tokenizer: Tokenizer, path: str | Path, tasks: Sequence[UserTask | UserClassTask], config: FinetuneConfig
+    tokenizer: Tokenizer,
+    path: str | Path,
+    tasks: Sequence[UserTask | UserClassTask],
+    test_questions: Sequence[Problem],
+    config: FinetuneConfig,
 ) -> tuple[PackedDataset, dict[str, Any]]:
     """The text at ``path`` in rows, and what they are; a document longer than a row goes on in others."""
     tally = ExclusionTally()
     documents = [Text(each.text, Where(each.id, 1)) for each in ingest.read_texts(path, tally)]
     warn_of_excluded(tally.excluded(), path)
-    texts, overlap = remove_overlap(documents, tasks, config.examples.overlap, "documents of replayed text")
+    texts, overlap = _remove_asked(documents, tasks, test_questions, config, "documents of replayed text")
     encoded = (encode_example(tokenizer, each, keep_reasoning=True) for each in texts)
     rows = pack.pack((sequence for sequences in encoded for sequence in sequences), config.seq_len)
     facts: dict[str, Any] = {"rows": rows.num_rows, "tokens": rows.num_targets}
     facts |= {"left_out": [asdict(each) for each in tally.excluded()]} if tally.excluded() else {}
-    return rows, facts | ({"overlap": overlap} if overlap else {})
+    return rows, facts | overlap
 
 
 def _resolve(

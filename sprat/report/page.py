@@ -12,6 +12,7 @@ from sprat.eval.score import SIGNIFICANCE_LEVEL, pool_scores, two_proportion_p_v
 from sprat.files import atomic
 from sprat.report import completions, held_out_text, plots, tables
 from sprat.report.document import document, panels, section
+from sprat.report.held_out_scores import held_out_table
 from sprat.report.run_page import render_run
 from sprat.report.runs import STAGE_TITLES, PipelineRuns, is_run, read_runs
 from sprat.report.tables import escape, format_duration, format_number, format_percent, format_points, format_yuan
@@ -51,7 +52,7 @@ def write_report(pipeline_folder: str | Path, *, is_final: bool = True) -> Path:
     folder = Path(pipeline_folder)
     path = folder / "report.html"
     try:
-        content = render_run(folder) if is_run(folder) else render_page(read_runs(folder))
+        content = render_run(folder) if is_run(folder) else render_page(read_runs(folder), held_out_table(folder))
     except _MALFORMED as error:
         what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
         raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
@@ -62,9 +63,15 @@ def write_report(pipeline_folder: str | Path, *, is_final: bool = True) -> Path:
     return path
 
 
-def render_page(runs: PipelineRuns) -> str:
-    """The whole page of ``runs``."""
-    return document("Sprat: report of the road", [_head(runs), *_sections(runs), _foot(runs)])
+def render_page(runs: PipelineRuns, held_out: str = "") -> str:
+    """The whole page of ``runs``; ``held_out`` is the table of ``held_out_scores``."""
+    scores = section(
+        "Questions that no stage trained on",
+        "The same held-out questions after each stage, judged by the road's verifier, with 95 % intervals; gains are "
+        "paired, question by question (exact test).",
+        held_out,
+    )
+    return document("Sprat: report of the road", [_head(runs), scores, *_sections(runs), _foot(runs)])
 
 
 def _head(runs: PipelineRuns) -> str:

@@ -100,7 +100,7 @@ def prepare(
         facts: dict[str, Any] = {"problems": [_counts(part) for part in parts]}
         skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
         facts |= {"skipped": skipped} if skipped else {}
-        mix = ProblemMix([_fitting(part, tokenizer, model, config) for part in parts], config.seed)
+        mix = ProblemMix([fit_part(part, tokenizer, model, config.max_tokens) for part in parts], config.seed)
         reward, second = judges[0] if questions.reward else None, _second(questions, judges, parts)
         if asks_gate and (environment is None or reward is not None):  # an environment is no judge of single answers
             own = [part.task for part in parts]
@@ -153,13 +153,13 @@ def _counts(part: Part) -> dict[str, Any]:
     return {"task": part.task.name, "trained": trained, "held_out": len(part.held_out)}
 
 
-def _fitting(part: Part, tokenizer: Tokenizer, model: Transformer, config: RLRunConfig) -> Part:
-    """``part`` without problems that leave no room for an answer of ``config.max_tokens``.
+def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: int) -> Part:
+    """``part`` without problems that leave no room for an answer of ``max_tokens``.
 
     Raises:
         ConfigError: none is left.
     """
-    room = model.config.context - config.max_tokens
+    room = model.config.context - max_tokens
 
     def fits(problem: Problem) -> bool:
         return len(render(tokenizer, problem_messages(problem))) <= room
@@ -171,7 +171,7 @@ def _fitting(part: Part, tokenizer: Tokenizer, model: Transformer, config: RLRun
     if lost:
         log.warning("%d problems of %s are longer than %d tokens and are left out", lost, part.task.name, room)
     if not problems:
-        what = f"no problem leaves room for {config.max_tokens} tokens in a context of {model.config.context}"
+        what = f"no problem leaves room for {max_tokens} tokens in a context of {model.config.context}"
         raise ConfigError(what, where=part.task.name, todo="lower max_tokens")
     return Part(part.task, problems, held_out, part.weight)
 

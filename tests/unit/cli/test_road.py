@@ -16,7 +16,8 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipes.md"
 
 
 def _block(mark: str) -> str:
-    [block] = re.findall(mark + r"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """The page's first block of this kind."""
+    block, *_ = re.findall(mark + r"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return str(block)
 
 
