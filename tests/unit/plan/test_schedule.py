@@ -34,6 +34,10 @@ def torch_table(name: str, pipeline: int, micro_batches: int, chunks: int) -> li
         order = kind(stages, n_microbatches=micro_batches).pipeline_order
     computed = ("F", "I", "W", "B", "OVERLAP_F_B")
     actions = [[a for a in order[rank] if a is not None and a.computation_type.value in computed] for rank in order]
+    if name == "Schedule1F1B":  # its printed table numbers the last rank's forwards from 1; what runs begins with 0
+        last = [a for a in actions[-1] if a.computation_type.value == "F"]
+        numbers = {id(a): a._replace(microbatch_index=number) for number, a in enumerate(last)}
+        actions[-1] = [numbers.get(id(a), a) for a in actions[-1]]
     return [[written(action) for action in rank] for rank in actions]
 
 
