@@ -10,11 +10,11 @@ does (Shoeybi et al. 2019, arXiv 1909.08053, section 3); experts are cut by ``ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Cut = Literal["column", "row", "none"]
-Kind = Literal["gqa", "mla", "mamba2", "dense", "moe"]
+Kind = Literal["gqa", "mla", "compressed", "mamba2", "dense", "moe"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Matrix:
     bias: bool = False
     copies: int = 1
     active: int = 1
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to the routed experts."""
+        return self.name.startswith("experts.")
 
     @property
     def parameters(self) -> int:
@@ -55,7 +60,7 @@ class Core:
         cache: numbers a token that a KV cache keeps (MLA: the latent and the rotary key).
         index_heads, index_dim, index_top_k: of DeepSeek-V3.2's indexer, which scores all keys and lets the attention
             see ``index_top_k`` of them; 0: has none.
-        rope_dim: channels of a head that are rotated.
+        compress: tokens that one key stands for, beyond the window (DeepSeek-V4); 0: each has its own.
         latent: MLA's ``kv_lora_rank``; 0: keys and values are projected from the stream.
     """
 
@@ -68,7 +73,7 @@ class Core:
     index_heads: int = 0
     index_dim: int = 0
     index_top_k: int = 0
-    rope_dim: int = 0
+    compress: int = 0
     latent: int = 0
 
     def keys(self, sequence_length: int, *, causal: bool) -> float:
@@ -77,18 +82,26 @@ class Core:
         >>> Core(1, 1, 8, 8, 16).keys(4, causal=True), Core(1, 1, 8, 8, 16, window=2).keys(4, causal=True)
         (2.5, 1.75)
         """
+        if self.compress:
+            far = _average_keys(sequence_length // self.compress or 1, self.index_top_k or None, causal)
+            return _average_keys(sequence_length, self.window, causal) + far
         limits = [limit for limit in (self.window, self.index_top_k or None) if limit is not None]
-        most = min([sequence_length, *limits])
-        if not causal:
-            return float(most)
-        return (most * (most + 1) / 2 + (sequence_length - most) * most) / sequence_length
+        return _average_keys(sequence_length, min(limits, default=None), causal)
 
     def flops(self, sequence_length: int, *, causal: bool) -> float:
         """Forward FLOPs a token: scores and the weighted sum of values; the indexer's scores over all keys too."""
         pair = 2.0 * self.heads * (self.qk_dim + self.v_dim)
-        seen = sequence_length if not causal else (sequence_length + 1) / 2
-        index = 2.0 * self.index_heads * self.index_dim * seen
-        return pair * self.keys(sequence_length, causal=causal) + index
+        index = 2.0 * self.index_heads * self.index_dim / (self.compress or 1)
+        seen = index * _average_keys(sequence_length, None, causal)
+        return pair * self.keys(sequence_length, causal=causal) + seen
+
+
+def _average_keys(sequence_length: int, limit: int | None, causal: bool) -> float:
+    """Keys of a token that sees ``limit`` at most, averaged over a sequence."""
+    most = sequence_length if limit is None else min(limit, sequence_length)
+    if not causal:
+        return float(most)
+    return (most * (most + 1) / 2 + (sequence_length - most) * most) / sequence_length
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ class Block:
     @property
     def expert_parameters(self) -> int:
         """Of the routed experts, all together."""
-        return sum(matrix.parameters for matrix in self.matrices if matrix.copies > 1)
+        return sum(matrix.parameters for matrix in self.matrices if matrix.is_expert)
 
     @property
     def active_parameters(self) -> int:
@@ -188,8 +201,10 @@ class ModelShape:
 
     Attributes:
         layers: the decoder layers, each a tuple of blocks.
-        mtp: the layers of each MTP module, without its two norms before and one behind and without ``eh_proj``, which
-            ``mtp_join`` is: published sizes leave it out.
+        mtp: the layer of each MTP module; its three norms and ``eh_proj``, which published sizes leave out, are
+            ``mtp_vectors`` and ``mtp_join``.
+        end_vectors: parameters between the last layer and the head: the last norm.
+        context: tokens that positions reach; 0: not known.
         source: where the shape comes from.
     """
 
@@ -199,10 +214,20 @@ class ModelShape:
     tied: bool
     layers: tuple[Layer, ...]
     mtp: tuple[Layer, ...] = ()
+    end_vectors: int = 0
     context: int = 0
     source: str = ""
     family: str = ""
-    mtp_join: Matrix | None = field(default=None)
+
+    @property
+    def mtp_join(self) -> Matrix:
+        """``eh_proj`` of an MTP module, which joins the stream with the next token's embedding."""
+        return Matrix("eh_proj", 2 * self.hidden, self.hidden)
+
+    @property
+    def mtp_vectors(self) -> int:
+        """The norms of an MTP module: of the stream, of the embedding, before the head."""
+        return 3 * self.hidden
 
     @property
     def embedding(self) -> Matrix:
