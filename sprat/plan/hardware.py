@@ -139,24 +139,24 @@ class Chip(Config):
             seconds = max(seconds, size / inside * (outside - 1) / outside / apart)
         return seconds + HOP_SECONDS * (1 + math.log2(ranks))
 
-    def all_to_all_seconds(self, size: float, ranks: int, stride: int = 1, domains: float = 0.0) -> float:
+    def all_to_all_seconds(self, size: float, ranks: int, domains: float = 0.0) -> float:
         """Seconds in which each chip sends ``size`` bytes to ``ranks`` chips in equal parts, its own among them.
 
         Args:
-            domains: other domains that a token goes to, once each however many of its experts are there (DeepSeek-V3,
-                arXiv 2412.19437, section 3.2.2: at most four nodes); 0: each copy goes by itself.
+            domains: what of ``size`` goes to other domains, where that is not the even share: a token that goes once to
+                each of them and is handed on inside; 0: the even share.
         """
         if ranks <= 1 or size <= 0:
             return 0.0
-        inside = max(1, min(ranks, self.domain // max(1, stride)))
-        near = size * (inside - 1) / ranks / self.rate(inside, stride)
+        inside = min(ranks, self.domain)
+        near = size * (inside - 1) / ranks / self.rate(inside)
         far = size * (ranks - inside) / ranks
         if far <= 0:
             return near + HOP_SECONDS
         apart = self.efficiency.network * self.network * 1e9
         if domains:
             far = min(far, size * domains)
-            near = size * (inside - 1) / inside / self.rate(inside, stride)  # and is handed on inside
+            near = size * (inside - 1) / inside / self.rate(inside)  # and is handed on inside
         return max(near, far / apart) + 2 * HOP_SECONDS
 
 

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 from sprat.config.parallel import ParallelPlan
 from sprat.errors import ConfigError
 from sprat.plan.hardware import Chip
-from sprat.plan.shapes import Block, Matrix
+from sprat.plan.shapes import Block, Matrix, Mixture
 
 SCAN_SHARE = 0.25  # of the rate of bf16 products; assumed
+GROUPED_SHARE = 0.85  # of the rate of one large product, that many small ones reach (DeepGEMM's README: 1,100 to 1,300
+# TFLOP/s grouped, up to 1,550 dense, on one chip)
 ATTENTION_BACKWARD = 2.5
 MESSAGES = ("tensor messages", "expert messages", "context messages")
 
@@ -78,6 +80,7 @@ class Rank:
     recipe: Recipe
     trains_weights: bool = True
     imbalance: float = 1.0  # load of the fullest expert rank over the mean
+    deduplicates: bool = True  # a token goes once to each rank and domain, however many of its experts are there
     gradient_bytes: float = 4.0
 
     @property
@@ -158,7 +161,9 @@ def _products(block: Block, rank: Rank) -> Iterator[Term]:
             m = rank.own_tokens * plan.expert * plan.expert_tensor * matrix.active / matrix.copies * rank.imbalance
             cut = plan.expert_tensor
             n, k = (n, k / cut) if matrix.cut == "row" else (n / cut, k)
-            yield rank.product("experts", m, n, k, groups)
+            term = rank.product("experts", m, n, k, groups)
+            starts = round(groups) * (2 if rank.recipe.cast_bytes else 1)  # each expert's cast and product by itself
+            yield Term("experts", *(t / GROUPED_SHARE for t in (term.forward, term.inputs, term.weights)), starts)
             yield rank.cast(groups * m * k, groups * m * n)
             continue
         m = rank.own_tokens if matrix.cut == "none" else rank.tokens
@@ -224,14 +229,7 @@ def _messages(block: Block, rank: Rank, hidden: int) -> Iterator[Term]:
         each = chip.ring_seconds(2.0 * rank.tokens * hidden, plan.tensor)
         yield Term("tensor messages", 2 * each, 2 * each, each if rank.trains_weights else 0.0, 2)
     if block.mixture is not None and plan.expert > 1:
-        mix, stride = block.mixture, 1
-        copies = rank.own_tokens * mix.top_k * mix.width * rank.imbalance
-        span = plan.expert * plan.expert_tensor
-        others = _other_domains(span, chip.domain, mix.top_k, mix.groups_used if mix.groups > 1 else 0)
-        domains = others / mix.top_k if others else 0.0  # of each copy's bytes: a domain gets a token once
-        there = chip.all_to_all_seconds(rank.recipe.dispatch_bytes * copies, span, stride, domains)
-        back = chip.all_to_all_seconds(2.0 * copies, span, stride, domains)
-        yield Term("expert messages", there + back, there + back, 0.0, 4)
+        yield _expert_messages(block.mixture, rank)
     if plan.context > 1 and block.core is not None:
         width = block.core.kv_heads * (block.core.qk_dim + block.core.v_dim) / plan.tensor
         size = 2.0 * rank.tokens * width * plan.context
@@ -239,13 +237,30 @@ def _messages(block: Block, rank: Rank, hidden: int) -> Iterator[Term]:
         yield Term("context messages", each, 2 * each, 0.0, 2)
 
 
-def _other_domains(span: int, domain: int, top_k: int, limit: int) -> float:
-    """Domains beside its own that a token's experts lie in, on average; ``limit``: the most that the router allows."""
-    count = span / domain
-    if count <= 1:
-        return 0.0
-    reached = count * (1 - (1 - 1 / count) ** top_k)
-    return (min(reached, limit) if limit else reached) * (count - 1) / count
+def _expert_messages(mix: Mixture, rank: Rank) -> Term:
+    """There in the recipe's precision, back in bf16; in the backward the same, the other way round.
+
+    DeepEP's way sends a token once to each other domain and once to each rank (arXiv 2412.19437, section 3.2.2); a plain
+    all-to-all sends every copy.
+    """
+    chip, span = rank.chip, rank.plan.expert * rank.plan.expert_tensor
+    copies, domains = float(mix.top_k), 0.0
+    if rank.deduplicates:
+        copies = _reached(span, mix.top_k)
+        count = span / chip.domain
+        if count > 1:
+            reached = _reached(count, mix.top_k)
+            limit = mix.groups_used if mix.groups > 1 else count
+            domains = min(reached, limit) * (count - 1) / count / copies
+    size = rank.own_tokens * copies * mix.width * rank.imbalance
+    there = chip.all_to_all_seconds(rank.recipe.dispatch_bytes * size, span, domains=domains)
+    back = chip.all_to_all_seconds(2.0 * size, span, domains=domains)
+    return Term("expert messages", there + back, there + back, 0.0, 4)
+
+
+def _reached(places: float, top_k: int) -> float:
+    """Of ``places``, how many at least one of ``top_k`` experts lies in, on average."""
+    return places * (1 - (1 - 1 / places) ** top_k) if places > 1 else 1.0
 
 
 def _recompute(block: Block, rank: Rank, terms: list[Term]) -> list[Term]:
