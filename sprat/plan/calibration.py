@@ -33,6 +33,12 @@ PRECISIONS = {
     "fp8-sc": "fp8-sc", "nvfp4": "fp4", "fp4": "fp4", "unknown": "fp8-cs", "": "fp8-cs",
 }  # fmt: skip
 
+# What the column ``extra`` may say: what is not here is named in ``Row.remarks``, since it is not reckoned with.
+UNDERSTOOD = {
+    "", "tokendrop", "dropless", "routing", "granularity", "ga", "precision not in source", "precision_inferred", "check",
+    "mtp",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:
@@ -90,12 +96,13 @@ def read_row(table: dict[str, str], where: str) -> Row:
         todo = f"use one of {', '.join(filter(None, PRECISIONS))}"
         raise ConfigError(f"unknown precision {precision!r}", where=where, todo=todo)
     plan, remarks = _plan(table, number, extra)
+    remarks += [f"not understood: {word}" for word in facts if word.partition(":")[0] not in UNDERSTOOD]
+    mtp = facts.get("mtp", "yes") != "no"
     adapters = "lora" in f"{table.get('task', '')} {extra}".lower()
     return Row(
         table["release"], table["model"], table["system"], PRECISIONS[precision], not named,
         float(table["tokens_per_s_per_gpu"]), float(table.get("model_tflops_per_gpu") or "nan"),
-        plan, StepOptions(recipe=PRECISIONS[precision], trains_weights=not adapters, deduplicates="tokendrop" not in extra),
-        tuple(remarks),
+        plan, StepOptions(PRECISIONS[precision], mtp, not adapters, deduplicates="tokendrop" not in extra), tuple(remarks),
     )  # fmt: skip
 
 

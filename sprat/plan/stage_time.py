@@ -19,9 +19,7 @@ from sprat.plan.simulate import StageTime
 # TransformerEngine's user buffers); fitted to figures.toml and release 25.09 by eye, as are the others.
 EXPOSED = {"tensor messages": 0.5, "context messages": 0.3, "expert messages": 1.0, "parameter messages": 1.0}
 HOST_SECONDS = 6e-6  # that Python and the driver take to start a kernel: where kernels are shorter, they are waited for
-# Of computation beside messages. 20 of 132 units send (arXiv 2412.19437, section 3.2.2), which makes 1.18; the rest is
-# fitted to the time of V3's overlapped pairs (arXiv 2505.09343, table 4).
-OVERLAP_SLOWDOWN = 1.25
+OVERLAP_SLOWDOWN = 132 / 112  # of computation beside messages: 20 of 132 units send (arXiv 2412.19437, section 3.2.2)
 FSDP_SLOWDOWN = 0.15  # what a hidden gathering of parameters costs the computation beside it: NCCL's share of the units
 
 
