@@ -1,9 +1,9 @@
 """How far the planner's step times are off: published tables and figures against its predictions.
 
-Rows are those of ``shared/plan_rows.csv`` (NVIDIA's Megatron-Bridge, releases 25.09 and 25.11; tokens a second of one GPU
+Rows are those of a public table (NVIDIA Megatron-Bridge, releases 25.09 and 25.11; tokens a second of one GPU
 for a model, a chip, a precision and a layout). One factor for each chip and precision is fitted on 25.09, and 25.11 is
-predicted: the model was designed on 25.09 and on ``shared/figures.toml`` alone, and nothing was changed after a look at
-25.11 (``docs/plan.md`` counts the looks). ``--blind`` prints totals and no row of the release that is predicted.
+predicted. The model was designed on 25.09 and on figures of papers alone; of 25.11 nothing but the totals that
+``--blind`` prints was seen until it stood (``docs/plan.md`` counts those looks, and what was changed between them).
 Beside that stand figures of papers, each with its error.
 
 Bars: mean absolute error at most 15 %, rank correlation at least 0.9, 90 % of rows inside the printed 90 % interval.
@@ -19,7 +19,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from sprat.plan.calibration import Prediction, Row, Score, fit, predict, read_rows, score
+from sprat.plan.calibration import Prediction, Score, fit, predict, score
+from sprat.plan.published import ROWS_FILE, Row, read_rows
 
 BARS = {"mape": 0.15, "rank_correlation": 0.9, "inside": 0.9}
 FITTED, PREDICTED = "25.09", "25.11"
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--blind", action="store_true", help="totals of the predicted release, none of its rows")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path, help="write predicted against published as an SVG file")
-    parser.add_argument("--rows", type=Path, default=Path("sprat/plan/published_rows.csv"))
+    parser.add_argument("--rows", type=Path, default=ROWS_FILE)
     arguments = parser.parse_args()
     rows = read_rows(arguments.rows)
     old, new = ([row for row in rows if row.release == release] for release in (FITTED, PREDICTED))
@@ -61,8 +62,8 @@ def show_rows(predictions: list[Prediction]) -> None:
         row: Row = one.row
         print(
             f"{row.release} {row.model:20} {row.system:6} {row.precision:7} {row.plan.world_size:5} GPUs  "
-            f"published {row.tokens_per_second:8,.0f}  predicted {one.predicted:8,.0f} ({one.low:,.0f} to {one.high:,.0f}) "
-            f"{100 * one.error:+6.1f} %{'' if one.inside else '  outside'}"
+            f"published {row.tokens_per_second:8,.0f}  predicted {one.predicted:8,.0f} "
+            f"({one.low:,.0f} to {one.high:,.0f}) {100 * one.error:+6.1f} %{'' if one.inside else '  outside'}"
         )
 
 

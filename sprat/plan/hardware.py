@@ -26,7 +26,9 @@ from sprat.config.base import Config, parse
 from sprat.errors import ConfigError
 
 TILE = 128  # rows and columns of a product that a compute unit takes at once
-HOP_SECONDS = 8e-6  # latency of a collective: NCCL's own for small messages inside a node, and about that for a hop between
+HOP_SECONDS = (
+    8e-6  # latency of a collective: NCCL's own for small messages inside a node, and about that for a hop between
+)
 
 
 class Efficiency(Config):
@@ -83,7 +85,9 @@ class Chip(Config):
             raise ConfigError(f"{self.name} does not multiply in {precision!r}", where="precision", todo=todo)
         return self.peak[precision] * 1e12
 
-    def gemm_seconds(self, m: float, n: float, k: float, precision: str, *, groups: float = 1, moved: float = 0) -> float:
+    def gemm_seconds(
+        self, m: float, n: float, k: float, precision: str, *, groups: float = 1, moved: float = 0
+    ) -> float:
         """Seconds of ``groups`` equal products M x K by K x N, started at once.
 
         Args:

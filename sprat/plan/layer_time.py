@@ -73,7 +73,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a block runs: chip, plan and recipe, and whether weights learn (adapters alone: no gradients of weights)."""
+    """Where a block runs: chip, plan, recipe, and whether weights learn (adapters alone: they have no gradients)."""
 
     chip: Chip
     plan: ParallelPlan
@@ -163,7 +163,8 @@ def _products(block: Block, rank: Rank) -> Iterator[Term]:
             n, k = (n, k / cut) if matrix.cut == "row" else (n / cut, k)
             term = rank.product("experts", m, n, k, groups)
             starts = round(groups) * (2 if rank.recipe.cast_bytes else 1)  # each expert's cast and product by itself
-            yield Term("experts", *(t / GROUPED_SHARE for t in (term.forward, term.inputs, term.weights)), starts)
+            halves = term.forward / GROUPED_SHARE, term.inputs / GROUPED_SHARE, term.weights / GROUPED_SHARE
+            yield Term("experts", *halves, starts)
             yield rank.cast(groups * m * k, groups * m * n)
             continue
         m = rank.own_tokens if matrix.cut == "none" else rank.tokens
@@ -185,7 +186,9 @@ def _core(block: Block, rank: Rank) -> Iterator[Term]:
         flops = block.core.flops(plan.sequence_length, causal=True) * rank.tokens / plan.tensor
         keys = block.core.keys(plan.sequence_length, causal=False)
         forward = chip.attention_seconds(flops, keys)
-        yield Term("attention", forward, chip.attention_seconds(ATTENTION_BACKWARD * flops, keys, backward=True), 0.0, 2)
+        yield Term(
+            "attention", forward, chip.attention_seconds(ATTENTION_BACKWARD * flops, keys, backward=True), 0.0, 2
+        )
     if block.scan is not None:
         peak = chip.flops(_kept_high(rank)) * SCAN_SHARE
         forward = block.scan.flops * rank.tokens / plan.tensor / peak
@@ -205,16 +208,16 @@ def _elementwise(block: Block, rank: Rank, hidden: int) -> Term:
     if block.scan is not None:
         scan = block.scan
         states = 3 * 4.0 * scan.inner * scan.state / scan.chunk  # of each chunk: made, passed on, read
-        width = 4.0 * scan.conv_channels + 14.0 * scan.inner  # convolution; gate, norm, dt and the scan's own
-        moved += (width + states) * rank.tokens / cut
+        states += 4.0 * scan.conv_channels + 14.0 * scan.inner  # convolution; gate, norm, dt and the scan's own
+        moved += states * rank.tokens / cut
         kernels += 6
     if block.mixture is not None:
         mix = block.mixture
-        copies = mix.top_k * rank.imbalance
+        chosen = mix.top_k * rank.imbalance
         passes = 4 if rank.plan.expert > 1 else 2  # sorted by rank, then by expert; and both ways
-        moved += rank.own_tokens * (16.0 * mix.experts + passes * 4.0 * copies * mix.width)
+        moved += rank.own_tokens * (16.0 * mix.experts + passes * 4.0 * chosen * mix.width)
         ends = 6.0 if mix.gated else 4.0
-        moved += rank.own_tokens * ends * copies * mix.expert_ffn
+        moved += rank.own_tokens * ends * chosen * mix.expert_ffn
         moved += rank.tokens * ends * mix.shared_ffn / cut
         kernels += 24
     if block.ffn:
@@ -240,7 +243,7 @@ def _messages(block: Block, rank: Rank, hidden: int) -> Iterator[Term]:
 def _expert_messages(mix: Mixture, rank: Rank) -> Term:
     """There in the recipe's precision, back in bf16; in the backward the same, the other way round.
 
-    DeepEP's way sends a token once to each other domain and once to each rank (arXiv 2412.19437, section 3.2.2); a plain
+    DeepEP sends a token once to each other domain and once to each rank (arXiv 2412.19437, section 3.2.2); a plain
     all-to-all sends every copy.
     """
     chip, span = rank.chip, rank.plan.expert * rank.plan.expert_tensor

@@ -17,9 +17,9 @@ Five tables, as they are published:
     zbv          two stages a rank, laid out as a V (arXiv 2401.10241, section 6)
     dualpipe_v   two stages a rank as a V, forward and backward overlapped (deepseek-ai/DualPipe)
 
-DualPipe itself (V3, arXiv 2412.19437) sends micro-batches from both ends of ``pp`` ranks, each of which holds two stages.
-Folded in the middle it is two copies of DualPipeV over ``pp / 2`` ranks, so that is how it is simulated. Left out: GPipe
-and looped breadth-first, which keep every micro-batch's activations, and idle slots, which follow from the simulation.
+DualPipe itself (V3, arXiv 2412.19437) sends micro-batches from both ends of ``pp`` ranks, each of which holds two
+stages. Folded in the middle it is two copies of DualPipeV over ``pp / 2`` ranks, so that is how it is simulated. Left
+out: GPipe and looped breadth-first, which keep every micro-batch's activations, and idle slots.
 """
 
 from __future__ import annotations

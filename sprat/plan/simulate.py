@@ -6,8 +6,8 @@ A rank takes the next action of its table as soon as it is free and what the act
     I, B(stage, m) need F(stage, m), and I or B(stage + 1, m) and the way from its rank
     W(stage, m)   needs I(stage, m)
 
-Ranks may differ in speed and stages in size, so times are given for each stage as its own rank needs them. An overlapped
-pair hands both results on at its end. What a rank does not compute between the step's begin and the last rank's end is
+Ranks may differ in speed and stages in size, so times are given for each stage as its own rank needs them. A pair
+hands both results on at its end. What a rank does not compute between the step's begin and the last rank's end is
 its bubble.
 """
 

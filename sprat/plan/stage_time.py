@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sprat.config.parallel import ParallelPlan
 from sprat.plan.layer_time import MESSAGES, Rank, Term, block_terms, combine
 from sprat.plan.shapes import Block, Layer, ModelShape
 from sprat.plan.simulate import StageTime
@@ -33,7 +32,7 @@ class Stage:
 
     def seconds(self, kind: str) -> float:
         """Of a micro-batch's ``forward``, ``inputs`` or ``weights``, with what is not hidden of its messages."""
-        return sum(EXPOSED.get(term.name, 1.0) * getattr(term, kind) for term in self.terms)
+        return sum(EXPOSED.get(term.name, 1.0) * float(getattr(term, kind)) for term in self.terms)
 
     def messages(self) -> float:
         """Seconds of all messages of a forward and a backward, hidden or not."""
@@ -111,7 +110,7 @@ class StageMaker:
         return [replace(head, name="head"), replace(loss, name="head")]
 
     def _with_parameters(self, stage: Stage) -> Stage:
-        """Adds the gathering of parameters and the scattering of gradients of each micro-batch where ZeRO-3 shares them."""
+        """Adds gathering parameters and scattering gradients in each micro-batch, where ZeRO-3 shares them."""
         plan, chip = self.rank.plan, self.rank.chip
         if plan.zero < 3 or plan.shard_ranks <= 1:
             return stage
@@ -134,7 +133,7 @@ def _beside(messages: float, computation: float) -> float:
 
 
 def balance_layers(maker: StageMaker) -> tuple[int, ...]:
-    """Layers of each stage (``StageMaker.layers``) such that the busiest rank has the least to do, as layouts are set by hand.
+    """Layers of each stage (``StageMaker.layers``) such that the busiest rank has the least to do, as if set by hand.
 
     Starts even and gives a layer of the busiest rank to the idlest one as long as that helps, and as evenly among
     stages as it goes. A plan that names its ``stage_layers`` keeps them, with the MTP modules in the last stage.

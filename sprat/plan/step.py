@@ -20,7 +20,7 @@ from sprat.plan.layer_time import Rank, recipe_of
 from sprat.plan.schedule import make_table
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import Timeline, simulate
-from sprat.plan.stage_time import Stage, make_stages
+from sprat.plan.stage_time import EXPOSED, Stage, make_stages
 
 EXPOSED_GRADIENTS = 0.1  # of the messages among data ranks, even where a micro-batch is long enough to hide them
 
@@ -72,8 +72,9 @@ class StepEstimate:
     optimizer: float
     data_stall: float
     factor: float
-    flops_causal: float  # a token
+    flops_causal: float  # a token; of the main model, as papers count it
     flops_full: float
+    flops_trained: float  # causal, with the MTP modules
 
     @property
     def seconds(self) -> float:
@@ -91,7 +92,7 @@ class StepEstimate:
         return self.plan.step_tokens / self.seconds / self.plan.world_size
 
     def flops_per_second(self, *, causal: bool) -> float:
-        """Model FLOP/s of one chip, recomputation not counted."""
+        """Model FLOP/s of one chip; neither recomputation nor MTP modules are counted."""
         return self.tokens_per_second * (self.flops_causal if causal else self.flops_full)
 
     def mfu(self, *, causal: bool) -> float:
@@ -100,13 +101,24 @@ class StepEstimate:
         return self.flops_per_second(causal=causal) * len(peaks) / sum(peaks)
 
     def terms(self) -> dict[str, float]:
-        """Seconds of each kind of work on the mean rank, in one step, and the waiting."""
+        """Seconds of each kind of work on the mean rank, in one step, and the waiting: they add up to ``seconds``.
+
+        Messages count as far as nothing hides them within a micro-batch; ``overlap`` is what pairs of micro-batches
+        save beside that (negative), or what starting kernels and sending between stages adds.
+        """
         sums: dict[str, float] = {}
         for stage in self.stages:
             for term in stage.terms:
-                seconds = (term.forward + term.inputs + term.weights) * self.plan.micro_batches / self.plan.pipeline
-                sums[term.name] = sums.get(term.name, 0.0) + self.factor * seconds
-        once = {"bubble": self.timeline.bubble, "gradients": self.gradients, "optimizer": self.optimizer}
+                seconds = EXPOSED.get(term.name, 1.0) * (term.forward + term.inputs + term.weights)
+                sums[term.name] = sums.get(term.name, 0.0) + seconds * self.plan.micro_batches / self.plan.pipeline
+        overlap = self.pipeline - self.timeline.bubble - sum(sums.values())
+        sums = {name: self.factor * value for name, value in sums.items()}
+        once = {
+            "overlap": overlap,
+            "bubble": self.timeline.bubble,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+        }
         return sums | {name: self.factor * value for name, value in once.items()} | {"data stall": self.data_stall}
 
     def explain(self) -> list[Line]:
@@ -116,7 +128,9 @@ class StepEstimate:
         lines = [Line(name, value, "s", _FORMULAS.get(name, ""), shares) for name, value in self.terms().items()]
         lines += [
             Line("step", self.seconds, "s", "factor x (pipeline + gradients + optimizer) + data stall", "simulation"),
-            Line("pipeline", self.factor * self.pipeline, "s", "end of the last action of the table", "plan/simulate.py"),
+            Line(
+                "pipeline", self.factor * self.pipeline, "s", "end of the last action of the table", "plan/simulate.py"
+            ),
             Line("factor", self.factor, "", "exp(mean log error) of the chip and precision", "plan/calibration.py"),
             Line("tokens a second", self.tokens_per_second, "1/s/chip", "tokens of a step / seconds / chips", ""),
             Line("MFU, causal", self.mfu(causal=True), "", "tokens/s x causal FLOPs / bf16 peak", catalogue),
@@ -137,6 +151,7 @@ _FORMULAS = {
     "expert messages": "top-k x width x bytes to other ranks / rate, there and back",
     "context messages": "keys and values around the ring; seven tenths hidden",
     "parameter messages": "parameters gathered twice, gradients scattered, less what layers hide",
+    "overlap": "what pairs of micro-batches hide (negative), or kernel starts and sends add",
     "bubble": "span of the simulated table less the busy time, mean over ranks",
     "gradients": "max(10 %, bytes (d - 1) / d / rate less one micro-batch)",
     "optimizer": "bytes of states, gradients and parameters / bandwidth",
@@ -163,7 +178,8 @@ def step_time(
     recipe = recipe_of(options.recipe or plan.precision)
     gradient_bytes = float(DTYPE_BYTES[plan.gradient_dtype])
     ranks = [
-        Rank(chip, plan, recipe, options.trains_weights, options.imbalance, options.deduplicates, gradient_bytes) for chip in each
+        Rank(chip, plan, recipe, options.trains_weights, options.imbalance, options.deduplicates, gradient_bytes)
+        for chip in each
     ]
     stages = make_stages(shape, ranks, mtp=options.mtp)
     send = _send_seconds(shape, plan, each)
@@ -174,11 +190,12 @@ def step_time(
         send = 0.0
     timeline = simulate(table, times, send)
     once = [_once(plan, rank, stages, place) for place, rank in _places(plan, ranks)]
-    flops = [training_flops(shape, plan.sequence_length, causal=causal, mtp=options.mtp) for causal in (True, False)]
     share = 1.0 if options.trains_weights else 2 / 3
+    counts = [(True, False), (False, False), (True, options.mtp)]
+    flops = [share * training_flops(shape, plan.sequence_length, causal=causal, mtp=mtp) for causal, mtp in counts]
     return StepEstimate(
         plan, each, tuple(stages), timeline, timeline.span, max(g for g, _ in once), max(o for _, o in once),
-        options.data_stall, options.factor, share * flops[0], share * flops[1],
+        options.data_stall, options.factor, *flops,
     )  # fmt: skip
 
 
