@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sprat.config.parallel import ParallelPlan
 from sprat.errors import ConfigError
 from sprat.plan.bills import LEFT_OUT, bill_training
-from sprat.plan.calibration import fit, read_rows
+from sprat.plan.calibration import Calibration, fit, read_rows
 from sprat.plan.counts import count_parameters, forward_flops, kv_bytes_per_token, training_flops
 from sprat.plan.families import load_shape
 from sprat.plan.hardware import chip as find_chip
@@ -140,11 +141,17 @@ def _counts(shape: ModelShape, plan: ParallelPlan) -> list[Figure]:
     return figures
 
 
+@cache
+def _calibration() -> Calibration:
+    """The one on the published rows that lie beside this file."""
+    return fit(read_rows(ROWS_FILE))
+
+
 def _calibrated(
     shape: ModelShape, step: StepEstimate, chip_name: str, imbalance: float
 ) -> tuple[StepEstimate, float, float, list[str]]:
     """(the step with its factor, the ends of its interval in seconds, notes)."""
-    calibration = fit(read_rows(ROWS_FILE))
+    calibration = _calibration()
     precision = step.plan.precision
     recipes = {row.precision for row in calibration.rows}
     named = (
