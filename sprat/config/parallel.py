@@ -227,13 +227,10 @@ class ParallelPlan(Config):
         if ranks % wanted:
             fit = nearest_divisor(self.expert, ranks // self.expert_tensor or 1)
             product = f"data_shard {self.data_shard} * context {self.context} * tensor {self.tensor} = {ranks}"
-            name = f"expert {self.expert}" + (
-                f" * expert_tensor {self.expert_tensor}" if self.expert_tensor > 1 else ""
-            )
-            more = nearest_multiples(ranks, wanted)
-            raise ValueError(
-                f"{name} = {wanted} does not divide {product}; nearest: expert {fit}, or {_or(more)} ranks"
-            )
+            name = f"expert {self.expert}"
+            name += f" * expert_tensor {self.expert_tensor} = {wanted}" if self.expert_tensor > 1 else ""
+            more = _or(nearest_multiples(ranks, wanted))
+            raise ValueError(f"{name} does not divide {product}; nearest: expert {fit}, or {more} ranks")
         pieces = 2 * self.context if self.context > 1 else 1  # each rank takes one from the front and one from the end
         if self.sequence_length % pieces:
             near = _or(nearest_multiples(self.sequence_length, pieces))

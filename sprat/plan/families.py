@@ -17,52 +17,16 @@ from sprat.config.sizes import size, size_names
 from sprat.errors import ConfigError
 from sprat.files.json import load_json_object
 from sprat.plan import blocks
+from sprat.plan.config_keys import MOST, ConfigKeys
 from sprat.plan.shapes import Layer, ModelShape
 
 MODELS_FILE = Path(__file__).with_name("models.toml")
-_MOST = 2**31  # of any size in a config.json; layers: _MOST_LAYERS
 _MOST_LAYERS = 10_000
 _LETTERS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}  # of Nemotron's hybrid_override_pattern
 _WORDS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
-class _Keys:
-    """The keys of a ``config.json``, each checked as it is read."""
-
-    def __init__(self, table: Mapping[str, Any], where: str) -> None:
-        self.table, self.where = table, where
-
-    def fault(self, what: str, todo: str) -> ConfigError:
-        return ConfigError(what, where=self.where, todo=todo)
-
-    def size(self, *names: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
-        """The number at the first of ``names`` that is there."""
-        name = next((each for each in names if self.table.get(each) is not None), names[0])
-        value = self.table.get(name)
-        if value is None:
-            if default is None:
-                raise self.fault(f"{name} is missing", "add it: the shape of the model follows from it")
-            return default
-        if type(value) is not int or not least <= value < most:
-            raise self.fault(f"{name} is {str(value)[:40]!r}", f"give a whole number from {least} to {most - 1}")
-        return value
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.table.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.fault(f"{name} is {str(value)[:40]!r}", "give true or false")
-        return default if value is None else value
-
-    def words(self, name: str, count: int | None = None) -> list[Any] | None:
-        value = self.table.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or (count is not None and len(value) != count):
-            raise self.fault(f"{name} does not describe the layers", f"give a list of {count or 'them'}")
-        return value
-
-
-def _gqa(keys: _Keys, **changes: Any) -> Any:
+def _gqa(keys: ConfigKeys, **changes: Any) -> Any:
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     kv_heads = keys.size("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -71,7 +35,7 @@ def _gqa(keys: _Keys, **changes: Any) -> Any:
     return blocks.gqa(hidden, heads, kv_heads, head_dim, **changes)
 
 
-def _windows(keys: _Keys, layers: int, kind: str) -> list[int | None]:
+def _windows(keys: ConfigKeys, layers: int, kind: str) -> list[int | None]:
     """The window of each layer."""
     window, types = keys.table.get("sliding_window"), keys.words("layer_types", layers)
     if kind == "mistral" and "sliding_window" not in keys.table:
@@ -89,7 +53,7 @@ def _windows(keys: _Keys, layers: int, kind: str) -> list[int | None]:
     return [window if layer >= first else None for layer in range(layers)]
 
 
-def _dense_family(keys: _Keys, kind: str) -> list[Layer]:
+def _dense_family(keys: ConfigKeys, kind: str) -> list[Layer]:
     """Llama, Mistral, Qwen2, Qwen3."""
     count = keys.size("num_hidden_layers", most=_MOST_LAYERS)
     bias = kind == "qwen2" or (kind != "mistral" and keys.flag("attention_bias"))
@@ -100,7 +64,7 @@ def _dense_family(keys: _Keys, kind: str) -> list[Layer]:
     ]
 
 
-def _qwen3_moe(keys: _Keys, kind: str) -> list[Layer]:
+def _qwen3_moe(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     bias, dense_layers = keys.flag("attention_bias"), keys.words("mlp_only_layers") or []
     step = keys.size("decoder_sparse_step", default=1)
@@ -114,7 +78,7 @@ def _qwen3_moe(keys: _Keys, kind: str) -> list[Layer]:
     return layers
 
 
-def _gpt_oss(keys: _Keys, kind: str) -> list[Layer]:
+def _gpt_oss(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     experts, top_k = keys.size("num_local_experts"), keys.size("num_experts_per_tok", "experts_per_token")
     feed = blocks.moe(hidden, experts, _chosen(keys, experts, top_k), keys.size("intermediate_size"), bias=True)
@@ -123,13 +87,13 @@ def _gpt_oss(keys: _Keys, kind: str) -> list[Layer]:
     return [(_gqa(keys, bias=bias, out_bias=bias, window=window, sinks=True), feed) for window in windows]
 
 
-def _chosen(keys: _Keys, experts: int, top_k: int) -> int:
+def _chosen(keys: ConfigKeys, experts: int, top_k: int) -> int:
     if top_k > experts:
         raise keys.fault(f"num_experts_per_tok {top_k} of {experts} experts", f"give at most {experts}")
     return top_k
 
 
-def _deepseek_moe(keys: _Keys) -> Any:
+def _deepseek_moe(keys: ConfigKeys) -> Any:
     experts, width = keys.size("n_routed_experts"), keys.size("moe_intermediate_size")
     return blocks.moe(
         keys.size("hidden_size"),
@@ -142,7 +106,7 @@ def _deepseek_moe(keys: _Keys) -> Any:
     )
 
 
-def _deepseek(keys: _Keys, kind: str) -> list[Layer]:
+def _deepseek(keys: ConfigKeys, kind: str) -> list[Layer]:
     """DeepSeek V2, V3 and V3.2, and Kimi K2: latent attention, and experts from ``first_k_dense_replace`` on."""
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     if keys.size("moe_layer_freq", default=1) != 1:
@@ -170,12 +134,12 @@ def _deepseek(keys: _Keys, kind: str) -> list[Layer]:
     return [(attention, feed) for feed in feeds if feed is not None]
 
 
-def _deepseek_v4(keys: _Keys, kind: str) -> list[Layer]:
+def _deepseek_v4(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     extra = keys.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=100)
     index = (keys.size("index_n_heads"), keys.size("index_head_dim"), keys.size("index_topk"))
     ratios = keys.words("compress_ratios")
-    if ratios is None or len(ratios) < count or not all(type(ratio) is int and 0 <= ratio < _MOST for ratio in ratios):
+    if ratios is None or len(ratios) < count or not all(type(ratio) is int and 0 <= ratio < MOST for ratio in ratios):
         raise keys.fault("compress_ratios does not describe the layers", f"give {count} whole numbers")
     ratios = (ratios + [0] * extra)[: count + extra]
     finest = min((ratio for ratio in ratios if ratio), default=0)  # the others see all of their compressed keys
@@ -196,7 +160,7 @@ def _deepseek_v4(keys: _Keys, kind: str) -> list[Layer]:
     return layers
 
 
-def _nemotron_h(keys: _Keys, kind: str) -> list[Layer]:
+def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
     """Nemotron-H and Nemotron 3: one mixer a layer, by the letters of a pattern."""
     hidden, pattern = keys.size("hidden_size"), keys.table.get("hybrid_override_pattern")
     names: list[Any] = keys.words("layers_block_type") or keys.words("layer_types") or list(pattern or "")
@@ -223,7 +187,7 @@ def _nemotron_h(keys: _Keys, kind: str) -> list[Layer]:
     return layers + ([tuple(built[name] for name in kinds[len(names) :])] if extra else [])
 
 
-_FAMILIES: dict[str, Callable[[_Keys, str], list[Layer]]] = {
+_FAMILIES: dict[str, Callable[[ConfigKeys, str], list[Layer]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _dense_family),
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
@@ -244,7 +208,7 @@ def from_hf(table: Mapping[str, Any], *, where: str = "config.json", name: str =
     if not isinstance(kind, str) or kind not in _FAMILIES:
         todo = f"use a model of one of these: {', '.join(_FAMILIES)}"
         raise ConfigError(f"model_type {str(kind)[:40]!r} is not known", where=where, todo=todo)
-    keys = _Keys(table, where)
+    keys = ConfigKeys(table, where)
     layers = _FAMILIES[kind](keys, kind)
     hidden = keys.size("hidden_size")
     streams = keys.size("hc_mult") if kind == "deepseek_v4" else 0
@@ -263,7 +227,7 @@ def from_hf(table: Mapping[str, Any], *, where: str = "config.json", name: str =
     )
 
 
-def _count_layers(keys: _Keys, kind: str, built: int) -> int:
+def _count_layers(keys: ConfigKeys, kind: str, built: int) -> int:
     """Decoder layers; what is built beyond them belongs to MTP modules."""
     if kind != "nemotron_h":
         return keys.size("num_hidden_layers", most=_MOST_LAYERS)
