@@ -10,22 +10,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from sprat.config.parallel import ParallelPlan
 from sprat.errors import ConfigError
 from sprat.plan.bills import LEFT_OUT, bill_training
-from sprat.plan.calibration import Calibration, fit, read_rows
+from sprat.plan.calibration import Calibration, fit
 from sprat.plan.counts import count_parameters, forward_flops, kv_bytes_per_token, training_flops
 from sprat.plan.families import load_shape
 from sprat.plan.hardware import chip as find_chip
 from sprat.plan.memory import RankMemory, fullest_rank
 from sprat.plan.prices import Currency, GpuPrice, PriceBook, gpu_price
+from sprat.plan.published import ROWS_FILE, read_rows
 from sprat.plan.shapes import ModelShape
 from sprat.plan.step import StepEstimate, StepOptions, step_time
 
-ROWS_FILE = Path(__file__).with_name("published_rows.csv")
 GIB = 2**30
 _DAY = 86400.0
 
