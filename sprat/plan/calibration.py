@@ -57,7 +57,7 @@ class Calibration:
         Args:
             release: of the software; one that is in no row adds the spread between releases.
         """
-        covariance = _covariance(self.rows, self.residual)
+        covariance = _covariance(self.rows) + self.residual**2 * np.eye(len(self.rows))
         across = np.array([_shared(row.group, (system, precision)) for row in self.rows])
         mean = float(across @ np.linalg.solve(covariance, np.array(self.errors)))
         variance = _shared((system, precision), (system, precision))
@@ -79,18 +79,18 @@ def _shared(one: tuple[str, str], other: tuple[str, str]) -> float:
 
 
 def _generation(system: str) -> str:
-    known = {each.name: each.generation for each in catalogue().values()}
-    return known.get(system, system)
+    known = catalogue().get(system)
+    return known.generation if known else system
 
 
-def _covariance(rows: Sequence[Row], residual: float) -> Any:
-    """Of the log errors of ``rows``, an array [rows, rows]."""
+def _covariance(rows: Sequence[Row]) -> Any:
+    """Of what ``SPREAD`` names in the log errors of ``rows``, an array [rows, rows]."""
     count = len(rows)
     matrix = np.zeros((count, count))
     for i, one in enumerate(rows):
         for j, other in enumerate(rows):
             matrix[i, j] = _shared(one.group, other.group)
-            matrix[i, j] += SPREAD["model"] ** 2 * (one.model == other.model) + residual**2 * (i == j)
+            matrix[i, j] += SPREAD["model"] ** 2 * (one.model == other.model)
             matrix[i, j] += SPREAD["release"] ** 2 * (one.release == other.release)
     return matrix
 
@@ -106,8 +106,10 @@ def fit(rows: Iterable[Row]) -> Calibration:
         raise ConfigError("no row to fit on", where="calibration", todo="give a table with at least one row")
     errors = np.array([math.log(row.tokens_per_second / estimate(row).tokens_per_second) for row in known])
 
+    shared = _covariance(known)
+
     def unlikely(residual: float) -> float:
-        covariance = _covariance(known, residual)
+        covariance = shared + residual**2 * np.eye(len(known))
         return float(np.linalg.slogdet(covariance)[1] + errors @ np.linalg.solve(covariance, errors))
 
     residual = min((0.01 * step for step in range(2, 31)), key=unlikely)

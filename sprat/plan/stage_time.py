@@ -5,10 +5,15 @@ tensor and context parallelism runs under the products (``EXPOSED``), those of e
 and backward of two micro-batches run at once (DualPipe), where the longer of the two counts.
 """
 
+# L layers, S stages, R ranks of the pipeline, T tries
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from sprat.plan.layer_time import MESSAGES, Rank, Term, block_terms, combine
 from sprat.plan.shapes import Block, Layer, ModelShape
@@ -20,6 +25,9 @@ EXPOSED = {"tensor messages": 0.5, "context messages": 0.3, "expert messages": 1
 HOST_SECONDS = 6e-6  # that Python and the driver take to start a kernel: where kernels are shorter, they are waited for
 OVERLAP_SLOWDOWN = 132 / 112  # of computation beside messages: 20 of 132 units send (arXiv 2412.19437, section 3.2.2)
 FSDP_SLOWDOWN = 0.15  # what a hidden gathering of parameters costs the computation beside it: NCCL's share of the units
+
+Counts = npt.NDArray[np.int64]
+Loads = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -148,40 +156,34 @@ def balance_layers(maker: StageMaker) -> tuple[int, ...]:
         time = maker.stage(first, count, is_first=is_first, is_last=is_last).time()
         return time.forward + time.backward
 
-    before = [0.0]
-    for layer in range(layers):
-        before.append(before[-1] + cost(layer, 1))
-    ends = [0.0] * plan.stages
-    ends[0] += cost(0, 0, is_first=True)
-    ends[-1] += cost(0, 0, is_last=True)
+    each = [cost(layer, 1) for layer in range(layers)]
+    before_L = np.concatenate([[0.0], np.cumsum(each)])
+    ends_S = np.zeros(plan.stages)
+    ends_S[0] += cost(0, 0, is_first=True)
+    ends_S[-1] += cost(0, 0, is_last=True)
+    owner_S = np.array([plan.rank_of_stage(stage) for stage in range(plan.stages)])
+    belongs_SR = np.eye(plan.pipeline)[owner_S]
 
-    def judge(counts: list[int]) -> tuple[float, float, list[float]]:
-        """Of the busiest rank; how unevenly stages share; all ranks."""
-        ranks, first, uneven = [0.0] * plan.pipeline, 0, 0.0
-        for stage, count in enumerate(counts):
-            seconds = ends[stage] + before[first + count] - before[first]
-            ranks[plan.rank_of_stage(stage)] += seconds
-            uneven += seconds * seconds
-            first += count
-        return max(ranks), uneven, ranks
+    def judge(counts_TS: Counts) -> tuple[Loads, Loads, Loads]:
+        """Of each try: the busiest rank's seconds, how unevenly stages share, and every rank's."""
+        last_TS = np.cumsum(counts_TS, axis=1)
+        seconds_TS = ends_S + before_L[last_TS] - before_L[last_TS - counts_TS]
+        ranks_TR = seconds_TS @ belongs_SR
+        return ranks_TR.max(axis=1), (seconds_TS**2).sum(axis=1), ranks_TR
 
-    counts = [layers // plan.stages + (stage < layers % plan.stages) for stage in range(plan.stages)]
-    best = judge(counts)
+    counts_S = np.array([layers // plan.stages + (stage < layers % plan.stages) for stage in range(plan.stages)])
+    (busiest,), (uneven,), (ranks_R,) = judge(counts_S[None])
+    away_SS, unit_SS = np.abs(np.subtract.outer(range(plan.stages), range(plan.stages))), np.eye(plan.stages, dtype=int)
     for _ in range(4 * layers):
-        tries = []
-        for giver in range(plan.stages):
-            for taker in range(plan.stages):
-                near = abs(giver - taker) == 1 or best[2][plan.rank_of_stage(giver)] >= 0.999 * best[0]
-                if counts[giver] > 0 and giver != taker and near:
-                    moved = list(counts)
-                    moved[giver] -= 1
-                    moved[taker] += 1
-                    tries.append((*judge(moved), moved))
-        least = min(tries, key=lambda one: (round(one[0] / best[0], 3), one[1]))
-        if (round(least[0] / best[0], 3), least[1]) >= (1.0, best[1]):
+        allowed_SS = (away_SS == 1) | ((ranks_R[owner_S] >= 0.999 * busiest)[:, None] & (away_SS > 0))
+        givers, takers = np.nonzero(allowed_SS & (counts_S > 0)[:, None])
+        tries_TS = counts_S - unit_SS[givers] + unit_SS[takers]
+        most_T, uneven_T, ranks_TR = judge(tries_TS)
+        best = np.lexsort((uneven_T, np.round(most_T / busiest, 3)))[0]
+        if (round(float(most_T[best] / busiest), 3), uneven_T[best]) >= (1.0, uneven):
             break
-        counts, best = least[3], least[:3]
-    return tuple(counts)
+        counts_S, busiest, uneven, ranks_R = tries_TS[best], most_T[best], uneven_T[best], ranks_TR[best]
+    return tuple(int(count) for count in counts_S)
 
 
 def make_stages(shape: ModelShape, ranks: Sequence[Rank], *, mtp: bool = True) -> list[Stage]:
