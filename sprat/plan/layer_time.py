@@ -28,8 +28,7 @@ from sprat.plan.hardware import Chip
 from sprat.plan.shapes import Block, Matrix, Mixture
 
 SCAN_SHARE = 0.25  # of the rate of bf16 products; assumed
-GROUPED_SHARE = 0.85  # of the rate of one large product, that many small ones reach (DeepGEMM's README: 1,100 to 1,300
-# TFLOP/s grouped, up to 1,550 dense, on one chip)
+GROUPED_SHARE = 0.85  # of a large product's rate (DeepGEMM's README: 1,100 to 1,300 TFLOP/s grouped, 1,550 dense)
 ATTENTION_BACKWARD = 2.5
 MESSAGES = ("tensor messages", "expert messages", "context messages")
 
@@ -173,6 +172,8 @@ def _products(block: Block, rank: Rank) -> Iterator[Term]:
         precision = _kept_high(rank) if matrix.name == "gate" or "hyper" in matrix.name else ""
         yield rank.product("products", m, n, k, precision=precision)
         yield rank.cast(m * k, m * n, precision)
+        if not rank.trains_weights:  # adapters read the input once more, and add theirs to the product's output
+            yield rank.bytes_moved("elementwise", m * (2.0 * k + 4.0 * n), 3)
 
 
 def _kept_high(rank: Rank) -> str:

