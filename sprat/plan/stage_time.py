@@ -5,15 +5,9 @@ tensor and context parallelism runs under the products (``EXPOSED``), those of e
 and backward of two micro-batches run at once (DualPipe), where the longer of the two counts.
 """
 
-# L layers, S stages, R ranks of the pipeline, T tries
-
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-import numpy.typing as npt
 
 from sprat.plan.layer_time import MESSAGES, Rank, Term, block_terms, combine
 from sprat.plan.shapes import Block, Layer, ModelShape
@@ -25,9 +19,6 @@ EXPOSED = {"tensor messages": 0.5, "context messages": 0.3, "expert messages": 1
 HOST_SECONDS = 6e-6  # that Python and the driver take to start a kernel: where kernels are shorter, they are waited for
 OVERLAP_SLOWDOWN = 132 / 112  # of computation beside messages: 20 of 132 units send (arXiv 2412.19437, section 3.2.2)
 FSDP_SLOWDOWN = 0.15  # what a hidden gathering of parameters costs the computation beside it: NCCL's share of the units
-
-Counts = npt.NDArray[np.int64]
-Loads = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -71,12 +62,15 @@ class StageMaker:
 
     def __init__(self, shape: ModelShape, rank: Rank, *, mtp: bool = True) -> None:
         self.shape, self.rank, self.mtp = shape, rank, mtp
-        self._known: dict[int, list[Term]] = {}
+        self._known: dict[int, list[Term]] = {}  # by the block's identity, which is quicker than its value
+        self._priced: dict[Block, list[Term]] = {}
 
     def terms(self, block: Block) -> list[Term]:
-        """The terms of ``block``; equal blocks of a shape are one object."""
+        """The terms of ``block``: one list for all blocks that are equal."""
         if id(block) not in self._known:
-            self._known[id(block)] = block_terms(block, self.rank, self.shape.hidden)
+            if block not in self._priced:
+                self._priced[block] = block_terms(block, self.rank, self.shape.hidden)
+            self._known[id(block)] = self._priced[block]
         return self._known[id(block)]
 
     @property
@@ -138,62 +132,3 @@ class StageMaker:
 def _beside(messages: float, computation: float) -> float:
     """What ``messages`` add to the ``computation`` that hides them."""
     return max(0.0, messages - computation) + FSDP_SLOWDOWN * min(messages, computation)
-
-
-def balance_layers(maker: StageMaker) -> tuple[int, ...]:
-    """Layers of each stage (``StageMaker.layers``) such that the busiest rank has the least to do, as if set by hand.
-
-    Starts even and gives a layer of the busiest rank to the idlest one as long as that helps, and as evenly among
-    stages as it goes. A plan that names its ``stage_layers`` keeps them, with the MTP modules in the last stage.
-    """
-    plan, layers = maker.rank.plan, len(maker.layers)
-    if plan.stage_layers or plan.stages == 1:
-        counts = list(plan.split_layers(len(maker.shape.layers)))
-        counts[-1] += layers - len(maker.shape.layers)
-        return tuple(counts)
-
-    def cost(first: int, count: int, is_first: bool = False, is_last: bool = False) -> float:
-        time = maker.stage(first, count, is_first=is_first, is_last=is_last).time()
-        return time.forward + time.backward
-
-    each = [cost(layer, 1) for layer in range(layers)]
-    before_L = np.concatenate([[0.0], np.cumsum(each)])
-    ends_S = np.zeros(plan.stages)
-    ends_S[0] += cost(0, 0, is_first=True)
-    ends_S[-1] += cost(0, 0, is_last=True)
-    owner_S = np.array([plan.rank_of_stage(stage) for stage in range(plan.stages)])
-    belongs_SR = np.eye(plan.pipeline)[owner_S]
-
-    def judge(counts_TS: Counts) -> tuple[Loads, Loads, Loads]:
-        """Of each try: the busiest rank's seconds, how unevenly stages share, and every rank's."""
-        last_TS = np.cumsum(counts_TS, axis=1)
-        seconds_TS = ends_S + before_L[last_TS] - before_L[last_TS - counts_TS]
-        ranks_TR = seconds_TS @ belongs_SR
-        return ranks_TR.max(axis=1), (seconds_TS**2).sum(axis=1), ranks_TR
-
-    counts_S = np.array([layers // plan.stages + (stage < layers % plan.stages) for stage in range(plan.stages)])
-    (busiest,), (uneven,), (ranks_R,) = judge(counts_S[None])
-    away_SS, unit_SS = np.abs(np.subtract.outer(range(plan.stages), range(plan.stages))), np.eye(plan.stages, dtype=int)
-    for _ in range(4 * layers):
-        allowed_SS = (away_SS == 1) | ((ranks_R[owner_S] >= 0.999 * busiest)[:, None] & (away_SS > 0))
-        givers, takers = np.nonzero(allowed_SS & (counts_S > 0)[:, None])
-        tries_TS = counts_S - unit_SS[givers] + unit_SS[takers]
-        most_T, uneven_T, ranks_TR = judge(tries_TS)
-        best = np.lexsort((uneven_T, np.round(most_T / busiest, 3)))[0]
-        if (round(float(most_T[best] / busiest), 3), uneven_T[best]) >= (1.0, uneven):
-            break
-        counts_S, busiest, uneven, ranks_R = tries_TS[best], most_T[best], uneven_T[best], ranks_TR[best]
-    return tuple(int(count) for count in counts_S)
-
-
-def make_stages(shape: ModelShape, ranks: Sequence[Rank], *, mtp: bool = True) -> list[Stage]:
-    """All stages in order; ``ranks`` has one entry, or one for each pipeline rank (mixed fleets)."""
-    plan = ranks[0].plan
-    makers = [StageMaker(shape, rank, mtp=mtp) for rank in ranks]
-    stages, first = [], 0
-    counts = balance_layers(makers[0])
-    for number, count in enumerate(counts):
-        maker = makers[plan.rank_of_stage(number) if len(makers) > 1 else 0]
-        stages.append(maker.stage(first, count, is_first=number == 0, is_last=number == len(counts) - 1))
-        first += count
-    return stages

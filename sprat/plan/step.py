@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 from sprat.config.parallel import DTYPE_BYTES, ParallelPlan
 from sprat.errors import ConfigError
+from sprat.plan.balance import make_stages
 from sprat.plan.counts import training_flops
 from sprat.plan.hardware import Chip
 from sprat.plan.layer_time import Rank, recipe_of
 from sprat.plan.schedule import make_table
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import Timeline, simulate
-from sprat.plan.stage_time import EXPOSED, Stage, make_stages
+from sprat.plan.stage_time import EXPOSED, Stage
 
 EXPOSED_GRADIENTS = 0.1  # of the messages among data ranks, even where a micro-batch is long enough to hide them
 

@@ -75,10 +75,10 @@ def test_a_mixed_fleet_is_as_fast_as_its_slow_ranks_allow() -> None:
     shape = load_shape("LLAMA3_8B")
     plan = ParallelPlan(data_shard=8, pipeline=4, global_batch=256, sequence_length=8192)
     fast, slow = (step_time(shape, plan, chip(name)).seconds for name in ("H100", "A100"))
-    mixed = step_time(shape, plan, [chip("H100"), chip("H100"), chip("A100"), chip("H100")]).seconds
-    assert fast < mixed <= slow * 1.02
-    uneven = plan.replace(stage_layers=(10, 9, 4, 9))
-    assert step_time(shape, uneven, [chip("H100"), chip("H100"), chip("A100"), chip("H100")]).seconds < 0.8 * mixed
+    fleet = [chip("H100"), chip("H100"), chip("A100"), chip("H100")]
+    even = step_time(shape, plan.replace(stage_layers=(8, 8, 8, 8)), fleet).seconds
+    assert 1.5 * fast < even <= slow * 1.02
+    assert fast < step_time(shape, plan, fleet).seconds < 0.8 * even  # left to itself, the slow rank gets fewer layers
 
 
 def test_adapters_need_no_gradients_of_weights() -> None:
