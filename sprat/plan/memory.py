@@ -113,7 +113,10 @@ def _loss(shape: ModelShape, plan: ParallelPlan, ledger: Ledger, heads: int) -> 
         return [norm, Operation("loss", kept, 0.0, ledger.gathered, weight)], 0.0
     kept = heads * (2 * ledger.stream + head * ledger.wide)
     own = head * ledger.wide
-    return [norm, Operation("loss", kept, 0.0, ledger.stream, own)], 2 * head * 4 if ledger.wide == 4 else head * 6
+    transposed = own if shape.vocab / plan.tensor <= 8192 else 0.0  # of a head that fits a cache
+    # The head's gradient is added up in float32, then scaled, and kept in the head's dtype.
+    beside = 4 * head if ledger.wide == 4 else 8 * head
+    return [norm, Operation("loss", kept, 0.0, ledger.stream, own)], transposed + beside
 
 
 def _peak(rank: int, plan: ParallelPlan, passes: dict[int, _Pass]) -> tuple[float, dict[int, int], float]:

@@ -18,8 +18,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import Field, field_validator, model_validator
 
 from sprat.config.base import Config, parse
-from sprat.errors import ConfigError
-from sprat.files.regular_file import read_bytes
+from sprat.errors import ConfigError, TrustError
+from sprat.files.regular_file import open_regular_file
 
 PRICES_FILE = Path(__file__).with_name("prices.toml")
 EXACT = Context(prec=80, traps=[Inexact])
@@ -194,8 +194,9 @@ def load_prices(path: str | Path = PRICES_FILE) -> PriceBook:
         ConfigError: it is missing, no TOML, or an entry does not hold: a price without a date, a negative one.
     """
     try:
-        table = tomllib.loads(read_bytes(path).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with open_regular_file(path) as stream:
+            table = tomllib.loads(stream.read().decode("utf-8"))
+    except (OSError, TrustError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the price book: {error}", where=str(path), todo="give a TOML file") from None
     return parse(PriceBook, table, where=str(path))
 

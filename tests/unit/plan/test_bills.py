@@ -234,3 +234,10 @@ def test_a_price_book_that_does_not_hold_is_refused(tmp_path: Path, old: str, ne
 def test_hours_that_cannot_be_are_refused(book: PriceBook, hours: float) -> None:
     with pytest.raises(ConfigError, match="GPU-hours"):
         bill_training(hours, gpu_price("H800", book=book))
+
+
+def test_a_price_book_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"\xff")
+    for path in (tmp_path, tmp_path / "none.toml", tmp_path / "latin.toml", "/dev/null"):
+        with pytest.raises(ConfigError, match="cannot read the price book"):
+            load_prices(path)
