@@ -201,14 +201,8 @@ def _estimates(goal: Goal, reasons: Counter[str]) -> Iterator[tuple[float, Paral
         for micro, again, zero in itertools.product((1, 2, 4, 8), recompute, (1, 3)):
             if zero == 3 and degrees["pipeline"] > 1:  # gathered anew for each micro-batch: never the better one
                 continue
-            key = (
-                degrees["tensor"],
-                degrees["context"],
-                degrees["expert"],
-                micro,
-                again,
-                zero == 3 and degrees["data_shard"],
-            )
+            shard = degrees["data_shard"] if zero == 3 else 0
+            key = (degrees["tensor"], degrees["context"], degrees["expert"], shard, micro, again)
             for schedule, chunks in SCHEDULES if degrees["pipeline"] > 1 else SCHEDULES[:1]:
                 facts = base | degrees | {"schedule": schedule, "virtual_stages": chunks, "micro_batch": micro}
                 try:
