@@ -79,6 +79,13 @@ def test_scores_and_the_report_take_no_torch(root: Path) -> None:
     assert run_python(root, "import sys, sprat.eval.score, sprat.report; print('torch' in sys.modules)") == "False\n"
 
 
+def test_the_planner_takes_no_torch(root: Path) -> None:
+    code = "import importlib, pkgutil, sys, sprat.plan as p\n"
+    code += "names = [m.name for m in pkgutil.walk_packages(p.__path__, 'sprat.plan.')]\n"
+    code += "[importlib.import_module(name) for name in names]; print(len(names) > 0, 'torch' in sys.modules)"
+    assert run_python(root, code) == "True False\n"
+
+
 def test_a_tokenizer_takes_no_torch(root: Path, tmp_path: Path) -> None:
     """The process that answers HTTP loads one, and torch would cost it a second of its start and 180 MB."""
     from tests.gguf_files import write

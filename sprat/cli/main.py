@@ -18,6 +18,7 @@ from sprat.cli import (
     finetune,
     inference,
     models,
+    plan,
     quantize,
     quickstart,
     replay,
@@ -86,6 +87,7 @@ class ServeCommand(Command):
 VERBS = (
     ("quickstart", quickstart.quickstart, "The whole road in one command, then the chat page."),
     ("road", road.road, "Stages of your own from one file; or zero, r1."),
+    ("plan", plan.plan, "What a run will cost, before it starts."),
     ("doctor", doctor.doctor, "What this machine has, and what it lacks."),
     ("data", stages.data, "Text and tasks to tokenizer and packed rows."),
     ("train", train.train, "Pre-train on them; or any model on text of yours."),

@@ -2,6 +2,7 @@
 
 from sprat.config.base import Config, load, override, parse
 from sprat.config.model import LoRAConfig, ModelConfig
+from sprat.config.parallel import ParallelPlan
 from sprat.config.recipe import (
     DistillConfig,
     GRPOConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "MoneyConfig",
     "OptimConfig",
+    "ParallelPlan",
     "QuantConfig",
     "RFTConfig",
     "RLConfig",

@@ -1,0 +1,155 @@
+"""``sprat plan``: the page's commands run, the figures are those of the papers, bad input is one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sprat.cli.main import app
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
+
+
+def plan(*words: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, ["plan", *words])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def v3() -> dict[str, Any]:
+    code, out, _ = plan("v3", "--json")
+    assert code == 0
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+def test_the_page_s_commands_run() -> None:
+    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.splitlines():
+        code, _, err = plan(*shlex.split(line)[2:])
+        assert code == 0, err
+
+
+def test_the_page_s_python_runs(root: Path) -> None:
+    """342 M x 1 + 266 M x 4 + 168 M x 16 yuan a million: 4,094."""
+    [code] = re.findall(r"<!-- run -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "4094 list deepseek-r1 since 2025-01-20\n"
+
+
+def test_v3_has_the_published_counts_and_fits(v3: dict[str, Any]) -> None:
+    """DeepSeek-V3, arXiv 2412.19437 and 2505.09343: 671 B, 37 B, 70,272 bytes, 250 GFLOP; 2,048 H800 of 80 GB."""
+    figures = {name: each["value"] for name, each in v3["figures"].items()}
+    assert round(figures["parameters"] / 1e9) == 671 and round(figures["active parameters"] / 1e9) == 37
+    assert figures["KV cache"] == 70272 and round(figures["FLOPs, causal"] / 1e9) == 250
+    assert v3["world_size"] == 2048 and v3["memory"]["fits"]
+
+
+def test_an_estimate_has_an_interval_and_arithmetic_has_none(v3: dict[str, Any]) -> None:
+    """The published step of 19.926 s and bill of $5.328 M for pre-training (2,664 K hours) lie inside."""
+    figures = v3["figures"]
+    assert figures["parameters"]["low"] is None
+    assert figures["step"]["low"] < 19.926 < figures["step"]["high"]
+    assert figures["bill"]["low"] < 5.328e6 < figures["bill"]["high"]
+    assert all(each["formula"] and each["source"] for each in figures.values())
+    assert any("people" in each for each in v3["leaves_out"])
+
+
+def test_explain_shows_formulas_and_sources() -> None:
+    code, out, _ = plan("nano", "--explain", "--tokens", "1e9")
+    words = " ".join(out.split())
+    assert code == 0 and "GPU-hours x 2" in words and "1910.02054" in words
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    code, out, _ = plan("LLAMA3_8B", "--json")
+    assert code == 2
+    result = json.loads(out)
+    assert not result["memory"]["fits"] and any("GiB more than the 79.6" in note for note in result["notes"])
+
+
+def test_a_chip_without_a_price_has_no_bill() -> None:
+    code, out, _ = plan("nano", "--json", "--chip", "A100", "--set", "precision=bf16")
+    result = json.loads(out)
+    assert code == 0 and "bill" not in result["figures"] and any("no bill" in note for note in result["notes"])
+
+
+def test_a_plan_and_a_price_book_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("data_shard = 4\nglobal_batch = 32\n")
+    (tmp_path / "prices.toml").write_text('[[gpu]]\nchip = "H800"\nsince = 2026-01-01\nusd = "3"\nsource = "mine"\n')
+    words = ["small", "--plan", str(tmp_path / "plan.toml"), "--prices", str(tmp_path / "prices.toml"), "--json"]
+    code, out, _ = plan(*words, "--set", "data_replicate=2")
+    result = json.loads(out)
+    assert code == 0 and result["world_size"] == 8
+    assert result["figures"]["bill"]["value"] == pytest.approx(3 * result["figures"]["GPU-hours"]["value"])
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["gpt-5"], "no model is called"),
+        (["v3", "--chip", "H9000"], "H9000"),
+        (["v3", "--tokens", "-1"], "tokens"),
+        (["v3", "--tokens", "nan"], "tokens"),
+        (["v3", "--imbalance", "0"], "imbalance"),
+        (["v3", "--set", "expert=60"], "expert 60 does not divide"),
+        (["v3", "--set", "tensors=2"], "tensor"),
+        (["v3", "--set", "tensor=3"], "tensor 3"),
+        (["v3", "--plan", "nowhere.toml"], "nowhere.toml"),
+        (["v3", "--prices", "nowhere.toml"], "price book"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(words: list[str], named: str) -> None:
+    code, _, err = plan(*words)
+    assert code == 2 and named in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
+    table = {
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "quantization_config": {"bits": 4},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    assert plan(str(tmp_path), "--tokens", "1e9")[0] == 0
+    for content in ("{", "[]", json.dumps({**table, "model_type": "bert"}), json.dumps({**table, "hidden_size": 1e9})):
+        (tmp_path / "config.json").write_text(content)
+        code, _, err = plan(str(tmp_path))
+        assert code == 2 and "config.json" in err
+
+
+def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
+    words = ("LLAMA3_8B", "--fleet", "8xH800", "--tokens", "1e12", "--set", "global_batch=64")
+    code, out, _ = plan(*words, "--json")
+    found = json.loads(out)
+    assert code == 0
+    seconds = [each["seconds"] for each in found["proposals"]]
+    assert seconds == sorted(seconds) and all(each["memory_gib"] < 79.6 for each in found["proposals"])
+    best = found["proposals"][0]
+    assert best["cost"] == pytest.approx(best["days"] * 24 * 8 * 2)  # $2 an hour of an H800
+    assert found["reasons"]["memory"] > 0 and all("GiB" in each["reason"] for each in found["near"])
+    assert any("90 % interval" in note for note in found["notes"])
+    code, out, _ = plan(*words, "--deadline", "1")
+    assert code == 2 and "deadline" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--fleet", "H800"), "cannot read 'H800'"),
+        (("--fleet", "8xH8000"), "unknown chip 'H8000'"),
+        (("--fleet", "0xH800"), "cannot read '0xH800'"),
+        (("--fleet", "8xMI300X", "--budget", "5"), "no price"),
+        (("--deadline", "5"), "bound a search"),
+    ],
+)
+def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
+    code, _, err = plan("LLAMA3_8B", *words)
+    assert code == 2 and says in err
