@@ -234,7 +234,7 @@ class EpisodePayer(Payer):
 
     def _pay_all(self, episodes: Sequence[Episode], shaped: bool) -> list[Rollout]:
         """The rollouts of episodes that are over."""
-        responses = [episode.response(self.tokenizer) for episode in episodes]
+        responses = [episode.response for episode in episodes]
         sound = [place for place, episode in enumerate(episodes) if episode.fault is None]
         asked = [(episodes[place].task, episodes[place].problem) for place in sound]
         judged = [Verdict(t, "abstained" if t is None else "paid") for t in (episodes[p].total for p in sound)]

@@ -75,13 +75,10 @@ class Episode:
         assert self.fault is not None
         return Verdict(None, self.fault.outcome, self.fault.detail)
 
-    def response(self, tokenizer: Tokenizer) -> Response:
-        """What a reward sees: the last turn, and as its ``text`` all that was said in all of them."""
-        if self.last is None:
-            return Response("", "", True)
-        if len(self.turns) == 1:
-            return self.last.response
-        return replace(self.last.response, text=tokenizer.decode(self.token_ids, skip_special_tokens=False))
+    @property
+    def response(self) -> Response:
+        """What a reward sees: the last turn alone, so that nothing is paid for what the environment said."""
+        return Response("", "", True) if self.last is None else self.last.response
 
     def rollout(
         self, tokenizer: Tokenizer, response: Response, verdict: Verdict, reward: float | None, second: float | None

@@ -169,8 +169,10 @@ class HeldOut:
         for (_, problem), group in list(zip(self.asked, groups, strict=True))[: self._config.held_out.kept_answers]:
             response = group[0].response
             expected = problem.answer or None
-            is_episode = len(group[0].trained or ()) > 1  # then all that was said is shown
-            content, reasoning = (response.text, "") if is_episode else (response.content, response.reasoning)
+            content, reasoning = response.content, response.reasoning
+            if len(group[0].trained or ()) > 1:  # all that was said in an episode
+                ids = group[0].token_ids
+                content, reasoning = self._payer.tokenizer.decode(ids, skip_special_tokens=False), ""
             kept.append(Sample(step, problem.question, content, expected, reasoning, group[0].finish, group[0].reward))
         write_samples(self._folder, kept)
 

@@ -163,7 +163,7 @@ def test_it_learns_in_every_turn_and_the_run_proves_itself(folder: Path) -> None
     assert rows[-1]["reward"] > 0.8 > 0.4 > rows[1]["reward"]
     assert {row["turns"] for row in rows[1:]} == {2.0} and rows[1]["mismatch_mean"] < 1e-4
     assert {"environment", "environment/again.py"} <= set(run.record["inputs"])
-    assert "<|user|>" in read_samples(run.artifact)[0].content  # all that was said
+    assert "<|user|>" in read_samples(run.artifact)[0].answer  # all that was said
     assert replay(run.folder, 3, model="base").is_same
     assert not [finding for finding in verify("runs") if not finding.ok]
 
@@ -172,7 +172,10 @@ def test_it_learns_in_every_turn_and_the_run_proves_itself(folder: Path) -> None
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     lora: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, asked = settings(lora=lora, steps=5, held_out={"every": 2}), Questions(environment="again.py:Again")
+    config, asked = (
+        settings(lora=lora, steps=5, held_out={"every": 2, "problems": 6}),
+        Questions(environment="again.py:Again"),
+    )
     whole = reinforce("base", asked, "whole/run", config)
     groups = InProcess.groups
 
@@ -191,6 +194,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
         assert torch.equal(tensor, load(run.folder)[0].state_dict()[name]), name
     digests = [RolloutLedger.read(each.folder / LEDGER_FILE).digest() for each in (whole, run)]
     assert digests[0] == digests[1]
+
+
+def test_a_reward_in_its_place_sees_the_last_turn_alone(folder: Path) -> None:
+    Path("judge.py").write_text(
+        "def reward(problem, answer):\n    assert 'train' not in answer.text + answer.content\n"
+        "    return float(answer.content.strip() == '7') * 3\n"
+    )
+    asked = Questions(environment="again.py:Again", reward="judge.py:reward")
+    run = reinforce("base", asked, "runs/mine", settings(steps=1, held_out={"problems": 4}))
+    rollouts = RolloutLedger.read(run.folder / LEDGER_FILE).rollouts(1)
+    assert read_metrics(run.folder)[1]["reward_faults"] == 0
+    assert {rollout.reward for rollout in rollouts} <= {0.0, 3.0} and all(
+        len(each.trained or ()) == 2 for each in rollouts
+    )
 
 
 def test_workers_are_refused_with_what_to_do(folder: Path) -> None:
