@@ -32,9 +32,10 @@ from sprat.config.rl import RLRunConfig
 from sprat.errors import SpratError
 from sprat.files.digest import of_json
 from sprat.files.lock import LOCK_NAME, lock_folder
+from sprat.post.rl.assignment import Asker, Range
 from sprat.post.rl.children import STOP_SECONDS, Child, Role, worker_environment
 from sprat.post.rl.connection import ALIVE_SECONDS, Connection
-from sprat.post.rl.dispatcher import Asker, Dispatcher, Range
+from sprat.post.rl.dispatcher import Dispatcher
 from sprat.post.rl.ledger import LEDGER_FILE, RolloutLedger
 from sprat.post.rl.placement import Placement, start_placement
 from sprat.post.rl.service import TRAINER, Service

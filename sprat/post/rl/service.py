@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from sprat.errors import MachineError, SpratError, TrustError, unpack_error
+from sprat.post.rl.assignment import Assignment, Sampled
 from sprat.post.rl.connection import error_reply
-from sprat.post.rl.dispatcher import Assignment, Dispatcher, Sampled
+from sprat.post.rl.dispatcher import Dispatcher
 from sprat.post.rl.ledger_tables import StepRow
 from sprat.post.rl.machines import note_machine
 from sprat.post.rl.sampled import pack_requests, unpack_answers

@@ -12,8 +12,9 @@ import pytest
 from sprat.engine import Sampling
 from sprat.errors import SpratError, TrainingError, TrustError
 from sprat.post.rl import dispatcher as module
+from sprat.post.rl.assignment import Assignment, Range, Sampled
 from sprat.post.rl.audit import audit
-from sprat.post.rl.dispatcher import Assignment, Dispatcher, Range, Sampled
+from sprat.post.rl.dispatcher import Dispatcher
 from sprat.post.rl.ledger import RolloutLedger
 from sprat.post.rl.ledger_tables import Question, StepRow
 from sprat.post.rl.rollout import Rollout

@@ -16,8 +16,9 @@ from sprat.errors import ConfigError, TrustError
 from sprat.files import digest
 from sprat.formats.load import save
 from sprat.model import Transformer
+from sprat.post.rl.assignment import Assignment, Range, Sampled
 from sprat.post.rl.audit import audit
-from sprat.post.rl.dispatcher import Assignment, Dispatcher, Range, Sampled
+from sprat.post.rl.dispatcher import Dispatcher
 from sprat.post.rl.dynamic_sampling import plan_step, unused_reason
 from sprat.post.rl.ledger import LEDGER_FILE, RolloutLedger
 from sprat.post.rl.ledger_tables import Question, StepRow
