@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from sprat.engine import Sampling
 from sprat.post.rl.environment_pool import EpisodeProcess, FaultError
@@ -25,6 +30,7 @@ class Episode:
         sampling: of its group.
         turns: where in ``token_ids`` each turn of the model lies.
         total: of rewards; None where the end was "cannot say".
+        routes: experts of prompt and ``token_ids``, as ``Output.routes``; None where nobody asks, or there are none.
     """
 
     task: Task
@@ -45,6 +51,7 @@ class Episode:
     fault: FaultError | None = None
     tool_calls: int = 0
     tool_errors: int = 0
+    routes: NDArray[Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -63,6 +70,13 @@ class Episode:
     def cut(self) -> None:
         """It is over because of a limit."""
         self.finish, self.is_over = "length", True
+
+    def keep_routes(self, routes_PLK: NDArray[Any] | None) -> None:
+        """Take in the experts of all places behind a turn; each place keeps those that its token was sampled by."""
+        if self.routes is not None and routes_PLK is not None:
+            known = len(self.routes) - 1  # a turn's last token was not computed in it
+            routes_PLK = np.concatenate([self.routes[:known], routes_PLK[known:]])
+        self.routes = routes_PLK
 
     def turn_sampling(self, max_tokens: int) -> Sampling:
         """How its next turn is drawn: by noise of its own."""
@@ -104,6 +118,7 @@ class Episode:
             detail=verdict.detail,
             second=second,
             trained=self.turns,
+            routes=None if is_empty or self.routes is None else torch.from_numpy(self.routes),
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
             environment_seed=self.seed,

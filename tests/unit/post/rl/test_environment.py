@@ -89,7 +89,8 @@ def play(folder: Path, guesser: Transformer, tokenizer: Tokenizer) -> Iterator[P
         payer, engine = EpisodePayer(tokenizer, config, pool), Engine(guesser, tokenizer, max_batch=16)
         problems = [Problem("again", seed, "?", "", {"environment_seed": seed}) for seed in seeds]
         task = Lucky()
-        own = [Sampling(temperature=1.0, max_tokens=10, seed=100 + seed, logprobs=True, n=4) for seed in seeds]
+        noise = {"temperature": 1.0, "max_tokens": 10, "logprobs": True, "n": 4, "routes": True}
+        own = [Sampling(seed=100 + seed, **noise) for seed in seeds]
         rollouts = payer.sample(engine, [(task, problem) for problem in problems], own)
         return [dataclasses.replace(each, versions=[0] * len(each.token_ids)) for each in rollouts]
 
@@ -126,6 +127,19 @@ def test_tokens_of_the_environment_stand_between_the_turns_and_are_not_trained(
     assert len(expected) == len(logprob_N) == sum(rollout.num_sampled for rollout in rollouts)
     assert torch.allclose(logprob_N, torch.stack(expected), atol=1e-5)
     assert torch.allclose(logprob_N, tokens.old_N, atol=1e-4)  # what the engine sampled with
+
+
+def test_experts_of_all_turns_are_trained_again(play: Play, guesser: Transformer) -> None:
+    rollouts = play()
+    for rollout in rollouts:
+        assert rollout.routes is not None and len(rollout.routes) == rollout.length
+        ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])
+        with torch.no_grad():
+            chosen_TK = guesser.hidden(ids).routing[0].index_NK
+        same_T = (chosen_TK.sort(-1).values == rollout.routes[:, 0].long().sort(-1).values).all(-1)[:-1]
+        assert float(same_T.float().mean()) > 0.95  # but for ties of two experts
+    counts = forward_responses(guesser, rollouts, torch.zeros(len(rollouts))).routes
+    assert counts.replayed == counts.places > 0
 
 
 def test_the_same_seed_is_the_same_episode_whatever_is_played_beside_it(play: Play) -> None:
