@@ -172,7 +172,10 @@ def test_it_learns_in_every_turn_and_the_run_proves_itself(folder: Path) -> None
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     lora: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, asked = settings(lora=lora, steps=5, held_out={"every": 2, "problems": 6}), Questions(environment="again.py:Again")
+    config, asked = (
+        settings(lora=lora, steps=5, held_out={"every": 2, "problems": 6}),
+        Questions(environment="again.py:Again"),
+    )
     whole = reinforce("base", asked, "whole/run", config)
     groups = InProcess.groups
 
@@ -191,6 +194,16 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
         assert torch.equal(tensor, load(run.folder)[0].state_dict()[name]), name
     digests = [RolloutLedger.read(each.folder / LEDGER_FILE).digest() for each in (whole, run)]
     assert digests[0] == digests[1]
+
+
+def test_games_that_ask_the_same_each_time_are_held_out_one_by_one(folder: Path) -> None:
+    Path("same.py").write_text(
+        AGAIN.replace('return f"{self.random.randrange(1000)} train"\n\n', "return '5 train'\n\n", 1)
+    )
+    run = reinforce(
+        "base", Questions(environment="same.py:Again"), "runs/mine", settings(steps=1, held_out={"problems": 6})
+    )
+    assert run.facts["held_out"]["change"]["count"] == 6
 
 
 def test_a_reward_in_its_place_sees_the_last_turn_alone(folder: Path) -> None:
