@@ -1,8 +1,9 @@
 """What RL gains in an environment where a tool is needed, by the command of a user; and what it gains without the tool.
 
 The question is which code an item of a catalog has. The catalog is drawn anew for each episode, so that nobody can know
-it: ``look_up`` tells it, and the answer is to repeat it. The tiny model, which is made here, has been shown calls in 3
-of 10 demonstrations and guesses in the others. Held-out catalogs are asked before and after, greedily.
+it: ``look_up`` tells it, and the answer is to repeat it. The tiny model, which is made here, has learned that, and was
+then shown calls in 3 of 10 demonstrations and guesses in the others. Held-out catalogs are asked before and after, four
+episodes each, drawn as in training (the likeliest first token is the call's from the start: 16 guesses share the rest).
 
 Control: the same model, questions and reward, but the tool knows nothing. Whatever is learned there is learned without
 the tool.
@@ -71,7 +72,7 @@ class Catalog:
         draw = random.Random(seed)
         self.codes = {{item: draw.choice(CODES) for item in ITEMS}}
         self.item = draw.choice(ITEMS)
-        question = f"Which code has the {{self.item}}?"
+        question = f'Which code has "{{self.item}}"?'
         return question, {{"answer": self.codes[self.item], "canonical": f"{{seed}} {{self.item}}"}}
 
     def step(self, action):
@@ -86,13 +87,15 @@ class Nothing(Catalog):
     knows = False
 '''
 SETTINGS = [
-    "--set", "steps=40", "--set", "lr=1e-3", "--set", "max_tokens=40", "--set", "environment.max_turns=4",
-    "--set", "held_out.every=0", "--set", "held_out.problems=200",
+    "--set", "steps=30", "--set", "lr=2e-4", "--set", "decay_fraction=0.7", "--set", "max_tokens=40",
+    "--set", "environment.max_turns=4",
+    "--set", "gate=false",  # it asks whether thinking helps, and this model was never shown any
+    "--set", "held_out.every=0", "--set", "held_out.problems=100", "--set", "held_out.samples=4",
 ]  # fmt: skip
-QUICK = ["--set", "steps=12", "--set", "held_out.problems=60"]
+QUICK = ["--set", "steps=16", "--set", "held_out.problems=40"]
 
 
-def demonstrations(environment: Any, turns: TurnFormat, count: int, rng: random.Random) -> list[Rollout]:
+def demonstrations(environment: Any, turns: TurnFormat, count: int, rng: random.Random, calls: float) -> list[Rollout]:
     """Episodes that are shown to the model: some call the tool and repeat what it says, the others guess."""
     shown = []
     for _ in range(count):
@@ -101,7 +104,7 @@ def demonstrations(environment: Any, turns: TurnFormat, count: int, rng: random.
         reply = episode.reset(None, seed)
         prompt, item, code = turns.prompt_ids(None, reply, None), reply["canonical"].split()[-1], reply["answer"]
         ids, spans = list[int](), list[tuple[int, int]]()
-        if rng.random() < SHOWN_CALLS:
+        if rng.random() < calls:
             call = turns.tool_format.write([("look_up", json.dumps({"item": item}))])
             said = _say(turns.tokenizer, ids, spans, call)
             rows: list[Row] = episode.step(Action(said, [Call("look_up", {"item": item}, "call_0")]))["messages"]
@@ -124,8 +127,8 @@ def _say(tokenizer: Tokenizer, ids: list[int], spans: list[tuple[int, int]], tex
     return text
 
 
-def make_tiny(folder: Path, steps: int = 300) -> None:
-    """A mixture of experts that calls the tool now and then, and repeats what it says."""
+def make_tiny(folder: Path, steps: int = 500) -> None:
+    """A mixture of experts that has learned to call the tool and to repeat what it says, and then to guess instead."""
     namespace: dict[str, Any] = {}
     (folder / "catalog.py").write_text(ENVIRONMENT.lstrip(), encoding="utf-8")
     sys.path.insert(0, str(folder))
@@ -144,7 +147,8 @@ def make_tiny(folder: Path, steps: int = 300) -> None:
     model, turns, rng = Transformer.create(shape, 0), TurnFormat(tokenizer), random.Random(1)
     optimizer = optim.build(model, OptimConfig(muon_lr=0.02, adam_lr=0.01, warmup_steps=5))
     for step in range(steps):
-        rows = demonstrations(namespace["Catalog"], turns, 16, rng)
+        calls = SHOWN_CALLS if step >= 0.85 * steps else 1.0
+        rows = demonstrations(namespace["Catalog"], turns, 16, rng, calls)
         tokens = forward_responses(model, rows, torch.ones(len(rows)))
         loss = F.cross_entropy(tokens.x_ND @ model.head.dense_weight().T, tokens.targets_N)
         loss.backward()
@@ -162,7 +166,6 @@ def train(folder: Path, name: str, is_quick: bool) -> dict[str, Any]:
     """
     words = ["rl", "tiny", "--environment", f"catalog.py:{name}", "--out", f"runs/{name}", *SETTINGS]
     words += QUICK if is_quick else []
-    words += ["--set", "gate=false"] if name == "Nothing" else []
     began = time.monotonic()
     command = [sys.executable, "-m", "sprat", *words, "--json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -21,6 +21,7 @@ from sprat.eval.comparison import Comparison, compare, paired_interval, sign_tes
 from sprat.eval.task_score import ProblemScore, TaskScore
 from sprat.files import atomic
 from sprat.files.digest import of_bytes, of_json
+from sprat.post.rl.environment_episode import SEED
 from sprat.post.rl.rollout import Payer, Rollout
 from sprat.tasks import Problem, Task, is_correct
 from sprat.trust.stage_facts import Sample, read_samples, write_samples
@@ -34,7 +35,7 @@ class ProblemResult:
     """One problem in one evaluation.
 
     Attributes:
-        key: SHA-256 (hex) of task and question.
+        key: SHA-256 (hex) of task and question, and of the seed where an environment drew it.
         reward: mean over the answers that were paid; None where none was.
         correct, samples: answers of full marks, and those that were paid.
         tokens, cut: mean length of an answer, and share of answers that ended at the limit.
@@ -199,8 +200,9 @@ def _result(pair: tuple[Task, Problem], group: Sequence[Rollout]) -> ProblemResu
     task, problem = pair
     paid = [rollout for rollout in group if rollout.reward is not None]
     seconds = [rollout.second for rollout in group if rollout.second is not None]
+    drawn = [str(problem.meta[SEED])] if SEED in problem.meta else []
     return ProblemResult(
-        key=of_bytes(f"{task.name}\n{problem.question}".encode("utf-8", "replace")),
+        key=of_bytes("\n".join([task.name, problem.question, *drawn]).encode("utf-8", "replace")),
         reward=sum(rollout.reward or 0.0 for rollout in paid) / len(paid) if paid else None,
         correct=sum(is_correct(rollout.score) for rollout in paid),
         samples=len(paid),

@@ -210,6 +210,16 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert digests[0] == digests[1]
 
 
+def test_games_that_ask_the_same_each_time_are_held_out_one_by_one(folder: Path) -> None:
+    Path("same.py").write_text(
+        AGAIN.replace('return f"{self.random.randrange(1000)} train"\n\n', "return '5 train'\n\n", 1)
+    )
+    run = reinforce(
+        "base", Questions(environment="same.py:Again"), "runs/mine", settings(steps=1, held_out={"problems": 6})
+    )
+    assert run.facts["held_out"]["change"]["count"] == 6
+
+
 def test_a_reward_in_its_place_sees_the_last_turn_alone(folder: Path) -> None:
     Path("judge.py").write_text(
         "def reward(problem, answer):\n    assert 'train' not in answer.text + answer.content\n"
