@@ -29,14 +29,15 @@ def report(
     """
     from sprat.report import write_report
 
-    path = write_report(folder, is_final=watch is None)
+    path = write_report(folder)
     if watch is not None:
         print_err(f"sprat: {path} is written every {watch:g} s; a browser that shows it reads it again")
         try:
             while (folder / "open.json").is_file():
                 time.sleep(watch)
                 with suppress(SpratError):  # the run is just being finished
-                    write_report(folder, is_final=False)
+                    if not (folder / "run.json").is_file():
+                        write_report(folder)
         finally:
             path = write_report(folder)
     return Result({"report": str(path), "bytes": path.stat().st_size}, str(path))

@@ -33,13 +33,11 @@ _DISCLAIMERS = (
 )
 
 
-def write_report(pipeline_folder: str | Path, *, is_final: bool = True) -> Path:
+def write_report(pipeline_folder: str | Path) -> Path:
     """Write ``report.html`` into the folder of a pipeline, from its finished runs alone, or into that of one run.
 
-    The ledger of the pipeline is told the page's digest, so that ``verify`` sees an edited one.
-
-    Args:
-        is_final: False of a page that is written again soon; the ledger is not told.
+    The ledger of the pipeline is told the page's digest, so that ``verify`` sees an edited one; not that of a run
+    that goes on.
 
     Returns:
         The path of the page, which needs no other file and no network.
@@ -57,7 +55,7 @@ def write_report(pipeline_folder: str | Path, *, is_final: bool = True) -> Path:
         what = f"a run holds what no stage writes ({type(error).__name__}: {error})"
         raise TrustError(what, where=str(folder), todo="see verify; then run that stage again") from error
     atomic.write_text(path, content)
-    ledger = find_ledger(folder) if is_final else None
+    ledger = find_ledger(folder)
     if ledger is not None:
         ledger.add_file(path)
     return path

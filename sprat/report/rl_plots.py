@@ -17,6 +17,7 @@ from sprat.report.runs import StageRun
 from sprat.report.svg import BLUE, COLORS, GRAY, GREEN, ORANGE, RED, percent_axis, svg
 
 _Z95 = 1.96
+_LOG_FROM = 30  # times the least value
 _MAX_SIGNS = 4  # of the hack monitor's, in its panel
 Line = tuple[str, str, str]  # column, label, color
 
@@ -71,7 +72,7 @@ PANELS = (
     Panel("Experts that the trainer would choose otherwise", (("route_flips", "", BLUE),), is_share=True),
     Panel("Age of the sampling weights (steps)", (("staleness", "", BLUE),), moves=True),
     Panel(
-        "Answers that taught nothing",
+        "Answers cut at the limit, or not paid",
         (
             ("cut_share", "cut at the limit", ORANGE),
             ("abstained", "not paid", BLUE),
@@ -169,12 +170,13 @@ def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
     if panel.is_share:
         axes.set_ylim(0, min(1.03, max(0.05, 1.12 * max(values))))
         percent_axis(axes.yaxis)
-    elif panel.is_log and min(values) > 0:
+    elif panel.is_log and min(values) > 0 and max(values) > _LOG_FROM * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-")))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.from_zero:
         axes.set_ylim(0, 1.12 * max(values) or 1)
+    if panel.is_log:  # and in either case small
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}".replace("e-0", "e-")))
 
 
 def _hacks(run: StageRun) -> str:
@@ -198,7 +200,7 @@ def _hacks(run: StageRun) -> str:
         if not chosen:
             axes.plot(steps, highest, color=BLUE, label="evidence")
         _mark(axes, run)
-        _scale(axes, Panel("", ()), [1.05, *highest])
+        _scale(axes, Panel("", ()), [1.4, *highest])
         axes.legend(loc="upper left")
 
     return svg("rl-hacks", "Hack monitor: evidence, as a share of an alarm", draw)

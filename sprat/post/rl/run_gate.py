@@ -55,6 +55,15 @@ class RunGateResult:
     direct: float | None = None
     p_value: float | None = None
 
+    def __str__(self) -> str:
+        asked = f"{self.problems} problems, {self.answers} answers: one of full marks in {self.pass_at_8:.0%} of them"
+        parts = [asked, f"answers paid differently in {self.spread:.0%}"]
+        parts += [] if self.agreement is None else [f"asked again the verifier agrees ({self.agreement:.2f} of 1)"]
+        parts += (
+            [] if self.thinking is None else [f"right in {self.thinking:.0%} made to think, {self.direct:.0%} at once"]
+        )
+        return ", ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

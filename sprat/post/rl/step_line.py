@@ -9,6 +9,7 @@ from typing import Any
 from sprat.files.json import read_json
 
 _Z95 = 1.96
+_MINUTES_FROM = 300.0  # seconds
 _GAPS = ("logprob_gap_mean", "mismatch_mean")  # the first that is there
 
 
@@ -61,5 +62,7 @@ def spent_so_far(folder: Path, tokens: float) -> str:
     spent = read_json(folder / "spent.json") or {}
     if "nano_yuan" not in spent:
         return ""
-    minutes, yuan = float(spent["device_seconds"]) / 60, float(spent["nano_yuan"]) / 1e9
-    return f"so far {minutes:.1f} min of CPU, {tokens:,.0f} tokens, ¥{yuan:.4f}"
+    seconds, yuan = float(spent["device_seconds"]), float(spent["nano_yuan"]) / 1e9
+    time = f"{seconds:.0f} s" if seconds < _MINUTES_FROM else f"{seconds / 60:.0f} min"
+    price = f"{yuan:.2f}" if yuan >= 1 else f"{float(f'{yuan:.2g}'):.9f}".rstrip("0").rstrip(".")
+    return f"so far {time} of CPU, {tokens / 1000:.1f}k tokens, ¥{price}"

@@ -32,4 +32,6 @@ def test_the_cost_so_far_is_that_of_the_run_and_its_price(tmp_path: Path) -> Non
     assert spent_so_far(tmp_path, 5) == ""
     state = {"device_seconds": 90.0, "wall_seconds": 50.0, "nano_yuan": 2_500_000}
     (tmp_path / "spent.json").write_text(json.dumps(state))
-    assert spent_so_far(tmp_path, 12345) == "so far 1.5 min of CPU, 12,345 tokens, ¥0.0025"
+    assert spent_so_far(tmp_path, 12345) == "so far 90 s of CPU, 12.3k tokens, ¥0.0025"
+    (tmp_path / "spent.json").write_text(json.dumps(state | {"device_seconds": 7200.0, "nano_yuan": 0}))
+    assert spent_so_far(tmp_path, 0) == "so far 120 min of CPU, 0.0k tokens, ¥0"
