@@ -8,9 +8,9 @@ importance_cap)``, where p_sampler is what the rounded policy sampled with (``up
 not correct is refused, and ``max_mismatch`` stops a run whose copy is too far away to be corrected.
 
 ``bfloat16``: the matrices; norms and routers stay float32 where the native engine computes, which reads both. The copy
-is written over in place. ``int4``: codes of four bits, nearest, a scale for each 32 channels; embedding and head have
-eight bits (``sprat.quant``). Codes are laid out anew for each version of the weights, so the engine is made anew with
-them.
+is written over in place. ``int4``: codes of four bits, nearest, a scale and a minimum for each 32 channels; embedding
+and head have eight bits (``sprat.quant``). Without minimums SmolLM2 was eight times as far away. Codes are laid out
+anew for each version of the weights, so the engine is made anew with them.
 
 Held-out problems are asked of the policy in float32, which is what comes of the run.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from sprat.config import QuantConfig
+from sprat.config.quant import QuantizeConfig
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Engine
 from sprat.engine.backends.native import NativeBackend
@@ -28,6 +28,8 @@ from sprat.model.layers import linears
 from sprat.post.rl.merged_copy import plain_copy
 from sprat.quant import quantize_model
 from sprat.tokens import Tokenizer
+
+INT4 = QuantizeConfig(rounding="nearest", symmetric=False)
 
 
 class RolloutEngine:
@@ -72,7 +74,7 @@ class RolloutEngine:
         if self._precision == "bfloat16":
             model = _in_bfloat16(model)
         elif self._precision == "int4":
-            model = quantize_model(model, QuantConfig(rounding="nearest"), materialize=False)
+            model = quantize_model(model, INT4, materialize=False)
         return Engine(model, self._tokenizer, max_batch=self._max_batch)
 
 

@@ -11,6 +11,7 @@ from sprat.engine import Engine, Output, Sampling
 from sprat.engine.backend import Backend
 from sprat.engine.backends.native import NativeBackend
 from sprat.engine.backends.torch import TorchBackend
+from sprat.engine.routes import Routes
 from sprat.kernels import native
 from sprat.model import Transformer
 from sprat.tokens import Tokenizer
@@ -110,3 +111,11 @@ def test_a_dense_model_has_none(tokenizer: Tokenizer) -> None:
     model = Transformer.create(config, 3)
     assert not model.moe_layers()
     assert all(one.routes is None for one in Engine(model, tokenizer).generate(PROMPTS[1:2], ASKS))
+
+
+def test_what_a_draft_left_behind_the_end_is_not_told() -> None:
+    """A draft behind the last token was computed, too: whether there was one must not be seen in the answer."""
+    experts = Routes(np.full((9, 2, 3), 7, np.uint8), num_prompt=2)
+    told = experts.upto(6, 5)
+    assert told.shape == (6, 2, 3) and (told[:5] == 7).all() and not told[5:].any()
+    assert (experts.experts_PLK == 7).all()  # a copy

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sprat.config import Config, QuantConfig
+from sprat.config import Config
+from sprat.config.quant import QuantizeConfig
 from sprat.config.rl import RLRunConfig
 from sprat.engine import Sampling
 from sprat.errors import ConfigError, TrainingError
@@ -39,7 +40,7 @@ def config_of(precision: str, **changes: Any) -> RLRunConfig:
 def rounded(model: Transformer, precision: str) -> Transformer:
     """A float32 model with the values that ``precision`` leaves of its matrices."""
     if precision == "int4":
-        return dequantize_model(quantize_model(model, QuantConfig(rounding="nearest")))
+        return dequantize_model(quantize_model(model, QuantizeConfig(rounding="nearest", symmetric=False)))
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in other.named_parameters():
