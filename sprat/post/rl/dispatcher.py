@@ -118,16 +118,19 @@ class Dispatcher:
         Raises TrustError: a token is of older weights than the group may have, or of newer ones than there are.
         """
         group = sampled.question.group
-        newest = group // self._range.per_step  # its own step is not trained yet
         with self._changed:
-            if sampled.rollbacks != self._rollbacks:  # of weights that were given up
+            is_waited_for = group in self._again or group in self._owners
+            if sampled.rollbacks != self._rollbacks or not is_waited_for:  # of weights that were given up, or late
                 return
+            newest = group // self._range.per_step  # its own step is not trained yet
+            if self.ledger.dynamic_sampling:  # and what is waited for is of the step that comes next
+                newest = self.version or 0
             check_versions(sampled.answers, newest - self._staleness, newest, sampled.worker)
             if group in self._again:  # its worker was thought dead
                 self._again.remove(group)
                 heapq.heapify(self._again)
-            elif self._owners.pop(group, None) is None:
-                return
+            else:
+                del self._owners[group]
             self._unpaid.append(sampled)
             self._changed.notify_all()
 
