@@ -24,6 +24,10 @@ _PRICES_HELP = "A price book of yours in place of the built-in one."
 Prices = Annotated[Path | None, typer.Option("--prices", metavar="FILE", help=_PRICES_HELP)]
 _IMBALANCE_HELP = "Tokens of the busiest rank's experts over the mean."
 Imbalance = Annotated[float, typer.Option("--imbalance", metavar="X", help=_IMBALANCE_HELP)]
+_FLEET_HELP = "Search the best layouts on these chips instead: 2048xH800, or 512xH100,512xA100."
+Fleet = Annotated[str | None, typer.Option("--fleet", metavar="NxCHIP,…", help=_FLEET_HELP)]
+Deadline = Annotated[float | None, typer.Option("--deadline", metavar="DAYS", help="With --fleet: at most so long.")]
+Budget = Annotated[float | None, typer.Option("--budget", metavar="USD", help="With --fleet: at most so much.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Formula and source of each number.")]
 
 
@@ -34,6 +38,9 @@ def plan(
     tokens: Tokens = 14.8e12,
     prices: Prices = None,
     imbalance: Imbalance = 1.0,
+    fleet: Fleet = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
     explain: Explain = False,
     overrides: Overrides = None,
 ) -> Result:
@@ -41,6 +48,7 @@ def plan(
 
     Example: sprat plan v3 --explain
     """
+    from sprat.cli.plan_search import find_layouts
     from sprat.config import ParallelPlan, parse
     from sprat.config.base import load
     from sprat.config.parallel import v3_plan
@@ -56,6 +64,12 @@ def plan(
         table = v3_plan().model_dump() if shape.name in ("v3", "DeepSeekV3") else {"sequence_length": 4096}
         layout = parse(ParallelPlan, table, where="--set", overrides=changes)
     book = load_prices() if prices is None else load_prices(prices)
+    if fleet is not None:
+        limits = {"deadline": deadline, "budget": budget}
+        return find_layouts(shape, layout, fleet, tokens=tokens, book=book, imbalance=imbalance, **limits)
+    if deadline is not None or budget is not None:
+        todo = "add --fleet, or leave it away"
+        raise ConfigError("--deadline and --budget bound a search", where="--deadline, --budget", todo=todo)
     quote = make_quote(shape, layout, chip, tokens=tokens, book=book, imbalance=imbalance)
     return Result(quote.to_dict(), _table(quote, explain), 0 if quote.fits else ConfigError.exit_code)
 

@@ -76,7 +76,7 @@ def _before(maker: StageMaker) -> list[float]:
     sums = [0.0]
     for number, layer in enumerate(maker.layers):
         key = (
-            *(id(maker.terms(block)) for block in layer),
+            *(id(maker.price(block)) for block in layer),
             int(number >= len(maker.shape.layers)),
         )  # an MTP module joins
         if key not in known:

@@ -23,40 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sprat.config.parallel import ParallelPlan
-from sprat.errors import ConfigError
 from sprat.plan.hardware import Chip
+from sprat.plan.precision import Recipe
 from sprat.plan.shapes import Block, Matrix, Mixture
 
 SCAN_SHARE = 0.25  # of the rate of bf16 products; assumed
 GROUPED_SHARE = 0.85  # of a large product's rate (DeepGEMM's README: 1,100 to 1,300 TFLOP/s grouped, 1,550 dense)
 ATTENTION_BACKWARD = 2.5
 MESSAGES = ("tensor messages", "expert messages", "context messages")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How products are computed: the precision of the multipliers, and bytes that a cast moves for each number.
-
-    ``rate`` is what of the precision's large-product rate is left where scales are applied inside the product.
-    """
-
-    peak: str
-    cast_bytes: float = 0.0
-    rate: float = 1.0
-    dispatch_bytes: float = 2.0  # of a number that goes to its expert
-
-
-RECIPES = {
-    "fp32": Recipe("fp32", dispatch_bytes=4.0),
-    "bf16": Recipe("bf16"),
-    "fp16": Recipe("fp16"),
-    "fp8": Recipe("fp8", 4.0, dispatch_bytes=1.0),  # as DeepSeek-V3 has it: 1 x 128 tiles, dispatched in FP8
-    "fp8-ds": Recipe("fp8", 4.0),  # scales from the steps before
-    "fp8-cs": Recipe("fp8", 6.0),  # one scale a tensor, which is read for it first
-    "fp8-mx": Recipe("fp8", 4.2),  # a scale for 32 numbers, in hardware
-    "fp8-sc": Recipe("fp8", 4.1, 0.9),  # tiles of 1 x 128 and 128 x 128: sums are promoted every 128
-    "fp4": Recipe("fp4", 8.0),  # NVFP4: a maximum, a Hadamard rotation, stochastic rounding (arXiv 2509.25149)
-}
 
 
 @dataclass(frozen=True)
@@ -68,6 +42,10 @@ class Term:
     inputs: float = 0.0
     weights: float = 0.0
     kernels: int = 0  # that a forward starts; a backward starts twice as many
+
+    def times(self, count: int) -> Term:
+        """``count`` of them."""
+        return Term(self.name, count * self.forward, count * self.inputs, count * self.weights, count * self.kernels)
 
 
 @dataclass(frozen=True)
@@ -132,12 +110,19 @@ def block_terms(block: Block, rank: Rank, hidden: int) -> list[Term]:
 
 def combine(terms: list[Term]) -> list[Term]:
     """``terms`` with those of one name added up."""
-    sums: dict[str, Term] = {}
+    sums: dict[str, list[Term]] = {}
     for term in terms:
-        first = sums.get(term.name, Term(term.name, 0.0))
-        halves = (first.forward + term.forward, first.inputs + term.inputs, first.weights + term.weights)
-        sums[term.name] = Term(term.name, *halves, first.kernels + term.kernels)
-    return list(sums.values())
+        sums.setdefault(term.name, []).append(term)
+    return [
+        Term(
+            name,
+            sum(term.forward for term in each),
+            sum(term.inputs for term in each),
+            sum(term.weights for term in each),
+            sum(term.kernels for term in each),
+        )
+        for name, each in sums.items()
+    ]
 
 
 def _fused(block: Block) -> Iterator[tuple[Matrix, int]]:
@@ -287,14 +272,3 @@ def _recompute(block: Block, rank: Rank, terms: list[Term]) -> list[Term]:
     return [
         Term(t.name, t.forward, t.inputs + shares.get(t.name, 0.0) * t.forward, t.weights, t.kernels) for t in terms
     ]
-
-
-def recipe_of(name: str) -> Recipe:
-    """The recipe called ``name``.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in RECIPES:
-        raise ConfigError(f"unknown precision {name!r}", where="precision", todo=f"use one of {', '.join(RECIPES)}")
-    return RECIPES[name]

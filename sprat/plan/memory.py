@@ -119,7 +119,7 @@ def _loss(shape: ModelShape, plan: ParallelPlan, ledger: Ledger, heads: int) -> 
     return [norm, Operation("loss", kept, 0.0, ledger.stream, own)], transposed + beside
 
 
-def _peak(rank: int, plan: ParallelPlan, passes: list[_Pass]) -> tuple[float, dict[int, int], float]:
+def _peak(rank: int, plan: ParallelPlan, passes: dict[int, _Pass]) -> tuple[float, dict[int, int], float]:
     """The highest point of ``rank``'s table -> (bytes, micro-batches of each stage then, bytes of the action)."""
     held = dict.fromkeys(plan.stages_of_rank(rank), 0)
     best: tuple[float, dict[int, int], float] = (0.0, dict(held), 0.0)
@@ -164,8 +164,8 @@ def rank_memory(
         raise ConfigError(f"imbalance {imbalance}, margin {margin}", where="memory", todo="give 1 or more, and 0 to 10")
     stages = split_stages(shape, plan)
     ledger = Ledger(plan, kernels, shape.hidden, imbalance)
-    passes = [_stage_pass(stage, shape, plan, ledger) for stage in stages]
     own = plan.stages_of_rank(rank)
+    passes = {number: _stage_pass(stages[number], shape, plan, ledger) for number in own}
     terms = state_terms([stages[number] for number in own], shape, plan)
     _, held, action = _peak(rank, plan, passes)
     for group in GROUPS:

@@ -55,7 +55,7 @@ class Row:
         return self.system, self.precision
 
 
-def read_rows(path: Path, release: str = "") -> list[Row]:
+def read_rows(path: Path = ROWS_FILE, release: str = "") -> list[Row]:
     """The rows of ``path`` (of ``release`` alone) that say tokens a second; lines that begin with # are comments.
 
     Raises:

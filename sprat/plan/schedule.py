@@ -24,6 +24,7 @@ out: GPipe and looped breadth-first, which keep every micro-batch's activations,
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict, deque
 from typing import Literal, NamedTuple
 
@@ -48,7 +49,7 @@ class Action(NamedTuple):
         return f"{self.stage}{'F' if tail else self.kind}{self.micro_batch}{tail}"
 
 
-Table = list[list[Action]]  # for each rank, in order of execution
+Table = tuple[tuple[Action, ...], ...]  # for each rank, in order of execution
 
 
 def stages_of_rank(name: ScheduleName, pipeline: int, chunks: int, rank: int) -> list[int]:
@@ -62,6 +63,7 @@ def stages_of_rank(name: ScheduleName, pipeline: int, chunks: int, rank: int) ->
     return [chunk * pipeline + rank for chunk in range(chunks)]
 
 
+@functools.lru_cache(maxsize=256)
 def make_table(name: ScheduleName, pipeline: int, micro_batches: int, chunks: int = 1) -> Table:
     """The actions of each rank.
 
@@ -78,13 +80,13 @@ def make_table(name: ScheduleName, pipeline: int, micro_batches: int, chunks: in
     """
     check_table(name, pipeline, micro_batches, chunks)
     if name == "1f1b":
-        return [_one_f_one_b(pipeline, micro_batches, rank) for rank in range(pipeline)]
+        return tuple(tuple(_one_f_one_b(pipeline, micro_batches, rank)) for rank in range(pipeline))
     if name == "zbv":
-        return [_zbv(pipeline, micro_batches, rank) for rank in range(pipeline)]
+        return tuple(tuple(_zbv(pipeline, micro_batches, rank)) for rank in range(pipeline))
     if name == "dualpipe_v":
-        return [_DualPipeV(pipeline, rank).actions(micro_batches) for rank in range(pipeline)]
+        return tuple(tuple(_DualPipeV(pipeline, rank).actions(micro_batches)) for rank in range(pipeline))
     split = name == "zero_bubble"
-    return [_interleaved(pipeline, micro_batches, chunks, rank, split) for rank in range(pipeline)]
+    return tuple(tuple(_interleaved(pipeline, micro_batches, chunks, rank, split)) for rank in range(pipeline))
 
 
 def check_table(name: str, pipeline: int, micro_batches: int, chunks: int) -> None:

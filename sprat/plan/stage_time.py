@@ -2,11 +2,12 @@
 
 Computation and messages of a stage are kept apart, since schedules differ in what they hide: most of the messages of
 tensor and context parallelism runs under the products (``EXPOSED``), those of experts under nothing, unless forward
-and backward of two micro-batches run at once (DualPipe), where the longer of the two counts.
+and backward of two micro-batches run at once (DualPipe), where the longer of experts' messages and computation counts.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from sprat.plan.layer_time import MESSAGES, Rank, Term, block_terms, combine
@@ -33,13 +34,9 @@ class Stage:
         """Of a micro-batch's ``forward``, ``inputs`` or ``weights``, with what is not hidden of its messages."""
         return sum(EXPOSED.get(term.name, 1.0) * float(getattr(term, kind)) for term in self.terms)
 
-    def messages(self) -> float:
-        """Seconds of all messages of a forward and a backward, hidden or not."""
-        return sum(t.forward + t.inputs + t.weights for t in self.terms if t.name in MESSAGES)
-
-    def computation(self) -> float:
-        """Seconds of all that is no message, of a forward and a backward."""
-        return sum(t.forward + t.inputs + t.weights for t in self.terms if t.name not in MESSAGES)
+    def whole(self, name: str) -> float:
+        """Seconds of the term ``name`` in a forward and a backward, hidden or not."""
+        return sum(t.forward + t.inputs + t.weights for t in self.terms if t.name == name)
 
     @property
     def kernels(self) -> int:
@@ -52,9 +49,20 @@ class Stage:
         forward = max(self.seconds("forward"), host)
         weight = self.seconds("weights")
         backward = max(self.seconds("inputs") + weight, 2 * host)
-        hidden = self.computation() * OVERLAP_SLOWDOWN
-        pair = min(max(hidden, self.messages()), forward + backward)
+        computed = sum(self.whole(term.name) for term in self.terms if term.name not in MESSAGES)
+        others = sum(EXPOSED[name] * self.whole(name) for name in MESSAGES if name != "expert messages")
+        pair = max(computed * OVERLAP_SLOWDOWN, self.whole("expert messages")) + others
+        pair = min(pair, forward + backward)
         return StageTime(forward, backward, weight, pair / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """The terms of a block, and its parameters on a rank: those of experts apart. Told apart by identity."""
+
+    terms: tuple[Term, ...]
+    dense: float
+    experts: float
 
 
 class StageMaker:
@@ -62,14 +70,17 @@ class StageMaker:
 
     def __init__(self, shape: ModelShape, rank: Rank, *, mtp: bool = True) -> None:
         self.shape, self.rank, self.mtp = shape, rank, mtp
-        self._known: dict[int, list[Term]] = {}  # by the block's identity, which is quicker than its value
-        self._priced: dict[Block, list[Term]] = {}
+        self._known: dict[int, Priced] = {}  # by the block's identity, which is quicker than its value
+        self._priced: dict[Block, Priced] = {}
 
-    def terms(self, block: Block) -> list[Term]:
-        """The terms of ``block``: one list for all blocks that are equal."""
+    def price(self, block: Block) -> Priced:
+        """The terms and parameters of ``block``: one object for all blocks that are equal."""
         if id(block) not in self._known:
             if block not in self._priced:
-                self._priced[block] = block_terms(block, self.rank, self.shape.hidden)
+                plan, experts = self.rank.plan, block.expert_parameters
+                dense = (block.parameters - experts) / plan.tensor
+                terms = block_terms(block, self.rank, self.shape.hidden)
+                self._priced[block] = Priced(tuple(terms), dense, experts / (plan.expert * plan.expert_tensor))
             self._known[id(block)] = self._priced[block]
         return self._known[id(block)]
 
@@ -82,12 +93,14 @@ class StageMaker:
         """``layers`` from ``first`` on; the first stage has the embedding, the last one the head of each module."""
         rank, plan = self.rank, self.rank.plan
         depth, join = len(self.shape.layers), self.shape.mtp_join
-        blocks = [block for layer in self.layers[first : first + count] for block in layer]
         joins = max(0, first + count - max(first, depth))  # MTP modules here
         terms = [rank.product("products", rank.own_tokens, join.outputs, join.inputs) for _ in range(joins)]
-        for block in blocks:
-            terms += self.terms(block)
-        dense = joins * join.parameters + sum((b.parameters - b.expert_parameters) / plan.tensor for b in blocks)
+        dense, experts = float(joins * join.parameters), 0.0
+        blocks = (self.price(block) for layer in self.layers[first : first + count] for block in layer)
+        for priced, times in Counter(blocks).items():
+            terms += [term.times(times) for term in priced.terms]
+            dense += times * priced.dense
+            experts += times * priced.experts
         if is_first:
             terms.append(self._embedding())
             dense += self.shape.embedding.parameters / plan.tensor
@@ -96,7 +109,6 @@ class StageMaker:
                 terms += self._head()
             if not (self.shape.tied and is_first):
                 dense += self.shape.head.parameters / plan.tensor
-        experts = sum(b.expert_parameters for b in blocks) / (plan.expert * plan.expert_tensor)
         return self._with_parameters(Stage(tuple(combine(terms)), dense, experts))
 
     def _embedding(self) -> Term:

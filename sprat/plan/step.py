@@ -17,7 +17,8 @@ from sprat.errors import ConfigError
 from sprat.plan.balance import make_stages
 from sprat.plan.counts import training_flops
 from sprat.plan.hardware import Chip
-from sprat.plan.layer_time import Rank, recipe_of
+from sprat.plan.layer_time import Rank
+from sprat.plan.precision import recipe_of
 from sprat.plan.schedule import make_table
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import Timeline, simulate
@@ -31,7 +32,7 @@ class StepOptions:
     """What a plan does not say.
 
     Attributes:
-        recipe: how products are computed (``layer_time.RECIPES``); "": the plan's precision.
+        recipe: how products are computed (``precision.RECIPES``); "": the plan's precision.
         mtp: whether the modules of multi-token prediction are trained along.
         trains_weights: False where adapters alone learn, so that no gradient of a weight is computed.
         imbalance: load of the fullest expert rank over the mean; 1 where tokens are dropped or forced even.

@@ -73,7 +73,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     code, out, _ = plan("LLAMA3_8B", "--json")
     assert code == 2
     result = json.loads(out)
-    assert not result["memory"]["fits"] and any("GiB more than the" in note for note in result["notes"])
+    assert not result["memory"]["fits"] and any("GiB more than the 79.6" in note for note in result["notes"])
 
 
 def test_a_chip_without_a_price_has_no_bill() -> None:
@@ -123,3 +123,33 @@ def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(content)
         code, _, err = plan(str(tmp_path))
         assert code == 2 and "config.json" in err
+
+
+def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
+    words = ("LLAMA3_8B", "--fleet", "8xH800", "--tokens", "1e12", "--set", "global_batch=64")
+    code, out, _ = plan(*words, "--json")
+    found = json.loads(out)
+    assert code == 0
+    seconds = [each["seconds"] for each in found["proposals"]]
+    assert seconds == sorted(seconds) and all(each["memory_gib"] < 79.6 for each in found["proposals"])
+    best = found["proposals"][0]
+    assert best["cost"] == pytest.approx(best["days"] * 24 * 8 * 2)  # $2 an hour of an H800
+    assert found["reasons"]["memory"] > 0 and all("GiB" in each["reason"] for each in found["near"])
+    assert any("90 % interval" in note for note in found["notes"])
+    code, out, _ = plan(*words, "--deadline", "1")
+    assert code == 2 and "deadline" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--fleet", "H800"), "cannot read 'H800'"),
+        (("--fleet", "8xH8000"), "unknown chip 'H8000'"),
+        (("--fleet", "0xH800"), "cannot read '0xH800'"),
+        (("--fleet", "8xMI300X", "--budget", "5"), "no price"),
+        (("--deadline", "5"), "bound a search"),
+    ],
+)
+def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
+    code, _, err = plan("LLAMA3_8B", *words)
+    assert code == 2 and says in err

@@ -162,6 +162,6 @@ def test_tables_that_do_not_exist_are_refused(name: Any, pp: int, n: int, chunks
 
 
 def test_a_table_that_waits_for_ever_is_refused() -> None:
-    table = [[Action("B", 0, 0), Action("F", 0, 0)]]
+    table = ((Action("B", 0, 0), Action("F", 0, 0)),)
     with pytest.raises(ConfigError, match="for ever before 0B0"):
         simulate(table, [StageTime(1, 2)])
