@@ -234,4 +234,4 @@ def rank_parameters(matrix: Matrix, plan: ParallelPlan) -> float:
     """Numbers of ``matrix`` on one rank before ZeRO: cut by expert and tensor parallelism."""
     if matrix.is_expert:
         return matrix.parameters / plan.expert / plan.expert_tensor
-    return matrix.parameters / (1 if matrix.cut == "none" else plan.tensor)
+    return matrix.parameters / (1 if matrix.cut == "none" else min(plan.tensor, matrix.pieces or plan.tensor))
