@@ -99,6 +99,11 @@ class _ExpertParallelMoE(MoE):
         return out_ND.view_as(x_BTD), routing
 
 
+def _computed_twice(forward: Any) -> Any:
+    """``forward``, keeping nothing but its input."""
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Share(nn.Module):
     """The stages of one pipeline rank, cut as the plan says."""
 
@@ -129,6 +134,9 @@ class Share(nn.Module):
         block = Block(self.config, layer)
         if isinstance(block.mlp, MoE) and self.plan.expert > 1:
             block.mlp = _ExpertParallelMoE(self.config, self.config.n_routed_experts // self.plan.expert)
+        name = "moe" if isinstance(block.mlp, MoE) else "mlp"
+        if name in self.plan.recompute_modules:
+            block.mlp.forward = _computed_twice(block.mlp.forward)  # type: ignore[method-assign]
         return block
 
     def parameters_of(self, stage: int) -> list[nn.Parameter]:
@@ -383,6 +391,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     }),
     ("tied embeddings, pipeline 2", {**_GQA, "tie_word_embeddings": True}, {
         **_FP32, "pipeline": 2, "global_batch": 8,
+    }),
+    ("dense, feed-forward recomputed", _GQA, {**_FP32, "recompute": ("mlp",), "global_batch": 4}),
+    ("MoE, feed-forward recomputed, pipeline 2", _MOE, {
+        **_FP32, "recompute": ("mlp", "moe"), "pipeline": 2, "global_batch": 8,
     }),
     ("MoE, full recomputation", _MOE, {**_FP32, "recompute": "full", "global_batch": 4}),
 ]  # fmt: skip

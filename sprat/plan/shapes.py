@@ -19,7 +19,10 @@ Kind = Literal["gqa", "mla", "compressed", "mamba2", "dense", "moe"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight of ``inputs`` x ``outputs``, ``copies`` times (one an expert); a token uses ``active`` of them."""
+    """A weight of ``inputs`` x ``outputs``, ``copies`` times (one an expert); a token uses ``active`` of them.
+
+    ``pieces`` is how many ranks can cut it at most (key heads; more ranks repeat them); 0: as many as there are.
+    """
 
     name: str
     inputs: int
@@ -28,6 +31,7 @@ class Matrix:
     bias: bool = False
     copies: int = 1
     active: int = 1
+    pieces: int = 0
 
     @property
     def is_expert(self) -> bool:
