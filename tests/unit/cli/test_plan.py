@@ -32,8 +32,9 @@ def v3() -> dict[str, Any]:
 
 
 def test_the_page_s_commands_run() -> None:
-    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines():
+    blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for line in "".join(blocks).splitlines():
         code, _, err = plan(*shlex.split(line)[2:])
         assert code == 0, err
 
