@@ -139,6 +139,9 @@ class Ledger:
         yield Operation(
             "attention", self.input(self.hidden), into, copies * self.gathered, self.weight(*ups), ("layernorm",)
         )
+        if core.qk_norm:
+            rows = self.tokens * (core.heads / tensor + max(1, core.kv_heads / tensor))
+            yield Operation("attention", self.norm(core.qk_dim, rows), into, into)
         out = self.tokens * core.heads * core.v_dim / tensor
         yield Operation("attention", into + extra, out * self.wide, into)
         yield Operation("attention", self.tokens * core.heads / tensor * 4, modules=("core_attn",))

@@ -29,7 +29,7 @@ def gqa(
         Matrix("o_proj", heads * head_dim, hidden, "row", out_bias),
     )
     vectors = hidden + (2 * head_dim if qk_norm else 0) + (heads if sinks else 0)
-    core = Core(heads, kv_heads, head_dim, head_dim, 2 * kv_heads * head_dim, window)
+    core = Core(heads, kv_heads, head_dim, head_dim, 2 * kv_heads * head_dim, window, qk_norm=qk_norm)
     return Block("gqa", matrices, vectors, core)
 
 

@@ -77,6 +77,10 @@ def _stage_pass(stage: Stage, shape: ModelShape, plan: ParallelPlan, ledger: Led
             for each in operations:
                 kept[each.group] += 0.0 if set(each.modules) & set(modules) else each.kept
             walk.append((operations, sum(each.kept for each in operations if set(each.modules) & set(modules))))
+    if stage.joins:
+        operations = [_join(shape, ledger)] * stage.joins
+        kept["loss"] += sum(each.kept for each in operations)
+        walk.append((operations, 0.0))
     if stage.last:
         operations, forward = _loss(shape, plan, ledger, 1 + stage.joins)
         kept["loss"] += sum(each.kept for each in operations)
@@ -98,6 +102,12 @@ def _backward_peak(walk: list[tuple[list[Operation], float]], total: float, stre
             peak = max(peak, here + stream + each.out + each.into + each.weight)
             here -= each.kept
     return peak
+
+
+def _join(shape: ModelShape, ledger: Ledger) -> Operation:
+    """An MTP module before its layer: two norms, both results side by side, ``eh_proj``."""
+    kept = 2 * ledger.norm(shape.hidden, ledger.shard) + 2 * ledger.stream / ledger.wide * ledger.linear
+    return Operation("loss", kept, ledger.stream, 4 * ledger.stream, ledger.weight(shape.mtp_join))
 
 
 def _loss(shape: ModelShape, plan: ParallelPlan, ledger: Ledger, heads: int) -> tuple[list[Operation], float]:

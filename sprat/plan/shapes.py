@@ -65,6 +65,7 @@ class Core:
         index_heads, index_dim, index_top_k: of DeepSeek-V3.2's indexer, which scores all keys and lets the attention
             see ``index_top_k`` of them; 0: has none.
         compress: tokens that one key stands for, beyond the window (DeepSeek-V4); 0: each has its own.
+        qk_norm: whether queries and keys of each head go through a norm.
         latent: MLA's ``kv_lora_rank``; 0: keys and values are projected from the stream.
     """
 
@@ -79,6 +80,7 @@ class Core:
     index_top_k: int = 0
     compress: int = 0
     latent: int = 0
+    qk_norm: bool = False
 
     def keys(self, sequence_length: int, *, causal: bool) -> float:
         """Keys that a token attends to, averaged over a sequence.
