@@ -34,6 +34,7 @@ from sprat.kernels import ops
 from sprat.model.forward_context import ForwardContext
 from sprat.model.layers import Embedding, Linear, RMSNorm
 from sprat.model.moe import MoE, Routing, combine, dispatch
+from sprat.model.mtp import MTP
 from sprat.model.transformer import Block, Transformer
 from sprat.plan.activations import KERNELS
 from sprat.plan.families import from_config
@@ -99,6 +100,11 @@ class _ExpertParallelMoE(MoE):
         return out_ND.view_as(x_BTD), routing
 
 
+def _computed_twice(forward: Any) -> Any:
+    """``forward``, keeping nothing but its input."""
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Share(nn.Module):
     """The stages of one pipeline rank, cut as the plan says."""
 
@@ -119,7 +125,9 @@ class Share(nn.Module):
             layers = range(first, first + counts[stage])
             self.blocks[str(stage)] = nn.ModuleList(self._block(layer) for layer in layers)
         vocab, last = config.vocab_size // plan.tensor, plan.stages - 1
-        self.embed = Embedding(vocab, config.hidden_size) if 0 in self.stages else None
+        has_mtp = config.num_nextn_predict_layers > 0 and last in self.stages
+        self.embed = Embedding(vocab, config.hidden_size) if 0 in self.stages or has_mtp else None
+        self.mtp = MTP(self.config, self._block(config.num_hidden_layers)) if has_mtp else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last in self.stages else None
         self.head = Linear(config.hidden_size, vocab) if last in self.stages else None
         if config.tie_word_embeddings and self.head is not None and self.embed is not None:
@@ -129,13 +137,16 @@ class Share(nn.Module):
         block = Block(self.config, layer)
         if isinstance(block.mlp, MoE) and self.plan.expert > 1:
             block.mlp = _ExpertParallelMoE(self.config, self.config.n_routed_experts // self.plan.expert)
+        name = "moe" if isinstance(block.mlp, MoE) else "mlp"
+        if name in self.plan.recompute_modules:
+            block.mlp.forward = _computed_twice(block.mlp.forward)  # type: ignore[method-assign]
         return block
 
     def parameters_of(self, stage: int) -> list[nn.Parameter]:
         """The parameters of one stage."""
         modules: list[nn.Module | None] = [self.blocks[str(stage)]]
         modules += [self.embed] if stage == 0 else []
-        modules += [self.norm, self.head] if stage == self.plan.stages - 1 else []
+        modules += [self.norm, self.head, self.mtp] if stage == self.plan.stages - 1 else []
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def run_block(self, block: Block, x_BSD: Tensor, context: ForwardContext) -> Tensor:
@@ -162,10 +173,19 @@ class Share(nn.Module):
         if stage < self.plan.stages - 1 or self.norm is None or self.head is None:
             return x
         x = self.norm(x)
+        loss = self._loss(x, tokens_BT)
+        if self.mtp is None or self.embed is None:
+            return loss
+        embedded = self.embed(tokens_BT[:, 1:] % len(self.embed.weight))
+        short = _context(self.config, self.plan.replace(sequence_length=embedded.shape[1]), x.dtype)
+        return loss + 0.3 * self._loss(self.mtp(x[:, :-1], embedded, short)[0], tokens_BT[:, 1:])
+
+    def _loss(self, x: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Cross-entropy of normed ``x``; with tensor parallelism, of the gathered sequence."""
+        assert self.head is not None
         gathered = x.repeat(1, self.tensor, 1) if self.tensor > 1 else x
-        return ops.linear_cross_entropy(
-            gathered.flatten(0, 1), self.head.weight, tokens_BT.flatten() % len(self.head.weight)
-        )
+        targets_N = tokens_BT.flatten() % len(self.head.weight)
+        return ops.linear_cross_entropy(gathered.flatten(0, 1), self.head.weight, targets_N)
 
 
 class Step:
@@ -383,6 +403,17 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     }),
     ("tied embeddings, pipeline 2", {**_GQA, "tie_word_embeddings": True}, {
         **_FP32, "pipeline": 2, "global_batch": 8,
+    }),
+    ("dense with norms of queries and keys", {**_GQA, "architecture": "qwen3"}, {**_FP32, "global_batch": 4}),
+    ("dense with norms of queries and keys, bf16", {**_GQA, "architecture": "qwen3"}, {**_BF16, "global_batch": 4}),
+    ("latent attention without latent queries", {**_MLA, "q_lora_rank": None}, {**_FP32, "global_batch": 4}),
+    ("MTP", {**_MOE, "num_nextn_predict_layers": 1}, {**_FP32, "global_batch": 4}),
+    ("MTP, pipeline 2, on the fuller last rank", {**_MOE, "num_nextn_predict_layers": 1}, {
+        **_FP32, "pipeline": 2, "stage_layers": (1, 5), "global_batch": 8,
+    }),
+    ("dense, feed-forward recomputed", _GQA, {**_FP32, "recompute": ("mlp",), "global_batch": 4}),
+    ("MoE, feed-forward recomputed, pipeline 2", _MOE, {
+        **_FP32, "recompute": ("mlp", "moe"), "pipeline": 2, "global_batch": 8,
     }),
     ("MoE, full recomputation", _MOE, {**_FP32, "recompute": "full", "global_batch": 4}),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from sprat.errors import ConfigError
 if TYPE_CHECKING:
     from sprat.plan.quote import Figure, Quote
 
-_MODEL_HELP = "A size (v3), a published model (LLAMA3_8B), a config.json or a folder that has one."
+_MODEL_HELP = "A size (v3), a published model (LLAMA3_8B), a config.json or its folder; or `price`: a bill alone."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 _PLAN_HELP = "A TOML file with the layout; left out: V3's published one for v3, else one chip."
 Plan = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help=_PLAN_HELP)]
@@ -28,6 +28,13 @@ _FLEET_HELP = "Search the best layouts on these chips instead: 2048xH800, or 512
 Fleet = Annotated[str | None, typer.Option("--fleet", metavar="NxCHIP,…", help=_FLEET_HELP)]
 Deadline = Annotated[float | None, typer.Option("--deadline", metavar="DAYS", help="With --fleet: at most so long.")]
 Budget = Annotated[float | None, typer.Option("--budget", metavar="USD", help="With --fleet: at most so much.")]
+_USAGE_HELP = "With `price`: tokens found in the cache, computed, and written."
+UsageOption = Annotated[str | None, typer.Option("--usage", metavar="HIT,MISS,OUT", help=_USAGE_HELP)]
+Hours = Annotated[str | None, typer.Option("--hours", metavar="N", help="With `price`: GPU-hours of --chip.")]
+Api = Annotated[str, typer.Option("--api", metavar="NAME", help="With `price`: whose prices.")]
+_AT_HELP = "With `price`: a day, or a moment with its timezone; left out: two bills."
+At = Annotated[str | None, typer.Option("--at", metavar="WHEN", help=_AT_HELP)]
+CurrencyOption = Annotated[str, typer.Option("--currency", metavar="usd|cny", help="With `price`.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Formula and source of each number.")]
 
 
@@ -41,6 +48,11 @@ def plan(
     fleet: Fleet = None,
     deadline: Deadline = None,
     budget: Budget = None,
+    usage: UsageOption = None,
+    hours: Hours = None,
+    api: Api = "deepseek-r1",
+    at: At = None,
+    currency: CurrencyOption = "usd",
     explain: Explain = False,
     overrides: Overrides = None,
 ) -> Result:
@@ -48,6 +60,7 @@ def plan(
 
     Example: sprat plan v3 --explain
     """
+    from sprat.cli.plan_price import price
     from sprat.cli.plan_search import find_layouts
     from sprat.config import ParallelPlan, parse
     from sprat.config.base import load
@@ -56,6 +69,12 @@ def plan(
     from sprat.plan.prices import load_prices
     from sprat.plan.quote import make_quote
 
+    book = load_prices() if prices is None else load_prices(prices)
+    if model == "price":
+        return price(book, usage=usage, hours=hours, api=api, chip=chip, at=at, currency=currency)
+    if usage is not None or hours is not None or at is not None:
+        todo = "write: sprat plan price"
+        raise ConfigError("--usage, --hours and --at are for a bill alone", where=f"sprat plan {model}", todo=todo)
     changes = list(overrides or ())
     shape = load_shape(model)
     if plan_file is not None:
@@ -63,7 +82,6 @@ def plan(
     else:
         table = v3_plan().model_dump() if shape.name in ("v3", "DeepSeekV3") else {"sequence_length": 4096}
         layout = parse(ParallelPlan, table, where="--set", overrides=changes)
-    book = load_prices() if prices is None else load_prices(prices)
     if fleet is not None:
         limits = {"deadline": deadline, "budget": budget}
         return find_layouts(shape, layout, fleet, tokens=tokens, book=book, imbalance=imbalance, **limits)
@@ -113,5 +131,11 @@ def _table(quote: Quote, explain: bool) -> Any:
         row = [term.name, f"{term.bytes / 2**30:,.2f}"]
         memory.add_row(*row, *((term.formula, term.source) if explain else ()))
     memory.add_row("in all", f"{quote.memory.bytes / 2**30:,.2f}", *(("", "") if explain else ()))
+    steps = Table(box=None, pad_edge=False)
+    for column in ("", "seconds", "90 % interval", "formula", "source"):
+        steps.add_column(column, justify="right" if column in ("seconds", "90 % interval") else "left")
+    for each in quote.step_terms:
+        steps.add_row(each.name, _number(each.value, "s"), _interval(each), each.formula, each.source)
+    parts: list[Any] = ["", "A step on the mean rank", steps] if explain else []
     notes = [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)]
-    return Group(title, "", figures, "", f"Memory of {ranks}", memory, "", *notes)
+    return Group(title, "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from sprat.config.parallel import ParallelPlan
 from sprat.plan.shapes import Block, Matrix
 
+Modules = tuple[str, ...]
 FP8_TILE = 1 + 4 / 128  # bytes of an FP8 number with its share of a tile's float32 scale (arXiv 2412.19437, 3.3.2)
 
 
@@ -68,7 +69,7 @@ class Operation:
         out: the gradient that comes in.
         into: the gradients that it makes.
         weight: the largest gradient of a weight that it makes.
-        module: by whose name it is recomputed; ``kept`` is then needed for its own way back alone.
+        modules: by whose names it is recomputed; ``kept`` is then needed for its own way back alone.
     """
 
     group: str
@@ -76,7 +77,7 @@ class Operation:
     out: float = 0.0
     into: float = 0.0
     weight: float = 0.0
-    module: str = ""
+    modules: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -114,8 +115,7 @@ class Ledger:
         if block.kind == "moe":
             yield from self._moe(block)
         elif block.kind == "dense":
-            widths = self._feed_forward(block, "feed-forward", block.ffn, self.tokens, "", "mlp", "")
-            yield from widths
+            yield from self._feed_forward(block, "feed-forward", block.ffn, self.tokens, "", ("mlp",), ("mlp",))
         elif block.kind == "mamba2":
             yield from self._mamba(block)
         elif block.kind == "mla":
@@ -137,11 +137,14 @@ class Ledger:
         extra = sum(m.outputs for m in ups if m.cut == "none") * self.tokens * self.wide if core.compress else 0.0
         copies = 1 if self.kernels.regather else 2
         yield Operation(
-            "attention", self.input(self.hidden), into, copies * self.gathered, self.weight(*ups), "layernorm"
+            "attention", self.input(self.hidden), into, copies * self.gathered, self.weight(*ups), ("layernorm",)
         )
+        if core.qk_norm:
+            rows = self.tokens * (core.heads / tensor + max(1, core.kv_heads / tensor))
+            yield Operation("attention", self.norm(core.qk_dim, rows), into, into)
         out = self.tokens * core.heads * core.v_dim / tensor
         yield Operation("attention", into + extra, out * self.wide, into)
-        yield Operation("attention", self.tokens * core.heads / tensor * 4, module="core_attn")
+        yield Operation("attention", self.tokens * core.heads / tensor * 4, modules=("core_attn",))
         yield Operation("attention", out * self.linear, self.gathered, out * self.wide, self.weight(*downs))
 
     def _mla(self, block: Block) -> Iterator[Operation]:
@@ -159,7 +162,7 @@ class Ledger:
             latents * self.wide,
             2 * self.gathered,
             self.weight(*downs),
-            "layernorm",
+            ("layernorm",),
         )
         yield Operation("attention", self.norm(core.latent + q_rank, self.tokens) + self.tokens * rope * self.wide)
         query = self.tokens * core.heads * core.qk_dim / tensor * self.wide
@@ -167,8 +170,8 @@ class Ledger:
         rebuilt = query + value + (query if self.kernels.joint_keys else 0.0)
         yield Operation("attention", latents * self.linear, query + value, latents * self.wide, self.weight(*ups))
         out = self.tokens * core.heads * core.v_dim / tensor
-        yield Operation("attention", rebuilt, out * self.wide, rebuilt, module="mla_up_proj")
-        yield Operation("attention", self.tokens * core.heads / tensor * 4, module="core_attn")
+        yield Operation("attention", rebuilt, out * self.wide, rebuilt, modules=("mla_up_proj",))
+        yield Operation("attention", self.tokens * core.heads / tensor * 4, modules=("core_attn",))
         if core.index_heads:
             yield Operation("attention", self.tokens * (core.index_heads + 1) * core.index_dim * self.wide)
         yield Operation(
@@ -182,14 +185,16 @@ class Ledger:
         joint, inner = block.matrices[0].outputs / tensor, scan.inner / tensor
         per_token = self.tokens * self.wide
         weight = [self.weight(matrix) for matrix in block.matrices]
-        yield Operation("attention", self.input(self.hidden), joint * per_token, self.gathered, weight[0], "layernorm")
+        yield Operation(
+            "attention", self.input(self.hidden), joint * per_token, self.gathered, weight[0], ("layernorm",)
+        )
         states = self.tokens / scan.chunk * inner * scan.state * 4
         kept = (joint + scan.conv_channels / tensor + inner) * per_token + states
         yield Operation("attention", kept, inner * per_token, joint * per_token + states)
         yield Operation("attention", inner * self.tokens * self.linear, self.gathered, inner * per_token, weight[1])
 
     def _feed_forward(
-        self, block: Block, group: str, ffn: float, rows: float, prefix: str, module: str, act: str
+        self, block: Block, group: str, ffn: float, rows: float, prefix: str, modules: Modules, act: Modules
     ) -> Iterator[Operation]:
         """Up, activation, down over ``rows`` rows of width ``ffn``; the input is the caller's where it has a prefix."""
         ups = self._named(block, f"{prefix}gate_proj", f"{prefix}up_proj")
@@ -200,38 +205,42 @@ class Ledger:
         copy = sum(rank_parameters(matrix, self.plan) for matrix in ups) * self.wide if joint else 0.0
         weight = 2 * self.weight(*ups) if joint else self.weight(*ups)
         if not prefix:
-            yield Operation(group, self.input(self.hidden), module="layernorm")
+            yield Operation(group, self.input(self.hidden), modules=("layernorm",))
         elif prefix == "experts.":
-            yield Operation(group, rows * hidden * self.linear, module=module)
+            yield Operation(group, rows * hidden * self.linear, modules=modules)
         into = ends if joint or self.kernels.regather else 2 * ends
-        yield Operation(group, copy, halves * product * self.wide, into, weight, module)
+        yield Operation(group, copy, halves * product * self.wide, into, weight, modules)
         kept = (halves + (0 if self.kernels.fused_swiglu else 1)) * product
         kept *= self.linear if self.kernels.fused_swiglu else self.wide  # V3 keeps SwiGLU's input in FP8
-        yield Operation(group, kept, product * self.wide, halves * product * self.wide, 0, module)
-        yield Operation(group, product * self.linear, ends, product * self.wide, self.weight(*downs), act or module)
+        yield Operation(group, kept, product * self.wide, halves * product * self.wide, 0, modules)
+        yield Operation(group, product * self.linear, ends, product * self.wide, self.weight(*downs), act)
 
     def _moe(self, block: Block) -> Iterator[Operation]:
         """Router, dispatch, experts, combine, and the shared experts, in this order."""
         mix, tensor = block.mixture, self.plan.tensor
         assert mix is not None
-        yield Operation("experts", self.stream / self.wide * self.linear, module="layernorm")
+        yield Operation("experts", self.stream / self.wide * self.linear, modules=("layernorm",))
         scores = self.shard * mix.experts * 4
         wide = self.shard * self.hidden * 4 if self.wide < 4 and not self.kernels.fused_norm else 0.0
-        yield Operation("experts", scores + wide + self.shard * (12 * mix.top_k + 4), scores, self.stream * 2)
+        routed = scores + wide + self.shard * (12 * mix.top_k + 4)
+        yield Operation("experts", routed, scores, self.stream * 2, 0, ("moe",))
         pairs = self.shard * mix.top_k * self.imbalance * self.plan.expert_tensor
         sent = pairs * mix.width * self.wide
-        yield Operation("experts", self.shard * 16 * mix.top_k, sent, self.stream)
-        yield from self._feed_forward(block, "experts", mix.expert_ffn, pairs, "experts.", "moe", "moe_act")
-        yield Operation("experts", self.kernels.combine * sent + 4 * pairs, self.stream, 2 * sent, 0, "moe")
+        yield Operation("experts", self.shard * 16 * mix.top_k, sent, self.stream, 0, ("moe",))
+        names = ("experts.", ("moe",), ("moe_act", "moe"))
+        yield from self._feed_forward(block, "experts", mix.expert_ffn, pairs, *names)
+        yield Operation("experts", self.kernels.combine * sent + 4 * pairs, self.stream, 2 * sent, 0, ("moe",))
         if mix.shared_ffn:
             if tensor > 1 and not self.kernels.regather:
-                yield Operation("experts", self.gathered)
-            names = ("shared_experts.", "shared_experts", "moe_act")
-            yield from self._feed_forward(block, "experts", mix.shared_ffn, self.tokens, *names)
+                yield Operation("experts", self.gathered, modules=("moe",))
+            shared = ("shared_experts", "moe")
+            act = ("moe_act", *shared)
+            rows = self.tokens
+            yield from self._feed_forward(block, "experts", mix.shared_ffn, rows, "shared_experts.", shared, act)
 
 
 def rank_parameters(matrix: Matrix, plan: ParallelPlan) -> float:
     """Numbers of ``matrix`` on one rank before ZeRO: cut by expert and tensor parallelism."""
     if matrix.is_expert:
         return matrix.parameters / plan.expert / plan.expert_tensor
-    return matrix.parameters / (1 if matrix.cut == "none" else plan.tensor)
+    return matrix.parameters / (1 if matrix.cut == "none" else min(plan.tensor, matrix.pieces or plan.tensor))

@@ -24,12 +24,12 @@ def gqa(
     """Grouped-query attention (arXiv 2305.13245); ``sinks``: a learned score a head (GPT-OSS)."""
     matrices = (
         Matrix("q_proj", hidden, heads * head_dim, "column", bias),
-        Matrix("k_proj", hidden, kv_heads * head_dim, "column", bias),
-        Matrix("v_proj", hidden, kv_heads * head_dim, "column", bias),
+        Matrix("k_proj", hidden, kv_heads * head_dim, "column", bias, pieces=kv_heads),
+        Matrix("v_proj", hidden, kv_heads * head_dim, "column", bias, pieces=kv_heads),
         Matrix("o_proj", heads * head_dim, hidden, "row", out_bias),
     )
     vectors = hidden + (2 * head_dim if qk_norm else 0) + (heads if sinks else 0)
-    core = Core(heads, kv_heads, head_dim, head_dim, 2 * kv_heads * head_dim, window)
+    core = Core(heads, kv_heads, head_dim, head_dim, 2 * kv_heads * head_dim, window, qk_norm=qk_norm)
     return Block("gqa", matrices, vectors, core)
 
 

@@ -75,8 +75,12 @@ def _stage_pass(stage: Stage, shape: ModelShape, plan: ParallelPlan, ledger: Led
         for block in layer:
             operations = list(ledger.block(block))
             for each in operations:
-                kept[each.group] += 0.0 if each.module in modules and each.module else each.kept
-            walk.append((operations, sum(each.kept for each in operations if each.module in modules and each.module)))
+                kept[each.group] += 0.0 if set(each.modules) & set(modules) else each.kept
+            walk.append((operations, sum(each.kept for each in operations if set(each.modules) & set(modules))))
+    if stage.joins:
+        operations = [_join(shape, ledger)] * stage.joins
+        kept["loss"] += sum(each.kept for each in operations)
+        walk.append((operations, 0.0))
     if stage.last:
         operations, forward = _loss(shape, plan, ledger, 1 + stage.joins)
         kept["loss"] += sum(each.kept for each in operations)
@@ -86,12 +90,10 @@ def _stage_pass(stage: Stage, shape: ModelShape, plan: ParallelPlan, ledger: Led
         kept["stream"] += ledger.stream if ledger.kernels.keeps_output else 0.0
     kept["stream"] += 8.0 * ledger.tokens if stage.first else 0.0
     total = sum(kept.values())
-    return _Pass(kept, total + forward, _backward_peak(walk, modules, full, total, ledger.stream))
+    return _Pass(kept, total + forward, _backward_peak(walk, total, ledger.stream))
 
 
-def _backward_peak(
-    walk: list[tuple[list[Operation], float]], modules: tuple[str, ...], full: bool, total: float, stream: float
-) -> float:
+def _backward_peak(walk: list[tuple[list[Operation], float]], total: float, stream: float) -> float:
     """The highest point of a backward pass over ``walk``, above what lay there before its forward pass."""
     here, peak = total, total
     for operations, again in reversed(walk):
@@ -100,6 +102,12 @@ def _backward_peak(
             peak = max(peak, here + stream + each.out + each.into + each.weight)
             here -= each.kept
     return peak
+
+
+def _join(shape: ModelShape, ledger: Ledger) -> Operation:
+    """An MTP module before its layer: two norms, both results side by side, ``eh_proj``."""
+    kept = 2 * ledger.norm(shape.hidden, ledger.shard) + 2 * ledger.stream / ledger.wide * ledger.linear
+    return Operation("loss", kept, ledger.stream, 4 * ledger.stream, ledger.weight(shape.mtp_join))
 
 
 def _loss(shape: ModelShape, plan: ParallelPlan, ledger: Ledger, heads: int) -> tuple[list[Operation], float]:

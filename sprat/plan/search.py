@@ -7,8 +7,9 @@ sequences) with every schedule, micro-batch, recomputation and ZeRO level. That 
 2. memory of the fullest rank (``memory.py``), the most promising layouts first;
 3. the simulation (``step.py``) for those that fit.
 
-The order is that of an estimate; when ``seconds`` are used up, the result says how many layouts were left. A mixed
-fleet has its chips in pipeline ranks of one kind each, and layers in proportion to their speed.
+The estimate leaves out what only makes a step longer, so a layout whose estimate is beyond the best one's step cannot
+win. When ``seconds`` are used up, the result says how many were left. A mixed fleet has its chips in pipeline ranks of
+one kind each, and layers in proportion to their speed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ SCHEDULES: tuple[tuple[Schedule, int], ...] = (
 )  # fmt: skip
 RECOMPUTE = ("none", ("layernorm", "mla_up_proj", "moe_act"), "full")
 LONG = 16384  # tokens of a sequence from which on context parallelism is tried
+MARGIN = 0.05  # proposals are complete so far behind the best: the simulation adds 1 to 8 % to the estimate, never less
 NEAR = 1.25  # of a chip's memory: what needs no more than that nearly fitted
+LOOKS = 50  # at least so many, even where the estimate is far beyond the deadline
 DAY = 86400.0
 
 
@@ -100,12 +103,11 @@ class Found:
         return tuple(one for one in self.proposals if one.seconds <= (1 + share) * self.proposals[0].seconds)
 
 
-def search(goal: Goal, *, seconds: float = 20.0, keep: int = 200) -> Found:
+def search(goal: Goal, *, seconds: float = 25.0) -> Found:
     """The best layouts for ``goal``.
 
     Args:
         seconds: of searching.
-        keep: proposals at most.
 
     Raises:
         ConfigError: a number is absurd, or no layout divides. If none fits, ``near`` has those that are least short.
@@ -123,7 +125,8 @@ def search(goal: Goal, *, seconds: float = 20.0, keep: int = 200) -> Found:
     looked = 0
     for estimate, plan in listed:
         best = min((one.seconds for one in fits), default=math.inf)
-        if time.monotonic() > until or len(fits) >= keep or estimate > 1.15 * best:
+        late = goal.tokens / plan.step_tokens * estimate / DAY > NEAR * goal.deadline_days and looked >= LOOKS
+        if time.monotonic() > until or late or estimate > (1 + MARGIN) * best:
             break
         looked += 1
         candidate = _judge(goal, plan, estimate)
@@ -137,9 +140,8 @@ def search(goal: Goal, *, seconds: float = 20.0, keep: int = 200) -> Found:
     if not fits:  # then what is least short, however much that is
         near = sorted(fell, key=lambda one: one.short)
     order = sorted(fits, key=lambda one: one.seconds)
-    slower = len(listed) - looked if order and time.monotonic() <= until else 0
-    if slower:
-        reasons["slower by the estimate"] += slower
+    if slower := len(listed) - looked if time.monotonic() <= until else 0:
+        reasons["slower by the estimate" if order else "deadline, by the estimate"] += slower
     return Found(tuple(order), tuple(near[:20]), dict(reasons), len(listed), len(listed) - looked - slower)
 
 
@@ -263,9 +265,9 @@ def _judge(goal: Goal, plan: ParallelPlan, estimate: float) -> Candidate:
         cost = days * 24 * goal.gpus * goal.price
         over = {"deadline": days / goal.deadline_days, "budget": cost / goal.budget}
         worst = max(over, key=lambda name: over[name])
-        if not reason and over[worst] > 1:
-            limit = goal.deadline_days if worst == "deadline" else goal.budget
-            reason = f"{worst}: {days if worst == 'deadline' else cost:,.1f} of {limit:,.1f}"
+        if over[worst] > 1:
+            value, limit = (days, goal.deadline_days) if worst == "deadline" else (cost, goal.budget)
+            reason += f"{'; ' if reason else ''}{worst}: {value:,.1f} of {limit:,.1f}"
         return Candidate(plan, seconds, gib, days, cost, reason, max(short, over[worst]) if reason else 0.0, step)
 
     try:

@@ -19,7 +19,10 @@ Kind = Literal["gqa", "mla", "compressed", "mamba2", "dense", "moe"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight of ``inputs`` x ``outputs``, ``copies`` times (one an expert); a token uses ``active`` of them."""
+    """A weight of ``inputs`` x ``outputs``, ``copies`` times (one an expert); a token uses ``active`` of them.
+
+    ``pieces`` is how many ranks can cut it at most (key heads; more ranks repeat them); 0: as many as there are.
+    """
 
     name: str
     inputs: int
@@ -28,6 +31,7 @@ class Matrix:
     bias: bool = False
     copies: int = 1
     active: int = 1
+    pieces: int = 0
 
     @property
     def is_expert(self) -> bool:
@@ -61,6 +65,7 @@ class Core:
         index_heads, index_dim, index_top_k: of DeepSeek-V3.2's indexer, which scores all keys and lets the attention
             see ``index_top_k`` of them; 0: has none.
         compress: tokens that one key stands for, beyond the window (DeepSeek-V4); 0: each has its own.
+        qk_norm: whether queries and keys of each head go through a norm.
         latent: MLA's ``kv_lora_rank``; 0: keys and values are projected from the stream.
     """
 
@@ -75,6 +80,7 @@ class Core:
     index_top_k: int = 0
     compress: int = 0
     latent: int = 0
+    qk_norm: bool = False
 
     def keys(self, sequence_length: int, *, causal: bool) -> float:
         """Keys that a token attends to, averaged over a sequence.

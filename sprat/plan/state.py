@@ -1,8 +1,8 @@
 """What a rank holds from step to step: parameters, gradients, master weights and moments, as ZeRO shares them out.
 
 Arithmetic, no replay: tensor and expert parallelism cut the matrices, the pipeline deals out the layers, and ZeRO
-shares what is left among the ranks that hold the same. MTP modules go with the last stage; where a tied head is on
-another rank than the embedding, it is a copy.
+shares what is left among the ranks that hold the same. MTP modules go with the last stage; where a tied head or
+they are on another rank than the embedding, it is copied.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stage:
     Attributes:
         layers: its decoder layers; an MTP module's counts as one.
         first, last: whether it has the embedding, and the last norm, the head and the loss.
-        copies_embedding: whether it holds a copy of a tied embedding, whose first one is on another rank.
+        copies_embedding: whether it holds a copy of the embedding, for a tied head or MTP on another rank.
         joins: MTP modules in it.
     """
 
@@ -59,7 +59,15 @@ def split_stages(shape: ModelShape, plan: ParallelPlan) -> list[Stage]:
     for number, count in enumerate(plan.split_layers(len(shape.layers))):
         last = number == plan.stages - 1
         layers = shape.layers[start : start + count] + (shape.mtp if last else ())
-        stages.append(Stage(layers, number == 0, last, last and shape.tied and apart, len(shape.mtp) if last else 0))
+        stages.append(
+            Stage(
+                layers,
+                number == 0,
+                last,
+                last and apart and (shape.tied or bool(shape.mtp)),
+                len(shape.mtp) if last else 0,
+            )
+        )
         start += count
     return stages
 

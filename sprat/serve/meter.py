@@ -2,8 +2,8 @@
 
 One yuan is 10^9 nano-yuan, so that ¥1 per million tokens is exactly 1,000 nano-yuan a token and no
 sum of token prices is ever rounded. A cost is three products added up: prompt tokens found in the
-cache, prompt tokens computed, and tokens written (thinking included). Tables are data with a date
-(``prices.toml``); a request is priced by the table that held on its day.
+cache, prompt tokens computed, and tokens written (thinking included). Tables are data with a date, those of
+the planner's book (``sprat/plan/prices.toml``) and of ``prices.toml``; a request is priced by the one of its day.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from sprat.config.base import Config
 from sprat.errors import ServeError
+from sprat.plan.prices import load_prices
 
 NANO_PER_YUAN = 1_000_000_000
 DEFAULT_PRICES = "deepseek-r1"
@@ -62,12 +63,14 @@ class Cost:
         }
 
 
-def load_price_tables(path: str | Path = PRICES_FILE) -> list[Prices]:
-    """The price tables of a TOML file with ``[[price]]`` entries.
+def load_price_tables(path: str | Path | None = None) -> list[Prices]:
+    """The price tables of a TOML file with ``[[price]]`` entries; None: ours, and those in yuan of the price book.
 
     Raises:
         ServeError: the file is missing, no TOML, or an entry does not hold.
     """
+    if path is None:
+        return [*_book_tables(), *load_price_tables(PRICES_FILE)]
     path = Path(path)
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("price", [])
@@ -82,6 +85,21 @@ def load_price_tables(path: str | Path = PRICES_FILE) -> list[Prices]:
         raise ServeError(f"price table: {key}: {first['msg']}", where=str(path), todo="correct that value") from None
     if not tables:
         raise ServeError("the price table is empty", where=str(path), todo="add a [[price]] entry")
+    return tables
+
+
+def _book_tables() -> list[Prices]:
+    """The entries of the planner's book that have prices in yuan, the same all day, as nano-yuan per token."""
+    tables = []
+    for entry in load_prices().api:
+        yuan = entry.prices.get("cny")
+        if yuan is None or entry.window:
+            continue
+        amounts = {"hit": yuan.cache_hit, "miss": yuan.cache_miss, "output": yuan.output}
+        nano = {part: amount * 1000 for part, amount in amounts.items()}  # a millionth of a yuan is 1,000 nano-yuan
+        if all(amount == int(amount) for amount in nano.values()):
+            whole = {part: int(amount) for part, amount in nano.items()}
+            tables.append(Prices(name=entry.name, since=entry.since, source=entry.source, **whole))
     return tables
 
 

@@ -32,8 +32,9 @@ def v3() -> dict[str, Any]:
 
 
 def test_the_page_s_commands_run() -> None:
-    [block] = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines():
+    blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for line in "".join(blocks).splitlines():
         code, _, err = plan(*shlex.split(line)[2:])
         assert code == 0, err
 
@@ -125,6 +126,16 @@ def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
         assert code == 2 and "config.json" in err
 
 
+def test_the_terms_of_a_step_add_up_to_it_and_say_where_they_come_from(v3: dict[str, Any]) -> None:
+    terms = v3["step_terms"]
+    assert sum(each["value"] for each in terms.values()) == pytest.approx(v3["figures"]["step"]["value"])
+    assert {"products", "experts", "attention", "expert messages", "bubble"} <= set(terms)
+    assert all(each["formula"] and each["source"] and each["low"] < each["high"] for each in terms.values())
+    assert 0.9 < v3["figures"]["progress under failures"]["value"] < 1
+    code, out, _ = plan("v3", "--explain")
+    assert code == 0 and "A step on the mean rank" in out and "expert messages" in out
+
+
 def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
     words = ("LLAMA3_8B", "--fleet", "8xH800", "--tokens", "1e12", "--set", "global_batch=64")
     code, out, _ = plan(*words, "--json")
@@ -153,3 +164,42 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
 def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
     code, _, err = plan("LLAMA3_8B", *words)
     assert code == 2 and says in err
+
+
+def test_a_bill_alone_has_all_its_digits() -> None:
+    """R1: 1 x 0.14 + 2 x 0.55 + 3 x 2.19 dollars a million; V3: 2,788 K hours at $2 (arXiv 2412.19437, table 1)."""
+    code, out, _ = plan("price", "--usage", "1,2,3", "--at", "2025-02-01", "--json")
+    assert code == 0 and [bill["total"] for bill in json.loads(out)["bills"]] == ["0.00000781"]
+    code, out, _ = plan("price", "--usage", "1_000_000,0,0")
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()] == [
+        ["at", kind, "0.14"] for kind in ("least", "most")
+    ]
+    code, out, _ = plan("price", "--hours", "2788000")
+    assert code == 0 and out.startswith("5,576,000 USD") and "people" in out
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ([], "--usage HIT,MISS,OUTPUT"),
+        (["--usage", "1,2,3", "--hours", "1"], "--usage HIT,MISS,OUTPUT"),
+        (["--usage", "1,2"], "three whole numbers"),
+        (["--usage", "1,2,-3"], "three whole numbers"),
+        (["--usage", "1,2,3", "--at", "tomorrow"], "tomorrow"),
+        (["--usage", "1,2,3", "--at", "2025-02-01T12:00"], "timezone"),
+        (["--usage", "1,2,3", "--at", "2020-01-01"], "give a date from 2025-01-20"),
+        (["--usage", "1,2,3", "--currency", "eur"], "usd or cny"),
+        (["--usage", "1,2,3", "--api", "gpt"], "deepseek-r1"),
+        (["--hours", "-1"], "GPU-hours"),
+        (["--hours", "many"], "many"),
+        (["--hours", "1", "--chip", "abacus"], "abacus"),
+    ],
+)
+def test_a_bill_that_cannot_be_is_refused(words: list[str], named: str) -> None:
+    code, _, err = plan("price", *words)
+    assert code == 2 and named in err and len(err.splitlines()) == 1
+
+
+def test_options_of_a_bill_are_for_a_bill() -> None:
+    code, _, err = plan("v3", "--usage", "1,2,3")
+    assert code == 2 and "sprat plan price" in err

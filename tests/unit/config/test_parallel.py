@@ -100,10 +100,6 @@ def test_a_model_that_the_degrees_do_not_cut_is_refused(
         plan(**changes).check_model(**sizes)
 
 
-def test_few_key_heads_are_repeated_over_tensor_ranks() -> None:
-    plan(tensor=8, sequence_length=64).check_model(heads=32, kv_heads=4)
-
-
 @pytest.mark.parametrize(
     "layers, pipeline, virtual, split",
     [

@@ -68,6 +68,12 @@ def test_tensor_parallelism_cuts_matrices_and_not_norms() -> None:
     assert memory(tensor=2).term("parameters") == pytest.approx(2 * ((TOTAL - norms) / 2 + norms))
 
 
+def test_few_key_heads_are_repeated_over_tensor_ranks() -> None:
+    """4 ranks, 2 key heads: a rank has a quarter of all else, and half of keys and values."""
+    norms, keys = 64 + 4 * 2 * 64, 4 * 2 * 64 * 32
+    assert memory(tensor=4).term("parameters") == pytest.approx(2 * ((TOTAL - norms - keys) / 4 + keys / 2 + norms))
+
+
 def test_an_uneven_pipeline_gives_each_rank_its_layers() -> None:
     plan = {"pipeline": 3, "stage_layers": (1, 1, 2), "global_batch": 6}
     sizes = [memory(rank=rank, **plan).term("parameters") / 2 for rank in range(3)]
