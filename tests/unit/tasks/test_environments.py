@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -299,6 +302,37 @@ def test_each_episode_is_a_process_that_dies_alone(tmp_path: Path) -> None:
     pool.close()
     for pid in pids:  # with all that they started
         assert not is_running(pid)
+
+
+ORPHANS = """
+import sys
+from sprat.config.rl import EnvironmentConfig
+from sprat.post.rl.environment_pool import EnvironmentPool
+
+pool = EnvironmentPool(sys.argv[1], EnvironmentConfig())
+episodes = [pool.open() for _ in range(2)]
+print(*[episode.reset(None, 0)["content"] for episode in episodes], flush=True)
+episodes[0].step("hang", [], "")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_episodes_end_with_the_run_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n\nclass E:\n    def reset(self, seed):\n        return str(os.getpid())\n\n"
+        "    def step(self, action):\n        time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", ORPHANS, f"{tmp_path / 'mine.py'}:E"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_running, pids))
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
 
 
 def test_an_environment_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
