@@ -97,4 +97,5 @@ def summary(run: Run) -> str:
         shares = f"{comparison['first']:.1%} before, {comparison['second']:.1%} after"
         lines.append(f"held-out problems right: {shares} ({interval})")
     lines += [f"step {trip['step']}: {trip['sentence']}" for trip in facts.get("trips", ())]
+    lines += [f"hack monitor: {alarm['sentence']}" for alarm in facts.get("alarms", ())]
     return "\n".join([*lines, f'ask it: sprat run {run.folder} "…"'])

@@ -86,7 +86,7 @@ def cards(run: StageRun) -> str:
     record = run.record
     seconds, nano = float(record.get("device_seconds") or 0), int(record.get("nano_yuan") or 0)
     spent = f"{format_duration(seconds)} CPU, {format_number(float(record.get('tokens') or 0))} tokens sampled"
-    price = format_yuan(nano) if nano >= _LEAST_NANO else f"&lt; {format_yuan(_LEAST_NANO)}"
+    price = format_yuan(nano) if nano >= _LEAST_NANO else f"&lt;&nbsp;{format_yuan(_LEAST_NANO)}"
     parts.append(_card("Cost" if "finished" in record else "Cost so far", price, spent))
     return f'<div class="road">{"".join(parts)}</div>'
 
