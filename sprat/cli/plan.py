@@ -131,5 +131,11 @@ def _table(quote: Quote, explain: bool) -> Any:
         row = [term.name, f"{term.bytes / 2**30:,.2f}"]
         memory.add_row(*row, *((term.formula, term.source) if explain else ()))
     memory.add_row("in all", f"{quote.memory.bytes / 2**30:,.2f}", *(("", "") if explain else ()))
+    steps = Table(box=None, pad_edge=False)
+    for column in ("", "seconds", "90 % interval", "formula", "source"):
+        steps.add_column(column, justify="right" if column in ("seconds", "90 % interval") else "left")
+    for each in quote.step_terms:
+        steps.add_row(each.name, _number(each.value, "s"), _interval(each), each.formula, each.source)
+    parts: list[Any] = ["", "A step on the mean rank", steps] if explain else []
     notes = [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)]
-    return Group(title, "", figures, "", f"Memory of {ranks}", memory, "", *notes)
+    return Group(title, "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)

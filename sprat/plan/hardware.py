@@ -43,7 +43,7 @@ class Efficiency(Config):
     link: float = Field(gt=0, le=1)
     network: float = Field(gt=0, le=1)
     kernel: float = Field(gt=0, lt=1)  # seconds that a kernel takes beside its work
-    source: str = Field(min_length=1)
+    source: dict[str, str]  # of products, attention, memory and links
 
 
 class Chip(Config):

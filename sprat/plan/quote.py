@@ -18,6 +18,7 @@ from sprat.plan.bills import LEFT_OUT, bill_training
 from sprat.plan.calibration import Calibration, fit
 from sprat.plan.counts import count_parameters, forward_flops, kv_bytes_per_token, training_flops
 from sprat.plan.families import load_shape
+from sprat.plan.goodput import goodput
 from sprat.plan.hardware import chip as find_chip
 from sprat.plan.memory import RankMemory, fullest_rank
 from sprat.plan.prices import Currency, GpuPrice, PriceBook, gpu_price
@@ -26,6 +27,7 @@ from sprat.plan.shapes import ModelShape
 from sprat.plan.step import StepEstimate, StepOptions, step_time
 
 GIB = 2**30
+SAVE_SECONDS, RESTART_SECONDS = 60.0, 600.0  # assumed, for ``progress under failures``
 _DAY = 86400.0
 
 
@@ -53,6 +55,7 @@ class Quote:
     memory: RankMemory
     fits: bool
     notes: tuple[str, ...]
+    step_terms: tuple[Figure, ...] = ()  # seconds of each kind of work in a step, mean over ranks; they add up to it
     leaves_out: tuple[str, ...] = LEFT_OUT
 
     def figure(self, name: str) -> Figure:
@@ -72,6 +75,9 @@ class Quote:
                 "bytes": self.memory.bytes,
                 "fits": self.fits,
                 "terms": [asdict(term) for term in self.memory.terms],
+            },
+            "step_terms": {
+                each.name: {k: v for k, v in asdict(each).items() if k != "name"} for each in self.step_terms
             },
             "notes": list(self.notes),
             "leaves_out": list(self.leaves_out),
@@ -118,7 +124,13 @@ def make_quote(
             notes.append(f"no bill: {error.what}")
     if price is not None:
         figures.append(_bill(figures, price, currency))
-    return Quote(shape.name, accelerator.name, plan, tuple(figures), memory, fits, tuple(notes))
+    ends = (low / step.seconds, high / step.seconds)
+    terms = [
+        Figure(each.name, each.value, "s", each.formula, each.source, *sorted(end * each.value for end in ends))
+        for each in step.explain()
+        if each.name in step.terms() and each.value
+    ]
+    return Quote(shape.name, accelerator.name, plan, tuple(figures), memory, fits, tuple(notes), tuple(terms))
 
 
 def _counts(shape: ModelShape, plan: ParallelPlan) -> list[Figure]:
@@ -189,6 +201,13 @@ def _time(step: StepEstimate, low: float, high: float, tokens: float) -> list[Fi
         figure("tokens a second", "1/s/chip", "tokens of a step / seconds / chips", 0, plan.step_tokens / ranks),
         figure("MFU, causal", "", "tokens/s x causal FLOPs / bf16 peak", 0, step.mfu(causal=True) * seconds),
         figure("MFU, not causal", "", "tokens/s x full FLOPs / bf16 peak", 0, step.mfu(causal=False) * seconds),
+        Figure(
+            "progress under failures",
+            goodput(ranks, save_seconds=SAVE_SECONDS, restart_seconds=RESTART_SECONDS).share,
+            "of the time",
+            f"Daly: saves of {SAVE_SECONDS:g} s, restarts of {RESTART_SECONDS:g} s; not in time and bill",
+            "sprat/plan/goodput.py; failures as arXiv 2407.21783, section 3.3.4",
+        ),
         figure("time", "days", "steps x seconds of a step", steps / _DAY),
         figure("GPU-hours", "h", "time x chips", steps * ranks / 3600),
         figure(

@@ -123,11 +123,17 @@ class StepEstimate:
         }
         return sums | {name: self.factor * value for name, value in once.items()} | {"data stall": self.data_stall}
 
+    def _source(self, name: str) -> str:
+        """Where the rate of the term ``name`` comes from."""
+        kind = _RATES.get(name, "links" if name.endswith("messages") or name == "gradients" else "")
+        if not kind:
+            return "sprat/plan/simulate.py" if name != "data stall" else "given"
+        return "; ".join(dict.fromkeys(each.efficiency.source[kind] for each in self.chips))
+
     def explain(self) -> list[Line]:
         """Every number with its formula and source."""
         catalogue = "; ".join(dict.fromkeys(each.source for each in self.chips))
-        shares = "; ".join(dict.fromkeys(each.efficiency.source for each in self.chips))
-        lines = [Line(name, value, "s", _FORMULAS.get(name, ""), shares) for name, value in self.terms().items()]
+        lines = [Line(name, value, "s", _FORMULAS[name], self._source(name)) for name, value in self.terms().items()]
         lines += [
             Line("step", self.seconds, "s", "factor x (pipeline + gradients + optimizer) + data stall", "simulation"),
             Line(
@@ -141,6 +147,11 @@ class StepEstimate:
         return lines
 
 
+_RATES = {
+    **dict.fromkeys(("products", "experts", "head", "scan"), "products"),
+    **dict.fromkeys(("elementwise", "quantize", "optimizer"), "memory"),
+    "attention": "attention",
+}
 _FORMULAS = {
     "products": "2 M N K / (peak x share(M, N, K)), or bytes / bandwidth; backward: two of the same",
     "experts": "grouped products of local experts x rows; rows = tokens x ranks x top-k / experts",

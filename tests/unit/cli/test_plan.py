@@ -126,6 +126,16 @@ def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
         assert code == 2 and "config.json" in err
 
 
+def test_the_terms_of_a_step_add_up_to_it_and_say_where_they_come_from(v3: dict[str, Any]) -> None:
+    terms = v3["step_terms"]
+    assert sum(each["value"] for each in terms.values()) == pytest.approx(v3["figures"]["step"]["value"])
+    assert {"products", "experts", "attention", "expert messages", "bubble"} <= set(terms)
+    assert all(each["formula"] and each["source"] and each["low"] < each["high"] for each in terms.values())
+    assert 0.9 < v3["figures"]["progress under failures"]["value"] < 1
+    code, out, _ = plan("v3", "--explain")
+    assert code == 0 and "A step on the mean rank" in out and "expert messages" in out
+
+
 def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
     words = ("LLAMA3_8B", "--fleet", "8xH800", "--tokens", "1e12", "--set", "global_batch=64")
     code, out, _ = plan(*words, "--json")

@@ -13,7 +13,9 @@ ASKED = ("A100", "H100", "H200", "H800", "B200", "GB200", "GB300", "L40S", "RTX 
 def test_every_chip_has_a_source_and_a_generation() -> None:
     assert set(ASKED) <= set(catalogue())
     for each in catalogue().values():
-        assert len(each.source) > 20 and len(each.efficiency.source) > 20
+        assert len(each.source) > 20
+        assert set(each.efficiency.source) == {"products", "attention", "memory", "links"}
+        assert all(len(source) > 20 for source in each.efficiency.source.values())
         for precision in each.peak.keys() & each.efficiency.gemm.keys():
             assert each.flops(precision) > 0
 
