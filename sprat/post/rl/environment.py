@@ -71,13 +71,15 @@ class EpisodePayer(Payer):
     def again(self, asked: Asked, rollouts: Sequence[Rollout]) -> tuple[list[Verdict], list[Verdict]] | None:
         """What episodes were paid, and what they are when they are played again with the same actions.
 
+        Where a reward pays they are played again too, to see that the environment says the same.
+
         Raises:
             TrainingError: the environment answers the same actions otherwise.
         """
-        if not self._pays:
-            return super().again(asked, rollouts)
         paid = [place for place, rollout in enumerate(rollouts) if rollout.reward is not None]
         rewards = self._pool.map(lambda place: self._replay(asked[place], rollouts[place]), paid)
+        if not self._pays:
+            return super().again(asked, rollouts)
         return [Verdict(rollouts[place].reward) for place in paid], [Verdict(reward) for reward in rewards]
 
     def _play(self, engine: Engine, groups: Sequence[Sequence[Episode]], shaped: bool) -> list[Rollout]:
@@ -170,7 +172,7 @@ class EpisodePayer(Payer):
 
     def _listen(self, engine: Engine, episode: Episode) -> None:
         """Take in what the environment said: its reward, its end, or the tokens that come next."""
-        reply, was_over = episode.reply, episode.is_over
+        reply = episode.reply
         if episode.fault is not None:
             return
         episode.tool_errors += reply["errors"]
@@ -180,7 +182,7 @@ class EpisodePayer(Payer):
             episode.total = None if reply["reward"] is None else episode.total
         if episode.is_over:
             return
-        assert episode.last is not None and not was_over
+        assert episode.last is not None
         try:
             ids = self._format.next_ids(episode.last, reply["messages"], episode.sampling.thinking)
         except DataError as error:
@@ -205,25 +207,30 @@ class EpisodePayer(Payer):
         episode.process = self._pool.open()
         try:
             episode.tools = list(episode.process.reset(episode.given, episode.seed)["tools"])
-            for number, (first, count) in enumerate(rollout.trained or ()):
-                if number:
-                    said = rollout.token_ids[len(episode.token_ids) : first]
-                    self._compare(episode, said)
-                    episode.token_ids += said
-                ids = rollout.token_ids[first : first + count]
-                episode.token_ids += ids
-                is_cut = rollout.finish == "length" and number == len(rollout.trained or ()) - 1
+            end = 0
+            for first, count in rollout.trained or ():
+                if first:
+                    self._compare(episode, rollout.token_ids[end:first])
+                end = first + count
+                ids = rollout.token_ids[first:end]
                 episode.last = self._format.read(ids, episode.tools, None, finished=True)
-                episode.is_over = is_cut and ids[-1] not in self.tokenizer.eos_token_ids
-                self._step(episode)
-                if episode.fault is not None:
-                    return None
-                episode.total = (episode.total or 0.0) + (episode.reply["reward"] or 0.0)
+                if ids[-1] in self.tokenizer.eos_token_ids:
+                    self._step_again(episode)
+            if rollout.finish == "length":
+                episode.is_over = True
+                self._step_again(episode)
             return episode.total
         except FaultError:
             return None
         finally:
             episode.process.close()
+
+    def _step_again(self, episode: Episode) -> None:
+        """A turn of an episode that is played again. Raises: FaultError."""
+        self._step(episode)
+        if episode.fault is not None:
+            raise episode.fault
+        episode.total = (episode.total or 0.0) + (episode.reply["reward"] or 0.0)
 
     def _compare(self, episode: Episode, said: Sequence[int]) -> None:
         """Raises: TrainingError: the environment says something else than it ``said``."""

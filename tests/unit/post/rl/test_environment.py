@@ -286,6 +286,15 @@ def test_an_environment_that_cannot_be_trusted_ends_the_run_with_its_name(fault:
     assert not Path("runs/bad/artefact").exists()
 
 
+def test_what_is_answered_by_chance_is_noticed_beside_a_reward_too(folder: Path) -> None:
+    source, _ = BROKEN["answers by chance"]
+    Path("bad.py").write_text(source)
+    Path("judge.py").write_text("def reward(problem, answer):\n    return float(answer.content.strip() == '7')\n")
+    config = settings(gate=True, gate_problems=4, held_out={"problems": 2})
+    with pytest.raises(TrainingError, match="answered otherwise.*environment bad.py:E"):
+        reinforce("base", Questions(environment="bad.py:E", reward="judge.py:reward"), "runs/bad", config)
+
+
 def test_a_fault_now_and_then_costs_its_own_episode(play: Play) -> None:
     source = AGAIN.replace("self.left -= 1", "self.left -= 1\n        assert self.left or action.strip() in '02468'")
     rollouts = play(source)

@@ -99,6 +99,29 @@ def test_the_model_calls_the_calculator_and_answers_with_its_result(
     assert "# Tools" in tokenizer.decode(rollouts[0].prompt_ids)
 
 
+@pytest.mark.parametrize("max_turns", [1, 8])
+def test_get_reward_pays_an_episode_that_is_cut_and_says_the_same_again(
+    max_turns: int, calling: tuple[Transformer, Tokenizer], tmp_path: Path
+) -> None:
+    model, tokenizer = calling
+    (tmp_path / "counts.py").write_text(
+        "from sprat.tasks.environments import Calculator\n\n\nclass Counts(Calculator):\n    calls = 0\n\n"
+        "    def calculator(self, expression: str) -> str:\n        self.calls += 1\n"
+        "        return super().calculator(expression)\n\n    calculator.__doc__ = Calculator.calculator.__doc__\n\n"
+        "    def get_reward(self):\n        return self.calls / 2\n"
+    )
+    config = RLRunConfig(max_tokens=60, environment={"max_turns": max_turns})
+    pool = EnvironmentPool(f"{tmp_path}/counts.py:Counts", config.environment)
+    own = EpisodePayer(tokenizer, config, pool)
+    asked = [(Lucky(), problem) for problem in PROBLEMS]
+    sampling = Sampling(temperature=0.0, max_tokens=60, logprobs=True)
+    rollouts = own.sample(Engine(model, tokenizer, max_batch=4), asked, [sampling] * 2)
+    assert [(each.reward, each.finish) for each in rollouts] == [(0.5, "length" if max_turns == 1 else "stop")] * 2
+    found = own.again(asked, rollouts)
+    assert found is not None and [[verdict.reward for verdict in side] for side in found] == [[0.5, 0.5]] * 2
+    pool.close()
+
+
 def test_a_call_that_is_never_answered_within_the_limit_is_cut(
     calling: tuple[Transformer, Tokenizer], payer: EpisodePayer
 ) -> None:
