@@ -22,6 +22,7 @@ STAGE_TITLES = {
     "distill": "Distil",
     "quantize": "INT4",
 }
+OWN_ROAD = "road.toml"  # in the folder of a road of the user's own
 _CONTROLS = {"student-scratch": "distill"} | dict.fromkeys(("sft-labels", "rft", "pretrain-more"), "rl")
 _MODEL_KEYS = {"rl": "teacher", "distill": "student", "quantize": "int4"}
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -76,10 +77,15 @@ class StageRun:
 
 @dataclass(frozen=True)
 class PipelineRuns:
-    """All finished runs, and those of ``main``: each made from the one before it, what is shown as the pipeline."""
+    """All finished runs, and those of ``main``: each made from the one before it, what is shown as the pipeline.
+
+    ``is_own``: of a road of the user's own, whose stages have their own names, no controls, and are compared by what
+    they say themselves.
+    """
 
     stages: list[StageRun]
     main: list[StageRun]
+    is_own: bool = False
 
     @property
     def scored(self) -> list[StageRun]:
@@ -132,7 +138,7 @@ class PipelineRuns:
             return stage.kind in STAGE_TITLES
 
         compared = self.compared_stages
-        return [stage for stage in self.stages if stage not in compared and in_pipeline(stage)]
+        return [] if self.is_own else [stage for stage in self.stages if stage not in compared and in_pipeline(stage)]
 
     def tasks(self) -> dict[str, bool]:
         """Each task that any compared stage was scored on, and whether it was trained, trained ones first."""
@@ -151,6 +157,9 @@ def read_runs(folder: Path) -> PipelineRuns:
     if not run_folders:
         todo = f"run `sprat quickstart --out {folder}` first, or give the folder of a road"
         raise CheckpointError("no finished run to report on", where=str(folder), todo=todo)
+    if (folder / OWN_ROAD).is_file():
+        stages = [_read_stage(path, folder, is_own=True) for path in run_folders]
+        return PipelineRuns(stages, lineage.main_stages(stages, _stage_index), is_own=True)
     stages = sorted((_read_stage(path, folder) for path in run_folders), key=_sort_key)
     main = lineage.main_stages(stages, _stage_index)
     names, kinds = {stage.name for stage in main}, {stage.kind for stage in main}
@@ -208,7 +217,7 @@ def _sort_key(stage: StageRun) -> tuple[int, int, str, str]:
     return index, bool(stage.control_of), finished, stage.name
 
 
-def _read_stage(path: Path, folder: Path) -> StageRun:
+def _read_stage(path: Path, folder: Path, *, is_own: bool = False) -> StageRun:
     """The run in ``path`` as a stage."""
     record = read_json(path / "run.json")
     if record is None:
@@ -216,6 +225,9 @@ def _read_stage(path: Path, folder: Path) -> StageRun:
     record = printable(record)
     name = path.name if path == folder else path.relative_to(folder).as_posix()
     facts = record.get("facts") or {}
+    if is_own:
+        stage = str(record.get("stage", name))
+        return StageRun(name, stage, name, "", record, printable(run_record.read_metrics(path)))
     kind = next((f for f in STAGE_TITLES if name == f or name.startswith(f"{f}-")), str(record.get("stage", name)))
     title = str(facts.get("title") or STAGE_TITLES.get(name, name))
     control_of = str(facts.get("control_of") or _CONTROLS.get(name, ""))

@@ -135,6 +135,8 @@ def test_r1_walks_four_trainings_and_none_of_them_sees_a_held_out_question(place
         own = [each for each in found if each.messages[-1].reasoning]
         assert own and not held_out & {each.messages[0].content for each in own}
     assert records["sft"]["facts"]["held_out_overlap"]["count"] == 1, "a general example gave a question away"
+    page = write_report(out).read_text()
+    assert "are not compared" not in page and ">control<" not in page and "SFT on worked examples" not in page
 
 
 def test_a_cold_start_of_ones_own_takes_the_place_of_answers(place: Path) -> None:
