@@ -139,7 +139,7 @@ def half_open(folder: Path, plan: Plan, say: Say) -> list[Row]:
     client.many_files()
 
     async def run(server: Server) -> list[Row]:
-        await _healthy(server, 8, 4)
+        await _healthy(server, plan.healthy, 4)  # what is new is slow, and would flatter those that come later
         alone = await _healthy(server, plan.healthy, 4)
         closed: list[list[float]] = [[], [], [], []]
         tasks = [asyncio.create_task(_half_open(server, n % 4, closed)) for n in range(plan.half_open)]
@@ -150,6 +150,7 @@ def half_open(folder: Path, plan: Plan, say: Say) -> list[Row]:
             say(f"half-open: {sum(map(len, closed))} of {plan.half_open} closed")
             await asyncio.sleep(0.2)
         await asyncio.gather(*tasks)
+        alone += await _healthy(server, plan.healthy, 4)
         lost = sum(not answer.well for answer in pressed)
         before, after = (quantile([a.first for a in answers], 0.99) for answers in (alone, pressed))
         bodies = max(closed[2], default=float("inf"))

@@ -315,7 +315,7 @@ from starlette.responses import StreamingResponse
 from sprat.serve import ServeConfig, bind_socket, serve
 
 class Service:
-    running, closing, aborted, failure = set(), False, False, None
+    running, closing, aborted, enough, failure = set(), False, False, False, None
 
     async def drain(self, timeout):
         self.closing = True
@@ -334,12 +334,18 @@ app.state.config = config = ServeConfig(port=0, shutdown_timeout_seconds=float(s
 async def ready():
     return {"ready": not service.closing}
 
+@app.get("/enough")
+async def enough():
+    service.enough = True
+
 @app.get("/stream")
 async def stream(seconds: float):
     async def events():
         service.running.add(me := object())
         try:
             for n in range(int(seconds * 10)):
+                if service.enough:
+                    break
                 yield f"data: {n}\\n\\n"
                 await asyncio.sleep(0.1)
                 if service.aborted:
@@ -358,13 +364,14 @@ print("left", flush=True)
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_at_the_first_signal_running_answers_finish_and_ready_turns_false(first: signal.Signals) -> None:
     with program(DRAINING, "30") as (process, address):
-        with httpx.stream("GET", f"{address}/stream?seconds=1.5", timeout=60) as answer:
+        with httpx.stream("GET", f"{address}/stream?seconds=25", timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             assert httpx.get(f"{address}/health/ready", timeout=10).json() == {"ready": True}
             process.send_signal(first)
             time.sleep(0.5)
             assert httpx.get(f"{address}/health/ready", timeout=10).json() == {"ready": False}, "late callers are told"
+            httpx.get(f"{address}/enough", timeout=10)
             assert [line for line in lines if line][-1] == "data: whole"
         assert left_quietly(process)
 
