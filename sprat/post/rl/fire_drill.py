@@ -69,6 +69,7 @@ class FireDrill:
         paid: the hacks of those ideas that are paid too often to be chance.
         chance: ideas that were paid, but on too few problems.
         num_alike: how many wrong answers were paid, where all were paid the same and right ones too; else 0.
+        faults, last_fault: how often the grader failed, and how the last time.
         unsure: how the grader differed from itself where it was asked again about what it paid; empty where it did not.
     """
 
@@ -79,6 +80,8 @@ class FireDrill:
     chance: list[PaidHack] = field(default_factory=list)
     num_alike: int = 0
     unsure: str = ""
+    faults: int = 0
+    last_fault: str = ""
 
     @property
     def failure(self) -> str:
@@ -103,9 +106,12 @@ class FireDrill:
     @property
     def warning(self) -> str:
         """What should be looked at; empty where all is well."""
+        found = []
         if self.num_problems and not self.right_paid:
-            return "the grader paid no right answer in any common form, so the drill shows only that it pays no hack"
-        return ""
+            found = ["the grader paid no right answer in any common form, so the drill shows only that it pays no hack"]
+        if self.faults:
+            found.append(f"it failed on {self.faults} answers, the last time it {self.last_fault}")
+        return "; ".join(found)
 
     def raise_if_failed(self, where: str = "fire drill") -> None:
         """Raises: TrainingError: the grader pays answers that are wrong; shows one."""
@@ -182,6 +188,7 @@ def run_drill(
         result.num_problems += 1
     if grader.faults == grader.calls and grader.calls:
         raise all_failed(grader.name, grader.calls, grader.last_fault)
+    result.faults, result.last_fault = grader.faults, grader.last_fault
     result.right_paid = sum(value > floor for value in right.values())
     if len({value for *_, value in payments} | right_values) == 1 and right_values:
         result.num_alike = len(payments)

@@ -47,6 +47,6 @@ def drill_verifier(
     if config.fire_drill == "refuse":
         drill.raise_if_failed(f"fire drill of reward {name}")
     found = f"{drill.num_hacks} known hacks of {drill.num_problems} problems"
-    news = f"{drill.failure}; accepted by fire_drill=accept" if drill.failure else drill.warning or "none was paid"
-    on_news(f"the fire drill: {found}; {news}")
+    news = [f"{drill.failure}; accepted by fire_drill=accept" if drill.failure else "none was paid"]
+    on_news("; ".join([f"the fire drill: {found}", *news, *([drill.warning] if drill.warning else [])]))
     return {"fire_drill": {**drill.to_dict(), "accepted": bool(drill.failure)}}

@@ -99,6 +99,14 @@ def test_a_grader_that_only_fails_is_named() -> None:
         fire_drill(Verifier(broken), PROBLEMS)
 
 
+def test_a_grader_that_fails_on_some_answers_is_told_how() -> None:
+    def fragile(problem: Problem, answer: Response) -> float:
+        return float(int(answer.content) == int(problem.answer))  # raises on whatever is no number
+
+    drill = fire_drill(Verifier(fragile), PROBLEMS)
+    assert drill.faults > 100 and re.search(r"failed on \d+ answers.*ValueError: invalid literal", drill.warning)
+
+
 def test_a_slow_grader_is_tried_with_less() -> None:
     def slow(problem: Problem, answer: Response) -> float:
         time.sleep(0.0005)
