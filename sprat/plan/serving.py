@@ -85,6 +85,7 @@ class DayOfServing:
     decode_nodes: float
     cost: Decimal
     currency: str
+    prompt_cost_per_million: Decimal
     output_cost_per_million: Decimal
     source: str
 
@@ -100,6 +101,7 @@ def day_of_serving(
     *,
     prefill_rate: float,
     decode_rate: float,
+    measured_hit_rate: float | None = None,
     gpus_per_node: int = 8,
     currency: str = "usd",
 ) -> DayOfServing:
@@ -108,6 +110,8 @@ def day_of_serving(
     Args:
         price: of a GPU-hour.
         prefill_rate: prompt tokens a second of a node that prefills, cached ones counted as the published rate does.
+        measured_hit_rate: share of cached tokens at which ``prefill_rate`` was measured, since only the others are
+            computed; None: that of ``traffic``.
         decode_rate: tokens written a second of a node that decodes.
 
     Raises:
@@ -116,14 +120,28 @@ def day_of_serving(
     _positive(prefill_rate=prefill_rate, decode_rate=decode_rate, gpus_per_node=gpus_per_node)
     if not (0 <= traffic.cached <= traffic.prompt < 1e24 and 0 <= traffic.output < 1e24):
         raise ConfigError(f"traffic {traffic}", where="serving", todo="give tokens of a day, cached among the prompt's")
-    amount: Decimal | None = getattr(price, currency)
-    if amount is None:
+    given: Decimal | None = getattr(price, currency, None)
+    if given is None:
         raise ConfigError(f"no price of {price.chip} in {currency}", where="serving", todo="use the other currency")
-    prefill, decode = traffic.prompt / _DAY / prefill_rate, traffic.output / _DAY / decode_rate
-    cost = Decimal(repr((prefill + decode) * gpus_per_node * 24)) * amount
-    decode_cost = Decimal(repr(decode * gpus_per_node * 24)) * amount
-    per_million = decode_cost / Decimal(repr(traffic.output / 1e6)) if traffic.output else Decimal(0)
-    return DayOfServing(prefill, decode, cost, currency, per_million, price.source)
+    amount = given
+    measured = traffic.hit_rate if measured_hit_rate is None else measured_hit_rate
+    if not 0 <= measured < 1:
+        todo = "give a share from 0 to below 1"
+        raise ConfigError(f"measured_hit_rate is {measured}", where="serving", todo=todo)
+    computed_rate = prefill_rate * (1 - measured)
+    prefill = (traffic.prompt - traffic.cached) / _DAY / computed_rate
+    decode = traffic.output / _DAY / decode_rate
+
+    def cost(nodes: float) -> Decimal:
+        return Decimal(repr(nodes * gpus_per_node * 24)) * amount
+
+    def per_million(nodes: float, tokens: float) -> Decimal:
+        return cost(nodes) / Decimal(repr(tokens / 1e6)) if tokens else Decimal(0)
+
+    return DayOfServing(
+        prefill, decode, cost(prefill + decode), currency, per_million(prefill, traffic.prompt),
+        per_million(decode, traffic.output), price.source,
+    )  # fmt: skip
 
 
 def _positive(**numbers: float) -> None:
