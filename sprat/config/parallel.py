@@ -31,6 +31,7 @@ Recompute = Literal["none", "selective", "full"] | tuple[RecomputeModule, ...]
 
 V_SCHEDULES = ("zbv", "dualpipe_v")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "none": 0}
+MOST_MICRO_BATCHES = 2**14  # of a pipeline in one step
 Degree = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -252,6 +253,8 @@ class ParallelPlan(Config):
             near = _or(nearest_multiples(self.global_batch, each))
             what = f"{product} * micro_batch {self.micro_batch} = {each} does not divide global_batch"
             raise ValueError(f"{what} {self.global_batch}; nearest: {near}")
+        if self.micro_batches > MOST_MICRO_BATCHES:
+            raise ValueError(f"{self.micro_batches} micro-batches; nearest: global_batch {MOST_MICRO_BATCHES * each}")
         return self
 
     @model_validator(mode="after")

@@ -132,8 +132,11 @@ def _peak(rank: int, plan: ParallelPlan, passes: dict[int, _Pass]) -> tuple[floa
     held = dict.fromkeys(plan.stages_of_rank(rank), 0)
     best: tuple[float, dict[int, int], float] = (0.0, dict(held), 0.0)
     chunks = plan.virtual_stages
-    for action in make_table(plan.schedule, plan.pipeline, plan.micro_batches, chunks)[rank]:
-        pile = sum(count * passes[stage].total for stage, count in held.items())
+    count, steady = plan.micro_batches, 8 * plan.stages  # by then each rank has held what it ever holds
+    if count > steady and (count % plan.pipeline == 0 or plan.schedule in ("1f1b", "zbv", "dualpipe_v")):
+        count = steady
+    for action in make_table(plan.schedule, plan.pipeline, count, chunks)[rank]:
+        pile = sum(number * passes[stage].total for stage, number in held.items())
         own = 0.0
         if action.kind in ("F", "FB"):
             own = passes[action.stage].forward

@@ -78,6 +78,8 @@ def make_table(name: ScheduleName, pipeline: int, micro_batches: int, chunks: in
     Raises:
         ConfigError: the schedule is unknown, or cannot run these micro-batches.
     """
+    if pipeline == chunks == 1 and name in ("zbv", "dualpipe_v"):  # one stage: a V of no arms
+        name = "1f1b"
     check_table(name, pipeline, micro_batches, chunks)
     if name == "1f1b":
         return tuple(tuple(_one_f_one_b(pipeline, micro_batches, rank)) for rank in range(pipeline))

@@ -53,7 +53,7 @@ def split_stages(shape: ModelShape, plan: ParallelPlan) -> list[Stage]:
     Raises:
         ConfigError: the plan does not fit the model.
     """
-    _check(shape, plan)
+    check_fit(shape, plan)
     stages, start = [], 0
     apart = plan.rank_of_stage(0) != plan.rank_of_stage(plan.stages - 1)
     for number, count in enumerate(plan.split_layers(len(shape.layers))):
@@ -72,8 +72,12 @@ def split_stages(shape: ModelShape, plan: ParallelPlan) -> list[Stage]:
     return stages
 
 
-def _check(shape: ModelShape, plan: ParallelPlan) -> None:
-    """Refuse degrees that do not cut the model."""
+def check_fit(shape: ModelShape, plan: ParallelPlan) -> None:
+    """Refuse degrees that do not cut the model.
+
+    Raises:
+        ConfigError: it names the nearest degree that does.
+    """
     sizes: dict[str, set[int]] = {"layers": {len(shape.layers)}}
     for block in shape.blocks:
         if block.core is not None:

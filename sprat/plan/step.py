@@ -23,6 +23,7 @@ from sprat.plan.schedule import make_table
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import Timeline, simulate
 from sprat.plan.stage_time import EXPOSED, Stage
+from sprat.plan.state import check_fit
 
 EXPOSED_GRADIENTS = 0.1  # of the messages among data ranks, even where a micro-batch is long enough to hide them
 
@@ -188,6 +189,7 @@ def step_time(
         what, todo = f"{len(each)} chips for {plan.pipeline} pipeline ranks", "name one chip, or one for each rank"
         raise ConfigError(what, where="fleet", todo=todo)
     check_options(options)
+    check_fit(shape, plan)
     recipe = recipe_of(options.recipe or plan.precision)
     gradient_bytes = float(DTYPE_BYTES[plan.gradient_dtype])
     ranks = [

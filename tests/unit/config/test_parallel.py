@@ -37,6 +37,7 @@ def test_degrees_follow_torchtitan() -> None:
         ({"data_shard": 96, "expert": 64, "global_batch": 96}, "expert 64 does not divide", "expert 48, or 64 or 128"),
         ({"expert": 3, "tensor": 4}, "expert 3 does not divide", "expert 2"),
         ({"data_shard": 3, "micro_batch": 4, "global_batch": 100}, "micro_batch 4 = 12 does not divide", "96 or 108"),
+        ({"global_batch": 2**40}, "micro-batches", "global_batch 16384"),
         ({"data_replicate": 8, "global_batch": 4}, "= 8 does not divide global_batch 4", "nearest: 8"),
         ({"context": 3, "sequence_length": 4096}, "2 [*] context 3 = 6 does not divide", "4098 or 4092"),
         ({"tensor": 3, "sequence_length": 4096}, "context 1 [*] tensor 3 = 3", "4095 or 4098"),

@@ -106,6 +106,28 @@ def test_absurd_options_are_refused(options: dict[str, float], says: str) -> Non
         step_time(load_shape("LLAMA3_8B"), plan, chip("H100"), StepOptions(**options))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("degrees", "says"),
+    [
+        ({"tensor": 3, "sequence_length": 6144}, "tensor 3 does not divide"),
+        ({"pipeline": 64}, "64 stages"),
+        ({"expert": 2}, "expert 2"),
+    ],
+)
+def test_layouts_that_do_not_cut_the_model_are_refused(degrees: dict[str, int], says: str) -> None:
+    plan = ParallelPlan.model_validate({"data_shard": 8, "global_batch": 128} | degrees)
+    with pytest.raises(ConfigError, match=says):
+        step_time(load_shape("LLAMA3_8B"), plan, chip("H100"))
+
+
+def test_one_rank_has_nothing_to_schedule() -> None:
+    plan = ParallelPlan(data_shard=8, global_batch=128)
+    seconds = {
+        step_time(load_shape("LLAMA3_8B"), plan.replace(schedule=s), chip("H100")).seconds for s in ("1f1b", "zbv")
+    }
+    assert len(seconds) == 1
+
+
 def test_a_fleet_that_names_too_few_chips_is_refused() -> None:
     plan = ParallelPlan(data_shard=2, pipeline=4, global_batch=64)
     with pytest.raises(ConfigError, match="2 chips for 4 pipeline ranks"):
