@@ -151,6 +151,7 @@ class EpisodePayer(Payer):
         episode.turns.append((len(episode.token_ids), len(output.token_ids)))
         episode.token_ids += output.token_ids
         episode.logprobs += output.logprobs or [0.0] * len(output.token_ids)
+        episode.routes = getattr(output, "routes", None)
         is_whole = output.finish_reason == "stop"
         episode.last = self._format.read(output.token_ids, episode.tools, episode.sampling.thinking, finished=is_whole)
         episode.tool_calls += len(episode.last.calls)

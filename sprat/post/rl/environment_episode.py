@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sprat.engine import Sampling
 from sprat.post.rl.environment_pool import EpisodeProcess, FaultError
@@ -25,6 +30,8 @@ class Episode:
         sampling: of its group.
         turns: where in ``token_ids`` each turn of the model lies.
         total: of rewards; None where the end was "cannot say".
+        routes: experts of all tokens up to the last turn's end, where the engine tells them: each turn computes all
+            that stands before it.
     """
 
     task: Task
@@ -45,6 +52,7 @@ class Episode:
     fault: FaultError | None = None
     tool_calls: int = 0
     tool_errors: int = 0
+    routes: NDArray[Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -69,6 +77,11 @@ class Episode:
         key = f"episode/{self.sampling.seed}/{self.sample}/{len(self.turns)}"
         seed = random.Random(key).randrange(1 << 31)
         return replace(self.sampling, n=1, seed=seed, max_tokens=max_tokens, fit=True)
+
+    def _whole_routes(self) -> Tensor | None:
+        """The experts of prompt and turns; None where they are not known of all of them."""
+        count = len(self.prompt_ids) + len(self.token_ids)
+        return None if self.routes is None or len(self.routes) != count else torch.from_numpy(self.routes)
 
     def fault_verdict(self) -> Verdict:
         """What became of it where it could not go on."""
@@ -107,4 +120,5 @@ class Episode:
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
             environment_seed=self.seed,
+            routes=self._whole_routes(),
         )
