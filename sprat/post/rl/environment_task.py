@@ -48,6 +48,9 @@ class EnvironmentTask:
         """
         raise DataError("an environment judges episodes, no answers", where=self._pool.label, todo="play an episode")
 
+    def verdict(self, problem: Problem, answer: str | None) -> None:
+        """Of an answer alone nobody knows; see ``tasks.task_verdict``."""
+
     def chain_of_thought(self, problem: Problem) -> str:
         """There is none.
 

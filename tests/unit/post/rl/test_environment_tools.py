@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -97,6 +100,23 @@ def test_the_model_calls_the_calculator_and_answers_with_its_result(
         assert texts[2] == f"<think></think>{problem.answer}<|eos|>"
         assert rollout.response.content == problem.answer and all(value < 0 for value in rollout.logprobs[:call])
     assert "# Tools" in tokenizer.decode(rollouts[0].prompt_ids)
+
+
+class Routed(Engine):
+    """An engine that tells the experts of each token: here the token itself."""
+
+    def generate(self, prompts: Any, sampling: Any = None, **options: Any) -> Any:
+        outputs = super().generate(prompts, sampling, **options)
+        ids = [np.array(each.prompt_ids + each.token_ids, np.int16) for each in outputs]
+        told = zip(outputs, ids, strict=True)
+        return [SimpleNamespace(**vars(each) | {"routes": own[:, None, None]}) for each, own in told]
+
+
+def test_experts_of_all_turns_are_kept(calling: tuple[Transformer, Tokenizer], payer: EpisodePayer) -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=60, logprobs=True)
+    [rollout] = payer.sample(Routed(*calling, max_batch=4), [(Lucky(), PROBLEMS[0])], [sampling])
+    assert rollout.routes is not None and len(rollout.trained or []) == 2
+    assert rollout.routes.flatten().tolist() == rollout.prompt_ids + rollout.token_ids
 
 
 @pytest.mark.parametrize("max_turns", [1, 8])
