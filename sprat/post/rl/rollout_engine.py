@@ -9,8 +9,8 @@ not correct is refused, and ``max_mismatch`` stops a run whose copy is too far a
 
 ``bfloat16``: the matrices; norms and routers stay float32 where the native engine computes, which reads both. The copy
 is written over in place. ``int4``: codes of four bits, nearest, a scale and a minimum for each 32 channels; embedding
-and head have eight bits (``sprat.quant``). Without minimums SmolLM2 was eight times as far away. Codes are laid out
-anew for each version of the weights, so the engine is made anew with them.
+and head have eight bits (``sprat.quant``). Without minimums SmolLM2, whose file has some, was eight times as far away.
+Codes are laid out anew for each version of the weights, so the engine is made anew with them.
 
 Held-out problems are asked of the policy in float32, which is what comes of the run.
 """
