@@ -33,6 +33,9 @@ def test_turn_by_turn_is_what_the_template_writes_at_once(name: str, is_tool: bo
     ids = encode_next_turn(ours, told, calls=answer.tool_calls)
     # What stands between them is the answer, as the model's own family writes it.
     text = said.write([("now", "{}")]) if is_tool else "Now."
-    assert expected[: len(first)] == first and expected[-len(ids) :] == ids
+    assert expected[-len(ids) :] == ids
+    if ours.chat_format.default_thinking:  # the prompt opens a think, of which the template leaves nothing in the past
+        return
+    assert expected[: len(first)] == first
     middle = expected[len(first) : len(expected) - len(ids)]
     assert ours.decode(middle).removesuffix(ours.chat_format.eos) == text

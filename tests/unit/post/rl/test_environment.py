@@ -218,6 +218,8 @@ def test_games_that_ask_the_same_each_time_are_held_out_one_by_one(folder: Path)
         "base", Questions(environment="same.py:Again"), "runs/mine", settings(steps=1, held_out={"problems": 6})
     )
     assert run.facts["held_out"]["change"]["count"] == 6
+    first = json.loads((run.artifact / "held_out.jsonl").read_text().splitlines()[0])
+    assert len({each["key"] for each in first["problems"]}) == 6
 
 
 def test_a_reward_in_its_place_sees_the_last_turn_alone(folder: Path) -> None:
