@@ -85,7 +85,9 @@ class _ExpertParallelMoE(MoE):
         self.experts = type(self.experts)(own, config.hidden_size, config.moe_intermediate_size)
         self.own = own
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None = None, given_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """See ``MoE``."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)

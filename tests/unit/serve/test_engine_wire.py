@@ -21,7 +21,7 @@ def test_settings_cross_the_wire_whole() -> None:
                 thinking=False, logprobs=True, top_logprobs=3, frequency_penalty=0.5, logit_bias={7: 1.5, 3: -2.0},
                 bad_words=("cat", (1, 2)), stop_token_ids=(4,), response=Response.json(), fit=True, n=2,
                 presence_penalty=-1, repetition_penalty=1.5, min_think_tokens=2, max_think_tokens=9, min_tokens=3,
-                ignore_eos=True, prompt_logprobs=True,
+                ignore_eos=True, prompt_logprobs=True, routes=True,
             ),
         ),
         Tenant("\x00ß", b"\xff\x00"),
