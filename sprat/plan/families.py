@@ -38,13 +38,11 @@ def _gqa(keys: ConfigKeys, **changes: Any) -> Any:
 def _windows(keys: ConfigKeys, layers: int, kind: str) -> list[int | None]:
     """The window of each layer."""
     window, types = keys.table.get("sliding_window"), keys.words("layer_types", layers)
-    if kind == "mistral" and "sliding_window" not in keys.table:
-        window = 4096
     if kind in ("qwen2", "qwen3", "qwen3_moe") and not keys.flag("use_sliding_window"):
         window = None
     if window is None or kind == "llama":
         return [None] * layers
-    window = keys.size("sliding_window", default=4096)
+    window = keys.size("sliding_window")
     if types is not None:
         return [window if each == "sliding_attention" else None for each in types]
     if kind == "gpt_oss":
@@ -68,7 +66,7 @@ def _qwen3_moe(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     bias, dense_layers = keys.flag("attention_bias"), keys.words("mlp_only_layers") or []
     step = keys.size("decoder_sparse_step", default=1)
-    experts, top_k = keys.size("num_experts"), keys.size("num_experts_per_tok")
+    experts, top_k = keys.size("num_experts", "num_local_experts"), keys.size("num_experts_per_tok")
     feed = blocks.moe(hidden, experts, _chosen(keys, experts, top_k), keys.size("moe_intermediate_size"))
     layers: list[Layer] = []
     for layer, window in enumerate(_windows(keys, count, kind)):

@@ -99,6 +99,40 @@ def test_foreign_families_are_counted_as_transformers_builds_them(table: dict[st
     assert count_parameters(from_hf(table)).total == built_by_transformers(table)
 
 
+MISTRAL = {**LLAMA3_8B, "model_type": "mistral"}
+V3 = {key: value for key, value in V32.items() if not key.startswith("index")} | {"model_type": "deepseek_v3"}
+
+
+@pytest.mark.parametrize(
+    "table, absent",
+    [
+        (MISTRAL, "num_key_value_heads"),
+        (QWEN3_06B | {"num_attention_heads": 32}, "num_key_value_heads"),
+        (QWEN3_06B, "head_dim"),
+        (QWEN3_30B, "num_key_value_heads"),
+        (GPT_OSS_20B, "num_key_value_heads head_dim"),
+        (V3, "q_lora_rank n_shared_experts first_k_dense_replace"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each["model_type"],
+)
+def test_a_key_that_is_left_out_is_what_transformers_takes(table: dict[str, Any], absent: str) -> None:
+    short = {key: value for key, value in table.items() if key not in absent.split()}
+    assert len(short) < len(table) and count_parameters(from_hf(short)).total == built_by_transformers(short)
+
+
+def test_a_window_that_is_left_out_is_what_transformers_takes() -> None:
+    transformers = pytest.importorskip("transformers")
+    short = {key: value for key, value in GPT_OSS_20B.items() if key != "sliding_window"}
+    window = transformers.GptOssConfig().sliding_window
+    assert from_hf(short).layers == from_hf({**short, "sliding_window": window}).layers
+
+
+def test_experts_are_read_by_the_name_that_transformers_writes() -> None:
+    """Version 5 writes Qwen3-MoE's ``num_experts`` as ``num_local_experts``."""
+    table = {key: value for key, value in QWEN3_30B.items() if key != "num_experts"} | {"num_local_experts": 128}
+    assert from_hf(table).layers == from_hf(QWEN3_30B).layers
+
+
 NANO = {
     "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 2688, "intermediate_size": 1856,
     "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 128,
