@@ -60,3 +60,10 @@ class ConfigKeys:
         if not isinstance(value, list) or (count is not None and len(value) != count):
             raise self.fault(f"{name} does not describe the layers", f"give a list of {count or 'them'}")
         return value
+
+    def letters(self, name: str) -> list[str]:
+        """The letters of the text at ``name``; none where there is none."""
+        value = self.table.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.fault(f"{name} is {str(value)[:40]!r}", "give a text, one letter for each layer")
+        return list(value or "")

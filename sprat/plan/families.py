@@ -160,10 +160,10 @@ def _deepseek_v4(keys: ConfigKeys, kind: str) -> list[Layer]:
 
 def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
     """Nemotron-H and Nemotron 3: one mixer a layer, by the letters of a pattern."""
-    hidden, pattern = keys.size("hidden_size"), keys.table.get("hybrid_override_pattern")
-    names: list[Any] = keys.words("layers_block_type") or keys.words("layer_types") or list(pattern or "")
-    extra = keys.words("mtp_layers_block_type") or list(keys.table.get("mtp_hybrid_override_pattern") or "")
-    kinds = [_WORDS.get(name, _LETTERS.get(name, name)) for name in (*names, *extra)]
+    hidden = keys.size("hidden_size")
+    names = keys.words("layers_block_type") or keys.words("layer_types") or keys.letters("hybrid_override_pattern")
+    extra = _nemotron_mtp(keys)
+    kinds = [_WORDS.get(name, _LETTERS.get(name, name)) for name in map(str, (*names, *extra))]
     unknown = [name for name in kinds if name not in _LETTERS.values()]
     if unknown or not names:
         raise keys.fault(f"the pattern has {str(unknown[:1])[:40]}", "use M, E, * and -, one for each layer")
@@ -173,7 +173,9 @@ def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
             keys.size("n_groups"), keys.size("conv_kernel"), keys.size("chunk_size"),
         ),
         "moe": lambda: blocks.moe(
-            hidden, keys.size("n_routed_experts"), keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size"),
+            hidden, keys.size("n_routed_experts"),
+            _chosen(keys, keys.size("n_routed_experts"), keys.size("num_experts_per_tok")),
+            keys.size("moe_intermediate_size"),
             shared_ffn=keys.size("moe_shared_expert_intermediate_size"), gated=False,
             latent=keys.size("moe_latent_size", default=0, least=0),
         ),
@@ -183,6 +185,13 @@ def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
     built = {name: make[name]() for name in set(kinds)}
     layers: list[Layer] = [(built[name],) for name in kinds[: len(names)]]
     return layers + ([tuple(built[name] for name in kinds[len(names) :])] if extra else [])
+
+
+def _nemotron_mtp(keys: ConfigKeys) -> list[Any]:
+    """The blocks of its MTP module; files name them even where there are 0 modules."""
+    if keys.size("num_nextn_predict_layers", default=1, least=0) == 0:
+        return []
+    return keys.words("mtp_layers_block_type") or keys.letters("mtp_hybrid_override_pattern")
 
 
 _FAMILIES: dict[str, Callable[[ConfigKeys, str], list[Layer]]] = {
@@ -229,8 +238,7 @@ def _count_layers(keys: ConfigKeys, kind: str, built: int) -> int:
     """Decoder layers; what is built beyond them belongs to MTP modules."""
     if kind != "nemotron_h":
         return keys.size("num_hidden_layers", most=_MOST_LAYERS)
-    has_mtp = keys.table.get("mtp_layers_block_type") or keys.table.get("mtp_hybrid_override_pattern")
-    return built - 1 if has_mtp else built
+    return built - 1 if _nemotron_mtp(keys) else built
 
 
 def from_config(config: ModelConfig, *, name: str = "") -> ModelShape:

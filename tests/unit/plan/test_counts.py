@@ -227,6 +227,28 @@ def test_a_config_that_does_not_hold_is_refused_by_its_key(change: dict[str, Any
         from_hf({**QWEN3_30B, **change})
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"layers_block_type": None, "hybrid_override_pattern": 5}, "hybrid_override_pattern is '5'"),
+        ({"layers_block_type": [["moe"]]}, "the pattern has"),
+        ({"mtp_hybrid_override_pattern": ["M"]}, "mtp_hybrid_override_pattern"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 of 128 experts"),
+    ],
+)
+def test_a_hybrid_that_does_not_hold_is_refused_by_its_key(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_hf({**NANO, **change})
+
+
+def test_blocks_of_mtp_count_where_there_is_a_module() -> None:
+    """transformers 5 writes ``mtp_layers_block_type`` into each file, with 0 modules too."""
+    table = {**NANO, "mtp_layers_block_type": ["full_attention", "moe"]}
+    assert count_parameters(from_hf({**table, "num_nextn_predict_layers": 1})).mtp > 0
+    none = from_hf({**table, "num_nextn_predict_layers": 0})
+    assert none.mtp == () and len(none.layers) == len(NANO["layers_block_type"])
+
+
 def test_a_model_that_is_not_there_is_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"v3.*Kimi_K2"):
         load_shape("no-such-model")
