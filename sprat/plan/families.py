@@ -213,7 +213,9 @@ def from_hf(table: Mapping[str, Any], *, where: str = "config.json", name: str =
     """
     kind = table.get("model_type")
     if not isinstance(kind, str) or kind not in _FAMILIES:
-        todo = f"use a model of one of these: {', '.join(_FAMILIES)}"
+        todo, inner = f"use a model of one of these: {', '.join(_FAMILIES)}", table.get("text_config")
+        if isinstance(inner, Mapping) and str(inner.get("model_type")) in _FAMILIES:  # with images, or sound
+            todo = f"its text_config is {inner['model_type']}: save that table as a config.json, and plan that"
         raise ConfigError(f"model_type {str(kind)[:40]!r} is not known", where=where, todo=todo)
     keys = ConfigKeys(table, where)
     layers = _FAMILIES[kind](keys, kind)

@@ -249,6 +249,15 @@ def test_blocks_of_mtp_count_where_there_is_a_module() -> None:
     assert none.mtp == () and len(none.layers) == len(NANO["layers_block_type"])
 
 
+def test_a_language_model_inside_another_is_named() -> None:
+    table = {"model_type": "mistral3", "vision_config": {}, "text_config": {**MISTRAL}}
+    with pytest.raises(ConfigError, match="its text_config is mistral: save that table as a config.json"):
+        from_hf(table)
+    for inner in ({"model_type": ["mistral"]}, None, "mistral"):
+        with pytest.raises(ConfigError, match="one of these: llama"):
+            from_hf({**table, "text_config": inner})
+
+
 def test_a_model_that_is_not_there_is_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"v3.*Kimi_K2"):
         load_shape("no-such-model")
