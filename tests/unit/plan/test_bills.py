@@ -236,6 +236,21 @@ def test_hours_that_cannot_be_are_refused(book: PriceBook, hours: float) -> None
         bill_training(hours, gpu_price("H800", book=book))
 
 
+def test_hours_are_billed_with_all_their_digits(book: PriceBook) -> None:
+    """More than the 28 digits at which Python's decimals round by themselves."""
+    bill = bill_training(Decimal("123456789012345.1234567890123456789"), gpu_price("H800", date(2025, 1, 1), book=book))
+    assert bill.total == Decimal("246913578024690.2469135780246913578")
+    for hours in ("1e-999999999", "0." + "1" * 60):
+        with pytest.raises(ConfigError, match="cannot be billed exactly.*at most 50 digits"):
+            bill_training(Decimal(hours), gpu_price("H800", book=book))
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00+08:00", "9999-12-31T23:59-12:00"])
+def test_a_moment_at_the_end_of_the_calendar_is_refused(book: PriceBook, moment: str) -> None:
+    with pytest.raises(ConfigError, match="the year is .*give a year from 2 to 9998"):
+        bill_api(Usage(*ONE), "chat", datetime.fromisoformat(moment), book=book)
+
+
 def test_a_price_book_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"\xff")
     for path in (tmp_path, tmp_path / "none.toml", tmp_path / "latin.toml", "/dev/null"):
