@@ -202,8 +202,15 @@ def test_a_bill_that_cannot_be_is_refused(
 def test_a_price_in_another_currency_is_refused(book: PriceBook) -> None:
     with pytest.raises(ConfigError, match="no price in cny"):
         bill_api(Usage(*ONE), "flat", None, book=book, currency="cny")
-    with pytest.raises(ConfigError, match="H800 .rental, since 2024-12-26"):
+    with pytest.raises(ConfigError, match="H800 .rental, since 2024-12-26, in usd"):
         gpu_price("H900", book=book)
+    with pytest.raises(ConfigError, match="no rental price of 'H800' in cny .*since 2024-12-26, in usd"):
+        gpu_price("H800", book=book, currency="cny")
+
+
+def test_a_chip_is_priced_however_its_letters_are_cased(book: PriceBook) -> None:
+    """As ``sprat plan --chip h800`` finds it in the catalogue."""
+    assert gpu_price("h800", date(2025, 5, 31), book=book).usd == Decimal("2")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +221,9 @@ def test_a_price_in_another_currency_is_refused(book: PriceBook) -> None:
         ('usd = "1.75"', "usd = 1.75", "no exact amount"),
         ('usd = "1.75"', 'usd = "1e12"', "less than"),
         ('usd = "1.75"', 'usd = "nan"', "finite"),
+        ('usd = "1.75"\n', "", "H800 since 2025-06-01 has no amount: give usd or cny"),
+        ("since = 2025-06-01\nusd", "since = 2024-12-26\nusd", "two rental prices of h800 since 2024-12-26"),
+        ("since = 2025-06-01\ntime", "since = 2025-01-20\ntime", "two api prices of chat since 2025-01-20"),
         ('factor = "0.5"', "", "give a factor or prices"),
         ('days = ["weekend"]', 'days = ["weekends"]', "weekends"),
         ('from = "22:00"', 'from = "25:00"', "pattern"),
