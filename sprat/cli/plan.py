@@ -71,10 +71,17 @@ def plan(
 
     book = load_prices() if prices is None else load_prices(prices)
     if model == "price":
+        of_plans = {
+            "--plan": plan_file,
+            "--fleet": fleet,
+            "--deadline": deadline,
+            "--budget": budget,
+            "--set": overrides or None,
+        }
+        _refuse(of_plans, "for a plan", "sprat plan price", "name a model")
         return price(book, usage=usage, hours=hours, api=api, chip=chip, at=at, currency=currency)
-    if usage is not None or hours is not None or at is not None:
-        todo = "write: sprat plan price"
-        raise ConfigError("--usage, --hours and --at are for a bill alone", where=f"sprat plan {model}", todo=todo)
+    of_bills = {"--usage": usage, "--hours": hours, "--at": at, "--currency": None if currency == "usd" else currency}
+    _refuse(of_bills, "for a bill alone", f"sprat plan {model}", "write: sprat plan price")
     changes = list(overrides or ())
     shape = load_shape(model)
     if plan_file is not None:
@@ -90,6 +97,12 @@ def plan(
         raise ConfigError("--deadline and --budget bound a search", where="--deadline, --budget", todo=todo)
     quote = make_quote(shape, layout, chip, tokens=tokens, book=book, imbalance=imbalance)
     return Result(quote.to_dict(), _table(quote, explain), 0 if quote.fits else ConfigError.exit_code)
+
+
+def _refuse(options: dict[str, Any], what_for: str, where: str, todo: str) -> None:
+    """Refuse those of ``options`` that are given: nothing is left unheard."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: {what_for}", where=where, todo=todo)
 
 
 def _number(value: float, unit: str) -> str:

@@ -204,5 +204,12 @@ def test_a_bill_that_cannot_be_is_refused(words: list[str], named: str) -> None:
 
 
 def test_options_of_a_bill_are_for_a_bill() -> None:
-    code, _, err = plan("v3", "--usage", "1,2,3")
-    assert code == 2 and "sprat plan price" in err
+    for words in (("--usage", "1,2,3"), ("--currency", "cny")):
+        code, _, err = plan("v3", *words)
+        assert code == 2 and f"{words[0]}: for a bill alone" in err and "sprat plan price" in err
+
+
+@pytest.mark.parametrize("words", [("--deadline", "5"), ("--fleet", "8xH800"), ("--set", "tensor=2")])
+def test_options_of_a_plan_are_for_a_plan(words: tuple[str, str]) -> None:
+    code, _, err = plan("price", "--hours", "1", *words)
+    assert code == 2 and f"{words[0]}: for a plan" in err
