@@ -113,7 +113,7 @@ def _number(value: float, unit: str) -> str:
         return f"{value:.3g}"
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.3f} M" if abs(value) < 1e9 else f"{value / 1e9:,.1f} G"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"  # four digits, and never an exponent
 
 
 def _interval(figure: Figure) -> str:

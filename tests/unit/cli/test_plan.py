@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sprat.cli.main import app
+from sprat.cli.plan import _number
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
 
@@ -213,3 +214,11 @@ def test_options_of_a_bill_are_for_a_bill() -> None:
 def test_options_of_a_plan_are_for_a_plan(words: tuple[str, str]) -> None:
     code, _, err = plan("price", "--hours", "1", *words)
     assert code == 2 and f"{words[0]}: for a plan" in err
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(9999.4, "9,999"), (9999.7, "10,000"), (0.33524, "0.3352"), (123456.7, "123,457"), (-9999.7, "-10,000")],
+)
+def test_a_number_is_shown_without_an_exponent(value: float, shown: str) -> None:
+    assert _number(value, "h") == shown
