@@ -33,7 +33,7 @@ from sprat.plan.precision import recipe_of
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import StageTime
 from sprat.plan.stage_time import StageMaker
-from sprat.plan.step import StepEstimate, StepOptions, step_time
+from sprat.plan.step import StepEstimate, StepOptions, check_options, step_time
 
 GIB = 2**30
 SCHEDULES: tuple[tuple[Schedule, int], ...] = (
@@ -146,10 +146,11 @@ def search(goal: Goal, *, seconds: float = 25.0) -> Found:
 
 
 def _check(goal: Goal) -> None:
-    for name in ("tokens", "deadline_days", "budget"):
-        value = getattr(goal, name)
-        if math.isnan(value) or value <= 0:
-            raise ConfigError(f"{name} is {value}", where="search", todo="give a number above 0")
+    check_options(goal.options)
+    for name, most in (("tokens", 1e20), ("deadline_days", math.inf), ("budget", math.inf)):
+        if not 0 < (value := getattr(goal, name)) <= most:
+            todo = f"give a number above 0, {most:g} at most"
+            raise ConfigError(f"{name} is {value}", where="search", todo=todo)
     if not (math.isfinite(goal.price) and goal.price >= 0):
         raise ConfigError(f"price is {goal.price}", where="search", todo="give money a chip-hour, 0 or more")
     if not goal.fleet or min(count for _, count in goal.fleet) < 1:

@@ -161,6 +161,10 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
         (("--fleet", "0xH800"), "cannot read '0xH800'"),
         (("--fleet", "8xMI300X", "--budget", "5"), "no price"),
         (("--deadline", "5"), "bound a search"),
+        (("--fleet", "8xH800", "--tokens", "inf"), "tokens is inf"),
+        (("--fleet", "8xH800", "--tokens", "1e30"), "tokens is 1e+30"),
+        (("--fleet", "8xH800", "--imbalance", "0.5"), "imbalance is 0.5"),
+        (("--fleet", "8xH800", "--imbalance", "1e9"), "imbalance is 1000000000.0"),
     ],
 )
 def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
