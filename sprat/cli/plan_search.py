@@ -27,13 +27,14 @@ def parse_fleet(text: str) -> tuple[tuple[Chip, int], ...]:
     """
     from sprat.plan.hardware import chip
 
-    fleet = []
+    fleet: dict[str, int] = {}  # by the catalogue's name: a kind that is written twice is one kind
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*[xX*]\s*(.+?)\s*", part)
         if match is None or int(match[1]) < 1:
             raise ConfigError(f"cannot read {part[:40]!r}", where="--fleet", todo="write it as 2048xH800,512xA100")
-        fleet.append((chip(match[2]), int(match[1])))
-    return tuple(fleet)
+        name = chip(match[2]).name
+        fleet[name] = fleet.get(name, 0) + int(match[1])
+    return tuple((chip(name), count) for name, count in fleet.items())
 
 
 def find_layouts(

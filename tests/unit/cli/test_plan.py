@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sprat.cli.main import app
 from sprat.cli.plan import _number
+from sprat.cli.plan_search import parse_fleet
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
 
@@ -170,6 +171,12 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
 def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
     code, _, err = plan("LLAMA3_8B", *words)
     assert code == 2 and says in err
+
+
+def test_a_kind_of_chip_that_is_written_twice_is_one_kind() -> None:
+    """The fleet is what it is, however its order lists it: each kind and its sum."""
+    fleet = parse_fleet("4xH800, 2xA100,4xh800")
+    assert [(chip.name, count) for chip, count in fleet] == [("H800", 8), ("A100", 2)]
 
 
 def test_a_bill_alone_has_all_its_digits() -> None:
