@@ -7,6 +7,7 @@ they are on another rank than the embedding, it is copied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,9 +91,10 @@ def check_fit(shape: ModelShape, plan: ParallelPlan) -> None:
         if block.ffn:
             sizes.setdefault("ffn", set()).add(block.ffn)
     experts = min(sizes.get("experts", {0}))
+    cuts = math.gcd(*(value for name in ("heads", "kv_heads", "ffn") for value in sizes.get(name, ())))
     for name, values in sizes.items():
         for value in values:
-            plan.check_model(**{"experts": experts, name: value})
+            plan.check_model(tensor_cuts=cuts, **{"experts": experts, name: value})
 
 
 def _matrices(stage: Stage, shape: ModelShape) -> tuple[list[Matrix], float]:

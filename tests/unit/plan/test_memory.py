@@ -13,9 +13,9 @@ from sprat.config import ModelConfig, ParallelPlan
 from sprat.config.parallel import v3_plan
 from sprat.errors import ConfigError
 from sprat.plan.activations import FUSED, NATIVE, STOCK
-from sprat.plan.families import from_config, load_shape
+from sprat.plan.families import from_config, from_hf, load_shape
 from sprat.plan.memory import RankMemory, fullest_rank, rank_memory
-from sprat.plan.state import split_stages
+from sprat.plan.state import check_fit, split_stages
 
 GQA: dict[str, Any] = {
     "architecture": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
@@ -165,3 +165,12 @@ def test_absurd_numbers_are_refused(changes: dict[str, float]) -> None:
 def test_a_plan_that_does_not_cut_the_model_is_refused(name: str, plan: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         split_stages(load_shape(name), ParallelPlan.model_validate(plan))
+
+
+def test_the_nearest_tensor_degree_cuts_all_that_it_cuts() -> None:
+    """8 does not divide 12 heads; 6 would, and not 40 of the feed-forward."""
+    table = {"hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 40, "num_hidden_layers": 2}
+    shape = from_hf({"model_type": "llama", "vocab_size": 64, **table})
+    with pytest.raises(ConfigError, match="tensor 8 does not divide 12 heads.*use tensor 4"):
+        check_fit(shape, ParallelPlan(tensor=8, sequence_length=24))
+    check_fit(shape, ParallelPlan(tensor=4, sequence_length=24))
