@@ -123,9 +123,10 @@ def _interval(figure: Figure) -> str:
 
 
 def _table(quote: Quote, explain: bool) -> Any:
-    """The screen."""
+    """The screen; what comes from files is ``Text``, since rich reads brackets and colons of a string as markup."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     layout = quote.plan
     title = f"{quote.model} on {layout.world_size:,} x {quote.chip}: data {layout.data_ranks}, tensor {layout.tensor}, "
@@ -135,7 +136,7 @@ def _table(quote: Quote, explain: bool) -> Any:
         figures.add_column(column, justify="right" if column in ("value", "90 % interval") else "left")
     for each in quote.figures:
         row = [each.name, f"{_number(each.value, each.unit)} {each.unit}".rstrip(), _interval(each)]
-        figures.add_row(*row, *((each.formula, each.source) if explain else ()))
+        figures.add_row(*row, *((each.formula, Text(each.source)) if explain else ()))
     ranks = f"rank {quote.memory.rank} of the pipeline, the fullest: {quote.memory.layers} layers"
     memory = Table(box=None, pad_edge=False)
     for column in ("", "GiB", *(("formula", "source") if explain else ())):
@@ -150,5 +151,5 @@ def _table(quote: Quote, explain: bool) -> Any:
     for each in quote.step_terms:
         steps.add_row(each.name, _number(each.value, "s"), _interval(each), each.formula, each.source)
     parts: list[Any] = ["", "A step on the mean rank", steps] if explain else []
-    notes = [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)]
-    return Group(title, "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)
+    notes = map(Text, [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)])
+    return Group(Text(title), "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)

@@ -114,6 +114,7 @@ def _facts(found: Found, notes: list[str]) -> dict[str, Any]:
 def _screen(goal: Goal, found: Found, notes: list[str]) -> Any:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     fleet = " + ".join(f"{count:,} x {chip.name}" for chip, count in goal.fleet)
     title = f"{goal.shape.name} on {fleet}: {found.listed:,} layouts, {len(found.proposals)} fit, best first"
@@ -127,7 +128,7 @@ def _screen(goal: Goal, found: Found, notes: list[str]) -> Any:
     fell = [f"fell: {count:,} layouts, {reason}" for reason, count in found.reasons.items()]
     if found.left:
         fell.append(f"not looked at, since slower by the estimate than all above: {found.left:,}")
-    return Group(title, "", table, "", *near, "", *fell, *notes)
+    return Group(Text(title), "", table, "", *map(Text, near), "", *map(Text, (*fell, *notes)))
 
 
 def _words(plan: ParallelPlan) -> str:

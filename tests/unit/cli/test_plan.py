@@ -17,6 +17,10 @@ from sprat.cli.main import app
 from sprat.cli.plan import _number
 from sprat.cli.plan_search import parse_fleet
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
 
 
@@ -117,16 +121,26 @@ def test_bad_input_is_refused_in_one_sentence(words: list[str], named: str) -> N
 
 
 def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
-    table = {
-        "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "quantization_config": {"bits": 4},
-    }  # fmt: skip
+    table = {**LLAMA, "quantization_config": {"bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(table))
     assert plan(str(tmp_path), "--tokens", "1e9")[0] == 0
     for content in ("{", "[]", json.dumps({**table, "model_type": "bert"}), json.dumps({**table, "hidden_size": 1e9})):
         (tmp_path / "config.json").write_text(content)
         code, _, err = plan(str(tmp_path))
         assert code == 2 and "config.json" in err
+
+
+def test_names_and_sources_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Not read as rich's markup or emoji."""
+    folder = tmp_path / "a [red] :fire: 日本"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    book, source = tmp_path / "prices.toml", "[the sheet] of :fire: [/b]"
+    book.write_text(f'[[gpu]]\nchip = "H800"\nsince = 2026-01-01\nusd = "3"\nsource = "{source}"\n')
+    for words in (("--explain",), ("--fleet", "1xH800")):
+        code, out, err = plan(str(folder), "--prices", str(book), "--tokens", "1e9", *words)
+        assert code == 0 and out.startswith(f"{folder.name} on 1 x H800"), err
+        assert "[the" in out and "sheet]" in out and out.count(":fire:") > 1 and "[/b]" in out
 
 
 def test_the_terms_of_a_step_add_up_to_it_and_say_where_they_come_from(v3: dict[str, Any]) -> None:
