@@ -87,7 +87,8 @@ def plan(
     if plan_file is not None:
         layout = load(ParallelPlan, plan_file, changes)
     else:
-        table = v3_plan().model_dump() if shape.name in ("v3", "DeepSeekV3") else {"sequence_length": 4096}
+        is_v3 = model == "v3" or model.lower() == "deepseekv3"  # the names, and no folder that is called so
+        table = v3_plan().model_dump() if is_v3 else {"sequence_length": 4096}
         layout = parse(ParallelPlan, table, where="--set", overrides=changes)
     if fleet is not None:
         limits = {"deadline": deadline, "budget": budget}

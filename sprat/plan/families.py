@@ -275,14 +275,18 @@ def load_shape(model: str | Path) -> ModelShape:
         shape = from_hf(table, where=f"{MODELS_FILE.name}: {title}", name=title)
         return ModelShape(**{**shape.__dict__, "source": source if isinstance(source, str) else "; ".join(source)})
     path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        is_there, why = path.is_file(), f"no model is called {name[:80]!r}"
+    except OSError as error:  # too long a name, a folder that may not be entered
+        is_there, why = False, f"{name[:80]!r} is no name of a model, and as a path: {error.strerror}"
+    if not is_there:
         todo = f"give a folder, a config.json, or one of {', '.join(model_names())}"
-        raise ConfigError(f"no model is called {name[:80]!r}", where="model", todo=todo)
+        raise ConfigError(why, where="model", todo=todo)
     if path.stat().st_size > _BYTES:
         raise ConfigError(f"it is larger than {_BYTES} bytes", where=str(path), todo="give the model's config.json")
     table = load_json_object(path, ConfigError, problem="cannot be read", todo="give the model's config.json")
-    return from_hf(table, where=str(path), name=path.parent.name or name)
+    return from_hf(table, where=str(path), name=path.resolve().parent.name or name)
 
 
 def _fold(name: str) -> str:

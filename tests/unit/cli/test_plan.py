@@ -103,6 +103,7 @@ def test_a_plan_and_a_price_book_of_ones_own(tmp_path: Path) -> None:
     "words, named",
     [
         (["gpt-5"], "no model is called"),
+        (["a" * 5000], "File name too long"),
         (["v3", "--chip", "H9000"], "H9000"),
         (["v3", "--tokens", "-1"], "tokens"),
         (["v3", "--tokens", "nan"], "tokens"),
@@ -118,6 +119,17 @@ def test_a_plan_and_a_price_book_of_ones_own(tmp_path: Path) -> None:
 def test_bad_input_is_refused_in_one_sentence(words: list[str], named: str) -> None:
     code, _, err = plan(*words)
     assert code == 2 and named in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_is_called_by_its_name_and_is_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3's 2,048 chips are not those of a small model in a folder of that name."""
+    folder = tmp_path / "v3"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.chdir(folder)
+    for words in ((str(folder),), (".",), ("config.json",)):
+        code, out, err = plan(*words, "--tokens", "1e9")
+        assert code == 0 and out.startswith("v3 on 1 x H800"), err
 
 
 def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
