@@ -162,10 +162,13 @@ class ApiPrices(Config):
         if day is None:
             base = self.in_currency(currency)
             return [("list", base), *((w.name, self._of_window(w, currency, base)) for w in self.window)]
-        zone = self.zone
-        edges = {"00:00", *(edge for w in self.window for edge in (w.start, w.end) if edge != "24:00")}
-        moments = [datetime.combine(day, day_time.fromisoformat(edge), zone) for edge in sorted(edges)]
-        return [self.at(each, currency) for each in moments]
+        midnight = datetime.combine(day, day_time(), self.zone).astimezone(UTC)
+        options: list[tuple[str, TokenPrices]] = []
+        for minute in range(26 * 60):  # the longest day: clocks that are set back make it longer than 24 hours
+            moment = midnight + timedelta(minutes=minute)
+            if moment.astimezone(self.zone).date() == day and (option := self.at(moment, currency)) not in options:
+                options.append(option)
+        return options
 
 
 class GpuPrice(Config):

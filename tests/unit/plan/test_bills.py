@@ -148,6 +148,26 @@ def test_who_does_not_know_the_moment_gets_two_prices(book: PriceBook, when: dat
     assert [bill.total for bill in bills] == [Decimal(total) for total in totals]
 
 
+@pytest.mark.parametrize(
+    "day, start, end, totals",
+    [
+        (date(2025, 3, 8), "02:00", "03:00", ["0.875", "1.75"]),
+        (date(2025, 3, 9), "02:00", "03:00", ["1.75"]),  # clocks go from 02:00 to 03:00: no such minute
+        (date(2025, 3, 9), "02:30", "03:30", ["0.875", "1.75"]),  # from 03:00 on
+        (date(2025, 11, 2), "01:00", "02:00", ["0.875", "1.75"]),  # that hour comes twice
+        (date(2024, 2, 29), "23:59", "00:01", ["0.875", "1.75"]),
+    ],
+)
+def test_a_day_has_the_prices_of_its_own_minutes(day: date, start: str, end: str, totals: list[str]) -> None:
+    """New York's clocks, 2025-03-09 and 2025-11-02."""
+    flat = BOOK[BOOK.index('[[api]]\nname = "flat"') :].replace(
+        "since = 2025", 'timezone = "America/New_York"\nsince = 2024'
+    )
+    window = f'[[api.window]]\nname = "cheap"\nfrom = "{start}"\nto = "{end}"\nfactor = "0.5"\n'
+    bills = bill_api(Usage(*ONE), "flat", day, book=PriceBook.model_validate(tomllib.loads(flat + window)))
+    assert [bill.total for bill in bills] == [Decimal(total) for total in totals]
+
+
 def test_an_unknown_date_has_two_prices_even_of_one_entry(book: PriceBook) -> None:
     assert [bill.total for bill in bill_api(Usage(*ONE), "flat", None, book=book)] == [Decimal("1.75")] * 2
 
