@@ -189,6 +189,7 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
         (("--fleet", "8xMI300X", "--budget", "5"), "no price"),
         (("--deadline", "5"), "bound a search"),
         (("--fleet", "8xH800", "--tokens", "inf"), "tokens is inf"),
+        (("--fleet", "37xH800,4xA100"), "sequences: a kind of chip does not fill whole pipeline ranks ("),
         (("--fleet", "8xH800", "--tokens", "1e30"), "tokens is 1e+30"),
         (("--fleet", "8xH800", "--imbalance", "0.5"), "imbalance is 0.5"),
         (("--fleet", "8xH800", "--imbalance", "1e9"), "imbalance is 1000000000.0"),
