@@ -127,7 +127,9 @@ def _screen(goal: Goal, found: Found, notes: list[str]) -> Any:
     near = [f"nearly: {each.seconds:.2f} s, {_words(each.plan)}: {each.reason}" for each in found.near[:5]]
     fell = [f"fell: {count:,} layouts, {reason}" for reason, count in found.reasons.items()]
     if found.left:
-        fell.append(f"not looked at, since slower by the estimate than all above: {found.left:,}")
+        fell.append(
+            f"not looked at, since time was up: {found.left:,} layouts, by the estimate no faster than the rest"
+        )
     return Group(Text(title), "", table, "", *map(Text, near), "", *map(Text, (*fell, *notes)))
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from sprat.cli.main import app
 from sprat.cli.plan import _number
 from sprat.cli.plan_search import parse_fleet
+from sprat.plan.search import Found
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -198,6 +199,13 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
 def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
     code, _, err = plan("LLAMA3_8B", *words)
     assert code == 2 and says in err
+
+
+def test_layouts_that_time_did_not_suffice_for_are_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Found((), (), {"memory": 2}, 7, 5)
+    monkeypatch.setattr("sprat.plan.search.search", lambda goal: found)
+    code, out, _ = plan("nano", "--fleet", "8xH800")
+    assert code == 2 and "not looked at, since time was up: 5 layouts" in " ".join(out.split())
 
 
 def test_a_kind_of_chip_that_is_written_twice_is_one_kind() -> None:
