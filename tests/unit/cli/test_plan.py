@@ -106,6 +106,7 @@ def test_a_plan_and_a_price_book_of_ones_own(tmp_path: Path) -> None:
         (["gpt-5"], "no model is called"),
         (["a" * 5000], "File name too long"),
         (["v3", "--chip", "H9000"], "H9000"),
+        (["v3", "--chip", "A100"], "use one of fp32, bf16."),  # what both the chip and a plan have
         (["v3", "--tokens", "-1"], "tokens"),
         (["v3", "--tokens", "nan"], "tokens"),
         (["v3", "--tokens", "1e-300"], "tokens"),
