@@ -136,7 +136,9 @@ def _deepseek_v4(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     extra = keys.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=100)
     index = (keys.size("index_n_heads"), keys.size("index_head_dim"), keys.size("index_topk"))
-    ratios = keys.words("compress_ratios")
+    ratios, rates = keys.words("compress_ratios"), keys.table.get("compress_rates")
+    if ratios is None and isinstance(rates, Mapping):  # as transformers 5 writes it: by the kind of each layer
+        ratios = [rates.get(each, 0) for each in map(str, keys.words("layer_types", count) or [])]
     if ratios is None or len(ratios) < count or not all(type(ratio) is int and 0 <= ratio < MOST for ratio in ratios):
         raise keys.fault("compress_ratios does not describe the layers", f"give {count} whole numbers")
     ratios = (ratios + [0] * extra)[: count + extra]

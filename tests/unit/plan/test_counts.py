@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -127,12 +128,6 @@ def test_a_window_that_is_left_out_is_what_transformers_takes() -> None:
     assert from_hf(short).layers == from_hf({**short, "sliding_window": window}).layers
 
 
-def test_experts_are_read_by_the_name_that_transformers_writes() -> None:
-    """Version 5 writes Qwen3-MoE's ``num_experts`` as ``num_local_experts``."""
-    table = {key: value for key, value in QWEN3_30B.items() if key != "num_experts"} | {"num_local_experts": 128}
-    assert from_hf(table).layers == from_hf(QWEN3_30B).layers
-
-
 NANO = {
     "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 2688, "intermediate_size": 1856,
     "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 128,
@@ -153,6 +148,19 @@ V4 = {
 @pytest.mark.parametrize("table", [NANO, {**NANO, "moe_latent_size": 1024}, V4], ids=["nano", "latent", "v4"])
 def test_mamba_and_compressed_attention_are_counted_as_transformers_builds_them(table: dict[str, Any]) -> None:
     assert count_parameters(from_hf(table)).total == built_by_transformers(table)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [V32, V3, LLAMA3_8B, MISTRAL, QWEN3_06B, QWEN3_30B, GPT_OSS_20B, NANO, V4],
+    ids=lambda table: table["model_type"],
+)
+def test_a_config_is_read_as_transformers_writes_it(table: dict[str, Any]) -> None:
+    """Version 5 writes Qwen3-MoE's ``num_experts`` and DeepSeek-V4's ``compress_ratios`` by other names."""
+    transformers = pytest.importorskip("transformers")
+    own = {key: value for key, value in table.items() if key != "model_type"}
+    written = json.loads(transformers.AutoConfig.for_model(table["model_type"], **own).to_json_string())
+    assert from_hf(written).layers == from_hf(table).layers
 
 
 def test_v3_has_the_published_sizes() -> None:
