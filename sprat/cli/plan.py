@@ -82,8 +82,7 @@ def plan(
         return price(book, usage=usage, hours=hours, api=api, chip=chip, at=at, currency=currency)
     of_bills = {"--usage": usage, "--hours": hours, "--at": at, "--currency": None if currency == "usd" else currency}
     _refuse(of_bills, "for a bill alone", f"sprat plan {model}", "write: sprat plan price")
-    changes = list(overrides or ())
-    shape = load_shape(model)
+    shape, changes = load_shape(model), list(overrides or ())
     if plan_file is not None:
         layout = load(ParallelPlan, plan_file, changes)
     else:
@@ -92,7 +91,7 @@ def plan(
         layout = parse(ParallelPlan, table, where="--set", overrides=changes)
     if fleet is not None:
         limits = {"deadline": deadline, "budget": budget}
-        return find_layouts(shape, layout, fleet, tokens=tokens, book=book, imbalance=imbalance, **limits)
+        return find_layouts(shape, layout, fleet, changes, tokens=tokens, book=book, imbalance=imbalance, **limits)
     if deadline is not None or budget is not None:
         todo = "add --fleet, or leave it away"
         raise ConfigError("--deadline and --budget bound a search", where="--deadline, --budget", todo=todo)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sprat.plan.shapes import ModelShape
 
 SHOWN = 10  # proposals on the screen
+SEARCHED = (
+    "data_replicate", "data_shard", "tensor", "pipeline", "expert", "expert_tensor", "context", "schedule",
+    "virtual_stages", "stage_layers", "micro_batch", "zero",
+)  # fmt: skip
 
 
 def parse_fleet(text: str) -> tuple[tuple[Chip, int], ...]:
@@ -37,10 +41,17 @@ def parse_fleet(text: str) -> tuple[tuple[Chip, int], ...]:
     return tuple((chip(name), count) for name, count in fleet.items())
 
 
+def _unheard(changes: list[str]) -> list[str]:
+    """A note of those ``--set`` that do not count, since the search chooses by itself."""
+    names = [change[:40] for change in changes if change.partition("=")[0].strip() in SEARCHED]
+    return [f"not counted, since the search chooses by itself: {', '.join(names)}"] if names else []
+
+
 def find_layouts(
     shape: ModelShape,
     base: ParallelPlan,
     fleet: str,
+    changes: list[str],
     *,
     tokens: float,
     deadline: float | None,
@@ -62,7 +73,7 @@ def find_layouts(
         raise ConfigError("a budget, and no price of an hour", where="--budget", todo="add the chip to a --prices book")
     goal = Goal(shape, chips, base, tokens, price=price, options=StepOptions(imbalance=imbalance), **limits)
     found = search(goal)
-    notes.append(_interval(goal))
+    notes += [_interval(goal), *_unheard(changes)]
     return Result(_facts(found, notes), _screen(goal, found, notes), 0 if found.proposals else ConfigError.exit_code)
 
 

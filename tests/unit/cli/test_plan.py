@@ -209,6 +209,15 @@ def test_layouts_that_time_did_not_suffice_for_are_said_to_be_so(monkeypatch: py
     assert code == 2 and "not looked at, since time was up: 5 layouts" in " ".join(out.split())
 
 
+def test_degrees_that_a_search_does_not_hear_are_named() -> None:
+    words = ("nano", "--fleet", "8xH800", "--set", "global_batch=64", "--set", "data_shard=8", "--set", "zero=0")
+    code, out, _ = plan(*words, "--json")
+    assert (
+        code == 0
+        and "not counted, since the search chooses by itself: data_shard=8, zero=0" in json.loads(out)["notes"]
+    )
+
+
 def test_a_kind_of_chip_that_is_written_twice_is_one_kind() -> None:
     """The fleet is what it is, however its order lists it: each kind and its sum."""
     fleet = parse_fleet("4xH800, 2xA100,4xh800")
