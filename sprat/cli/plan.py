@@ -71,25 +71,38 @@ def plan(
 
     book = load_prices() if prices is None else load_prices(prices)
     if model == "price":
+        of_plans = {
+            "--plan": plan_file,
+            "--fleet": fleet,
+            "--deadline": deadline,
+            "--budget": budget,
+            "--set": overrides or None,
+        }
+        _refuse(of_plans, "for a plan", "sprat plan price", "name a model")
         return price(book, usage=usage, hours=hours, api=api, chip=chip, at=at, currency=currency)
-    if usage is not None or hours is not None or at is not None:
-        todo = "write: sprat plan price"
-        raise ConfigError("--usage, --hours and --at are for a bill alone", where=f"sprat plan {model}", todo=todo)
-    changes = list(overrides or ())
-    shape = load_shape(model)
+    of_bills = {"--usage": usage, "--hours": hours, "--at": at, "--currency": None if currency == "usd" else currency}
+    _refuse(of_bills, "for a bill alone", f"sprat plan {model}", "write: sprat plan price")
+    shape, changes = load_shape(model), list(overrides or ())
     if plan_file is not None:
         layout = load(ParallelPlan, plan_file, changes)
     else:
-        table = v3_plan().model_dump() if shape.name in ("v3", "DeepSeekV3") else {"sequence_length": 4096}
+        is_v3 = model == "v3" or model.lower() == "deepseekv3"  # the names, and no folder that is called so
+        table = v3_plan().model_dump() if is_v3 else {"sequence_length": 4096}
         layout = parse(ParallelPlan, table, where="--set", overrides=changes)
     if fleet is not None:
         limits = {"deadline": deadline, "budget": budget}
-        return find_layouts(shape, layout, fleet, tokens=tokens, book=book, imbalance=imbalance, **limits)
+        return find_layouts(shape, layout, fleet, changes, tokens=tokens, book=book, imbalance=imbalance, **limits)
     if deadline is not None or budget is not None:
         todo = "add --fleet, or leave it away"
         raise ConfigError("--deadline and --budget bound a search", where="--deadline, --budget", todo=todo)
     quote = make_quote(shape, layout, chip, tokens=tokens, book=book, imbalance=imbalance)
     return Result(quote.to_dict(), _table(quote, explain), 0 if quote.fits else ConfigError.exit_code)
+
+
+def _refuse(options: dict[str, Any], what_for: str, where: str, todo: str) -> None:
+    """Refuse those of ``options`` that are given: nothing is left unheard."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: {what_for}", where=where, todo=todo)
 
 
 def _number(value: float, unit: str) -> str:
@@ -100,7 +113,7 @@ def _number(value: float, unit: str) -> str:
         return f"{value:.3g}"
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.3f} M" if abs(value) < 1e9 else f"{value / 1e9:,.1f} G"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"  # four digits, and never an exponent
 
 
 def _interval(figure: Figure) -> str:
@@ -110,9 +123,10 @@ def _interval(figure: Figure) -> str:
 
 
 def _table(quote: Quote, explain: bool) -> Any:
-    """The screen."""
+    """The screen; what comes from files is ``Text``, since rich reads brackets and colons of a string as markup."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     layout = quote.plan
     title = f"{quote.model} on {layout.world_size:,} x {quote.chip}: data {layout.data_ranks}, tensor {layout.tensor}, "
@@ -122,7 +136,7 @@ def _table(quote: Quote, explain: bool) -> Any:
         figures.add_column(column, justify="right" if column in ("value", "90 % interval") else "left")
     for each in quote.figures:
         row = [each.name, f"{_number(each.value, each.unit)} {each.unit}".rstrip(), _interval(each)]
-        figures.add_row(*row, *((each.formula, each.source) if explain else ()))
+        figures.add_row(*row, *((each.formula, Text(each.source)) if explain else ()))
     ranks = f"rank {quote.memory.rank} of the pipeline, the fullest: {quote.memory.layers} layers"
     memory = Table(box=None, pad_edge=False)
     for column in ("", "GiB", *(("formula", "source") if explain else ())):
@@ -137,5 +151,5 @@ def _table(quote: Quote, explain: bool) -> Any:
     for each in quote.step_terms:
         steps.add_row(each.name, _number(each.value, "s"), _interval(each), each.formula, each.source)
     parts: list[Any] = ["", "A step on the mean rank", steps] if explain else []
-    notes = [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)]
-    return Group(title, "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)
+    notes = map(Text, [*quote.notes, "the bill leaves out: " + "; ".join(quote.leaves_out)])
+    return Group(Text(title), "", figures, *parts, "", f"Memory of {ranks}", memory, "", *notes)

@@ -97,7 +97,10 @@ def _moment(text: str | None) -> datetime | date | None:
     if text is None:
         return None
     try:
-        return date.fromisoformat(text) if len(text) <= 10 else datetime.fromisoformat(text)
+        moment = date.fromisoformat(text) if len(text) <= 10 else datetime.fromisoformat(text)
     except ValueError:
         todo = "write 2025-02-01, or 2025-02-01T12:00+08:00"
         raise ConfigError(f"{text[:40]!r} is no date", where="--at", todo=todo) from None
+    if isinstance(moment, datetime) and moment.tzinfo is None:
+        raise ConfigError(f"{text[:40]} has no timezone", where="--at", todo="add one, such as +08:00")
+    return moment

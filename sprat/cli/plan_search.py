@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sprat.plan.shapes import ModelShape
 
 SHOWN = 10  # proposals on the screen
+SEARCHED = (
+    "data_replicate", "data_shard", "tensor", "pipeline", "expert", "expert_tensor", "context", "schedule",
+    "virtual_stages", "stage_layers", "micro_batch", "zero",
+)  # fmt: skip
 
 
 def parse_fleet(text: str) -> tuple[tuple[Chip, int], ...]:
@@ -27,19 +31,27 @@ def parse_fleet(text: str) -> tuple[tuple[Chip, int], ...]:
     """
     from sprat.plan.hardware import chip
 
-    fleet = []
+    fleet: dict[str, int] = {}  # by the catalogue's name: a kind that is written twice is one kind
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*[xX*]\s*(.+?)\s*", part)
         if match is None or int(match[1]) < 1:
             raise ConfigError(f"cannot read {part[:40]!r}", where="--fleet", todo="write it as 2048xH800,512xA100")
-        fleet.append((chip(match[2]), int(match[1])))
-    return tuple(fleet)
+        name = chip(match[2]).name
+        fleet[name] = fleet.get(name, 0) + int(match[1])
+    return tuple((chip(name), count) for name, count in fleet.items())
+
+
+def _unheard(changes: list[str]) -> list[str]:
+    """A note of those ``--set`` that do not count, since the search chooses by itself."""
+    names = [change[:40] for change in changes if change.partition("=")[0].strip() in SEARCHED]
+    return [f"not counted, since the search chooses by itself: {', '.join(names)}"] if names else []
 
 
 def find_layouts(
     shape: ModelShape,
     base: ParallelPlan,
     fleet: str,
+    changes: list[str],
     *,
     tokens: float,
     deadline: float | None,
@@ -61,7 +73,7 @@ def find_layouts(
         raise ConfigError("a budget, and no price of an hour", where="--budget", todo="add the chip to a --prices book")
     goal = Goal(shape, chips, base, tokens, price=price, options=StepOptions(imbalance=imbalance), **limits)
     found = search(goal)
-    notes.append(_interval(goal))
+    notes += [_interval(goal), *_unheard(changes)]
     return Result(_facts(found, notes), _screen(goal, found, notes), 0 if found.proposals else ConfigError.exit_code)
 
 
@@ -113,6 +125,7 @@ def _facts(found: Found, notes: list[str]) -> dict[str, Any]:
 def _screen(goal: Goal, found: Found, notes: list[str]) -> Any:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     fleet = " + ".join(f"{count:,} x {chip.name}" for chip, count in goal.fleet)
     title = f"{goal.shape.name} on {fleet}: {found.listed:,} layouts, {len(found.proposals)} fit, best first"
@@ -125,8 +138,10 @@ def _screen(goal: Goal, found: Found, notes: list[str]) -> Any:
     near = [f"nearly: {each.seconds:.2f} s, {_words(each.plan)}: {each.reason}" for each in found.near[:5]]
     fell = [f"fell: {count:,} layouts, {reason}" for reason, count in found.reasons.items()]
     if found.left:
-        fell.append(f"not looked at, since slower by the estimate than all above: {found.left:,}")
-    return Group(title, "", table, "", *near, "", *fell, *notes)
+        fell.append(
+            f"not looked at, since time was up: {found.left:,} layouts, by the estimate no faster than the rest"
+        )
+    return Group(Text(title), "", table, "", *map(Text, near), "", *map(Text, (*fell, *notes)))
 
 
 def _words(plan: ParallelPlan) -> str:

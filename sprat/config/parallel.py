@@ -15,6 +15,7 @@ What does not fit is refused with the product that does not divide and the neare
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -33,6 +34,7 @@ V_SCHEDULES = ("zbv", "dualpipe_v")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "none": 0}
 MOST_MICRO_BATCHES = 2**14  # of a pipeline in one step
 Degree = Annotated[int, Field(ge=1, le=2**20)]
+LayerCount = Annotated[int, Field(ge=0)]
 
 
 def nearest_multiples(number: int, step: int) -> tuple[int, ...]:
@@ -52,8 +54,7 @@ def nearest_divisor(number: int, of: int) -> int:
     >>> nearest_divisor(48, 128), nearest_divisor(5, 8)
     (32, 4)
     """
-    root = int(of**0.5)
-    low = [each for each in range(1, root + 1) if of % each == 0]
+    low = [each for each in range(1, math.isqrt(of) + 1) if of % each == 0]
     return min((*low, *(of // each for each in low)), key=lambda each: (abs(each - number), each))
 
 
@@ -73,7 +74,7 @@ class ParallelPlan(Config):
     context: Degree = 1
     schedule: Schedule = "1f1b"
     virtual_stages: Degree = 1  # stages that a rank of the pipeline holds
-    stage_layers: tuple[int, ...] = ()  # decoder layers of each stage, in their order; empty: even
+    stage_layers: tuple[LayerCount, ...] = ()  # decoder layers of each stage, in their order; empty: even
     micro_batch: int = Field(1, ge=1, le=2**20)  # sequences of a rank that go through at once
     global_batch: int = Field(1, ge=1, le=2**40)  # sequences of a step
     sequence_length: int = Field(4096, ge=1, le=2**31)
@@ -170,9 +171,8 @@ class ParallelPlan(Config):
             what = f"pipeline {self.pipeline} * virtual_stages {self.virtual_stages} = {self.stages} stages"
             most = nearest_multiples(layers + 2, self.pipeline)
             fits = max((each for each in most if each <= layers + 2), default=0)
-            todo = f"use at most {layers + 2}" + (
-                f", say {fits}: virtual_stages {fits // self.pipeline}" if fits else ""
-            )
+            say = f", say {fits}: virtual_stages {fits // self.pipeline}" if fits else ""
+            todo = f"use at most {layers + 2}{say}"
             raise ConfigError(f"{what} for {layers} layers, an embedding and a head", where="pipeline", todo=todo)
         each, rest = divmod(layers + 2, self.stages)
         counts = [each + (stage < rest) for stage in range(self.stages)]
@@ -195,10 +195,11 @@ class ParallelPlan(Config):
         todo = f"use {_or(fits)} ranks: data_replicate {_or(tuple(each // rest for each in fits))}"
         raise ConfigError(what, where="world size", todo=todo)
 
-    def check_model(self, **sizes: int) -> None:
+    def check_model(self, *, tensor_cuts: int = 0, **sizes: int) -> None:
         """Refuse a model that the degrees do not cut evenly.
 
         Args:
+            tensor_cuts: what all that ``tensor`` cuts have in common, where ``sizes`` are not all of the model's.
             sizes: ``layers``, ``heads``, ``kv_heads``, ``experts``, ``ffn``, ``expert_ffn``; 0 or absent: it has none.
 
         Raises:
@@ -206,18 +207,17 @@ class ParallelPlan(Config):
         """
         if layers := sizes.get("layers", 0):
             self.split_layers(layers)
-        cuts = [("tensor", self.tensor, "heads"), ("tensor", self.tensor, "ffn"), ("expert", self.expert, "experts")]
-        cuts.append(("expert_tensor", self.expert_tensor, "expert_ffn"))
-        for key, degree, name in cuts:
-            size = sizes.get(name, 0)
-            if size and size % degree:
-                todo = f"use {key} {nearest_divisor(degree, size)}"
-                raise ConfigError(f"{key} {degree} does not divide {size} {name}", where=key, todo=todo)
-        if (heads := sizes.get("kv_heads", 0)) and max(heads, self.tensor) % min(heads, self.tensor):
-            todo = f"use tensor {nearest_divisor(self.tensor, heads)}"
-            raise ConfigError(
-                f"tensor {self.tensor} neither divides nor repeats {heads} kv_heads", where="tensor", todo=todo
-            )
+        ranks, of_tensor = self.data_shard * self.context * self.tensor, ("heads", "ffn", "kv_heads")
+        common = math.gcd(self.sequence_length // self.context, tensor_cuts, *(sizes.get(n, 0) for n in of_tensor))
+        cuts = [("tensor", self.tensor, name, common) for name in of_tensor]  # what the nearest one has to divide too
+        cuts.append(("expert", self.expert, "experts", ranks // self.expert_tensor))
+        cuts.append(("expert_tensor", self.expert_tensor, "expert_ffn", ranks // self.expert))
+        for key, degree, name, too in cuts:
+            size, repeats = sizes.get(name, 0), name == "kv_heads"
+            if size % degree and not (repeats and degree % size == 0):
+                verb = "neither divides nor repeats" if repeats else "does not divide"
+                todo = f"use {key} {nearest_divisor(degree, math.gcd(size, too))}"
+                raise ConfigError(f"{key} {degree} {verb} {size} {name}", where=key, todo=todo)
         if self.expert > 1 and not sizes.get("experts", 0):
             raise ConfigError(f"expert {self.expert} for a model without experts", where="expert", todo="use expert 1")
 
@@ -226,22 +226,23 @@ class ParallelPlan(Config):
         """Refuse products that do not divide."""
         ranks, wanted = self.data_shard * self.context * self.tensor, self.expert * self.expert_tensor
         if ranks % wanted:
-            fit = nearest_divisor(self.expert, ranks // self.expert_tensor or 1)
+            cut = nearest_divisor(self.expert_tensor, ranks)
+            fit = f"expert {nearest_divisor(self.expert, ranks // cut)}"
+            fit += f" * expert_tensor {cut}" if cut != self.expert_tensor else ""
             product = f"data_shard {self.data_shard} * context {self.context} * tensor {self.tensor} = {ranks}"
             name = f"expert {self.expert}"
             name += f" * expert_tensor {self.expert_tensor} = {wanted}" if self.expert_tensor > 1 else ""
             more = _or(nearest_multiples(ranks, wanted))
-            raise ValueError(f"{name} does not divide {product}; nearest: expert {fit}, or {more} ranks")
+            raise ValueError(f"{name} does not divide {product}; nearest: {fit}, or {more} ranks")
         pieces = 2 * self.context if self.context > 1 else 1  # each rank takes one from the front and one from the end
-        if self.sequence_length % pieces:
-            near = _or(nearest_multiples(self.sequence_length, pieces))
-            what = f"2 * context {self.context} = {pieces} does not divide sequence_length {self.sequence_length}"
-            raise ValueError(f"{what}; nearest: {near}")
-        if (self.sequence_length // self.context) % self.tensor:
-            pieces *= self.tensor
-            near = _or(nearest_multiples(self.sequence_length, pieces))
+        length = self.sequence_length
+        if length % pieces:
+            what = f"2 * context {self.context} = {pieces} does not divide sequence_length {length}"
+            raise ValueError(f"{what}; nearest: {_or(nearest_multiples(length, pieces))}")
+        if (length // self.context) % self.tensor:
+            near = _or(nearest_multiples(length, pieces * self.tensor))
             what = f"context {self.context} * tensor {self.tensor} = {self.context * self.tensor}"
-            raise ValueError(f"{what} does not divide sequence_length {self.sequence_length}; nearest: {near}")
+            raise ValueError(f"{what} does not divide sequence_length {length}; nearest: {near}")
         return self
 
     @model_validator(mode="after")
@@ -250,9 +251,8 @@ class ParallelPlan(Config):
         each = self.data_ranks * self.micro_batch
         if self.global_batch % each:
             product = f"data_replicate {self.data_replicate} * data_shard {self.data_shard}"
-            near = _or(nearest_multiples(self.global_batch, each))
             what = f"{product} * micro_batch {self.micro_batch} = {each} does not divide global_batch"
-            raise ValueError(f"{what} {self.global_batch}; nearest: {near}")
+            raise ValueError(f"{what} {self.global_batch}; nearest: {_or(nearest_multiples(self.global_batch, each))}")
         if self.micro_batches > MOST_MICRO_BATCHES:
             raise ValueError(f"{self.micro_batches} micro-batches; nearest: global_batch {MOST_MICRO_BATCHES * each}")
         return self
@@ -260,7 +260,7 @@ class ParallelPlan(Config):
     @model_validator(mode="after")
     def _pipeline_holds_together(self) -> Self:
         """Refuse stages that the schedule cannot run."""
-        if self.stage_layers and (len(self.stage_layers) != self.stages or min(self.stage_layers) < 0):
+        if self.stage_layers and len(self.stage_layers) != self.stages:
             product = f"pipeline {self.pipeline} * virtual_stages {self.virtual_stages} = {self.stages}"
             raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, and {product}; give each its layers")
         if self.pipeline == 1:

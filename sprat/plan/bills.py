@@ -27,6 +27,7 @@ from sprat.plan.prices import (
 
 MILLION = 1_000_000
 _MOST_TOKENS = 10**18
+_MOST_DIGITS = _MOST_PLACES = 50  # of GPU-hours; a price has 30 digits at most, so that their product is exact
 # What a bill of GPU-hours does not hold (DeepSeek-V3, arXiv 2412.19437, section 1, says so of its own).
 LEFT_OUT = (
     "earlier research and ablations on architecture, algorithms and data",
@@ -99,6 +100,8 @@ def bill_api(
         if type(count) is not int or not 0 <= count <= _MOST_TOKENS:
             todo = f"give a whole number from 0 to {_MOST_TOKENS}"
             raise ConfigError(f"{part} is {str(count)[:40]} tokens", where="usage", todo=todo)
+    if when is not None and not 1 < when.year < 9999:  # elsewhere it has no date in every timezone
+        raise ConfigError(f"the year is {when.year}", where="when", todo="give a year from 2 to 9998")
     book = book or load_prices()
     entries = sorted((entry for entry in book.api if entry.name == name), key=lambda entry: entry.since)
     if not entries:
@@ -144,13 +147,18 @@ def bill_training(gpu_hours: Decimal | int | float, price: GpuPrice, *, currency
     '5.576 M'
 
     Raises:
-        ConfigError: the hours are negative or absurd, or the price is in another currency.
+        ConfigError: the hours are negative, absurd or have too many digits, or the price is in another currency.
     """
     hours = Decimal(repr(gpu_hours)) if isinstance(gpu_hours, float) else Decimal(gpu_hours)
     amount: Decimal | None = getattr(price, currency)
     if not hours.is_finite() or not 0 <= hours < 10**15:
         raise ConfigError(f"{gpu_hours} GPU-hours", where="bill", todo="give a number from 0 to 10^15")
+    _, digits, exponent = hours.as_tuple()
+    if len(digits) > _MOST_DIGITS or abs(int(exponent)) > _MOST_PLACES:
+        todo = f"give at most {_MOST_DIGITS} digits, {_MOST_PLACES} of them behind the point"
+        raise ConfigError(f"{str(gpu_hours)[:40]} GPU-hours cannot be billed exactly", where="bill", todo=todo)
     if amount is None:
         raise ConfigError(f"no price of {price.chip} in {currency}", where="bill", todo="use the other currency")
     source = f"{price.chip} {price.kind} since {price.since.isoformat()}: {price.source}"
-    return TrainingBill(hours, amount, hours * amount, currency, source)
+    with localcontext(EXACT):
+        return TrainingBill(hours, amount, hours * amount, currency, source)

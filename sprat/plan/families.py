@@ -38,13 +38,11 @@ def _gqa(keys: ConfigKeys, **changes: Any) -> Any:
 def _windows(keys: ConfigKeys, layers: int, kind: str) -> list[int | None]:
     """The window of each layer."""
     window, types = keys.table.get("sliding_window"), keys.words("layer_types", layers)
-    if kind == "mistral" and "sliding_window" not in keys.table:
-        window = 4096
     if kind in ("qwen2", "qwen3", "qwen3_moe") and not keys.flag("use_sliding_window"):
         window = None
     if window is None or kind == "llama":
         return [None] * layers
-    window = keys.size("sliding_window", default=4096)
+    window = keys.size("sliding_window")
     if types is not None:
         return [window if each == "sliding_attention" else None for each in types]
     if kind == "gpt_oss":
@@ -68,7 +66,7 @@ def _qwen3_moe(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     bias, dense_layers = keys.flag("attention_bias"), keys.words("mlp_only_layers") or []
     step = keys.size("decoder_sparse_step", default=1)
-    experts, top_k = keys.size("num_experts"), keys.size("num_experts_per_tok")
+    experts, top_k = keys.size("num_experts", "num_local_experts"), keys.size("num_experts_per_tok")
     feed = blocks.moe(hidden, experts, _chosen(keys, experts, top_k), keys.size("moe_intermediate_size"))
     layers: list[Layer] = []
     for layer, window in enumerate(_windows(keys, count, kind)):
@@ -138,7 +136,9 @@ def _deepseek_v4(keys: ConfigKeys, kind: str) -> list[Layer]:
     count, hidden = keys.size("num_hidden_layers", most=_MOST_LAYERS), keys.size("hidden_size")
     extra = keys.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=100)
     index = (keys.size("index_n_heads"), keys.size("index_head_dim"), keys.size("index_topk"))
-    ratios = keys.words("compress_ratios")
+    ratios, rates = keys.words("compress_ratios"), keys.table.get("compress_rates")
+    if ratios is None and isinstance(rates, Mapping):  # as transformers 5 writes it: by the kind of each layer
+        ratios = [rates.get(each, 0) for each in map(str, keys.words("layer_types", count) or [])]
     if ratios is None or len(ratios) < count or not all(type(ratio) is int and 0 <= ratio < MOST for ratio in ratios):
         raise keys.fault("compress_ratios does not describe the layers", f"give {count} whole numbers")
     ratios = (ratios + [0] * extra)[: count + extra]
@@ -162,10 +162,10 @@ def _deepseek_v4(keys: ConfigKeys, kind: str) -> list[Layer]:
 
 def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
     """Nemotron-H and Nemotron 3: one mixer a layer, by the letters of a pattern."""
-    hidden, pattern = keys.size("hidden_size"), keys.table.get("hybrid_override_pattern")
-    names: list[Any] = keys.words("layers_block_type") or keys.words("layer_types") or list(pattern or "")
-    extra = keys.words("mtp_layers_block_type") or list(keys.table.get("mtp_hybrid_override_pattern") or "")
-    kinds = [_WORDS.get(name, _LETTERS.get(name, name)) for name in (*names, *extra)]
+    hidden = keys.size("hidden_size")
+    names = keys.words("layers_block_type") or keys.words("layer_types") or keys.letters("hybrid_override_pattern")
+    extra = _nemotron_mtp(keys)
+    kinds = [_WORDS.get(name, _LETTERS.get(name, name)) for name in map(str, (*names, *extra))]
     unknown = [name for name in kinds if name not in _LETTERS.values()]
     if unknown or not names:
         raise keys.fault(f"the pattern has {str(unknown[:1])[:40]}", "use M, E, * and -, one for each layer")
@@ -175,7 +175,9 @@ def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
             keys.size("n_groups"), keys.size("conv_kernel"), keys.size("chunk_size"),
         ),
         "moe": lambda: blocks.moe(
-            hidden, keys.size("n_routed_experts"), keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size"),
+            hidden, keys.size("n_routed_experts"),
+            _chosen(keys, keys.size("n_routed_experts"), keys.size("num_experts_per_tok")),
+            keys.size("moe_intermediate_size"),
             shared_ffn=keys.size("moe_shared_expert_intermediate_size"), gated=False,
             latent=keys.size("moe_latent_size", default=0, least=0),
         ),
@@ -185,6 +187,13 @@ def _nemotron_h(keys: ConfigKeys, kind: str) -> list[Layer]:
     built = {name: make[name]() for name in set(kinds)}
     layers: list[Layer] = [(built[name],) for name in kinds[: len(names)]]
     return layers + ([tuple(built[name] for name in kinds[len(names) :])] if extra else [])
+
+
+def _nemotron_mtp(keys: ConfigKeys) -> list[Any]:
+    """The blocks of its MTP module; files name them even where there are 0 modules."""
+    if keys.size("num_nextn_predict_layers", default=1, least=0) == 0:
+        return []
+    return keys.words("mtp_layers_block_type") or keys.letters("mtp_hybrid_override_pattern")
 
 
 _FAMILIES: dict[str, Callable[[ConfigKeys, str], list[Layer]]] = {
@@ -206,7 +215,9 @@ def from_hf(table: Mapping[str, Any], *, where: str = "config.json", name: str =
     """
     kind = table.get("model_type")
     if not isinstance(kind, str) or kind not in _FAMILIES:
-        todo = f"use a model of one of these: {', '.join(_FAMILIES)}"
+        todo, inner = f"use a model of one of these: {', '.join(_FAMILIES)}", table.get("text_config")
+        if isinstance(inner, Mapping) and str(inner.get("model_type")) in _FAMILIES:  # with images, or sound
+            todo = f"its text_config is {inner['model_type']}: save that table as a config.json, and plan that"
         raise ConfigError(f"model_type {str(kind)[:40]!r} is not known", where=where, todo=todo)
     keys = ConfigKeys(table, where)
     layers = _FAMILIES[kind](keys, kind)
@@ -231,8 +242,7 @@ def _count_layers(keys: ConfigKeys, kind: str, built: int) -> int:
     """Decoder layers; what is built beyond them belongs to MTP modules."""
     if kind != "nemotron_h":
         return keys.size("num_hidden_layers", most=_MOST_LAYERS)
-    has_mtp = keys.table.get("mtp_layers_block_type") or keys.table.get("mtp_hybrid_override_pattern")
-    return built - 1 if has_mtp else built
+    return built - 1 if _nemotron_mtp(keys) else built
 
 
 def from_config(config: ModelConfig, *, name: str = "") -> ModelShape:
@@ -267,14 +277,18 @@ def load_shape(model: str | Path) -> ModelShape:
         shape = from_hf(table, where=f"{MODELS_FILE.name}: {title}", name=title)
         return ModelShape(**{**shape.__dict__, "source": source if isinstance(source, str) else "; ".join(source)})
     path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        is_there, why = path.is_file(), f"no model is called {name[:80]!r}"
+    except OSError as error:  # too long a name, a folder that may not be entered
+        is_there, why = False, f"{name[:80]!r} is no name of a model, and as a path: {error.strerror}"
+    if not is_there:
         todo = f"give a folder, a config.json, or one of {', '.join(model_names())}"
-        raise ConfigError(f"no model is called {name[:80]!r}", where="model", todo=todo)
+        raise ConfigError(why, where="model", todo=todo)
     if path.stat().st_size > _BYTES:
         raise ConfigError(f"it is larger than {_BYTES} bytes", where=str(path), todo="give the model's config.json")
     table = load_json_object(path, ConfigError, problem="cannot be read", todo="give the model's config.json")
-    return from_hf(table, where=str(path), name=path.parent.name or name)
+    return from_hf(table, where=str(path), name=path.resolve().parent.name or name)
 
 
 def _fold(name: str) -> str:

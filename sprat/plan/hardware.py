@@ -18,11 +18,12 @@ import functools
 import math
 import tomllib
 from importlib.resources import files
-from typing import Self
+from typing import Self, get_args
 
 from pydantic import Field, model_validator
 
 from sprat.config.base import Config, parse
+from sprat.config.parallel import Precision
 from sprat.errors import ConfigError
 
 TILE = 128  # rows and columns of a product that a compute unit takes at once
@@ -80,7 +81,7 @@ class Chip(Config):
             ConfigError: the chip does not multiply in it.
         """
         if precision not in self.peak or precision not in self.efficiency.gemm:
-            known = [each for each in self.peak if each in self.efficiency.gemm]
+            known = [each for each in get_args(Precision) if each in self.peak and each in self.efficiency.gemm]
             todo = f"use one of {', '.join(known)}"
             raise ConfigError(f"{self.name} does not multiply in {precision!r}", where="precision", todo=todo)
         return self.peak[precision] * 1e12

@@ -24,6 +24,7 @@ from sprat.files.regular_file import open_regular_file
 PRICES_FILE = Path(__file__).with_name("prices.toml")
 EXACT = Context(prec=80, traps=[Inexact])
 Currency = Literal["usd", "cny"]
+CURRENCIES: tuple[Currency, ...] = ("usd", "cny")
 Part = Literal["cache_hit", "cache_miss", "output"]
 PARTS: tuple[Part, ...] = ("cache_hit", "cache_miss", "output")
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -161,10 +162,13 @@ class ApiPrices(Config):
         if day is None:
             base = self.in_currency(currency)
             return [("list", base), *((w.name, self._of_window(w, currency, base)) for w in self.window)]
-        zone = self.zone
-        edges = {"00:00", *(edge for w in self.window for edge in (w.start, w.end) if edge != "24:00")}
-        moments = [datetime.combine(day, day_time.fromisoformat(edge), zone) for edge in sorted(edges)]
-        return [self.at(each, currency) for each in moments]
+        midnight = datetime.combine(day, day_time(), self.zone).astimezone(UTC)
+        options: list[tuple[str, TokenPrices]] = []
+        for minute in range(26 * 60):  # the longest day: clocks that are set back make it longer than 24 hours
+            moment = midnight + timedelta(minutes=minute)
+            if moment.astimezone(self.zone).date() == day and (option := self.at(moment, currency)) not in options:
+                options.append(option)
+        return options
 
 
 class GpuPrice(Config):
@@ -179,12 +183,34 @@ class GpuPrice(Config):
 
     _exact = field_validator("usd", "cny", mode="before")(_decimal)
 
+    @property
+    def currencies(self) -> tuple[Currency, ...]:
+        """Those in which it has an amount."""
+        return tuple(each for each in CURRENCIES if getattr(self, each) is not None)
+
+    @model_validator(mode="after")
+    def _has_an_amount(self) -> Self:
+        if not self.currencies:
+            raise ValueError(
+                f"the price of {self.chip} since {self.since} has no amount: give {' or '.join(CURRENCIES)}"
+            )
+        return self
+
 
 class PriceBook(Config):
     """All prices, each with its date and source."""
 
     gpu: tuple[GpuPrice, ...] = ()
     api: tuple[ApiPrices, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_holds_alone(self) -> Self:
+        """Refuse two prices of the same thing since the same day."""
+        keys: list[tuple[object, ...]] = [("api", each.name, each.since) for each in self.api]
+        keys += [(each.kind, each.chip.lower(), each.since, money) for each in self.gpu for money in each.currencies]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"two {key[0]} prices of {key[1]} since {key[2]}: keep one, or give each its day")
+        return self
 
 
 def load_prices(path: str | Path = PRICES_FILE) -> PriceBook:
@@ -209,16 +235,17 @@ def gpu_price(
     book: PriceBook | None = None,
     currency: Currency = "usd",
 ) -> GpuPrice:
-    """The newest price of an hour of ``chip`` that holds ``on`` a day (None: the newest of all).
+    """The newest price of an hour of ``chip``, however its letters are cased, that holds ``on`` a day (None: of all).
 
     Raises:
         ConfigError: the book has none; it names those it has.
     """
     book = book or load_prices()
-    fits = [price for price in book.gpu if price.chip == chip and price.kind == kind]
-    fits = [price for price in fits if getattr(price, currency) is not None and (on is None or price.since <= on)]
+    fits = [price for price in book.gpu if price.chip.lower() == chip.lower() and price.kind == kind]
+    fits = [price for price in fits if currency in price.currencies and (on is None or price.since <= on)]
     if not fits:
-        known = ", ".join(f"{each.chip} ({each.kind}, since {each.since})" for each in book.gpu)
+        each_of = [(each, " and ".join(each.currencies)) for each in book.gpu]
+        known = ", ".join(f"{each.chip} ({each.kind}, since {each.since}, in {money})" for each, money in each_of)
         what = f"no {kind} price of {chip!r} in {currency}" + (f" on {on.isoformat()}" if on else "")
-        raise ConfigError(what, where="prices", todo=f"add it to a price book; there are: {known}")
+        raise ConfigError(what, where="prices", todo=f"add it to a price book; there are: {known or 'none'}")
     return max(fits, key=lambda price: price.since)

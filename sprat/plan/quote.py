@@ -104,8 +104,8 @@ def make_quote(
     Raises:
         ConfigError: the plan does not fit the model, the chip is not known, or ``tokens`` is absurd.
     """
-    if not 0 < tokens < 1e20:
-        raise ConfigError(f"{tokens} tokens", where="tokens", todo="give a number above 0 and below 10^20")
+    if not 1 <= tokens < 1e20:
+        raise ConfigError(f"{tokens} tokens", where="tokens", todo="give a number from 1 to below 10^20")
     accelerator = find_chip(chip_name)
     memory = fullest_rank(shape, plan, imbalance=imbalance)
     step = step_time(shape, plan, accelerator, StepOptions(imbalance=imbalance))

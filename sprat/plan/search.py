@@ -33,7 +33,7 @@ from sprat.plan.precision import recipe_of
 from sprat.plan.shapes import ModelShape
 from sprat.plan.simulate import StageTime
 from sprat.plan.stage_time import StageMaker
-from sprat.plan.step import StepEstimate, StepOptions, step_time
+from sprat.plan.step import StepEstimate, StepOptions, check_options, step_time
 
 GIB = 2**30
 SCHEDULES: tuple[tuple[Schedule, int], ...] = (
@@ -117,9 +117,10 @@ def search(goal: Goal, *, seconds: float = 25.0) -> Found:
     reasons: Counter[str] = Counter()
     listed = sorted(_estimates(goal, reasons), key=lambda one: one[0])
     if not listed:
-        what = f"no layout of {goal.shape.name} divides {goal.gpus} chips and {goal.base.global_batch} sequences"
-        fits_batch = math.gcd(goal.base.global_batch, 2 ** int(math.log2(goal.gpus)))
-        raise ConfigError(what, where="search", todo=f"use {fits_batch} chips, or a batch that {goal.gpus} divides")
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        what = f"no layout of {goal.shape.name} divides {goal.gpus} chips and {goal.base.global_batch} sequences: {why}"
+        few = math.gcd(goal.base.global_batch, 2 ** int(math.log2(goal.gpus)))
+        raise ConfigError(what, where="search", todo=f"use {few} of one kind, or a batch that {goal.gpus} divides")
     fits: list[Candidate] = []
     fell: list[Candidate] = []
     looked = 0
@@ -146,10 +147,10 @@ def search(goal: Goal, *, seconds: float = 25.0) -> Found:
 
 
 def _check(goal: Goal) -> None:
-    for name in ("tokens", "deadline_days", "budget"):
-        value = getattr(goal, name)
-        if math.isnan(value) or value <= 0:
-            raise ConfigError(f"{name} is {value}", where="search", todo="give a number above 0")
+    check_options(goal.options)
+    for name, most in (("tokens", 1e20), ("deadline_days", math.inf), ("budget", math.inf)):
+        if not 0 < (value := getattr(goal, name)) <= most:
+            raise ConfigError(f"{name} is {value}", where="search", todo="give a number above 0; tokens: 1e20 at most")
     if not (math.isfinite(goal.price) and goal.price >= 0):
         raise ConfigError(f"price is {goal.price}", where="search", todo="give money a chip-hour, 0 or more")
     if not goal.fleet or min(count for _, count in goal.fleet) < 1:

@@ -7,6 +7,7 @@ they are on another rank than the embedding, it is copied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,9 +91,10 @@ def check_fit(shape: ModelShape, plan: ParallelPlan) -> None:
         if block.ffn:
             sizes.setdefault("ffn", set()).add(block.ffn)
     experts = min(sizes.get("experts", {0}))
+    cuts = math.gcd(*(value for name in ("heads", "kv_heads", "ffn") for value in sizes.get(name, ())))
     for name, values in sizes.items():
         for value in values:
-            plan.check_model(**{"experts": experts, name: value})
+            plan.check_model(tensor_cuts=cuts, **{"experts": experts, name: value})
 
 
 def _matrices(stage: Stage, shape: ModelShape) -> tuple[list[Matrix], float]:
@@ -151,13 +153,13 @@ def state_terms(stages: list[Stage], shape: ModelShape, plan: ParallelPlan) -> l
         rest = held.linears * of_linear + held.others * of_other
         return held.experts * of_expert / (expert if cut else 1) + rest / (dense if cut else 1)
 
-    numbers = f"({held.experts + held.linears:,.0f} in linears + {held.others:,.0f} others)"
+    numbers = f"({held.experts:,.0f} of experts + {held.linears:,.0f} in linears + {held.others:,.0f} others)"
     zero = f"ZeRO-{plan.zero}: / {dense} (experts / {expert})"
     linear, other = _parameter_bytes(plan)
     gradient = DTYPE_BYTES[plan.gradient_dtype] or other
     terms = [
         Term(
-            "parameters", shared(3, linear, linear, other), f"{numbers} x {linear:.4g}, {other:g} bytes"
+            "parameters", shared(3, linear, linear, other), f"{numbers} x {linear:.7g}, {linear:.7g}, {other:g} bytes"
             + (f"; {zero}" if plan.zero >= 3 else ""), MIXED,
         ),
         Term(
@@ -170,17 +172,17 @@ def state_terms(stages: list[Stage], shape: ModelShape, plan: ParallelPlan) -> l
         terms.append(Term("master weights", shared(1, master, master, master), formula, ZERO))
     moment = DTYPE_BYTES[plan.moment_dtype]
     matrix, vector = {"adamw": (2, 2), "muon": (1, 2), "sgd": (1, 1)}[plan.optimizer]
-    formula = f"{numbers} x {matrix}, {vector} moments x {moment} bytes" + (f"; {zero}" if plan.zero else "")
+    formula = f"{numbers} x {matrix}, {matrix}, {vector} moments x {moment} bytes" + (f"; {zero}" if plan.zero else "")
     terms.append(Term("moments", shared(1, matrix * moment, matrix * moment, vector * moment), formula, ZERO))
     if plan.zero == 3:
-        terms.append(_gathered(stages, shape, plan, linear, gradient))
+        terms.append(_gathered(stages, plan, linear))
     return terms
 
 
-def _gathered(stages: list[Stage], shape: ModelShape, plan: ParallelPlan, linear: float, gradient: float) -> Term:
+def _gathered(stages: list[Stage], plan: ParallelPlan, linear: float) -> Term:
     """ZeRO-3: the layer at work and the next one whole, and the gradients of one before they are shared out."""
     layers = [layer for stage in stages for layer in stage.layers] or [()]
     sizes = [sum(rank_parameters(m, plan) for block in layer for m in block.matrices) for layer in layers]
-    largest = max(sizes)
-    formula = f"largest layer {largest:,.0f} x (2 x {linear:.4g} + {linear:.4g} bytes)"
-    return Term("gathered parameters", largest * (2 * linear + max(linear, 2)), formula, f"{ZERO}; FSDP prefetches one")
+    largest, gradient = max(sizes), max(linear, 2)  # gradients are bf16 with fp8 too
+    formula = f"largest layer {largest:,.0f} x (2 x {linear:.7g} + {gradient:g} bytes)"
+    return Term("gathered parameters", largest * (2 * linear + gradient), formula, f"{ZERO}; FSDP prefetches one")

@@ -224,8 +224,8 @@ def check_options(options: StepOptions) -> None:
         raise ConfigError(f"data_stall is {options.data_stall}", where="step", todo="give seconds, 0 or more")
     if not (math.isfinite(options.factor) and options.factor > 0):
         raise ConfigError(f"factor is {options.factor}", where="step", todo="give a number above 0")
-    if not (math.isfinite(options.imbalance) and options.imbalance >= 1):
-        raise ConfigError(f"imbalance is {options.imbalance}", where="step", todo="give 1 or more")
+    if not 1 <= options.imbalance < 1e6:
+        raise ConfigError(f"imbalance is {options.imbalance}", where="step", todo="give 1 or more, below a million")
 
 
 def _places(plan: ParallelPlan, ranks: Sequence[Rank]) -> list[tuple[int, Rank]]:

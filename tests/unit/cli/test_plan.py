@@ -14,7 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from sprat.cli.main import app
+from sprat.cli.plan import _number
+from sprat.cli.plan_search import parse_fleet
+from sprat.plan.search import Found
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
 
 
@@ -97,9 +104,12 @@ def test_a_plan_and_a_price_book_of_ones_own(tmp_path: Path) -> None:
     "words, named",
     [
         (["gpt-5"], "no model is called"),
+        (["a" * 5000], "File name too long"),
         (["v3", "--chip", "H9000"], "H9000"),
+        (["v3", "--chip", "A100"], "use one of fp32, bf16."),  # what both the chip and a plan have
         (["v3", "--tokens", "-1"], "tokens"),
         (["v3", "--tokens", "nan"], "tokens"),
+        (["v3", "--tokens", "1e-300"], "tokens"),
         (["v3", "--imbalance", "0"], "imbalance"),
         (["v3", "--set", "expert=60"], "expert 60 does not divide"),
         (["v3", "--set", "tensors=2"], "tensor"),
@@ -113,17 +123,38 @@ def test_bad_input_is_refused_in_one_sentence(words: list[str], named: str) -> N
     assert code == 2 and named in err and len(err.splitlines()) == 1
 
 
+def test_a_folder_is_called_by_its_name_and_is_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3's 2,048 chips are not those of a small model in a folder of that name."""
+    folder = tmp_path / "v3"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.chdir(folder)
+    for words in ((str(folder),), (".",), ("config.json",)):
+        code, out, err = plan(*words, "--tokens", "1e9")
+        assert code == 0 and out.startswith("v3 on 1 x H800"), err
+
+
 def test_a_folder_is_read_and_a_foreign_config_refused(tmp_path: Path) -> None:
-    table = {
-        "model_type": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "quantization_config": {"bits": 4},
-    }  # fmt: skip
+    table = {**LLAMA, "quantization_config": {"bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(table))
     assert plan(str(tmp_path), "--tokens", "1e9")[0] == 0
     for content in ("{", "[]", json.dumps({**table, "model_type": "bert"}), json.dumps({**table, "hidden_size": 1e9})):
         (tmp_path / "config.json").write_text(content)
         code, _, err = plan(str(tmp_path))
         assert code == 2 and "config.json" in err
+
+
+def test_names_and_sources_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Not read as rich's markup or emoji."""
+    folder = tmp_path / "a [red] :fire: 日本"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    book, source = tmp_path / "prices.toml", "[the sheet] of :fire: [/b]"
+    book.write_text(f'[[gpu]]\nchip = "H800"\nsince = 2026-01-01\nusd = "3"\nsource = "{source}"\n')
+    for words in (("--explain",), ("--fleet", "1xH800")):
+        code, out, err = plan(str(folder), "--prices", str(book), "--tokens", "1e9", *words)
+        assert code == 0 and out.startswith(f"{folder.name} on 1 x H800"), err
+        assert "[the" in out and "sheet]" in out and out.count(":fire:") > 1 and "[/b]" in out
 
 
 def test_the_terms_of_a_step_add_up_to_it_and_say_where_they_come_from(v3: dict[str, Any]) -> None:
@@ -159,11 +190,38 @@ def test_a_fleet_gets_its_best_layouts_and_the_rest_a_reason() -> None:
         (("--fleet", "0xH800"), "cannot read '0xH800'"),
         (("--fleet", "8xMI300X", "--budget", "5"), "no price"),
         (("--deadline", "5"), "bound a search"),
+        (("--fleet", "8xH800", "--tokens", "inf"), "tokens is inf"),
+        (("--fleet", "37xH800,4xA100"), "sequences: a kind of chip does not fill whole pipeline ranks ("),
+        (("--fleet", "8xH800", "--tokens", "1e30"), "tokens is 1e+30"),
+        (("--fleet", "8xH800", "--imbalance", "0.5"), "imbalance is 0.5"),
+        (("--fleet", "8xH800", "--imbalance", "1e9"), "imbalance is 1000000000.0"),
     ],
 )
 def test_fleets_that_cannot_be_are_refused(words: tuple[str, ...], says: str) -> None:
     code, _, err = plan("LLAMA3_8B", *words)
     assert code == 2 and says in err
+
+
+def test_layouts_that_time_did_not_suffice_for_are_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Found((), (), {"memory": 2}, 7, 5)
+    monkeypatch.setattr("sprat.plan.search.search", lambda goal: found)
+    code, out, _ = plan("nano", "--fleet", "8xH800")
+    assert code == 2 and "not looked at, since time was up: 5 layouts" in " ".join(out.split())
+
+
+def test_degrees_that_a_search_does_not_hear_are_named() -> None:
+    words = ("nano", "--fleet", "8xH800", "--set", "global_batch=64", "--set", "data_shard=8", "--set", "zero=0")
+    code, out, _ = plan(*words, "--json")
+    assert (
+        code == 0
+        and "not counted, since the search chooses by itself: data_shard=8, zero=0" in json.loads(out)["notes"]
+    )
+
+
+def test_a_kind_of_chip_that_is_written_twice_is_one_kind() -> None:
+    """The fleet is what it is, however its order lists it: each kind and its sum."""
+    fleet = parse_fleet("4xH800, 2xA100,4xh800")
+    assert [(chip.name, count) for chip, count in fleet] == [("H800", 8), ("A100", 2)]
 
 
 def test_a_bill_alone_has_all_its_digits() -> None:
@@ -191,6 +249,8 @@ def test_a_bill_alone_has_all_its_digits() -> None:
         (["--usage", "1,2,3", "--currency", "eur"], "usd or cny"),
         (["--usage", "1,2,3", "--api", "gpt"], "deepseek-r1"),
         (["--hours", "-1"], "GPU-hours"),
+        (["--hours", "1e-9999999"], "at most 50 digits"),
+        (["--hours", "1", "--at", "2025-02-01T12:00"], "timezone"),
         (["--hours", "many"], "many"),
         (["--hours", "1", "--chip", "abacus"], "abacus"),
     ],
@@ -201,5 +261,20 @@ def test_a_bill_that_cannot_be_is_refused(words: list[str], named: str) -> None:
 
 
 def test_options_of_a_bill_are_for_a_bill() -> None:
-    code, _, err = plan("v3", "--usage", "1,2,3")
-    assert code == 2 and "sprat plan price" in err
+    for words in (("--usage", "1,2,3"), ("--currency", "cny")):
+        code, _, err = plan("v3", *words)
+        assert code == 2 and f"{words[0]}: for a bill alone" in err and "sprat plan price" in err
+
+
+@pytest.mark.parametrize("words", [("--deadline", "5"), ("--fleet", "8xH800"), ("--set", "tensor=2")])
+def test_options_of_a_plan_are_for_a_plan(words: tuple[str, str]) -> None:
+    code, _, err = plan("price", "--hours", "1", *words)
+    assert code == 2 and f"{words[0]}: for a plan" in err
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(9999.4, "9,999"), (9999.7, "10,000"), (0.33524, "0.3352"), (123456.7, "123,457"), (-9999.7, "-10,000")],
+)
+def test_a_number_is_shown_without_an_exponent(value: float, shown: str) -> None:
+    assert _number(value, "h") == shown

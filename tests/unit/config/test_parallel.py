@@ -36,6 +36,9 @@ def test_degrees_follow_torchtitan() -> None:
     [
         ({"data_shard": 96, "expert": 64, "global_batch": 96}, "expert 64 does not divide", "expert 48, or 64 or 128"),
         ({"expert": 3, "tensor": 4}, "expert 3 does not divide", "expert 2"),
+        ({"expert_tensor": 3, "tensor": 4}, "expert_tensor 3 = 3 does not divide", "expert 1 * expert_tensor 2, or 3"),
+        ({"expert_tensor": 3, "expert": 4, "tensor": 8}, "= 12 does not", "expert 4 * expert_tensor 2, or 12"),
+        ({"pipeline": 2, "global_batch": 2, "stage_layers": [-1, 3]}, "stage_layers.0", "greater than or equal to 0"),
         ({"data_shard": 3, "micro_batch": 4, "global_batch": 100}, "micro_batch 4 = 12 does not divide", "96 or 108"),
         ({"global_batch": 2**40}, "micro-batches", "global_batch 16384"),
         ({"data_replicate": 8, "global_batch": 4}, "= 8 does not divide global_batch 4", "nearest: 8"),
@@ -86,10 +89,13 @@ def test_a_fleet_that_the_plan_does_not_fill_is_refused_with_one_that_it_does() 
 @pytest.mark.parametrize(
     "changes, sizes, named",
     [
-        ({"tensor": 8, "sequence_length": 64}, {"heads": 12}, "tensor 8 does not divide 12 heads.*use tensor 6"),
-        ({"data_shard": 16, "expert": 16, "global_batch": 16}, {"experts": 24}, "expert 16 does not divide 24 experts"),
+        ({"tensor": 8, "sequence_length": 96}, {"heads": 12}, "tensor 8 does not divide 12 heads.*use tensor 6"),
+        ({"tensor": 8, "sequence_length": 64}, {"heads": 12}, "tensor 8 does not divide 12 heads.*use tensor 4"),
+        ({"tensor": 8, "sequence_length": 72}, {"heads": 9, "ffn": 1536}, "tensor 8 does not divide 9.*use tensor 3"),
+        ({"tensor": 16}, {"heads": 24, "kv_heads": 3}, "tensor 16 does not divide 24 heads.*use tensor 1"),
+        ({"data_shard": 16, "expert": 16, "global_batch": 16}, {"experts": 24}, "16 does not divide 24.*use expert 8"),
         ({"data_shard": 2, "expert": 2, "global_batch": 2}, {"layers": 4}, "without experts"),
-        ({"tensor": 6, "sequence_length": 6}, {"heads": 12, "kv_heads": 4}, "kv_heads.*use tensor 4"),
+        ({"tensor": 6, "sequence_length": 12}, {"heads": 12, "kv_heads": 4}, "kv_heads.*use tensor 4"),
         ({"pipeline": 8, "global_batch": 8}, {"layers": 4}, "8 stages for 4 layers"),
         ({"pipeline": 2, "stage_layers": [3, 2], "global_batch": 2}, {"layers": 6}, "add up to 5.*last stage 3"),
     ],

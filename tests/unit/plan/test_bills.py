@@ -148,6 +148,26 @@ def test_who_does_not_know_the_moment_gets_two_prices(book: PriceBook, when: dat
     assert [bill.total for bill in bills] == [Decimal(total) for total in totals]
 
 
+@pytest.mark.parametrize(
+    "day, start, end, totals",
+    [
+        (date(2025, 3, 8), "02:00", "03:00", ["0.875", "1.75"]),
+        (date(2025, 3, 9), "02:00", "03:00", ["1.75"]),  # clocks go from 02:00 to 03:00: no such minute
+        (date(2025, 3, 9), "02:30", "03:30", ["0.875", "1.75"]),  # from 03:00 on
+        (date(2025, 11, 2), "01:00", "02:00", ["0.875", "1.75"]),  # that hour comes twice
+        (date(2024, 2, 29), "23:59", "00:01", ["0.875", "1.75"]),
+    ],
+)
+def test_a_day_has_the_prices_of_its_own_minutes(day: date, start: str, end: str, totals: list[str]) -> None:
+    """New York's clocks, 2025-03-09 and 2025-11-02."""
+    flat = BOOK[BOOK.index('[[api]]\nname = "flat"') :].replace(
+        "since = 2025", 'timezone = "America/New_York"\nsince = 2024'
+    )
+    window = f'[[api.window]]\nname = "cheap"\nfrom = "{start}"\nto = "{end}"\nfactor = "0.5"\n'
+    bills = bill_api(Usage(*ONE), "flat", day, book=PriceBook.model_validate(tomllib.loads(flat + window)))
+    assert [bill.total for bill in bills] == [Decimal(total) for total in totals]
+
+
 def test_an_unknown_date_has_two_prices_even_of_one_entry(book: PriceBook) -> None:
     assert [bill.total for bill in bill_api(Usage(*ONE), "flat", None, book=book)] == [Decimal("1.75")] * 2
 
@@ -202,8 +222,15 @@ def test_a_bill_that_cannot_be_is_refused(
 def test_a_price_in_another_currency_is_refused(book: PriceBook) -> None:
     with pytest.raises(ConfigError, match="no price in cny"):
         bill_api(Usage(*ONE), "flat", None, book=book, currency="cny")
-    with pytest.raises(ConfigError, match="H800 .rental, since 2024-12-26"):
+    with pytest.raises(ConfigError, match="H800 .rental, since 2024-12-26, in usd"):
         gpu_price("H900", book=book)
+    with pytest.raises(ConfigError, match="no rental price of 'H800' in cny .*since 2024-12-26, in usd"):
+        gpu_price("H800", book=book, currency="cny")
+
+
+def test_a_chip_is_priced_however_its_letters_are_cased(book: PriceBook) -> None:
+    """As ``sprat plan --chip h800`` finds it in the catalogue."""
+    assert gpu_price("h800", date(2025, 5, 31), book=book).usd == Decimal("2")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +241,9 @@ def test_a_price_in_another_currency_is_refused(book: PriceBook) -> None:
         ('usd = "1.75"', "usd = 1.75", "no exact amount"),
         ('usd = "1.75"', 'usd = "1e12"', "less than"),
         ('usd = "1.75"', 'usd = "nan"', "finite"),
+        ('usd = "1.75"\n', "", "H800 since 2025-06-01 has no amount: give usd or cny"),
+        ("since = 2025-06-01\nusd", "since = 2024-12-26\nusd", "two rental prices of h800 since 2024-12-26"),
+        ("since = 2025-06-01\ntime", "since = 2025-01-20\ntime", "two api prices of chat since 2025-01-20"),
         ('factor = "0.5"', "", "give a factor or prices"),
         ('days = ["weekend"]', 'days = ["weekends"]', "weekends"),
         ('from = "22:00"', 'from = "25:00"', "pattern"),
@@ -234,6 +264,21 @@ def test_a_price_book_that_does_not_hold_is_refused(tmp_path: Path, old: str, ne
 def test_hours_that_cannot_be_are_refused(book: PriceBook, hours: float) -> None:
     with pytest.raises(ConfigError, match="GPU-hours"):
         bill_training(hours, gpu_price("H800", book=book))
+
+
+def test_hours_are_billed_with_all_their_digits(book: PriceBook) -> None:
+    """More than the 28 digits at which Python's decimals round by themselves."""
+    bill = bill_training(Decimal("123456789012345.1234567890123456789"), gpu_price("H800", date(2025, 1, 1), book=book))
+    assert bill.total == Decimal("246913578024690.2469135780246913578")
+    for hours in ("1e-999999999", "0." + "1" * 60):
+        with pytest.raises(ConfigError, match="cannot be billed exactly.*at most 50 digits"):
+            bill_training(Decimal(hours), gpu_price("H800", book=book))
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00+08:00", "9999-12-31T23:59-12:00"])
+def test_a_moment_at_the_end_of_the_calendar_is_refused(book: PriceBook, moment: str) -> None:
+    with pytest.raises(ConfigError, match="the year is .*give a year from 2 to 9998"):
+        bill_api(Usage(*ONE), "chat", datetime.fromisoformat(moment), book=book)
 
 
 def test_a_price_book_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -99,6 +100,34 @@ def test_foreign_families_are_counted_as_transformers_builds_them(table: dict[st
     assert count_parameters(from_hf(table)).total == built_by_transformers(table)
 
 
+MISTRAL = {**LLAMA3_8B, "model_type": "mistral"}
+V3 = {key: value for key, value in V32.items() if not key.startswith("index")} | {"model_type": "deepseek_v3"}
+
+
+@pytest.mark.parametrize(
+    "table, absent",
+    [
+        (MISTRAL, "num_key_value_heads"),
+        (QWEN3_06B | {"num_attention_heads": 32}, "num_key_value_heads"),
+        (QWEN3_06B, "head_dim"),
+        (QWEN3_30B, "num_key_value_heads"),
+        (GPT_OSS_20B, "num_key_value_heads head_dim"),
+        (V3, "q_lora_rank n_shared_experts first_k_dense_replace"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each["model_type"],
+)
+def test_a_key_that_is_left_out_is_what_transformers_takes(table: dict[str, Any], absent: str) -> None:
+    short = {key: value for key, value in table.items() if key not in absent.split()}
+    assert len(short) < len(table) and count_parameters(from_hf(short)).total == built_by_transformers(short)
+
+
+def test_a_window_that_is_left_out_is_what_transformers_takes() -> None:
+    transformers = pytest.importorskip("transformers")
+    short = {key: value for key, value in GPT_OSS_20B.items() if key != "sliding_window"}
+    window = transformers.GptOssConfig().sliding_window
+    assert from_hf(short).layers == from_hf({**short, "sliding_window": window}).layers
+
+
 NANO = {
     "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 2688, "intermediate_size": 1856,
     "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 128,
@@ -119,6 +148,19 @@ V4 = {
 @pytest.mark.parametrize("table", [NANO, {**NANO, "moe_latent_size": 1024}, V4], ids=["nano", "latent", "v4"])
 def test_mamba_and_compressed_attention_are_counted_as_transformers_builds_them(table: dict[str, Any]) -> None:
     assert count_parameters(from_hf(table)).total == built_by_transformers(table)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [V32, V3, LLAMA3_8B, MISTRAL, QWEN3_06B, QWEN3_30B, GPT_OSS_20B, NANO, V4],
+    ids=lambda table: table["model_type"],
+)
+def test_a_config_is_read_as_transformers_writes_it(table: dict[str, Any]) -> None:
+    """Version 5 writes Qwen3-MoE's ``num_experts`` and DeepSeek-V4's ``compress_ratios`` by other names."""
+    transformers = pytest.importorskip("transformers")
+    own = {key: value for key, value in table.items() if key != "model_type"}
+    written = json.loads(transformers.AutoConfig.for_model(table["model_type"], **own).to_json_string())
+    assert from_hf(written).layers == from_hf(table).layers
 
 
 def test_v3_has_the_published_sizes() -> None:
@@ -191,6 +233,37 @@ def test_every_published_model_is_read() -> None:
 def test_a_config_that_does_not_hold_is_refused_by_its_key(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         from_hf({**QWEN3_30B, **change})
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"layers_block_type": None, "hybrid_override_pattern": 5}, "hybrid_override_pattern is '5'"),
+        ({"layers_block_type": [["moe"]]}, "the pattern has"),
+        ({"mtp_hybrid_override_pattern": ["M"]}, "mtp_hybrid_override_pattern"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 of 128 experts"),
+    ],
+)
+def test_a_hybrid_that_does_not_hold_is_refused_by_its_key(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_hf({**NANO, **change})
+
+
+def test_blocks_of_mtp_count_where_there_is_a_module() -> None:
+    """transformers 5 writes ``mtp_layers_block_type`` into each file, with 0 modules too."""
+    table = {**NANO, "mtp_layers_block_type": ["full_attention", "moe"]}
+    assert count_parameters(from_hf({**table, "num_nextn_predict_layers": 1})).mtp > 0
+    none = from_hf({**table, "num_nextn_predict_layers": 0})
+    assert none.mtp == () and len(none.layers) == len(NANO["layers_block_type"])
+
+
+def test_a_language_model_inside_another_is_named() -> None:
+    table = {"model_type": "mistral3", "vision_config": {}, "text_config": {**MISTRAL}}
+    with pytest.raises(ConfigError, match="its text_config is mistral: save that table as a config.json"):
+        from_hf(table)
+    for inner in ({"model_type": ["mistral"]}, None, "mistral"):
+        with pytest.raises(ConfigError, match="one of these: llama"):
+            from_hf({**table, "text_config": inner})
 
 
 def test_a_model_that_is_not_there_is_refused_with_what_there_is() -> None:

@@ -5,6 +5,7 @@ The comparison with what torch allocates is `bench/plan_memory.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from sprat.config import ModelConfig, ParallelPlan
 from sprat.config.parallel import v3_plan
 from sprat.errors import ConfigError
 from sprat.plan.activations import FUSED, NATIVE, STOCK
-from sprat.plan.families import from_config, load_shape
+from sprat.plan.families import from_config, from_hf, load_shape
 from sprat.plan.memory import RankMemory, fullest_rank, rank_memory
-from sprat.plan.state import split_stages
+from sprat.plan.state import check_fit, split_stages
 
 GQA: dict[str, Any] = {
     "architecture": "llama", "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
@@ -165,3 +166,39 @@ def test_absurd_numbers_are_refused(changes: dict[str, float]) -> None:
 def test_a_plan_that_does_not_cut_the_model_is_refused(name: str, plan: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         split_stages(load_shape(name), ParallelPlan.model_validate(plan))
+
+
+def test_the_nearest_tensor_degree_cuts_all_that_it_cuts() -> None:
+    """8 does not divide 12 heads; 6 would, and not 40 of the feed-forward."""
+    table = {"hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 40, "num_hidden_layers": 2}
+    shape = from_hf({"model_type": "llama", "vocab_size": 64, **table})
+    with pytest.raises(ConfigError, match="tensor 8 does not divide 12 heads.*use tensor 4"):
+        check_fit(shape, ParallelPlan(tensor=8, sequence_length=24))
+    check_fit(shape, ParallelPlan(tensor=4, sequence_length=24))
+
+
+def _by_formula(formula: str) -> float:
+    """What a person who reads the formula of a state term computes from it, with nothing else at hand."""
+    numbers = [float(each.replace(",", "")) for each in re.findall(r"\d[\d,]*(?:\.\d+)?", formula)]
+    if formula.startswith("largest layer"):
+        layer, times, bytes_each, gradient = numbers
+        return layer * (times * bytes_each + gradient)
+    counts, rest = numbers[:3], numbers[3:]
+    shares = [1.0, 1.0, 1.0]
+    if "ZeRO" in formula:
+        *rest, _, dense, experts = rest
+        shares = [experts, dense, dense]
+    factors = rest[:3] if len(rest) > 1 else rest * 3
+    factors = [each * (rest[3] if len(rest) > 3 else 1) for each in factors]
+    return sum(count * factor / share for count, factor, share in zip(counts, factors, shares, strict=True))
+
+
+@pytest.mark.parametrize("plan", [{}, {"zero": 3}, {"zero": 3, "pipeline": 1, "schedule": "1f1b", "virtual_stages": 1}])
+def test_a_state_term_is_what_its_formula_says(plan: dict[str, Any]) -> None:
+    """V3 in fp8, whose experts are shared among fewer ranks than the rest."""
+    table = v3_plan().model_dump() | plan
+    terms = rank_memory(load_shape("v3"), ParallelPlan.model_validate(table), 0, margin=0.0).terms
+    states = [each for each in terms if not each.name.startswith(("activations", "working"))]
+    assert len(states) == 4 + ("zero" in plan)
+    for term in states:
+        assert _by_formula(term.formula) == pytest.approx(term.bytes, rel=1e-6), term.formula
