@@ -208,13 +208,32 @@ class CommandChild(_Process):
 
 
 class LineChild(_Process):
-    """A command that stays, and answers line for line."""
+    """A command that stays, and answers line for line.
+
+    One that says more than was asked, or what is no number, is started anew: its next line would be taken for what
+    another answer is worth.
+    """
 
     def verdict(self, problem: Problem, answer: Response, seconds: float) -> Verdict:
         """See ``Child``."""
         deadline = time.monotonic() + seconds
+        if self._speaks_unasked():
+            self.kill()
         self._send(request_line(problem, answer), deadline)
-        return _read_number(self._read(deadline).decode("utf-8", "replace"))
+        verdict = _read_number(self._read(deadline).decode("utf-8", "replace"))
+        if self._buffer:
+            raise CrashError("wrote more than one line to one answer")
+        if verdict.outcome == "raised":
+            self.kill()
+        return verdict
+
+    def _speaks_unasked(self) -> bool:
+        """Whether there is something to read before anything is asked; also its end."""
+        if self._process is None or self._process.stdout is None:
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
 
 def request_line(problem: Problem, answer: Response) -> bytes:

@@ -171,6 +171,30 @@ def test_a_command_that_stays_answers_line_for_line_and_is_started_again(judge: 
     assert first.reward == second.reward != third.reward and died.outcome == "crashed" and third.outcome == "paid"
 
 
+STRAY_LINES = {
+    "before the first answer": ("print('ready', flush=True)", "print(float(right), flush=True)"),
+    "behind each answer": ("", "print(f'{float(right)}\\n1.0', flush=True)"),
+    "a word, and then the number": ("", "print('judging', flush=True); print(float(right), flush=True)"),
+    "later": ("", "print(float(right), flush=True); time.sleep(0.2); print(1.0, flush=True)"),
+}
+
+
+@pytest.mark.parametrize("when", STRAY_LINES)
+def test_a_line_too_many_never_pays_another_answer(when: str, judge: Judge, tmp_path: Path) -> None:
+    first, each = STRAY_LINES[when]
+    text = f"import json, sys, time\n{first}\nfor line in sys.stdin:\n"
+    text += f"    right = json.loads(line)['response'] == 'right'\n    {each}\n"
+    file = written(tmp_path / "judge.py", text)
+    pool = JudgePool(f"{sys.executable} {file}", workers=1, keep_alive=True, timeout_seconds=60.0)
+    said = ["right", "wrong", "wrong", "right", "wrong"]
+    paid = []
+    for answer in said:
+        paid += [verdict.reward for verdict in pool.pay([(PROBLEM, Response("", answer, True))])]
+        time.sleep(0.4 if when == "later" else 0.0)
+    pool.close()
+    assert all(reward in (None, float(answer == "right")) for reward, answer in zip(paid, said, strict=True))
+
+
 def test_answers_are_judged_side_by_side(judge: Judge, tmp_path: Path) -> None:
     file = written(tmp_path / "slow.py", "import time\ndef f(p, a):\n    time.sleep(1)\n    return 1.0\n")
     pool = JudgePool(f"{file}:f", workers=8)
