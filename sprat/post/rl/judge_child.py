@@ -254,7 +254,7 @@ def _read_number(text: str) -> Verdict:
     """A number, true, false or null, as JSON."""
     try:
         return _paid(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = text.strip()[:80]
         return Verdict(None, "raised", f"wrote {shown!r}, which is no number" if shown else "wrote nothing")
 

@@ -219,6 +219,15 @@ def test_a_bad_command_is_killed_or_counted(command: str, outcome: str, detail: 
     assert verdict.outcome == outcome and detail in verdict.detail and verdict.reward is None
 
 
+@pytest.mark.parametrize(
+    ("said", "detail"), [("'1' + '0' * 400", "too large"), ("'[' * 40000", "no number"), ("'1' * 5000", "no number")]
+)
+@pytest.mark.parametrize("keep_alive", [False, True])
+def test_no_number_ends_a_run_however_large_or_nested(said: str, detail: str, keep_alive: bool, judge: Judge) -> None:
+    (verdict,) = judge(f'{sys.executable} -c "print({said})"', ["4"], keep_alive=keep_alive)
+    assert verdict.outcome == "raised" and detail in verdict.detail and verdict.reward is None
+
+
 def test_a_verifier_that_only_fails_ends_the_run_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_pool, "MAX_FAULTS", 8)
     file = written(tmp_path / "broken.py", "def f(p, a):\n    raise KeyError('price')\n")
