@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from sprat.config import RLConfig
@@ -53,13 +53,15 @@ class StationProblems:
 class Part:
     """A task of the mix: its problems to train on, or None where it draws a new one each time.
 
-    ``held_out`` are the problems that are kept from training.
+    ``held_out`` are the problems that are kept from training; ``others``, by their canonical forms, those that other
+    parts hold out.
     """
 
     task: Task
     problems: tuple[Problem, ...] | None
     held_out: tuple[Problem, ...]
     weight: float = 1.0
+    others: frozenset[str] = frozenset()
     _orders: dict[str, list[int]] = field(default_factory=dict)
 
     def nth(self, number: int, key: str) -> Problem:
@@ -75,7 +77,7 @@ class Part:
                 random.Random(name).shuffle(order)
                 self._orders = {name: order}
             return self.problems[self._orders[name][place]]
-        rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out}
+        rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out} | self.others
         for _ in range(_MAX_ATTEMPTS):
             problem = self.task.problem("train", rng.randrange(_NUM_TRAIN_INDICES))
             if problem.canonical not in forms:
@@ -107,6 +109,32 @@ class ProblemMix:
     def held_out(self) -> list[tuple[Task, Problem]]:
         """All problems that are kept from training."""
         return [(part.task, problem) for part in self.parts for problem in part.held_out]
+
+
+def split_tasks(tasks: Sequence[Task], config: HeldOutConfig) -> list[Part]:
+    """``split_task`` of each, none of which trains what another one holds out.
+
+    Raises:
+        DataError: there is nothing to train on.
+    """
+    parts = [split_task(task, config) for task in tasks]
+    others = [_forms(each for other in parts if other is not part for each in other.held_out) for part in parts]
+    return [_without(part, forms) for part, forms in zip(parts, others, strict=True)]
+
+
+def _forms(problems: Iterable[Problem]) -> frozenset[str]:
+    return frozenset(problem.canonical for problem in problems)
+
+
+def _without(part: Part, forms: frozenset[str]) -> Part:
+    """``part`` that trains nothing of ``forms``. Raises: DataError: nothing is left."""
+    if part.problems is None:
+        return replace(part, others=forms)
+    train = tuple(each for each in part.problems if each.canonical not in forms)
+    if not train:
+        what, todo = "each of its problems is held out by another task", "name it once, or hold none of them out"
+        raise DataError(what, where=part.task.name, todo=todo)
+    return replace(part, problems=train)
 
 
 def split_task(task: Task, config: HeldOutConfig) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.merged_copy import plain_copy, without_adapters, write_merged
 from sprat.post.rl.monitor import OnNews, ReferenceModel
 from sprat.post.rl.problem_file import ProblemFile
-from sprat.post.rl.problem_mix import Part, ProblemMix, split_task
+from sprat.post.rl.problem_mix import Part, ProblemMix, split_tasks
 from sprat.post.rl.questions import Questions, load_tasks
 from sprat.post.rl.rewards import BatchReward, TaskJudge
 from sprat.post.rl.rollout import InProcess, Payer
@@ -93,7 +93,7 @@ def prepare(
         if environment is not None:
             tasks = tasks or [EnvironmentTask(environment)]
             check_paid(environment, tasks, bool(questions.reward))
-        parts = [split_task(task, config.held_out) for task in tasks]
+        parts = split_tasks(tasks, config.held_out)
         judges = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
         pools += judges
         model, tokenizer = load_model()
@@ -173,7 +173,7 @@ def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: i
     if not problems:
         what = f"no problem leaves room for {max_tokens} tokens in a context of {model.config.context}"
         raise ConfigError(what, where=part.task.name, todo="lower max_tokens")
-    return Part(part.task, problems, held_out, part.weight)
+    return replace(part, problems=problems, held_out=held_out)
 
 
 def _reference(model: Transformer, config: RLRunConfig, start: checkpoint.Checkpoint | None) -> ReferenceModel | None:

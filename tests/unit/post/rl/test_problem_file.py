@@ -12,7 +12,7 @@ from sprat.config.rl import HeldOutConfig
 from sprat.errors import DataError
 from sprat.eval.tasks import problem_messages
 from sprat.post.rl.problem_file import ProblemFile, read_problems
-from sprat.post.rl.problem_mix import ProblemMix, split_task
+from sprat.post.rl.problem_mix import ProblemMix, split_task, split_tasks
 from sprat.tasks import Problem, Sums, read_task
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
@@ -100,12 +100,15 @@ def test_else_a_share_is_by_what_a_question_says_and_no_group_is_asked_one(tmp_p
 
 
 class Repeating:
-    """A generator whose splits are the same four questions."""
+    """A generator whose splits are the same questions."""
 
     name = "repeating"
 
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
     def problem(self, split: str, index: int) -> Problem:
-        return Problem(self.name, index, f"question {index % 4}", "7")
+        return Problem(self.name, index, f"question {index % self.count}", "7")
 
     def score(self, problem: Problem, answer: str | None) -> float:
         return 1.0
@@ -123,3 +126,18 @@ def test_a_generator_is_never_trained_on_what_is_held_out() -> None:
         ProblemMix([split_task(Repeating(), HeldOutConfig(problems=4))], 0).problem(0)  # type: ignore[arg-type]
     sums = split_task(Sums("sums"), HeldOutConfig(problems=5))
     assert sums.problems is None and len(sums.held_out) == 5
+
+
+def test_what_one_file_holds_out_no_other_one_trains(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    rows = [[{"question": f"question {n}"} for n in numbers] for numbers in (range(30), range(15, 60))]
+    for folder in folders:
+        folder.mkdir()
+    files = [read(folder, own) for folder, own in zip(folders, rows, strict=True)]
+    for tasks in (files, files[::-1], [*files, Repeating(90)]):
+        parts = split_tasks(tasks, HeldOutConfig(problems=20))  # type: ignore[arg-type]
+        mix = ProblemMix(parts, 0)
+        held_out = {problem.canonical for _, problem in mix.held_out}
+        assert len(parts[0].held_out) > 3 and not held_out & {mix.problem(n)[1].canonical for n in range(300)}
+    with pytest.raises(DataError, match="held out by another"):
+        split_tasks([read(folders[0], rows[0][:1]), Repeating()], HeldOutConfig(problems=4))  # type: ignore[list-item]
