@@ -31,6 +31,7 @@ _OTHERS = {
     "response",
     "routes",
     "importance",
+    "sampled_logprobs",
     *_EPISODE,
 }  # fields that are neither arrays nor JSON as they are
 _PLAIN = [item.name for item in dataclasses.fields(Rollout) if item.name not in _OTHERS | _ARRAYS.keys()]
