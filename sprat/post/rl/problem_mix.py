@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class Part:
     """A task of the mix: its problems to train on, or None where it draws a new one each time.
 
     ``held_out`` are the problems that are kept from training; ``others``, by their canonical forms, those that other
-    parts hold out.
+    parts hold out; ``fits`` says whether a problem that is drawn can be asked at all.
     """
 
     task: Task
@@ -62,13 +62,14 @@ class Part:
     held_out: tuple[Problem, ...]
     weight: float = 1.0
     others: frozenset[str] = frozenset()
+    fits: Callable[[Problem], bool] = lambda problem: True
     _orders: dict[str, list[int]] = field(default_factory=dict)
 
     def nth(self, number: int, key: str) -> Problem:
         """The problem that is trained ``number``-th of this task.
 
         Raises:
-            DataError: a generator gives nothing but held-out problems.
+            DataError: a generator gives nothing but held-out problems, or too long ones.
         """
         if self.problems is not None:
             around, place = divmod(number, len(self.problems))
@@ -80,10 +81,11 @@ class Part:
         rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out} | self.others
         for _ in range(_MAX_ATTEMPTS):
             problem = self.task.problem("train", rng.randrange(_NUM_TRAIN_INDICES))
-            if problem.canonical not in forms:
+            if problem.canonical not in forms and self.fits(problem):
                 return problem
-        what = f"{_MAX_ATTEMPTS} training problems in a row are held-out ones"
-        raise DataError(what, where=self.task.name, todo="let its splits differ, or lower held_out.problems")
+        what = f"{_MAX_ATTEMPTS} training problems in a row are held-out ones, or leave no room for an answer"
+        todo = "let its splits differ, or lower held_out.problems or max_tokens"
+        raise DataError(what, where=self.task.name, todo=todo)
 
 
 class ProblemMix:

@@ -97,10 +97,11 @@ def prepare(
         judges = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
         pools += judges
         model, tokenizer = load_model()
+        parts = [fit_part(part, tokenizer, model, config.max_tokens) for part in parts]
         facts: dict[str, Any] = {"problems": [_counts(part) for part in parts]}
         skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
         facts |= {"skipped": skipped} if skipped else {}
-        mix = ProblemMix([fit_part(part, tokenizer, model, config.max_tokens) for part in parts], config.seed)
+        mix = ProblemMix(parts, config.seed)
         reward, second = judges[0] if questions.reward else None, _second(questions, judges, parts)
         if asks_gate and (environment is None or reward is not None):  # an environment is no judge of single answers
             own = [part.task for part in parts]
@@ -154,7 +155,7 @@ def _counts(part: Part) -> dict[str, Any]:
 
 
 def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: int) -> Part:
-    """``part`` without problems that leave no room for an answer of ``max_tokens``.
+    """``part`` without problems that leave no room for an answer of ``max_tokens``; an environment says so itself.
 
     Raises:
         ConfigError: none is left.
@@ -164,16 +165,17 @@ def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: i
     def fits(problem: Problem) -> bool:
         return len(render(tokenizer, problem_messages(problem))) <= room
 
-    if part.problems is None:
+    if isinstance(part.task, EnvironmentTask):
         return part
-    problems, held_out = (tuple(filter(fits, rows)) for rows in (part.problems, part.held_out))
-    lost = len(part.problems) + len(part.held_out) - len(problems) - len(held_out)
+    held_out = tuple(filter(fits, part.held_out))
+    problems = None if part.problems is None else tuple(filter(fits, part.problems))
+    lost = len(part.problems or ()) + len(part.held_out) - len(problems or ()) - len(held_out)
     if lost:
         log.warning("%d problems of %s are longer than %d tokens and are left out", lost, part.task.name, room)
-    if not problems:
+    if problems == ():
         what = f"no problem leaves room for {max_tokens} tokens in a context of {model.config.context}"
         raise ConfigError(what, where=part.task.name, todo="lower max_tokens")
-    return replace(part, problems=problems, held_out=held_out)
+    return replace(part, problems=problems, held_out=held_out, fits=fits)
 
 
 def _reference(model: Transformer, config: RLRunConfig, start: checkpoint.Checkpoint | None) -> ReferenceModel | None:

@@ -11,9 +11,12 @@ import pytest
 from sprat.config.rl import HeldOutConfig
 from sprat.errors import DataError
 from sprat.eval.tasks import problem_messages
+from sprat.model import Transformer
 from sprat.post.rl.problem_file import ProblemFile, read_problems
 from sprat.post.rl.problem_mix import ProblemMix, split_task, split_tasks
+from sprat.post.rl.run_preparation import fit_part
 from sprat.tasks import Problem, Sums, read_task
+from sprat.tokens import Message, Tokenizer, render
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 
@@ -126,6 +129,29 @@ def test_a_generator_is_never_trained_on_what_is_held_out() -> None:
         ProblemMix([split_task(Repeating(), HeldOutConfig(problems=4))], 0).problem(0)  # type: ignore[arg-type]
     sums = split_task(Sums("sums"), HeldOutConfig(problems=5))
     assert sums.problems is None and len(sums.held_out) == 5
+
+
+class Wordy(Repeating):
+    """Two of three questions are as long as ``words``."""
+
+    words = 400
+
+    def problem(self, split: str, index: int) -> Problem:
+        question = super().problem(split, index).question + (" again" * self.words if index % 3 else "")
+        return Problem(self.name, index, question, "7")
+
+
+def test_a_generator_is_not_asked_for_what_leaves_no_room_for_an_answer(
+    guesser: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task, room = Wordy(90), guesser.config.context - 10
+    part = fit_part(split_task(task, HeldOutConfig(problems=30)), tokenizer, guesser, 10)  # type: ignore[arg-type]
+    mix = ProblemMix([part], 0)
+    asked = [mix.problem(number)[1] for number in range(40)] + list(part.held_out)
+    lengths = [len(render(tokenizer, [Message("user", problem.question)])) for problem in asked]
+    assert len(part.held_out) == 10 and max(lengths) <= room
+    with pytest.raises(DataError, match="leave no room for an answer"):
+        ProblemMix([fit_part(part, tokenizer, guesser, room + 9)], 0).problem(0)
 
 
 def test_what_one_file_holds_out_no_other_one_trains(tmp_path: Path) -> None:
