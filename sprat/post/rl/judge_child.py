@@ -244,7 +244,7 @@ def request_line(problem: Problem, answer: Response) -> bytes:
         "answer": answer_data(problem),
         "response": visible_text(answer) or "",
         "reasoning": answer.reasoning,
-        "finished": answer.closed,
+        "finished": answer.closed and answer.finished,
         "row": dict(columns_of(problem)),
     }
     return _line(request)

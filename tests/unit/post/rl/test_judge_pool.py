@@ -13,8 +13,9 @@ from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl import judge_pool
 from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.reward_sources import is_command, reward_inputs
-from sprat.post.rl.rewards import Response, Verdict
+from sprat.post.rl.rewards import Response, Verdict, parse_response
 from sprat.tasks import Problem
+from sprat.tokens import Tokenizer
 
 PROBLEM = Problem("sums", 3, "2 + 2?", "4", {"id": "a", "row": {"prompt": "2 + 2?", "solution": "4", "level": 1}})
 Judge = Callable[..., list[Verdict]]
@@ -169,6 +170,20 @@ def test_a_command_that_stays_answers_line_for_line_and_is_started_again(judge: 
     options = {"workers": 1, "keep_alive": True, "timeout_seconds": 60.0}
     first, second, died, third = judge(f"{sys.executable} {file}", ["who", "who", "die", "who"], **options)
     assert first.reward == second.reward != third.reward and died.outcome == "crashed" and third.outcome == "paid"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_judge_is_told_which_answers_were_cut_off(
+    finished: bool, tokenizer: Tokenizer, judge: Judge, tmp_path: Path
+) -> None:
+    answer = parse_response(tokenizer, tokenizer.encode("It is"), thinking=None, finished=finished)
+    command = written(tmp_path / "judge.py", "import json\nprint(int(json.loads(input())['finished']))\n")
+    function = written(tmp_path / "function.py", "def f(problem, answer):\n    return answer.finished\n")
+    for name in (f"{sys.executable} {command}", f"{function}:f"):
+        pool = JudgePool(name, workers=1)
+        (verdict,) = pool.pay([(PROBLEM, answer)])
+        pool.close()
+        assert verdict.reward == float(finished)
 
 
 STRAY_LINES = {
