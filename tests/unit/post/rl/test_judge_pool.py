@@ -48,6 +48,10 @@ FORMS = {
     "    assert kwargs['level'] == [1] and kwargs['prompts'] == ['2 + 2?']\n"
     "    return [float(c.endswith('>' + s)) for c, s in zip(completions, solution)]\n",
     "TRL's without further columns": "def f(prompts, completions):\n    return [float(completions[0][-1] == '4')]\n",
+    "TRL's, asynchronous": "import asyncio\nasync def f(completions, solution, **kwargs):\n"
+    "    await asyncio.sleep(0)\n"
+    "    return [float(c.endswith('>' + s)) for c, s in zip(completions, solution)]\n",
+    "ours, asynchronous": "async def f(problem, answer):\n    return float(answer.content == problem.answer)\n",
     "verl's": "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
     "    assert extra_info['level'] == 1\n"
     "    return {'score': float(solution_str.endswith(ground_truth)), 'more': 1}\n",
@@ -76,6 +80,11 @@ def test_a_conversational_prompt_has_trls_conversational_completions(tmp_path: P
     [
         ("def f(a, b, c):\n    return 1\n", "no form of a reward"),
         ("f = 3\n", "not a function"),
+        (
+            "def f(completions, completion_ids, **more):\n    return [-len(completion_ids[0])]\n",
+            "completion_ids.*texts",
+        ),
+        ("def f(completion_ids, **more):\n    return [-len(completion_ids[0])]\n", "completion_ids.*overlong_buffer"),
         ("def g(p, a):\n    return 1\n", "no function 'f'"),
         ("import nowhere\n", "no module 'nowhere'"),
         ("import os\nos._exit(7)\n", "exit code 7"),
