@@ -28,6 +28,7 @@ from sprat.tasks.user_code import finite_float
 START_SECONDS = 120.0  # for a function's imports
 _MAX_REPLY_BYTES = 1 << 16
 _STDERR_BYTES = 2000  # of its end, where a reason is sought
+_MAX_STDERR_BYTES = 1 << 20  # kept of one that stays, between two answers
 
 
 class CrashError(Exception):
@@ -70,9 +71,10 @@ class _Process:
     def _open(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
             self.kill()
-        if self._process is None:
-            self._stderr.seek(0)
+        if self._process is None or os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
+            self._stderr.seek(0)  # the process writes where this file is: both have one place in it
             self._stderr.truncate()
+        if self._process is None:
             try:
                 self._process = subprocess.Popen(
                     self._arguments,
