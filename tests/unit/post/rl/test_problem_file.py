@@ -71,6 +71,13 @@ def test_what_is_no_question_or_was_asked_before_is_left_out_and_counted(tmp_pat
         read(tmp_path, [{"x": "y"}])
 
 
+def test_a_row_is_known_by_its_id_or_else_its_place_in_text_that_can_be_written(tmp_path: Path) -> None:
+    ids: list[Any] = [None, "", 7, "half a smile \ud83d", "é"]
+    rows = [{"question": f"{n}?", "id": each} for n, each in enumerate(ids)]
+    file = read(tmp_path, [*rows, {"question": "none?"}])
+    assert [each.meta["id"] for each in file.problems] == ["0", "1", "7", "half a smile ?", "é", "5"]
+
+
 def test_rows_that_say_so_are_held_out(tmp_path: Path) -> None:
     rows = [{"question": f"{n}?", "split": "test" if n < 3 else "train"} for n in range(10)]
     part = split_task(read(tmp_path, rows), HeldOutConfig())
