@@ -256,8 +256,8 @@ def general_examples(path: Path) -> list[Conversation]:
 
 
 def _mixed(general: Sequence[Conversation], count: int, config: SampleConfig) -> list[Row]:
-    """As many of ``general`` as make ``mix_share`` of all, beside ``count`` of our own."""
-    wanted = math.ceil(count * config.mix_share / (1 - config.mix_share))
+    """As many of ``general`` as make ``mix_share`` of all at most, beside ``count`` of our own."""
+    wanted = math.floor(count * config.mix_share / (1 - config.mix_share) + 1e-6)  # 7 x 0.3 / 0.7 is 3
     rows = [_conversation_row(each) for each in general]
     return sorted(rows, key=lambda row: _hash(f"{config.seed}/{json.dumps(row, sort_keys=True)}"))[:wanted]
 
