@@ -83,10 +83,13 @@ def answer_data(problem: Problem) -> Any:
 def _trl(
     function: Callable[..., object], names: set[str], takes_all: bool, problem: Problem, answer: Response
 ) -> object:
-    """TRL: a batch of one; a conversational prompt has conversational completions."""
+    """TRL: a batch of one; a conversational prompt, as it was asked, has conversational completions."""
     columns = columns_of(problem)
     prompt = columns.get("prompt", columns.get("messages", problem.question))
-    completion: Any = [{"role": "assistant", "content": answer.text}] if isinstance(prompt, list) else answer.text
+    completion: Any = answer.text
+    if isinstance(prompt, list):
+        prompt = problem.meta.get("messages") or [{"role": "user", "content": problem.question}]
+        completion = [{"role": "assistant", "content": answer.text}]
     given = {name: [value] for name, value in columns.items() if name not in ("prompt", "completions")}
     given = {"answer": [answer_data(problem)], **given}
     given |= {"prompts": [prompt], "completions": [completion]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl import judge_pool
 from sprat.post.rl.judge_pool import JudgePool
+from sprat.post.rl.problem_file import read_problems
 from sprat.post.rl.reward_sources import is_command, reward_inputs
 from sprat.post.rl.rewards import Response, Verdict, parse_response
 from sprat.tasks import Problem
@@ -72,6 +74,17 @@ def test_a_conversational_prompt_has_trls_conversational_completions(tmp_path: P
     problem = Problem("t", 0, "Hi", "", {"row": {"prompt": [{"role": "user", "content": "Hi"}]}})
     pool = JudgePool(f"{file}:f", workers=1)
     assert pool.pay([(problem, Response("", "four", True, True, "four"))]) == [Verdict(4.0)]
+    pool.close()
+
+
+def test_what_stands_behind_the_question_is_no_part_of_trls_prompt(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 2?"}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "4"}]}
+    (tmp_path / "ask.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = read_problems(tmp_path / "ask.jsonl").problems
+    text = f"def f(prompts, completions):\n    return [float(prompts[0] == {turns!r})]\n"
+    pool = JudgePool(f"{written(tmp_path / 'm.py', text)}:f", workers=1)
+    assert pool.pay([(problem, Response("", "4", True, True, "4"))]) == [Verdict(1.0)]
     pool.close()
 
 
