@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,18 @@ def test_general_examples_are_no_larger_share_than_was_said(own: int, share: flo
     general = [Conversation(each, Where("talk.jsonl", n)) for n, each in enumerate(turns)]
     mixed = rejection._mixed(general, own, SampleConfig(mix_share=share))
     assert len(mixed) == most and most <= share * (own + most) + 1e-9
+
+
+@pytest.mark.parametrize(("most", "expected"), [(6, [3, 3]), (40, [10, 30]), (0, [10, 50])])
+def test_fewer_questions_than_there_are_are_of_all_tasks(most: int, expected: list[int], tmp_path: Path) -> None:
+    parts = []
+    for name, count in (("few", 10), ("many", 50)):
+        rows = [json.dumps({"question": f"{name} {n}"}) + "\n" for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        parts.append(split_task(read_problems(tmp_path / f"{name}.jsonl"), HeldOutConfig(share=0)))
+    ready: Any = SimpleNamespace(parts=parts)
+    asked_of = [task.name for task, _ in rejection.training_pairs(ready, SampleConfig(problems=most))]
+    assert [asked_of.count(name) for name in ("few", "many")] == expected
 
 
 def test_an_instruction_is_said_to_models_that_cannot_be_made_to_think_and_never_learned(
