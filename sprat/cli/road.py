@@ -127,8 +127,8 @@ def _changed(stage: RoadStage) -> str:
 
 def _measured(facts: dict[str, Any]) -> str:
     """What a run measured, in short."""
-    after = facts.get("validation_after", {})
-    parts = [f"{name} {facts['validation_before'][name]:.3f} → {value:.3f}" for name, value in after.items()]
+    before, after = facts.get("validation_before", {}), facts.get("validation_after", {})
+    parts = [f"{name} {before[name]:.3f} → {value:.3f}" for name, value in after.items() if name in before]
     scores = facts.get("eval", {})
     if "text" in scores:
         parts.append(f"{scores['text']['bits_per_byte']:.3f} bits per byte")

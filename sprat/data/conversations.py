@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,16 +174,16 @@ def split_by_hash(
 
 
 def parse_column_map(text: str) -> dict[str, str]:
-    """Our columns and theirs, as an option of the command line has them.
+    """Our columns and theirs, as an option of the command line has them; their names may have commas.
 
-    >>> parse_column_map("prompt=question, completion=answer")
-    {'prompt': 'question', 'completion': 'answer'}
+    >>> parse_column_map("prompt=question, completion=answer"), parse_column_map("prompt=Frage, lang")
+    ({'prompt': 'question', 'completion': 'answer'}, {'prompt': 'Frage, lang'})
 
     Raises:
         DataError: a part is no pair, or one of ours stands twice.
     """
     result: dict[str, str] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?=\s*\w+\s*=)", text):
         ours, equals, theirs = (word.strip() for word in part.partition("="))
         if not equals or not ours or not theirs or ours in result:
             raise DataError(

@@ -20,6 +20,7 @@ from sprat.config.road import InputConfig, InputName, RoadConfig
 from sprat.errors import ConfigError
 from sprat.pipeline.recipe import RECIPE_FOLDER
 from sprat.pipeline.stations import STATIONS
+from sprat.post.rl.reward_sources import is_command
 
 ROAD_FOLDER = RECIPE_FOLDER / "roads"
 INPUT_NAMES: tuple[str, ...] = get_args(InputName)
@@ -77,6 +78,7 @@ def open_road(name: str | Path, inputs: Mapping[str, Any] | None = None, overrid
     config = load(RoadConfig, path)
     given = {key: _absolute(value) for key, value in (inputs or {}).items() if value is not None}
     values = _resolve_inputs(config.inputs, given, str(path))
+    _check_files(given, [str(table.get("name")) for table in config.stages], path.parent)
     if unknown := [table["unless"] for table in config.stages if table.get("unless", "model") not in INPUT_NAMES]:
         todo = f"inputs may be called {', '.join(INPUT_NAMES)}"
         raise ConfigError(f"unless = {unknown[0]!r} is no input", where=str(path), todo=todo)
@@ -97,6 +99,23 @@ def _absolute(value: Any, base: str | Path = "") -> Any:
     if not os.path.exists(path):
         return str(value)
     return os.path.abspath(path) + (f":{rest}" if colon else "")
+
+
+def _check_files(given: Mapping[str, Any], names: Sequence[str], base: Path) -> None:
+    """See that each file that the command line names is there: what a stage says of it later is of the road's folder.
+
+    Raises:
+        ConfigError: one is not, and no stage of ``names`` is called so.
+    """
+    for key in ("data", "examples", "general", "reward"):
+        value = str(given.get(key, ""))
+        file, colon, _ = value.partition(".py:")
+        if not value or value in names or (key == "reward" and (not colon or is_command(value))):
+            continue
+        name = f"{file}.py" if colon else value
+        if not os.path.exists(base / Path(name).expanduser()):
+            todo = f"give a path that holds from {os.getcwd()}"
+            raise ConfigError(f"no such file or folder {name!r}", where=f"--{key}", todo=todo)
 
 
 def _resolve_inputs(known: Mapping[Any, InputConfig], given: Mapping[str, Any], where: str) -> dict[str, Any]:

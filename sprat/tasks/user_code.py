@@ -62,6 +62,8 @@ def finite_float(value: object) -> float:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError
         result = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError("a number was returned that is too large") from None
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{value!r} was returned, which is no number") from None
     if not math.isfinite(result):

@@ -21,7 +21,7 @@ from sprat.formats.load import load
 from sprat.post.rl.held_out import HeldOut
 from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.problem_file import ProblemFile, read_problems
-from sprat.post.rl.problem_mix import Part, split_task
+from sprat.post.rl.problem_mix import Part, split_task, split_tasks
 from sprat.post.rl.questions import Questions, load_tasks
 from sprat.post.rl.reward_sources import is_command, split_command
 from sprat.post.rl.rollout import Payer
@@ -58,7 +58,7 @@ def split_questions(questions: Questions, split: SplitConfig) -> list[Part]:
     """
     questions.check()
     held_out = HeldOutConfig(share=split.share, problems=split.problems)
-    return [split_task(task, held_out) for task in load_tasks(questions)]
+    return split_tasks(load_tasks(questions), held_out)
 
 
 def held_out_questions(of: HeldOutOfConfig) -> list[Problem]:

@@ -33,6 +33,7 @@ class ResponseTokens:
         advantage_N: that of their rollout.
         importance_N: truncated weights of their mismatch; None where rollouts carry none.
         routes: how many of the sampler's choices of experts were taken again.
+        sampled_N: the sampler's log-probabilities, where ``old_N`` are the trainer's.
     """
 
     x_ND: Tensor
@@ -41,6 +42,7 @@ class ResponseTokens:
     advantage_N: Tensor
     importance_N: Tensor | None
     routes: RouteCounts
+    sampled_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,26 @@ def forward_responses(
     old = [rollout.logprobs[place] for rollout in rollouts for place in rollout.trained_places]
     old_N = torch.tensor(old, device=device)
     advantage_N = advantage_B.repeat_interleave(is_response_BT.sum(1)).to(device)
-    importance_N = None
-    if all(rollout.importance is not None for rollout in rollouts):
-        weights = [rollout.importance[p] for rollout in rollouts if rollout.importance for p in rollout.trained_places]
-        importance_N = torch.tensor(weights, device=device)
+    importance_N = _of_tokens(rollouts, [rollout.importance for rollout in rollouts], device)
+    sampled_N = _of_tokens(rollouts, [rollout.sampled_logprobs for rollout in rollouts], device)
     tokens_BT, selected_BT = tokens_BT.to(device), is_response_BT[:, 1:].to(device)
     routes_BTLK = _routes(model.config, rollouts, width - 1) if replay_routes else None
     out = model.hidden(tokens_BT[:, :-1], routes_BTLK=None if routes_BTLK is None else routes_BTLK.to(device))
     tokens = sum(rollout.length - 1 for rollout in rollouts)
     counts = RouteCounts() if routes_BTLK is None else _count(out.routing, routes_BTLK, tokens)
     targets_N = tokens_BT[:, 1:][selected_BT]
-    return ResponseTokens(out.x_BTD[selected_BT], targets_N, old_N, advantage_N, importance_N, counts)
+    return ResponseTokens(out.x_BTD[selected_BT], targets_N, old_N, advantage_N, importance_N, counts, sampled_N)
+
+
+def _of_tokens(
+    rollouts: Sequence[Rollout], values: Sequence[list[float] | None], device: torch.device
+) -> Tensor | None:
+    """What ``values`` have for each response token [N]; None where some rollout has none."""
+    known = [own for own in values if own is not None]
+    if len(known) < len(values):
+        return None
+    each = [own[place] for rollout, own in zip(rollouts, known, strict=True) for place in rollout.trained_places]
+    return torch.tensor(each, device=device)
 
 
 def _routes(config: ModelConfig, rollouts: Sequence[Rollout], width: int) -> Tensor | None:

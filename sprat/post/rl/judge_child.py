@@ -28,6 +28,7 @@ from sprat.tasks.user_code import finite_float
 START_SECONDS = 120.0  # for a function's imports
 _MAX_REPLY_BYTES = 1 << 16
 _STDERR_BYTES = 2000  # of its end, where a reason is sought
+_MAX_STDERR_BYTES = 1 << 20  # kept of one that stays, between two answers
 
 
 class CrashError(Exception):
@@ -70,9 +71,10 @@ class _Process:
     def _open(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
             self.kill()
-        if self._process is None:
-            self._stderr.seek(0)
+        if self._process is None or os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
+            self._stderr.seek(0)  # the process writes where this file is: both have one place in it
             self._stderr.truncate()
+        if self._process is None:
             try:
                 self._process = subprocess.Popen(
                     self._arguments,
@@ -208,13 +210,32 @@ class CommandChild(_Process):
 
 
 class LineChild(_Process):
-    """A command that stays, and answers line for line."""
+    """A command that stays, and answers line for line.
+
+    One that says more than was asked, or what is no number, is started anew: its next line would be taken for what
+    another answer is worth.
+    """
 
     def verdict(self, problem: Problem, answer: Response, seconds: float) -> Verdict:
         """See ``Child``."""
         deadline = time.monotonic() + seconds
+        if self._speaks_unasked():
+            self.kill()
         self._send(request_line(problem, answer), deadline)
-        return _read_number(self._read(deadline).decode("utf-8", "replace"))
+        verdict = _read_number(self._read(deadline).decode("utf-8", "replace"))
+        if self._buffer:
+            raise CrashError("wrote more than one line to one answer")
+        if verdict.outcome == "raised":
+            self.kill()
+        return verdict
+
+    def _speaks_unasked(self) -> bool:
+        """Whether there is something to read before anything is asked; also its end."""
+        if self._process is None or self._process.stdout is None:
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
 
 def request_line(problem: Problem, answer: Response) -> bytes:
@@ -225,7 +246,7 @@ def request_line(problem: Problem, answer: Response) -> bytes:
         "answer": answer_data(problem),
         "response": visible_text(answer) or "",
         "reasoning": answer.reasoning,
-        "finished": answer.closed,
+        "finished": answer.closed and answer.finished,
         "row": dict(columns_of(problem)),
     }
     return _line(request)
@@ -235,7 +256,7 @@ def _read_number(text: str) -> Verdict:
     """A number, true, false or null, as JSON."""
     try:
         return _paid(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = text.strip()[:80]
         return Verdict(None, "raised", f"wrote {shown!r}, which is no number" if shown else "wrote nothing")
 

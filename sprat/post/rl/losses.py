@@ -171,6 +171,8 @@ class PolicyLoss:
         kl_ratio: weigh the KL by the ratio, so that its gradient is unbiased.
         importance_N: truncated weights of the tokens, or None.
         off_policy_limit: nats a token beyond which bad answers are masked, or None.
+        sampled_N: log-probabilities with which the tokens were drawn, where ``old_N`` are the trainer's own: what an
+            answer is off policy from (as in TRL).
     """
 
     old_N: Tensor
@@ -185,6 +187,7 @@ class PolicyLoss:
     loss: LossName = "dapo"
     answer_N: Tensor | None = None
     off_policy_limit: float | None = None
+    sampled_N: Tensor | None = None
 
     @property
     def is_of_tokens(self) -> bool:
@@ -207,7 +210,7 @@ class PolicyLoss:
             loss_C = clipped_surrogate(log_ratio_C, advantage_C, self.low, self.high)
         if self.off_policy_limit is not None:
             assert self.answer_N is not None
-            old_N, limit = self.old_N, self.off_policy_limit
+            old_N, limit = self.old_N if self.sampled_N is None else self.sampled_N, self.off_policy_limit
             loss_C = loss_C * off_policy_mask(logprob_C, old_N, self.advantage_N, self.answer_N, limit)
         if self.importance_N is not None:
             loss_C = loss_C * self.importance_N[rows]

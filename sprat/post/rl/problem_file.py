@@ -131,13 +131,19 @@ def _problem(values: Mapping[str, Any], renames: Mapping[str, str], title: str, 
         asked["question"] = asked["problem"]
     turns = parse_prompt(asked)
     answer = _answer(row, renames)
-    meta: dict[str, Any] = {"id": str(row.get("id", index)), "row": to_json_value(values), "answer_data": answer}
+    meta: dict[str, Any] = {"id": _row_id(row.get("id"), index), "row": to_json_value(values), "answer_data": answer}
     if len(turns) > 1:
         meta["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
     extra = row.get("extra_info")
     split = row.get("split") or (extra.get("split") if isinstance(extra, Mapping) else "")
     text = answer if isinstance(answer, str) else "" if answer is None else canonical_json(answer)
     return Problem(title, index, _joined(turns), text, meta), str(split).lower()
+
+
+def _row_id(value: Any, index: int) -> str:
+    """What a row is known by, as text that the ledger can hold; its place where it says nothing."""
+    text = "" if value is None else str(value).strip()
+    return text.encode("utf-8", "replace").decode() or str(index)
 
 
 def _joined(turns: Sequence[Message]) -> str:

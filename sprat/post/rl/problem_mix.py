@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from sprat.config import RLConfig
@@ -53,20 +53,23 @@ class StationProblems:
 class Part:
     """A task of the mix: its problems to train on, or None where it draws a new one each time.
 
-    ``held_out`` are the problems that are kept from training.
+    ``held_out`` are the problems that are kept from training; ``others``, by their canonical forms, those that other
+    parts hold out; ``fits`` says whether a problem that is drawn can be asked at all.
     """
 
     task: Task
     problems: tuple[Problem, ...] | None
     held_out: tuple[Problem, ...]
     weight: float = 1.0
+    others: frozenset[str] = frozenset()
+    fits: Callable[[Problem], bool] = lambda problem: True
     _orders: dict[str, list[int]] = field(default_factory=dict)
 
     def nth(self, number: int, key: str) -> Problem:
         """The problem that is trained ``number``-th of this task.
 
         Raises:
-            DataError: a generator gives nothing but held-out problems.
+            DataError: a generator gives nothing but held-out problems, or too long ones.
         """
         if self.problems is not None:
             around, place = divmod(number, len(self.problems))
@@ -75,13 +78,14 @@ class Part:
                 random.Random(name).shuffle(order)
                 self._orders = {name: order}
             return self.problems[self._orders[name][place]]
-        rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out}
+        rng, forms = random.Random(f"{key}/{number}"), {problem.canonical for problem in self.held_out} | self.others
         for _ in range(_MAX_ATTEMPTS):
             problem = self.task.problem("train", rng.randrange(_NUM_TRAIN_INDICES))
-            if problem.canonical not in forms:
+            if problem.canonical not in forms and self.fits(problem):
                 return problem
-        what = f"{_MAX_ATTEMPTS} training problems in a row are held-out ones"
-        raise DataError(what, where=self.task.name, todo="let its splits differ, or lower held_out.problems")
+        what = f"{_MAX_ATTEMPTS} training problems in a row are held-out ones, or leave no room for an answer"
+        todo = "let its splits differ, or lower held_out.problems or max_tokens"
+        raise DataError(what, where=self.task.name, todo=todo)
 
 
 class ProblemMix:
@@ -107,6 +111,32 @@ class ProblemMix:
     def held_out(self) -> list[tuple[Task, Problem]]:
         """All problems that are kept from training."""
         return [(part.task, problem) for part in self.parts for problem in part.held_out]
+
+
+def split_tasks(tasks: Sequence[Task], config: HeldOutConfig) -> list[Part]:
+    """``split_task`` of each, none of which trains what another one holds out.
+
+    Raises:
+        DataError: there is nothing to train on.
+    """
+    parts = [split_task(task, config) for task in tasks]
+    others = [_forms(each for other in parts if other is not part for each in other.held_out) for part in parts]
+    return [_without(part, forms) for part, forms in zip(parts, others, strict=True)]
+
+
+def _forms(problems: Iterable[Problem]) -> frozenset[str]:
+    return frozenset(problem.canonical for problem in problems)
+
+
+def _without(part: Part, forms: frozenset[str]) -> Part:
+    """``part`` that trains nothing of ``forms``. Raises: DataError: nothing is left."""
+    if part.problems is None:
+        return replace(part, others=forms)
+    train = tuple(each for each in part.problems if each.canonical not in forms)
+    if not train:
+        what, todo = "each of its problems is held out by another task", "name it once, or hold none of them out"
+        raise DataError(what, where=part.task.name, todo=todo)
+    return replace(part, problems=train)
 
 
 def split_task(task: Task, config: HeldOutConfig) -> Part:

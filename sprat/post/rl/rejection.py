@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +149,21 @@ def _sample(
 
 
 def training_pairs(ready: Asked, config: SampleConfig) -> list[Pair]:
-    """The questions that are asked: a file's in the order of a hash, so that the first ones are no part of a kind."""
-    pairs = list[Pair]()
+    """The questions that are asked: a file's in the order of a hash, so that the first ones are no part of a kind.
+
+    Where not all of several tasks are asked, they take turns.
+    """
+    pairs = list[list[Pair]]()
     for part in ready.parts:
         if part.problems is None:
             drawn = (part.nth(number, f"sample/{config.seed}") for number in range(config.problems or _DRAWN))
             problems = list({problem.canonical: problem for problem in drawn}.values())
         else:
             problems = sorted(part.problems, key=lambda problem: _hash(f"{config.seed}/{problem.canonical}"))
-        pairs += [(part.task, problem) for problem in problems]
-    return pairs[: config.problems or len(pairs)]
+        pairs.append([(part.task, problem) for problem in problems])
+    if not config.problems:
+        return [pair for own in pairs for pair in own]
+    return [pair for turn in zip_longest(*pairs) for pair in turn if pair is not None][: config.problems]
 
 
 def sift(rows: Sequence[Row], config: SampleConfig) -> list[str]:
@@ -256,8 +262,8 @@ def general_examples(path: Path) -> list[Conversation]:
 
 
 def _mixed(general: Sequence[Conversation], count: int, config: SampleConfig) -> list[Row]:
-    """As many of ``general`` as make ``mix_share`` of all, beside ``count`` of our own."""
-    wanted = math.ceil(count * config.mix_share / (1 - config.mix_share))
+    """As many of ``general`` as make ``mix_share`` of all at most, beside ``count`` of our own."""
+    wanted = math.floor(count * config.mix_share / (1 - config.mix_share) + 1e-6)  # 7 x 0.3 / 0.7 is 3
     rows = [_conversation_row(each) for each in general]
     return sorted(rows, key=lambda row: _hash(f"{config.seed}/{json.dumps(row, sort_keys=True)}"))[:wanted]
 

@@ -93,9 +93,11 @@ def replay(
     try:
         rows = ledger.steps()
         last = rows[-1].step if rows else 0
-        if not rows or (step is not None and not rows[0].step < step <= last):
-            done = f"there are {rows[0].step + 1} to {last}" if len(rows) > 1 else "none is done"
-            raise CheckpointError(f"step {step or 1} was not trained; {done}", where=str(folder), todo="name another")
+        if len(rows) < 2:  # the first is the start
+            raise CheckpointError("no step was trained", where=str(folder), todo="let the run go on: the same command")
+        if step is not None and not rows[0].step < step <= last:
+            done = f"there are {rows[0].step + 1} to {last}"
+            raise CheckpointError(f"step {step} was not trained; {done}", where=str(folder), todo="name another")
         faults = audit(ledger) if step is None else []
         if threads := ((ledger.meta("machines") or [{}])[-1]).get("threads"):
             torch.set_num_threads(int(threads))

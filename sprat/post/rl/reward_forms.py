@@ -10,12 +10,14 @@ What a function takes decides, by the names of its parameters:
                                                 ``rewards``
 =============================================  ====================================================================
 
-Each is called with one answer at a time, so that it can be timed, killed and counted by itself: a list has one entry,
-and a function that compares the answers of a batch with each other cannot.
+A function that is asynchronous is waited for. Each is called with one answer at a time, so that it can be timed, killed
+and counted by itself: a list has one entry, and a function that compares the answers of a batch with each other cannot.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +42,10 @@ def adapt(function: Callable[..., object], where: str) -> Function:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         raise ConfigError("a function whose parameters cannot be read", where=where, todo=EXPECTED) from None
-    names = set(parameters)
+    if "completion_ids" in parameters and parameters["completion_ids"].default is inspect.Parameter.empty:
+        todo = "let it read completions; overlong_buffer and max_tokens are about lengths in tokens"
+        raise ConfigError("it takes completion_ids, and rewards here are given texts", where=where, todo=todo)
+    function, names = _waited_for(function), set(parameters)
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     for marker, form in (("completions", _trl), ("solution_str", _verl), ("queries", _openrlhf)):
         if marker in names:
@@ -51,6 +56,17 @@ def adapt(function: Callable[..., object], where: str) -> Function:
         what = f"it takes ({', '.join(parameters)}), which is no form of a reward"
         raise ConfigError(what, where=where, todo=EXPECTED) from None
     return function
+
+
+def _waited_for(function: Callable[..., object]) -> Callable[..., object]:
+    """``function``; what it leaves to be awaited is."""
+
+    @functools.wraps(function)
+    def call(*given: object, **named: object) -> object:
+        value = function(*given, **named)
+        return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+    return call
 
 
 def columns_of(problem: Problem) -> Mapping[str, Any]:
@@ -67,13 +83,16 @@ def answer_data(problem: Problem) -> Any:
 def _trl(
     function: Callable[..., object], names: set[str], takes_all: bool, problem: Problem, answer: Response
 ) -> object:
-    """TRL: a batch of one; a conversational prompt has conversational completions."""
+    """TRL: a batch of one; a conversational prompt, as it was asked, has conversational completions."""
     columns = columns_of(problem)
     prompt = columns.get("prompt", columns.get("messages", problem.question))
-    completion: Any = [{"role": "assistant", "content": answer.text}] if isinstance(prompt, list) else answer.text
+    completion: Any = answer.text
+    if isinstance(prompt, list):
+        prompt = problem.meta.get("messages") or [{"role": "user", "content": problem.question}]
+        completion = [{"role": "assistant", "content": answer.text}]
     given = {name: [value] for name, value in columns.items() if name not in ("prompt", "completions")}
     given = {"answer": [answer_data(problem)], **given}
-    given |= {"prompts": [prompt], "completions": [completion], "completion_ids": [[]]}
+    given |= {"prompts": [prompt], "completions": [completion]}
     return _only(function(**{name: value for name, value in given.items() if takes_all or name in names}), "")
 
 

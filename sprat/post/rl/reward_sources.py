@@ -101,6 +101,9 @@ def reward_files(name: str) -> dict[str, Path]:
             spec = importlib.util.find_spec(source)
         except ModuleNotFoundError:
             spec = None
+        except (Exception, SystemExit) as error:  # the packages around a module are imported to find it
+            what = f"looking for {source!r} raised {type(error).__name__}: {error}"
+            raise ConfigError(what, where=f"reward {name}", todo="mend its package, or give a Python file") from None
         if spec is None:
             raise ConfigError(f"no module {source!r}", where=f"reward {name}", todo="install it or give a Python file")
         if not spec.has_location or spec.origin is None:

@@ -33,10 +33,12 @@ class Response(Answer):
 
     ``well_formed``: exactly one think, opened first and closed, then a non-empty answer and the end token.
     ``text``: all of it as one text, the think between its tags.
+    ``finished``: the model ended by itself; it was not cut off at the limit.
     """
 
     well_formed: bool = False
     text: str = ""
+    finished: bool = True
 
 
 Reward = Callable[[Problem, Response], float | None]  # None abstains: the answer neither teaches nor counts
@@ -96,7 +98,7 @@ def parse_response(tokenizer: Tokenizer, ids: Sequence[int], *, thinking: bool |
     well_formed = tags_in_order and finished and bool(answer.content.strip())
     opened, closed = tokenizer.chat_format.think_tags
     begun = f"{opened}{answer.reasoning}{closed if answer.closed else ''}" if answer.reasoning else ""
-    return Response(answer.reasoning, answer.content, answer.closed, well_formed, begun + answer.content)
+    return Response(answer.reasoning, answer.content, answer.closed, well_formed, begun + answer.content, finished)
 
 
 def visible_text(answer: Answer) -> str | None:

@@ -48,7 +48,8 @@ class Rollout:
     """One sampled answer: ``token_ids`` follow ``prompt_ids``; ``logprobs`` are the sampling policy's, in nats.
 
     ``reward`` is None where the verifier abstained; ``score`` is the judge's, from 0 to 1. ``importance`` holds a
-    weight for each token where the trainer corrects for its mismatch with the sampler.
+    weight for each token where the trainer corrects for its mismatch with the sampler; ``logprobs`` are the trainer's
+    then, and ``sampled_logprobs`` the sampler's.
 
     Attributes:
         group: number of its group in the whole run, in order of dispatch.
@@ -75,6 +76,7 @@ class Rollout:
     score: float
     prefill_tokens: int  # prompt tokens that were computed for this row
     importance: list[float] | None = None
+    sampled_logprobs: list[float] | None = None
     group: int = 0
     sample: int = 0
     problem_id: str = ""

@@ -138,6 +138,7 @@ def _sampling(config: RLRunConfig, n: int, thinking: bool | None) -> Sampling:
     return Sampling(
         temperature=0.0 if greedy else config.temperature,
         max_tokens=config.max_tokens,
+        fit=greedy,  # think tags make a prompt longer than the run's own, which leaves room
         seed=config.seed + _SEED,
         thinking=thinking,
         n=n,

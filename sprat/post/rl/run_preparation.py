@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from sprat.post.rl.judge_pool import JudgePool
 from sprat.post.rl.merged_copy import plain_copy, without_adapters, write_merged
 from sprat.post.rl.monitor import OnNews, ReferenceModel
 from sprat.post.rl.problem_file import ProblemFile
-from sprat.post.rl.problem_mix import Part, ProblemMix, split_task
+from sprat.post.rl.problem_mix import Part, ProblemMix, split_tasks
 from sprat.post.rl.questions import Questions, load_tasks
 from sprat.post.rl.rewards import BatchReward, TaskJudge
 from sprat.post.rl.rollout import InProcess, Payer
@@ -93,14 +93,15 @@ def prepare(
         if environment is not None:
             tasks = tasks or [EnvironmentTask(environment)]
             check_paid(environment, tasks, bool(questions.reward))
-        parts = [split_task(task, config.held_out) for task in tasks]
+        parts = split_tasks(tasks, config.held_out)
         judges = [_pool(name, config) for name in (questions.reward, questions.second_reward) if name]
         pools += judges
         model, tokenizer = load_model()
+        parts = [fit_part(part, tokenizer, model, config.max_tokens) for part in parts]
         facts: dict[str, Any] = {"problems": [_counts(part) for part in parts]}
         skipped = [row for part in parts if isinstance(part.task, ProblemFile) for row in part.task.skipped]
         facts |= {"skipped": skipped} if skipped else {}
-        mix = ProblemMix([fit_part(part, tokenizer, model, config.max_tokens) for part in parts], config.seed)
+        mix = ProblemMix(parts, config.seed)
         reward, second = judges[0] if questions.reward else None, _second(questions, judges, parts)
         if asks_gate and (environment is None or reward is not None):  # an environment is no judge of single answers
             own = [part.task for part in parts]
@@ -154,7 +155,7 @@ def _counts(part: Part) -> dict[str, Any]:
 
 
 def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: int) -> Part:
-    """``part`` without problems that leave no room for an answer of ``max_tokens``.
+    """``part`` without problems that leave no room for an answer of ``max_tokens``; an environment says so itself.
 
     Raises:
         ConfigError: none is left.
@@ -164,16 +165,17 @@ def fit_part(part: Part, tokenizer: Tokenizer, model: Transformer, max_tokens: i
     def fits(problem: Problem) -> bool:
         return len(render(tokenizer, problem_messages(problem))) <= room
 
-    if part.problems is None:
+    if isinstance(part.task, EnvironmentTask):
         return part
-    problems, held_out = (tuple(filter(fits, rows)) for rows in (part.problems, part.held_out))
-    lost = len(part.problems) + len(part.held_out) - len(problems) - len(held_out)
+    held_out = tuple(filter(fits, part.held_out))
+    problems = None if part.problems is None else tuple(filter(fits, part.problems))
+    lost = len(part.problems or ()) + len(part.held_out) - len(problems or ()) - len(held_out)
     if lost:
         log.warning("%d problems of %s are longer than %d tokens and are left out", lost, part.task.name, room)
-    if not problems:
+    if problems == ():
         what = f"no problem leaves room for {max_tokens} tokens in a context of {model.config.context}"
         raise ConfigError(what, where=part.task.name, todo="lower max_tokens")
-    return Part(part.task, problems, held_out, part.weight)
+    return replace(part, problems=problems, held_out=held_out, fits=fits)
 
 
 def _reference(model: Transformer, config: RLRunConfig, start: checkpoint.Checkpoint | None) -> ReferenceModel | None:

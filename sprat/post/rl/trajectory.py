@@ -31,6 +31,7 @@ _OTHERS = {
     "response",
     "routes",
     "importance",
+    "sampled_logprobs",
     *_EPISODE,
 }  # fields that are neither arrays nor JSON as they are
 _PLAIN = [item.name for item in dataclasses.fields(Rollout) if item.name not in _OTHERS | _ARRAYS.keys()]
@@ -44,7 +45,10 @@ def pack_rollout(rollout: Rollout) -> tuple[dict[str, Any], dict[str, NDArray[An
     """
     fields: dict[str, Any] = {name: getattr(rollout, name) for name in _PLAIN}
     spans = [[version, len(list(run))] for version, run in itertools.groupby(rollout.versions)]
-    fields |= {"versions": spans, "response": dataclasses.asdict(rollout.response)}
+    response = dataclasses.asdict(rollout.response)
+    if response["finished"]:  # as it is where nothing is said
+        del response["finished"]
+    fields |= {"versions": spans, "response": response}
     fields |= {name: None if fields[name] is None else float(fields[name]) + 0.0 for name in ("reward", "score")}
     if rollout.trained is not None:
         turns = [list(span) for span in rollout.trained]

@@ -48,15 +48,24 @@ class TripWires:
 
     def __init__(self, config: TripWiresConfig, reward: str) -> None:
         self._config, self._reward = config, reward
-        self._rows: list[Row] = []
+        self._rows: list[Row] = []  # of steps
+        self._held_out_rewards: list[float] = []  # of all evaluations, also of the one before the first step
 
     def replay(self, rows: Iterable[Row]) -> None:
         """Start again from the ``rows`` of the log, whatever was seen before."""
-        self._rows = [row for row in rows if row["step"] > 0]
+        self._rows, self._held_out_rewards = [], []
+        for row in rows:
+            self._keep(row)
+
+    def _keep(self, row: Row) -> None:
+        if "eval_reward" in row:
+            self._held_out_rewards.append(float(row["eval_reward"]))
+        if "reward" in row:  # else it is of the evaluation before the first step alone
+            self._rows.append(row)
 
     def add(self, row: Row) -> Trip | None:
         """See the row of a step; the first wire that trips."""
-        self._rows.append(row)
+        self._keep(row)
         if self._config.action == "off":
             return None
         wires = (self._no_spread, self._entropy, self._kl, self._length, self._cut, self._judges, self._held_out)
@@ -158,7 +167,7 @@ class TripWires:
         p_value, limit = row.get("eval_loss_p_value"), self._config.held_out_p
         if not limit or not isinstance(p_value, int | float) or p_value >= limit:
             return None
-        now, best = row["eval_reward"], max(each["eval_reward"] for each in self._rows if "eval_reward" in each)
+        now, best = row["eval_reward"], max(self._held_out_rewards)
         return (
             f"held-out problems are answered worse than before (reward {now:.3g}, it was {best:.3g}; p = {p_value:.2g})"
         )

@@ -172,6 +172,7 @@ def _policy_loss(tokens: ResponseTokens, weight_B: Tensor, sizes: Sequence[int],
         loss=config.loss,
         answer_N=torch.arange(len(sizes)).repeat_interleave(size_B).to(device),
         off_policy_limit=config.off_policy_limit,
+        sampled_N=tokens.sampled_N,
     )
 
 
@@ -205,8 +206,9 @@ def _with_importance(
         importance_N = (trainer_N - sampler_N).exp().clamp(max=config.importance_cap)
         parts = zip(micro, trainer_N.split(sizes), importance_N.split(sizes), strict=True)
         for row, logprob_N, weight_N in parts:
-            own, values = rollouts[row], (logprob_N.tolist(), weight_N.tolist())
-            with_importance[row] = replace(own, logprobs=own.spread(values[0]), importance=own.spread(values[1]))
+            own = rollouts[row]
+            trainers, weights = own.spread(logprob_N.tolist()), own.spread(weight_N.tolist())
+            with_importance[row] = replace(own, logprobs=trainers, importance=weights, sampled_logprobs=own.logprobs)
     return with_importance
 
 

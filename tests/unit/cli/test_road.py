@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sprat.cli.main import app
+from sprat.cli.road import _measured
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipes.md"
 
@@ -80,3 +81,9 @@ def test_what_cannot_be_is_one_sentence(words: list[str], code: int, said: str, 
     done = CliRunner().invoke(app, ["road", *words])
     assert done.exit_code == code and said in done.stderr and "Traceback" not in done.stderr
     assert not Path("x").exists()
+
+
+def test_what_was_measured_only_at_the_end_does_not_end_a_road_that_is_gone() -> None:
+    facts = {"validation_before": {"reward": 0.25}, "validation_after": {"reward": 0.5, "second_reward": 1.0}}
+    assert _measured(facts) == " (reward 0.250 → 0.500)"
+    assert _measured({"validation_after": {"reward": 0.5}}) == ""

@@ -402,6 +402,8 @@ def test_a_column_map_renames_before_the_form_is_recognized(tmp_path: Path) -> N
     for text in ("prompt", "=x", "prompt=", "prompt=a,prompt=b", ""):
         with pytest.raises(DataError, match="no column map"):
             parse_column_map(text)
+    commas = parse_column_map("prompt=Frage, lang,completion=Antwort, kurz")
+    assert commas == {"prompt": "Frage, lang", "completion": "Antwort, kurz"}
 
 
 def test_conversations_and_pairs_and_texts_do_not_mix(tmp_path: Path) -> None:

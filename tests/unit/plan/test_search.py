@@ -86,7 +86,7 @@ def test_a_mixed_fleet_gives_its_slow_chips_fewer_layers() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fleet": ((chip("H100"), 7),)}, "use 4 chips"),
+        ({"fleet": ((chip("H100"), 7),)}, "use 4 of one kind"),
         ({"fleet": ()}, "no chips"),
         ({"tokens": 0.0}, "tokens is 0"),
         ({"deadline_days": math.nan}, "deadline_days"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ import pytest
 from sprat.errors import ConfigError, TrainingError
 from sprat.post.rl import judge_pool
 from sprat.post.rl.judge_pool import JudgePool
+from sprat.post.rl.problem_file import read_problems
 from sprat.post.rl.reward_sources import is_command, reward_inputs
-from sprat.post.rl.rewards import Response, Verdict
+from sprat.post.rl.rewards import Response, Verdict, parse_response
 from sprat.tasks import Problem
+from sprat.tokens import Tokenizer
 
 PROBLEM = Problem("sums", 3, "2 + 2?", "4", {"id": "a", "row": {"prompt": "2 + 2?", "solution": "4", "level": 1}})
 Judge = Callable[..., list[Verdict]]
@@ -47,6 +50,10 @@ FORMS = {
     "    assert kwargs['level'] == [1] and kwargs['prompts'] == ['2 + 2?']\n"
     "    return [float(c.endswith('>' + s)) for c, s in zip(completions, solution)]\n",
     "TRL's without further columns": "def f(prompts, completions):\n    return [float(completions[0][-1] == '4')]\n",
+    "TRL's, asynchronous": "import asyncio\nasync def f(completions, solution, **kwargs):\n"
+    "    await asyncio.sleep(0)\n"
+    "    return [float(c.endswith('>' + s)) for c, s in zip(completions, solution)]\n",
+    "ours, asynchronous": "async def f(problem, answer):\n    return float(answer.content == problem.answer)\n",
     "verl's": "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
     "    assert extra_info['level'] == 1\n"
     "    return {'score': float(solution_str.endswith(ground_truth)), 'more': 1}\n",
@@ -70,11 +77,27 @@ def test_a_conversational_prompt_has_trls_conversational_completions(tmp_path: P
     pool.close()
 
 
+def test_what_stands_behind_the_question_is_no_part_of_trls_prompt(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 2?"}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "4"}]}
+    (tmp_path / "ask.jsonl").write_text(json.dumps(row) + "\n")
+    (problem,) = read_problems(tmp_path / "ask.jsonl").problems
+    text = f"def f(prompts, completions):\n    return [float(prompts[0] == {turns!r})]\n"
+    pool = JudgePool(f"{written(tmp_path / 'm.py', text)}:f", workers=1)
+    assert pool.pay([(problem, Response("", "4", True, True, "4"))]) == [Verdict(1.0)]
+    pool.close()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("def f(a, b, c):\n    return 1\n", "no form of a reward"),
         ("f = 3\n", "not a function"),
+        (
+            "def f(completions, completion_ids, **more):\n    return [-len(completion_ids[0])]\n",
+            "completion_ids.*texts",
+        ),
+        ("def f(completion_ids, **more):\n    return [-len(completion_ids[0])]\n", "completion_ids.*overlong_buffer"),
         ("def g(p, a):\n    return 1\n", "no function 'f'"),
         ("import nowhere\n", "no module 'nowhere'"),
         ("import os\nos._exit(7)\n", "exit code 7"),
@@ -171,6 +194,44 @@ def test_a_command_that_stays_answers_line_for_line_and_is_started_again(judge: 
     assert first.reward == second.reward != third.reward and died.outcome == "crashed" and third.outcome == "paid"
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_judge_is_told_which_answers_were_cut_off(
+    finished: bool, tokenizer: Tokenizer, judge: Judge, tmp_path: Path
+) -> None:
+    answer = parse_response(tokenizer, tokenizer.encode("It is"), thinking=None, finished=finished)
+    command = written(tmp_path / "judge.py", "import json\nprint(int(json.loads(input())['finished']))\n")
+    function = written(tmp_path / "function.py", "def f(problem, answer):\n    return answer.finished\n")
+    for name in (f"{sys.executable} {command}", f"{function}:f"):
+        pool = JudgePool(name, workers=1)
+        (verdict,) = pool.pay([(PROBLEM, answer)])
+        pool.close()
+        assert verdict.reward == float(finished)
+
+
+STRAY_LINES = {
+    "before the first answer": ("print('ready', flush=True)", "print(float(right), flush=True)"),
+    "behind each answer": ("", "print(f'{float(right)}\\n1.0', flush=True)"),
+    "a word, and then the number": ("", "print('judging', flush=True); print(float(right), flush=True)"),
+    "later": ("", "print(float(right), flush=True); time.sleep(0.2); print(1.0, flush=True)"),
+}
+
+
+@pytest.mark.parametrize("when", STRAY_LINES)
+def test_a_line_too_many_never_pays_another_answer(when: str, judge: Judge, tmp_path: Path) -> None:
+    first, each = STRAY_LINES[when]
+    text = f"import json, sys, time\n{first}\nfor line in sys.stdin:\n"
+    text += f"    right = json.loads(line)['response'] == 'right'\n    {each}\n"
+    file = written(tmp_path / "judge.py", text)
+    pool = JudgePool(f"{sys.executable} {file}", workers=1, keep_alive=True, timeout_seconds=60.0)
+    said = ["right", "wrong", "wrong", "right", "wrong"]
+    paid = []
+    for answer in said:
+        paid += [verdict.reward for verdict in pool.pay([(PROBLEM, Response("", answer, True))])]
+        time.sleep(0.4 if when == "later" else 0.0)
+    pool.close()
+    assert all(reward in (None, float(answer == "right")) for reward, answer in zip(paid, said, strict=True))
+
+
 def test_answers_are_judged_side_by_side(judge: Judge, tmp_path: Path) -> None:
     file = written(tmp_path / "slow.py", "import time\ndef f(p, a):\n    time.sleep(1)\n    return 1.0\n")
     pool = JudgePool(f"{file}:f", workers=8)
@@ -193,6 +254,15 @@ def test_answers_are_judged_side_by_side(judge: Judge, tmp_path: Path) -> None:
 def test_a_bad_command_is_killed_or_counted(command: str, outcome: str, detail: str, judge: Judge) -> None:
     (verdict,) = judge(command, ["4"], timeout_seconds=1.0)
     assert verdict.outcome == outcome and detail in verdict.detail and verdict.reward is None
+
+
+@pytest.mark.parametrize(
+    ("said", "detail"), [("'1' + '0' * 400", "too large"), ("'[' * 40000", "no number"), ("'1' * 5000", "no number")]
+)
+@pytest.mark.parametrize("keep_alive", [False, True])
+def test_no_number_ends_a_run_however_large_or_nested(said: str, detail: str, keep_alive: bool, judge: Judge) -> None:
+    (verdict,) = judge(f'{sys.executable} -c "print({said})"', ["4"], keep_alive=keep_alive)
+    assert verdict.outcome == "raised" and detail in verdict.detail and verdict.reward is None
 
 
 def test_a_verifier_that_only_fails_ends_the_run_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

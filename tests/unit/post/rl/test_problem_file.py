@@ -11,9 +11,12 @@ import pytest
 from sprat.config.rl import HeldOutConfig
 from sprat.errors import DataError
 from sprat.eval.tasks import problem_messages
+from sprat.model import Transformer
 from sprat.post.rl.problem_file import ProblemFile, read_problems
-from sprat.post.rl.problem_mix import ProblemMix, split_task
+from sprat.post.rl.problem_mix import ProblemMix, split_task, split_tasks
+from sprat.post.rl.run_preparation import fit_part
 from sprat.tasks import Problem, Sums, read_task
+from sprat.tokens import Message, Tokenizer, render
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 
@@ -68,6 +71,13 @@ def test_what_is_no_question_or_was_asked_before_is_left_out_and_counted(tmp_pat
         read(tmp_path, [{"x": "y"}])
 
 
+def test_a_row_is_known_by_its_id_or_else_its_place_in_text_that_can_be_written(tmp_path: Path) -> None:
+    ids: list[Any] = [None, "", 7, "half a smile \ud83d", "é"]
+    rows = [{"question": f"{n}?", "id": each} for n, each in enumerate(ids)]
+    file = read(tmp_path, [*rows, {"question": "none?"}])
+    assert [each.meta["id"] for each in file.problems] == ["0", "1", "7", "half a smile ?", "é", "5"]
+
+
 def test_rows_that_say_so_are_held_out(tmp_path: Path) -> None:
     rows = [{"question": f"{n}?", "split": "test" if n < 3 else "train"} for n in range(10)]
     part = split_task(read(tmp_path, rows), HeldOutConfig())
@@ -100,12 +110,15 @@ def test_else_a_share_is_by_what_a_question_says_and_no_group_is_asked_one(tmp_p
 
 
 class Repeating:
-    """A generator whose splits are the same four questions."""
+    """A generator whose splits are the same questions."""
 
     name = "repeating"
 
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
     def problem(self, split: str, index: int) -> Problem:
-        return Problem(self.name, index, f"question {index % 4}", "7")
+        return Problem(self.name, index, f"question {index % self.count}", "7")
 
     def score(self, problem: Problem, answer: str | None) -> float:
         return 1.0
@@ -123,3 +136,41 @@ def test_a_generator_is_never_trained_on_what_is_held_out() -> None:
         ProblemMix([split_task(Repeating(), HeldOutConfig(problems=4))], 0).problem(0)  # type: ignore[arg-type]
     sums = split_task(Sums("sums"), HeldOutConfig(problems=5))
     assert sums.problems is None and len(sums.held_out) == 5
+
+
+class Wordy(Repeating):
+    """Two of three questions are as long as ``words``."""
+
+    words = 400
+
+    def problem(self, split: str, index: int) -> Problem:
+        question = super().problem(split, index).question + (" again" * self.words if index % 3 else "")
+        return Problem(self.name, index, question, "7")
+
+
+def test_a_generator_is_not_asked_for_what_leaves_no_room_for_an_answer(
+    guesser: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task, room = Wordy(90), guesser.config.context - 10
+    part = fit_part(split_task(task, HeldOutConfig(problems=30)), tokenizer, guesser, 10)  # type: ignore[arg-type]
+    mix = ProblemMix([part], 0)
+    asked = [mix.problem(number)[1] for number in range(40)] + list(part.held_out)
+    lengths = [len(render(tokenizer, [Message("user", problem.question)])) for problem in asked]
+    assert len(part.held_out) == 10 and max(lengths) <= room
+    with pytest.raises(DataError, match="leave no room for an answer"):
+        ProblemMix([fit_part(part, tokenizer, guesser, room + 9)], 0).problem(0)
+
+
+def test_what_one_file_holds_out_no_other_one_trains(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    rows = [[{"question": f"question {n}"} for n in numbers] for numbers in (range(30), range(15, 60))]
+    for folder in folders:
+        folder.mkdir()
+    files = [read(folder, own) for folder, own in zip(folders, rows, strict=True)]
+    for tasks in (files, files[::-1], [*files, Repeating(90)]):
+        parts = split_tasks(tasks, HeldOutConfig(problems=20))  # type: ignore[arg-type]
+        mix = ProblemMix(parts, 0)
+        held_out = {problem.canonical for _, problem in mix.held_out}
+        assert len(parts[0].held_out) > 3 and not held_out & {mix.problem(n)[1].canonical for n in range(300)}
+    with pytest.raises(DataError, match="held out by another"):
+        split_tasks([read(folders[0], rows[0][:1]), Repeating()], HeldOutConfig(problems=4))  # type: ignore[list-item]

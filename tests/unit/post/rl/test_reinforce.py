@@ -91,6 +91,14 @@ def test_held_out_problems_are_answered_better_and_the_run_proves_itself(folder:
     assert not torch.equal(model.norm.weight, load("base")[0].norm.weight)
 
 
+def test_the_record_counts_the_questions_that_leave_room_for_an_answer(folder: Path) -> None:
+    with (folder / "asked.jsonl").open("a") as file:
+        file.writelines(json.dumps({"question": f"{n} train" + " again" * 400}) + "\n" for n in range(10))
+    run = reinforce("base", mine(), "runs/mine", settings(steps=1, prompts_per_step=2, held_out={"every": 0}))
+    (counts,) = run.facts["problems"]
+    assert counts["trained"] + counts["held_out"] == 100
+
+
 def test_another_judge_is_another_run_and_the_same_one_is_done(folder: Path) -> None:
     config = settings(steps=2, fire_drill="off")
     first = reinforce("base", mine(), "runs/mine", config)

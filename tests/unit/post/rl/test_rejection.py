@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sprat.config.rl import HeldOutConfig
 from sprat.config.sample import SampleConfig
 from sprat.data.conversations import read_examples
 from sprat.data.example import Conversation
+from sprat.data.record import Where
 from sprat.errors import ConfigError, DataError, TrainingError
 from sprat.formats.load import save
 from sprat.model import Transformer
@@ -22,7 +24,7 @@ from sprat.post.rl.problem_file import read_problems
 from sprat.post.rl.problem_mix import split_task
 from sprat.post.rl.questions import Questions
 from sprat.post.rl.rejection import KEPT, sample_examples, sift
-from sprat.tokens import Tokenizer
+from sprat.tokens import Message, Tokenizer
 from sprat.trust.verify import verify
 
 JUDGE = "def reward(problem, answer):\n    return float(answer.content.strip() == problem.answer)\n"
@@ -131,6 +133,28 @@ def test_every_answer_that_is_not_kept_has_its_reason() -> None:
         rejection.KEPT,
     ]
     assert sift(rows, SampleConfig(min_reward=0.5))[4] == rejection.KEPT
+
+
+@pytest.mark.parametrize(
+    ("own", "share", "most"), [(1, 0.25, 0), (3, 0.25, 1), (5, 0.25, 1), (7, 0.3, 3), (10, 0.5, 10), (2, 0.9, 18)]
+)
+def test_general_examples_are_no_larger_share_than_was_said(own: int, share: float, most: int) -> None:
+    turns = [(Message("user", f"{n}?"), Message("assistant", "yes")) for n in range(40)]
+    general = [Conversation(each, Where("talk.jsonl", n)) for n, each in enumerate(turns)]
+    mixed = rejection._mixed(general, own, SampleConfig(mix_share=share))
+    assert len(mixed) == most and most <= share * (own + most) + 1e-9
+
+
+@pytest.mark.parametrize(("most", "expected"), [(6, [3, 3]), (40, [10, 30]), (0, [10, 50])])
+def test_fewer_questions_than_there_are_are_of_all_tasks(most: int, expected: list[int], tmp_path: Path) -> None:
+    parts = []
+    for name, count in (("few", 10), ("many", 50)):
+        rows = [json.dumps({"question": f"{name} {n}"}) + "\n" for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        parts.append(split_task(read_problems(tmp_path / f"{name}.jsonl"), HeldOutConfig(share=0)))
+    ready: Any = SimpleNamespace(parts=parts)
+    asked_of = [task.name for task, _ in rejection.training_pairs(ready, SampleConfig(problems=most))]
+    assert [asked_of.count(name) for name in ("few", "many")] == expected
 
 
 def test_an_instruction_is_said_to_models_that_cannot_be_made_to_think_and_never_learned(

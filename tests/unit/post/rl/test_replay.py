@@ -125,6 +125,20 @@ def test_another_model_another_folder_and_another_step_are_refused(do: Do, tmp_p
         replay(run)
 
 
+@pytest.mark.parametrize("step", [None, 1])
+def test_a_run_that_was_stopped_before_its_first_step_proves_nothing(
+    step: int | None, do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(source: InProcess, step: int, first: int | None = None) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InProcess, "groups", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do()
+    with pytest.raises(CheckpointError, match="no step was trained"):
+        replay(tmp_path / "mine", step)
+
+
 def test_a_model_that_lies_elsewhere_must_be_named(do: Do, tmp_path: Path) -> None:
     run = do("road/mine")
     with pytest.raises(ConfigError, match="is not beside it.*--model"):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sprat.errors import ConfigError
 from sprat.post.rl.losses import advantages, reward_tensor
+from sprat.post.rl.reward_sources import reward_inputs
 from sprat.post.rl.rewards import Response, Verifier, load_reward
 from sprat.post.rl.rollout import Rollout
 from sprat.tasks import Problem
@@ -24,6 +26,20 @@ def test_a_file_with_a_dataclass_and_a_module_beside_it_pays(tmp_path: Path, mon
         "def reward(problem, answer):\n    return Paid(beside_the_reward.PAID).value\n"
     )
     assert load_reward(f"{tmp_path / 'mine.py'}:reward")(PROBLEM, ANSWER) == 0.5
+
+
+@pytest.mark.parametrize("raised", ["raise RuntimeError('no key')", "import sys; sys.exit('no key')"])
+def test_a_module_whose_package_cannot_be_imported_is_told_of(
+    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_judges").mkdir()
+    (tmp_path / "broken_judges" / "__init__.py").write_text(f"{raised}\n")
+    (tmp_path / "broken_judges" / "one.py").write_text("def f(problem, answer): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="looking for 'broken_judges.one' raised .*no key"):
+        reward_inputs("broken_judges.one:f")
+    with pytest.raises(ConfigError, match="no module 'json.decoder.one'"):
+        reward_inputs("json.decoder.one:f")
 
 
 def test_a_reward_that_calls_exit_abstains() -> None:

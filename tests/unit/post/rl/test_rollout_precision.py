@@ -132,6 +132,25 @@ def test_the_gradient_is_that_of_the_policy_and_not_of_its_copy(guesser: Transfo
     assert corrected < 1e-3 and uncorrected > 20 * corrected
 
 
+@pytest.mark.parametrize("loss", ["dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_bad_answer_that_another_policy_sampled_is_masked_also_where_weights_correct(
+    guesser: Transformer, cap: float | None, loss: str
+) -> None:
+    prompt, tokens = [40, 41, 42], [50, 51]
+    with torch.no_grad():
+        own = guesser(torch.tensor([prompt + tokens]))[0, 2:4].log_softmax(-1)[[0, 1], tokens]
+    keys = {"importance_cap": cap, "loss": loss, "max_mismatch": 99.0, "off_policy_limit": 1.0}
+    for gap, advantage, is_masked in ((3.0, -1.0, True), (0.1, -1.0, False), (3.0, 1.0, False)):
+        answer = Rollout(
+            "t", prompt, tokens, (own + gap).tolist(), Response("", "", True), 0.0, 0.0, 0, versions=[0, 0]
+        )
+        looking: Any = Gradient(model := copy.deepcopy(guesser))
+        config = RLRunConfig.model_validate(SETTINGS | keys)
+        update.update_policy(model, looking, [answer], torch.tensor([advantage]), config, 1, None)
+        assert is_masked == (max(float(each.abs().max()) for each in looking.seen.values()) == 0.0)
+
+
 @pytest.mark.parametrize("precision", ROUNDED)
 def test_a_run_samples_with_the_copy_and_corrects(
     guesser: Transformer,

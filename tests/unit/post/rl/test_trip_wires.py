@@ -94,6 +94,20 @@ def test_a_second_judge_that_is_only_noisy_trips_nothing(seed: int) -> None:
     assert first_trip(rows(200, **noisy)) is None
 
 
+@pytest.mark.parametrize("start", [0, 40])
+def test_the_evaluation_before_the_first_step_is_no_step_and_is_what_a_fall_is_told_against(start: int) -> None:
+    before = {"step": start, "eval_reward": 0.9, "eval_accuracy": 0.9}
+    fallen = rows(10, step=lambda step: start + step)
+    fallen[-1] |= {"eval_reward": 0.4, "eval_loss_p_value": 1e-4}
+    wires = TripWires(TripWiresConfig(), "judge.py:f")
+    wires.replay([before, *fallen[:-1]])
+    trip = wires.add(fallen[-1])
+    assert trip is not None and "reward 0.4, it was 0.9" in trip.sentence
+    alike = rows(5, step=lambda step: start + step, live_groups=lambda step: 0.0)
+    wires.replay([before])
+    assert [row["step"] for row in alike if wires.add(row)] == [start + 5], "five steps in a row"
+
+
 def test_answers_that_are_all_right_are_the_end_and_no_fault() -> None:
     trip = first_trip(rows(live_groups=lambda step: float(step < 12), accuracy=lambda step: 1.0))
     assert trip is not None and trip.is_end and "nothing left to learn" in trip.sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import socket
@@ -15,6 +16,7 @@ import pytest
 from sprat.errors import MachineError, SpratError, TrustError
 from sprat.post.rl import connection, wire
 from sprat.post.rl.connection import Caller, Connection
+from sprat.post.rl.trajectory import digest_rollouts, pack_rollout, unpack_rollout
 from tests.unit.post.rl.trajectories import rollout
 
 
@@ -208,8 +210,6 @@ def test_a_peer_that_proves_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_an_answer_crosses_the_wire_whole() -> None:
-    from sprat.post.rl.trajectory import pack_rollout, unpack_rollout
-
     for sample in range(20):
         one = rollout(3, sample, routes=sample % 2 == 0)
         fields, arrays = pack_rollout(one)
@@ -221,3 +221,11 @@ def test_an_answer_crosses_the_wire_whole() -> None:
             same = getattr(back, name)
             assert (same == value) if name != "routes" else (value is None) == (same is None)
         assert one.routes is None or (back.routes is not None and bool((back.routes == one.routes).all()))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_whether_an_answer_was_cut_off_is_known_on_the_other_side(finished: bool) -> None:
+    own = rollout(1, 0)
+    cut = dataclasses.replace(own, response=dataclasses.replace(own.response, finished=finished))
+    assert unpack_rollout(*pack_rollout(cut)).response == cut.response
+    assert (digest_rollouts([cut]) == digest_rollouts([own])) == finished
