@@ -291,7 +291,9 @@ def test_an_environment_that_cannot_be_trusted_ends_the_run_with_its_name(fault:
 def test_what_is_answered_by_chance_is_noticed_beside_a_reward_too(folder: Path) -> None:
     source, _ = BROKEN["answers by chance"]
     Path("bad.py").write_text(source)
-    Path("judge.py").write_text("def reward(problem, answer):\n    return float(answer.content.strip() == '7')\n")
+    Path("judge.py").write_text(
+        "def reward(problem, answer):\n    return float(answer.content.strip() in [*'02468'])\n"
+    )
     config = settings(gate=True, gate_problems=4, held_out={"problems": 2})
     with pytest.raises(TrainingError, match="answered otherwise.*environment bad.py:E"):
         reinforce("base", Questions(environment="bad.py:E", reward="judge.py:reward"), "runs/bad", config)
