@@ -270,7 +270,7 @@ BROKEN = {
     ),
     "answers by chance": (
         STEP.replace("self.seed = seed", "self.n = 0") + "    def step(self, action):\n        import os\n"
-        "        self.n += 1\n        return os.urandom(2).hex(), action.strip() == '7', self.n == 2\n",
+        "        self.n += 1\n        return os.urandom(2).hex(), action.strip() in [*'02468'], self.n == 2\n",
         "answered otherwise",
     ),
 }
