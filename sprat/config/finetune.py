@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -136,8 +136,27 @@ def load_finetune_config(
         ConfigError: the file is missing, a key is unknown, or a value does not fit.
     """
     config_class: type[FinetuneConfig] = DPOConfig if stage == "dpo" else FinetuneConfig
+    return load_with_rank(config_class, lora, recipe, table, overrides, where or stage)
+
+
+_C = TypeVar("_C", bound=Config)
+
+
+def load_with_rank(
+    config_class: type[_C],
+    lora: int | None,
+    recipe: str | Path | None,
+    table: dict[str, Any] | None,
+    overrides: Iterable[str],
+    where: str,
+) -> _C:
+    """The config of a stage from its ``recipe``, or from a ``table`` of keys; with adapters of rank ``lora``.
+
+    Raises:
+        ConfigError: see ``load_finetune_config``.
+    """
     if recipe is not None:
         rank = [] if lora is None else [f"lora.rank={lora}"]
         return load(config_class, recipe, (*rank, *overrides))
     adapters: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
-    return parse(config_class, merge_tables(adapters, table or {}), where=where or stage, overrides=overrides)
+    return parse(config_class, merge_tables(adapters, table or {}), where=where, overrides=overrides)

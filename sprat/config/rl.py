@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sprat.config.base import Config, load, merge_tables, parse
+from sprat.config.base import Config
+from sprat.config.finetune import load_with_rank
 from sprat.config.model import LoRAConfig
 from sprat.config.recipe import Count, RLConfig
 from sprat.config.rollout import RolloutConfig
@@ -198,11 +199,7 @@ def load_rl_config(
     Raises:
         ConfigError: the file is missing, a key is unknown, or a value does not fit.
     """
-    if recipe is not None:
-        rank = [] if lora is None else [f"lora.rank={lora}"]
-        return load(RLRunConfig, recipe, (*rank, *overrides))
-    adapters: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
-    return parse(RLRunConfig, merge_tables(adapters, table or {}), where=where, overrides=overrides)
+    return load_with_rank(RLRunConfig, lora, recipe, table, overrides, where)
 
 
 class RewardInput(Config):

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from sprat.config.base import Config, load, merge_tables, parse
-from sprat.config.finetune import FinetuneConfig
+from sprat.config.base import Config, merge_tables
+from sprat.config.finetune import FinetuneConfig, load_with_rank
 from sprat.config.sizes import size_names
 
 _FRESH_LR = 3e-3  # fresh weights learn at many times the rate of trained ones
@@ -84,13 +84,9 @@ def load_teach_config(
     Raises:
         ConfigError: the file is missing, a key is unknown, or a value does not fit.
     """
-    if recipe is not None:
-        rank = [] if lora is None else [f"lora.rank={lora}"]
-        return load(TeachConfig, recipe, (*rank, *overrides))
-    base: dict[str, Any] = {} if lora is None else {"lora": {"rank": lora}}
     if lora is None and is_size(student):
-        base = {"optim": {"adam_lr": _FRESH_LR}}
-    return parse(TeachConfig, merge_tables(base, table or {}), where=where, overrides=overrides)
+        table = merge_tables({"optim": {"adam_lr": _FRESH_LR}}, table or {})
+    return load_with_rank(TeachConfig, lora, recipe, table, overrides, where)
 
 
 def is_size(student: str) -> bool:
