@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from sprat.formats.load import load, save
 from sprat.model import Transformer
 from sprat.post.rl.batch import forward_responses
 from sprat.post.rl.environment import EpisodePayer
+from sprat.post.rl.environment_episode import Episode
 from sprat.post.rl.environment_pool import EnvironmentPool
 from sprat.post.rl.environment_task import EnvironmentTask
 from sprat.post.rl.ledger import LEDGER_FILE, RolloutLedger
@@ -140,6 +142,14 @@ def test_experts_of_all_turns_are_trained_again(play: Play, guesser: Transformer
         assert float(same_T.float().mean()) > 0.95  # but for ties of two experts
     counts = forward_responses(guesser, rollouts, torch.zeros(len(rollouts))).routes
     assert counts.replayed == counts.places > 0
+
+
+def test_a_place_keeps_the_experts_of_the_turn_that_sampled_it() -> None:
+    episode = Episode(Lucky(), Problem("again", 1, "?", ""), Sampling(), 0)
+    for turn, places in enumerate((3, 7), 1):  # the first turn's last token is computed in the second
+        episode.keep_routes(np.full((places, 1, 2), turn, np.uint8))
+    assert episode.routes is not None
+    assert episode.routes[:, 0, 0].tolist() == [1, 1, 2, 2, 2, 2, 2]
 
 
 def test_the_same_seed_is_the_same_episode_whatever_is_played_beside_it(play: Play) -> None:
